@@ -1,0 +1,66 @@
+# The two commands of a fresh machine are `make demo` and `make test`; `make help` lists the rest.
+PYTHON  ?= python3
+VENV    ?= .venv
+RECIPE  ?= yolov8s-coco
+DATA    ?=
+TEACHER ?=
+STUDENT ?=
+DEVICE  ?=
+ARGS    ?=
+
+YC := $(VENV)/bin/yolo-compress
+PY := $(VENV)/bin/python
+SET := recipe='$(RECIPE)' \
+  $(if $(DATA),data.yaml='$(DATA)') $(if $(TEACHER),teacher.weights='$(TEACHER)') \
+  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
+
+STAGES := baseline teacher sparsify prune distill qat export bench report
+
+.PHONY: help setup demo test check all engine status cfg gc clean $(STAGES)
+.DEFAULT_GOAL := help
+
+help: ## list targets and variables
+	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [TEACHER=l.pt] [STUDENT=s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
+	@echo "make prune distill qat engine runs each stage and whatever it needs; what is up to date is reused."
+	@echo
+	@grep -hE '^[a-z$$ ()A-Z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
+	@echo
+	@echo "RECIPE  a shipped recipe or a .yaml file          DATA    data.yaml      TEACHER teacher.weights"
+	@echo "STUDENT baseline.weights                          DEVICE  run.device     ARGS    any knobs (yolo-compress help STAGE)"
+
+setup: $(VENV)/.complete ## make .venv with everything pinned in constraints.txt
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@flock $(CURDIR)/constraints.txt ./scripts/setup.sh '$(PYTHON)' '$(VENV)'
+
+demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
+	@$(YC) fetch digits >&2
+	@$(YC) run recipe=digits $(ARGS)
+
+test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
+	@$(PY) -m pytest -m 'not gpu and not network'
+
+check: setup ## ruff, mypy and the fast tests, in 2 minutes
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@$(PY) -m pytest tests/unit tests/contracts -m 'not gpu and not network and not slow'
+
+$(STAGES): setup ## one stage and what it needs
+	@$(YC) $@ $(SET)
+
+engine: setup ## engines for every runtime found here, then bench and its table
+	@$(YC) engine $(SET) > /dev/null
+	@$(YC) bench $(SET)
+
+all: setup ## everything, up to the report
+	@$(YC) run $(SET)
+
+status cfg: setup ## what is up to date and what is stale, and why; the effective recipe
+	@$(YC) $@ $(SET)
+
+gc: setup ## delete artefacts that no recipe refers to
+	@$(YC) gc
+
+clean: ## delete artefacts, the drawn digits and caches; never source weights
+	rm -rf weights/store weights/.cache weights/.lock datasets/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find weights -mindepth 2 -maxdepth 2 -type l -delete
+	find weights -mindepth 1 -maxdepth 1 -type d -empty -delete

@@ -1,0 +1,199 @@
+"""The whole chain, once, and what a second command does: claims of the README, on a few images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from tests.pipeline.conftest import Bench, real_data, recipe
+from yolo_compress import ultra
+from yolo_compress.artifact import Store
+from yolo_compress.pipeline import STAGES
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+TRAINED = ("baseline", "sparsify", "prune", "distill", "qat")
+
+
+def artifact(bench: Bench, stage: str, name: str = "tiny"):
+    found = Store(bench.folder / "weights").linked(name, stage)
+    assert found is not None, stage
+    return found
+
+
+def test_every_stage_published_and_vouched_for(finished: Bench) -> None:
+    store = Store(finished.folder / "weights")
+    for stage in STAGES:
+        if stage != "teacher":  # the recipe has none: the baseline takes its place
+            store.verify(artifact(finished, stage))
+    assert not list((finished.folder / "weights" / "store").glob("*.partial"))
+
+
+def test_pruned_widths_survive_to_the_end_in_stock_classes(finished: Bench) -> None:
+    base, pruned, distilled, quantised = (
+        ultra.load_model(artifact(finished, stage).file("model.pt"))
+        for stage in ("baseline", "prune", "distill", "qat")
+    )
+    assert ultra.widths(pruned) == ultra.widths(distilled) == ultra.widths(quantised) != ultra.widths(base)
+    metrics = artifact(finished, "prune").metrics
+    assert metrics["kept_flops"] == pytest.approx(0.7, abs=0.02 * 0.7)
+    assert metrics["compute_gflops"] / artifact(finished, "baseline").metrics["compute_gflops"] == pytest.approx(
+        metrics["kept_flops"], abs=1e-6
+    )
+
+
+def test_losses_of_the_hooks_are_in_results_csv(finished: Bench) -> None:
+    def columns(stage: str) -> list[str]:
+        return artifact(finished, stage).file("results.csv").read_text().split("\n")[0].split(",")
+
+    assert {"train/kd_feature", "train/kd_class"} <= set(columns("distill"))
+    assert {"train/kd_feature", "train/kd_class"} <= set(columns("qat"))
+    assert "gamma_mean" in columns("sparsify")
+
+
+def test_exports_agree_with_torch_and_with_the_plan(finished: Bench) -> None:
+    exported = artifact(finished, "export")
+    for model in ("original", "compressed"):
+        metrics = exported.metrics[model]
+        assert metrics["max_score_difference"] <= 1e-4
+        graph = onnx.load(exported.file(f"{model}/int8.onnx")).graph
+        quantised = [
+            node for node in graph.node if node.op_type == "Conv" and "Dequantize" in _producer(graph, node.input[0])
+        ]
+        assert len(quantised) == metrics["int8_convs"] == artifact(finished, "qat").metrics["quantised_convs"]
+    assert exported.metrics["compressed"]["int8_from"] == "qat"
+    assert exported.metrics["original"]["int8_from"].startswith("ptq")
+
+
+def _producer(graph: onnx.GraphProto, tensor: str) -> str:
+    return next((node.op_type for node in graph.node if tensor in node.output), "")
+
+
+def test_rows_compare_both_models_in_three_precisions_on_one_image_set(finished: Bench) -> None:
+    rows = artifact(finished, "bench").metrics["rows"]
+    measured = {(row["model"], row["runtime"], row["precision"]) for row in rows if row["status"] == "ok"}
+    for runtime in ("onnxruntime", "openvino"):
+        for model in ("original", "compressed"):
+            assert {(model, runtime, precision) for precision in ("fp32", "fp16", "int8")} <= measured
+    assert len({row["image_set"] for row in rows if row["status"] == "ok"}) == 1
+    float_rows = [row for row in rows if row["model"] == "original" and row["precision"] == "fp32"]
+    assert max(r["map50_95"] for r in float_rows) - min(r["map50_95"] for r in float_rows) < 1e-3
+    assert all(row["latency_p50_ms"] > 0 and row["latency_p99_ms"] is None for row in rows if row["status"] == "ok")
+
+
+def test_report_is_one_file_without_network_or_paths(finished: Bench) -> None:
+    html = artifact(finished, "report").file("report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert str(finished.folder) not in html
+    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 1
+
+
+def test_manifests_and_checkpoints_hold_no_path(finished: Bench) -> None:
+    where = str(finished.folder).encode()
+    for stage in TRAINED:
+        assert where not in artifact(finished, stage).file("model.pt").read_bytes()
+        assert where.decode() not in (artifact(finished, stage).path / "manifest.json").read_text()
+
+
+def test_second_run_does_nothing_and_answers_in_json(finished: Bench) -> None:
+    before = finished.artefacts()
+    done = finished.run("qat", "recipe=tiny.yaml")
+    assert done.stderr.splitlines() == [f"{stage}: up to date" for stage in TRAINED]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["stage"] == "qat" and answer["metrics"]["quantised_convs"] > 50
+    assert finished.artefacts() == before
+
+
+def test_a_changed_knob_makes_its_stage_and_later_ones_stale(finished: Bench) -> None:
+    done = finished.run("status", "recipe=tiny.yaml", "qat.epochs=2")
+    states = json.loads(done.stdout.splitlines()[-1])["stages"]
+    assert [stage for stage, state in states.items() if state == "up to date"] == [
+        "baseline",
+        "sparsify",
+        "prune",
+        "distill",
+    ]
+    assert [stage for stage, state in states.items() if state == "stale"] == [
+        "qat",
+        "export",
+        "engine",
+        "bench",
+        "report",
+    ]
+    assert "qat.epochs: 1 -> 2" in done.stdout
+
+
+def test_status_imports_no_torch(finished: Bench) -> None:
+    code = (
+        "import sys; from yolo_compress.__main__ import main; main(['status', 'recipe=tiny.yaml']); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=finished.folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_gc_keeps_what_friendly_names_lead_to(finished: Bench) -> None:
+    before = finished.artefacts()
+    orphan = finished.folder / "weights" / "store" / "qat-0123456789abcdef.partial"
+    orphan.mkdir()
+    finished.run("gc")
+    assert finished.artefacts() == before and not orphan.exists()
+
+
+def test_an_altered_artefact_is_refused_before_use(finished: Bench, tmp_path: Path) -> None:
+    file = artifact(finished, "distill").file("model.pt")
+    kept = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(kept[:-100] + bytes(100))
+    try:
+        done = finished.run("qat", "recipe=tiny.yaml", "qat.epochs=3", code=5)
+        assert "model.pt" in done.stderr and "Traceback" not in done.stderr
+    finally:
+        file.write_bytes(kept)
+
+
+def test_stock_ultralytics_loads_the_pruned_checkpoint_under_safe_load(finished: Bench) -> None:
+    ours = ultra.load_model(artifact(finished, "prune").file("model.pt"))
+    image = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    code = (
+        "import sys, torch; sys.modules['yolo_compress'] = None\n"
+        "from ultralytics import YOLO\n"
+        "image = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)\n"
+        "with torch.no_grad(): print(repr(YOLO(sys.argv[1]).model.eval()(image)[0].double().sum().item()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(artifact(finished, "prune").file("model.pt"))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "ULTRALYTICS_SAFE_LOAD": "1", "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false"},
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert float(done.stdout.split()[-1]) == pytest.approx(ours(image)[0].double().sum().item(), rel=1e-9)
+
+
+def test_left_out_stages_pass_their_input_through(bench: Bench) -> None:
+    recipe(bench.folder, "float", sparsify=None, distill=None, qat=None, prune={"epochs": 0, "keep_flops": 0.7},
+           engine=None, bench=None, report=None)  # fmt: skip
+    done = bench.run("export", "recipe=float.yaml")
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["compressed"]["int8_from"].startswith("ptq")
+    assert {name.split("-")[0] for name in bench.artefacts()} == {"baseline", "prune", "export"}
+
+
+@pytest.mark.skipif(real_data() is None, reason="needs trained weights")
+def test_qat_without_epochs_is_calibration_only(finished: Bench) -> None:
+    done = finished.run("qat", "recipe=tiny.yaml", "qat.epochs=0")
+    metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
+    distilled = artifact(finished, "distill").metrics
+    assert metrics["map50_95_float_weights"] == pytest.approx(distilled["map50_95"], abs=1e-9)

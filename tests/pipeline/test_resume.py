@@ -1,0 +1,107 @@
+"""Kill -9 at any moment and run again: the same tensors and metrics as an uninterrupted run, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pipeline.conftest import Bench, prepare, recipe
+from yolo_compress.artifact import Store
+from yolo_compress.lock import lock
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+STAGE = {
+    "prune": {"epochs": 4, "batch": 8, "keep_flops": 0.7, "bn_images": 8, "teach_from_parent": True},
+    "run": {"val_every": 2},
+}
+
+
+def result(bench: Bench) -> tuple[str, dict, dict]:
+    found = Store(bench.folder / "weights").linked("kill", "prune")
+    assert found is not None
+    state = torch.load(found.file("model.pt"), weights_only=False)["model"].state_dict()
+    return found.fingerprint, state, found.metrics
+
+
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, killed = prepare(tmp_path / "whole"), prepare(tmp_path / "killed")
+    for bench in (whole, killed):
+        recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None, **STAGE)
+    started = time.monotonic()
+    whole.run("prune", "recipe=kill.yaml")
+    seconds = time.monotonic() - started
+
+    killed.run("baseline", "recipe=kill.yaml")
+    dice = random.Random(20261124)
+    for _ in range(3):
+        process = killed.start("prune", "recipe=kill.yaml")
+        time.sleep(seconds * dice.uniform(0.3, 0.9))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        Store(killed.folder / "weights").linked("kill", "baseline")  # an earlier stage is intact
+    again = killed.run("prune", "recipe=kill.yaml")
+
+    (print_a, state_a, metrics_a), (print_b, state_b, metrics_b) = result(whole), result(killed)
+    assert print_a == print_b
+    assert state_a.keys() == state_b.keys() and all(torch.equal(state_a[key], state_b[key]) for key in state_a)
+    assert metrics_a == metrics_b
+    assert "prune: up to date" in again.stderr or "prune: done" in again.stderr
+
+
+def test_killed_after_the_last_epoch_does_not_train_again(tmp_path: Path) -> None:
+    bench = prepare(tmp_path / "late")
+    recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None, **STAGE)
+    bench.run("baseline", "recipe=kill.yaml")
+    process = bench.start("prune", "recipe=kill.yaml")
+    store = bench.folder / "weights" / "store"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = list(store.glob("prune-*.partial/work/resume.pt"))
+        if found and _epoch(found[0]) == 3:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = bench.run("prune", "recipe=kill.yaml")
+    assert "epoch 4/4" not in done.stderr
+
+
+def _epoch(file: Path) -> int:
+    try:
+        return int(torch.load(file, weights_only=True)["epoch"])
+    except (OSError, RuntimeError, EOFError):
+        return -1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Signals, code: int) -> None:
+    recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None,
+           prune={"epochs": 300, "batch": 8, "keep_flops": 0.7})  # fmt: skip
+    process = bench.start("prune", "recipe=kill.yaml")
+    store = bench.folder / "weights" / "store"
+    deadline = time.monotonic() + 120
+    while not list(store.glob("prune-*.partial/work/resume.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command continues where it stopped" in stderr and "Traceback" not in stderr
+    assert not [path for path in store.rglob("*") if path.name.startswith(".tmp")]
+
+
+def test_a_second_run_fails_or_waits_for_the_first(bench: Bench) -> None:
+    with lock(bench.folder / "weights" / ".lock", "prune of recipe tiny"):
+        done = bench.run("baseline", "recipe=tiny.yaml", "lock=fail", code=75)
+        assert "prune of recipe tiny" in done.stderr
+        waiting = bench.start("baseline", "recipe=tiny.yaml")
+        assert waiting.stderr is not None
+        assert "prune of recipe tiny" in waiting.stderr.readline()
+    _, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0
+    assert json.loads(bench.run("baseline", "recipe=tiny.yaml").stdout.splitlines()[-1])["stage"] == "baseline"

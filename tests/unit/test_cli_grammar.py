@@ -1,0 +1,126 @@
+"""The command line's grammar: every accepted form means the same, every wrong one says what to write (faults 1, 6)."""
+
+from __future__ import annotations
+
+import pytest
+
+from yolo_compress import cli_grammar, recipe
+from yolo_compress.cli_grammar import Command, parse
+from yolo_compress.errors import RecipeError
+
+KEEP = (("prune.keep_flops", "0.6"),)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=digits", "prune.keep_flops=0.6"],
+        ["--recipe", "digits", "--prune.keep_flops", "0.6"],
+        ["--recipe=digits", "--prune.keep_flops=0.6"],
+        ["--prune.keep_flops=0.6", "recipe=digits"],
+    ],
+)
+def test_forms_mean_the_same(words: list[str]) -> None:
+    assert parse(["prune", *words]) == Command("prune", "digits", KEEP)
+
+
+def test_defaults() -> None:
+    command = parse(["engine"])
+    assert command == Command("engine", "yolov8s-coco") and command.wait and not command.force
+    assert cli_grammar.DEFAULT_RECIPE in recipe.names()
+
+
+@pytest.mark.parametrize("words", [["force=true"], ["--force"], ["--force", "true"], ["--force=true"]])
+def test_force(words: list[str]) -> None:
+    command = parse(["qat", *words, "qat.epochs=2", "lock=fail"])
+    assert command.force and not command.wait and command.overrides == (("qat.epochs", "2"),)
+
+
+def test_force_false() -> None:
+    assert not parse(["qat", "--force", "false"]).force
+
+
+def test_values_may_hold_anything() -> None:
+    values = ["a b", "é🙂", "a=b=c", "-x", "--y", "", "$(rm -rf .)", "new\nline", "'q'", "x" * 5000]
+    command = parse(["run", *(f"data.yaml={value}" for value in values)])
+    assert [value for _, value in command.overrides] == values
+    assert parse(["run", "--data.yaml", "-x.yaml"]).overrides == (("data.yaml", "-x.yaml"),)
+    assert parse(["run", "recipe=-x.yaml"]).recipe == "-x.yaml"
+
+
+def test_sections_can_be_dropped() -> None:
+    assert parse(["run", "sparsify=null"]).overrides == (("sparsify", "null"),)
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["--help"], ["-h"]])
+def test_help(argv: list[str]) -> None:
+    assert parse(argv) == Command("help")
+
+
+@pytest.mark.parametrize("argv", [["prune", "--help"], ["prune", "x=1", "-h"], ["help", "prune"], ["-h", "prune"]])
+def test_help_of_a_verb(argv: list[str]) -> None:
+    assert parse(argv) == Command("help", words=("prune",))
+
+
+def test_version_and_fetch() -> None:
+    assert parse(["--version"]).verb == "version"
+    assert parse(["fetch", "yolov8l.pt", "coco128"]).words == ("yolov8l.pt", "coco128")
+
+
+def test_help_text_names_every_verb_and_every_knob() -> None:
+    text = cli_grammar.help_text()
+    assert all(f"\n  {verb} " in text for verb in cli_grammar.VERBS) and "yolov8s-coco" in text
+    assert all(len(row.help) < 100 for row in cli_grammar.VERBS.values())
+    assert set(recipe.SECTIONS) - {"data"} <= set(cli_grammar.VERBS)
+    for stage in recipe.SECTIONS:
+        assert parse(["help", stage]).words == (stage,)
+        text = cli_grammar.help_text(stage)
+        assert all(name in text for name in recipe.options() if name.startswith(f"{stage}."))
+
+
+def test_usage_follows_the_verb() -> None:
+    assert cli_grammar.usage("fetch") == "usage: yolo-compress fetch NAME ... [force=true]"
+    assert cli_grammar.usage("help") == "usage: yolo-compress help [VERB]"
+    assert cli_grammar.usage("status") == "usage: yolo-compress status [recipe=NAME|FILE] [section.key=value ...]"
+
+
+WRONG = {
+    ("prnue",): "unknown verb 'prnue', did you mean prune?",
+    ("xyzzy",): "unknown verb 'xyzzy'; verbs are run, teacher, baseline",
+    ("recipe=digits", "prune"): "the verb comes first, got 'recipe=digits'",
+    ("--recipe", "digits"): "the verb comes first, got '--recipe'",
+    ("help", "prnue"): "did you mean prune?",
+    ("help", "prune", "qat"): "usage: yolo-compress help [VERB]",
+    ("run", "epoch=10"): "epoch: unknown key, did you mean epochs?",
+    ("run", "--epoch", "10"): "epoch: unknown key, did you mean epochs?",
+    ("run", "--epoch"): "epoch: unknown key, did you mean epochs?",
+    ("qat", "qat.epoch=10"): "qat.epoch: unknown key, did you mean epochs?",
+    ("run", "recip=digits"): "recip: unknown key, did you mean recipe?",
+    ("run", "lok=fail"): "lok: unknown key, did you mean lock?",
+    ("run", "lock=never"): "lock: got 'never', expected wait or fail",
+    ("run", "force=yes"): "force: got 'yes', expected true or false",
+    ("run", "--force", "yes"): "'yes' is out of place; expected key=value or --key value",
+    ("run", "recipe=a", "recipe=b"): "recipe is given twice: 'a' and 'b'",
+    ("run", "--qat.epochs"): "--qat.epochs needs a value: --qat.epochs VALUE, or qat.epochs=VALUE",
+    ("run", "--recipe", "--force"): "--recipe needs a value",
+    ("prune", "qat"): "one verb a call, got prune and qat",
+    ("run", "my.yaml"): "'my.yaml' is out of place",
+    ("run", "new\nline"): "out of place",
+    ("run", "=1"): "out of place",
+    ("run", "--"): "unknown key",
+    ("run", "--=1"): "out of place",
+    ("status", "lock=fail"): "status takes no lock",
+    ("fetch",): "fetch needs a name; usage: yolo-compress fetch NAME",
+    ("fetch", "qat.epochs=1"): "fetch takes no 'qat.epochs'",
+    ("fetch", "x.pt", "recipe=a"): "fetch takes no recipe",
+    ("version", "x"): "'x' is out of place",
+}
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=lambda argv: ascii(" ".join(argv)))
+def test_wrong_command_lines(argv: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(argv)
+    message = str(caught.value)
+    assert message.startswith("command line: ") and WRONG[argv] in message and "\n" not in message
+    assert caught.value.exit_code == 2

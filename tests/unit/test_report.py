@@ -1,0 +1,440 @@
+"""The report says what was measured and nothing else: gate, dashes, one image set, names as text, same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.report import gallery, numbers
+from yolo_compress.report.document import build
+from yolo_compress.report.gate import judge
+from yolo_compress.report.html import tiles
+from yolo_compress.report.table import bench_table, render_markdown, render_text
+from yolo_compress.report.write import write
+
+EVIL = "<script>alert(1)</script>"
+IMAGES = "a1" * 32
+HINT = "TensorRT does not import here; pip install tensorrt"
+
+
+def row(model: str, runtime: str, precision: str, map50_95: float, **changes: Any) -> dict[str, Any]:
+    latency = {"original": 20.0, "compressed": 8.0}[model]
+    base = {
+        "model": model,
+        "runtime": runtime,
+        "precision": precision,
+        "status": "ok",
+        "reason": None,
+        "executed": precision,
+        "map50_95": map50_95,
+        "map50": 0.9,
+        "map50_95_ultralytics": map50_95 - 0.001,
+        "latency_p50_ms": latency,
+        "latency_p90_ms": latency + 1,
+        "latency_p99_ms": latency + 3,
+        "latency_n": 1000,
+        "size_mib": 12.0 if model == "original" else 3.0,
+        "parameters": 3_000_000,
+        "compute_gflops": 2.0,
+        "image_set": IMAGES,
+    }
+    return {**base, **changes}
+
+
+def missing(model: str, precision: str, runtime: str = "tensorrt") -> dict[str, Any]:
+    return {"model": model, "runtime": runtime, "precision": precision, "status": "missing", "reason": HINT}
+
+
+def stage(name: str, map50_95: float | None, **changes: Any) -> dict[str, Any]:
+    base = {
+        "stage": name,
+        "fingerprint": name * 8,
+        "status": "built",
+        "parameters": 3_000_000,
+        "compute_gflops": 2.0,
+        "size_mib": 6.0,
+        "map50_95": map50_95,
+        "map50": 0.9,
+        "seconds": 75.0,
+        "epochs": 5,
+    }
+    return {**base, **changes}
+
+
+def rows(value: float = 0.59, reference: float = 0.6) -> list[dict[str, Any]]:
+    return [
+        row("original", "torch", "fp32", reference),
+        row("original", "openvino", "fp32", reference),
+        row("compressed", "openvino", "fp32", 0.6),
+        row("compressed", "openvino", "int8", value),
+        missing("original", "int8"),
+        missing("compressed", "int8"),
+    ]
+
+
+def document(bench: list[dict[str, Any]] | None = None, min_retention: float = 0.98, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "recipe": "bccd",
+        "chain": [stage("baseline", 0.6), stage("prune", 0.55)],
+        "rows": rows() if bench is None else bench,
+        "data": {"yaml": "bccd.yaml", "val_images": 87},
+        "gammas": {"edges": [0.0, 0.1, 0.5, 1.0], "epochs": [[1, 5, 9], [6, 4, 5]]},
+        "channels": {"model.10.conv": [64, 40], "model.2.cv1": [32, 32]},
+    }
+    return build(**{**arguments, **changes}, min_retention=min_retention)
+
+
+def item(name: str = "a.jpg", names: tuple[str, ...] = ("cell",)) -> dict[str, Any]:
+    image = np.full((96, 128, 3), 90, np.uint8)
+    return {
+        "image": image,
+        "name": name,
+        "names": names,
+        "truths": [(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)],
+        "detections_a": np.array([[48, 24, 80, 72, 0.9, 0], [0, 80, 9, 90, 0.1, 0]], float),
+        "detections_b": np.array([[49, 24, 80, 72, 0.8, 0], [100, 60, 120, 90, 0.5, 0]], float),
+    }
+
+
+class Page(HTMLParser):
+    """Tags and every address an attribute could load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or ""
+            for key, value in attrs
+            if key in ("src", "href", "xlink:href", "srcset", "poster", "data", "action")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# gate
+
+
+@pytest.mark.parametrize("reference", [0.6, 0.621, 0.1, 1 / 3])
+@pytest.mark.parametrize("bound", [0.95, 0.98, 0.99])
+def test_exactly_the_bound_passes_and_a_billionth_below_fails(reference: float, bound: float) -> None:
+    assert document(rows(reference * bound, reference), bound)["gate"]["passed"]
+    failed = document(rows(reference * bound - 1e-9, reference), bound)
+    assert not failed["gate"]["passed"] and failed["verdict"]["status"] == "fail"
+    kept, low = re.findall(r"([\d.]+) %", failed["verdict"]["line"])[:2]
+    assert float(kept) < float(low), "the line shows two figures that look alike"
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "reason"),
+    [
+        (float("nan"), 0.6, r"INT8 on OpenVINO is not a number \(nan\)"),
+        (float("inf"), 0.6, r"not a number \(inf\)"),
+        (0.5, float("nan"), "the baseline's mAP50-95 is not a number"),
+        (0.5, 0.0, "the baseline's mAP50-95 is 0"),
+        (0.0, 0.0, "the baseline's mAP50-95 is 0"),
+    ],
+)
+def test_what_cannot_be_divided_fails_with_its_reason(value: float, reference: float, reason: str) -> None:
+    report = document(rows(value, reference))
+    assert not report["gate"]["passed"] and report["gate"]["retention"] is None
+    assert re.search(reason, report["verdict"]["line"]) and report["verdict"]["line"].startswith("FAIL: ")
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_worst_int8_row_decides() -> None:
+    bench = [*rows(0.6), row("original", "onnxruntime", "fp32", 0.6), row("compressed", "onnxruntime", "int8", 0.5)]
+    report = document(bench, 0.95)
+    assert not report["gate"]["passed"] and report["gate"]["worst"] == "compressed-onnxruntime-int8"
+    assert [entry["passed"] for entry in report["gate"]["judged"]] == [False, True]
+    assert report["gate"]["retention"] == pytest.approx(0.5 / 0.6)
+
+
+def test_a_row_that_is_not_a_number_decides_over_every_other() -> None:
+    bench = [*rows(float("nan")), row("compressed", "onnxruntime", "int8", 0.1)]
+    assert document(bench)["gate"]["worst"] == "compressed-openvino-int8"
+
+
+def test_float_rows_are_judged_only_where_no_int8_was_asked_for() -> None:
+    float_only = [entry for entry in rows() if entry["precision"] == "fp32"]
+    assert document(float_only)["gate"]["worst"] == "compressed-openvino-fp32"
+    unmeasured = document([*float_only, missing("compressed", "int8")])
+    assert not unmeasured["gate"]["passed"]
+    assert unmeasured["verdict"]["line"] == "FAIL: no INT8 row of the compressed model was measured"
+
+
+def test_without_the_original_nothing_can_pass() -> None:
+    report = document([row("compressed", "openvino", "int8", 0.6)])
+    assert not report["gate"]["passed"] and "no FP32 row of the original" in report["verdict"]["line"]
+    assert not document([])["gate"]["passed"]
+
+
+def test_the_reference_is_torch_and_the_speed_up_is_against_the_same_runtime() -> None:
+    bench = rows()
+    bench[0].update(latency_p50_ms=100.0, map50_95=0.61)
+    report = document(bench)
+    by_id = {entry["id"]: entry for entry in report["rows"]}
+    int8 = by_id["compressed-openvino-int8"]
+    assert report["gate"]["reference"] == "original-torch-fp32" and int8["retention"] == pytest.approx(0.59 / 0.61)
+    assert int8["speed_up"] == 2.5 and int8["size_ratio"] == 4.0
+
+
+def test_the_verdict_line() -> None:
+    assert document()["verdict"]["line"] == (
+        "PASS: INT8 on OpenVINO keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 2.5x faster, 4.0x smaller"
+    )
+    slow = rows()
+    slow[3].update(latency_p50_ms=40.0)
+    report = document(slow, 0.99)
+    assert report["verdict"]["line"].endswith("below the gate of 99.0 %; 2.0x slower, 4.0x smaller")
+    assert [tile["gain"] for tile in tiles(report)] == [
+        "98.3 % kept",
+        "2.0x slower",
+        "4.0x smaller",
+        "100 % left",
+        "100 % left",
+    ]
+
+
+@pytest.mark.parametrize("bound", [float("nan"), -0.1, 1.1])
+def test_a_bound_that_means_nothing_is_refused(bound: float) -> None:
+    with pytest.raises(RecipeError, match=r"report\.min_retention"):
+        judge([], bound)
+
+
+# rows
+
+
+def test_two_image_sets_are_never_one_table() -> None:
+    bench = rows()
+    bench[3]["image_set"] = "b2" * 32
+    both = f"original FP32 on PyTorch.*{IMAGES}.*compressed INT8 on OpenVINO.*{'b2' * 32}"
+    with pytest.raises(RecipeError, match=both):
+        document(bench)
+    with pytest.raises(RecipeError, match="stage prune"):
+        document(chain=[stage("prune", 0.5, image_set="c3" * 32)])
+    bench[3]["image_set"] = None
+    with pytest.raises(RecipeError, match="compressed-openvino-int8 does not say over which images"):
+        document(bench)
+
+
+def test_malformed_rows_are_refused() -> None:
+    with pytest.raises(RecipeError, match="given twice"):
+        document([*rows(), rows()[0]])
+    with pytest.raises(RecipeError, match="precision 'int4'"):
+        document([row("original", "torch", "int4", 0.5)])
+    with pytest.raises(RecipeError, match="epoch 0 has 1 counts, expected 2"):
+        document(gammas={"edges": [0, 1, 2], "epochs": [[1]]})
+
+
+def test_missing_rows_are_dashes_with_the_hint() -> None:
+    report = document()
+    assert report["missing"] == [
+        {
+            "runtime": "tensorrt",
+            "models": ["original", "compressed"],
+            "precisions": ["int8"],
+            "reason": HINT,
+            "device": None,
+        }
+    ]
+    cells = bench_table(report).lines[-1].cells
+    assert cells[:4] == ("TensorRT", "both", "INT8", "missing") and set(cells[4:]) == {numbers.DASH}
+    for text in (render_text(report), render_markdown(report)):
+        assert HINT in text
+
+
+@pytest.mark.parametrize(("n", "shown"), [(661, numbers.DASH), (662, "11.0")])
+def test_p99_is_withheld_below_662_runs(n: int, shown: str) -> None:
+    bench = rows()
+    bench[3]["latency_n"] = n
+    report = document(bench)
+    table = bench_table(report)
+    column = [entry.title for entry in table.columns].index("p99 ms")
+    line = next(line for line in table.lines if line.cells[1:3] == ("compressed", "INT8"))
+    assert line.cells[column] == shown
+    assert any("p99 withheld: n = 661" in note and "compressed INT8 on OpenVINO" in note for note in table.notes) == (
+        n == 661
+    )
+
+
+def test_schema_and_plain_types() -> None:
+    bench = rows()
+    bench[0]["map50_95"] = np.float64(0.6)
+    report = document(bench, environment={"versions": {"torch": "2"}, "device": "cpu", "path": Path("x")})
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert list(report) == [
+        "schema",
+        "recipe",
+        "verdict",
+        "gate",
+        "data",
+        "chain",
+        "rows",
+        "missing",
+        "not_tested",
+        "not_recorded",
+        "gammas",
+        "channels",
+        "reproduce",
+        "environment",
+    ]
+    assert report["schema"] == 1 and report["data"]["image_set"] == IMAGES
+    assert report["not_recorded"] == ["commit", "imgsz_px", "batch", "warm_up"]
+    assert [entry["delta_map50_95"] for entry in report["chain"]] == [None, pytest.approx(-0.05)]
+
+
+def test_numbers_never_invent_a_zero() -> None:
+    for write_number in (
+        numbers.fixed,
+        numbers.signed,
+        numbers.three,
+        numbers.percent,
+        numbers.times,
+        numbers.millions,
+        numbers.whole,
+        numbers.duration,
+    ):
+        assert write_number(None) == write_number(float("nan")) == numbers.DASH
+    assert [numbers.three(value) for value in (0, 0.01234, 4.306, 17.9, 1234.5)] == [
+        "0",
+        "0.0123",
+        "4.31",
+        "17.9",
+        "1,234",
+    ]
+    assert [numbers.duration(value) for value in (2.13, 59.7, 75, 3725)] == [
+        "2.1 s",
+        "60 s",
+        "1 min 15 s",
+        "1 h 02 min",
+    ]
+
+
+# forms
+
+
+def test_text_fits_the_terminal_and_says_what_it_left_out() -> None:
+    narrow = render_text(document(), 80).splitlines()
+    assert max(len(line) for line in narrow[2:-3]) <= 80
+    assert any("not shown at this width" in line and "p99 ms" in line for line in narrow)
+    assert "not shown" not in render_text(document(), 200)
+
+
+def test_markdown_tables() -> None:
+    text = render_markdown(document(recipe="a|b <i>", reproduce={"recipe_yaml": "x: '```'\n", "command": "make all"}))
+    assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO keeps 98.3 %")
+    assert "| prune | 3.00 M | 2.00 | 6.00 | 0.550 | -0.050 | 0.900 | 5 | 1 min 15 s | built |" in text
+    assert "| OpenVINO | compressed | INT8 | int8 | 0.590 | 98.3 % |" in text
+    assert "````yaml\nx: '```'\n````" in text and f"image set: {IMAGES}" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in table} == {11, 15}
+
+
+@pytest.fixture(scope="module")
+def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    bench = [*rows(), row("compressed", EVIL, "int8", 0.6, executed=EVIL)]
+    report = document(
+        bench,
+        recipe=EVIL,
+        data={"yaml": EVIL, "skipped": [f"{EVIL}:1: bad"]},
+        channels={EVIL: [8, 4]},
+        environment={"device": EVIL},
+        reproduce={"recipe_yaml": EVIL},
+        not_tested=[EVIL],
+        chain=[stage("baseline", 0.6, status=EVIL)],
+    )
+    paths = write(
+        report, [item(f"{EVIL}.jpg", (f"\"'><img src=x onerror=alert(1)>{EVIL}",))], tmp_path_factory.mktemp("report")
+    )
+    return paths["html"].read_text("utf-8")
+
+
+def test_names_are_shown_as_text(evil_page: str) -> None:
+    page = Page(evil_page)
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 2, "the two gallery pictures and nothing else"
+    assert page.text.count(EVIL) >= 10
+
+
+def test_nothing_is_loaded(evil_page: str) -> None:
+    page = Page(evil_page)
+    assert page.addresses and all(address.startswith(("data:image/jpeg;base64,", "#")) for address in page.addresses)
+    assert not {"link", "script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert "@import" not in evil_page and not re.search(r"https?://|url\((?!#)", evil_page)
+    assert "default-src 'none'; img-src data:" in evil_page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write(document(), [item()], tmp_path_factory.mktemp("report"))
+
+
+def test_same_input_same_bytes(tmp_path: Path, written: dict[str, Path]) -> None:
+    both = [written, write(document(), [item()], tmp_path)]
+    assert set(both[0]) == {"html", "md", "json"}
+    for kind in both[0]:
+        assert both[0][kind].read_bytes() == both[1][kind].read_bytes()
+    assert json.loads(both[0]["json"].read_text("utf-8")) == document()
+
+
+def test_a_report_with_next_to_nothing_still_stands(tmp_path: Path) -> None:
+    bench = [row("original", "torch", "fp32", 0.6), row("compressed", "torch", "int8", float("nan"))]
+    for entry in bench:
+        entry["latency_p50_ms"] = None
+    page = Page(write(build("x", [], bench, {}, min_retention=0.9), [], tmp_path)["html"].read_text("utf-8"))
+    assert "svg" not in page.tags and "img" not in page.tags and "is not a number (nan)" in page.text
+    write(build("x", [], [], {}, min_retention=0.9), [], tmp_path)
+
+
+def test_pictures_follow_the_network_and_the_theme(written: dict[str, Path]) -> None:
+    text = written["html"].read_text("utf-8")
+    assert text.index(">model.2.cv1<") < text.index(">model.10.conv<")
+    assert "var(--after)" in text and "#5a5b5c" not in text and "prefers-color-scheme: dark" in text
+    assert text.count("<svg") == 6, "three pictures, wide and narrow"
+
+
+# gallery
+
+
+def test_gallery_counts_found_missed_and_extra() -> None:
+    pair = gallery.draw([item()]).pairs[0]
+    assert (pair.original.found, pair.original.missed, pair.original.extra) == (1, 1, 0), "0.1 is below the score shown"
+    assert (pair.compressed.found, pair.compressed.missed, pair.compressed.extra) == (1, 1, 1)
+
+
+def test_a_truth_is_found_once_and_only_by_its_class() -> None:
+    truths = np.array([[0, 0, 0, 10, 10], [1, 20, 0, 30, 10]], float)
+    detections = np.array([[0, 0, 10, 10, 0.9, 0], [0, 0, 10, 10, 0.8, 0], [20, 0, 30, 10, 0.7, 0]], float)
+    found, used = gallery.match(truths, detections)
+    assert found.tolist() == [True, False] and used.tolist() == [True, False, False]
+
+
+def test_gallery_reads_files_and_stays_in_its_budget(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    entry = {**item(), "image": tmp_path / "noise.png"}
+    drawn = gallery.draw([entry] * 13)
+    assert len(drawn.pairs) == gallery.COUNT and (drawn.pairs[0].width, drawn.pairs[0].height) == (400, 300)
+    assert sum(len(p.uri) for pair in drawn.pairs for p in (pair.original, pair.compressed)) <= gallery.BUDGET_BYTES
+
+
+def test_an_image_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    for name in ("bad.jpg", "absent.jpg"):
+        with pytest.raises(DataError, match=name):
+            gallery.draw([{**item(), "image": tmp_path / name}])

@@ -1,0 +1,180 @@
+"""The command line: one verb a stage, plus run, status, check, cfg, fetch and gc.
+
+Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from yolo_compress import cli_grammar
+from yolo_compress.errors import CompressError, EnvironmentLacks
+from yolo_compress.progress import notice, result
+
+SIGINT_CODE, SIGTERM_CODE = 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that `finally` runs and the store stays whole."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (errors.py lists them)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command = cli_grammar.parse(sys.argv[1:] if argv is None else argv)
+        return VERBS.get(command.verb, _stage)(command)
+    except CompressError as error:
+        notice(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        notice("interrupted; the same command continues where it stopped")
+        return SIGINT_CODE
+    except _Terminated:
+        notice("terminated; the same command continues where it stopped")
+        return SIGTERM_CODE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        code = _runtime_exit_code(error)
+        if code is None:
+            raise
+        notice(f"error: {error}")
+        return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _runtime_exit_code(error: Exception) -> int | None:
+    """The robot's side has errors of its own, since it imports nothing else of the package."""
+    runtime_errors = sys.modules.get("yolo_compress.runtime.errors")
+    if runtime_errors is None:
+        return None
+    codes = {"EngineError": 5, "RuntimeUnavailable": 4, "LatencyError": 4}
+    return next((code for name, code in codes.items() if isinstance(error, getattr(runtime_errors, name))), None)
+
+
+def _load(command: cli_grammar.Command) -> Any:
+    from yolo_compress.recipe import load
+
+    return load(command.recipe, command.overrides)
+
+
+def _stage(command: cli_grammar.Command) -> int:
+    """A stage and what it needs; `run` goes up to the report."""
+    from yolo_compress import pipeline
+
+    recipe = _load(command)
+    target = "report" if command.verb == "run" else command.verb
+    artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
+    answer: dict[str, Any] = {
+        "recipe": recipe.name,
+        "stage": artifact.stage,
+        "artifact": str(artifact.path),
+        "fingerprint": artifact.fingerprint,
+        "metrics": {name: value for name, value in artifact.metrics.items() if name != "table"},
+    }
+    if target == "bench":
+        from yolo_compress.report.summary import bench_text
+
+        result(bench_text(recipe.name, artifact.metrics["rows"]))
+    if target == "report":
+        result(artifact.metrics["table"])
+        html = artifact.file("report.html")
+        result(f"report: {html}")
+        answer["report"] = str(html)
+    result(json.dumps(answer))
+    return 0 if artifact.metrics.get("gate", {}).get("passed", True) else 1
+
+
+def _status(command: cli_grammar.Command) -> int:
+    from yolo_compress import pipeline
+
+    recipe = _load(command)
+    rows = list(pipeline.status(recipe))
+    for row in rows:
+        result(f"{row.stage:<9} {row.state}" + "".join(f"\n{'':<10}{line}" for line in row.why))
+    result(json.dumps({"recipe": recipe.name, "stages": {row.stage: row.state for row in rows}}))
+    return 0
+
+
+def _check(command: cli_grammar.Command) -> int:
+    from yolo_compress import check, pipeline
+    from yolo_compress.artifact import Store
+
+    machine, lacks = check.machine()
+    for name, text in machine.items():
+        result(f"{name:<12} {text}")
+    recipe = _load(command)
+    dataset = pipeline.load_dataset(recipe, Store(pipeline.FOLDER))
+    result(
+        f"{'data':<12} {dataset.yaml}: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
+    )
+    for note in [*dataset.notes, *dataset.skipped]:
+        result(f"{'':<12} {note}")
+    result(json.dumps({"recipe": recipe.name, "machine": machine, "data": dataset.digest, "lacks": lacks}))
+    if lacks:
+        raise EnvironmentLacks("; ".join(lacks))
+    return 0
+
+
+def _cfg(command: cli_grammar.Command) -> int:
+    result(_load(command).dump().rstrip("\n"))
+    return 0
+
+
+def _fetch(command: cli_grammar.Command) -> int:
+    from yolo_compress.fetch import fetch
+
+    for name in command.words:
+        result(str(fetch(name)))
+    return 0
+
+
+def _gc(command: cli_grammar.Command) -> int:
+    """Drop artefacts that neither a shipped recipe, the one given, nor a friendly name refers to."""
+    from yolo_compress import pipeline
+    from yolo_compress.artifact import Store
+
+    store = Store(pipeline.FOLDER)
+    with store.lock("gc", command.wait):
+        removed = store.gc(pipeline.referred(store))
+    for path in removed:
+        result(f"removed {path}")
+    result(json.dumps({"removed": len(removed), "mib": round(sum(removed.values()) / 2**20, 1)}))
+    return 0
+
+
+def _help(command: cli_grammar.Command) -> int:
+    result(cli_grammar.help_text(command.words[0] if command.words else None))
+    return 0
+
+
+def _version(command: cli_grammar.Command) -> int:
+    from yolo_compress import __version__
+
+    result(__version__)
+    return 0
+
+
+VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
+    "status": _status,
+    "check": _check,
+    "cfg": _cfg,
+    "fetch": _fetch,
+    "gc": _gc,
+    "help": _help,
+    "version": _version,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

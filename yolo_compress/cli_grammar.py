@@ -1,0 +1,199 @@
+"""The grammar of the command line: `yolo-compress VERB [recipe=NAME|FILE] [section.key=value ...] [lock=fail] ...`.
+
+`key=value` is the form that users know from `yolo`; `--key value` and `--key=value` mean the same. Only words are taken
+apart here: values are read by `recipe.load`, and the verbs are carried out elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from . import recipe
+from .errors import RecipeError
+from .explain import did_you_mean, got
+
+DEFAULT_RECIPE = "yolov8s-coco"
+OPTIONS = {"recipe": (), "lock": ("wait", "fail"), "force": ("true", "false")}  # () stands for any text
+_WHERE = "command line"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: its line in the help, the options it takes beside the recipe's knobs, the bare words that follow it."""
+
+    help: str
+    options: tuple[str, ...] = ("recipe", "lock", "force")
+    knobs: bool = True
+    words: str = ""
+
+
+_READS = ("recipe",)
+VERBS = {
+    "run": Verb("run every stage of the recipe, up to the report"),
+    "teacher": Verb("take or train the teacher"),
+    "baseline": Verb("take or train the net to be compressed"),
+    "sparsify": Verb("train with L1 on the BatchNorm gammas, so that channels can go"),
+    "prune": Verb("remove channels to prune.keep_flops, then fine-tune"),
+    "distill": Verb("fine-tune with the teacher's features and soft labels"),
+    "qat": Verb("calibrate and train with fake quantisation for INT8"),
+    "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
+    "engine": Verb("build an engine for each runtime and precision found here"),
+    "bench": Verb("measure mAP, latency and size of every engine"),
+    "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
+    "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
+                  options=("force",), knobs=False, words="NAME"),
+    "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
+    "check": Verb("check this machine (torch, CUDA, TensorRT, disk, memory) and the recipe's data", options=_READS),
+    "cfg": Verb("print the effective recipe as YAML", options=_READS),
+    "gc": Verb("delete artefacts that no recipe refers to", options=("recipe", "lock")),
+    "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="VERB"),
+    "version": Verb("print the version", options=(), knobs=False),
+}  # fmt: skip
+_FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line taken apart.
+
+    Attributes:
+        verb: a key of `VERBS`.
+        recipe: name or file of the recipe.
+        overrides: `(section.key, value)` in the order given, checked to be knobs of the recipe; values are still text.
+        options: `lock` and `force`, where given.
+        words: the names after `fetch`, the verb after `help`.
+    """
+
+    verb: str
+    recipe: str = DEFAULT_RECIPE
+    overrides: tuple[tuple[str, str], ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+    @property
+    def wait(self) -> bool:
+        """Whether to wait for another run that holds the store."""
+        return self.options.get("lock", "wait") == "wait"
+
+    @property
+    def force(self) -> bool:
+        """Whether to do again what is up to date."""
+        return self.options.get("force") == "true"
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Takes a command line apart.
+
+    Args:
+        argv: the words after the program's name. None at all asks for help, and so does `--help` anywhere.
+
+    Raises:
+        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option twice.
+    """
+    if not argv:
+        return Command("help")
+    if argv[0] in _FLAGS:
+        argv = (_FLAGS[argv[0]], *argv[1:])
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        raise RecipeError(_unknown_verb(name))
+    if "--help" in rest or "-h" in rest:
+        return Command("help", words=(name,))
+    verb, overrides, options, words = VERBS[name], [], dict[str, str](), []
+    for key, value in _pairs(name, rest):
+        if not key:
+            words.append(value)
+        elif key in OPTIONS:
+            _check_option(name, key, value, options)
+            options[key] = value
+        elif not verb.knobs:
+            raise RecipeError(f"{_WHERE}: {name} takes no {got(key)}; {usage(name)}")
+        else:
+            recipe.check_key(key, verb.options)
+            overrides.append((key, value))
+    _check_words(name, words)
+    return Command(name, options.pop("recipe", DEFAULT_RECIPE), tuple(overrides), options, tuple(words))
+
+
+def usage(name: str) -> str:
+    """Gives the usage line of a verb."""
+    verb = VERBS[name]
+    parts = [f"yolo-compress {name}"]
+    parts += [f"[{verb.words}]" if name == "help" else f"{verb.words} ..."] if verb.words else []
+    parts += ["[recipe=NAME|FILE]"] if "recipe" in verb.options else []
+    parts += ["[section.key=value ...]"] if verb.knobs else []
+    parts += ["[lock=fail]"] if "lock" in verb.options else []
+    parts += ["[force=true]"] if "force" in verb.options else []
+    return "usage: " + " ".join(parts)
+
+
+def help_text(name: str | None = None) -> str:
+    """Gives the help of a verb or section, or of the program."""
+    if name:
+        knobs = [(key, text.description or "") for key, text in recipe.options().items() if key.startswith(f"{name}.")]
+        lines = [f"  {key:<26} {text}" for key, text in knobs]
+        about = [VERBS[name].help, usage(name)] if name in VERBS else [f"section {name} of the recipe"]
+        return "\n".join([*about, *(["", *lines] if lines else [])])
+    lines = [f"  {verb:<10} {row.help}" for verb, row in VERBS.items()]
+    end = f"Recipes: {', '.join(recipe.names())}, or a .yaml file; {DEFAULT_RECIPE} where none is given."
+    first = "usage: yolo-compress VERB [recipe=NAME|FILE] [section.key=value ...] [lock=fail] [force=true]"
+    return "\n".join(
+        [
+            first,
+            "",
+            *lines,
+            "",
+            end,
+            "`yolo-compress help VERB` lists the knobs of a stage; so do `help data` and `help run`.",
+        ]
+    )
+
+
+def _pairs(name: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (key, value) of every argument, with an empty key for a bare word."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if equals:
+            yield key, value
+        elif not word.startswith("--"):
+            yield "", word
+        elif key == "force" and (not rest or rest[0] not in OPTIONS["force"]):
+            yield key, "true"
+        elif not rest or rest[0].startswith("--"):
+            if key not in OPTIONS and VERBS[name].knobs:
+                recipe.check_key(key, VERBS[name].options)
+            raise RecipeError(f"{_WHERE}: {word} needs a value: {word} VALUE, or {key}=VALUE")
+        else:
+            yield key, rest.pop(0)
+
+
+def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> None:
+    if key not in VERBS[name].options:
+        raise RecipeError(f"{_WHERE}: {name} takes no {key}; {usage(name)}")
+    if key in given:
+        raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
+    if OPTIONS[key] and value not in OPTIONS[key]:
+        raise RecipeError(f"{_WHERE}: {key}: got {got(value)}, expected {' or '.join(OPTIONS[key])}")
+
+
+def _check_words(name: str, words: list[str]) -> None:
+    if name == "fetch" and not words:
+        raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
+    if name == "help" and words and words[0] not in (*VERBS, *recipe.SECTIONS):
+        raise RecipeError(_unknown_verb(words[0]))
+    if name == "help" and len(words) > 1:
+        raise RecipeError(f"{_WHERE}: {usage(name)}")
+    if words and not VERBS[name].words:
+        word = words[0]
+        if word in VERBS:
+            raise RecipeError(f"{_WHERE}: one verb a call, got {name} and {word}; a stage runs what it needs upstream")
+        raise RecipeError(f"{_WHERE}: {got(word)} is out of place; expected key=value or --key value")
+
+
+def _unknown_verb(word: str) -> str:
+    if "=" in word or word.startswith("--"):
+        return f"{_WHERE}: the verb comes first, got {got(word)}; verbs are {', '.join(VERBS)}"
+    return f"{_WHERE}: unknown verb {got(word)}{did_you_mean(word, VERBS) or '; verbs are ' + ', '.join(VERBS)}"

@@ -1,0 +1,246 @@
+"""The data yaml: found, read strictly, and turned into the list of image files of each split.
+
+Read here rather than by Ultralytics, which runs the text under `download:` when images are missing, and takes the
+entries of image lists from the working directory. Here `download:` is never looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from yolo_compress import strict_yaml
+from yolo_compress.errors import DataError, RecipeError
+
+# What Ultralytics 8.4.190 takes for an image, and what else is one, which it passes over in silence.
+IMAGE_SUFFIXES = frozenset(
+    ("avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
+)
+UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
+NEWLINE = b"\n"
+
+
+_Bad = Callable[[str, str], DataError]  # (key, what is wrong) -> error with file and line
+
+
+@dataclass(frozen=True)
+class DataYaml:
+    """What a data yaml says, checked. `train` and `val` are entries as written; `root` is absolute."""
+
+    file: Path
+    root: Path
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    names: tuple[str, ...]
+    channels: int
+    lines: dict[str, str]  # "file:line" of `train` and `val`
+    pose_columns: int  # keypoint columns that follow a box in a pose data set; they are dropped, as Ultralytics does
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One image as listed: `source` is "list.txt:3" or the folder, `name` its path relative to the data root."""
+
+    path: Path
+    name: str
+    source: str
+
+
+def shown(path: Path | str) -> str:
+    """`path` as a person would type it: relative when below the working directory."""
+    text, here = str(path), os.getcwd() + os.sep
+    return strict_yaml.shown(text.removeprefix(here))
+
+
+def data_folders() -> list[Path]:
+    """Where data sets are looked for: `datasets/` of the checkout, then the folders of YOLO_COMPRESS_DATA."""
+    extra = os.environ.get("YOLO_COMPRESS_DATA", "").split(os.pathsep)
+    return [Path("datasets"), *(Path(folder) for folder in extra if folder)]
+
+
+def find_yaml(name: str) -> Path:
+    """The data yaml called `name`: as given, then in `data_folders()`, with or without its suffix.
+
+    Raises:
+        RecipeError: nothing there; names the folders searched and the yamls that they hold.
+    """
+    if not name or "\0" in name:
+        raise RecipeError(f"data={name!r} is not the name of a data yaml")
+    tried = [Path(name), *(folder / name for folder in data_folders())]
+    for path in tried:
+        for candidate in (path, path.with_name(path.name + ".yaml")) if path.name else ():
+            try:
+                if candidate.is_file():
+                    return candidate.absolute()
+            except OSError as e:
+                raise RecipeError(f"data yaml {name!r}: {e.strerror}") from e
+    if Path(name).is_dir():
+        raise RecipeError(f"data yaml {name!r} is a folder; give the .yaml file in it")
+    known = sorted({y.name for folder in data_folders() if folder.is_dir() for y in folder.glob("*.yaml")})
+    folders = ", ".join(str(folder) for folder in data_folders())
+    raise RecipeError(
+        f"no data yaml {name!r} here or in {folders}; there: {', '.join(known) or 'none'}; "
+        "give its path, or set YOLO_COMPRESS_DATA to the folder that holds it"
+    )
+
+
+def read_yaml(file: Path) -> DataYaml:
+    """Read and check the data yaml `file`.
+
+    Raises:
+        DataError: "file:line: what" for bad encoding, syntax, duplicate keys, python tags, aliases and bad values.
+    """
+    document = strict_yaml.load(shown(file), DataError)
+    values = document.data
+
+    def bad(key: str, what: str) -> DataError:
+        return DataError(f"{document.where((key,))}: {what}")
+
+    names = _names(values, bad)
+    channels = values.get("channels", 3)
+    if channels not in (1, 3) or isinstance(channels, bool):
+        raise bad("channels", f"channels must be 1 or 3, not {channels!r}")
+    root = _root(file, values, bad)
+    splits = {}
+    for key in ("train", "val"):
+        entry = values.get(key, values.get("validation") if key == "val" else None)
+        entries = entry if isinstance(entry, list) else [entry]
+        checked = [_inside(root, e, partial(bad, key)) for e in entries if isinstance(e, str) and e.strip()]
+        if not checked or len(checked) < len(entries):
+            raise bad(key, f"{key}: must be a folder, a .txt list or a list of those, not {entry!r}")
+        splits[key] = tuple(checked)
+    pose = values.get("kpt_shape") or (0, 0)
+    if not (len(pose) == 2 and all(isinstance(n, int) and n >= 0 for n in pose)):
+        raise bad("kpt_shape", f"kpt_shape must be two numbers, not {pose!r}")
+    lines = {key: document.where((key,)) for key in splits}
+    return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
+
+
+def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
+    names, count = values.get("names"), values.get("nc")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise bad("nc", f"nc must be a whole number above 0, not {count!r}")
+    if names is None:
+        if count is None:
+            raise bad("names", "neither names: nor nc: is given")
+        return tuple(f"class_{i}" for i in range(count))
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise bad("names", f"names: must number the classes 0 to {len(names) - 1} without gaps")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise bad("names", f"names: must list the classes, not {names!r}")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise bad("names", f"class name {name!r} is no text; put it in quotes")
+    texts = tuple(str(name) for name in names)
+    if len(set(texts)) < len(texts):
+        raise bad("names", f"class name {next(t for t in texts if texts.count(t) > 1)!r} is given twice")
+    if count is not None and count != len(texts):
+        raise bad("nc", f"nc is {count} but names: lists {len(texts)}")
+    return texts
+
+
+def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
+    """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`."""
+    text = values.get("path")
+    if text is not None and (not isinstance(text, str) or "\0" in text):
+        raise bad("path", f"path: must be a folder, not {text!r}")
+    tried = [folder / (text or ".") for folder in [file.parent, *data_folders()]]
+    for path in tried:
+        if path.is_dir():
+            return path.resolve()
+    raise bad("path", f"path: {text} is no folder; looked in {', '.join(shown(p.parent) for p in tried)}")
+
+
+def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
+    """`entry` of a split, refused when `..` leads out of `root`. Exports of Roboflow write ../train for ./train."""
+    if os.path.isabs(entry) or not _escapes(root, root, entry):
+        return entry
+    if entry.startswith("../") and not (root / entry).exists() and not _escapes(root, root, entry[3:]):
+        return entry[3:]
+    raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder that holds all splits")
+
+
+def _escapes(root: Path, folder: Path, entry: str) -> bool:
+    full = os.path.normpath(folder / entry)
+    return ".." in Path(entry).parts and full != str(root) and not full.startswith(str(root) + os.sep)
+
+
+def list_images(data: DataYaml, split: Literal["train", "val"]) -> tuple[list[Listed], list[str]]:
+    """Image files of a split, sorted by path, and findings about folders and lists.
+
+    Folders are walked whole, symbolic links included; hidden files and folders and files that are no image are left
+    out, as Ultralytics does. An entry of a list that is not absolute counts from the folder of the list: Ultralytics
+    does so for `./` and takes the others from the working directory, so that a data set depends on where one stands.
+    """
+    found: list[Listed] = []
+    findings: list[str] = []
+    for entry in data.train if split == "train" else data.val:
+        path = (data.root / entry).resolve()
+        if path.is_dir():
+            items: Iterator[Listed | str] = _folder(data.root, path)
+        elif path.is_file():
+            items = _list_file(data.root, path)
+        else:
+            raise DataError(f"{data.lines[split]}: {split}: {shown(data.root / entry)} does not exist")
+        for item in items:
+            if isinstance(item, str):
+                findings.append(item)
+            else:
+                found.append(item)
+    return sorted(found, key=lambda listed: str(listed.path)), findings
+
+
+def _listed(root: Path, path: Path, source: str) -> Listed:
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return Listed(path, name.as_posix(), source)
+
+
+def _folder(root: Path, top: Path) -> Iterator[Listed | str]:
+    def fail(error: OSError) -> None:
+        failed.append(f"{shown(error.filename)}: {error.strerror}")
+
+    failed: list[str] = []
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and (folder + os.sep).startswith(os.path.realpath(path) + os.sep):
+                yield f"{shown(path)}: symbolic link to a folder that holds it"
+                folders.remove(name)
+        for name in files:
+            suffix = name.rpartition(".")[-1].lower() if "." in name else ""
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                yield _listed(root, Path(folder, name), shown(top))
+            elif suffix in UNREAD_SUFFIXES:
+                yield f"{shown(os.path.join(folder, name))}: .{suffix} images are not supported"
+    yield from failed
+
+
+def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as e:
+        yield f"{shown(file)}: {e.strerror}"
+        return
+    except UnicodeDecodeError as e:
+        yield f"{shown(file)}:{data.count(NEWLINE, 0, e.start) + 1}: not UTF-8 text (byte {data[e.start]:#04x})"
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        entry, source = line.strip(), f"{shown(file)}:{number}"
+        if not entry:
+            continue
+        if "\0" in entry or entry.rpartition(".")[-1].lower() not in IMAGE_SUFFIXES:
+            yield f"{source}: {entry[:80]!r} is no image of a supported kind"
+        elif not os.path.isabs(entry) and _escapes(root, file.parent, entry):
+            raise DataError(f"{source}: {entry} leads out of {shown(root)}")
+        else:
+            yield _listed(root, Path(os.path.normpath(file.parent / entry)), source)

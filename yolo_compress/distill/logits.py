@@ -1,0 +1,41 @@
+"""Soft labels for sigmoid heads.
+
+Shapes: logits_BCA (batch, classes, anchors), weight_BA.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-9
+
+
+def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
+    """Hinton's distillation loss (arXiv 1503.02531, section 2) in its binary form, one Bernoulli per class.
+
+    With p = sigmoid(z / T) the term of one class is T^2 * KL(p_teacher || p_student). Its gradient by the student's
+    logit is T * (p_student - p_teacher), and for large T that tends to (z_student - z_teacher) / 4: the T^2 keeps the
+    pull independent of T, so a temperature can be tried without tuning the weight again. The KL differs from binary
+    cross-entropy by the teacher's entropy, a constant, so that equal nets give 0.
+
+    Args:
+        student_BCA: Student's class logits.
+        teacher_BCA: Teacher's class logits, without gradient.
+        weight_BA: Weight of each anchor, such as the teacher's best score, so that background does not drown objects.
+        temperature: T >= 1.
+
+    Returns:
+        Scalar: the sum over classes, averaged over anchors by their weight.
+    """
+    target = (teacher_BCA / temperature).sigmoid()
+    cross = F.binary_cross_entropy_with_logits(student_BCA / temperature, target, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher_BCA / temperature, target, reduction="none")
+    divergence_BA = (cross - entropy).sum(dim=1) * temperature**2
+    return (divergence_BA * weight_BA).sum() / (weight_BA.sum() + EPSILON)
+
+
+def teacher_weight(teacher_BCA: Tensor) -> Tensor:
+    """The teacher's best class score of each anchor, (B, A) in 0..1."""
+    return torch.amax(teacher_BCA.sigmoid(), dim=1)

@@ -1,0 +1,59 @@
+"""Every failure a user can cause or mend, as one family; anything else that is raised is a bug and shows a traceback.
+
+A message says what failed, where (file, key, layer), the value got against the one expected, and what to do next.
+The exit codes are part of the interface: `make` and schedulers branch on them.
+"""
+
+
+class CompressError(Exception):
+    """Base of the family; printed as one line, without traceback."""
+
+    exit_code = 2
+
+
+class GateFailed(CompressError):
+    """The result is complete and written, but a gate (retention, latency, ...) says no."""
+
+    exit_code = 1
+
+
+class RecipeError(CompressError):
+    """A recipe, a command line or a combination of stages that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(CompressError):
+    """Images or labels that would make a number untrue."""
+
+    exit_code = 3
+
+
+class EnvironmentLacks(CompressError):
+    """A package, device, driver or file that this machine does not have."""
+
+    exit_code = 4
+
+
+class CorruptArtifact(CompressError):
+    """A checkpoint, engine or artefact whose bytes are not what was vouched for, or cannot be trusted."""
+
+    exit_code = 5
+
+
+class StorageError(CompressError):
+    """The disk or the file system said no (full, read-only, gone)."""
+
+    exit_code = 6
+
+
+class NumericsError(CompressError):
+    """NaN, infinity or a collapsed network."""
+
+    exit_code = 7
+
+
+class Locked(CompressError):
+    """Another run holds the store and the caller asked not to wait."""
+
+    exit_code = 75

@@ -1,0 +1,110 @@
+"""Accuracy of any backend: square (or the given) letterbox, confidence 0.001, NMS at IoU 0.7, mAP by pycocotools."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from yolo_compress.errors import DataError, NumericsError, RecipeError
+from yolo_compress.evaluate.coco import Truth, mean_ap
+from yolo_compress.runtime.backend import Backend
+from yolo_compress.runtime.detector import Detector
+from yolo_compress.runtime.errors import NotFinite
+from yolo_compress.runtime.pre import Letterbox, UnreadableImage, letterbox, read_image
+
+DYNAMIC_BATCH = 4  # images a call where the backend takes any number
+
+
+class ImageTruth(Truth, Protocol):
+    """Ground truth with the image's file; `data.Sample` is one."""
+
+    @property
+    def image(self) -> Path: ...
+
+
+def accuracy(
+    backend: Backend,
+    samples: Sequence[ImageTruth],
+    names: Sequence[str],
+    imgsz: tuple[int, int],
+    progress: Callable[[int], Any] | None = None,
+    *,
+    image_set: str | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Run the backend over the images and evaluate its detections.
+
+    Args:
+        backend: opened; stays open.
+        samples: images with ground truth.
+        names: classes of the data set; the backend's must be the same.
+        imgsz: height and width, px; the backend's must be the same.
+        progress: called with the number of images just finished.
+        image_set: digest of the samples, put into the result.
+        workers: threads that read images ahead; 0 reads in turn.
+
+    Returns:
+        what `coco.mean_ap` returns, and images (count), image_set, executed, detections (list of N6 arrays in px of the
+        original images, up to 300 each).
+
+    Raises:
+        RecipeError: backend and data set differ in classes or size.
+        DataError: an image that cannot be read or has another size than its sample says.
+        NumericsError: NaN or infinity in the output.
+    """
+    if tuple(backend.names) != tuple(names):
+        raise RecipeError(f"the model's classes are {list(backend.names)}, the data set's {list(names)}")
+    if tuple(backend.imgsz) != tuple(imgsz):
+        raise RecipeError(f"the model takes {list(backend.imgsz)} px, imgsz is {list(imgsz)}")
+    detector, detections = Detector(backend), list[np.ndarray]()
+    inputs = _read_ahead(samples, (int(imgsz[0]), int(imgsz[1])), workers)
+    while batch := list(islice(inputs, backend.batch or DYNAMIC_BATCH)):
+        try:
+            detections += detector.detect(batch)
+        except NotFinite as e:
+            raise NumericsError(f"{samples[len(detections)].image}: {e} (image or one of its batch)") from e
+        if progress is not None:
+            progress(len(batch))
+    return {
+        **mean_ap(samples, detections, names),
+        "images": len(samples),
+        "image_set": image_set,
+        "executed": backend.executed,
+        "detections": detections,
+    }
+
+
+def _load(sample: ImageTruth, imgsz: tuple[int, int]) -> tuple[np.ndarray, Letterbox]:
+    try:
+        image_HW3 = read_image(sample.image)
+    except UnreadableImage as e:
+        raise DataError(str(e)) from e
+    if image_HW3.shape[:2] != (sample.height, sample.width):
+        raise DataError(
+            f"{sample.image}: {image_HW3.shape[1]}x{image_HW3.shape[0]} px, {sample.width}x{sample.height} at preflight"
+        )
+    return letterbox(image_HW3, imgsz)
+
+
+def _read_ahead(
+    samples: Iterable[ImageTruth], imgsz: tuple[int, int], workers: int
+) -> Iterator[tuple[np.ndarray, Letterbox]]:
+    """Letterboxed inputs in order; with workers, a bounded number of images is held."""
+    if workers < 1:
+        for sample in samples:
+            yield _load(sample, imgsz)
+        return
+    waiting: deque[Future[tuple[np.ndarray, Letterbox]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for sample in samples:
+            waiting.append(pool.submit(_load, sample, imgsz))
+            if len(waiting) >= 2 * workers + DYNAMIC_BATCH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,122 @@
+"""mAP by pycocotools, the only door to it.
+
+Shape suffixes: N detections; a row is (x1, y1, x2, y2, score, class) in px of the original image. In pycocotools'
+precision array: T IoU thresholds, R recall points, K classes, A area ranges, M detection limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from yolo_compress.errors import DataError
+
+MAX_DETECTIONS = 100  # an image, best first: COCO's limit; NMS keeps up to 300, the rest is not counted here
+
+
+class Truth(Protocol):
+    """An image's ground truth; `data.Sample` is one. Boxes are (class, centre x, centre y, width, height), 0 to 1."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def boxes(self) -> tuple[tuple[int, float, float, float, float], ...]: ...
+
+
+def absolute_boxes(truth: Truth) -> np.ndarray:
+    """boxes_N5 (class, x1, y1, x2, y2) in px of the image."""
+    boxes_N5 = np.array(truth.boxes, np.float64).reshape(-1, 5)
+    size_4 = np.array([truth.width, truth.height, truth.width, truth.height], np.float64)
+    half_N2 = boxes_N5[:, 3:5] / 2
+    corners_N4 = np.concatenate([boxes_N5[:, 1:3] - half_N2, boxes_N5[:, 1:3] + half_N2], axis=1)
+    return np.concatenate([boxes_N5[:, :1], corners_N4 * size_4], axis=1)
+
+
+def mean_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, Any]:
+    """COCO's box AP over all areas, at most 100 detections an image, areas taken from the boxes.
+
+    Args:
+        truths: one an image.
+        detections: one N6 array an image, in the same order.
+        names: of the classes.
+
+    Returns:
+        map50_95 and map50 (fractions, mean over the classes that have ground truth), per_class and per_class_50
+        ({name: AP, or None where there is no ground truth}), counts ({name: boxes}). No detections at all is 0.0.
+
+    Raises:
+        DataError: no ground truth at all, names that repeat, or a class out of range.
+        ValueError: a different number of truths and detections.
+    """
+    if len(truths) != len(detections):
+        raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
+    if len(set(names)) != len(names):
+        raise DataError(f"class names repeat: {sorted(name for name, n in Counter(names).items() if n > 1)}")
+    counted = Counter(int(box[0]) for truth in truths for box in truth.boxes)
+    if not counted:
+        raise DataError(f"no ground truth in {len(truths)} images, mAP is undefined")
+    if min(counted) < 0 or max(counted) >= len(names):
+        raise DataError(f"ground truth of classes {sorted(counted)}, but there are {len(names)} names")
+    precision_TRK = _precision(truths, detections, len(names))
+    ap_TK = np.where(precision_TRK > -1, precision_TRK, np.nan).mean(axis=1)  # -1 marks classes without ground truth
+    present_K = [k for k in range(len(names)) if counted[k]]
+    return {
+        "map50_95": float(ap_TK[:, present_K].mean()),
+        "map50": float(ap_TK[0, present_K].mean()),
+        "per_class": {name: float(ap_TK[:, k].mean()) if counted[k] else None for k, name in enumerate(names)},
+        "per_class_50": {name: float(ap_TK[0, k]) if counted[k] else None for k, name in enumerate(names)},
+        "counts": {name: counted[k] for k, name in enumerate(names)},
+    }
+
+
+def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int) -> np.ndarray:
+    """precision_TRK of COCOeval, over all areas and at MAX_DETECTIONS; its prints are swallowed."""
+    from pycocotools.cocoeval import COCOeval
+
+    boxes = [absolute_boxes(truth) for truth in truths]
+    actual = [np.insert(b[:, 1:5], 4, 1.0, axis=1) for b in boxes]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _coco([np.insert(a, 5, b[:, 0], axis=1) for a, b in zip(actual, boxes, strict=True)], classes)
+        evaluation = COCOeval(truth, _coco(detections, classes), "bbox")
+        evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+
+
+def _coco(rows: Sequence[np.ndarray], classes: int) -> Any:
+    """A COCO object of rows (xyxy, score, class) per image."""
+    from pycocotools.coco import COCO
+
+    annotations: list[dict[str, Any]] = []
+    for image, boxes_N6 in enumerate(rows):
+        for x1, y1, x2, y2, score, label in np.asarray(boxes_N6, np.float64).reshape(-1, 6).tolist():
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # 0 would read as "unmatched" in COCOeval
+                    "image_id": image,
+                    "category_id": int(label),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "score": score,
+                }
+            )
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image} for image in range(len(rows))],
+        "categories": [{"id": k} for k in range(classes)],
+        "annotations": annotations,
+    }
+    coco.createIndex()
+    return coco

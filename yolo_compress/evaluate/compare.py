@@ -1,0 +1,40 @@
+"""How far two backends are apart on the same inputs, before any NMS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from yolo_compress.errors import NumericsError
+from yolo_compress.runtime.backend import Backend
+
+
+def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndarray]) -> dict[str, float]:
+    """Largest difference over all anchors of all images.
+
+    Args:
+        first, second: backends of equal classes and imgsz, both taking a batch of one.
+        images: letterboxed chw_3HW float32 arrays.
+
+    Returns:
+        scores (class scores, 0 to 1), boxes_px (centre, width, height, letterboxed px), images (count).
+
+    Raises:
+        NumericsError: either output is not finite.
+        ValueError: no images, or outputs of different shape.
+    """
+    scores = boxes = 0.0
+    count = 0
+    for chw_3HW in images:
+        outputs = [backend(chw_3HW[None]).astype(np.float64)[0] for backend in (first, second)]
+        if outputs[0].shape != outputs[1].shape:
+            raise ValueError(f"outputs {outputs[0].shape} and {outputs[1].shape} cannot be compared")
+        if not all(np.isfinite(output).all() for output in outputs):
+            raise NumericsError(f"image {count}: NaN or infinity in the output of {first.executed} or {second.executed}")
+        apart_CA = np.abs(outputs[0] - outputs[1])
+        boxes, scores = max(boxes, float(apart_CA[:4].max())), max(scores, float(apart_CA[4:].max()))
+        count += 1
+    if not count:
+        raise ValueError("no images to compare on")
+    return {"scores": scores, "boxes_px": boxes, "images": float(count)}

@@ -1,0 +1,101 @@
+"""A torch module as a Backend, so that its row is measured by the same code as the engines' rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.runtime.backend import check_input
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class TorchBackend:
+    """A detector whose eval forward gives y or (y, ...), y [B, 4 + nc, A] with boxes in letterboxed px.
+
+    Args:
+        module: not changed; a copy is run where device, type or mode differ. Fused or not, as the caller has it.
+        names: of the classes.
+        imgsz: height and width, px.
+        device: "cpu" or "cuda:0" and so on.
+        precision: fp32 or fp16. fp16 on a CPU is whatever torch makes of half convolutions there.
+        threads: of the CPU, for the whole process (torch knows no other); None leaves them.
+
+    Raises:
+        RecipeError: int8, which has no torch row.
+        EnvironmentLacks: the device is not there.
+    """
+
+    batch: int | None = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        imgsz: tuple[int, int],
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        if precision not in _DTYPES:
+            raise RecipeError(f"torch backend: precision {precision!r}, one of {', '.join(_DTYPES)} expected")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise EnvironmentLacks(f"device {device}: torch {torch.__version__} sees no GPU; use cpu, or install a driver")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.names, self.imgsz, self.precision = tuple(names), (int(imgsz[0]), int(imgsz[1])), precision
+        self.threads = torch.get_num_threads()
+        self._device, self._dtype = torch.device(device), _DTYPES[precision]
+        self._module = self._prepared(module)
+
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        ready = not module.training and all(
+            p.device.type == self._device.type and p.dtype == self._dtype for p in module.parameters()
+        )
+        return module if ready else copy.deepcopy(module).to(self._device, self._dtype).eval()
+
+    @property
+    def executed(self) -> str:
+        """Parameter type on which device; torch does not convert behind the caller's back."""
+        return f"{self.precision} ({self._device})" if self._device.type != "cpu" else self.precision
+
+    @torch.no_grad()
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        output = self._module(images)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+    def _tensor(self, images_BCHW: np.ndarray) -> torch.Tensor:
+        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        return torch.from_numpy(images_BCHW).to(self._device, self._dtype)
+
+    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+        output = self._forward(self._tensor(images_BCHW)).float().cpu().numpy()
+        if output.ndim != 3 or output.shape[1] != 4 + len(self.names):
+            raise RecipeError(f"the model gives {list(output.shape)}, [B, {4 + len(self.names)}, anchors] expected")
+        return output
+
+    def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
+        """One forward on images that lie on the device already; waits for the GPU."""
+        images = self._tensor(images_BCHW)
+
+        def run() -> None:
+            self._forward(images)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+
+        return run
+
+    def __enter__(self) -> TorchBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._module

@@ -1,0 +1,69 @@
+"""A torch module in a measuring process of its own, served by `runtime.latency` like an engine.
+
+`spec` writes the module beside a hash and returns the spec for `measure_in_turn`; `python -m
+yolo_compress.evaluate.torch_latency` opens it. So `runtime` needs to know nothing of torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.hardening import harden
+from yolo_compress.runtime.backend import EngineError, sha256_file
+from yolo_compress.runtime.latency import main
+
+MODULE = "yolo_compress.evaluate.torch_latency"
+
+
+def spec(
+    module: nn.Module,
+    names: Sequence[str],
+    imgsz: tuple[int, int],
+    directory: Path,
+    device: str = "cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Pickle the whole module into `directory` (scratch, removed by the caller) and describe it.
+
+    Args:
+        options: other keys of a latency spec (inputs, warmup_ms, quick, label, ...).
+    """
+    file = directory / f"torch-{precision}.pt"
+    torch.save(module, file)
+    return {
+        **options,
+        "module": MODULE,
+        "checkpoint": str(file),
+        "sha256": sha256_file(file),
+        "names": list(names),
+        "imgsz": list(imgsz),
+        "device": device,
+        "precision": precision,
+        "threads": threads,
+    }
+
+
+def open_spec(described: dict[str, Any]) -> TorchBackend:
+    """Unpickle what `spec` wrote, after its hash was compared: a pickle runs code."""
+    file = Path(described["checkpoint"])
+    if sha256_file(file) != described["sha256"]:
+        raise EngineError(f"{file}: sha256 is not the one that its writer gave; not loaded")
+    harden()
+    module = torch.load(file, map_location="cpu", weights_only=False)
+    height, width = described["imgsz"]
+    return TorchBackend(
+        module, described["names"], (height, width), described["device"], described["precision"], described["threads"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(open_spec))

@@ -1,0 +1,92 @@
+"""One image file: is it whole, of a kind that OpenCV decodes to the same pixels, and how large is it once decoded.
+
+Pillow decodes each file once, fully. The kinds accepted are those for which cv2.imdecode (5.0.0) was compared with
+Pillow: PNG, JPEG, BMP, TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha dropped)
+or CMYK.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FORMATS = frozenset({"AVIF", "BMP", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP"})
+MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+UPRIGHT_ONLY = frozenset({"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"})  # versions of OpenCV differ in obeying EXIF here
+MIN_SIDE_PX = 10  # Ultralytics drops smaller images
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk and its checksum
+MAX_PIXELS = 100_000_000  # 300 MB once decoded; larger ones are bombs or want tiling
+
+
+class Finding(ValueError):
+    """Why an image cannot be used."""
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Pillow's warnings (large or oddly tagged images) off: `probe` turns what matters into findings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def probe(data: bytes) -> tuple[int, int]:
+    """Width and height in px of the encoded image `data` as cv2.imread returns it, EXIF orientation applied.
+
+    Raises:
+        Finding: why the image cannot be used.
+    """
+    from PIL import Image
+
+    if not data:
+        raise Finding("empty file")
+    if data.lstrip()[:1] == b"<" and b"<html" in data[:1024].lower():
+        raise Finding("an HTML page, not an image")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _checked(image, data)
+    except Image.DecompressionBombError:
+        raise Finding(f"over {MAX_PIXELS // 1_000_000} million pixels") from None
+    except Image.UnidentifiedImageError:
+        raise Finding("not an image of a known format") from None
+    except Finding:
+        raise
+    except Exception as e:  # decoders of hostile files raise anything: SyntaxError, struct.error, KeyError, ...
+        raise Finding(f"corrupt image ({' '.join(str(e).split())[:100] or type(e).__name__})") from e
+
+
+def _checked(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+    kind, (width, height) = image.format, image.size
+    if kind not in FORMATS:
+        raise Finding(f"{kind} images are not supported")
+    if width * height > MAX_PIXELS:
+        raise Finding(f"{width} x {height} is over {MAX_PIXELS // 1_000_000} million pixels")
+    if min(width, height) < MIN_SIDE_PX:
+        raise Finding(f"{width} x {height}, smaller than {MIN_SIDE_PX} px")
+    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # an MPO is a camera's JPEG with a preview behind it
+        raise Finding(f"{image.n_frames} frames; one image per file is needed")
+    if _bits(image, data) > 8 or image.mode not in MODES:
+        raise Finding(f"{kind} of mode {image.mode}, {_bits(image, data)} bits a channel; convert it to 8-bit RGB")
+    turned = image.getexif().get(274, 1)  # EXIF Orientation; 5 to 8 swap width and height
+    if turned not in (0, 1) and kind in UPRIGHT_ONLY:
+        raise Finding(f"{kind} with EXIF orientation {turned}, which decoders treat differently; save it upright")
+    try:
+        image.load()
+    except Exception as e:
+        raise Finding(f"corrupt image ({' '.join(str(e).split())[:100] or type(e).__name__})") from e
+    if kind == "JPEG" and not data.endswith(b"\xff\xd9"):  # Ultralytics would rewrite the user's file in place
+        raise Finding("no end-of-image marker at its end: cut short or with bytes behind it; save it again")
+    if kind == "PNG" and PNG_END not in data:
+        raise Finding("corrupt image (no end chunk)")
+    return (height, width) if turned in (5, 6, 7, 8) else (width, height)
+
+
+def _bits(image, data: bytes) -> int:  # type: ignore[no-untyped-def]
+    """Bits a channel as stored; Pillow opens 16-bit RGB as if it had 8."""
+    if image.format == "PNG":
+        return data[24]  # IHDR bit depth
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)

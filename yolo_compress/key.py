@@ -1,0 +1,82 @@
+"""What identifies an artefact: the canonical form of its key, the hash of that, and the difference between two keys."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NOT_SET = "not set"
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, shortest floats that round-trip.
+
+    Raises:
+        ValueError: a NaN or an infinity, which have no JSON form.
+        TypeError: something JSON lacks, or a key that is no string (1 and "1" would become the same).
+    """
+    _refuse_unhashable(value, "")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _refuse_unhashable(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r} of {where or 'the mapping'} is {type(key).__name__}, expected str")
+            _refuse_unhashable(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _refuse_unhashable(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not abs(value) < float("inf"):
+        raise ValueError(f"{where or 'the value'} is {value}, and JSON has finite numbers only")
+
+
+def fingerprint(key: Mapping[str, Any]) -> str:
+    """SHA-256 (64 hex digits) of the canonical form."""
+    return hashlib.sha256(canonical(key).encode()).hexdigest()
+
+
+def explain(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """What differs between two keys, one line a field, old value first: `qat.epochs: 5 -> 10`.
+
+    The fields of `config` carry the stage's name, as they do in a recipe and on the command line.
+    """
+    stage = str(new.get("stage", "config"))
+    before, after = _flatten(old, stage), _flatten(new, stage)
+    return [
+        f"{name}: {_show(before.get(name))} -> {_show(after.get(name))}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _flatten(key: Mapping[str, Any], stage: str) -> dict[str, str]:
+    """Leaves by dotted path, as canonical JSON: True and 1, or 1 and 1.0, differ here as they do in the hash."""
+    leaves: dict[str, str] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, item in value.items():
+                walk(item, (*path, name))
+        else:
+            leaves[".".join(path)] = canonical(value)
+
+    for name, value in key.items():
+        if name != "config":
+            walk(value, (name,))
+        elif isinstance(value, Mapping) and stage in value:
+            walk(value, ())
+        else:
+            walk(value, (stage,))
+    return leaves
+
+
+def _show(leaf: str | None) -> str:
+    if leaf is None:
+        return NOT_SET
+    value = json.loads(leaf)
+    if not isinstance(value, str):
+        return leaf
+    return value[:6] if re.fullmatch(r"[0-9a-f]{32,}", value) else value

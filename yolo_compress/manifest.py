@@ -1,0 +1,184 @@
+"""What vouches for an artefact: the manifest beside the payload, and the check of one against the other."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from yolo_compress.errors import CorruptArtifact
+from yolo_compress.key import canonical, fingerprint
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+WORK = "work"
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file of any size, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_inside(name: str) -> bool:
+    """Whether a manifest's file name stays inside its folder, in the one spelling `publish` would give it."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+        and "\0" not in name
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record that makes a directory an artefact.
+
+    `key` is the mapping that was hashed to `fingerprint`; `files` maps each payload file (relative, `/`) to its
+    `sha256` and `size` in bytes; `seconds` is the time the stage took; `created` is ISO 8601 in UTC, for people only.
+    """
+
+    schema: int
+    stage: str
+    version: int
+    fingerprint: str
+    key: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    metrics: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: float
+    created: str
+
+    def to_json(self) -> str:
+        """Text of the manifest with a checksum over all of it, so that a flipped digit in a metric is noticed too.
+
+        Raises:
+            ValueError: NaN or infinity in a metric.
+        """
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        checksum = hashlib.sha256(canonical(content).encode()).hexdigest()
+        return json.dumps({**content, "checksum": checksum}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: no manifest, of another schema, not as written, or with a file name that leaves the folder.
+        """
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, expected an object")
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"schema is {content.get('schema')!r}, this version reads {SCHEMA}")
+        checksum = content.pop("checksum", None)
+        if checksum != hashlib.sha256(canonical(content).encode()).hexdigest():
+            raise ValueError("its checksum does not match its content")
+        names = {field.name for field in fields(cls)}
+        if content.keys() != names:
+            raise ValueError(f"fields differ from the schema's: {', '.join(sorted(content.keys() ^ names))}")
+        manifest = cls(**content)
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        for field in ("key", "files", "metrics", "environment"):
+            if not isinstance(getattr(self, field), dict):
+                raise ValueError(f"{field} is no object")
+        if fingerprint(self.key) != self.fingerprint:
+            raise ValueError("its fingerprint is not that of its key")
+        for name, entry in self.files.items():
+            if not is_inside(name) or name == MANIFEST:
+                raise ValueError(f"lists the file {name!r}, which is not inside its folder")
+            if not isinstance(entry, dict) or not {"sha256", "size"} <= entry.keys():
+                raise ValueError(f"entry of {name!r} lacks sha256 or size")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published directory."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def stage(self) -> str:
+        return self.manifest.stage
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest.metrics
+
+    def file(self, name: str) -> Path:
+        """Path of a payload file.
+
+        Raises:
+            CorruptArtifact: the manifest does not vouch for such a file.
+        """
+        if name not in self.manifest.files:
+            there = ", ".join(sorted(self.manifest.files)) or "none"
+            raise CorruptArtifact(
+                f"{self.path} has no file {name} in its manifest (it lists: {there}). {mend(self.path)}"
+            )
+        return self.path / name
+
+
+def mend(path: Path) -> str:
+    return f"Delete it (rm -r '{path}') and run the same command again; `yolo-compress gc` drops what no recipe needs"
+
+
+def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest.from_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{path} is missing. {mend(directory)}") from None
+    except ValueError as error:
+        raise CorruptArtifact(f"{path} is no sound manifest: {error}. {mend(directory)}") from error
+    for field, got, expected in (("stage", manifest.stage, stage), ("fingerprint", manifest.fingerprint, fingerprint)):
+        if expected is not None and got != expected:
+            raise CorruptArtifact(f"{path}: {field} is {got}, its place is that of {expected}. {mend(directory)}")
+    return Artifact(directory, manifest)
+
+
+def payload(directory: Path, without_work: bool = False) -> Iterator[str]:
+    """Relative names of all files but the manifest, sorted; directories alone do not count."""
+    for folder, subfolders, files in os.walk(directory, onerror=_raise):
+        top = folder == os.fspath(directory)
+        if top and without_work and WORK in subfolders:
+            subfolders.remove(WORK)
+        subfolders.sort()
+        for name in sorted(files) + [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:
+            if not (top and name == MANIFEST):
+                yield Path(folder, name).relative_to(directory).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def verify_payload(artifact: Artifact, there: set[str]) -> None:
+    for name, entry in artifact.manifest.files.items():
+        path = artifact.path / name
+        if name not in there or path.is_symlink() or not path.is_file():
+            fault = "is missing or no regular file"
+        elif (size := path.stat().st_size) != entry["size"]:
+            fault = f"has {size} bytes, its manifest says {entry['size']}"
+        elif (found := sha256_file(path)) != entry["sha256"]:
+            fault = f"has SHA-256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
+        else:
+            continue
+        raise CorruptArtifact(f"{path} {fault}. {mend(artifact.path)}")
+    if extra := sorted(there - artifact.manifest.files.keys()):
+        raise CorruptArtifact(f"{artifact.path / extra[0]} is not listed in the manifest. {mend(artifact.path)}")

@@ -1,0 +1,311 @@
+"""The whole chain on one screen: which stage needs which, what is up to date, and what runs.
+
+A fingerprint is known before anything runs: it covers the stage, its version, its section of the recipe, the
+fingerprints of its inputs, the digest of the data and, for `engine` and `bench`, this machine and its engine libraries.
+So fingerprints decide what is run again, not times of files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_compress import environment, progress
+from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
+from yolo_compress.atomic import require_free
+from yolo_compress.data import Dataset, load, recheck
+from yolo_compress.errors import CompressError, RecipeError
+from yolo_compress.recipe import Recipe
+from yolo_compress.weights import FOLDER, find_weights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the chain.
+
+    Attributes:
+        needs: Stages whose artefacts are its inputs.
+        stand_in: The stage whose artefact takes its place where the recipe leaves it out; None: it cannot be left out.
+        version: Goes up when the same config would now give other bytes.
+        trains: Every rank of a distributed run takes part.
+        machine: This machine and its engine libraries are part of the fingerprint.
+    """
+
+    needs: tuple[str, ...] = ()
+    stand_in: str | None = None
+    version: int = 1
+    trains: bool = False
+    machine: bool = False
+
+
+STAGES: dict[str, Stage] = {
+    "baseline": Stage(trains=True),
+    "teacher": Stage(stand_in="baseline", trains=True),
+    "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
+    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", trains=True),
+    "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True),
+    "qat": Stage(("distill",), stand_in="distill", trains=True),
+    "export": Stage(("baseline", "distill", "qat")),
+    "engine": Stage(("export",), machine=True),
+    "bench": Stage(("engine", "baseline", "distill"), machine=True),
+    "report": Stage(("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench")),
+}
+
+FREE_MIB = 512  # a stage does not start on a disk with less
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of a recipe with everything that decides its result."""
+
+    stage: str
+    key: dict[str, Any]
+    inputs: dict[str, str]  # need -> the stage that provides it in this recipe
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.key)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status` says of one stage."""
+
+    stage: str
+    state: str  # "up to date", "stale", "missing", "interrupted", "blocked" or "left out"
+    why: tuple[str, ...] = ()
+
+
+def provider(recipe: Recipe, stage: str) -> str:
+    """The stage whose artefact serves as `stage` in this recipe.
+
+    Raises:
+        RecipeError: The recipe leaves out a stage that nothing stands in for.
+    """
+    while getattr(recipe, stage) is None:
+        stand_in = STAGES[stage].stand_in
+        if stand_in is None:
+            raise RecipeError(
+                f"recipe {recipe.name} has no section `{stage}:`, which this needs; `{stage}: {{}}` takes defaults"
+            )
+        stage = stand_in
+    return stage
+
+
+def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
+    """What `target` takes, in the order of work."""
+    planned: dict[str, Planned] = {}
+
+    def visit(stage: str) -> None:
+        if stage in planned:
+            return
+        row = STAGES[stage]
+        inputs = {need: provider(recipe, need) for need in row.needs}
+        for source in inputs.values():
+            visit(source)
+        key = {
+            "stage": stage,
+            "version": row.version,
+            "config": _config(recipe, stage),
+            "inputs": {need: planned[source].fingerprint for need, source in inputs.items()},
+            "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
+            "seed": recipe.run.seed,
+        }
+        if row.machine:
+            key["machine"] = {
+                "cpu": environment.cpu_name(),
+                "libraries": {
+                    name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
+                },
+            }
+        planned[stage] = Planned(stage, key, inputs)
+
+    visit(provider(recipe, target))
+    return planned
+
+
+def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The section as it counts: given weights by their bytes, and then nothing of how one would train."""
+    config = getattr(recipe, stage).model_dump(mode="json")
+    if config.get("weights") is not None:
+        return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
+    return config
+
+
+def load_dataset(recipe: Recipe, store: Store) -> Dataset:
+    """The recipe's data set after the preflight; what was left out is said."""
+    data = recipe.data
+    dataset = load(
+        data.yaml,
+        on_bad=data.on_bad,
+        allow_overlap=data.allow_overlap,
+        limit_train=data.limit_train,
+        limit_val=data.limit_val,
+        cache=store.root / ".cache" / "data.json",
+    )
+    if dataset.skipped:
+        progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
+        for finding in dataset.skipped[:10]:
+            progress.say(f"  {finding}")
+    return dataset
+
+
+def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool = True, again: bool = False) -> Artifact:
+    """Bring `target` up to date and return its artefact; what is published already is reused.
+
+    Args:
+        recipe: As `recipe.load` gives it.
+        target: A key of `STAGES`.
+        store: Where artefacts are; `weights/` of the working directory by default.
+        wait: Wait for another run that holds the store; False raises `Locked`.
+        again: Do `target` once more although it is up to date.
+
+    Raises:
+        CompressError: Whatever a user can mend.
+    """
+    store = store or Store(FOLDER)
+    if _rank() == 0:
+        with store.lock(f"{target} of recipe {recipe.name}", wait):
+            return _run(recipe, target, store, again)
+    return _run(recipe, target, store, again=False)
+
+
+def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
+    dataset = load_dataset(recipe, store)
+    artifacts: dict[str, Artifact] = {}
+    last = provider(recipe, target)
+    for stage, planned in plan(recipe, dataset, target).items():
+        if again and stage == last:
+            store.discard(stage, planned.fingerprint)
+        found = store.find(stage, planned.fingerprint)
+        if found:
+            progress.say(f"{stage}: up to date")
+        artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store)
+        if _rank() == 0:
+            store.link(recipe.name, artifacts[stage])
+    return artifacts[last]
+
+
+def _execute(
+    recipe: Recipe, planned: Planned, dataset: Dataset, artifacts: Mapping[str, Artifact], store: Store
+) -> Artifact:
+    from yolo_compress.stages import Job  # torch-free, but only needed when something runs
+
+    stage = planned.stage
+    if _rank() != 0 and not STAGES[stage].trains:
+        return _await(store, planned)
+    inputs = {need: artifacts[source] for need, source in planned.inputs.items()}
+    for artifact in inputs.values():
+        store.verify(artifact)
+    partial = store.partial(stage, planned.fingerprint)
+    require_free(store.root, FREE_MIB, f"stage {stage}")
+    progress.say(f"{stage}: running")
+    started = time.monotonic()
+    with _output(partial) as out:
+        job = Job(getattr(recipe, stage), recipe, dataset, inputs, out, partial / "work")
+        metrics = importlib.import_module(f"yolo_compress.stages.{stage}").run(job)
+    if _rank() != 0:
+        return _await(store, planned)
+    recheck(dataset)
+    seconds = time.monotonic() - started
+    artifact = store.publish(stage, planned.fingerprint, planned.key, metrics, environment.describe(), seconds)
+    progress.say(f"{stage}: done in {seconds:.0f} s -> {artifact.path}")
+    return artifact
+
+
+class _output:
+    """The folder a stage writes into: emptied but for `work` on rank 0, a scratch folder on the other ranks."""
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+        self.scratch: Path | None = None
+
+    def __enter__(self) -> Path:
+        (self.partial / "work").mkdir(exist_ok=True)
+        if _rank() != 0:
+            self.scratch = Path(tempfile.mkdtemp())
+            return self.scratch
+        for entry in self.partial.iterdir():
+            if entry.name != "work":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        return self.partial
+
+    def __exit__(self, *error: object) -> None:
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
+def _await(store: Store, planned: Planned) -> Artifact:
+    """Other ranks wait for rank 0 to publish; torchrun ends them when rank 0 fails."""
+    while not (found := store.find(planned.stage, planned.fingerprint)):
+        time.sleep(0.5)
+    return found
+
+
+def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
+    """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
+    store = store or Store(FOLDER)
+    dataset = load_dataset(recipe, store)
+    for stage in STAGES:
+        if getattr(recipe, stage) is None:
+            try:
+                yield Status(stage, "left out", (f"{provider(recipe, stage)} takes its place",))
+            except RecipeError:
+                yield Status(stage, "left out")
+            continue
+        try:
+            planned = plan(recipe, dataset, stage)[stage]
+            found = store.find(stage, planned.fingerprint)
+            linked = store.linked(recipe.name, stage)
+        except CompressError as error:
+            yield Status(stage, "blocked", (str(error),))
+            continue
+        if found:
+            drift = _drift(found) if STAGES[stage].trains else ()
+            yield Status(stage, "up to date", drift)
+        elif store.directory(stage, planned.fingerprint).with_suffix(".partial").is_dir():
+            yield Status(stage, "interrupted", ("continues where it stopped",))
+        elif linked:
+            yield Status(stage, "stale", tuple(explain(planned.key, linked.manifest.key)))
+        else:
+            yield Status(stage, "missing")
+
+
+def _drift(artifact: Artifact) -> tuple[str, ...]:
+    """Library versions that differ from those that made the artefact; they do not make it stale."""
+    made = artifact.manifest.environment.get("packages", {})
+    now = environment.describe()["packages"]
+    return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])
+
+
+def referred(store: Store) -> set[str]:
+    """Fingerprints that friendly names lead to, with everything they were made from: what `gc` keeps."""
+    waiting = [
+        artifact
+        for folder in store.root.iterdir()
+        if folder.is_dir() and folder != store.folder
+        for stage in STAGES
+        if (artifact := store.linked(folder.name, stage))
+    ]
+    known: dict[str, Artifact] = {}
+    while waiting:
+        artifact = waiting.pop()
+        if artifact.fingerprint in known:
+            continue
+        known[artifact.fingerprint] = artifact
+        for stage in STAGES:
+            for parent in artifact.manifest.key["inputs"].values():
+                if found := store.find(stage, parent):
+                    waiting.append(found)
+    return set(known)

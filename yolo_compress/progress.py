@@ -1,0 +1,228 @@
+"""The one way the package shows that it is alive: rich bars on a terminal, plain lines elsewhere, all on stderr.
+
+`YOLO_COMPRESS_PROGRESS=off` silences both. Stdout belongs to results (`result`). A reader that went away (`| head`)
+ends the output, never the run.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PLAIN_SECONDS = 10.0  # a log of a night's training stays readable
+PLAIN_PARTS = 10
+REFRESH_PER_SECOND = 2  # each refresh takes the interpreter for some milliseconds: at 2 Hz well under 1 % of a training
+
+_open_bars: list["_PlainBar"] = []
+_live: "Progress | None" = None
+_last_line = 0.0  # monotonic time of the last plain line of any bar
+
+
+def say(text: str) -> None:
+    """One line to stderr, above the bars if there are any."""
+    if not _silent():
+        notice(text)
+
+
+def notice(text: str) -> None:
+    """One line to stderr, even if progress is off: for what a user must know (why nothing moves, what was skipped)."""
+    if _live is not None:
+        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        _write(sys.stderr, text + "\n")
+
+
+def result(text: str) -> None:
+    """One line to stdout, the program's answer; quiet when nobody reads it any more."""
+    _write(sys.stdout, text + "\n")
+
+
+@contextmanager
+def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows the progress of a loop; bars may be nested (epochs outside, batches inside).
+
+    Args:
+        description: what is going on, such as "sparsify".
+        total: steps of the whole loop.
+        unit: what a step is, such as "epochs".
+        done: steps an earlier run has done; they do not count for the estimate of the time left.
+
+    Yields:
+        `advance(n=1, **fields)`, which counts n steps and shows the fields by name (`box=1.23 kd=0.5`).
+    """
+    if _silent():
+        yield lambda n=1, **fields: None
+    elif _live is not None or _is_terminal(sys.stderr):
+        with _rich_bar(description, total, unit, done) as advance:
+            yield advance
+    else:
+        with _plain_bar(description, total, unit, done) as advance:
+            yield advance
+
+
+def _silent() -> bool:
+    return os.environ.get("YOLO_COMPRESS_PROGRESS", "").lower() == "off"
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # closed
+        return False
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Writes and flushes; once the reader is gone the descriptor leads to nowhere, so that the exit is quiet too."""
+    if stream is None:  # started with the descriptor closed
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except UnicodeEncodeError:
+        _write(stream, text.encode("ascii", "backslashreplace").decode())
+    except ValueError:
+        if not stream.closed:
+            raise
+    except OSError:
+        _redirect_to_nowhere(stream)
+
+
+def _redirect_to_nowhere(stream: TextIO) -> None:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return  # not a real file: nothing is flushed at exit
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _seconds(value: float) -> str:
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _show(fields: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items()
+    )
+
+
+class _PlainBar:
+    """Lines for logs: the outermost bar at each tenth, any bar when nothing was written for ten seconds."""
+
+    def __init__(self, description: str, total: int, unit: str, done: int) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.first = self.done = self.shown = done
+        self.fields: dict[str, Any] = {}
+        self.start = time.monotonic()
+        self.nested = bool(_open_bars)
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self.done += n
+        self.fields.update(fields)
+        tenth = not self.nested and 0 < self.total <= (self.done - self.shown) * PLAIN_PARTS
+        if tenth or time.monotonic() - _last_line >= PLAIN_SECONDS:
+            self.show()
+
+    def show(self) -> None:
+        global _last_line
+        self.shown, _last_line = self.done, time.monotonic()
+        _write(sys.stderr, self.line(_last_line - self.start) + "\n")
+
+    def line(self, elapsed: float) -> str:
+        names = " / ".join(bar.description for bar in [*(b for b in _open_bars if b is not self), self])
+        share = f" ({self.done / self.total:.0%})" if self.total > 0 else ""
+        count = f"{self.done}/{self.total} {self.unit}".rstrip()
+        text = f"{names}: {count}{share}, {_seconds(elapsed)} elapsed"
+        new, left = self.done - self.first, self.total - self.done
+        if new > 0 and left > 0:
+            text += f", {_seconds(elapsed / new * left)} left"
+        return f"{text}  {_show(self.fields)}".rstrip()
+
+
+@contextmanager
+def _plain_bar(description: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    global _last_line
+    plain = _PlainBar(description, total, unit, done)
+    if not plain.nested:
+        _last_line = plain.start
+    _open_bars.append(plain)
+    try:
+        yield plain.advance
+        if not plain.nested and plain.shown != plain.done:
+            plain.show()
+    finally:
+        _open_bars.remove(plain)
+
+
+class _Quiet:
+    """Stderr for rich, whose refresh thread would otherwise show a traceback when the terminal goes away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        _write(self.stream, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """`write` has flushed."""
+
+
+@contextmanager
+def _rich_bar(description: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    global _live
+    outermost = _live is None
+    live = _live or _new_live()
+    _live = live
+    fields: dict[str, Any] = {}
+    task = live.add_task(description, total=total, completed=done, unit=unit, fields="")
+
+    def advance(n: int = 1, **new: Any) -> None:
+        fields.update(new)
+        live.update(task, advance=n, fields=_show(fields))
+
+    try:
+        if outermost:
+            live.start()
+        yield advance
+    finally:
+        if outermost:
+            _live = None
+            live.stop()
+        else:
+            live.remove_task(task)
+
+
+def _new_live() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}", markup=False),
+        console=Console(file=_Quiet(sys.stderr), force_terminal=True),  # type: ignore[arg-type]
+        refresh_per_second=REFRESH_PER_SECOND,
+        redirect_stdout=False,
+    )

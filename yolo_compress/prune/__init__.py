@@ -1,0 +1,1 @@
+"""Channel pruning of YOLOv8: dependency groups, importance, budget, surgery, recovery."""

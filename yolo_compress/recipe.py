@@ -1,0 +1,308 @@
+"""The recipe: a YAML file with one section a stage, read strictly and checked as a whole before any work.
+
+A stage whose section is absent (or null) passes its input through; an empty one (`distill: {}`) takes the defaults.
+The order of work is fixed by the pipeline, not by the file. Nothing here imports torch: `status` answers in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from . import strict_yaml
+from .errors import RecipeError
+from .explain import allowed, did_you_mean, got, nearest, takes_text
+from .sections import (
+    BenchConfig,
+    DataConfig,
+    DistillConfig,
+    EngineConfig,
+    ExportConfig,
+    PruneConfig,
+    QatConfig,
+    ReportConfig,
+    RunConfig,
+    Section,
+    SourceConfig,
+    SparsifyConfig,
+    TrainConfig,
+)
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "run": RunConfig,
+    "teacher": SourceConfig,
+    "baseline": SourceConfig,
+    "sparsify": SparsifyConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "qat": QatConfig,
+    "export": ExportConfig,
+    "engine": EngineConfig,
+    "bench": BenchConfig,
+    "report": ReportConfig,
+}
+__all__ = [
+    "SECTIONS", "BenchConfig", "DataConfig", "DistillConfig", "EngineConfig", "ExportConfig", "PruneConfig",
+    "QatConfig", "Recipe", "ReportConfig", "RunConfig", "SourceConfig", "SparsifyConfig", "TrainConfig", "check_key",
+    "load", "names", "options",
+]  # fmt: skip
+
+ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
+_COMMAND_LINE = "command line"
+_NAME = re.compile(
+    r"(?!store\Z)[^\W_][^/\\]*\Z"
+)  # weights/NAME holds the links of a recipe, weights/store all artefacts
+
+
+class Recipe(Section):
+    """A whole recipe, as `load` gives it: the sections of the file plus its `name`."""
+
+    name: str
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    teacher: SourceConfig | None = None
+    baseline: SourceConfig
+    sparsify: SparsifyConfig | None = None
+    prune: PruneConfig | None = None
+    distill: DistillConfig | None = None
+    qat: QatConfig | None = None
+    export: ExportConfig | None = None
+    engine: EngineConfig | None = None
+    bench: BenchConfig | None = None
+    report: ReportConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+    def dump(self) -> str:
+        """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
+        return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """Gives what cannot work although every knob by itself is right."""
+    for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
+        if getattr(recipe, name) and not getattr(recipe, needed):
+            yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
+    if recipe.distill and not recipe.prune and not recipe.sparsify and _same_net(recipe.teacher, recipe.baseline):
+        yield (
+            "distill: teacher and student are the same net, so there is nothing to learn: "
+            "give another teacher.weights, add a section prune, or set distill=null"
+        )
+    if recipe.distill and not recipe.distill.logit_weight and not recipe.distill.feature_weight:
+        yield "distill.logit_weight and distill.feature_weight are both 0: nothing is distilled; set distill=null"
+    if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
+        yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
+    if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
+        yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
+    for name, section in (("qat", recipe.qat), ("export", recipe.export)):
+        if section and section.calibrator != "percentile" and section.percentile != _default(section, "percentile"):
+            yield (
+                f"{name}.percentile={section.percentile} has no effect with {name}.calibrator={section.calibrator}: "
+                f"set {name}.calibrator=percentile, or leave {name}.percentile out"
+            )
+
+
+def _default(section: Section, knob: str) -> Any:
+    return type(section).model_fields[knob].default
+
+
+def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
+    """Says whether the teacher is the baseline: none given, the same file, or trained alike from scratch."""
+    if teacher is None or teacher == baseline:
+        return True
+    if teacher.weights is None or baseline.weights is None:
+        return False
+    names = {os.path.normpath(weights).removeprefix("weights/") for weights in (teacher.weights, baseline.weights)}
+    try:
+        return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
+    except (OSError, ValueError):  # not both there; the stages that read them say so
+        return False
+
+
+def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Reads a recipe and applies the overrides of the command line, in order; the last one of a key wins.
+
+    Args:
+        name_or_path: a shipped recipe's name (`names()`), or a file: whatever has a folder or ends in .yaml or .yml.
+        overrides: `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists; a knob that takes any text (a
+            path, a device) takes the word as it stands, so `run.device=0` is "0"; `null` empties a knob that may be
+            empty. An override in a section that the recipe lacks creates that section with its defaults.
+            `("sparsify", "null")` drops a section.
+
+    Raises:
+        RecipeError: no such recipe, not strict YAML, an unknown key, a value out of range, or stages that contradict
+            each other. The message names file and line (or the command line), key, value and the values allowed.
+        StorageError: the file is there but the system does not let us read it.
+    """
+    document, name = _read(name_or_path)
+    raw = _sections(document)
+    for key, text in overrides:
+        _override(raw, key, text)
+    try:
+        recipe = Recipe.model_validate({**raw, "name": name})
+    except ValidationError as error:
+        raise RecipeError(
+            "\n".join(_explained(error, raw, document, {tuple(key.split(".")) for key, _ in overrides}))
+        ) from None
+    for key, _ in overrides:
+        _refuse_idle(recipe, *key.partition(".")[::2])
+    return recipe
+
+
+def names() -> list[str]:
+    """Gives the names of the shipped recipes."""
+    return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
+
+
+def options() -> dict[str, FieldInfo]:
+    """Gives every knob by its dotted name, with type, default, limits and description, in the order of the recipe."""
+    return {f"{name}.{key}": field for name, kind in SECTIONS.items() for key, field in kind.model_fields.items()}
+
+
+def check_key(key: str, also: Iterable[str] = ()) -> None:
+    """Checks the left side of `section.key=value`.
+
+    Args:
+        key: a dotted knob, or a section.
+        also: other words that the caller takes, named in "did you mean".
+
+    Raises:
+        RecipeError: there is no such knob; says which one was probably meant.
+    """
+    section, dot, knob = key.partition(".")
+    if section not in SECTIONS:
+        raise RecipeError(f"{_COMMAND_LINE}: {_unknown_section(key, also)}")
+    if dot and knob not in SECTIONS[section].model_fields:
+        raise RecipeError(f"{_COMMAND_LINE}: {_unknown_knob(section, knob)}")
+
+
+def _shipped() -> Any:
+    return resources.files(__package__) / "recipes"
+
+
+def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, str]:
+    """Finds and parses the file; gives it and the recipe's name."""
+    text = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and os.sep not in text and not text.lower().endswith((".yaml", ".yml")):
+        if text not in names():
+            hint = did_you_mean(text, names()) or f"; shipped are {', '.join(names())}"
+            raise RecipeError(f"no recipe {got(text)}{hint} (a file is given with its .yaml)")
+        content = (_shipped() / f"{text}.yaml").read_text(encoding="utf-8")
+        return strict_yaml.parse(content, f"recipes/{text}.yaml"), text
+    document = strict_yaml.load(text)
+    name = Path(text).stem
+    if not _NAME.match(name) or not name.isprintable():
+        raise RecipeError(f"{document.source}: {got(name)} cannot name a folder of weights/; rename the file")
+    return document, name
+
+
+def _sections(document: strict_yaml.Document) -> dict[str, Any]:
+    """Gives the sections of the file that are not null; refuses unknown and blank ones."""
+    for key in document.data:
+        if key not in SECTIONS:
+            raise RecipeError(f"{document.where((key,))}: {_unknown_section(str(key))}")
+        if (key,) in document.blank:
+            choice = f"write {key}: {{}} for its defaults"
+            choice += "" if key in ALWAYS else f", or {key}: null to leave the stage out"
+            raise RecipeError(f"{document.where((key,))}: {key}: has nothing in it; {choice}")
+    return {key: value for key, value in document.data.items() if value is not None or key in ALWAYS}
+
+
+def _override(raw: dict[str, Any], key: str, text: str) -> None:
+    check_key(key)
+    section, dot, knob = key.partition(".")
+    if not dot:
+        if strict_yaml.resolve(text.strip()) is not None or not text.strip():
+            hint = did_you_mean(section, SECTIONS[section].model_fields) or "; only null can be given to a section"
+            hint = ", did you mean data.yaml?" if section == "data" else hint
+            raise RecipeError(f"{_COMMAND_LINE}: {key}={strict_yaml.shown(text)}: {section} is a section{hint}")
+        if section in ALWAYS:
+            raise RecipeError(f"{_COMMAND_LINE}: {key}=null: the section {section} cannot be left out")
+        raw.pop(section, None)
+        return
+    field = SECTIONS[section].model_fields[knob]
+    word = None if text == "null" else text
+    value = word if takes_text(field) else strict_yaml.value(text, f"{_COMMAND_LINE}: {key}")
+    if not isinstance(raw.get(section, {}), dict):
+        return  # the file has no mapping there: validation says so, with its line
+    raw[section] = {**raw.get(section, {}), knob: value}
+
+
+def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
+    """Refuses a training knob of a net that is taken as given; in the file it may stand for the day it is trained."""
+    source = getattr(recipe, section)
+    if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
+        raise RecipeError(
+            f"{_COMMAND_LINE}: {section}.{knob} has no effect: {section}.weights={strict_yaml.shown(source.weights)} "
+            f"is taken as it is; train it with {section}.weights=null"
+        )
+
+
+def _explained(
+    error: ValidationError,
+    raw: dict[str, Any],
+    document: strict_yaml.Document,
+    overridden: set[tuple[str, ...]],
+) -> Iterator[str]:
+    """Gives a line for each wrong key: where, which, the value got, the values allowed."""
+    seen = set()
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"][:2])  # deeper parts are list items and branches of a union
+        if path in seen:
+            continue
+        seen.add(path)
+        if not path:  # a contradiction between stages
+            yield f"{document.source}: {item['ctx']['error']}"
+            continue
+        where = _COMMAND_LINE if path in overridden else document.where(path)
+        yield f"{where}: {_problem(item, path, raw)}"
+
+
+def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
+    section, name = path[0], ".".join(path)
+    if item["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_knob(section, path[1])
+    if item["type"] == "missing":
+        need = f"; expected {allowed(options()[name])}" if len(path) == 2 else ""
+        return f"{name}: is missing and has no default{need}"
+    if len(path) == 1:
+        return f"{name}: got {got(raw[section])}, expected a section (key: value)"
+    value = got(raw[section].get(path[1]))
+    if item["type"] == "value_error":
+        return f"{name}: got {value}, {item['ctx']['error']}"
+    return f"{name}: got {value}, expected {allowed(options()[name])}"
+
+
+def _unknown_section(word: str, also: Iterable[str] = ()) -> str:
+    """Names what was meant: a section, one of the caller's words, or a knob written without its section."""
+    section, _, knob = word.partition(".")
+    owners: dict[str, list[str]] = {}
+    for name in options():
+        owners.setdefault(name.partition(".")[2], []).append(name)
+    if knob and (near := nearest(section, SECTIONS)):
+        hint = f", did you mean {near}.{knob}?"
+    elif near := nearest(word, [*also, *SECTIONS, *owners]):
+        hint = f", did you mean {near}?"
+        if near in owners and near not in SECTIONS:
+            hint += f" It goes with its section: {', '.join(owners[near])}"
+    else:
+        hint = "; sections are " + ", ".join(SECTIONS)
+    return f"{strict_yaml.shown(word) or got(word)}: unknown key{hint}"
+
+
+def _unknown_knob(section: str, knob: str) -> str:
+    known = SECTIONS[section].model_fields
+    hint = did_you_mean(knob, known) or f"; {section} takes {', '.join(known)}"
+    return f"{section}.{strict_yaml.shown(knob)}: unknown key{hint}"

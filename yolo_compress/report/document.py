@@ -1,0 +1,229 @@
+"""The report as one JSON document (schema 1): every other form is drawn from it and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.report.gate import judge, label, peer_row, reference_row, verdict
+from yolo_compress.report.numbers import RUNTIMES, finite
+
+SCHEMA = 1
+MODELS = ("original", "compressed")
+PRECISIONS = ("fp32", "fp16", "int8")
+
+# MLPerf Inference's minimum of queries for a 99th percentile (its early-stopping rule).
+P99_MIN_N = 662
+
+# Without these a figure cannot be repeated; what a run did not record is listed in the report by name.
+PROVENANCE = ("commit", "device", "versions", "imgsz_px", "batch", "warm_up")
+
+DATA: Mapping[str, Any] = {
+    "yaml": None,
+    "names": [],
+    "train_images": None,
+    "val_images": None,
+    "skipped": [],
+    "digest": None,
+}
+
+
+def build(
+    recipe: str,
+    chain: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    *,
+    min_retention: float,
+    gammas: Mapping[str, Any] | None = None,
+    channels: Mapping[str, Sequence[int]] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    reproduce: Mapping[str, Any] | None = None,
+    not_tested: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Checks the figures, judges the gate and returns the document; the inputs are left as they are.
+
+    Args:
+        recipe: its name.
+        chain: one mapping a stage, in order: `stage`, `fingerprint`, `status`, `parameters`, `compute_gflops`,
+            `size_mib`, `map50_95`, `map50`, `seconds`, `epochs` (None where there is none), optional `image_set`.
+        rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok" or "missing"), `reason`, and for "ok"
+            `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
+            `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device`.
+        data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `digest`; all optional.
+        min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
+        gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
+        channels: `{layer: [before, after]}`.
+        environment: the keys of `PROVENANCE` and whatever else was recorded, nested mappings allowed.
+        reproduce: `recipe_yaml` (text) and `command`, both optional.
+        not_tested: sentences.
+
+    Raises:
+        RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
+            precision or without an image set, a malformed histogram.
+    """
+    ordered = _ordered(rows)
+    image_set = _one_image_set(ordered, chain)
+    gate = judge(ordered, min_retention)
+    enriched = [_enrich(row, ordered) for row in ordered]
+    surroundings = dict(environment or {})
+    document = {
+        "schema": SCHEMA,
+        "recipe": recipe,
+        "verdict": verdict(enriched, gate),
+        "gate": gate,
+        "data": {**DATA, **data, "image_set": image_set},
+        "chain": _with_delta(chain),
+        "rows": enriched,
+        "missing": _missing(ordered),
+        "not_tested": list(not_tested),
+        "not_recorded": [key for key in PROVENANCE if surroundings.get(key) in (None, "", {}, [])],
+        "gammas": _checked_gammas(gammas),
+        "channels": _checked_channels(channels),
+        "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
+        "environment": surroundings,
+    }
+    return dict(_plain(document))
+
+
+def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with an id, by device, runtime, model and precision, so that what is compared stands together."""
+    runtimes = [*RUNTIMES, *sorted({str(row["runtime"]) for row in rows} - set(RUNTIMES))]
+    devices = list(dict.fromkeys(row.get("device") for row in rows))
+    named: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for key, allowed in (("model", MODELS), ("precision", PRECISIONS), ("status", ("ok", "missing"))):
+            if row[key] not in allowed:
+                raise RecipeError(f"bench row has {key} {row[key]!r}, expected one of {', '.join(allowed)}")
+        parts = [row["model"], row["runtime"], row["precision"], *([row["device"]] if row.get("device") else [])]
+        identity = "-".join(parts)
+        if identity in named:
+            raise RecipeError(f"bench row {identity} is given twice; a report shows each once")
+        named[identity] = {"id": identity, **row}
+
+    def place(row: Mapping[str, Any]) -> tuple[int, ...]:
+        return (
+            devices.index(row.get("device")),
+            runtimes.index(row["runtime"]),
+            MODELS.index(row["model"]),
+            PRECISIONS.index(row["precision"]),
+        )
+
+    return sorted(named.values(), key=place)
+
+
+def _one_image_set(rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[str, Any]]) -> str | None:
+    """The image set of every mAP in the report; two sets are two reports."""
+    where: dict[str, str] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        if not row.get("image_set"):
+            raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
+        where.setdefault(row["image_set"], f"{row['model']} {label(row)}")
+    for stage in chain:
+        if stage.get("image_set") and finite(stage.get("map50_95")) is not None:
+            where.setdefault(stage["image_set"], f"stage {stage['stage']}")
+    if len(where) > 1:
+        (first, at_first), (second, at_second) = list(where.items())[:2]
+        raise RecipeError(
+            f"metrics over different images are never put in one table: {at_first} over image set {first}, "
+            f"{at_second} over {second}; run bench again on one data yaml"
+        )
+    return next(iter(where), None)
+
+
+def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    reference, peer = reference_row(rows), peer_row(rows, row)
+    enriched = {**row, "retention": None, "speed_up": None, "size_ratio": None, "notes": []}
+    if row["status"] != "ok":
+        return enriched
+    if reference is not None:
+        enriched["retention"] = _ratio(row["map50_95"], reference["map50_95"])
+    if peer is not None:
+        enriched["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
+        enriched["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
+    n = row.get("latency_n") or 0
+    if n < P99_MIN_N:
+        enriched["latency_p99_ms"] = None
+        if finite(row.get("latency_p50_ms")) is not None:
+            enriched["notes"].append(f"p99 withheld: n = {n}, at least {P99_MIN_N} needed")
+    if finite(row["map50_95"]) is None:
+        enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
+    return enriched
+
+
+def _ratio(top: Any, bottom: Any) -> float | None:
+    above, below = finite(top), finite(bottom)
+    return None if above is None or below is None or below <= 0 else above / below
+
+
+def _with_delta(chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Adds `delta_map50_95` against the baseline; the teacher is another network and has none."""
+    base = next((finite(stage.get("map50_95")) for stage in chain if stage["stage"] == "baseline"), None)
+    result = []
+    for stage in chain:
+        value = finite(stage.get("map50_95"))
+        own = stage["stage"] in ("baseline", "teacher") or value is None or base is None
+        result.append({**stage, "delta_map50_95": None if own or value is None or base is None else value - base})
+    return result
+
+
+def _missing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked for and not measured, one entry a runtime and reason."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["status"] == "missing":
+            reason = row.get("reason") or "no reason given"
+            key = (row.get("device"), row["runtime"], reason)
+            entry = groups.setdefault(
+                key,
+                {
+                    "runtime": row["runtime"],
+                    "models": [],
+                    "precisions": [],
+                    "reason": reason,
+                    "device": row.get("device"),
+                },
+            )
+            for name, value in (("models", row["model"]), ("precisions", row["precision"])):
+                if value not in entry[name]:
+                    entry[name].append(value)
+    return list(groups.values())
+
+
+def _checked_gammas(gammas: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not gammas or not gammas["epochs"]:
+        return None
+    bins = len(gammas["edges"]) - 1
+    for epoch, counts in enumerate(gammas["epochs"]):
+        if len(counts) != bins:
+            raise RecipeError(f"gamma histogram of epoch {epoch} has {len(counts)} counts, expected {bins} (edges - 1)")
+    return dict(gammas)
+
+
+def _checked_channels(channels: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
+    if not channels:
+        return None
+    for layer, pair in channels.items():
+        if len(pair) != 2:
+            raise RecipeError(f"channels of {layer} are {list(pair)}, expected [before, after]")
+    return {layer: [int(pair[0]), int(pair[1])] for layer, pair in channels.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: numpy scalars and arrays become numbers and lists, paths text, what is not finite null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

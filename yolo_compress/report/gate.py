@@ -1,0 +1,130 @@
+"""Whether the compressed model keeps enough of the original's mAP, and the one line that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.report.numbers import finite, fixed, percent, percent_apart, runtime, times
+
+Row = Mapping[str, Any]
+
+# Rounding of one division: a row exactly on the bound passes, one that is 1e-9 below does not.
+ROUNDING = 1e-12
+
+
+def reference_row(rows: Sequence[Row]) -> Row | None:
+    """What every retention is a ratio to: the original in FP32, by torch where that was measured, else the first."""
+    original = [row for row in rows if (row["model"], row["precision"], row["status"]) == ("original", "fp32", "ok")]
+    return next((row for row in original if row["runtime"] == "torch"), original[0] if original else None)
+
+
+def peer_row(rows: Sequence[Row], row: Row) -> Row | None:
+    """The original in FP32 on the same runtime and device: what a speed-up or a size ratio is honest against."""
+    for other in rows:
+        same_place = other["runtime"] == row["runtime"] and other.get("device") == row.get("device")
+        if same_place and (other["model"], other["precision"], other["status"]) == ("original", "fp32", "ok"):
+            return other
+    return None
+
+
+def label(row: Row) -> str:
+    device = f" on {row['device']}" if row.get("device") else ""
+    return f"{row['precision'].upper()} on {runtime(row['runtime'])}{device}"
+
+
+def judge(rows: Sequence[Row], min_retention: float) -> dict[str, Any]:
+    """Judges the compressed INT8 rows, or the compressed float rows where no INT8 was asked for; the worst decides.
+
+    A row passes when its mAP50-95 divided by the reference's is at least `min_retention` (equality passes). What
+    cannot be divided (mAP or reference not a number, reference 0, nothing measured) fails, with the reason.
+
+    Args:
+        rows: bench rows with an `id`, raw figures (NaN allowed).
+        min_retention: bound, 0 to 1.
+
+    Returns:
+        `min_retention`, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
+        `passed`, `reason`), `retention` of the worst, `passed`, `reason` (None when passed).
+    """
+    if not (math.isfinite(min_retention) and 0 <= min_retention <= 1):
+        raise RecipeError(f"report.min_retention is {min_retention}, expected a number from 0 to 1")
+    reference = reference_row(rows)
+    compressed = [row for row in rows if row["model"] == "compressed"]
+    asked = [row for row in compressed if row["precision"] == "int8"] or compressed
+    candidates = [row for row in asked if row["status"] == "ok"]
+    judged = [_judge_row(row, reference, min_retention) for row in candidates]
+    gate: dict[str, Any] = {
+        "min_retention": min_retention,
+        "reference": reference["id"] if reference else None,
+        "judged": judged,
+        "worst": None,
+        "retention": None,
+        "passed": False,
+        "reason": None,
+    }
+    if reference is None:
+        gate["reason"] = "no FP32 row of the original model was measured, so there is nothing to compare with"
+    elif not judged:
+        what = "INT8 row" if any(row["precision"] == "int8" for row in compressed) else "row"
+        gate["reason"] = f"no {what} of the compressed model was measured"
+    else:
+        worst = min(judged, key=lambda entry: -math.inf if entry["retention"] is None else entry["retention"])
+        gate.update(worst=worst["id"], retention=worst["retention"], reason=worst["reason"], passed=worst["passed"])
+    return gate
+
+
+def _judge_row(row: Row, reference: Row | None, min_retention: float) -> dict[str, Any]:
+    base = finite(reference["map50_95"]) if reference else None
+    value = finite(row["map50_95"])
+    entry: dict[str, Any] = {"id": row["id"], "retention": None, "passed": False, "reason": None}
+    if value is None:
+        entry["reason"] = f"mAP50-95 of {label(row)} is not a number ({row['map50_95']})"
+    elif reference is not None and base is None:
+        entry["reason"] = f"the baseline's mAP50-95 is not a number ({reference['map50_95']})"
+    elif base is not None and base <= 0:
+        entry["reason"] = f"the baseline's mAP50-95 is {base:g}, so no share of it can be kept"
+    elif base is not None:
+        entry["retention"] = value / base
+        entry["passed"] = entry["retention"] >= min_retention - ROUNDING
+        if not entry["passed"]:
+            kept, bound = percent_apart(entry["retention"], min_retention)
+            entry["reason"] = f"{label(row)} keeps {kept}, below the gate of {bound}"
+    return entry
+
+
+def verdict(rows: Sequence[Row], gate: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line of every form of the report, about the row that decided.
+
+    Args:
+        rows: enriched rows (`retention`, `speed_up`, `size_ratio`).
+        gate: what `judge` returned.
+
+    Returns:
+        `status` ("pass" or "fail"), `line`, `row` (id of the deciding row or None).
+    """
+    status = "pass" if gate["passed"] else "fail"
+    if gate["retention"] is None:
+        return {"status": status, "line": f"FAIL: {gate['reason']}", "row": gate["worst"]}
+    by_id = {row["id"]: row for row in rows}
+    row, reference = by_id[gate["worst"]], by_id[gate["reference"]]
+    kept, bound = percent(gate["retention"]), ""
+    if not gate["passed"]:
+        kept, low = percent_apart(gate["retention"], gate["min_retention"])
+        bound = f", below the gate of {low}"
+    figures = f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])})"
+    both = [gain(row["speed_up"], "faster", "slower"), gain(row["size_ratio"], "smaller", "larger")]
+    tail = ", ".join(text for text in both if text)
+    line = f"{status.upper()}: {label(row)} keeps {kept} of the baseline's mAP50-95 {figures}{bound}"
+    if tail:
+        line += ("; " if bound else ", ") + tail
+    return {"status": status, "line": line, "row": row["id"]}
+
+
+def gain(ratio: float | None, better: str, worse: str) -> str:
+    """Empty where there is no ratio; a loss is named as one."""
+    if ratio is None or ratio <= 0:
+        return ""
+    return f"{times(ratio)} {better}" if ratio >= 1 else f"{times(1 / ratio)} {worse}"

@@ -1,0 +1,95 @@
+"""The document, the pictures and the gallery as one HTML file that loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from yolo_compress.report import numbers as n
+from yolo_compress.report.gallery import Gallery
+from yolo_compress.report.gate import gain, label, peer_row
+from yolo_compress.report.plots import accuracy_over_latency, channels_kept, gamma_histograms
+from yolo_compress.report.table import bench_table, chain_table, missing_lines, provenance, untested_lines
+
+
+def render(document: Mapping[str, Any], gallery: Gallery) -> str:
+    """Everything that came from outside (names, files, findings, YAML) is escaped; only our own SVG is not."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["signs"] = signs
+    pictures = {
+        "scatter": accuracy_over_latency(document),
+        "gammas": gamma_histograms(document["gammas"]),
+        "channels": channels_kept(document["channels"]),
+    }
+    return environment.get_template("report.html.j2").render(
+        document=document,
+        tiles=tiles(document),
+        judged=_judged(document),
+        chain=chain_table(document),
+        bench=bench_table(document),
+        pictures={name: {size: Markup(svg) for size, svg in both.items()} for name, both in pictures.items()},
+        gallery=gallery,
+        missing=missing_lines(document),
+        untested=untested_lines(document),
+        provenance=provenance(document),
+        bound=n.percent(document["gate"]["min_retention"]),
+    )
+
+
+def signs(text: str) -> str:
+    """`->` and `2.4x` as an arrow and a multiplication sign; plain text, escaped afterwards."""
+    return re.sub(r"(?<=\d)x(?!\w)", "\u00d7", text.replace("->", "→"))
+
+
+def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The deciding row in figures: what it is now, and what it was in FP32 on the same runtime."""
+    rows = {row["id"]: row for row in document["rows"]}
+    row = rows.get(document["verdict"]["row"] or "")
+    if row is None:
+        return []
+    reference, peer = rows.get(document["gate"]["reference"] or ""), peer_row(document["rows"], row)
+    shown = [
+        {
+            "title": "mAP50-95",
+            "now": n.fixed(row["map50_95"]),
+            "gain": f"{n.percent(row['retention'])} kept",
+            "was": n.fixed(reference["map50_95"] if reference else None),
+        }
+    ]
+    for title, key, text, share in (
+        ("Latency p50, ms", "latency_p50_ms", n.three, gain(row["speed_up"], "faster", "slower")),
+        ("Size, MiB", "size_mib", n.three, gain(row["size_ratio"], "smaller", "larger")),
+        ("Parameters", "parameters", n.millions, None),
+        ("GFLOPs", "compute_gflops", n.three, None),
+    ):
+        now, was = n.finite(row.get(key)), n.finite(peer.get(key)) if peer else None
+        if now is None:
+            continue
+        if share is None:
+            share = f"{n.percent(now / was, 0)} left" if was else ""
+        shown.append({"title": title, "now": text(now), "was": text(was), "gain": share})
+    return shown
+
+
+def _judged(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = {row["id"]: row for row in document["rows"]}
+    gate = document["gate"]
+    result = []
+    for entry in gate["judged"]:
+        kept = n.DASH
+        if entry["retention"] is not None:
+            kept = n.percent_apart(entry["retention"], gate["min_retention"])[0]
+        result.append({**entry, "label": label(rows[entry["id"]]), "kept": kept})
+    return result

@@ -1,0 +1,86 @@
+"""How a figure is written; a figure that does not exist is a dash, never 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+DASH = "\u2013"
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None where it is absent, not a number or infinite."""
+    if value is None or isinstance(value, (bool, str)):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def fixed(value: Any, digits: int = 3) -> str:
+    """A fraction such as mAP."""
+    number = finite(value)
+    return DASH if number is None else f"{number:.{digits}f}"
+
+
+def signed(value: Any, digits: int = 3) -> str:
+    """A difference, its sign always written."""
+    number = finite(value)
+    return DASH if number is None else f"{number:+.{digits}f}"
+
+
+def three(value: Any) -> str:
+    """Three significant digits without exponent: ms, MiB, GFLOPs."""
+    number = finite(value)
+    if number is None:
+        return DASH
+    if number == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(number))))
+    return f"{number:,.{min(digits, 4)}f}"
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    number = finite(value)
+    return DASH if number is None else f"{100 * number:.{digits}f} %"
+
+
+def percent_apart(value: float, bound: float) -> tuple[str, str]:
+    """Both as per cent, with as many digits as it takes to see that they differ (a gate missed by 1e-9 says so)."""
+    for digits in range(1, 13):
+        texts = percent(value, digits), percent(bound, digits)
+        if texts[0] != texts[1] or value == bound:
+            return texts
+    return texts
+
+
+def times(value: Any) -> str:
+    """A ratio; `x` stands for the multiplication sign so that any terminal shows it."""
+    number = finite(value)
+    return DASH if number is None else f"{number:.2f}x" if number < 1 else f"{number:.1f}x"
+
+
+def millions(value: Any) -> str:
+    """A count of parameters."""
+    number = finite(value)
+    return DASH if number is None else f"{number / 1e6:.2f} M"
+
+
+def whole(value: Any) -> str:
+    number = finite(value)
+    return DASH if number is None else f"{number:,.0f}"
+
+
+def duration(value: Any) -> str:
+    number = finite(value)
+    if number is None:
+        return DASH
+    if number < 60:
+        return f"{number:.0f} s" if number >= 10 else f"{number:.1f} s"
+    minutes, seconds = divmod(round(number), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def runtime(name: str) -> str:
+    return RUNTIMES.get(name, name)

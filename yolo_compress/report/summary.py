@@ -1,0 +1,14 @@
+"""The bench table alone, for a terminal, before there is a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress.report.document import build
+from yolo_compress.report.table import render_text
+
+
+def bench_text(recipe: str, rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """The rows as a table; the gate is judged by `report`, not here."""
+    return render_text(build(recipe, [], rows, {}, min_retention=0.0), width)

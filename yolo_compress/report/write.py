@@ -1,0 +1,39 @@
+"""The three forms of the report, written into a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.report import gallery, html, table
+
+
+def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]:
+    """Writes `report.html`, `report.md` and `report.json` into `out` (made if need be).
+
+    Plain writes: the caller hands a folder that it publishes in one step.
+
+    Args:
+        document: from `document.build`; gammas and channels are drawn from it.
+        gallery_items: as `gallery.draw` takes them; empty leaves the section out.
+        out: folder.
+
+    Returns:
+        "html", "md" and "json" with their paths.
+
+    Raises:
+        DataError: a gallery image that cannot be read.
+    """
+    texts = {
+        "html": html.render(document, gallery.draw(gallery_items)),
+        "md": table.render_markdown(document),
+        "json": json.dumps(document, indent=1, allow_nan=False) + "\n",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {kind: out / f"report.{kind}" for kind in texts}
+    for kind, text in texts.items():
+        # A file name that is no UTF-8 arrives as lone surrogates: shown as its escape rather than refused.
+        paths[kind].write_bytes(text.encode("utf-8", "backslashreplace"))
+    return paths

@@ -1,0 +1,76 @@
+"""State of the machine that a latency was taken on, by feature: what cannot be read is left out, never guessed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+
+def _line(path: str) -> Optional[str]:
+    try:
+        return Path(path).read_bytes().replace(b"\0", b"").decode("utf-8", "replace").strip() or None
+    except OSError:
+        return None
+
+
+def cpu_model() -> str:
+    """Name of the processor, or of its architecture where the kernel gives none (ARM)."""
+    for line in (_line("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _ask(command: List[str]) -> Optional[str]:
+    """Output of a read-only query tool, or None where it is absent, refuses or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace").strip() or None if done.returncode == 0 else None
+
+
+def device_state() -> Dict[str, Any]:
+    """Identity and power state, as a JSON object: processor, governor, load, temperatures; Jetson and GPU if present."""
+    cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
+    temperatures = {}
+    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
+        reading = _line(str(zone / "temp"))
+        if reading and reading.lstrip("-").isdigit():
+            temperatures[_line(str(zone / "type")) or zone.name] = int(reading) / 1000
+    state: Dict[str, Optional[Any]] = {
+        "cpu": cpu_model(),
+        "cpus": usable_cpus(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "governor": _line(cpufreq + "scaling_governor"),
+        "cpu_khz": _line(cpufreq + "scaling_cur_freq"),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "temperatures_c": temperatures or None,
+        "board": _line("/proc/device-tree/model"),
+        "l4t": _line("/etc/nv_tegra_release"),
+        "nvpmodel": _ask(["nvpmodel", "-q"]),
+        "gpu": _ask(
+            [
+                "nvidia-smi",
+                "--query-gpu=name,driver_version,power.limit,clocks.sm,temperature.gpu",
+                "--format=csv,noheader",
+            ]
+        ),
+    }
+    return {key: value for key, value in state.items() if value is not None}

@@ -1,0 +1,45 @@
+"""Runtimes by name; build and open engines without knowing which library is behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from .backend import Backend, load_info
+from .errors import EngineError
+from .openvino import OpenVINOBackend
+from .ort import OrtBackend
+from .tensorrt import TensorRTBackend
+
+
+def open_engine(
+    path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None
+) -> Backend:
+    """Open an engine directory with the runtime that its sidecar names.
+
+    Args:
+        path: directory made by a backend's `build`.
+        threads: of one inference on a CPU; None = every usable processor. An error where the engine is on a GPU.
+        onnx_sha256: if given, the ONNX that the engine has to come from.
+
+    Raises:
+        EngineError: see `load_info`; nothing is deserialised then.
+        RuntimeUnavailable: the library or device is missing.
+    """
+    directory = Path(path)
+    info = load_info(directory, onnx_sha256)
+    if info.runtime not in BACKENDS:
+        raise EngineError(f"{directory}: of runtime {info.runtime!r}, one of {', '.join(BACKENDS)} expected")
+    if info.runtime == "tensorrt":
+        if threads is not None:
+            raise EngineError(f"{directory}: threads={threads} means nothing to a TensorRT engine; leave it out")
+        return TensorRTBackend(directory)
+    return BACKENDS[info.runtime](directory, threads=threads)
+
+
+BACKENDS: Dict[str, Any] = {
+    "onnxruntime": OrtBackend,
+    "openvino": OpenVINOBackend,
+    "tensorrt": TensorRTBackend,
+}
+"""Each has `probe()` -> None or the install hint, `build(onnx, out, precision) -> files`, and opens a directory."""

@@ -1,0 +1,158 @@
+"""Image to network input, pixel for pixel as Ultralytics' validator makes it with `rect=False`.
+
+Shape suffixes: H, W pixels; 3 = RGB; C = channels. cv2 decodes and scales where it is installed; else Pillow decodes and
+numpy scales with cv2's fixed-point arithmetic (differs by at most one grey level in less than 1 % of the pixels).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple, Tuple
+
+import numpy as np
+
+PAD_VALUE = 114  # grey of Ultralytics' LetterBox
+
+
+class UnreadableImage(ValueError):
+    """An image file that is missing, empty, truncated or of no known format."""
+
+
+class Letterbox(NamedTuple):
+    """How an image was placed in the network input; `post.to_image` inverts it.
+
+    Attributes:
+        ratio: (vertical, horizontal) scale, letterboxed px per original px; they differ by rounding only.
+        pad_left, pad_top: grey border in letterboxed px.
+        height, width: of the original image, px.
+    """
+
+    ratio: Tuple[float, float]
+    pad_left: int
+    pad_top: int
+    height: int
+    width: int
+
+
+def _cv2():
+    """cv2, or None where it is not installed."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    return cv2
+
+
+def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
+    """Read an image upright (EXIF orientation applied) as uint8 RGB, image_HW3.
+
+    Raises:
+        UnreadableImage: names the file and the reason, or says that neither opencv nor Pillow is installed.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror or error}") from error
+    if not data:
+        raise UnreadableImage(f"{path}: empty file")
+    cv2 = _cv2()
+    if cv2 is None:
+        return _read_with_pillow(path, data)
+    image_HW3 = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image_HW3 is None:
+        raise UnreadableImage(f"{path}: no image that opencv can decode (truncated or of another format?)")
+    return np.ascontiguousarray(image_HW3[..., ::-1])
+
+
+def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UnreadableImage(
+            f"{path}: neither opencv nor Pillow is installed; pip install opencv-python-headless (or pillow)"
+        ) from None
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I"):  # 16 bit grey: keep the high byte, as cv2 does
+            grey_HW = (np.asarray(image, np.int32) >> 8).astype(np.uint8)
+            return np.ascontiguousarray(np.repeat(grey_HW[..., None], 3, axis=2))
+        return np.ascontiguousarray(np.asarray(image.convert("RGB"), np.uint8))
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise on bad bytes
+        raise UnreadableImage(f"{path}: {error}") from error
+
+
+def letterbox(image_HW3: np.ndarray, imgsz_hw: Tuple[int, int]) -> Tuple[np.ndarray, Letterbox]:
+    """Scale the long side to the network's long side, shrink further if it does not fit, centre on grey.
+
+    Two steps because Ultralytics takes two: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)`
+    (rounds to nearest). For square inputs the second never scales.
+
+    Args:
+        image_HW3: uint8 RGB.
+        imgsz_hw: height and width of the network input, px.
+
+    Returns:
+        chw_3HW float32 RGB in 0..1, and the placement.
+    """
+    if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
+        raise ValueError(f"letterbox takes uint8 RGB [H, W, 3], got {image_HW3.dtype} {list(image_HW3.shape)}")
+    height, width = image_HW3.shape[:2]
+    target_h, target_w = imgsz_hw
+    longest = max(imgsz_hw)
+    scale = longest / max(height, width)
+    image = image_HW3
+    if scale != 1:
+        image = resize(image, min(math.ceil(height * scale), longest), min(math.ceil(width * scale), longest))
+    fit = min(target_h / image.shape[0], target_w / image.shape[1], 1.0)
+    placed_h, placed_w = max(round(image.shape[0] * fit), 1), max(round(image.shape[1] * fit), 1)
+    if (placed_h, placed_w) != image.shape[:2]:
+        image = resize(image, placed_h, placed_w)
+    top, left = round((target_h - placed_h) / 2 - 0.1), round((target_w - placed_w) / 2 - 0.1)
+    canvas_HW3 = np.full((target_h, target_w, 3), PAD_VALUE, np.uint8)
+    canvas_HW3[top : top + placed_h, left : left + placed_w] = image
+    chw_3HW = np.ascontiguousarray(canvas_HW3.transpose(2, 0, 1)).astype(np.float32)
+    chw_3HW /= np.float32(255)
+    return chw_3HW, Letterbox((placed_h / height, placed_w / width), left, top, height, width)
+
+
+def resize(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear, without antialiasing, as `cv2.resize(..., INTER_LINEAR)` on uint8."""
+    cv2 = _cv2()
+    if cv2 is not None:
+        return cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_LINEAR)
+    return resize_numpy(image_HW3, height, width)
+
+
+def resize_numpy(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+    """cv2's INTER_LINEAR in numpy: 11 bit weights, and the 2x2 mean when both sides are exactly halved (as cv2 does)."""
+    source_h, source_w = image_HW3.shape[:2]
+    if (source_h, source_w) == (2 * height, 2 * width):
+        wide = image_HW3.astype(np.uint16)
+        total = wide[0::2, 0::2] + wide[0::2, 1::2] + wide[1::2, 0::2] + wide[1::2, 1::2]
+        return ((total + 2) >> 2).astype(np.uint8)
+    x0, x1, left_W, right_W = _taps(source_w, width)
+    y0, y1, upper_H, lower_H = _taps(source_h, height)
+    wide = image_HW3.astype(np.int32)
+    rows = (wide[:, x0] * left_W[:, None] + wide[:, x1] * right_W[:, None]) >> 4
+    total = ((rows[y0] * upper_H[:, None, None]) >> 16) + ((rows[y1] * lower_H[:, None, None]) >> 16)
+    return np.clip((total + 2) >> 2, 0, 255).astype(np.uint8)
+
+
+def _taps(source: int, target: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Both source indices and their integer weights (sum 2048) for each target pixel of one axis."""
+    position = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    first = np.floor(position).astype(np.int64)
+    fraction = position - first.astype(np.float32)
+    outside = (first < 0) | (first >= source - 1)
+    fraction[outside] = 0
+    first = np.clip(first, 0, source - 1)
+    one = np.float32(2048)
+    return (
+        first,
+        np.minimum(first + 1, source - 1),
+        np.rint((np.float32(1) - fraction) * one).astype(np.int32),
+        np.rint(fraction * one).astype(np.int32),
+    )

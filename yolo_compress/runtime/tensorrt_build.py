@@ -1,0 +1,113 @@
+"""ONNX to a TensorRT plan, 8.5 to 11.x by feature. Never ran on real TensorRT; see tensorrt.py.
+
+Up to 10.x precision is a builder flag; 11 took the flags away, and the graph's own types decide. So fp16 wants the
+half-typed export there, and int8 is explicit Q/DQ everywhere, the one form that all versions take. int8 sets FP16 beside
+INT8: with INT8 alone, layers between Q/DQ pairs run in FP32 (ultralytics #26159). fp32 clears TF32, so that it is FP32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from .backend import SIDECAR, describe_onnx, save_info
+from .errors import EngineError
+from .tensorrt import ENGINE_FILE, RUNTIME, library
+
+TIMING_CACHE = "timing.cache"
+_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
+
+
+def build(
+    onnx: Path,
+    out: Path,
+    precision: str,
+    names: Optional[Sequence[str]] = None,
+    imgsz: Optional[Tuple[int, int]] = None,
+    workspace_mib: Optional[int] = None,
+    max_batch: int = 1,
+    timing_cache: Optional[Path] = None,
+) -> Dict[str, Path]:
+    """Parse, configure, build, and write plan, timing cache and sidecar into `out`.
+
+    Args:
+        onnx: the export of that precision.
+        out: directory to fill.
+        names, imgsz: default to the ONNX's metadata.
+        workspace_mib: limit of scratch memory, or TensorRT's default.
+        max_batch: largest batch of a graph with a dynamic one.
+        timing_cache: file of an earlier build, to start from (same device and version; TensorRT ignores it otherwise).
+
+    Raises:
+        RuntimeUnavailable: bindings, driver or device missing.
+        EngineError: the parser or builder refuses, or the graph cannot give the precision.
+    """
+    trt = library()
+    options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
+    info = describe_onnx(onnx, RUNTIME, precision, trt.__version__, names, imgsz, options)
+    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    network = _parse(trt, builder, onnx)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the precision census of `executed` needs it
+    _set_precision(trt, network, config, precision, onnx)
+    _set_profile(builder, network, config, max_batch, onnx)
+    if workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    start = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
+    cache = config.create_timing_cache(start)
+    config.set_timing_cache(cache, False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{onnx}: TensorRT {trt.__version__} built no {precision} engine; its log (stderr) says why")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ENGINE_FILE).write_bytes(bytes(plan))
+    (out / TIMING_CACHE).write_bytes(bytes(cache.serialize()))
+    save_info(info, out, [ENGINE_FILE, TIMING_CACHE])
+    return {name: out / name for name in (ENGINE_FILE, TIMING_CACHE, SIDECAR)}
+
+
+def _parse(trt: Any, builder: Any, onnx: Path) -> Any:
+    flags = 0
+    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # gone in 11, where nothing else exists
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
+    if not parser.parse(onnx.read_bytes()):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot parse it: {errors}")
+    return network
+
+
+def _set_precision(trt: Any, network: Any, config: Any, precision: str, onnx: Path) -> None:
+    """Set the flags that the version has; where it has none, make sure that the graph is typed as asked."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    if precision == "int8" and not any(layer.type == trt.LayerType.QUANTIZE for layer in layers):
+        raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
+    if precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "FP16"):
+        for flag in _FLAGS[precision]:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+        return
+    if precision == "fp16" and not _produces(layers, trt.DataType.HALF):
+        raise EngineError(
+            f"{onnx}: fp16 asked, but its tensors are float32 and TensorRT {trt.__version__} takes precision from the "
+            "graph; give the fp16 export"
+        )
+
+
+def _produces(layers: List[Any], dtype: Any) -> bool:
+    return any(layer.get_output(i).dtype == dtype for layer in layers for i in range(layer.num_outputs))
+
+
+def _set_profile(builder: Any, network: Any, config: Any, max_batch: int, onnx: Path) -> None:
+    """A dynamic batch needs an optimisation profile; other dynamic sizes are refused."""
+    source = network.get_input(0)
+    shape = tuple(source.shape)
+    if -1 not in shape:
+        return
+    if shape[0] != -1 or -1 in shape[1:]:
+        raise EngineError(f"{onnx}: input {list(shape)}; only the batch may be dynamic, export with a fixed imgsz")
+    profile = builder.create_optimization_profile()
+    profile.set_shape(source.name, (1,) + shape[1:], (1,) + shape[1:], (max_batch,) + shape[1:])
+    config.add_optimization_profile(profile)

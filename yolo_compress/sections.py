@@ -1,0 +1,272 @@
+"""The sections of a recipe: every knob of the chain, typed, limited and documented here, once.
+
+Every knob of a stage has a default, so that `distill: {}` is a section; only `data.yaml` must be given.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from . import strict_yaml
+
+IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
+
+Precision = Literal["fp32", "fp16", "int8"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
+Criterion = Literal["bn_gamma", "l1", "l2", "random"]
+Calibrator = Literal["max", "percentile", "mse", "entropy"]
+Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
+
+
+def _imgsz(value: Any) -> Any:
+    """Brings `640`, `[384, 640]` and `384,640` to one form: an int for a square, (height, width) otherwise."""
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    sides: list[Any] = [strict_yaml.resolve(side.strip()) if isinstance(side, str) else side for side in given]
+    if len(sides) not in (1, 2) or not all(type(side) in (int, float) and math.isfinite(side) for side in sides):
+        raise ValueError("expected one side or height,width in pixels, as in 640 or 384,640")
+    for side in sides:
+        if type(side) is not int or side % IMGSZ_STEP or not IMGSZ_MIN <= side <= IMGSZ_MAX:
+            near = round(min(max(side, IMGSZ_MIN), IMGSZ_MAX) / IMGSZ_STEP) * IMGSZ_STEP
+            limits = f"multiples of {IMGSZ_STEP} from {IMGSZ_MIN} to {IMGSZ_MAX}"
+            raise ValueError(f"expected {limits}; the nearest to {side} is {near}")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+def _device(value: Any) -> Any:
+    """Makes the YAML number `0` the device "0"; refuses what is neither cpu nor CUDA indices."""
+    text = str(value) if type(value) is int else value
+    indices = text.split(",") if isinstance(text, str) else []
+    if text != "cpu" and (not all(re.fullmatch("[0-9]{1,3}", i) for i in indices) or len(set(indices)) < len(indices)):
+        raise ValueError("expected cpu or CUDA indices, as in 0 or 0,1")
+    return text
+
+
+def _several(value: Any) -> Any:
+    """Makes a list, or the command line's `fp32,int8`, a tuple without repeats."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        return value
+    items = tuple(item.strip() if isinstance(item, str) else item for item in items)
+    if len({repr(item) for item in items}) < len(items):
+        raise ValueError("expected each item once")
+    return items
+
+
+def _runtimes(value: Any) -> Any:
+    return value if value == "auto" else _several(value)
+
+
+def _knob(text: str, allowed: str | None = None, **limits: Any) -> Any:
+    """Documents a knob: what it does, its limits and, where types and limits do not say it, the values it takes."""
+    return Field(description=text, json_schema_extra={"allowed": allowed} if allowed else None, **limits)
+
+
+# Knobs that several stages share, each with its own default.
+_TEXT = r"(?s)\S.*"  # a name is not blank
+Epochs = Annotated[int, _knob("passes over the training images", ge=0, le=100_000)]
+SomeEpochs = Annotated[int, _knob("passes over the training images", ge=1, le=100_000)]
+Batch = Annotated[int, _knob("images a step; the optimizer steps on every batch", ge=1, le=4096)]
+Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], _knob("optimizer")]
+Lr0 = Annotated[float, _knob("learning rate after warm-up", gt=0, le=1)]
+WarmupEpochs = Annotated[float, _knob("epochs of learning-rate warm-up; a fraction is fine", ge=0, le=1000)]
+Cosine = Annotated[bool, _knob("cosine schedule down to lr0*lrf instead of a straight line")]
+Mosaic = Annotated[float, _knob("probability that a training image is a mosaic of four", ge=0, le=1)]
+CloseMosaic = Annotated[int, _knob("last epochs that see whole images, without mosaic", ge=0)]
+Weights = Annotated[
+    str | None,
+    _knob(
+        "checkpoint to take; looked up as given, then in weights/. Nothing is trained then. null: train from `model`",
+        pattern=_TEXT,
+    ),
+]
+Model = Annotated[Scratch, _knob("architecture trained from scratch; used only where weights is null")]
+CalibImages = Annotated[int, _knob("un-augmented training images that calibrate the ranges", ge=1, le=100_000)]
+CalibratorKnob = Annotated[Calibrator, _knob("how a range is chosen from the values seen")]
+Percentile = Annotated[
+    float, _knob("percentage of values inside the range; for calibrator=percentile only", gt=50, le=100)
+]
+Threads = Annotated[int | None, _knob("threads of the CPU runtimes; null: their own choice", ge=1, le=1024)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict types, no unknown keys, no NaN or infinity."""
+
+    # defer_build: schemas are made when a recipe is read, not when the package is imported
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+class DataConfig(Section):
+    """The images, their labels and their size."""
+
+    yaml: Annotated[str, _knob("data yaml: as given, then in datasets/, then in YOLO_COMPRESS_DATA", pattern=_TEXT)]
+    imgsz: Annotated[
+        int | tuple[int, int],
+        BeforeValidator(_imgsz),
+        _knob(
+            "network input in pixels, a square side or height,width",
+            "one side or height,width, multiples of 32 from 32 to 4096",
+        ),
+    ] = 640
+    on_bad: Annotated[Literal["error", "skip"], _knob("at a bad image or label: stop, or drop it for every model")] = (
+        "error"
+    )
+    allow_overlap: Annotated[bool, _knob("accept images that stand in both train and val")] = False
+    limit_train: Annotated[int | None, _knob("use only the first n training images", ge=1)] = None
+    limit_val: Annotated[int | None, _knob("use only the first n validation images", ge=1)] = None
+
+    @property
+    def imgsz_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.imgsz if isinstance(self.imgsz, tuple) else (self.imgsz, self.imgsz)
+
+
+class RunConfig(Section):
+    """The machine. Only `seed` changes results, so only it belongs in a fingerprint."""
+
+    MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
+
+    device: Annotated[
+        str, BeforeValidator(_device), _knob("where torch computes", "cpu or CUDA indices, as in 0 or 0,1")
+    ] = "cpu"
+    workers: Annotated[int, _knob("processes that load images; 0: none, the reproducible way", ge=0, le=256)] = 0
+    seed: Annotated[int, _knob("seed of every generator", ge=0, le=2**32 - 1)] = 0
+    threads: Annotated[int | None, _knob("threads of torch; null: its own choice", ge=1, le=1024)] = None
+    val_every: Annotated[int, _knob("epochs between validations while training, for the curve in results.csv; 0: the last "
+                                    "epoch only. Changes no weights", ge=0, le=100_000)] = 10  # fmt: skip
+
+
+class TrainConfig(Section):
+    """One training call. Defaults suit the fine-tuning of a finished net; stages override some."""
+
+    epochs: Epochs = 10
+    batch: Batch = 16
+    optimizer: Optimizer = "AdamW"
+    lr0: Lr0 = 1e-3
+    lrf: Annotated[float, _knob("learning rate of the last epoch as a fraction of lr0", ge=0, le=1)] = 0.01
+    momentum: Annotated[float, _knob("momentum of SGD, beta1 of Adam and AdamW", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, _knob("weight decay; not on biases and BatchNorm", ge=0, le=1)] = 5e-4
+    warmup_epochs: WarmupEpochs = 1.0
+    cosine: Cosine = True
+    mosaic: Mosaic = 1.0
+    close_mosaic: CloseMosaic = 2
+    scale: Annotated[float, _knob("random zoom: factor from 1-scale to 1+scale", ge=0, lt=1)] = 0.5
+    translate: Annotated[float, _knob("random shift as a fraction of the image", ge=0, le=1)] = 0.1
+    fliplr: Annotated[float, _knob("probability of a left-right flip; 0 where left and right differ", ge=0, le=1)] = 0.5
+    flipud: Annotated[float, _knob("probability of an upside-down flip", ge=0, le=1)] = 0.0
+    amp: Annotated[bool, _knob("mixed precision while training on CUDA; no effect on a CPU")] = True
+
+
+class SourceConfig(TrainConfig):
+    """A net that is given (`weights`) or trained from scratch (`model`): the teacher and the baseline."""
+
+    weights: Weights = None
+    model: Model = "yolov8n.yaml"
+    epochs: Epochs = 100
+    lr0: Lr0 = 2e-3
+    warmup_epochs: WarmupEpochs = 3.0
+    close_mosaic: CloseMosaic = 10
+
+
+class SparsifyConfig(TrainConfig):
+    """Sparse training: L1 on the BatchNorm gammas of prunable groups (Network Slimming, arXiv 1708.06519)."""
+
+    l1: Annotated[float, _knob("lambda, the weight of the sum of |gamma| in the loss", gt=0, le=1)] = 1e-3
+    ramp_epochs: Annotated[float, _knob("epochs over which lambda rises from 0", ge=0, le=1000)] = 1.0
+    epochs: SomeEpochs = 10
+
+
+class PruneConfig(TrainConfig):
+    """Channel pruning to a budget of FLOPs, then fine-tuning (`epochs: 0`: surgery only)."""
+
+    criterion: Annotated[Criterion, _knob("importance of a channel group")] = "l2"
+    scope: Annotated[Literal["global", "local"], _knob("rank channels over all groups, or inside each")] = "global"
+    keep_flops: Annotated[float, _knob("fraction of the convolutions' MACs that stays", gt=0, lt=1)] = 0.5
+    round_to: Annotated[int, _knob("widths are multiples of this: 8 suits FP16, 16 or 32 INT8", ge=1, le=64)] = 8
+    floor: Annotated[float, _knob("fraction of its channels that every group keeps", ge=0, lt=1)] = 0.1
+    bn_images: Annotated[int, _knob("training images that re-estimate BatchNorm after surgery", ge=0)] = 96
+    teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = False
+    epochs: Epochs = 40
+
+
+class DistillConfig(TrainConfig):
+    """Distillation from the teacher, or from the baseline where the recipe has no teacher."""
+
+    temperature: Annotated[
+        float,
+        _knob(
+            "softens class scores (arXiv 1503.02531). 2 lifts a logit of -6 from 0.002 to "
+            "0.05; more lets background drown the objects",
+            ge=1,
+            le=100,
+        ),
+    ] = 2.0
+    alpha: Annotated[float, _knob("share of soft labels in the class term, 1-alpha of hard ones", ge=0, le=1)] = 0.5
+    logit_weight: Annotated[float, _knob("weight of the soft-label term", ge=0, le=1000)] = 1.0
+    feature_weight: Annotated[
+        float, _knob("weight of the L2 on aligned Detect inputs; 6 is Ultralytics' `dis`", ge=0, le=1000)
+    ] = 6.0
+    epochs: SomeEpochs = 20
+
+
+class QatConfig(TrainConfig):
+    """Calibration, then quantisation-aware training (`epochs: 0`: calibration only, PTQ)."""
+
+    calib_images: CalibImages = 128
+    calibrator: CalibratorKnob = "percentile"
+    percentile: Percentile = 99.99
+    teach_from_parent: Annotated[bool, _knob("the float net teaches during training")] = True
+    epochs: Epochs = 3
+    lr0: Lr0 = 1e-4
+    warmup_epochs: WarmupEpochs = 0.0
+    mosaic: Mosaic = 0.0
+    close_mosaic: CloseMosaic = 0
+
+
+class ExportConfig(Section):
+    """ONNX and TorchScript files. The calibration here is that of the original net's PTQ."""
+
+    precisions: Annotated[
+        tuple[Precision, ...], BeforeValidator(_several), _knob("ONNX files to write", "a list of fp32, fp16, int8")
+    ] = ("fp32", "fp16", "int8")
+    opset: Annotated[int, _knob("ONNX opset; per-channel Q/DQ needs 13", ge=13, le=20)] = 17
+    batch: Annotated[int, _knob("images an inference", ge=1, le=4096)] = 1
+    dynamic_batch: Annotated[bool, _knob("leave the batch size open")] = False
+    simplify: Annotated[bool, _knob("run onnxsim, then compare with torch again")] = True
+    torchscript: Annotated[bool, _knob("write TorchScript too")] = True
+    calib_images: CalibImages = 128
+    calibrator: CalibratorKnob = "percentile"
+    percentile: Percentile = 99.99
+
+
+class EngineConfig(Section):
+    """Engines built from the ONNX files, one a runtime and precision."""
+
+    runtimes: Annotated[
+        Literal["auto"] | tuple[Runtime, ...],
+        BeforeValidator(_runtimes),
+        _knob(
+            "runtimes to build for; auto: every one that imports here",
+            "auto or a list of onnxruntime, openvino, tensorrt",
+        ),
+    ] = "auto"
+    workspace_mib: Annotated[int, _knob("memory TensorRT may use while building", ge=16, le=1 << 20)] = 2048
+
+
+class BenchConfig(Section):
+    """Accuracy, latency and size of every engine."""
+
+    warmup: Annotated[int, _knob("inferences an engine before the clock starts, each round", ge=0, le=1_000_000)] = 50
+    iterations: Annotated[int, _knob("timed inferences an engine in all; p99 needs 662", ge=1, le=10_000_000)] = 700
+    rounds: Annotated[int, _knob("turns in which engines alternate; they share the iterations", ge=1, le=1000)] = 3
+    threads: Threads = None
+
+
+class ReportConfig(Section):
+    """The report and its gate."""
+
+    min_retention: Annotated[float, _knob("gate: mAP50-95 kept of the baseline's, else exit 1", ge=0, le=1)] = 0.98
+    images: Annotated[int, _knob("validation images shown side by side", ge=0, le=1000)] = 12

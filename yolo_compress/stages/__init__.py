@@ -1,0 +1,38 @@
+"""One file a stage: `run(job) -> metrics`. A stage knows nothing of caching, make or the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.artifact import Artifact
+from yolo_compress.data import Dataset
+from yolo_compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given.
+
+    Attributes:
+        config: The stage's own section of the recipe; what it reads of anything else must be in the fingerprint.
+        recipe: The whole recipe, for `data.imgsz`, `run` and, in `report` alone, to print it.
+        dataset: Images and labels that passed the preflight.
+        inputs: Upstream artefacts by stage name; a stage that the recipe leaves out is replaced by what it stands for.
+        out: The folder that becomes the artefact.
+        work: Scratch folder: kept when the stage is killed, dropped when it is published.
+    """
+
+    config: Any
+    recipe: Recipe
+    dataset: Dataset
+    inputs: Mapping[str, Artifact]
+    out: Path
+    work: Path
+
+    @property
+    def imgsz_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels of the network's input."""
+        return self.recipe.data.imgsz_hw

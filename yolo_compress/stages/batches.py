@@ -1,0 +1,36 @@
+"""Un-augmented training images as tensors: what re-estimates BatchNorm and calibrates ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolo_compress.artifact import atomic_write, fingerprint
+from yolo_compress.data import Sample, calibration_subset
+from yolo_compress.runtime.pre import letterbox, read_image
+from yolo_compress.stages import Job
+
+BATCH = 16
+
+
+def chosen(job: Job, count: int) -> list[Sample]:
+    """`count` training images chosen by the recipe's seed."""
+    return calibration_subset(job.dataset.train, count, job.recipe.run.seed)
+
+
+def letterboxed(samples: Sequence[Sample], imgsz_hw: tuple[int, int], batch: int = BATCH) -> Iterator[Tensor]:
+    """images_BCHW, RGB float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
+    for start in range(0, len(samples), batch):
+        images = [letterbox(read_image(sample.image), imgsz_hw)[0] for sample in samples[start : start + batch]]
+        yield torch.from_numpy(np.stack(images))
+
+
+def write_list(job: Job, samples: Sequence[Sample]) -> str:
+    """Keep which images calibrated, by name and sha256, beside the result; returns the hash of the set."""
+    rows = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
+    atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
+    return fingerprint({"images": [row["sha256"] for row in rows]})

@@ -1,0 +1,149 @@
+"""Accuracy, latency and size of every engine and of torch, by one accuracy path and one latency path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from yolo_compress import ultra
+from yolo_compress.artifact import Artifact, atomic_write
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.evaluate.torch_latency import spec as torch_spec
+from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
+from yolo_compress.progress import bar
+from yolo_compress.recipe import BenchConfig
+from yolo_compress.runtime.backend import Backend
+from yolo_compress.runtime.device import device_state
+from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.latency import percentiles
+from yolo_compress.runtime.pre import letterbox, read_image
+from yolo_compress.runtime.turns import measure_in_turn
+from yolo_compress.stages import Job
+
+LATENCY_IMAGES = 8  # real images that the timed calls cycle through
+SHOWN_SCORE = 0.25  # detections kept for pictures; mAP counts from 0.001 on
+
+
+def run(job: Job) -> dict[str, Any]:
+    """`metrics["rows"]`: one a model, runtime and precision; raw latencies and detections are kept beside."""
+    rows = _rows(job)
+    measured = [row for row in rows if row["status"] == "ok"]
+    (job.out / "detections").mkdir()
+    with bar("bench: mAP", len(measured) * len(job.dataset.val), "image") as advance:
+        for row in measured:
+            row |= _accuracy(job, row, advance)
+    _latency(job, measured)
+    for row in rows:
+        row.pop("open", None)
+    return {"rows": rows, "images": len(job.dataset.val), "device": device_state()}
+
+
+def _rows(job: Job) -> list[dict[str, Any]]:
+    """Torch FP32 of both models, then the engines; `open` is the path that a process of its own can open."""
+    sources = {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
+    rows = [
+        {
+            **_row(name, "torch", "fp32", source),
+            "open": str(source.file("model.pt")),
+            "size_mib": source.file("model.pt").stat().st_size / 2**20,
+        }
+        for name, source in sources.items()
+    ]
+    engines = job.inputs["engine"]
+    for built in json.loads(engines.file("engines.json").read_text()):
+        row = _row(built["model"], built["runtime"], built["precision"], sources[built["model"]])
+        if built["reason"]:
+            row |= {"status": "missing", "reason": built["reason"]}
+        else:
+            row |= {"open": str(engines.path / built["folder"]), "size_mib": built["size_mib"]}
+        rows.append(row)
+    return rows
+
+
+def _row(model: str, runtime: str, precision: str, source: Artifact) -> dict[str, Any]:
+    return {
+        "model": model,
+        "runtime": runtime,
+        "precision": precision,
+        "status": "ok",
+        "reason": None,
+        "parameters": source.metrics["parameters"],
+        "compute_gflops": source.metrics["compute_gflops"],
+    }
+
+
+def _open(job: Job, row: Mapping[str, Any]) -> Backend:
+    config: BenchConfig = job.config
+    if row["runtime"] == "torch":
+        return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw)
+    return open_engine(row["open"], threads=None if row["runtime"] == "tensorrt" else config.threads)
+
+
+def _torch(row: Mapping[str, Any]) -> nn.Module:
+    """The torch net as Ultralytics runs it: BatchNorm folded into the convolutions."""
+    return ultra.load_model(Path(row["open"])).fuse(verbose=False)
+
+
+def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
+    names, samples = job.dataset.names, job.dataset.val
+    with _open(job, row) as backend:
+        found = accuracy(backend, samples, names, job.imgsz_hw, progress=advance)
+        executed = backend.executed
+    _keep_detections(job, row, found["detections"])
+    return {
+        "executed": executed,
+        "map50_95": found["map50_95"],
+        "map50": found["map50"],
+        "per_class": found["per_class"],
+        "map50_95_ultralytics": ultralytics_ap(samples, found["detections"], names)["map50_95"],
+        "image_set": job.dataset.val_digest,
+    }
+
+
+def _keep_detections(job: Job, row: Mapping[str, Any], detections: list[np.ndarray]) -> None:
+    """One .npy a row: image index, xyxy in px of the image, score, class."""
+    shown = [
+        np.column_stack([np.full(len(kept), index), kept])
+        for index, found in enumerate(detections)
+        if len(kept := found[found[:, 4] >= SHOWN_SCORE])
+    ]
+    table_N7 = np.concatenate(shown) if shown else np.zeros((0, 7))
+    np.save(job.out / "detections" / f"{row_name(row)}.npy", table_N7.astype(np.float32))
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """File name of a row."""
+    return f"{row['model']}-{row['runtime']}-{row['precision']}"
+
+
+def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
+    """One process an engine, in turn, on real images; percentiles are withheld where n does not carry them."""
+    config: BenchConfig = job.config
+    inputs = job.work / "inputs.npy"
+    images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:LATENCY_IMAGES]]
+    np.save(inputs, np.stack(images))
+    threads = config.threads
+    specs = []
+    for row in rows:
+        options: dict[str, Any] = {"label": row_name(row), "inputs": str(inputs), "warmup_n": config.warmup}
+        if row["runtime"] == "torch":
+            folder = job.work / row["model"]
+            folder.mkdir(exist_ok=True)
+            spec = torch_spec(_torch(row), job.dataset.names, job.imgsz_hw, folder, threads=threads, **options)
+        else:
+            spec = {**options, "engine": row["open"], "threads": None if row["runtime"] == "tensorrt" else threads}
+        specs.append(spec)
+    per_round = -(-config.iterations // config.rounds)
+    with bar("bench: latency", len(specs) * config.rounds, "round") as advance:
+        results = measure_in_turn(specs, config.rounds, per_round, progress=advance)
+    for row, result in zip(rows, results, strict=True):
+        samples = result["samples_ms"][: config.iterations]
+        row |= percentiles(samples) | {"threads": result["threads"], "latency_quiet": result["quiet"]}
+    raw = {spec["label"]: result["rounds_ms"] for spec, result in zip(specs, results, strict=True)}
+    atomic_write(job.out / "latency.json", json.dumps(raw) + "\n")

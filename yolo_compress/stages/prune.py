@@ -1,0 +1,73 @@
+"""Channel pruning to a budget: rank, cut, re-estimate BatchNorm, fine-tune."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from yolo_compress import progress, ultra
+from yolo_compress.artifact import atomic_write
+from yolo_compress.distill.teach import Teach
+from yolo_compress.prune.budget import Plan, choose
+from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.recovery import reestimate_batchnorm
+from yolo_compress.recipe import PruneConfig
+from yolo_compress.stages import Job
+from yolo_compress.stages.batches import chosen, letterboxed
+from yolo_compress.stages.training import CLASS_GAIN, finish, fit, measure
+
+PARENT_FEATURE_WEIGHT = 6.0  # Ultralytics' `dis`
+PARENT_TEMPERATURE = 2.0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """`model.pt` of stock classes with fewer channels, `channels.json`, and mAP at each step of the recovery."""
+    config: PruneConfig = job.config
+    model = ultra.load_model(job.inputs["sparsify"].file("model.pt"))
+    plan = cut(job, model)
+    metrics: dict[str, Any] = {
+        "kept_flops": plan.kept_flops,
+        "map50_95_after_cut": measure(job, model, "after the cut")["map50_95"],
+    }
+    if config.bn_images:
+        reestimate_batchnorm(model, letterboxed(chosen(job, config.bn_images), job.imgsz_hw))
+        metrics["map50_95_after_bn"] = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
+    progress.say(
+        f"prune: {plan.kept_flops:.1%} of the MACs kept, mAP50-95 {metrics['map50_95_after_cut']:.3f} after the cut, "
+        f"{metrics.get('map50_95_after_bn', float('nan')):.3f} after re-estimating BatchNorm"
+    )
+    hooks = []
+    if config.teach_from_parent and config.epochs:
+        parent = ultra.load_model(job.inputs["baseline"].file("model.pt"))
+        hooks.append(
+            Teach(
+                parent,
+                feature_weight=PARENT_FEATURE_WEIGHT,
+                class_weight=CLASS_GAIN,
+                temperature=PARENT_TEMPERATURE,
+            )
+        )
+    trained = fit(job, model, hooks, "prune")
+    return {**metrics, **finish(job, trained)}
+
+
+def cut(job: Job, model: nn.Module) -> Plan:
+    """Remove channels from `model` in place and keep the widths beside the result."""
+    config: PruneConfig = job.config
+    groups = prunable(model)
+    plan = choose(
+        model,
+        groups,
+        scores(model, groups, CRITERIA[config.criterion], job.recipe.run.seed),
+        config.keep_flops,
+        config.round_to,
+        job.imgsz_hw,
+        floor=config.floor,
+        scope=config.scope,
+    )
+    prune(model, plan.keep)
+    atomic_write(job.out / "channels.json", json.dumps(plan.widths) + "\n")
+    return plan

@@ -1,0 +1,141 @@
+"""The report: one HTML file, Markdown and JSON from the metrics of the whole chain, and the gate that decides."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from yolo_compress import environment
+from yolo_compress.report.document import build
+from yolo_compress.report.table import render_text
+from yolo_compress.report.write import write
+from yolo_compress.stages import Job
+from yolo_compress.stages.bench import row_name
+
+CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
+WIDTH = 120
+
+
+def run(job: Job) -> dict[str, Any]:
+    """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
+    rows = job.inputs["bench"].metrics["rows"]
+    document = build(
+        job.recipe.name,
+        _chain(job),
+        rows,
+        _data(job),
+        min_retention=job.config.min_retention,
+        gammas=_gammas(job),
+        channels=_channels(job),
+        environment=_environment(job),
+        reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
+        not_tested=_not_tested(rows),
+    )
+    write(document, _gallery(job, rows), job.out)
+    return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
+
+
+def _own(job: Job, stage: str) -> bool:
+    """Whether the recipe has this stage, rather than another standing in for it."""
+    return job.inputs[stage].stage == stage
+
+
+def _chain(job: Job) -> list[dict[str, Any]]:
+    chain = []
+    for stage in CHAIN:
+        if not _own(job, stage):
+            continue
+        artifact = job.inputs[stage]
+        metrics = artifact.metrics
+        wanted = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
+                  "map50_95_after_cut", "map50_95_after_bn")  # fmt: skip
+        chain.append(
+            {
+                "stage": stage,
+                "fingerprint": artifact.fingerprint,
+                "status": "done",
+                "seconds": artifact.manifest.seconds,
+                "image_set": job.dataset.val_digest,
+                **{name: metrics[name] for name in wanted if name in metrics},
+            }
+        )
+    return chain
+
+
+def _data(job: Job) -> dict[str, Any]:
+    data = job.dataset
+    return {
+        "yaml": data.yaml.name,
+        "names": list(data.names),
+        "train_images": len(data.train),
+        "val_images": len(data.val),
+        "skipped": list(data.skipped),
+        "notes": list(data.notes),
+        "digest": data.digest,
+    }
+
+
+def _gammas(job: Job) -> dict[str, Any] | None:
+    if not _own(job, "sparsify"):
+        return None
+    found = json.loads(job.inputs["sparsify"].file("gammas.json").read_text())
+    bins = len(found["counts"][0])
+    return {"edges": [found["bin_width"] * i for i in range(bins + 1)], "epochs": found["counts"]}
+
+
+def _channels(job: Job) -> dict[str, Any] | None:
+    return json.loads(job.inputs["prune"].file("channels.json").read_text()) if _own(job, "prune") else None
+
+
+def _environment(job: Job) -> dict[str, Any]:
+    bench = job.inputs["bench"]
+    recorded = bench.manifest.environment
+    config = job.recipe.bench
+    assert config is not None
+    return {
+        "commit": recorded.get("commit") or "not a checkout",
+        "device": bench.metrics["device"],
+        "versions": recorded.get("packages", {}) | {"python": recorded.get("python")},
+        "imgsz_px": list(job.imgsz_hw),
+        "batch": job.recipe.export.batch if job.recipe.export else 1,
+        "warm_up": f"{config.warmup} calls",
+        "latency": f"{config.iterations} calls an engine in {config.rounds} rounds in turn, one process an engine",
+        "seed": job.recipe.run.seed,
+        "report_made_with": environment.version("yolo-compress"),
+    }
+
+
+def _not_tested(rows: list[dict[str, Any]]) -> list[str]:
+    said = ["Latency is that of the engine alone: letterbox and NMS are not in it."]
+    if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
+        said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
+    return said
+
+
+def _gallery(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly spaced validation images: the original in FP32 beside the compressed net in INT8, where there is one."""
+    count = min(job.config.images, len(job.dataset.val))
+    measured = [row for row in rows if row["status"] == "ok"]
+    compressed = [row for row in measured if row["model"] == "compressed"]
+    if not count or not compressed:
+        return []
+    first = next(row for row in measured if row["model"] == "original" and row["precision"] == "fp32")
+    second = next((row for row in compressed if row["precision"] == "int8"), compressed[0])
+    both = [np.load(job.inputs["bench"].file(f"detections/{row_name(row)}.npy")) for row in (first, second)]
+    items = []
+    for index in (i * len(job.dataset.val) // count for i in range(count)):
+        sample = job.dataset.val[index]
+        of_image = [table[table[:, 0] == index, 1:] for table in both]
+        items.append(
+            {
+                "image": sample.image,
+                "name": sample.name,
+                "truths": sample.boxes,
+                "detections_a": of_image[0],
+                "detections_b": of_image[1],
+                "names": job.dataset.names,
+            }
+        )
+    return items

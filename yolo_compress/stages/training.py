@@ -1,0 +1,71 @@
+"""What the training stages share: the recipe's schedule, one training call, and what is measured and written after it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from yolo_compress import ultra
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.hook import TrainHook
+from yolo_compress.progress import bar
+from yolo_compress.prune.budget import conv_macs, parameters
+from yolo_compress.recipe import TrainConfig
+from yolo_compress.stages import Job
+
+CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
+
+
+def settings(job: Job, class_gain: float = CLASS_GAIN) -> ultra.TrainSettings:
+    """The section's schedule on the recipe's machine; training is square, at the longer side of the input."""
+    config: TrainConfig = job.config
+    schedule = {name: getattr(config, name) for name in TrainConfig.model_fields}
+    machine = job.recipe.run
+    return ultra.TrainSettings(
+        **schedule,
+        class_gain=class_gain,
+        imgsz_px=max(job.imgsz_hw),
+        seed=machine.seed,
+        device=machine.device,
+        workers=machine.workers,
+        threads=machine.threads,
+        val_every=machine.val_every,
+    )
+
+
+def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class_gain: float = CLASS_GAIN) -> nn.Module:
+    """Train `model` as the section says and keep its results.csv; with no epochs the hooks see the model and let go."""
+    chosen = settings(job, class_gain)
+    trained = ultra.train(model, job.dataset, chosen, hooks, job.work, what)
+    if (job.work / "results.csv").is_file():
+        shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
+    return trained
+
+
+def finish(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Write `model.pt` and return what every training stage states of its result."""
+    ultra.save_model(model, job.out / "model.pt", {"task": "detect", "imgsz": max(job.imgsz_hw)})
+    return {
+        **measure(job, model),
+        "parameters": parameters(model),
+        "compute_gflops": 2 * conv_macs(model, job.imgsz_hw) / 1e9,
+        "size_mib": (job.out / "model.pt").stat().st_size / 2**20,
+        "epochs": getattr(job.config, "epochs", 0),
+    }
+
+
+def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
+    """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
+    names = job.dataset.names
+    device = job.recipe.run.device.split(",")[0]
+    device = device if device == "cpu" else f"cuda:{device}"
+    with (
+        TorchBackend(model, names, job.imgsz_hw, device=device) as backend,
+        bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
+    ):
+        result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance)
+    return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

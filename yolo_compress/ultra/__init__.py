@@ -1,0 +1,25 @@
+"""The only door to ultralytics' engine: checkpoints in and out, one training loop with hooks, its own validator."""
+
+import logging
+
+from yolo_compress.hardening import harden
+
+harden()
+
+from yolo_compress.ultra.checkpoint import check_classes, image_channels, load_model, new_model, save_model, widths  # noqa: E402
+from yolo_compress.ultra.trainer import TrainSettings, train  # noqa: E402
+from yolo_compress.ultra.validate import validate  # noqa: E402
+
+logging.getLogger("ultralytics").setLevel(logging.WARNING)
+
+__all__ = [
+    "TrainSettings",
+    "check_classes",
+    "image_channels",
+    "load_model",
+    "new_model",
+    "save_model",
+    "train",
+    "validate",
+    "widths",
+]

@@ -1,0 +1,35 @@
+"""Source checkpoints: where they are looked for, and the error that says where to put one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from yolo_compress.errors import EnvironmentLacks, RecipeError
+
+FOLDER = Path("weights")
+
+
+def find_weights(name: str) -> Path:
+    """The checkpoint `name`: as given, then in `weights/`, then in the folders of `YOLO_COMPRESS_WEIGHTS` (colon-separated).
+
+    Raises:
+        RecipeError: The path is there and is no readable file.
+        EnvironmentLacks: It is in none of the places.
+    """
+    folders = [FOLDER, *(Path(part) for part in os.environ.get("YOLO_COMPRESS_WEIGHTS", "").split(":") if part)]
+    for candidate in [Path(name), *(folder / name for folder in folders)]:
+        try:
+            if candidate.is_dir():
+                raise RecipeError(f"{candidate}: a folder, expected a checkpoint file")
+            if candidate.is_file():
+                with candidate.open("rb"):
+                    return candidate
+            if candidate.is_symlink():
+                raise RecipeError(f"{candidate}: a link that leads nowhere")
+        except OSError as error:
+            raise RecipeError(f"{candidate}: cannot be read ({error.strerror})") from error
+    raise EnvironmentLacks(
+        f"{name}: no such checkpoint here, in {FOLDER}/ or in YOLO_COMPRESS_WEIGHTS; "
+        f"put it into {FOLDER}/, or run `yolo-compress fetch {Path(name).name}` where there is a network"
+    )
