@@ -132,8 +132,11 @@ def _selected(parameter: nn.Parameter, dim: int, index_K: Tensor) -> nn.Paramete
 
 
 def _rows(conv: Conv, index_K: Tensor) -> Conv:
-    """A copy of `conv` with some of its output channels; BatchNorm settings, flags and dtype are kept."""
-    part = copy.deepcopy(conv)
+    """A copy of `conv` with some of its output channels; BatchNorm settings, flags and dtype are kept.
+
+    The activation stays shared: stock models have one module for all (`Conv.default_act`), which holds no tensors.
+    """
+    part = copy.deepcopy(conv, {id(conv.act): conv.act})
     keep_channels(part.conv, index_K)
     keep_channels(part.bn, index_K)
     return part
@@ -146,7 +149,7 @@ def _merged(block: SplitC2f) -> C2f:
         raise RecipeError(
             f"C2f halves of {half} and {second.conv.out_channels} channels cannot merge; keep equal counts"
         )
-    cv1 = copy.deepcopy(first)
+    cv1 = copy.deepcopy(first, {id(first.act): first.act})
     cv1.conv.weight = _joined(first.conv.weight, second.conv.weight)
     cv1.conv.out_channels = cv1.bn.num_features = 2 * half
     cv1.bn.weight, cv1.bn.bias = _joined(first.bn.weight, second.bn.weight), _joined(first.bn.bias, second.bn.bias)

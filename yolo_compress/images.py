@@ -8,11 +8,13 @@ or CMYK.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 FORMATS = frozenset({"AVIF", "BMP", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP"})
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"})  # photographs of some phones
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 UPRIGHT_ONLY = frozenset({"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"})  # versions of OpenCV differ in obeying EXIF here
 MIN_SIDE_PX = 10  # Ultralytics drops smaller images
@@ -38,23 +40,42 @@ def probe(data: bytes) -> tuple[int, int]:
     Raises:
         Finding: why the image cannot be used.
     """
-    from PIL import Image
-
     if not data:
         raise Finding("empty file")
     if data.lstrip()[:1] == b"<" and b"<html" in data[:1024].lower():
         raise Finding("an HTML page, not an image")
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        raise Finding("HEIF images are not supported")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             return _checked(image, data)
-    except Image.DecompressionBombError:
-        raise Finding(f"over {MAX_PIXELS // 1_000_000} million pixels") from None
-    except Image.UnidentifiedImageError:
-        raise Finding("not an image of a known format") from None
     except Finding:
         raise
     except Exception as e:  # decoders of hostile files raise anything: SyntaxError, struct.error, KeyError, ...
         raise Finding(f"corrupt image ({' '.join(str(e).split())[:100] or type(e).__name__})") from e
+
+
+def _opened(data: bytes):  # type: ignore[no-untyped-def]
+    """The image that Pillow's own decoders find in `data`, header read.
+
+    `PIL.Image.open` would do the same, had Ultralytics 8.4.190 not replaced it when it is imported: on a file of no known
+    kind its version asks pip for pi-heif, and once that is registered the same bytes get another finding.
+    """
+    from PIL import Image
+
+    Image.init()
+    for kind in Image.ID:
+        if kind == "HEIF":  # registered by pi-heif, if at all
+            continue
+        factory, accept = Image.OPEN[kind]
+        fits = accept(data[:16]) if accept else True
+        if isinstance(fits, str) or not fits:  # text: Pillow lacks the codec
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # what Image.open takes for another kind
+            continue
+    raise Finding("not an image of a known format")
 
 
 def _checked(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-def]

@@ -50,6 +50,7 @@ BAD_IMAGES = {
     "zero bytes": (b"", "empty file"),
     "html": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML page, not an image"),
     "junk": (bytes(range(256)) * 4, "not an image of a known format"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(100), "HEIF images are not supported"),
     "gif": (encoded(0, "GIF"), "GIF images are not supported"),
     "animated gif": (encoded(0, "GIF", **FRAMES), "GIF images are not supported"),
     "animated png": (encoded(0, "PNG", **FRAMES), "2 frames; one image per file is needed"),
@@ -77,6 +78,28 @@ def test_bad_image(name: str) -> None:
     with images.quiet_pillow(), pytest.raises(images.Finding) as caught:
         images.probe(content)
     assert str(caught.value) == what
+
+
+def test_findings_do_not_depend_on_a_patched_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics replaces PIL.Image.open by one that installs packages when it meets an unknown file."""
+
+    def install(*_: object, **__: object) -> None:
+        pytest.fail("PIL.Image.open was called")
+
+    monkeypatch.setattr(Image, "open", install)
+    for content, what in BAD_IMAGES.values():
+        with images.quiet_pillow(), pytest.raises(images.Finding) as caught:
+            images.probe(content)
+        assert str(caught.value) == what
+    assert images.probe(encoded(1, "MPO")) == (24, 16)
+
+
+def test_findings_do_not_depend_on_registered_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.setattr(Image, "ID", ["HEIF", *Image.ID])
+    monkeypatch.setitem(Image.OPEN, "HEIF", (lambda *_: pytest.fail("pi-heif was asked"), None))
+    with pytest.raises(images.Finding, match="not an image of a known format"):
+        images.probe(BAD_IMAGES["junk"][0])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])

@@ -58,6 +58,7 @@ class Group:
         return tuple(member for member in self.members if member.role == role)
 
 
+@torch.inference_mode(False)  # tensors made in inference mode, the caller's or not, cannot be traced or trained
 def prunable(model: nn.Module) -> list[Group]:
     """Groups of every channel of a YOLOv8 detection model that can go, in order of execution; `model` is not changed.
 
@@ -86,6 +87,7 @@ def prunable(model: nn.Module) -> list[Group]:
     return groups
 
 
+@torch.inference_mode(False)
 def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     """Keep the listed channels of each group and remove the others, in place; classes stay stock, `model.yaml` stays as it was.
 
@@ -138,7 +140,7 @@ def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
 
 
 def _traced(split: nn.Module) -> torch_pruning.DependencyGraph:
-    with torch.inference_mode(False), torch.enable_grad():  # DepGraph reads the autograd graph, whatever the caller is in
+    with torch.enable_grad():  # DepGraph reads the autograd graph, whatever the caller is in
         return torch_pruning.DependencyGraph().build_dependency(
             split,
             blank_images(split, _TRACE_HW),

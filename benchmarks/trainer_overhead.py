@@ -1,0 +1,127 @@
+"""Time of a plain training step: ours (no hooks) against Ultralytics' own DetectionTrainer, in turn, in one run.
+
+    python benchmarks/trainer_overhead.py --data bccd.yaml --weights yolov8n_bccd.pt --imgsz 320 --batch 16 --rounds 6
+
+Both take the same images (from memory), augmentations, optimizer, thread count and an optimizer step for every batch. A step
+is the time from the start of one batch to the start of the next, so loading and augmentation are in it; the first two steps
+of every epoch are dropped. Prints the ratio of medians and of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolo_compress import environment, ultra
+from yolo_compress.data import Dataset, load
+from yolo_compress.ultra.trainer import HookedTrainer
+from yolo_compress.weights import find_weights
+
+WARM_STEPS = 2
+
+
+def timed(trainer: Any) -> list[float]:
+    """Seconds of each step of one epoch."""
+    starts: list[float] = []
+    trainer.add_callback("on_train_batch_start", lambda _: starts.append(time.perf_counter()))
+    trainer.train()
+    steps = [after - before for before, after in itertools.pairwise(starts)]
+    return steps[WARM_STEPS:]
+
+
+def ours(dataset: Dataset, settings: ultra.TrainSettings, weights: Path, work: Path) -> list[float]:
+    work.mkdir()
+    trainer = HookedTrainer(ultra.load_model(weights), dataset, settings, [], work, "ours")
+    try:
+        return timed(trainer)
+    finally:
+        trainer.close()
+
+
+def theirs(data: Path, settings: ultra.TrainSettings, weights: Path, work: Path) -> list[float]:
+    import torch
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    overrides = {**settings.overrides(work), "data": str(data), "cache": "ram", "model": str(weights)}
+    trainer = DetectionTrainer(overrides=overrides)
+    torch.set_num_threads(settings.threads or 2)
+    trainer.model = ultra.load_model(weights)
+    trainer.save_model = lambda: False  # files are no part of a step
+    trainer.final_eval = lambda: None
+    return timed(trainer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="bccd.yaml")
+    parser.add_argument("--weights", default="yolov8n_bccd.pt")
+    parser.add_argument("--imgsz", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    dataset, weights = load(options.data), find_weights(options.weights)
+    settings = ultra.TrainSettings(
+        epochs=1, batch=options.batch, imgsz_px=options.imgsz, optimizer="AdamW", lr0=1e-3, threads=options.threads
+    )
+    samples: dict[str, list[list[float]]] = {"ours": [], "ultralytics": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data = copy_for_ultralytics(dataset, folder / "data")
+        for number in range(options.rounds):
+            order = ("ours", "ultralytics") if number % 2 == 0 else ("ultralytics", "ours")
+            for who in order:
+                work = folder / f"{who}{number}"
+                samples[who].append(
+                    ours(dataset, settings, weights, work) if who == "ours" else theirs(data, settings, weights, work)
+                )
+    report(samples, options, len(dataset.train))
+
+
+def copy_for_ultralytics(dataset: Dataset, folder: Path) -> Path:
+    """The same images in a folder where Ultralytics may write its caches."""
+    for split, part in (("train", dataset.train), ("val", dataset.val)):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for sample in part:
+            shutil.copy(sample.image, folder / "images" / split / sample.image.name)
+            rows = "\n".join(" ".join(map(str, box)) for box in sample.boxes)
+            (folder / "labels" / split / f"{sample.image.stem}.txt").write_text(rows + "\n")
+    file = folder / "data.yaml"
+    names = dict(enumerate(dataset.names))
+    file.write_text(yaml.safe_dump({"path": str(folder), "train": "images/train", "val": "images/val", "names": names}))
+    return file
+
+
+def report(samples: dict[str, list[list[float]]], options: argparse.Namespace, images: int) -> None:
+    medians = {who: statistics.median(step for steps in runs for step in steps) for who, runs in samples.items()}
+    rounds = [
+        statistics.median(mine) / statistics.median(other)
+        for mine, other in zip(samples["ours"], samples["ultralytics"], strict=True)
+    ]
+    count = {who: sum(map(len, runs)) for who, runs in samples.items()}
+    print("| trainer | median step ms | n |\n|---|---|---|")
+    for who, value in medians.items():
+        print(f"| {who} | {1e3 * value:.1f} | {count[who]} |")
+    answer = {
+        "ratio_of_medians": round(medians["ours"] / medians["ultralytics"], 4),
+        "ratio_by_round": [round(value, 4) for value in rounds],
+        "median_of_rounds": round(statistics.median(rounds), 4),
+        "images": images,
+        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads")},
+        "environment": environment.describe(),
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The training loop: hooks in order, our images, a step a batch, exact resume, stock checkpoints."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from yolo_compress import ultra
+from yolo_compress.data import Dataset, load
+from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.hook import TrainHook
+from yolo_compress.ultra.dataset import EpochSampler, PreflightDataset, seed_everything
+from yolo_compress.ultra.trainer import HookedTrainer
+
+NAMES = ["bolt", "nut"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    root = tmp_path_factory.mktemp("set")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(generator.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(
+                root / f"images/{split}/{index}.png"
+            )
+            (root / f"labels/{split}/{index}.txt").write_text(f"{index % 2} 0.5 0.5 0.4 0.4\n")
+    (root / "set.yaml").write_text("train: images/train\nval: images/val\nnames: [bolt, nut]\n")
+    return load(str(root / "set.yaml"))
+
+
+def settings(**changes: object) -> ultra.TrainSettings:
+    usual = {"epochs": 2, "batch": 3, "imgsz_px": 64, "optimizer": "AdamW", "lr0": 1e-3}
+    return ultra.TrainSettings(**{**usual, **changes})  # type: ignore[arg-type]
+
+
+def model(seed: int = 0) -> nn.Module:
+    return ultra.new_model("yolov8n.yaml", NAMES, 3, seed)
+
+
+class Spy(TrainHook):
+    """Writes down who was called; has an aligner of its own and a loss that needs it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.extra = nn.ModuleDict({"probe": nn.Linear(1, 1)})
+
+    def on_model(self, model: nn.Module) -> None:
+        self.calls.append("on_model")
+
+    def modules(self) -> nn.ModuleDict:
+        return self.extra
+
+    def on_epoch_start(self, epoch: int, epochs: int) -> None:
+        self.calls.append(f"start {epoch}/{epochs}")
+
+    def extra_loss(self, batch, predictions):
+        if not isinstance(predictions, dict):
+            return {}
+        self.calls.append("loss")
+        return {"spy": self.extra["probe"](batch["img"].mean().view(1)).square().squeeze()}
+
+    def before_step(self, model: nn.Module) -> None:
+        assert self.extra["probe"].weight.grad is not None
+        self.calls.append("step")
+
+    def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
+        self.calls.append(f"end {epoch}")
+        return {"spy_figure": float(epoch)}
+
+    def on_end(self, model: nn.Module) -> None:
+        self.calls.append("on_end")
+
+    def to_stock(self, model: nn.Module) -> None:
+        self.calls.append("to_stock")
+
+
+def test_hooks_are_called_in_the_order_of_the_docstring(dataset: Dataset, tmp_path: Path) -> None:
+    spy = Spy()
+    before = spy.extra["probe"].weight.detach().clone()
+    trained = ultra.train(model(), dataset, settings(), [spy], tmp_path, "t")
+    epoch = ["loss", "step"] * 2  # six images, batches of three, an optimizer step for every batch
+    assert spy.calls == ["on_model", "start 0/2", *epoch, "end 0", "start 1/2", *epoch, "end 1", "on_end", "to_stock"]
+    assert not torch.equal(before, spy.extra["probe"].weight), "a hook's modules are trained"
+    assert not [name for name in trained.state_dict() if "probe" in name], "and never reach the checkpoint"
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["train/spy"]) > 0 for row in rows)
+    assert [row["spy_figure"] for row in rows] == ["0", "1"]
+    assert rows[0]["metrics/mAP50-95(B)"] == "" and rows[1]["metrics/mAP50-95(B)"] != ""
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Raise right after the state of epoch `[0]` was saved."""
+    when = [-1]
+    whole = HookedTrainer.save_model
+
+    def save_model(self: HookedTrainer) -> bool:
+        saved = whole(self)
+        if self.epoch == when[0]:
+            raise _Stop
+        return saved
+
+    monkeypatch.setattr(HookedTrainer, "save_model", save_model)
+    yield when
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(dataset: Dataset, tmp_path: Path, stop_after: list[int]) -> None:
+    def run(work: Path) -> tuple[dict, str]:
+        work.mkdir(exist_ok=True)
+        torch.manual_seed(7)
+        hook = Spy()
+        trained = ultra.train(
+            model(), dataset, settings(epochs=4, warmup_epochs=1.0, close_mosaic=1), [hook], work, "t"
+        )
+        return trained.state_dict() | hook.extra.state_dict(), (work / "results.csv").read_text()
+
+    whole, rows = run(tmp_path / "whole")
+    for epoch in (0, 2, 3):
+        stop_after[0] = epoch
+        with pytest.raises(_Stop):
+            run(tmp_path / "killed")
+    stop_after[0] = -1
+    resumed, resumed_rows = run(tmp_path / "killed")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert rows == resumed_rows
+
+
+def test_a_resume_file_of_another_net_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    torch.save({"epoch": 0, "model": {}}, tmp_path / "resume.pt")
+    with pytest.raises(CorruptArtifact, match="cannot be continued"):
+        ultra.train(model(), dataset, settings(), [], tmp_path, "t")
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    sampler, other = EpochSampler(10, 3), EpochSampler(10, 3)
+    first, second = list(sampler), list(sampler)
+    other.next_epoch = 1
+    assert sorted(first) == list(range(10)) and first != second == list(other)
+    assert list(EpochSampler(10, 4)) != first
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    parts = [list(EpochSampler(10, 0, rank=rank, world=2)) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(10))
+    assert {len(list(EpochSampler(9, 0, rank=rank, world=2))) for rank in (0, 1)} == {5}
+
+
+def test_labels_are_those_of_the_preflight_and_no_cache_is_written(dataset: Dataset) -> None:
+    from ultralytics.cfg import get_cfg
+
+    data = {"names": dict(enumerate(NAMES)), "channels": 3}
+    built = PreflightDataset(dataset.val, cache=False, imgsz=64, augment=False, hyp=get_cfg(), batch_size=2, data=data)
+    assert [tuple(label["bboxes"][0]) for label in built.labels] == [pytest.approx((0.5, 0.5, 0.4, 0.4))] * 2
+    assert [int(label["cls"][0, 0]) for label in built.labels] == [0, 1]
+    assert not list(dataset.val[0].image.parents[2].rglob("*.cache"))
+
+
+def test_augmentation_is_a_function_of_seed_and_epoch(dataset: Dataset) -> None:
+    from ultralytics.cfg import get_cfg
+
+    data = {"names": dict(enumerate(NAMES)), "channels": 3}
+
+    def image(epoch: int) -> torch.Tensor:
+        built = PreflightDataset(
+            dataset.train, cache=True, imgsz=64, augment=True, hyp=get_cfg(), batch_size=2, data=data
+        )
+        seed_everything(0, epoch)
+        return built[0]["img"]
+
+    assert torch.equal(image(1), image(1)) and not torch.equal(image(1), image(2))
+
+
+def test_checkpoint_round_trip_is_exact_and_anonymous(tmp_path: Path) -> None:
+    net = model(3)
+    ultra.save_model(net, tmp_path / "m.pt")
+    again = ultra.load_model(tmp_path / "m.pt")
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in again.state_dict().items())
+    content = (tmp_path / "m.pt").read_bytes()
+    assert str(tmp_path).encode() not in content and b"git" not in content
+    ultra.save_model(net, tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == content, "same net, same bytes"
+
+
+def test_new_models_are_equal_for_equal_seeds() -> None:
+    first, second, other = model(1), model(1), model(2)
+    assert torch.equal(first.model[0].conv.weight, second.model[0].conv.weight)
+    assert not torch.equal(first.model[0].conv.weight, other.model[0].conv.weight)
+
+
+def test_class_differences_are_named() -> None:
+    with pytest.raises(RecipeError, match="1: nut in the model, washer in the data"):
+        ultra.check_classes(model(), ["bolt", "washer"], "baseline.weights=x.pt")
+
+
+def test_no_epochs_means_hooks_only(dataset: Dataset, tmp_path: Path) -> None:
+    spy = Spy()
+    net = model()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    trained = ultra.train(net, dataset, settings(epochs=0), [spy], tmp_path, "t")
+    assert spy.calls == ["on_model", "on_end", "to_stock"]
+    assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
