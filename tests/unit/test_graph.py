@@ -67,7 +67,7 @@ def assert_oracle(size, nc, ch, seed, imgsz=64):
     return model, groups, keep
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nc=st.integers(1, 300), ch=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
 def test_pruned_equals_silenced_dense(nc, ch, seed):
     assert_oracle("n", nc, ch, seed)

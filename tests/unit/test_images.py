@@ -59,7 +59,7 @@ BAD_IMAGES = {
     "16 bit rgb": (png_16_bit_rgb(), "PNG of mode RGB, 16 bits a channel; convert it to 8-bit RGB"),
     "float": (encoded(0, "TIFF", "F"), "TIFF of mode F, 32 bits a channel; convert it to 8-bit RGB"),
     "1x1": (encoded(0, size=(1, 1)), "1 x 1, smaller than 10 px"),
-    "bomb": (bomb(), "over 100 million pixels"),
+    "bomb": (bomb(), "20000 x 20000 is over 100 million pixels"),
     "turned webp": (
         oriented("WEBP", 6),
         "WEBP with EXIF orientation 6, which decoders treat differently; save it upright",

@@ -19,7 +19,7 @@ TRAIN = (
 )
 FROZEN = {
     "data": "yaml imgsz on_bad allow_overlap limit_train limit_val",
-    "run": "device workers seed threads",
+    "run": "device workers seed threads val_every",
     "teacher": f"{TRAIN} weights model",
     "baseline": f"{TRAIN} weights model",
     "sparsify": f"{TRAIN} l1 ramp_epochs",
@@ -238,8 +238,8 @@ CONTRADICTIONS = {
     ("distill.logit_weight=0", "distill.feature_weight=0"): "nothing is distilled; set distill=null",
     ("export.dynamic_batch=true", "export.batch=4"): "export.batch=4 has no effect with export.dynamic_batch=true",
     ("bench.iterations=2",): "bench.iterations=2 cannot be shared by bench.rounds=3",
-    ("qat.percentile=99",): "qat.percentile=99.0 has no effect with qat.calibrator=mse",
-    ("export.percentile=99",): "export.percentile=99.0 has no effect",
+    ("qat.calibrator=max", "qat.percentile=99"): "qat.percentile=99.0 has no effect with qat.calibrator=max",
+    ("export.calibrator=max", "export.percentile=99"): "export.percentile=99.0 has no effect",
     ("baseline.weights=a.pt", "baseline.epochs=3"): "baseline.epochs has no effect: baseline.weights=a.pt is taken",
 }
 

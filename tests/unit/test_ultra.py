@@ -92,7 +92,7 @@ def test_hooks_are_called_in_the_order_of_the_docstring(dataset: Dataset, tmp_pa
     assert spy.calls == ["on_model", "start 0/2", *epoch, "end 0", "start 1/2", *epoch, "end 1", "on_end", "to_stock"]
     assert not torch.equal(before, spy.extra["probe"].weight), "a hook's modules are trained"
     assert not [name for name in trained.state_dict() if "probe" in name], "and never reach the checkpoint"
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["train/spy"]) > 0 for row in rows)
     assert [row["spy_figure"] for row in rows] == ["0", "1"]
     assert rows[0]["metrics/mAP50-95(B)"] == "" and rows[1]["metrics/mAP50-95(B)"] != ""

@@ -31,7 +31,9 @@ def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndar
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(f"outputs {outputs[0].shape} and {outputs[1].shape} cannot be compared")
         if not all(np.isfinite(output).all() for output in outputs):
-            raise NumericsError(f"image {count}: NaN or infinity in the output of {first.executed} or {second.executed}")
+            raise NumericsError(
+                f"image {count}: NaN or infinity in the output of {first.executed} or {second.executed}"
+            )
         apart_CA = np.abs(outputs[0] - outputs[1])
         boxes, scores = max(boxes, float(apart_CA[:4].max())), max(scores, float(apart_CA[4:].max()))
         count += 1

@@ -47,7 +47,9 @@ class TorchBackend:
         if precision not in _DTYPES:
             raise RecipeError(f"torch backend: precision {precision!r}, one of {', '.join(_DTYPES)} expected")
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise EnvironmentLacks(f"device {device}: torch {torch.__version__} sees no GPU; use cpu, or install a driver")
+            raise EnvironmentLacks(
+                f"device {device}: torch {torch.__version__} sees no GPU; use cpu, or install a driver"
+            )
         if threads is not None:
             torch.set_num_threads(threads)
         self.names, self.imgsz, self.precision = tuple(names), (int(imgsz[0]), int(imgsz[1])), precision
@@ -57,14 +59,20 @@ class TorchBackend:
 
     def _prepared(self, module: nn.Module) -> nn.Module:
         ready = not module.training and all(
-            p.device.type == self._device.type and p.dtype == self._dtype for p in module.parameters()
+            p.device.type == self._device.type
+            and self._device.index in (None, p.device.index)
+            and p.dtype == self._dtype
+            for p in module.parameters()
         )
         return module if ready else copy.deepcopy(module).to(self._device, self._dtype).eval()
 
     @property
     def executed(self) -> str:
-        """Parameter type on which device; torch does not convert behind the caller's back."""
-        return f"{self.precision} ({self._device})" if self._device.type != "cpu" else self.precision
+        """Parameter type on which device; fp32 convolutions on a GPU are TF32 unless cuDNN is told otherwise."""
+        if self._device.type == "cpu":
+            return self.precision
+        tf32 = self.precision == "fp32" and torch.backends.cudnn.allow_tf32
+        return f"tf32 ({self._device}; fp32 asked)" if tf32 else f"{self.precision} ({self._device})"
 
     @torch.no_grad()
     def _forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def choose(
     target = keep_flops * before
     if smallest > target:
         raise RecipeError(
-            f"prune: keep_flops={keep_flops} cannot be reached; the smallest is {ceil(1000 * smallest / before) / 1000} with "
+            f"prune: keep_flops={keep_flops} cannot be reached; the smallest is {_rounded_up(smallest / before)} with "
             f"prune.floor={floor} and prune.round_to={round_to}"
         )
     widths = _fill(_cut(_ranked(ties, scope), ties, price, target), ties, price, target)
@@ -100,7 +100,7 @@ def choose(
     if target - after > TOLERANCE * target:
         raise RecipeError(
             f"prune: keep_flops={keep_flops} cannot be met within 2 % in steps of prune.round_to={round_to}; "
-            f"the nearest below is {after / before:.3f}; choose that or a smaller round_to"
+            f"the nearest below is {_rounded_up(after / before)}; choose that or a smaller round_to"
         )
     kept = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
     return Plan(
@@ -109,6 +109,11 @@ def choose(
         macs_after=int(after),
         widths={group.name: (group.width, kept[group.name]) for group in groups},
     )
+
+
+def _rounded_up(share: float) -> float:
+    """Three digits that, given as `keep_flops`, still admit `share`."""
+    return ceil(1000 * share - 1e-9) / 1000
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,9 @@ def _conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, _Conv
 
 def _check_settings(keep_flops: float, round_to: int, floor: float, scope: str) -> None:
     if not 0 < keep_flops < 1:
-        raise RecipeError(f"prune: keep_flops must lie between 0 and 1, both excluded, got {keep_flops}; 1 would prune nothing")
+        raise RecipeError(
+            f"prune: keep_flops must lie between 0 and 1, both excluded, got {keep_flops}; 1 would prune nothing"
+        )
     if round_to < 1 or round_to & (round_to - 1):
         raise RecipeError(f"prune: round_to must be a power of two, got {round_to}")
     if not 0 <= floor < 1:
@@ -187,7 +194,9 @@ def _ties(groups: Sequence[Group], scores: Mapping[str, Tensor], round_to: int, 
     for group in groups:
         score_C = scores[group.name]
         if score_C.shape != (group.width,):
-            raise RecipeError(f"prune: criterion gave {tuple(score_C.shape)} scores for {group.name}, expected ({group.width},)")
+            raise RecipeError(
+                f"prune: criterion gave {tuple(score_C.shape)} scores for {group.name}, expected ({group.width},)"
+            )
         if not bool(torch.isfinite(score_C).all()):
             raise NumericsError(f"prune: importance of {group.name} is NaN or infinite")
         tied.setdefault(group.tie, []).append(group)

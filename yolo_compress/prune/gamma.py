@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ class GammaL1(TrainHook):
     multiplies it. Ultralytics sums its loss over a batch: `lambda_` is measured against that sum.
 
     Args:
-        lambda_: strength, > 0.
+        lambda_: strength, > 0 and finite.
         ramp_epochs: the strength rises linearly from `lambda_ / ramp_epochs` in the first epoch; 0 starts with all of it.
     """
 
     def __init__(self, lambda_: float, ramp_epochs: float = 0) -> None:
-        if not lambda_ > 0 or ramp_epochs < 0:
-            raise RecipeError(f"sparsify: lambda must be > 0 and ramp_epochs >= 0, got {lambda_} and {ramp_epochs}")
+        if not 0 < lambda_ < inf or not 0 <= ramp_epochs < inf:
+            raise RecipeError(
+                f"sparsify: lambda must be > 0 and ramp_epochs >= 0, both finite, got {lambda_} and {ramp_epochs}"
+            )
         self.lambda_ = lambda_
         self.ramp_epochs = ramp_epochs
         self._strength = 0.0
@@ -54,7 +57,9 @@ class GammaL1(TrainHook):
         gradients = [gamma.grad for gamma in gammas]
         if any(gradient is None for gradient in gradients):
             frozen = next(name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None)
-            raise RecipeError(f"sparsify: gamma of {frozen} gets no gradient (frozen?); unfreeze it or leave sparsify out")
+            raise RecipeError(
+                f"sparsify: gamma of {frozen} gets no gradient (frozen?); unfreeze it or leave sparsify out"
+            )
         torch._foreach_add_(gradients, torch._foreach_sign(gammas), alpha=self._strength)
 
     @torch.no_grad()
@@ -66,7 +71,9 @@ class GammaL1(TrainHook):
         """
         for name, gamma in zip(self._names, self._gammas(model), strict=True):
             if not bool(torch.isfinite(gamma).all()):
-                raise NumericsError(f"sparsify: gamma of {name} is NaN or infinite in epoch {epoch}; lower lambda or the rate")
+                raise NumericsError(
+                    f"sparsify: gamma of {name} is NaN or infinite in epoch {epoch}; lower lambda or the rate"
+                )
         magnitude = torch.cat([gamma.float().abs() for gamma in self._gammas(model)])
         self._epochs.append(epoch)
         self._counts.append(self._histogram(model))

@@ -82,7 +82,9 @@ def prunable(model: nn.Module) -> list[Group]:
         members = _members(found, names, graph)
         seen.update(member.module for member in members if member.role == "out")
         if seen & outputs:
-            raise RecipeError(f"prune: the channels of {name} are outputs of the model; only stock YOLOv8 wiring is supported")
+            raise RecipeError(
+                f"prune: the channels of {name} are outputs of the model; only stock YOLOv8 wiring is supported"
+            )
         groups.append(_group(name.removesuffix(".conv"), module.out_channels, members, halves))
     return groups
 
@@ -130,13 +132,17 @@ def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
             raise RecipeError(f"prune: no group {name!r} in this model; groups are {', '.join(by_name)}")
         width, values = by_name[name].width, index.tolist()
         if not values or values != sorted(set(values)) or values[0] < 0 or values[-1] >= width:
-            raise RecipeError(f"prune: keep-list of {name} must be ascending, not empty, within 0..{width - 1}; got {values}")
+            raise RecipeError(
+                f"prune: keep-list of {name} must be ascending, not empty, within 0..{width - 1}; got {values}"
+            )
     counts: dict[str, tuple[str, int]] = {}
     for group in by_name.values():
         count = len(keep[group.name]) if group.name in keep else group.width
         first, expected = counts.setdefault(group.tie, (group.name, count))
         if count != expected:
-            raise RecipeError(f"prune: {first} keeps {expected} and {group.name} {count} channels; C2f halves need equal counts")
+            raise RecipeError(
+                f"prune: {first} keeps {expected} and {group.name} {count} channels; C2f halves need equal counts"
+            )
 
 
 def _traced(split: nn.Module) -> torch_pruning.DependencyGraph:
@@ -160,7 +166,9 @@ def _raw_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [raw["boxes"], raw["scores"]]
 
 
-def _members(found: torch_pruning.Group, names: Mapping[nn.Module, str], graph: torch_pruning.DependencyGraph) -> list[Member]:
+def _members(
+    found: torch_pruning.Group, names: Mapping[nn.Module, str], graph: torch_pruning.DependencyGraph
+) -> list[Member]:
     """Convolutions and BatchNorms of a DepGraph group, in the split view's names, one member per run of channels."""
     members = []
     width = len(found[0].idxs)

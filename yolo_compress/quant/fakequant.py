@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
 from yolo_compress.hook import TrainHook
@@ -33,37 +32,19 @@ def _quiet_import() -> Iterator[None]:
         log.setLevel(level)
 
 
-def modelopt() -> tuple[ModuleType, ModuleType]:
-    """ModelOpt's `nn` and `calib`, imported on first use (seconds).
+def _modelopt() -> ModuleType:
+    """ModelOpt's quantised modules, imported on first use (seconds).
 
     Raises:
         EnvironmentLacks: It is not installed, or `huggingface_hub`, which it imports without requiring it.
     """
     try:
         with _quiet_import():
-            import modelopt.torch.quantization.calib as calib
             import modelopt.torch.quantization.nn as quant_nn
     except ImportError as error:
         hint = "pip install nvidia-modelopt huggingface_hub"
-        raise EnvironmentLacks(f"INT8 calibration and QAT need ModelOpt: {error}; {hint}") from error
-    return quant_nn, calib
-
-
-def amax_of_histogram(counts: np.ndarray, edges: np.ndarray, method: str, **options: float) -> float:
-    """ModelOpt's choice of range for a histogram of absolute values.
-
-    Args:
-        counts: `[bins]` integers.
-        edges: `[bins + 1]`, from 0.
-        method: "percentile", "mse" or "entropy".
-        **options: `percentile`, or `stride` and `start_bin` of the search.
-    """
-    _, calib = modelopt()
-    calibrator = calib.HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
-    # A ModelOpt histogram keeps the bin width of its first batch, so one dark image first makes millions of bins; ours
-    # (calibrate.Histogram) has a fixed number and is handed over through the two fields that hold it.
-    calibrator._calib_hist, calibrator._calib_bin_edges = counts.astype(np.int64), edges.astype(np.float32)
-    return float(calibrator.compute_amax(method, **options))
+        raise EnvironmentLacks(f"INT8 training needs ModelOpt: {error}; {hint}") from error
+    return quant_nn
 
 
 def attach(model: nn.Module, state: QuantState) -> None:
@@ -77,9 +58,10 @@ def attach(model: nn.Module, state: QuantState) -> None:
         CorruptArtifact: `state` names a convolution that the model does not have, or has with other channels.
         EnvironmentLacks: ModelOpt is not installed.
     """
-    quant_nn, _ = modelopt()
-    modules = dict(model.named_modules())
+    quant_nn = _modelopt()
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, amax in state.activations.items():
+        conv: Any
         conv, amax_C = modules.get(name), torch.tensor(state.weights[name])
         if type(conv) is not nn.Conv2d or conv.out_channels != amax_C.numel():
             raise CorruptArtifact(
@@ -120,7 +102,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    quant_nn, _ = modelopt()
+    quant_nn = _modelopt()
     for name, module in model.named_modules():
         if isinstance(module, quant_nn.QuantModule):
             yield name, module

@@ -27,6 +27,7 @@ DATA: Mapping[str, Any] = {
     "train_images": None,
     "val_images": None,
     "skipped": [],
+    "notes": [],
     "digest": None,
 }
 
@@ -53,7 +54,8 @@ def build(
         rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok" or "missing"), `reason`, and for "ok"
             `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
             `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device`.
-        data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `digest`; all optional.
+        data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
+            optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
         gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
         channels: `{layer: [before, after]}`.

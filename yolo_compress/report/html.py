@@ -13,7 +13,8 @@ from markupsafe import Markup
 from yolo_compress.report import numbers as n
 from yolo_compress.report.gallery import Gallery
 from yolo_compress.report.gate import gain, label, peer_row
-from yolo_compress.report.plots import accuracy_over_latency, channels_kept, gamma_histograms
+from yolo_compress.report.plots import channels_kept, gamma_histograms
+from yolo_compress.report.scatter import accuracy_over_latency
 from yolo_compress.report.table import bench_table, chain_table, missing_lines, provenance, untested_lines
 
 

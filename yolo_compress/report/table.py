@@ -209,16 +209,15 @@ def render_markdown(document: Document) -> str:
         if table.lines:
             parts += [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)]
     data = document["data"]
-    findings = [_escape(str(finding)) for finding in data["skipped"]]
     for title, lines in (
         ("Missing", missing_lines(document)),
         ("Not tested", untested_lines(document)),
-        ("Data: skipped", findings),
+        ("Data: skipped", data["skipped"]),
+        ("Data: notes", data["notes"]),
     ):
         if lines:
-            escaped = lines if lines is findings else [_escape(line) for line in lines]
-            parts += [f"## {title}", "\n".join(f"- {line}" for line in escaped)]
-    facts = [*provenance(document)]
+            parts += [f"## {title}", "\n".join(f"- {_escape(str(line))}" for line in lines)]
+    facts = provenance(document)
     if facts:
         parts += ["## How to reproduce", "\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in facts)]
     if document["reproduce"]["recipe_yaml"]:

@@ -17,7 +17,7 @@ def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]
 
     Args:
         document: from `document.build`; gammas and channels are drawn from it.
-        gallery_items: as `gallery.draw` takes them; empty leaves the section out.
+        gallery_items: as `gallery.draw` takes them; all are shown, none leaves the section out.
         out: folder.
 
     Returns:
@@ -27,7 +27,7 @@ def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]
         DataError: a gallery image that cannot be read.
     """
     texts = {
-        "html": html.render(document, gallery.draw(gallery_items)),
+        "html": html.render(document, gallery.draw(gallery_items, len(gallery_items))),
         "md": table.render_markdown(document),
         "json": json.dumps(document, indent=1, allow_nan=False) + "\n",
     }

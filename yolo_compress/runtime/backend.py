@@ -150,21 +150,14 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
         EngineError: no or damaged sidecar, a file missing, altered or truncated, or another source ONNX.
     """
     sidecar = directory / SIDECAR
-    try:
-        info = _from_json(json.loads(sidecar.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{sidecar}: damaged ({error}); build the engine again") from error
-    if info.schema != 1 or not info.files:
-        raise EngineError(f"{sidecar}: schema {info.schema} with {len(info.files)} files, 1 with some expected")
+    info = _read_sidecar(sidecar)
     if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
         raise EngineError(
             f"{directory}: built from ONNX {info.onnx_sha256[:16]}, {onnx_sha256[:16]} expected; build the engine again"
         )
     for name, vouched in info.files.items():
         path = directory / name
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise EngineError(f"{sidecar}: file name {name!r} leaves the directory; refused")
         if not path.is_file():
             raise EngineError(f"{path}: missing; build the engine again")
@@ -177,8 +170,30 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     return info
 
 
-def resolve(path: Path, runtime: str, precision: Optional[str], library: str) -> EngineInfo:
+def _read_sidecar(sidecar: Path) -> EngineInfo:
+    """The sidecar, if it has the form that `save_info` writes."""
+    try:
+        info = _from_json(json.loads(sidecar.read_text(encoding="utf-8")))
+        formed = all(isinstance(vouched["sha256"], str) and vouched["size"] >= 0 for vouched in info.files.values())
+    except OSError as error:
+        raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{sidecar}: damaged ({error}); build the engine again") from error
+    if info.schema != 1 or not info.files or not formed or info.precision not in PRECISIONS:
+        raise EngineError(
+            f"{sidecar}: schema {info.schema}, precision {info.precision!r}, {len(info.files)} files; schema 1, one of "
+            f"{', '.join(PRECISIONS)} and some files expected; build the engine again"
+        )
+    return info
+
+
+def resolve(
+    path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
+) -> EngineInfo:
     """Info of an engine directory (verified), or of a bare ONNX file where the runtime can open one.
+
+    Args:
+        engine_files: what the runtime is going to open; the sidecar has to vouch for each.
 
     Raises:
         EngineError: also if a directory holds another runtime's engine or another precision than `precision`.
@@ -188,6 +203,9 @@ def resolve(path: Path, runtime: str, precision: Optional[str], library: str) ->
     info = load_info(path)
     if info.runtime != runtime:
         raise EngineError(f"{path}: holds an engine of {info.runtime}, not of {runtime}")
+    unvouched = [name for name in engine_files if name not in info.files]
+    if unvouched:
+        raise EngineError(f"{path / SIDECAR}: does not vouch for {', '.join(unvouched)}; build the engine again")
     if precision is not None and precision != info.precision:
         raise EngineError(f"{path}: holds {info.precision}, {precision} was asked for; nothing is converted on loading")
     return info

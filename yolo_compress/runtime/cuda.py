@@ -126,7 +126,7 @@ class PyCuda:
 
 
 def open_memory() -> CudaMemory:
-    """The first of cuda-python and pycuda that imports.
+    """The first of cuda-python and pycuda that imports and starts.
 
     Raises:
         RuntimeUnavailable: neither does.
@@ -135,7 +135,7 @@ def open_memory() -> CudaMemory:
     for kind in (CudaPython, PyCuda):
         try:
             return kind()
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # not installed, or of another CUDA release than the driver
             reasons.append(f"{kind.__name__}: {error}")
     raise RuntimeUnavailable(
         "no access to CUDA memory from Python (" + "; ".join(reasons) + ")",

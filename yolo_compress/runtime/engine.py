@@ -12,9 +12,7 @@ from .ort import OrtBackend
 from .tensorrt import TensorRTBackend
 
 
-def open_engine(
-    path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None
-) -> Backend:
+def open_engine(path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None) -> Backend:
     """Open an engine directory with the runtime that its sidecar names.
 
     Args:

@@ -18,7 +18,7 @@ WEIGHTS_FILE = "engine.bin"
 _ARITHMETIC = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
-def _library():
+def _library() -> Any:
     try:
         import openvino
     except ImportError as error:
@@ -46,7 +46,7 @@ class OpenVINOBackend:
     def __init__(self, path: Path, threads: Optional[int] = None, precision: Optional[str] = None) -> None:
         ov = _library()
         path = Path(path)
-        self.info = resolve(path, RUNTIME, precision, ov.__version__)
+        self.info = resolve(path, RUNTIME, precision, ov.__version__, [ENGINE_FILE, WEIGHTS_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
         self.threads = threads or usable_cpus()
@@ -62,6 +62,9 @@ class OpenVINOBackend:
         self._executed: Optional[str] = None
         shape = self._compiled.input(0).get_partial_shape()
         self.batch: Optional[int] = None if shape[0].is_dynamic else shape[0].get_length()
+        takes = tuple(-1 if d.is_dynamic else d.get_length() for d in shape)[2:]
+        if any(size not in (-1, wanted) for size, wanted in zip(takes, self.imgsz)):
+            raise EngineError(f"{self._file}: takes {list(takes)} px, its metadata says {self.imgsz}; export again")
         output = self._compiled.output(0).get_partial_shape()
         check_output(self.info, [-1 if d.is_dynamic else d.get_length() for d in output], self._file)
 

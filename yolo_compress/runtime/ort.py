@@ -26,7 +26,7 @@ OPTIMISATION = {
 _ARITHMETIC = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
-def _library():
+def _library() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -55,7 +55,7 @@ class OrtBackend:
         if optimisation not in OPTIMISATION:
             raise EngineError(f"optimisation {optimisation!r}: one of {', '.join(OPTIMISATION)} expected")
         path = Path(path)
-        self.info = resolve(path, RUNTIME, precision, ort.__version__)
+        self.info = resolve(path, RUNTIME, precision, ort.__version__, [ENGINE_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
         self.threads = threads or usable_cpus()
@@ -64,6 +64,8 @@ class OrtBackend:
         self._session = self._open(self._options(ort), ort)
         self._input, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
         check_output(self.info, output.shape, self._file)
+        if self._input.type != "tensor(float)" or output.type != "tensor(float)":
+            raise EngineError(f"{self._file}: takes {self._input.type}, gives {output.type}; tensor(float) expected")
         batch, _, height, width = self._input.shape
         self.batch: Optional[int] = batch if isinstance(batch, int) else None
         if (isinstance(height, int) and height != self.imgsz[0]) or (isinstance(width, int) and width != self.imgsz[1]):
@@ -157,11 +159,11 @@ class OrtBackend:
         """
         ort = _library()
         info = describe_onnx(Path(onnx), RUNTIME, precision, ort.__version__, names, imgsz)
+        if precision == "int8" and b"QuantizeLinear" not in Path(onnx).read_bytes():
+            raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(onnx, out / ENGINE_FILE)
         save_info(info, out, [ENGINE_FILE])
         with OrtBackend(out) as engine:
-            if precision == "int8" and b"QuantizeLinear" not in Path(onnx).read_bytes():
-                raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
             engine(np.zeros((engine.batch or 1, 3) + engine.imgsz, np.float32))
         return {name: out / name for name in (ENGINE_FILE, "engine.json")}

@@ -59,7 +59,7 @@ def _greedy(boxes_M4: np.ndarray, iou: float, max_det: int) -> np.ndarray:
     kept = np.empty(0, np.int64)
     for start in range(0, len(boxes_M4), BLOCK):
         block_B4 = boxes_M4[start : start + BLOCK]
-        alive_B = ~_overlap(boxes_M4[kept], block_B4, iou).any(axis=0)
+        alive_B: np.ndarray = ~np.any(_overlap(boxes_M4[kept], block_B4, iou), axis=0)
         over_BB = _overlap(block_B4, block_B4, iou)
         for i in range(len(block_B4)):
             if alive_B[i]:

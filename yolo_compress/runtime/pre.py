@@ -10,7 +10,7 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import Any, NamedTuple, Tuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Letterbox(NamedTuple):
     width: int
 
 
-def _cv2():
+def _cv2() -> Any:
     """cv2, or None where it is not installed."""
     try:
         import cv2
@@ -80,7 +80,9 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
             grey_HW = (np.asarray(image, np.int32) >> 8).astype(np.uint8)
             return np.ascontiguousarray(np.repeat(grey_HW[..., None], 3, axis=2))
         return np.ascontiguousarray(np.asarray(image.convert("RGB"), np.uint8))
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise on bad bytes
+    # What Pillow's decoders raise on bad bytes; ImportError because ultralytics (8.4) patches Image.open to look for a
+    # HEIF plugin when it meets bytes that it does not know.
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: {error}") from error
 
 

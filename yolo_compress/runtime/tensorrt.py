@@ -8,6 +8,7 @@ bindings of 8.6 to 11.4 (test_tensorrt_api.py), 8.5 is by documentation. All ver
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
@@ -56,7 +57,7 @@ class TensorRTBackend:
         path = Path(path)
         if not path.is_dir():
             raise EngineError(f"{path}: TensorRT opens engine directories only; build one from the ONNX")
-        self.info = resolve(path, RUNTIME, precision, trt.__version__)
+        self.info = resolve(path, RUNTIME, precision, trt.__version__, [ENGINE_FILE])
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
         if self.info.library != trt.__version__:
             raise EngineError(
@@ -65,19 +66,31 @@ class TensorRTBackend:
             )
         self._trt = trt
         self._file = path / ENGINE_FILE
+        self._pointers: Dict[str, Tuple[int, int]] = {}  # tensor -> (size, device pointer)
         self._memory = cuda.open_memory()
-        logger = trt.Logger(trt.Logger.WARNING)
-        self._runtime = trt.Runtime(logger)
-        self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        """Deserialise the plan and look at its tensors."""
+        trt = self._trt
+        self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self._engine: Any = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
         if self._engine is None:
             raise EngineError(
                 f"{self._file}: TensorRT {trt.__version__} cannot load it (another GPU?); build the engine again here"
             )
-        self._context = self._engine.create_execution_context()
+        self._context: Any = self._engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(
+                f"{self._file}: no execution context (device memory full?); TensorRT's log (stderr) says why"
+            )
         self._input, self._output = self._signature()
-        batch = tuple(self._engine.get_tensor_shape(self._input))[0]
+        batch = self._engine.get_tensor_shape(self._input)[0]
         self.batch: Optional[int] = None if batch < 0 else int(batch)
-        self._pointers: Dict[str, Tuple[int, int]] = {}  # tensor -> (size, device pointer)
 
     def _signature(self) -> Tuple[str, str]:
         """Names of the input and the output; refuses any other signature."""
@@ -94,22 +107,23 @@ class TensorRTBackend:
         check_output(self.info, tuple(engine.get_tensor_shape(outputs[0])), self._file)
         return inputs[0], outputs[0]
 
-    def _address(self, tensor: str, size: int) -> int:
-        """Device buffer of a tensor, grown when a larger batch comes, told to the context."""
+    def _buffer(self, tensor: str, size: int) -> int:
+        """Device buffer of a tensor, replaced by a larger one when a larger batch comes."""
         held, pointer = self._pointers.get(tensor, (0, 0))
         if held < size:
             pointer = self._memory.alloc(size)
             self._pointers[tensor] = (size, pointer)
-        self._context.set_tensor_address(tensor, pointer)
         return pointer
 
-    def _place(self, images_BCHW: np.ndarray) -> Tuple[int, np.ndarray, int]:
-        """Set shape and addresses; returns the input's pointer, an empty host output and the output's pointer."""
-        if not self._context.set_input_shape(self._input, images_BCHW.shape):
-            raise EngineError(f"{self._file}: built for other batches than {images_BCHW.shape[0]}")
-        source = self._address(self._input, images_BCHW.nbytes)
-        output = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)
-        return source, output, self._address(self._output, output.nbytes)
+    def _place(self, shape: Tuple[int, ...], source: int) -> Tuple[Tuple[int, ...], int]:
+        """Tell the context the input's shape and both addresses; returns the output's shape and device pointer."""
+        if not self._context.set_input_shape(self._input, shape):
+            raise EngineError(f"{self._file}: built for other batches than {shape[0]}")
+        gives = tuple(self._context.get_tensor_shape(self._output))
+        result = self._buffer(self._output, 4 * math.prod(gives))
+        self._context.set_tensor_address(self._input, source)
+        self._context.set_tensor_address(self._output, result)
+        return gives, result
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._memory.stream):
@@ -117,7 +131,9 @@ class TensorRTBackend:
 
     def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
-        source, output, result = self._place(images_BCHW)
+        source = self._buffer(self._input, images_BCHW.nbytes)
+        gives, result = self._place(images_BCHW.shape, source)
+        output = np.empty(gives, np.float32)
         self._memory.to_device(source, images_BCHW)
         self._execute()
         self._memory.to_host(output, result)
@@ -126,11 +142,14 @@ class TensorRTBackend:
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
-        source, _, _ = self._place(images_BCHW)
+        shape = images_BCHW.shape
+        source = self._memory.alloc(images_BCHW.nbytes)  # its own: several are bound at a time
+        self._place(shape, source)
         self._memory.to_device(source, images_BCHW)
         self._memory.synchronize()
 
         def run() -> None:
+            self._place(shape, source)  # host work of microseconds; another call may have moved the context's addresses
             self._execute()
             self._memory.synchronize()
 
@@ -202,5 +221,11 @@ def convolution_types(layers: Sequence[Any]) -> Dict[str, int]:
     return dict(counts)
 
 
-_WORDS = (("int8", "int8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("half", "fp16"))
+_WORDS: Tuple[Tuple[str, str], ...] = (
+    ("int8", "int8"),
+    ("bf16", "bf16"),
+    ("bfloat16", "bf16"),
+    ("fp16", "fp16"),
+    ("half", "fp16"),
+)
 _WORDS += (("fp32", "fp32"), ("float", "fp32"))

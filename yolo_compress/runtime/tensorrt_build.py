@@ -45,17 +45,16 @@ def build(
     trt = library()
     options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
     info = describe_onnx(onnx, RUNTIME, precision, trt.__version__, names, imgsz, options)
-    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
-    network = _parse(trt, builder, onnx)
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = _parse(trt, builder, logger, onnx)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the precision census of `executed` needs it
     _set_precision(trt, network, config, precision, onnx)
     _set_profile(builder, network, config, max_batch, onnx)
     if workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-    start = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
-    cache = config.create_timing_cache(start)
-    config.set_timing_cache(cache, False)
+    cache = _timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} built no {precision} engine; its log (stderr) says why")
@@ -66,12 +65,23 @@ def build(
     return {name: out / name for name in (ENGINE_FILE, TIMING_CACHE, SIDECAR)}
 
 
-def _parse(trt: Any, builder: Any, onnx: Path) -> Any:
+def _timing_cache(config: Any, earlier: Optional[Path]) -> Any:
+    """The earlier build's cache if TensorRT takes it (same device and version), else an empty one."""
+    start = earlier.read_bytes() if earlier is not None and earlier.is_file() else b""
+    cache = config.create_timing_cache(start)
+    if start and (cache is None or not config.set_timing_cache(cache, False)):
+        start, cache = b"", config.create_timing_cache(b"")
+    if not start:
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
     flags = 0
     if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # gone in 11, where nothing else exists
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx.read_bytes()):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot parse it: {errors}")

@@ -48,7 +48,12 @@ class _Child:
             self._stderr.seek(0)
             words = self._stderr.read()[-STDERR_KEPT:].strip()
             raise LatencyError(f"{self.label}: the measuring process ended with code {code}:\n{words}")
-        return json.loads(line)
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise LatencyError(
+                f"{self.label}: the measuring process answered {line[:200]!r}, no JSON object"
+            ) from error
 
     def close(self) -> None:
         """End the process: closing its stdin is the request, kill the last resort."""

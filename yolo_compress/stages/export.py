@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from yolo_compress.runtime.pre import letterbox, read_image
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 
+CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 COMPARED_IMAGES = 16
 MAX_SCORE_DIFFERENCE = 1e-4
 MAX_BOX_DIFFERENCE_PX = (
@@ -113,5 +114,6 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         state = ptq(model, batches, config.calibrator, config.percentile)
     folded = state if state.folded else fold(state, model)
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
-    insert_qdq(source, folder / "int8-onnxruntime.onnx", folded, "onnxruntime")
+    for runtime in CPU_RUNTIMES:
+        insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
     return {"int8_convs": counts.convs, "int8_from": "qat" if trained else f"ptq ({state.method})"}

@@ -1,0 +1,108 @@
+"""What each criterion and scope leaves of the mAP, before any fine-tuning: after the cut, and after re-estimating BatchNorm.
+
+    python benchmarks/pruning_criteria.py --weights yolov8n_bccd.pt --data bccd.yaml --imgsz 320 --keep-flops 0.5
+
+mAP50-95 over the whole validation split, square letterbox, pycocotools. Prints a markdown table, and on the last line JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from yolo_compress import environment, ultra
+from yolo_compress.data import Dataset, calibration_subset, load
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.prune.budget import choose, parameters
+from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.recovery import reestimate_batchnorm
+from yolo_compress.recipe import PruneConfig
+from yolo_compress.stages.batches import letterboxed
+from yolo_compress.weights import find_weights
+
+SCOPES = get_args(PruneConfig.model_fields["scope"].annotation)
+
+
+def map50_95(model: nn.Module, dataset: Dataset, args: argparse.Namespace) -> float:
+    """Fraction 0 to 1 on the validation split."""
+    size = (args.imgsz, args.imgsz)
+    with TorchBackend(model, dataset.names, size, args.device) as backend:
+        return accuracy(backend, dataset.val, dataset.names, size)["map50_95"]
+
+
+def measured(
+    dense: nn.Module, dataset: Dataset, criterion: str, scope: str, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: prune a copy of `dense`, evaluate, re-estimate, evaluate."""
+    size = (args.imgsz, args.imgsz)
+    model = copy.deepcopy(dense)
+    start = time.perf_counter()
+    groups = prunable(model)
+    importance = scores(model, groups, CRITERIA[criterion], seed)
+    plan = choose(model, groups, importance, args.keep_flops, args.round_to, size, args.floor, scope)
+    prune(model, plan.keep)
+    seconds = time.perf_counter() - start
+    after_cut = map50_95(model, dataset, args)
+    reestimate_batchnorm(model, letterboxed(calibration_subset(dataset.train, args.bn_images, seed), size))
+    return {
+        "criterion": criterion,
+        "scope": scope,
+        "seed": seed,
+        "kept_flops": plan.kept_flops,
+        "kept_parameters": parameters(model) / parameters(dense),
+        "plan_and_surgery_s": seconds,
+        "map50_95_after_cut": after_cut,
+        "map50_95_after_bn": map50_95(model, dataset, args),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", default="yolov8n_bccd.pt")
+    parser.add_argument("--data", default="bccd.yaml")
+    parser.add_argument("--imgsz", type=int, default=320, help="square, px")
+    parser.add_argument("--keep-flops", type=float, default=0.5)
+    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--floor", type=float, default=0.1)
+    parser.add_argument("--bn-images", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=1, help="choices of the images that re-estimate, and of `random`")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    dataset = load(args.data)
+    dense = ultra.load_model(Path(find_weights(args.weights))).to(args.device)
+    described = environment.describe()
+    before = map50_95(dense, dataset, args)
+    packages = described["packages"]
+    print(
+        f"{args.weights} on {args.data}, {args.imgsz} px, keep_flops {args.keep_flops}, round_to {args.round_to}, floor "
+        f"{args.floor}; {args.bn_images} training images re-estimate, n = {len(dataset.val)} validation images; mAP50-95 of "
+        f"the dense net {before:.4f}; {args.device} ({described['cpu']}), torch {packages['torch']}, ultralytics "
+        f"{packages['ultralytics']}, torch-pruning {packages['torch-pruning']}, commit {described['commit']}\n"
+    )
+    print("| criterion | scope | seed | MACs kept | parameters kept | mAP50-95 after the cut | after BatchNorm |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for criterion, scope, seed in itertools.product(args.criteria, SCOPES, range(args.seeds)):
+        row = measured(dense, dataset, criterion, scope, seed, args)
+        rows.append(row)
+        print(
+            f"| {criterion} | {scope} | {seed} | {row['kept_flops']:.3f} | {row['kept_parameters']:.3f} "
+            f"| {row['map50_95_after_cut']:.4f} | {row['map50_95_after_bn']:.4f} |",
+            flush=True,
+        )
+    print(json.dumps({"settings": vars(args), "map50_95_dense": before, "rows": rows, "environment": described}))
+
+
+if __name__ == "__main__":
+    main()

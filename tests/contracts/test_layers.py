@@ -1,0 +1,205 @@
+"""The layers of the architecture, read from the imports: each third party has its doors, and no layer looks upwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "yolo_compress"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A third party and the only files (or folders, ending in /) that may import it.
+DOORS = {
+    "ultralytics": {
+        "ultra/",
+        "evaluate/ultralytics_ap.py",  # its matching and AP, not its training
+        "blocks.py",  # ultralytics.nn.modules only, see below
+        "fetch.py",  # its downloader, inside a function; network is asked for by name
+    },
+    "torch_pruning": {"prune/graph.py"},
+    "modelopt": {"quant/fakequant.py"},
+    "pycocotools": {"evaluate/coco.py"},
+    "onnxruntime": {"runtime/ort.py"},
+    "openvino": {"runtime/openvino.py"},
+    "tensorrt": {"runtime/tensorrt.py"},
+    "cuda": {"runtime/cuda.py"},
+    "pycuda": {"runtime/cuda.py"},
+}
+# Parts of the package that a layer must not import, directly.
+METHODS_AVOID = {"recipe", "sections", "pipeline", "stages", "report", "ultra", "data"}
+FORBIDDEN = {
+    "prune": METHODS_AVOID,
+    "distill": METHODS_AVOID,
+    "quant": METHODS_AVOID,
+    "evaluate": {"recipe", "sections", "pipeline", "stages", "report"},
+    "ultra": {"recipe", "sections", "pipeline", "stages", "report", "prune", "distill", "quant"},
+    "report": {"pipeline", "stages", "ultra", "prune", "distill", "quant"},
+    "blocks": {"recipe", "pipeline", "stages", "ultra", "prune", "distill", "quant", "report"},
+    "hook": {"recipe", "pipeline", "stages", "ultra", "prune", "distill", "quant", "report"},
+    "artifact": {"recipe", "pipeline", "stages", "ultra", "prune", "distill", "quant", "report"},
+    "errors": {"recipe", "pipeline", "stages", "ultra", "prune", "distill", "quant", "report", "artifact", "data"},
+    "data": {"pipeline", "stages", "ultra", "prune", "distill", "quant", "report"},
+}
+STANDARD = set(sys.stdlib_module_names)
+RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda"}
+READERS = {"numpy", "cv2", "PIL"}  # what the robot needs beside one engine library; cv2 or PIL
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def imports(file: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """Absolute dotted names of everything imported anywhere in the file, `from a import b` as a.b too."""
+    here = ["yolo_compress", *file.relative_to(PACKAGE).with_suffix("").parts]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: -node.level] if node.level else []
+            whole = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield ".".join([*whole, alias.name]), node
+
+
+def own(name: str) -> str | None:
+    """The part of the package that an import names: `prune`, `recipe`, ..."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "yolo_compress" and len(parts) > 1 else None
+
+
+def test_the_reader_of_imports_reads() -> None:
+    found = {name for name, _ in imports(PACKAGE / "runtime" / "tensorrt_build.py")}
+    assert {"yolo_compress.runtime.tensorrt.library", "yolo_compress.runtime.errors.EngineError"} <= found
+    assert "ultralytics.utils.metrics.box_iou" in {
+        name for name, _ in imports(PACKAGE / "evaluate" / "ultralytics_ap.py")
+    }
+    assert len(FILES) > 50
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_third_party_has_its_doors(library: str) -> None:
+    through = {name_of(file) for file in FILES for name, _ in imports(file) if name.split(".")[0] == library}
+    allowed = DOORS[library]
+    strangers = {
+        file
+        for file in through
+        if not any(file == door or (door[-1] == "/" and file.startswith(door)) for door in allowed)
+    }
+    assert not strangers, f"{library} is imported by {sorted(strangers)}, its doors are {sorted(allowed)}"
+    assert through, f"{library} is imported nowhere: drop its door"
+
+
+def test_blocks_sees_ultralytics_modules_only() -> None:
+    seen = {name for name, _ in imports(PACKAGE / "blocks.py") if name.startswith("ultralytics")}
+    assert seen and all(name.startswith("ultralytics.nn.modules.") for name in seen)
+
+
+@pytest.mark.parametrize("layer", FORBIDDEN)
+def test_no_layer_looks_upwards(layer: str) -> None:
+    files = [file for file in FILES if name_of(file) == f"{layer}.py" or name_of(file).startswith(f"{layer}/")]
+    assert files
+    wrong = {f"{name_of(file)}: {name}" for file in files for name, _ in imports(file) if own(name) in FORBIDDEN[layer]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("layer", ["prune", "distill", "quant"])
+def test_methods_know_no_other_method(layer: str) -> None:
+    others = {"prune", "distill", "quant"} - {layer}
+    files = (PACKAGE / layer).rglob("*.py")
+    assert not {f"{name_of(file)}: {name}" for file in files for name, _ in imports(file) if own(name) in others}
+
+
+def test_stages_are_imported_by_the_pipeline_alone() -> None:
+    wrong = {
+        name_of(file)
+        for file in FILES
+        for name, _ in imports(file)
+        if own(name) == "stages" and not name_of(file).startswith("stages/")
+    }
+    assert wrong <= {"pipeline.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "runtime").rglob("*.py")), ids=lambda file: file.name)
+def test_runtime_is_python_38_and_on_its_own(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    tree = ast.parse(text, feature_version=(3, 8))
+    for name, node in imports(file):
+        if own(name):
+            assert own(name) == "runtime", f"{name}: nothing else of the package"
+            assert isinstance(node, ast.ImportFrom) and node.level == 1, (
+                f"{name}: relative, so that the folder can be copied"
+            )
+        else:
+            assert name.split(".")[0] in STANDARD | RUNTIME_THIRD_PARTIES, name
+    top = {name.split(".")[0] for node in tree.body for name, at in imports(file) if at is node and not own(name)}
+    assert top <= STANDARD | {"numpy"}, "cv2, Pillow and engine libraries are imported when they are needed"
+    assert newer_than_38(tree) == set()
+
+
+def newer_than_38(tree: ast.Module) -> set[str]:
+    """What Python 3.8 parses but does not have: built-in generics and `X | Y` outside annotations, newer methods."""
+    annotations = {
+        id(inner)
+        for node in ast.walk(tree)
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if part is not None
+        for inner in ast.walk(part)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in annotations:  # strings, under `from __future__ import annotations`
+            continue
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in {"list", "dict", "tuple", "set"}
+        ):
+            found.add(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Attribute) and node.attr in {
+            "removeprefix",
+            "removesuffix",
+            "is_relative_to",
+            "bit_count",
+            "pairwise",
+        }:
+            found.add(f"line {node.lineno}: .{node.attr}")
+        if isinstance(node, ast.keyword) and node.arg in {"strict", "slots", "kw_only"}:
+            found.add(f"line {node.value.lineno}: {node.arg}=")
+    return found
+
+
+def test_what_python_38_lacks_is_found() -> None:
+    text = "x = list[int]()\ny = 'a'.removeprefix('a')\nz = zip(x, y, strict=True)\ndef f(a: list[int]) -> dict[str, int]: ..."
+    assert len(newer_than_38(ast.parse(text))) == 3
+    with pytest.raises(SyntaxError):
+        ast.parse("match x:\n    case 1: pass", feature_version=(3, 8))
+
+
+def imported_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `statement`."""
+    program = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "ultralytics", "cv2", "onnx", "onnxruntime", "openvino", "modelopt", "torch_pruning", "pycocotools"}
+
+
+@pytest.mark.parametrize(
+    "statement", ["import yolo_compress", "import yolo_compress.__main__", "from yolo_compress import load"]
+)
+def test_the_package_and_its_command_line_start_light(statement: str) -> None:
+    assert not imported_by(statement) & HEAVY
+
+
+def test_the_robots_side_imports_no_third_party_but_numpy() -> None:
+    statement = "import yolo_compress.runtime.engine, yolo_compress.runtime.latency, yolo_compress.runtime.detector"
+    assert not imported_by(statement) & (HEAVY | {"PIL", "tensorrt", "pydantic", "yaml"})

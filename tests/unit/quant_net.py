@@ -1,0 +1,51 @@
+"""A YOLOv8n with random weights that behaves like a trained one: BatchNorm fits its data, no two biases are equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+NAMES = ("cat", "dog", "robot")
+SIZE = (64, 64)
+
+
+def net(seed: int = 0, yaml: str = "yolov8n.yaml") -> DetectionModel:
+    torch.manual_seed(seed)
+    model = DetectionModel(yaml, nc=len(NAMES), verbose=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)  # of both signs
+            nn.init.normal_(module.bias, std=0.2)
+            module.momentum = 1.0
+    model.train()
+    with torch.no_grad():
+        model(images(8, seed))
+        for branch in model.model[-1].cv3:
+            branch[-1].bias.normal_(std=2.0)  # class scores away from 0
+    return model.eval()
+
+
+def images(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed + 100))
+
+
+def run_onnx(path: Path, batch: torch.Tensor, optimise: bool = False) -> np.ndarray:
+    """output0 of ONNX Runtime, one thread, as the graph says it (not optimised) unless asked."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    fixed = session.get_inputs()[0].shape[0]
+    parts = batch.split(fixed) if isinstance(fixed, int) else [batch]
+    return np.concatenate([session.run(["output0"], {"images": part.numpy()})[0] for part in parts])
+
+
+def run_torch(model: nn.Module, batch: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(batch)[0].numpy()

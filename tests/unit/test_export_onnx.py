@@ -1,0 +1,115 @@
+"""The exported graph is the network: same numbers, same bytes each time, readable by Ultralytics."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
+
+from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.export_onnx import export_onnx, export_torchscript
+from yolo_compress.quant.placement import plan
+from yolo_compress.quant.qdq import find_convs
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray, box_px: float = 0.05) -> None:
+    assert got.shape == expected.shape and got.dtype == np.float32
+    assert (
+        np.abs(got - expected)[:, :4].max() <= box_px
+    )  # random weights spread DFL over all bins: more rounding than in a trained net
+    assert np.abs(got - expected)[:, 4:].max() <= 1e-4
+
+
+@pytest.mark.parametrize(("size", "opset"), [(SIZE, 17), ((64, 96), 13)])
+def test_onnx_gives_what_torch_gives(tmp_path: Path, size: tuple[int, int], opset: int) -> None:
+    model, batch = net(), images(3, size=size)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_onnx(model, tmp_path / "a.onnx", size, names=NAMES, opset=opset)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    expected = run_torch(model, batch)
+    assert expected[:, 4:].std() > 0.1  # the comparison is of something
+    assert_same(run_onnx(tmp_path / "a.onnx", batch), expected)
+    graph = onnx.load(str(tmp_path / "a.onnx"))
+    assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
+    assert graph.ir_version <= 10
+    assert set(find_convs(graph.graph, plan(model).convs)) == set(plan(model).convs)
+
+
+def test_same_network_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_onnx(net(), tmp_path / f"{name}.onnx", SIZE, names=NAMES)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert str(tmp_path).encode() not in (tmp_path / "a.onnx").read_bytes()
+
+
+def test_open_batch_and_no_simplifier(tmp_path: Path) -> None:
+    model, batch = net(), images(5)
+    export_onnx(model, tmp_path / "a.onnx", SIZE, names=NAMES, dynamic_batch=True, simplify=False)
+    graph = onnx.load(str(tmp_path / "a.onnx")).graph
+    shapes = [[d.dim_param or d.dim_value for d in item.type.tensor_type.shape.dim] for item in graph.input]
+    assert shapes == [["batch", 3, 64, 64]]
+    assert_same(run_onnx(tmp_path / "a.onnx", batch), run_torch(model, batch))
+
+
+def test_fixed_batch(tmp_path: Path) -> None:
+    model, batch = net(), images(4)
+    export_onnx(model, tmp_path / "a.onnx", SIZE, names=NAMES, batch=2)
+    assert_same(run_onnx(tmp_path / "a.onnx", batch), run_torch(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated:FutureWarning")  # Ultralytics calls it
+def test_ultralytics_loads_both_forms(tmp_path: Path) -> None:
+    from ultralytics.nn.autobackend import AutoBackend
+
+    model, batch = net(), images(1)
+    export_onnx(model, tmp_path / "a.onnx", SIZE, names=NAMES)
+    export_torchscript(model, tmp_path / "a.torchscript", SIZE, names=NAMES)
+    for name in ("a.onnx", "a.torchscript"):
+        backend = AutoBackend(str(tmp_path / name), device=torch.device("cpu"))
+        assert backend.names == dict(enumerate(NAMES))
+        assert (backend.task, backend.stride, backend.batch, list(backend.imgsz)) == ("detect", 32, 1, [64, 64])
+        output = backend(batch)
+        output = output[0] if isinstance(output, (list, tuple)) else output
+        assert_same(np.asarray(output).reshape(1, 7, -1), run_torch(model, batch))
+
+
+def test_refuses_what_it_cannot_export(tmp_path: Path) -> None:
+    model, out = net(), tmp_path / "a.onnx"
+    with pytest.raises(RecipeError, match="100x64.*stride 32"):
+        export_onnx(model, out, (100, 64), names=NAMES)
+    with pytest.raises(RecipeError, match=r"export\.opset=12"):
+        export_onnx(model, out, SIZE, names=NAMES, opset=12)
+    with pytest.raises(RecipeError, match="2 class names.*3 classes"):
+        export_onnx(model, out, SIZE, names=NAMES[:2])
+    model.model[4].cv1.conv.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"model\.4\.cv1\.conv\.weight"):
+        export_onnx(model, out, SIZE, names=NAMES)
+    assert not out.exists()
+
+
+def _shared() -> Path | None:
+    for folder in os.environ.get("YOLO_COMPRESS_DATA", "").split(":"):
+        if folder and (Path(folder).parent / "weights" / "yolov8n_bccd.pt").is_file():
+            return Path(folder)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_shared() is None, reason="no real weights beside YOLO_COMPRESS_DATA")
+def test_real_weights_on_16_real_images(tmp_path: Path) -> None:
+    from yolo_compress import ultra
+    from yolo_compress.runtime.pre import letterbox, read_image
+
+    shared = _shared()
+    assert shared is not None
+    model = ultra.load_model(shared.parent / "weights" / "yolov8n_bccd.pt")
+    files = sorted((shared / "bccd" / "images" / "val").iterdir())[:16]
+    batch = torch.from_numpy(np.stack([letterbox(read_image(file), (320, 320))[0] for file in files]))
+    export_onnx(model, tmp_path / "a.onnx", (320, 320), names=tuple(model.names.values()))
+    assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), box_px=0.01)

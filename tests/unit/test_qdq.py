@@ -1,0 +1,168 @@
+"""The INT8 graphs: as many Q/DQ nodes as planned, the same numbers as the fake-quantised network, the types a runtime takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
+
+from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.export_onnx import export_onnx
+from yolo_compress.quant import qdq
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.fakequant import attach
+from yolo_compress.quant.qdq import TARGETS, Counts, insert_qdq
+from yolo_compress.quant.state import QuantState, fold
+
+SHARED_INPUTS = 5  # P3, P4, P5 are read by cv2.i.0 and cv3.i.0; P3 and P4 by the convolution that goes down, too
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuantState]:
+    file, model = tmp_path_factory.mktemp("qdq") / "fp32.onnx", net()
+    export_onnx(model, file, SIZE, names=NAMES)
+    return file, fold(ptq(model, lambda: [images(4)], "max"), model)
+
+
+def initializers(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    return {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_nodes_are_the_plan(source: tuple[Path, QuantState], tmp_path: Path, target: qdq.Target) -> None:
+    file, state = source
+    counts = insert_qdq(file, tmp_path / "int8.onnx", state, target)
+    model = onnx.load(str(tmp_path / "int8.onnx"))
+    kinds = Counter(node.op_type for node in model.graph.node)
+    pairs = 57 - SHARED_INPUTS
+    assert (counts.convs, counts.activations) == (57, pairs)
+    assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (pairs + counts.outputs, pairs + counts.outputs + 57)
+    assert (counts.outputs > 0) == (target == "onnxruntime")
+    assert model.opset_import[0].version == 17
+    assert {item.key: item.value for item in model.metadata_props}["precision"] == "int8"
+    made = {name: node for node in model.graph.node for name in node.output}
+    values = initializers(model.graph)
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in made:
+            feature, weight = made[node.input[0]], made[node.input[1]]
+            assert feature.op_type == weight.op_type == "DequantizeLinear"
+            codes, scale_C, zero_C = (values[name] for name in weight.input)
+            assert codes.dtype == zero_C.dtype == np.int8 and not zero_C.any()
+            assert scale_C.shape == zero_C.shape == (len(codes),) and scale_C.min() > 0
+            assert weight.attribute[0].name == "axis" and weight.attribute[0].i == 0
+            assert np.abs(codes.astype(int)).max(axis=(1, 2, 3)).min() == qdq.WEIGHT_QMAX[target]  # every channel full
+            assert len(node.input) == 3 and values[node.input[2]].dtype == np.float32  # no INT32 bias
+    wanted = {"tensorrt": (np.int8, {0}), "onnxruntime": (np.uint8, {0, 128}), "openvino": (np.uint8, {128})}[target]
+    zeros = [values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert {zero.dtype for zero in zeros} == {np.dtype(wanted[0])} and {int(zero) for zero in zeros} == wanted[1]
+    assert all(item.data_type != TensorProto.INT32 for item in model.graph.initializer)
+
+
+def test_graph_computes_what_the_fake_quantised_network_computes(
+    source: tuple[Path, QuantState], tmp_path: Path
+) -> None:
+    file, state = source
+    insert_qdq(file, tmp_path / "int8.onnx", state, "tensorrt")
+    model, batch = net().fuse(verbose=False), images(4, seed=3)
+    expected_float = run_torch(model, batch)
+    attach(model, state)
+    expected, got = run_torch(model, batch), run_onnx(tmp_path / "int8.onnx", batch)
+    difference = np.abs(got - expected)
+    # An input on the border of two codes may fall to either side; in this net of random weights that is amplified.
+    assert difference[:, 4:].mean() < 1e-3
+    assert difference[:, 4:].mean() < 0.1 * np.abs(expected - expected_float)[:, 4:].mean()
+    assert difference[:, :4].mean() < 0.1 * np.abs(expected - expected_float)[:, :4].mean()
+
+
+def test_signed_and_unsigned_codes_give_equal_values(
+    source: tuple[Path, QuantState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INT8 with zero point 0 and UINT8 with zero point 128 are the same codes; weights held equal for the comparison."""
+    file, state = source
+    monkeypatch.setattr(qdq, "WEIGHT_QMAX", dict.fromkeys(TARGETS, 127))
+    plain = replace(state, outputs={})
+    for target in TARGETS:
+        insert_qdq(file, tmp_path / f"{target}.onnx", plain, target)
+    results = [run_onnx(tmp_path / f"{target}.onnx", images(2, seed=3)) for target in TARGETS]
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_forms_for_processors_stay_near_the_float_network(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    file, state = source
+    batch = images(2, seed=3)
+    expected = run_onnx(file, batch)
+    insert_qdq(file, tmp_path / "int8.onnx", state, "onnxruntime")
+    for optimise in (False, True):  # True: integer kernels; saturating ones would be far off
+        got = run_onnx(tmp_path / "int8.onnx", batch, optimise)
+        assert np.corrcoef(got[:, 4:].ravel(), expected[:, 4:].ravel())[0, 1] > 0.97
+
+
+def test_one_pair_for_one_tensor_and_range(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    file, state = source
+    reader = "model.22.cv2.0.0.conv"
+    own = replace(state, activations={**state.activations, reader: 2 * state.activations[reader]})
+    counts = insert_qdq(file, tmp_path / "int8.onnx", own, "tensorrt")
+    assert counts == Counts(convs=57, activations=57 - SHARED_INPUTS + 1, outputs=0)
+    graph = onnx.load(str(tmp_path / "int8.onnx")).graph
+    made = {name: node for node in graph.node for name in node.output}
+    scales = {
+        node.input[1]: float(initializers(graph)[made[node.input[0]].input[1]])
+        for node in graph.node
+        if node.op_type == "Conv" and node.input[0].endswith("_DQ")
+    }
+    for name, amax in own.activations.items():
+        assert scales[f"{name}.weight_dequantized"] == pytest.approx(amax / 127), name
+
+
+def test_same_inputs_same_bytes(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    file, state = source
+    for name in "ab":
+        insert_qdq(file, tmp_path / name, state, "onnxruntime")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_open_batch_runs(tmp_path: Path) -> None:
+    model, batch = net(), images(3, seed=3)
+    export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES, dynamic_batch=True)
+    state = fold(ptq(model, lambda: [images(4)], "max"), model)
+    insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", state, "tensorrt")
+    together = run_onnx(tmp_path / "int8.onnx", batch)
+    assert np.allclose(together[1:2], run_onnx(tmp_path / "int8.onnx", batch[1:2]), atol=0.05)
+
+
+def test_graph_and_state_must_belong_together(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    file, state = source
+    out = tmp_path / "int8.onnx"
+    with pytest.raises(RecipeError, match="'dla' is unknown; there are tensorrt"):
+        insert_qdq(file, out, state, "dla")  # type: ignore[arg-type]
+    with pytest.raises(CorruptArtifact, match="not folded"):
+        insert_qdq(file, out, replace(state, folded=False), "tensorrt")
+    more = {**state.activations, "model.99.conv": 1.0}, {**state.weights, "model.99.conv": (1.0,)}
+    with pytest.raises(CorruptArtifact, match=r"model\.99\.conv: 0 convolutions"):
+        insert_qdq(file, out, QuantState(*more, folded=True), "tensorrt")
+    short = {**state.weights, "model.1.conv": state.weights["model.1.conv"][1:]}
+    with pytest.raises(CorruptArtifact, match=r"model\.1\.conv: 32 output channels.*31"):
+        insert_qdq(file, out, replace(state, weights=short), "tensorrt")
+    model = onnx.load(str(file))
+    model.opset_import[0].version = 12
+    onnx.save(model, str(tmp_path / "old.onnx"))
+    with pytest.raises(CorruptArtifact, match="opset 12"):
+        insert_qdq(tmp_path / "old.onnx", out, state, "tensorrt")
+    assert not out.exists()
+
+
+def test_two_layers_with_one_weight_are_refused(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    """The exporter stores equal tensors once; their names would then be lost."""
+    model = net()
+    model.model[2].m[0].cv2.conv.weight.data.copy_(model.model[2].m[0].cv1.conv.weight.data)
+    model.model[2].m[0].cv2.bn.load_state_dict(model.model[2].m[0].cv1.bn.state_dict())
+    export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
+    with pytest.raises(CorruptArtifact, match="equal weights"), torch.no_grad():
+        insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", source[1], "tensorrt")
