@@ -16,7 +16,7 @@ SET := recipe='$(RECIPE)' \
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
-.PHONY: help setup demo test check all engine status cfg gc clean $(STAGES)
+.PHONY: help setup demo test chain-test check all engine status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -38,7 +38,10 @@ demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 m
 	@$(YC) run recipe=digits $(ARGS)
 
 test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
-	@$(PY) -m pytest -m 'not gpu and not network'
+	@$(PY) -m pytest -m 'not gpu and not network and not chain'
+
+chain-test: setup ## whole chains, killed and resumed; some ten minutes
+	@$(PY) -m pytest tests/pipeline -m chain
 
 check: setup ## ruff, mypy and the fast tests, in 2 minutes
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

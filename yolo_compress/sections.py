@@ -207,7 +207,12 @@ class DistillConfig(TrainConfig):
     alpha: Annotated[float, _knob("share of soft labels in the class term, 1-alpha of hard ones", ge=0, le=1)] = 0.5
     logit_weight: Annotated[float, _knob("weight of the soft-label term", ge=0, le=1000)] = 1.0
     feature_weight: Annotated[
-        float, _knob("weight of the L2 on aligned Detect inputs; 6 is Ultralytics' `dis`", ge=0, le=1000)
+        float,
+        _knob(
+            "weight of the L2 on aligned Detect inputs; 6, Ultralytics' `dis`, drowned the labels on digits",
+            ge=0,
+            le=1000,
+        ),
     ] = 6.0
     epochs: SomeEpochs = 20
 

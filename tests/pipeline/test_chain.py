@@ -18,7 +18,7 @@ from yolo_compress import ultra
 from yolo_compress.artifact import Store
 from yolo_compress.pipeline import STAGES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chain, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAINED = ("baseline", "sparsify", "prune", "distill", "qat")
 
 

@@ -15,7 +15,7 @@ from tests.pipeline.conftest import Bench, prepare, recipe
 from yolo_compress.artifact import Store
 from yolo_compress.lock import lock
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chain, pytest.mark.slow, pytest.mark.timeout(900)]
 STAGE = {
     "prune": {"epochs": 4, "batch": 8, "keep_flops": 0.7, "bn_images": 8, "teach_from_parent": True},
     "run": {"val_every": 2},

@@ -94,14 +94,17 @@ def test_signed_and_unsigned_codes_give_equal_values(
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
-def test_forms_for_processors_stay_near_the_float_network(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "most"), [("tensorrt", 127), ("onnxruntime", 63), ("openvino", 63)])
+def test_forms_for_processors_cannot_saturate(
+    source: tuple[Path, QuantState], tmp_path: Path, target: str, most: int
+) -> None:
+    """x86 without VNNI adds two products in 16 bits: 255 * 63 * 2 fits, 255 * 127 * 2 does not."""
     file, state = source
-    batch = images(2, seed=3)
-    expected = run_onnx(file, batch)
-    insert_qdq(file, tmp_path / "int8.onnx", state, "onnxruntime")
-    for optimise in (False, True):  # True: integer kernels; saturating ones would be far off
-        got = run_onnx(tmp_path / "int8.onnx", batch, optimise)
-        assert np.corrcoef(got[:, 4:].ravel(), expected[:, 4:].ravel())[0, 1] > 0.97
+    insert_qdq(file, tmp_path / "int8.onnx", state, target)  # type: ignore[arg-type]
+    graph = onnx.load(str(tmp_path / "int8.onnx")).graph
+    codes = [value for name, value in initializers(graph).items() if name.endswith(".weight_quantized")]
+    assert len(codes) == 57 and max(int(np.abs(code.astype(int)).max()) for code in codes) == most
+    assert most == 127 or 255 * most * 2 < 2**15
 
 
 def test_one_pair_for_one_tensor_and_range(source: tuple[Path, QuantState], tmp_path: Path) -> None:

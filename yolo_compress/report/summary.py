@@ -11,4 +11,5 @@ from yolo_compress.report.table import render_text
 
 def bench_text(recipe: str, rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:
     """The rows as a table; the gate is judged by `report`, not here."""
-    return render_text(build(recipe, [], rows, {}, min_retention=0.0), width)
+    text = render_text(build(recipe, [], rows, {}, min_retention=0.0), width)
+    return text[text.index("Bench\n") :]  # the verdict above it belongs to the report
