@@ -33,6 +33,11 @@ def quantised(x: Tensor, amax: Tensor, low: int) -> Tensor:
     return (x * 127 / amax).round().clamp(low, 127) * amax / 127
 
 
+def codes(weight: Tensor, amax_C: tuple[float, ...]) -> Tensor:
+    """INT8 codes of a weight, in float64."""
+    return (weight.detach().double() * 127 / torch.tensor(amax_C, dtype=torch.float64).view(-1, 1, 1, 1)).round()
+
+
 def output(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(images(2, seed=5))[0]
@@ -125,21 +130,28 @@ def test_gradients_pass_straight_through(state: QuantState) -> None:
 
 
 def test_folding_moves_no_code(state: QuantState) -> None:
-    """Gammas have both signs; the folded, quantised net is the quantised net. Ultralytics' own fold agrees."""
+    """Gammas have both signs: every INT8 code stays, but for its sign. Ultralytics' own fold agrees on the ranges.
+
+    Codes are compared, not outputs of whole nets: there the order of float sums (the number of threads) decides rounding
+    ties, which later layers amplify.
+    """
     model = net()
     folded_state = fold(state, model)
     assert folded_state.folded and folded_state.activations == state.activations
     attached = deepcopy(model)
     attach(attached, state)
-    folded = model.fuse(verbose=False)
-    attach(folded, folded_state)
-    difference = (output(folded) - output(attached)).abs()
-    assert difference[:, 4:].mean() < 2e-4 and difference[:, 4:].max() < 0.05  # rounding ties
+    folded = deepcopy(model).fuse(verbose=False)
+    for name in state.convs:
+        before = codes(model.get_submodule(name).weight, state.weights[name])
+        after = codes(folded.get_submodule(name).weight, folded_state.weights[name])
+        signs = model.get_submodule(name.removesuffix(".conv")).bn.weight.detach().sign().view(-1, 1, 1, 1)
+        moved = (after - signs * before).abs()
+        assert moved.max() <= 1 and moved.count_nonzero() <= 1e-4 * moved.numel(), name  # float32 ties at half a code
     ultralytics = read(attached.fuse(verbose=False))
     for name in state.convs:
         assert ultralytics.weights[name] == pytest.approx(folded_state.weights[name], rel=1e-5), name
     with pytest.raises(CorruptArtifact, match="folded into it already"):
-        fold(folded_state, model)
+        fold(folded_state, folded)
 
 
 def test_channel_with_gamma_zero_keeps_a_scale() -> None:
