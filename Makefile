@@ -23,7 +23,7 @@ help: ## list targets and variables
 	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [TEACHER=l.pt] [STUDENT=s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
 	@echo "make prune distill qat engine runs each stage and whatever it needs; what is up to date is reused."
 	@echo
-	@grep -hE '^[a-z$$ ()A-Z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
+	@grep -hE '^[a-z$$ ()A-Z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
 	@echo
 	@echo "RECIPE  a shipped recipe or a .yaml file          DATA    data.yaml      TEACHER teacher.weights"
 	@echo "STUDENT baseline.weights                          DEVICE  run.device     ARGS    any knobs (yolo-compress help STAGE)"
@@ -37,7 +37,7 @@ demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 m
 	@$(YC) fetch digits >&2
 	@$(YC) run recipe=digits $(ARGS)
 
-test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
+test: setup ## the tests that need neither GPU nor network, under 20 minutes on 2 cores
 	@$(PY) -m pytest -m 'not gpu and not network and not chain'
 
 chain-test: setup ## whole chains, killed and resumed; some ten minutes
@@ -64,6 +64,6 @@ gc: setup ## delete artefacts that no recipe refers to
 	@$(YC) gc
 
 clean: ## delete artefacts, the drawn digits and caches; never source weights
-	rm -rf weights/store weights/.cache weights/.lock datasets/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf weights/store weights/.cache weights/.lock datasets/digits datasets/digits.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find weights -mindepth 2 -maxdepth 2 -type l -delete
 	find weights -mindepth 1 -maxdepth 1 -type d -empty -delete
