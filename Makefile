@@ -16,7 +16,7 @@ SET := recipe='$(RECIPE)' \
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
-.PHONY: help setup demo test chain-test check all engine status cfg gc clean $(STAGES)
+.PHONY: help setup demo test check all engine status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -37,11 +37,8 @@ demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 m
 	@$(YC) fetch digits >&2
 	@$(YC) run recipe=digits $(ARGS)
 
-test: setup ## the tests that need neither GPU nor network, under 20 minutes on 2 cores
-	@$(PY) -m pytest -m 'not gpu and not network and not chain'
-
-chain-test: setup ## whole chains, killed and resumed; some ten minutes
-	@$(PY) -m pytest tests/pipeline -m chain
+test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
+	@$(PY) -m pytest -m 'not gpu and not network'
 
 check: setup ## ruff, mypy and the fast tests, in 2 minutes
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -208,6 +208,12 @@ class Store:
                     removed[path] = _remove(path)
         return removed
 
+    def recipes(self) -> list[str]:
+        """Names under which artefacts have friendly names; other folders of the root (a user's, caches) are not looked into."""
+        with storage_errors(self.root, "read"):
+            folders = [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
+        return sorted(path.name for path in folders if _NAME.fullmatch(path.name))
+
     def discard(self, stage: str, fingerprint: str) -> None:
         """Drops an artefact and its `.partial`, so that the stage runs again."""
         directory = self.directory(stage, fingerprint)

@@ -291,13 +291,7 @@ def _drift(artifact: Artifact) -> tuple[str, ...]:
 
 def referred(store: Store) -> set[str]:
     """Fingerprints that friendly names lead to, with everything they were made from: what `gc` keeps."""
-    waiting = [
-        artifact
-        for folder in store.root.iterdir()
-        if folder.is_dir() and folder != store.folder
-        for stage in STAGES
-        if (artifact := store.linked(folder.name, stage))
-    ]
+    waiting = [artifact for recipe in store.recipes() for stage in STAGES if (artifact := store.linked(recipe, stage))]
     known: dict[str, Artifact] = {}
     while waiting:
         artifact = waiting.pop()
