@@ -182,13 +182,13 @@ class SparsifyConfig(TrainConfig):
 class PruneConfig(TrainConfig):
     """Channel pruning to a budget of FLOPs, then fine-tuning (`epochs: 0`: surgery only)."""
 
-    criterion: Annotated[Criterion, _knob("importance of a channel group")] = "l2"
-    scope: Annotated[Literal["global", "local"], _knob("rank channels over all groups, or inside each")] = "global"
+    criterion: Annotated[Criterion, _knob("importance of a channel group")] = "bn_gamma"
+    scope: Annotated[Literal["global", "local"], _knob("rank channels over all groups, or inside each")] = "local"
     keep_flops: Annotated[float, _knob("fraction of the convolutions' MACs that stays", gt=0, lt=1)] = 0.5
     round_to: Annotated[int, _knob("widths are multiples of this: 8 suits FP16, 16 or 32 INT8", ge=1, le=64)] = 8
     floor: Annotated[float, _knob("fraction of its channels that every group keeps", ge=0, lt=1)] = 0.1
     bn_images: Annotated[int, _knob("training images that re-estimate BatchNorm after surgery", ge=0)] = 96
-    teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = False
+    teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = True
     epochs: Epochs = 40
 
 
@@ -209,11 +209,11 @@ class DistillConfig(TrainConfig):
     feature_weight: Annotated[
         float,
         _knob(
-            "weight of the L2 on aligned Detect inputs; 6, Ultralytics' `dis`, drowned the labels on digits",
+            "weight of the L2 on aligned Detect inputs. At 6, Ultralytics' `dis`, it drowns the labels of a pruned student",
             ge=0,
             le=1000,
         ),
-    ] = 6.0
+    ] = 0.3
     epochs: SomeEpochs = 20
 
 
@@ -221,7 +221,7 @@ class QatConfig(TrainConfig):
     """Calibration, then quantisation-aware training (`epochs: 0`: calibration only, PTQ)."""
 
     calib_images: CalibImages = 128
-    calibrator: CalibratorKnob = "percentile"
+    calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
     teach_from_parent: Annotated[bool, _knob("the float net teaches during training")] = True
     epochs: Epochs = 3
@@ -243,7 +243,7 @@ class ExportConfig(Section):
     simplify: Annotated[bool, _knob("run onnxsim, then compare with torch again")] = True
     torchscript: Annotated[bool, _knob("write TorchScript too")] = True
     calib_images: CalibImages = 128
-    calibrator: CalibratorKnob = "percentile"
+    calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
 
 

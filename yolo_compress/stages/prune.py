@@ -9,7 +9,6 @@ from torch import nn
 
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
-from yolo_compress.distill.teach import Teach
 from yolo_compress.prune.budget import Plan, choose
 from yolo_compress.prune.criteria import CRITERIA, scores
 from yolo_compress.prune.graph import prunable, prune
@@ -17,10 +16,7 @@ from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import PruneConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed
-from yolo_compress.stages.training import CLASS_GAIN, finish, fit, measure
-
-PARENT_FEATURE_WEIGHT = 6.0  # Ultralytics' `dis`
-PARENT_TEMPERATURE = 2.0
+from yolo_compress.stages.training import finish, fit, measure, parent
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -41,15 +37,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     hooks = []
     if config.teach_from_parent and config.epochs:
-        parent = ultra.load_model(job.inputs["baseline"].file("model.pt"))
-        hooks.append(
-            Teach(
-                parent,
-                feature_weight=PARENT_FEATURE_WEIGHT,
-                class_weight=CLASS_GAIN,
-                temperature=PARENT_TEMPERATURE,
-            )
-        )
+        hooks.append(parent(job.inputs["baseline"], temperature=2.0))
     trained = fit(job, model, hooks, "prune")
     return {**metrics, **finish(job, trained)}
 

@@ -8,24 +8,19 @@ from typing import Any
 
 from yolo_compress import ultra
 from yolo_compress.artifact import atomic_write
-from yolo_compress.distill.teach import Teach
 from yolo_compress.hook import TrainHook
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, attach
 from yolo_compress.recipe import QatConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
-from yolo_compress.stages.training import CLASS_GAIN, finish, fit, measure
-
-PARENT_FEATURE_WEIGHT = 6.0  # Ultralytics' `dis`
-PARENT_TEMPERATURE = 1.0  # the student starts as the teacher plus rounding: plain scores carry all there is
+from yolo_compress.stages.training import finish, fit, measure, parent
 
 
 def run(job: Job) -> dict[str, Any]:
     """`model.pt` of stock classes, and `quant.json` with the ranges that belong to it; mAP is that of the quantised net."""
     config: QatConfig = job.config
-    parent = job.inputs["distill"]
-    model = ultra.load_model(parent.file("model.pt"))
+    model = ultra.load_model(job.inputs["distill"].file("model.pt"))
     images = chosen(job, config.calib_images)
     quantiser = FakeQuant(
         partial(
@@ -37,15 +32,8 @@ def run(job: Job) -> dict[str, Any]:
     )
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
-        teacher = ultra.load_model(parent.file("model.pt"))
-        hooks.append(
-            Teach(
-                teacher,
-                feature_weight=PARENT_FEATURE_WEIGHT,
-                class_weight=CLASS_GAIN,
-                temperature=PARENT_TEMPERATURE,
-            )
-        )
+        # The student starts as its teacher plus rounding: plain scores carry all there is, so no softening.
+        hooks.append(parent(job.inputs["distill"], temperature=1.0))
     trained = fit(job, model, [*hooks, quantiser], "qat")
     assert quantiser.state is not None
     atomic_write(job.out / "quant.json", quantiser.state.dumps())

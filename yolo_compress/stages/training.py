@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from yolo_compress import ultra
+from yolo_compress.artifact import Artifact
+from yolo_compress.distill.teach import Teach
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
@@ -18,6 +20,7 @@ from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages import Job
 
 CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
+PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
 
 
 def settings(job: Job, class_gain: float = CLASS_GAIN) -> ultra.TrainSettings:
@@ -44,6 +47,12 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class
     if (job.work / "results.csv").is_file():
         shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
     return trained
+
+
+def parent(artifact: Artifact, temperature: float) -> Teach:
+    """The net that a stage started from as its teacher: the hook of `teach_from_parent`."""
+    teacher = ultra.load_model(artifact.file("model.pt"))
+    return Teach(teacher, feature_weight=PARENT_FEATURE_WEIGHT, class_weight=CLASS_GAIN, temperature=temperature)
 
 
 def finish(job: Job, model: nn.Module) -> dict[str, Any]:
