@@ -7,7 +7,8 @@ from yolo_compress.hardening import harden
 harden()
 
 from yolo_compress.ultra.checkpoint import check_classes, image_channels, load_model, new_model, save_model, widths  # noqa: E402
-from yolo_compress.ultra.trainer import TrainSettings, train  # noqa: E402
+from yolo_compress.ultra.settings import TrainSettings  # noqa: E402
+from yolo_compress.ultra.trainer import train  # noqa: E402
 from yolo_compress.ultra.validate import validate  # noqa: E402
 
 logging.getLogger("ultralytics").setLevel(logging.WARNING)

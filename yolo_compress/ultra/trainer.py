@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,79 +26,12 @@ from yolo_compress.artifact import atomic_write
 from yolo_compress.data import Dataset, Sample
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
 from yolo_compress.hook import TrainHook
+from yolo_compress.runtime.device import usable_cpus
 from yolo_compress.ultra.checkpoint import check_finite, widths
 from yolo_compress.ultra.dataset import EpochSampler, PreflightDataset, seed_everything
+from yolo_compress.ultra.settings import TrainSettings
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What one training run needs beyond model, data and hooks; field names are Ultralytics' where it has one."""
-
-    epochs: int
-    batch: int
-    imgsz_px: int
-    seed: int = 0
-    optimizer: str = "SGD"
-    lr0: float = 0.01
-    lrf: float = 0.01
-    momentum: float = 0.937
-    weight_decay: float = 0.0005
-    warmup_epochs: float = 0.0
-    cosine: bool = True
-    mosaic: float = 1.0
-    close_mosaic: int = 0
-    scale: float = 0.5
-    translate: float = 0.1
-    fliplr: float = 0.5
-    flipud: float = 0.0
-    amp: bool = True
-    class_gain: float = 0.5
-    val_every: int = 0
-    device: str = "cpu"
-    workers: int = 0
-    threads: int | None = None
-
-    def overrides(self, work: Path) -> dict[str, Any]:
-        """Ultralytics' argument names; the optimizer steps on every batch (`nbs` = `batch`)."""
-        return {
-            "task": "detect",
-            "mode": "train",
-            "model": "yolov8n.yaml",  # never built: the trainer is handed the module
-            "pretrained": False,
-            "epochs": self.epochs,
-            "batch": self.batch,
-            "nbs": self.batch,
-            "imgsz": self.imgsz_px,
-            "seed": self.seed,
-            "optimizer": self.optimizer,
-            "lr0": self.lr0,
-            "lrf": self.lrf,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-            "warmup_epochs": self.warmup_epochs,
-            "warmup_bias_lr": 0.0,  # the default of 0.1 throws a trained net's biases away
-            "cls": self.class_gain,
-            "cos_lr": self.cosine,
-            "mosaic": self.mosaic,
-            "close_mosaic": self.close_mosaic,
-            "scale": self.scale,
-            "translate": self.translate,
-            "fliplr": self.fliplr,
-            "flipud": self.flipud,
-            "amp": self.amp and self.device != "cpu",  # on a CPU, autocast to bfloat16 is ten times slower
-            "device": self.device,
-            "workers": self.workers,
-            "val": False,
-            "plots": False,
-            "patience": 0,
-            "deterministic": True,
-            "save_dir": str(work),
-            "project": str(work.parent),
-            "name": work.name,
-            "exist_ok": True,
-        }
 
 
 def train(
@@ -185,7 +117,7 @@ class HookedTrainer(DetectionTrainer):
                 raise EnvironmentLacks(f"run.device={settings.device}: {str(error).strip().splitlines()[0]}") from error
             raise
         if self.device.type == "cpu":  # ultralytics leaves one core idle
-            torch.set_num_threads(settings.threads or torch.get_num_threads() + 1)
+            torch.set_num_threads(settings.threads or usable_cpus())
         self.model = module
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_fit_epoch_end"):
             self.add_callback(event, getattr(type(self), f"_{event}"))

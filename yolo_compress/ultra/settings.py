@@ -1,0 +1,76 @@
+"""The schedule, augmentation and machine of one training run, in our terms and in Ultralytics'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What one training run needs beyond model, data and hooks; field names are Ultralytics' where it has one."""
+
+    epochs: int
+    batch: int
+    imgsz_px: int
+    seed: int = 0
+    optimizer: str = "SGD"
+    lr0: float = 0.01
+    lrf: float = 0.01
+    momentum: float = 0.937
+    weight_decay: float = 0.0005
+    warmup_epochs: float = 0.0
+    cosine: bool = True
+    mosaic: float = 1.0
+    close_mosaic: int = 0
+    scale: float = 0.5
+    translate: float = 0.1
+    fliplr: float = 0.5
+    flipud: float = 0.0
+    amp: bool = True
+    class_gain: float = 0.5
+    val_every: int = 0
+    device: str = "cpu"
+    workers: int = 0
+    threads: int | None = None
+
+    def overrides(self, work: Path) -> dict[str, Any]:
+        """Ultralytics' argument names; the optimizer steps on every batch (`nbs` = `batch`)."""
+        return {
+            "task": "detect",
+            "mode": "train",
+            "model": "yolov8n.yaml",  # never built: the trainer is handed the module
+            "pretrained": False,
+            "epochs": self.epochs,
+            "batch": self.batch,
+            "nbs": self.batch,
+            "imgsz": self.imgsz_px,
+            "seed": self.seed,
+            "optimizer": self.optimizer,
+            "lr0": self.lr0,
+            "lrf": self.lrf,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "warmup_epochs": self.warmup_epochs,
+            "warmup_bias_lr": 0.0,  # the default of 0.1 throws a trained net's biases away
+            "cls": self.class_gain,
+            "cos_lr": self.cosine,
+            "mosaic": self.mosaic,
+            "close_mosaic": self.close_mosaic,
+            "scale": self.scale,
+            "translate": self.translate,
+            "fliplr": self.fliplr,
+            "flipud": self.flipud,
+            "amp": self.amp and self.device != "cpu",  # on a CPU, autocast to bfloat16 is ten times slower
+            "device": self.device,
+            "workers": self.workers,
+            "val": False,
+            "plots": False,
+            "patience": 0,
+            "deterministic": True,
+            "save_dir": str(work),
+            "project": str(work.parent),
+            "name": work.name,
+            "exist_ok": True,
+        }
