@@ -1,4 +1,4 @@
-"""What each criterion and scope leaves of the mAP, before any fine-tuning: after the cut, and after re-estimating BatchNorm.
+"""What each criterion, scope and reconstruction leave of the mAP once BatchNorm is re-estimated, before any fine-tuning.
 
     python benchmarks/pruning_criteria.py --weights yolov8n_bccd.pt --data bccd.yaml --imgsz 320 --keep-flops 0.5
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, calibration_subset, load
@@ -23,7 +23,9 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.prune.budget import choose, parameters
 from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import PruneConfig
 from yolo_compress.stages.batches import letterboxed
@@ -40,28 +42,32 @@ def map50_95(model: nn.Module, dataset: Dataset, args: argparse.Namespace) -> fl
 
 
 def measured(
-    dense: nn.Module, dataset: Dataset, criterion: str, scope: str, seed: int, args: argparse.Namespace
+    dense: nn.Module,
+    dataset: Dataset,
+    importance: dict[str, Tensor],
+    evidence: Evidence,
+    scope: str,
+    rebuilt: bool,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One row: prune a copy of `dense`, evaluate, re-estimate, evaluate."""
+    """Prune a copy of `dense`, re-estimate, evaluate."""
     size = (args.imgsz, args.imgsz)
     model = copy.deepcopy(dense)
     start = time.perf_counter()
     groups = prunable(model)
-    importance = scores(model, groups, CRITERIA[criterion], seed)
     plan = choose(model, groups, importance, args.keep_flops, args.round_to, size, args.floor, scope)
+    if rebuilt:
+        reconstruct(model, groups, plan.keep, evidence.moments)
     prune(model, plan.keep)
     seconds = time.perf_counter() - start
-    after_cut = map50_95(model, dataset, args)
-    reestimate_batchnorm(model, letterboxed(calibration_subset(dataset.train, args.bn_images, seed), size))
+    reestimate_batchnorm(model, letterboxed(calibration_subset(dataset.train, args.calib_images, evidence.seed), size))
     return {
-        "criterion": criterion,
         "scope": scope,
-        "seed": seed,
+        "reconstruct": rebuilt,
         "kept_flops": plan.kept_flops,
         "kept_parameters": parameters(model) / parameters(dense),
         "plan_and_surgery_s": seconds,
-        "map50_95_after_cut": after_cut,
-        "map50_95_after_bn": map50_95(model, dataset, args),
+        "map50_95": map50_95(model, dataset, args),
     }
 
 
@@ -73,9 +79,10 @@ def main() -> None:
     parser.add_argument("--keep-flops", type=float, default=0.5)
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--floor", type=float, default=0.1)
-    parser.add_argument("--bn-images", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=1, help="choices of the images that re-estimate, and of `random`")
+    parser.add_argument("--calib-images", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=1, help="choices of the calibration images, and of `random`")
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
+    parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=["local", "global"])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -86,21 +93,35 @@ def main() -> None:
     packages = described["packages"]
     print(
         f"{args.weights} on {args.data}, {args.imgsz} px, keep_flops {args.keep_flops}, round_to {args.round_to}, floor "
-        f"{args.floor}; {args.bn_images} training images re-estimate, n = {len(dataset.val)} validation images; mAP50-95 of "
+        f"{args.floor}; {args.calib_images} training images calibrate, n = {len(dataset.val)} validation images; mAP50-95 of "
         f"the dense net {before:.4f}; {args.device} ({described['cpu']}), torch {packages['torch']}, ultralytics "
         f"{packages['ultralytics']}, torch-pruning {packages['torch-pruning']}, commit {described['commit']}\n"
     )
-    print("| criterion | scope | seed | MACs kept | parameters kept | mAP50-95 after the cut | after BatchNorm |")
+    print("| criterion | scope | seed | MACs kept | parameters kept | mAP50-95 | with reconstruction |")
     print("|---|---|---|---|---|---|---|")
     rows = []
-    for criterion, scope, seed in itertools.product(args.criteria, SCOPES, range(args.seeds)):
-        row = measured(dense, dataset, criterion, scope, seed, args)
-        rows.append(row)
-        print(
-            f"| {criterion} | {scope} | {seed} | {row['kept_flops']:.3f} | {row['kept_parameters']:.3f} "
-            f"| {row['map50_95_after_cut']:.4f} | {row['map50_95_after_bn']:.4f} |",
-            flush=True,
+    size = (args.imgsz, args.imgsz)
+    for seed in range(args.seeds):
+        samples = calibration_subset(dataset.train, args.calib_images, seed)
+        evidence = Evidence(
+            dense,
+            prunable(dense),
+            images=partial(letterboxed, samples, size),
+            losses=partial(ultra.losses, dataset=dataset, samples=samples, imgsz_px=args.imgsz),
+            seed=seed,
         )
+        for criterion in args.criteria:
+            importance = scores(evidence, CRITERIA[criterion])
+            for scope in args.scopes:
+                plain, rebuilt = (
+                    measured(dense, dataset, importance, evidence, scope, rebuilt, args) for rebuilt in (False, True)
+                )
+                rows += [{"criterion": criterion, "seed": seed, **row} for row in (plain, rebuilt)]
+                print(
+                    f"| {criterion} | {scope} | {seed} | {plain['kept_flops']:.3f} | {plain['kept_parameters']:.3f} "
+                    f"| {plain['map50_95']:.4f} | {rebuilt['map50_95']:.4f} |",
+                    flush=True,
+                )
     print(json.dumps({"settings": vars(args), "map50_95_dense": before, "rows": rows, "environment": described}))
 
 

@@ -132,10 +132,15 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
 
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The section as it counts: given weights by their bytes, and then nothing of how one would train."""
+    """The section as it counts: given files by their bytes, and with given weights nothing of how one would train."""
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
         return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
+    criterion, _, function = str(config.get("criterion", "")).rpartition(":")
+    if criterion:  # a user's own, `file.py:function`
+        if not Path(criterion).is_file():
+            raise RecipeError(f"{stage}.criterion: no file {criterion!r}")
+        config["criterion"] = {"sha256": sha256_file(Path(criterion)), "function": function}
     return config
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,7 +17,7 @@ IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 
 
 Precision = Literal["fp32", "fp16", "int8"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
-Criterion = Literal["bn_gamma", "l1", "l2", "random"]
+Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
 
@@ -182,12 +182,26 @@ class SparsifyConfig(TrainConfig):
 class PruneConfig(TrainConfig):
     """Channel pruning to a budget of FLOPs, then fine-tuning (`epochs: 0`: surgery only)."""
 
-    criterion: Annotated[Criterion, _knob("importance of a channel group")] = "bn_gamma"
-    scope: Annotated[Literal["global", "local"], _knob("rank channels over all groups, or inside each")] = "local"
+    criterion: Annotated[
+        Criterion | Annotated[str, Field(pattern=r"\.py:\w+$")],
+        _knob(
+            "importance of a channel group; obs: what the layers that read it lose when the others take over",
+            f"one of {', '.join(get_args(Criterion))}, or file.py:function",
+        ),
+    ] = "obs"
+    scope: Annotated[
+        Literal["global", "local", "isomorphic"],
+        _knob("rank channels over all groups, inside each, or among groups of one shape"),
+    ] = "local"
     keep_flops: Annotated[float, _knob("fraction of the convolutions' MACs that stays", gt=0, lt=1)] = 0.5
-    round_to: Annotated[int, _knob("widths are multiples of this: 8 suits FP16, 16 or 32 INT8", ge=1, le=64)] = 8
+    round_to: Annotated[
+        Literal[1, 2, 4, 8, 16, 32, 64], _knob("widths are multiples of this: 8 suits FP16, 16 or 32 INT8")
+    ] = 8
     floor: Annotated[float, _knob("fraction of its channels that every group keeps", ge=0, lt=1)] = 0.1
-    bn_images: Annotated[int, _knob("training images that re-estimate BatchNorm after surgery", ge=0)] = 96
+    reconstruct: Annotated[bool, _knob("kept channels take over what removed ones said, before any training")] = True
+    calib_images: Annotated[
+        int, _knob("training images that criteria, reconstruction and BatchNorm re-estimation look at", ge=1)
+    ] = 96
     teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = True
     epochs: Epochs = 40
 
@@ -214,6 +228,9 @@ class DistillConfig(TrainConfig):
             le=1000,
         ),
     ] = 0.3
+    box_weight: Annotated[
+        float, _knob("weight of the distributions of box sides (arXiv 2102.12252)", ge=0, le=1000)
+    ] = 1.0
     epochs: SomeEpochs = 20
 
 
@@ -223,6 +240,8 @@ class QatConfig(TrainConfig):
     calib_images: CalibImages = 128
     calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
+    weight_bits: Annotated[Literal[7, 8], _knob("bits of INT8 weights while training: 8 for TensorRT; 7 for the forms for "
+                           "CPUs, which hold 7-bit weights because 8-bit ones saturate without VNNI")] = 8  # fmt: skip
     teach_from_parent: Annotated[bool, _knob("the float net teaches during training")] = True
     epochs: Epochs = 3
     lr0: Lr0 = 1e-4

@@ -72,7 +72,7 @@ def recipe(folder: Path, name: str = "tiny", **sections: object) -> Path:
         "data": {"yaml": str(given[0]) if given else "digits.yaml", "imgsz": IMGSZ, "limit_train": 24, "limit_val": 8},
         "baseline": {"weights": str(given[1])} if given else {"epochs": 4, "batch": 8, "warmup_epochs": 1.0},
         "sparsify": {"epochs": 1, "batch": 8},
-        "prune": {"epochs": 2, "batch": 8, "keep_flops": 0.7, "bn_images": 16, "teach_from_parent": True},
+        "prune": {"epochs": 2, "batch": 8, "keep_flops": 0.7, "calib_images": 16, "teach_from_parent": True},
         "distill": {"epochs": 1, "batch": 8},
         "qat": {"epochs": 1, "batch": 8, "calib_images": 8},
         "export": {"calib_images": 8},

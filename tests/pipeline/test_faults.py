@@ -274,10 +274,10 @@ def test_a_fused_checkpoint_is_refused(shop: Shop) -> None:
 
 
 def test_an_already_pruned_checkpoint_is_pruned_further(shop: Shop) -> None:
-    assert main(["prune", shop.recipe(prune={"epochs": 0, "bn_images": 3})]) == 0
+    assert main(["prune", shop.recipe(prune={"epochs": 0, "calib_images": 3})]) == 0
     first = Store(Path("weights")).linked("r", "prune")
     shutil.copy(first.file("model.pt"), "weights/pruned.pt")
-    assert main(["prune", shop.recipe(baseline={"weights": "pruned.pt"}, prune={"epochs": 0, "bn_images": 3})]) == 0
+    assert main(["prune", shop.recipe(baseline={"weights": "pruned.pt"}, prune={"epochs": 0, "calib_images": 3})]) == 0
     second = Store(Path("weights")).linked("r", "prune")
     assert second.metrics["compute_gflops"] < 0.6 * first.metrics["compute_gflops"]
 
@@ -286,7 +286,7 @@ def test_an_already_pruned_checkpoint_is_pruned_further(shop: Shop) -> None:
 
 
 def test_training_keeps_the_widths_that_ultralytics_would_restore(shop: Shop) -> None:
-    recipe = shop.recipe(prune={"epochs": 1, "batch": 3, "bn_images": 3, "keep_flops": 0.5})
+    recipe = shop.recipe(prune={"epochs": 1, "batch": 3, "calib_images": 3, "keep_flops": 0.5})
     assert main(["prune", recipe]) == 0
     store = Store(Path("weights"))
     pruned, base = (ultra.load_model(store.linked("r", stage).file("model.pt")) for stage in ("prune", "baseline"))

@@ -17,7 +17,7 @@ from yolo_compress.lock import lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGE = {
-    "prune": {"epochs": 4, "batch": 8, "keep_flops": 0.7, "bn_images": 8, "teach_from_parent": True},
+    "prune": {"epochs": 4, "batch": 8, "keep_flops": 0.7, "calib_images": 8, "teach_from_parent": True},
     "run": {"val_every": 2},
 }
 

@@ -12,6 +12,7 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.budget import TOLERANCE, choose, conv_macs, parameters
 from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
 
 HW = (96, 160)  # not square: height and width must not be mixed up
@@ -27,7 +28,7 @@ class Case:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.1, 2.0)
         self.groups = prunable(self.model)
-        self.scores = scores(self.model, self.groups, CRITERIA["bn_gamma"])
+        self.scores = scores(Evidence(self.model, self.groups), CRITERIA["bn_gamma"])
 
     def choose(self, keep_flops, round_to=8, scores=None, **options):
         return choose(self.model, self.groups, scores or self.scores, keep_flops, round_to, HW, **options)
@@ -64,7 +65,7 @@ def shares(plan):
 
 
 @pytest.mark.parametrize("size", ["n", "s"])
-@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
 @pytest.mark.parametrize("round_to", [8, 32])
 @pytest.mark.parametrize("keep_flops", [0.3, 0.5, 0.7, 0.9])
 def test_budget_widths_and_floors(cases, size, scope, round_to, keep_flops):
@@ -100,7 +101,7 @@ def test_a_pruned_model_has_a_budget_of_its_own(cases):
     case.model = copy.deepcopy(case.model)
     prune(case.model, case.choose(0.6).keep)
     case.groups = prunable(case.model)
-    case.scores = scores(case.model, case.groups, CRITERIA["l2"])
+    case.scores = scores(Evidence(case.model, case.groups), CRITERIA["l2"])
     plan = case.choose(0.8)
     assert plan.macs_before == conv_macs(case.model, HW)
     assert 0.8 * (1 - TOLERANCE) <= plan.kept_flops <= 0.8
@@ -207,7 +208,7 @@ def test_keep_flops_is_a_share(nano, keep_flops):
         ({"round_to": 0}, "round_to must be a power of two"),
         ({"floor": 1.0}, "floor must be at least 0 and less than 1"),
         ({"floor": float("nan")}, "floor must be at least 0"),
-        ({"scope": "both"}, "scope must be global or local, got 'both'"),
+        ({"scope": "both"}, "scope must be one of global, local, isomorphic, got 'both'"),
     ],
 )
 def test_settings_out_of_range(nano, options, message):

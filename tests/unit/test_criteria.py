@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_compress.errors import NumericsError
-from yolo_compress.prune.criteria import CRITERIA, bn_gamma, l1, l2, random, scores
+from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.prune.criteria import CRITERIA, bn_gamma, find, fpgm, l1, l2, lamp, random, scores
+from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import Group, Member
 from yolo_compress.sections import Criterion
 
@@ -50,12 +51,14 @@ EXPECTED = {
     "bn_gamma": [(3 / 2 + 0.5 / 1) / 2, (1 / 2 + 1.5 / 1) / 2],
     "l1": [(7 / 4 + 1 / 2) / 2, (1 / 4 + 3 / 2) / 2],
     "l2": [(5 / 3 + 1 / 2) / 2, (1 / 3 + 3 / 2) / 2],
+    "fpgm": [1.0, 1.0],  # two filters are equally far from each other
+    "lamp": [(1 / (27 / 52) + 0.1 / 0.55) / 2, (1 / 26 / (27 / 52) + 1 / 0.55) / 2],
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_scores_by_hand(model, name):
-    got = CRITERIA[name](model, GROUP, 0)
+    got = CRITERIA[name](Evidence(model, [GROUP]), GROUP)
     assert got.dtype is torch.float32 and not got.requires_grad
     assert got.tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
 
@@ -65,19 +68,19 @@ def test_scores_do_not_depend_on_the_scale_of_a_layer(model, name):
     with torch.no_grad():
         for layer in ("a", "a_bn"):
             model[layer].weight.mul_(-1000)
-    assert CRITERIA[name](model, GROUP, 0).tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
+    assert CRITERIA[name](Evidence(model, [GROUP]), GROUP).tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
 
 
 def test_half_precision_gives_the_same_scores(model):
     for name, expected in EXPECTED.items():
-        assert CRITERIA[name](model.half(), GROUP, 0).tolist() == pytest.approx(expected, rel=1e-6)
+        assert CRITERIA[name](Evidence(model.half(), [GROUP]), GROUP).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_dead_member_leaves_the_choice_to_the_others(model):
     nn.init.zeros_(model["b_bn"].weight)
-    assert bn_gamma(model, GROUP).tolist() == [0.75, 0.25]
+    assert bn_gamma(Evidence(model, [GROUP]), GROUP).tolist() == [0.75, 0.25]
     nn.init.zeros_(model["a_bn"].weight)
-    assert bn_gamma(model, GROUP).tolist() == [0, 0]
+    assert bn_gamma(Evidence(model, [GROUP]), GROUP).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -86,28 +89,38 @@ def test_values_that_are_not_finite_name_their_layer(model, value):
         model["b_bn"].weight[2] = value
         model["b"].weight[1, 0, 0, 0] = value
     with pytest.raises(NumericsError, match="gamma of b_bn is NaN or infinite in 1 of 2 channels"):
-        bn_gamma(model, GROUP)
-    for criterion in (l1, l2):
+        bn_gamma(Evidence(model, [GROUP]), GROUP)
+    for criterion in (l1, l2, fpgm, lamp):
         with pytest.raises(NumericsError, match="weight of b is NaN or infinite in 1 of 2"):
-            criterion(model, GROUP)
+            criterion(Evidence(model, [GROUP]), GROUP)
 
 
 def test_random_is_a_function_of_seed_and_group(model):
     other = Group("c", 2, "c", GROUP.members)
     torch.manual_seed(1)
-    first = random(model, GROUP, 7)
+    first = random(Evidence(model, [], seed=7), GROUP)
     torch.manual_seed(2)
-    assert torch.equal(random(model, GROUP, 7), first)
-    assert not torch.equal(random(model, GROUP, 8), first)
-    assert not torch.equal(random(model, other, 7), first)
+    assert torch.equal(random(Evidence(model, [], seed=7), GROUP), first)
+    assert not torch.equal(random(Evidence(model, [], seed=8), GROUP), first)
+    assert not torch.equal(random(Evidence(model, [], seed=7), other), first)
     assert first.mean().item() == pytest.approx(1) and bool((first >= 0).all())
 
 
 def test_scores_are_by_group(model):
-    got = scores(model, [GROUP, Group("c", 2, "c", GROUP.members[:2])], l1)
+    got = scores(Evidence(model, [GROUP, Group("c", 2, "c", GROUP.members[:2])]), l1)
     assert list(got) == ["a", "c"]
     assert got["c"].tolist() == [7 / 4, 1 / 4]
 
 
 def test_the_recipe_knows_the_same_criteria():
     assert set(CRITERIA) == set(get_args(Criterion))
+
+
+def test_a_criterion_of_ones_own(model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\n\n\ndef last(evidence, group):\n    return torch.arange(float(group.width))\n")
+    assert find(f"{file}:last")(Evidence(model, [GROUP]), GROUP).tolist() == [0, 1]
+    assert find("l1") is l1
+    for name, said in ((f"{file}:first", "no function 'first'"), (f"{file}x.py:last", "no file"), ("l3", "no file")):
+        with pytest.raises(RecipeError, match=said):
+            find(name)

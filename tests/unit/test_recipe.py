@@ -23,9 +23,9 @@ FROZEN = {
     "teacher": f"{TRAIN} weights model",
     "baseline": f"{TRAIN} weights model",
     "sparsify": f"{TRAIN} l1 ramp_epochs",
-    "prune": f"{TRAIN} criterion scope keep_flops round_to floor bn_images teach_from_parent",
-    "distill": f"{TRAIN} temperature alpha logit_weight feature_weight",
-    "qat": f"{TRAIN} calib_images calibrator percentile teach_from_parent",
+    "prune": f"{TRAIN} criterion scope keep_flops round_to floor reconstruct calib_images teach_from_parent",
+    "distill": f"{TRAIN} temperature alpha logit_weight feature_weight box_weight",
+    "qat": f"{TRAIN} calib_images calibrator percentile weight_bits teach_from_parent",
     "export": "precisions opset batch dynamic_batch simplify torchscript calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
     "bench": "warmup iterations rounds threads",
@@ -70,7 +70,7 @@ def test_shipped_recipe_loads_and_dump_round_trips(name: str, tmp_path: Path) ->
     path = tmp_path / f"{name}.yaml"
     path.write_text(shipped.dump(), encoding="utf-8")
     assert recipe.load(path) == shipped and shipped.name == name
-    assert all(getattr(shipped, stage) for stage in ("sparsify", "prune", "distill", "qat", "report"))
+    assert all(getattr(shipped, stage) for stage in ("prune", "distill", "qat", "report"))
 
 
 def test_defaults_are_valid_values(tmp_path: Path) -> None:
@@ -157,8 +157,10 @@ WRONG = {
     "prune.keep_flops=1e999": "got infinity, expected a number",
     "prune.keep_flops=": "got null, expected a number",
     "sparsify.l1=.nan": "got NaN, expected a number > 0 and <= 1",
-    "prune.criterion=lamp": "got 'lamp', expected one of bn_gamma, l1, l2, random",
-    "prune.criterion=1": "got 1, expected one of bn_gamma",
+    "prune.criterion=l3": "got 'l3', expected one of obs, bn_gamma, l1, l2",
+    "prune.criterion=1": "got 1, expected one of obs, bn_gamma",
+    "prune.criterion=mine.py": "or file.py:function",
+    "prune.round_to=12": "got 12, expected one of 1, 2, 4, 8",
     "qat.teach_from_parent=yes": "got 'yes', expected true or false",
     "data.limit_val=0": "data.limit_val: got 0, expected a whole number >= 1 or null",
     "data.yaml=": "data.yaml: got '', expected text",

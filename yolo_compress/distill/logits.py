@@ -1,6 +1,6 @@
-"""Soft labels for sigmoid heads.
+"""Soft labels for the two branches of a YOLOv8 head: sigmoid class scores and distributions of box sides.
 
-Shapes: logits_BCA (batch, classes, anchors), weight_BA.
+Shapes: logits_BCA (batch, classes, anchors), sides_BDA (batch, 4 sides x R bins, anchors), weight_BA.
 """
 
 from __future__ import annotations
@@ -33,6 +33,30 @@ def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, tem
     cross = F.binary_cross_entropy_with_logits(student_BCA / temperature, target, reduction="none")
     entropy = F.binary_cross_entropy_with_logits(teacher_BCA / temperature, target, reduction="none")
     divergence_BA = (cross - entropy).sum(dim=1) * temperature**2
+    return (divergence_BA * weight_BA).sum() / (weight_BA.sum() + EPSILON)
+
+
+def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
+    """Localisation distillation (Zheng et al., arXiv 2102.12252, equation 4): the DFL bins of each box side as soft labels.
+
+    YOLOv8 predicts a side as a distribution over R bins; how wide it is says how sure the teacher is of that edge. The
+    term of a side is T^2 * KL(p_teacher || p_student) of softmax(z / T), T^2 for the reason given in `soft_labels`.
+
+    Args:
+        student_BDA: Student's logits, side-major as Detect returns them.
+        teacher_BDA: Teacher's, without gradient.
+        weight_BA: Weight of each anchor, such as the teacher's best score.
+        temperature: T >= 1.
+
+    Returns:
+        Scalar: the mean over the four sides, averaged over anchors by their weight; 0 for equal nets.
+    """
+    student_B4RA = student_BDA.unflatten(1, (4, -1)) / temperature
+    teacher_B4RA = teacher_BDA.unflatten(1, (4, -1)) / temperature
+    divergence_B4RA = F.kl_div(
+        F.log_softmax(student_B4RA, dim=2), F.log_softmax(teacher_B4RA, dim=2), reduction="none", log_target=True
+    )
+    divergence_BA = divergence_B4RA.sum(dim=2).mean(dim=1) * temperature**2
     return (divergence_BA * weight_BA).sum() / (weight_BA.sum() + EPSILON)
 
 

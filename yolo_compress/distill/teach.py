@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.distill.feature import weighted_l2
-from yolo_compress.distill.logits import soft_labels, teacher_weight
+from yolo_compress.distill.logits import soft_labels, soft_sides, teacher_weight
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.hook import TrainHook
 
@@ -18,23 +18,33 @@ class Teach(TrainHook):
     """Pulls a student towards a frozen teacher.
 
     Losses by name: `kd_feature`, the score-weighted L2 between the three Detect inputs, the student's aligned by a 1x1
-    convolution; `kd_class`, Hinton's soft labels on the class logits. The teacher sees the very batch of the student,
-    under `no_grad` (not `inference_mode`, whose tensors cannot enter a loss), in evaluation mode, so its BatchNorm stays.
+    convolution; `kd_class`, Hinton's soft labels on the class logits; `kd_box`, the distributions of box sides. The teacher
+    sees the very batch of the student, under `no_grad` (not `inference_mode`, whose tensors cannot enter a loss), in
+    evaluation mode, so its BatchNorm stays.
 
     Args:
         teacher: Stock detector with the student's classes and strides.
         feature_weight: Weight of `kd_feature`; 0 leaves it out.
         class_weight: Weight of `kd_class`, Hinton's alpha included; 0 leaves it out.
-        temperature: T of the soft labels.
+        box_weight: Weight of `kd_box`; 0 leaves it out.
+        temperature: T of the soft class labels; box sides are taken as they are (T = 1).
 
     Raises:
         RecipeError: Teacher and student differ in classes, strides or number of levels.
         NumericsError: A term was 0 for a whole epoch, that is, teaches nothing.
     """
 
-    def __init__(self, teacher: nn.Module, *, feature_weight: float, class_weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        feature_weight: float,
+        class_weight: float,
+        box_weight: float = 0.0,
+        temperature: float,
+    ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.weights = {"kd_feature": feature_weight, "kd_class": class_weight}
+        self.weights = {"kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight}
         self.temperature = temperature
         self.aligners = nn.ModuleDict()
         self.totals: dict[str, Tensor] = {}
@@ -68,6 +78,8 @@ class Teach(TrainHook):
             losses["kd_feature"] = self._feature(predictions["feats"], taught["feats"], weight_BA)
         if self.weights["kd_class"]:
             losses["kd_class"] = soft_labels(predictions["scores"], taught["scores"], weight_BA, self.temperature)
+        if self.weights["kd_box"]:
+            losses["kd_box"] = soft_sides(predictions["boxes"], taught["boxes"], weight_BA, temperature=1.0)
         losses = {name: self.weights[name] * value for name, value in losses.items()}
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach()

@@ -6,10 +6,10 @@ Cost is counted in multiply-accumulates of convolutions (MACs); GFLOPs are 2 x G
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.graph import Group
 from yolo_compress.prune.shadow import blank_images, shadow
+
+Scope = Literal["global", "local", "isomorphic"]
 
 TOLERANCE = 0.02  # of the target; what the recipe promises
 
@@ -62,7 +64,7 @@ def choose(
     round_to: int,
     imgsz_hw: tuple[int, int],
     floor: float = 0.1,
-    scope: Literal["global", "local"] = "global",
+    scope: Scope = "global",
 ) -> Plan:
     """Keep-lists of the most important channels that cost `keep_flops` of the MACs, as close below as rounding allows.
 
@@ -77,14 +79,15 @@ def choose(
         round_to: widths are multiples of this, a power of two, where the original width is.
         imgsz_hw: image size in pixels at which MACs are counted.
         floor: every group keeps at least this share of its channels, and at least one block.
-        scope: `global` ranks the channels of all groups together, `local` thins all groups alike.
+        scope: which groups are ranked together; each such class is thinned alike. `global` all, `local` each alone,
+            `isomorphic` those whose members have the same roles and kernels (Fang et al., arXiv 2407.04616).
 
     Raises:
         RecipeError: a setting out of range, or a budget that cannot be met within 2 %; names the nearest that can.
         NumericsError: a score is NaN or infinite; names the group.
     """
     _check_settings(keep_flops, round_to, floor, scope)
-    ties = _ties(groups, scores, round_to, floor)
+    ties = _ties(model, groups, scores, round_to, floor)
     price = _Price(_conv_shapes(model, imgsz_hw), groups, ties)
     full = np.array([tie.width for tie in ties])
     least = np.array([tie.least for tie in ties])
@@ -125,9 +128,10 @@ class _ConvShape:
 
 @dataclass(frozen=True)
 class _Tie:
-    """Groups that share one width; `blocks[j]` is the score of the j-th block to go, ascending."""
+    """Groups that share one width; `blocks[j]` is the score of the j-th block to go, ascending; alike in `shape`."""
 
     names: tuple[str, ...]
+    shape: object
     width: int
     unit: int
     least: int
@@ -185,11 +189,13 @@ def _check_settings(keep_flops: float, round_to: int, floor: float, scope: str) 
         raise RecipeError(f"prune: round_to must be a power of two, got {round_to}")
     if not 0 <= floor < 1:
         raise RecipeError(f"prune: floor must be at least 0 and less than 1, got {floor}")
-    if scope not in ("global", "local"):
-        raise RecipeError(f"prune: scope must be global or local, got {scope!r}")
+    if scope not in get_args(Scope):
+        raise RecipeError(f"prune: scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
 
 
-def _ties(groups: Sequence[Group], scores: Mapping[str, Tensor], round_to: int, floor: float) -> list[_Tie]:
+def _ties(
+    model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor], round_to: int, floor: float
+) -> list[_Tie]:
     tied: dict[str, list[Group]] = {}
     for group in groups:
         score_C = scores[group.name]
@@ -207,18 +213,44 @@ def _ties(groups: Sequence[Group], scores: Mapping[str, Tensor], round_to: int, 
         ascending = torch.stack([scores[group.name].double().cpu().sort().values for group in members]).mean(0)
         blocks = ascending.reshape(-1, unit).mean(1)
         least = max(1, ceil(floor * width / unit - 1e-9)) * unit
-        ties.append(_Tie(tuple(group.name for group in members), width, unit, least, tuple(blocks.tolist())))
+        ties.append(
+            _Tie(
+                tuple(group.name for group in members),
+                _shape(model, members),
+                width,
+                unit,
+                least,
+                tuple(blocks.tolist()),
+            )
+        )
     return ties
 
 
-def _ranked(ties: Sequence[_Tie], scope: str) -> list[int]:
+def _shape(model: nn.Module, groups: Iterable[Group]) -> object:
+    """What isomorphic ties have in common: the roles of their members and the kernels of the convolutions among them."""
+    members = (member for group in groups for member in group.members)
+    kernels = ((member.role, getattr(model.get_submodule(member.module), "kernel_size", None)) for member in members)
+    return tuple(sorted(kernels, key=str))
+
+
+def _ranked(ties: Sequence[_Tie], scope: Scope) -> list[int]:
     """Which tie loses a block at each step, until all are at their least. Equal scores are taken from all ties evenly."""
-    steps = []
+    classes: dict[object, list[tuple[float, float, int]]] = {}
     for index, tie in enumerate(ties):
-        for j in range((tie.width - tie.least) // tie.unit):
-            depth = (j + 1) / len(tie.blocks)
-            steps.append(((tie.blocks[j], depth) if scope == "global" else (depth, tie.blocks[j]), index))
-    return [index for _, index in sorted(steps)]
+        alike = {"global": None, "local": index, "isomorphic": tie.shape}[scope]
+        blocks = [(block, (j + 1) / len(tie.blocks), index) for j, block in enumerate(tie.blocks)]
+        classes.setdefault(alike, []).extend(blocks)
+    steps = []
+    for blocks in classes.values():
+        for place, (score, _, index) in enumerate(sorted(blocks)):
+            steps.append(((place + 1) / len(blocks), score, index))
+    room = [(tie.width - tie.least) // tie.unit for tie in ties]
+    ranking = []
+    for _, _, index in sorted(steps):
+        if room[index] > 0:
+            room[index] -= 1
+            ranking.append(index)
+    return ranking
 
 
 def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Price, target: float) -> np.ndarray:

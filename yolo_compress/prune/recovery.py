@@ -48,7 +48,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: 
             norm.momentum = momenta[name]
     if images_seen == 0:
         raise DataError(
-            "prune: BatchNorm re-estimation got no images; raise prune.bn_images or check the training split"
+            "prune: BatchNorm re-estimation got no images; raise prune.calib_images or check the training split"
         )
     for name, norm in norms.items():
         if norm.running_mean is None or not bool(torch.isfinite(norm.running_mean + norm.running_var).all()):

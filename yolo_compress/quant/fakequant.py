@@ -47,10 +47,11 @@ def _modelopt() -> ModuleType:
     return quant_nn
 
 
-def attach(model: nn.Module, state: QuantState) -> None:
+def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
     """Turn the convolutions of `state` into fake-quantising ones with its ranges, in place.
 
-    Inputs are quantised a tensor, weights an output channel, both symmetric INT8; gradients pass straight through. The
+    Inputs are quantised a tensor, weights an output channel, both symmetric INT8 (weights in `weight_bits` of the 8, as
+    `qdq.WEIGHT_QMAX` ships them to CPUs: 7 bits are codes -63 to 63); gradients pass straight through. The
     ranges are buffers (`*.input_quantizer._amax`, `*.weight_quantizer._amax`), so the state dict of a model attached with
     any state of the same plan loads strictly into another one. `copy.deepcopy` works; pickling the module does not.
 
@@ -71,6 +72,7 @@ def attach(model: nn.Module, state: QuantState) -> None:
         quant_nn.QuantModuleRegistry.convert(conv)
         # Codes -127 to 127: a BatchNorm with negative gamma then folds without moving any code.
         conv.weight_quantizer._narrow_range = True
+        conv.weight_quantizer.num_bits = weight_bits
         conv.weight_quantizer.amax = amax_C.view(-1, 1, 1, 1).to(device)
         conv.input_quantizer.amax = torch.tensor(amax).to(device)
 
@@ -115,21 +117,25 @@ class FakeQuant(TrainHook):
         calibrate: Finds the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. Called on the
             float model before training, and at its end on the quantised one, where only the ranges of `outputs` are taken.
         state: Ranges to start from instead of calibrating (a resumed run).
+        weight_bits: Of the weights, as `attach` takes them: what the engine will hold is what has to be trained.
 
     Attributes:
         state: After `to_stock`, the ranges that belong to the model given back.
     """
 
-    def __init__(self, calibrate: Callable[[nn.Module], QuantState], state: QuantState | None = None) -> None:
+    def __init__(
+        self, calibrate: Callable[[nn.Module], QuantState], state: QuantState | None = None, weight_bits: int = 8
+    ) -> None:
         self._calibrate = calibrate
         self.state = state
+        self.weight_bits = weight_bits
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
         """Calibrates unless there is a state, then attaches."""
         if self.state is None:
             self.state = self._calibrate(model)
-        attach(model, self.state)
+        attach(model, self.state, self.weight_bits)
         self._model = model
 
     def to_stock(self, model: nn.Module) -> None:
@@ -148,4 +154,4 @@ class FakeQuant(TrainHook):
         self.state = QuantState.from_json(state["quant"])
         if self._model is not None:
             detach(self._model)
-            attach(self._model, self.state)
+            attach(self._model, self.state, self.weight_bits)

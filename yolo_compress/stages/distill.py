@@ -1,4 +1,4 @@
-"""Distillation: the pruned student learns from labels, from the teacher's Detect inputs and from its class scores."""
+"""Distillation: the pruned student learns from labels, from the teacher's Detect inputs, class scores and box sides."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def run(job: Job) -> dict[str, Any]:
         teacher,
         feature_weight=config.feature_weight,
         class_weight=config.logit_weight * config.alpha * CLASS_GAIN,
+        box_weight=config.box_weight,
         temperature=config.temperature,
     )
     hard_share = 1.0 - config.alpha if config.logit_weight else 1.0

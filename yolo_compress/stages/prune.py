@@ -1,8 +1,9 @@
-"""Channel pruning to a budget: rank, cut, re-estimate BatchNorm, fine-tune."""
+"""Channel pruning to a budget: rank, hand over, cut, re-estimate BatchNorm, fine-tune."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,10 @@ from torch import nn
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
 from yolo_compress.prune.budget import Plan, choose
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
+from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import PruneConfig
 from yolo_compress.stages import Job
@@ -28,16 +31,15 @@ def run(job: Job) -> dict[str, Any]:
         "kept_flops": plan.kept_flops,
         "map50_95_after_cut": measure(job, model, "after the cut")["map50_95"],
     }
-    if config.bn_images:
-        reestimate_batchnorm(model, letterboxed(chosen(job, config.bn_images), job.imgsz_hw))
-        metrics["map50_95_after_bn"] = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
+    reestimate_batchnorm(model, letterboxed(chosen(job, config.calib_images), job.imgsz_hw))
+    metrics["map50_95_after_bn"] = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
     progress.say(
         f"prune: {plan.kept_flops:.1%} of the MACs kept, mAP50-95 {metrics['map50_95_after_cut']:.3f} after the cut, "
-        f"{metrics.get('map50_95_after_bn', float('nan')):.3f} after re-estimating BatchNorm"
+        f"{metrics['map50_95_after_bn']:.3f} after re-estimating BatchNorm"
     )
     hooks = []
     if config.teach_from_parent and config.epochs:
-        hooks.append(parent(job.inputs["baseline"], temperature=2.0))
+        hooks.append(parent(job.inputs["baseline"]))
     trained = fit(job, model, hooks, "prune")
     return {**metrics, **finish(job, trained)}
 
@@ -46,16 +48,26 @@ def cut(job: Job, model: nn.Module) -> Plan:
     """Remove channels from `model` in place and keep the widths beside the result."""
     config: PruneConfig = job.config
     groups = prunable(model)
+    samples = chosen(job, config.calib_images)
+    evidence = Evidence(
+        model,
+        groups,
+        images=lambda: letterboxed(samples, job.imgsz_hw),
+        losses=partial(ultra.losses, dataset=job.dataset, samples=samples, imgsz_px=max(job.imgsz_hw)),
+        seed=job.recipe.run.seed,
+    )
     plan = choose(
         model,
         groups,
-        scores(model, groups, CRITERIA[config.criterion], job.recipe.run.seed),
+        scores(evidence, find(config.criterion)),
         config.keep_flops,
         config.round_to,
         job.imgsz_hw,
         floor=config.floor,
         scope=config.scope,
     )
+    if config.reconstruct:
+        reconstruct(model, groups, plan.keep, evidence.moments)
     prune(model, plan.keep)
     atomic_write(job.out / "channels.json", json.dumps(plan.widths) + "\n")
     return plan

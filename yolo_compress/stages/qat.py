@@ -28,23 +28,24 @@ def run(job: Job) -> dict[str, Any]:
             batches=lambda: letterboxed(images, job.imgsz_hw),
             method=config.calibrator,
             percentile=config.percentile,
-        )
+        ),
+        weight_bits=config.weight_bits,
     )
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
-        # The student starts as its teacher plus rounding: plain scores carry all there is, so no softening.
-        hooks.append(parent(job.inputs["distill"], temperature=1.0))
+        hooks.append(parent(job.inputs["distill"]))
     trained = fit(job, model, [*hooks, quantiser], "qat")
     assert quantiser.state is not None
     atomic_write(job.out / "quant.json", quantiser.state.dumps())
     float_metrics = finish(job, trained)
     quantised = deepcopy(trained)
-    attach(quantised, quantiser.state)
+    attach(quantised, quantiser.state, config.weight_bits)
     return {
         **float_metrics,
         **measure(job, quantised, "quantised"),
         "map50_95_float_weights": float_metrics["map50_95"],
         "calibration_set": write_list(job, images),
         "calibration_images": len(images),
+        "weight_bits": config.weight_bits,
         "quantised_convs": len(quantiser.state.convs),
     }

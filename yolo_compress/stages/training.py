@@ -20,6 +20,10 @@ from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages import Job
 
 CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
+# Weights of the unpruned parent as teacher. YOLOv8n on BCCD at half of the MACs, 12 epochs, seed 0: class 0.5 and no box term
+# 0.580 of 0.614, class 1 and box 1 0.591, class 2 and box 3 0.591; the last over 40 epochs 0.610.
+PARENT_CLASS_WEIGHT = 2.0
+PARENT_BOX_WEIGHT = 3.0
 PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
 
 
@@ -49,10 +53,19 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class
     return trained
 
 
-def parent(artifact: Artifact, temperature: float) -> Teach:
-    """The net that a stage started from as its teacher: the hook of `teach_from_parent`."""
+def parent(artifact: Artifact) -> Teach:
+    """The net that a stage started from as its teacher: the hook of `teach_from_parent`.
+
+    The student is its teacher with fewer channels or coarser numbers: plain scores carry all there is, so no softening.
+    """
     teacher = ultra.load_model(artifact.file("model.pt"))
-    return Teach(teacher, feature_weight=PARENT_FEATURE_WEIGHT, class_weight=CLASS_GAIN, temperature=temperature)
+    return Teach(
+        teacher,
+        feature_weight=PARENT_FEATURE_WEIGHT,
+        class_weight=PARENT_CLASS_WEIGHT,
+        box_weight=PARENT_BOX_WEIGHT,
+        temperature=1.0,
+    )
 
 
 def finish(job: Job, model: nn.Module) -> dict[str, Any]:
