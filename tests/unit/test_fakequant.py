@@ -225,3 +225,13 @@ def test_without_modelopt(state: QuantState, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "modelopt", None)
     with pytest.raises(EnvironmentLacks, match="pip install nvidia-modelopt huggingface_hub"):
         attach(net(), state)
+
+
+def test_seven_bits_of_weight_are_127_codes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False))
+    amax_C = model[0].weight.detach().abs().amax(dim=(1, 2, 3))
+    state = QuantState({"0": 1.0}, {"0": tuple(amax_C.tolist())})
+    attach(model, state, weight_bits=7)
+    codes = model[0].weight_quantizer(model[0].weight).detach() * 63 / amax_C.view(-1, 1, 1, 1)
+    assert torch.allclose(codes, codes.round(), atol=1e-4)
+    assert codes.abs().amax(dim=(1, 2, 3)).round().tolist() == [63, 63, 63, 63]
