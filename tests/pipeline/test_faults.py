@@ -6,6 +6,7 @@ Numbers are those of the project's fault catalogue. The command line is called i
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 import zipfile
@@ -296,6 +297,22 @@ def test_training_keeps_the_widths_that_ultralytics_would_restore(shop: Shop) ->
 
 
 # 8: another seed is another run
+
+
+def test_ones_own_criterion_counts_by_its_text(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.fails(2, "prune", shop.recipe(prune={"epochs": 0, "criterion": "mine.py:mine"}), says="no file 'mine.py'")
+    told = []
+    for body in ("return torch.ones(group.width)", "return torch.arange(1.0, group.width + 1)"):
+        (shop.folder / "mine.py").write_text(f"import torch\n\n\ndef mine(evidence, group):\n    {body}\n")
+        recipe = shop.recipe(prune={"epochs": 0, "calib_images": 3, "criterion": "mine.py:mine"})
+        assert main(["prune", recipe]) == 0
+        told.append(json.loads(capsys.readouterr().out.splitlines()[-1])["fingerprint"])
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_criteria_with_gradients_read_the_labels(shop: Shop, criterion: str) -> None:
+    assert main(["prune", shop.recipe(prune={"epochs": 0, "calib_images": 3, "criterion": criterion})]) == 0
 
 
 def test_seed_and_data_are_part_of_the_fingerprint(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

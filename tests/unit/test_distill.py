@@ -9,7 +9,7 @@ import torch
 
 from yolo_compress import ultra
 from yolo_compress.distill.feature import FEATURE_LOSSES, weighted_l2
-from yolo_compress.distill.logits import soft_labels, teacher_weight
+from yolo_compress.distill.logits import soft_labels, soft_sides, teacher_weight
 from yolo_compress.distill.teach import Teach, check_pair
 from yolo_compress.errors import NumericsError, RecipeError
 
@@ -35,6 +35,19 @@ def test_gradient_of_soft_labels_is_the_one_of_the_docstring(temperature: float)
     soft_labels(student, teacher, weight, temperature).backward()
     pull = temperature * ((student / temperature).sigmoid() - (teacher / temperature).sigmoid()) / 7
     torch.testing.assert_close(student.grad, pull.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_gradient_of_soft_sides_is_that_of_four_softmaxes(temperature: float) -> None:
+    """T (p_student - p_teacher), a mean over sides: bins of different sides do not mix, sides lie one behind the other."""
+    student = torch.randn(1, 4 * 5, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 4 * 5, 7, dtype=torch.float64)
+    weight = torch.rand(1, 7, dtype=torch.float64)
+    soft_sides(student, teacher, weight, temperature).backward()
+    p = [torch.cat([(side / temperature).softmax(1) for side in z.split(5, 1)], 1) for z in (student.detach(), teacher)]
+    expected = temperature * (p[0] - p[1]) / 4 * weight[:, None] / weight.sum()
+    torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-9)
+    assert float(soft_sides(teacher, teacher, weight, temperature)) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_high_temperature_keeps_the_pull() -> None:

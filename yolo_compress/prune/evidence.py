@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError
+from yolo_compress.modes import evaluating
 from yolo_compress.prune.graph import Group
 
 NO_IMAGES = "prune: no calibration images; raise prune.calib_images or check the training split"
@@ -93,17 +94,14 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
         for name in names
     ]
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
-        model.eval()
-        for images_BCHW in batches:
-            model(images_BCHW.to(like.device, like.dtype))
+        with evaluating(model):
+            for images_BCHW in batches:
+                model(images_BCHW.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if not sums:
         raise DataError(NO_IMAGES)
     moments = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError
+from yolo_compress.modes import evaluating
 
 
 @torch.no_grad()
@@ -30,20 +31,17 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: 
         NumericsError: a statistic became NaN or infinite; names the layer.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    training = {module: module.training for module in model.modules()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     like = next(model.parameters())
     images_seen = 0
     try:
-        model.eval()
-        for images_BCHW in batches:
-            if images_seen == 0:  # an empty iterable leaves the old statistics
-                _start(norms.values(), momentum)
-            model(images_BCHW.to(like.device, like.dtype))
-            images_seen += len(images_BCHW)
+        with evaluating(model):
+            for images_BCHW in batches:
+                if images_seen == 0:  # an empty iterable leaves the old statistics
+                    _start(norms.values(), momentum)
+                model(images_BCHW.to(like.device, like.dtype))
+                images_seen += len(images_BCHW)
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for name, norm in norms.items():
             norm.momentum = momenta[name]
     if images_seen == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
+from yolo_compress.modes import evaluating
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import AMAX_FLOOR, QMAX, QuantState
 
@@ -188,20 +189,16 @@ def _observe(
         bn = f"{name.removesuffix('conv')}bn"  # what follows a convolution before its activation
         module = modules[bn] if name.endswith(".conv") and bn in modules else modules[name]
         handles.append(module.register_forward_hook(_output_hook(name, seen, bins)))
-    modes = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     count = 0
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for images in batches:
                 model(images.to(weight.device, weight.dtype))
                 count += len(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if count == 0:
         raise DataError("calibration got no image: give at least one (data.train, qat.calibration_images)")
 

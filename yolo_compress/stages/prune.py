@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
+from yolo_compress.data import Sample
 from yolo_compress.prune.budget import Plan, choose
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.evidence import Evidence
@@ -26,12 +28,13 @@ def run(job: Job) -> dict[str, Any]:
     """`model.pt` of stock classes with fewer channels, `channels.json`, and mAP at each step of the recovery."""
     config: PruneConfig = job.config
     model = ultra.load_model(job.inputs["sparsify"].file("model.pt"))
-    plan = cut(job, model)
+    samples = chosen(job, config.calib_images)
+    plan = cut(job, model, samples)
     metrics: dict[str, Any] = {
         "kept_flops": plan.kept_flops,
         "map50_95_after_cut": measure(job, model, "after the cut")["map50_95"],
     }
-    reestimate_batchnorm(model, letterboxed(chosen(job, config.calib_images), job.imgsz_hw))
+    reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw))
     metrics["map50_95_after_bn"] = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
     progress.say(
         f"prune: {plan.kept_flops:.1%} of the MACs kept, mAP50-95 {metrics['map50_95_after_cut']:.3f} after the cut, "
@@ -44,11 +47,10 @@ def run(job: Job) -> dict[str, Any]:
     return {**metrics, **finish(job, trained)}
 
 
-def cut(job: Job, model: nn.Module) -> Plan:
+def cut(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Plan:
     """Remove channels from `model` in place and keep the widths beside the result."""
     config: PruneConfig = job.config
     groups = prunable(model)
-    samples = chosen(job, config.calib_images)
     evidence = Evidence(
         model,
         groups,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
 from yolo_compress.data import Dataset, Sample
+from yolo_compress.modes import evaluating
 from yolo_compress.ultra.dataset import PreflightDataset
 
 
@@ -17,7 +18,7 @@ def losses(
     """Ultralytics' loss, box, class and DFL terms summed and averaged over the images, one scalar with gradient a batch.
 
     Args:
-        model: Stock detector, in evaluation mode (statistics of BatchNorm stay); its `args` and `criterion` come back.
+        model: Stock detector, run in evaluation mode (statistics of BatchNorm stay); its `args` and `criterion` come back.
         dataset: What the samples are of.
         samples: Letterboxed square, not augmented.
         imgsz_px: Side of the square.
@@ -31,8 +32,6 @@ def losses(
     )  # fmt: skip
     like = next(model.parameters())
     before = {name: getattr(model, name) for name in ("args", "criterion") if hasattr(model, name)}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     model.args = args
     model.criterion = model.init_criterion()  # type: ignore[operator]
     try:
@@ -42,12 +41,12 @@ def losses(
                 key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in chosen.items()
             }
             moved["img"] = moved["img"].to(like.dtype) / 255
-            yield model.loss(moved)[0].sum() / len(moved["img"])  # type: ignore[operator]
+            with evaluating(model):
+                loss = model.loss(moved)[0].sum() / len(moved["img"])  # type: ignore[operator]
+            yield loss
     finally:
         for name in ("args", "criterion"):
             if name in before:
                 setattr(model, name, before[name])
             else:
                 delattr(model, name)
-        for module, training in modes.items():
-            module.training = training
