@@ -214,3 +214,15 @@ def test_no_epochs_means_hooks_only(dataset: Dataset, tmp_path: Path) -> None:
     trained = ultra.train(net, dataset, settings(epochs=0), [spy], tmp_path, "t")
     assert spy.calls == ["on_model", "on_end", "to_stock"]
     assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
+
+
+def test_a_checkpoint_does_not_remember_which_images_the_net_has_seen(tmp_path: Path) -> None:
+    net = ultra.new_model("yolov8n.yaml", NAMES, 3, 0).eval()
+    ultra.save_model(net, tmp_path / "before.pt")
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 64, 96))
+    ultra.save_model(net, tmp_path / "after.pt")
+    before, after = (torch.load(tmp_path / f"{name}.pt", weights_only=False)["model"] for name in ("before", "after"))
+    assert vars(before.model[-1]).keys() == vars(after.model[-1]).keys()
+    assert (tmp_path / "before.pt").stat().st_size == (tmp_path / "after.pt").stat().st_size
+    assert torch.isfinite(ultra.load_model(tmp_path / "after.pt")(torch.zeros(1, 3, 64, 64))[0]).all()

@@ -96,6 +96,12 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | Non
     for attribute in ("criterion", "pt_path", "class_weights"):
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
+    for cached in (
+        "anchors",
+        "strides",
+        "shape",
+    ):  # of the last image Detect decoded; the file is one of the weights alone
+        model.model[-1].__dict__.pop(cached, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     foreign = {
