@@ -21,10 +21,11 @@ from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.prune.budget import choose, parameters
+from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.criteria import CRITERIA, scores
 from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.price import conv_shapes, parameters
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import PruneConfig
@@ -55,7 +56,8 @@ def measured(
     model = copy.deepcopy(dense)
     start = time.perf_counter()
     groups = prunable(model)
-    plan = choose(model, groups, importance, args.keep_flops, args.round_to, size, args.floor, scope)
+    budget = keep_flops(conv_shapes(model, size), args.keep_flops)
+    plan = choose(model, groups, importance, budget, args.round_to, size, args.floor, scope)
     if rebuilt:
         reconstruct(model, groups, plan.keep, evidence.moments)
     prune(model, plan.keep)

@@ -10,10 +10,12 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.prune.budget import TOLERANCE, choose, conv_macs, parameters
+from yolo_compress.prune import budget
+from yolo_compress.prune.budget import TOLERANCE, choose
 from yolo_compress.prune.criteria import CRITERIA, scores
 from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.prune.price import conv_macs, conv_shapes, parameters
 
 HW = (96, 160)  # not square: height and width must not be mixed up
 
@@ -31,7 +33,8 @@ class Case:
         self.scores = scores(Evidence(self.model, self.groups), CRITERIA["bn_gamma"])
 
     def choose(self, keep_flops, round_to=8, scores=None, **options):
-        return choose(self.model, self.groups, scores or self.scores, keep_flops, round_to, HW, **options)
+        limit = budget.keep_flops(conv_shapes(self.model, HW), keep_flops)
+        return choose(self.model, self.groups, scores or self.scores, limit, round_to, HW, **options)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,8 @@ def test_steps_too_coarse_name_the_nearest_budget(nano):
     one = [group for group in nano.groups if group.name == "model.15.cv2"]
 
     def plan(keep_flops, round_to):
-        return choose(nano.model, one, nano.scores, keep_flops, round_to, HW, floor=0)
+        limit = budget.keep_flops(conv_shapes(nano.model, HW), keep_flops)
+        return choose(nano.model, one, nano.scores, limit, round_to, HW, floor=0)
 
     with pytest.raises(RecipeError, match=r"within 2 % in steps of prune\.round_to=32; the nearest below is") as e:
         plan(0.999, 32)

@@ -1,12 +1,8 @@
-"""From importance to keep-lists: how many channels each group keeps so that the model costs what was asked for.
-
-Cost is counted in multiply-accumulates of convolutions (MACs); GFLOPs are 2 x GMACs. It is a sum over convolutions of
-`kernel area x output pixels x output channels x input channels`, so any assignment of widths is priced without surgery.
-"""
+"""From importance to keep-lists: how many channels each group keeps so that the model costs what was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal, get_args
@@ -17,11 +13,70 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.graph import Group
-from yolo_compress.prune.shadow import blank_images, shadow
+from yolo_compress.prune.price import (
+    ConvShape,
+    Price,
+    Widths,
+    conv_shapes,
+    latency_price,
+    macs_price,
+    parameters_price,
+)
 
 Scope = Literal["global", "local", "isomorphic"]
 
 TOLERANCE = 0.02  # of the target; what the recipe promises
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost.
+
+    Attributes:
+        knob: the knob that it comes from, for messages.
+        price: what is counted.
+        target: the most that the model may cost, in units of the price.
+        unit: what one unit of the knob is worth in units of the price: the dense cost for a share, 1 for milliseconds.
+    """
+
+    knob: str
+    price: Price
+    target: float
+    unit: float
+
+    def of(self, cost: float) -> float:
+        """A cost in units of the knob, rounded up to three digits: given as budget, it still admits the cost."""
+        return ceil(1000 * cost / self.unit - 1e-9) / 1000
+
+
+def keep_flops(shapes: Mapping[str, ConvShape], share: float) -> Budget:
+    """MACs, as a share of those of the model that `shapes` are of."""
+    return _share("keep_flops", shapes, macs_price, share)
+
+
+def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
+    """Parameters, as a share of those of the model that `shapes` are of."""
+    return _share("keep_params", shapes, parameters_price, share)
+
+
+def latency_ms(shapes: Mapping[str, ConvShape], table: Mapping[str, object], limit: float) -> Budget:
+    """Milliseconds by `price.latency_price`."""
+    dense = float(table["whole_ms"])  # type: ignore[arg-type]
+    if not 0 < limit < dense:
+        raise RecipeError(f"prune: latency_ms={limit:g} asks for nothing: the network as it is takes {dense:.3g} ms")
+    return Budget("latency_ms", latency_price(shapes, table), limit, 1.0)
+
+
+def _share(
+    knob: str, shapes: Mapping[str, ConvShape], price: Callable[[Mapping[str, ConvShape]], Price], share: float
+) -> Budget:
+    if not 0 < share < 1:
+        raise RecipeError(
+            f"prune: {knob} must lie between 0 and 1, both excluded, got {share}; 1 would prune nothing"
+        )
+    own = price(shapes)
+    dense = own(*(np.array([getattr(s, f"{side}_channels") for s in shapes.values()]) for side in ("out", "in")))
+    return Budget(knob, own, share * dense, dense)
 
 
 @dataclass(frozen=True)
@@ -30,14 +85,29 @@ class Plan:
 
     Attributes:
         keep: group name -> ascending channel indices, the argument of `graph.prune`.
-        macs_before, macs_after: MACs of all convolutions for one image.
         widths: group name -> (channels before, channels after), in order of execution.
+        macs: convolution -> (MACs before, MACs after) for one image.
+        parameters_before, parameters_after: of convolutions and BatchNorms.
+        cost: of the budget's price; `limit`, its target, in the same unit.
     """
 
     keep: dict[str, Tensor]
-    macs_before: int
-    macs_after: int
     widths: dict[str, tuple[int, int]]
+    macs: dict[str, tuple[int, int]]
+    parameters_before: int
+    parameters_after: int
+    cost: float
+    limit: float
+
+    @property
+    def macs_before(self) -> int:
+        """MACs of all convolutions of the model as it stands."""
+        return sum(before for before, _ in self.macs.values())
+
+    @property
+    def macs_after(self) -> int:
+        """MACs of all convolutions that stay."""
+        return sum(after for _, after in self.macs.values())
 
     @property
     def kept_flops(self) -> float:
@@ -45,85 +115,87 @@ class Plan:
         return self.macs_after / self.macs_before
 
 
-def conv_macs(model: nn.Module, imgsz_hw: tuple[int, int]) -> int:
-    """MACs of all convolutions of `model` for one image of `imgsz_hw` pixels, DFL included; nothing is computed."""
-    shapes = _conv_shapes(model, imgsz_hw)
-    return sum(shape.area * shape.out_channels * shape.in_channels for shape in shapes.values())
-
-
-def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters of `model`, buffers excluded."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def choose(
     model: nn.Module,
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
-    keep_flops: float,
+    budget: Budget,
     round_to: int,
     imgsz_hw: tuple[int, int],
     floor: float = 0.1,
     scope: Scope = "global",
+    least: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Keep-lists of the most important channels that cost `keep_flops` of the MACs, as close below as rounding allows.
+    """Keep-lists of the most important channels that cost what the budget allows, as close below as rounding lets them.
 
     Channels leave in blocks of `min(round_to, group.unit)`, cheapest score first; when the budget is met, blocks that still fit
     come back, most important first. The k-th best channels of both C2f halves share one score, as they can only leave together.
 
     Args:
-        model: stock model, not changed; `keep_flops` is relative to it as it stands.
+        model: stock model, not changed.
         groups: `graph.prunable(model)`.
         scores: group name -> `importance_C`.
-        keep_flops: share of the MACs to keep, in (0, 1).
+        budget: what the result may cost.
         round_to: widths are multiples of this, a power of two, where the original width is.
         imgsz_hw: image size in pixels at which MACs are counted.
         floor: every group keeps at least this share of its channels, and at least one block.
         scope: which groups are ranked together; each such class is thinned alike. `global` all, `local` each alone,
             `isomorphic` those whose members have the same roles and kernels (Fang et al., arXiv 2407.04616).
+        least: group name -> channels that it keeps at least, beside `floor`: what sensitivity found, or the floor of
+            the net that rounds of pruning started from.
 
     Raises:
         RecipeError: a setting out of range, or a budget that cannot be met within 2 %; names the nearest that can.
         NumericsError: a score is NaN or infinite; names the group.
     """
-    _check_settings(keep_flops, round_to, floor, scope)
-    ties = _ties(model, groups, scores, round_to, floor)
-    price = _Price(_conv_shapes(model, imgsz_hw), groups, ties)
+    _check_settings(round_to, floor, scope)
+    ties = _ties(model, groups, scores, round_to, floor, least or {})
+    shapes = conv_shapes(model, imgsz_hw)
     full = np.array([tie.width for tie in ties])
-    least = np.array([tie.least for tie in ties])
-    before, smallest = price(full), price(least)
-    target = keep_flops * before
-    if smallest > target:
+    layout = Widths(shapes, _members(groups, ties), list(full))
+
+    def price(widths: np.ndarray) -> float:
+        return budget.price(*layout.channels(widths))
+
+    smallest = price(np.array([tie.least for tie in ties]))
+    if smallest > budget.target:
         raise RecipeError(
-            f"prune: keep_flops={keep_flops} cannot be reached; the smallest is {_rounded_up(smallest / before)} with "
-            f"prune.floor={floor} and prune.round_to={round_to}"
+            f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be reached; the smallest is "
+            f"{budget.of(smallest)} with prune.floor={floor} and prune.round_to={round_to}"
+            f"{' and the caps that sensitivity set' if least else ''}"
         )
-    widths = _fill(_cut(_ranked(ties, scope), ties, price, target), ties, price, target)
-    after = price(widths)
-    if target - after > TOLERANCE * target:
+    widths = _fill(_cut(_ranked(ties, scope), ties, price, budget.target), ties, price, budget.target)
+    cost = price(widths)
+    if budget.target - cost > TOLERANCE * budget.target:
         raise RecipeError(
-            f"prune: keep_flops={keep_flops} cannot be met within 2 % in steps of prune.round_to={round_to}; "
-            f"the nearest below is {_rounded_up(after / before)}; choose that or a smaller round_to"
+            f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be met within 2 % in steps of "
+            f"prune.round_to={round_to}; the nearest below is {budget.of(cost)}; choose that or a smaller round_to"
         )
     kept = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
+    before, after = layout.channels(full), layout.channels(widths)
+    macs = [
+        [int(shape.area * out * inputs) for shape, out, inputs in zip(shapes.values(), *sides, strict=True)]
+        for sides in (before, after)
+    ]
+    count = parameters_price(shapes)
     return Plan(
         keep={group.name: _best(scores[group.name], kept[group.name]) for group in groups},
-        macs_before=int(before),
-        macs_after=int(after),
         widths={group.name: (group.width, kept[group.name]) for group in groups},
+        macs=dict(zip(shapes, zip(*macs, strict=True), strict=True)),
+        parameters_before=int(count(*before)),
+        parameters_after=int(count(*after)),
+        cost=cost,
+        limit=budget.target,
     )
 
 
-def _rounded_up(share: float) -> float:
-    """Three digits that, given as `keep_flops`, still admit `share`."""
-    return ceil(1000 * share - 1e-9) / 1000
-
-
-@dataclass(frozen=True)
-class _ConvShape:
-    area: int  # kernel height x width x output pixels / groups: MACs for one input and one output channel
-    out_channels: int
-    in_channels: int
+def _members(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
+    """For each tie, the slices of convolutions that have its width."""
+    by_name = {group.name: group for group in groups}
+    return [
+        [(member.module, member.role) for name in tie.names for member in by_name[name].members if member.role != "norm"]
+        for tie in ties
+    ]
 
 
 @dataclass(frozen=True)
@@ -138,53 +210,7 @@ class _Tie:
     blocks: tuple[float, ...]
 
 
-class _Price:
-    """MACs as a function of the widths of all ties."""
-
-    def __init__(self, shapes: Mapping[str, _ConvShape], groups: Sequence[Group], ties: Sequence[_Tie]) -> None:
-        rows = {name: row for row, name in enumerate(shapes)}
-        columns = {name: column for column, tie in enumerate(ties) for name in tie.names}
-        self._area = np.array([shape.area for shape in shapes.values()], dtype=np.int64)
-        self._slots = {role: np.zeros((len(rows), len(ties)), dtype=np.int64) for role in ("out", "in")}
-        for group in groups:
-            for member in group.members:
-                if member.role != "norm":
-                    self._slots[member.role][rows[member.module], columns[group.name]] += 1
-        full = np.array([tie.width for tie in ties], dtype=np.int64)
-        channels = {
-            "out": np.array([shape.out_channels for shape in shapes.values()], dtype=np.int64),
-            "in": np.array([shape.in_channels for shape in shapes.values()], dtype=np.int64),
-        }
-        self._fixed = {role: channels[role] - self._slots[role] @ full for role in ("out", "in")}
-
-    def __call__(self, widths: np.ndarray) -> int:
-        out, inputs = (self._fixed[role] + self._slots[role] @ widths for role in ("out", "in"))
-        return int((self._area * out * inputs).sum())
-
-
-def _conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, _ConvShape]:
-    shapes: dict[str, _ConvShape] = {}
-    twin = shadow(model)
-
-    def record(name: str, conv: nn.Conv2d, output_BCHW: Tensor) -> None:
-        pixels = output_BCHW.shape[-2] * output_BCHW.shape[-1]
-        kernel = conv.kernel_size[0] * conv.kernel_size[1]
-        previous = shapes[name].area if name in shapes else 0  # a convolution that runs twice costs twice
-        shapes[name] = _ConvShape(previous + kernel * pixels // conv.groups, conv.out_channels, conv.in_channels)
-
-    for name, module in twin.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda conv, _, output, name=name: record(name, conv, output))
-    with torch.no_grad():
-        twin(blank_images(twin, imgsz_hw))
-    return shapes
-
-
-def _check_settings(keep_flops: float, round_to: int, floor: float, scope: str) -> None:
-    if not 0 < keep_flops < 1:
-        raise RecipeError(
-            f"prune: keep_flops must lie between 0 and 1, both excluded, got {keep_flops}; 1 would prune nothing"
-        )
+def _check_settings(round_to: int, floor: float, scope: str) -> None:
     if round_to < 1 or round_to & (round_to - 1):
         raise RecipeError(f"prune: round_to must be a power of two, got {round_to}")
     if not 0 <= floor < 1:
@@ -194,7 +220,12 @@ def _check_settings(keep_flops: float, round_to: int, floor: float, scope: str) 
 
 
 def _ties(
-    model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor], round_to: int, floor: float
+    model: nn.Module,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    round_to: int,
+    floor: float,
+    least: Mapping[str, int],
 ) -> list[_Tie]:
     tied: dict[str, list[Group]] = {}
     for group in groups:
@@ -212,14 +243,15 @@ def _ties(
         unit = min(round_to, members[0].unit)
         ascending = torch.stack([scores[group.name].double().cpu().sort().values for group in members]).mean(0)
         blocks = ascending.reshape(-1, unit).mean(1)
-        least = max(1, ceil(floor * width / unit - 1e-9)) * unit
+        kept = max(floor * width, *(least.get(group.name, 1) for group in members))
+        blocks_kept = max(1, ceil(min(kept, width) / unit - 1e-9))
         ties.append(
             _Tie(
                 tuple(group.name for group in members),
                 _shape(model, members),
                 width,
                 unit,
-                least,
+                blocks_kept * unit,
                 tuple(blocks.tolist()),
             )
         )
@@ -253,7 +285,10 @@ def _ranked(ties: Sequence[_Tie], scope: Scope) -> list[int]:
     return ranking
 
 
-def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Price, target: float) -> np.ndarray:
+_Cost = Callable[[np.ndarray], float]  # of the widths of all ties
+
+
+def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
     """Widths after the shortest start of `ranking` that meets the target; the price falls with every step, so bisect."""
     units = np.array([tie.unit for tie in ties])
     full = np.array([tie.width for tie in ties])
@@ -271,7 +306,7 @@ def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Price, target: fl
     return widths(low)
 
 
-def _fill(widths: np.ndarray, ties: Sequence[_Tie], price: _Price, target: float) -> np.ndarray:
+def _fill(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
     """Give back, best score first, blocks that still fit under the target."""
     widths = widths.copy()
     while True:

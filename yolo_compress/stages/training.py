@@ -15,7 +15,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
 from yolo_compress.progress import bar
-from yolo_compress.prune.budget import conv_macs, parameters
+from yolo_compress.prune.price import conv_macs, parameters
 from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages import Job
 
