@@ -74,6 +74,8 @@ def _stage(command: cli_grammar.Command) -> int:
     from yolo_compress import pipeline
 
     recipe = _load(command)
+    if command.dry_run:
+        return _dry_run(recipe)
     target = "report" if command.verb == "run" else command.verb
     artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
     answer: dict[str, Any] = {
@@ -94,6 +96,26 @@ def _stage(command: cli_grammar.Command) -> int:
         answer["report"] = str(html)
     result(json.dumps(answer))
     return 0 if artifact.metrics.get("gate", {}).get("passed", True) else 1
+
+
+def _dry_run(recipe: Any) -> int:
+    """The plan of `prune` on what there is, and nothing written."""
+    from yolo_compress import pipeline
+
+    plan = pipeline.dry_run(recipe)
+    result(plan.pop("table"))
+    result(json.dumps({"recipe": recipe.name, **plan}))
+    return 0
+
+
+def _probe(command: cli_grammar.Command) -> int:
+    from yolo_compress import pipeline
+
+    folder = pipeline.probe(_load(command), command.options["out"])
+    result(f"on the robot: python3 -m yolo_compress.runtime.layers {folder} --runtime RUNTIME > table.json")
+    result("then here: prune.latency_ms=MS prune.latency_table=table.json prune.latency_runtime=RUNTIME")
+    result(json.dumps({"probe": str(folder)}))
+    return 0
 
 
 def _status(command: cli_grammar.Command) -> int:
@@ -170,6 +192,7 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "status": _status,
     "check": _check,
     "cfg": _cfg,
+    "probe": _probe,
     "fetch": _fetch,
     "gc": _gc,
     "help": _help,

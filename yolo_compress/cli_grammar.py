@@ -14,7 +14,14 @@ from .errors import RecipeError
 from .explain import did_you_mean, got
 
 DEFAULT_RECIPE = "yolov8s-coco"
-OPTIONS = {"recipe": (), "lock": ("wait", "fail"), "force": ("true", "false")}  # () stands for any text
+OPTIONS = {
+    "recipe": (),
+    "lock": ("wait", "fail"),
+    "force": ("true", "false"),
+    "dry_run": ("true", "false"),
+    "out": (),
+}  # () stands for any text
+_SWITCHES = ("force", "dry_run")  # `--force` alone says true
 _WHERE = "command line"
 
 
@@ -34,13 +41,16 @@ VERBS = {
     "teacher": Verb("take or train the teacher"),
     "baseline": Verb("take or train the net to be compressed"),
     "sparsify": Verb("train with L1 on the BatchNorm gammas, so that channels can go"),
-    "prune": Verb("remove channels to prune.keep_flops, then fine-tune"),
+    "prune": Verb("remove channels to a budget, then fine-tune; dry_run=true shows the plan alone, in seconds",
+                  options=("recipe", "lock", "force", "dry_run")),
     "distill": Verb("fine-tune with the teacher's features and soft labels"),
     "qat": Verb("calibrate and train with fake quantisation for INT8"),
     "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
     "engine": Verb("build an engine for each runtime and precision found here"),
     "bench": Verb("measure mAP, latency and size of every engine"),
     "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
+    "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
+                  options=("recipe", "out")),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME"),
     "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
@@ -75,6 +85,11 @@ class Command:
     def wait(self) -> bool:
         """Whether to wait for another run that holds the store."""
         return self.options.get("lock", "wait") == "wait"
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether to show the plan alone."""
+        return self.options.get("dry_run") == "true"
 
     @property
     def force(self) -> bool:
@@ -112,7 +127,7 @@ def parse(argv: Sequence[str]) -> Command:
         else:
             recipe.check_key(key, verb.options)
             overrides.append((key, value))
-    _check_words(name, words)
+    _check_words(name, words, options)
     return Command(name, options.pop("recipe", DEFAULT_RECIPE), tuple(overrides), options, tuple(words))
 
 
@@ -125,6 +140,8 @@ def usage(name: str) -> str:
     parts += ["[section.key=value ...]"] if verb.knobs else []
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
+    parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
+    parts += ["out=FOLDER"] if "out" in verb.options else []
     return "usage: " + " ".join(parts)
 
 
@@ -160,7 +177,7 @@ def _pairs(name: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key, value
         elif not word.startswith("--"):
             yield "", word
-        elif key == "force" and (not rest or rest[0] not in OPTIONS["force"]):
+        elif key in _SWITCHES and (not rest or rest[0] not in OPTIONS[key]):
             yield key, "true"
         elif not rest or rest[0].startswith("--"):
             if key not in OPTIONS and VERBS[name].knobs:
@@ -179,7 +196,9 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
         raise RecipeError(f"{_WHERE}: {key}: got {got(value)}, expected {' or '.join(OPTIONS[key])}")
 
 
-def _check_words(name: str, words: list[str]) -> None:
+def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
+    if name == "probe" and "out" not in options:
+        raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
     if name == "help" and words and words[0] not in (*VERBS, *recipe.SECTIONS):

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,15 @@ STAGES: dict[str, Stage] = {
     "baseline": Stage(trains=True),
     "teacher": Stage(stand_in="baseline", trains=True),
     "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
-    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", trains=True),
+    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=2, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True),
     "qat": Stage(("distill",), stand_in="distill", trains=True),
     "export": Stage(("baseline", "distill", "qat")),
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), machine=True),
-    "report": Stage(("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench")),
+    "report": Stage(
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=2
+    ),
 }
 
 FREE_MIB = 512  # a stage does not start on a disk with less
@@ -118,7 +121,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
             "seed": recipe.run.seed,
         }
-        if row.machine:
+        if row.machine or (stage == "prune" and _measures_here(recipe)):
             key["machine"] = {
                 "cpu": environment.cpu_name(),
                 "libraries": {
@@ -131,6 +134,12 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
     return planned
 
 
+def _measures_here(recipe: Recipe) -> bool:
+    """Whether widths are chosen by the speed of this machine."""
+    prune = recipe.prune
+    return prune is not None and prune.latency_ms is not None and prune.latency_table is None
+
+
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The section as it counts: given files by their bytes, and with given weights nothing of how one would train."""
     config = getattr(recipe, stage).model_dump(mode="json")
@@ -141,6 +150,10 @@ def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
         if not Path(criterion).is_file():
             raise RecipeError(f"{stage}.criterion: no file {criterion!r}")
         config["criterion"] = {"sha256": sha256_file(Path(criterion)), "function": function}
+    if (table := config.get("latency_table")) is not None:
+        if not Path(table).is_file():
+            raise RecipeError(f"{stage}.latency_table: no file {table!r}")
+        config["latency_table"] = {"sha256": sha256_file(Path(table))}
     return config
 
 
@@ -256,6 +269,52 @@ def _await(store: Store, planned: Planned) -> Artifact:
     while not (found := store.find(planned.stage, planned.fingerprint)):
         time.sleep(0.5)
     return found
+
+
+def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
+    """What `prune` would do: `table` (text), widths, MACs, parameters and, where measured, milliseconds.
+
+    Raises:
+        RecipeError: The recipe does not prune, or nothing was trained yet; see `_dense`.
+    """
+    provider(recipe, "baseline")
+    if recipe.prune is None:
+        raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
+    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+        return dict(importlib.import_module("yolo_compress.stages.prune").dry_run(job, weights))
+
+
+def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
+    """Write the dense net at several widths, whose layers a robot times (`runtime.layers`), into the folder `out`."""
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"out={out}: the folder is not empty")
+    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+        importlib.import_module("yolo_compress.stages.prune").probe(job, weights, folder)
+    return folder
+
+
+@contextmanager
+def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
+    """A job of `prune` that publishes nothing, and the checkpoint it would cut, as far as there is one.
+
+    That is the sparse net if it is up to date, else the baseline, else the weights that the baseline is given.
+
+    Raises:
+        RecipeError: The baseline is trained from scratch and was not yet.
+    """
+    from yolo_compress.stages import Job
+
+    dataset = load_dataset(recipe, store)
+    planned = plan(recipe, dataset, "sparsify")
+    found = next((one for s in reversed(planned) if (one := store.find(s, planned[s].fingerprint))), None)
+    if found is None and recipe.baseline.weights is None:
+        raise RecipeError(
+            "prune: there is nothing to plan on yet: the baseline is trained from scratch; run `baseline` first"
+        )
+    weights = found.file("model.pt") if found else find_weights(str(recipe.baseline.weights))
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Job(recipe.prune, recipe, dataset, {}, Path(scratch), Path(scratch)), weights
 
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.distill and not recipe.distill.logit_weight and not recipe.distill.feature_weight:
         yield "distill.logit_weight and distill.feature_weight are both 0: nothing is distilled; set distill=null"
+    if recipe.prune:
+        yield from _of_prune(recipe.prune)
     if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
@@ -112,6 +114,17 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 f"{name}.percentile={section.percentile} has no effect with {name}.calibrator={section.calibrator}: "
                 f"set {name}.calibrator=percentile, or leave {name}.percentile out"
             )
+
+
+def _of_prune(prune: PruneConfig) -> Iterator[str]:
+    budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
+    if len(budgets) > 1:
+        yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
+    for knob in ("latency_runtime", "latency_precision", "latency_table"):
+        if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob} has no effect without prune.latency_ms"
+    if 0 < prune.epochs < prune.rounds:
+        yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
 
 
 def _default(section: Section, knob: str) -> Any:
@@ -150,6 +163,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
+    _one_budget(raw, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
     except ValidationError as error:
@@ -238,6 +252,13 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     if not isinstance(raw.get(section, {}), dict):
         return  # the file has no mapping there: validation says so, with its line
     raw[section] = {**raw.get(section, {}), knob: value}
+
+
+def _one_budget(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
+    """A budget of the command line takes the place of the file's."""
+    budgets = [f"prune.{knob}" for knob in PruneConfig.BUDGETS]
+    if isinstance(raw.get("prune"), dict) and any(overridden.get(knob, "null") != "null" for knob in budgets):
+        raw["prune"] |= {knob.partition(".")[2]: None for knob in budgets if knob not in overridden}
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:

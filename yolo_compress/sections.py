@@ -193,7 +193,39 @@ class PruneConfig(TrainConfig):
         Literal["global", "local", "isomorphic"],
         _knob("rank channels over all groups, inside each, or among groups of one shape"),
     ] = "local"
-    keep_flops: Annotated[float, _knob("fraction of the convolutions' MACs that stays", gt=0, lt=1)] = 0.5
+    keep_flops: Annotated[
+        float | None,
+        _knob("budget: fraction of the convolutions' MACs that stays; 0.5 where none is given", gt=0, lt=1),
+    ] = None
+    keep_params: Annotated[float | None, _knob("budget: fraction of the parameters that stays", gt=0, lt=1)] = None
+    latency_ms: Annotated[
+        float | None,
+        _knob("budget: milliseconds of one inference, measured on the built network and met within 5 %", gt=0, le=1e5),
+    ] = None
+    latency_runtime: Annotated[Runtime, _knob("what latency_ms is measured on")] = "onnxruntime"
+    latency_precision: Annotated[Literal["fp32", "fp16"], _knob("of the network that latency_ms is measured on")] = (
+        "fp32"
+    )
+    latency_table: Annotated[
+        str | None,
+        _knob(
+            "layer times from another machine (`yolo-compress probe`); latency_ms is then met by this table",
+            pattern=_TEXT,
+        ),
+    ] = None
+    sensitivity: Annotated[
+        Literal["off", "loss", "map50_95"],
+        _knob(
+            "measure what each group's channels are worth, alone; caps what each may lose. loss: about two epochs' time"
+        ),
+    ] = "off"
+    max_drop: Annotated[
+        float,
+        _knob("sensitivity: a group may lose channels until the loss rises, or mAP falls, by this share", gt=0, le=10),
+    ] = 0.1
+    rounds: Annotated[
+        int, _knob("cuts on the way to the budget, fine-tuned in between; they share the epochs", ge=1, le=100)
+    ] = 1
     round_to: Annotated[
         Literal[1, 2, 4, 8, 16, 32, 64], _knob("widths are multiples of this: 8 suits FP16, 16 or 32 INT8")
     ] = 8
@@ -204,6 +236,14 @@ class PruneConfig(TrainConfig):
     ] = 96
     teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = True
     epochs: Epochs = 40
+
+    BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """The knob that sets the budget, and its value."""
+        given = [(knob, getattr(self, knob)) for knob in self.BUDGETS if getattr(self, knob) is not None]
+        return given[0] if given else ("keep_flops", 0.5)
 
 
 class DistillConfig(TrainConfig):

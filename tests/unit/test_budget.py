@@ -228,3 +228,82 @@ def test_bad_scores_name_their_group(nano):
         nano.choose(0.5, scores=bad)
     with pytest.raises(RecipeError, match=r"\(3,\) scores for model\.7, expected \(256,\)"):
         nano.choose(0.5, scores={**bad, "model.7": torch.ones(3)})
+
+
+@pytest.mark.parametrize("size", ["n", "s"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_keep_params_counts_what_torch_counts(cases, size, share):
+    case = cases[size]
+    limit = budget.keep_params(conv_shapes(case.model, HW), share)
+    plan = choose(case.model, case.groups, case.scores, limit, 8, HW)
+    pruned = copy.deepcopy(case.model)
+    prune(pruned, plan.keep)
+    assert (plan.parameters_before, plan.parameters_after) == (parameters(case.model), parameters(pruned))
+    assert share * (1 - TOLERANCE) <= plan.parameters_after / plan.parameters_before <= share
+
+
+def test_macs_of_each_convolution_after_surgery(nano):
+    plan = nano.choose(0.5)
+    pruned = copy.deepcopy(nano.model)
+    prune(pruned, plan.keep)
+    after = {name: shape.macs for name, shape in conv_shapes(pruned, HW).items()}
+    assert {name: macs for name, (_, macs) in plan.macs.items()} == after
+
+
+def test_least_widths_hold(nano):
+    least = {"model.5": 120, "model.2.cv1a": 16}
+    plan = nano.choose(0.3, least=least, floor=0)
+    assert plan.widths["model.5"] == (128, 120)
+    assert plan.widths["model.2.cv1a"] == plan.widths["model.2.cv1b"] == (16, 16)  # halves go together
+
+
+class Table:
+    """Layer times of a machine on which a MAC costs 1 ns, every layer 10 us, and the rest 1 ns a unit of width."""
+
+    def __init__(self, model, factor=1.0):
+        self.shapes = conv_shapes(model, HW)
+        points = {name: [s.macs * part for part in (1.0, 0.5, 0.25, 0.06)] for name, s in self.shapes.items()}
+        roots = [math.sqrt(sum(row[i] for row in points.values())) for i in range(4)]
+        self.json = {
+            "layers": {name: [[macs, 0.01 + macs * 1e-6] for macs in row] for name, row in points.items()},
+            "rest": [[root, root * 1e-6] for root in roots],
+        }
+        self.json["whole_ms"] = factor * self.ms(self.shapes)
+        self.factor = factor
+
+    def ms(self, shapes):
+        macs = [shape.macs for shape in shapes.values()]
+        return sum(0.01 + one * 1e-6 for one in macs) + math.sqrt(sum(macs)) * 1e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.8])
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_latency_of_a_linear_machine_is_exact(nano, share, factor):
+    table = Table(nano.model, factor)
+    limit = share * table.json["whole_ms"]
+    plan = nano_plan(nano, budget.latency_ms(table.shapes, table.json, limit))
+    pruned = copy.deepcopy(nano.model)
+    prune(pruned, plan.keep)
+    assert plan.cost == pytest.approx(factor * table.ms(conv_shapes(pruned, HW)), rel=1e-9)
+    assert limit * (1 - TOLERANCE) <= plan.cost <= limit
+
+
+def nano_plan(nano, limit):
+    return choose(nano.model, nano.groups, nano.scores, limit, 8, HW)
+
+
+def test_latency_that_asks_for_nothing_or_too_much(nano):
+    table = Table(nano.model)
+    with pytest.raises(RecipeError, match=r"latency_ms=1e\+06 asks for nothing: the network as it is takes"):
+        budget.latency_ms(table.shapes, table.json, 1e6)
+    with pytest.raises(RecipeError, match=r"latency_ms=0\.1 cannot be reached; the smallest is") as e:
+        nano_plan(nano, budget.latency_ms(table.shapes, table.json, 0.1))
+    smallest = float(re.search(r"smallest is (\S+)", str(e.value)).group(1))
+    nano_plan(nano, budget.latency_ms(table.shapes, table.json, smallest))
+
+
+def test_a_table_of_another_network_is_refused(nano):
+    table = Table(nano.model).json
+    del table["layers"]["model.0.conv"]
+    with pytest.raises(RecipeError, match=r"it knows no model\.0\.conv; it was taken on another network"):
+        budget.latency_ms(conv_shapes(nano.model, HW), table, 1.0)

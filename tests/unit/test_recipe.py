@@ -23,7 +23,8 @@ FROZEN = {
     "teacher": f"{TRAIN} weights model",
     "baseline": f"{TRAIN} weights model",
     "sparsify": f"{TRAIN} l1 ramp_epochs",
-    "prune": f"{TRAIN} criterion scope keep_flops round_to floor reconstruct calib_images teach_from_parent",
+    "prune": f"{TRAIN} criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
+    "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} temperature alpha logit_weight feature_weight box_weight",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits teach_from_parent",
     "export": "precisions opset batch dynamic_batch simplify torchscript calib_images calibrator percentile",
@@ -111,6 +112,25 @@ def test_overrides_create_drop_and_replace() -> None:
     assert loaded.prune is not None and loaded.prune.keep_flops == 0.7 and loaded.prune.criterion == "bn_gamma"
 
 
+def test_a_budget_of_the_command_line_takes_the_place_of_the_files() -> None:
+    assert recipe.load("bccd").prune.budget == ("keep_flops", 0.5)
+    assert recipe.load("bccd", pairs("prune.latency_ms=8")).prune.budget == ("latency_ms", 8.0)
+    assert recipe.load("bccd", pairs("prune.keep_params=0.4")).prune.budget == ("keep_params", 0.4)
+    assert recipe.PruneConfig().budget == ("keep_flops", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("prune.latency_ms=8", "prune.keep_flops=0.5"), "prune.keep_flops and prune.latency_ms are both given"),
+        (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
+        (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 cannot be shared by prune.rounds=5"),
+    ],
+)
+def test_contradictions_of_prune(overrides: tuple[str, ...], message: str) -> None:
+    assert message in refusal(*overrides, name="bccd")
+
+
 @pytest.mark.parametrize("word", ["0", "0,1", "cpu"])
 def test_device_is_text(word: str) -> None:
     assert recipe.load("digits", pairs(f"run.device={word}")).run.device == word
@@ -155,7 +175,7 @@ WRONG = {
     "prune.keep_flops=inf": "got 'inf', expected a number",
     "prune.keep_flops=.inf": "got infinity, expected a number",
     "prune.keep_flops=1e999": "got infinity, expected a number",
-    "prune.keep_flops=": "got null, expected a number",
+    "prune.floor=": "got null, expected a number",
     "sparsify.l1=.nan": "got NaN, expected a number > 0 and <= 1",
     "prune.criterion=l3": "got 'l3', expected one of obs, bn_gamma, l1, l2",
     "prune.criterion=1": "got 1, expected one of obs, bn_gamma",

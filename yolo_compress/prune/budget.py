@@ -71,9 +71,7 @@ def _share(
     knob: str, shapes: Mapping[str, ConvShape], price: Callable[[Mapping[str, ConvShape]], Price], share: float
 ) -> Budget:
     if not 0 < share < 1:
-        raise RecipeError(
-            f"prune: {knob} must lie between 0 and 1, both excluded, got {share}; 1 would prune nothing"
-        )
+        raise RecipeError(f"prune: {knob} must lie between 0 and 1, both excluded, got {share}; 1 would prune nothing")
     own = price(shapes)
     dense = own(*(np.array([getattr(s, f"{side}_channels") for s in shapes.values()]) for side in ("out", "in")))
     return Budget(knob, own, share * dense, dense)
@@ -193,7 +191,12 @@ def _members(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[s
     """For each tie, the slices of convolutions that have its width."""
     by_name = {group.name: group for group in groups}
     return [
-        [(member.module, member.role) for name in tie.names for member in by_name[name].members if member.role != "norm"]
+        [
+            (member.module, member.role)
+            for name in tie.names
+            for member in by_name[name].members
+            if member.role != "norm"
+        ]
         for tie in ties
     ]
 

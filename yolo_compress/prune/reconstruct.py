@@ -27,8 +27,8 @@ def reconstruct(
 ) -> None:
     """Move the weights that read removed channels onto those that read kept ones, in place; call it before `graph.prune`.
 
-    The constant b goes into the bias of convolutions that have one; BatchNorm swallows it elsewhere, once its statistics
-    are re-estimated. At the border, where padding is no image, A is the guess of the inside.
+    The constant b goes into the bias of convolutions that have one, elsewhere off the running mean of their BatchNorm. At
+    the border, where padding is no image, A and b are the guess of the inside.
 
     Args:
         model: The dense model that the moments are of.
@@ -41,6 +41,7 @@ def reconstruct(
     """
     groups = list(groups)
     check_keep(groups, keep)
+    modules = dict(model.named_modules())
     removed: dict[str, list[Tensor]] = {}
     for group in groups:
         if group.name not in keep or len(keep[group.name]) == group.width:
@@ -50,10 +51,11 @@ def reconstruct(
         for member in group.having("in"):
             removed.setdefault(member.module, []).append(mask.nonzero().flatten() + member.offset)
     for name, parts in removed.items():
-        _reconstruct(model.get_submodule(name), torch.cat(parts), moments[name])
+        norm = modules.get(f"{name.removesuffix('conv')}bn")
+        _reconstruct(modules[name], norm, torch.cat(parts), moments[name])
 
 
-def _reconstruct(conv: nn.Module, gone_R: Tensor, own: Moments) -> None:
+def _reconstruct(conv: nn.Module, norm: nn.Module | None, gone_R: Tensor, own: Moments) -> None:
     mask = torch.ones(conv.in_channels, dtype=torch.bool)
     mask[gone_R] = False
     kept_K = mask.nonzero().flatten()
@@ -64,9 +66,12 @@ def _reconstruct(conv: nn.Module, gone_R: Tensor, own: Moments) -> None:
     weight_OIHW[:, kept_K] += torch.einsum("orhw,rk->okhw", gone_weight, guess_RK)
     weight_OIHW[:, gone_R] = 0.0
     conv.weight.copy_(weight_OIHW)
+    constant_R = own.mean_C[gone_R] - guess_RK @ own.mean_C[kept_K]
+    constant_O = torch.einsum("orhw,r->o", gone_weight, constant_R)
     if conv.bias is not None:
-        constant_R = own.mean_C[gone_R] - guess_RK @ own.mean_C[kept_K]
-        conv.bias.add_(torch.einsum("orhw,r->o", gone_weight, constant_R).to(conv.bias))
+        conv.bias.add_(constant_O.to(conv.bias))
+    elif norm is not None:
+        norm.running_mean.sub_(constant_O.to(norm.running_mean))
 
 
 def ridged(cov_CC: Tensor) -> Tensor:

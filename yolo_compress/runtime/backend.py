@@ -20,7 +20,16 @@ from .device import cpu_model
 from .errors import EngineError, LatencyError, RuntimeUnavailable
 from .onnxmeta import names_and_imgsz
 
-__all__ = ["PRECISIONS", "SIDECAR", "Backend", "EngineError", "EngineInfo", "LatencyError", "RuntimeUnavailable"]
+__all__ = [
+    "PRECISIONS",
+    "SIDECAR",
+    "Backend",
+    "EngineBackend",
+    "EngineError",
+    "EngineInfo",
+    "LatencyError",
+    "RuntimeUnavailable",
+]
 
 SIDECAR = "engine.json"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -61,6 +70,15 @@ class Backend(Protocol):
     def __enter__(self) -> "Backend": ...
 
     def __exit__(self, *exception: Any) -> None: ...
+
+
+class EngineBackend(Backend, Protocol):
+    """A backend of an engine library, which can time the nodes of its graph."""
+
+    def node_ms(self, runs: int) -> Dict[str, float]:
+        """Median milliseconds of each node over `runs` profiled inferences, by the library's name of the node."""
+
+    def __enter__(self) -> "EngineBackend": ...
 
 
 @dataclass(frozen=True)

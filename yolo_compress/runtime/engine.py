@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
-from .backend import Backend, load_info
+from .backend import EngineBackend, load_info
 from .errors import EngineError
 from .openvino import OpenVINOBackend
 from .ort import OrtBackend
 from .tensorrt import TensorRTBackend
 
 
-def open_engine(path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None) -> Backend:
+def open_engine(
+    path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None
+) -> EngineBackend:
     """Open an engine directory with the runtime that its sidecar names.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -50,14 +50,7 @@ class OpenVINOBackend:
         self._file = path / ENGINE_FILE if path.is_dir() else path
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
         self.threads = threads or usable_cpus()
-        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
-        if self.info.precision != "fp16":
-            config["INFERENCE_PRECISION_HINT"] = "f32"
-        try:
-            core = ov.Core()
-            self._compiled = core.compile_model(core.read_model(str(self._file)), "CPU", config)
-        except RuntimeError as error:
-            raise EngineError(f"{self._file}: OpenVINO {ov.__version__} rejects it: {error}") from error
+        self._compiled = self._compile()
         self._request = self._compiled.create_infer_request()
         self._executed: Optional[str] = None
         shape = self._compiled.input(0).get_partial_shape()
@@ -67,6 +60,17 @@ class OpenVINOBackend:
             raise EngineError(f"{self._file}: takes {list(takes)} px, its metadata says {self.imgsz}; export again")
         output = self._compiled.output(0).get_partial_shape()
         check_output(self.info, [-1 if d.is_dynamic else d.get_length() for d in output], self._file)
+
+    def _compile(self, **extra: str) -> Any:
+        ov = _library()
+        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads, **extra}
+        if self.info.precision != "fp16":
+            config["INFERENCE_PRECISION_HINT"] = "f32"
+        try:
+            core = ov.Core()
+            return core.compile_model(core.read_model(str(self._file)), "CPU", config)
+        except RuntimeError as error:
+            raise EngineError(f"{self._file}: OpenVINO {ov.__version__} rejects it: {error}") from error
 
     def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
@@ -98,6 +102,17 @@ class OpenVINOBackend:
                 words = "fp32 (fp16 weights)"
             self._executed = words
         return self._executed
+
+    def node_ms(self, runs: int) -> Dict[str, float]:
+        """Median milliseconds of each node of the compiled graph, by name."""
+        request = self._compile(PERF_COUNT="YES").create_infer_request()
+        blank = np.zeros((self.batch or 1, 3) + self.imgsz, np.float32)
+        samples: Dict[str, List[float]] = {}
+        for _ in range(runs):
+            request.infer([blank])
+            for node in request.profiling_info:
+                samples.setdefault(node.node_name, []).append(node.real_time.total_seconds() * 1e3)
+        return {name: float(np.median(values)) for name, values in samples.items()}
 
     def __enter__(self) -> "OpenVINOBackend":
         return self

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ OPTIMISATION = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
+_KERNEL = "_kernel_time"  # how the profile marks the time of a node itself
 _ARITHMETIC = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
@@ -108,7 +109,24 @@ class OrtBackend:
         return self._executed
 
     def _census(self) -> Tuple[Dict[str, int], int]:
-        """Convolutions by arithmetic, and the number of casts, in a profiled session of its own."""
+        """Convolutions by arithmetic, and the number of casts, from one profiled inference."""
+        nodes = [event["args"] for event in self._profile(1)]
+        counts: Counter = Counter()
+        for node in nodes:
+            if "Conv" in node.get("op_name", ""):
+                kind = next(iter(node["input_type_shape"][0]))
+                counts[_ARITHMETIC.get(kind, kind)] += 1
+        return dict(counts), sum(node.get("op_name") == "Cast" for node in nodes)
+
+    def node_ms(self, runs: int) -> Dict[str, float]:
+        """Median milliseconds of each node of the optimised graph, by the name of its output or ONNX node."""
+        samples: Dict[str, List[float]] = {}
+        for event in self._profile(runs):
+            samples.setdefault(event["name"][: -len(_KERNEL)], []).append(event["dur"] / 1e3)
+        return {name: float(np.median(values)) for name, values in samples.items()}
+
+    def _profile(self, runs: int) -> List[Dict[str, Any]]:
+        """Kernel events of `runs` inferences on a blank image, in a session of its own."""
         ort = _library()
         options = self._options(ort)
         folder = tempfile.mkdtemp(prefix="yolo_compress_profile_")
@@ -117,17 +135,12 @@ class OrtBackend:
             options.profile_file_prefix = str(Path(folder) / "ort")
             session = self._open(options, ort)
             blank = np.zeros((self.batch or 1, 3) + self.imgsz, np.float32)
-            session.run(None, {self._input.name: blank})
+            for _ in range(runs):
+                session.run(None, {self._input.name: blank})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         finally:
             shutil.rmtree(folder)
-        nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-        counts: Counter = Counter()
-        for node in nodes:
-            if "Conv" in node.get("op_name", ""):
-                kind = next(iter(node["input_type_shape"][0]))
-                counts[_ARITHMETIC.get(kind, kind)] += 1
-        return dict(counts), sum(node.get("op_name") == "Cast" for node in nodes)
+        return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
 
     def __enter__(self) -> "OrtBackend":
         return self

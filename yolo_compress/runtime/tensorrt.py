@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -161,6 +161,24 @@ class TensorRTBackend:
         inspector = self._engine.create_engine_inspector()
         report = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
         return census_words(self.precision, convolution_types(report.get("Layers", [])))
+
+    def node_ms(self, runs: int) -> Dict[str, float]:
+        """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes."""
+        samples: Dict[str, List[float]] = {}
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[name-defined]
+            def __init__(self, base: Any) -> None:
+                base.__init__(self)  # TensorRT's binding refuses super()
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                samples.setdefault(layer_name, []).append(ms)
+
+        profiler = Profiler(self._trt.IProfiler)
+        self._context.profiler = profiler
+        call = self.bind(np.zeros((self.batch or 1, 3) + self.imgsz, np.float32))
+        for _ in range(runs):
+            call()
+        return {name: float(np.median(values)) for name, values in samples.items()}
 
     def close(self) -> None:
         """Free device memory; the engine cannot be used afterwards."""

@@ -1,0 +1,112 @@
+"""Milliseconds are hit by measuring: the search converges on any machine whose time grows with the widths."""
+
+import json
+
+import pytest
+import torch
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
+from yolo_compress.prune import latency
+from yolo_compress.prune.budget import choose, latency_ms
+from yolo_compress.prune.graph import prunable
+from yolo_compress.prune.price import conv_macs, conv_shapes
+from yolo_compress.runtime.layers import LAYERS, _by_layer, take
+
+HW = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    torch.manual_seed(0)
+    return DetectionModel("yolov8n.yaml", nc=2, verbose=False).eval()
+
+
+class Machine(latency.Rig):
+    """A machine that takes `law(share of the MACs)` of the dense time; it builds nothing."""
+
+    def __init__(self, dense_macs, law):
+        super().__init__(None, HW, ("a", "b"), "onnxruntime", "fp32", None)
+        object.__setattr__(self, "dense_macs", dense_macs)
+        object.__setattr__(self, "law", law)
+
+    def engine(self, model, name):
+        return conv_macs(model, HW) / self.dense_macs
+
+    def share(self, engine, dense):
+        return self.law(engine)
+
+
+@pytest.fixture(scope="module")
+def planner(nano):
+    groups = prunable(nano)
+    scores = {group.name: torch.arange(1.0, group.width + 1) for group in groups}
+    shapes = conv_shapes(nano, HW)
+    layers = {name: [[shape.macs * r, shape.macs * r * 1e-6] for r in (1, 0.1)] for name, shape in shapes.items()}
+    table = {"whole_ms": 10.0, "layers": layers, "rest": [[0.0, 0.0], [1e9, 0.0]]}
+    return lambda ms: choose(nano, groups, scores, latency_ms(shapes, table, ms), 8, HW, scope="local")
+
+
+@pytest.mark.parametrize("law", [lambda m: m, lambda m: 0.3 + 0.7 * m, lambda m: m**0.5, lambda m: 0.15 + 0.85 * m**2])
+@pytest.mark.parametrize("share", [0.8, 0.65, 0.5])
+def test_the_limit_is_hit_on_machines_unlike_the_table(nano, planner, law, share):
+    machine = Machine(conv_macs(nano, HW), law)
+    said = []
+    hit = latency.hit(nano, planner, 10 * share, 10.0, machine, None, said.append)
+    assert abs(hit.measured_ms / (10 * share) - 1) <= latency.CLOSE_ENOUGH
+    assert hit.measured_ms == pytest.approx(10 * law(hit.plan.kept_flops)) and 1 <= len(said) <= latency.TRIES
+    assert planner(hit.asked_ms).widths == hit.plan.widths  # what a resumed run plans again
+
+
+def test_a_machine_that_gains_nothing_is_an_error(nano, planner):
+    with pytest.raises(CompressError, match=r"latency_ms=5 was missed by 80% in 5 tries \(nearest 9\.00 ms"):
+        latency.hit(nano, planner, 5.0, 10.0, Machine(conv_macs(nano, HW), lambda m: 0.9), None, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def probe(nano, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    latency.write_probe(nano, folder, HW, ("a", "b"))
+    return folder
+
+
+def test_the_probe_prices_every_convolution_at_every_width(nano, probe):
+    described = json.loads((probe / LAYERS).read_text())
+    shapes = conv_shapes(nano, HW)
+    assert set(described["nodes"]) == set(shapes)
+    macs = [sum(network["macs"].values()) for network in described["networks"]]
+    assert macs[0] == conv_macs(nano, HW) and macs == sorted(macs, reverse=True) and macs[-1] < 0.2 * macs[0]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_table_times_every_layer(nano, probe, runtime, monkeypatch):
+    for name, value in (("PROFILED_RUNS", 3), ("TIMED_RUNS", 3), ("ROUNDS", 1)):
+        monkeypatch.setattr(f"yolo_compress.runtime.layers.{name}", value)
+    table = take(probe, runtime, "fp32", threads=1)
+    shapes = conv_shapes(nano, HW)
+    timed = [name for name in shapes if all(ms > 0 for _, ms in table["layers"][name])]
+    assert len(timed) >= 0.9 * len(shapes)  # a library may fuse a small layer into another
+    assert next(macs for macs, _ in table["layers"]["model.0.conv"]) == shapes["model.0.conv"].macs
+    assert table["whole_ms"] > 0 and all(ms > 0 for _, ms in table["rest"])
+    latency_ms(shapes, table, 0.5 * table["whole_ms"])
+
+
+def test_nodes_go_to_the_longest_name_that_they_hold():
+    convs = {"a": "/m.1/", "b": "/m.1/cv1/", "c": "/m.2/Conv"}
+    nodes = {"/m.1/cv1/conv/Conv_nchwc": 1.0, "/m.1/act/Mul": 2.0, "/m.2/Conv + PWN(/m.2/Sigmoid)": 4.0, "Reorder": 8.0}
+    assert _by_layer(nodes, convs) == {"a": 2.0, "b": 1.0, "c": 4.0, "": 8.0}
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"schema": 2, "whole_ms": 1, "layers": {"a": 1}, "rest": [1]}', "[1]"])
+def test_no_table_is_a_corrupt_file(tmp_path, text):
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(CorruptArtifact, match="no table of layer times"):
+        latency.read_table(file, HW)
+
+
+def test_a_table_at_another_size_is_refused(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps({"schema": 1, "whole_ms": 1, "layers": {"a": 1}, "rest": [1], "imgsz": [640, 640]}))
+    with pytest.raises(RecipeError, match=r"taken at \[640, 640\], the recipe has \[64, 64\]"):
+        latency.read_table(file, HW)

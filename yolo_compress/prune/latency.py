@@ -1,0 +1,224 @@
+"""Milliseconds as a budget: the network at several widths for a table of layer times, and the plan that hits the limit.
+
+The table (`runtime.layers`) decides which widths are tried; the finished network, built and timed against the dense one in
+turn, decides whether they are right. Shares of the dense time are compared, so that a machine that slows down between two
+measurements does not move the budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from yolo_compress.artifact import atomic_write
+from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
+from yolo_compress.export_onnx import export_onnx
+from yolo_compress.prune.budget import Plan
+from yolo_compress.prune.graph import Group, prunable, prune
+from yolo_compress.prune.price import conv_shapes
+from yolo_compress.runtime.engine import BACKENDS
+from yolo_compress.runtime.layers import LAYERS, SCHEMA
+from yolo_compress.runtime.turns import measure_in_turn
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+BLOCK = 8  # channels; what vector units of CPUs take at once
+TOLERANCE = 0.05  # of the limit, on the finished network; what the recipe promises
+CLOSE_ENOUGH = 0.02  # of the limit; nearer is within the noise of a measurement
+TRIES = 6
+ROUNDS, SAMPLES = 6, 30  # of a comparison with the dense network
+
+Planner = Callable[[float], Plan]  # the plan for a limit in milliseconds by the table
+
+
+def write_probe(
+    model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int = 1
+) -> None:
+    """Write the network at `WIDTHS` as ONNX, and what `runtime.layers` needs to read its layers' times.
+
+    Args:
+        model: stock model, not changed; the first channels of each group stay, as no time depends on which.
+        folder: made if missing.
+        imgsz_hw: height and width in pixels.
+        names: class names.
+        batch: images of one call.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    networks = []
+    nodes: dict[str, str] = {}
+    for width in WIDTHS:
+        narrow = copy.deepcopy(model)
+        if width < 1:
+            groups = prunable(narrow)
+            prune(narrow, {group.name: torch.arange(_narrowed(group, width)) for group in groups})
+        file = f"{round(100 * width):03d}.onnx"
+        export_onnx(narrow, folder / file, imgsz_hw, names=names, batch=batch)
+        shapes = conv_shapes(narrow, imgsz_hw)
+        networks.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
+        nodes = nodes or _places(folder / file, shapes)
+    described = {"networks": networks, "nodes": nodes, "imgsz": list(imgsz_hw)}
+    atomic_write(folder / LAYERS, json.dumps(described) + "\n")
+
+
+def _narrowed(group: Group, width: float) -> int:
+    unit = min(BLOCK, group.unit)
+    return max(1, round(width * group.width / unit)) * unit
+
+
+def _places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """Convolution -> the part of a node's name that it and its activation share."""
+    places: dict[str, str] = {}
+    for node in onnx.load(str(file)).graph.node:
+        name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
+        if name in convs:
+            places[name] = node.name.removesuffix("conv/Conv")
+    missing = [name for name in convs if name not in places]
+    if missing:
+        raise CompressError(f"{file}: no node computes {missing[0]}; the layer times cannot be told apart")
+    return places
+
+
+def take_table(folder: Path, runtime: str, precision: str, threads: int | None) -> dict[str, Any]:
+    """Time the layers of a probe here, in a process of its own.
+
+    Raises:
+        EnvironmentLacks: the runtime is not installed, or cannot run here.
+    """
+    lacking = BACKENDS[runtime].probe()
+    if lacking:
+        raise EnvironmentLacks(f"prune.latency_runtime={runtime}: {lacking}")
+    command = [sys.executable, "-m", "yolo_compress.runtime.layers", str(folder), "--runtime", runtime,
+               "--precision", precision]  # fmt: skip
+    if threads:
+        command += ["--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompressError(f"prune: timing layers on {runtime} failed:\n{done.stderr.strip()[-2000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
+    """A table taken on the robot.
+
+    Raises:
+        CorruptArtifact: no such table, or of another schema.
+        RecipeError: taken at another image size.
+    """
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        complete = table["schema"] == SCHEMA and table["whole_ms"] > 0 and table["layers"] and table["rest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times ({error})") from error
+    if not complete:
+        raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times of schema {SCHEMA}")
+    if table["imgsz"] != list(imgsz_hw):
+        raise RecipeError(f"prune.latency_table: {file} was taken at {table['imgsz']}, the recipe has {list(imgsz_hw)}")
+    return dict(table)
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What builds and times networks: one runtime on this machine."""
+
+    folder: Path
+    imgsz_hw: tuple[int, int]
+    names: Sequence[str]
+    runtime: str
+    precision: str
+    threads: int | None
+    batch: int = 1
+
+    def engine(self, model: nn.Module, name: str) -> Path:
+        """The model as an engine; a folder of that name is replaced."""
+        file, out = self.folder / f"{name}.onnx", self.folder / name
+        export_onnx(model, file, self.imgsz_hw, names=self.names, batch=self.batch)
+        BACKENDS[self.runtime].build(file, out, self.precision)
+        return out
+
+    def share(self, engine: Path, dense: Path) -> float:
+        """Time of `engine` as a share of that of `dense`: the median over rounds of ratios of medians, in turn."""
+        specs = [{"label": path.name, "engine": str(path), "threads": self.threads} for path in (dense, engine)]
+        results = measure_in_turn(specs, ROUNDS, SAMPLES)
+        slow, fast = ([float(np.median(taken)) for taken in result["rounds_ms"]] for result in results)
+        return float(np.median(np.array(fast) / np.array(slow)))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What was asked of the table in the end, the time of the finished network, and its plan."""
+
+    asked_ms: float
+    measured_ms: float
+    plan: Plan
+
+
+def hit(
+    model: nn.Module,
+    planner: Planner,
+    limit_ms: float,
+    dense_ms: float,
+    rig: Rig,
+    dense: Path,
+    say: Callable[[str], None],
+) -> Hit:
+    """The plan whose network, built and timed, takes `limit_ms`.
+
+    The table is a model of the machine and knows the shape of the answer better than its height: what is asked of it is
+    moved until the finished network is right, between the nearest misses on both sides once there are such.
+
+    Args:
+        model: what the plans are for; not changed.
+        planner: limit in ms by the table -> plan.
+        limit_ms, dense_ms: what is asked, and what the dense network took when the table was made.
+        rig: builds and times.
+        dense: engine of the dense network, from `rig`.
+        say: takes one line a try.
+
+    Raises:
+        CompressError: no try came within `TOLERANCE`; says how close.
+        RecipeError: the limit cannot be reached.
+    """
+    asked, tried = limit_ms, list[tuple[float, float, Plan]]()
+    while len(tried) < TRIES:
+        try:
+            plan = planner(asked)
+        except RecipeError:
+            if not tried:
+                raise
+            break  # the table has no narrower network to offer
+        candidate = copy.deepcopy(model)
+        prune(candidate, plan.keep)
+        measured = dense_ms * rig.share(rig.engine(candidate, "candidate"), dense)
+        tried.append((asked, measured, plan))
+        say(f"prune: {plan.kept_flops:.1%} of the MACs take {measured:.2f} ms on {rig.runtime}, {limit_ms:g} ms asked")
+        if abs(measured / limit_ms - 1) <= CLOSE_ENOUGH:
+            break
+        asked = _next(limit_ms, dense_ms, [(a, m) for a, m, _ in tried])
+    found = Hit(*min(tried, key=lambda one: abs(one[1] / limit_ms - 1)))
+    off = abs(found.measured_ms / limit_ms - 1)
+    if off > TOLERANCE:
+        raise CompressError(
+            f"prune: latency_ms={limit_ms:g} was missed by {off:.0%} in {len(tried)} tries (nearest {found.measured_ms:.2f} ms on "
+            f"{rig.runtime}); the machine may be busy, or prune.round_to too coarse"
+        )
+    return found
+
+
+def _next(limit_ms: float, dense_ms: float, tried: Sequence[tuple[float, float]]) -> float:
+    """What to ask next: on the line between the nearest network that was too fast and the nearest that was too slow.
+
+    The dense network stands in for a slow one and a network of no time for a fast one, until such were measured.
+    """
+    slow = min(((m, a) for a, m in tried if m > limit_ms), default=(dense_ms, dense_ms))
+    fast = max(((m, a) for a, m in tried if m <= limit_ms), default=(0.0, 0.0))
+    return fast[1] + (slow[1] - fast[1]) * (limit_ms - fast[0]) / (slow[0] - fast[0])

@@ -1,0 +1,115 @@
+"""What each layer of a network costs on this machine at several widths: the table that `prune.latency_ms` plans with.
+
+    python3 -m yolo_compress.runtime.layers FOLDER --runtime onnxruntime > table.json
+
+FOLDER is what `yolo-compress probe` wrote: the network at several widths as ONNX, and `layers.json`, which says which node
+belongs to which convolution and how many MACs it has at each width. Needs numpy and one engine library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from .device import device_state
+from .engine import BACKENDS, open_engine
+from .errors import EngineError
+from .latency import measure
+
+SCHEMA = 1
+LAYERS = "layers.json"
+PROFILED_RUNS = 40
+TIMED_RUNS = 100
+ROUNDS = 3  # the widths take turns, so that drift meets all of them alike
+
+
+def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> Dict[str, Any]:
+    """Build each network of the folder, time its layers and the whole, and return the table.
+
+    Returns:
+        `schema`, `runtime`, `precision`, `imgsz`, `threads`, `device`, `whole_ms` (the network at full width, median),
+        `layers` (convolution -> [[MACs, ms], ...], its activation included), `rest` ([[square root of all MACs, ms], ...]
+        of all other nodes).
+
+    Raises:
+        EngineError: not a folder of `probe`, or the library rejects a network.
+        RuntimeUnavailable: the library is missing.
+    """
+    try:
+        described = json.loads((folder / LAYERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{folder}: no readable {LAYERS} ({error}); write it with yolo-compress probe") from error
+    layers: Dict[str, List[List[float]]] = {name: [] for name in described["nodes"]}
+    rest: List[List[float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = []
+        for network in described["networks"]:
+            out = Path(scratch) / Path(network["file"]).stem
+            BACKENDS[runtime].build(folder / network["file"], out, precision)
+            engines.append(out)
+        whole = _whole_ms(engines[0], threads)
+        times = _in_turn(engines, threads)
+    for network, nodes in zip(described["networks"], times):
+        own = _by_layer(nodes, described["nodes"])
+        for name, macs in network["macs"].items():
+            layers[name].append([float(macs), own.pop(name, 0.0)])
+        rest.append([float(np.sqrt(sum(network["macs"].values()))), own[""]])
+    return {
+        "schema": SCHEMA,
+        "runtime": runtime,
+        "precision": precision,
+        "imgsz": described["imgsz"],
+        "threads": threads,
+        "device": device_state(),
+        "whole_ms": whole,
+        "layers": layers,
+        "rest": rest,
+    }
+
+
+def _whole_ms(engine: Path, threads: Optional[int]) -> float:
+    with open_engine(engine, threads=threads) as backend:
+        images = np.random.default_rng(0).random((backend.batch or 1, 3) + tuple(backend.imgsz), dtype=np.float32)
+        return float(np.median(measure(backend.bind(images), TIMED_RUNS)))
+
+
+def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
+    """Node times of each engine, the median over the rounds."""
+    rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
+    for _ in range(ROUNDS):
+        for index, engine in enumerate(engines):
+            with open_engine(engine, threads=threads) as backend:
+                rounds[index].append(backend.node_ms(PROFILED_RUNS))
+    return [{name: float(np.median([each.get(name, 0.0) for each in taken])) for name in taken[0]} for taken in rounds]
+
+
+def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
+    """Sum by convolution; "" takes what belongs to none. A library's name holds the ONNX name of what it fused."""
+    totals: Dict[str, float] = {"": 0.0}
+    places = sorted(convs.items(), key=lambda item: -len(item[1]))  # /a/conv10 before /a/conv1
+    for node, ms in nodes_ms.items():
+        owner = next((conv for conv, place in places if place in node), "")
+        totals[owner] = totals.get(owner, 0.0) + ms
+    return totals
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Print the table as one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runtime", choices=sorted(BACKENDS), required=True)
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(argv)
+    print(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
