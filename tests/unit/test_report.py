@@ -290,6 +290,9 @@ def test_schema_and_plain_types() -> None:
         "not_recorded",
         "gammas",
         "channels",
+        "flops",
+        "sensitivity",
+        "recovery",
         "reproduce",
         "environment",
     ]

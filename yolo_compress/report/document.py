@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.report import checked
 from yolo_compress.report.gate import judge, label, peer_row, reference_row, verdict
 from yolo_compress.report.numbers import RUNTIMES, finite
 
@@ -41,6 +42,9 @@ def build(
     min_retention: float,
     gammas: Mapping[str, Any] | None = None,
     channels: Mapping[str, Sequence[int]] | None = None,
+    flops: Mapping[str, Sequence[int]] | None = None,
+    sensitivity: Mapping[str, Any] | None = None,
+    recovery: Sequence[Sequence[float]] | None = None,
     environment: Mapping[str, Any] | None = None,
     reproduce: Mapping[str, Any] | None = None,
     not_tested: Sequence[str] = (),
@@ -50,7 +54,9 @@ def build(
     Args:
         recipe: its name.
         chain: one mapping a stage, in order: `stage`, `fingerprint`, `status`, `parameters`, `compute_gflops`,
-            `size_mib`, `map50_95`, `map50`, `seconds`, `epochs` (None where there is none), optional `image_set`.
+            `size_mib`, `map50_95`, `map50`, `seconds`, `epochs` (None where there is none), optional `image_set`; of
+            prune, all optional, `kept_flops`, `map50_95_after_cut`, `map50_95_after_bn`, `latency_target_ms`,
+            `latency_measured_ms`, `latency_runtime`.
         rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok" or "missing"), `reason`, and for "ok"
             `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
             `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device`.
@@ -59,13 +65,18 @@ def build(
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
         gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
         channels: `{layer: [before, after]}`.
+        flops: `{convolution: [MACs before, MACs after]}` for one image.
+        sensitivity: `measure` ("loss" or "map50_95"), `dense` (its value of the unpruned net), `ratios` (shares of
+            channels removed, ascending), `groups` ({group: [value at each ratio]}), `caps` ({group: the largest share
+            that may go, or None}), `images` (how many it was measured on).
+        recovery: [epoch, mAP50-95] of the validated epochs of fine-tuning, by Ultralytics' validator.
         environment: the keys of `PROVENANCE` and whatever else was recorded, nested mappings allowed.
         reproduce: `recipe_yaml` (text) and `command`, both optional.
         not_tested: sentences.
 
     Raises:
         RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
-            precision or without an image set, a malformed histogram.
+            precision or without an image set, malformed figures of a stage.
     """
     ordered = _ordered(rows)
     image_set = _one_image_set(ordered, chain)
@@ -83,8 +94,11 @@ def build(
         "missing": _missing(ordered),
         "not_tested": list(not_tested),
         "not_recorded": [key for key in PROVENANCE if surroundings.get(key) in (None, "", {}, [])],
-        "gammas": _checked_gammas(gammas),
-        "channels": _checked_channels(channels),
+        "gammas": checked.gammas(gammas),
+        "channels": checked.pairs("channels", channels),
+        "flops": checked.pairs("FLOPs", flops),
+        "sensitivity": checked.sensitivity(sensitivity),
+        "recovery": checked.recovery(recovery),
         "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
         "environment": surroundings,
     }
@@ -195,25 +209,6 @@ def _missing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if value not in entry[name]:
                     entry[name].append(value)
     return list(groups.values())
-
-
-def _checked_gammas(gammas: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not gammas or not gammas["epochs"]:
-        return None
-    bins = len(gammas["edges"]) - 1
-    for epoch, counts in enumerate(gammas["epochs"]):
-        if len(counts) != bins:
-            raise RecipeError(f"gamma histogram of epoch {epoch} has {len(counts)} counts, expected {bins} (edges - 1)")
-    return dict(gammas)
-
-
-def _checked_channels(channels: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
-    if not channels:
-        return None
-    for layer, pair in channels.items():
-        if len(pair) != 2:
-            raise RecipeError(f"channels of {layer} are {list(pair)}, expected [before, after]")
-    return {layer: [int(pair[0]), int(pair[1])] for layer, pair in channels.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -13,9 +13,23 @@ from markupsafe import Markup
 from yolo_compress.report import numbers as n
 from yolo_compress.report.gallery import Gallery
 from yolo_compress.report.gate import gain, label, peer_row
-from yolo_compress.report.plots import channels_kept, gamma_histograms
+from yolo_compress.report.plots import (
+    channels_kept,
+    flops_per_convolution,
+    flops_per_layer,
+    gamma_histograms,
+    recovery_curve,
+)
 from yolo_compress.report.scatter import accuracy_over_latency
-from yolo_compress.report.table import bench_table, chain_table, missing_lines, provenance, untested_lines
+from yolo_compress.report.sensitivity import sensitivity_curves
+from yolo_compress.report.table import (
+    bench_table,
+    chain_table,
+    missing_lines,
+    provenance,
+    pruning_table,
+    untested_lines,
+)
 
 
 def render(document: Mapping[str, Any], gallery: Gallery) -> str:
@@ -33,6 +47,10 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         "scatter": accuracy_over_latency(document),
         "gammas": gamma_histograms(document["gammas"]),
         "channels": channels_kept(document["channels"]),
+        "recovery": recovery_curve(document["recovery"]),
+        "flops": flops_per_layer(document["flops"]),
+        "convolutions": flops_per_convolution(document["flops"]),
+        "sensitivity": sensitivity_curves(document["sensitivity"]),
     }
     return environment.get_template("report.html.j2").render(
         document=document,
@@ -40,6 +58,7 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         judged=_judged(document),
         chain=chain_table(document),
         bench=bench_table(document),
+        pruning=pruning_table(document),
         pictures={name: {size: Markup(svg) for size, svg in both.items()} for name, both in pictures.items()},
         gallery=gallery,
         missing=missing_lines(document),

@@ -1,17 +1,18 @@
-"""What the stages did: gammas over the epochs, channels before and after.
+"""What the stages did: gammas over the epochs, channels and FLOPs before and after, mAP while fine-tuning.
 
 Each picture comes `wide` (desktop) and `narrow` (phone), because a chart scaled down to 390 px cannot be read.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-from yolo_compress.report.numbers import percent
+from yolo_compress.report.numbers import finite, fixed, percent, three
+from yolo_compress.report.rows import FONT_PX, in_order, pictures, text_px
 from yolo_compress.report.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 
 
@@ -87,50 +88,104 @@ def _ridges(gammas: Mapping[str, Any], variant: str) -> str:
 
 def channels_kept(channels: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
     """A bar a layer, before as outline, after filled, in the network's order."""
-    if not channels:
-        return {}
-    layers = [(layer, channels[layer][0], channels[layer][1]) for layer in sorted(channels, key=_natural)]
-    return {name: _bars(layers, name) for name in ("wide", "narrow")}
+    bars = {
+        layer: Bar(before, after, f"{before} → {after}" if before != after else f"{before}")
+        for layer, (before, after) in (channels or {}).items()
+    }
+    return _bars("channels", "Output channels of each layer before and after pruning", bars)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """`model.2` before `model.10`, whatever order the JSON came in."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+def flops_per_layer(flops: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
+    """MACs before and after, a bar a block of the network; the head, which is the last, a bar a branch."""
+    return _macs("flops", "MMACs of each block before and after pruning", _by_block(flops or {}))
 
 
-def _bars(layers: Sequence[tuple[str, int, int]], variant: str) -> str:
-    columns = 2 if variant == "wide" and len(layers) > 12 else 1
-    per_column = -(-len(layers) // columns)
-    longest = max(max(before, after) for _, before, after in layers)
-    with style(f"channels-{variant}"):
-        figure = blank(WIDE_PX if variant == "wide" else NARROW_PX, 18 * per_column + 16)
-        panels = figure.subplots(1, columns, squeeze=False)[0]
-        for index, axes in enumerate(panels):
-            part = layers[index * per_column : (index + 1) * per_column]
-            places = np.arange(len(part))
-            axes.barh(
-                places,
-                [before for _, before, _ in part],
-                height=0.72,
-                facecolor="none",
-                edgecolor=COLOURS["before"],
-                linewidth=1,
+def flops_per_convolution(flops: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
+    """As `flops_per_layer`, a bar a convolution."""
+    return _macs("convolutions", "MMACs of each convolution before and after pruning", flops or {})
+
+
+def recovery_curve(recovery: Sequence[Sequence[float]] | None) -> dict[str, str]:
+    """mAP50-95 over the epochs of fine-tuning; one validated epoch makes no curve."""
+    points = [point for point in recovery or () if finite(point[1]) is not None]
+    return {name: _curve(points, name) for name in ("wide", "narrow")} if len(points) > 1 else {}
+
+
+def _curve(points: Sequence[Sequence[float]], variant: str) -> str:
+    epochs, values = zip(*points, strict=True)
+    with style(f"recovery-{variant}"):
+        figure = blank(WIDE_PX if variant == "wide" else NARROW_PX, 240)
+        axes = figure.add_subplot()
+        axes.grid(True, axis="y")
+        axes.plot(epochs, values, color=COLOURS["after"], linewidth=1.8, marker="o", markersize=4.5)
+        below = values[1] > values[0]  # where the line does not go
+        for place, align, lift in ((0, "left", -15 if below else 8), (-1, "right", 8)):
+            axes.annotate(
+                fixed(values[place]),
+                (epochs[place], values[place]),
+                xytext=(0, lift),
+                textcoords="offset points",
+                ha=align,
+                fontsize=11,
+                color=COLOURS["ink"],
             )
-            axes.barh(places, [after for _, _, after in part], height=0.72, color=COLOURS["after"])
-            for place, (_, before, after) in zip(places, part, strict=True):
-                axes.annotate(
-                    f"{before} → {after}" if before != after else f"{before}",
-                    (max(before, after), place),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=10,
-                    color=COLOURS["ink"],
-                )
-            axes.set_yticks(places, [name for name, _, _ in part], fontsize=10)
-            axes.set_ylim(per_column - 0.4, -0.6)
-            axes.set_xlim(0, longest * 1.28)
-            axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_visible(False)
-            axes.spines["bottom"].set_visible(False)
-        return to_svg(figure, "Output channels of each layer before and after pruning")
+        axes.margins(x=0.03, y=0.22)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("epoch of fine-tuning")
+        axes.set_ylabel("mAP50-95")
+        return to_svg(figure, "mAP50-95 over the epochs of fine-tuning after pruning")
+
+
+class Bar(NamedTuple):
+    before: float
+    after: float
+    label: str
+
+
+def _by_block(flops: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    blocks = {layer: ".".join(layer.split(".")[:2]) for layer in in_order(flops)}
+    head = next(reversed(blocks.values()), "")
+    sums: dict[str, tuple[int, int]] = {}
+    for layer, block in blocks.items():
+        name = ".".join(layer.split(".")[:3]) if block == head else block
+        before, after = sums.get(name, (0, 0))
+        sums[name] = (before + flops[layer][0], after + flops[layer][1])
+    return sums
+
+
+def _macs(name: str, description: str, flops: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    bars = {}
+    for layer, (before, after) in flops.items():
+        label = three(before / 1e6)
+        if after != before:
+            label += f" → {three(after / 1e6)} ({percent(after / before, 0)})"
+        bars[layer.removesuffix(".conv")] = Bar(before, after, label)
+    return _bars(name, description, bars)
+
+
+def _bars(name: str, description: str, bars: Mapping[str, Bar]) -> dict[str, str]:
+    def paint(axes: Any, part: Sequence[Bar], width_px: float) -> None:
+        places = np.arange(len(part))
+        axes.barh(
+            places,
+            [bar.before for bar in part],
+            height=0.72,
+            facecolor="none",
+            edgecolor=COLOURS["before"],
+            linewidth=1,
+        )
+        axes.barh(places, [bar.after for bar in part], height=0.72, color=COLOURS["after"])
+        for place, bar in zip(places, part, strict=True):
+            axes.annotate(
+                bar.label,
+                (max(bar.before, bar.after), place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=FONT_PX,
+                color=COLOURS["ink"],
+            )
+        fits = (max(bar.before, bar.after) / max(0.2, 1 - (text_px(bar.label) + 8) / width_px) for bar in bars.values())
+        axes.set_xlim(0, max(fits) or 1)
+
+    return pictures(name, description, bars, paint)

@@ -1,4 +1,4 @@
-"""The chain and the bench as tables: the same cells in the terminal, in Markdown and in HTML."""
+"""The chain, the bench and pruning as tables: the same cells in the terminal, in Markdown and in HTML."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ BENCH = (
     Column("Smaller", rank=3),
     Column("Ultralytics", rank=8),
 )
+PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("Kept"))
 
 
 def chain_table(document: Document) -> Table:
@@ -92,6 +93,52 @@ def chain_table(document: Document) -> Table:
         lines.append(Line(cells, mark="reference" if stage["stage"] == "baseline" else ""))
     notes = ("Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size.",)
     return Table("Chain", CHAIN, tuple(lines), notes)
+
+
+def pruning_table(document: Document) -> Table:
+    """What pruning cut, and mAP at each step of the recovery; a figure that the stage did not leave has no line."""
+    chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
+    place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
+    if not place:
+        return Table("Pruning", PRUNING, ())
+    before, after = chain[place - 1], chain[place]
+    lines = []
+    if "kept_flops" in after:
+        flops = [n.three(stage.get("compute_gflops")) for stage in (before, after)]
+        lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
+    steps = {
+        "map50_95_after_cut": "after the cut",
+        "map50_95_after_bn": "after re-estimating BatchNorm, before any training",
+    }
+    if after.get("epochs") != 0:
+        steps["map50_95"] = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
+    if "map50_95_after_cut" in after:
+        lines += [_map_line(step, before, after[key]) for key, step in steps.items() if key in after]
+    if "latency_measured_ms" in after:
+        name = (
+            f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three(after['latency_target_ms'])})"
+        )
+        lines.append(Line((name, n.DASH, n.three(after["latency_measured_ms"]), n.DASH)))
+    return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
+
+
+def _map_line(step: str, before: Mapping[str, Any], value: Any) -> Line:
+    own, now = n.finite(before.get("map50_95")), n.finite(value)
+    kept = None if own is None or now is None or own <= 0 else now / own
+    return Line((f"mAP50-95 {step}", n.fixed(own), n.fixed(now), n.percent(kept)))
+
+
+def _pruning_notes(document: Document, before: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [f"Before is the result of {before['stage']}."]
+    found = document["sensitivity"]
+    if found and found["most_sensitive"]:
+        what = "loss" if found["measure"] == "loss" else "mAP50-95"
+        most = ", ".join(
+            f"{entry['group']} ({'not a number' if entry['mean_change'] is None else n.signed(entry['mean_change'])})"
+            for entry in found["most_sensitive"]
+        )
+        notes.append(f"Most sensitive groups, by the mean change of {what} over the ratios: {most}.")
+    return tuple(notes)
 
 
 def bench_table(document: Document) -> Table:
@@ -205,7 +252,7 @@ def render_markdown(document: Document) -> str:
         f"Gate: every judged row keeps at least {bound} of the original's mAP50-95 "
         f"(`report.min_retention`): {'passed' if gate['passed'] else 'failed'}."
     )
-    for table in (chain_table(document), bench_table(document)):
+    for table in (chain_table(document), bench_table(document), pruning_table(document)):
         if table.lines:
             parts += [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)]
     data = document["data"]

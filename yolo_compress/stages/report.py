@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from yolo_compress.stages.bench import row_name
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120
+VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -29,6 +31,9 @@ def run(job: Job) -> dict[str, Any]:
         min_retention=job.config.min_retention,
         gammas=_gammas(job),
         channels=_channels(job),
+        flops=_left(job, "flops.json"),
+        sensitivity=_left(job, "sensitivity.json"),
+        recovery=_recovery(job),
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
         not_tested=_not_tested(rows),
@@ -50,7 +55,8 @@ def _chain(job: Job) -> list[dict[str, Any]]:
         artifact = job.inputs[stage]
         metrics = artifact.metrics
         wanted = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
-                  "map50_95_after_cut", "map50_95_after_bn")  # fmt: skip
+                  "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
+                  "latency_target_ms", "latency_measured_ms", "latency_runtime")  # fmt: skip
         chain.append(
             {
                 "stage": stage,
@@ -87,6 +93,21 @@ def _gammas(job: Job) -> dict[str, Any] | None:
 
 def _channels(job: Job) -> dict[str, Any] | None:
     return json.loads(job.inputs["prune"].file("channels.json").read_text()) if _own(job, "prune") else None
+
+
+def _left(job: Job, name: str) -> dict[str, Any] | None:
+    """What pruning left in `name`, where its settings make it leave that."""
+    prune = job.inputs["prune"]
+    return json.loads(prune.file(name).read_text()) if _own(job, "prune") and name in prune.manifest.files else None
+
+
+def _recovery(job: Job) -> list[tuple[int, float]]:
+    """mAP50-95 of the epochs of fine-tuning that were validated (`run.val_every`)."""
+    prune = job.inputs["prune"]
+    if not _own(job, "prune") or "results.csv" not in prune.manifest.files:
+        return []
+    rows = csv.DictReader(prune.file("results.csv").read_text().splitlines())
+    return [(int(row["epoch"]), float(row[VALIDATED])) for row in rows if row.get(VALIDATED)]
 
 
 def _environment(job: Job) -> dict[str, Any]:

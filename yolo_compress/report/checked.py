@@ -1,0 +1,87 @@
+"""What the stages left for the pictures, checked before it enters the document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.report.numbers import finite
+
+MEASURES = ("loss", "map50_95")
+SENSITIVITY = ("measure", "dense", "ratios", "groups", "caps", "images")
+MOST_SENSITIVE = 5
+
+
+def gammas(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Histograms by epoch."""
+    if not given or not given["epochs"]:
+        return None
+    bins = len(given["edges"]) - 1
+    for epoch, counts in enumerate(given["epochs"]):
+        if len(counts) != bins:
+            raise RecipeError(f"gamma histogram of epoch {epoch} has {len(counts)} counts, expected {bins} (edges - 1)")
+    return dict(given)
+
+
+def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
+    """Whole numbers before and after pruning, by layer."""
+    if not given:
+        return None
+    for layer, pair in given.items():
+        if len(pair) != 2 or not 0 <= pair[1] <= pair[0]:
+            raise RecipeError(f"{what} of {layer} are {list(pair)}, expected [before, after], after being the smaller")
+    return {layer: [int(pair[0]), int(pair[1])] for layer, pair in given.items()}
+
+
+def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float]] | None:
+    """mAP50-95 by epoch of fine-tuning."""
+    if not given:
+        return None
+    epochs = [-1.0, *(point[0] for point in given)]
+    for before, point in zip(epochs, given, strict=False):
+        if len(point) != 2 or point[0] <= before:
+            raise RecipeError(f"recovery has {list(point)} after epoch {before:g}, expected [later epoch, mAP50-95]")
+    return [list(point) for point in given]
+
+
+def sensitivity(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Adds `most_sensitive`: the groups whose loss of channels costs most, `mean_change` over the ratios, worst first."""
+    if not given:
+        return None
+    if absent := [key for key in SENSITIVITY if key not in given]:
+        raise RecipeError(f"sensitivity lacks {', '.join(absent)}")
+    if given["measure"] not in MEASURES:
+        raise RecipeError(f"sensitivity is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")
+    if finite(given["dense"]) is None:
+        raise RecipeError(f"sensitivity: the unpruned net has {given['measure']} {given['dense']}, expected a number")
+    ratios = list(given["ratios"])
+    if not ratios or ratios != sorted(set(ratios)) or not 0 < ratios[0] <= ratios[-1] < 1:
+        raise RecipeError(f"sensitivity has ratios {ratios}, expected shares between 0 and 1, ascending")
+    for group, values in given["groups"].items():
+        if len(values) != len(ratios):
+            raise RecipeError(f"sensitivity of {group} has {len(values)} values, expected {len(ratios)}, one a ratio")
+    for group, cap in given["caps"].items():
+        if group not in given["groups"]:
+            raise RecipeError(f"sensitivity caps {group}, which was not measured")
+        if cap is not None and not 0 <= cap <= 1:
+            raise RecipeError(f"sensitivity caps {group} at {cap}, expected a share of its channels, 0 to 1")
+    return {**given, "most_sensitive": _most_sensitive(given)} if given["groups"] else None
+
+
+def harm(measure: str, change: float | None) -> float:
+    """How much worse a change is; what is not a number is worse than any that is."""
+    if change is None:
+        return math.inf
+    return change if measure == "loss" else -change
+
+
+def _most_sensitive(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    mean: dict[str, float | None] = {}
+    for group, values in given["groups"].items():
+        known = [value for value in map(finite, values) if value is not None]
+        mean[group] = sum(known) / len(known) - given["dense"] if len(known) == len(values) else None
+    harms = {group: harm(given["measure"], change) for group, change in mean.items()}
+    ranking = sorted((group for group in harms if harms[group] > 0), key=harms.__getitem__, reverse=True)
+    return [{"group": group, "mean_change": mean[group]} for group in ranking[:MOST_SENSITIVE]]
