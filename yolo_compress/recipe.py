@@ -120,6 +120,12 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
     budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
     if len(budgets) > 1:
         yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
+    if prune.kind != "unstructured" and prune.sparsity != _default(prune, "sparsity"):
+        yield f"prune.sparsity has no effect with prune.kind={prune.kind}"
+    if prune.kind == "unstructured" and prune.scope == "isomorphic":
+        yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
+    if prune.kind != "channel" and (prune.latency_ms is not None or prune.rounds > 1 or prune.sensitivity != "off"):
+        yield f"prune.kind={prune.kind} changes no width: latency_ms, rounds and sensitivity are for prune.kind=channel"
     for knob in ("latency_runtime", "latency_precision", "latency_table"):
         if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect without prune.latency_ms"

@@ -180,8 +180,17 @@ class SparsifyConfig(TrainConfig):
 
 
 class PruneConfig(TrainConfig):
-    """Channel pruning to a budget of FLOPs, then fine-tuning (`epochs: 0`: surgery only)."""
+    """Channel pruning to a budget, or zeros in weights, then fine-tuning (`epochs: 0`: surgery only)."""
 
+    kind: Annotated[
+        Literal["channel", "unstructured", "two_four"],
+        _knob(
+            "channel: narrower layers, faster anywhere; unstructured: zeros; two_four: zeros that Sparse Tensor Cores skip"
+        ),
+    ] = "channel"
+    sparsity: Annotated[
+        float, _knob("share of the weights that become zero, for kind=unstructured only", gt=0, lt=1)
+    ] = 0.5
     criterion: Annotated[
         Criterion | Annotated[str, Field(pattern=r"\.py:\w+$")],
         _knob(

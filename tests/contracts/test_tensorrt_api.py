@@ -358,7 +358,7 @@ def test_the_stand_in_refuses_what_a_version_lacks(trt: FakeTensorRT) -> None:
 )
 def test_every_precision_builds(precision: str, words: str, flags: set[str], trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, words, precision, workspace_mib=512)
-    wanted = set(flags) if major(trt) < 11 else set()  # in 11 the graph's own types decide
+    wanted = {"SPARSE_WEIGHTS"} | (flags if major(trt) < 11 else set())  # in 11 the graph's own types decide
     assert trt.built["flags"] - {"TF32"} == wanted
     assert ("TF32" in trt.built["flags"]) == (precision != "fp32"), "fp32 is FP32"
     assert trt.built["network_flags"] == ({"EXPLICIT_BATCH"} if major(trt) < 11 else set())

@@ -23,7 +23,7 @@ FROZEN = {
     "teacher": f"{TRAIN} weights model",
     "baseline": f"{TRAIN} weights model",
     "sparsify": f"{TRAIN} l1 ramp_epochs",
-    "prune": f"{TRAIN} criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
+    "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} temperature alpha logit_weight feature_weight box_weight",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits teach_from_parent",
@@ -124,6 +124,9 @@ def test_a_budget_of_the_command_line_takes_the_place_of_the_files() -> None:
     [
         (("prune.latency_ms=8", "prune.keep_flops=0.5"), "prune.keep_flops and prune.latency_ms are both given"),
         (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
+        (("prune.kind=two_four", "prune.sparsity=0.6"), "prune.sparsity has no effect with prune.kind=two_four"),
+        (("prune.kind=unstructured", "prune.scope=isomorphic"), "prune.kind=unstructured takes global or local"),
+        (("prune.kind=two_four", "prune.rounds=2"), "prune.kind=two_four changes no width"),
         (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 cannot be shared by prune.rounds=5"),
     ],
 )

@@ -17,9 +17,10 @@ from torch import nn
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
 from yolo_compress.data import Sample
+from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.prune import budget, latency, sensitivity
+from yolo_compress.prune import budget, latency, masks, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.evidence import Evidence
@@ -43,6 +44,8 @@ def run(job: Job) -> dict[str, Any]:
     """
     config: PruneConfig = job.config
     model = ultra.load_model(job.inputs["sparsify"].file("model.pt"))
+    if config.kind != "channel":
+        return _zeros(job, model)
     pruner = Pruner(job, model)
     curve: list[dict[str, str]] = []
     for number in range(1, config.rounds + 1):
@@ -59,11 +62,37 @@ def run(job: Job) -> dict[str, Any]:
     return {**metrics, **finish(job, model)}
 
 
+def _zeros(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Zeros by magnitude, held through fine-tuning; no budget applies, as no width changes."""
+    config: PruneConfig = job.config
+    if config.kind == "two_four":
+        found = masks.two_four(model)
+    else:
+        found = masks.unstructured(model, config.sparsity, "global" if config.scope == "global" else "local")
+    masks.apply(model, found)
+    dense = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(found)
+    progress.say(f"prune: {masks.sparsity_of(model):.1%} of the weights are zero; {dense} convolutions stay dense")
+    metrics = {"kind": config.kind, **_repaired(job, model, chosen(job, config.calib_images))}
+    hooks = [parent(job.inputs["baseline"])] if config.teach_from_parent and config.epochs else []
+    return {**metrics, **finish(job, fit(job, model, hooks, "prune"))}
+
+
+def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
+    """mAP as cut, and after BatchNorm was re-estimated, in place."""
+    cut = measure(job, model, "after the cut")["map50_95"]
+    reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw))
+    repaired = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
+    progress.say(f"prune: mAP50-95 {cut:.3f} after the cut, {repaired:.3f} after re-estimating BatchNorm")
+    return {"map50_95_after_cut": cut, "map50_95_after_bn": repaired}
+
+
 def dry_run(job: Job, weights: Path) -> dict[str, Any]:
     """The plan for the checkpoint, as a `table` and as figures; nothing is trained.
 
     Budgets in milliseconds are met by the table of layer times alone: only `prune` builds and times the network.
     """
+    if job.config.kind != "channel":
+        raise RecipeError(f"prune.kind={job.config.kind} changes no width: there is no plan to show")
     model = ultra.load_model(weights)
     pruner = Pruner(job, model)
     plan = pruner.whole_plan(model)
@@ -132,13 +161,8 @@ class Pruner:
         prune(model, plan.keep)
         self._keep_tables(plan, model)
         metrics["kept_flops"] = plan.macs_after / sum(shape.macs for shape in self.shapes.values())
-        metrics["map50_95_after_cut"] = measure(self.job, model, "after the cut")["map50_95"]
-        reestimate_batchnorm(model, letterboxed(self.samples, self.job.imgsz_hw))
-        metrics["map50_95_after_bn"] = measure(self.job, model, "after re-estimating BatchNorm")["map50_95"]
-        progress.say(
-            f"prune: {metrics['kept_flops']:.1%} of the MACs kept, mAP50-95 {metrics['map50_95_after_cut']:.3f} after the "
-            f"cut, {metrics['map50_95_after_bn']:.3f} after re-estimating BatchNorm"
-        )
+        progress.say(f"prune: {metrics['kept_flops']:.1%} of the MACs kept")
+        metrics |= _repaired(self.job, model, self.samples)
         return metrics
 
     def plan(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from yolo_compress import environment
+from yolo_compress.prune.masks import WHO_SKIPS_ZEROS
 from yolo_compress.report.document import build
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
@@ -36,7 +37,7 @@ def run(job: Job) -> dict[str, Any]:
         recovery=_recovery(job),
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
-        not_tested=_not_tested(rows),
+        not_tested=_not_tested(job, rows),
     )
     write(document, _gallery(job, rows), job.out)
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
@@ -92,7 +93,7 @@ def _gammas(job: Job) -> dict[str, Any] | None:
 
 
 def _channels(job: Job) -> dict[str, Any] | None:
-    return json.loads(job.inputs["prune"].file("channels.json").read_text()) if _own(job, "prune") else None
+    return _left(job, "channels.json")
 
 
 def _left(job: Job, name: str) -> dict[str, Any] | None:
@@ -128,10 +129,12 @@ def _environment(job: Job) -> dict[str, Any]:
     }
 
 
-def _not_tested(rows: list[dict[str, Any]]) -> list[str]:
+def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
     said = ["Latency is that of the engine alone: letterbox and NMS are not in it."]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
+    if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
+        said.append(WHO_SKIPS_ZEROS)
     return said
 
 

@@ -15,6 +15,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
 from yolo_compress.progress import bar
+from yolo_compress.prune import masks
 from yolo_compress.prune.price import conv_macs, parameters
 from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages import Job
@@ -46,6 +47,8 @@ def settings(job: Job, class_gain: float = CLASS_GAIN) -> ultra.TrainSettings:
 def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class_gain: float = CLASS_GAIN) -> nn.Module:
     """Train `model` as the section says and keep its results.csv; with no epochs the hooks see the model and let go."""
     chosen = settings(job, class_gain)
+    if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
+        hooks = [*hooks, masks.HoldZeros()]
     trained = ultra.train(model, job.dataset, chosen, hooks, job.work, what)
     if (job.work / "results.csv").is_file():
         shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
@@ -74,6 +77,7 @@ def finish(job: Job, model: nn.Module) -> dict[str, Any]:
         **measure(job, model),
         "parameters": parameters(model),
         "compute_gflops": 2 * conv_macs(model, job.imgsz_hw) / 1e9,
+        "sparsity": masks.sparsity_of(model),
         "size_mib": (job.out / "model.pt").stat().st_size / 2**20,
         "epochs": getattr(job.config, "epochs", 0),
     }

@@ -1,0 +1,142 @@
+"""Weights that are exactly zero: unstructured and 2:4 sparsity by magnitude, held through any later training.
+
+A mask is nothing but the zeros of a checkpoint: a convolution weight that is exactly 0.0 stays so in every later stage, and no
+file has to say which those are. The width of the net does not change, so only a runtime that skips zeros gains from them.
+
+Shapes: weight_OIHW, mask_OIHW (True: stays).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from yolo_compress.blocks import check_prunable, head_outputs
+from yolo_compress.errors import RecipeError
+from yolo_compress.hook import TrainHook
+
+Scope = Literal["global", "local"]
+
+# What runtimes make of zeros; none of them is quicker for it on a CPU without further ado.
+WHO_SKIPS_ZEROS = (
+    "Zeros in weights: ONNX Runtime and OpenVINO on CPUs compute them like any other weight, so latency and GFLOPs are "
+    "those of the dense net. TensorRT skips them only in the 2:4 pattern, on Ampere and newer (Orin, not Xavier or Nano), "
+    "where its builder finds the sparse kernel quicker."
+)
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """What is made sparse: all convolutions but the one that reads the images, the outputs of the head and DFL.
+
+    Raises:
+        RecipeError, NumericsError: see `blocks.check_prunable`.
+    """
+    check_prunable(model)
+    kept_dense = set(head_outputs(model))
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    first = next(iter(convs))
+    return {name: conv for name, conv in convs.items() if name not in kept_dense and name != first}
+
+
+@torch.no_grad()
+def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> dict[str, Tensor]:
+    """Masks that drop the smallest weights by magnitude (Han et al., arXiv 1506.02626).
+
+    Args:
+        model: stock model, not changed.
+        sparsity: share of the weights that go, in (0, 1).
+        scope: `local` takes the share from each convolution; `global` ranks all weights together, so that layers of
+            small weights lose more.
+
+    Raises:
+        RecipeError: a setting out of range.
+    """
+    if not 0 < sparsity < 1:
+        raise RecipeError(f"prune: sparsity must lie between 0 and 1, both excluded, got {sparsity}")
+    magnitudes = {name: conv.weight.detach().float().cpu().abs() for name, conv in convolutions(model).items()}
+    if scope == "local":
+        return {
+            name: _without_smallest(values.flatten(), sparsity).view_as(values) for name, values in magnitudes.items()
+        }
+    if scope != "global":
+        raise RecipeError(f"prune: scope of unstructured sparsity must be global or local, got {scope!r}")
+    together = _without_smallest(torch.cat([values.flatten() for values in magnitudes.values()]), sparsity)
+    parts = together.split([values.numel() for values in magnitudes.values()])
+    return {name: part.view_as(values) for (name, values), part in zip(magnitudes.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def two_four(model: nn.Module) -> dict[str, Tensor]:
+    """Masks that keep the two largest of every four consecutive input channels (Mishra et al., arXiv 2104.08378).
+
+    At each output channel and kernel position on its own, the layout of Sparse Tensor Cores. Convolutions whose input
+    channels are no multiple of four stay dense.
+
+    Raises:
+        RecipeError: no convolution fits.
+    """
+    masks = {}
+    for name, conv in convolutions(model).items():
+        out, inputs, height, width = conv.weight.shape
+        if inputs % 4:
+            continue
+        fours = conv.weight.detach().float().cpu().abs().reshape(out, inputs // 4, 4, height, width)
+        best = fours.topk(2, dim=2).indices
+        masks[name] = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, best, True).reshape(conv.weight.shape)
+    if not masks:
+        raise RecipeError(
+            "prune: no convolution has input channels that are a multiple of four; kind=two_four fits none"
+        )
+    return masks
+
+
+@torch.no_grad()
+def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set what the masks drop to exactly zero, in place."""
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        weight.mul_(mask.to(weight.device))
+
+
+@torch.no_grad()
+def sparsity_of(model: nn.Module) -> float:
+    """Share of exact zeros among the weights of all convolutions."""
+    weights = _weights(model)
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+class HoldZeros(TrainHook):
+    """Convolution weights that are zero when training starts stay exactly zero.
+
+    Their gradients are zeroed before each optimizer step. A step of SGD or Adam moves a weight by its gradients so far
+    and by weight decay, a multiple of the weight: both are zero, so are the EMA of zeros and their 8-bit value.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: list[tuple[nn.Parameter, Tensor]] = []
+
+    def on_model(self, model: nn.Module) -> None:
+        self._zeros = [(weight, mask) for weight in _weights(model) if bool((mask := weight.detach() == 0).any())]
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module) -> None:
+        for weight, mask in self._zeros:
+            if weight.grad is not None:
+                weight.grad.masked_fill_(mask, 0.0)
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """Of all convolutions but DFL, whose constant weights 0, 1, 2, ... start with a zero."""
+    convs = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return [conv.weight for name, conv in convs if not name.endswith("dfl.conv")]
+
+
+def _without_smallest(values_N: Tensor, share: float) -> Tensor:
+    """Mask of all but the smallest `share`; exactly as many, whatever values are equal."""
+    mask = torch.ones(len(values_N), dtype=torch.bool)
+    mask[values_N.argsort(stable=True)[: round(share * len(values_N))]] = False
+    return mask
