@@ -40,7 +40,7 @@ VERBS = {
     "run": Verb("run every stage of the recipe, up to the report"),
     "teacher": Verb("take or train the teacher"),
     "baseline": Verb("take or train the net to be compressed"),
-    "sparsify": Verb("train with L1 on the BatchNorm gammas, so that channels can go"),
+    "sparsify": Verb("train with L1 on the BatchNorm gammas or group lasso, so that channels can go"),
     "prune": Verb("remove channels to a budget, then fine-tune; dry_run=true shows the plan alone, in seconds",
                   options=("recipe", "lock", "force", "dry_run")),
     "distill": Verb("fine-tune with the teacher's features and soft labels"),

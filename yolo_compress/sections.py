@@ -172,9 +172,20 @@ class SourceConfig(TrainConfig):
 
 
 class SparsifyConfig(TrainConfig):
-    """Sparse training: L1 on the BatchNorm gammas of prunable groups (Network Slimming, arXiv 1708.06519)."""
+    """Sparse training: a penalty on prunable channels, so that those that carry little show themselves."""
 
-    l1: Annotated[float, _knob("lambda, the weight of the sum of |gamma| in the loss", gt=0, le=1)] = 1e-3
+    penalty: Annotated[
+        Literal["l1", "group_lasso"],
+        _knob(
+            "l1: the gammas (Network Slimming, arXiv 1708.06519); group_lasso: all weights that leave with a channel, "
+            "as one norm (DepGraph, arXiv 2301.12900)"
+        ),
+    ] = "l1"
+    l1: Annotated[float, _knob("lambda, the weight of the penalty in the loss", gt=0, le=1)] = 1e-3
+    lambda_scale: Annotated[
+        Literal["uniform", "macs"],
+        _knob("lambda of a group: the same for all, or in proportion to the MACs of one of its channels, mean 1"),
+    ] = "uniform"
     ramp_epochs: Annotated[float, _knob("epochs over which lambda rises from 0", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
 

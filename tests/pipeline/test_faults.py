@@ -357,3 +357,68 @@ def test_nan_in_training_stops_with_the_last_good_state(shop: Shop, monkeypatch:
     shop.fails(7, "baseline", shop.recipe(baseline={"epochs": 3, "batch": 3}), says="became NaN or infinite in epoch 2")
     (partial,) = Path("weights/store").glob("baseline-*.partial")
     assert torch.load(partial / "work/resume.pt", weights_only=True)["epoch"] == 0
+
+
+def test_a_collapsed_layer_stops_with_the_last_good_state(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yolo_compress.prune.gamma import SparseTraining
+
+    finished = SparseTraining.on_epoch_end
+
+    def faded(self, epoch, model):
+        if epoch == 1:
+            torch.nn.init.zeros_(model.model[3].bn.weight)
+        return finished(self, epoch, model)
+
+    monkeypatch.setattr(SparseTraining, "on_epoch_end", faded)
+    words = ["sparsify", shop.recipe(sparsify={"epochs": 3, "batch": 3})]
+    for _ in range(2):  # the second time it goes on after the good epoch, and stops there again
+        assert main(words) == 7
+        stderr = shop.capsys.readouterr().err
+        assert "every gamma of model.3.bn" in stderr and "in epoch 2" in stderr and "Traceback" not in stderr
+        (partial,) = Path("weights/store").glob("sparsify-*.partial")
+        state = torch.load(partial / "work/resume.pt", weights_only=True)
+        assert state["epoch"] == 0
+        assert state["model"]["model.3.bn.weight"].abs().min() > 0.1
+        assert state["hooks"][0]["state"]["histograms"]["epochs"] == [-1, 0]
+
+
+@pytest.mark.parametrize("penalty", ["l1", "group_lasso"])
+def test_each_penalty_trains_and_says_what_it_did(shop: Shop, penalty: str) -> None:
+    section = {"epochs": 1, "batch": 3, "warmup_epochs": 0.0, "penalty": penalty, "lambda_scale": "macs", "l1": 0.1}
+    assert main(["sparsify", shop.recipe(sparsify=section)]) == 0
+    captured = shop.capsys.readouterr()
+    answer = json.loads(captured.out.splitlines()[-1])
+    before, after = json.loads((Path(answer["artifact"]) / "gammas.json").read_text())["counts"]
+    assert before[20] == sum(before)  # all gammas are 1
+    assert after[19] > 0.9 * sum(after)  # one step of AdamW takes them to 0.999
+    metrics = answer["metrics"]
+    assert metrics["gamma_mass_under_cut_before"] == {"25": 0.25, "50": 0.5, "75": 0.75}
+    assert metrics["gamma_mass_under_cut_after"] == pytest.approx({"25": 0.25, "50": 0.5, "75": 0.75}, abs=1e-3)
+    assert "% of channels: before 25.0%, 50.0%, 75.0%; after" in captured.err
+    assert "lambda did little: raise sparsify.l1" in captured.err
+
+
+@pytest.mark.parametrize(("fresh", "code"), [(0.4, 0), (0.01, 7)])
+def test_a_net_that_finds_nothing_gets_fresh_statistics_first(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, fresh: float, code: int
+) -> None:
+    from yolo_compress.stages import training
+
+    found = iter([0.5, 0.02, fresh])  # baseline, as trained, with statistics taken anew
+    monkeypatch.setattr(training, "measure", lambda job, model, what="": {"map50_95": next(found)})
+    assert main(["sparsify", shop.recipe(sparsify={"epochs": 1, "batch": 3})]) == code
+    captured = shop.capsys.readouterr()
+    if code:
+        assert "fell from 0.500 to 0.010: the net collapsed" in captured.err and "Lower sparsify.l1" in captured.err
+        return
+    answer = json.loads(captured.out.splitlines()[-1])
+    assert answer["metrics"]["map50_95"] == 0.4
+    assert "had not followed the gammas (mAP50-95 0.020)" in captured.err
+    net = ultra.load_model(Path(answer["artifact"]) / "model.pt")
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(Image.open(path))) for path in sorted(Path("set/images/train").iterdir())]
+    )
+    mean_C = net.model[0].conv(pixels.permute(0, 3, 1, 2) / 255).mean((0, 2, 3))
+    torch.testing.assert_close(
+        net.model[0].bn.running_mean, mean_C, rtol=1e-4, atol=1e-4
+    )  # of these images, and of no others

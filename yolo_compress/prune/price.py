@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.prune.graph import Group, Member
 from yolo_compress.prune.shadow import blank_images, shadow
 
 Price = Callable[[np.ndarray, np.ndarray], float]  # of out_N and in_N, channels of the N convolutions
@@ -69,6 +70,17 @@ def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvSh
 def conv_macs(model: nn.Module, imgsz_hw: tuple[int, int]) -> int:
     """MACs of all convolutions of `model` for one image of `imgsz_hw` pixels, DFL included; nothing is computed."""
     return sum(shape.macs for shape in conv_shapes(model, imgsz_hw).values())
+
+
+def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, int]:
+    """Group name -> MACs of one image that go when one of its channels goes alone, in all members that write or read it."""
+    shapes = conv_shapes(model, imgsz_hw)
+
+    def cost(member: Member) -> int:
+        shape = shapes[member.module]
+        return shape.area * (shape.in_channels if member.role == "out" else shape.out_channels)
+
+    return {group.name: sum(cost(member) for member in group.members if member.role != "norm") for group in groups}
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,23 +1,68 @@
-"""Sparse training: L1 on the BatchNorm gammas of prunable channels, so that those that carry little can go."""
+"""Sparse training: a penalty on prunable channels, so that those that carry little can go."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from yolo_compress import ultra
+from torch import nn
+
+from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
-from yolo_compress.prune.gamma import GammaL1
+from yolo_compress.errors import NumericsError
+from yolo_compress.prune.gamma import SparseTraining, collapsed, masses, verdict
+from yolo_compress.prune.graph import prunable
+from yolo_compress.prune.penalty import PENALTIES, macs_scale
+from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import SparsifyConfig
 from yolo_compress.stages import Job
+from yolo_compress.stages.batches import chosen, letterboxed
 from yolo_compress.stages.training import finish, fit
+
+REESTIMATE_IMAGES = 96  # what `prune.calib_images` takes by default for the same purpose
 
 
 def run(job: Job) -> dict[str, Any]:
-    """`model.pt` with sparse gammas, and `gammas.json`: their histogram before training and after each epoch."""
-    config: SparsifyConfig = job.config
+    """`model.pt` with sparse gammas, `gammas.json`, their histogram before training and after each epoch, and their mass."""
     model = ultra.load_model(job.inputs["baseline"].file("model.pt"))
-    hook = GammaL1(config.l1, config.ramp_epochs)
+    before = masses(model)
+    hook = penalised(job, model)
     trained = fit(job, model, [hook], "sparsify")
+    after = masses(trained)
+    progress.say(f"sparsify: {verdict(before, after)}")
     atomic_write(job.out / "gammas.json", json.dumps(hook.histograms) + "\n")
-    return finish(job, trained)
+    return {**finished(job, trained), "gamma_mass_under_cut_before": before, "gamma_mass_under_cut_after": after}
+
+
+def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
+    """Write and measure; where the net seems to have collapsed, first let BatchNorm's averages catch up with the gammas.
+
+    They follow over some 33 steps (momentum 0.03) and the EMA delays them: 100 steps of lr0=0.01 left mAP50-95 0.002, and 0.366
+    with statistics taken anew. Always taking them anew is no cure: it cost slowly trained nets 0.03.
+
+    Raises:
+        NumericsError: the net finds next to nothing with fresh statistics too.
+    """
+    before = job.inputs["baseline"].metrics["map50_95"]
+    metrics = finish(job, trained)
+    if not collapsed(before, stale := metrics["map50_95"]):
+        return metrics
+    reestimate_batchnorm(trained, letterboxed(chosen(job, REESTIMATE_IMAGES), job.imgsz_hw))
+    metrics = finish(job, trained)
+    if collapsed(before, fresh := metrics["map50_95"]):
+        raise NumericsError(
+            f"sparsify: mAP50-95 fell from {before:.3f} to {fresh:.3f}: the net collapsed; the one before sparse training is "
+            f"kept. Lower sparsify.l1 (now {job.config.l1:g}) or sparsify.lr0"
+        )
+    progress.say(
+        f"sparsify: BatchNorm's averages had not followed the gammas (mAP50-95 {stale:.3f}); taken anew from "
+        f"{REESTIMATE_IMAGES} training images: {fresh:.3f}. A lower sparsify.lr0 over more epochs avoids this"
+    )
+    return metrics
+
+
+def penalised(job: Job, model: nn.Module) -> SparseTraining:
+    """The hook that the section asks for."""
+    config: SparsifyConfig = job.config
+    scale = macs_scale(model, prunable(model), job.imgsz_hw) if config.lambda_scale == "macs" else None
+    return SparseTraining(PENALTIES[config.penalty](), config.l1, config.ramp_epochs, scale)
