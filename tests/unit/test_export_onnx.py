@@ -10,9 +10,10 @@ import onnx
 import pytest
 import torch
 from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
+from ultralytics.nn.modules import DFL
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.export_onnx import export_onnx, export_torchscript
+from yolo_compress.export_onnx import Expectation, export_onnx, export_torchscript
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.qdq import find_convs
 
@@ -113,3 +114,10 @@ def test_real_weights_on_16_real_images(tmp_path: Path) -> None:
     batch = torch.from_numpy(np.stack([letterbox(read_image(file), (320, 320))[0] for file in files]))
     export_onnx(model, tmp_path / "a.onnx", (320, 320), names=tuple(model.names.values()))
     assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), box_px=0.01)
+
+
+@pytest.mark.parametrize("reg_max", [4, 16])
+def test_expectation_is_dfl(reg_max: int) -> None:
+    torch.manual_seed(0)
+    sides = 20 * torch.randn(2, 4 * reg_max, 33)  # bins far apart: exponentials must not overflow
+    assert torch.allclose(Expectation(reg_max)(sides), DFL(reg_max)(sides), atol=1e-5, rtol=1e-6)

@@ -82,6 +82,9 @@ def _places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, s
         name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
         if name in convs:
             places[name] = node.name.removesuffix("conv/Conv")
+    for name in convs:  # DFL is exported as sums, under its own name
+        if name.endswith(".dfl.conv"):
+            places[name] = f"/{name.removesuffix('.dfl.conv')}/dfl/"
     missing = [name for name in convs if name not in places]
     if missing:
         raise CompressError(f"{file}: no node computes {missing[0]}; the layer times cannot be told apart")

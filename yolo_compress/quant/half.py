@@ -24,21 +24,20 @@ def decode_tail(graph: onnx.GraphProto) -> list[str]:
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
-    shapes = {item.name: list(item.dims) for item in graph.initializer}
     before: set[str] = set()
     tail = []
     for node in reversed(graph.node):
         followers = [user for output in node.output for user in consumers.get(output, [])]
-        feature = any(user.name in before or _is_feature_conv(user, shapes) for user in followers)
-        if feature or _is_feature_conv(node, shapes):
+        feature = any(user.name in before or _is_feature_conv(user) for user in followers)
+        if feature or _is_feature_conv(node):
             before.add(node.name)
         else:
             tail.append(node.name)
     return tail[::-1]
 
 
-def _is_feature_conv(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> bool:
-    return node.op_type == "Conv" and ".dfl." not in node.input[1]
+def _is_feature_conv(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Conv"
 
 
 def to_fp16(float_onnx: Path, out: Path) -> None:
