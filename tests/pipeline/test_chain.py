@@ -199,3 +199,34 @@ def test_qat_without_epochs_is_calibration_only(finished: Bench) -> None:
     metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
     distilled = artifact(finished, "distill").metrics
     assert metrics["map50_95_float_weights"] == pytest.approx(distilled["map50_95"], abs=1e-9)
+
+
+def test_a_dry_run_shows_what_prune_then_does(finished: Bench) -> None:
+    before = finished.artefacts()
+    done = finished.run("prune", "recipe=tiny.yaml", "dry_run=true")
+    plan = json.loads(done.stdout.splitlines()[-1])
+    pruned = artifact(finished, "prune")
+    assert plan["widths"] == json.loads(pruned.file("channels.json").read_text())
+    assert plan["gflops"][1] == pytest.approx(pruned.metrics["compute_gflops"])
+    assert plan["parameters"][1] == pruned.metrics["parameters"]
+    assert "model.22.cv3.2.1" in done.stdout and finished.artefacts() == before
+
+
+def test_rounds_with_sensitivity_meet_the_budget_and_keep_their_tables(finished: Bench) -> None:
+    finished.run("prune", "recipe=tiny.yaml", "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
+                 "prune.max_drop=10")  # fmt: skip
+    pruned = artifact(finished, "prune")
+    assert pruned.metrics["kept_flops"] == pytest.approx(0.5, abs=0.02 * 0.5)
+    assert [row.split(",")[0] for row in pruned.file("results.csv").read_text().splitlines()] == ["epoch", "1", "2"]
+    macs = json.loads(pruned.file("flops.json").read_text())
+    shares = [sum(pair[side] for pair in macs.values()) for side in (0, 1)]
+    assert shares[1] / shares[0] == pytest.approx(pruned.metrics["kept_flops"])
+    found = json.loads(pruned.file("sensitivity.json").read_text())
+    assert set(found["groups"]) == set(found["caps"]) and len(found["groups"]) > 40
+    assert pruned.file("sensitivity.csv").read_text().count("\n") == 2 + len(found["groups"])
+
+
+def test_zeros_stay_to_the_int8_checkpoint(finished: Bench) -> None:
+    finished.run("qat", "recipe=tiny.yaml", "prune.kind=two_four")
+    sparse = {stage: artifact(finished, stage).metrics["sparsity"] for stage in ("prune", "distill", "qat")}
+    assert sparse["prune"] == sparse["distill"] == sparse["qat"] > 0.45

@@ -14,6 +14,8 @@ from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import Group
 from yolo_compress.prune.reconstruct import ridged
 
+COMPACT = 0.2  # matrices shrink when this share of their channels is gone
+
 
 @dataclass
 class _Reader:
@@ -27,16 +29,20 @@ class _Reader:
         return (self.energy_CC.diagonal() / self.inverse_CC.diagonal()).clamp_min(0.0)
 
     def remove(self, c: int) -> None:
-        """Take channel c out, its weights moved onto the others: one step of Gaussian elimination."""
-        row_C, pivot = self.inverse_CC[c].clone(), self.inverse_CC[c, c].clone()
-        share_C, column_C = row_C / pivot, self.energy_CC[c].clone()
-        self.energy_CC += column_C[c] * torch.outer(share_C, share_C)
-        self.energy_CC -= torch.outer(column_C, share_C) + torch.outer(share_C, column_C)
-        self.inverse_CC -= torch.outer(row_C, share_C)
+        """Take channel c out, its weights moved onto the others: one step of Gaussian elimination, by rank-one updates."""
+        row_C, column_C = self.inverse_CC[c].clone(), self.energy_CC[c].clone()
+        share_C = row_C / row_C[c]
+        half_C = column_C - 0.5 * column_C[c] * share_C
+        self.energy_CC.addr_(half_C, share_C, alpha=-1.0).addr_(share_C, half_C, alpha=-1.0)
+        self.inverse_CC.addr_(row_C, share_C, alpha=-1.0)
         for matrix in (self.energy_CC, self.inverse_CC):
             matrix[c, :] = 0.0
             matrix[:, c] = 0.0
         self.inverse_CC[c, c] = 1.0
+
+    def keep(self, index_K: Tensor) -> None:
+        """Forget the channels that are gone: what is left is a smaller problem of the same kind."""
+        self.inverse_CC, self.energy_CC = (m[index_K][:, index_K] for m in (self.inverse_CC, self.energy_CC))
 
 
 def obs(evidence: Evidence, group: Group) -> Tensor:
@@ -52,18 +58,24 @@ def obs(evidence: Evidence, group: Group) -> Tensor:
     """
     readers = [_reader(evidence, group, member.module, member.offset) for member in group.having("in")]
     score_C = torch.zeros(group.width, dtype=torch.float64)
-    gone_C = torch.zeros(group.width, dtype=torch.bool)
+    left_K = torch.arange(group.width)  # channels that the readers still hold
+    gone_K = torch.zeros(group.width, dtype=torch.bool)
     error = 0.0
     for _ in range(group.width):
-        cost_C = torch.zeros(group.width, dtype=torch.float64)
+        cost_K = torch.zeros(len(left_K), dtype=torch.float64)
         for reader in readers:
-            cost_C += reader.cost_C()
-        channel = int(cost_C.masked_fill(gone_C, torch.inf).argmin())
-        error += float(cost_C[channel])
-        score_C[channel] = error
-        gone_C[channel] = True
+            cost_K += reader.cost_C()
+        k = int(cost_K.masked_fill(gone_K, torch.inf).argmin())
+        error += float(cost_K[k])
+        score_C[left_K[k]] = error
+        gone_K[k] = True
         for reader in readers:
-            reader.remove(channel)
+            reader.remove(k)
+        if int(gone_K.sum()) > COMPACT * len(left_K):
+            stay = (~gone_K).nonzero().flatten()
+            left_K, gone_K = left_K[stay], gone_K[stay]
+            for reader in readers:
+                reader.keep(stay)
     return score_C.float()
 
 

@@ -31,7 +31,7 @@ from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import PruneConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed
-from yolo_compress.stages.training import finish, fit, measure, parent
+from yolo_compress.stages.training import device, finish, fit, measure, parent
 
 EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
 FORWARDS_PER_STEP = 3  # a training step costs about three forward passes
@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     With `prune.sensitivity` also `sensitivity.json` and `sensitivity.csv`.
     """
     config: PruneConfig = job.config
-    model = ultra.load_model(job.inputs["sparsify"].file("model.pt"))
+    model = ultra.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
     if config.kind != "channel":
         return _zeros(job, model)
     pruner = Pruner(job, model)
@@ -93,7 +93,7 @@ def dry_run(job: Job, weights: Path) -> dict[str, Any]:
     """
     if job.config.kind != "channel":
         raise RecipeError(f"prune.kind={job.config.kind} changes no width: there is no plan to show")
-    model = ultra.load_model(weights)
+    model = ultra.load_model(weights).to(device(job))
     pruner = Pruner(job, model)
     plan = pruner.whole_plan(model)
     figures: dict[str, Any] = {

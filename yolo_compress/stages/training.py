@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from yolo_compress import ultra
 from yolo_compress.artifact import Artifact
 from yolo_compress.distill.teach import Teach
+from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
@@ -83,13 +85,27 @@ def finish(job: Job, model: nn.Module) -> dict[str, Any]:
     }
 
 
+def device(job: Job) -> str:
+    """Where torch computes outside training: the first of the recipe's devices.
+
+    Raises:
+        EnvironmentLacks: It is not there.
+    """
+    first = job.recipe.run.device.split(",")[0]
+    if first == "cpu":
+        return first
+    if int(first) >= torch.cuda.device_count():
+        raise EnvironmentLacks(
+            f"run.device={job.recipe.run.device}: torch {torch.__version__} sees no such GPU; use cpu"
+        )
+    return f"cuda:{first}"
+
+
 def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
     """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
     names = job.dataset.names
-    device = job.recipe.run.device.split(",")[0]
-    device = device if device == "cpu" else f"cuda:{device}"
     with (
-        TorchBackend(model, names, job.imgsz_hw, device=device) as backend,
+        TorchBackend(model, names, job.imgsz_hw, device=device(job)) as backend,
         bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
     ):
         result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance)
