@@ -120,12 +120,11 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
     budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
     if len(budgets) > 1:
         yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
-    if prune.kind != "unstructured" and prune.sparsity != _default(prune, "sparsity"):
-        yield f"prune.sparsity has no effect with prune.kind={prune.kind}"
+    for knob in prune.idle(prune.kind):
+        if getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob}={getattr(prune, knob)} has no effect with prune.kind={prune.kind}: leave it out"
     if prune.kind == "unstructured" and prune.scope == "isomorphic":
         yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
-    if prune.kind != "channel" and (prune.latency_ms is not None or prune.rounds > 1 or prune.sensitivity != "off"):
-        yield f"prune.kind={prune.kind} changes no width: latency_ms, rounds and sensitivity are for prune.kind=channel"
     for knob in ("latency_runtime", "latency_precision", "latency_table"):
         if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect without prune.latency_ms"
@@ -169,6 +168,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
+    _one_kind(raw, {key: text for key, text in overrides})
     _one_budget(raw, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
@@ -265,6 +265,14 @@ def _one_budget(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
     budgets = [f"prune.{knob}" for knob in PruneConfig.BUDGETS]
     if isinstance(raw.get("prune"), dict) and any(overridden.get(knob, "null") != "null" for knob in budgets):
         raw["prune"] |= {knob.partition(".")[2]: None for knob in budgets if knob not in overridden}
+
+
+def _one_kind(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
+    """A `prune.kind` of the command line takes the place of the file's, and of its knobs for another kind."""
+    kind = overridden.get("prune.kind")
+    if isinstance(raw.get("prune"), dict) and kind in ("channel", *PruneConfig.MASKS):
+        idle = {knob for knob in PruneConfig.idle(kind) if f"prune.{knob}" not in overridden}
+        raw["prune"] = {knob: value for knob, value in raw["prune"].items() if knob not in idle}
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:

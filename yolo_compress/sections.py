@@ -261,6 +261,20 @@ class PruneConfig(TrainConfig):
     epochs: Epochs = 40
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
+    MASKS: ClassVar[
+        dict[str, frozenset[str]]
+    ] = {  # kinds that make zeros, and the knobs that they read beside the shared
+        "unstructured": frozenset({"sparsity", "scope"}),
+        "two_four": frozenset(),
+    }
+
+    @classmethod
+    def idle(cls, kind: str) -> list[str]:
+        """The knobs that have no effect with this `kind`."""
+        if kind == "channel":
+            return ["sparsity"]
+        read = {*TrainConfig.model_fields, "kind", "calib_images", "teach_from_parent", *cls.MASKS[kind]}
+        return [knob for knob in cls.model_fields if knob not in read]
 
     @property
     def budget(self) -> tuple[str, float]:

@@ -119,14 +119,34 @@ def test_a_budget_of_the_command_line_takes_the_place_of_the_files() -> None:
     assert recipe.PruneConfig().budget == ("keep_flops", 0.5)
 
 
+def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    """The recipe's budget is of channels; another kind has none."""
+    loaded = recipe.load("bccd", pairs("prune.kind=unstructured", "prune.sparsity=0.7", "prune.scope=global"))
+    assert loaded.prune is not None and (loaded.prune.kind, loaded.prune.sparsity) == ("unstructured", 0.7)
+    assert loaded.prune.keep_flops is None and loaded.prune.epochs == 40
+    zeros = MINIMAL + "prune: {kind: unstructured, sparsity: 0.7}\n"
+    assert load(tmp_path, zeros, "prune.kind=channel", "prune.keep_flops=0.6").prune.keep_flops == 0.6
+    with pytest.raises(
+        RecipeError, match=r"prune\.keep_flops=0\.5 has no effect with prune\.kind=two_four: leave it out"
+    ):
+        load(tmp_path, MINIMAL + "prune: {kind: two_four, keep_flops: 0.5}\n")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("prune.latency_ms=8", "prune.keep_flops=0.5"), "prune.keep_flops and prune.latency_ms are both given"),
         (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
-        (("prune.kind=two_four", "prune.sparsity=0.6"), "prune.sparsity has no effect with prune.kind=two_four"),
+        (("prune.sparsity=0.7",), "prune.sparsity=0.7 has no effect with prune.kind=channel"),
+        (("prune.kind=two_four", "prune.sparsity=0.7"), "prune.sparsity=0.7 has no effect with prune.kind=two_four"),
+        (("prune.kind=two_four", "prune.scope=global"), "prune.scope=global has no effect with prune.kind=two_four"),
+        (("prune.kind=unstructured", "prune.latency_ms=8"), "prune.latency_ms=8.0 has no effect with prune.kind=unst"),
+        (
+            ("prune.kind=unstructured", "prune.criterion=l1"),
+            "prune.criterion=l1 has no effect with prune.kind=unstruct",
+        ),
         (("prune.kind=unstructured", "prune.scope=isomorphic"), "prune.kind=unstructured takes global or local"),
-        (("prune.kind=two_four", "prune.rounds=2"), "prune.kind=two_four changes no width"),
+        (("prune.kind=two_four", "prune.rounds=2"), "prune.rounds=2 has no effect with prune.kind=two_four"),
         (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 cannot be shared by prune.rounds=5"),
     ],
 )
@@ -183,6 +203,9 @@ WRONG = {
     "prune.criterion=l3": "got 'l3', expected one of obs, bn_gamma, l1, l2",
     "prune.criterion=1": "got 1, expected one of obs, bn_gamma",
     "prune.criterion=mine.py": "or file.py:function",
+    "prune.kind=2:4": "prune.kind: got '2:4', expected one of channel, unstructured, two_four",
+    "prune.sparsity=0": "prune.sparsity: got 0, expected a number > 0 and < 1",
+    "prune.sparsity=1": "prune.sparsity: got 1, expected a number > 0 and < 1",
     "prune.round_to=12": "got 12, expected one of 1, 2, 4, 8",
     "qat.teach_from_parent=yes": "got 'yes', expected true or false",
     "data.limit_val=0": "data.limit_val: got 0, expected a whole number >= 1 or null",
