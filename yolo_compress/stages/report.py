@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from yolo_compress import environment
-from yolo_compress.prune.masks import WHO_SKIPS_ZEROS
 from yolo_compress.report.document import build
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
+from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
 from yolo_compress.stages.bench import row_name
 
@@ -134,7 +134,7 @@ def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
-        said.append(WHO_SKIPS_ZEROS)
+        said += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
     return said
 
 
