@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -32,18 +33,41 @@ def test_images_outputs_and_dfl_stay_dense(nano):
 def test_the_smallest_weights_go(nano, scope, share):
     found = unstructured(nano, share, scope)
     weights = {name: conv.weight.detach().abs() for name, conv in convolutions(nano).items()}
-    parts = [list(weights)] if scope == "global" else [[name] for name in weights]
-    for names in parts:
-        values = torch.cat([weights[name].flatten() for name in names])
-        kept = torch.cat([found[name].flatten() for name in names])
-        assert int((~kept).sum()) == round(share * len(values))
-        assert values[kept].min() >= values[~kept].max()
+    gone = {name: int((~mask).sum()) for name, mask in found.items()}
+    if scope == "global":
+        assert sum(gone.values()) == round(share * sum(values.numel() for values in weights.values()))
+    else:
+        assert gone == {name: round(share * values.numel()) for name, values in weights.items()}
+    for name, values in weights.items():
+        assert not gone[name] or values[found[name]].min() >= values[~found[name]].max()
+
+
+def test_global_is_lamp_and_knows_no_scale(nano):
+    """Energy over that of all no smaller ones of the layer; of equal weights the first count as the larger ones."""
+    found = unstructured(nano, 0.6, "global")
+    kept, lost = [], []
+    for name, conv in convolutions(nano).items():
+        energy = conv.weight.detach().double().square().flatten().numpy()
+        ascending = np.sort(energy)
+        rest = ascending[::-1].cumsum()[::-1]
+        first, last = np.searchsorted(ascending, energy), np.searchsorted(ascending, energy, side="right") - 1
+        keep = found[name].flatten().numpy()
+        kept.append((energy / rest[last])[keep])
+        lost.append((energy / rest[first])[~keep])
+    assert np.concatenate(kept).min() >= np.concatenate(lost).max()
+    scaled = copy.deepcopy(nano)
+    scaled.model[4].cv1.conv.weight.data.mul_(128)  # its BatchNorm takes that out again
+    again = unstructured(scaled, 0.6, "global")
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def test_equal_magnitudes_are_counted_exactly(nano):
     flat = copy.deepcopy(nano)
     for conv in convolutions(flat).values():
         nn.init.constant_(conv.weight, -0.5)
+    assert all(bool(mask.flatten()[: int(mask.sum())].all()) for mask in unstructured(flat, 0.25).values()), (
+        "first stay"
+    )
     found = unstructured(flat, 0.25, "global")
     assert sum(int((~mask).sum()) for mask in found.values()) == round(0.25 * sum(m.numel() for m in found.values()))
 
@@ -54,8 +78,10 @@ def test_two_of_four_input_channels_by_hand():
     with torch.no_grad():
         weight.zero_()
         weight[0, :8, 1, 2] = torch.tensor([1.0, -4.0, 3.0, 2.0, 0.1, 0.2, -0.4, 0.3])
+        weight[0, 8:12, 1, 2] = torch.tensor([-1.0, 1.0, 1.0, -1.0])  # of equal ones the first stay
     mask = two_four(model)["model.1.conv"]
     assert mask[0, :8, 1, 2].tolist() == [False, True, True, False, False, False, True, True]
+    assert mask[0, 8:12, 1, 2].tolist() == [True, True, False, False]
     assert set(two_four(model)) == set(convolutions(model))  # all inner widths of YOLOv8n are multiples of four
     for found in two_four(model).values():
         fours = found.reshape(found.shape[0], -1, 4, *found.shape[2:])
