@@ -25,16 +25,20 @@ def nano():
 class Machine(latency.Rig):
     """A machine that takes `law(share of the MACs)` of the dense time; it builds nothing."""
 
-    def __init__(self, dense_macs, law):
+    def __init__(self, dense_macs, law, disturbed=()):
         super().__init__(None, HW, ("a", "b"), "onnxruntime", "fp32", None)
         object.__setattr__(self, "dense_macs", dense_macs)
         object.__setattr__(self, "law", law)
+        object.__setattr__(self, "disturbed", disturbed)
+        object.__setattr__(self, "calls", [])
 
     def engine(self, model, name):
         return conv_macs(model, HW) / self.dense_macs
 
-    def share(self, engine, dense):
-        return self.law(engine)
+    def times(self, engine, dense):
+        self.calls.append(engine)
+        busy = 2.0 if len(self.calls) in self.disturbed else 1.0  # other work slows both down
+        return busy * 10 * self.law(engine), busy * 10
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,17 @@ def test_the_limit_is_hit_on_machines_unlike_the_table(nano, planner, law, share
     assert abs(hit.measured_ms / (10 * share) - 1) <= latency.CLOSE_ENOUGH
     assert hit.measured_ms == pytest.approx(10 * law(hit.plan.kept_flops)) and 1 <= len(said) <= latency.TRIES
     assert planner(hit.asked_ms).widths == hit.plan.widths  # what a resumed run plans again
+
+
+@pytest.mark.parametrize("disturbed", [(1,), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("table_ms", [10.0, 18.0])
+def test_a_busy_machine_does_not_move_the_limit(nano, planner, disturbed, table_ms):
+    machine = Machine(conv_macs(nano, HW), lambda m: 0.3 + 0.7 * m, disturbed)
+    scaled = lambda ms: planner(ms * 10 / table_ms)  # noqa: E731
+    hit = latency.hit(nano, scaled, 6.5, table_ms, machine, None, lambda _: None)
+    assert abs(hit.measured_ms / 6.5 - 1) <= latency.TOLERANCE
+    if hit.dense_ms == 10.0:  # the machine was quiet at least once
+        assert 10 * (0.3 + 0.7 * hit.plan.kept_flops) == pytest.approx(6.5, rel=latency.TOLERANCE)
 
 
 def test_a_machine_that_gains_nothing_is_an_error(nano, planner):

@@ -36,7 +36,7 @@ BLOCK = 8  # channels; what vector units of CPUs take at once
 TOLERANCE = 0.05  # of the limit, on the finished network; what the recipe promises
 CLOSE_ENOUGH = 0.02  # of the limit; nearer is within the noise of a measurement
 TRIES = 6
-ROUNDS, SAMPLES = 6, 30  # of a comparison with the dense network
+LAUNCHES, ROUNDS, SAMPLES = 2, 4, 30  # of a comparison with the dense network
 
 Planner = Callable[[float], Plan]  # the plan for a limit in milliseconds by the table
 
@@ -148,20 +148,27 @@ class Rig:
         BACKENDS[self.runtime].build(file, out, self.precision)
         return out
 
-    def share(self, engine: Path, dense: Path) -> float:
-        """Time of `engine` as a share of that of `dense`: the median over rounds of ratios of medians, in turn."""
-        specs = [{"label": path.name, "engine": str(path), "threads": self.threads} for path in (dense, engine)]
-        results = measure_in_turn(specs, ROUNDS, SAMPLES)
-        slow, fast = ([float(np.median(taken)) for taken in result["rounds_ms"]] for result in results)
-        return float(np.median(np.array(fast) / np.array(slow)))
+    def times(self, engine: Path, dense: Path) -> tuple[float, float]:
+        """Milliseconds of `engine` and of `dense`: the lowest of the medians of rounds in turn, over two sets of processes.
+
+        Other work on the machine, and threads that a process got badly placed, only ever make a round slower.
+        """
+        specs = [{"label": path.name, "engine": str(path), "threads": self.threads} for path in (engine, dense)]
+        launches = [measure_in_turn(specs, ROUNDS, SAMPLES) for _ in range(LAUNCHES)]
+        own, whole = (
+            min(float(np.median(taken)) for results in launches for taken in results[index]["rounds_ms"])
+            for index in (0, 1)
+        )
+        return own, whole
 
 
 @dataclass(frozen=True)
 class Hit:
-    """What was asked of the table in the end, the time of the finished network, and its plan."""
+    """What was asked of the table in the end, the times of the finished and of the dense network, and the plan."""
 
     asked_ms: float
     measured_ms: float
+    dense_ms: float
     plan: Plan
 
 
@@ -169,7 +176,7 @@ def hit(
     model: nn.Module,
     planner: Planner,
     limit_ms: float,
-    dense_ms: float,
+    table_ms: float,
     rig: Rig,
     dense: Path,
     say: Callable[[str], None],
@@ -182,7 +189,8 @@ def hit(
     Args:
         model: what the plans are for; not changed.
         planner: limit in ms by the table -> plan.
-        limit_ms, dense_ms: what is asked, and what the dense network took when the table was made.
+        limit_ms: what is asked.
+        table_ms: what the dense network takes by the table.
         rig: builds and times.
         dense: engine of the dense network, from `rig`.
         say: takes one line a try.
@@ -191,7 +199,8 @@ def hit(
         CompressError: no try came within `TOLERANCE`; says how close.
         RecipeError: the limit cannot be reached.
     """
-    asked, tried = limit_ms, list[tuple[float, float, Plan]]()
+    asked, tried = limit_ms, list[tuple[float, float, Plan]]()  # asked of the table, share of the dense time, plan
+    dense_ms = table_ms
     while len(tried) < TRIES:
         try:
             plan = planner(asked)
@@ -201,13 +210,16 @@ def hit(
             break  # the table has no narrower network to offer
         candidate = copy.deepcopy(model)
         prune(candidate, plan.keep)
-        measured = dense_ms * rig.share(rig.engine(candidate, "candidate"), dense)
-        tried.append((asked, measured, plan))
+        own, whole = rig.times(rig.engine(candidate, "candidate"), dense)
+        dense_ms = min(dense_ms, whole)
+        tried.append((asked, own / whole, plan))
+        measured = dense_ms * own / whole
         say(f"prune: {plan.kept_flops:.1%} of the MACs take {measured:.2f} ms on {rig.runtime}, {limit_ms:g} ms asked")
         if abs(measured / limit_ms - 1) <= CLOSE_ENOUGH:
             break
-        asked = _next(limit_ms, dense_ms, [(a, m) for a, m, _ in tried])
-    found = Hit(*min(tried, key=lambda one: abs(one[1] / limit_ms - 1)))
+        asked = _next(limit_ms, (dense_ms, table_ms), [(dense_ms * share, one) for one, share, _ in tried])
+    hits = [Hit(one, dense_ms * share, dense_ms, plan) for one, share, plan in tried]
+    found = min(hits, key=lambda one: abs(one.measured_ms / limit_ms - 1))
     off = abs(found.measured_ms / limit_ms - 1)
     if off > TOLERANCE:
         raise CompressError(
@@ -217,11 +229,13 @@ def hit(
     return found
 
 
-def _next(limit_ms: float, dense_ms: float, tried: Sequence[tuple[float, float]]) -> float:
-    """What to ask next: on the line between the nearest network that was too fast and the nearest that was too slow.
+def _next(limit_ms: float, dense: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
+    """What to ask next, from (measured, asked) pairs: on the line between the nearest too fast and the nearest too slow.
 
     The dense network stands in for a slow one and a network of no time for a fast one, until such were measured.
     """
-    slow = min(((m, a) for a, m in tried if m > limit_ms), default=(dense_ms, dense_ms))
-    fast = max(((m, a) for a, m in tried if m <= limit_ms), default=(0.0, 0.0))
+    slow = min((pair for pair in tried if pair[0] > limit_ms), default=dense)
+    fast = max((pair for pair in tried if pair[0] <= limit_ms), default=(0.0, 0.0))
+    if slow[0] <= fast[0]:
+        return slow[1]
     return fast[1] + (slow[1] - fast[1]) * (limit_ms - fast[0]) / (slow[0] - fast[0])

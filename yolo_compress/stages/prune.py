@@ -275,7 +275,7 @@ class Pruner:
         metrics = {
             "latency_target_ms": self.config.latency_ms,
             "latency_measured_ms": hit.measured_ms,
-            "latency_dense_ms": whole_ms,
+            "latency_dense_ms": hit.dense_ms,
             "latency_runtime": self.config.latency_runtime,
         }
         atomic_write(kept, json.dumps({"asked_ms": hit.asked_ms, "metrics": metrics}) + "\n")
