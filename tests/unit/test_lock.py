@@ -18,9 +18,10 @@ from yolo_compress.errors import Locked, StorageError
 from yolo_compress.lock import holder, lock
 
 HOLDER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from yolo_compress.lock import lock
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 with lock(Path(sys.argv[1]), "prune of recipe bccd"):
     child = os.fork() if "fork" in sys.argv else 1
     if child:

@@ -51,8 +51,8 @@ def planner(nano):
     return lambda ms: choose(nano, groups, scores, latency_ms(shapes, table, ms), 8, HW, scope="local")
 
 
-@pytest.mark.parametrize("law", [lambda m: m, lambda m: 0.3 + 0.7 * m, lambda m: m**0.5, lambda m: 0.15 + 0.85 * m**2])
-@pytest.mark.parametrize("share", [0.8, 0.65, 0.5])
+@pytest.mark.parametrize("law", [lambda m: 0.3 + 0.7 * m, lambda m: m**0.5, lambda m: 0.15 + 0.85 * m**2])
+@pytest.mark.parametrize("share", [0.8, 0.5])
 def test_the_limit_is_hit_on_machines_unlike_the_table(nano, planner, law, share):
     machine = Machine(conv_macs(nano, HW), law)
     said = []
@@ -62,8 +62,7 @@ def test_the_limit_is_hit_on_machines_unlike_the_table(nano, planner, law, share
     assert planner(hit.asked_ms).widths == hit.plan.widths  # what a resumed run plans again
 
 
-@pytest.mark.parametrize("disturbed", [(1,), (2,), (1, 2, 3)])
-@pytest.mark.parametrize("table_ms", [10.0, 18.0])
+@pytest.mark.parametrize(("disturbed", "table_ms"), [((1,), 18.0), ((2,), 10.0), ((1, 2, 3), 18.0)])
 def test_a_busy_machine_does_not_move_the_limit(nano, planner, disturbed, table_ms):
     machine = Machine(conv_macs(nano, HW), lambda m: 0.3 + 0.7 * m, disturbed)
     scaled = lambda ms: planner(ms * 10 / table_ms)  # noqa: E731
@@ -93,6 +92,7 @@ def test_the_probe_prices_every_convolution_at_every_width(nano, probe):
     assert macs[0] == conv_macs(nano, HW) and macs == sorted(macs, reverse=True) and macs[-1] < 0.2 * macs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_table_times_every_layer(nano, probe, runtime, monkeypatch):
     for name, value in (("PROFILED_RUNS", 3), ("TIMED_RUNS", 3), ("ROUNDS", 1)):
