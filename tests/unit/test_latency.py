@@ -119,7 +119,7 @@ def test_the_first_round_warms_up_longer() -> None:
 # ---- processes
 
 CHILD = """
-import json, os, sys
+import json, os, sys, time
 spec = json.loads(sys.stdin.readline())
 if spec["mode"] == "dies at load":
     sys.exit("cannot open the engine: out of luck")
@@ -133,6 +133,8 @@ for number, line in enumerate(sys.stdin):
         os._exit(3)
     if spec["mode"] == "babbles":
         print("hello", flush=True)
+    if spec["mode"] == "hangs":
+        time.sleep(60)
     print(json.dumps({"samples_ms": [number + 0.5] * n, "quiet": spec["mode"] != "spins"}), flush=True)
 """
 
@@ -184,6 +186,12 @@ def test_a_child_that_fails_is_named_with_its_last_words(specs: Any, mode: str, 
     with pytest.raises(LatencyError, match=words) as caught:
         measure_in_turn(specs("works", mode), 3, 2)
     assert len(str(caught.value)) < 2500, "the end of a long stderr, not all of it"
+
+
+def test_a_child_that_hangs_is_ended(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yolo_compress.runtime.turns.PATIENCE_S", 1.5)
+    with pytest.raises(LatencyError, match=r"B: the measuring process gave no answer in 1\.5 s and was ended"):
+        measure_in_turn(specs("works", "hangs"), 1, 2)
 
 
 def test_every_child_is_ended_when_one_fails(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, Optional, Sequence
 
@@ -15,6 +16,7 @@ from .errors import LatencyError
 _PACKAGE = __name__.rpartition(".")[0]
 MODULE = _PACKAGE + ".latency"
 _ROOT = str(Path(__file__).resolve().parents[_PACKAGE.count(".") + 1])  # the folder that the package is imported from
+PATIENCE_S = 900.0  # for one answer: loading an engine, or one round of a slow network
 STDERR_KEPT = 2000  # characters of a failed child's stderr that are reported
 
 
@@ -35,16 +37,31 @@ class _Child:
         )
 
     def ask(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """One request line, one reply; LatencyError with the child's last words if it dies or talks nonsense."""
+        """One request line, one reply; LatencyError with the child's last words if it dies, hangs or talks nonsense."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            self._process.kill()
+
+        watch = threading.Timer(PATIENCE_S, end)
+        watch.daemon = True
+        watch.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            watch.cancel()
         if not line:
             code = self._process.wait()
+            if hung.is_set():
+                raise LatencyError(
+                    f"{self.label}: the measuring process gave no answer in {PATIENCE_S:g} s and was ended"
+                )
             self._stderr.seek(0)
             words = self._stderr.read()[-STDERR_KEPT:].strip()
             raise LatencyError(f"{self.label}: the measuring process ended with code {code}:\n{words}")
