@@ -89,7 +89,10 @@ def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Sig
     while not list(store.glob("prune-*.partial/work/resume.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that did not end would train on beside every later test
     assert process.returncode == code
     assert "the same command continues where it stopped" in stderr and "Traceback" not in stderr
     assert not [path for path in store.rglob("*") if path.name.startswith(".tmp")]
