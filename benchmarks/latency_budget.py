@@ -65,7 +65,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 model = ultra.load_model(Path(answer["artifact"]) / "model.pt")
                 names = tuple(model.names.values())
-                rig = Rig(Path(scratch), size, names, runtime, "fp32", None)
+                rig = Rig(Path(scratch), size, names, runtime, "fp32")
                 dense = rig.engine(ultra.load_model(Path(find_weights(str(recipe.baseline.weights)))), "dense")
                 own, whole = rig.times(rig.engine(model, "pruned"), dense)
                 again = own / whole

@@ -56,8 +56,9 @@ def measured(
     model = copy.deepcopy(dense)
     start = time.perf_counter()
     groups = prunable(model)
-    budget = keep_flops(conv_shapes(model, size), args.keep_flops)
-    plan = choose(model, groups, importance, budget, args.round_to, size, args.floor, scope)
+    shapes = conv_shapes(model, size)
+    budget = keep_flops(shapes, args.keep_flops)
+    plan = choose(model, groups, importance, budget, args.round_to, shapes, args.floor, scope)
     if rebuilt:
         reconstruct(model, groups, plan.keep, evidence.moments)
     prune(model, plan.keep)

@@ -3,8 +3,8 @@
     python benchmarks/pruning_latency.py --weights yolov8n_bccd.pt --data bccd.yaml --imgsz 320 --keep-flops 0.5
 
 One process a network, rounds in turn; ratios are medians over rounds of ratios of medians to the dense network. mAP50-95 is
-that of the pruned network without any training (the importance, hand-over and BatchNorm of `prune`), None for the narrowed one,
-which is YOLOv8 with every width scaled alike, as `width_multiple` does. Prints a markdown table, and on the last line JSON.
+that of the pruned network without any training (the importance, hand-over and BatchNorm of `prune`). `narrower` is stock YOLOv8
+with the `width_multiple` that comes nearest to the same MACs, weights random. Prints a markdown table, and on the last line JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, calibration_subset, load
@@ -40,21 +40,16 @@ from yolo_compress.stages.batches import letterboxed
 from yolo_compress.weights import find_weights
 
 
-def narrowed(dense: nn.Module, keep: float, imgsz_hw: tuple[int, int], unit: int = 8) -> nn.Module:
-    """Every width scaled by one factor and rounded to `unit`, so that `keep` of the MACs stay; which channels, does not matter."""
-    target, low, high = keep * conv_macs(dense, imgsz_hw), 0.0, 1.0
-    best = dense
-    for _ in range(12):
-        factor = (low + high) / 2
-        net = copy.deepcopy(dense)
-        widths = {g.name: max(unit, round(factor * g.width / unit) * unit) for g in prunable(net)}
-        prune(net, {name: torch.arange(min(width, dict_width)) for (name, width), dict_width in zip(
-            widths.items(), (g.width for g in prunable(net)), strict=True)})  # fmt: skip
-        if conv_macs(net, imgsz_hw) <= target:
-            low, best = factor, net
-        else:
-            high = factor
-    return best
+def narrower(dense: nn.Module, keep: float, imgsz_hw: tuple[int, int]) -> nn.Module:
+    """Stock YOLOv8 of the depth of n, and of the width whose MACs are nearest to `keep` of those of `dense`."""
+    described = yaml_model_load("yolov8n.yaml")
+    depth, full, most = described["scales"]["n"]
+    target = keep * conv_macs(dense, imgsz_hw)
+    nets = []
+    for percent in range(40, 100, 2):
+        scales = {"n": [depth, full * percent / 100, most]}
+        nets.append(DetectionModel({**described, "scales": scales}, nc=dense.model[-1].nc, verbose=False).eval())
+    return min(nets, key=lambda net: abs(conv_macs(net, imgsz_hw) - target))
 
 
 def pruned(dense: nn.Module, dataset: Dataset, scope: str, round_to: int, args: argparse.Namespace) -> nn.Module:
@@ -63,8 +58,9 @@ def pruned(dense: nn.Module, dataset: Dataset, scope: str, round_to: int, args: 
     net = copy.deepcopy(dense)
     groups = prunable(net)
     evidence = Evidence(net, groups, images=partial(letterboxed, samples, size))
-    limit = keep_flops(conv_shapes(net, size), args.keep_flops)
-    plan = choose(net, groups, scores(evidence, CRITERIA["obs"]), limit, round_to, size, scope=scope)
+    shapes = conv_shapes(net, size)
+    limit = keep_flops(shapes, args.keep_flops)
+    plan = choose(net, groups, scores(evidence, CRITERIA["obs"]), limit, round_to, shapes, scope=scope)
     reconstruct(net, groups, plan.keep, evidence.moments)
     prune(net, plan.keep)
     reestimate_batchnorm(net, letterboxed(samples, size))
@@ -110,16 +106,15 @@ def main() -> None:
     size = (args.imgsz, args.imgsz)
     dataset = load(args.data)
     dense = ultra.load_model(Path(find_weights(args.weights)))
-    nets = {"dense": dense, "narrowed": narrowed(dense, args.keep_flops, size)}
+    nets = {"dense": dense, "narrower": narrower(dense, args.keep_flops, size)}
     for scope in args.scopes:
         for round_to in args.round_to:
             nets[f"{scope}-{round_to}"] = pruned(dense, dataset, scope, round_to, args)
     accuracies: dict[str, float | None] = {}
     for name, net in nets.items():
         with TorchBackend(net, dataset.names, size) as backend:
-            accuracies[name] = (
-                None if name == "narrowed" else accuracy(backend, dataset.val, dataset.names, size)["map50_95"]
-            )
+            scored = None if name == "narrower" else accuracy(backend, dataset.val, dataset.names, size)["map50_95"]
+            accuracies[name] = scored
     latencies = timed(nets, dataset.names, args)
     described = environment.describe()
     print(

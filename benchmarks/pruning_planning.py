@@ -55,7 +55,8 @@ def main() -> None:
     with timed(f"criterion {criterion}"):
         importance = scores(evidence, CRITERIA[criterion])
     with timed("plan"):
-        plan = choose(model, groups, importance, keep_flops(conv_shapes(model, size), args.keep_flops), 16, size)
+        shapes = conv_shapes(model, size)
+        plan = choose(model, groups, importance, keep_flops(shapes, args.keep_flops), 16, shapes)
     if images:
         with timed("hand-over"):
             reconstruct(model, groups, plan.keep, evidence.moments)

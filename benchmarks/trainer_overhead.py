@@ -1,6 +1,7 @@
-"""Time of a plain training step: ours (no hooks) against Ultralytics' own DetectionTrainer, in turn, in one run.
+"""Time of a training step, in turn, in one run: a plain one of ours against Ultralytics' own, or a sparse against a plain one.
 
     python benchmarks/trainer_overhead.py --data bccd.yaml --weights yolov8n_bccd.pt --imgsz 320 --batch 16 --rounds 6
+    python benchmarks/trainer_overhead.py --penalty l1        # or group_lasso: sparse training against no hooks
 
 Both take the same images (from memory), augmentations, optimizer, thread count and an optimizer step for every batch. A step
 is the time from the start of one batch to the start of the next, so loading and augmentation are in it; the first two steps
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ import yaml
 
 from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, load
+from yolo_compress.hook import TrainHook
+from yolo_compress.prune.gamma import SparseTraining
+from yolo_compress.prune.penalty import PENALTIES
 from yolo_compress.ultra.trainer import HookedTrainer
 from yolo_compress.weights import find_weights
 
@@ -38,9 +43,11 @@ def timed(trainer: Any) -> list[float]:
     return steps[WARM_STEPS:]
 
 
-def ours(dataset: Dataset, settings: ultra.TrainSettings, weights: Path, work: Path) -> list[float]:
+def ours(
+    dataset: Dataset, settings: ultra.TrainSettings, weights: Path, work: Path, hooks: Sequence[TrainHook] = ()
+) -> list[float]:
     work.mkdir()
-    trainer = HookedTrainer(ultra.load_model(weights), dataset, settings, [], work, "ours")
+    trainer = HookedTrainer(ultra.load_model(weights), dataset, settings, hooks, work, "ours")
     try:
         return timed(trainer)
     finally:
@@ -68,22 +75,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
     options = parser.parse_args()
     dataset, weights = load(options.data), find_weights(options.weights)
     settings = ultra.TrainSettings(
         epochs=1, batch=options.batch, imgsz_px=options.imgsz, optimizer="AdamW", lr0=1e-3, threads=options.threads
     )
-    samples: dict[str, list[list[float]]] = {"ours": [], "ultralytics": []}
+    pair = ("sparse", "plain") if options.penalty else ("ours", "ultralytics")
+    samples: dict[str, list[list[float]]] = {who: [] for who in pair}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = copy_for_ultralytics(dataset, folder / "data")
         for number in range(options.rounds):
-            order = ("ours", "ultralytics") if number % 2 == 0 else ("ultralytics", "ours")
-            for who in order:
+            for who in pair if number % 2 == 0 else pair[::-1]:
                 work = folder / f"{who}{number}"
-                samples[who].append(
-                    ours(dataset, settings, weights, work) if who == "ours" else theirs(data, settings, weights, work)
-                )
+                hooks = [SparseTraining(PENALTIES[options.penalty](), 1e-3)] if who == "sparse" else []
+                if who == "ultralytics":
+                    samples[who].append(theirs(data, settings, weights, work))
+                else:
+                    samples[who].append(ours(dataset, settings, weights, work, hooks))
     report(samples, options, len(dataset.train))
 
 
@@ -104,20 +114,21 @@ def copy_for_ultralytics(dataset: Dataset, folder: Path) -> Path:
 
 def report(samples: dict[str, list[list[float]]], options: argparse.Namespace, images: int) -> None:
     medians = {who: statistics.median(step for steps in runs for step in steps) for who, runs in samples.items()}
+    first, second = samples
     rounds = [
         statistics.median(mine) / statistics.median(other)
-        for mine, other in zip(samples["ours"], samples["ultralytics"], strict=True)
+        for mine, other in zip(samples[first], samples[second], strict=True)
     ]
     count = {who: sum(map(len, runs)) for who, runs in samples.items()}
     print("| trainer | median step ms | n |\n|---|---|---|")
     for who, value in medians.items():
         print(f"| {who} | {1e3 * value:.1f} | {count[who]} |")
     answer = {
-        "ratio_of_medians": round(medians["ours"] / medians["ultralytics"], 4),
+        "ratio_of_medians": round(medians[first] / medians[second], 4),
         "ratio_by_round": [round(value, 4) for value in rounds],
         "median_of_rounds": round(statistics.median(rounds), 4),
         "images": images,
-        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads")},
+        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads", "penalty")},
         "environment": environment.describe(),
     }
     print(json.dumps(answer))

@@ -113,7 +113,7 @@ def _probe(command: cli_grammar.Command) -> int:
 
     folder = pipeline.probe(_load(command), command.options["out"])
     result(f"on the robot: python3 -m yolo_compress.runtime.layers {folder} --runtime RUNTIME > table.json")
-    result("then here: prune.latency_ms=MS prune.latency_table=table.json prune.latency_runtime=RUNTIME")
+    result("then here: prune.latency_ms=MS prune.latency_table=table.json")
     result(json.dumps({"probe": str(folder)}))
     return 0
 

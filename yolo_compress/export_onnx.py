@@ -27,8 +27,8 @@ MAX_IR_VERSION = 10  # what ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 rea
 class Expectation(nn.Module):
     """Ultralytics' DFL, the expectation of a softmax over `reg_max` bins, as two sums over one exponential.
 
-    Same function as its convolution of the softmax, which ONNX Runtime runs 20 times slower (`benchmarks/dfl.py`): as
-    slow as a tenth of YOLOv8n, and no pruning makes it faster.
+    Same function as its convolution of the softmax, which ONNX Runtime runs many times slower (`benchmarks/dfl.py`):
+    a fixed cost that no pruning takes away.
     """
 
     def __init__(self, reg_max: int) -> None:

@@ -281,7 +281,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     if recipe.prune is None:
         raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
     with _planning(recipe, store or Store(FOLDER)) as (job, weights):
-        return dict(importlib.import_module("yolo_compress.stages.prune").dry_run(job, weights))
+        return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
@@ -290,7 +290,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"out={out}: the folder is not empty")
     with _planning(recipe, store or Store(FOLDER)) as (job, weights):
-        importlib.import_module("yolo_compress.stages.prune").probe(job, weights, folder)
+        importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
     return folder
 
 

@@ -128,6 +128,8 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
     for knob in ("latency_runtime", "latency_precision", "latency_table"):
         if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect without prune.latency_ms"
+        elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
     if 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
 

@@ -122,6 +122,8 @@ class FakeTensorRT(ModuleType):
             "OnnxParser": self._parser,
             "Logger": self._logger_class(),
         }
+        if "report_layer_time" in api.get("IProfiler", ()):
+            self.parts["IProfiler"] = type("IProfiler", (), {})
 
     def __getattr__(self, name: str) -> Any:
         api = self.__dict__["api"]
@@ -294,15 +296,20 @@ class FakeTensorRT(ModuleType):
             target = self.memory.blocks[state["address"]["output0"]]
             assert output.nbytes <= len(target)
             target[: output.nbytes] = output.tobytes()
+            if context.profiler is not None:
+                for layer, ms in (("/model.0/conv/Conv + PWN(/model.0/act/Mul)", 0.25), ("Reformat", 0.125)):
+                    context.profiler.report_layer_time(layer, ms)
             return True
 
-        return self.strict(
+        context = self.strict(
             "IExecutionContext",
+            profiler=None,
             set_input_shape=set_shape,
             get_tensor_shape=get_shape,
             set_tensor_address=lambda name, pointer: state["address"].update({name: pointer}),
             execute_async_v3=execute,
         )
+        return context
 
 
 def expected(images: np.ndarray) -> np.ndarray:
@@ -427,6 +434,11 @@ def test_an_engine_runs(trt: FakeTensorRT, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"float32 \[1, 3, 32, 64\] expected"):
             backend(np.zeros((2, 3, *IMGSZ), np.float32))
     assert trt.memory.closed and not trt.memory.blocks, "device memory is given back"
+
+
+def test_layers_are_timed_by_the_profiler(trt: FakeTensorRT, tmp_path: Path) -> None:
+    with TensorRTBackend(made(tmp_path, "float", "fp32")) as backend:
+        assert backend.node_ms(3) == {"/model.0/conv/Conv + PWN(/model.0/act/Mul)": 0.25, "Reformat": 0.125}
 
 
 def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ class Case:
         self.scores = scores(Evidence(self.model, self.groups), CRITERIA["bn_gamma"])
 
     def choose(self, keep_flops, round_to=8, scores=None, **options):
-        limit = budget.keep_flops(conv_shapes(self.model, HW), keep_flops)
-        return choose(self.model, self.groups, scores or self.scores, limit, round_to, HW, **options)
+        shapes = conv_shapes(self.model, HW)
+        limit = budget.keep_flops(shapes, keep_flops)
+        return choose(self.model, self.groups, scores or self.scores, limit, round_to, shapes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +190,9 @@ def test_steps_too_coarse_name_the_nearest_budget(nano):
     one = [group for group in nano.groups if group.name == "model.15.cv2"]
 
     def plan(keep_flops, round_to):
-        limit = budget.keep_flops(conv_shapes(nano.model, HW), keep_flops)
-        return choose(nano.model, one, nano.scores, limit, round_to, HW, floor=0)
+        shapes = conv_shapes(nano.model, HW)
+        limit = budget.keep_flops(shapes, keep_flops)
+        return choose(nano.model, one, nano.scores, limit, round_to, shapes, floor=0)
 
     with pytest.raises(RecipeError, match=r"within 2 % in steps of prune\.round_to=32; the nearest below is") as e:
         plan(0.999, 32)
@@ -234,8 +236,8 @@ def test_bad_scores_name_their_group(nano):
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_keep_params_counts_what_torch_counts(cases, size, share):
     case = cases[size]
-    limit = budget.keep_params(conv_shapes(case.model, HW), share)
-    plan = choose(case.model, case.groups, case.scores, limit, 8, HW)
+    shapes = conv_shapes(case.model, HW)
+    plan = choose(case.model, case.groups, case.scores, budget.keep_params(shapes, share), 8, shapes)
     pruned = copy.deepcopy(case.model)
     prune(pruned, plan.keep)
     assert (plan.parameters_before, plan.parameters_after) == (parameters(case.model), parameters(pruned))
@@ -289,7 +291,7 @@ def test_latency_of_a_linear_machine_is_exact(nano, share, factor):
 
 
 def nano_plan(nano, limit):
-    return choose(nano.model, nano.groups, nano.scores, limit, 8, HW)
+    return choose(nano.model, nano.groups, nano.scores, limit, 8, conv_shapes(nano.model, HW))
 
 
 def test_latency_that_asks_for_nothing_or_too_much(nano):

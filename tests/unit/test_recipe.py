@@ -136,6 +136,10 @@ def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
     ("overrides", "message"),
     [
         (("prune.latency_ms=8", "prune.keep_flops=0.5"), "prune.keep_flops and prune.latency_ms are both given"),
+        (
+            ("prune.latency_ms=8", "prune.latency_table=t.json", "prune.latency_runtime=openvino"),
+            "prune.latency_runtime has no effect with prune.latency_table",
+        ),
         (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
         (("prune.sparsity=0.7",), "prune.sparsity=0.7 has no effect with prune.kind=channel"),
         (("prune.kind=two_four", "prune.sparsity=0.7"), "prune.sparsity=0.7 has no effect with prune.kind=two_four"),

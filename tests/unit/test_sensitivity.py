@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.test_graph import lively
+from yolo_compress.csvtext import csv_text
 from yolo_compress.errors import NumericsError
 from yolo_compress.prune import sensitivity
 from yolo_compress.prune.evidence import input_moments
@@ -87,4 +88,4 @@ def test_least_widths_of_caps(net):
 
 def test_csv():
     found = {"measure": "loss", "dense": 1.5, "ratios": [0.25, 0.5], "groups": {"a": [1.6, 2.0]}, "caps": {"a": 0.4}}
-    assert sensitivity.to_csv(found) == "group,loss_at_0.25,loss_at_0.5,cap\ndense,1.5,1.5,\na,1.6,2,0.4\n"
+    assert csv_text(sensitivity.rows(found)) == "group,loss_at_0.25,loss_at_0.5,cap\ndense,1.5,1.5,\na,1.6,2,0.4\n"

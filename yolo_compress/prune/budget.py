@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from yolo_compress.prune.price import (
     ConvShape,
     Price,
     Widths,
-    conv_shapes,
     latency_price,
     macs_price,
     parameters_price,
@@ -59,9 +58,9 @@ def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
     return _share("keep_params", shapes, parameters_price, share)
 
 
-def latency_ms(shapes: Mapping[str, ConvShape], table: Mapping[str, object], limit: float) -> Budget:
+def latency_ms(shapes: Mapping[str, ConvShape], table: Mapping[str, Any], limit: float) -> Budget:
     """Milliseconds by `price.latency_price`."""
-    dense = float(table["whole_ms"])  # type: ignore[arg-type]
+    dense = float(table["whole_ms"])
     if not 0 < limit < dense:
         raise RecipeError(f"prune: latency_ms={limit:g} asks for nothing: the network as it is takes {dense:.3g} ms")
     return Budget("latency_ms", latency_price(shapes, table), limit, 1.0)
@@ -86,7 +85,7 @@ class Plan:
         widths: group name -> (channels before, channels after), in order of execution.
         macs: convolution -> (MACs before, MACs after) for one image.
         parameters_before, parameters_after: of convolutions and BatchNorms.
-        cost: of the budget's price; `limit`, its target, in the same unit.
+        cost: by the budget's price.
     """
 
     keep: dict[str, Tensor]
@@ -95,7 +94,6 @@ class Plan:
     parameters_before: int
     parameters_after: int
     cost: float
-    limit: float
 
     @property
     def macs_before(self) -> int:
@@ -119,7 +117,7 @@ def choose(
     scores: Mapping[str, Tensor],
     budget: Budget,
     round_to: int,
-    imgsz_hw: tuple[int, int],
+    shapes: Mapping[str, ConvShape],
     floor: float = 0.1,
     scope: Scope = "global",
     least: Mapping[str, int] | None = None,
@@ -135,7 +133,7 @@ def choose(
         scores: group name -> `importance_C`.
         budget: what the result may cost.
         round_to: widths are multiples of this, a power of two, where the original width is.
-        imgsz_hw: image size in pixels at which MACs are counted.
+        shapes: `price.conv_shapes` of the model as it stands.
         floor: every group keeps at least this share of its channels, and at least one block.
         scope: which groups are ranked together; each such class is thinned alike. `global` all, `local` each alone,
             `isomorphic` those whose members have the same roles and kernels (Fang et al., arXiv 2407.04616).
@@ -148,7 +146,6 @@ def choose(
     """
     _check_settings(round_to, floor, scope)
     ties = _ties(model, groups, scores, round_to, floor, least or {})
-    shapes = conv_shapes(model, imgsz_hw)
     full = np.array([tie.width for tie in ties])
     layout = Widths(shapes, _members(groups, ties), list(full))
 
@@ -159,8 +156,7 @@ def choose(
     if smallest > budget.target:
         raise RecipeError(
             f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be reached; the smallest is "
-            f"{budget.of(smallest)} with prune.floor={floor} and prune.round_to={round_to}"
-            f"{' and the caps that sensitivity set' if least else ''}"
+            f"{budget.of(smallest)} with prune.floor={floor}, prune.round_to={round_to} and the caps of prune.sensitivity, if any"
         )
     widths = _fill(_cut(_ranked(ties, scope), ties, price, budget.target), ties, price, budget.target)
     cost = price(widths)
@@ -171,20 +167,20 @@ def choose(
         )
     kept = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
     before, after = layout.channels(full), layout.channels(widths)
-    macs = [
-        [int(shape.area * out * inputs) for shape, out, inputs in zip(shapes.values(), *sides, strict=True)]
-        for sides in (before, after)
-    ]
     count = parameters_price(shapes)
     return Plan(
         keep={group.name: _best(scores[group.name], kept[group.name]) for group in groups},
         widths={group.name: (group.width, kept[group.name]) for group in groups},
-        macs=dict(zip(shapes, zip(*macs, strict=True), strict=True)),
+        macs=dict(zip(shapes, zip(_macs(shapes, before), _macs(shapes, after), strict=True), strict=True)),
         parameters_before=int(count(*before)),
         parameters_after=int(count(*after)),
         cost=cost,
-        limit=budget.target,
     )
+
+
+def _macs(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, np.ndarray]) -> list[int]:
+    area_N = np.array([shape.area for shape in shapes.values()], dtype=np.int64)
+    return (area_N * channels[0] * channels[1]).tolist()
 
 
 def _members(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:

@@ -17,12 +17,10 @@ from yolo_compress.prune.penalty import Penalty
 BIN_WIDTH = 0.05  # of |gamma|; trained YOLOv8 gammas lie between 0 and 4, most near 1
 BINS = 81  # the last bin takes all from 4.0 up
 # A gamma under this scales its channel to nothing beside the usual 1: the variance left, 1e-4, is a tenth of the eps, 1e-3,
-# with which the next BatchNorm divides. In trained nets the largest gamma of any group is 0.88 and more.
+# with which the next BatchNorm divides.
 SMALL = 1e-2
 CUTS_PERCENT = (25, 50, 75)  # of the channels of each group; fixed, as the budget is known to `prune` alone
-# Of the mass under a cut of half the channels. Training without lambda left 0.995 and more of it (YOLOv8n on BCCD, 128 px, 100
-# steps, lr0 of 0.001 and 0.01).
-LITTLE = 0.95
+LITTLE = 0.95  # of the mass under a cut of half the channels: that much left is what training without lambda leaves too
 COLLAPSED, DETECTS = 0.1, 0.05  # of the mAP50-95 before; a net that had less than 0.05 has nothing to compare with
 
 

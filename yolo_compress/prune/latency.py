@@ -32,7 +32,7 @@ from yolo_compress.runtime.layers import LAYERS, SCHEMA
 from yolo_compress.runtime.turns import measure_in_turn
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-BLOCK = 8  # channels; what vector units of CPUs take at once
+DENSE = "100.onnx"  # the first of them
 TOLERANCE = 0.05  # of the limit, on the finished network; what the recipe promises
 CLOSE_ENOUGH = 0.02  # of the limit; nearer is within the noise of a measurement
 TRIES = 6
@@ -41,9 +41,7 @@ LAUNCHES, ROUNDS, SAMPLES = 2, 4, 30  # of a comparison with the dense network
 Planner = Callable[[float], Plan]  # the plan for a limit in milliseconds by the table
 
 
-def write_probe(
-    model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int = 1
-) -> None:
+def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], round_to: int) -> None:
     """Write the network at `WIDTHS` as ONNX, and what `runtime.layers` needs to read its layers' times.
 
     Args:
@@ -51,7 +49,7 @@ def write_probe(
         folder: made if missing.
         imgsz_hw: height and width in pixels.
         names: class names.
-        batch: images of one call.
+        round_to: widths are multiples of this, as those of plans made with the table will be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     networks = []
@@ -60,9 +58,9 @@ def write_probe(
         narrow = copy.deepcopy(model)
         if width < 1:
             groups = prunable(narrow)
-            prune(narrow, {group.name: torch.arange(_narrowed(group, width)) for group in groups})
+            prune(narrow, {group.name: torch.arange(_narrowed(group, width, round_to)) for group in groups})
         file = f"{round(100 * width):03d}.onnx"
-        export_onnx(narrow, folder / file, imgsz_hw, names=names, batch=batch)
+        export_onnx(narrow, folder / file, imgsz_hw, names=names)
         shapes = conv_shapes(narrow, imgsz_hw)
         networks.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
         nodes = nodes or _places(folder / file, shapes)
@@ -70,8 +68,8 @@ def write_probe(
     atomic_write(folder / LAYERS, json.dumps(described) + "\n")
 
 
-def _narrowed(group: Group, width: float) -> int:
-    unit = min(BLOCK, group.unit)
+def _narrowed(group: Group, width: float, round_to: int) -> int:
+    unit = min(round_to, group.unit)
     return max(1, round(width * group.width / unit)) * unit
 
 
@@ -91,7 +89,7 @@ def _places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, s
     return places
 
 
-def take_table(folder: Path, runtime: str, precision: str, threads: int | None) -> dict[str, Any]:
+def take_table(folder: Path, runtime: str, precision: str) -> dict[str, Any]:
     """Time the layers of a probe here, in a process of its own.
 
     Raises:
@@ -102,8 +100,6 @@ def take_table(folder: Path, runtime: str, precision: str, threads: int | None) 
         raise EnvironmentLacks(f"prune.latency_runtime={runtime}: {lacking}")
     command = [sys.executable, "-m", "yolo_compress.runtime.layers", str(folder), "--runtime", runtime,
                "--precision", precision]  # fmt: skip
-    if threads:
-        command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompressError(f"prune: timing layers on {runtime} failed:\n{done.stderr.strip()[-2000:]}")
@@ -138,22 +134,24 @@ class Rig:
     names: Sequence[str]
     runtime: str
     precision: str
-    threads: int | None
-    batch: int = 1
 
     def engine(self, model: nn.Module, name: str) -> Path:
-        """The model as an engine; a folder of that name is replaced."""
-        file, out = self.folder / f"{name}.onnx", self.folder / name
-        export_onnx(model, file, self.imgsz_hw, names=self.names, batch=self.batch)
-        BACKENDS[self.runtime].build(file, out, self.precision)
-        return out
+        """The model as an engine; one of that name is replaced."""
+        file = self.folder / f"{name}.onnx"
+        export_onnx(model, file, self.imgsz_hw, names=self.names)
+        return self.built(file, name)
+
+    def built(self, file: Path, name: str) -> Path:
+        """An ONNX file as an engine."""
+        BACKENDS[self.runtime].build(file, self.folder / name, self.precision)
+        return self.folder / name
 
     def times(self, engine: Path, dense: Path) -> tuple[float, float]:
         """Milliseconds of `engine` and of `dense`: the lowest of the medians of rounds in turn, over two sets of processes.
 
         Other work on the machine, and threads that a process got badly placed, only ever make a round slower.
         """
-        specs = [{"label": path.name, "engine": str(path), "threads": self.threads} for path in (engine, dense)]
+        specs = [{"label": path.name, "engine": str(path)} for path in (engine, dense)]
         launches = [measure_in_turn(specs, ROUNDS, SAMPLES) for _ in range(LAUNCHES)]
         own, whole = (
             min(float(np.median(taken)) for results in launches for taken in results[index]["rounds_ms"])

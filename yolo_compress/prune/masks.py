@@ -43,9 +43,8 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
         sparsity: share of the weights that go, in (0, 1).
         scope: `local` takes the share from each convolution. `global` ranks all weights together, by w^2 over the sum of
             all no smaller ones of their convolution (LAMP, Lee et al., arXiv 2010.07611, equation 1): a BatchNorm takes
-            the scale of the weights before it out again, so |w| of two layers cannot be compared. YOLOv8n on BCCD, 70 %
-            zeros, BatchNorm re-estimated, no training: mAP50-95 0.582, by |w| 0.539, by |w| over the root mean square of
-            the layer 0.239, `local` 0.423; dense 0.614.
+            the scale of the weights before it out again, so |w| of two layers cannot be compared
+            (`benchmarks/sparsity.py` compares both scopes).
 
     Raises:
         RecipeError: a setting out of range.

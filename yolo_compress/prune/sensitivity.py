@@ -7,8 +7,6 @@ allows (the sensitivity analysis of Li et al., arXiv 1608.08710, section 3.2, as
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, isfinite
@@ -137,12 +135,12 @@ def least(groups: Sequence[Group], cap: Mapping[str, float]) -> dict[str, int]:
     return {group.name: ceil((1 - cap[group.tie]) * group.width - 1e-9) for group in groups}
 
 
-def to_csv(found: Mapping[str, Any]) -> str:
-    """One line a tie: its values at each ratio, its cap."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", *(f"{found['measure']}_at_{ratio:g}" for ratio in found["ratios"]), "cap"])
-    writer.writerow(["dense", *(f"{found['dense']:.6g}" for _ in found["ratios"]), ""])
-    for name, row in found["groups"].items():
-        writer.writerow([name, *(f"{value:.6g}" for value in row), f"{found['caps'][name]:.4g}"])
-    return text.getvalue()
+def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The dense net, then a row a tie: its values at each ratio, its cap."""
+    columns = [f"{found['measure']}_at_{ratio:g}" for ratio in found["ratios"]]
+    dense = {"group": "dense", **dict.fromkeys(columns, found["dense"])}
+    ties = (
+        {"group": name, **dict(zip(columns, row, strict=True)), "cap": found["caps"][name]}
+        for name, row in found["groups"].items()
+    )
+    return [dense, *ties]

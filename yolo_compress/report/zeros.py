@@ -19,9 +19,8 @@ def zeros_note(kind: str, sparsity: float) -> list[str]:
         sparsity: share of exact zeros in the convolution weights.
 
     Sources: ONNX Runtime turns sparse initialisers into dense ones at load (microsoft/onnxruntime #5578); OpenVINO documents
-    `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX; TensorRT's developer guide, "Sparsity". Checked
-    on YOLOv8n at 320 px, FP32, one thread of an AMD EPYC (CPU time, median of 120): dense, 2:4 and 90 % zeros take 23.4, 23.3 and
-    23.6 ms on ONNX Runtime, 12.8, 13.0 and 13.1 ms on OpenVINO.
+    `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX; TensorRT's developer guide, "Sparsity". The two
+    CPU runtimes are timed by `benchmarks/sparsity.py`.
     """
     name = {"unstructured": "unstructured", "two_four": "2:4"}[kind]
     return [

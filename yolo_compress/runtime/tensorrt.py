@@ -163,7 +163,10 @@ class TensorRTBackend:
         return census_words(self.precision, convolution_types(report.get("Layers", [])))
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes."""
+        """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
+
+        The profiler stays on this context and slows it: open the engine anew for the time of the whole.
+        """
         samples: Dict[str, List[float]] = {}
 
         class Profiler(self._trt.IProfiler):  # type: ignore[name-defined]

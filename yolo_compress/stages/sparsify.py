@@ -14,12 +14,12 @@ from yolo_compress.prune.gamma import SparseTraining, collapsed, masses, verdict
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.penalty import PENALTIES, macs_scale
 from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.recipe import SparsifyConfig
+from yolo_compress.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed
 from yolo_compress.stages.training import finish, fit
 
-REESTIMATE_IMAGES = 96  # what `prune.calib_images` takes by default for the same purpose
+REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # what `prune` takes for the same purpose
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def run(job: Job) -> dict[str, Any]:
 def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
     """Write and measure; where the net seems to have collapsed, first let BatchNorm's averages catch up with the gammas.
 
-    They follow over some 33 steps (momentum 0.03) and the EMA delays them: 100 steps of lr0=0.01 left mAP50-95 0.002, and 0.366
-    with statistics taken anew. Always taking them anew is no cure: it cost slowly trained nets 0.03.
+    They follow over some 33 steps (momentum 0.03), and the EMA delays them: a few fast steps leave a healthy net that finds
+    nothing. Statistics of images without augmentation are not those of training, so they are taken only where needed.
 
     Raises:
         NumericsError: the net finds next to nothing with fresh statistics too.

@@ -7,7 +7,6 @@ from `resume.pt` (float32 model, EMA, optimizer, scaler, hooks) gives the tensor
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 
 from yolo_compress import progress
 from yolo_compress.artifact import atomic_write
+from yolo_compress.csvtext import csv_text
 from yolo_compress.data import Dataset, Sample
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
 from yolo_compress.hook import TrainHook
@@ -284,12 +284,7 @@ class HookedTrainer(DetectionTrainer):
         self._write_rows()
 
     def _write_rows(self) -> None:
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
-        atomic_write(self.csv, text.getvalue())
+        atomic_write(self.csv, csv_text(self.rows))
 
     def final_eval(self) -> None:
         """Nothing: the last EMA is the result, and the stage measures it."""
