@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, calibration_subset, load
@@ -42,6 +41,8 @@ from yolo_compress.weights import find_weights
 
 def narrower(dense: nn.Module, keep: float, imgsz_hw: tuple[int, int]) -> nn.Module:
     """Stock YOLOv8 of the depth of n, and of the width whose MACs are nearest to `keep` of those of `dense`."""
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # after ours, which hardens its environment
+
     described = yaml_model_load("yolov8n.yaml")
     depth, full, most = described["scales"]["n"]
     target = keep * conv_macs(dense, imgsz_hw)
