@@ -275,11 +275,8 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     """What `prune` would do: `table` (text), widths, MACs, parameters and, where measured, milliseconds.
 
     Raises:
-        RecipeError: The recipe does not prune, or nothing was trained yet; see `_dense`.
+        RecipeError: See `_planning`.
     """
-    provider(recipe, "baseline")
-    if recipe.prune is None:
-        raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
     with _planning(recipe, store or Store(FOLDER)) as (job, weights):
         return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
 
@@ -301,10 +298,12 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     That is the sparse net if it is up to date, else the baseline, else the weights that the baseline is given.
 
     Raises:
-        RecipeError: The baseline is trained from scratch and was not yet.
+        RecipeError: The recipe does not prune, or its baseline is trained from scratch and was not yet.
     """
     from yolo_compress.stages import Job
 
+    if recipe.prune is None:
+        raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
     dataset = load_dataset(recipe, store)
     planned = plan(recipe, dataset, "sparsify")
     found = next((one for s in reversed(planned) if (one := store.find(s, planned[s].fingerprint))), None)

@@ -233,6 +233,16 @@ def test_a_dry_run_shows_what_prune_then_does(finished: Bench) -> None:
     assert "model.22.cv3.2.1" in done.stdout and finished.artefacts() == before
 
 
+def test_a_probe_is_what_a_robot_times(finished: Bench) -> None:
+    finished.run("probe", "recipe=tiny.yaml", "out=probe")
+    described = json.loads((finished.folder / "probe" / "layers.json").read_text())
+    assert [network["file"] for network in described["networks"]] == ["100.onnx", "075.onnx", "050.onnx", "025.onnx"]
+    refused = [("out=probe", "the folder is not empty"), ("prune=null", "has no section `prune:`")]
+    for word, message in refused:
+        words = [word] if word.startswith("out") else [word, "out=other"]
+        assert message in finished.run("probe", "recipe=tiny.yaml", *words, code=2).stderr
+
+
 def test_rounds_with_sensitivity_meet_the_budget_and_keep_their_tables(finished: Bench) -> None:
     finished.run("prune", "recipe=tiny.yaml", "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
                  "prune.max_drop=10")  # fmt: skip

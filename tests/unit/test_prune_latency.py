@@ -125,6 +125,11 @@ def test_no_table_is_a_corrupt_file(tmp_path, text):
         latency.read_table(file, HW)
 
 
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"prune\.latency_table: no file .*none\.json"):
+        latency.read_table(tmp_path / "none.json", HW)
+
+
 def test_a_table_at_another_size_is_refused(tmp_path):
     file = tmp_path / "table.json"
     file.write_text(json.dumps({"schema": 1, "whole_ms": 1, "layers": {"a": 1}, "rest": [1], "imgsz": [640, 640]}))

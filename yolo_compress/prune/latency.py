@@ -110,9 +110,11 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
     """A table taken on the robot.
 
     Raises:
-        CorruptArtifact: no such table, or of another schema.
-        RecipeError: taken at another image size.
+        CorruptArtifact: not a table of this schema.
+        RecipeError: no such file, or taken at another image size.
     """
+    if not file.is_file():
+        raise RecipeError(f"prune.latency_table: no file {str(file)!r}")
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         complete = table["schema"] == SCHEMA and table["whole_ms"] > 0 and table["layers"] and table["rest"]
