@@ -12,9 +12,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules import DFL, SPPF, Bottleneck, C2f, Concat, Conv, Detect
 
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.hardening import harden
+
+harden()
+
+from ultralytics.nn.modules import DFL, SPPF, Bottleneck, C2f, Concat, Conv, Detect  # noqa: E402
 
 _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # set by Ultralytics' parse_model on every layer of `model.model`
 _SUPPORTED = "supported are YOLOv8 detection models: Conv, C2f, SPPF, Upsample, Concat and a legacy Detect head"

@@ -15,6 +15,7 @@ class TrainHook:
 
         for hook in hooks: hook.on_model(model)            # may change modules in place; before EMA, DDP, optimizer
         optimizer.add(hook.modules() for hook in hooks)    # trainable extras, resumed, never in a checkpoint of the model
+        optimizer.scale(hook.rates(model) for hook in hooks)
         for epoch in range(start, epochs):
             for hook in hooks: hook.on_epoch_start(epoch, epochs)
             for batch in loader:
@@ -41,6 +42,10 @@ class TrainHook:
     def modules(self) -> nn.ModuleDict:
         """Trainable extras by name (aligners, ...)."""
         return nn.ModuleDict()
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Parameter of the model by name -> multiple of the learning rate there; 1 for those that no hook names."""
+        return {}
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         """`epoch` counts from 0."""

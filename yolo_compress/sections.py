@@ -175,17 +175,29 @@ class SparsifyConfig(TrainConfig):
     """Sparse training: a penalty on prunable channels, so that those that carry little show themselves."""
 
     penalty: Annotated[
-        Literal["l1", "group_lasso"],
+        Literal["l1", "polarization", "group_lasso"],
         _knob(
-            "l1: the gammas (Network Slimming, arXiv 1708.06519); group_lasso: all weights that leave with a channel, "
+            "l1: all gammas (Network Slimming, arXiv 1708.06519); polarization: those under the mean of their group, so that "
+            "the strong stay (after Zhuang et al., NeurIPS 2020); group_lasso: all weights that leave with a channel, "
             "as one norm (DepGraph, arXiv 2301.12900)"
         ),
-    ] = "l1"
-    l1: Annotated[float, _knob("lambda, the weight of the penalty in the loss", gt=0, le=1)] = 1e-3
+    ] = "polarization"
+    l1: Annotated[
+        float, _knob("lambda, the weight of the penalty in the loss, which is summed over a batch", gt=0, le=1)
+    ] = 0.1
     lambda_scale: Annotated[
         Literal["uniform", "macs"],
         _knob("lambda of a group: the same for all, or in proportion to the MACs of one of its channels, mean 1"),
     ] = "uniform"
+    gamma_lr_scale: Annotated[
+        float,
+        _knob(
+            "learning rate of the gammas, as a multiple of lr0. A step of Adam is no longer than the rate, so gammas "
+            "near 1 hardly move in a short training; 1 for SGD and long ones",
+            ge=1,
+            le=1000,
+        ),
+    ] = 10.0
     ramp_epochs: Annotated[float, _knob("epochs over which lambda rises from 0", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
 

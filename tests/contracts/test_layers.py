@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,13 @@ def test_methods_know_no_other_method(layer: str) -> None:
     others = {"prune", "distill", "quant"} - {layer}
     files = (PACKAGE / layer).rglob("*.py")
     assert not {f"{name_of(file)}: {name}" for file in files for name, _ in imports(file) if own(name) in others}
+
+
+def test_any_door_may_be_the_first() -> None:
+    """Surgery is imported by users too, and before the rest of the package."""
+    code = "import yolo_compress.prune.graph, os; assert os.environ['ULTRALYTICS_SAFE_LOAD'] == '1'; import yolo_compress.ultra"
+    environment = {key: value for key, value in os.environ.items() if key != "ULTRALYTICS_SAFE_LOAD"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
 def test_stages_are_imported_by_the_pipeline_alone() -> None:

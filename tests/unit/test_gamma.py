@@ -93,6 +93,13 @@ def test_gradient_descent_on_it_shrinks_gammas(model):
     assert after < before
 
 
+def test_the_rate_of_all_prunable_gammas_is_scaled(model):
+    hook = SparseTraining(L1(), 1e-3, gamma_lr_scale=10.0)
+    hook.on_model(model)
+    prunable_norms = {member.module for group in prunable(model) for member in group.having("norm")}
+    assert hook.rates(model) == {f"{name}.weight": 10.0 for name in prunable_norms}
+
+
 def test_histogram_and_figures(model):
     channels = sum(norm.num_features for norm in norms(model).values())
     for norm in norms(model).values():
@@ -242,9 +249,7 @@ def test_verdict_says_before_after_and_whether_lambda_did_anything():
     assert said == (
         "gamma mass in the weakest 25, 50, 75 % of channels: before 15.0%, 34.0%, 60.0%; after 5.0%, 20.0%, 50.0%"
     )
-    assert verdict(before, before).endswith(
-        "lambda did little: raise sparsify.l1, lr0 (no step of Adam is much longer) or epochs"
-    )
+    assert verdict(before, before).endswith("lambda did little: raise sparsify.l1, gamma_lr_scale or epochs")
 
 
 def test_a_net_that_finds_nothing_any_more_has_collapsed():

@@ -1,5 +1,7 @@
 """Penalties of sparse training are the gradients that autograd finds, and the scale of lambda is the price of a channel."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_compress.errors import RecipeError
 from yolo_compress.prune.gamma import SparseTraining
 from yolo_compress.prune.graph import prunable, prune
-from yolo_compress.prune.penalty import L1, GroupLasso, macs_scale
+from yolo_compress.prune.penalty import L1, GroupLasso, Polarization, macs_scale
 from yolo_compress.prune.price import channel_macs, conv_macs
 
 
@@ -66,6 +68,49 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_all_weights_of_a_channel(mo
     assert not got["model.2.cv1.bn.bias"].any()
     assert not got["model.22.cv2.0.2.bias"].any()
     assert got["model.22.cv2.0.2.weight"].any()  # reads channels that can go, though its own outputs stay
+
+
+def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_group(model, groups):
+    scale = {group.name: 0.5 + place / 10 for place, group in enumerate(groups[::2])}
+    penalty = Polarization()
+    penalty.bind(model, groups, scale)
+    got = added(penalty, model, 0.25)
+    value = 0.0
+    for group in groups:
+        mass = sum(
+            model.get_submodule(member.module).weight[member.offset : member.offset + group.width].abs()
+            for member in group.having("norm")
+        )
+        weak = (mass < mass.mean()).detach()
+        assert 0 < int(weak.sum()) < group.width
+        value = value + 0.25 * scale.get(group.name, 1) * mass[weak].sum()
+    expected = differentiated(value, model)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_polarization_leaves_the_strongest_and_even_gammas_alone(model, groups):
+    """Descent on it alone fades the weak and stops: the mean sinks below those that are left."""
+    own = copy.deepcopy(model)
+    penalty = Polarization()
+    penalty.bind(own, groups, {})
+    norms = [module for module in own.modules() if isinstance(module, nn.BatchNorm2d)]
+    strong = {name: max(masses(own, group)) for name, group in ((group.name, group) for group in groups)}
+    for _ in range(400):
+        gradients = added(penalty, own)
+        with torch.no_grad():
+            for name, parameter in own.named_parameters():
+                parameter -= 0.01 * gradients[name]
+    for group in groups:
+        assert max(masses(own, group)) == strong[group.name]
+    for norm in norms:
+        nn.init.ones_(norm.weight)
+    assert not any(gradient.any() for gradient in added(penalty, own).values())
+
+
+def masses(model, group):
+    parts = [model.get_submodule(m.module).weight[m.offset : m.offset + group.width] for m in group.having("norm")]
+    return sum(part.detach().abs() for part in parts).tolist()
 
 
 def test_it_adds_to_the_gradient_that_is_there(model, groups):

@@ -22,7 +22,7 @@ FROZEN = {
     "run": "device workers seed threads val_every",
     "teacher": f"{TRAIN} weights model",
     "baseline": f"{TRAIN} weights model",
-    "sparsify": f"{TRAIN} penalty l1 lambda_scale ramp_epochs",
+    "sparsify": f"{TRAIN} penalty l1 lambda_scale gamma_lr_scale ramp_epochs",
     "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} temperature alpha logit_weight feature_weight box_weight",

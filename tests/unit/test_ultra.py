@@ -98,6 +98,32 @@ def test_hooks_are_called_in_the_order_of_the_docstring(dataset: Dataset, tmp_pa
     assert rows[0]["metrics/mAP50-95(B)"] == "" and rows[1]["metrics/mAP50-95(B)"] != ""
 
 
+def test_a_hook_scales_the_rate_of_the_parameters_it_names_through_the_whole_schedule(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Fast(Spy):
+        def rates(self, model: nn.Module) -> dict[str, float]:
+            return {"model.0.bn.weight": 10.0, "model.1.conv.weight": 0.5}
+
+    trainer = HookedTrainer(model(), dataset, settings(), [Fast()], tmp_path, "t")
+
+    def look(trainer: HookedTrainer) -> None:
+        rate = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(rate)
+        seen.append({name: rate[id(p)] for name, p in trainer.model.named_parameters()})
+
+    trainer.add_callback("on_train_batch_end", look)
+    trainer.train()
+    trainer.close()
+    for rates in seen:
+        assert rates["model.0.bn.weight"] == pytest.approx(10 * rates["model.0.bn.bias"])
+        assert rates["model.1.conv.weight"] == pytest.approx(0.5 * rates["model.0.conv.weight"])
+        assert rates["model.1.bn.weight"] == rates["model.0.conv.weight"]
+    assert seen[-1]["model.0.conv.weight"] < seen[0]["model.0.conv.weight"]
+
+
 class _Stop(Exception):
     pass
 

@@ -36,10 +36,17 @@ class SparseTraining(TrainHook):
         lambda_: strength, > 0 and finite.
         ramp_epochs: the strength rises linearly from `lambda_ / ramp_epochs` in the first epoch; 0 starts with all of it.
         scale: group name -> factor of lambda there; 1 for groups that are not named.
+        gamma_lr_scale: multiple of the learning rate for gammas. A step of Adam is no longer than the rate: at 0.001, hundreds
+            of steps leave a gamma of 1 near 1, whatever lambda says, and the faster rate must not be that of the filters.
     """
 
     def __init__(
-        self, penalty: Penalty, lambda_: float, ramp_epochs: float = 0, scale: Mapping[str, float] | None = None
+        self,
+        penalty: Penalty,
+        lambda_: float,
+        ramp_epochs: float = 0,
+        scale: Mapping[str, float] | None = None,
+        gamma_lr_scale: float = 1.0,
     ) -> None:
         if not 0 < lambda_ < inf or not 0 <= ramp_epochs < inf:
             raise RecipeError(
@@ -49,6 +56,7 @@ class SparseTraining(TrainHook):
         self.lambda_ = lambda_
         self.ramp_epochs = ramp_epochs
         self.scale = scale or {}
+        self.gamma_lr_scale = gamma_lr_scale
         self._strength = 0.0
         self._groups: list[Group] = []
         self._epochs: list[int] = []
@@ -59,6 +67,10 @@ class SparseTraining(TrainHook):
         self._groups = prunable(model)
         self.penalty.bind(model, self._groups, self.scale)
         self._epochs, self._counts = [-1], [_histogram(_magnitudes(model, self._groups))]
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        names = dict.fromkeys(member.module for group in self._groups for member in group.having("norm"))
+        return {f"{name}.weight": self.gamma_lr_scale for name in names}
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         self._strength = self.lambda_ * (min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0)
@@ -144,7 +156,7 @@ def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
     text = f"gamma mass in the weakest {', '.join(before)} % of channels: before {row(before)}; after {row(after)}"
     if after["50"] > LITTLE * before["50"]:
-        return f"{text}. lambda did little: raise sparsify.l1, lr0 (no step of Adam is much longer) or epochs"
+        return f"{text}. lambda did little: raise sparsify.l1, gamma_lr_scale or epochs"
     return text
 
 

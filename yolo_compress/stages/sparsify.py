@@ -65,4 +65,4 @@ def penalised(job: Job, model: nn.Module) -> SparseTraining:
     """The hook that the section asks for."""
     config: SparsifyConfig = job.config
     scale = macs_scale(model, prunable(model), job.imgsz_hw) if config.lambda_scale == "macs" else None
-    return SparseTraining(PENALTIES[config.penalty](), config.l1, config.ramp_epochs, scale)
+    return SparseTraining(PENALTIES[config.penalty](), config.l1, config.ramp_epochs, scale, config.gamma_lr_scale)

@@ -186,6 +186,8 @@ class HookedTrainer(DetectionTrainer):
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(model, *args, **kwargs)
+        for hook in self.hooks:
+            _scale_rates(optimizer, model, hook.rates(model))
         extras = self._extra_parameters()
         if extras:
             optimizer.add_param_group(
@@ -343,6 +345,16 @@ class HookedTrainer(DetectionTrainer):
     def close(self) -> None:
         """Take the bars off the screen."""
         self._leave(to=0)
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Move parameters into groups of their own, which differ from the old ones in the learning rate alone."""
+    factor = {id(model.get_parameter(name)): rate for name, rate in rates.items()}
+    for group in list(optimizer.param_groups):
+        for rate in sorted({factor[id(p)] for p in group["params"] if id(p) in factor}):
+            moved = [p for p in group["params"] if factor.get(id(p)) == rate]
+            group["params"] = [p for p in group["params"] if factor.get(id(p)) != rate]
+            optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * rate})
 
 
 class _HookedCriterion:
