@@ -9,8 +9,9 @@ from typing import Any
 
 from yolo_compress.quant.lint import load
 from yolo_compress.quant.lint.codes import CODES
-from yolo_compress.quant.lint.graph import DQ, Graph, Q
+from yolo_compress.quant.lint.graph import Graph
 from yolo_compress.quant.lint.halves import HALVES
+from yolo_compress.quant.lint.node import DQ, Q
 from yolo_compress.quant.lint.operators import OPERATORS
 from yolo_compress.quant.lint.placement import PLACEMENT
 from yolo_compress.quant.lint.rule import SEVERITIES, Finding, Rule

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from yolo_compress.quant.lint.graph import DQ, WEIGHTED, Codes, Graph, Q, attribute, name_of
+from yolo_compress.quant.lint.graph import WEIGHTED, Graph
+from yolo_compress.quant.lint.node import DQ, Codes, Q, attribute, name_of
 from yolo_compress.quant.lint.rule import Hits, Rule
 from yolo_compress.quant.lint.targets import CPU, TENSORRT, Target
 

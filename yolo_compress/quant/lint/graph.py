@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from yolo_compress.errors import CorruptArtifact
+from yolo_compress.quant.lint.node import DQ, Codes, Q, attribute, constant_of, name_of
 
-Q, DQ = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 # They move or select values and compute none, so that TensorRT carries a DQ forward and a Q backward through them.
 # Resize and Upsample only in mode nearest.
@@ -32,46 +30,6 @@ CARRIES = frozenset(
         "Flatten",
     }
 )
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What a Q or DQ node does.
-
-    Attributes:
-        node: the node.
-        scale: its scale, None where it is computed, not stored.
-        zero: its zero point; zeros where it is left out, None where it is computed.
-        type: element type of the codes (`onnx.TensorProto`).
-        axis: of the channels, where there is more than one scale.
-        scale_type: element type of the scale.
-    """
-
-    node: NodeProto
-    scale: np.ndarray | None
-    zero: np.ndarray | None
-    type: int
-    axis: int
-    scale_type: int
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for nodes whose codes mean the same; a computed scale equals itself only."""
-        if self.scale is None or self.zero is None:
-            return (tuple(self.node.input[1:]), self.type)
-        axis = self.axis if self.scale.size > 1 else 0
-        zero = self.zero.ravel().tolist() if self.zero.any() else 0
-        return (repr(self.scale.ravel().tolist()), repr(zero), self.type, axis)
-
-    @property
-    def text(self) -> str:
-        """Scale and zero point, short."""
-        if self.scale is None or self.zero is None:
-            return "computed scale"
-        if self.scale.size != 1:
-            return f"{self.scale.size} scales"
-        zero = int(np.asarray(self.zero, np.int64).ravel()[0]) if self.zero.size else 0
-        return f"{float(self.scale.ravel()[0]):.6g}" + (f" at zero point {zero}" if zero else "")
 
 
 class Graph:
@@ -94,7 +52,7 @@ class Graph:
         self._constants: dict[str, TensorProto] = {item.name: item for item in graph.initializer}
         for node in graph.node:
             if node.op_type == "Constant":
-                self._constants[node.output[0]] = _constant(node)
+                self._constants[node.output[0]] = constant_of(node)
         self.nodes = [node for node in graph.node if node.op_type != "Constant"]
         self.inputs = [item for item in graph.input if item.name not in self._constants]
         self.outputs = [item.name for item in graph.output]
@@ -310,26 +268,3 @@ class Graph:
         while tensor in self.maker and self.maker[tensor].op_type in (Q, DQ):
             tensor = self.source_of(self.maker[tensor].input[0])
         return tensor
-
-
-def name_of(node: NodeProto) -> str:
-    """A node's name, or what it makes where it has none."""
-    return node.name or f"{node.op_type} -> {', '.join(node.output)}"
-
-
-def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """An attribute of a node."""
-    for item in node.attribute:
-        if item.name == name:
-            return helper.get_attribute_value(item)
-    return default
-
-
-def _constant(node: NodeProto) -> TensorProto:
-    """The tensor of a Constant node, in whichever form it is written."""
-    item = node.attribute[0]
-    if item.type == AttributeProto.TENSOR:
-        return item.t
-    if item.type == AttributeProto.SPARSE_TENSOR:
-        return item.sparse_tensor.values
-    return numpy_helper.from_array(np.asarray(helper.get_attribute_value(item)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from yolo_compress.quant.lint.graph import DQ, WEIGHTED, Graph, Q, name_of
+from yolo_compress.quant.lint.graph import WEIGHTED, Graph
+from yolo_compress.quant.lint.node import DQ, Q, name_of
 from yolo_compress.quant.lint.placement import joined_outputs
 from yolo_compress.quant.lint.rule import WHOLE, Hits, Rule
 from yolo_compress.quant.lint.targets import TENSORRT, Target

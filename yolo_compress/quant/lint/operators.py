@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import NodeProto
 
-from yolo_compress.quant.lint.graph import DQ, Graph, Q, attribute, name_of
+from yolo_compress.quant.lint.graph import Graph
+from yolo_compress.quant.lint.node import DQ, Q, attribute, name_of
 from yolo_compress.quant.lint.rule import WHOLE, Hits, Rule
 from yolo_compress.quant.lint.targets import TENSORRT, Target
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from yolo_compress.quant.lint.graph import CARRIES, DQ, WEIGHTED, Graph, Q, name_of
+from yolo_compress.quant.lint.graph import CARRIES, WEIGHTED, Graph
+from yolo_compress.quant.lint.node import DQ, Q, name_of
 from yolo_compress.quant.lint.rule import Hits, Rule
 from yolo_compress.quant.lint.targets import Target
 

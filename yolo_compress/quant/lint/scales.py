@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from yolo_compress.quant.lint.graph import CARRIES, Codes, Graph, Q, name_of
+from yolo_compress.quant.lint.graph import CARRIES, Graph
+from yolo_compress.quant.lint.node import Codes, Q, name_of
 from yolo_compress.quant.lint.rule import Hits, Rule
 from yolo_compress.quant.lint.targets import TENSORRT, Target
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from yolo_compress.quant.lint.graph import Graph, name_of
+from yolo_compress.quant.lint.graph import Graph
+from yolo_compress.quant.lint.node import name_of
 from yolo_compress.quant.lint.rule import Hits, Rule
 from yolo_compress.quant.lint.targets import TENSORRT, Target
 
