@@ -217,6 +217,12 @@ def with_op(kind: str, domain: str = "", opset: int = 17, inputs: tuple[str, ...
     return net.ends("odd")
 
 
+def dynamically_quantised() -> Net:
+    net = Net()
+    net.op("DynamicQuantizeLinear", [net.conv("images", "feature", into=3)], "odd", outputs=3)
+    return net.ends("odd_1")
+
+
 def with_if() -> Net:
     net = Net()
     net.conv("images", "feature", into=3)
@@ -337,9 +343,12 @@ CASES: dict[str, list[Row]] = {
         (lambda: plain(opset=8), lambda: plain(opset=9), "tensorrt-10.3", [WHOLE]),
         (lambda: plain(opset=17), lambda: plain(opset=13), "tensorrt-8.2", [WHOLE]),
     ],
-    "checker": [(unknown_attribute, plain, "openvino", [WHOLE])],
+    "checker": [
+        (unknown_attribute, plain, "openvino", [WHOLE]),
+        (lambda: with_op("DynamicQuantizeLinear"), dynamically_quantised, T, [WHOLE]),
+    ],
     "operator": [
-        (lambda: with_op("DynamicQuantizeLinear"), lambda: with_op("Relu"), T, ["odd"]),
+        (dynamically_quantised, lambda: with_op("Relu"), T, ["odd"]),
         (lambda: with_op("QLinearAdd", "com.microsoft"), lambda: with_op("Relu"), "tensorrt-8.6", ["odd"]),
         (lambda: with_op("EfficientNMS_TRT"), lambda: with_op("Relu"), "onnxruntime", ["odd"]),
         (lambda: with_op("EfficientNMS_ONNX_TRT"), lambda: with_op("Relu"), "tensorrt-10.16", ["odd"]),
@@ -375,3 +384,296 @@ def test_every_rule_has_a_case_and_says_what_to_do() -> None:
     for name, rule in RULES.items():
         assert rule.id == name == name.lower() and len(name) < 22 and rule.severity in SEVERITIES
         assert rule.consequence.endswith(".") and rule.fix.endswith(".") and set(rule.runtimes) <= set(RUNTIMES)
+
+
+def test_what_onnx_does_not_know_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    assert found(with_op("EfficientNMS_TRT"), "tensorrt-10.3", tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_sound_graph_and_a_float_one_are_sound_for_every_target(name: str, tmp_path: Path) -> None:
+    net = sound(13)
+    expected = {"float-between": [WHOLE]} if name in ("tensorrt", "tensorrt-11.4", "dla-11.4") else {}
+    if name == "dla-8.5":
+        expected = {"dla-qdq": [WHOLE]}
+    if TARGETS[name].runtime != "tensorrt":
+        expected = {"feature-signed": ["images_Q", "feature_Q"]}
+    assert found(net, name, tmp_path) == expected
+    assert found(plain(opset=13), name, tmp_path) == {}
+
+
+def test_nodes_that_do_nothing_are_seen_through(tmp_path: Path) -> None:
+    """ModelOpt's exporter leaves casts of float to float, torch's an Identity for each shared constant."""
+    net = Net()
+    x = net.op("Cast", [net.pair(net.stem())], "cast", to=1)
+    shared = net.op("Identity", [net.constant("s", np.float32(0.1))], "same")
+    net.op("Relu", [net.op("Identity", [net.int8_conv(x, "second")], "identity")], "relu")
+    net.op("QuantizeLinear", ["relu", shared, net.constant("z", 0, np.int8)], "q")
+    net.op("DequantizeLinear", ["q", shared, "z"], "dq")
+    report = check(net.head(net.int8_conv("dq", "third")).save(tmp_path / "net.onnx"), "tensorrt-8.5")
+    assert report.findings == () and report.facts["int8_convs"] == 3
+
+
+# Whole networks
+
+
+def build(folder: Path) -> Path:
+    """fp32.onnx and int8.onnx of a YOLOv8n with random weights."""
+    from quant_net import NAMES, SIZE, images, net
+
+    from yolo_compress.export_onnx import export_onnx
+    from yolo_compress.quant.calibrate import ptq
+    from yolo_compress.quant.qdq import insert_qdq
+    from yolo_compress.quant.state import fold
+
+    model = net()
+    export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
+    state = fold(ptq(model, lambda: [images(4)], "max"), model)
+    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt")
+    insert_qdq(folder / "fp32.onnx", folder / "int8-openvino.onnx", state, "openvino")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("ours"))
+
+
+def nodes(report: Report, rule: str) -> list[str]:
+    return [finding.node for finding in report.findings if finding.rule == rule]
+
+
+C2F_ADDS = [f"/model.{block}/m.{i}/Add" for block, count in ((2, 1), (4, 2), (6, 2), (8, 1)) for i in range(count)]
+CONCATS = [f"/model.{block}/Concat" for block in (2, 4, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21)]
+POOLS = ["/model.9/m/MaxPool", "/model.9/m_1/MaxPool", "/model.9/m_2/MaxPool", "/model.10/Resize", "/model.13/Resize"]
+
+
+def test_our_float_graph_has_nothing(ours: Path) -> None:
+    for name in TARGETS:
+        if name != "tensorrt-8.2":
+            rules = check(ours / "fp32.onnx", name).rules
+            assert set(rules) == ({"dla-layer"} if name.startswith("dla") else set()), name
+    assert check(ours / "fp32.onnx", "tensorrt-8.2").rules == {"opset": 1}
+
+
+def test_our_int8_graph_is_valid_and_its_placement_is_convolutions_alone(ours: Path) -> None:
+    """Once adds, concats and pools are placed too, their lists here are empty."""
+    report = check(ours / "int8.onnx", "tensorrt")
+    assert report.facts == {"opset": 17, "convs": 63, "int8_convs": 57, "q": 52, "dq": 109}
+    assert (report.count("error"), set(report.rules)) == (
+        0,
+        {"add-float", "concat-float", "pool-float", "mixed-readers", "float-between", "channels-32"},
+    )
+    assert nodes(report, "add-float") == C2F_ADDS
+    assert nodes(report, "concat-float") == CONCATS
+    assert nodes(report, "pool-float") == POOLS
+    mixed = [f"/model.{block}/Split" for block in (2, 4, 6, 8, 12, 15, 18, 21)]
+    mixed += [f"/model.{block}/m.0/Add" for block in (4, 6)] + [f"/model.{block}/cv2/act/Mul" for block in (4, 6)]
+    assert sorted(nodes(report, "mixed-readers")) == sorted(mixed)
+    assert nodes(
+        report, "channels-32"
+    ) == [  # YOLOv8n begins 16 wide; 48 = 3 * 16 enters the first C2f's last convolution
+        "/model.0/conv/Conv",
+        "/model.1/conv/Conv",
+        "/model.2/m.0/cv1/conv/Conv",
+        "/model.2/m.0/cv2/conv/Conv",
+        "/model.2/cv2/conv/Conv",
+    ]
+    assert "float-between" not in check(ours / "int8.onnx", "tensorrt-10.16").rules
+    assert set(check(ours / "int8-openvino.onnx", "openvino").rules) == {
+        "add-float",
+        "concat-float",
+        "pool-float",
+        "mixed-readers",
+    }
+
+
+def test_a_form_for_one_runtime_is_wrong_for_another(ours: Path) -> None:
+    uint8 = check(ours / "int8-openvino.onnx", "tensorrt")
+    assert uint8.rules["zero-point"] == uint8.rules["code-type"] == 104 and uint8.count("error") == 208
+    int8 = check(ours / "int8.onnx", "openvino")
+    assert (int8.rules["feature-signed"], int8.rules["weight-saturates"], int8.count("error")) == (52, 57, 0)
+
+
+def test_pruned_widths_are_seen(ours: Path, tmp_path: Path) -> None:
+    """A convolution of 25 channels in the middle of ours."""
+    model = onnx.load(str(ours / "fp32.onnx"))
+    kept = {"model.2.m.0.cv1.conv.weight": 0, "model.2.m.0.cv1.conv.bias": 0, "model.2.m.0.cv2.conv.weight": 1}
+    for item in model.graph.initializer:
+        if item.name in kept:
+            array = onnx.numpy_helper.to_array(item)
+            item.CopyFrom(onnx.numpy_helper.from_array(array.take(range(13), axis=kept[item.name]), item.name))
+    del model.graph.value_info[:]
+    onnx.save(model, str(tmp_path / "pruned.onnx"))
+    report = check(tmp_path / "pruned.onnx", "tensorrt-10.3")
+    assert [(finding.rule, finding.node, finding.what) for finding in report.findings] == [
+        ("channels-8", "/model.2/m.0/cv1/conv/Conv", "13 out, float"),
+        ("channels-8", "/model.2/m.0/cv2/conv/Conv", "13 in, float"),
+    ]
+
+
+def test_ultralytics_int8_onnx_export(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`yolo export format=onnx quantize=8` hands its float graph to this function."""
+    from quant_net import images
+    from ultralytics.utils.export.onnx import onnx_int8_quantize
+
+    monkeypatch.chdir(tmp_path)  # ONNX Runtime writes its augmented model here
+    batches = [images(1, seed) for seed in range(4)]
+    onnx_int8_quantize(str(ours / "fp32.onnx"), str(tmp_path / "u.onnx"), batches, lambda batch: batch.numpy())
+    report = check(tmp_path / "u.onnx", "tensorrt")
+    assert report.facts["int8_convs"] == 63  # the head's outputs too
+    assert report.rules["bias-int32"] == report.rules["weight-per-tensor"] == 63
+    assert report.rules["zero-point"] > 100 and report.rules["scales-concat"] > 0
+    assert nodes(report, "concat-float") == CONCATS and nodes(report, "pool-float") == POOLS
+    assert sorted(nodes(report, "head-int8")) == sorted(
+        f"/model.22/{branch}.{i}/{branch}.{i}.2/Conv" for branch in ("cv2", "cv3") for i in range(3)
+    )
+    assert not {"add-float", "mixed-readers"} & set(report.rules)  # every reader reads through the pair
+    cpu = check(tmp_path / "u.onnx", "onnxruntime")
+    assert cpu.rules["feature-signed"] == report.facts["q"] and cpu.rules["weight-saturates"] == 63
+
+
+@pytest.mark.slow
+def test_ultralytics_qat_export(tmp_path: Path) -> None:
+    """`yolo train quantize=8` prepares with this function and exports with the other: 0 of 6 adds, 0 of 13 concats, and
+    15 tensors read both as codes and as float (YOLOv8s has the same layers)."""
+    from quant_net import images, net
+    from ultralytics.utils.export.engine import torch2onnx
+    from ultralytics.utils.torch_utils import prepare_qat
+
+    from yolo_compress.quant.fakequant import _modelopt
+
+    _modelopt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = prepare_qat(net(), [images(4)], lambda batch: batch).eval().fuse(verbose=False).requires_grad_(False)
+        model.model[-1].export, model.model[-1].format = True, "onnx"
+        for module in model.modules():
+            if "C2f" in type(module).__name__:
+                module.forward = module.forward_split
+        model(images(1))
+        torch2onnx(model, images(1), str(tmp_path / "u.onnx"), 17, ["images"], ["output0"])
+    report = check(tmp_path / "u.onnx", "tensorrt")
+    assert report.facts["int8_convs"] == 57 and report.count("error") == 0
+    assert nodes(report, "add-float") == C2F_ADDS and nodes(report, "concat-float") == CONCATS
+    assert report.rules["mixed-readers"] == 15
+    assert nodes(report, "pool-float") == POOLS[3:]  # ModelOpt quantises max-pools
+    assert report.rules["weight-float"] == 57
+
+
+# The verb
+
+
+def test_text_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = sound(zero=3, dtype=np.uint8).save(tmp_path / "net.onnx")
+    assert main(["lint", str(file)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    document = json.loads(out[-1])
+    assert (document["target"], document["error"], document["int8_convs"]) == ("tensorrt", 4, 2)
+    assert document["rules"] == {"zero-point": 2, "code-type": 2, "float-between": 1}
+    first = document["findings"][0]
+    assert set(first) == {"rule", "severity", "node", "what", "consequence", "fix"}
+    assert (first["rule"], first["node"], first["what"]) == ("zero-point", "feature_Q", "zero point 3")
+    assert "error zero-point (2)" in out and "    feature_Q: zero point 3" in out
+    assert f"  fix: {first['fix']}" in out and out[-2] == "4 errors, 1 warning, 0 info"
+    assert "TensorRT 8.5 to 11.4" in out[0]
+
+
+def test_long_lists_are_cut_in_the_text_alone(tmp_path: Path) -> None:
+    net = Net()
+    x = net.stem()
+    for index in range(SHOWN + 3):
+        x = net.int8_conv(net.pair(x), f"conv{index}", scales=0.1)
+    report = check(net.head(x).save(tmp_path / "net.onnx"), "tensorrt-8.5")
+    assert report.rules == {"weight-per-tensor": SHOWN + 3} and len(report.as_json()["findings"]) == SHOWN + 3
+    assert f"    conv{SHOWN - 1}: one scale for 32 output channels" in report.text().splitlines()
+    assert f"conv{SHOWN}:" not in report.text() and "... and 3 more, in the JSON" in report.text()
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound().save(tmp_path / "net.onnx")
+    assert main(["lint", str(tmp_path / "net.onnx"), "target=tensorrt-8.5"]) == 0
+    assert main(["lint", str(tmp_path / "net.onnx"), "--target", "tensorrt"]) == 0  # a warning alone
+    assert main(["lint", str(tmp_path / "net.onnx"), "target=dla-8.5"]) == 1
+    for words, code, says in (
+        (["target=tensorrt-9"], 2, "lint target=tensorrt-9: unknown, expected one of tensorrt, tensorrt-8.2"),
+        (["other.onnx"], 2, "lint takes one file, got 2; usage: yolo-compress lint FILE.onnx [target=NAME]"),
+        (["recipe=digits"], 2, "lint takes no recipe"),
+    ):
+        assert main(["lint", str(tmp_path / "net.onnx"), *words]) == code
+        assert says in capsys.readouterr().err
+    assert main(["lint"]) == 2
+    assert main(["lint", str(tmp_path / "gone.onnx")]) == 4
+    (tmp_path / "text.onnx").write_text("not a model")
+    assert main(["lint", str(tmp_path / "text.onnx")]) == 5
+    assert main(["lint", str(tmp_path)]) == 6
+    assert capsys.readouterr().out.count("{") == 0
+
+
+# Files that are not what they say
+
+
+def refused(file: Path, says: str, error: type[Exception] = CorruptArtifact) -> None:
+    with pytest.raises(error) as caught:
+        check(file)
+    assert str(caught.value).startswith(f"{file}: ") and says in str(caught.value)
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "net.onnx"
+    refused(file, "no such file", EnvironmentLacks)
+    refused(tmp_path, "cannot be read", StorageError)
+    for data in (b"", b"\0" * 99, b"PK\x03\x04 something", bytes(range(256))):
+        file.write_bytes(data)
+        refused(file, "not an ONNX")
+    whole = sound().model().SerializeToString()
+    for size in (1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused(file, "ONNX")
+
+
+def test_graphs_that_do_not_hold_together(tmp_path: Path) -> None:
+    net = sound()
+    net.nodes.reverse()
+    refused(net.save(tmp_path / "net.onnx"), "which no node before it makes")
+    net = sound()
+    net.nodes.append(net.nodes[-1])
+    refused(net.save(tmp_path / "net.onnx"), "made twice")
+    refused(sound().ends("nowhere").save(tmp_path / "net.onnx"), "no node makes the output nowhere")
+    model = sound().model()
+    next(item for item in model.graph.initializer if item.name == "feature_scale").raw_data = b"\0"
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    refused(tmp_path / "net.onnx", "tensor feature_scale is damaged")
+
+
+def external(folder: Path, location: str, length: int | None = None) -> Path:
+    """A model whose head weight is stored at `location`, `length` bytes of it."""
+    model = sound().model()
+    tensor = next(item for item in model.graph.initializer if item.name == "head_w")
+    (folder / "weights.bin").write_bytes(tensor.raw_data)
+    onnx.external_data_helper.set_external_data(tensor, location, 0, length or len(tensor.raw_data))
+    tensor.ClearField("raw_data")
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    return folder / "net.onnx"
+
+
+def test_external_data(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(b"x" * 10_000)
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    assert set(check(external(folder, "weights.bin")).rules) == {"float-between"}
+    for outside in ("../secret.bin", str(tmp_path / "secret.bin"), "link.bin", "sub/../../secret.bin"):
+        refused(external(folder, outside), "outside the model's folder")
+    refused(external(folder, "gone.bin"), "'gone.bin', which is not there")
+    refused(external(folder, "weights.bin", 10_000), "up to byte 10000, but that file has 640")
+
+
+def test_lint_needs_onnx_and_numpy_only(tmp_path: Path) -> None:
+    file = sound().save(tmp_path / "net.onnx")
+    program = (
+        "import sys; from yolo_compress.__main__ import main; code = main(['lint', sys.argv[1]]); "
+        "print(code, *sorted({'torch', 'ultralytics', 'onnxruntime', 'cv2', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"

@@ -38,6 +38,7 @@ class Graph:
     Attributes:
         model: the model; graphs inside nodes (If, Loop) are not looked at.
         source: name of the file, for errors.
+        contradiction: why types and shapes could not be inferred, None if they could.
         opset: version of ONNX's own operators.
         nodes: without Constant, in order.
         inputs: true inputs, without initializers.
@@ -45,8 +46,8 @@ class Graph:
         types, shapes: element type and shape of a tensor, where known; an open dimension is None.
     """
 
-    def __init__(self, model: onnx.ModelProto, source: str = "graph") -> None:
-        self.model, self.source = model, source
+    def __init__(self, model: onnx.ModelProto, source: str = "graph", contradiction: str | None = None) -> None:
+        self.model, self.source, self.contradiction = model, source, contradiction
         graph = model.graph
         self.opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
         self._constants: dict[str, TensorProto] = {item.name: item for item in graph.initializer}

@@ -39,10 +39,12 @@ def read(path: Path) -> Graph:
         if model.functions:
             model = inliner.inline_local_functions(model)
         _check_order(model.graph, path)
-        model = shape_inference.infer_shapes(model, data_prop=True)
-    except (shape_inference.InferenceError, RuntimeError, ValueError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{path}: its types and shapes contradict each other: {error}") from error
-    return Graph(model, str(path))
+        try:
+            return Graph(shape_inference.infer_shapes(model, data_prop=True), str(path))
+        except shape_inference.InferenceError as error:  # rule `checker` reports it; the others see what is declared
+            return Graph(model, str(path), str(error).strip().splitlines()[0])
+    except (RuntimeError, ValueError) as error:
+        raise CorruptArtifact(f"{path}: cannot be taken apart: {error}; export it again") from error
 
 
 def _load_external(model: onnx.ModelProto, path: Path) -> None:

@@ -35,6 +35,9 @@ def opset(graph: Graph, target: Target) -> Hits:
 
 def checker(graph: Graph, target: Target) -> Hits:
     """What onnx itself says; an operator that it does not know is `operator`'s business."""
+    if graph.contradiction:
+        yield WHOLE, graph.contradiction
+        return
     try:
         onnx.checker.check_model(graph.model)
     except onnx.checker.ValidationError as error:
