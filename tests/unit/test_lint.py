@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from lint_graphs import Net
 from onnx import TensorProto, helper
 
-from yolo_compress.quant.lint.check import RULES, check
+from yolo_compress.__main__ import main
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, StorageError
+from yolo_compress.quant.lint.check import RULES, SHOWN, Report, check
 from yolo_compress.quant.lint.rule import SEVERITIES, WHOLE
-from yolo_compress.quant.lint.targets import RUNTIMES
+from yolo_compress.quant.lint.targets import RUNTIMES, TARGETS
 
 F16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 
