@@ -16,6 +16,7 @@ TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorPr
 class Net:
     def __init__(self, opset: int = 17, size: tuple[Any, ...] = (1, 3, 32, 32), type: int = TensorProto.FLOAT) -> None:
         self.opset, self.type = opset, type
+        self.declared: list[int] | None = None  # shape of the outputs, where nobody can infer it
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self.inputs = [helper.make_tensor_value_info("images", type, size)]
@@ -78,7 +79,7 @@ class Net:
         return self
 
     def model(self) -> onnx.ModelProto:
-        outputs = [helper.make_tensor_value_info(name, self.type, None) for name in self.outputs]
+        outputs = [helper.make_tensor_value_info(name, self.type, self.declared) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "net", self.inputs, outputs, self.constants)
         domains = [helper.make_opsetid("", self.opset)]
         if any(node.domain for node in self.nodes):

@@ -220,6 +220,7 @@ def with_op(kind: str, domain: str = "", opset: int = 17, inputs: tuple[str, ...
     net = Net(opset)
     net.conv("images", "feature", into=3)
     net.op(kind, list(inputs), "odd", domain=domain)
+    net.declared = [1, 100, 4] if kind.endswith("TRT") else None
     return net.ends("odd")
 
 

@@ -61,9 +61,7 @@ class Report:
             places = [f"    {finding.node}: {finding.what}" for finding in self.findings if finding.rule == name]
             lines += places[:SHOWN]
             lines += [f"    ... and {count - SHOWN} more, in the JSON"] if count > SHOWN else []
-        counts = ", ".join(
-            f"{self.count(severity)} {severity}{'' if severity == 'info' else 's'}" for severity in SEVERITIES
-        )
+        counts = ", ".join(_counted(self.count(severity), severity) for severity in SEVERITIES)
         return "\n".join([*lines, "", counts])
 
     def as_json(self) -> dict[str, Any]:
@@ -76,6 +74,10 @@ class Report:
             "rules": self.rules,
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if word == "info" or count == 1 else f"{count} {word}s"
 
 
 def check(file: Path, name: str = DEFAULT) -> Report:
