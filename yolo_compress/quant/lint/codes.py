@@ -199,7 +199,7 @@ CODES = (
     Rule(
         "weight-axis",
         "error",
-        "Scales run along another axis than the output channels; TensorRT refuses it, others cannot use integer kernels.",
+        "TensorRT refuses it. Elsewhere scales meant for output channels multiply input channels: another network.",
         "Set axis of the DequantizeLinear (its default is 1): 0 for Conv, 1 for ConvTranspose.",
         wrong_axes,
     ),
