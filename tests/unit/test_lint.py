@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -463,6 +465,14 @@ def test_our_float_graph_has_nothing(ours: Path) -> None:
     assert check(ours / "fp32.onnx", "tensorrt-8.2").rules == {"opset": 1}
 
 
+def test_our_half_graph_has_nothing(ours: Path, tmp_path: Path) -> None:
+    from yolo_compress.quant.half import to_fp16
+
+    to_fp16(ours / "fp32.onnx", tmp_path / "fp16.onnx")
+    for name in ("tensorrt-8.5", "tensorrt-11.4", "onnxruntime", "openvino"):
+        assert check(tmp_path / "fp16.onnx", name).rules == {}
+
+
 def test_our_int8_graph_is_valid_and_its_placement_is_convolutions_alone(ours: Path) -> None:
     """Once adds, concats and pools are placed too, their lists here are empty."""
     report = check(ours / "int8.onnx", "tensorrt")
@@ -651,6 +661,32 @@ def test_graphs_that_do_not_hold_together(tmp_path: Path) -> None:
     next(item for item in model.graph.initializer if item.name == "feature_scale").raw_data = b"\0"
     onnx.save(model, str(tmp_path / "net.onnx"))
     refused(tmp_path / "net.onnx", "tensor feature_scale is damaged")
+
+
+def test_malformed_nodes(tmp_path: Path) -> None:
+    net = sound()
+    del net.nodes[0].input[1:]
+    refused(net.save(tmp_path / "net.onnx"), " has 1 inputs, 1 outputs: too few")
+    net = second()
+    next(node for node in net.nodes if node.name == "second_w_DQ").attribute[0].CopyFrom(
+        helper.make_attribute("axis", "one")
+    )
+    net.save(tmp_path / "net.onnx")
+    with pytest.raises(CorruptArtifact, match="second_w_DQ: attribute axis is bytes, expected int"):
+        check(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_altered_bytes_give_a_report_or_an_error_of_ours(seed: int, tmp_path: Path) -> None:
+    choose = random.Random(seed)
+    whole = [row[0]().model().SerializeToString() for rows in CASES.values() for row in rows]
+    for _ in range(300):
+        data = bytearray(choose.choice(whole))
+        for _ in range(choose.choice([1, 1, 3])):
+            data[choose.randrange(len(data))] = choose.randrange(256)
+        (tmp_path / "net.onnx").write_bytes(data)
+        with contextlib.suppress(CorruptArtifact):
+            assert check(tmp_path / "net.onnx", choose.choice(list(TARGETS))).text()
 
 
 def external(folder: Path, location: str, length: int | None = None) -> Path:

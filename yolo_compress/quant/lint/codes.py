@@ -14,6 +14,7 @@ from yolo_compress.quant.lint.node import DQ, Codes, Q, attribute, name_of
 from yolo_compress.quant.lint.rule import Hits, Rule
 from yolo_compress.quant.lint.targets import CPU, TENSORRT, Target
 
+QMAX = 127
 CPU_WEIGHT_CODES = 63  # 255 * 63 * 2 fits in 16 bits, 255 * 127 * 2 does not
 
 
@@ -137,7 +138,7 @@ def saturating_weights(graph: Graph, target: Target) -> Hits:
             scale = codes.scale.reshape(shape) if codes.scale.size > 1 else codes.scale
             stored = np.rint(stored / np.where(scale > 0, scale, 1))
         zero = 0 if codes.zero is None or codes.zero.size != 1 else int(codes.zero.ravel()[0])
-        largest = int(np.abs(stored.astype(np.int64) - zero).max(initial=0))
+        largest = int(np.abs(np.nan_to_num(stored.astype(np.float64)) - zero).clip(max=QMAX).max(initial=0))
         if largest > CPU_WEIGHT_CODES:
             yield owner, f"codes up to {largest}, {CPU_WEIGHT_CODES} is safe"
 

@@ -264,8 +264,8 @@ class Graph:
         return seen
 
     def bare(self, tensor: str) -> str:
-        """The float tensor behind Q/DQ pairs."""
+        """The tensor behind Q/DQ pairs and casts."""
         tensor = self.source_of(tensor)
-        while tensor in self.maker and self.maker[tensor].op_type in (Q, DQ):
+        while tensor in self.maker and self.maker[tensor].op_type in (Q, DQ, "Cast"):
             tensor = self.source_of(self.maker[tensor].input[0])
         return tensor

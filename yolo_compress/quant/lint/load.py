@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, external_data_helper, inliner, shape_inference
+from onnx import TensorProto, defs, external_data_helper, inliner, shape_inference
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, StorageError
 from yolo_compress.quant.lint.graph import Graph
@@ -32,13 +32,14 @@ def read(path: Path) -> Graph:
         model.ParseFromString(data)
     except DecodeError as error:
         raise CorruptArtifact(f"{path}: not an ONNX file, or cut short ({error}); export it again") from error
-    if not model.graph.node or not any(item.domain in ("", "ai.onnx") for item in model.opset_import):
+    opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), None)
+    if not model.graph.node or opset is None:
         raise CorruptArtifact(f"{path}: not an ONNX model: it has no nodes or no operator set; export it again")
     _load_external(model, path)
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
-        _check_order(model.graph, path)
+        _check_order(model.graph, opset, path)
         try:
             return Graph(shape_inference.infer_shapes(model, data_prop=True), str(path))
         except shape_inference.InferenceError as error:  # rule `checker` reports it; the others see what is declared
@@ -88,11 +89,16 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield from _tensors(inner)
 
 
-def _check_order(graph: onnx.GraphProto, path: Path) -> None:
-    """Every tensor is made once, before it is read: what the walks of `Graph` rest on."""
+def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
+    """Every tensor is made once, before it is read, and no node lacks inputs: what the walks of `Graph` rest on."""
     made = {item.name for item in graph.input} | {item.name for item in graph.initializer}
     made |= {item.values.name for item in graph.sparse_initializer}
     for node in graph.node:
+        if len(node.input) < _least_inputs(node, opset) or not any(node.output):
+            raise CorruptArtifact(
+                f"{path}: {node.op_type} {node.name} has {len(node.input)} inputs, {len(node.output)} outputs: too few; "
+                "export it again"
+            )
         if lost := [name for name in node.input if name and name not in made]:
             raise CorruptArtifact(
                 f"{path}: {node.op_type} {node.name} reads {lost[0]}, which no node before it makes; export it again"
@@ -102,3 +108,13 @@ def _check_order(graph: onnx.GraphProto, path: Path) -> None:
         made.update(name for name in node.output if name)
     if lost := [item.name for item in graph.output if item.name not in made]:
         raise CorruptArtifact(f"{path}: no node makes the output {lost[0]}; export it again")
+
+
+def _least_inputs(node: onnx.NodeProto, opset: int) -> int:
+    """Inputs that the standard asks of an operator, 0 of one that it does not know."""
+    if node.domain not in ("", "ai.onnx"):
+        return 0
+    try:
+        return int(defs.get_schema(node.op_type, opset, "").min_input)
+    except defs.SchemaError:
+        return 0

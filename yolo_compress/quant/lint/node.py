@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
+from yolo_compress.errors import CorruptArtifact
+
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
 
@@ -57,10 +59,20 @@ def name_of(node: NodeProto) -> str:
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """An attribute of a node."""
+    """An attribute of a node.
+
+    Raises:
+        CorruptArtifact: It is of another type than the default.
+    """
     for item in node.attribute:
         if item.name == name:
-            return helper.get_attribute_value(item)
+            value = helper.get_attribute_value(item)
+            if not isinstance(value, type(default)):
+                raise CorruptArtifact(
+                    f"{node.op_type} {node.name}: attribute {name} is {type(value).__name__}, "
+                    f"expected {type(default).__name__}; export the file again"
+                )
+            return value
     return default
 
 

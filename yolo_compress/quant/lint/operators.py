@@ -40,6 +40,8 @@ def checker(graph: Graph, target: Target) -> Hits:
         return
     try:
         onnx.checker.check_model(graph.model)
+    except UnicodeDecodeError:
+        yield WHOLE, "a text in it is not UTF-8"
     except onnx.checker.ValidationError as error:
         text = str(error).strip().splitlines()[0]
         if "No Op registered" not in text and "No schema registered" not in text:
@@ -97,11 +99,12 @@ def _unfit(graph: Graph, node: NodeProto) -> str | None:
         return f"Concat along axis {attribute(node, 'axis', 1)}, a DLA joins channels only"
     if node.op_type in ("Conv", "ConvTranspose"):
         kernel = (graph.shapes.get(graph.weight(node)) or (0, 0, 1, 1))[2:]
-        if max(size or 1 for size in kernel) > DLA_KERNEL or max(attribute(node, "strides", [1])) > DLA_STRIDE:
+        largest = max((size or 1 for size in kernel), default=1), max(attribute(node, "strides", [1]), default=1)
+        if largest[0] > DLA_KERNEL or largest[1] > DLA_STRIDE:
             return f"kernel or stride beyond {DLA_KERNEL} and {DLA_STRIDE}"
     if node.op_type == "ConvTranspose" and (
         attribute(node, "group", 1) > 1
-        or max(attribute(node, "dilations", [1])) > 1
+        or max(attribute(node, "dilations", [1]), default=1) > 1
         or any(attribute(node, "pads", [0]))
     ):
         return "ConvTranspose with groups, dilation or padding"
