@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus run, status, check, cfg, fetch and gc.
+"""The command line: one verb a stage, plus run, status, check, cfg, lint, fetch and gc.
 
 Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
 """
@@ -154,6 +154,18 @@ def _cfg(command: cli_grammar.Command) -> int:
     return 0
 
 
+def _lint(command: cli_grammar.Command) -> int:
+    from pathlib import Path
+
+    from yolo_compress.quant.lint.check import check
+    from yolo_compress.quant.lint.targets import DEFAULT
+
+    report = check(Path(command.words[0]), command.options.get("target", DEFAULT))
+    result(report.text())
+    result(json.dumps(report.as_json()))
+    return 1 if report.count("error") else 0
+
+
 def _fetch(command: cli_grammar.Command) -> int:
     from yolo_compress.fetch import fetch
 
@@ -193,6 +205,7 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "check": _check,
     "cfg": _cfg,
     "probe": _probe,
+    "lint": _lint,
     "fetch": _fetch,
     "gc": _gc,
     "help": _help,

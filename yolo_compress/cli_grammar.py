@@ -20,6 +20,7 @@ OPTIONS = {
     "force": ("true", "false"),
     "dry_run": ("true", "false"),
     "out": (),
+    "target": (),
 }  # () stands for any text
 _SWITCHES = ("force", "dry_run")  # `--force` alone says true
 _WHERE = "command line"
@@ -51,13 +52,15 @@ VERBS = {
     "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
+    "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
+                 options=("target",), knobs=False, words="FILE.onnx"),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
-                  options=("force",), knobs=False, words="NAME"),
+                  options=("force",), knobs=False, words="NAME ..."),
     "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
     "check": Verb("check this machine (torch, CUDA, TensorRT, disk, memory) and the recipe's data", options=_READS),
     "cfg": Verb("print the effective recipe as YAML", options=_READS),
     "gc": Verb("delete artefacts that no recipe refers to", options=("recipe", "lock")),
-    "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="VERB"),
+    "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="[VERB]"),
     "version": Verb("print the version", options=(), knobs=False),
 }  # fmt: skip
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
@@ -71,8 +74,8 @@ class Command:
         verb: a key of `VERBS`.
         recipe: name or file of the recipe.
         overrides: `(section.key, value)` in the order given, checked to be knobs of the recipe; values are still text.
-        options: `lock` and `force`, where given.
-        words: the names after `fetch`, the verb after `help`.
+        options: `lock`, `force`, `target`, ..., where given.
+        words: the names after `fetch`, the file after `lint`, the verb after `help`.
     """
 
     verb: str
@@ -135,13 +138,14 @@ def usage(name: str) -> str:
     """Gives the usage line of a verb."""
     verb = VERBS[name]
     parts = [f"yolo-compress {name}"]
-    parts += [f"[{verb.words}]" if name == "help" else f"{verb.words} ..."] if verb.words else []
+    parts += [verb.words] if verb.words else []
     parts += ["[recipe=NAME|FILE]"] if "recipe" in verb.options else []
     parts += ["[section.key=value ...]"] if verb.knobs else []
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
     parts += ["out=FOLDER"] if "out" in verb.options else []
+    parts += ["[target=NAME]"] if "target" in verb.options else []
     return "usage: " + " ".join(parts)
 
 
@@ -201,6 +205,8 @@ def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
+    if name == "lint" and len(words) != 1:
+        raise RecipeError(f"{_WHERE}: lint takes one file, got {len(words)}; {usage(name)}")
     if name == "help" and words and words[0] not in (*VERBS, *recipe.SECTIONS):
         raise RecipeError(_unknown_verb(words[0]))
     if name == "help" and len(words) > 1:

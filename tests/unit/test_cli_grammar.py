@@ -65,6 +65,9 @@ def test_help_of_a_verb(argv: list[str]) -> None:
 def test_version_and_fetch() -> None:
     assert parse(["--version"]).verb == "version"
     assert parse(["fetch", "yolov8l.pt", "coco128"]).words == ("yolov8l.pt", "coco128")
+    assert parse(["lint", "a.onnx", "target=openvino"]) == Command(
+        "lint", options={"target": "openvino"}, words=("a.onnx",)
+    )
 
 
 def test_help_text_names_every_verb_and_every_knob() -> None:
@@ -81,6 +84,7 @@ def test_help_text_names_every_verb_and_every_knob() -> None:
 def test_usage_follows_the_verb() -> None:
     assert cli_grammar.usage("fetch") == "usage: yolo-compress fetch NAME ... [force=true]"
     assert cli_grammar.usage("help") == "usage: yolo-compress help [VERB]"
+    assert cli_grammar.usage("lint") == "usage: yolo-compress lint FILE.onnx [target=NAME]"
     assert cli_grammar.usage("status") == "usage: yolo-compress status [recipe=NAME|FILE] [section.key=value ...]"
 
 
@@ -114,6 +118,10 @@ WRONG = {
     ("fetch", "qat.epochs=1"): "fetch takes no 'qat.epochs'",
     ("fetch", "x.pt", "recipe=a"): "fetch takes no recipe",
     ("version", "x"): "'x' is out of place",
+    ("lint",): "lint takes one file, got 0; usage: yolo-compress lint FILE.onnx [target=NAME]",
+    ("lint", "a.onnx", "b.onnx"): "lint takes one file, got 2",
+    ("lint", "a.onnx", "qat.epochs=1"): "lint takes no 'qat.epochs'",
+    ("qat", "target=openvino"): "qat takes no target",
 }
 
 

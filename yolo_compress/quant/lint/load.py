@@ -1,0 +1,120 @@
+"""An ONNX file from anywhere: every byte of it is read here, and nothing outside its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, defs, external_data_helper, inliner, shape_inference
+
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, StorageError
+from yolo_compress.quant.lint.graph import Graph
+
+
+def read(path: Path) -> Graph:
+    """The graph of a file, with the types and shapes that can be inferred.
+
+    Raises:
+        EnvironmentLacks: There is no such file.
+        StorageError: It cannot be read.
+        CorruptArtifact: It is not a whole ONNX model, or its weights lie outside its folder.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise EnvironmentLacks(f"{path}: no such file; give the path of an .onnx file") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise CorruptArtifact(f"{path}: not an ONNX file, or cut short ({error}); export it again") from error
+    opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), None)
+    if not model.graph.node or opset is None:
+        raise CorruptArtifact(f"{path}: not an ONNX model: it has no nodes or no operator set; export it again")
+    _load_external(model, path)
+    try:
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        _check_order(model.graph, opset, path)
+        try:
+            return Graph(shape_inference.infer_shapes(model, data_prop=True), str(path))
+        except shape_inference.InferenceError as error:  # rule `checker` reports it; the others see what is declared
+            return Graph(model, str(path), str(error).strip().splitlines()[0])
+    except (RuntimeError, ValueError) as error:
+        raise CorruptArtifact(f"{path}: cannot be taken apart: {error}; export it again") from error
+
+
+def _load_external(model: onnx.ModelProto, path: Path) -> None:
+    """Read the tensors that are stored beside the file.
+
+    onnx checks the place only when it opens the file, with an error of its own for each version; the sizes it does not check.
+    """
+    folder = path.resolve().parent
+    for tensor in _tensors(model.graph):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        info = external_data_helper.ExternalDataInfo(tensor)
+        where = f"{path}: tensor {tensor.name} is stored in {info.location!r}"
+        file = (folder / info.location).resolve()
+        if not info.location or Path(info.location).is_absolute() or not file.is_relative_to(folder):
+            raise CorruptArtifact(f"{where}, outside the model's folder; not opened: get a file that you can trust")
+        if not file.is_file():
+            raise CorruptArtifact(f"{where}, which is not there; copy it next to the model")
+        end, size = (info.offset or 0) + (info.length or 0), file.stat().st_size
+        if end > size:
+            raise CorruptArtifact(f"{where} up to byte {end}, but that file has {size}; copy it again")
+        try:
+            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise CorruptArtifact(f"{where}, which cannot be read: {error}") from error
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Every tensor of a graph and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
+    """Every tensor is made once, before it is read, and no node lacks inputs: what the walks of `Graph` rest on."""
+    made = {item.name for item in graph.input} | {item.name for item in graph.initializer}
+    made |= {item.values.name for item in graph.sparse_initializer}
+    for node in graph.node:
+        if len(node.input) < _least_inputs(node, opset) or not any(node.output):
+            raise CorruptArtifact(
+                f"{path}: {node.op_type} {node.name} has {len(node.input)} inputs, {len(node.output)} outputs: too few; "
+                "export it again"
+            )
+        if lost := [name for name in node.input if name and name not in made]:
+            raise CorruptArtifact(
+                f"{path}: {node.op_type} {node.name} reads {lost[0]}, which no node before it makes; export it again"
+            )
+        if twice := [name for name in node.output if name and name in made]:
+            raise CorruptArtifact(f"{path}: tensor {twice[0]} is made twice; export it again")
+        made.update(name for name in node.output if name)
+    if lost := [item.name for item in graph.output if item.name not in made]:
+        raise CorruptArtifact(f"{path}: no node makes the output {lost[0]}; export it again")
+
+
+def _least_inputs(node: onnx.NodeProto, opset: int) -> int:
+    """Inputs that the standard asks of an operator, 0 of one that it does not know."""
+    if node.domain not in ("", "ai.onnx"):
+        return 0
+    try:
+        return int(defs.get_schema(node.op_type, opset, "").min_input)
+    except defs.SchemaError:
+        return 0

@@ -1,0 +1,71 @@
+"""What a graph is checked against: runtimes, and TensorRT by version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from yolo_compress.errors import RecipeError
+
+Runtime = Literal["tensorrt", "onnxruntime", "openvino"]
+RUNTIMES: tuple[Runtime, ...] = ("tensorrt", "onnxruntime", "openvino")
+TENSORRT: tuple[Runtime, ...] = ("tensorrt",)
+CPU: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+DEFAULT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that is to take the file.
+
+    Attributes:
+        name: key of `TARGETS`.
+        runtime: which rules apply.
+        about: versions and devices, for people.
+        min_opset, max_opset: the operator sets it reads; None: no limit is known.
+        lowest, highest: TensorRT versions (major, minor) that must take it; (0, 0) for other runtimes.
+        dla: the deep learning accelerator of an Orin or Xavier, not its GPU.
+    """
+
+    name: str
+    runtime: Runtime
+    about: str
+    min_opset: int | None
+    max_opset: int | None
+    lowest: tuple[int, int] = (0, 0)
+    highest: tuple[int, int] = (0, 0)
+    dla: bool = False
+
+
+# Largest opsets: operators.md of onnx-tensorrt at each release (8.2 13, 8.4 to 8.6 17, 10.0 to 10.3 20, 10.9 22, 10.13 on
+# 24, 11.4 25); smallest of 10.x: the same file. ONNX Runtime 1.32 loads a Conv of 7 to 28 and refuses 30; OpenVINO
+# 2026.4 loads all of 6 to 30 and judges each operator by itself.
+_ROWS = (
+    Target("tensorrt", "tensorrt", "TensorRT 8.5 to 11.4, all of them", 9, 17, (8, 5), (11, 4)),
+    Target("tensorrt-8.2", "tensorrt", "TensorRT 8.2, JetPack 4.6", 7, 13, (8, 2), (8, 2)),
+    Target("tensorrt-8.5", "tensorrt", "TensorRT 8.5, JetPack 5.1", 7, 17, (8, 5), (8, 5)),
+    Target("tensorrt-8.6", "tensorrt", "TensorRT 8.6, JetPack 6.0", 7, 17, (8, 6), (8, 6)),
+    Target("tensorrt-10.3", "tensorrt", "TensorRT 10.3, JetPack 6.1 and 6.2", 9, 20, (10, 3), (10, 3)),
+    Target("tensorrt-10.13", "tensorrt", "TensorRT 10.13, JetPack 7.0 and 7.1", 9, 24, (10, 13), (10, 13)),
+    Target("tensorrt-10.16", "tensorrt", "TensorRT 10.16, JetPack 7.2", 9, 24, (10, 16), (10, 16)),
+    Target("tensorrt-11.4", "tensorrt", "TensorRT 11.4, JetPack 7.2.2", 9, 25, (11, 4), (11, 4)),
+    Target("dla-8.5", "tensorrt", "DLA under TensorRT 8.5, JetPack 5.1", 7, 17, (8, 5), (8, 5), dla=True),
+    Target("dla-10.3", "tensorrt", "DLA under TensorRT 10.3, JetPack 6.1 and 6.2", 9, 20, (10, 3), (10, 3), dla=True),
+    Target(
+        "dla-11.4", "tensorrt", "DLA under TensorRT 11.4.1, AGX Orin, JetPack 7.2.2", 9, 25, (11, 4), (11, 4), dla=True
+    ),
+    Target("onnxruntime", "onnxruntime", "ONNX Runtime 1.32, CPU", 7, 28),
+    Target("openvino", "openvino", "OpenVINO 2026.4, CPU", None, None),
+)
+TARGETS = {row.name: row for row in _ROWS}
+
+
+def target(name: str) -> Target:
+    """The row of a name.
+
+    Raises:
+        RecipeError: No such target.
+    """
+    if name not in TARGETS:
+        raise RecipeError(f"lint target={name}: unknown, expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]
