@@ -10,7 +10,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, defs, external_data_helper, inliner, shape_inference
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, StorageError
-from yolo_compress.quant.lint.graph import Graph
+from yolo_compress.quant.lint.graph import WEIGHTED, Graph
+from yolo_compress.quant.lint.node import DQ, Q
+from yolo_compress.quant.lint.placement import POOLS
+
+READ_BY_NAME = {Q, DQ, *WEIGHTED, *POOLS, "Add", "Cast", "Identity", "MatMul", "TopK"}
 
 
 def read(path: Path) -> Graph:
@@ -94,6 +98,16 @@ def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
     made = {item.name for item in graph.input} | {item.name for item in graph.initializer}
     made |= {item.values.name for item in graph.sparse_initializer}
     for node in graph.node:
+        texts = (
+            node.op_type,
+            node.domain,
+            node.name,
+            *node.input,
+            *node.output,
+            *(item.name for item in node.attribute),
+        )
+        if not all(isinstance(text, str) for text in texts):  # protobuf gives bytes where they are not UTF-8
+            raise CorruptArtifact(f"{path}: a name in it is not text, so the file was altered; get it again")
         if len(node.input) < _least_inputs(node, opset) or not any(node.output):
             raise CorruptArtifact(
                 f"{path}: {node.op_type} {node.name} has {len(node.input)} inputs, {len(node.output)} outputs: too few; "
@@ -111,8 +125,11 @@ def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
 
 
 def _least_inputs(node: onnx.NodeProto, opset: int) -> int:
-    """Inputs that the standard asks of an operator, 0 of one that it does not know."""
-    if node.domain not in ("", "ai.onnx"):
+    """Inputs that the standard asks of an operator, 0 of one that it does not know.
+
+    ONNX Runtime has Q and DQ of its own domain with the same inputs; rules read nodes of those names in any domain.
+    """
+    if node.domain not in ("", "ai.onnx") and node.op_type not in READ_BY_NAME:
         return 0
     try:
         return int(defs.get_schema(node.op_type, opset, "").min_input)
