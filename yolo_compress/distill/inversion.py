@@ -8,6 +8,7 @@ Shapes: images_B3HW in 0..1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,17 +95,22 @@ def total_variation(images_B3HW: Tensor) -> Tensor:
 class _Misfit:
     """Mean over BatchNorms of how far mean and variance of their inputs are from their averages.
 
-    Each distance is relative to the length of the average: variances of YOLOv8's layers lie orders of magnitude apart, and
-    in the paper's plain sum a few layers decide.
+    Distances are relative, those of means to the standard deviations and those of variances to the variances: YOLOv8's layers
+    lie orders of magnitude apart, and in the paper's plain sum a few layers decide.
     """
 
     def __init__(self, norms: list[nn.BatchNorm2d]) -> None:
         self._sum: Tensor | float = 0.0
         self._handles = [norm.register_forward_pre_hook(self._add) for norm in norms]
 
-    def _add(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _add(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
         variance_C, mean_C = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
-        self._sum = self._sum + _relative(mean_C, norm.running_mean) + _relative(variance_C, norm.running_var)  # type: ignore[arg-type]
+        spread_C = norm.running_var + norm.eps
+        self._sum = (
+            self._sum
+            + (mean_C - norm.running_mean).norm() / spread_C.sqrt().norm()
+            + (variance_C - norm.running_var).norm() / spread_C.norm()
+        )
 
     def take(self) -> Tensor:
         total, self._sum = self._sum, 0.0
@@ -114,7 +120,3 @@ class _Misfit:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _relative(value_C: Tensor, average_C: Tensor) -> Tensor:
-    return (value_C - average_C).norm() / (average_C.norm() + 1e-12)
