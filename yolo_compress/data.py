@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from yolo_compress.errors import DataError, RecipeError, StorageError
 from yolo_compress.filecache import FileCache, Stamp
 from yolo_compress.reading import FileState, Progress, Read, Reader, Sample, label_path
 
-__all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck"]
+__all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
 
 LISTED_FINDINGS = 10  # in an error message; all of them are in BadData.findings
 
@@ -47,6 +48,8 @@ class Dataset:
     train_digest: str
     val_digest: str
     files: tuple[FileState, ...] = field(repr=False, compare=False, default=())
+    unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; no part of `digest`
+    unlabelled_digest: str = ""
 
 
 def load(
@@ -121,6 +124,50 @@ def load(
         train_digest=train_digest,
         val_digest=val_digest,
         files=tuple(files.values()),
+    )
+
+
+def with_unlabelled(
+    dataset: Dataset,
+    folder: str,
+    *,
+    on_bad: Literal["error", "skip"] = "error",
+    allow_overlap: bool = False,
+    cache: Path | None = None,
+) -> Dataset:
+    """The data set with every image of `folder` beside it; labels that lie there are not read.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+        BadData: images that cannot be used, or that are validation images.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise DataError(f"distill.images: no folder {shown(folder)}")
+    data = replace(read_yaml(dataset.yaml), root=root, train=(".",))
+    listed, findings = list_images(data, "train")
+    if not listed:
+        raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
+    store = FileCache(cache)
+    read = Reader(data, store, labelled=False).read_all(listed, None)
+    with suppress(StorageError, OSError):  # the next preflight reads the images again
+        store.save()
+    findings += [finding for result in read for finding in result.findings]
+    where = replace(data, file=root)  # what a message names
+    if findings and on_bad != "skip":
+        raise _failure(where, findings, "fix them, or set data.on_bad=skip to leave these images out")
+    samples = tuple(r.sample for r in read if r.sample)
+    if not samples:
+        raise _failure(where, findings, "no image is left")
+    notes = _overlap(where, samples, dataset.val, allow=allow_overlap)
+    files = {state.path: state for r in read if r.sample for state in r.files}
+    return replace(
+        dataset,
+        unlabelled=samples,
+        unlabelled_digest=_sha256(sorted([s.name, s.sha256] for s in samples)),
+        skipped=(*dataset.skipped, *findings),
+        notes=(*dataset.notes, *notes),
+        files=(*dataset.files, *files.values()),
     )
 
 

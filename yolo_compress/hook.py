@@ -33,7 +33,8 @@ class TrainHook:
         for hook in reversed(hooks): hook.to_stock(ema)    # back to stock Ultralytics classes
 
     `model` is always the bare module (no DDP wrapper). A loss is the mean over the images of the batch, named, finite,
-    in the graph of the student and of nothing else; it is logged as `train/<name>`.
+    in the graph of the student and the hook's `modules()` alone; it is logged as `train/<name>`, and what it is of the total
+    as `share/<name>`.
     """
 
     def on_model(self, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from yolo_compress import environment, progress
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
-from yolo_compress.data import Dataset, load, recheck
+from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, RecipeError
 from yolo_compress.recipe import Recipe
 from yolo_compress.weights import FOLDER, find_weights
@@ -37,6 +37,7 @@ class Stage:
         version: Goes up when the same config would now give other bytes.
         trains: Every rank of a distributed run takes part.
         machine: This machine and its engine libraries are part of the fingerprint.
+        checked: Its module's `check(recipe, dataset)` runs before any stage does, so that what cannot work costs no training.
     """
 
     needs: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Stage:
     version: int = 1
     trains: bool = False
     machine: bool = False
+    checked: bool = False
 
 
 STAGES: dict[str, Stage] = {
@@ -51,7 +53,7 @@ STAGES: dict[str, Stage] = {
     "teacher": Stage(stand_in="baseline", trains=True),
     "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=2, trains=True),
-    "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True),
+    "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True, checked=True),
     "qat": Stage(("distill",), stand_in="distill", trains=True),
     "export": Stage(("baseline", "distill", "qat")),
     "engine": Stage(("export",), machine=True),
@@ -116,7 +118,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
         key = {
             "stage": stage,
             "version": row.version,
-            "config": _config(recipe, stage),
+            "config": _config(recipe, stage, dataset),
             "inputs": {need: planned[source].fingerprint for need, source in inputs.items()},
             "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
             "seed": recipe.run.seed,
@@ -140,7 +142,7 @@ def _measures_here(recipe: Recipe) -> bool:
     return prune is not None and prune.latency_ms is not None and prune.latency_table is None
 
 
-def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
+def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
     """The section as it counts: given files by their bytes, and with given weights nothing of how one would train."""
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
@@ -154,20 +156,22 @@ def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
         if not Path(table).is_file():
             raise RecipeError(f"{stage}.latency_table: no file {table!r}")
         config["latency_table"] = {"sha256": sha256_file(Path(table))}
+    if config.get("images") is not None:
+        config["images"] = {"digest": dataset.unlabelled_digest}
     return config
 
 
 def load_dataset(recipe: Recipe, store: Store) -> Dataset:
     """The recipe's data set after the preflight; what was left out is said."""
     data = recipe.data
-    dataset = load(
-        data.yaml,
-        on_bad=data.on_bad,
-        allow_overlap=data.allow_overlap,
-        limit_train=data.limit_train,
-        limit_val=data.limit_val,
-        cache=store.root / ".cache" / "data.json",
-    )
+    shared: dict[str, Any] = {
+        "on_bad": data.on_bad,
+        "allow_overlap": data.allow_overlap,
+        "cache": store.root / ".cache" / "data.json",
+    }
+    dataset = load(data.yaml, limit_train=data.limit_train, limit_val=data.limit_val, **shared)
+    if recipe.distill and recipe.distill.images is not None:
+        dataset = with_unlabelled(dataset, recipe.distill.images, **shared)
     if dataset.skipped:
         progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
         for finding in dataset.skipped[:10]:
@@ -199,7 +203,11 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     dataset = load_dataset(recipe, store)
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)
-    for stage, planned in plan(recipe, dataset, target).items():
+    chain = plan(recipe, dataset, target)
+    for stage, planned in chain.items():
+        if STAGES[stage].checked and ((again and stage == last) or not store.find(stage, planned.fingerprint)):
+            importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
+    for stage, planned in chain.items():
         if again and stage == last:
             store.discard(stage, planned.fingerprint)
         found = store.find(stage, planned.fingerprint)

@@ -55,10 +55,10 @@ class _NotCached(Exception):
 
 
 class Reader:
-    """Reads images and labels, each through the cache."""
+    """Reads images and labels, each through the cache; without `labelled`, images alone."""
 
-    def __init__(self, data: DataYaml, store: FileCache) -> None:
-        self.data, self.store = data, store
+    def __init__(self, data: DataYaml, store: FileCache, labelled: bool = True) -> None:
+        self.data, self.store, self.labelled = data, store, labelled
         self.kind = f"labels/{len(data.names)}/{data.pose_columns}"  # what else the verdict on a label file depends on
 
     def read_all(self, listed: Sequence[Listed], progress: Progress | None) -> list[Read]:
@@ -89,7 +89,7 @@ class Reader:
     def _read(self, listed: Listed, may_read: bool = True) -> Read:
         out, path = Read(listed), listed.path
         size = self._image(out, path, listed.source, may_read)
-        boxes = self._labels(out, label_path(path), may_read)
+        boxes = self._labels(out, label_path(path), may_read) if self.labelled else ()
         if not out.findings:
             out.sample = Sample(path, *size, boxes, out.files[0].sha256 or "", listed.name)
         return out

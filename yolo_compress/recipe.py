@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -55,6 +55,10 @@ __all__ = [
     "load", "names", "options",
 ]  # fmt: skip
 
+SAME_NET = (
+    "distill: teacher and student are the same net, so there is nothing to learn: "
+    "give another teacher.weights, add a section prune, or set distill=null"
+)
 ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
 _COMMAND_LINE = "command line"
 _NAME = re.compile(
@@ -95,13 +99,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
         if getattr(recipe, name) and not getattr(recipe, needed):
             yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
-    if recipe.distill and not recipe.prune and not recipe.sparsify and _same_net(recipe.teacher, recipe.baseline):
-        yield (
-            "distill: teacher and student are the same net, so there is nothing to learn: "
-            "give another teacher.weights, add a section prune, or set distill=null"
-        )
-    if recipe.distill and not recipe.distill.logit_weight and not recipe.distill.feature_weight:
-        yield "distill.logit_weight and distill.feature_weight are both 0: nothing is distilled; set distill=null"
+    if recipe.distill:
+        yield from _of_distill(recipe, recipe.distill)
     if recipe.prune:
         yield from _of_prune(recipe.prune)
     if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
@@ -132,6 +131,42 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
             yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
     if 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
+
+
+def _of_distill(recipe: Recipe, distill: DistillConfig) -> Iterator[str]:
+    if (
+        distill.teacher != "self"
+        and not recipe.prune
+        and not recipe.sparsify
+        and _same_net(recipe.teacher, recipe.baseline)
+    ):
+        yield SAME_NET
+    if distill.teacher == "self" and recipe.teacher:
+        yield "the section teacher has no effect with distill.teacher=self: set teacher=null"
+    for knob in distill.idle(distill.teacher):
+        if getattr(distill, knob) != _default(distill, knob):
+            yield f"distill.{knob}={getattr(distill, knob)} has no effect with distill.teacher={distill.teacher}: leave it out"
+    read = [knob for knob in distill.WEIGHTS if knob not in distill.idle(distill.teacher)]
+    if not any(getattr(distill, knob) for knob in read):
+        yield f"{', '.join(f'distill.{knob}' for knob in read)}: all 0, so nothing is distilled; set distill=null"
+    for knob in ("feature_loss", "layers"):
+        if not distill.feature_weight and getattr(distill, knob) != _default(distill, knob):
+            yield f"distill.{knob} has no effect with distill.feature_weight=0: leave it out"
+    if distill.feature_weight and distill.feature_loss == "relation" and distill.batch == 1:
+        yield "distill.feature_loss=relation compares the images of a batch: distill.batch=1 is too few"
+    if distill.images and distill.data_free:
+        yield "distill.images and distill.data_free are both given: set one of them to null"
+    if not distill.labelled and distill.alpha != _default(distill, "alpha"):
+        yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
+    if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
+        yield "distill.data_free_steps has no effect without distill.data_free"
+    if distill.off_without_mosaic and not 0 < distill.close_mosaic < distill.epochs:
+        yield (
+            f"distill.off_without_mosaic=true leaves the last distill.close_mosaic={distill.close_mosaic} of "
+            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {distill.epochs - 1} then"
+        )
+    if distill.off_without_mosaic and not distill.labelled:
+        yield "distill.off_without_mosaic=true leaves epochs to the labels, and there are none: set it to false"
 
 
 def _default(section: Section, knob: str) -> Any:
@@ -170,7 +205,8 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
-    _one_kind(raw, {key: text for key, text in overrides})
+    _one_kind(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
+    _one_kind(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
     _one_budget(raw, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
@@ -269,12 +305,18 @@ def _one_budget(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
         raw["prune"] |= {knob.partition(".")[2]: None for knob in budgets if knob not in overridden}
 
 
-def _one_kind(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
-    """A `prune.kind` of the command line takes the place of the file's, and of its knobs for another kind."""
-    kind = overridden.get("prune.kind")
-    if isinstance(raw.get("prune"), dict) and kind in ("channel", *PruneConfig.MASKS):
-        idle = {knob for knob in PruneConfig.idle(kind) if f"prune.{knob}" not in overridden}
-        raw["prune"] = {knob: value for knob, value in raw["prune"].items() if knob not in idle}
+def _one_kind(
+    raw: dict[str, Any],
+    section: str,
+    knob: str,
+    config: type[PruneConfig | DistillConfig],
+    overridden: Mapping[str, str],
+) -> None:
+    """A `prune.kind` (`distill.teacher`) of the command line takes the place of the file's, and of its knobs for another."""
+    kind = overridden.get(f"{section}.{knob}", "")
+    if isinstance(raw.get(section), dict) and kind in get_args(config.model_fields[knob].annotation):
+        idle = {name for name in config.idle(kind) if f"{section}.{name}" not in overridden}
+        raw[section] = {name: value for name, value in raw[section].items() if name not in idle}
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:

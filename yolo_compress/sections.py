@@ -18,6 +18,7 @@ IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 
 Precision = Literal["fp32", "fp16", "int8"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
+FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
 
@@ -298,6 +299,30 @@ class PruneConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Distillation from the teacher, or from the baseline where the recipe has no teacher."""
 
+    teacher: Annotated[
+        Literal["frozen", "mutual", "self"],
+        _knob(
+            "frozen: the net of the section teacher, as it is; mutual: it learns along, from the labels and the student "
+            "(arXiv 1706.00384); self: the student's own deep layers teach its shallow ones"
+        ),
+    ] = "frozen"
+    images: Annotated[
+        str | None,
+        _knob(
+            "folder of images without labels: trained on instead of data.yaml's, with the teacher's word alone",
+            pattern=_TEXT,
+        ),
+    ] = None
+    data_free: Annotated[
+        int | None,
+        _knob(
+            "trained on so many images inverted from the teacher's BatchNorm statistics (arXiv 1912.08795) and no others",
+            ge=1,
+            le=100_000,
+        ),
+    ] = None
+    data_free_steps: Annotated[int, _knob("optimizer steps of an inverted image", ge=1, le=100_000)] = 300
+
     temperature: Annotated[
         float,
         _knob(
@@ -312,7 +337,7 @@ class DistillConfig(TrainConfig):
     feature_weight: Annotated[
         float,
         _knob(
-            "weight of the L2 on aligned Detect inputs. At 6, Ultralytics' `dis`, it drowns the labels of a pruned student",
+            "weight of the feature loss. weighted_l2 at 6, Ultralytics' `dis`, drowns the labels of a pruned student",
             ge=0,
             le=1000,
         ),
@@ -320,7 +345,42 @@ class DistillConfig(TrainConfig):
     box_weight: Annotated[
         float, _knob("weight of the distributions of box sides (arXiv 2102.12252)", ge=0, le=1000)
     ] = 1.0
+    iou_weight: Annotated[
+        float, _knob("weight of 1 - IoU of the decoded boxes; PP-YOLOE takes 2.5 beside 1.0 and 0.5", ge=0, le=1000)
+    ] = 0.0
+    feature_loss: Annotated[
+        FeatureLoss,
+        _knob(
+            "what feature_weight weighs. weighted_l2: Ultralytics'; fitnet: L2 (arXiv 1412.6550); cwd: 2011.13256; pkd: "
+            "2207.02039; mgd: 2205.01529; attention: 1612.03928; relation: Gram matrix over a batch, 1907.09682"
+        ),
+    ] = "weighted_l2"
+    layers: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None,
+        BeforeValidator(_several),
+        _knob(
+            "layers that feature_loss compares; null: the maps that enter Detect, or for teacher=self the backbone's "
+            "against these",
+            "null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21",
+        ),
+    ] = None
+    ramp_epochs: Annotated[float, _knob("epochs over which all weights rise from 0", ge=0, le=1000)] = 0.0
+    off_without_mosaic: Annotated[bool, _knob("the last close_mosaic epochs see the labels alone")] = False
     epochs: SomeEpochs = 20
+
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("logit_weight", "feature_weight", "box_weight", "iou_weight")
+
+    @classmethod
+    def idle(cls, teacher: str) -> list[str]:
+        """The knobs that have no effect with this `teacher`."""
+        head = ["temperature", "alpha", "logit_weight", "box_weight", "iou_weight"]
+        unlabelled = ["images", "data_free"]
+        return {"mutual": unlabelled, "self": [*head, *unlabelled]}.get(teacher, [])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images come with labels."""
+        return self.images is None and self.data_free is None
 
 
 class QatConfig(TrainConfig):

@@ -25,7 +25,8 @@ FROZEN = {
     "sparsify": f"{TRAIN} penalty l1 lambda_scale gamma_lr_scale ramp_epochs",
     "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
-    "distill": f"{TRAIN} temperature alpha logit_weight feature_weight box_weight",
+    "distill": f"{TRAIN} teacher images data_free data_free_steps temperature alpha logit_weight feature_weight box_weight iou_weight "
+    "feature_loss layers ramp_epochs off_without_mosaic",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits teach_from_parent",
     "export": "precisions opset batch dynamic_batch simplify torchscript calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
@@ -158,6 +159,16 @@ def test_contradictions_of_prune(overrides: tuple[str, ...], message: str) -> No
     assert message in refusal(*overrides, name="bccd")
 
 
+def test_a_teacher_of_the_command_line_takes_the_place_of_the_files_knobs_for_another() -> None:
+    """The recipe's box weight and temperature are those of a head; the student itself has none."""
+    loaded = recipe.load("bccd", pairs("distill.teacher=self", "distill.layers=model.4=model.15,model.9=model.21"))
+    assert loaded.distill is not None and loaded.distill.box_weight == 1.0 and loaded.distill.epochs == 12
+    assert loaded.distill.layers == ("model.4=model.15", "model.9=model.21")
+    assert recipe.load("bccd", pairs("distill.teacher=mutual")).distill.box_weight == 3.0
+    assert "expected null or a list of module names" in refusal("distill.layers=model.4=")
+    assert "expected one of weighted_l2, fitnet, cwd" in refusal("distill.feature_loss=l3")
+
+
 @pytest.mark.parametrize("word", ["0", "0,1", "cpu"])
 def test_device_is_text(word: str) -> None:
     assert recipe.load("digits", pairs(f"run.device={word}")).run.device == word
@@ -287,7 +298,30 @@ CONTRADICTIONS = {
     ("bench=null",): "report needs the section bench",
     ("prune=null", "sparsify=null"): "distill: teacher and student are the same net",
     ("prune=null", "sparsify=null", "baseline.weights=b.pt", "teacher.weights=./weights/b.pt"): "are the same net",
-    ("distill.logit_weight=0", "distill.feature_weight=0"): "nothing is distilled; set distill=null",
+    ("distill.logit_weight=0", "distill.feature_weight=0", "distill.box_weight=0"): (
+        "distill.box_weight, distill.iou_weight: all 0, so nothing is distilled; set distill=null"
+    ),
+    ("distill.teacher=self", "distill.feature_weight=0"): "distill.feature_weight: all 0, so nothing is distilled",
+    ("distill.teacher=self", "distill.iou_weight=1"): "distill.iou_weight=1.0 has no effect with distill.teacher=self",
+    ("distill.teacher=self", "teacher.epochs=5"): "the section teacher has no effect with distill.teacher=self",
+    (
+        "distill.teacher=mutual",
+        "distill.images=folder",
+    ): "distill.images=folder has no effect with distill.teacher=mutual",
+    (
+        "distill.feature_weight=0",
+        "distill.feature_loss=cwd",
+    ): "distill.feature_loss has no effect with distill.feature_weight=0",
+    (
+        "distill.feature_weight=0",
+        "distill.layers=model.15",
+    ): "distill.layers has no effect with distill.feature_weight=0",
+    ("distill.feature_loss=relation", "distill.batch=1"): "compares the images of a batch: distill.batch=1 is too few",
+    ("distill.images=folder", "distill.data_free=8"): "distill.images and distill.data_free are both given",
+    ("distill.images=folder", "distill.alpha=0.9"): "distill.alpha=0.9 has no effect without labels",
+    ("distill.data_free_steps=8",): "distill.data_free_steps has no effect without distill.data_free",
+    ("distill.off_without_mosaic=true", "distill.close_mosaic=0"): "close_mosaic must be from 1 to 5 then",
+    ("distill.off_without_mosaic=true", "distill.images=folder"): "leaves epochs to the labels, and there are none",
     ("export.dynamic_batch=true", "export.batch=4"): "export.batch=4 has no effect with export.dynamic_batch=true",
     ("bench.iterations=2",): "bench.iterations=2 cannot be shared by bench.rounds=3",
     ("qat.calibrator=max", "qat.percentile=99"): "qat.percentile=99.0 has no effect with qat.calibrator=max",
@@ -306,6 +340,7 @@ def test_what_is_no_contradiction() -> None:
     recipe.load("digits", pairs("qat.calibrator=percentile", "qat.percentile=99.9", "qat.epochs=0"))
     recipe.load("digits", pairs("prune=null", "sparsify=null", "teacher.weights=a.pt", "baseline.weights=b.pt"))
     recipe.load("digits", pairs("baseline.weights=given.pt"))  # the file's baseline.epochs stays, for training it
+    recipe.load("digits", pairs("prune=null", "sparsify=null", "distill.teacher=self"))
     recipe.load("digits", pairs("export=null", "engine=null", "bench=null", "report=null"))
 
 

@@ -1,1 +1,2 @@
-"""Distillation: losses as pure functions of tensors (feature.py, logits.py) and the hook that feeds them (teach.py)."""
+"""Distillation: losses as pure functions of tensors (feature.py, logits.py), taps on layers (taps.py), whom one learns from
+(source.py), proof that it is active (proof.py), and the hook that brings them together (teach.py)."""

@@ -1,15 +1,33 @@
-"""Feature losses between two maps of the same shape, the student's already aligned to the teacher's width.
+"""Feature losses: how far a student's map is from a teacher's, and the adapter that makes the two comparable.
 
-Shapes: feat_BCHW, weight_B1HW.
+A loss is a pure function `distance(student_BCHW, teacher_BCHW, weight_B1HW)`, a scalar with the gradient in the student
+alone; `weight_B1HW` says how sure the teacher is that something is there, and most losses do without. The student's map comes
+through an adapter, trained along and dropped with the teacher. `FEATURE_LOSSES` at the bottom pairs the two.
+
+Shapes: feat_BCHW, weight_B1HW; Q is the H x W locations in a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 EPSILON = 1e-9  # keeps an image set without any teacher score finite
+FLAT = 1e-6  # under the standard deviation of any map that says something, above the rounding of one that does not
+MASKED = 0.65  # of the locations: MGD's share for one-stage detectors (arXiv 2205.01529)
+
+
+def l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """FitNets' hint loss (arXiv 1412.6550, equation 3), as a mean: every location counts alike.
+
+    Returns:
+        Scalar, 0 for equal maps.
+    """
+    return F.mse_loss(student_BCHW, teacher_BCHW)
 
 
 def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
@@ -25,4 +43,118 @@ def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor)
     return squared.sum() / (weight_B1HW.sum() * student_BCHW.shape[1] + EPSILON)
 
 
-FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"weighted_l2": weighted_l2}
+def channel_wise(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """CWD (arXiv 2011.13256): where a channel fires, as a distribution over locations.
+
+    KL of the teacher's softmax over H x W against the student's, averaged over channels and images; T = 1, as MMRazor takes
+    it for detectors. Adding a constant to a channel changes nothing.
+
+    Returns:
+        Scalar, 0 for equal maps.
+    """
+    student_BCQ, teacher_BCQ = (F.log_softmax(feat.flatten(2), dim=2) for feat in (student_BCHW, teacher_BCHW))
+    divergence = F.kl_div(student_BCQ, teacher_BCQ, reduction="sum", log_target=True)
+    return divergence / (student_BCHW.shape[0] * student_BCHW.shape[1])
+
+
+def pearson(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """PKD (arXiv 2207.02039): one minus the correlation of each channel over images and locations, averaged.
+
+    The paper's form, half the mean squared difference of the standardised maps, is the same number. Scale (above 0) and
+    shift of a channel change nothing, so a teacher of other magnitudes can teach.
+
+    Returns:
+        Scalar in 0..2, 0 for equal maps.
+    """
+    student_BCHW, teacher_BCHW = _standardised(student_BCHW), _standardised(teacher_BCHW)
+    return F.mse_loss(student_BCHW, teacher_BCHW) / 2
+
+
+def _standardised(feat_BCHW: Tensor) -> Tensor:
+    centred = feat_BCHW - feat_BCHW.mean(dim=(0, 2, 3), keepdim=True)
+    return centred / (centred.square().mean(dim=(0, 2, 3), keepdim=True).sqrt() + FLAT)
+
+
+def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """Attention transfer (arXiv 1612.03928, equation 2): where a map is strong, whatever its channels are.
+
+    The sum of squares over channels, normalised over locations; the squared distance of the two, averaged over images, which
+    is 2 - 2 cos. Squared, because the paper's plain norm has no gradient at 0. Widths may differ; the order of channels
+    changes nothing.
+
+    Returns:
+        Scalar in 0..2, 0 for equal maps.
+    """
+    student_BQ, teacher_BQ = (
+        F.normalize(feat.square().sum(dim=1).flatten(1), dim=1) for feat in (student_BCHW, teacher_BCHW)
+    )
+    return (student_BQ - teacher_BQ).square().sum(dim=1).mean()
+
+
+def relation(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
+    """Similarity-preserving distillation (arXiv 1907.09682, equations 1 to 4): which images of a batch resemble each other.
+
+    The Gram matrix over images, its rows normalised; the mean squared difference of the two. Widths may differ. One image has
+    nothing to be compared with: the loss is 0.
+
+    Returns:
+        Scalar, 0 for equal maps.
+    """
+    student_BB, teacher_BB = (F.normalize(_gram(feat), dim=1) for feat in (student_BCHW, teacher_BCHW))
+    return F.mse_loss(student_BB, teacher_BB)
+
+
+def _gram(feat_BCHW: Tensor) -> Tensor:
+    rows = feat_BCHW.flatten(1)
+    return rows @ rows.T
+
+
+def aligner(student_channels: int, teacher_channels: int) -> nn.Module:
+    """A 1x1 convolution to the teacher's width, at first the identity where widths agree: equal nets start at a loss of 0."""
+    conv = nn.Conv2d(student_channels, teacher_channels, 1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+class Generator(nn.Module):
+    """MGD's generator (arXiv 2205.01529): rebuild the whole map from what a random mask leaves of it.
+
+    The student has to put into every location what its neighbours need. Of equal maps the loss is therefore not 0, but what a
+    third of a map cannot say about the rest. The mask is drawn by torch's global generator, which the trainer seeds by epoch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, feat_BCHW: Tensor) -> Tensor:
+        kept_B1HW = torch.rand_like(feat_BCHW[:, :1]) >= MASKED
+        return self.second(F.relu(self.first(feat_BCHW * kept_B1HW)))  # type: ignore[no-any-return]
+
+
+def _generating(student_channels: int, teacher_channels: int) -> nn.Module:
+    return nn.Sequential(aligner(student_channels, teacher_channels), Generator(teacher_channels))
+
+
+def _as_it_is(student_channels: int, teacher_channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+class FeatureLoss(NamedTuple):
+    """A distance, and what makes the student's map (of a width) fit for it (at the teacher's)."""
+
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor]
+    adapter: Callable[[int, int], nn.Module] = aligner
+
+
+FEATURE_LOSSES: dict[str, FeatureLoss] = {
+    "weighted_l2": FeatureLoss(weighted_l2),
+    "fitnet": FeatureLoss(l2),
+    "cwd": FeatureLoss(channel_wise),
+    "pkd": FeatureLoss(pearson),
+    "mgd": FeatureLoss(l2, _generating),
+    "attention": FeatureLoss(attention, _as_it_is),
+    "relation": FeatureLoss(relation, _as_it_is),
+}

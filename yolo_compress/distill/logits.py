@@ -5,6 +5,8 @@ Shapes: logits_BCA (batch, classes, anchors), sides_BDA (batch, 4 sides x R bins
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,60 @@ def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temp
     )
     divergence_BA = divergence_B4RA.sum(dim=2).mean(dim=1) * temperature**2
     return (divergence_BA * weight_BA).sum() / (weight_BA.sum() + EPSILON)
+
+
+def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> Tensor:
+    """One minus the IoU of the two decoded boxes of each anchor: the teacher's box as a target (PP-YOLOE's third term).
+
+    A side is the expectation over its bins, as Detect decodes it, and above 0: both boxes hold the anchor's centre. They
+    overlap, so that IoU has a gradient everywhere and needs no enclosing box (GIoU); and in cells of their level instead of
+    px the ratio is the same, so that no anchor has to be placed.
+
+    Args:
+        student_BDA: Student's logits, side-major as Detect returns them: left, top, right, bottom.
+        teacher_BDA: Teacher's, without gradient.
+        weight_BA: Weight of each anchor, such as the teacher's best score.
+
+    Returns:
+        Scalar in 0..1, averaged over anchors by their weight; 0 for equal boxes.
+    """
+    student_B4A, teacher_B4A = _sides(student_BDA), _sides(teacher_BDA)
+    overlap_BA = _area(torch.minimum(student_B4A, teacher_B4A))
+    iou_BA = overlap_BA / (_area(student_B4A) + _area(teacher_B4A) - overlap_BA + EPSILON)
+    return ((1.0 - iou_BA) * weight_BA).sum() / (weight_BA.sum() + EPSILON)
+
+
+def _sides(logits_BDA: Tensor) -> Tensor:
+    """Distances from the anchor's centre to the sides, in cells."""
+    share_B4RA = logits_BDA.unflatten(1, (4, -1)).softmax(dim=2)
+    bins_R = torch.arange(share_B4RA.shape[2], device=share_B4RA.device, dtype=share_B4RA.dtype)
+    return (share_B4RA * bins_R[:, None]).sum(dim=2)
+
+
+def _area(sides_B4A: Tensor) -> Tensor:
+    left, top, right, bottom = sides_B4A.unbind(dim=1)
+    return (left + right) * (top + bottom)
+
+
+def head_terms(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float], temperature: float
+) -> dict[str, Tensor]:
+    """The terms between two heads whose weight is not 0, unweighted: `kd_class`, `kd_box` and `kd_iou`.
+
+    Args:
+        student: Raw outputs of Detect, `scores` and `boxes`.
+        teacher: The same without gradient; its scores weight the anchors.
+        weights: By name of a term.
+        temperature: T of the class labels; box sides are taken as they are (T = 1).
+    """
+    own, other = ({name: outputs[name].float() for name in ("scores", "boxes")} for outputs in (student, teacher))
+    weight_BA = teacher_weight(other["scores"])
+    terms = {
+        "kd_class": lambda: soft_labels(own["scores"], other["scores"], weight_BA, temperature),
+        "kd_box": lambda: soft_sides(own["boxes"], other["boxes"], weight_BA, temperature=1.0),
+        "kd_iou": lambda: soft_boxes(own["boxes"], other["boxes"], weight_BA),
+    }
+    return {name: term() for name, term in terms.items() if weights[name]}
 
 
 def teacher_weight(teacher_BCA: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A teacher as a training hook: soft labels and aligned Detect inputs, active by assertion."""
+"""Distillation as a training hook: terms between a student and a source, scheduled, logged, and active by assertion."""
 
 from __future__ import annotations
 
@@ -6,116 +6,150 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_compress.distill.feature import weighted_l2
-from yolo_compress.distill.logits import soft_labels, soft_sides, teacher_weight
-from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.distill.feature import FEATURE_LOSSES
+from yolo_compress.distill.logits import head_terms, teacher_weight
+from yolo_compress.distill.proof import prove, prove_heard, same_weights
+from yolo_compress.distill.source import Source
+from yolo_compress.distill.taps import Taps, matched_widths
 from yolo_compress.hook import TrainHook
 
 
 class Teach(TrainHook):
-    """Pulls a student towards a frozen teacher.
+    """Pulls a student towards a source.
 
-    Losses by name: `kd_feature`, the score-weighted L2 between the three Detect inputs, the student's aligned by a 1x1
-    convolution; `kd_class`, Hinton's soft labels on the class logits; `kd_box`, the distributions of box sides. The teacher
-    sees the very batch of the student, under `no_grad` (not `inference_mode`, whose tensors cannot enter a loss), in
-    evaluation mode, so its BatchNorm stays.
+    Losses by name: `kd_feature`, between layers, the student's through an adapter; `kd_class`, Hinton's soft labels on the
+    class logits; `kd_box`, the distributions of box sides; `kd_iou`, the decoded boxes; and what the source adds (`peer`).
+    They are logged as `train/<name>`, their shares of the total as `share/<name>`.
 
     Args:
-        teacher: Stock detector with the student's classes and strides.
+        source: Whom the student learns from.
         feature_weight: Weight of `kd_feature`; 0 leaves it out.
         class_weight: Weight of `kd_class`, Hinton's alpha included; 0 leaves it out.
         box_weight: Weight of `kd_box`; 0 leaves it out.
+        iou_weight: Weight of `kd_iou`; 0 leaves it out.
         temperature: T of the soft class labels; box sides are taken as they are (T = 1).
+        feature_loss: A key of `FEATURE_LOSSES`.
+        layers: Layers compared by `kd_feature`, `NAME` or `STUDENT=TEACHER`; None: those of the source.
+        ramp_epochs: All weights rise linearly from `1 / ramp_epochs` of themselves in the first epoch; 0 starts at once.
+        off_epochs: Last epochs without any term (the source does not run either).
 
     Raises:
-        RecipeError: Teacher and student differ in classes, strides or number of levels.
-        NumericsError: A term was 0 for a whole epoch, that is, teaches nothing.
+        RecipeError: The source cannot teach this student, or layers do not fit each other.
+        NumericsError: A term is not finite, or teaches nothing (see `proof`).
     """
 
     def __init__(
         self,
-        teacher: nn.Module,
+        source: Source,
         *,
         feature_weight: float,
         class_weight: float,
         box_weight: float = 0.0,
-        temperature: float,
+        iou_weight: float = 0.0,
+        temperature: float = 1.0,
+        feature_loss: str = "weighted_l2",
+        layers: Sequence[str] | None = None,
+        ramp_epochs: float = 0.0,
+        off_epochs: int = 0,
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.weights = {"kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight}
+        self.source = source
+        self.weights = {
+            "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
+        }  # fmt: skip
         self.temperature = temperature
-        self.aligners = nn.ModuleDict()
+        self.feature = FEATURE_LOSSES[feature_loss]
+        self.layers = layers
+        self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
+        self.extras = nn.ModuleDict()
         self.totals: dict[str, Tensor] = {}
+        self._taps: list[Taps] = []  # of the student, of the source
+        self._scale = 1.0
+        self._proven = False
+
+    # --- the hook ---------------------------------------------------------------------------------------------------
 
     def on_model(self, model: nn.Module) -> None:
-        check_pair(model, self.teacher)
-        device = next(model.parameters()).device
-        self.teacher.to(device)
+        self.student = model
+        self.source.on_model(model)
         if self.weights["kd_feature"]:
-            pairs = zip(_detect_widths(model), _detect_widths(self.teacher), strict=True)
-            for level, (student_width, teacher_width) in enumerate(pairs):
-                aligner = nn.Conv2d(student_width, teacher_width, 1)
-                nn.init.dirac_(aligner.weight)  # the identity where widths agree: equal nets start at a loss of 0
-                nn.init.zeros_(aligner.bias)  # type: ignore[arg-type]
-                self.aligners[str(level)] = aligner
+            pairs = self.source.pairs(model, self.layers)
+            for index, widths in enumerate(matched_widths(model, self.source.net, pairs)):
+                self.extras[str(index)] = self.feature.adapter(*widths)
+            self._taps = [Taps([mine for mine, _ in pairs]), Taps([yours for _, yours in pairs])]
+        self.extras.update(self.source.modules())
 
     def modules(self) -> nn.ModuleDict:
-        return self.aligners
+        return self.extras
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         self.totals = {}
+        self._scale = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
+        if epoch >= epochs - self.off_epochs:
+            self._scale = 0.0
+        for taps, net in zip(self._taps, (self.student, self.source.net), strict=False):
+            taps.attach(net) if self._scale else taps.remove()
 
     def extra_loss(self, batch: Mapping[str, Any], predictions: Any) -> dict[str, Tensor]:
-        if not isinstance(predictions, dict):  # a validation pass: nothing to teach
+        if not isinstance(predictions, dict) or not self._scale:  # a validation pass has nothing to teach
             return {}
-        with torch.no_grad():
-            taught = self.teacher(batch["img"])[1]
-            weight_BA = teacher_weight(taught["scores"])
-        losses: dict[str, Tensor] = {}
-        if self.weights["kd_feature"]:
-            losses["kd_feature"] = self._feature(predictions["feats"], taught["feats"], weight_BA)
-        if self.weights["kd_class"]:
-            losses["kd_class"] = soft_labels(predictions["scores"], taught["scores"], weight_BA, self.temperature)
-        if self.weights["kd_box"]:
-            losses["kd_box"] = soft_sides(predictions["boxes"], taught["boxes"], weight_BA, temperature=1.0)
-        losses = {name: self.weights[name] * value for name, value in losses.items()}
+        taught = self.source.outputs(batch["img"], predictions)
+        own = self._taps[0].take() if self._taps else []
+        terms: dict[str, Tensor] = {}
+        if self._taps:
+            levels = _as_maps(teacher_weight(taught["scores"].float()), predictions["feats"])
+            terms["kd_feature"] = self._features(own, self._taps[1].take(), levels)
+        terms |= head_terms(predictions, taught, self.weights, self.temperature)
+        if not self._proven:
+            self._prove(terms, [*own, predictions["scores"], predictions["boxes"]], taught)
+        losses = {name: self.weights[name] * self._scale * term for name, term in terms.items()}
+        losses |= self.source.own_loss(batch, predictions, self._pull)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach()
         return losses
 
-    def _feature(self, student: Sequence[Tensor], teacher: Sequence[Tensor], weight_BA: Tensor) -> Tensor:
-        weights = torch.split(weight_BA, [feat.shape[-2] * feat.shape[-1] for feat in teacher], dim=1)
+    def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
+        prove_heard(self.totals, epoch)
+        return {}
+
+    def on_end(self, model: nn.Module) -> None:
+        for taps in self._taps:
+            taps.remove()
+
+    # --- the terms --------------------------------------------------------------------------------------------------
+
+    def _features(self, student: Sequence[Tensor], teacher: Sequence[Tensor], levels_B1HW: Sequence[Tensor]) -> Tensor:
         terms = [
-            weighted_l2(self.aligners[str(level)](own), other, weight.view(own.shape[0], 1, *own.shape[-2:]))
-            for level, (own, other, weight) in enumerate(zip(student, teacher, weights, strict=True))
+            self.feature.distance(
+                self.extras[str(index)](own).float(), other.detach().float(), _fitting(levels_B1HW, other)
+            )
+            for index, (own, other) in enumerate(zip(student, teacher, strict=True))
         ]
         return torch.stack(terms).sum()
 
-    def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
-        silent = [name for name, total in self.totals.items() if float(total) == 0.0]
-        if silent:
-            raise NumericsError(
-                f"{', '.join(silent)} was 0 in every batch of epoch {epoch + 1}: teacher and student are the same net, "
-                "or the teacher sees nothing in these images"
-            )
-        return {}
+    def _pull(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+        """The weighted head terms of a source that learns."""
+        terms = head_terms(learner, other, self.weights, self.temperature)
+        weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
+        return torch.stack(weighted).sum() if weighted else learner["scores"].new_zeros(())
+
+    def _prove(self, terms: Mapping[str, Tensor], student: Sequence[Tensor], taught: Mapping[str, Tensor]) -> None:
+        net = self.source.net
+        prove(terms, student, same=net is not self.student and same_weights(self.student, net))
+        self.source.prove(taught)
+        self._proven = True
 
 
-def check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises RecipeError when a teacher cannot teach this student; names what differs."""
-    own, other = student.model[-1], teacher.model[-1]  # type: ignore[index]
-    facts = {
-        "classes": (list(student.names.values()), list(teacher.names.values())),  # type: ignore[union-attr,operator]
-        "strides": (own.stride.tolist(), other.stride.tolist()),
-        "levels": (own.nl, other.nl),
-    }
-    for what, (mine, yours) in facts.items():
-        if mine != yours:
-            raise RecipeError(f"teacher and student differ in {what}: student {mine}, teacher {yours}")
+def _as_maps(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of anchors as (B, 1, H, W), a map a level."""
+    parts = torch.split(weight_BA, [feat.shape[-2] * feat.shape[-1] for feat in feats], dim=1)
+    return [part.view(part.shape[0], 1, *feat.shape[-2:]) for part, feat in zip(parts, feats, strict=True)]
 
 
-def _detect_widths(model: nn.Module) -> list[int]:
-    """Channels of the three maps that enter Detect."""
-    return [int(branch[0].conv.in_channels) for branch in model.model[-1].cv2]  # type: ignore[index,union-attr]
+def _fitting(levels_B1HW: Sequence[Tensor], feat_BCHW: Tensor) -> Tensor:
+    """The level of the same height and width; where none is (strides under 8), the nearest one, resampled."""
+    size = feat_BCHW.shape[-2:]
+    nearest = min(levels_B1HW, key=lambda level: abs(level.shape[-1] - size[1]))
+    return nearest if nearest.shape[-2:] == size else F.interpolate(nearest, size=size, mode="nearest")

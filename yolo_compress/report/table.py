@@ -91,8 +91,9 @@ def chain_table(document: Document) -> Table:
             stage.get("status") or n.DASH,
         )
         lines.append(Line(cells, mark="reference" if stage["stage"] == "baseline" else ""))
-    notes = ("Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size.",)
-    return Table("Chain", CHAIN, tuple(lines), notes)
+    notes = ["Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size."]
+    notes += [f"{stage['stage']} saw {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage]
+    return Table("Chain", CHAIN, tuple(lines), tuple(notes))
 
 
 def pruning_table(document: Document) -> Table:

@@ -1,31 +1,99 @@
-"""Distillation: the pruned student learns from labels, from the teacher's Detect inputs, class scores and box sides."""
+"""Distillation: the pruned student learns from labels and from a source, or from the source's word alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from yolo_compress import ultra
+from torch import nn
+
+from yolo_compress import progress, ultra
+from yolo_compress.data import Dataset
+from yolo_compress.distill.proof import same_weights
+from yolo_compress.distill.source import Frozen, Own, Peer, Source
 from yolo_compress.distill.teach import Teach
-from yolo_compress.recipe import DistillConfig
-from yolo_compress.stages import Job
+from yolo_compress.errors import RecipeError
+from yolo_compress.recipe import SAME_NET, DistillConfig, Recipe
+from yolo_compress.stages import Job, source
+from yolo_compress.stages.inverted import inverted
 from yolo_compress.stages.training import CLASS_GAIN, finish, fit
 
 
 def run(job: Job) -> dict[str, Any]:
-    """`model.pt` of the student after distillation.
+    """`model.pt` of the student after distillation; without labels `trained_on` says what it saw and how far that carried.
 
     Hinton's alpha shares the class term: (1 - alpha) of the hard labels' loss, alpha of the soft ones'.
     """
     config: DistillConfig = job.config
     student = ultra.load_model(job.inputs["prune"].file("model.pt"))
     teacher = ultra.load_model(job.inputs["teacher"].file("model.pt"))
-    hook = Teach(
-        teacher,
-        feature_weight=config.feature_weight,
-        class_weight=config.logit_weight * config.alpha * CLASS_GAIN,
-        box_weight=config.box_weight,
-        temperature=config.temperature,
+    if config.labelled:
+        soft = config.teacher != "self" and config.logit_weight
+        hard_share = 1.0 - config.alpha if soft else 1.0
+        return finish(
+            job, fit(job, student, [teaching(config, teacher)], "distill", class_gain=CLASS_GAIN * hard_share)
+        )
+    if config.data_free is not None:
+        samples, what = (
+            inverted(job, teacher, config.data_free, config.data_free_steps),
+            "images inverted from the teacher",
+        )
+    else:
+        samples, what = job.dataset.unlabelled, "images without labels"
+    told = replace(job, dataset=replace(job.dataset, train=samples))
+    # without boxes only the class term of the labels is not 0: it would call everything background
+    trained = fit(told, student, [teaching(config, teacher)], "distill", class_gain=0.0)
+    metrics = finish(job, trained)
+    before = job.inputs["prune"].metrics["map50_95"]
+    said = f"{len(samples)} {what}, no label: mAP50-95 {before:.3f} before, {metrics['map50_95']:.3f} after"
+    progress.say(f"distill: trained on {said}")
+    return {**metrics, "trained_on": said}
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, what cannot teach: the nets that the chain starts from stand for what becomes of them.
+
+    Raises:
+        RecipeError: See `source.start`, `Teach` and `ultra.load_model`.
+    """
+    assert recipe.distill is not None
+    config, seed = recipe.distill, recipe.run.seed
+    student = source.start(recipe.baseline, dataset, seed, "baseline")
+    teacher = source.start(
+        recipe.teacher or recipe.baseline, dataset, seed, "teacher" if recipe.teacher else "baseline"
     )
-    hard_share = 1.0 - config.alpha if config.logit_weight else 1.0
-    trained = fit(job, student, [hook], "distill", class_gain=CLASS_GAIN * hard_share)
-    return finish(job, trained)
+    teaching(config, teacher).on_model(student)
+    given = recipe.baseline.weights and recipe.teacher and recipe.teacher.weights
+    if (
+        config.teacher != "self"
+        and given
+        and not recipe.prune
+        and not recipe.sparsify
+        and same_weights(student, teacher)
+    ):
+        raise RecipeError(SAME_NET)  # the same weights in files of two names
+
+
+def teaching(config: DistillConfig, teacher: nn.Module) -> Teach:
+    """The hook that the section asks for; `teacher` is whom it names, unless that is the student itself."""
+    soft_share = config.alpha if config.labelled else 1.0
+    head = {
+        "class_weight": config.logit_weight * soft_share * CLASS_GAIN,
+        "box_weight": config.box_weight,
+        "iou_weight": config.iou_weight,
+    }
+    whom: Source
+    if config.teacher == "self":
+        whom, head = Own(), dict.fromkeys(head, 0.0)
+    else:
+        whom = Peer(teacher) if config.teacher == "mutual" else Frozen(teacher)
+    return Teach(
+        whom,
+        feature_weight=config.feature_weight,
+        **head,
+        temperature=config.temperature,
+        feature_loss=config.feature_loss,
+        layers=config.layers,
+        ramp_epochs=config.ramp_epochs,
+        off_epochs=config.close_mosaic if config.off_without_mosaic else 0,
+    )

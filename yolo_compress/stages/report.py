@@ -57,7 +57,7 @@ def _chain(job: Job) -> list[dict[str, Any]]:
         metrics = artifact.metrics
         wanted = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
                   "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
-                  "latency_target_ms", "latency_measured_ms", "latency_runtime")  # fmt: skip
+                  "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on")  # fmt: skip
         chain.append(
             {
                 "stage": stage,

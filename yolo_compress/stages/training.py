@@ -11,6 +11,7 @@ from torch import nn
 
 from yolo_compress import ultra
 from yolo_compress.artifact import Artifact
+from yolo_compress.distill.source import Frozen
 from yolo_compress.distill.teach import Teach
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.evaluate.accuracy import accuracy
@@ -62,9 +63,8 @@ def parent(artifact: Artifact) -> Teach:
 
     The student is its teacher with fewer channels or coarser numbers: plain scores carry all there is, so no softening.
     """
-    teacher = ultra.load_model(artifact.file("model.pt"))
     return Teach(
-        teacher,
+        Frozen(ultra.load_model(artifact.file("model.pt"))),
         feature_weight=PARENT_FEATURE_WEIGHT,
         class_weight=PARENT_CLASS_WEIGHT,
         box_weight=PARENT_BOX_WEIGHT,

@@ -182,7 +182,8 @@ class HookedTrainer(DetectionTrainer):
         finally:
             engine.check_amp = original
         model = unwrap_model(self.model)
-        model.criterion = _HookedCriterion(model, self.hooks)  # after the EMA was copied, which keeps the plain loss
+        self._criterion = _HookedCriterion(model, self.hooks)
+        model.criterion = self._criterion  # after the EMA was copied, which keeps the plain loss
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(model, *args, **kwargs)
@@ -296,6 +297,7 @@ class HookedTrainer(DetectionTrainer):
         finite = self.loss is None or bool(torch.isfinite(self.loss))
         finite = finite and all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in self.tloss.values())
         if finite:
+            self.hook_rows.update(self._shares())
             for hook in self.hooks:
                 self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
             return False
@@ -305,6 +307,15 @@ class HookedTrainer(DetectionTrainer):
             f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {epoch + 1}; {kept}. "
             "Lower lr0 or the weight of that loss"
         )
+
+    def _shares(self) -> dict[str, float]:
+        """What each loss of a hook is of the total of this epoch, so that one that drowns the labels shows itself."""
+        means = {name: float(value) for name, value in self.tloss.items()}
+        own = [name for name in means if name not in self._criterion.base.loss_names]
+        total = sum(means.values())
+        if not own or total <= 0:
+            return {}
+        return {"train/total": total, **{f"share/{name}": means[name] / total for name in own}}
 
     # --- progress ---------------------------------------------------------------------------------------------------
 
