@@ -54,11 +54,11 @@ def ours(
         trainer.close()
 
 
-def theirs(data: Path, settings: ultra.TrainSettings, weights: Path, work: Path) -> list[float]:
+def theirs(data: Path, settings: ultra.TrainSettings, weights: Path, work: Path, **extra: Any) -> list[float]:
     import torch
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    overrides = {**settings.overrides(work), "data": str(data), "cache": "ram", "model": str(weights)}
+    overrides = {**settings.overrides(work), "data": str(data), "cache": "ram", "model": str(weights), **extra}
     trainer = DetectionTrainer(overrides=overrides)
     torch.set_num_threads(settings.threads or 2)
     trainer.model = ultra.load_model(weights)

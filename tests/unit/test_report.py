@@ -338,6 +338,13 @@ def test_text_fits_the_terminal_and_says_what_it_left_out() -> None:
     assert "not shown" not in render_text(document(), 200)
 
 
+def test_a_stage_that_saw_no_labels_says_so_under_the_chain() -> None:
+    said = "64 images inverted from the teacher, no label: mAP50-95 0.500 before, 0.480 after"
+    chain = [stage("baseline", 0.6), stage("prune", 0.5), stage("distill", 0.48, trained_on=said)]
+    assert f"distill saw {said}." in render_markdown(document(chain=chain))
+    assert " saw " not in render_markdown(document())
+
+
 def test_markdown_tables() -> None:
     text = render_markdown(document(recipe="a|b <i>", reproduce={"recipe_yaml": "x: '```'\n", "command": "make all"}))
     assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO keeps 98.3 %")
