@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -89,13 +88,7 @@ def load(
         if not found[0]:
             raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(found[1]))
 
-    store, notes = FileCache(cache), list[str]()
-    reader = Reader(data, store)
-    read = reader.read_all([*listed[0], *listed[1]], progress)
-    try:
-        store.save()
-    except (StorageError, OSError) as e:
-        notes.append(f"the cache of the preflight was not written: {e}")
+    read, notes = _read([*listed[0], *listed[1]], data, cache, progress)
     first_val = len(listed[0])
     train, val = read[:first_val], read[first_val:]
     findings += _repeated(val)
@@ -148,10 +141,7 @@ def with_unlabelled(
     listed, findings = list_images(data, "train")
     if not listed:
         raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
-    store = FileCache(cache)
-    read = Reader(data, store, labelled=False).read_all(listed, None)
-    with suppress(StorageError, OSError):  # the next preflight reads the images again
-        store.save()
+    read, notes = _read(listed, data, cache, labelled=False)
     findings += [finding for result in read for finding in result.findings]
     where = replace(data, file=root)  # what a message names
     if findings and on_bad != "skip":
@@ -159,7 +149,7 @@ def with_unlabelled(
     samples = tuple(r.sample for r in read if r.sample)
     if not samples:
         raise _failure(where, findings, "no image is left")
-    notes = _overlap(where, samples, dataset.val, allow=allow_overlap)
+    notes += _overlap(where, samples, dataset.val, allow=allow_overlap)
     files = {state.path: state for r in read if r.sample for state in r.files}
     return replace(
         dataset,
@@ -169,6 +159,23 @@ def with_unlabelled(
         notes=(*dataset.notes, *notes),
         files=(*dataset.files, *files.values()),
     )
+
+
+def _read(
+    listed: Sequence[Listed],
+    data: DataYaml,
+    cache: Path | None,
+    progress: Progress | None = None,
+    labelled: bool = True,
+) -> tuple[list[Read], list[str]]:
+    """What is read through the cache, and a note where the cache cannot be written: the next preflight reads all again."""
+    store = FileCache(cache)
+    read = Reader(data, store, labelled).read_all(listed, progress)
+    try:
+        store.save()
+    except (StorageError, OSError) as e:
+        return read, [f"the cache of the preflight was not written: {e}"]
+    return read, []
 
 
 def recheck(dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from . import strict_yaml
+from .contradictions import contradictions
 from .errors import RecipeError
 from .explain import allowed, did_you_mean, got, nearest, takes_text
 from .sections import (
@@ -55,10 +56,6 @@ __all__ = [
     "load", "names", "options",
 ]  # fmt: skip
 
-SAME_NET = (
-    "distill: teacher and student are the same net, so there is nothing to learn: "
-    "give another teacher.weights, add a section prune, or set distill=null"
-)
 ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
 _COMMAND_LINE = "command line"
 _NAME = re.compile(
@@ -85,105 +82,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for problem in _contradictions(self):
+        for problem in contradictions(self):
             raise ValueError(problem)
         return self
 
     def dump(self) -> str:
         """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Gives what cannot work although every knob by itself is right."""
-    for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
-        if getattr(recipe, name) and not getattr(recipe, needed):
-            yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
-    if recipe.distill:
-        yield from _of_distill(recipe, recipe.distill)
-    if recipe.prune:
-        yield from _of_prune(recipe.prune)
-    if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
-        yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
-    if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
-        yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
-    for name, section in (("qat", recipe.qat), ("export", recipe.export)):
-        if section and section.calibrator != "percentile" and section.percentile != _default(section, "percentile"):
-            yield (
-                f"{name}.percentile={section.percentile} has no effect with {name}.calibrator={section.calibrator}: "
-                f"set {name}.calibrator=percentile, or leave {name}.percentile out"
-            )
-
-
-def _of_prune(prune: PruneConfig) -> Iterator[str]:
-    budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
-    if len(budgets) > 1:
-        yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
-    for knob in prune.idle(prune.kind):
-        if getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob}={getattr(prune, knob)} has no effect with prune.kind={prune.kind}: leave it out"
-    if prune.kind == "unstructured" and prune.scope == "isomorphic":
-        yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
-    for knob in ("latency_runtime", "latency_precision", "latency_table"):
-        if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob} has no effect without prune.latency_ms"
-        elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
-    if 0 < prune.epochs < prune.rounds:
-        yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
-
-
-def _of_distill(recipe: Recipe, distill: DistillConfig) -> Iterator[str]:
-    if (
-        distill.teacher != "self"
-        and not recipe.prune
-        and not recipe.sparsify
-        and _same_net(recipe.teacher, recipe.baseline)
-    ):
-        yield SAME_NET
-    if distill.teacher == "self" and recipe.teacher:
-        yield "the section teacher has no effect with distill.teacher=self: set teacher=null"
-    for knob in distill.idle(distill.teacher):
-        if getattr(distill, knob) != _default(distill, knob):
-            yield f"distill.{knob}={getattr(distill, knob)} has no effect with distill.teacher={distill.teacher}: leave it out"
-    read = [knob for knob in distill.WEIGHTS if knob not in distill.idle(distill.teacher)]
-    if not any(getattr(distill, knob) for knob in read):
-        yield f"{', '.join(f'distill.{knob}' for knob in read)}: all 0, so nothing is distilled; set distill=null"
-    for knob in ("feature_loss", "layers"):
-        if not distill.feature_weight and getattr(distill, knob) != _default(distill, knob):
-            yield f"distill.{knob} has no effect with distill.feature_weight=0: leave it out"
-    if distill.feature_weight and distill.feature_loss == "relation" and distill.batch == 1:
-        yield "distill.feature_loss=relation compares the images of a batch: distill.batch=1 is too few"
-    if distill.images and distill.data_free:
-        yield "distill.images and distill.data_free are both given: set one of them to null"
-    if not distill.labelled and distill.alpha != _default(distill, "alpha"):
-        yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
-    if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
-        yield "distill.data_free_steps has no effect without distill.data_free"
-    if distill.off_without_mosaic and not 0 < distill.close_mosaic < distill.epochs:
-        yield (
-            f"distill.off_without_mosaic=true leaves the last distill.close_mosaic={distill.close_mosaic} of "
-            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {distill.epochs - 1} then"
-        )
-    if distill.off_without_mosaic and not distill.labelled:
-        yield "distill.off_without_mosaic=true leaves epochs to the labels, and there are none: set it to false"
-
-
-def _default(section: Section, knob: str) -> Any:
-    return type(section).model_fields[knob].default
-
-
-def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
-    """Says whether the teacher is the baseline: none given, the same file, or trained alike from scratch."""
-    if teacher is None or teacher == baseline:
-        return True
-    if teacher.weights is None or baseline.weights is None:
-        return False
-    names = {os.path.normpath(weights).removeprefix("weights/") for weights in (teacher.weights, baseline.weights)}
-    try:
-        return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
-    except (OSError, ValueError):  # not both there; the stages that read them say so
-        return False
 
 
 def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = ()) -> Recipe:

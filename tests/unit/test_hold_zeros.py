@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from noise_set import noise_set
 from onnx import numpy_helper
-from PIL import Image
 from quant_net import NAMES, SIZE, images, net
 from torch import Tensor, nn
 
@@ -49,17 +49,7 @@ def moved(model: nn.Module, masks: dict[str, Tensor]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    root = tmp_path_factory.mktemp("set")
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for index in range(4):
-            noise = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(root / f"images/{split}/{index}.png")
-            (root / f"labels/{split}/{index}.txt").write_text(f"{index % 3} 0.5 0.5 0.4 0.4\n")
-    (root / "set.yaml").write_text(f"train: images/train\nval: images/val\nnames: [{', '.join(NAMES)}]\n")
-    return load(str(root / "set.yaml"))
+    return load(str(noise_set(tmp_path_factory.mktemp("set"), train=4, val=4, names=NAMES, size_hw=(64, 64))))
 
 
 class Last(TrainHook):

@@ -6,10 +6,9 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from noise_set import noise_set
 from torch import nn
 
 from yolo_compress import ultra
@@ -24,18 +23,7 @@ NAMES = ["bolt", "nut"]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    root = tmp_path_factory.mktemp("set")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for index in range(count):
-            Image.fromarray(generator.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(
-                root / f"images/{split}/{index}.png"
-            )
-            (root / f"labels/{split}/{index}.txt").write_text(f"{index % 2} 0.5 0.5 0.4 0.4\n")
-    (root / "set.yaml").write_text("train: images/train\nval: images/val\nnames: [bolt, nut]\n")
-    return load(str(root / "set.yaml"))
+    return load(str(noise_set(tmp_path_factory.mktemp("set"), train=6, val=2)))
 
 
 def settings(**changes: object) -> ultra.TrainSettings:

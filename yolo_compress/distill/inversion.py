@@ -17,9 +17,7 @@ from yolo_compress.modes import evaluating
 
 BATCH = 16  # images whose statistics are matched together; fewer cannot be as varied as the averages ask
 RATE = 0.1  # of Adam, in grey levels of 0..1: 300 steps can cross the range many times
-# Against a misfit near 1. Tried with YOLOv8n at 128 px, 100 steps: at a third of it the images stay noise (variation 0.4,
-# photographs have 0.09), and the misfit itself ends higher.
-TV_WEIGHT = 4.0
+TV_WEIGHT = 4.0  # against a misfit near 1: much less, and the images stay noise
 L2_WEIGHT = 5e-3  # decides only where nothing else does
 JITTER_PX = 32  # images are shifted by up to the largest stride, so that no grid of cells shows
 

@@ -159,6 +159,3 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     for what, (mine, yours) in facts.items():
         if mine != yours:
             raise RecipeError(f"teacher and student differ in {what}: student {mine}, teacher {yours}")
-
-
-SOURCES: dict[str, type[Source]] = {"frozen": Frozen, "mutual": Peer, "self": Own}

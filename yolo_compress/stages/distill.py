@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from yolo_compress import progress, ultra
+from yolo_compress.contradictions import SAME_NET
 from yolo_compress.data import Dataset
 from yolo_compress.distill.proof import same_weights
 from yolo_compress.distill.source import Frozen, Own, Peer, Source
 from yolo_compress.distill.teach import Teach
 from yolo_compress.errors import RecipeError
-from yolo_compress.recipe import SAME_NET, DistillConfig, Recipe
+from yolo_compress.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, source
 from yolo_compress.stages.inverted import inverted
 from yolo_compress.stages.training import CLASS_GAIN, finish, fit
