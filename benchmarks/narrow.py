@@ -1,10 +1,12 @@
 """The row that decides whether pruning was worth it: a narrower YOLOv8 of the same MACs, from the same COCO weights.
 
     python benchmarks/narrow.py --recipe bccd --coco yolov8n_coco.pt --keep-flops 0.5
+    python benchmarks/narrow.py --recipe bccd --keep-flops 0.25 --lr0 0.002 --taught
 
 Every width is scaled alike and takes the leading channels of the COCO checkpoint, as far as they fit; then it is trained on the
-recipe's data with the schedule, epochs and budget of the recipe's section `prune`, as any detector is, without a teacher.
-`--lr0` tries a rate for nets that have not seen the data. Prints one JSON document.
+recipe's data with the schedule, epochs and budget of the recipe's section `prune`, as any detector is, without a teacher; or
+`--taught` by the recipe's baseline, as `prune` and `qat` teach. `--lr0` tries a rate for nets that have not seen the data. Prints
+one JSON document.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from yolo_compress.prune.price import conv_macs, conv_shapes, parameters
 from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages.batches import letterboxed
+from yolo_compress.stages.training import parent
 from yolo_compress.weights import find_weights
 
 CALIB_IMAGES = 96
@@ -53,6 +56,8 @@ def main() -> None:
     parser.add_argument("--keep-flops", type=float, default=0.5, help="of the recipe's baseline")
     parser.add_argument("--epochs", type=int, help="default: the recipe's prune.epochs")
     parser.add_argument("--lr0", type=float, help="default: the recipe's prune.lr0")
+    parser.add_argument("--taught", action="store_true", help="by the recipe's baseline")
+    parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     recipe = load(args.recipe)
@@ -76,10 +81,16 @@ def main() -> None:
     schedule |= {"epochs": args.epochs or recipe.prune.epochs, "lr0": args.lr0 or recipe.prune.lr0}
     machine = recipe.run
     settings = ultra.TrainSettings(
-        **schedule, imgsz_px=max(size), seed=args.seed, device=machine.device, workers=machine.workers
+        **schedule,
+        imgsz_px=max(size),
+        seed=args.seed,
+        device=machine.device,
+        workers=machine.workers,
+        threads=args.threads or machine.threads,
     )
+    hooks = [parent(Path(find_weights(recipe.baseline.weights)))] if args.taught else []
     with tempfile.TemporaryDirectory() as work:
-        trained = ultra.train(model, dataset, settings, [], Path(work), "narrow")
+        trained = ultra.train(model, dataset, settings, hooks, Path(work), "narrow")
     with TorchBackend(trained, dataset.names, size) as backend:
         result = accuracy(backend, dataset.val, dataset.names, size)
     print(

@@ -101,7 +101,9 @@ def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> dict[str
 
 def _tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
     """Fine-tuned as the section says, by default with the unpruned net as teacher."""
-    hooks = [parent(job.inputs["baseline"])] if job.config.teach_from_parent and job.config.epochs else []
+    hooks = (
+        [parent(job.inputs["baseline"].file("model.pt"))] if job.config.teach_from_parent and job.config.epochs else []
+    )
     return fit(job, model, hooks, what)
 
 

@@ -33,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
-        hooks.append(parent(job.inputs["distill"]))
+        hooks.append(parent(job.inputs["distill"].file("model.pt")))
     trained = fit(job, model, [*hooks, quantiser], "qat")
     assert quantiser.state is not None
     atomic_write(job.out / "quant.json", quantiser.state.dumps())

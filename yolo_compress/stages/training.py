@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from yolo_compress import ultra
-from yolo_compress.artifact import Artifact
 from yolo_compress.distill.source import Frozen
 from yolo_compress.distill.teach import Teach
 from yolo_compress.errors import EnvironmentLacks
@@ -58,13 +58,13 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class
     return trained
 
 
-def parent(artifact: Artifact) -> Teach:
-    """The net that a stage started from as its teacher: the hook of `teach_from_parent`.
+def parent(file: Path) -> Teach:
+    """The net that a stage started from, a `model.pt`, as its teacher: the hook of `teach_from_parent`.
 
     The student is its teacher with fewer channels or coarser numbers: plain scores carry all there is, so no softening.
     """
     return Teach(
-        Frozen(ultra.load_model(artifact.file("model.pt"))),
+        Frozen(ultra.load_model(file)),
         feature_weight=PARENT_FEATURE_WEIGHT,
         class_weight=PARENT_CLASS_WEIGHT,
         box_weight=PARENT_BOX_WEIGHT,
