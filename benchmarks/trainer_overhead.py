@@ -1,7 +1,9 @@
-"""Time of a training step, in turn, in one run: a plain one of ours against Ultralytics' own, or a sparse against a plain one.
+"""Time of a training step, in turn, in one run: a plain one of ours against Ultralytics' own, or a sparse or a fake-quantised
+one against a plain one.
 
     python benchmarks/trainer_overhead.py --data bccd.yaml --weights yolov8n_bccd.pt --imgsz 320 --batch 16 --rounds 6
     python benchmarks/trainer_overhead.py --penalty l1        # or group_lasso: sparse training against no hooks
+    python benchmarks/trainer_overhead.py --qat               # the placement of `qat`, ranges of 32 images
 
 Both take the same images (from memory), augmentations, optimizer, thread count and an optimizer step for every batch. A step
 is the time from the start of one batch to the start of the next, so loading and augmentation are in it; the first two steps
@@ -18,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,14 @@ from yolo_compress.data import Dataset, load
 from yolo_compress.hook import TrainHook
 from yolo_compress.prune.gamma import SparseTraining
 from yolo_compress.prune.penalty import PENALTIES
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.fakequant import FakeQuant
+from yolo_compress.stages.batches import letterboxed
 from yolo_compress.ultra.trainer import HookedTrainer
 from yolo_compress.weights import find_weights
 
 WARM_STEPS = 2
+CALIB_IMAGES = 32
 
 
 def timed(trainer: Any) -> list[float]:
@@ -75,13 +82,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--qat", action="store_true", help="time quantisation-aware training against a plain step of ours"
+    )
     parser.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
     options = parser.parse_args()
     dataset, weights = load(options.data), find_weights(options.weights)
     settings = ultra.TrainSettings(
         epochs=1, batch=options.batch, imgsz_px=options.imgsz, optimizer="AdamW", lr0=1e-3, threads=options.threads
     )
-    pair = ("sparse", "plain") if options.penalty else ("ours", "ultralytics")
+    pair = ("sparse", "plain") if options.penalty else ("qat", "plain") if options.qat else ("ours", "ultralytics")
     samples: dict[str, list[list[float]]] = {who: [] for who in pair}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -89,7 +99,13 @@ def main() -> None:
         for number in range(options.rounds):
             for who in pair if number % 2 == 0 else pair[::-1]:
                 work = folder / f"{who}{number}"
-                hooks = [SparseTraining(PENALTIES[options.penalty](), 1e-3)] if who == "sparse" else []
+                hooks: list[TrainHook] = []
+                if who == "sparse":
+                    hooks = [SparseTraining(PENALTIES[options.penalty](), 1e-3)]
+                elif who == "qat":
+                    images = dataset.train[:CALIB_IMAGES]
+                    batches = partial(letterboxed, images, (options.imgsz, options.imgsz))
+                    hooks = [FakeQuant(partial(ptq, batches=batches, method="max"))]
                 if who == "ultralytics":
                     samples[who].append(theirs(data, settings, weights, work))
                 else:
@@ -128,7 +144,7 @@ def report(samples: dict[str, list[list[float]]], options: argparse.Namespace, i
         "ratio_by_round": [round(value, 4) for value in rounds],
         "median_of_rounds": round(statistics.median(rounds), 4),
         "images": images,
-        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads", "penalty")},
+        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads", "penalty", "qat")},
         "environment": environment.describe(),
     }
     print(json.dumps(answer))

@@ -54,8 +54,8 @@ STAGES: dict[str, Stage] = {
     "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=2, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True, checked=True),
-    "qat": Stage(("distill",), stand_in="distill", trains=True),
-    "export": Stage(("baseline", "distill", "qat")),
+    "qat": Stage(("distill",), stand_in="distill", version=2, trains=True),
+    "export": Stage(("baseline", "distill", "qat"), version=2),
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), machine=True),
     "report": Stage(

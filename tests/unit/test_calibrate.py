@@ -11,13 +11,12 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
-from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, calibrate, ptq
+from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, ptq
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import AMAX_FLOOR, QMAX
 from yolo_compress.sections import Calibrator
 
 COUNT = 100_000
-SOME = ("model.0.conv", "model.4.cv1.conv", "model.9.cv2.conv", "model.22.cv2.0.0.conv", "model.22.cv3.2.1.conv")
 
 
 def values(kind):
@@ -159,13 +158,17 @@ def test_an_image_without_dark_pixels_keeps_its_range(method):
 def test_ranges_are_those_of_the_tensors_they_are_named_after():
     model, x = tiny_model(), images()
     state = ptq(model, lambda: [x], "max")
-    assert state.convs == plan(model).convs and not state.folded and state.method == "max"
-    assert state.activations["model.0.conv"] == float(x.max())
-    assert state.activations["model.12.cv2.conv"] == recorded(model, "model.12.cv2", x, before=True)
+    placed = plan(model)
+    assert (state.convs, tuple(state.activations)) == (placed.convs, placed.tensors)
+    assert not state.folded and state.method == "max"
+    assert state.activations["images"] == float(x.max())
+    assert state.activations["model.0"] == recorded(model, "model.0", x), "behind SiLU"
+    joined = [recorded(model, name, x) for name in ("model.2.cv1", "model.2.m.0.cv2", "model.2.m.0")]
+    assert {state.activations[name] for name in placed.group_of("model.2.m.0").tensors} == {max(joined)}
+    neck = [recorded(model, name, x) for name in ("model.4.cv2", "model.12.cv2", "model.16")]
+    assert state.activations["model.16"] == state.activations["model.4.cv2"] == max(neck)
+    assert tuple(state.outputs) == placed.convs
     assert state.outputs["model.0.conv"] == recorded(model, "model.0.bn", x), "behind BatchNorm, before SiLU"
-    assert state.outputs["model.0"] == recorded(model, "model.0", x), "behind SiLU"
-    assert state.outputs["model.2.m.0"] == recorded(model, "model.2.m.0", x), "the sum of a bottleneck with shortcut"
-    assert "model.12.m.0" not in state.outputs, "no shortcut, no sum"
     weight = model.model[0].conv.weight.detach()
     assert state.weights["model.0.conv"] == tuple(weight.abs().amax((1, 2, 3)).tolist())
 
@@ -187,15 +190,15 @@ def test_batches_stream_and_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
 def test_no_range_passes_the_largest_value(method):
     model = tiny_model()
-    largest, state = (calibrate(model, SOME, [images()], kind) for kind in ("max", method))
+    largest, state = (ptq(model, lambda: [images()], kind) for kind in ("max", method))
     for name, amax_ in state.activations.items():
         assert 0.02 * largest.activations[name] < amax_ <= largest.activations[name], name
 
 
 def test_a_silent_tensor_gets_the_floor_and_a_warning():
-    with pytest.warns(UserWarning, match=r"input of model\.0\.conv is 0 on every image"):
-        state = calibrate(tiny_model(), ["model.0.conv"], [torch.zeros(1, 3, 64, 64)], "mse")
-    assert state.activations["model.0.conv"] == AMAX_FLOOR
+    with pytest.warns(UserWarning, match=r"images is 0 on every image"):
+        state = ptq(tiny_model(), lambda: [torch.zeros(1, 3, 64, 64)], "mse")
+    assert state.activations["images"] == np.float32(AMAX_FLOOR)
 
 
 def test_a_dead_output_channel_gets_the_floor():
@@ -213,7 +216,7 @@ def test_what_cannot_be_calibrated_is_said():
         ptq(model, lambda: [])
     broken = images(1)
     broken[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"input of model\.0\.conv holds NaN"):
+    with pytest.raises(NumericsError, match=r"images holds NaN"):
         ptq(model, lambda: [broken])
     assert not any(module._forward_pre_hooks for module in model.modules()), "hooks go after a failure too"
     with torch.no_grad():
@@ -233,5 +236,5 @@ def test_a_trained_net_keeps_its_first_range_under_every_calibrator():
     model = ultra.load_model(Path(os.environ["YOLO_COMPRESS_WEIGHTS"]) / "yolov8n_bccd.pt").float()
     x = nn.functional.interpolate(images(2), size=(160, 160), mode="bicubic").clamp(0, 1).mul(255).round().div(255)
     for method in CALIBRATORS:
-        state = calibrate(model, SOME, [x], method)
-        assert state.activations["model.0.conv"] > 0.8 * float(x.max()), method
+        state = ptq(model, lambda: [x], method)
+        assert state.activations["images"] > 0.8 * float(x.max()), method

@@ -20,10 +20,12 @@ from yolo_compress.export_onnx import export_onnx
 from yolo_compress.quant import qdq
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach
-from yolo_compress.quant.qdq import TARGETS, Counts, insert_qdq
+from yolo_compress.quant.qdq import TARGETS, insert_qdq
 from yolo_compress.quant.state import QuantState, fold
 
-SHARED_INPUTS = 5  # P3, P4, P5 are read by cv2.i.0 and cv3.i.0; P3 and P4 by the convolution that goes down, too
+SOURCES = 58  # tensors that the plan quantises where they are made
+# 13 concatenations, 8 chunks with two halves, 3 pools, 2 upsamplings
+PASSED = 13 + 2 * 8 + 3 + 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,7 @@ def test_nodes_are_the_plan(source: tuple[Path, QuantState], tmp_path: Path, tar
     counts = insert_qdq(file, tmp_path / "int8.onnx", state, target)
     model = onnx.load(str(tmp_path / "int8.onnx"))
     kinds = Counter(node.op_type for node in model.graph.node)
-    pairs = 57 - SHARED_INPUTS
+    pairs = SOURCES + PASSED
     assert (counts.convs, counts.activations) == (57, pairs)
     assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (pairs + counts.outputs, pairs + counts.outputs + 57)
     assert (counts.outputs > 0) == (target == "onnxruntime")
@@ -99,18 +101,18 @@ def test_each_convolution_fed_alike_computes_alike(source: tuple[Path, QuantStat
     insert_qdq(file, tmp_path / "int8.onnx", state, "tensorrt")
     graph = onnx.load(str(tmp_path / "int8.onnx"))
     made = {name: node for node in graph.graph.node for name in node.output}
-    ends = {}  # convolution -> its input before Q, its output
+    ends = {}  # convolution -> its input behind DQ, its output
     for node in graph.graph.node:
         if node.op_type == "Conv" and node.input[1].endswith(".weight_dequantized"):
-            quantize = made[made[node.input[0]].input[0]]
-            ends[node.input[1].removesuffix(".weight_dequantized")] = (quantize.input[0], node.output[0])
+            assert made[node.input[0]].op_type == "DequantizeLinear"
+            ends[node.input[1].removesuffix(".weight_dequantized")] = (node.input[0], node.output[0])
     batch = images(1, seed=3)
-    names = sorted({name for pair in ends.values() for name in pair} - {"images"})
+    names = sorted({name for pair in ends.values() for name in pair})
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    seen = dict(zip(names, session.run(names, {"images": batch.numpy()}), strict=True)) | {"images": batch.numpy()}
+    seen = dict(zip(names, session.run(names, {"images": batch.numpy()}), strict=True))
     model = net().fuse(verbose=False)
     attach(model, state)
     assert set(ends) == set(state.convs)
@@ -147,21 +149,60 @@ def test_forms_for_processors_cannot_saturate(
     assert most == 127 or 255 * most * 2 < 2**15
 
 
-def test_one_pair_for_one_tensor_and_range(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_sums_concats_and_pools_read_and_give_codes_of_one_scale(
+    source: tuple[Path, QuantState], tmp_path: Path, target: qdq.Target
+) -> None:
     file, state = source
-    reader = "model.22.cv2.0.0.conv"
-    own = replace(state, activations={**state.activations, reader: 2 * state.activations[reader]})
-    counts = insert_qdq(file, tmp_path / "int8.onnx", own, "tensorrt")
-    assert counts == Counts(convs=57, activations=57 - SHARED_INPUTS + 1, outputs=0)
+    insert_qdq(file, tmp_path / "int8.onnx", state, target)
     graph = onnx.load(str(tmp_path / "int8.onnx")).graph
     made = {name: node for node in graph.node for name in node.output}
-    scales = {
-        node.input[1]: float(initializers(graph)[made[node.input[0]].input[1]])
-        for node in graph.node
-        if node.op_type == "Conv" and node.input[0].endswith("_DQ")
-    }
-    for name, amax in own.activations.items():
-        assert scales[f"{name}.weight_dequantized"] == pytest.approx(amax / 127), name
+    read_by: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            read_by.setdefault(name, []).append(node)
+    values = initializers(graph)
+    backbone_and_neck = [node for node in graph.node if "/model.22/" not in node.name]
+    seen: Counter[str] = Counter()
+    for node in backbone_and_neck:
+        if node.op_type not in ("Add", "Concat", "MaxPool", "Resize", "Split"):
+            continue
+        seen[node.op_type] += 1
+        parts = node.input if node.op_type in ("Add", "Concat") else node.input[:1]
+        sources = [made[name] for name in parts]
+        assert all(one.op_type == "DequantizeLinear" for one in sources), node.name
+        readers = [reader for name in node.output for reader in read_by[name]]
+        assert all(one.op_type == "QuantizeLinear" for one in readers), node.name
+        scales = {float(values[one.input[1]]) for one in (*sources, *readers)}
+        zeros = {int(values[one.input[2]]) for one in (*sources, *readers)}
+        assert len(scales) == len(zeros) == 1, node.name
+    assert seen == {"Add": 6, "Concat": 13, "MaxPool": 3, "Resize": 2, "Split": 8}
+    for name in made:  # nothing is read as codes and as float
+        readers = read_by.get(name, [])
+        kinds = {reader.op_type == "QuantizeLinear" for reader in readers}
+        inner = {reader.op_type for reader in readers} == {"Sigmoid", "Mul"}
+        assert len(kinds) <= 1 or inner, name
+
+
+def test_ranges_reach_the_tensors_they_are_named_after(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    """Twice the range of one group: exactly the pairs of its tensors, and of what passes them on, have twice the scale."""
+    file, state = source
+    group = ("model.6.cv2", "model.9.cv2", "model.19")  # concats 11 and 20
+    wide = {name: amax * (1 + (name in group)) for name, amax in state.activations.items()}
+    scales = []
+    for name, ranges in (("a", state.activations), ("b", wide)):
+        insert_qdq(file, tmp_path / name, replace(state, activations=ranges), "tensorrt")
+        graph = onnx.load(str(tmp_path / name)).graph
+        values = initializers(graph)
+        scales.append({n.input[0]: float(values[n.input[1]]) for n in graph.node if n.op_type == "QuantizeLinear"})
+    changed = {name for name, scale in scales[1].items() if scale != scales[0][name]}
+    assert all(scales[1][name] == pytest.approx(2 * scales[0][name]) for name in changed)
+    blocks = {"/model.6/cv2/act/Mul_output_0", "/model.9/cv2/act/Mul_output_0", "/model.19/act/Mul_output_0"}
+    joins = {"/model.10/Resize_output_0", "/model.11/Concat_output_0", "/model.20/Concat_output_0"}
+    assert changed == blocks | joins
+    unequal = {**state.activations, "model.19": 2 * state.activations["model.19"]}
+    with pytest.raises(CorruptArtifact, match=r"/model\.20/Concat joins tensors with ranges"):
+        insert_qdq(file, tmp_path / "c", replace(state, activations=unequal), "tensorrt")
 
 
 def test_same_inputs_same_bytes(source: tuple[Path, QuantState], tmp_path: Path) -> None:
@@ -187,9 +228,12 @@ def test_graph_and_state_must_belong_together(source: tuple[Path, QuantState], t
         insert_qdq(file, out, state, "dla")  # type: ignore[arg-type]
     with pytest.raises(CorruptArtifact, match="not folded"):
         insert_qdq(file, out, replace(state, folded=False), "tensorrt")
-    more = {**state.activations, "model.99.conv": 1.0}, {**state.weights, "model.99.conv": (1.0,)}
-    with pytest.raises(CorruptArtifact, match=r"model\.99\.conv: 0 convolutions"):
-        insert_qdq(file, out, QuantState(*more, folded=True), "tensorrt")
+    for more in (
+        {"activations": {**state.activations, "model.99": 1.0}},
+        {"weights": {**state.weights, "model.99.conv": (1.0,)}},
+    ):
+        with pytest.raises(CorruptArtifact, match=r"model\.99\.conv: 0 convolutions"):
+            insert_qdq(file, out, replace(state, **more), "tensorrt")  # type: ignore[arg-type]
     short = {**state.weights, "model.1.conv": state.weights["model.1.conv"][1:]}
     with pytest.raises(CorruptArtifact, match=r"model\.1\.conv: 32 output channels.*31"):
         insert_qdq(file, out, replace(state, weights=short), "tensorrt")

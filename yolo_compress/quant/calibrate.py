@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.modes import evaluating
-from yolo_compress.quant.placement import plan
+from yolo_compress.quant.placement import IMAGES, Plan, plan
 from yolo_compress.quant.state import AMAX_FLOOR, QMAX, QuantState
 
 
@@ -125,13 +125,13 @@ CALIBRATORS: dict[str, Callable[[Histogram, float], float]] = {
 def ptq(
     model: nn.Module, batches: Callable[[], Iterable[Tensor]], method: str = "mse", percentile: float = 99.99
 ) -> QuantState:
-    """Post-training quantisation: the ranges of the planned convolutions, without training.
+    """Post-training quantisation: the ranges of everything that `placement.plan` puts into INT8, without training.
 
     Args:
-        model: A stock detector, or a fake-quantised one (the ranges are then those of what its quantisers get). In
-            evaluation mode during the call; not changed.
+        model: A detector. In evaluation mode during the call; not changed.
         batches: Gives the calibration images, `images_BCHW` float 0 to 1, never augmented.
-        method: Key of `CALIBRATORS`. Weights always take their maximum, a range an output channel.
+        method: Key of `CALIBRATORS`, over all values of a group's tensors together. Weights always take their maximum, a range an
+            output channel.
         percentile: Of the absolute values, for "percentile".
 
     Raises:
@@ -139,61 +139,55 @@ def ptq(
         NumericsError: NaN or infinity in an activation or a weight.
         RecipeError: Unknown method.
     """
-    return calibrate(model, plan(model).convs, batches(), method, percentile)
+    return calibrate(model, plan(model), batches(), method, percentile)
 
 
 def calibrate(
-    model: nn.Module, convs: Iterable[str], batches: Iterable[Tensor], method: str = "mse", percentile: float = 99.99
+    model: nn.Module, placed: Plan, batches: Iterable[Tensor], method: str = "mse", percentile: float = 99.99
 ) -> QuantState:
-    """As `ptq`, for the convolutions named."""
+    """As `ptq`, for a plan of the caller's."""
     if method not in CALIBRATORS:
         raise RecipeError(f"calibration method {method!r} is unknown; there are {', '.join(CALIBRATORS)}")
     modules = dict(model.named_modules())
-    convs = tuple(convs)
-    inputs = {name: Histogram() for name in convs}
-    outputs = {name: Histogram() for name in _output_names(convs, modules)}
-    _observe(model, modules, inputs, outputs, batches, bins=method != "max")
+    groups = {group.name: Histogram() for group in placed.int8}
+    tensors = {tensor: groups[group.name] for group in placed.int8 for tensor in group.tensors}
+    outputs = {name: Histogram() for name in placed.convs}
+    _observe(model, modules, tensors, outputs, batches, bins=method != "max")
     amax_of = CALIBRATORS[method]
+    amax = {name: _range(name, seen, amax_of, percentile) for name, seen in groups.items()}
     return QuantState(
-        activations={name: _range(f"input of {name}", seen, amax_of, percentile) for name, seen in inputs.items()},
-        weights={name: _weight_range(name, modules[name]) for name in convs},
-        outputs={name: _range(f"output of {name}", seen, amax_of, percentile) for name, seen in outputs.items()},
+        activations={tensor: amax[group.name] for group in placed.int8 for tensor in group.tensors},
+        weights={name: _weight_range(name, modules[name]) for name in placed.convs},
+        outputs={name: _range(name, seen, amax_of, percentile) for name, seen in outputs.items()},
         folded=not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()),
         method=f"percentile {percentile}" if method == "percentile" else method,
     )
 
 
-def _output_names(convs: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Convolutions, their blocks, and the bottlenecks that add a shortcut to their second block."""
-    names = dict.fromkeys(convs)
-    for conv in list(names):
-        block = conv.removesuffix(".conv")
-        names[block] = None
-        parent = block.rpartition(".")[0]
-        if getattr(modules.get(parent), "add", False) is True:
-            names[parent] = None
-    return list(names)
-
-
 def _observe(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    inputs: Mapping[str, Histogram],
+    tensors: Mapping[str, Histogram],
     outputs: Mapping[str, Histogram],
     batches: Iterable[Tensor],
     bins: bool,
 ) -> None:
     """Run the batches through the model in evaluation mode and fill the histograms."""
-    handles = [modules[name].register_forward_pre_hook(_input_hook(name, seen, bins)) for name, seen in inputs.items()]
+    handles = [
+        modules[name].register_forward_hook(_output_hook(name, seen, bins))
+        for name, seen in tensors.items()
+        if name != IMAGES
+    ]
     for name, seen in outputs.items():
         bn = f"{name.removesuffix('conv')}bn"  # what follows a convolution before its activation
-        module = modules[bn] if name.endswith(".conv") and bn in modules else modules[name]
-        handles.append(module.register_forward_hook(_output_hook(name, seen, bins)))
+        handles.append(modules[bn if bn in modules else name].register_forward_hook(_output_hook(name, seen, bins)))
     weight = next(model.parameters())
     count = 0
     try:
         with torch.no_grad(), evaluating(model):
             for images in batches:
+                if IMAGES in tensors:
+                    _collect(IMAGES, tensors[IMAGES], images, bins)
                 model(images.to(weight.device, weight.dtype))
                 count += len(images)
     finally:
@@ -203,16 +197,9 @@ def _observe(
         raise DataError("calibration got no image: give at least one (data.train, qat.calibration_images)")
 
 
-def _input_hook(name: str, seen: Histogram, bins: bool) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        _collect(f"input of {name}", seen, args[0], bins)
-
-    return hook
-
-
 def _output_hook(name: str, seen: Histogram, bins: bool) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        _collect(f"output of {name}", seen, output, bins)
+        _collect(name, seen, output, bins)
 
     return hook
 
@@ -230,8 +217,8 @@ def _range(what: str, seen: Histogram, amax_of: Callable[[Histogram, float], flo
     amax = min(amax_of(seen, percentile), seen.amax) if seen.amax > 0 else 0.0
     if amax < AMAX_FLOOR:
         warnings.warn(f"calibration: {what} is 0 on every image; its range is set to {AMAX_FLOOR}", stacklevel=3)
-        return AMAX_FLOOR
-    return amax
+        return float(np.float32(AMAX_FLOOR))
+    return float(np.float32(amax))  # what every quantiser and every file holds
 
 
 def _weight_range(name: str, conv: nn.Module) -> tuple[float, ...]:

@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
 from yolo_compress.hook import TrainHook
+from yolo_compress.quant.placement import IMAGES, Plan, is_sum, plan
 from yolo_compress.quant.state import AMAX_FLOOR, QuantState
 
 
@@ -47,34 +48,90 @@ def _modelopt() -> ModuleType:
     return quant_nn
 
 
-def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
-    """Turn the convolutions of `state` into fake-quantising ones with its ranges, in place.
+class QuantisedOutput(nn.Module):
+    """The activation of a block and the quantiser of what the block gives; takes the place of `Conv.act`."""
 
-    Inputs are quantised a tensor, weights an output channel, both symmetric INT8 (weights in `weight_bits` of the 8, as
-    `qdq.WEIGHT_QMAX` ships them to CPUs: 7 bits are codes -63 to 63); gradients pass straight through. The
-    ranges are buffers (`*.input_quantizer._amax`, `*.weight_quantizer._amax`), so the state dict of a model attached with
-    any state of the same plan loads strictly into another one. `copy.deepcopy` works; pickling the module does not.
+    def __init__(self, act: nn.Module, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.act, self.quantizer = act, quantizer
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        codes_BCHW: Tensor = self.quantizer(self.act(x_BCHW))
+        return codes_BCHW
+
+
+class QuantisedSum(nn.Module):
+    """A bottleneck with shortcut, and the quantiser of its sum; the same parameters under the same names."""
+
+    add = True
+
+    def __init__(self, bottleneck: nn.Module, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.cv1, self.cv2, self.quantizer = bottleneck.cv1, bottleneck.cv2, quantizer
+        self.__dict__["stock"] = bottleneck  # what `detach` puts back; no module of this one
+        self.training = bottleneck.training
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        codes_BCHW: Tensor = self.quantizer(x_BCHW + self.cv2(self.cv1(x_BCHW)))
+        return codes_BCHW
+
+
+def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
+    """Make the tensors and weights of `state` fake-quantised, in place.
+
+    Tensors are quantised where they are made (`QuantisedOutput`, `QuantisedSum`; the image where the first convolution reads
+    it), those of a group by one quantiser; weights an output channel. Both symmetric INT8 (weights in `weight_bits` of the 8,
+    as `qdq.WEIGHT_QMAX` ships them to CPUs: 7 bits are codes -63 to 63); gradients pass straight through. The
+    ranges are buffers, so the state dict of a model attached with any state of the same plan loads strictly into another one.
+    `copy.deepcopy` works; pickling the module does not.
 
     Raises:
-        CorruptArtifact: `state` names a convolution that the model does not have, or has with other channels.
+        CorruptArtifact: `state` names a tensor or convolution that the model does not have, has with other channels, or
+            gives tensors that have to share a scale different ones.
         EnvironmentLacks: ModelOpt is not installed.
     """
     quant_nn = _modelopt()
     modules: dict[str, Any] = dict(model.named_modules())
-    for name, amax in state.activations.items():
-        conv: Any
-        conv, amax_C = modules.get(name), torch.tensor(state.weights[name])
-        if type(conv) is not nn.Conv2d or conv.out_channels != amax_C.numel():
+    for name, amax_C in state.weights.items():
+        conv: Any = modules.get(name)
+        if type(conv) is not nn.Conv2d or conv.out_channels != len(amax_C):
             raise CorruptArtifact(
-                f"quantiser state: {name} with {amax_C.numel()} output channels does not fit the network's {conv}"
+                f"quantiser state: {name} with {len(amax_C)} output channels does not fit the network's {conv}"
             )
-        device = conv.weight.device
+    placed = plan(model)
+    if unknown := set(state.activations) - {tensor for group in placed.groups for tensor in group.tensors}:
+        raise CorruptArtifact(f"quantiser state: the network has no tensor {', '.join(sorted(unknown))}")
+    for name, amax_C in state.weights.items():
+        conv = modules[name]
         quant_nn.QuantModuleRegistry.convert(conv)
+        conv.input_quantizer.disable()
         # Codes -127 to 127: a BatchNorm with negative gamma then folds without moving any code.
         conv.weight_quantizer._narrow_range = True
         conv.weight_quantizer.num_bits = weight_bits
-        conv.weight_quantizer.amax = amax_C.view(-1, 1, 1, 1).to(device)
-        conv.input_quantizer.amax = torch.tensor(amax).to(device)
+        conv.weight_quantizer.amax = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
+    for group in placed.groups:
+        amax = {state.activations[tensor] for tensor in group.tensors if tensor in state.activations}
+        if not amax:
+            continue
+        if len(amax) > 1 or not all(tensor in state.activations for tensor in group.tensors):
+            raise CorruptArtifact(f"quantiser state: {', '.join(group.tensors)} have to share a scale")
+        quantizer = quant_nn.TensorQuantizer()
+        quantizer.amax = torch.tensor(amax.pop()).to(next(model.parameters()).device)
+        for tensor in group.tensors:
+            _put(model, placed, tensor, quantizer)
+
+
+def _put(model: nn.Module, placed: Plan, tensor: str, quantizer: nn.Module) -> None:
+    if tensor == IMAGES:
+        for name in placed.group_of(IMAGES).convs:
+            model.get_submodule(name).input_quantizer = quantizer
+        return
+    module = model.get_submodule(tensor)
+    if is_sum(module):
+        parent, _, child = tensor.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantisedSum(module, quantizer))
+    else:
+        module.act = QuantisedOutput(module.act, quantizer)
 
 
 def read(model: nn.Module) -> QuantState:
@@ -87,8 +144,17 @@ def read(model: nn.Module) -> QuantState:
     convs = dict(_attached(model))
     if not convs:
         raise CorruptArtifact("no fake-quantising convolution in the model: attach() first")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantizers: dict[str, Any] = {}
+    for group in plan(model).groups:
+        for tensor in group.tensors:
+            holder: Any = modules.get(f"{tensor}.act", modules.get(tensor))
+            if tensor == IMAGES:
+                quantizers[tensor] = modules[group.convs[0]].input_quantizer
+            elif isinstance(holder, (QuantisedOutput, QuantisedSum)):
+                quantizers[tensor] = holder.quantizer
     return QuantState(
-        activations={name: max(float(conv.input_quantizer.amax), AMAX_FLOOR) for name, conv in convs.items()},
+        activations={tensor: max(float(held.amax), AMAX_FLOOR) for tensor, held in quantizers.items()},
         weights={
             name: tuple(conv.weight_quantizer.amax.float().flatten().clamp_min(AMAX_FLOOR).tolist())
             for name, conv in convs.items()
@@ -97,10 +163,18 @@ def read(model: nn.Module) -> QuantState:
 
 
 def detach(model: nn.Module) -> None:
-    """Back to plain `nn.Conv2d`, in place; weights stay as trained, ranges go (`read` them before)."""
+    """Back to the stock model, in place; weights stay as trained, ranges go (`read` them before)."""
     for _, conv in list(_attached(model)):
         conv.export()
         conv.__dict__.pop("_parallel_state", None)  # ModelOpt 0.47 leaves its process groups behind
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantisedOutput):
+                setattr(module, name, child.act)
+            elif isinstance(child, QuantisedSum):
+                stock = child.stock
+                stock.cv1, stock.cv2 = child.cv1, child.cv2
+                setattr(module, name, stock.train(child.training))
 
 
 def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,12 +1,13 @@
 """INT8 as a float ONNX graph plus ranges: explicit QuantizeLinear and DequantizeLinear nodes, typed for the runtime.
 
-Every target gets the same scales on the inputs of the planned convolutions and the same INT8 weights (an output channel each,
-symmetric, axis 0), float bias, no change of opset:
+Every target gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0), float
+bias, no change of opset. A tensor has one pair, behind the node that makes it, and every reader reads through it; so has what a
+pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the one scale of its inputs that pair moves no value,
+and says to any importer that the layer is INT8.
 
 * "tensorrt", "openvino": activations INT8, zero point 0. TensorRT takes no other zero point and no INT32 bias.
 * "onnxruntime": activations UINT8, zero point 128 (the same codes moved by 128). It fuses a convolution only with a
-  quantised output, so with `state.outputs` further tensors are quantised where no planned convolution reads them: outputs
-  of convolutions, sigmoids, products and sums.
+  quantised output, so with `state.outputs` the outputs of convolutions and sigmoids are quantised, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.export_onnx import MIN_OPSET, write_metadata
+from yolo_compress.quant.placement import IMAGES
 from yolo_compress.quant.state import QMAX, QuantState
 
 Target = Literal["tensorrt", "onnxruntime", "openvino"]
@@ -35,10 +37,13 @@ TARGETS: dict[Target, tuple[int, int]] = {  # element type and zero point of act
 # `overflow_fix` and ONNX Runtime's `reduce_range` are the same remedy.
 WEIGHT_QMAX: dict[Target, int] = {"tensorrt": QMAX, "onnxruntime": 63, "openvino": 63}
 
+UNARY = {"Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Clip", "Elu", "Mish"}  # activations that are one node
+PASSING = {"MaxPool", "Resize", "Split", "Concat"}  # layers that only move values: codes in, the same codes out
+
 
 @dataclass(frozen=True)
 class Counts:
-    """What was put in: convolutions in INT8, Q/DQ pairs that feed them, and pairs on other tensors."""
+    """What was put in: convolutions in INT8, Q/DQ pairs of the plan's tensors and of what passes them on, and others."""
 
     convs: int
     activations: int
@@ -47,9 +52,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Pair:
-    """One Q/DQ pair to be put behind `tensor`; `readers` read it through the pair (empty: all do)."""
+    """One Q/DQ pair."""
 
-    tensor: str
     amax: float
     dtype: int
     zero_point: int
@@ -63,7 +67,7 @@ class Pair:
 def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -> Counts:
     """Write the INT8 form of a float graph.
 
-    Convolutions that read one tensor with one range share one pair. The counts are checked against the graph that was made.
+    The counts are checked against the graph that was made.
 
     Args:
         float_onnx: What `export_onnx` wrote, opset 13 or more. Read only.
@@ -87,14 +91,13 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
         raise CorruptArtifact(f"{float_onnx}: opset {opset}, Q/DQ an output channel needs {MIN_OPSET}; export again")
     convs = find_convs(graph, state.convs)
     dtype, zero_point = TARGETS[target]
-    wanted = {name: Pair(conv.input[0], state.activations[name], dtype, zero_point) for name, conv in convs.items()}
-    elsewhere: dict[str, Pair] = {}
-    if target == "onnxruntime" and state.outputs:
-        elsewhere = _output_pairs(graph, convs, state)
+    amax = _passed_on(graph, _tensors(graph, state), out)
+    pairs = {tensor: Pair(value, dtype, zero_point) for tensor, value in amax.items()}
+    elsewhere = _inner_pairs(graph, convs, state, pairs) if target == "onnxruntime" and state.outputs else {}
     for name, conv in convs.items():
         _quantise_weight(graph, name, conv, np.asarray(state.weights[name], dtype=np.float32), WEIGHT_QMAX[target])
-    _insert_pairs(graph, {conv.output[0]: wanted[name] for name, conv in convs.items()}, elsewhere)
-    counts = Counts(len(convs), len(set(wanted.values())), len(set(elsewhere.values()) - set(wanted.values())))
+    _insert_pairs(graph, pairs | elsewhere)
+    counts = Counts(len(convs), len(pairs), len(elsewhere))
     _check(graph, state.convs, counts, out)
     write_metadata(model, {"precision": "int8"})
     onnx.checker.check_model(model, full_check=True)
@@ -143,36 +146,83 @@ def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, am
     conv.input[1] = node.output[0]
 
 
-def _insert_pairs(graph: onnx.GraphProto, readers: dict[str, Pair], everywhere: dict[str, Pair]) -> None:
-    """Put each pair behind the node that makes its tensor, and let its readers read it.
+def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
+    """The ONNX tensor of each tensor of `state`, with its amax.
 
-    Args:
-        graph: Changed in place.
-        readers: Output of a convolution -> the pair through which its first input reads.
-        everywhere: Tensor -> the pair that all its other readers read through.
+    Raises:
+        CorruptArtifact: A block or a sum is not in the graph.
     """
-    made: dict[Pair, str] = {}
-    used: dict[str, int] = {}
-    pairs = dict.fromkeys([*readers.values(), *everywhere.values()])
-    behind: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        count = used[pair.tensor] = used.get(pair.tensor, 0) + 1
-        made[pair] = pair.tensor if count == 1 else f"{pair.tensor}_{count}"
-        behind.setdefault(pair.tensor, []).append(pair)
+    readers = _readers(graph)
+    stored = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    sums = [
+        name for name in state.activations if f"{name}.cv2.conv.weight" in stored and f"{name}.cv2" in state.activations
+    ]
+    sums = [name for name in sums if f"{name}.conv.weight" not in stored]
+    blocks = [name for name in state.activations if name not in (IMAGES, *sums)]
+    convs = find_convs(graph, [f"{name}.conv" for name in blocks])
+    made = {name: _activated(convs[f"{name}.conv"], readers) for name in blocks} | {IMAGES: graph.input[0].name}
+    for name in sums:
+        adds = [node.output[0] for node in readers.get(made[f"{name}.cv2"], ()) if node.op_type == "Add"]
+        if len(adds) != 1:
+            raise CorruptArtifact(f"{name}: {len(adds)} sums of the ONNX graph read {name}.cv2, expected 1")
+        made[name] = adds[0]
+    return {made[name]: amax for name, amax in state.activations.items()}
+
+
+def _activated(conv: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> str:
+    """What a block gives: SiLU's product, the output of another activation, or the convolution's own."""
+    after = {node.op_type: node for node in readers.get(conv.output[0], ())}
+    if set(after) == {"Sigmoid", "Mul"}:
+        return str(after["Mul"].output[0])
+    if len(after) == 1 and set(after) <= UNARY:
+        return str(next(iter(after.values())).output[0])
+    return str(conv.output[0])
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for tensor in node.input:
+            found.setdefault(tensor, []).append(node)
+    return found
+
+
+def _passed_on(graph: onnx.GraphProto, amax: dict[str, float], out: Path) -> dict[str, float]:
+    """`amax` and the tensors that layers which only move values make of its tensors.
+
+    Raises:
+        CorruptArtifact: A concatenation of tensors of which some are quantised and some not, or with different scales.
+    """
+    amax = dict(amax)
+    for node in graph.node:
+        if node.op_type not in PASSING:
+            continue
+        parts = node.input if node.op_type == "Concat" else node.input[:1]
+        ranges = {amax.get(tensor) for tensor in parts}
+        if ranges == {None}:
+            continue
+        if len(ranges) > 1:
+            raise CorruptArtifact(
+                f"{out}: {node.name} joins tensors with ranges {sorted(map(str, ranges))}, expected one"
+            )
+        amax |= dict.fromkeys(node.output, ranges.pop() or 0.0)
+    return amax
+
+
+def _insert_pairs(graph: onnx.GraphProto, pairs: dict[str, Pair]) -> None:
+    """Put each pair behind the node that makes its tensor, and let all readers read it; in place."""
     nodes: list[onnx.NodeProto] = []
 
     def put_behind(tensor: str) -> None:
-        for pair in behind.get(tensor, ()):
-            nodes.extend(_make_pair(graph, pair, made[pair]))
+        if tensor in pairs:
+            nodes.extend(_make_pair(graph, pairs[tensor], tensor))
 
     for item in graph.input:
         put_behind(item.name)
     for node in list(graph.node):
         for index, tensor in enumerate(node.input):
-            read = readers.get(node.output[0]) if index == 0 else None
-            read = read or everywhere.get(tensor)
-            if read is not None:
-                node.input[index] = f"{made[read]}_DQ"
+            if tensor in pairs:
+                node.input[index] = f"{tensor}_DQ"
         nodes.append(node)
         for tensor in node.output:
             put_behind(tensor)
@@ -186,45 +236,27 @@ def _make_pair(graph: onnx.GraphProto, pair: Pair, base: str) -> list[onnx.NodeP
     graph.initializer.append(numpy_helper.from_array(np.array(pair.zero_point, zero_type), f"{base}_zero_point"))
     scale = [f"{base}_scale", f"{base}_zero_point"]
     return [
-        helper.make_node("QuantizeLinear", [pair.tensor, *scale], [f"{base}_Q"], f"{base}_Q"),
+        helper.make_node("QuantizeLinear", [base, *scale], [f"{base}_Q"], f"{base}_Q"),
         helper.make_node("DequantizeLinear", [f"{base}_Q", *scale], [f"{base}_DQ"], f"{base}_DQ"),
     ]
 
 
-def _output_pairs(graph: onnx.GraphProto, convs: dict[str, onnx.NodeProto], state: QuantState) -> dict[str, Pair]:
-    """Pairs for the tensors that ONNX Runtime wants quantised to run convolution, SiLU and sum in INT8.
-
-    A tensor that a planned convolution reads keeps that convolution's range, so it is quantised once.
-    """
+def _inner_pairs(
+    graph: onnx.GraphProto, convs: dict[str, onnx.NodeProto], state: QuantState, pairs: dict[str, Pair]
+) -> dict[str, Pair]:
+    """Pairs inside of blocks, without which ONNX Runtime runs neither convolution nor SiLU in INT8."""
     dtype, zero_point = TARGETS["onnxruntime"]
-    consumers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for tensor in node.input:
-            consumers.setdefault(tensor, []).append(node)
-    shared = {conv.input[0]: state.activations[name] for name, conv in convs.items()}
-    planned = {conv.output[0] for conv in convs.values()}
-    pairs: dict[str, Pair] = {}
-
-    def quantise(tensor: str, amax: float) -> None:
-        pairs[tensor] = Pair(tensor, shared.get(tensor, amax), dtype, zero_point)
-
+    readers = _readers(graph)
+    inner: dict[str, Pair] = {}
     for name, conv in convs.items():
         made = conv.output[0]
-        quantise(made, state.outputs[name])
-        silu = {node.op_type: node for node in consumers.get(made, [])}
-        if set(silu) != {"Sigmoid", "Mul"}:
-            continue
-        product = silu["Mul"].output[0]
-        if all(node.op_type != "Conv" or node.output[0] in planned for node in consumers.get(product, [])):
-            # A sigmoid fills 0 to 1 and nothing else: all 256 codes, from 0.
-            pairs[silu["Sigmoid"].output[0]] = Pair(silu["Sigmoid"].output[0], QMAX / 255, dtype, 0)
-            block = name.removesuffix(".conv")
-            quantise(product, state.outputs[block])
-            for node in consumers.get(product, []):
-                parent = block.rpartition(".")[0]
-                if node.op_type == "Add" and parent in state.outputs:
-                    quantise(node.output[0], state.outputs[parent])
-    return pairs
+        if made not in pairs:
+            inner[made] = Pair(state.outputs[name], dtype, zero_point)
+        for node in readers.get(made, ()):
+            if node.op_type == "Sigmoid" and _activated(conv, readers) in pairs:
+                # A sigmoid fills 0 to 1 and nothing else: all 256 codes, from 0.
+                inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
+    return inner
 
 
 def _check(graph: onnx.GraphProto, names: Iterable[str], counts: Counts, out: Path) -> None:

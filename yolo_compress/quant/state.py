@@ -17,7 +17,7 @@ from torch import nn
 
 from yolo_compress.errors import CorruptArtifact, NumericsError
 
-VERSION = 1
+VERSION = 2
 QMAX = 127  # symmetric INT8
 AMAX_FLOOR = 1e-6  # above 2**-24, at and below which ModelOpt takes a range for zero and every code of it becomes 0
 
@@ -27,10 +27,10 @@ class QuantState:
     """Ranges by module name, in the order in which the network defines them.
 
     Attributes:
-        activations: Convolution -> amax of its input (one a tensor).
+        activations: Tensor, as `placement` names it -> amax; equal where tensors share a scale.
         weights: Convolution -> amax_C of its weight (one an output channel).
-        outputs: Module -> amax of what it returns, for runtimes that fuse nothing without it: a convolution's own name
-            stands for its output before the activation (after BatchNorm), its block's for the output after it.
+        outputs: Convolution -> amax of its output before the activation (after BatchNorm), for runtimes that fuse nothing
+            without it.
         folded: Whether BatchNorm has been folded into the weights that `weights` speaks of.
         method: How the activation ranges were found, for the record.
     """
@@ -42,9 +42,6 @@ class QuantState:
     method: str = ""
 
     def __post_init__(self) -> None:
-        if list(self.activations) != list(self.weights):
-            odd = sorted(set(self.activations) ^ set(self.weights)) or "their order"
-            raise CorruptArtifact(f"quantiser state: activations and weights name different convolutions: {odd}")
         scalars = [*self.activations.items(), *self.outputs.items()]
         values = [*scalars, *((name, amax) for name, amax_C in self.weights.items() for amax in amax_C)]
         for name, amax in values:
@@ -54,7 +51,7 @@ class QuantState:
     @property
     def convs(self) -> tuple[str, ...]:
         """Names of the quantised convolutions."""
-        return tuple(self.activations)
+        return tuple(self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """The state as JSON types; floats survive the round trip exactly."""
