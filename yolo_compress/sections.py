@@ -410,6 +410,11 @@ class ExportConfig(Section):
     dynamic_batch: Annotated[bool, _knob("leave the batch size open")] = False
     simplify: Annotated[bool, _knob("run onnxsim, then compare with torch again")] = True
     torchscript: Annotated[bool, _knob("write TorchScript too")] = True
+    calibration_cache: Annotated[
+        bool,
+        _knob("also write int8-implicit.onnx and int8-implicit.cache, the same scales for TensorRT 8 and 10 without Q/DQ and "
+              "for the DLA; never run on a device"),
+    ] = False  # fmt: skip
     calib_images: CalibImages = 128
     calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.quant import qdq
 from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.calibration_cache import write_cache
 from yolo_compress.quant.fakequant import attach
 from yolo_compress.quant.qdq import TARGETS, insert_qdq
 from yolo_compress.quant.state import QuantState, fold
@@ -253,3 +255,20 @@ def test_two_layers_with_one_weight_are_refused(source: tuple[Path, QuantState],
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
     with pytest.raises(CorruptArtifact, match="equal weights"), torch.no_grad():
         insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", source[1], "tensorrt")
+
+
+def test_calibration_cache_holds_the_scales_of_the_qdq_form(source: tuple[Path, QuantState], tmp_path: Path) -> None:
+    file, state = source
+    count = write_cache(file, tmp_path / "int8.cache", state, version="10300")
+    head, *lines = (tmp_path / "int8.cache").read_text().splitlines()
+    assert head == "TRT-10300-EntropyCalibration2" and len(lines) == count == 92 + 57 + 57
+    scales = {name: struct.unpack(">f", bytes.fromhex(code))[0] for name, code in (line.split(": ") for line in lines)}
+    insert_qdq(file, tmp_path / "int8.onnx", state, "tensorrt")
+    graph = onnx.load(str(tmp_path / "int8.onnx")).graph
+    values = initializers(graph)
+    paired = {node.input[0]: float(values[node.input[1]]) for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert {name: scales[name] for name in paired} == paired
+    assert scales["/model.0/conv/Conv_output_0"] == pytest.approx(state.outputs["model.0.conv"] / 127)
+    assert scales["/model.0/act/Sigmoid_output_0"] == pytest.approx(1 / 127)
+    names = {name for node in onnx.load(str(file)).graph.node for name in node.output} | {"images"}
+    assert set(scales) <= names

@@ -91,7 +91,7 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
         raise CorruptArtifact(f"{float_onnx}: opset {opset}, Q/DQ an output channel needs {MIN_OPSET}; export again")
     convs = find_convs(graph, state.convs)
     dtype, zero_point = TARGETS[target]
-    amax = _passed_on(graph, _tensors(graph, state), out)
+    amax = tensor_ranges(graph, state)
     pairs = {tensor: Pair(value, dtype, zero_point) for tensor, value in amax.items()}
     elsewhere = _inner_pairs(graph, convs, state, pairs) if target == "onnxruntime" and state.outputs else {}
     for name, conv in convs.items():
@@ -146,12 +146,18 @@ def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, am
     conv.input[1] = node.output[0]
 
 
-def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
-    """The ONNX tensor of each tensor of `state`, with its amax.
+def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
+    """amax of every INT8 tensor of a float graph: of the tensors of `state`, and of what layers that only move values make of them.
 
     Raises:
-        CorruptArtifact: A block or a sum is not in the graph.
+        CorruptArtifact: A block or a sum is not in the graph, or a concatenation would join codes of different scales, or
+            codes and float.
     """
+    return _passed_on(graph, _tensors(graph, state))
+
+
+def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
+    """The ONNX tensor of each tensor of `state`, with its amax."""
     readers = _readers(graph)
     stored = {node.input[1] for node in graph.node if node.op_type == "Conv"}
     sums = [
@@ -187,12 +193,7 @@ def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
-def _passed_on(graph: onnx.GraphProto, amax: dict[str, float], out: Path) -> dict[str, float]:
-    """`amax` and the tensors that layers which only move values make of its tensors.
-
-    Raises:
-        CorruptArtifact: A concatenation of tensors of which some are quantised and some not, or with different scales.
-    """
+def _passed_on(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, float]:
     amax = dict(amax)
     for node in graph.node:
         if node.op_type not in PASSING:
@@ -203,7 +204,7 @@ def _passed_on(graph: onnx.GraphProto, amax: dict[str, float], out: Path) -> dic
             continue
         if len(ranges) > 1:
             raise CorruptArtifact(
-                f"{out}: {node.name} joins tensors with ranges {sorted(map(str, ranges))}, expected one"
+                f"quantiser state: {node.name} joins tensors with ranges {sorted(map(str, ranges))}, expected one"
             )
         amax |= dict.fromkeys(node.output, ranges.pop() or 0.0)
     return amax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ from yolo_compress.evaluate.compare import max_abs_difference
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export_onnx import export_onnx, export_torchscript
 from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.calibration_cache import write_cache
 from yolo_compress.quant.half import to_fp16
+from yolo_compress.quant.lint.check import check
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import QuantState, fold
 from yolo_compress.recipe import ExportConfig
@@ -25,6 +28,7 @@ from yolo_compress.stages.batches import chosen, letterboxed, write_list
 
 CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 COMPARED_IMAGES = 16
+LINT_VERSION = "10.3"  # weakly typed, so floats between INT8 layers are no fault: FP16 is a flag there
 MAX_SCORE_DIFFERENCE = 1e-4
 MAX_BOX_DIFFERENCE_PX = (
     0.1  # float32 rounding in a net that detects well is below 0.01; a wrong graph is off by whole pixels
@@ -114,6 +118,22 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         state = ptq(model, batches, config.calibrator, config.percentile)
     folded = state if state.folded else fold(state, model)
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
+    _lint(folder / "int8.onnx", f"tensorrt-{LINT_VERSION}")
     for runtime in CPU_RUNTIMES:
         insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
+        _lint(folder / f"int8-{runtime}.onnx", runtime)
+    if config.calibration_cache:
+        shutil.copyfile(source, folder / "int8-implicit.onnx")
+        write_cache(source, folder / "int8-implicit.cache", folded)
     return {"int8_convs": counts.convs, "int8_from": "qat" if trained else f"ptq ({state.method})"}
+
+
+def _lint(file: Path, target: str) -> None:
+    """Refuse to publish an INT8 file that its runtime would not take, or that leaves in float what the plan has in INT8.
+
+    Raises:
+        CompressError: With the findings.
+    """
+    report = check(file, target)
+    if report.count("error") or report.count("warning"):
+        raise CompressError(f"export wrote a file with faults, which is a bug here:\n{report.text()}")

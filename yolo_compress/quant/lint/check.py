@@ -9,6 +9,7 @@ from typing import Any
 
 from yolo_compress.quant.lint import load
 from yolo_compress.quant.lint.codes import CODES
+from yolo_compress.quant.lint.compiled import COMPILED
 from yolo_compress.quant.lint.graph import Graph
 from yolo_compress.quant.lint.halves import HALVES
 from yolo_compress.quant.lint.node import DQ, Q
@@ -19,7 +20,7 @@ from yolo_compress.quant.lint.scales import SCALES
 from yolo_compress.quant.lint.shapes import SHAPES
 from yolo_compress.quant.lint.targets import DEFAULT, Target, target
 
-RULES: dict[str, Rule] = {row.id: row for row in (*OPERATORS, *CODES, *SCALES, *PLACEMENT, *SHAPES, *HALVES)}
+RULES: dict[str, Rule] = {row.id: row for row in (*OPERATORS, *CODES, *SCALES, *PLACEMENT, *SHAPES, *HALVES, *COMPILED)}
 SHOWN = 8  # lines a rule in the text; the JSON holds all
 
 
@@ -89,7 +90,7 @@ def check(file: Path, name: str = DEFAULT) -> Report:
 
     Raises:
         RecipeError: Unknown target.
-        EnvironmentLacks, StorageError, CorruptArtifact: As `load.read`.
+        EnvironmentLacks, StorageError, CorruptArtifact: As `load.read`; or the target is built and its library is not here.
     """
     row = target(name)
     graph = load.read(file)

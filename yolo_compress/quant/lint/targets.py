@@ -25,6 +25,7 @@ class Target:
         min_opset, max_opset: the operator sets it reads; None: no limit is known.
         lowest, highest: TensorRT versions (major, minor) that must take it; (0, 0) for other runtimes.
         dla: the deep learning accelerator of an Orin or Xavier, not its GPU.
+        compiled: whether the file is also built, by the library itself.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     lowest: tuple[int, int] = (0, 0)
     highest: tuple[int, int] = (0, 0)
     dla: bool = False
+    compiled: bool = False
 
 
 # Largest opsets: operators.md of onnx-tensorrt at each release (8.2 13, 8.4 to 8.6 17, 10.0 to 10.3 20, 10.9 22, 10.13 on
@@ -53,6 +55,9 @@ _ROWS = (
     Target("dla-10.3", "tensorrt", "DLA under TensorRT 10.3, JetPack 6.1 and 6.2", 9, 20, (10, 3), (10, 3), dla=True),
     Target(
         "dla-11.4", "tensorrt", "DLA under TensorRT 11.4.1, AGX Orin, JetPack 7.2.2", 9, 25, (11, 4), (11, 4), dla=True
+    ),
+    Target(
+        "tensorrt-rtx", "tensorrt", "TensorRT-RTX, built here without a GPU", 9, 25, (11, 4), (11, 4), compiled=True
     ),
     Target("onnxruntime", "onnxruntime", "ONNX Runtime 1.32, CPU", 7, 28),
     Target("openvino", "openvino", "OpenVINO 2026.4, CPU", None, None),

@@ -1,0 +1,115 @@
+"""What NVIDIA's compiler makes of an ONNX file, without a GPU: TensorRT for RTX builds ahead of time on a CPU.
+
+Same ONNX importer as TensorRT's (its messages name the same sources) and strongly typed as TensorRT 11, so an INT8 layer here is one
+that the Q/DQ nodes ask for. Kernels and times are those of RTX cards and say nothing about TensorRT's on a Jetson.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.errors import CompressError, EnvironmentLacks
+
+LEAST_VERSION = (
+    1,
+    7,
+    1,
+)  # 1.4 to 1.6 parse INT8 convolutions and then fail: CHECK(dtype == Float || Half || BF16 || FP8)
+CAPABILITY = "SM86"  # an Ampere, as Orin is; Orin's own SM87 is not offered
+CONVOLUTION, POOL = "correlation", "maxpool"  # kinds of `Layer`
+_KIND = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), ")
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kernel of the built engine.
+
+    Attributes:
+        kind: the compiler's; "correlation" is a convolution, "maxpool" a pool, "kgen" a generated pointwise kernel.
+        inputs, outputs: element types, as "Int8", "Half", "Float".
+        onnx: names of the nodes that went into it.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx: tuple[str, ...]
+
+
+def _library() -> Any:
+    hint = "pip install 'tensorrt-rtx-cu13>=1.7.1'"
+    try:
+        import tensorrt_rtx
+    except (ImportError, OSError) as error:
+        raise EnvironmentLacks(f"tensorrt_rtx does not import ({error}); {hint}") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", tensorrt_rtx.__version__)[:3])
+    if version < LEAST_VERSION:
+        raise EnvironmentLacks(f"TensorRT-RTX {tensorrt_rtx.__version__} compiles no INT8 convolution; {hint}")
+    return tensorrt_rtx
+
+
+def version() -> str:
+    """Of the library."""
+    return str(_library().__version__)
+
+
+def compile_layers(onnx: Path, capability: str = CAPABILITY) -> list[Layer]:
+    """Build the file and list the kernels, in the order of execution; the engine is thrown away.
+
+    Args:
+        onnx: With fixed shapes.
+        capability: Name in `tensorrt_rtx.ComputeCapability`.
+
+    Raises:
+        EnvironmentLacks: TensorRT-RTX 1.7.1 or later is not installed.
+        CompressError: It does not take the file; carries its words.
+    """
+    trt = _library()
+    lines: list[str] = []
+    errors: list[str] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            lines.extend(message.split("\n"))
+            if severity <= trt.ILogger.Severity.ERROR:
+                errors.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        words = parser.get_error(0).desc() if parser.num_errors else "; ".join(errors)
+        raise CompressError(f"{onnx}: TensorRT-RTX {trt.__version__} cannot read it: {words.strip()}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    if builder.build_serialized_network(network, config) is None:
+        raise CompressError(f"{onnx}: TensorRT-RTX {trt.__version__} cannot build it: {'; '.join(errors[:2]).strip()}")
+    layers = [layer for layer in map(_layer, lines) if layer is not None]
+    if not layers:
+        raise CompressError(f"{onnx}: TensorRT-RTX {trt.__version__} wrote no layer into its build log")
+    return layers
+
+
+def _layer(line: str) -> Layer | None:
+    """A layer of the build log, None for any other line."""
+    match = _KIND.match(line)
+    if match is None:
+        return None
+    cuts = [line.find(word) for word in ("Inputs: ", "Constants: ", "Outputs: ", "TacticName: ")]
+    ends = [cut if cut >= 0 else len(line) for cut in cuts]
+    inputs = line[ends[0] : min(ends[1], ends[2])]
+    outputs = line[ends[2] : ends[3]]
+    into, out = (tuple(_DATATYPE.findall(part)) for part in (inputs, outputs))
+    return Layer(match["name"], match["kind"], into, out, tuple(_ONNX.findall(line)))
