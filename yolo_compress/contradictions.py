@@ -30,6 +30,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
         yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
+    if recipe.qat and recipe.qat.sensitivity == "off" and recipe.qat.max_drop != _default(recipe.qat, "max_drop"):
+        yield "qat.max_drop has no effect with qat.sensitivity=off: set qat.sensitivity=loss or map50_95"
     for name, section in (("qat", recipe.qat), ("export", recipe.export)):
         if section and section.calibrator != "percentile" and section.percentile != _default(section, "percentile"):
             yield (

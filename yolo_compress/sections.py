@@ -391,6 +391,28 @@ class QatConfig(TrainConfig):
     percentile: Percentile = 99.99
     weight_bits: Annotated[Literal[7, 8], _knob("bits of INT8 weights while training: 8 for TensorRT; 7 for the forms for "
                            "CPUs, which hold 7-bit weights because 8-bit ones saturate without VNNI")] = 8  # fmt: skip
+    sensitivity: Annotated[
+        Literal["off", "loss", "map50_95"],
+        _knob(
+            "measure each group of tensors in float alone, on the calibration images, and leave as few in float as max_drop asks"
+        ),
+    ] = "off"
+    max_drop: Annotated[
+        float,
+        _knob(
+            "sensitivity: share of the float net's value that the loss may rise by, or mAP fall by, before training",
+            gt=0,
+            le=10,
+        ),
+    ] = 0.01
+    float_groups: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None,
+        BeforeValidator(_several),
+        _knob(
+            "groups of tensors to leave in float, as placement.csv names them",
+            "null or a list of names, as in model.2.cv1,model.4.cv2",
+        ),
+    ] = None
     teach_from_parent: Annotated[bool, _knob("the float net teaches during training")] = True
     epochs: Epochs = 3
     lr0: Lr0 = 1e-4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,11 @@ CALIBRATORS: dict[str, Callable[[Histogram, float], float]] = {
 
 
 def ptq(
-    model: nn.Module, batches: Callable[[], Iterable[Tensor]], method: str = "mse", percentile: float = 99.99
+    model: nn.Module,
+    batches: Callable[[], Iterable[Tensor]],
+    method: str = "mse",
+    percentile: float = 99.99,
+    left: Collection[str] = (),
 ) -> QuantState:
     """Post-training quantisation: the ranges of everything that `placement.plan` puts into INT8, without training.
 
@@ -133,13 +137,14 @@ def ptq(
         method: Key of `CALIBRATORS`, over all values of a group's tensors together. Weights always take their maximum, a range an
             output channel.
         percentile: Of the absolute values, for "percentile".
+        left: Groups of the plan to leave in float.
 
     Raises:
         DataError: No images.
         NumericsError: NaN or infinity in an activation or a weight.
-        RecipeError: Unknown method.
+        RecipeError: Unknown method or group.
     """
-    return calibrate(model, plan(model), batches(), method, percentile)
+    return calibrate(model, plan(model, left), batches(), method, percentile)
 
 
 def calibrate(

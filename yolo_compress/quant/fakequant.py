@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
 from yolo_compress.hook import TrainHook
-from yolo_compress.quant.placement import IMAGES, Plan, is_sum, plan
+from yolo_compress.quant.placement import IMAGES, Group, Plan, is_sum, plan
 from yolo_compress.quant.state import AMAX_FLOOR, QuantState
 
 
@@ -175,6 +175,25 @@ def detach(model: nn.Module) -> None:
                 stock = child.stock
                 stock.cv1, stock.cv2 = child.cv1, child.cv2
                 setattr(module, name, stock.train(child.training))
+
+
+@contextmanager
+def in_float(model: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
+    """An attached model with some groups of its plan, and the weights of the convolutions that read them, not quantised."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    off: list[Any] = []
+    for group in groups:
+        off += [modules[name].weight_quantizer for name in group.convs if hasattr(modules[name], "weight_quantizer")]
+        holder: Any = modules.get(f"{group.name}.act", modules.get(group.name))
+        off.append(modules[group.convs[0]].input_quantizer if group.name == IMAGES else holder.quantizer)
+    off = [quantizer for quantizer in off if quantizer.is_enabled]
+    for quantizer in off:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in off:
+            quantizer.enable()
 
 
 def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import CorruptArtifact, NumericsError
+from yolo_compress.quant.placement import Group
 
 VERSION = 2
 QMAX = 127  # symmetric INT8
@@ -52,6 +53,18 @@ class QuantState:
     def convs(self) -> tuple[str, ...]:
         """Names of the quantised convolutions."""
         return tuple(self.weights)
+
+    def without(self, groups: Iterable[Group]) -> QuantState:
+        """The state with groups of the plan left in float, and with them the convolutions that read them."""
+        groups = list(groups)
+        tensors = {tensor for group in groups for tensor in group.tensors}
+        convs = {conv for group in groups for conv in group.convs}
+        return replace(
+            self,
+            activations={name: amax for name, amax in self.activations.items() if name not in tensors},
+            weights={name: amax_C for name, amax_C in self.weights.items() if name not in convs},
+            outputs={name: amax for name, amax in self.outputs.items() if name not in convs},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The state as JSON types; floats survive the round trip exactly."""

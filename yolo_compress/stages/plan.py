@@ -9,16 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
 from yolo_compress.csvtext import csv_text
-from yolo_compress.data import Sample
 from yolo_compress.errors import RecipeError
-from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.prune import budget, latency, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
 from yolo_compress.prune.criteria import find, scores
@@ -29,6 +25,7 @@ from yolo_compress.recipe import PruneConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed
 from yolo_compress.stages.training import device
+from yolo_compress.stages.worth import WORTH
 
 EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
 FORWARDS_PER_STEP = 3  # a training step costs about three forward passes
@@ -197,7 +194,7 @@ class Planner:
         config, tied = self.config, sensitivity.ties(evidence.groups)
         by_loss = config.sensitivity == "loss"
         samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
-        value = partial(self._loss if by_loss else self._map, samples)
+        value = partial(WORTH[config.sensitivity], self.job, samples)
         kept = work / "sensitivity.json"
         state = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"groups": {}}
         if "dense" not in state:
@@ -227,13 +224,3 @@ class Planner:
         """How many images each measurement may look at within the time of `EPOCHS_OF_SENSITIVITY` training epochs."""
         passes = EPOCHS_OF_SENSITIVITY * FORWARDS_PER_STEP * len(self.job.dataset.train)
         return max(4, min(len(self.samples), passes // (1 + tied * len(sensitivity.RATIOS))))
-
-    @torch.no_grad()
-    def _loss(self, samples: Sequence[Sample], model: nn.Module) -> float:
-        values = ultra.losses(model, self.job.dataset, samples, max(self.job.imgsz_hw))
-        return float(torch.stack(list(values)).mean())
-
-    def _map(self, samples: Sequence[Sample], model: nn.Module) -> float:
-        names, size = self.job.dataset.names, self.job.imgsz_hw
-        with TorchBackend(model, names, size, device=device(self.job)) as backend:
-            return float(accuracy(backend, list(samples), names, size)["map50_95"])

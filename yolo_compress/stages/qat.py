@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from yolo_compress import ultra
+from torch import nn
+
+from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
+from yolo_compress.csvtext import csv_text
+from yolo_compress.data import Sample
 from yolo_compress.hook import TrainHook
+from yolo_compress.prune.price import conv_shapes
+from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, attach
+from yolo_compress.quant.placement import plan
+from yolo_compress.quant.state import QuantState
 from yolo_compress.recipe import QatConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 from yolo_compress.stages.training import finish, fit, measure, parent
+from yolo_compress.stages.worth import WORTH
+
+PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 
 
 def run(job: Job) -> dict[str, Any]:
-    """`model.pt` of stock classes, and `quant.json` with the ranges that belong to it; mAP is that of the quantised net."""
+    """`model.pt` of stock classes, and `quant.json` with the ranges that belong to it; mAP is that of the quantised net.
+
+    `placement.csv` says of each tensor whether it is INT8, with which it shares its scale, and why.
+    """
     config: QatConfig = job.config
     model = ultra.load_model(job.inputs["distill"].file("model.pt"))
     images = chosen(job, config.calib_images)
-    quantiser = FakeQuant(
-        partial(
-            ptq,
-            batches=lambda: letterboxed(images, job.imgsz_hw),
-            method=config.calibrator,
-            percentile=config.percentile,
-        ),
-        weight_bits=config.weight_bits,
+    calibrated = partial(
+        ptq,
+        batches=lambda: letterboxed(images, job.imgsz_hw),
+        method=config.calibrator,
+        percentile=config.percentile,
     )
+    left, metrics = config.float_groups or (), dict[str, Any]()
+    if config.sensitivity != "off":
+        left, metrics = _sensitivity(job, model, calibrated(model, left=left), images, left)
+    placed = plan(model, left)
+    atomic_write(job.out / "placement.csv", csv_text([dict(zip(PLACED, row, strict=True)) for row in placed.rows()]))
+    quantiser = FakeQuant(partial(calibrated, left=left), weight_bits=config.weight_bits)
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
         hooks.append(parent(job.inputs["distill"].file("model.pt")))
@@ -48,4 +67,46 @@ def run(job: Job) -> dict[str, Any]:
         "calibration_images": len(images),
         "weight_bits": config.weight_bits,
         "quantised_convs": len(quantiser.state.convs),
+        "float_groups": list(left),
+        **metrics,
     }
+
+
+def _sensitivity(
+    job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Groups to leave in float, those of the recipe and those that had to be; a killed measurement goes on where it stopped."""
+    config: QatConfig = job.config
+    value = partial(WORTH[config.sensitivity], job, images)
+    better = config.sensitivity == "map50_95"
+    placed = plan(model, fixed)
+    kept = job.work / "sensitivity.json"
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"groups": {}}
+    if "float" not in found:
+        found["float"] = value(model)
+    quantised = deepcopy(model)
+    attach(quantised, state, config.weight_bits)
+    if "int8" not in found:
+        found["int8"] = value(quantised)
+    with progress.bar("sensitivity", len(placed.int8), "group", done=len(found["groups"])) as advance:
+
+        def save() -> None:
+            atomic_write(kept, json.dumps(found) + "\n")
+            advance(1)
+
+        alone = sensitivity.measure(quantised, placed, value, found["groups"], save)
+    macs = {name: shape.macs for name, shape in conv_shapes(model, job.imgsz_hw).items()}
+    price = {group.name: 2e-9 * sum(macs[name] for name in group.convs) for group in placed.int8}
+    worst = found["float"] * (1 - config.max_drop if better else 1 + config.max_drop)
+    left, then = sensitivity.choose(quantised, placed, alone, price, value, found["int8"], worst, better)
+    found |= {"measure": config.sensitivity, "images": len(images), "worst": worst, "left": list(left), "then": then}
+    found["compute_gflops"] = price
+    atomic_write(job.out / "sensitivity.json", json.dumps(found) + "\n")
+    atomic_write(job.out / "sensitivity.csv", csv_text(sensitivity.rows(found)))
+    enough = then >= worst if better else then <= worst
+    progress.say(
+        f"qat: {config.sensitivity} {found['float']:.4f} in float, {found['int8']:.4f} in INT8, {then:.4f} with "
+        f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}); "
+        + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
+    )
+    return (*fixed, *left), {"sensitivity_enough": enough}

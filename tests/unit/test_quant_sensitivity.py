@@ -1,0 +1,151 @@
+"""Groups in float: the same net as one planned so; and the choice, on values whose best set is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
+from torch import nn
+
+from yolo_compress.errors import NumericsError
+from yolo_compress.export_onnx import export_onnx
+from yolo_compress.quant import sensitivity
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.fakequant import attach, in_float
+from yolo_compress.quant.lint.check import check
+from yolo_compress.quant.placement import Group, plan
+from yolo_compress.quant.qdq import insert_qdq
+from yolo_compress.quant.state import QuantState, fold
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """How torch splits a sum decides rounding ties."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def state() -> QuantState:
+    return ptq(net(), lambda: [images(2)], "max")
+
+
+@pytest.mark.parametrize("name", ["images", "model.2.cv1", "model.6.cv2", "model.22.cv3.1.0"])
+def test_a_group_in_float_is_the_net_planned_without_it(state: QuantState, name: str) -> None:
+    model, batch = net(), images(2, seed=3)
+    attach(model, state)
+    whole = run_torch(model, batch)
+    group = plan(model).group_of(name)
+    with in_float(model, [group]):
+        got = run_torch(model, batch)
+    assert np.array_equal(run_torch(model, batch), whole) and not np.array_equal(got, whole)
+    part = net()
+    attach(part, state.without([group]))
+    assert np.array_equal(run_torch(part, batch), got)
+    assert state.without([group]) == ptq(net(), lambda: [images(2)], "max", left=[name])
+
+
+def test_all_groups_in_float_is_the_float_net(state: QuantState) -> None:
+    model, batch = net(), images(2, seed=3)
+    expected = run_torch(model, batch)
+    attach(model, state)
+    with in_float(model, plan(model).int8):
+        assert np.array_equal(run_torch(model, batch), expected)
+
+
+def test_the_graph_has_the_group_in_float_and_computes_what_torch_does(state: QuantState, tmp_path: Path) -> None:
+    model, batch = net(), images(2, seed=3)
+    left = [plan(model).group_of("model.4.cv2"), plan(model).group_of("images")]
+    export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
+    part = fold(state.without(left), model)
+    counts = insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", part, "tensorrt")
+    assert counts.convs == 57 - 4  # the first; and 5, 15.cv1, 18.cv1
+    report = check(tmp_path / "int8.onnx", "tensorrt-10.3")
+    assert report.count("error") == 0 and "mixed-readers" not in report.rules
+    names = {
+        node.input[0] for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node if node.op_type == "QuantizeLinear"
+    }
+    assert "images" not in names and "/model.14/Concat_output_0" not in names and "/model.11/Concat_output_0" in names
+    fused = net().fuse(verbose=False)
+    as_float = run_torch(fused, batch)
+    attach(fused, part)
+    expected = run_torch(fused, batch)
+    difference = np.abs(
+        run_onnx(tmp_path / "int8.onnx", batch) - expected
+    )  # ties of rounding, amplified by random weights
+    assert difference.mean() < 0.2 * np.abs(expected - as_float).mean()
+
+
+def test_measurement_goes_on_where_it_stopped(state: QuantState) -> None:
+    model = net()
+    attach(model, state)
+    placed = plan(model)
+    names = [group.name for group in placed.int8]
+    done = dict.fromkeys(names[:-2], 1.0)
+    seen: list[int] = []
+    found = sensitivity.measure(model, placed, lambda _: float(len(seen)), done, lambda: seen.append(1))
+    assert list(found) == names and [found[name] for name in names[-2:]] == [0.0, 1.0] and len(seen) == 2
+    with pytest.raises(NumericsError, match=rf"{names[-1]} in float"):
+        sensitivity.measure(model, placed, lambda _: float("nan"), {name: 0.0 for name in names[:-1]}, lambda: None)
+
+
+class Additive:
+    """A net whose value is `int8` and what each group in float gives back."""
+
+    def __init__(self, gains: dict[str, float], sign: float) -> None:
+        self.gains, self.sign, self.off = gains, sign, list[str]()
+
+    def __call__(self, model: nn.Module) -> float:
+        return 1.0 + self.sign * sum(self.gains[name] for name in self.off)
+
+    @contextmanager
+    def in_float(self, model: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
+        self.off = [group.name for group in groups]
+        yield
+        self.off = []
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_cheapest_set_that_is_enough(monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
+    placed = plan(net())
+    names = [group.name for group in placed.int8]
+    gains: dict[str, float] = dict.fromkeys(names, 0.0) | {
+        names[3]: 0.30,
+        names[5]: 0.20,
+        names[7]: 0.05,
+        names[9]: -0.1,
+    }
+    price: dict[str, float] = dict.fromkeys(names, 1.0) | {names[3]: 10.0, names[5]: 2.0, names[7]: 0.1}
+    sign = 1.0 if better else -1.0
+    net_ = Additive(gains, sign)
+    monkeypatch.setattr(sensitivity, "in_float", net_.in_float)
+    alone = {name: 1.0 + sign * gain for name, gain in gains.items()}
+
+    def chosen(need: float) -> tuple[set[str], Any]:
+        left, value = sensitivity.choose(nn.Identity(), placed, alone, price, net_, 1.0, 1.0 + sign * need, better)
+        return set(left), value
+
+    assert chosen(0.0) == (set(), 1.0)
+    assert chosen(0.04)[0] == {names[7]}
+    assert chosen(0.2)[0] == {names[5]}, "the small one, taken first, is not needed beside it"
+    assert chosen(0.5)[0] == {names[3], names[5]}
+    everything, value = chosen(9.0)
+    assert everything == {names[3], names[5], names[7]}, "what gives nothing back stays INT8"
+    assert value == pytest.approx(1.0 + sign * 0.55)
+
+
+def test_rows_put_first_what_gives_back_most() -> None:
+    found = {"measure": "loss", "float": 1.0, "int8": 2.0, "groups": {"a": 1.9, "b": 1.2}, "left": ["b"],
+             "compute_gflops": {"a": 1.0, "b": 2.0}}  # fmt: skip
+    rows = sensitivity.rows(found)
+    assert [row["group"] for row in rows] == ["all float", "all int8", "b", "a"]
+    assert rows[2]["gives_back"] == pytest.approx(0.8) and rows[2]["float"] and not rows[3]["float"]
