@@ -74,7 +74,7 @@ class OpenVINOBackend:
 
     def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
-        self._request.infer([images_BCHW], share_inputs=True)
+        self._request.infer([images_BCHW], share_inputs=True, share_outputs=True)
         return np.array(self._request.get_output_tensor(0).data, np.float32)  # a copy: the tensor is reused
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
@@ -83,7 +83,7 @@ class OpenVINOBackend:
         request.set_input_tensor(_library().Tensor(images_BCHW, shared_memory=True))
 
         def run(_held: np.ndarray = images_BCHW) -> None:
-            request.infer()
+            request.infer(share_outputs=True)  # else each call copies the output
 
         return run
 

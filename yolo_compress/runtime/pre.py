@@ -10,11 +10,12 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Tuple
+from typing import Any, Iterable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 PAD_VALUE = 114  # grey of Ultralytics' LetterBox
+_GREY = np.float32(PAD_VALUE) / np.float32(255)
 
 
 class UnreadableImage(ValueError):
@@ -64,7 +65,7 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
     image_HW3 = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image_HW3 is None:
         raise UnreadableImage(f"{path}: no image that opencv can decode (truncated or of another format?)")
-    return np.ascontiguousarray(image_HW3[..., ::-1])
+    return cv2.cvtColor(image_HW3, cv2.COLOR_BGR2RGB)
 
 
 def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
@@ -86,7 +87,9 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
         raise UnreadableImage(f"{path}: {error}") from error
 
 
-def letterbox(image_HW3: np.ndarray, imgsz_hw: Tuple[int, int]) -> Tuple[np.ndarray, Letterbox]:
+def letterbox(
+    image_HW3: np.ndarray, imgsz_hw: Tuple[int, int], out: Optional[np.ndarray] = None
+) -> Tuple[np.ndarray, Letterbox]:
     """Scale the long side to the network's long side, shrink further if it does not fit, centre on grey.
 
     Two steps because Ultralytics takes two: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)`
@@ -95,9 +98,10 @@ def letterbox(image_HW3: np.ndarray, imgsz_hw: Tuple[int, int]) -> Tuple[np.ndar
     Args:
         image_HW3: uint8 RGB.
         imgsz_hw: height and width of the network input, px.
+        out: float32 [3, H, W] to write all of; default a new array.
 
     Returns:
-        chw_3HW float32 RGB in 0..1, and the placement.
+        chw_3HW float32 RGB in 0..1 (`out` where given), and the placement.
     """
     if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
         raise ValueError(f"letterbox takes uint8 RGB [H, W, 3], got {image_HW3.dtype} {list(image_HW3.shape)}")
@@ -113,11 +117,23 @@ def letterbox(image_HW3: np.ndarray, imgsz_hw: Tuple[int, int]) -> Tuple[np.ndar
     if (placed_h, placed_w) != image.shape[:2]:
         image = resize(image, placed_h, placed_w)
     top, left = round((target_h - placed_h) / 2 - 0.1), round((target_w - placed_w) / 2 - 0.1)
-    canvas_HW3 = np.full((target_h, target_w, 3), PAD_VALUE, np.uint8)
-    canvas_HW3[top : top + placed_h, left : left + placed_w] = image
-    chw_3HW = np.ascontiguousarray(canvas_HW3.transpose(2, 0, 1)).astype(np.float32)
-    chw_3HW /= np.float32(255)
+    chw_3HW = np.empty((3, target_h, target_w), np.float32) if out is None else out
+    if chw_3HW.shape != (3, target_h, target_w) or chw_3HW.dtype != np.float32:
+        raise ValueError(f"out is {chw_3HW.dtype} {list(chw_3HW.shape)}, float32 {[3, target_h, target_w]} expected")
+    bottom, right = top + placed_h, left + placed_w
+    chw_3HW[:, :top] = chw_3HW[:, bottom:] = _GREY
+    chw_3HW[:, top:bottom, :left] = chw_3HW[:, top:bottom, right:] = _GREY
+    for plane_HW, target_HW in zip(_planes(image), chw_3HW[:, top:bottom, left:right]):
+        np.divide(plane_HW, np.float32(255), out=target_HW, dtype=np.float32)  # one pass from bytes to the input
     return chw_3HW, Letterbox((placed_h / height, placed_w / width), left, top, height, width)
+
+
+def _planes(image_HW3: np.ndarray) -> Iterable[np.ndarray]:
+    """The three colours apart: contiguous where cv2 can make them so, as strided reading halves the speed."""
+    cv2 = _cv2()
+    if cv2 is not None:
+        return cv2.split(image_HW3)
+    return image_HW3.transpose(2, 0, 1)
 
 
 def resize(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
