@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from .pre import Letterbox, letterbox
 class Detector:
     """A backend with its pre- and postprocessing. For one thread at a time: it holds the network's input.
 
+    `prepare`, the backend and `found` are the three steps of `detect`; `pipeline.py` takes them in threads of their own.
+
     Args:
         backend: any; stays the caller's to close.
         conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a mAP run.
@@ -24,7 +26,7 @@ class Detector:
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
         self.backend, self.conf, self.iou, self.max_det, self.multi_label = backend, conf, iou, max_det, multi_label
-        self._input_BCHW = np.zeros((backend.batch or 1, 3) + tuple(backend.imgsz), np.float32)
+        self._input_BCHW = self._blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
         """detections_N6 (xyxy in px of the image, score, class) of one uint8 RGB image."""
@@ -37,21 +39,31 @@ class Detector:
             NotFinite: the engine's output is not finite.
         """
         size = self.backend.batch or max(len(images), 1)
+        if len(self._input_BCHW) < size:
+            self._input_BCHW = self._blank(size)
         found: List[np.ndarray] = []
         for start in range(0, len(images), size):
-            found += self._detect(images[start : start + size])
+            input_BCHW, placed = self.prepare(images[start : start + size], self._input_BCHW)
+            found += self.found(self.backend(input_BCHW), placed)
         return found
 
-    def _detect(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
-        """One call of the engine. Of a fixed batch, the rest keeps what it held."""
-        count = self.backend.batch or len(images)
-        if len(self._input_BCHW) < count:
-            self._input_BCHW = np.zeros((count,) + self._input_BCHW.shape[1:], np.float32)
-        placed = [letterbox(image, self.backend.imgsz, out=chw)[1] for image, chw in zip(images, self._input_BCHW)]
-        output_BCA = self.backend(self._input_BCHW[:count])
+    def prepare(
+        self, images: Sequence[np.ndarray], out_BCHW: Optional[np.ndarray] = None
+    ) -> Tuple[np.ndarray, List[Letterbox]]:
+        """Letterbox the images of one call into `out` (default: a new array), of which a fixed batch may fill a part."""
+        if out_BCHW is None:
+            out_BCHW = self._blank(len(images))
+        placed = [letterbox(image, self.backend.imgsz, out=chw)[1] for image, chw in zip(images, out_BCHW)]
+        return out_BCHW[: self.backend.batch or len(images)], placed
+
+    def found(self, output_BCA: np.ndarray, placed: Sequence[Letterbox]) -> List[np.ndarray]:
+        """NMS, and back to px of each image; reads the backend's settings only."""
         return [self._found(output_CA, where) for output_CA, where in zip(output_BCA, placed)]
 
     def _found(self, output_CA: np.ndarray, placed: Letterbox) -> np.ndarray:
         if not np.isfinite(output_CA).all():
             raise NotFinite("the network's output holds NaN or infinity")
         return to_image(nms(output_CA, self.conf, self.iou, self.max_det, self.multi_label), placed)
+
+    def _blank(self, count: int) -> np.ndarray:
+        return np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32)

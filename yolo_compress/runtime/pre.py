@@ -59,13 +59,26 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
         raise UnreadableImage(f"{path}: {error.strerror or error}") from error
     if not data:
         raise UnreadableImage(f"{path}: empty file")
+    if _cut_short(data):
+        raise UnreadableImage(f"{path}: the file ends before its image does (truncated?)")
     cv2 = _cv2()
     if cv2 is None:
         return _read_with_pillow(path, data)
-    image_HW3 = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    try:
+        image_HW3 = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:  # more pixels than opencv takes
+        raise UnreadableImage(f"{path}: {error}") from error
     if image_HW3 is None:
         raise UnreadableImage(f"{path}: no image that opencv can decode (truncated or of another format?)")
     return cv2.cvtColor(image_HW3, cv2.COLOR_BGR2RGB)
+
+
+def _cut_short(data: bytes) -> bool:
+    """Whether a JPEG or PNG has no end; cv2 would fill what is missing with grey. FF never stands alone in JPEG's scans."""
+    if data[:2] == b"\xff\xd8":
+        end = data.rfind(b"\xff\xd9")
+        return end < 0 or data.find(b"\xff\xda", end) >= 0  # an end before the last scan is that of the thumbnail
+    return data[:4] == b"\x89PNG" and b"IEND" not in data[-4096:]
 
 
 def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
