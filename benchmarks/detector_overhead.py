@@ -45,9 +45,9 @@ class Clocked:
         self.backend, self.names, self.imgsz, self.batch = backend, backend.names, backend.imgsz, backend.batch
         self.seconds = 0.0
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         start = time.perf_counter()
-        output = self.backend(images_BCHW)
+        output = self.backend(images_BCHW, copy)
         self.seconds = time.perf_counter() - start
         return output
 

@@ -42,7 +42,7 @@ class Drawn:
         self.names, self.imgsz, self.precision, self.executed = NAMES, IMGSZ, "fp32", "by hand"
         self.batch, self.change, self.shapes = batch, change, list[tuple[int, ...]]()
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         self.shapes.append(images_BCHW.shape)
         output = np.zeros((len(images_BCHW), 6, 5), np.float32)
         for index, image in enumerate(images_BCHW):

@@ -28,7 +28,7 @@ class Projected:
         self.weights = generator.random((3 * IMGSZ[0] * IMGSZ[1], 16)) / 1e4
         self.mixed = generator.random((16, (4 + CLASSES) * ANCHORS))
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         self.shapes.append(images_BCHW.shape)
         rows = [image.reshape(1, -1).astype(np.float64) @ self.weights @ self.mixed for image in images_BCHW]
         output = np.concatenate(rows).reshape(len(images_BCHW), 4 + CLASSES, ANCHORS) % 1
@@ -111,7 +111,7 @@ def test_an_input_of_another_form_is_refused(out: np.ndarray) -> None:
 
 def test_one_bad_number_is_enough() -> None:
     class Broken(Projected):
-        def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+        def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
             output = super().__call__(images_BCHW)
             output[0, 5, 7] = -np.inf
             return output

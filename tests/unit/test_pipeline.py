@@ -34,7 +34,7 @@ class Engine:
         self.batch, self.fault = batch, fault
         self.threads, self.shapes, self.closed = {threading.get_ident()}, list[int](), False
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         assert not self.closed
         self.threads.add(threading.get_ident())
         self.shapes.append(len(images_BCHW))
@@ -172,7 +172,7 @@ def test_an_engine_that_does_not_open_closes_the_others() -> None:
 
 def test_an_output_that_is_not_finite_names_the_picture() -> None:
     class Broken(Engine):
-        def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+        def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
             return super().__call__(images_BCHW) * np.float32(np.nan)
 
     with pytest.raises(NotFinite, match="p0: .*NaN"), Pipeline([Broken]) as pipeline:

@@ -44,7 +44,7 @@ class Detector:
         found: List[np.ndarray] = []
         for start in range(0, len(images), size):
             input_BCHW, placed = self.prepare(images[start : start + size], self._input_BCHW)
-            found += self.found(self.backend(input_BCHW), placed)
+            found += self.found(self.backend(input_BCHW, copy=False), placed)
         return found
 
     def prepare(

@@ -72,10 +72,11 @@ class OpenVINOBackend:
         except RuntimeError as error:
             raise EngineError(f"{self._file}: OpenVINO {ov.__version__} rejects it: {error}") from error
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
         self._request.infer([images_BCHW], share_inputs=True, share_outputs=True)
-        return np.array(self._request.get_output_tensor(0).data, np.float32)  # a copy: the tensor is reused
+        output = self._request.get_output_tensor(0).data
+        return np.array(output, np.float32) if copy else np.asarray(output, np.float32)
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)

@@ -137,7 +137,8 @@ def letterbox(
     chw_3HW[:, :top] = chw_3HW[:, bottom:] = _GREY
     chw_3HW[:, top:bottom, :left] = chw_3HW[:, top:bottom, right:] = _GREY
     for plane_HW, target_HW in zip(_planes(image), chw_3HW[:, top:bottom, left:right]):
-        np.divide(plane_HW, np.float32(255), out=target_HW, dtype=np.float32)  # one pass from bytes to the input
+        np.copyto(target_HW, plane_HW)
+        np.divide(target_HW, np.float32(255), out=target_HW)  # of floats in place: quicker than of bytes
     return chw_3HW, Letterbox((placed_h / height, placed_w / width), left, top, height, width)
 
 
