@@ -116,6 +116,14 @@ def test_bound_calls_run_and_outputs_are_copies(runtime: str, engines: dict[tupl
         assert np.array_equal(engine(first[None], copy=False), expected)
 
 
+def test_engines_that_share_the_processors_are_bound_to_none(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yolo_compress.runtime.openvino.usable_cpus", lambda: 2)
+    with OpenVINOBackend(exported["fp32"], threads=1) as engine:
+        assert engine._compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
 @pytest.mark.parametrize("runtime", CPU)
 def test_a_detector_finds_the_same_at_any_batch(runtime: str, exported: dict[str, Path]) -> None:
     pictures = [(255 * image.transpose(1, 2, 0)).astype(np.uint8) for image in images(3)]
