@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus run, status, check, cfg, lint, fetch and gc.
+"""The command line: one verb a stage, plus run, predict, status, check, cfg, lint, fetch and gc.
 
 Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
 """
@@ -59,7 +59,7 @@ def _runtime_exit_code(error: Exception) -> int | None:
     runtime_errors = sys.modules.get("yolo_compress.runtime.errors")
     if runtime_errors is None:
         return None
-    codes = {"EngineError": 5, "RuntimeUnavailable": 4, "LatencyError": 4}
+    codes = {"NotFinite": 7, "EngineError": 5, "RuntimeUnavailable": 4, "LatencyError": 4, "SourceError": 3}
     return next((code for name, code in codes.items() if isinstance(error, getattr(runtime_errors, name))), None)
 
 
@@ -166,6 +166,18 @@ def _lint(command: cli_grammar.Command) -> int:
     return 1 if report.count("error") else 0
 
 
+def _predict(command: cli_grammar.Command) -> int:
+    from yolo_compress import predict
+
+    summary = predict.run(predict.settings(command.options))
+    result(json.dumps(summary))
+    if summary["interrupted"]:
+        notice(f"interrupted after {summary['pictures']} pictures")
+        return SIGINT_CODE
+    predict.complain(summary)
+    return 0
+
+
 def _fetch(command: cli_grammar.Command) -> int:
     from yolo_compress.fetch import fetch
 
@@ -206,6 +218,7 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "cfg": _cfg,
     "probe": _probe,
     "lint": _lint,
+    "predict": _predict,
     "fetch": _fetch,
     "gc": _gc,
     "help": _help,

@@ -21,8 +21,14 @@ OPTIONS = {
     "dry_run": ("true", "false"),
     "out": (),
     "target": (),
+    "source": (),
+    "engine": (),
+    "conf": (),
+    "iou": (),
+    "engines": (),
+    "draw": ("true", "false"),
 }  # () stands for any text
-_SWITCHES = ("force", "dry_run")  # `--force` alone says true
+_SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
 
 
@@ -54,6 +60,8 @@ VERBS = {
                   options=("recipe", "out")),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
                  options=("target",), knobs=False, words="FILE.onnx"),
+    "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
+                    options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),
     "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
@@ -122,7 +130,7 @@ def parse(argv: Sequence[str]) -> Command:
     for key, value in _pairs(name, rest):
         if not key:
             words.append(value)
-        elif key in OPTIONS:
+        elif key in verb.options or (key in OPTIONS and key not in recipe.SECTIONS):  # `engine` is both
             _check_option(name, key, value, options)
             options[key] = value
         elif not verb.knobs:
@@ -144,7 +152,10 @@ def usage(name: str) -> str:
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
-    parts += ["out=FOLDER"] if "out" in verb.options else []
+    parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
+    if "out" in verb.options:
+        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else ["out=FOLDER"]
+    parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
     parts += ["[target=NAME]"] if "target" in verb.options else []
     return "usage: " + " ".join(parts)
 
@@ -203,6 +214,8 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
     if name == "probe" and "out" not in options:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
+    if name == "predict" and not {"source", "engine"} <= set(options):
+        raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
     if name == "lint" and len(words) != 1:

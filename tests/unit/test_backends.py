@@ -20,6 +20,7 @@ from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.quant.half import to_fp16
 from yolo_compress.runtime.backend import SIDECAR, census_words, check_output, describe_onnx, load_info
+from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
 from yolo_compress.runtime.onnxmeta import metadata, names_and_imgsz
@@ -112,6 +113,26 @@ def test_bound_calls_run_and_outputs_are_copies(runtime: str, engines: dict[tupl
         engine(second[None])
         assert np.array_equal(kept, expected), "an earlier output is not overwritten"
         assert np.array_equal(engine(first[None]), expected)
+        assert np.array_equal(engine(first[None], copy=False), expected)
+
+
+def test_engines_that_share_the_processors_are_bound_to_none(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yolo_compress.runtime.openvino.usable_cpus", lambda: 2)
+    with OpenVINOBackend(exported["fp32"], threads=1) as engine:
+        assert engine._compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
+@pytest.mark.parametrize("runtime", CPU)
+def test_a_detector_finds_the_same_at_any_batch(runtime: str, exported: dict[str, Path]) -> None:
+    pictures = [(255 * image.transpose(1, 2, 0)).astype(np.uint8) for image in images(3)]
+    pictures[1] = pictures[1][:40, :50]
+    with CPU[runtime](exported["fp32"], 1) as one, CPU[runtime](exported["dynamic"], 1) as many:
+        alone = [Detector(one, multi_label=False)(picture) for picture in pictures]
+        together = Detector(many, multi_label=False).detect(pictures)
+    for expected, found in zip(alone, together, strict=True):
+        assert len(found) == len(expected) > 0 and np.allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("runtime", [*CPU, "torch"])

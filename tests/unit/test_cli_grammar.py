@@ -50,6 +50,7 @@ def test_values_may_hold_anything() -> None:
 
 def test_sections_can_be_dropped() -> None:
     assert parse(["run", "sparsify=null"]).overrides == (("sparsify", "null"),)
+    assert parse(["run", "engine=null"]).overrides == (("engine", "null"),), "for predict it is an option"
 
 
 @pytest.mark.parametrize("argv", [[], ["help"], ["--help"], ["-h"]])
@@ -85,6 +86,10 @@ def test_usage_follows_the_verb() -> None:
     assert cli_grammar.usage("fetch") == "usage: yolo-compress fetch NAME ... [force=true]"
     assert cli_grammar.usage("help") == "usage: yolo-compress help [VERB]"
     assert cli_grammar.usage("lint") == "usage: yolo-compress lint FILE.onnx [target=NAME]"
+    assert cli_grammar.usage("predict") == (
+        "usage: yolo-compress predict source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER [out=FOLDER] [draw=true] "
+        "[conf=0.25] [iou=0.7] [engines=N]"
+    )
     assert cli_grammar.usage("status") == "usage: yolo-compress status [recipe=NAME|FILE] [section.key=value ...]"
 
 
@@ -122,6 +127,12 @@ WRONG = {
     ("lint", "a.onnx", "b.onnx"): "lint takes one file, got 2",
     ("lint", "a.onnx", "qat.epochs=1"): "lint takes no 'qat.epochs'",
     ("qat", "target=openvino"): "qat takes no target",
+    ("predict", "source=a.jpg"): "predict needs pictures and an engine; usage: yolo-compress predict source=",
+    ("predict", "a.jpg"): "predict needs pictures and an engine",
+    ("predict", "source=a.jpg", "engine=e", "b.jpg"): "'b.jpg' is out of place",
+    ("predict", "source=a.jpg", "engine=e", "qat.epochs=1"): "predict takes no 'qat.epochs'",
+    ("predict", "source=a.jpg", "engine=e", "draw=yes"): "draw: got 'yes', expected true or false",
+    ("qat", "source=a.jpg"): "qat takes no source",
 }
 
 

@@ -92,7 +92,9 @@ def test_a_forked_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) 
         process.wait(20)
         try:
             os.kill(child, 0)  # still there
-            with lock(path, "next"):  # waits for the child to come to its first instruction, which lets go; not for its end
+            with lock(
+                path, "next"
+            ):  # waits for the child to come to its first instruction, which lets go; not for its end
                 os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)

@@ -16,7 +16,7 @@ from yolo_compress.evaluate.coco import Truth, mean_ap
 from yolo_compress.runtime.backend import Backend
 from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.errors import NotFinite
-from yolo_compress.runtime.pre import Letterbox, UnreadableImage, letterbox, read_image
+from yolo_compress.runtime.pre import UnreadableImage, read_image
 
 DYNAMIC_BATCH = 4  # images a call where the backend takes any number
 
@@ -63,8 +63,8 @@ def accuracy(
     if tuple(backend.imgsz) != tuple(imgsz):
         raise RecipeError(f"the model takes {list(backend.imgsz)} px, imgsz is {list(imgsz)}")
     detector, detections = Detector(backend), list[np.ndarray]()
-    inputs = _read_ahead(samples, (int(imgsz[0]), int(imgsz[1])), workers)
-    while batch := list(islice(inputs, backend.batch or DYNAMIC_BATCH)):
+    images = _read_ahead(samples, workers)
+    while batch := list(islice(images, backend.batch or DYNAMIC_BATCH)):
         try:
             detections += detector.detect(batch)
         except NotFinite as e:
@@ -80,7 +80,7 @@ def accuracy(
     }
 
 
-def _load(sample: ImageTruth, imgsz: tuple[int, int]) -> tuple[np.ndarray, Letterbox]:
+def _load(sample: ImageTruth) -> np.ndarray:
     try:
         image_HW3 = read_image(sample.image)
     except UnreadableImage as e:
@@ -89,21 +89,18 @@ def _load(sample: ImageTruth, imgsz: tuple[int, int]) -> tuple[np.ndarray, Lette
         raise DataError(
             f"{sample.image}: {image_HW3.shape[1]}x{image_HW3.shape[0]} px, {sample.width}x{sample.height} at preflight"
         )
-    return letterbox(image_HW3, imgsz)
+    return image_HW3
 
 
-def _read_ahead(
-    samples: Iterable[ImageTruth], imgsz: tuple[int, int], workers: int
-) -> Iterator[tuple[np.ndarray, Letterbox]]:
-    """Letterboxed inputs in order; with workers, a bounded number of images is held."""
+def _read_ahead(samples: Iterable[ImageTruth], workers: int) -> Iterator[np.ndarray]:
+    """Images in order; with workers, a bounded number is held."""
     if workers < 1:
-        for sample in samples:
-            yield _load(sample, imgsz)
+        yield from map(_load, samples)
         return
-    waiting: deque[Future[tuple[np.ndarray, Letterbox]]] = deque()
+    waiting: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for sample in samples:
-            waiting.append(pool.submit(_load, sample, imgsz))
+            waiting.append(pool.submit(_load, sample))
             if len(waiting) >= 2 * workers + DYNAMIC_BATCH:
                 yield waiting.popleft().result()
         while waiting:

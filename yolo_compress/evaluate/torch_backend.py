@@ -83,7 +83,7 @@ class TorchBackend:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
         return torch.from_numpy(images_BCHW).to(self._device, self._dtype)
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         output = self._forward(self._tensor(images_BCHW)).float().cpu().numpy()
         if output.ndim != 3 or output.shape[1] != 4 + len(self.names):
             raise RecipeError(f"the model gives {list(output.shape)}, [B, {4 + len(self.names)}, anchors] expected")

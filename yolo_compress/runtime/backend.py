@@ -58,8 +58,11 @@ class Backend(Protocol):
     def executed(self) -> str:
         """In words, the arithmetic that the library really chose on this machine."""
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
-        """float32 RGB in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores."""
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
+        """float32 RGB in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores.
+
+        With `copy=False` the output may be the library's own memory, which the next call overwrites.
+        """
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         """A call without arguments that runs once on these images and returns when done.

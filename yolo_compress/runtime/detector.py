@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from .pre import Letterbox, letterbox
 
 
 class Detector:
-    """A backend with its pre- and postprocessing.
+    """A backend with its pre- and postprocessing. For one thread at a time: it holds the network's input.
+
+    `prepare`, the backend and `found` are the three steps of `detect`; `pipeline.py` takes them in threads of their own.
 
     Args:
         backend: any; stays the caller's to close.
@@ -24,29 +26,44 @@ class Detector:
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
         self.backend, self.conf, self.iou, self.max_det, self.multi_label = backend, conf, iou, max_det, multi_label
+        self._input_BCHW = self._blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
         """detections_N6 (xyxy in px of the image, score, class) of one uint8 RGB image."""
-        return self.detect([letterbox(image_HW3, self.backend.imgsz)])[0]
+        return self.detect([image_HW3])[0]
 
-    def detect(self, inputs: Sequence[Tuple[np.ndarray, Letterbox]]) -> List[np.ndarray]:
-        """Detections of images that are letterboxed already; runs full batches, the last one padded.
+    def detect(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
+        """Detections of uint8 RGB images of any sizes, in as few calls of the engine as its batch allows.
 
         Raises:
             NotFinite: the engine's output is not finite.
         """
+        size = self.backend.batch or max(len(images), 1)
+        if len(self._input_BCHW) < size:
+            self._input_BCHW = self._blank(size)
         found: List[np.ndarray] = []
-        fixed = self.backend.batch
-        size = fixed or max(len(inputs), 1)
-        for start in range(0, len(inputs), size):
-            part = inputs[start : start + size]
-            images = [chw for chw, _ in part]
-            if fixed is not None:
-                images += [images[-1]] * (fixed - len(images))
-            output_BCA = self.backend(np.stack(images))
-            for index, (_, placed) in enumerate(part):
-                if not np.isfinite(output_BCA[index]).all():
-                    raise NotFinite("the network's output holds NaN or infinity")
-                kept_N6 = nms(output_BCA[index], self.conf, self.iou, self.max_det, self.multi_label)
-                found.append(to_image(kept_N6, placed))
+        for start in range(0, len(images), size):
+            input_BCHW, placed = self.prepare(images[start : start + size], self._input_BCHW)
+            found += self.found(self.backend(input_BCHW, copy=False), placed)
         return found
+
+    def prepare(
+        self, images: Sequence[np.ndarray], out_BCHW: Optional[np.ndarray] = None
+    ) -> Tuple[np.ndarray, List[Letterbox]]:
+        """Letterbox the images of one call into `out` (default: a new array), of which a fixed batch may fill a part."""
+        if out_BCHW is None:
+            out_BCHW = self._blank(len(images))
+        placed = [letterbox(image, self.backend.imgsz, out=chw)[1] for image, chw in zip(images, out_BCHW)]
+        return out_BCHW[: self.backend.batch or len(images)], placed
+
+    def found(self, output_BCA: np.ndarray, placed: Sequence[Letterbox]) -> List[np.ndarray]:
+        """NMS, and back to px of each image; reads the backend's settings only."""
+        return [self._found(output_CA, where) for output_CA, where in zip(output_BCA, placed)]
+
+    def _found(self, output_CA: np.ndarray, placed: Letterbox) -> np.ndarray:
+        if not np.isfinite(output_CA).all():
+            raise NotFinite("the network's output holds NaN or infinity")
+        return to_image(nms(output_CA, self.conf, self.iou, self.max_det, self.multi_label), placed)
+
+    def _blank(self, count: int) -> np.ndarray:
+        return np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32)

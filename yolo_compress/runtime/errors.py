@@ -25,3 +25,7 @@ class NotFinite(EngineError):
 
 class LatencyError(Exception):
     """A measuring process failed; carries its own message and the end of its stderr."""
+
+
+class SourceError(Exception):
+    """Pictures that were asked for and are not there, or a video that cannot be opened."""

@@ -86,7 +86,7 @@ class OrtBackend:
         except Exception as error:  # the library's exceptions have no common public base
             raise EngineError(f"{self._file}: ONNX Runtime {ort.__version__} rejects it: {error}") from error
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
         return self._session.run(None, {self._input.name: images_BCHW})[0]
 

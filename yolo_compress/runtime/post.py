@@ -6,6 +6,8 @@ Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates; boxes xy
 
 from __future__ import annotations
 
+from typing import List
+
 import numpy as np
 
 from .pre import Letterbox
@@ -42,32 +44,39 @@ def nms(
 
 def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.ndarray:
     """Rows (xyxy, score, class) of everything above `conf`, in the order in which Ultralytics lists them."""
-    scores_CA = output_CA[4:]
-    anchors_K = np.flatnonzero(scores_CA.max(axis=0) > conf)
-    xy_2K, half_2K = output_CA[:2, anchors_K], output_CA[2:4, anchors_K] / np.float32(2)
-    boxes_K4 = np.concatenate([xy_2K - half_2K, xy_2K + half_2K]).T
-    scores_KC = scores_CA[:, anchors_K].T
+    chosen_CK = output_CA[:, np.flatnonzero(output_CA[4:].max(axis=0) > conf)]
+    scores_KC = chosen_CK[4:].T
     if multi_label and scores_KC.shape[1] > 1:
         row, label = np.nonzero(scores_KC > conf)
     else:
-        row, label = np.arange(len(anchors_K)), scores_KC.argmax(axis=1)
-    return np.column_stack([boxes_K4[row], scores_KC[row, label], label.astype(np.float32)])
+        row, label = np.arange(len(scores_KC)), scores_KC.argmax(axis=1)
+    xy_2M, half_2M = chosen_CK[:2, row], chosen_CK[2:4, row] / np.float32(2)
+    candidates_M6 = np.empty((len(row), 6), np.float32)
+    candidates_M6[:, :2], candidates_M6[:, 2:4] = (xy_2M - half_2M).T, (xy_2M + half_2M).T
+    candidates_M6[:, 4], candidates_M6[:, 5] = scores_KC[row, label], label
+    return candidates_M6
 
 
-def _greedy(boxes_M4: np.ndarray, iou: float, max_det: int) -> np.ndarray:
-    """Indices kept by greedy suppression of boxes that are sorted by falling score."""
-    kept = np.empty(0, np.int64)
+def _greedy(boxes_M4: np.ndarray, iou: float, max_det: int) -> List[int]:
+    """Indices kept by greedy suppression of boxes that are sorted by falling score; sets of a block are bits of an int."""
+    kept: List[int] = []
     for start in range(0, len(boxes_M4), BLOCK):
         block_B4 = boxes_M4[start : start + BLOCK]
-        alive_B: np.ndarray = ~np.any(_overlap(boxes_M4[kept], block_B4, iou), axis=0)
-        over_BB = _overlap(block_B4, block_B4, iou)
-        for i in range(len(block_B4)):
-            if alive_B[i]:
-                alive_B[i + 1 :] &= ~over_BB[i, i + 1 :]
-        kept = np.concatenate([kept, start + np.flatnonzero(alive_B)])
+        gone = 0
+        if kept:
+            gone = _bits(np.any(_overlap(boxes_M4[kept], block_B4, iou), axis=0, keepdims=True))[0]
+        for i, over in enumerate(_bits(_overlap(block_B4, block_B4, iou))):
+            if not gone >> i & 1:
+                kept.append(start + i)
+                gone |= over
         if len(kept) >= max_det:
             break
     return kept[:max_det]
+
+
+def _bits(sets_NB: np.ndarray) -> List[int]:
+    """Each row of booleans as an int, the first in the lowest bit."""
+    return [int.from_bytes(row.tobytes(), "little") for row in np.packbits(sets_NB, axis=1, bitorder="little")]
 
 
 def _overlap(first_N4: np.ndarray, second_M4: np.ndarray, iou: float) -> np.ndarray:
@@ -86,6 +95,9 @@ def to_image(detections_N6: np.ndarray, placed: Letterbox) -> np.ndarray:
     """Detections in letterboxed px to px of the original image, clipped to it; a new array."""
     out_N6 = detections_N6.astype(np.float32, copy=True)
     ratio_y, ratio_x = placed.ratio
-    out_N6[:, [0, 2]] = np.clip((out_N6[:, [0, 2]] - placed.pad_left) / ratio_x, 0, placed.width)
-    out_N6[:, [1, 3]] = np.clip((out_N6[:, [1, 3]] - placed.pad_top) / ratio_y, 0, placed.height)
+    boxes_N4 = out_N6[:, :4]
+    boxes_N4 -= np.array([placed.pad_left, placed.pad_top] * 2, np.float32)
+    boxes_N4 /= np.array([ratio_x, ratio_y] * 2, np.float32)
+    np.maximum(boxes_N4, np.float32(0), out=boxes_N4)
+    np.minimum(boxes_N4, np.array([placed.width, placed.height] * 2, np.float32), out=boxes_N4)
     return out_N6

@@ -129,7 +129,7 @@ class TensorRTBackend:
         if not self._context.execute_async_v3(self._memory.stream):
             raise EngineError(f"{self._file}: TensorRT could not enqueue an inference; its log (stderr) says why")
 
-    def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
         source = self._buffer(self._input, images_BCHW.nbytes)
         gives, result = self._place(images_BCHW.shape, source)

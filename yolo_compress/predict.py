@@ -1,0 +1,193 @@
+"""`yolo-compress predict`: pictures through the pipeline of `runtime`, a JSON line each, and what it came to."""
+
+from __future__ import annotations
+
+import json
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yolo_compress import progress
+from yolo_compress.atomic import storage_errors
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.explain import got
+from yolo_compress.runtime.backend import load_info
+from yolo_compress.runtime.latency import percentiles
+from yolo_compress.runtime.pipeline import Found, open_pipeline
+from yolo_compress.runtime.sources import open_source
+
+LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one call; `out=None` writes the lines to stdout, `engines=None` is `open_pipeline`'s choice."""
+
+    source: str
+    engine: Path
+    out: Path | None = None
+    draw: bool = False
+    conf: float = 0.25
+    iou: float = 0.7
+    engines: int | None = None
+
+
+def settings(options: Mapping[str, str]) -> Settings:
+    """Reads the options of the command line.
+
+    Raises:
+        RecipeError: a value that means nothing, or `draw` without a folder for the pictures.
+    """
+    out, draw = options.get("out"), options.get("draw") == "true"
+    if draw and out is None:
+        raise RecipeError("command line: draw=true needs a folder to write to: out=FOLDER")
+    return Settings(
+        options["source"],
+        Path(options["engine"]),
+        None if out is None else Path(out),
+        draw,
+        _share(options, "conf", Settings.conf),
+        _share(options, "iou", Settings.iou),
+        _count(options),
+    )
+
+
+def _share(options: Mapping[str, str], key: str, default: float) -> float:
+    text = options.get(key, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise RecipeError(f"command line: {key}: got {got(text)}, expected a number from 0 to 1")
+    return value
+
+
+def _count(options: Mapping[str, str]) -> int | None:
+    text = options.get("engines")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 64):
+        raise RecipeError(f"command line: engines: got {got(text)}, expected a whole number from 1 to 64")
+    return int(text)
+
+
+def run(chosen: Settings) -> dict[str, Any]:
+    """Detects in every picture; Ctrl-C ends it with what there is by then.
+
+    Returns:
+        source, engine, pictures (read and detected in), unreadable and first_unreadable, detections (boxes), seconds, fps,
+        latency_p50_ms ... as `latency.percentiles`, interrupted, out.
+
+    Raises:
+        SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
+        RecipeError: `out` holds the lines of an earlier call.
+        StorageError: the disk said no.
+    """
+    source = open_source(chosen.source)
+    names = load_info(chosen.engine).names
+    pictures = unreadable = boxes = 0
+    first_unreadable, interrupted, latencies_ms = None, False, array("d")
+    with (
+        open_pipeline(chosen.engine, chosen.engines, chosen.conf, chosen.iou) as pipeline,
+        _writer(chosen, names) as write,
+        progress.bar("predict", source.total or 0, "pictures") as advance,
+        closing(pipeline(source.pictures)) as stream,
+    ):
+        start = time.perf_counter()
+        try:
+            for found in stream:
+                write(found)
+                if found.problem is None:
+                    pictures, boxes = pictures + 1, boxes + len(found.detections_N6)
+                    latencies_ms.append(found.ms)
+                else:
+                    progress.notice(f"unreadable: {found.problem}")
+                    unreadable, first_unreadable = unreadable + 1, first_unreadable or found.problem
+                advance()
+        except KeyboardInterrupt:
+            interrupted = True
+        seconds = time.perf_counter() - start
+    return {
+        "source": chosen.source,
+        "engine": str(chosen.engine),
+        "pictures": pictures,
+        "unreadable": unreadable,
+        "first_unreadable": first_unreadable,
+        "detections": boxes,
+        "seconds": round(seconds, 3),
+        "fps": round(pictures / seconds, 2),
+        **{key: value and round(value, 3) for key, value in percentiles(latencies_ms).items()},
+        "interrupted": interrupted,
+        "out": None if chosen.out is None else str(chosen.out),
+    }
+
+
+def complain(summary: Mapping[str, Any]) -> None:
+    """Raises DataError where pictures could not be read; the others are done and written."""
+    if summary["unreadable"]:
+        read = summary["pictures"]
+        raise DataError(
+            f"{summary['unreadable']} of {summary['unreadable'] + read} pictures could not be read, the first: "
+            f"{summary['first_unreadable']}"
+        )
+
+
+@contextmanager
+def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], None]]:
+    """What writes down one picture: its line, and the picture where `draw` says so."""
+    if chosen.out is None:
+        yield lambda found: progress.result(line(found, names))
+        return
+    out, pictures = chosen.out, chosen.out / PICTURES
+    if (out / LINES).exists():
+        raise RecipeError(f"{out / LINES}: is there already, from an earlier call; give another folder as out")
+    with storage_errors(out):
+        (pictures if chosen.draw else out).mkdir(parents=True, exist_ok=True)
+        stream = open(out / LINES, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(found: Found) -> None:
+        with storage_errors(out):
+            stream.write(line(found, names) + "\n")
+            if chosen.draw and found.image_HW3 is not None:
+                drawn(found.image_HW3, found.detections_N6, names).save(
+                    pictures / f"{Path(found.name).name.replace('#', '-')}.jpg", quality=90
+                )
+
+    with stream:
+        yield write
+
+
+def line(found: Found, names: tuple[str, ...]) -> str:
+    """The picture as JSON: boxes are x1, y1, x2, y2 in its own px, best first."""
+    if found.image_HW3 is None:
+        return json.dumps({"picture": found.name, "problem": found.problem})
+    height, width = found.image_HW3.shape[:2]
+    boxes = [
+        {"class": names[int(row[5])], "score": round(row[4], 4), "box": [round(side, 2) for side in row[:4]]}
+        for row in found.detections_N6.tolist()
+    ]
+    return json.dumps({"picture": found.name, "width": width, "height": height, "detections": boxes})
+
+
+def drawn(image_HW3: np.ndarray, detections_N6: np.ndarray, names: tuple[str, ...]) -> Any:
+    """The picture as a Pillow image with the boxes, their classes and scores."""
+    from PIL import Image, ImageDraw
+
+    from yolo_compress.report.gallery import colour
+
+    canvas = Image.fromarray(image_HW3)
+    pen = ImageDraw.Draw(canvas)
+    thick = max(2, round(max(canvas.size) / 400))
+    for x1, y1, x2, y2, score, label in detections_N6.tolist():
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour(int(label)), width=thick)
+        place, text = (x1 + thick, y1 + thick), f"{names[int(label)]} {score:.2f}"
+        pen.rectangle(pen.textbbox(place, text), fill=colour(int(label)))
+        pen.text(place, text, fill="black")
+    return canvas
