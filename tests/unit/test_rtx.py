@@ -13,6 +13,7 @@ from yolo_compress.errors import CompressError, EnvironmentLacks
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.half import to_fp16
 from yolo_compress.quant.lint import compiled, rtx
 from yolo_compress.quant.lint.check import check
 from yolo_compress.quant.lint.rtx import CONVOLUTION, POOL, Layer, compile_layers
@@ -58,6 +59,16 @@ def test_every_planned_convolution_pool_and_sum_is_int8(tmp_path: Path) -> None:
     assert_int8_as_planned(file, model)
     report = check(file, "tensorrt-rtx")
     assert not {"rtx-refused", "rtx-float"} & set(report.rules)
+
+
+def test_half_typed_it_leaves_nothing_in_float32_but_the_decoding(tmp_path: Path) -> None:
+    model = net()
+    export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES, opset=19)
+    state = fold(ptq(model, lambda: [images(2)], "max"), model)
+    insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", state, "tensorrt11")
+    to_fp16(tmp_path / "int8.onnx", tmp_path / "half.onnx", "int8")
+    kinds = Counter(layer.inputs for layer in compile_layers(tmp_path / "half.onnx") if layer.kind == CONVOLUTION)
+    assert kinds == {("Int8",): 57, ("Half",): 6}
 
 
 @pytest.mark.slow

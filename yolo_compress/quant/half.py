@@ -40,8 +40,8 @@ def _is_feature_conv(node: onnx.NodeProto) -> bool:
     return node.op_type == "Conv"
 
 
-def to_fp16(float_onnx: Path, out: Path) -> None:
-    """Write the FP16 form of a float graph; `images` and `output0` stay float32.
+def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
+    """Write the FP16 form of a graph, of its Q/DQ nodes too; `images` and `output0` stay float32.
 
     Weights and features are float16. The decode behind the head's output convolutions stays float32: float16 has steps of
     0.5 from 512 on, so a box at 600 px would move by a quarter of a pixel.
@@ -50,8 +50,9 @@ def to_fp16(float_onnx: Path, out: Path) -> None:
     that the boxes; the graph here needs one cast at its entrance and one behind each output convolution.
 
     Args:
-        float_onnx: What `export_onnx` wrote. Read only.
+        float_onnx: What `export_onnx` wrote, or `qdq.insert_qdq` for "tensorrt11". Read only.
         out: File to write.
+        precision: That the metadata states: "int8" for a graph with Q/DQ nodes.
 
     Raises:
         NumericsError: A weight does not fit float16.
@@ -75,7 +76,7 @@ def to_fp16(float_onnx: Path, out: Path) -> None:
     kept = [item for item in graph.initializer if item.name in used]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(kept)
-    write_metadata(model, {"precision": "fp16"})
+    write_metadata(model, {"precision": precision})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(out))
 

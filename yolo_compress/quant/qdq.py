@@ -6,6 +6,8 @@ pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the 
 and says to any importer that the layer is INT8.
 
 * "tensorrt", "openvino": activations INT8, zero point 0. TensorRT takes no other zero point and no INT32 bias.
+* "tensorrt11": the same with scales that float16 holds exactly, since TensorRT 11 takes precision from the graph's types and
+  `half.to_fp16` gives everything between the codes that type; opset 19.
 * "onnxruntime": activations UINT8, zero point 128 (the same codes moved by 128). It fuses a convolution only with a
   quantised output, so with `state.outputs` the outputs of convolutions and sigmoids are quantised, too.
 """
@@ -13,7 +15,7 @@ and says to any importer that the layer is INT8.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,16 +28,17 @@ from yolo_compress.export_onnx import MIN_OPSET, write_metadata
 from yolo_compress.quant.placement import IMAGES
 from yolo_compress.quant.state import QMAX, QuantState
 
-Target = Literal["tensorrt", "onnxruntime", "openvino"]
+Target = Literal["tensorrt", "tensorrt11", "onnxruntime", "openvino"]
 TARGETS: dict[Target, tuple[int, int]] = {  # element type and zero point of activations
     "tensorrt": (TensorProto.INT8, 0),
+    "tensorrt11": (TensorProto.INT8, 0),
     "onnxruntime": (TensorProto.UINT8, 128),
     "openvino": (TensorProto.UINT8, 128),  # signed activations lose most of the mAP on AVX2 (0.613 -> 0.454)
 }
 # x86 without VNNI adds two products of INT8 codes in 16 bits and saturates: 8-bit weights then give garbage, silently
 # (YOLOv8n on BCCD: 0.613 -> 0.049). 255 * 63 * 2 fits, so the forms for CPUs hold 7-bit weights on every machine; NNCF's
 # `overflow_fix` and ONNX Runtime's `reduce_range` are the same remedy.
-WEIGHT_QMAX: dict[Target, int] = {"tensorrt": QMAX, "onnxruntime": 63, "openvino": 63}
+WEIGHT_QMAX: dict[Target, int] = {"tensorrt": QMAX, "tensorrt11": QMAX, "onnxruntime": 63, "openvino": 63}
 
 UNARY = {"Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Clip", "Elu", "Mish"}  # activations that are one node
 PASSING = {"MaxPool", "Resize", "Split", "Concat"}  # layers that only move values: codes in, the same codes out
@@ -62,6 +65,11 @@ class Pair:
     def scale(self) -> float:
         """Of one code."""
         return self.amax / QMAX
+
+    @property
+    def half(self) -> Pair:
+        """With the next larger scale that float16 holds."""
+        return replace(self, amax=float(_half_up(np.array(self.scale, np.float32))) * QMAX)
 
 
 def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -> Counts:
@@ -93,9 +101,13 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
     dtype, zero_point = TARGETS[target]
     amax = tensor_ranges(graph, state)
     pairs = {tensor: Pair(value, dtype, zero_point) for tensor, value in amax.items()}
+    if target == "tensorrt11":
+        pairs = {tensor: pair.half for tensor, pair in pairs.items()}
     elsewhere = _inner_pairs(graph, convs, state, pairs) if target == "onnxruntime" and state.outputs else {}
     for name, conv in convs.items():
-        _quantise_weight(graph, name, conv, np.asarray(state.weights[name], dtype=np.float32), WEIGHT_QMAX[target])
+        scale_C = (np.asarray(state.weights[name], np.float32) / np.float32(WEIGHT_QMAX[target])).astype(np.float32)
+        scale_C = _half_up(scale_C) if target == "tensorrt11" else scale_C
+        _quantise_weight(graph, name, conv, scale_C, WEIGHT_QMAX[target])
     _insert_pairs(graph, pairs | elsewhere)
     counts = Counts(len(convs), len(pairs), len(elsewhere))
     _check(graph, state.convs, counts, out)
@@ -127,15 +139,21 @@ def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.N
     return found
 
 
-def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, amax_C: np.ndarray, qmax: int) -> None:
+def _half_up(scale: np.ndarray) -> np.ndarray:
+    """The smallest float16 values that are not below, as float32: nothing is clipped that was not before."""
+    half = scale.astype(np.float16)
+    half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
+    return half.astype(np.float32)
+
+
+def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, scale_C: np.ndarray, qmax: int) -> None:
     """Replace a float weight by INT8 codes and a DequantizeLinear an output channel (put before all other nodes)."""
     stored = next((item for item in graph.initializer if item.name == conv.input[1]), None)
     if stored is None:
         raise CorruptArtifact(f"{name}: the weight of the ONNX convolution is computed, not stored; export again")
     weight = numpy_helper.to_array(stored)
-    if len(weight) != len(amax_C):
-        raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(amax_C)} in the state")
-    scale_C = (amax_C / np.float32(qmax)).astype(np.float32)
+    if len(weight) != len(scale_C):
+        raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(scale_C)} in the state")
     codes = np.rint(weight / scale_C.reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
     parts: dict[str, np.ndarray] = {"quantized": codes, "scale": scale_C, "zero_point": np.zeros(len(scale_C), np.int8)}
     graph.initializer.remove(stored)

@@ -1,8 +1,9 @@
 """ONNX to a TensorRT plan, 8.5 to 11.x by feature. Never ran on real TensorRT; see tensorrt.py.
 
 Up to 10.x precision is a builder flag; 11 took the flags away, and the graph's own types decide. So fp16 wants the
-half-typed export there, and int8 is explicit Q/DQ everywhere, the one form that all versions take. int8 sets FP16 beside
-INT8: with INT8 alone, layers between Q/DQ pairs run in FP32 (ultralytics #26159). fp32 clears TF32, so that it is FP32.
+half-typed export there, and int8 is explicit Q/DQ everywhere: with float16 between the codes from 11 on, with float32 up to 10, where
+FP16 is set beside INT8 (with INT8 alone, layers between Q/DQ pairs run in FP32, ultralytics #26159). fp32 clears TF32, so that it
+is FP32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .backend import SIDECAR, describe_onnx, save_info
-from .errors import EngineError
+from .errors import EngineError, RuntimeUnavailable
 from .tensorrt import ENGINE_FILE, RUNTIME, library
 
 TIMING_CACHE = "timing.cache"
@@ -64,6 +65,14 @@ def build(
     (out / TIMING_CACHE).write_bytes(bytes(cache.serialize()))
     save_info(info, out, [ENGINE_FILE, TIMING_CACHE])
     return {name: out / name for name in (ENGINE_FILE, TIMING_CACHE, SIDECAR)}
+
+
+def strongly_typed() -> bool:
+    """Whether the TensorRT here takes precision from the graph's types alone; False where there is none."""
+    try:
+        return not hasattr(library().BuilderFlag, "FP16")
+    except RuntimeUnavailable:
+        return False
 
 
 def _timing_cache(config: Any, earlier: Optional[Path]) -> Any:

@@ -11,6 +11,7 @@ from yolo_compress.artifact import atomic_write
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.recipe import EngineConfig
 from yolo_compress.runtime.engine import BACKENDS
+from yolo_compress.runtime.tensorrt_build import strongly_typed
 from yolo_compress.stages import Job
 
 MODELS = ("original", "compressed")
@@ -48,7 +49,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
     """The export that suits this runtime: its own form where there is one."""
-    for name in (f"{model}/{precision}-{runtime}.onnx", f"{model}/{precision}.onnx"):
+    own = f"{runtime}11" if runtime == "tensorrt" and strongly_typed() else runtime
+    for name in (f"{model}/{precision}-{own}.onnx", f"{model}/{precision}.onnx"):
         if name in files:
             return name
     return None

@@ -18,6 +18,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.calibration_cache import write_cache
 from yolo_compress.quant.half import to_fp16
 from yolo_compress.quant.lint.check import check
+from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import QuantState, fold
@@ -72,14 +73,14 @@ def _float_files(job: Job, model: nn.Module, folder: Path) -> dict[str, Any]:
     return {"max_score_difference": difference["scores"], "max_box_difference_px": difference["boxes_px"]}
 
 
-def _onnx(job: Job, model: nn.Module, out: Path) -> None:
+def _onnx(job: Job, model: nn.Module, out: Path, opset: int | None = None) -> None:
     config: ExportConfig = job.config
     export_onnx(
         model,
         out,
         job.imgsz_hw,
         names=job.dataset.names,
-        opset=config.opset,
+        opset=opset or config.opset,
         batch=config.batch,
         dynamic_batch=config.dynamic_batch,
         simplify=config.simplify,
@@ -121,6 +122,11 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
     whole = len(folded.activations) == len(plan(model).tensors)
     _lint(folder / "int8.onnx", f"tensorrt-{LINT_VERSION}", whole)
+    typed = job.work / "opset19.onnx"
+    _onnx(job, model, typed, max(config.opset, HALF_QDQ_OPSET))
+    insert_qdq(typed, typed, folded, "tensorrt11")
+    to_fp16(typed, folder / "int8-tensorrt11.onnx", "int8")
+    _lint(folder / "int8-tensorrt11.onnx", "tensorrt-11.4", whole)
     for runtime in CPU_RUNTIMES:
         insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
         _lint(folder / f"int8-{runtime}.onnx", runtime, whole)
