@@ -134,6 +134,19 @@ def test_attached_block_follows_the_formula(state: QuantState, name: str) -> Non
     assert got.unique().numel() <= 256
 
 
+def test_our_rounding_is_modelopts(state: QuantState) -> None:
+    model = net()
+    attach(model, state, weight_bits=7)
+    quantizer, weights = model.model[1].act.quantizer, model.model[1].conv.weight_quantizer
+    x = torch.randn(1000) * state.activations["model.1"]
+    weight = model.model[1].conv._parameters["weight"]
+    ours = quantizer(x), weights(weight), quantizer(x.bfloat16())
+    quantizer.backend = weights.backend = None
+    theirs = quantizer(x), weights(weight), quantizer(x.bfloat16())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and torch.equal(mine, other)
+
+
 def test_attached_sum_and_image_follow_the_formula(state: QuantState) -> None:
     model = net()
     attach(model, state)
