@@ -5,7 +5,7 @@
 
 Decoded frames of 640x480 and 1280x720 (scaled photographs), settings of a deployment (confidence 0.25, IoU 0.7, one class a box).
 Blocks of frames in turn, in ABBA order: the bare engine on inputs letterboxed before, `Detector`, Ultralytics. A frame's overhead
-is its time less the time inside the engine call of that frame: ours includes the copy of the output, Ultralytics' is its own
+is its time less the time inside the engine call of that frame, which for Ultralytics is its own
 `speed["inference"]`. Prints a markdown table, and on the last line JSON.
 """
 

@@ -71,7 +71,7 @@ def opened(engines: list[Engine], **kind: Any) -> Pipeline:
 
 
 def no_threads_left() -> bool:
-    return not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    return not [thread for thread in threading.enumerate() if thread.name.startswith(module.NAME)]
 
 
 @pytest.mark.parametrize("batch", [1, None, 3])

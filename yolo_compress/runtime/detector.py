@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Detector:
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
         self.backend, self.conf, self.iou, self.max_det, self.multi_label = backend, conf, iou, max_det, multi_label
-        self._input_BCHW = self._blank(1)
+        self._input_BCHW = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
         """detections_N6 (xyxy in px of the image, score, class) of one uint8 RGB image."""
@@ -40,19 +40,18 @@ class Detector:
         """
         size = self.backend.batch or max(len(images), 1)
         if len(self._input_BCHW) < size:
-            self._input_BCHW = self._blank(size)
+            self._input_BCHW = self.blank(size)
         found: List[np.ndarray] = []
         for start in range(0, len(images), size):
             input_BCHW, placed = self.prepare(images[start : start + size], self._input_BCHW)
             found += self.found(self.backend(input_BCHW, copy=False), placed)
         return found
 
-    def prepare(
-        self, images: Sequence[np.ndarray], out_BCHW: Optional[np.ndarray] = None
-    ) -> Tuple[np.ndarray, List[Letterbox]]:
-        """Letterbox the images of one call into `out` (default: a new array), of which a fixed batch may fill a part."""
-        if out_BCHW is None:
-            out_BCHW = self._blank(len(images))
+    def prepare(self, images: Sequence[np.ndarray], out_BCHW: np.ndarray) -> Tuple[np.ndarray, List[Letterbox]]:
+        """Letterbox the images of one call into `out`; gives the part of it that the call takes, and where they are.
+
+        Of a fixed batch, what has no image keeps what it held.
+        """
         placed = [letterbox(image, self.backend.imgsz, out=chw)[1] for image, chw in zip(images, out_BCHW)]
         return out_BCHW[: self.backend.batch or len(images)], placed
 
@@ -65,5 +64,6 @@ class Detector:
             raise NotFinite("the network's output holds NaN or infinity")
         return to_image(nms(output_CA, self.conf, self.iou, self.max_det, self.multi_label), placed)
 
-    def _blank(self, count: int) -> np.ndarray:
+    def blank(self, count: int = 1) -> np.ndarray:
+        """An input to prepare: of the engine's batch, or of `count` images where it takes any number."""
         return np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32)

@@ -29,6 +29,7 @@ from .sources import Picture
 
 MAX_ENGINES = 4  # unless more are asked for: each holds the weights and its activations
 SPARE_TASKS = 1  # beyond one an engine
+NAME = "yolo_compress.pipeline"  # of its threads
 AHEAD = 2  # batches a task that are held at most, waiting, in work, or done and not yet asked for
 
 
@@ -61,7 +62,7 @@ class Lender:
         self._idle: "SimpleQueue[Tuple[ThreadPoolExecutor, Backend]]" = SimpleQueue()
         with ExitStack() as stack:
             for opening in opens:
-                thread = stack.enter_context(ThreadPoolExecutor(1))
+                thread = stack.enter_context(ThreadPoolExecutor(1, NAME))
                 backend = thread.submit(opening).result()
                 stack.callback(partial(_closed, thread, backend))
                 self._idle.put((thread, backend))
@@ -103,7 +104,10 @@ class Pipeline:
         self.backend = Lender(opens)
         self._steps = Detector(self.backend, conf, iou, max_det, multi_label)  # type: ignore[arg-type]
         self._threads = len(opens) + SPARE_TASKS
-        self._tasks = ThreadPoolExecutor(self._threads)
+        self._tasks = ThreadPoolExecutor(self._threads, NAME)
+        self._inputs: "SimpleQueue[np.ndarray]" = SimpleQueue()  # one a thread, lent like the engines
+        for _ in range(self._threads):
+            self._inputs.put(self._steps.blank())
 
     def __call__(self, pictures: Iterable[Picture]) -> Generator[Found, None, None]:
         """Yields in order. What goes wrong in any thread is raised here, at the picture's turn, and ends the work.
@@ -141,11 +145,14 @@ class Pipeline:
         ]
 
     def _detected(self, images: Sequence[np.ndarray], batch: Sequence[Picture]) -> List[np.ndarray]:
-        input_BCHW, placed = self._steps.prepare(images)
+        held_BCHW = self._inputs.get()
         try:
+            input_BCHW, placed = self._steps.prepare(images, held_BCHW)
             return self._steps.found(self.backend(input_BCHW), placed)
         except NotFinite as error:
             raise NotFinite(f"{', '.join(picture.name for picture in batch)}: {error}") from error
+        finally:
+            self._inputs.put(held_BCHW)
 
     def __enter__(self) -> "Pipeline":
         return self
