@@ -34,6 +34,9 @@ class Machine(latency.Rig):
     def engine(self, model, name):
         return model
 
+    def quietest(self, engine):
+        return 10.0
+
     def compare(self, engine, dense):
         vars(self)["calls"] += 1
         busy = 2.0 if self.calls in self.disturbed else 1.0  # other work slows both down
@@ -97,6 +100,12 @@ def test_a_limit_that_only_a_busy_table_is_above_asks_for_nothing(planner, monke
         hit(planner, 15.0, Machine(lambda m: 0.3 + 0.7 * m), monkeypatch, table_ms=30.0)
 
 
+def test_a_table_from_a_busy_machine_is_asked_for_the_share(planner, monkeypatch):
+    said = []
+    found = hit(planner, 6.5, Machine(lambda m: m), monkeypatch, table_ms=400.0, said=said)
+    assert found.plan.kept_flops == pytest.approx(0.65, rel=0.02) and len(said) == 1
+
+
 class Launches:
     """`measure_in_turn` of a network that takes 0.6 of the dense one's 10 ms; `slow(launch, round)` gives how often slower each is."""
 
@@ -112,6 +121,12 @@ class Launches:
     def compare(self):
         rig = latency.Rig(None, HW, ("a", "b"), "onnxruntime", "fp32")
         return rig.compare(Path("candidate"), Path("dense"))
+
+
+def test_the_quietest_round_of_all_launches_counts(monkeypatch):
+    launches = Launches(monkeypatch, lambda launch, number: (1.0 if (launch, number) == (3, 2) else 2.5, 1.0))
+    rig = latency.Rig(None, HW, ("a", "b"), "onnxruntime", "fp32")
+    assert rig.quietest(Path("dense")) == 6.0 and launches.count == latency.LAUNCHES[0]
 
 
 def test_a_quiet_machine_needs_the_fewest_launches(monkeypatch):
