@@ -1,7 +1,9 @@
 """Milliseconds are hit by measuring: the search converges on any machine whose time grows with the widths."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
@@ -32,10 +34,13 @@ class Machine(latency.Rig):
     def engine(self, model, name):
         return model
 
-    def times(self, engine, dense):
+    def quietest(self, engine):
+        return 10.0
+
+    def compare(self, engine, dense):
         vars(self)["calls"] += 1
         busy = 2.0 if self.calls in self.disturbed else 1.0  # other work slows both down
-        return busy * 10 * self.law(engine["share"]), busy * 10
+        return latency.Comparison(self.law(engine["share"]), busy * 10)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,82 @@ def test_a_busy_machine_does_not_move_the_limit(planner, disturbed, table_ms, mo
 def test_a_machine_that_gains_nothing_is_an_error(planner, monkeypatch):
     with pytest.raises(CompressError, match=r"latency_ms=5 was missed by 80% in 5 tries \(nearest 9\.00 ms"):
         hit(planner, 5.0, Machine(lambda m: 0.9), monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_noise_that_is_let_through_keeps_the_promise(planner, seed, monkeypatch):
+    law, noise = lambda m: 0.2 + 0.8 * m, np.random.default_rng(seed)
+    noisy = Machine(lambda m: law(m) * noise.normal(1, latency.SETTLED))
+    found = hit(planner, 6.5, noisy, monkeypatch)
+    assert 10 * law(found.plan.kept_flops) == pytest.approx(6.5, rel=latency.TOLERANCE)
+
+
+def test_a_limit_that_only_a_busy_table_is_above_asks_for_nothing(planner, monkeypatch):
+    with pytest.raises(RecipeError, match="latency_ms=15 asks for nothing: the network as it is takes 10 ms"):
+        hit(planner, 15.0, Machine(lambda m: 0.3 + 0.7 * m), monkeypatch, table_ms=30.0)
+
+
+def test_a_table_from_a_busy_machine_is_asked_for_the_share(planner, monkeypatch):
+    said = []
+    found = hit(planner, 6.5, Machine(lambda m: m), monkeypatch, table_ms=400.0, said=said)
+    assert found.plan.kept_flops == pytest.approx(0.65, rel=0.02) and len(said) == 1
+
+
+class Launches:
+    """`measure_in_turn` of a network that takes 0.6 of the dense one's 10 ms; `slow(launch, round)` gives how often slower each is."""
+
+    def __init__(self, monkeypatch, slow):
+        self.slow, self.count = slow, 0
+        monkeypatch.setattr(latency, "measure_in_turn", self)
+
+    def __call__(self, specs, rounds, samples):
+        pairs = [self.slow(self.count, number) for number in range(rounds)]
+        self.count += 1
+        return [{"rounds_ms": [[ms * pair[i]] * samples for pair in pairs]} for i, ms in enumerate((6.0, 10.0))]
+
+    def compare(self):
+        rig = latency.Rig(None, HW, ("a", "b"), "onnxruntime", "fp32")
+        return rig.compare(Path("candidate"), Path("dense"))
+
+
+def test_the_quietest_round_of_all_launches_counts(monkeypatch):
+    launches = Launches(monkeypatch, lambda launch, number: (1.0 if (launch, number) == (3, 2) else 2.5, 1.0))
+    rig = latency.Rig(None, HW, ("a", "b"), "onnxruntime", "fp32")
+    assert rig.quietest(Path("dense")) == 6.0 and launches.count == latency.LAUNCHES[0]
+
+
+def test_a_quiet_machine_needs_the_fewest_launches(monkeypatch):
+    launches = Launches(monkeypatch, lambda launch, number: (1.0, 1.0))
+    assert launches.compare() == latency.Comparison(pytest.approx(0.6), 10.0)
+    assert launches.count == latency.LAUNCHES[0]
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        lambda launch, number: (3.0, 3.0) if launch or number else (1.0, 1.0),  # other work all the time but once
+        lambda launch, number: (1.0 + number, 1.0 + number),  # drifts
+        lambda launch, number: (4.0, 1.0) if number == 2 else (1.0, 4.0) if number == 5 else (1.0, 1.0),  # bursts
+        lambda launch, number: (1.5, 1.0) if launch == 1 else (1.0, 1.0),  # threads of one process badly placed
+        lambda launch, number: (1.0, 1.0) if launch == 0 and number == 0 else (3.0, 3.0 if launch else 1.0),
+    ],
+)
+def test_other_work_does_not_move_the_share(monkeypatch, slow):
+    assert Launches(monkeypatch, slow).compare() == latency.Comparison(pytest.approx(0.6), 10.0)
+
+
+def test_launches_that_disagree_are_repeated_up_to_a_limit(monkeypatch):
+    launches = Launches(monkeypatch, lambda launch, number: (1.0 + 0.1 * (launch % 3 - 1), 1.0))
+    assert launches.compare().share == pytest.approx(0.6)
+    assert launches.count == latency.LAUNCHES[1]
+
+
+def test_the_error_of_a_median_is_that_of_normal_noise():
+    generator = np.random.default_rng(0)
+    ratios = generator.normal(0.6, 0.03, (400, 201))
+    assert np.median([latency._error(row) for row in ratios]) == pytest.approx(
+        np.median(ratios, 1).std() / 0.6, rel=0.1
+    )
 
 
 @pytest.fixture(scope="module")
