@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--calibrator", default="mse")
     parser.add_argument("--int8", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--without", nargs="*", default=[], choices=["nncf", "ort"])
-    parser.add_argument("--resamplings", type=int, default=200)
+    parser.add_argument("--resamplings", type=int, default=60)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--samples", type=int, default=40)
