@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from yolo_compress import ultra
 from yolo_compress.data import Dataset
@@ -14,7 +12,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import fold
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.pre import letterbox, read_image
+from yolo_compress.stages.batches import letterboxed
 
 CALIB_IMAGES = 64
 
@@ -26,9 +24,7 @@ def build(runtime: str, precision: str, weights: Path, dataset: Dataset, imgsz_p
     onnx = out / "fp32.onnx"
     export_onnx(model, onnx, size, names=dataset.names)
     if precision == "int8":
-        images = [letterbox(read_image(s.image), size)[0] for s in dataset.train[:CALIB_IMAGES]]
-        batches = [torch.from_numpy(np.stack(images[i : i + 8])) for i in range(0, len(images), 8)]
-        state = fold(ptq(model, lambda: batches), model)
+        state = fold(ptq(model, partial(letterboxed, dataset.train[:CALIB_IMAGES], size)), model)
         onnx = out / "int8.onnx"
         insert_qdq(out / "fp32.onnx", onnx, state, runtime)  # type: ignore[arg-type]
     engine = out / "engine"

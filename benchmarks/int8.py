@@ -5,10 +5,10 @@
 
 All calibrate on the same letterboxed training images. NNCF: `nncf.quantize` of the OpenVINO model. ONNX Runtime:
 `quantize_static`, Q/DQ, UINT8 activations, INT8 weights an output channel in 7 bits (`reduce_range`). Both leave the decoding of
-boxes in float, as Ultralytics' own export does; left to their defaults they lose 0.10 and all of the mAP. The drop is against the
-float net on the same runtime, with its 90 % interval over resamplings of the validation images (paired). Latency: one process an
-engine, rounds in turn, median over rounds of the ratio to that float net. `--int8 NAME=FOLDER` adds the files of an `export`.
-Prints a markdown table, and on the last line JSON.
+boxes in float, as Ultralytics' own export does: boxes and scores leave in one tensor, which one scale cannot serve. The drop is
+against the float net on the same runtime, with its 90 % interval over resamplings of the validation images (paired). Latency: one
+process an engine, rounds in turn, median over rounds of the ratio to that float net. `--int8 NAME=FOLDER` adds the files of an
+`export`. Prints a markdown table, and on the last line JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from yolo_compress.export_onnx import export_onnx
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import fold
-from yolo_compress.runtime.backend import save_info
+from yolo_compress.runtime.backend import load_info, save_info
 from yolo_compress.runtime.device import device_state
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.openvino import ENGINE_FILE, WEIGHTS_FILE
@@ -62,20 +62,14 @@ def nncf_ptq(folder: Path, images: Sequence[Sample], args: argparse.Namespace) -
 
     engine = folder / "nncf"
     BACKENDS["openvino"].build(folder / "fp32.onnx", engine, "fp32")
+    info = load_info(engine)
     model = openvino.Core().read_model(str(folder / "fp32.onnx"))
     shown = [batch.numpy() for batch in letterboxed(images, (args.imgsz, args.imgsz), batch=1)]
     ignored = nncf.IgnoredScope(patterns=[f"{DECODE}.*"], validate=False)
     quantised = nncf.quantize(model, nncf.Dataset(shown), subset_size=len(shown), ignored_scope=ignored)
     openvino.save_model(quantised, str(engine / ENGINE_FILE), compress_to_fp16=False)
-    save_info(replace(load_info_unchecked(engine), precision="int8"), engine, [ENGINE_FILE, WEIGHTS_FILE])
+    save_info(replace(info, precision="int8"), engine, [ENGINE_FILE, WEIGHTS_FILE])
     return engine
-
-
-def load_info_unchecked(engine: Path) -> Any:
-    """The sidecar of an engine whose files were just replaced on purpose."""
-    from yolo_compress.runtime.backend import SIDECAR, _read_sidecar
-
-    return _read_sidecar(engine / SIDECAR)
 
 
 def ort_ptq(folder: Path, images: Sequence[Sample], args: argparse.Namespace) -> Path:
@@ -115,18 +109,12 @@ def drop_interval(
     samples: Sequence[Sample], names: Sequence[str], of: Sequence[Any], minus: Sequence[Any], n: int
 ) -> Any:
     """5 and 95 % points of mAP50-95(of) - mAP50-95(minus) over `n` resamplings of the images, the same for both."""
-    generator = np.random.default_rng(0)
-    drops = []
-    for _ in range(n):
-        chosen = generator.integers(0, len(samples), len(samples))
-        if not any(samples[i].boxes for i in chosen):
-            continue
-        score: Callable[[Sequence[Any]], float] = lambda found: mean_ap(  # noqa: E731
-            [samples[i] for i in chosen],  # noqa: B023
-            [found[i] for i in chosen],  # noqa: B023
-            names,
-        )["map50_95"]
-        drops.append(score(of) - score(minus))
+
+    def score(found: Sequence[Any], chosen: np.ndarray) -> float:
+        return float(mean_ap([samples[i] for i in chosen], [found[i] for i in chosen], names)["map50_95"])
+
+    draws = np.random.default_rng(0).integers(0, len(samples), (n, len(samples)))
+    drops = [score(of, chosen) - score(minus, chosen) for chosen in draws if any(samples[i].boxes for i in chosen)]
     return [round(float(point), 4) for point in np.percentile(drops, [5, 95])]
 
 

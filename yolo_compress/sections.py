@@ -5,92 +5,37 @@ Every knob of a stage has a default, so that `distill: {}` is a section; only `d
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from . import strict_yaml
-
-IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
-
-Precision = Literal["fp32", "fp16", "int8"]
-Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
-Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
-FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
-Calibrator = Literal["max", "percentile", "mse", "entropy"]
-Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
-
-
-def _imgsz(value: Any) -> Any:
-    """Brings `640`, `[384, 640]` and `384,640` to one form: an int for a square, (height, width) otherwise."""
-    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    sides: list[Any] = [strict_yaml.resolve(side.strip()) if isinstance(side, str) else side for side in given]
-    if len(sides) not in (1, 2) or not all(type(side) in (int, float) and math.isfinite(side) for side in sides):
-        raise ValueError("expected one side or height,width in pixels, as in 640 or 384,640")
-    for side in sides:
-        if type(side) is not int or side % IMGSZ_STEP or not IMGSZ_MIN <= side <= IMGSZ_MAX:
-            near = round(min(max(side, IMGSZ_MIN), IMGSZ_MAX) / IMGSZ_STEP) * IMGSZ_STEP
-            limits = f"multiples of {IMGSZ_STEP} from {IMGSZ_MIN} to {IMGSZ_MAX}"
-            raise ValueError(f"expected {limits}; the nearest to {side} is {near}")
-    return sides[0] if len(set(sides)) == 1 else tuple(sides)
-
-
-def _device(value: Any) -> Any:
-    """Makes the YAML number `0` the device "0"; refuses what is neither cpu nor CUDA indices."""
-    text = str(value) if type(value) is int else value
-    indices = text.split(",") if isinstance(text, str) else []
-    if text != "cpu" and (not all(re.fullmatch("[0-9]{1,3}", i) for i in indices) or len(set(indices)) < len(indices)):
-        raise ValueError("expected cpu or CUDA indices, as in 0 or 0,1")
-    return text
-
-
-def _several(value: Any) -> Any:
-    """Makes a list, or the command line's `fp32,int8`, a tuple without repeats."""
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not items:
-        return value
-    items = tuple(item.strip() if isinstance(item, str) else item for item in items)
-    if len({repr(item) for item in items}) < len(items):
-        raise ValueError("expected each item once")
-    return items
-
-
-def _runtimes(value: Any) -> Any:
-    return value if value == "auto" else _several(value)
-
-
-def _knob(text: str, allowed: str | None = None, **limits: Any) -> Any:
-    """Documents a knob: what it does, its limits and, where types and limits do not say it, the values it takes."""
-    return Field(description=text, json_schema_extra={"allowed": allowed} if allowed else None, **limits)
-
-
-# Knobs that several stages share, each with its own default.
-_TEXT = r"(?s)\S.*"  # a name is not blank
-Epochs = Annotated[int, _knob("passes over the training images", ge=0, le=100_000)]
-SomeEpochs = Annotated[int, _knob("passes over the training images", ge=1, le=100_000)]
-Batch = Annotated[int, _knob("images a step; the optimizer steps on every batch", ge=1, le=4096)]
-Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], _knob("optimizer")]
-Lr0 = Annotated[float, _knob("learning rate after warm-up", gt=0, le=1)]
-WarmupEpochs = Annotated[float, _knob("epochs of learning-rate warm-up; a fraction is fine", ge=0, le=1000)]
-Cosine = Annotated[bool, _knob("cosine schedule down to lr0*lrf instead of a straight line")]
-Mosaic = Annotated[float, _knob("probability that a training image is a mosaic of four", ge=0, le=1)]
-CloseMosaic = Annotated[int, _knob("last epochs that see whole images, without mosaic", ge=0)]
-Weights = Annotated[
-    str | None,
-    _knob(
-        "checkpoint to take; looked up as given, then in weights/. Nothing is trained then. null: train from `model`",
-        pattern=_TEXT,
-    ),
-]
-Model = Annotated[Scratch, _knob("architecture trained from scratch; used only where weights is null")]
-CalibImages = Annotated[int, _knob("un-augmented training images that calibrate the ranges", ge=1, le=100_000)]
-CalibratorKnob = Annotated[Calibrator, _knob("how a range is chosen from the values seen")]
-Percentile = Annotated[
-    float, _knob("percentage of values inside the range; for calibrator=percentile only", gt=50, le=100)
-]
-Threads = Annotated[int | None, _knob("threads of the CPU runtimes; null: their own choice", ge=1, le=1024)]
+from .knobs import (
+    TEXT,
+    Batch,
+    CalibImages,
+    CalibratorKnob,
+    CloseMosaic,
+    Cosine,
+    Criterion,
+    Epochs,
+    FeatureLoss,
+    Lr0,
+    Model,
+    Mosaic,
+    Optimizer,
+    Percentile,
+    Precision,
+    Runtime,
+    SomeEpochs,
+    Threads,
+    WarmupEpochs,
+    Weights,
+    device_value,
+    imgsz_value,
+    knob,
+    runtimes_value,
+    several,
+)
 
 
 class Section(BaseModel):
@@ -103,21 +48,21 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The images, their labels and their size."""
 
-    yaml: Annotated[str, _knob("data yaml: as given, then in datasets/, then in YOLO_COMPRESS_DATA", pattern=_TEXT)]
+    yaml: Annotated[str, knob("data yaml: as given, then in datasets/, then in YOLO_COMPRESS_DATA", pattern=TEXT)]
     imgsz: Annotated[
         int | tuple[int, int],
-        BeforeValidator(_imgsz),
-        _knob(
+        BeforeValidator(imgsz_value),
+        knob(
             "network input in pixels, a square side or height,width",
             "one side or height,width, multiples of 32 from 32 to 4096",
         ),
     ] = 640
-    on_bad: Annotated[Literal["error", "skip"], _knob("at a bad image or label: stop, or drop it for every model")] = (
+    on_bad: Annotated[Literal["error", "skip"], knob("at a bad image or label: stop, or drop it for every model")] = (
         "error"
     )
-    allow_overlap: Annotated[bool, _knob("accept images that stand in both train and val")] = False
-    limit_train: Annotated[int | None, _knob("use only the first n training images", ge=1)] = None
-    limit_val: Annotated[int | None, _knob("use only the first n validation images", ge=1)] = None
+    allow_overlap: Annotated[bool, knob("accept images that stand in both train and val")] = False
+    limit_train: Annotated[int | None, knob("use only the first n training images", ge=1)] = None
+    limit_val: Annotated[int | None, knob("use only the first n validation images", ge=1)] = None
 
     @property
     def imgsz_hw(self) -> tuple[int, int]:
@@ -131,12 +76,12 @@ class RunConfig(Section):
     MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
 
     device: Annotated[
-        str, BeforeValidator(_device), _knob("where torch computes", "cpu or CUDA indices, as in 0 or 0,1")
+        str, BeforeValidator(device_value), knob("where torch computes", "cpu or CUDA indices, as in 0 or 0,1")
     ] = "cpu"
-    workers: Annotated[int, _knob("processes that load images; 0: none, the reproducible way", ge=0, le=256)] = 0
-    seed: Annotated[int, _knob("seed of every generator", ge=0, le=2**32 - 1)] = 0
-    threads: Annotated[int | None, _knob("threads of torch; null: its own choice", ge=1, le=1024)] = None
-    val_every: Annotated[int, _knob("epochs between validations while training, for the curve in results.csv; 0: the last "
+    workers: Annotated[int, knob("processes that load images; 0: none, the reproducible way", ge=0, le=256)] = 0
+    seed: Annotated[int, knob("seed of every generator", ge=0, le=2**32 - 1)] = 0
+    threads: Annotated[int | None, knob("threads of torch; null: its own choice", ge=1, le=1024)] = None
+    val_every: Annotated[int, knob("epochs between validations while training, for the curve in results.csv; 0: the last "
                                     "epoch only. Changes no weights", ge=0, le=100_000)] = 10  # fmt: skip
 
 
@@ -147,18 +92,18 @@ class TrainConfig(Section):
     batch: Batch = 16
     optimizer: Optimizer = "AdamW"
     lr0: Lr0 = 1e-3
-    lrf: Annotated[float, _knob("learning rate of the last epoch as a fraction of lr0", ge=0, le=1)] = 0.01
-    momentum: Annotated[float, _knob("momentum of SGD, beta1 of Adam and AdamW", ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, _knob("weight decay; not on biases and BatchNorm", ge=0, le=1)] = 5e-4
+    lrf: Annotated[float, knob("learning rate of the last epoch as a fraction of lr0", ge=0, le=1)] = 0.01
+    momentum: Annotated[float, knob("momentum of SGD, beta1 of Adam and AdamW", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, knob("weight decay; not on biases and BatchNorm", ge=0, le=1)] = 5e-4
     warmup_epochs: WarmupEpochs = 1.0
     cosine: Cosine = True
     mosaic: Mosaic = 1.0
     close_mosaic: CloseMosaic = 2
-    scale: Annotated[float, _knob("random zoom: factor from 1-scale to 1+scale", ge=0, lt=1)] = 0.5
-    translate: Annotated[float, _knob("random shift as a fraction of the image", ge=0, le=1)] = 0.1
-    fliplr: Annotated[float, _knob("probability of a left-right flip; 0 where left and right differ", ge=0, le=1)] = 0.5
-    flipud: Annotated[float, _knob("probability of an upside-down flip", ge=0, le=1)] = 0.0
-    amp: Annotated[bool, _knob("mixed precision while training on CUDA; no effect on a CPU")] = True
+    scale: Annotated[float, knob("random zoom: factor from 1-scale to 1+scale", ge=0, lt=1)] = 0.5
+    translate: Annotated[float, knob("random shift as a fraction of the image", ge=0, le=1)] = 0.1
+    fliplr: Annotated[float, knob("probability of a left-right flip; 0 where left and right differ", ge=0, le=1)] = 0.5
+    flipud: Annotated[float, knob("probability of an upside-down flip", ge=0, le=1)] = 0.0
+    amp: Annotated[bool, knob("mixed precision while training on CUDA; no effect on a CPU")] = True
 
 
 class SourceConfig(TrainConfig):
@@ -177,29 +122,29 @@ class SparsifyConfig(TrainConfig):
 
     penalty: Annotated[
         Literal["l1", "polarization", "group_lasso"],
-        _knob(
+        knob(
             "l1: all gammas (Network Slimming, arXiv 1708.06519); polarization: those under the mean of their group, so that "
             "the strong stay (after Zhuang et al., NeurIPS 2020); group_lasso: all weights that leave with a channel, "
             "as one norm (DepGraph, arXiv 2301.12900)"
         ),
     ] = "polarization"
     l1: Annotated[
-        float, _knob("lambda, the weight of the penalty in the loss, which is summed over a batch", gt=0, le=1)
+        float, knob("lambda, the weight of the penalty in the loss, which is summed over a batch", gt=0, le=1)
     ] = 0.1
     lambda_scale: Annotated[
         Literal["uniform", "macs"],
-        _knob("lambda of a group: the same for all, or in proportion to the MACs of one of its channels, mean 1"),
+        knob("lambda of a group: the same for all, or in proportion to the MACs of one of its channels, mean 1"),
     ] = "uniform"
     gamma_lr_scale: Annotated[
         float,
-        _knob(
+        knob(
             "learning rate of the gammas, as a multiple of lr0. A step of Adam is no longer than the rate, so gammas "
             "near 1 hardly move in a short training; 1 for SGD and long ones",
             ge=1,
             le=1000,
         ),
     ] = 10.0
-    ramp_epochs: Annotated[float, _knob("epochs over which lambda rises from 0", ge=0, le=1000)] = 1.0
+    ramp_epochs: Annotated[float, knob("epochs over which lambda rises from 0", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
 
 
@@ -208,69 +153,67 @@ class PruneConfig(TrainConfig):
 
     kind: Annotated[
         Literal["channel", "unstructured", "two_four"],
-        _knob(
+        knob(
             "channel: narrower layers, faster anywhere; unstructured: zeros; two_four: zeros that Sparse Tensor Cores skip"
         ),
     ] = "channel"
     sparsity: Annotated[
-        float, _knob("share of the weights that become zero, for kind=unstructured only", gt=0, lt=1)
+        float, knob("share of the weights that become zero, for kind=unstructured only", gt=0, lt=1)
     ] = 0.5
     criterion: Annotated[
         Criterion | Annotated[str, Field(pattern=r"\.py:\w+$")],
-        _knob(
+        knob(
             "importance of a channel group; obs: what the layers that read it lose when the others take over",
             f"one of {', '.join(get_args(Criterion))}, or file.py:function",
         ),
     ] = "obs"
     scope: Annotated[
         Literal["global", "local", "isomorphic"],
-        _knob("rank channels over all groups, inside each, or among groups of one shape"),
+        knob("rank channels over all groups, inside each, or among groups of one shape"),
     ] = "local"
     keep_flops: Annotated[
         float | None,
-        _knob("budget: fraction of the convolutions' MACs that stays; 0.5 where none is given", gt=0, lt=1),
+        knob("budget: fraction of the convolutions' MACs that stays; 0.5 where none is given", gt=0, lt=1),
     ] = None
-    keep_params: Annotated[float | None, _knob("budget: fraction of the parameters that stays", gt=0, lt=1)] = None
+    keep_params: Annotated[float | None, knob("budget: fraction of the parameters that stays", gt=0, lt=1)] = None
     latency_ms: Annotated[
         float | None,
-        _knob("budget: milliseconds of one inference, measured on the built network and met within 5 %", gt=0, le=1e5),
+        knob("budget: milliseconds of one inference, measured on the built network and met within 5 %", gt=0, le=1e5),
     ] = None
-    latency_runtime: Annotated[Runtime, _knob("what latency_ms is measured on")] = "onnxruntime"
-    latency_precision: Annotated[Literal["fp32", "fp16"], _knob("of the network that latency_ms is measured on")] = (
+    latency_runtime: Annotated[Runtime, knob("what latency_ms is measured on")] = "onnxruntime"
+    latency_precision: Annotated[Literal["fp32", "fp16"], knob("of the network that latency_ms is measured on")] = (
         "fp32"
     )
     latency_table: Annotated[
         str | None,
-        _knob(
+        knob(
             "layer times from another machine (`yolo-compress probe`); latency_ms is then met by this table",
-            pattern=_TEXT,
+            pattern=TEXT,
         ),
     ] = None
     sensitivity: Annotated[
         Literal["off", "loss", "map50_95"],
-        _knob(
+        knob(
             "measure what each group's channels are worth, alone; caps what each may lose. loss: about two epochs' time"
         ),
     ] = "off"
     max_drop: Annotated[
         float,
-        _knob("sensitivity: a group may lose channels until the loss rises, or mAP falls, by this share", gt=0, le=10),
+        knob("sensitivity: a group may lose channels until the loss rises, or mAP falls, by this share", gt=0, le=10),
     ] = 0.1
     rounds: Annotated[
-        int, _knob("cuts on the way to the budget, fine-tuned in between; they share the epochs", ge=1, le=100)
+        int, knob("cuts on the way to the budget, fine-tuned in between; they share the epochs", ge=1, le=100)
     ] = 1
     round_to: Annotated[
         Literal[1, 2, 4, 8, 16, 32, 64],
-        _knob(
-            "widths are multiples of this: AVX-512 and Tensor Cores take 16 at once, AVX2 8, Tensor Cores in INT8 32"
-        ),
+        knob("widths are multiples of this: AVX-512 and Tensor Cores take 16 at once, AVX2 8, Tensor Cores in INT8 32"),
     ] = 16
-    floor: Annotated[float, _knob("fraction of its channels that every group keeps", ge=0, lt=1)] = 0.1
-    reconstruct: Annotated[bool, _knob("kept channels take over what removed ones said, before any training")] = True
+    floor: Annotated[float, knob("fraction of its channels that every group keeps", ge=0, lt=1)] = 0.1
+    reconstruct: Annotated[bool, knob("kept channels take over what removed ones said, before any training")] = True
     calib_images: Annotated[
-        int, _knob("training images that criteria, reconstruction and BatchNorm re-estimation look at", ge=1)
+        int, knob("training images that criteria, reconstruction and BatchNorm re-estimation look at", ge=1)
     ] = 96
-    teach_from_parent: Annotated[bool, _knob("the unpruned net teaches during fine-tuning")] = True
+    teach_from_parent: Annotated[bool, knob("the unpruned net teaches during fine-tuning")] = True
     epochs: Epochs = 40
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
@@ -301,71 +244,71 @@ class DistillConfig(TrainConfig):
 
     teacher: Annotated[
         Literal["frozen", "mutual", "self"],
-        _knob(
+        knob(
             "frozen: the net of the section teacher, as it is; mutual: it learns along, from the labels and the student "
             "(arXiv 1706.00384); self: the student's own deep layers teach its shallow ones"
         ),
     ] = "frozen"
     images: Annotated[
         str | None,
-        _knob(
+        knob(
             "folder of images without labels: trained on instead of data.yaml's, with the teacher's word alone",
-            pattern=_TEXT,
+            pattern=TEXT,
         ),
     ] = None
     data_free: Annotated[
         int | None,
-        _knob(
+        knob(
             "trained on so many images inverted from the teacher's BatchNorm statistics (arXiv 1912.08795) and no others",
             ge=1,
             le=100_000,
         ),
     ] = None
-    data_free_steps: Annotated[int, _knob("optimizer steps of an inverted image", ge=1, le=100_000)] = 300
+    data_free_steps: Annotated[int, knob("optimizer steps of an inverted image", ge=1, le=100_000)] = 300
 
     temperature: Annotated[
         float,
-        _knob(
+        knob(
             "softens class scores (arXiv 1503.02531). 2 lifts a logit of -6 from 0.002 to "
             "0.05; more lets background drown the objects",
             ge=1,
             le=100,
         ),
     ] = 2.0
-    alpha: Annotated[float, _knob("share of soft labels in the class term, 1-alpha of hard ones", ge=0, le=1)] = 0.5
-    logit_weight: Annotated[float, _knob("weight of the soft-label term", ge=0, le=1000)] = 1.0
+    alpha: Annotated[float, knob("share of soft labels in the class term, 1-alpha of hard ones", ge=0, le=1)] = 0.5
+    logit_weight: Annotated[float, knob("weight of the soft-label term", ge=0, le=1000)] = 1.0
     feature_weight: Annotated[
         float,
-        _knob(
+        knob(
             "weight of the feature loss. weighted_l2 at 6, Ultralytics' `dis`, drowns the labels of a pruned student",
             ge=0,
             le=1000,
         ),
     ] = 0.3
-    box_weight: Annotated[
-        float, _knob("weight of the distributions of box sides (arXiv 2102.12252)", ge=0, le=1000)
-    ] = 1.0
+    box_weight: Annotated[float, knob("weight of the distributions of box sides (arXiv 2102.12252)", ge=0, le=1000)] = (
+        1.0
+    )
     iou_weight: Annotated[
-        float, _knob("weight of 1 - IoU of the decoded boxes; PP-YOLOE takes 2.5 beside 1.0 and 0.5", ge=0, le=1000)
+        float, knob("weight of 1 - IoU of the decoded boxes; PP-YOLOE takes 2.5 beside 1.0 and 0.5", ge=0, le=1000)
     ] = 0.0
     feature_loss: Annotated[
         FeatureLoss,
-        _knob(
+        knob(
             "what feature_weight weighs. weighted_l2: Ultralytics'; fitnet: L2 (arXiv 1412.6550); cwd: 2011.13256; pkd: "
             "2207.02039; mgd: 2205.01529; attention: 1612.03928; relation: Gram matrix over a batch, 1907.09682"
         ),
     ] = "weighted_l2"
     layers: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None,
-        BeforeValidator(_several),
-        _knob(
+        BeforeValidator(several),
+        knob(
             "layers that feature_loss compares; null: the maps that enter Detect, or for teacher=self the backbone's "
             "against these",
             "null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21",
         ),
     ] = None
-    ramp_epochs: Annotated[float, _knob("epochs over which all weights rise from 0", ge=0, le=1000)] = 0.0
-    off_without_mosaic: Annotated[bool, _knob("the last close_mosaic epochs see the labels alone")] = False
+    ramp_epochs: Annotated[float, knob("epochs over which all weights rise from 0", ge=0, le=1000)] = 0.0
+    off_without_mosaic: Annotated[bool, knob("the last close_mosaic epochs see the labels alone")] = False
     epochs: SomeEpochs = 20
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("logit_weight", "feature_weight", "box_weight", "iou_weight")
@@ -389,17 +332,17 @@ class QatConfig(TrainConfig):
     calib_images: CalibImages = 128
     calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
-    weight_bits: Annotated[Literal[7, 8], _knob("bits of INT8 weights while training: 8 for TensorRT; 7 for the forms for "
+    weight_bits: Annotated[Literal[7, 8], knob("bits of INT8 weights while training: 8 for TensorRT; 7 for the forms for "
                            "CPUs, which hold 7-bit weights because 8-bit ones saturate without VNNI")] = 8  # fmt: skip
     sensitivity: Annotated[
         Literal["off", "loss", "map50_95"],
-        _knob(
+        knob(
             "measure each group of tensors in float alone, on the calibration images, and leave as few in float as max_drop asks"
         ),
     ] = "off"
     max_drop: Annotated[
         float,
-        _knob(
+        knob(
             "sensitivity: share of the float net's value that the loss may rise by, or mAP fall by, before training",
             gt=0,
             le=10,
@@ -407,13 +350,13 @@ class QatConfig(TrainConfig):
     ] = 0.01
     float_groups: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None,
-        BeforeValidator(_several),
-        _knob(
+        BeforeValidator(several),
+        knob(
             "groups of tensors to leave in float, as placement.csv names them",
             "null or a list of names, as in model.2.cv1,model.4.cv2",
         ),
     ] = None
-    teach_from_parent: Annotated[bool, _knob("the float net teaches during training")] = True
+    teach_from_parent: Annotated[bool, knob("the float net teaches during training")] = True
     epochs: Epochs = 3
     lr0: Lr0 = 1e-4
     warmup_epochs: WarmupEpochs = 0.0
@@ -425,16 +368,16 @@ class ExportConfig(Section):
     """ONNX and TorchScript files. The calibration here is that of the original net's PTQ."""
 
     precisions: Annotated[
-        tuple[Precision, ...], BeforeValidator(_several), _knob("ONNX files to write", "a list of fp32, fp16, int8")
+        tuple[Precision, ...], BeforeValidator(several), knob("ONNX files to write", "a list of fp32, fp16, int8")
     ] = ("fp32", "fp16", "int8")
-    opset: Annotated[int, _knob("ONNX opset; per-channel Q/DQ needs 13", ge=13, le=20)] = 17
-    batch: Annotated[int, _knob("images an inference", ge=1, le=4096)] = 1
-    dynamic_batch: Annotated[bool, _knob("leave the batch size open")] = False
-    simplify: Annotated[bool, _knob("run onnxsim, then compare with torch again")] = True
-    torchscript: Annotated[bool, _knob("write TorchScript too")] = True
+    opset: Annotated[int, knob("ONNX opset; per-channel Q/DQ needs 13", ge=13, le=20)] = 17
+    batch: Annotated[int, knob("images an inference", ge=1, le=4096)] = 1
+    dynamic_batch: Annotated[bool, knob("leave the batch size open")] = False
+    simplify: Annotated[bool, knob("run onnxsim, then compare with torch again")] = True
+    torchscript: Annotated[bool, knob("write TorchScript too")] = True
     calibration_cache: Annotated[
         bool,
-        _knob("also write int8-implicit.onnx and int8-implicit.cache, the same scales for TensorRT 8 and 10 without Q/DQ and "
+        knob("also write int8-implicit.onnx and int8-implicit.cache, the same scales for TensorRT 8 and 10 without Q/DQ and "
               "for the DLA; never run on a device"),
     ] = False  # fmt: skip
     calib_images: CalibImages = 128
@@ -447,26 +390,26 @@ class EngineConfig(Section):
 
     runtimes: Annotated[
         Literal["auto"] | tuple[Runtime, ...],
-        BeforeValidator(_runtimes),
-        _knob(
+        BeforeValidator(runtimes_value),
+        knob(
             "runtimes to build for; auto: every one that imports here",
             "auto or a list of onnxruntime, openvino, tensorrt",
         ),
     ] = "auto"
-    workspace_mib: Annotated[int, _knob("memory TensorRT may use while building", ge=16, le=1 << 20)] = 2048
+    workspace_mib: Annotated[int, knob("memory TensorRT may use while building", ge=16, le=1 << 20)] = 2048
 
 
 class BenchConfig(Section):
     """Accuracy, latency and size of every engine."""
 
-    warmup: Annotated[int, _knob("inferences an engine before the clock starts, each round", ge=0, le=1_000_000)] = 50
-    iterations: Annotated[int, _knob("timed inferences an engine in all; p99 needs 662", ge=1, le=10_000_000)] = 700
-    rounds: Annotated[int, _knob("turns in which engines alternate; they share the iterations", ge=1, le=1000)] = 3
+    warmup: Annotated[int, knob("inferences an engine before the clock starts, each round", ge=0, le=1_000_000)] = 50
+    iterations: Annotated[int, knob("timed inferences an engine in all; p99 needs 662", ge=1, le=10_000_000)] = 700
+    rounds: Annotated[int, knob("turns in which engines alternate; they share the iterations", ge=1, le=1000)] = 3
     threads: Threads = None
 
 
 class ReportConfig(Section):
     """The report and its gate."""
 
-    min_retention: Annotated[float, _knob("gate: mAP50-95 kept of the baseline's, else exit 1", ge=0, le=1)] = 0.98
-    images: Annotated[int, _knob("validation images shown side by side", ge=0, le=1000)] = 12
+    min_retention: Annotated[float, knob("gate: mAP50-95 kept of the baseline's, else exit 1", ge=0, le=1)] = 0.98
+    images: Annotated[int, knob("validation images shown side by side", ge=0, le=1000)] = 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -220,6 +221,33 @@ def test_qat_without_epochs_is_calibration_only(finished: Bench) -> None:
     metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
     distilled = artifact(finished, "distill").metrics
     assert metrics["map50_95_float_weights"] == pytest.approx(distilled["map50_95"], abs=1e-9)
+
+
+def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench) -> None:
+    """A drop that nothing but float allows: every group that gives something back is left out, and its convolutions with it."""
+    knobs = ("qat.epochs=0", "qat.sensitivity=loss", "qat.max_drop=1e-9", "export.calibration_cache=true")
+    exported = json.loads(finished.run("export", "recipe=tiny.yaml", *knobs).stdout.splitlines()[-1])
+    quantised = artifact(finished, "qat")
+    found = json.loads(quantised.file("sensitivity.json").read_text())
+    placed = list(csv.DictReader(quantised.file("placement.csv").read_text().splitlines()))
+    left = {row["group"] for row in placed if "as asked" in row["why"]}
+    assert left == set(quantised.metrics["float_groups"]) == set(found["left"])
+    assert found["then"] <= found["int8"] and quantised.metrics["sensitivity_enough"] == (
+        found["then"] <= found["worst"]
+    )
+    assert (
+        bool(left) == any(loss < found["int8"] for loss in found["groups"].values()) or found["int8"] <= found["worst"]
+    )
+    ranked = list(csv.DictReader(quantised.file("sensitivity.csv").read_text().splitlines()))
+    gains = [float(row["gives_back"]) for row in ranked[2:]]
+    assert gains == sorted(gains, reverse=True) and len(gains) == len(found["groups"])
+    folder = finished.folder / exported["artifact"] / "compressed"
+    graph = onnx.load(str(folder / "int8.onnx")).graph
+    int8 = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.name.endswith(".weight_DQ")]
+    assert len(int8) == quantised.metrics["quantised_convs"] == exported["metrics"]["compressed"]["int8_convs"]
+    names = {name for node in onnx.load(str(folder / "int8-implicit.onnx")).graph.node for name in node.output}
+    head, *lines = (folder / "int8-implicit.cache").read_text().splitlines()
+    assert head.startswith("TRT-") and {line.rpartition(": ")[0] for line in lines} <= names | {"images"}
 
 
 def test_a_dry_run_shows_what_prune_then_does(finished: Bench) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
+from yolo_compress.knobs import Calibrator
 from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, ptq
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import AMAX_FLOOR, QMAX
-from yolo_compress.sections import Calibrator
 
 COUNT = 100_000
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.knobs import Criterion
 from yolo_compress.prune.criteria import CRITERIA, bn_gamma, find, fpgm, l1, l2, lamp, random, scores
 from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import Group, Member
-from yolo_compress.sections import Criterion
 
 GROUP = Group(
     "a",

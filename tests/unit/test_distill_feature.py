@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from yolo_compress.distill.feature import FEATURE_LOSSES, MASKED, Generator, aligner
-from yolo_compress.sections import FeatureLoss
+from yolo_compress.knobs import FeatureLoss
 
 PURE = [name for name in FEATURE_LOSSES if name != "mgd"]
 

@@ -178,7 +178,7 @@ class Comparison:
     """A network's time beside the dense one's.
 
     Other work makes rounds two to four times slower, and seldom those of both networks alike, so the lowest of each are
-    no pair: by launch their ratio was 0.38 to 1.19 where it is 0.59. Neighbouring rounds are slowed alike.
+    no pair. Neighbouring rounds are slowed alike.
 
     Attributes:
         share: of the dense time; the median over launches of the median over pairs of neighbouring rounds.

@@ -2,8 +2,7 @@
 
 A text file: a head with the version of TensorRT and the calibrator, then a line a tensor with its scale, the bytes of a float32 in
 hexadecimal. TensorRT reads it through `IInt8EntropyCalibrator2.read_calibration_cache`, `trtexec --int8 --calib=FILE` from the same
-file; removed in 11. Written from the scales of the Q/DQ form by the format (NVIDIA, TensorRT developer guide, "INT8
-calibration"; NVIDIA-AI-IOT/cuDLA-samples writes the same from a Q/DQ graph); never read by a TensorRT here.
+file; removed in 11. No TensorRT has read one of ours: the format is that of the files that TensorRT writes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import onnx
 
 from yolo_compress.atomic import atomic_write
 from yolo_compress.errors import RecipeError
-from yolo_compress.quant.qdq import find_convs, tensor_ranges
+from yolo_compress.quant.qdq import find_convs, readers_of, tensor_ranges
 from yolo_compress.quant.state import QMAX, QuantState
 
-DEFAULT_VERSION = "8502"  # of JetPack 5.1; TensorRT only looks for the calibrator's name
+DEFAULT_VERSION = "8502"  # of JetPack 5.1
 
 
 def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = DEFAULT_VERSION) -> int:
@@ -39,11 +38,11 @@ def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = D
     """
     graph = onnx.load(str(float_onnx), load_external_data=False).graph
     amax = tensor_ranges(graph, state)
+    readers = readers_of(graph)
     for name, conv in find_convs(graph, state.outputs).items():
-        amax.setdefault(conv.output[0], state.outputs[name])
-        for node in graph.node:
-            if node.op_type == "Sigmoid" and node.input[0] == conv.output[0]:
-                amax.setdefault(node.output[0], 1.0)
+        made = conv.output[0]
+        amax.setdefault(made, state.outputs[name])
+        amax |= {node.output[0]: 1.0 for node in readers.get(made, ()) if node.op_type == "Sigmoid"}
     if odd := [name for name in amax if ":" in name or "\n" in name]:
         raise RecipeError(f"{float_onnx}: a calibration cache cannot hold the tensor name {odd[0]!r}; export again")
     lines = [f"TRT-{version}-EntropyCalibration2"]

@@ -17,9 +17,7 @@ from yolo_compress.hook import TrainHook
 from yolo_compress.quant.placement import IMAGES, Group, Plan, is_sum, plan
 from yolo_compress.quant.state import AMAX_FLOOR, QuantState
 
-BACKEND = (
-    "yolo_compress"  # of ModelOpt's quantisers on CPUs: 3 times faster there (`benchmarks/trainer_overhead.py --qat`)
-)
+BACKEND = "yolo_compress"  # name under which ModelOpt's quantisers find `_fake_quantise`
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]
 
 def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     """The ONNX tensor of each tensor of `state`, with its amax."""
-    readers = _readers(graph)
+    readers = readers_of(graph)
     stored = {node.input[1] for node in graph.node if node.op_type == "Conv"}
     sums = [
         name for name in state.activations if f"{name}.cv2.conv.weight" in stored and f"{name}.cv2" in state.activations
@@ -203,7 +203,8 @@ def _activated(conv: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -
     return str(conv.output[0])
 
 
-def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor, in the order of the graph."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for tensor in node.input:
@@ -265,7 +266,7 @@ def _inner_pairs(
 ) -> dict[str, Pair]:
     """Pairs inside of blocks, without which ONNX Runtime runs neither convolution nor SiLU in INT8."""
     dtype, zero_point = TARGETS["onnxruntime"]
-    readers = _readers(graph)
+    readers = readers_of(graph)
     inner: dict[str, Pair] = {}
     for name, conv in convs.items():
         made = conv.output[0]

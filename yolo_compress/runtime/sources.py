@@ -40,8 +40,8 @@ def open_source(source: Union[str, Path]) -> Source:
         RuntimeUnavailable: a video or camera, and OpenCV is not installed.
     """
     text = str(source)
-    if text.isdigit() or "://" in text:
-        return _video(int(text) if text.isdigit() else text, f"camera {text}" if text.isdigit() else text)
+    if text.isdecimal() or "://" in text:
+        return _video(int(text) if text.isdecimal() else text, f"camera {text}" if text.isdecimal() else text)
     path = Path(text)
     try:
         if path.is_dir():

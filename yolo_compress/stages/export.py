@@ -122,10 +122,10 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
     whole = len(folded.activations) == len(plan(model).tensors)
     _lint(folder / "int8.onnx", f"tensorrt-{LINT_VERSION}", whole)
-    typed = job.work / "opset19.onnx"
-    _onnx(job, model, typed, max(config.opset, HALF_QDQ_OPSET))
-    insert_qdq(typed, typed, folded, "tensorrt11")
-    to_fp16(typed, folder / "int8-tensorrt11.onnx", "int8")
+    newer, codes = job.work / "opset19.onnx", job.work / "codes.onnx"
+    _onnx(job, model, newer, max(config.opset, HALF_QDQ_OPSET))
+    insert_qdq(newer, codes, folded, "tensorrt11")
+    to_fp16(codes, folder / "int8-tensorrt11.onnx", "int8")
     _lint(folder / "int8-tensorrt11.onnx", "tensorrt-11.4", whole)
     for runtime in CPU_RUNTIMES:
         insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)

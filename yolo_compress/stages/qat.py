@@ -45,11 +45,14 @@ def run(job: Job) -> dict[str, Any]:
         percentile=config.percentile,
     )
     left, metrics = config.float_groups or (), dict[str, Any]()
+    state = None  # calibrated by the hook, unless it is known already
     if config.sensitivity != "off":
-        left, metrics = _sensitivity(job, model, calibrated(model, left=left), images, left)
+        state = calibrated(model, left=left)
+        found, metrics = _sensitivity(job, model, state, images, left)
+        state, left = state.without(group for group in plan(model).groups if group.name in found), (*left, *found)
     placed = plan(model, left)
     atomic_write(job.out / "placement.csv", csv_text([dict(zip(PLACED, row, strict=True)) for row in placed.rows()]))
-    quantiser = FakeQuant(partial(calibrated, left=left), weight_bits=config.weight_bits)
+    quantiser = FakeQuant(partial(calibrated, left=left), state, config.weight_bits)
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
         hooks.append(parent(job.inputs["distill"].file("model.pt")))
@@ -75,7 +78,7 @@ def run(job: Job) -> dict[str, Any]:
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Groups to leave in float, those of the recipe and those that had to be; a killed measurement goes on where it stopped."""
+    """Groups that have to be left in float beside those of the recipe; a killed measurement goes on where it stopped."""
     config: QatConfig = job.config
     value = partial(WORTH[config.sensitivity], job, images)
     better = config.sensitivity == "map50_95"
@@ -109,4 +112,4 @@ def _sensitivity(
         f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}); "
         + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
     )
-    return (*fixed, *left), {"sensitivity_enough": enough}
+    return left, {"sensitivity_enough": enough}
