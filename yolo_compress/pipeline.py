@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
     "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=2, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", trains=True, checked=True),
-    "qat": Stage(("distill",), stand_in="distill", version=2, trains=True),
+    "qat": Stage(("distill",), stand_in="distill", version=2, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=2),
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), machine=True),

@@ -102,6 +102,13 @@ def test_distilling_from_oneself(shop: Shop) -> None:
     shop.fails(2, "distill", shop.recipe(distill={}), says="the same net")
 
 
+def test_a_group_that_the_net_does_not_have_stops_the_chain_before_it_trains(shop: Shop) -> None:
+    stderr = shop.fails(
+        2, "qat", shop.recipe(qat={"float_groups": ["model.99"]}), says="no group of tensors is named model.99"
+    )
+    assert "model.22.cv3.2.0" in stderr and "baseline: running" not in stderr
+
+
 # 5: paths
 
 

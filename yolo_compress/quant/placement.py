@@ -104,7 +104,8 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
     flow = _Flow(model)
     groups = flow.groups(left)
     if unknown := set(left) - {group.name for group in groups}:
-        raise RecipeError(f"no group of tensors is named {', '.join(sorted(unknown))}; see the plan")
+        known = ", ".join(group.name for group in groups if not group.why_float or group.name in left)
+        raise RecipeError(f"no group of tensors is named {', '.join(sorted(unknown))}; there are {known}")
     floats = {conv: group.why_float for group in groups if group.why_float for conv in group.convs}
     reasons = {
         name: flow.bare.get(name) or floats.get(name, "") for name in flow.reads if name in flow.bare or name in floats

@@ -13,7 +13,7 @@ from torch import nn
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import atomic_write
 from yolo_compress.csvtext import csv_text
-from yolo_compress.data import Sample
+from yolo_compress.data import Dataset, Sample
 from yolo_compress.hook import TrainHook
 from yolo_compress.prune.price import conv_shapes
 from yolo_compress.quant import sensitivity
@@ -21,8 +21,8 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, attach
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import QuantState
-from yolo_compress.recipe import QatConfig
-from yolo_compress.stages import Job
+from yolo_compress.recipe import QatConfig, Recipe
+from yolo_compress.stages import Job, source
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 from yolo_compress.stages.training import finish, fit, measure, parent
 from yolo_compress.stages.worth import WORTH
@@ -73,6 +73,16 @@ def run(job: Job) -> dict[str, Any]:
         "float_groups": list(left),
         **metrics,
     }
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, a net that has no plan, and groups that it does not have: pruning renames none.
+
+    Raises:
+        RecipeError: See `placement.plan` and `source.start`.
+    """
+    assert recipe.qat is not None
+    plan(source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
 
 def _sensitivity(
