@@ -356,6 +356,7 @@ class QatConfig(TrainConfig):
             "null or a list of names, as in model.2.cv1,model.4.cv2",
         ),
     ] = None
+    learned_scales: Annotated[bool, knob("train the ranges with the weights (LSQ, arXiv 1902.08153)")] = False
     teach_from_parent: Annotated[bool, knob("the float net teaches during training")] = True
     epochs: Epochs = 3
     lr0: Lr0 = 1e-4
@@ -375,6 +376,12 @@ class ExportConfig(Section):
     dynamic_batch: Annotated[bool, knob("leave the batch size open")] = False
     simplify: Annotated[bool, knob("run onnxsim, then compare with torch again")] = True
     torchscript: Annotated[bool, knob("write TorchScript too")] = True
+    nms: Annotated[
+        bool,
+        knob(
+            "write each ONNX file again as NAME-nms.onnx, with NMS behind it: boxes of 0.25 and more, IoU 0.7, at most 300"
+        ),
+    ] = False
     calibration_cache: Annotated[
         bool,
         knob("also write int8-implicit.onnx and int8-implicit.cache, the same scales for TensorRT 8 and 10 without Q/DQ and "

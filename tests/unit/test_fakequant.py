@@ -17,6 +17,7 @@ from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, QuantisedOutput, QuantisedSum, attach, detach, read
+from yolo_compress.quant.learned import LearnedRange
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import AMAX_FLOOR, QuantState, fold
 
@@ -330,3 +331,48 @@ def test_seven_bits_of_weight_are_127_codes(state: QuantState) -> None:
     codes = conv.weight_quantizer(conv._parameters["weight"]).detach() * 63 / amax_C
     assert torch.allclose(codes, codes.round(), atol=1e-4)
     assert codes.abs().amax(dim=(1, 2, 3)).round().eq(63).all()
+
+
+def test_learned_ranges_start_as_the_fixed_ones_and_follow_equation_3(state: QuantState) -> None:
+    """LSQ, arXiv 1902.08153: inside the range the gradient by the step is round(v) - v, outside it -Q_N or Q_P."""
+    fixed, learned = net(), net()
+    attach(fixed, state)
+    attach(learned, state, learned=True)
+    assert read(learned).convs == read(fixed).convs
+    for tensor, amax in read(fixed).activations.items():
+        assert read(learned).activations[tensor] == pytest.approx(amax, rel=1e-6)
+    assert torch.allclose(output(learned), output(fixed), atol=0.02 * float(output(fixed).abs().max()))
+
+    ranged = LearnedRange(torch.tensor(2.54), 8, narrow_range=False)  # step 0.02
+    x = torch.tensor([0.013, -0.5055, 9.0, -9.0], requires_grad=True)
+    ranged(x).sum().backward()
+    v = torch.tensor([0.013, -0.5055]) / 0.02
+    by_step = float((v.round() - v).sum() + 127 - 128)
+    factor = 1 / (4 * 127) ** 0.5
+    assert float(ranged.log_amax.grad) == pytest.approx(by_step * 0.02 * factor, rel=1e-4)
+    assert x.grad is not None and x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_learned_ranges_are_trained_resumed_and_given_back() -> None:
+    model, hook = net(), FakeQuant(ranges, learned=True)
+    hook.on_model(model)
+    start = read(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    predictions = model(images(2))
+    (predictions["scores"].square().mean() + predictions["boxes"].square().mean()).backward()
+    optimizer.step()
+    model.eval()
+    moved = read(model)
+    assert all(moved.activations[name] != amax for name, amax in start.activations.items())
+    assert all(moved.weights[name] != amax_C for name, amax_C in start.weights.items())
+    resumed, again = net(seed=1), FakeQuant(ranges, learned=True)
+    again.on_model(resumed)
+    resumed.load_state_dict(model.state_dict(), strict=True)
+    held = dict(resumed.named_parameters())
+    again.load_state_dict(hook.state_dict())
+    assert all(held[name] is parameter for name, parameter in resumed.named_parameters())  # the optimizer's own
+    assert torch.equal(output(resumed), output(model))
+    hook.to_stock(model)
+    assert hook.state is not None and hook.state.activations == moved.activations
+    assert not any("Quant" in type(module).__name__ for module in model.modules())

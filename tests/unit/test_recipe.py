@@ -27,8 +27,8 @@ FROZEN = {
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} teacher images data_free data_free_steps temperature alpha logit_weight feature_weight box_weight iou_weight "
     "feature_loss layers ramp_epochs off_without_mosaic",
-    "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop float_groups teach_from_parent",
-    "export": "precisions opset batch dynamic_batch simplify torchscript calibration_cache calib_images calibrator percentile",
+    "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop float_groups learned_scales teach_from_parent",
+    "export": "precisions opset batch dynamic_batch simplify torchscript nms calibration_cache calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
     "bench": "warmup iterations rounds threads",
     "report": "min_retention images",

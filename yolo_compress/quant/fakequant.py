@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
 from yolo_compress.hook import TrainHook
+from yolo_compress.quant.learned import LearnedRange
 from yolo_compress.quant.placement import IMAGES, Group, Plan, is_sum, plan
 from yolo_compress.quant.state import AMAX_FLOOR, QuantState
 
+ACTIVATION_BITS = 8
 BACKEND = "yolo_compress"  # name under which ModelOpt's quantisers find `_fake_quantise`
 
 
@@ -108,13 +110,14 @@ class QuantisedSum(nn.Module):
         return codes_BCHW
 
 
-def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
+def attach(model: nn.Module, state: QuantState, weight_bits: int = 8, learned: bool = False) -> None:
     """Make the tensors and weights of `state` fake-quantised, in place.
 
     Tensors are quantised where they are made (`QuantisedOutput`, `QuantisedSum`; the image where the first convolution reads
     it), those of a group by one quantiser; weights an output channel. Both symmetric INT8 (weights in `weight_bits` of the 8,
     as `qdq.WEIGHT_QMAX` ships them to CPUs: 7 bits are codes -63 to 63); gradients pass straight through. The
-    ranges are buffers, so the state dict of a model attached with any state of the same plan loads strictly into another one.
+    ranges are buffers, or parameters where they are `learned` (LSQ), so the state dict of a model attached with any state of the
+    same plan loads strictly into another one.
     `copy.deepcopy` works; pickling the module does not.
 
     Raises:
@@ -142,6 +145,8 @@ def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
         conv.weight_quantizer.num_bits = weight_bits
         conv.weight_quantizer.backend = BACKEND
         conv.weight_quantizer.amax = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
+        if learned:
+            conv.weight_quantizer = LearnedRange(conv.weight_quantizer.amax, weight_bits, narrow_range=True)
     for group in placed.groups:
         amax = {state.activations[tensor] for tensor in group.tensors if tensor in state.activations}
         if not amax:
@@ -151,6 +156,8 @@ def attach(model: nn.Module, state: QuantState, weight_bits: int = 8) -> None:
         quantizer = quant_nn.TensorQuantizer()
         quantizer.backend = BACKEND
         quantizer.amax = torch.tensor(amax.pop()).to(next(model.parameters()).device)
+        if learned:
+            quantizer = LearnedRange(quantizer.amax, ACTIVATION_BITS, narrow_range=False)
         for tensor in group.tensors:
             _put(model, placed, tensor, quantizer)
 
@@ -238,31 +245,36 @@ def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class FakeQuant(TrainHook):
-    """QAT: ranges calibrated once before training and held, weights learn to live with them.
+    """QAT: ranges calibrated once before training and held, weights learn to live with them; or ranges learned along.
 
     Args:
         calibrate: Finds the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. Called on the
             float model before training, and at its end on the quantised one, where only the ranges of `outputs` are taken.
         state: Ranges to start from instead of calibrating (a resumed run).
         weight_bits: Of the weights, as `attach` takes them: what the engine will hold is what has to be trained.
+        learned: Train the ranges too (`LearnedRange`).
 
     Attributes:
         state: After `to_stock`, the ranges that belong to the model given back.
     """
 
     def __init__(
-        self, calibrate: Callable[[nn.Module], QuantState], state: QuantState | None = None, weight_bits: int = 8
+        self,
+        calibrate: Callable[[nn.Module], QuantState],
+        state: QuantState | None = None,
+        weight_bits: int = 8,
+        learned: bool = False,
     ) -> None:
         self._calibrate = calibrate
         self.state = state
-        self.weight_bits = weight_bits
+        self.weight_bits, self.learned = weight_bits, learned
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
         """Calibrates unless there is a state, then attaches."""
         if self.state is None:
             self.state = self._calibrate(model)
-        attach(model, self.state, self.weight_bits)
+        attach(model, self.state, self.weight_bits, self.learned)
         self._model = model
 
     def to_stock(self, model: nn.Module) -> None:
@@ -279,6 +291,6 @@ class FakeQuant(TrainHook):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over the ranges of a saved run, before or after `on_model`."""
         self.state = QuantState.from_json(state["quant"])
-        if self._model is not None:
+        if self._model is not None and not self.learned:  # learned ones are the model's parameters, and come with them
             detach(self._model)
             attach(self._model, self.state, self.weight_bits)

@@ -52,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
         state, left = state.without(group for group in plan(model).groups if group.name in found), (*left, *found)
     placed = plan(model, left)
     atomic_write(job.out / "placement.csv", csv_text([dict(zip(PLACED, row, strict=True)) for row in placed.rows()]))
-    quantiser = FakeQuant(partial(calibrated, left=left), state, config.weight_bits)
+    quantiser = FakeQuant(partial(calibrated, left=left), state, config.weight_bits, config.learned_scales)
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
         hooks.append(parent(job.inputs["distill"].file("model.pt")))
