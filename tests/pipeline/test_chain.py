@@ -225,7 +225,13 @@ def test_qat_without_epochs_is_calibration_only(finished: Bench) -> None:
 
 def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench) -> None:
     """A drop that nothing but float allows: every group that gives something back is left out, and its convolutions with it."""
-    knobs = ("qat.epochs=0", "qat.sensitivity=loss", "qat.max_drop=1e-9", "export.calibration_cache=true")
+    knobs = (
+        "qat.epochs=0",
+        "qat.sensitivity=loss",
+        "qat.max_drop=1e-9",
+        "export.calibration_cache=true",
+        "export.nms=true",
+    )
     exported = json.loads(finished.run("export", "recipe=tiny.yaml", *knobs).stdout.splitlines()[-1])
     quantised = artifact(finished, "qat")
     found = json.loads(quantised.file("sensitivity.json").read_text())
@@ -246,6 +252,9 @@ def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench)
     int8 = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.name.endswith(".weight_DQ")]
     assert len(int8) == quantised.metrics["quantised_convs"] == exported["metrics"]["compressed"]["int8_convs"]
     names = {name for node in onnx.load(str(folder / "int8-implicit.onnx")).graph.node for name in node.output}
+    for file in ("fp32", "int8-tensorrt11", "int8-onnxruntime"):
+        rows = onnx.load(str(folder / f"{file}-nms.onnx")).graph.output[0].type.tensor_type.shape.dim
+        assert [size.dim_value for size in rows] == [1, 300, 6]
     head, *lines = (folder / "int8-implicit.cache").read_text().splitlines()
     assert head.startswith("TRT-") and {line.rpartition(": ")[0] for line in lines} <= names | {"images"}
 
