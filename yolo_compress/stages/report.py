@@ -10,14 +10,13 @@ from yolo_compress import environment
 from yolo_compress.artifact import atomic_write
 from yolo_compress.evaluate.ab import compare
 from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.evaluate.kept import kept
+from yolo_compress.evaluate.kept import kept, row_name
 from yolo_compress.report.document import build, identified
 from yolo_compress.report.gate import judge, label
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
-from yolo_compress.stages.bench import row_name
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120
