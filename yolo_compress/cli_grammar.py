@@ -27,6 +27,9 @@ OPTIONS = {
     "iou": (),
     "engines": (),
     "draw": ("true", "false"),
+    "version": (),
+    "key": (),
+    "golden": (),
 }  # () stands for any text
 _SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
@@ -58,6 +61,10 @@ VERBS = {
     "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
+    "bundle": Verb("write everything a robot needs to out=FOLDER or FILE.tar, signed with key=FILE; exit code 1 below the gate",
+                   options=("recipe", "lock", "force", "out", "target", "version", "key", "golden")),
+    "keygen": Verb("write a private key to out=FILE and its public half, which robots pin, to FILE.pub",
+                   options=("out",), knobs=False),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
@@ -154,9 +161,11 @@ def usage(name: str) -> str:
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
     parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
     if "out" in verb.options:
-        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else ["out=FOLDER"]
+        where = {"bundle": "out=FOLDER|FILE.tar", "keygen": "out=FILE"}.get(name, "out=FOLDER")
+        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else [where]
     parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
     parts += ["[target=NAME]"] if "target" in verb.options else []
+    parts += ["[version=N] [key=FILE] [golden=N]"] if "key" in verb.options else []
     return "usage: " + " ".join(parts)
 
 
@@ -214,6 +223,8 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
     if name == "probe" and "out" not in options:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
+    if name in ("bundle", "keygen") and "out" not in options:
+        raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
     if name == "fetch" and not words:
