@@ -63,6 +63,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"
     )
     parser.add_argument("--coco", type=Path, metavar="FILE", help="COCO json of the images in --data")
+    parser.add_argument("--golden", action="store_true", help="the golden self-test alone; writes nothing")
     parser.add_argument(
         "--iterations", type=int, default=Plan().iterations, help="timed calls an engine (default 1000)"
     )
