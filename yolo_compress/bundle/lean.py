@@ -22,8 +22,7 @@ def lean(source: str) -> str:
         if first == last:
             lines[first] = (lines[first][:start] + put + lines[first][end:]).rstrip()
         else:
-            tail = lines[last][end:]
-            lines[first : last + 1] = [lines[first][:start] + put] + [""] * (last - first - 1) + [tail.strip()]
+            lines[first : last + 1] = [lines[first][:start] + put + lines[last][end:]] + [""] * (last - first)
     return "\n".join(lines) + "\n"
 
 
