@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from yolo_compress.runtime import ed25519, robot_switch, sealed
 from yolo_compress.runtime.errors import EngineError
@@ -573,8 +580,9 @@ class Robot(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_any_order_of_calls(tmp_path: Path) -> None:
     Robot.place = tmp_path
-    Robot.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None, derandomize=True)
-    Robot.TestCase().runTest()
+    run_state_machine_as_test(
+        Robot, settings=settings(max_examples=60, stateful_step_count=12, deadline=None, derandomize=True)
+    )
 
 
 @pytest.fixture(autouse=True)
