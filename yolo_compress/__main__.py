@@ -56,11 +56,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _runtime_exit_code(error: Exception) -> int | None:
     """The robot's side has errors of its own, since it imports nothing else of the package."""
-    runtime_errors = sys.modules.get("yolo_compress.runtime.errors")
-    if runtime_errors is None:
-        return None
-    codes = {"NotFinite": 7, "EngineError": 5, "RuntimeUnavailable": 4, "LatencyError": 4, "SourceError": 3}
-    return next((code for name, code in codes.items() if isinstance(error, getattr(runtime_errors, name))), None)
+    from yolo_compress.runtime.errors import RuntimeFailure
+
+    return error.exit_code if isinstance(error, RuntimeFailure) else None
 
 
 def _load(command: cli_grammar.Command) -> Any:
