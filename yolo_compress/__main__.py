@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus run, predict, status, check, cfg, lint, fetch and gc.
+"""The command line: one verb a stage, plus run, bundle, predict, ab, status, check, cfg, lint, fetch and gc.
 
 Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
 """
@@ -185,6 +185,35 @@ def _rollout(command: cli_grammar.Command) -> int:
     return 1 if document["verdict"]["status"] == "abort" else 0
 
 
+def _bundle(command: cli_grammar.Command) -> int:
+    from yolo_compress.bundle import make
+
+    summary = make.make(_load(command), make.order(command.options), wait=command.wait)
+    result(f"on the robot, in {command.options['out']}: python3 build.py, python3 bench.py, python3 detect.py SOURCE")
+    result(json.dumps(summary))
+    return 0
+
+
+def _keygen(command: cli_grammar.Command) -> int:
+    from pathlib import Path
+
+    from yolo_compress.bundle.keys import keygen
+
+    made = keygen(Path(command.options["out"]))
+    result(f"on the robot: install {made['public_key']} as {made['pin_as']}; keep {made['key']} off every robot")
+    result(json.dumps(made))
+    return 0
+
+
+def _ab(command: cli_grammar.Command) -> int:
+    from yolo_compress import ab
+
+    document = ab.run(ab.settings(command.options))
+    result(ab.text(document))
+    result(json.dumps(document))
+    return 0 if document["verdict"]["status"] == "pass" else 1
+
+
 def _fetch(command: cli_grammar.Command) -> int:
     from yolo_compress.fetch import fetch
 
@@ -227,6 +256,9 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "lint": _lint,
     "predict": _predict,
     "rollout": _rollout,
+    "bundle": _bundle,
+    "keygen": _keygen,
+    "ab": _ab,
     "fetch": _fetch,
     "gc": _gc,
     "help": _help,

@@ -27,13 +27,21 @@ OPTIONS = {
     "iou": (),
     "engines": (),
     "draw": ("true", "false"),
-    "a": (),
-    "b": (),
     "truth": (),
     "stage": (),
     "state": (),
     "cap": (),
     "budgets": (),
+    "version": (),
+    "key": (),
+    "golden": (),
+    "a": (),
+    "b": (),
+    "data": (),
+    "imgsz": (),
+    "margin": (),
+    "replicates": (),
+    "seed": (),
 }  # () stands for any text
 _SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
@@ -65,12 +73,18 @@ VERBS = {
     "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
+    "bundle": Verb("write what a robot needs to out=FOLDER|FILE.tar, signed with key=FILE; not below the gate",
+                   options=("recipe", "lock", "force", "out", "target", "version", "key", "golden")),
+    "keygen": Verb("write a private key to out=FILE, and the public half that robots pin to FILE.pub",
+                   options=("out",), knobs=False),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
     "rollout": Verb("judge a canary B by shadow logs of A and B: advance, hold (both exit code 0) or abort (1)",
                     options=("a", "b", "truth", "stage", "state", "cap", "budgets", "lock"), knobs=False),
+    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
+               options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),
     "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
@@ -80,6 +94,10 @@ VERBS = {
     "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="[VERB]"),
     "version": Verb("print the version", options=(), knobs=False),
 }  # fmt: skip
+_AB = (
+    "a=ART b=ART data=DATA.yaml [imgsz=SIDE|HEIGHT,WIDTH] [conf=0.25] [margin=0.01] [replicates=1000] [seed=0] [out=FILE.json]; "
+    "ART is an engine FOLDER, FILE.onnx, FILE.pt, or BENCH:ROW as in weights/digits/bench:compressed-onnxruntime-int8"
+)
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
 
 
@@ -153,6 +171,8 @@ def parse(argv: Sequence[str]) -> Command:
 
 def usage(name: str) -> str:
     """Gives the usage line of a verb."""
+    if name == "ab":
+        return f"usage: yolo-compress ab {_AB}"
     verb = VERBS[name]
     parts = [f"yolo-compress {name}"]
     parts += [verb.words] if verb.words else []
@@ -166,9 +186,11 @@ def usage(name: str) -> str:
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
     parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
     if "out" in verb.options:
-        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else ["out=FOLDER"]
+        where = {"bundle": "out=FOLDER|FILE.tar", "keygen": "out=FILE"}.get(name, "out=FOLDER")
+        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else [where]
     parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
     parts += ["[target=NAME]"] if "target" in verb.options else []
+    parts += ["[version=N] [key=FILE] [golden=N]"] if "key" in verb.options else []
     return "usage: " + " ".join(parts)
 
 
@@ -216,6 +238,8 @@ def _pairs(name: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> None:
     if key not in VERBS[name].options:
+        if VERBS[name].knobs and any(option.endswith(f".{key}") for option in recipe.options()):
+            recipe.check_key(key, VERBS[name].options)  # says which section it stands in
         raise RecipeError(f"{_WHERE}: {name} takes no {key}; {usage(name)}")
     if key in given:
         raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
@@ -226,10 +250,14 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
     if name == "probe" and "out" not in options:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
+    if name in ("bundle", "keygen") and "out" not in options:
+        raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
     if name == "rollout" and not {"a", "b"} <= set(options):
         raise RecipeError(f"{_WHERE}: rollout needs the shadow logs of two models; {usage(name)}")
+    if name == "ab" and not {"a", "b", "data"} <= set(options):
+        raise RecipeError(f"{_WHERE}: ab needs two models and a data yaml; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
     if name == "lint" and len(words) != 1:

@@ -293,6 +293,7 @@ def test_schema_and_plain_types() -> None:
         "flops",
         "sensitivity",
         "recovery",
+        "ab",
         "reproduce",
         "environment",
     ]

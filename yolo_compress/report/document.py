@@ -40,6 +40,9 @@ def build(
     data: Mapping[str, Any],
     *,
     min_retention: float,
+    max_latency_ms: float | None = None,
+    max_size_mib: float | None = None,
+    ab: Mapping[str, Any] | None = None,
     gammas: Mapping[str, Any] | None = None,
     channels: Mapping[str, Sequence[int]] | None = None,
     flops: Mapping[str, Sequence[int]] | None = None,
@@ -63,6 +66,8 @@ def build(
         data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
             optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
+        max_latency_ms, max_size_mib: limits of the row that decides; None asks for nothing.
+        ab: the original in FP32 against that row, see `evaluate.ab.compare`.
         gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
         channels: `{layer: [before, after]}`.
         flops: `{convolution: [MACs before, MACs after]}` for one image.
@@ -78,9 +83,9 @@ def build(
         RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
             precision or without an image set, malformed figures of a stage.
     """
-    ordered = _ordered(rows)
+    ordered = identified(rows)
     image_set = _one_image_set(ordered, chain)
-    gate = judge(ordered, min_retention)
+    gate = judge(ordered, min_retention, max_latency_ms, max_size_mib)
     enriched = [_enrich(row, ordered) for row in ordered]
     surroundings = dict(environment or {})
     document = {
@@ -99,13 +104,14 @@ def build(
         "flops": checked.pairs("FLOPs", flops),
         "sensitivity": checked.sensitivity(sensitivity),
         "recovery": checked.recovery(recovery),
+        "ab": ab,
         "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
         "environment": surroundings,
     }
     return dict(_plain(document))
 
 
-def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def identified(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with an id, by device, runtime, model and precision, so that what is compared stands together."""
     runtimes = [*RUNTIMES, *sorted({str(row["runtime"]) for row in rows} - set(RUNTIMES))]
     devices = list(dict.fromkeys(row.get("device") for row in rows))

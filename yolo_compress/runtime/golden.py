@@ -22,13 +22,20 @@ FILE = "golden.json"
 SCHEMA = 1
 SAME = "same"  # the tolerance of an engine of the runtime and precision that the expectation is of
 LEAST_IOU = 0.5
+MOST = 90  # percent
 
 
 class Difference(NamedTuple):
-    """Of two sets of detections: px of the image, score, boxes without partner, boxes with one."""
+    """Of two sets of detections: px of the image, score, boxes without partner, boxes with one.
+
+    `most_`: nine of ten boxes differ by less. With coarse arithmetic the worst one says little: a rounding decides from which of
+    two cells a box comes.
+    """
 
     worst_box_px: float
     worst_score: float
+    most_box_px: float
+    most_score: float
     unmatched: int
     compared: int
 
@@ -42,8 +49,7 @@ def check(bundle: Path, backend: Backend, runtime: str) -> Dict[str, Any]:
         runtime: its runtime.
 
     Returns:
-        `passed`, `worst_box_px`, `worst_score`, `unmatched`, `compared` (boxes), `against` (the expectation's engine), `tolerance`,
-        `reason` (None when passed).
+        `Difference` as a mapping, `passed`, `against` (the expectation's engine), `tolerance`, `reason` (None when passed).
 
     Raises:
         EngineError: the bundle expects nothing of this precision, or its golden.json is of another form.
@@ -60,12 +66,13 @@ def check(bundle: Path, backend: Backend, runtime: str) -> Dict[str, Any]:
             raise EngineError(
                 f"{bundle / FOLDER / FILE}: expects nothing of {backend.precision}; it has {sorted(expected)}"
             )
-        tolerance = golden["tolerances"][SAME if against == own else backend.precision]
+        same = against == own and golden["executed"][own] == backend.executed  # else another processor, other kernels
+        tolerance = golden["tolerances"][SAME if same else backend.precision]
         found = detections(backend, images, golden["floor"], golden["iou"])
         wanted = [np.array(rows, np.float64).reshape(-1, 6) for rows in expected[against]]
         worst = difference(wanted, found, golden["conf"])
         reason = _reason(worst, tolerance)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{bundle / FOLDER / FILE}: of another form ({error!r}); make the bundle again") from error
     return dict(worst._asdict(), passed=reason is None, against=against, tolerance=tolerance, reason=reason)
 
@@ -94,19 +101,18 @@ def detections(backend: Backend, images: Sequence[np.ndarray], floor: float, iou
 
 def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf: float) -> Difference:
     """The largest differences over all images; N6 (xyxy, score, class) an image, in the same order."""
-    box = score = 0.0
-    unmatched = compared = 0
+    boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):
         one, two = np.asarray(one_N6, np.float64), np.asarray(two_M6, np.float64)
         pairs = _pairs(one, two)
         for i, j in pairs:
             if max(one[i, 4], two[j, 4]) >= conf:
-                box = max(box, float(np.abs(one[i, :4] - two[j, :4]).max()))
-                score = max(score, float(abs(one[i, 4] - two[j, 4])))
-                compared += 1
+                boxes.append(float(np.abs(one[i, :4] - two[j, :4]).max()))
+                scores.append(float(abs(one[i, 4] - two[j, 4])))
         for rows, taken in ((one, {i for i, _ in pairs}), (two, {j for _, j in pairs})):
             unmatched += sum(k not in taken and row[4] >= conf for k, row in enumerate(rows))
-    return Difference(box, score, int(unmatched), compared)
+    most = [float(np.percentile(values[1:] or values, MOST)) for values in (boxes, scores)]
+    return Difference(max(boxes), max(scores), most[0], most[1], int(unmatched), len(boxes) - 1)
 
 
 def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
@@ -130,14 +136,15 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
     return pairs
 
 
-def _reason(worst: Difference, tolerance: Dict[str, float]) -> Optional[str]:
+def _reason(found: Difference, tolerance: Dict[str, Any]) -> Optional[str]:
     """What is beyond its tolerance, in words."""
+    box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
     beyond = [
         f"{what} {got:.4g}, {allowed:.4g} allowed"
         for what, got, allowed in (
-            ("boxes off by px:", worst.worst_box_px, tolerance["box_px"]),
-            ("scores off by", worst.worst_score, tolerance["score"]),
-            ("boxes without partner:", worst.unmatched, tolerance["unmatched"]),
+            (f"{tolerance['of']} boxes off by px:", box, tolerance["box_px"]),
+            (f"{tolerance['of']} scores off by", score, tolerance["score"]),
+            ("boxes without partner:", found.unmatched, tolerance["unmatched"]),
         )
         if got > allowed
     ]

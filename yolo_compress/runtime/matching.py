@@ -83,7 +83,7 @@ def match(
     order = order[_rank(group_D[order]) < MAX_DETECTIONS]
     found_D6, image_D, row_D, class_D, group_D = (part[order] for part in (found_D6, image_D, row_D, class_D, group_D))
 
-    truth_D4, truth_N4 = _sized(found_D6[:, :4]), _sized(truth_N5[:, 1:])
+    truth_D4, truth_N4 = sized(found_D6[:, :4]), sized(truth_N5[:, 1:])
     inside_AD, inside_AN = _inside(truth_D4, areas), _inside(truth_N4, areas)
     truth_ATD = np.full((len(areas), len(IOUS_T), len(order)), -1, np.int32)
     by_group = np.argsort(group_N, kind="stable")
@@ -116,13 +116,21 @@ def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarra
     return np.concatenate(parts) if parts else np.zeros((0, width)), image, number
 
 
+def counting(rows_N6: np.ndarray) -> np.ndarray:
+    """Which detections of an image count, as a mask: the best 100 of each class."""
+    order = np.lexsort((-rows_N6[:, 4], rows_N6[:, 5]))
+    mask = np.zeros(len(rows_N6), bool)
+    mask[order[_rank(rows_N6[order, 5]) < MAX_DETECTIONS]] = True
+    return mask
+
+
 def _rank(group_D: np.ndarray) -> np.ndarray:
     """Place of each in its run of equal values."""
     starts = np.flatnonzero(np.diff(group_D, prepend=-1))
     return np.arange(len(group_D)) - np.repeat(starts, np.diff(np.append(starts, len(group_D))))
 
 
-def _sized(boxes_N4: np.ndarray) -> np.ndarray:
+def sized(boxes_N4: np.ndarray) -> np.ndarray:
     """xyxy to x, y, width, height: COCO's form, and its rounding."""
     return np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
 
@@ -132,9 +140,8 @@ def _inside(boxes_N4: np.ndarray, areas: Sequence[str]) -> np.ndarray:
     return np.stack([(area_N >= AREAS[name][0]) & (area_N <= AREAS[name][1]) for name in areas])
 
 
-def box_iou(first_N4: np.ndarray, second_M4: np.ndarray) -> np.ndarray:
-    """iou_NM of boxes (x, y, width, height), by pycocotools' operations in their order."""
-    a, b = first_N4[:, None], second_M4[None]
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of boxes (..., 4) with boxes (..., 4), broadcast, each x, y, width, height; pycocotools' operations in their order."""
     width = np.minimum(a[..., 2] + a[..., 0], b[..., 2] + b[..., 0]) - np.maximum(a[..., 0], b[..., 0])
     height = np.minimum(a[..., 3] + a[..., 1], b[..., 3] + b[..., 1]) - np.maximum(a[..., 1], b[..., 1])
     over = (width > 0) & (height > 0)
@@ -150,7 +157,7 @@ def _match_group(
 
     Truths outside the area range are taken only where none inside is left. Of equal IoUs the last truth wins, as in COCO.
     """
-    iou_DG = box_iou(found_D4, truth_G4)
+    iou_DG = box_iou(found_D4[:, None], truth_G4[None])
     bounds_T = np.minimum(IOUS_T, _ALMOST_ONE)
     count = len(index_G)
     free_ATG = np.ones((len(inside_AG), len(bounds_T), count), bool)

@@ -63,6 +63,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"
     )
     parser.add_argument("--coco", type=Path, metavar="FILE", help="COCO json of the images in --data")
+    parser.add_argument("--golden", action="store_true", help="the golden self-test alone; writes nothing")
     parser.add_argument(
         "--iterations", type=int, default=Plan().iterations, help="timed calls an engine (default 1000)"
     )
@@ -85,13 +86,15 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         bundle = opened(directory)
         if options.latency_table is not None:
             return _latency_table(options)
+        folders = _engines(bundle, options.engine)
+        if options.golden:
+            return _self_test(bundle, folders)
         labelled = None
         if options.coco is not None:
             labelled = coco_file(options.coco, options.data, bundle.names)
         elif options.data is not None:
             labelled = yolo_folder(options.data, len(bundle.names))
         plan = Plan(labelled, options.iterations, options.power_s, options.threads)
-        folders = _engines(bundle, options.engine)
         document = bench(bundle, folders, plan)
         _write(options.out or directory / OUT, document)
         print(table(document))
@@ -99,6 +102,17 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         return 0 if document["golden"]["passed"] else 1
 
     return guarded(action)
+
+
+def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
+    """The golden images through each engine; a line each, the last line JSON."""
+    tested = {}
+    for folder in folders:
+        with open_engine(folder) as engine:
+            tested[folder.name] = test = golden.check(bundle.directory, engine, load_info(folder).runtime)
+        say(f"{folder.name}: golden images {'passed' if test['passed'] else 'FAILED: ' + test['reason']}")
+    print(json.dumps({"golden": tested}))
+    return 0 if all(test["passed"] for test in tested.values()) else 1
 
 
 def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]:

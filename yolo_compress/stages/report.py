@@ -6,15 +6,17 @@ import csv
 import json
 from typing import Any
 
-import numpy as np
-
 from yolo_compress import environment
-from yolo_compress.report.document import build
+from yolo_compress.artifact import atomic_write
+from yolo_compress.evaluate.ab import compare
+from yolo_compress.evaluate.coco import absolute_boxes
+from yolo_compress.evaluate.kept import kept, row_name
+from yolo_compress.report.document import build, identified
+from yolo_compress.report.gate import judge, label
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
-from yolo_compress.stages.bench import row_name
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120
@@ -24,12 +26,16 @@ VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 def run(job: Job) -> dict[str, Any]:
     """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
     rows = job.inputs["bench"].metrics["rows"]
+    ab = _ab(job, rows)
     document = build(
         job.recipe.name,
         _chain(job),
         rows,
         _data(job),
         min_retention=job.config.min_retention,
+        max_latency_ms=job.config.max_latency_ms,
+        max_size_mib=job.config.max_size_mib,
+        ab=ab,
         gammas=_gammas(job),
         channels=_channels(job),
         flops=_left(job, "flops.json"),
@@ -39,8 +45,36 @@ def run(job: Job) -> dict[str, Any]:
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
         not_tested=_not_tested(job, rows),
     )
+    if ab is not None:
+        atomic_write(job.out / "ab.json", json.dumps(ab, indent=1, allow_nan=False) + "\n")
     write(document, _gallery(job, rows), job.out)
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
+
+
+def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The original in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
+    named = {row["id"]: row for row in identified(rows)}
+    gate = judge(list(named.values()), job.config.min_retention)
+    if not job.config.ab_replicates or gate["worst"] is None:
+        return None
+    bench, samples = job.inputs["bench"], job.dataset.val
+    a, b = named[gate["reference"]], named[gate["worst"]]
+    latency = json.loads(bench.file("latency.json").read_text())
+    return compare(
+        [absolute_boxes(sample) for sample in samples],
+        kept(bench.file(f"detections/{row_name(a)}.npy"), len(samples)),
+        kept(bench.file(f"detections/{row_name(b)}.npy"), len(samples)),
+        job.dataset.names,
+        margin=job.config.ab_margin,
+        conf=job.config.conf,
+        replicates=job.config.ab_replicates,
+        seed=job.recipe.run.seed,
+        latency_a=latency[row_name(a)],
+        latency_b=latency[row_name(b)],
+        about_a={"label": f"{a['model']}, {label(a)}", "row": a["id"]},
+        about_b={"label": f"{b['model']}, {label(b)}", "row": b["id"]},
+        image_set=job.dataset.val_digest,
+    )
 
 
 def _own(job: Job, stage: str) -> bool:
@@ -147,18 +181,18 @@ def _gallery(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     first = next(row for row in measured if row["model"] == "original" and row["precision"] == "fp32")
     second = next((row for row in compressed if row["precision"] == "int8"), compressed[0])
-    both = [np.load(job.inputs["bench"].file(f"detections/{row_name(row)}.npy")) for row in (first, second)]
+    images = len(job.dataset.val)
+    both = [kept(job.inputs["bench"].file(f"detections/{row_name(row)}.npy"), images) for row in (first, second)]
     items = []
     for index in (i * len(job.dataset.val) // count for i in range(count)):
         sample = job.dataset.val[index]
-        of_image = [table[table[:, 0] == index, 1:] for table in both]
         items.append(
             {
                 "image": sample.image,
                 "name": sample.name,
                 "truths": sample.boxes,
-                "detections_a": of_image[0],
-                "detections_b": of_image[1],
+                "detections_a": both[0][index],
+                "detections_b": both[1][index],
                 "names": job.dataset.names,
             }
         )
