@@ -176,6 +176,15 @@ def _predict(command: cli_grammar.Command) -> int:
     return 0
 
 
+def _rollout(command: cli_grammar.Command) -> int:
+    from yolo_compress import rollout
+
+    document = rollout.run(command.options, command.wait)
+    result(rollout.text(document))
+    result(json.dumps(document))
+    return 1 if document["verdict"]["status"] == "abort" else 0
+
+
 def _bundle(command: cli_grammar.Command) -> int:
     from yolo_compress.bundle import make
 
@@ -246,6 +255,7 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "probe": _probe,
     "lint": _lint,
     "predict": _predict,
+    "rollout": _rollout,
     "bundle": _bundle,
     "keygen": _keygen,
     "ab": _ab,

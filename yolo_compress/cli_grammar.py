@@ -27,6 +27,11 @@ OPTIONS = {
     "iou": (),
     "engines": (),
     "draw": ("true", "false"),
+    "truth": (),
+    "stage": (),
+    "state": (),
+    "cap": (),
+    "budgets": (),
     "version": (),
     "key": (),
     "golden": (),
@@ -76,6 +81,8 @@ VERBS = {
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
+    "rollout": Verb("judge a canary B by shadow logs of A and B: advance, hold (both exit code 0) or abort (1)",
+                    options=("a", "b", "truth", "stage", "state", "cap", "budgets", "lock"), knobs=False),
     "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
                options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
@@ -171,6 +178,9 @@ def usage(name: str) -> str:
     parts += [verb.words] if verb.words else []
     parts += ["[recipe=NAME|FILE]"] if "recipe" in verb.options else []
     parts += ["[section.key=value ...]"] if verb.knobs else []
+    if name == "rollout":
+        parts += ["a=LOG.jsonl b=LOG.jsonl [truth=LABELS.jsonl] [state=FILE.json] [stage=5%] [cap=25%]"]
+        parts += ["[budgets=NAME:NUMBER,...]"]
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
@@ -244,6 +254,8 @@ def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
         raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
+    if name == "rollout" and not {"a", "b"} <= set(options):
+        raise RecipeError(f"{_WHERE}: rollout needs the shadow logs of two models; {usage(name)}")
     if name == "ab" and not {"a", "b", "data"} <= set(options):
         raise RecipeError(f"{_WHERE}: ab needs two models and a data yaml; {usage(name)}")
     if name == "fetch" and not words:

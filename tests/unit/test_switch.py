@@ -6,7 +6,11 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from yolo_compress.runtime import ed25519, robot_switch, sealed
 from yolo_compress.runtime.errors import EngineError
@@ -246,6 +257,76 @@ def test_a_bundles_own_commands_are_run_and_their_exit_code_kept(tmp_path: Path)
         install(slots, bundle)
     assert failure.value.exit_code == 1 and status(slots)["current"] is None
     assert (slots.path("a") / "engines" / "e").exists()
+
+
+def test_a_build_that_outlives_its_caller_keeps_the_lock(tmp_path: Path) -> None:
+    bundle = tmp_path / "1"
+    bundle.mkdir()
+    (bundle / "build.py").write_text("import time\nopen('engines', 'w')\ntime.sleep(1)\n")
+    sealed.seal(bundle, {"name": "demo"}, 1, SEED)
+    slots, better = Slots(tmp_path / "root"), make_bundle(tmp_path / "2", 2)
+    words = ["-c", "import sys; from yolo_compress.runtime.robot_switch import main; main(sys.argv[1:])"]
+    caller = subprocess.Popen([sys.executable, *words, "install", str(bundle), "--root", str(slots.root)])
+    while not (slots.path("a") / "engines").exists():
+        time.sleep(0.01)
+    caller.kill()
+    caller.wait()
+    with pytest.raises(SlotsBusy):
+        put(slots, better)
+    for _ in range(100):
+        try:
+            assert put(slots, better)["version"] == 2
+            break
+        except SlotsBusy:
+            time.sleep(0.1)
+    assert running(slots) == 2
+
+
+@pytest.mark.slow
+def test_a_real_bundle_killed_while_it_comes_in(tmp_path: Path) -> None:
+    """Launchers, builds and golden frames as on a robot; the whole process group killed at various moments."""
+    from tests.unit.bundled import make_bundle as real_bundle  # torch, for this test alone
+
+    one = real_bundle(tmp_path / "one")
+    about = {key: value for key, value in json.loads((one / "manifest.json").read_text()).items() if key != "files"}
+    two = shutil.copytree(one, tmp_path / "two")
+    (two / "labels.txt").write_text("bolt\nnut\nwood screw\n")
+    for version, bundle in ((1, one), (2, two)):
+        sealed.seal(bundle, about, version, SEED)
+    with tarfile.open(tmp_path / "two.tar", "w") as archive:
+        archive.add(two, "two")
+    root = tmp_path / "root"
+    current = root / "current"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def command(file: Path, *words: str, kill_after_s: float | None = None) -> int | None:
+        child = subprocess.Popen(
+            [sys.executable, str(file), *words],
+            env={**environment, "YOLO_COMPRESS_ROOT": str(root)},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return child.wait(kill_after_s or 120)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            return None
+
+    assert command(one / "switch.py", "install", str(one)) == 0
+    killed = 0
+    for tenth in range(2, 30, 4):
+        killed += command(current / "switch.py", "install", str(tmp_path / "two.tar"), kill_after_s=tenth / 10) is None
+        assert command(current / "bench.py", "--golden") == 0
+        assert sealed.verify(current, sealed.pinned_key())["version"] in (1, 2)
+    assert killed >= 2
+    assert command(current / "switch.py", "install", str(tmp_path / "two.tar")) == 0
+    assert sealed.verify(current, sealed.pinned_key())["version"] == 2
+    assert command(current / "detect.py", str(current / "golden" / "0.npy"), "--quiet") == 0
+    assert command(current / "switch.py", "rollback") == 0
+    assert sealed.verify(current, sealed.pinned_key())["version"] == 1
+    assert command(current / "switch.py", "install", str(tmp_path / "two.tar")) == 5, "replayed"
+    assert not list(root.rglob("__pycache__"))
 
 
 # Killed at every step
@@ -573,8 +654,9 @@ class Robot(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_any_order_of_calls(tmp_path: Path) -> None:
     Robot.place = tmp_path
-    Robot.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None, derandomize=True)
-    Robot.TestCase().runTest()
+    run_state_machine_as_test(
+        Robot, settings=settings(max_examples=60, stateful_step_count=12, deadline=None, derandomize=True)
+    )
 
 
 @pytest.fixture(autouse=True)

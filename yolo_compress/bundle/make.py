@@ -8,14 +8,13 @@ import tarfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment, pipeline, progress, runtime
 from yolo_compress.artifact import Artifact, Store
 from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
-from yolo_compress.bundle import golden
+from yolo_compress.bundle import golden, targets
 from yolo_compress.bundle.keys import read_seed
 from yolo_compress.bundle.lean import lean
 from yolo_compress.bundle.signature import check_signatures
@@ -28,7 +27,6 @@ from yolo_compress.runtime.groundtruth import image_set
 from yolo_compress.runtime.sealed import seal
 from yolo_compress.weights import FOLDER
 
-TARGETS = ("plain", "isaac_ros", "deepstream", "triton")
 COMMANDS = ("build", "bench", "detect", "switch")
 LAUNCHER = """#!/usr/bin/env python3
 import os
@@ -52,6 +50,7 @@ Image files need opencv-python or pillow, videos and cameras opencv-python. Noth
   python3 bench.py --data FOLDER       and mAP over FOLDER/images with FOLDER/labels; --coco FILE for a COCO json
   python3 detect.py SOURCE             image, folder, video, camera number or golden/0.npy: a JSON line a picture; --draw, --shadow
   python3 switch.py install BUNDLE     the next bundle into the idle slot, proved there, then switched to; status, rollback
+  python3 ros2_node.py                 ROS 2 (Humble or later): sensor_msgs/Image in, vision_msgs/Detection2DArray out
 
 On the workstation, `yolo-compress report recipe=... add=device.json` puts device.json into the report.
 
@@ -92,8 +91,8 @@ def order(options: Mapping[str, str]) -> Order:
     out, target = Path(options["out"]), options.get("target", "plain")
     if out.exists() or out.is_symlink():
         raise RecipeError(f"out={out}: is there already; give another name, or delete it first")
-    if target not in TARGETS:
-        raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(TARGETS)}")
+    if target not in targets.TARGETS:
+        raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(targets.TARGETS)}")
     return Order(
         out,
         target,
@@ -201,8 +200,7 @@ def _fill(
         },
         "recipe_fingerprint": artifacts["report"].fingerprint,
     }
-    if asked.target != "plain":
-        import_module("yolo_compress.bundle.targets").write(asked.target, root, dict(about, version=asked.version))
+    targets.write(asked.target, root, dict(about, version=asked.version))
     text = README.format(
         classes=len(dataset.names),
         height=height,

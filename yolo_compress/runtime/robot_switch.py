@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from .errors import EngineError
+from .errors import EngineError, RuntimeFailure
+from .robot import guarded
 from .sealed import MANIFEST, BundleRefused, pinned_key, verify
-from .slots import NAMES, Slots, SlotsBusy
+from .slots import NAMES, Slots
 from .unpack import unpack
 
 ROOT = "/var/lib/yolo_compress"
@@ -30,7 +31,7 @@ BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large net ta
 Step = Callable[[Path], None]
 
 
-class Unhealthy(Exception):
+class Unhealthy(RuntimeFailure):
     """A slot's engines could not be built or failed the golden frames; carries the exit code of what said so."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -63,7 +64,13 @@ def _run(slot: Path, command: List[str], seconds: float) -> None:
     words = [sys.executable, str(slot / command[0])] + command[1:]
     try:
         done = subprocess.run(
-            words, cwd=str(slot), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
+            words,
+            cwd=str(slot),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            close_fds=False,  # the lock goes along: if this process is killed, the slot stays locked while the child writes to it
         )
     except subprocess.TimeoutExpired as error:
         raise Unhealthy(f"{slot / command[0]}: not done after {seconds:.0f} s; current stays as it is", 1) from error
@@ -206,18 +213,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         command.add_argument("--root", default=argparse.SUPPRESS, help="as above")
     given = parser.parse_args(argv)
     slots = Slots(Path(given.root))
-    try:
+
+    def action() -> int:
         if given.command == "install":
             found = install(slots, Path(given.bundle), given.force)
         else:
             found = {"status": status, "rollback": rollback, "switch": switch}[given.command](slots)
-    except (EngineError, Unhealthy, SlotsBusy, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, Unhealthy):
-            return error.exit_code
-        return 75 if isinstance(error, SlotsBusy) else 6 if isinstance(error, OSError) else 5
-    for name, mark in found["slots"].items():
-        what = "empty" if mark is None else f"{mark['name']} version {mark['version']}"
-        print(f"{'->' if name == found['current'] else '  '} {name}  {what}")
-    print(json.dumps(found))
-    return 0
+        for name, mark in found["slots"].items():
+            what = "empty" if mark is None else f"{mark['name']} version {mark['version']}"
+            print(f"{'->' if name == found['current'] else '  '} {name}  {what}")
+        print(json.dumps(found))
+        return 0
+
+    return guarded(action)

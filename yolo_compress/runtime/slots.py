@@ -22,14 +22,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
-from .errors import EngineError
+from .errors import EngineError, RuntimeFailure
 
 NAMES = ("a", "b")
 STATE_SCHEMA = 1
 
 
-class SlotsBusy(Exception):
+class SlotsBusy(RuntimeFailure):
     """Another call holds the lock."""
+
+    exit_code = 75
 
 
 class Slots:
@@ -60,6 +62,7 @@ class Slots:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 raise SlotsBusy(f"{self.root}: another switch.py is at work; try again when it is done") from error
+            os.set_inheritable(held.fileno(), True)  # a child that outlives this process keeps the lock
             yield
 
     def path(self, name: str) -> Path:
