@@ -6,6 +6,10 @@ DATA    ?=
 TEACHER ?=
 STUDENT ?=
 DEVICE  ?=
+OUT     ?=
+TARGET  ?=
+KEY     ?=
+VERSION ?=
 ARGS    ?=
 
 YC := $(VENV)/bin/yolo-compress
@@ -16,7 +20,7 @@ SET := recipe='$(RECIPE)' \
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
-.PHONY: help setup demo test check all engine status cfg gc clean $(STAGES)
+.PHONY: help setup demo test check all engine bundle status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -50,6 +54,10 @@ $(STAGES): setup ## one stage and what it needs
 engine: setup ## engines for every runtime found here, then bench and its table
 	@$(YC) engine $(SET) > /dev/null
 	@$(YC) bench $(SET)
+
+bundle: setup ## everything a robot needs, as OUT (a folder or .tar); TARGET, KEY and VERSION as `yolo-compress help bundle` says
+	@$(YC) bundle $(SET) out='$(or $(OUT),weights/$(basename $(notdir $(RECIPE)))/bundle)' $(if $(TARGET),target='$(TARGET)') \
+	  $(if $(KEY),key='$(KEY)') $(if $(VERSION),version='$(VERSION)')
 
 all: setup ## everything, up to the report
 	@$(YC) run $(SET)

@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus run, predict, ab, status, check, cfg, lint, fetch and gc.
+"""The command line: one verb a stage, plus run, bundle, predict, ab, status, check, cfg, lint, fetch and gc.
 
 Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
 """
@@ -56,11 +56,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _runtime_exit_code(error: Exception) -> int | None:
     """The robot's side has errors of its own, since it imports nothing else of the package."""
-    runtime_errors = sys.modules.get("yolo_compress.runtime.errors")
-    if runtime_errors is None:
-        return None
-    codes = {"NotFinite": 7, "EngineError": 5, "RuntimeUnavailable": 4, "LatencyError": 4, "SourceError": 3}
-    return next((code for name, code in codes.items() if isinstance(error, getattr(runtime_errors, name))), None)
+    from yolo_compress.runtime.errors import RuntimeFailure
+
+    return error.exit_code if isinstance(error, RuntimeFailure) else None
 
 
 def _load(command: cli_grammar.Command) -> Any:
@@ -178,6 +176,35 @@ def _predict(command: cli_grammar.Command) -> int:
     return 0
 
 
+def _rollout(command: cli_grammar.Command) -> int:
+    from yolo_compress import rollout
+
+    document = rollout.run(command.options, command.wait)
+    result(rollout.text(document))
+    result(json.dumps(document))
+    return 1 if document["verdict"]["status"] == "abort" else 0
+
+
+def _bundle(command: cli_grammar.Command) -> int:
+    from yolo_compress.bundle import make
+
+    summary = make.make(_load(command), make.order(command.options), wait=command.wait)
+    result(f"on the robot, in {command.options['out']}: python3 build.py, python3 bench.py, python3 detect.py SOURCE")
+    result(json.dumps(summary))
+    return 0
+
+
+def _keygen(command: cli_grammar.Command) -> int:
+    from pathlib import Path
+
+    from yolo_compress.bundle.keys import keygen
+
+    made = keygen(Path(command.options["out"]))
+    result(f"on the robot: install {made['public_key']} as {made['pin_as']}; keep {made['key']} off every robot")
+    result(json.dumps(made))
+    return 0
+
+
 def _ab(command: cli_grammar.Command) -> int:
     from yolo_compress import ab
 
@@ -228,6 +255,9 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "probe": _probe,
     "lint": _lint,
     "predict": _predict,
+    "rollout": _rollout,
+    "bundle": _bundle,
+    "keygen": _keygen,
     "ab": _ab,
     "fetch": _fetch,
     "gc": _gc,

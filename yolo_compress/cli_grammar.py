@@ -27,6 +27,14 @@ OPTIONS = {
     "iou": (),
     "engines": (),
     "draw": ("true", "false"),
+    "truth": (),
+    "stage": (),
+    "state": (),
+    "cap": (),
+    "budgets": (),
+    "version": (),
+    "key": (),
+    "golden": (),
     "a": (),
     "b": (),
     "data": (),
@@ -65,11 +73,17 @@ VERBS = {
     "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
+    "bundle": Verb("write what a robot needs to out=FOLDER|FILE.tar, signed with key=FILE; not below the gate",
+                   options=("recipe", "lock", "force", "out", "target", "version", "key", "golden")),
+    "keygen": Verb("write a private key to out=FILE, and the public half that robots pin to FILE.pub",
+                   options=("out",), knobs=False),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
-    "ab": Verb("say whether model b is as good as model a on the same images; exit code 1 unless it passes",
+    "rollout": Verb("judge a canary B by shadow logs of A and B: advance, hold (both exit code 0) or abort (1)",
+                    options=("a", "b", "truth", "stage", "state", "cap", "budgets", "lock"), knobs=False),
+    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
                options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),
@@ -164,14 +178,19 @@ def usage(name: str) -> str:
     parts += [verb.words] if verb.words else []
     parts += ["[recipe=NAME|FILE]"] if "recipe" in verb.options else []
     parts += ["[section.key=value ...]"] if verb.knobs else []
+    if name == "rollout":
+        parts += ["a=LOG.jsonl b=LOG.jsonl [truth=LABELS.jsonl] [state=FILE.json] [stage=5%] [cap=25%]"]
+        parts += ["[budgets=NAME:NUMBER,...]"]
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
     parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
     if "out" in verb.options:
-        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else ["out=FOLDER"]
+        where = {"bundle": "out=FOLDER|FILE.tar", "keygen": "out=FILE"}.get(name, "out=FOLDER")
+        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else [where]
     parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
     parts += ["[target=NAME]"] if "target" in verb.options else []
+    parts += ["[version=N] [key=FILE] [golden=N]"] if "key" in verb.options else []
     return "usage: " + " ".join(parts)
 
 
@@ -231,8 +250,12 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
     if name == "probe" and "out" not in options:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
+    if name in ("bundle", "keygen") and "out" not in options:
+        raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
+    if name == "rollout" and not {"a", "b"} <= set(options):
+        raise RecipeError(f"{_WHERE}: rollout needs the shadow logs of two models; {usage(name)}")
     if name == "ab" and not {"a", "b", "data"} <= set(options):
         raise RecipeError(f"{_WHERE}: ab needs two models and a data yaml; {usage(name)}")
     if name == "fetch" and not words:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from yolo_compress import progress
 from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.explain import got
 from yolo_compress.runtime.backend import load_info
+from yolo_compress.runtime.draw import line, write_picture
 from yolo_compress.runtime.latency import percentiles
 from yolo_compress.runtime.pipeline import Found, open_pipeline
 from yolo_compress.runtime.sources import open_source
@@ -156,38 +154,8 @@ def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Foun
         with storage_errors(out):
             stream.write(line(found, names) + "\n")
             if chosen.draw and found.image_HW3 is not None:
-                drawn(found.image_HW3, found.detections_N6, names).save(
-                    pictures / f"{Path(found.name).name.replace('#', '-')}.jpg", quality=90
-                )
+                file = pictures / f"{Path(found.name).name.replace('#', '-')}.jpg"
+                write_picture(file, found.image_HW3, found.detections_N6, names)
 
     with stream:
         yield write
-
-
-def line(found: Found, names: tuple[str, ...]) -> str:
-    """The picture as JSON: boxes are x1, y1, x2, y2 in its own px, best first."""
-    if found.image_HW3 is None:
-        return json.dumps({"picture": found.name, "problem": found.problem})
-    height, width = found.image_HW3.shape[:2]
-    boxes = [
-        {"class": names[int(row[5])], "score": round(row[4], 4), "box": [round(side, 2) for side in row[:4]]}
-        for row in found.detections_N6.tolist()
-    ]
-    return json.dumps({"picture": found.name, "width": width, "height": height, "detections": boxes})
-
-
-def drawn(image_HW3: np.ndarray, detections_N6: np.ndarray, names: tuple[str, ...]) -> Any:
-    """The picture as a Pillow image with the boxes, their classes and scores."""
-    from PIL import Image, ImageDraw
-
-    from yolo_compress.report.gallery import colour
-
-    canvas = Image.fromarray(image_HW3)
-    pen = ImageDraw.Draw(canvas)
-    thick = max(2, round(max(canvas.size) / 400))
-    for x1, y1, x2, y2, score, label in detections_N6.tolist():
-        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour(int(label)), width=thick)
-        place, text = (x1 + thick, y1 + thick), f"{names[int(label)]} {score:.2f}"
-        pen.rectangle(pen.textbbox(place, text), fill=colour(int(label)))
-        pen.text(place, text, fill="black")
-    return canvas

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import images, labels
+from yolo_compress import images
 from yolo_compress.datayaml import DataYaml, Listed, shown
 from yolo_compress.filecache import FileCache, Stamp
+from yolo_compress.runtime import labels
+from yolo_compress.runtime.labels import label_path
 
 Progress = Callable[[int, int], None]
 
@@ -143,11 +145,6 @@ def _bytes(path: Path, may_read: bool) -> bytes:
     if not may_read:
         raise _NotCached
     return path.read_bytes()
-
-
-def label_path(image: Path) -> Path:
-    """Label file of an image: the last folder `images` becomes `labels`, the suffix .txt (img2label_paths)."""
-    return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
 
 
 def _stored_image(value: list[Any]) -> tuple[str, int, int, str | None]:

@@ -31,6 +31,8 @@ DOORS = {
     "tensorrt": {"runtime/tensorrt.py"},
     "cuda": {"runtime/cuda.py"},
     "pycuda": {"runtime/cuda.py"},
+    "rclpy": {"runtime/robot_ros2.py"},
+    "cryptography": {"runtime/ed25519.py"},  # where it is installed; the file holds a reference beside it
 }
 # Parts of the package that a layer must not import, directly.
 METHODS_AVOID = {"recipe", "sections", "pipeline", "stages", "report", "ultra", "data"}
@@ -48,7 +50,8 @@ FORBIDDEN = {
     "data": {"pipeline", "stages", "ultra", "prune", "distill", "quant", "report"},
 }
 STANDARD = set(sys.stdlib_module_names)
-RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda"}
+RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography"}
+ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # of the robot's own installation, for its node alone
 READERS = {"numpy", "cv2", "PIL"}  # what the robot needs beside one engine library; cv2 or PIL
 
 
@@ -146,7 +149,7 @@ def test_runtime_is_python_38_and_on_its_own(file: Path) -> None:
                 f"{name}: relative, so that the folder can be copied"
             )
         else:
-            assert name.split(".")[0] in STANDARD | RUNTIME_THIRD_PARTIES, name
+            assert name.split(".")[0] in STANDARD | RUNTIME_THIRD_PARTIES | ROS, name
     top = {name.split(".")[0] for node in tree.body for name, at in imports(file) if at is node and not own(name)}
     assert top <= STANDARD | {"numpy"}, "cv2, Pillow and engine libraries are imported when they are needed"
     assert newer_than_38(tree) == set()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from yolo_compress import labels
 from yolo_compress.reading import label_path
+from yolo_compress.runtime import labels
 
 ROW = b"1 0.5 0.5 0.25 0.5\n"
 

@@ -78,14 +78,6 @@ def test_lines_and_pictures_in_a_folder(engine: Path, folder: Path, capsys: pyte
     assert code == 2 and not nothing and "is there already, from an earlier call" in err
 
 
-def test_boxes_are_drawn_where_they_are() -> None:
-    canvas = predict.drawn(np.zeros((200, 300, 3), np.uint8), np.array([[50, 60, 250, 160, 0.9, 1]], np.float32), NAMES)
-    lit = np.asarray(canvas).any(axis=2)
-    rows, columns = np.nonzero(lit)
-    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (50, 60, 249, 159)
-    assert not lit[120:150, 100:240].any(), "a frame, not a filled box"
-
-
 def test_a_corrupt_image_is_named_counted_and_an_error(
     engine: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 
-def _line(path: str) -> Optional[str]:
+def read_line(path: str) -> Optional[str]:
+    """Text of a file of the kernel, or None where it is absent, unreadable or empty."""
     try:
         return Path(path).read_bytes().replace(b"\0", b"").decode("utf-8", "replace").strip() or None
     except OSError:
@@ -19,8 +20,8 @@ def _line(path: str) -> Optional[str]:
 
 def cpu_model() -> str:
     """Name of the processor, or of its architecture where the kernel gives none (ARM)."""
-    for line in (_line("/proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
+    for text in (read_line("/proc/cpuinfo") or "").splitlines():
+        key, _, value = text.partition(":")
         if key.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine()
@@ -33,7 +34,7 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _ask(command: List[str]) -> Optional[str]:
+def ask(command: List[str]) -> Optional[str]:
     """Output of a read-only query tool, or None where it is absent, refuses or hangs."""
     if shutil.which(command[0]) is None:
         return None
@@ -49,23 +50,23 @@ def device_state() -> Dict[str, Any]:
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     temperatures = {}
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
-        reading = _line(str(zone / "temp"))
+        reading = read_line(str(zone / "temp"))
         if reading and reading.lstrip("-").isdigit():
-            temperatures[_line(str(zone / "type")) or zone.name] = int(reading) / 1000
+            temperatures[read_line(str(zone / "type")) or zone.name] = int(reading) / 1000
     state: Dict[str, Optional[Any]] = {
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
         "machine": platform.machine(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "governor": _line(cpufreq + "scaling_governor"),
-        "cpu_khz": _line(cpufreq + "scaling_cur_freq"),
+        "governor": read_line(cpufreq + "scaling_governor"),
+        "cpu_khz": read_line(cpufreq + "scaling_cur_freq"),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "temperatures_c": temperatures or None,
-        "board": _line("/proc/device-tree/model"),
-        "l4t": _line("/etc/nv_tegra_release"),
-        "nvpmodel": _ask(["nvpmodel", "-q"]),
-        "gpu": _ask(
+        "board": read_line("/proc/device-tree/model"),
+        "l4t": read_line("/etc/nv_tegra_release"),
+        "nvpmodel": ask(["nvpmodel", "-q"]),
+        "gpu": ask(
             [
                 "nvidia-smi",
                 "--query-gpu=name,driver_version,power.limit,clocks.sm,temperature.gpu",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Container, Dict, Optional, Union
 
 from .backend import EngineBackend, load_info
 from .errors import EngineError
 from .openvino import OpenVINOBackend
 from .ort import OrtBackend
 from .tensorrt import TensorRTBackend
+from .tensorrt_build import strongly_typed
 
 
 def open_engine(
@@ -35,6 +36,16 @@ def open_engine(
             raise EngineError(f"{directory}: threads={threads} means nothing to a TensorRT engine; leave it out")
         return TensorRTBackend(directory)
     return BACKENDS[info.runtime](directory, threads=threads)
+
+
+def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
+    """The export that suits the runtime as it is installed here: its own form (`int8-openvino`) where there is one.
+
+    Args:
+        stems: file names without `.onnx`.
+    """
+    own = f"{runtime}11" if runtime == "tensorrt" and strongly_typed() else runtime
+    return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)
 
 
 BACKENDS: Dict[str, Any] = {

@@ -1,31 +1,45 @@
-"""What can go wrong with an engine; callers outside `runtime/` translate these into their own family."""
+"""What can go wrong on the robot and with an engine; the exit codes are those of the package's own family of errors."""
 
 from __future__ import annotations
 
 
-class RuntimeUnavailable(Exception):
+class RuntimeFailure(Exception):
+    """Base of the family: what a user can mend; printed as one line, without traceback."""
+
+    exit_code = 5
+
+
+class RuntimeUnavailable(RuntimeFailure):
     """The engine library, a driver or a device is not here.
 
     Attributes:
         hint: what to install or do.
     """
 
+    exit_code = 4
+
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(f"{what}; {hint}")
         self.hint = hint
 
 
-class EngineError(Exception):
+class EngineError(RuntimeFailure):
     """An engine that is altered, truncated, built elsewhere, or cannot do what is asked of it."""
 
 
 class NotFinite(EngineError):
     """A network's output holds NaN or infinity."""
 
+    exit_code = 7
 
-class LatencyError(Exception):
+
+class LatencyError(RuntimeFailure):
     """A measuring process failed; carries its own message and the end of its stderr."""
 
+    exit_code = 4
 
-class SourceError(Exception):
-    """Pictures that were asked for and are not there, or a video that cannot be opened."""
+
+class SourceError(RuntimeFailure):
+    """Pictures or labels that were asked for and are not there, or cannot be used."""
+
+    exit_code = 3

@@ -26,7 +26,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 
 from .backend import Backend
-from .device import device_state
+from .device import device_state, read_line
 from .engine import open_engine
 from .turns import measure_in_turn
 
@@ -111,7 +111,8 @@ class Served:
         warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
         samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
         self._warm = True
-        return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": _wait_for_quiet()}
+        quiet = _wait_for_quiet()
+        return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": quiet, "memory_mib": peak_memory_mib()}
 
 
 def _inputs(backend: Backend, file: Optional[str]) -> List[np.ndarray]:
@@ -124,6 +125,14 @@ def _inputs(backend: Backend, file: Optional[str]) -> List[np.ndarray]:
     if images_NCHW.ndim != 4 or len(images_NCHW) < size:
         raise ValueError(f"{file}: array {list(images_NCHW.shape)}, at least [{size}, 3, H, W] expected")
     return [images_NCHW[start : start + size] for start in range(0, len(images_NCHW) - size + 1, size)]
+
+
+def peak_memory_mib() -> Optional[float]:
+    """The most that this process ever held of the machine's memory, libraries included; None where the kernel does not say."""
+    for text in (read_line("/proc/self/status") or "").splitlines():
+        if text.startswith("VmHWM:"):
+            return round(int(text.split()[1]) / 1024, 1)
+    return None
 
 
 def _wait_for_quiet() -> bool:

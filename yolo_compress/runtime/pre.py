@@ -14,6 +14,7 @@ from typing import Any, Iterable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+NUMPY_MAGIC = b"\x93NUMPY"
 PAD_VALUE = 114  # grey of Ultralytics' LetterBox
 _GREY = np.float32(PAD_VALUE) / np.float32(255)
 
@@ -48,7 +49,7 @@ def _cv2() -> Any:
 
 
 def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
-    """Read an image upright (EXIF orientation applied) as uint8 RGB, image_HW3.
+    """Read an image upright (EXIF orientation applied) as uint8 RGB, image_HW3; a .npy holds it decoded.
 
     Raises:
         UnreadableImage: names the file and the reason, or says that neither opencv nor Pillow is installed.
@@ -59,6 +60,8 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
         raise UnreadableImage(f"{path}: {error.strerror or error}") from error
     if not data:
         raise UnreadableImage(f"{path}: empty file")
+    if data.startswith(NUMPY_MAGIC):
+        return _read_numpy(path, data)
     if _cut_short(data):
         raise UnreadableImage(f"{path}: the file ends before its image does (truncated?)")
     cv2 = _cv2()
@@ -71,6 +74,17 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
     if image_HW3 is None:
         raise UnreadableImage(f"{path}: no image that opencv can decode (truncated or of another format?)")
     return cv2.cvtColor(image_HW3, cv2.COLOR_BGR2RGB)
+
+
+def _read_numpy(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
+    """A decoded image, as a bundle's golden inputs are: needs no decoder."""
+    try:
+        image_HW3 = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UnreadableImage(f"{path}: {error}") from error
+    if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
+        raise UnreadableImage(f"{path}: {image_HW3.dtype} {list(image_HW3.shape)}, uint8 RGB [H, W, 3] expected")
+    return image_HW3
 
 
 def _cut_short(data: bytes) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from .errors import RuntimeUnavailable, SourceError
 from .pre import read_image
 
-IMAGE_SUFFIXES = ("avif", "bmp", "dng", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
+IMAGE_SUFFIXES = ("avif", "bmp", "dng", "jp2", "jpeg", "jpg", "mpo", "npy", "png", "tif", "tiff", "webp")
 
 
 class Picture(NamedTuple):

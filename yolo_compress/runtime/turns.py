@@ -104,7 +104,8 @@ def measure_in_turn(
 
     Returns:
         For each spec, in order: what `Served.about` says (executed, threads, device, ...), `samples_ms` (all),
-        `rounds_ms` (the same by round), `quiet` (False if its threads kept spinning into others' rounds).
+        `rounds_ms` (the same by round), `quiet` (False if its threads kept spinning into others' rounds), `memory_mib`
+        (peak of its process, or None).
 
     Raises:
         LatencyError: a process failed; names the engine and carries the end of its stderr. All processes are ended.
@@ -124,6 +125,7 @@ def measure_in_turn(
                 result["samples_ms"] += reply["samples_ms"]
                 result["rounds_ms"].append(reply["samples_ms"])
                 result["quiet"] = result["quiet"] and reply["quiet"]
+                result["memory_mib"] = reply.get("memory_mib")
                 if progress is not None:
                     progress(1)
         return results

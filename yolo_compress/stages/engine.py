@@ -10,8 +10,7 @@ from yolo_compress import progress
 from yolo_compress.artifact import atomic_write
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.recipe import EngineConfig
-from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.tensorrt_build import strongly_typed
+from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.stages import Job
 
 MODELS = ("original", "compressed")
@@ -49,11 +48,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
     """The export that suits this runtime: its own form where there is one."""
-    own = f"{runtime}11" if runtime == "tensorrt" and strongly_typed() else runtime
-    for name in (f"{model}/{precision}-{own}.onnx", f"{model}/{precision}.onnx"):
-        if name in files:
-            return name
-    return None
+    stems = {Path(name).stem for name in files if name.startswith(f"{model}/") and name.endswith(".onnx")}
+    stem = onnx_form(stems, runtime, precision)
+    return None if stem is None else f"{model}/{stem}.onnx"
 
 
 def _build(job: Job, onnx: Path, runtime: str, precision: str, out: Path) -> float:

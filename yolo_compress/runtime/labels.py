@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Tuple
 
-Box = tuple[int, float, float, float, float]  # class, x centre, y centre, width, height as fractions of the image
+Box = Tuple[int, float, float, float, float]  # class, x centre, y centre, width, height as fractions of the image
 
 TOLERANCE = 0.01  # Ultralytics' own, for annotation tools that round outwards
 MAX_ROWS = 10_000  # objects in one image; COCO's densest has 93, and Ultralytics reports at most 300 an image
@@ -25,9 +27,14 @@ MAX_BYTES = 32 << 20
 class Labels:
     """Boxes of one file in file order; findings and notes as (line, what)."""
 
-    boxes: list[Box] = field(default_factory=list)
-    findings: list[tuple[int, str]] = field(default_factory=list)
-    notes: list[tuple[int, str]] = field(default_factory=list)
+    boxes: List[Box] = field(default_factory=list)
+    findings: List[Tuple[int, str]] = field(default_factory=list)
+    notes: List[Tuple[int, str]] = field(default_factory=list)
+
+
+def label_path(image: Path) -> Path:
+    """Label file of an image: the last folder `images` becomes `labels`, the suffix .txt (img2label_paths)."""
+    return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
 
 
 def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
@@ -50,7 +57,7 @@ def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
     if pose_columns:
         rows = [(number, row[:5] if len(row) == 5 + pose_columns else row) for number, row in rows]
     polygons = any(len(row) > 6 for _, row in rows)
-    seen: dict[bytes, int] = {}
+    seen: Dict[bytes, int] = {}
     for number, row in rows:
         try:
             box, values = _row(row, classes, polygons)
@@ -69,7 +76,7 @@ def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
     return out
 
 
-def _row(row: list[str], classes: int, polygons: bool) -> tuple[Box, list[float]]:
+def _row(row: List[str], classes: int, polygons: bool) -> Tuple[Box, List[float]]:
     """The box of one row, and its numbers.
 
     Raises:
@@ -88,7 +95,7 @@ def _row(row: list[str], classes: int, polygons: bool) -> tuple[Box, list[float]
         raise ValueError(f"class {row[0]} is no whole number")
     if not 0 <= label < classes:
         raise ValueError(f"class {row[0]} is outside 0..{classes - 1}")
-    for token, value in zip(row[1:], numbers, strict=True):
+    for token, value in zip(row[1:], numbers):
         if not -TOLERANCE <= value <= 1 + TOLERANCE:
             raise ValueError(f"{token} is outside 0..1")
     if not polygons and min(numbers[2:]) < 0:
@@ -109,7 +116,7 @@ def _number(token: str) -> float:
     return value
 
 
-def _extremes(points: list[float]) -> list[float]:
+def _extremes(points: List[float]) -> List[float]:
     """Box around the points x1 y1 x2 y2 ..., clipped to the image: x centre, y centre, width, height."""
     clipped = [min(max(value, 0.0), 1.0) for value in points]
     left, right = min(clipped[0::2]), max(clipped[0::2])

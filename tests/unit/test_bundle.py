@@ -1,0 +1,144 @@
+"""`yolo-compress bundle`: what is asked for is checked first, a failed gate yields nothing, and what is written is one whole thing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from tests.unit.bundled import IMGSZ, NAMES, make_bundle
+from yolo_compress.__main__ import main
+from yolo_compress.bundle import make
+from yolo_compress.bundle.keys import keygen, read_seed
+from yolo_compress.bundle.signature import check_signatures
+from yolo_compress.errors import GateFailed, RecipeError
+from yolo_compress.runtime import ed25519
+from yolo_compress.runtime.sealed import verify
+
+LEAN_KIB = 200  # all of a bundle but networks and golden inputs
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def test_all_but_networks_and_golden_inputs_is_small(bundle: Path) -> None:
+    files = [file for file in bundle.rglob("*") if file.is_file() and file.parent.name not in ("onnx", "golden")]
+    assert sum(file.stat().st_size for file in files) + len(make.README) <= (LEAN_KIB - 2) * 1024, (
+        "2 for a target's own"
+    )
+
+
+def test_the_launchers_start(bundle: Path) -> None:
+    for command in make.COMMANDS:
+        done = subprocess.run(
+            [sys.executable, bundle / f"{command}.py", "--help"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith("usage: ")
+    assert verify(bundle)["name"] == "tiny", "and leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out=there"], "there: is there already"),
+        ([], "needs a name to write to"),
+        (["out=new", "target=windows"], "target: got 'windows', expected plain, isaac_ros"),
+        (["out=new", "version=-1"], "version: got '-1', expected a whole number"),
+        (["out=new", "golden=0"], "golden: got '0'"),
+        (["out=new", "key=gone"], "key=gone: No such file"),
+        (["out=new", "key=there/note"], "no Ed25519 key"),
+        (["out=new", "engine=x"], "engine"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "note").write_text("no key")
+    monkeypatch.setattr(make, "make", None)
+    assert main(["bundle", "recipe=digits", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and not (tmp_path / "new").exists()
+
+
+def test_versions_rise_by_themselves() -> None:
+    first = make.order({"out": "/nowhere/a"})
+    assert (
+        first.version > 1.7e9
+        and first.target == "plain"
+        and first.seed is None
+        and first.golden == 4
+        and not first.force
+    )
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen", f"out={tmp_path / 'robot.key'}"]) == 0
+    assert "pin_as" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    seed = read_seed(tmp_path / "robot.key")
+    assert stat.S_IMODE((tmp_path / "robot.key").stat().st_mode) == 0o600
+    assert (tmp_path / "robot.key.pub").read_text().strip() == ed25519.public_key(seed).hex()
+    with pytest.raises(RecipeError, match="locks out the robots"):
+        keygen(tmp_path / "robot.key")
+    keygen(tmp_path / "other.key")
+    assert read_seed(tmp_path / "other.key") != seed
+
+
+def report(passed: bool) -> Any:
+    gate = {
+        "passed": passed, "retention": 0.97, "min_retention": 0.98, "max_latency_ms": None, "max_size_mib": None,
+        "tiers": {"95": True, "99": False, "99.9": False}, "checks": [], "reason": None if passed else "keeps 97 %",
+    }  # fmt: skip
+    return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 keeps 97 %"}})
+
+
+def test_a_failed_gate_yields_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = make.order({"out": "/nowhere/a"})
+    with pytest.raises(GateFailed, match=r"INT8 keeps 97 %; no bundle is made \(force=true"):
+        make._gate(report(False), asked)
+    forced = make._gate(report(False), make.order({"out": "/nowhere/a", "force": "true"}))
+    assert forced["forced"] and not forced["passed"] and forced["reason"] and forced["tiers"]["95"]
+    assert "forced: FAIL" in capsys.readouterr().err
+    whole = make._gate(report(True), make.order({"out": "/nowhere/a", "force": "true"}))
+    assert whole["passed"] and not whole["forced"]
+
+
+def test_a_tar_is_the_same_for_the_same_files_and_holds_them(bundle: Path, tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        out = tmp_path / f"{name}.tar"
+        make._publish(bundle, tmp_path / name, out)
+        digests.append(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert digests[0] == digests[1]
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert {member.name.split("/")[0] for member in tar} == {"bundle"}
+        assert {(member.uid, member.mtime, member.uname) for member in tar} == {(0, 0, "")}
+        tar.extractall(tmp_path / "out", filter="data")
+    assert verify(tmp_path / "out" / "bundle")["files"] == verify(bundle)["files"]
+
+
+def test_networks_that_cannot_take_each_others_place_are_no_bundle(bundle: Path, tmp_path: Path) -> None:
+    file = bundle / "onnx" / "fp32.onnx"
+    check_signatures([file, file], IMGSZ, len(NAMES))
+    with pytest.raises(GateFailed, match=r"images \[B, 3, 64, 64\]"):
+        check_signatures([file], (64, 64), len(NAMES))
+    with pytest.raises(GateFailed, match=r"output0 \[B, 84, anchors\]"):
+        check_signatures([file], IMGSZ, 80)
+    network = onnx.load(str(file))
+    network.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(network, str(tmp_path / "int8.onnx"))
+    with pytest.raises(GateFailed, match=r"int8\.onnx: takes and gives"):
+        check_signatures([file, tmp_path / "int8.onnx"], IMGSZ, len(NAMES))

@@ -1,0 +1,359 @@
+"""The bundle's commands: refused bundles are not touched, engines are of the bundle, and what they print and write is what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.bundled import CONF, NAMES, make_bundle, pictures
+from yolo_compress.runtime import ed25519, engine, golden, jetson, robot, robot_bench, robot_build, robot_detect
+from yolo_compress.runtime.backend import load_info
+from yolo_compress.runtime.detector import Detector
+from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.errors import RuntimeUnavailable
+from yolo_compress.runtime.ort import OrtBackend
+from yolo_compress.runtime.sealed import seal
+
+COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
+    "build": (robot_build.main, ["--runtime", "onnxruntime"]),
+    "bench": (robot_bench.main, ["--golden"]),
+    "detect": (robot_detect.main, ["0.npy", "--conf", str(CONF)]),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose engine is built."""
+    root = make_bundle(tmp_path_factory.mktemp("robot") / "bundle")
+    assert robot_build.main(COMMANDS["build"][1], root) == 0
+    return root
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("YOLO_COMPRESS_KEY", raising=False)
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened: `verified` when the bundle is, `engine` when an engine library is given a file."""
+    events: list[str] = []
+    really, opens, builds = robot.verify, OrtBackend.__init__, OrtBackend.build
+
+    def verify(*arguments: Any) -> dict[str, Any]:
+        manifest = really(*arguments)
+        events.append("verified")
+        return manifest
+
+    def opened(*arguments: Any, **options: Any) -> None:
+        events.append("engine")
+        opens(*arguments, **options)
+
+    def built(*arguments: Any) -> Any:
+        events.append("engine")
+        return builds(*arguments)
+
+    monkeypatch.setattr(robot, "verify", verify)
+    monkeypatch.setattr(OrtBackend, "__init__", opened)
+    monkeypatch.setattr(OrtBackend, "build", staticmethod(built))
+    return events
+
+
+def run(command: str, bundle: Path, *more: str) -> int:
+    main, words = COMMANDS[command]
+    words = [str(bundle / "golden" / word) if word.endswith(".npy") else word for word in words]
+    return main([*words, *more], bundle)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_verified_first_then_touched(command: str, bundle: Path, touched: list[str]) -> None:
+    assert run(command, bundle, *(["--force"] if command == "build" else [])) == 0
+    assert touched[0] == "verified" and "engine" in touched and touched.count("verified") == 1
+
+
+def altered(bundle: Path) -> None:
+    content = bytearray((bundle / "onnx/fp32.onnx").read_bytes())
+    content[5000] ^= 1
+    (bundle / "onnx/fp32.onnx").write_bytes(content)
+
+
+def pinned(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle.parent / "bundle.pub").write_text(ed25519.public_key(bytes(32)).hex())
+    monkeypatch.setenv("YOLO_COMPRESS_KEY", str(bundle.parent / "bundle.pub"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("harm", ["altered", "unsigned", "missing", "extra"])
+def test_a_refused_bundle_is_not_touched(
+    command: str,
+    harm: str,
+    bundle: Path,
+    touched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if harm == "altered":
+        altered(bundle)
+    elif harm == "unsigned":
+        pinned(bundle, monkeypatch)
+    elif harm == "missing":
+        (bundle / "labels.txt").unlink()
+    else:
+        (bundle / "runtime" / "numpy.py").write_text("")
+    assert run(command, bundle) == 5 and touched == []
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_signed_by_the_pinned_key_it_is_taken(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned(bundle, monkeypatch)
+    about = {
+        k: v
+        for k, v in json.loads((bundle / "manifest.json").read_text()).items()
+        if k not in ("files", "schema", "version")
+    }
+    seal(bundle, about, 4, bytes(32))
+    assert run("detect", bundle) == 0
+
+
+def test_a_manifest_that_describes_no_bundle_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seal(bundle, {"name": "a", "onnx": {"fp32": "onnx/gone.onnx"}, "names": ["a"], "imgsz": [64, 96]}, 4, None)
+    assert run("detect", bundle) == 5 and "'onnx/gone.onnx', which it does not vouch for" in capsys.readouterr().err
+    seal(bundle, {"name": "a"}, 4, None)
+    assert run("detect", bundle) == 5 and "does not describe a bundle" in capsys.readouterr().err
+
+
+def test_build_says_on_what_it_built_and_reuses_what_is_up_to_date(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle / "engines" / "onnxruntime-fp32"
+    built = json.loads((folder / "build.json").read_text())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert built["onnx_sha256"] == manifest["files"]["onnx/fp32.onnx"]["sha256"] == load_info(folder).onnx_sha256
+    assert built["bundle"]["version"] == 3 and built["device"]["cpu"] and built["library"] and built["seconds"] >= 0
+    assert run("build", bundle) == 0
+    out, err = capsys.readouterr()
+    assert "onnxruntime-fp32: up to date" in err and json.loads(out)["engines"][0]["seconds"] is None
+    (folder / "engine.onnx").write_bytes(b"damaged")
+    assert run("build", bundle) == 0 and json.loads(capsys.readouterr().out)["engines"][0]["seconds"] is not None
+    assert load_info(folder).runtime == "onnxruntime"
+    assert not [entry.name for entry in folder.parent.iterdir() if entry.name != folder.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--precision", "int8"], "no int8 ONNX for onnxruntime"),
+        (["--workspace-mib", "64", "--force"], "are TensorRT's; onnxruntime has neither"),
+    ],
+)
+def test_what_cannot_be_built_is_said(
+    words: list[str], message: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("build", bundle, *words) == 5 and message in capsys.readouterr().err
+
+
+class Probed:
+    def __init__(self, problem: str | None) -> None:
+        self.problem = problem
+
+    def probe(self) -> str | None:
+        return self.problem
+
+
+def test_runtimes_that_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(**problems: str | None) -> None:
+        monkeypatch.setattr(robot_build, "BACKENDS", {name: Probed(problem) for name, problem in problems.items()})
+
+    here(onnxruntime=None, openvino=None, tensorrt=None)
+    assert robot_build.choose_runtimes(None) == ["tensorrt"]
+    assert robot_build.choose_runtimes(["openvino", "openvino"]) == ["openvino"]
+    here(onnxruntime=None, openvino="no openvino", tensorrt="no tensorrt")
+    assert robot_build.choose_runtimes(None) == ["onnxruntime"]
+    with pytest.raises(RuntimeUnavailable, match="no openvino"):
+        robot_build.choose_runtimes(["openvino"])
+    monkeypatch.setattr(jetson, "state", lambda: {"l4t": "# R36"})
+    with pytest.raises(RuntimeUnavailable, match="a Jetson without TensorRT: no tensorrt"):
+        robot_build.choose_runtimes(None)
+    here(onnxruntime="no onnxruntime", openvino="no openvino", tensorrt="no tensorrt")
+    monkeypatch.setattr(jetson, "state", dict)
+    with pytest.raises(RuntimeUnavailable, match="no onnxruntime; no openvino; no tensorrt"):
+        robot_build.choose_runtimes(None)
+
+
+def test_the_form_of_the_network_that_a_runtime_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime"]
+    monkeypatch.setattr(engine, "strongly_typed", lambda: False)
+    assert (
+        engine.onnx_form(stems, "tensorrt", "int8") == "int8" and engine.onnx_form(stems, "openvino", "fp16") == "fp16"
+    )
+    assert engine.onnx_form(stems, "onnxruntime", "int8") == "int8-onnxruntime"
+    monkeypatch.setattr(engine, "strongly_typed", lambda: True)
+    assert engine.onnx_form(stems, "tensorrt", "int8") == "int8-tensorrt11"
+    assert engine.onnx_form(["fp32"], "tensorrt", "int8") is None
+
+
+def test_detect_prints_what_the_detector_finds(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(bundle.parent / f"{number}.png")
+    shadow = tmp_path / "shadow.jsonl"
+    shadow.write_text("earlier\n")
+    words = [str(bundle.parent), "--conf", str(CONF), "--shadow", str(shadow), "--draw", str(tmp_path / "drawn")]
+    assert robot_detect.main(words, bundle) == 0
+    out, err = capsys.readouterr()
+    rows, frames = [json.loads(row) for row in out.splitlines()], shadow.read_text().splitlines()
+    assert frames.pop(0) == "earlier" and "tiny 3, engine onnxruntime-fp32" in err
+    with open_engine(bundle / "engines" / "onnxruntime-fp32") as opened:
+        detector = Detector(opened, CONF, multi_label=False)
+        for picture, row, text in zip(pictures(), rows, map(json.loads, frames), strict=True):
+            expected = detector(picture)
+            boxes = [[*box["box"], box["score"], NAMES.index(box["class"])] for box in row["detections"]]
+            assert len(expected) and np.allclose(boxes, expected, atol=0.006)
+            assert np.allclose(text["detections"], expected, atol=0.006) and text["model"] == {
+                "name": "tiny",
+                "version": 3,
+            }
+            assert text["frame"] == row["picture"] and text["problem"] is None and text["ms"] > 0 and text["at"] > 1.7e9
+            assert set(text) == {"schema", "frame", "at", "model", "ms", "detections", "problem"}
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["0.png.jpg", "1.png.jpg"]
+    assert (
+        robot_detect.main([str(bundle.parent), "--limit", "1"], bundle) == 0
+        and capsys.readouterr().out.count("\n") == 1
+    )
+
+
+def test_an_unreadable_picture_is_named_and_logged(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,)}")
+    shadow = tmp_path / "shadow.jsonl"
+    assert robot_detect.main([str(tmp_path / "bad.npy"), "--shadow", str(shadow)], bundle) == 3
+    assert "1 pictures could not be read" in capsys.readouterr().err
+    assert "bad.npy" in json.loads(shadow.read_text())["problem"], "and no pickle was opened"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["gone.png"], 3, "gone.png: no such file"),
+        (
+            ["{golden}", "--engine", "tensorrt-int8"],
+            4,
+            "no engine 'tensorrt-int8', there are onnxruntime-fp32; run python3 build.py",
+        ),
+        (["{golden}", "--engine", "./gone"], 5, "gone/engine.json: No such file"),
+        (["{golden}", "--shadow", "/nowhere/log"], 6, "/nowhere/log: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    words: list[str], code: int, message: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert robot_detect.main([word.format(golden=bundle / "golden" / "0.npy") for word in words], bundle) == code
+    out, err = capsys.readouterr()
+    assert out == "" and message in err.splitlines()[-1]
+
+
+def test_an_engine_of_another_bundle_is_not_used(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "onnx/fp32.onnx").write_bytes((bundle / "onnx/fp32.onnx").read_bytes() + b"\x7a\x00")
+    about = {
+        k: v
+        for k, v in json.loads((bundle / "manifest.json").read_text()).items()
+        if k not in ("files", "schema", "version")
+    }
+    seal(bundle, about, 4, None)
+    assert run("detect", bundle) == 5 and "which is not of this bundle; run python3 build.py" in capsys.readouterr().err
+    shutil.rmtree(bundle / "engines")
+    assert run("detect", bundle) == 4 and "no engine; run python3 build.py" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_writes_device_json(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / "val" / kind).mkdir(parents=True)
+    for number, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(tmp_path / "val/images" / f"{number}.png")
+    (tmp_path / "val/labels/0.txt").write_text("0 .5 .5 .4 .4\n")
+    monkeypatch.setattr(robot_bench, "THROUGHPUT_S", 0.3)
+    monkeypatch.setattr(robot_bench, "END_TO_END", 70)
+    assert robot_bench.main(["--data", str(tmp_path / "val"), "--iterations", "80"], bundle) == 0
+    document = json.loads((bundle / "device.json").read_text())
+    row = document["rows"][0]
+    assert document["schema"] == 1 and document["bundle"]["version"] == 3 and document["golden"]["passed"]
+    assert (row["model"], row["runtime"], row["precision"], row["executed"]) == (
+        "compressed",
+        "onnxruntime",
+        "fp32",
+        "fp32",
+    )
+    assert 0 <= row["map50_95"] <= row["map50"] <= 1 and row["images"] == 2 and len(row["image_set"]) == 64
+    assert row["latency_n"] == 80 and row["latency_p90_ms"] > 0 and row["latency_p99_ms"] is None
+    assert row["end_to_end_p50_ms"] > 0 and row["fps"] > 0 and row["memory_mib"] > 10
+    assert row["power_w"] is row["idle_w"] is row["energy_mj_per_frame"] is document["power_from"] is None
+    missing = {one["runtime"]: one for one in document["rows"][1:]}
+    assert set(missing) == {"openvino", "tensorrt"} and all(
+        one["status"] == "missing" and one["reason"] for one in missing.values()
+    )
+    assert "onnxruntime-fp32" in capsys.readouterr().out
+    assert run("detect", bundle) == 0, "device.json is no stranger"
+
+
+def test_a_failed_self_test_is_exit_code_1(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bundle / golden.FOLDER / golden.FILE
+    document = json.loads(file.read_text())
+    document["expected"]["onnxruntime-fp32"][0][0][0] += 1.0
+    file.write_text(json.dumps(document))
+    about = {
+        k: v
+        for k, v in json.loads((bundle / "manifest.json").read_text()).items()
+        if k not in ("files", "schema", "version")
+    }
+    seal(bundle, about, 4, None)
+    assert run("bench", bundle) == 1 and "golden images FAILED: worst boxes off by px: 1" in capsys.readouterr().err
+
+
+BARE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "ultralytics", "yolo_compress", "cv2", "openvino", "onnx", "scipy", "cryptography"}:
+            raise ImportError(name + " is not on this robot")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def bare(bundle: Path, command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command as on a robot: numpy, onnxruntime and pillow alone."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(bundle)!r})\n{BARE}", str(bundle / command), *words],
+        capture_output=True, text=True, timeout=120, check=False, cwd=bundle.parent,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_launchers_need_numpy_and_an_engine_library_alone(bundle: Path) -> None:
+    shutil.rmtree(bundle / "engines")
+    done = bare(bundle, "build.py", "--runtime", "onnxruntime")
+    assert done.returncode == 0, done.stderr
+    done = bare(bundle, "detect.py", str(bundle / "golden/0.npy"), "--conf", str(CONF))
+    assert done.returncode == 0 and json.loads(done.stdout)["detections"], done.stderr
+    done = bare(bundle, "bench.py", "--golden")
+    assert done.returncode == 0, done.stderr
+    assert bare(bundle, "switch.py", "--help").returncode == 0
+    assert not list(bundle.rglob("__pycache__")), "which would be refused"

@@ -1,0 +1,145 @@
+"""Golden inputs: real validation images, what each engine of this workstation detects in them, and how far a robot may be off.
+
+The tolerance of another runtime or arithmetic is twice what the engines here differ by among themselves, measured on up to 32 images;
+`golden.json` holds the measured differences too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yolo_compress.artifact import Artifact
+from yolo_compress.data import Dataset
+from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
+from yolo_compress.runtime.pre import read_image
+
+MEASURED_IMAGES = 32
+CONF, IOU = 0.25, 0.7
+LEAST_SCORE = 0.001
+FLOOR = 0.4  # of `conf`: how far a partner's score may lie below it
+BOX_PX, SCORE = 0.5, 1e-3  # of the same runtime and arithmetic
+MARGIN = 2.0  # another runtime may differ by so many times what those here do
+LEAST_SHARE = 0.02  # of boxes without partner, below FP32: near IoU 0.7 a rounding decides which of two boxes NMS keeps
+ABOUT = (
+    "same: an engine of that runtime, precision and arithmetic; its worst box and score count. Others, by precision: "
+    f"{MARGIN:g} times what the engines of that precision here differ by among themselves and from the FP32 ones (measured, on "
+    f"images_measured images), and no less than same; of FP32 the worst, else what {MOST} % of the boxes stay under."
+)
+Found = list[np.ndarray]
+
+
+def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict[str, Any]:
+    """Write images and `golden.json` into `folder`; gives what the manifest says of them."""
+    folder.mkdir()
+    samples = _spread(list(range(len(dataset.val))), max(MEASURED_IMAGES, count))
+    images = [read_image(dataset.val[index].image) for index in samples]
+    found, executed = _detected(engines, images)
+    first = found[min(found, key=_float_first)]
+    conf = confidence(first, count)
+    chosen = _chosen(first, conf, count)
+    expected = {key: [_rows(of_all[i], conf * FLOOR) for i in chosen] for key, of_all in found.items()}
+    measured = {key: [rows[rows[:, 4] >= conf * FLOOR] for rows in of_all] for key, of_all in found.items()}
+    boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
+    tolerances, differences = tolerate(measured, conf, boxes)
+    document = {
+        "schema": SCHEMA,
+        "conf": conf,
+        "floor": conf * FLOOR,
+        "iou": IOU,
+        "images": [{"file": f"{n}.npy", "name": dataset.val[samples[i]].name} for n, i in enumerate(chosen)],
+        "boxes": boxes,
+        "executed": executed,
+        "tolerances": tolerances,
+        "tolerances_from": ABOUT,
+        "images_measured": len(images),
+        "measured": differences,
+        "expected": expected,
+    }
+    for number, index in enumerate(chosen):
+        np.save(folder / f"{number}.npy", images[index])
+    (folder / FILE).write_text(json.dumps(document, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+    return {"images": len(chosen), "boxes": boxes, "conf": conf, "tolerances": tolerances}
+
+
+def _detected(engines: Artifact, images: Sequence[np.ndarray]) -> tuple[dict[str, Found], dict[str, str]]:
+    """Detections and arithmetic of each engine of the compressed net, by `runtime-precision`."""
+    found, executed = dict[str, Found](), dict[str, str]()
+    for row in json.loads(engines.file("engines.json").read_text()):
+        if row["model"] == "compressed" and not row["reason"]:
+            key = f"{row['runtime']}-{row['precision']}"
+            with open_engine(engines.path / row["folder"]) as engine:
+                found[key] = detections(engine, images, LEAST_SCORE, IOU)
+                executed[key] = engine.executed
+    return found, executed
+
+
+def confidence(found: Found, count: int) -> float:
+    """0.25; or the score that leaves one box an image, of a net that is sure of less."""
+    scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
+    return CONF if (scores >= CONF).sum() >= count or len(scores) < count else float(scores[count - 1])
+
+
+def tolerate(found: Mapping[str, Found], conf: float, boxes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tolerances by precision, and the measured differences that they come from, by pair of engines.
+
+    Args:
+        found: by `runtime-precision`, from the floor on, one N6 an image.
+        boxes: above `conf` in the golden images; what `unmatched` is a share of.
+    """
+    precisions = {key: key.rpartition("-")[2] for key in found}
+    tolerances: dict[str, Any] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
+    differences = dict[str, Any]()
+    for precision in sorted(set(precisions.values())):
+        own = [key for key in found if precisions[key] == precision]
+        peers = [key for key in found if precisions[key] in (precision, "fp32")]
+        both = sorted({tuple(sorted(pair)) for pair in product(own, peers) if pair[0] != pair[1]})
+        pairs = {f"{a} {b}": difference(found[a], found[b], conf) for a, b in both}
+        of = "worst" if precision == "fp32" else "most"
+        share = max((_share(one) for one in pairs.values()), default=0.0)
+        share = max(share, 0.0 if precision == "fp32" else LEAST_SHARE)
+        tolerances[precision] = {
+            "of": of,
+            "box_px": _above([getattr(one, f"{of}_box_px") for one in pairs.values()], BOX_PX),
+            "score": _above([getattr(one, f"{of}_score") for one in pairs.values()], SCORE),
+            "unmatched": math.ceil(MARGIN * share * boxes),
+        }
+        differences.update({pair: {k: round(v, 5) for k, v in one._asdict().items()} for pair, one in pairs.items()})
+    return tolerances, differences
+
+
+def _share(one: Difference) -> float:
+    """Boxes without partner, of all."""
+    return one.unmatched / max(one.unmatched + one.compared, 1)
+
+
+def _above(measured: Sequence[float], least: float) -> float:
+    return round(max([least, *(MARGIN * one for one in measured)]), 5)
+
+
+def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
+    return [
+        [*(round(side, 2) for side in row[:4]), round(row[4], 4), int(row[5])]
+        for row in found_N6[found_N6[:, 4] >= floor].tolist()
+    ]
+
+
+def _chosen(found: Found, conf: float, count: int) -> list[int]:
+    """Evenly spaced images, of those with a box where there are enough."""
+    seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
+    return _spread(seen if len(seen) >= count else list(range(len(found))), count)
+
+
+def _spread(of: list[int], count: int) -> list[int]:
+    return of if count >= len(of) else [of[i * len(of) // count] for i in range(count)]
+
+
+def _float_first(key: str) -> tuple[int, str]:
+    return ("fp32", "fp16", "int8").index(key.rpartition("-")[2]), key

@@ -1,0 +1,56 @@
+"""`runtime/` as it goes into a bundle: the same statements on the same lines, without comments and without docstrings.
+
+A third of its bytes are prose. Module docstrings stay: they are what `--help` prints. Lines keep their numbers, so a traceback
+from a robot reads against the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+
+
+def lean(source: str) -> str:
+    """Python source without comments and docstrings; each statement stays on its line.
+
+    A docstring becomes `...`, which is a statement too, and so may be all that a class or function holds.
+    """
+    gaps = [(span, "...") for span in _docstrings(source)] + [(span, "") for span in _comments(source)]
+    lines = source.splitlines()
+    for (first, start, last, end), put in sorted(gaps, reverse=True):
+        if first == last:
+            lines[first] = (lines[first][:start] + put + lines[first][end:]).rstrip()
+        else:
+            lines[first : last + 1] = [lines[first][:start] + put + lines[last][end:]] + [""] * (last - first)
+    return "\n".join(lines) + "\n"
+
+
+Span = tuple[int, int, int, int]  # first line and column, last line and column; lines from 0, columns in characters
+
+
+def _docstrings(source: str) -> list[Span]:
+    """Strings that are statements, but for the module's first."""
+    tree, rows = ast.parse(source), source.encode().splitlines()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if node is tree.body[0]:
+                continue
+            assert node.end_lineno is not None and node.end_col_offset is not None
+            first, last = node.lineno - 1, node.end_lineno - 1
+            columns = [  # ast counts bytes
+                len(rows[line][:offset].decode())
+                for line, offset in ((first, node.col_offset), (last, node.end_col_offset))
+            ]
+            found.append((first, columns[0], last, columns[1]))
+    return found
+
+
+def _comments(source: str) -> list[Span]:
+    """Comments, but for a first line that names the interpreter."""
+    return [
+        (token.start[0] - 1, token.start[1], token.end[0] - 1, token.end[1])
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and not (token.start == (1, 0) and token.string.startswith("#!"))
+    ]

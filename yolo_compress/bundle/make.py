@@ -1,0 +1,261 @@
+"""`yolo-compress bundle`: one folder or tar for the robot, from a chain that is finished up to the report and passed its gate."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tarfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_compress import environment, pipeline, progress, runtime
+from yolo_compress.artifact import Artifact, Store
+from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
+from yolo_compress.bundle import golden, targets
+from yolo_compress.bundle.keys import read_seed
+from yolo_compress.bundle.lean import lean
+from yolo_compress.bundle.signature import check_signatures
+from yolo_compress.data import Dataset
+from yolo_compress.errors import GateFailed, RecipeError
+from yolo_compress.explain import got
+from yolo_compress.recipe import Recipe
+from yolo_compress.runtime.golden import FOLDER as GOLDEN
+from yolo_compress.runtime.groundtruth import image_set
+from yolo_compress.runtime.sealed import seal
+from yolo_compress.weights import FOLDER
+
+COMMANDS = ("build", "bench", "detect", "switch")
+LAUNCHER = """#!/usr/bin/env python3
+import os
+import sys
+
+sys.dont_write_bytecode = True  # a .pyc would be a file that the manifest does not list
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+from runtime.robot_{command} import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
+
+Python 3.8 or newer, numpy, and TensorRT with cuda-python or pycuda (JetPack has them), or onnxruntime, or openvino.
+Image files need opencv-python or pillow, videos and cameras opencv-python. Nothing here uses the network.
+
+  python3 build.py                     builds engines/ on this machine (--precision int8, --runtime ..., --workspace-mib N)
+  python3 bench.py                     golden self-test, latency, throughput, memory, power -> device.json
+  python3 bench.py --data FOLDER       and mAP over FOLDER/images with FOLDER/labels; --coco FILE for a COCO json
+  python3 detect.py SOURCE             image, folder, video, camera number or golden/0.npy: a JSON line a picture; --draw, --shadow
+  python3 switch.py install BUNDLE     the next bundle into the idle slot, proved there, then switched to; status, rollback
+  python3 ros2_node.py                 ROS 2 (Humble or later): sensor_msgs/Image in, vision_msgs/Detection2DArray out
+
+On the workstation, `yolo-compress report recipe=... add=device.json` puts device.json into the report.
+
+manifest.json vouches for every file; a bundle with one altered, missing or added is refused. Pin a public key
+(/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken.
+
+runtime/ is yolo_compress/runtime of the version in manifest.json (made_with) without comments and docstrings, line for line;
+with them it is in the sources of yolo_compress, which are AGPL-3.0.
+"""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for.
+
+    Attributes:
+        out: folder, or a file that ends in .tar or .tar.gz; must not exist.
+        version: rises from bundle to bundle.
+        seed: of the private key; None leaves the bundle unsigned.
+        golden: images of the self-test.
+        force: make a bundle although the gate failed, and say so in it.
+    """
+
+    out: Path
+    target: str
+    version: int
+    seed: bytes | None
+    golden: int
+    force: bool
+
+
+def order(options: Mapping[str, str]) -> Order:
+    """Reads the options of the command line.
+
+    Raises:
+        RecipeError: a value that means nothing, or an `out` that is there.
+    """
+    out, target = Path(options["out"]), options.get("target", "plain")
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"out={out}: is there already; give another name, or delete it first")
+    if target not in targets.TARGETS:
+        raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(targets.TARGETS)}")
+    return Order(
+        out,
+        target,
+        _count(options, "version", int(time.time())),
+        read_seed(Path(options["key"])) if "key" in options else None,
+        _count(options, "golden", 4),
+        options.get("force") == "true",
+    )
+
+
+def _count(options: Mapping[str, str], key: str, default: int) -> int:
+    text = options.get(key, str(default))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**53):
+        raise RecipeError(f"command line: {key}: got {got(text)}, expected a whole number from 1 on")
+    return int(text)
+
+
+def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool = True) -> dict[str, Any]:
+    """Bring the chain up to date, check its gate, and write the bundle under a temporary name first.
+
+    Returns:
+        bundle (path), name, version, target, signed, gate, size_mib, files (count).
+
+    Raises:
+        GateFailed: and not `force`; nothing is written.
+        CompressError: whatever a stage or the target's contract says.
+    """
+    store = store or Store(FOLDER)
+    report = pipeline.run(recipe, "report", store=store, wait=wait)
+    dataset = pipeline.load_dataset(recipe, store)
+    planned = pipeline.plan(recipe, dataset, "report")
+    artifacts = {stage: found for stage, one in planned.items() if (found := store.find(stage, one.fingerprint))}
+    for stage in ("export", "engine"):
+        store.verify(artifacts[stage])
+    gate = _gate(report, asked)
+    partial = asked.out.parent / f".tmp-{secrets.token_hex(4)}-{asked.out.name[-40:]}"
+    try:
+        with storage_errors(asked.out):
+            root = partial / asked.out.name.removesuffix(".gz").removesuffix(".tar")
+            root.mkdir(parents=True)
+            manifest = _fill(root, recipe, dataset, artifacts, gate, asked)
+            size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+            _publish(root, partial, asked.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "bundle": str(asked.out),
+        "name": manifest["name"],
+        "version": manifest["version"],
+        "target": asked.target,
+        "signed": asked.seed is not None,
+        "gate": gate,
+        "size_mib": round(size / 2**20, 2),
+        "files": len(manifest["files"]),
+    }
+
+
+def _gate(report: Artifact, asked: Order) -> dict[str, Any]:
+    """The report's gate as the manifest has it.
+
+    Raises:
+        GateFailed: it failed, and the bundle is not forced.
+    """
+    found = report.metrics["gate"]
+    passed = bool(found["passed"])
+    if not passed:
+        line = report.metrics["verdict"]["line"]
+        if not asked.force:
+            raise GateFailed(f"{line}; no bundle is made (force=true makes one that says so)")
+        progress.notice(f"forced: {line}")
+    rows = ("judged", "reference", "worst")  # of the report, which the bundle does not hold
+    return {"forced": not passed, **{key: value for key, value in found.items() if key not in rows}}
+
+
+def _fill(
+    root: Path,
+    recipe: Recipe,
+    dataset: Dataset,
+    artifacts: Mapping[str, Artifact],
+    gate: Mapping[str, Any],
+    asked: Order,
+) -> dict[str, Any]:
+    """Everything into the folder, the manifest last."""
+    onnx = _networks(root, artifacts["export"])
+    height, width = recipe.data.imgsz_hw
+    check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names))
+    code(root)
+    (root / "labels.txt").write_text("".join(f"{name}\n" for name in dataset.names), encoding="utf-8")
+    progress.say(f"bundle: {asked.golden} golden images, their detections by every engine here")
+    about: dict[str, Any] = {
+        "name": recipe.name,
+        "target": asked.target,
+        "names": list(dataset.names),
+        "imgsz": [height, width],
+        "onnx": onnx,
+        "gate": dict(gate),
+        "golden": golden.write(root / GOLDEN, dataset, artifacts["engine"], asked.golden),
+        "val": {
+            "digest": dataset.val_digest,
+            "content": image_set([(one.sha256, one.boxes) for one in dataset.val], dataset.names),
+            "images": len(dataset.val),
+        },
+        "made_with": {
+            key: value for key, value in environment.describe().items() if key in ("commit", "packages", "python")
+        },
+        "recipe_fingerprint": artifacts["report"].fingerprint,
+    }
+    targets.write(asked.target, root, dict(about, version=asked.version))
+    text = README.format(
+        classes=len(dataset.names),
+        height=height,
+        width=width,
+        name=recipe.name,
+        version=asked.version,
+        target=asked.target,
+    )
+    (root / "README.txt").write_text(text, encoding="utf-8")
+    return seal(root, about, asked.version, asked.seed)
+
+
+def _networks(root: Path, export: Artifact) -> dict[str, str]:
+    """Copy the compressed net in each form, and the calibration cache where it was asked for; stem -> file."""
+    (root / "onnx").mkdir()
+    found = {}
+    for name in sorted(export.manifest.files):
+        file = Path(name)
+        if file.parts[0] == "compressed" and file.suffix in (".onnx", ".cache"):
+            shutil.copyfile(export.file(name), root / "onnx" / file.name)
+            if file.suffix == ".onnx" and file.stem != "int8-implicit":  # that one is for the cache, by hand
+                found[file.stem] = f"onnx/{file.name}"
+    return found
+
+
+def code(root: Path) -> None:
+    """`runtime/` and the commands that start it."""
+    source = Path(str(runtime.__file__)).parent
+    (root / "runtime").mkdir()
+    for file in sorted(source.glob("*.py")):
+        (root / "runtime" / file.name).write_text(lean(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for command in COMMANDS:
+        (root / f"{command}.py").write_text(LAUNCHER.format(command=command), encoding="utf-8")
+
+
+def _publish(root: Path, partial: Path, out: Path) -> None:
+    """Every byte to the disk, then one rename."""
+    if not out.name.endswith((".tar", ".tar.gz")):
+        for file in sorted(root.rglob("*")):
+            if file.is_file():
+                fsync_file(file)
+            else:
+                fsync_directory(file)
+        replace(root, out)
+        return
+    archive = partial / "archive"
+    with tarfile.open(archive, "w:gz" if out.name.endswith(".gz") else "w") as tar:
+        tar.add(root, root.name, filter=_plain)
+    fsync_file(archive)
+    replace(archive, out)
+
+
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Of no user, no machine and no time, so that the same bundle gives the same tar."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    member.mode = 0o755 if member.isdir() else 0o644
+    return member

@@ -1,0 +1,70 @@
+"""What an ONNX file takes and gives, as a target's configuration has to say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from yolo_compress.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output. `shape` holds -1 for an open side."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """An ONNX file with one input [B, 3, H, W] and one output.
+
+    Attributes:
+        nms: whether suppression is part of the graph.
+    """
+
+    path: Path
+    input: Tensor
+    output: Tensor
+    nms: bool
+
+    @property
+    def batch(self) -> int:
+        """Images of a call; -1 where it is open."""
+        return self.input.shape[0]
+
+
+def read(path: Path) -> Network:
+    """Reads the file's graph.
+
+    Raises:
+        RecipeError: more than one input or output.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    held = {tensor.name for tensor in graph.initializer}
+    inputs = [_tensor(value) for value in graph.input if value.name not in held]
+    outputs = [_tensor(value) for value in graph.output]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise RecipeError(f"{path.name}: {len(inputs)} inputs and {len(outputs)} outputs, one of each expected")
+    nms = any("NonMaxSuppression" in node.op_type or "NMS" in node.op_type for node in graph.node)
+    return Network(path, inputs[0], outputs[0], nms)
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(side.dim_value if side.HasField("dim_value") else -1 for side in kind.shape.dim)
+    return Tensor(value.name, onnx.TensorProto.DataType.Name(kind.elem_type), shape)
+
+
+def require(path: Path, got: object, expected: object, what: str) -> None:
+    """For the checks that read a written configuration back.
+
+    Raises:
+        RecipeError: they differ.
+    """
+    if got != expected:
+        raise RecipeError(f"{path}: {what} is {got!r}, the network has {expected!r}; make the bundle again")

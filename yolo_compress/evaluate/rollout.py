@@ -1,0 +1,389 @@
+"""Grey release: whether a canary B may see more robots, from what it said beside A of the same frames.
+
+A rule compares one quantity with its budget, by a test that may be looked at at any time (`sequential.py`). At each look:
+
+    abort    some rule is surely beyond its budget
+    advance  every rule is surely within its budget, on enough frames over enough time, and the later half of them agrees
+    hold     anything else: what is not known yet is no pass
+
+Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one
+that is beyond some budget reaches the last stage's end with probability `ALPHA` at most: each of the stages takes its evidence from
+frames of its own and a fourth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
+
+What it cannot see: night, if it was day; and what both models miss, unless there are labels (`truth`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.evaluate.sequential import above, below, mean_bounds, quantile_bounds
+from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair
+
+SCHEMA = 1
+ALPHA = 0.05
+STAGES = (0.01, 0.05, 0.25, 1.0)  # shares of the robots that run B
+SPACING_S = 1.0  # frames nearer than this show the same scene again and are no evidence of their own
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What B may be worse by. Means over frames.
+
+    Attributes:
+        problems: share of frames where B has a problem and A none, less the reverse.
+        disagreement: share of boxes, A's and B's, without a partner of their class at IoU 0.5.
+        count: boxes B has more or fewer, as share of the larger number.
+        score: points by which scores of partners differ.
+        p50_ratio, p99_ratio: of B's end-to-end milliseconds to A's.
+        recall: share of the labelled boxes that A finds and B does not, less the reverse; where there is truth.
+        frames: least number of pairs, `SPACING_S` apart.
+        hours: least time from the first to the last of them.
+    """
+
+    problems: float = 0.01
+    disagreement: float = 0.2
+    count: float = 0.1
+    score: float = 0.1
+    p50_ratio: float = 1.2
+    p99_ratio: float = 1.5
+    recall: float = 0.02
+    frames: int = 500
+    hours: float = 1.0
+
+
+def budgets(text: str | None) -> Budgets:
+    """Reads `disagreement:0.3,p99_ratio:2`; what is not named keeps its default.
+
+    Raises:
+        RecipeError: another name, or a value that cannot be one.
+    """
+    given: dict[str, Any] = {}
+    names = [field.name for field in fields(Budgets)]
+    for part in (text or "").split(",") if text else []:
+        name, _, value = part.strip().partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        inside = (
+            number >= 1 if name.endswith("_ratio") else number >= 0 if name in ("frames", "hours") else 0 < number < 1
+        )
+        if name not in names or name in given or not inside or not math.isfinite(number):
+            raise RecipeError(
+                f"command line: budgets: got {part.strip()!r}, expected NAME:NUMBER, each once, of {', '.join(names)} "
+                "(a ratio from 1, the others between 0 and 1, frames and hours from 0)"
+            )
+        given[name] = int(number) if name == "frames" else number
+    return replace(Budgets(), **given)
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a release, kept from look to look.
+
+    Attributes:
+        a, b: name and version of the models; other models are another release.
+        status: running, aborted (nothing leads out of it) or done (B runs everywhere; it can still be aborted).
+        stage: index into STAGES.
+        since: A's time of the last frame that an earlier stage has used.
+    """
+
+    a: tuple[str, int]
+    b: tuple[str, int]
+    status: str = "running"
+    stage: int = 0
+    since: float = -math.inf
+
+    @property
+    def exposure(self) -> float:
+        """Share of the robots that run B now."""
+        return 0.0 if self.status == "aborted" else STAGES[self.stage]
+
+
+def stage_of(text: str) -> int:
+    """Index of a stage written as `5%`, `5` or `0.05`.
+
+    Raises:
+        RecipeError: no such stage.
+    """
+    shares = {f"{100 * share:g}": i for i, share in enumerate(STAGES)} | {
+        f"{s:g}": i for i, s in enumerate(STAGES[:-1])
+    }
+    found = shares.get(text.removesuffix("%"))
+    if found is None:
+        raise RecipeError(f"command line: stage: got {text!r}, expected one of {', '.join(f'{s:.0%}' for s in STAGES)}")
+    return found
+
+
+def state_json(state: State) -> dict[str, Any]:
+    """As the state file holds it."""
+    return {"schema": SCHEMA, **asdict(state), "since": None if state.since == -math.inf else state.since}
+
+
+def state_from(document: Any, where: str) -> State:
+    """The reverse.
+
+    Raises:
+        DataError: it is of another form.
+    """
+    try:
+        since = document["since"]
+        a, b = ((str(document[key][0]), int(document[key][1])) for key in ("a", "b"))
+        state = State(a, b, document["status"], document["stage"], -math.inf if since is None else float(since))
+        formed = document["schema"] == SCHEMA and state.status in ("running", "aborted", "done")
+        formed &= type(state.stage) is int and 0 <= state.stage < len(STAGES)
+        formed &= state.status != "done" or state.stage == len(STAGES) - 1
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"{where}: no state of a release ({error!r}); remove it to begin a new one at 1 %") from error
+    if not formed:
+        raise DataError(f"{where}: no state of a release; remove it to begin a new one at 1 %")
+    return state
+
+
+def step(state: State, verdict: str, until: float, cap: float = 1.0) -> State:
+    """The state after a verdict on the evidence up to A's time `until`. Exposure grows by one stage, and not above `cap`."""
+    if state.status == "aborted":
+        return state
+    if verdict == "abort":
+        return replace(state, status="aborted")
+    if verdict != "advance" or state.status == "done":
+        return state
+    if state.stage == len(STAGES) - 1:
+        return replace(state, status="done", since=until)
+    if STAGES[state.stage + 1] > cap:
+        return state
+    return replace(state, stage=state.stage + 1, since=until)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A quantity: what it is, its interval (at the level of an abort), and what is sure about its budget."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    budget: float
+    beyond: bool
+    within: bool
+    n: int
+
+
+def judge(
+    log_a: Log,
+    log_b: Log,
+    state: State,
+    allowed: Budgets = Budgets(),
+    truth: Mapping[str, np.ndarray] | None = None,
+    cap: float = 1.0,
+) -> tuple[dict[str, Any], State]:
+    """Looks at the evidence of the present stage.
+
+    Args:
+        truth: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+        cap: the largest exposure this call may lead to.
+
+    Returns:
+        The document (JSON types; NaN and infinity as null), and the state after it.
+
+    Raises:
+        DataError: not one frame in common.
+        RecipeError: A and B are the same model, or not those of the state.
+    """
+    _check_models(log_a, log_b, state)
+    pairs = pair(log_a.frames, log_b.frames)
+    if not pairs.frames:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
+            "both models have to see the same frames beside each other"
+        )
+    used = _spaced([match for match in pairs.frames if match[0].at > state.since])
+    rules = _rules(used, allowed, truth)
+    hours = (used[-1][0].at - used[0][0].at) / 3600 if used else 0.0
+    silent = _silent_share(log_a, pairs.frames, state.since)
+    status, reasons = _verdict(rules, len(used), hours, silent, allowed)
+    after = step(state, status, used[-1][0].at if used else state.since, cap)
+    if status == "advance" and after == state:
+        whole = "B runs on every robot already, and is within its budgets"
+        status, reasons = "hold", [whole if state.status == "done" else f"the next stage is above the cap of {cap:.0%}"]
+    if state.status == "aborted":
+        status, reasons = "abort", ["aborted before; a new release begins with another version and another state file"]
+    document = {
+        "schema": SCHEMA,
+        "a": dict(zip(("name", "version"), log_a.model, strict=True)),
+        "b": dict(zip(("name", "version"), log_b.model, strict=True)),
+        "verdict": {"status": status, "reasons": reasons},
+        "stage": STAGES[state.stage],
+        "exposure": after.exposure,
+        "release": after.status,
+        "evidence": {
+            "paired": len(pairs.frames),
+            "used": len(used),
+            "hours": round(hours, 3),
+            "silent_b": round(silent, 4),
+            "alone_a": pairs.alone_a,
+            "alone_b": pairs.alone_b,
+            "bad_lines": [log_a.bad, log_b.bad],
+            "duplicates": [log_a.duplicates, log_b.duplicates],
+            "skew_s": round(pairs.skew_s, 3),
+        },
+        "rules": [_rule_json(rule) for rule in rules],
+        "settings": {"alpha": ALPHA, "stages": list(STAGES), "spacing_s": SPACING_S, "cap": cap, **asdict(allowed)},
+    }
+    return document, after
+
+
+def _check_models(log_a: Log, log_b: Log, state: State) -> None:
+    if log_a.model == log_b.model:
+        name, version = log_a.model
+        raise RecipeError(f"{log_a.path} and {log_b.path}: both of {name} version {version}; A and B have to differ")
+    if (log_a.model, log_b.model) != (state.a, state.b):
+        raise RecipeError(
+            f"the logs are of {log_a.model} and {log_b.model}, the release is of {state.a} and {state.b}; "
+            "another release needs another state file"
+        )
+
+
+def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:
+    """Those at least `SPACING_S` after the one before; chosen by time alone, so that no outcome has a say."""
+    found: list[tuple[Frame, Frame]] = []
+    for match in pairs:
+        if not found or match[0].at - found[-1][0].at >= SPACING_S:
+            found.append(match)
+    return found
+
+
+def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float) -> float:
+    """Of A's frames, those that B says nothing of: a canary that is dead writes no problem."""
+    after = sum(frame.at > since for frame in log_a.frames)
+    return 1 - sum(one.at > since for one, _ in pairs) / after if after else 0.0
+
+
+MAX_SILENT = 0.1  # a log that is still on its way, or a robot that was off; above it the pairs are no fair sample
+
+
+def _verdict(rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets) -> tuple[str, list[str]]:
+    beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
+    if beyond:
+        return "abort", beyond
+    lacks = []
+    if used < allowed.frames:
+        lacks.append(f"{used} frames {SPACING_S:g} s apart, {allowed.frames} needed")
+    if hours < allowed.hours:
+        lacks.append(f"{hours:.2f} hours, {allowed.hours:g} needed")
+    if silent > MAX_SILENT:
+        lacks.append(f"B has no line for {silent:.0%} of A's frames, {MAX_SILENT:.0%} may be")
+    lacks += [f"{rule.name} may be beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if not rule.within]
+    return ("hold", lacks) if lacks else ("advance", ["every rule is surely within its budget"])
+
+
+def _interval(rule: _Rule) -> str:
+    return f"{rule.value:.4g} in {rule.low:.4g} to {rule.high:.4g}, {rule.n} frames"
+
+
+def _rules(
+    used: Sequence[tuple[Frame, Frame]], allowed: Budgets, truth: Mapping[str, np.ndarray] | None
+) -> list[_Rule]:
+    both = [(a, b) for a, b in used if a.problem is None and b.problem is None]
+    partners = [matched(_unscored(a), _unscored(b)) for a, b in both]
+    signed: dict[str, list[float]] = {
+        "problems": [float(b.problem is not None) - float(a.problem is not None) for a, b in used],
+        "count": [_count_shift(a, b) for a, b in both],
+        "score": [_score_shift(a, b, p) for (a, b), p in zip(both, partners, strict=True) if p],
+    }
+    one_sided = {"problems"}
+    if truth is not None:
+        labelled = [(a, b, truth[a.name]) for a, b in both if len(truth.get(a.name, ()))]
+        signed["recall"] = [_recall(boxes, a) - _recall(boxes, b) for a, b, boxes in labelled]
+        one_sided.add("recall")
+    share = [_disagreement(a, b, p) for (a, b), p in zip(both, partners, strict=True)]
+    tests = 1 + 2 + sum(1 if name in one_sided else 2 for name in signed)
+    within, beyond = ALPHA / len(STAGES), ALPHA / len(STAGES) / tests
+    rules = [_of_mean("disagreement", np.array(share), (0.0, 1.0), allowed.disagreement, within, beyond, True)]
+    for name, values in signed.items():
+        budget = getattr(allowed, name)
+        rules.append(_of_mean(name, np.array(values), (-1.0, 1.0), budget, within, beyond, name in one_sided))
+    ms_a, ms_b = (np.array([match[side].ms for match in both]) for side in (0, 1))
+    for name, at in (("p50_ratio", 0.5), ("p99_ratio", 0.99)):
+        rules.append(_of_quantiles(name, ms_a, ms_b, at, getattr(allowed, name), within, beyond))
+    return rules
+
+
+def _unscored(frame: Frame) -> np.ndarray:
+    return frame.boxes_N6[:, [0, 1, 2, 3, 5]]
+
+
+def _disagreement(a: Frame, b: Frame, partners: Sequence[tuple[int, int]]) -> float:
+    boxes = len(a.boxes_N6) + len(b.boxes_N6)
+    return 1 - 2 * len(partners) / boxes if boxes else 0.0
+
+
+def _count_shift(a: Frame, b: Frame) -> float:
+    most = max(len(a.boxes_N6), len(b.boxes_N6))
+    return (len(b.boxes_N6) - len(a.boxes_N6)) / most if most else 0.0
+
+
+def _score_shift(a: Frame, b: Frame, partners: Sequence[tuple[int, int]]) -> float:
+    return float(np.mean([b.boxes_N6[j, 4] - a.boxes_N6[i, 4] for i, j in partners]))
+
+
+def _recall(truth_N5: np.ndarray, frame: Frame) -> float:
+    return len(matched(truth_N5, _unscored(frame))) / len(truth_N5)
+
+
+def _of_mean(
+    name: str,
+    values_T: np.ndarray,
+    span: tuple[float, float],
+    budget: float,
+    within: float,
+    beyond: float,
+    one_sided: bool,
+) -> _Rule:
+    """A mean that may be at most the budget; or from minus the budget to it."""
+    low, width = span[0], span[1] - span[0]
+    unit_T = (values_T - low) / width
+    upper, lower = (budget - low) / width, (-budget - low) / width
+    bad = above(unit_T, upper, beyond)
+    good = below(unit_T, upper, within)
+    if not one_sided:
+        bad = bad or above(1 - unit_T, 1 - lower, beyond)
+        good = good and below(1 - unit_T, 1 - lower, within)
+    least, most = mean_bounds(unit_T, beyond)
+    value = float(values_T.mean()) if len(values_T) else math.nan
+    lately = values_T[len(values_T) // 2 :]
+    good = good and all(mean <= budget and (one_sided or mean >= -budget) for mean in (value, float(lately.mean())))
+    return _Rule(name, value, low + width * least, low + width * most, budget, bad, good, len(values_T))
+
+
+def _of_quantiles(
+    name: str, ms_a: np.ndarray, ms_b: np.ndarray, share: float, budget: float, within: float, beyond: float
+) -> _Rule:
+    """The ratio of B's quantile to A's; each side's bound takes half of the level."""
+
+    def ratio(level: float) -> tuple[float, float]:
+        (low_a, high_a), (low_b, high_b) = (quantile_bounds(ms, share, level / 2) for ms in (ms_a, ms_b))
+        return max(low_b, 0.0) / high_a if high_a > 0 else 0.0, high_b / low_a if low_a > 0 else math.inf
+
+    low, high = ratio(beyond)
+    quantile: Callable[[np.ndarray], float] = lambda ms: float(np.quantile(ms, share)) if len(ms) else math.nan  # noqa: E731
+    value, lately = (
+        quantile(ms_b[start:]) / of_a if (of_a := quantile(ms_a[start:])) > 0 else math.nan
+        for start in (0, len(ms_a) // 2)
+    )
+    good = ratio(within)[1] <= budget and value <= budget and lately <= budget
+    return _Rule(name, value, low, high, budget, low > budget, good, len(ms_a))
+
+
+def _rule_json(rule: _Rule) -> dict[str, Any]:
+    numbers = {key: getattr(rule, key) for key in ("value", "low", "high")}
+    rounded = {key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()}
+    says = "beyond" if rule.beyond else "within" if rule.within else "open"
+    return {"name": rule.name, **rounded, "budget": rule.budget, "says": says, "n": rule.n}

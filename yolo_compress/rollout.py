@@ -1,0 +1,94 @@
+"""`yolo-compress rollout`: a look at a grey release, and the state file that carries it from look to look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.atomic import atomic_write
+from yolo_compress.errors import DataError, RecipeError, StorageError
+from yolo_compress.evaluate import rollout
+from yolo_compress.evaluate.shadowlog import read, read_truth
+from yolo_compress.explain import got
+from yolo_compress.lock import lock
+
+
+def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
+    """Judges the logs that the command line names, and keeps the state if it names a file for that.
+
+    Args:
+        options: a, b, and where given truth, stage, state, cap, budgets.
+        wait: for another call with the same state file.
+
+    Returns:
+        The document of `evaluate.rollout.judge`.
+
+    Raises:
+        RecipeError, DataError, StorageError: see there.
+        Locked: another call holds the state file.
+    """
+    allowed, cap = rollout.budgets(options.get("budgets")), _cap(options.get("cap", "1"))
+    log_a, log_b = read(Path(options["a"])), read(Path(options["b"]))
+    truth = read_truth(Path(options["truth"])) if "truth" in options else None
+    given = rollout.stage_of(options["stage"]) if "stage" in options else None
+    if rollout.STAGES[given or 0] > cap:
+        raise RecipeError(f"command line: stage={options['stage']} is above cap={options['cap']}")
+    fresh = rollout.State(log_a.model, log_b.model, stage=given or 0)
+    if "state" not in options:
+        return rollout.judge(log_a, log_b, fresh, allowed, truth, cap)[0]
+    path = Path(options["state"])
+    with lock(path.with_name(path.name + ".lock"), f"rollout state={path}", wait):
+        before = _load(path) or fresh
+        if given not in (None, before.stage):
+            at = f"{rollout.STAGES[before.stage]:.0%}"
+            raise RecipeError(f"command line: stage={options['stage']}, but {path} is at {at}; leave stage out")
+        if before.status != "aborted" and before.exposure > cap:
+            raise RecipeError(f"command line: cap={options['cap']}, but {path} is at {before.exposure:.0%} already")
+        document, after = rollout.judge(log_a, log_b, before, allowed, truth, cap)
+        atomic_write(path, json.dumps(rollout.state_json(after), sort_keys=True, allow_nan=False) + "\n")
+    return document
+
+
+def _cap(text: str) -> float:
+    try:
+        cap = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        cap = -1.0
+    if not rollout.STAGES[0] <= cap <= 1:
+        raise RecipeError(
+            f"command line: cap: got {got(text)}, expected a share of the robots from 0.01 to 1, or 1% to 100%"
+        )
+    return cap
+
+
+def _load(path: Path) -> rollout.State | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeError) as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+    try:
+        return rollout.state_from(json.loads(text), str(path))
+    except ValueError as error:
+        raise DataError(f"{path}: no state of a release ({error}); remove it to begin a new one at 1 %") from error
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """For people: verdict and reasons first, then a line a rule."""
+    verdict, a, b = document["verdict"], document["a"], document["b"]
+    lines = [
+        f"{verdict['status']} at {document['stage']:.0%}: {b['name']} version {b['version']} beside "
+        f"{a['name']} version {a['version']}; run B on {document['exposure']:.0%} of the robots",
+        *(f"  {reason}" for reason in verdict["reasons"]),
+        "",
+        f"{'rule':<14}{'value':>10}{'low':>10}{'high':>10}{'budget':>8}  ",
+    ]
+    for rule in document["rules"]:
+        shown = "".join(
+            f"{'-' if rule[key] is None else format(rule[key], '.4f'):>10}" for key in ("value", "low", "high")
+        )
+        lines.append(f"{rule['name']:<14}{shown}{rule['budget']:>8g}  {rule['says']}")
+    return "\n".join(lines)

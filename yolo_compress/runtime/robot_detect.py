@@ -1,0 +1,107 @@
+"""`python3 detect.py SOURCE`: detections of an image, a folder, a video, a camera (its number) or a golden .npy, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import IO, Any, Callable, List, Optional, Sequence
+
+from .draw import line, write_picture
+from .errors import SourceError
+from .pipeline import Found, open_pipeline
+from .robot import HERE, Bundle, engine_folder, guarded, opened, say
+from .sources import open_source
+
+SHADOW_SCHEMA = 1
+
+
+def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
+    """Detect until the source ends (or Ctrl-C) and return the exit code: 3 if a picture could not be read."""
+    parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
+    parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
+    parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
+    parser.add_argument("--engines", type=int, help="of it that run at a time (default: one a processor, one on a GPU)")
+    parser.add_argument("--conf", type=_share, default=0.25, help="least score (default 0.25)")
+    parser.add_argument("--iou", type=_share, default=0.7, help="overlap above which the worse box goes (default 0.7)")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the pictures with their boxes there")
+    parser.add_argument("--shadow", type=Path, metavar="FILE", help="append a line a frame, for yolo-compress rollout")
+    parser.add_argument("--limit", type=int, metavar="N", help="stop after so many pictures")
+    parser.add_argument("--quiet", action="store_true", help="no lines on stdout")
+    options = parser.parse_args(argv)
+    return guarded(lambda: _detect(opened(directory), options))
+
+
+def _detect(bundle: Bundle, options: Any) -> int:
+    engine = engine_folder(bundle, options.engine)
+    source = open_source(options.source)
+    engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open
+    say(f"{bundle.name} {bundle.version}, engine {engine.name}")
+    unreadable, first = 0, None
+    with ExitStack() as stack:
+        outlets = _outlets(bundle, options, stack)
+        pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou))
+        stream = stack.enter_context(closing(pipeline(source.pictures)))
+        for number, found in enumerate(stream, 1):
+            for write in outlets:
+                write(found)
+            if found.problem is not None:
+                unreadable, first = unreadable + 1, first or found.problem
+            if number == options.limit:
+                break
+    if unreadable:
+        raise SourceError(f"{unreadable} pictures could not be read, the first: {first}")
+    return 0
+
+
+def _outlets(bundle: Bundle, options: Any, stack: ExitStack) -> List[Callable[[Found], None]]:
+    """Where each picture goes."""
+    outlets: List[Callable[[Found], None]] = []
+    if not options.quiet:
+        outlets.append(lambda found: print(line(found, bundle.names), flush=True))
+    if options.shadow is not None:
+        log = stack.enter_context(open(str(options.shadow), "a", encoding="utf-8"))
+        outlets.append(lambda found: _log(log, bundle, found))
+    if options.draw is not None:
+        options.draw.mkdir(parents=True, exist_ok=True)
+        outlets.append(lambda found: _draw(options.draw, bundle, found))
+    return outlets
+
+
+def _log(log: IO[str], bundle: Bundle, found: Found) -> None:
+    """One line of the shadow log, on its way to the disk when this returns."""
+    log.write(shadow_line(found, bundle.name, bundle.version, time.time()) + "\n")
+    log.flush()
+
+
+def shadow_line(found: Found, name: str, version: int, at: float) -> str:
+    """What `yolo-compress rollout` reads: boxes are x1, y1, x2, y2 in px of the frame, then score and class number."""
+    boxes = [
+        [round(side, 2) for side in row[:4]] + [round(row[4], 5), int(row[5])] for row in found.detections_N6.tolist()
+    ]
+    return json.dumps(
+        {
+            "schema": SHADOW_SCHEMA,
+            "frame": found.name,
+            "at": round(at, 6),
+            "model": {"name": name, "version": version},
+            "ms": round(found.ms, 3),
+            "detections": boxes,
+            "problem": found.problem,
+        }
+    )
+
+
+def _draw(folder: Path, bundle: Bundle, found: Found) -> None:
+    if found.image_HW3 is not None:
+        name = Path(found.name).name.replace("#", "-")
+        write_picture(folder / f"{name}.jpg", found.image_HW3, found.detections_N6, bundle.names)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
