@@ -126,7 +126,7 @@ def _judge_image(truths_G5: np.ndarray, found_N6: np.ndarray) -> tuple[np.ndarra
             type_N[n], matched_G[g] = RIGHT, True
             free_NG[:, g] = 0
     own_N, other_N = own_NG.argmax(axis=1), other_NG.argmax(axis=1)
-    for n in np.flatnonzero(type_N != RIGHT):
+    for n in np.flatnonzero(type_N != RIGHT).tolist():
         target = -1
         if BACKGROUND <= own_NG[n, own_N[n]] <= FOREGROUND:
             type_N[n], target = LOC, int(own_N[n])
