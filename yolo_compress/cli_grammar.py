@@ -27,6 +27,7 @@ OPTIONS = {
     "iou": (),
     "engines": (),
     "draw": ("true", "false"),
+    "add": (),
 }  # () stands for any text
 _SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
@@ -55,7 +56,9 @@ VERBS = {
     "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
     "engine": Verb("build an engine for each runtime and precision found here"),
     "bench": Verb("measure mAP, latency and size of every engine"),
-    "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
+    "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention; add=device.json[,...] "
+                   "writes another one, with what robots measured beside it",
+                   options=("recipe", "lock", "force", "add", "out")),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
@@ -152,8 +155,9 @@ def usage(name: str) -> str:
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
+    parts += ["[add=device.json[,more.json] [out=FOLDER]]"] if "add" in verb.options else []
     parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
-    if "out" in verb.options:
+    if "out" in verb.options and "add" not in verb.options:
         parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else ["out=FOLDER"]
     parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
     parts += ["[target=NAME]"] if "target" in verb.options else []
@@ -214,6 +218,8 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
     if name == "probe" and "out" not in options:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
+    if name == "report" and "out" in options and "add" not in options:
+        raise RecipeError(f"{_WHERE}: out goes with add; the report itself is published under weights/; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
     if name == "fetch" and not words:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from yolo_compress.errors import DataError
+from yolo_compress.report.choice import SECTIONS
 
 COUNT = 12
 WIDTH_PX = 480
-# With plots and tables the file stays below 5 MB; base64 adds a third.
-BUDGET_BYTES = 3_000_000
+# With plots and tables the file stays below 6 MB; base64 adds a third.
+BUDGET_BYTES = 4_000_000
 # Tried in turn until the pictures fit the budget: width in px, JPEG quality.
 SIZES = ((WIDTH_PX, 84), (WIDTH_PX, 72), (400, 68), (320, 62), (240, 55))
 # What a user of the model sees; below it mAP counts on, but a picture would drown in boxes.
@@ -30,7 +31,7 @@ MATCH_IOU = 0.5
 NAMED = 8
 # Okabe and Ito's colours without black, told apart with any colour vision.
 PALETTE = ("#56b4e9", "#e69f00", "#00c08b", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
-TRUTH, MISSED = "#ffffff", "#ff2d55"
+TRUTH, MISSED, RIM = "#ffffff", "#ff2d55", "#000000"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
+    """`section`: a key of `choice.SECTIONS`."""
+
+    section: str
     name: str
     width: int
     height: int
@@ -59,6 +63,11 @@ class Gallery:
     pairs: tuple[Pair, ...]
     legend: tuple[tuple[str, str], ...]
 
+    def sections(self) -> list[tuple[str, str, list[Pair]]]:
+        """Title, what it shows, and its pairs."""
+        parts = [(SECTIONS[key], [pair for pair in self.pairs if pair.section == key]) for key in SECTIONS]
+        return [(title, text, pairs) for (title, text), pairs in parts if pairs]
+
 
 def draw(items: Sequence[Mapping[str, Any]], count: int = COUNT) -> Gallery:
     """Draws the first `count` items, smaller or coarser when there are many.
@@ -66,7 +75,8 @@ def draw(items: Sequence[Mapping[str, Any]], count: int = COUNT) -> Gallery:
     Args:
         items: `image` (path, or HW3 uint8 RGB), `name` (optional, else the file's), `truths` (class and normalised
             xywh, as a Sample's boxes), `detections_a` of the original and `detections_b` of the compressed model
-            (N6: xyxy in px of that image, score, class), `names` (class names).
+            (N6: xyxy in px of that image, score, class), `names` (class names), optional `section` (a key of
+            `choice.SECTIONS`, else random) and `min_score`.
 
     Raises:
         DataError: an image that cannot be read.
@@ -104,15 +114,16 @@ def _loaded(item: Mapping[str, Any]) -> dict[str, Any]:
     shown = {}
     for key in ("detections_a", "detections_b"):
         boxes = np.asarray(item[key], float).reshape(-1, 6)
-        boxes = boxes[boxes[:, 4] >= MIN_SCORE]
+        boxes = boxes[boxes[:, 4] >= item.get("min_score", MIN_SCORE)]
         shown[key] = boxes[np.argsort(-boxes[:, 4], kind="stable")]
-    return {"image": image, "name": str(name or "image"), "truths": truths, "names": item["names"], **shown}
+    about = {"name": str(name or "image"), "names": item["names"], "section": item.get("section", "random")}
+    return {"image": image, "truths": truths, **about, **shown}
 
 
 def _pair(item: Mapping[str, Any], width_px: int, quality: int) -> Pair:
     height, width = item["image"].shape[:2]
     pictures = [_picture(item, item[key], width_px, quality) for key in ("detections_a", "detections_b")]
-    return Pair(item["name"], width, height, *pictures)
+    return Pair(item["section"], item["name"], width, height, *pictures)
 
 
 def _picture(item: Mapping[str, Any], detections_N6: NDArray[Any], width_px: int, quality: int) -> Picture:
@@ -128,7 +139,9 @@ def _picture(item: Mapping[str, Any], detections_N6: NDArray[Any], width_px: int
         else:
             _rectangle(pen, truth[1:] * scale, MISSED, 3)
     placed: list[tuple[float, ...]] = []
-    for box in detections_N6:
+    for box, hit in zip(detections_N6, used, strict=True):
+        if not hit:
+            _rectangle(pen, box[:4] * scale + (-2, -2, 2, 2), RIM, 6)
         _rectangle(pen, box[:4] * scale, colour(int(box[5])), 2)
     names = item["names"] if len(detections_N6) <= NAMED else None
     for box in detections_N6:

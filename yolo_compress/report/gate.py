@@ -16,8 +16,9 @@ ROUNDING = 1e-12
 
 
 def reference_row(rows: Sequence[Row]) -> Row | None:
-    """What every retention is a ratio to: the original in FP32, by torch where that was measured, else the first."""
-    original = [row for row in rows if (row["model"], row["precision"], row["status"]) == ("original", "fp32", "ok")]
+    """What every retention is a ratio to: the original in FP32 here, by torch where that was measured, else the first."""
+    here = [row for row in rows if not row.get("device") and row["model"] == "original"]
+    original = [row for row in here if (row["precision"], row["status"]) == ("fp32", "ok")]
     return next((row for row in original if row["runtime"] == "torch"), original[0] if original else None)
 
 
@@ -54,7 +55,7 @@ def judge(rows: Sequence[Row], min_retention: float) -> dict[str, Any]:
     reference = reference_row(rows)
     compressed = [row for row in rows if row["model"] == "compressed"]
     asked = [row for row in compressed if row["precision"] == "int8"] or compressed
-    candidates = [row for row in asked if row["status"] == "ok"]
+    candidates = [row for row in asked if row["status"] == "ok" and row["map50_95"] is not None]
     judged = [_judge_row(row, reference, min_retention) for row in candidates]
     gate: dict[str, Any] = {
         "min_retention": min_retention,

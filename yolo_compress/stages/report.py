@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from yolo_compress import environment
+from yolo_compress.artifact import Artifact
+from yolo_compress.report import devices, evidence
+from yolo_compress.report.choice import choose
 from yolo_compress.report.document import build
+from yolo_compress.report.gallery import MIN_SCORE
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
-from yolo_compress.stages.bench import row_name
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120
@@ -23,10 +26,10 @@ VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 
 def run(job: Job) -> dict[str, Any]:
     """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
-    rows = job.inputs["bench"].metrics["rows"]
+    rows, chain = evidence.with_intervals(job, job.inputs["bench"].metrics["rows"], _chain(job))
     document = build(
         job.recipe.name,
-        _chain(job),
+        chain,
         rows,
         _data(job),
         min_retention=job.config.min_retention,
@@ -38,8 +41,22 @@ def run(job: Job) -> dict[str, Any]:
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
         not_tested=_not_tested(job, rows),
+        errors=evidence.error_types(job, rows, MIN_SCORE),
+        latency_quantiles=evidence.latency_quantiles(job.inputs["bench"]),
+        quantisation=evidence.quantisation(job.inputs["qat"]) if _own(job, "qat") else None,
+        placement=evidence.placement(job.inputs["qat"]) if _own(job, "qat") else (),
     )
-    write(document, _gallery(job, rows), job.out)
+    return _written(job, document)
+
+
+def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
+    """The published report once more, with what other machines measured (`report.devices.add`), into `job.out`."""
+    document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
+    return _written(job, devices.add(document, files))
+
+
+def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
+    write(document, _gallery(job, document), job.out)
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
 
 
@@ -138,28 +155,24 @@ def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
     return said
 
 
-def _gallery(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evenly spaced validation images: the original in FP32 beside the compressed net in INT8, where there is one."""
-    count = min(job.config.images, len(job.dataset.val))
-    measured = [row for row in rows if row["status"] == "ok"]
-    compressed = [row for row in measured if row["model"] == "compressed"]
-    if not count or not compressed:
+def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
+    both, ab = evidence.compared(document["rows"]), document["ab"]
+    if not job.config.images or both is None:
         return []
-    first = next(row for row in measured if row["model"] == "original" and row["precision"] == "fp32")
-    second = next((row for row in compressed if row["precision"] == "int8"), compressed[0])
-    both = [np.load(job.inputs["bench"].file(f"detections/{row_name(row)}.npy")) for row in (first, second)]
-    items = []
-    for index in (i * len(job.dataset.val) // count for i in range(count)):
-        sample = job.dataset.val[index]
-        of_image = [table[table[:, 0] == index, 1:] for table in both]
-        items.append(
-            {
-                "image": sample.image,
-                "name": sample.name,
-                "truths": sample.boxes,
-                "detections_a": of_image[0],
-                "detections_b": of_image[1],
-                "names": job.dataset.names,
-            }
-        )
-    return items
+    images = len(job.dataset.val)
+    first, second = (evidence.detections(job.inputs["bench"], row, images) for row in both)
+    flips = ab["flips"] if ab else ()
+    return [
+        {
+            "section": section,
+            "image": job.dataset.val[index].image,
+            "name": job.dataset.val[index].name,
+            "truths": job.dataset.val[index].boxes,
+            "detections_a": first[index],
+            "detections_b": second[index],
+            "names": job.dataset.names,
+            "min_score": ab["settings"]["conf"] if ab else MIN_SCORE,
+        }
+        for section, index in choose(flips, images, job.config.images, job.recipe.run.seed)
+    ]
