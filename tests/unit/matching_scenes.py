@@ -1,0 +1,54 @@
+"""Scenes to match and average, and pycocotools' precision of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+
+from yolo_compress.evaluate import coco
+from yolo_compress.runtime.matching import AREAS, MAX_DETECTIONS
+
+NAMES = ("bolt", "nut", "screw")
+SIDE = 300.0  # px of the test images
+
+Scene = tuple[list[np.ndarray], list[np.ndarray]]
+
+
+def by_pycocotools(truths: list[np.ndarray], found: list[np.ndarray], classes: int) -> np.ndarray:
+    """precision_TRKA; -1, its mark of classes without truths in the range, as NaN."""
+    from pycocotools.cocoeval import COCOeval
+
+    rows = [np.column_stack([truth[:, 1:], np.ones(len(truth)), truth[:, 0]]) for truth in truths]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(coco._coco(rows, classes), coco._coco(found, classes), "bbox")
+        assert evaluation.params.areaRngLbl == list(AREAS)
+        assert evaluation.params.areaRng == [list(bounds) for bounds in AREAS.values()]
+        evaluation.params.maxDets = [MAX_DETECTIONS]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    values = np.asarray(evaluation.eval["precision"])[..., 0]
+    return np.where(values > -1, values, np.nan)
+
+
+def scene(seed: int, images: int = 12, most: int = 8, tied: bool = True) -> Scene:
+    """Truths of all sizes; detections shifted, doubled, mislabelled, invented, with scores that tie."""
+    generator = np.random.default_rng(seed)
+    truths, found = [], []
+    for _ in range(images):
+        count = int(generator.integers(0, most))
+        corner = generator.uniform(0, SIDE / 2, (count, 2))
+        boxes = np.column_stack([corner, corner + np.exp(generator.uniform(1, 5, (count, 2)))])
+        labels = generator.integers(0, len(NAMES), count)
+        truths.append(np.column_stack([labels, boxes]).astype(np.float64))
+        rows = np.column_stack([boxes, np.zeros(count), labels]).repeat(3, axis=0)
+        rows[:, :4] += generator.normal(0, 3, (len(rows), 4)) * generator.integers(0, 2, (len(rows), 1))
+        rows[:, 5] = np.where(generator.random(len(rows)) < 0.9, rows[:, 5], generator.integers(0, 3, len(rows)))
+        invented = generator.uniform(0, SIDE / 2, (int(generator.integers(0, 5)), 6))
+        invented[:, 2:4] += invented[:, :2]
+        invented[:, 5] = generator.integers(0, 3, len(invented))
+        rows = np.concatenate([rows, invented])
+        rows[:, 4] = generator.integers(1, 9, len(rows)) / 10 if tied else generator.random(len(rows))
+        found.append(rows.astype(np.float32))
+    return truths, found

@@ -1,0 +1,125 @@
+"""The numpy matcher against pycocotools: the same precision at every threshold, recall, class and area range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matching_scenes import NAMES, SIDE, Scene, by_pycocotools, scene
+
+from yolo_compress.evaluate import coco
+from yolo_compress.runtime.matching import AREAS, match, mean_ap, precision
+
+
+def assert_equal(truths: list[np.ndarray], found: list[np.ndarray]) -> None:
+    expected = by_pycocotools(truths, found, len(NAMES))
+    matches = match(truths, found, len(NAMES))
+    for index, area in enumerate(AREAS):
+        np.testing.assert_allclose(precision(matches, area), expected[..., index], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equal_to_pycocotools(seed: int) -> None:
+    truths, found = scene(seed)
+    assert_equal(truths, found)
+    assert 0.05 < np.nanmean(precision(match(truths, found, 3))) < 0.95, "a scene that says something"
+
+
+COORDINATE = st.integers(0, 12)  # a coarse grid: equal boxes, equal IoUs, boxes without area
+BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
+SCALE = st.sampled_from([1.0, 8.0, 32.0, 0.37])
+LABEL = st.integers(0, 2)
+SCORE = st.integers(1, 4)
+
+
+@st.composite
+def drawn(draw: Any) -> Scene:
+    truths, found = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        scale = draw(SCALE)
+        labelled = draw(st.lists(st.tuples(LABEL, BOX), max_size=6))
+        detected = draw(st.lists(st.tuples(BOX, SCORE, LABEL), max_size=10))
+        copies = [(box, draw(SCORE), label) for label, box in labelled if draw(st.booleans())]
+        truths.append(np.array([(k, *spread(b, scale)) for k, b in labelled], np.float64).reshape(-1, 5))
+        rows = [(*spread(b, scale), s / 5, k) for b, s, k in [*detected, *copies]]
+        found.append(np.array(rows, np.float32).reshape(-1, 6))
+    return truths, found
+
+
+def spread(box: tuple[int, int, int, int], scale: float) -> tuple[float, float, float, float]:
+    x, y, w, h = box
+    return x * scale, y * scale, (x + w) * scale, (y + h) * scale
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(drawn())
+def test_equal_to_pycocotools_on_what_hypothesis_draws(case: Scene) -> None:
+    assert_equal(*case)
+
+
+def test_only_the_best_hundred_of_a_class_in_an_image_count() -> None:
+    truths, found = scene(3, images=4)
+    noise = np.random.default_rng(0).uniform(0, 60, (150, 6)).astype(np.float32)
+    noise[:, 2:4] += noise[:, :2]
+    noise[:, 4], noise[:, 5] = 0.75, np.repeat([0, 1], [120, 30])
+    assert_equal(truths, [np.concatenate([noise, rows]) for rows in found])
+    assert_equal(truths, [np.concatenate([rows, noise]) for rows in found])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_ap_is_that_of_evaluate(seed: int) -> None:
+    """Through the same relative labels as a data set's."""
+    truths, found = scene(seed)
+
+    class Image:
+        width = height = 300
+
+        def __init__(self, rows: np.ndarray) -> None:
+            x1, y1, x2, y2 = rows[:, 1:].T / SIDE
+            relative = np.column_stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]).tolist()
+            self.boxes = tuple((int(k), *box) for k, box in zip(rows[:, 0], relative, strict=True))
+
+    samples: Any = [Image(rows) for rows in truths]
+    expected = coco.mean_ap(samples, found, NAMES)
+    ours = mean_ap([coco.absolute_boxes(sample) for sample in samples], found, NAMES)
+    assert ours["counts"] == expected["counts"]
+    for key in ("map50_95", "map50", "per_class", "per_class_50"):
+        assert ours[key] == pytest.approx(expected[key], abs=1e-12)
+
+
+def test_a_class_without_truth_is_none_and_nothing_found_is_zero() -> None:
+    truth, nothing = np.array([[1, 0, 0, 10, 10]]), np.zeros((0, 6), np.float32)
+    result = mean_ap([truth], [nothing], NAMES)
+    assert result["per_class"] == {"bolt": None, "nut": 0.0, "screw": None}
+    assert result["map50_95"] == result["map50"] == 0.0
+    stray = np.array([[0, 0, 9, 9, 0.9, 0], [0, 0, 10, 10, 0.5, 1]])
+    assert mean_ap([truth], [stray], NAMES)["map50_95"] == pytest.approx(1.0)
+
+
+def test_who_found_what() -> None:
+    """The better score takes the better box; its double is left with nothing; rows keep their numbers."""
+    truths = [np.zeros((0, 5)), np.array([[0, 0, 0, 10, 10], [0, 20, 20, 30, 30]])]
+    found = [
+        np.array([[0, 0, 5, 5, 0.4, 0]]),
+        np.array([[20, 20, 30, 30, 0.3, 0], [0, 0, 10, 9, 0.9, 0], [0, 0, 10, 10, 0.8, 0]]),
+    ]
+    matches = match(truths, found, 1, ("all", "large"))
+    assert matches.image_D.tolist() == [1, 1, 0, 1] and matches.row_D.tolist() == [1, 2, 0, 0]
+    assert matches.truth_ATD[0, 0].tolist() == [0, -1, -1, 1]
+    assert matches.truth_ATD[0, -1].tolist() == [-1, 0, -1, 1], "IoU 0.9 is not 0.95"
+    assert not matches.counted_AN[1].any() and not matches.counts_ATD[1].any(), "nothing large"
+
+
+def test_what_cannot_be_matched() -> None:
+    one, nothing = np.array([[2, 0, 0, 9, 9]]), np.zeros((0, 6))
+    with pytest.raises(ValueError, match="1 images but 2 sets"):
+        match([one], [nothing] * 2, 3)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        match([one], [nothing], 2)
+    with pytest.raises(ValueError, match="no ground truth in 1 images"):
+        mean_ap([np.zeros((0, 5))], [nothing], NAMES)
+    with pytest.raises(ValueError, match="repeat.*bolt"):
+        mean_ap([one], [nothing], ("bolt", "bolt", "nut"))
