@@ -56,8 +56,7 @@ VERBS = {
     "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
     "engine": Verb("build an engine for each runtime and precision found here"),
     "bench": Verb("measure mAP, latency and size of every engine"),
-    "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention; add=device.json[,...] "
-                   "writes another one, with what robots measured beside it",
+    "report": Verb("write report.html, .md, .json; exit 1 below report.min_retention; add=... puts robots beside",
                    options=("recipe", "lock", "force", "add", "out")),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),

@@ -128,7 +128,9 @@ def _machine(document: Mapping[str, Any]) -> str:
 
 def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without what `document.judged` adds, so that it can add it again; percentiles withheld stay withheld."""
-    bare = {key: value for key, value in row.items() if key not in ("id", "retention", "speed_up", "size_ratio", "notes")}
+    bare = {
+        key: value for key, value in row.items() if key not in ("id", "retention", "speed_up", "size_ratio", "notes")
+    }
     if row["status"] == "ok" and row["map50_95"] is None and not row.get("device"):
         bare["map50_95"] = math.nan  # null in JSON; bench measures every row, so it was no number
     return bare

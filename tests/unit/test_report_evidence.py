@@ -1,0 +1,241 @@
+"""What the report draws from: A/B, error types, raw latencies, intervals, INT8 sensitivity, and which images it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matching_scenes import scene
+from report_case import EVIL, IMAGES, PLACEMENT, QUANTISATION, ab, document, errors, item, row, rows, stage, whole
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate import kept
+from yolo_compress.report import gallery, numbers
+from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
+from yolo_compress.report.chain import chain_table
+from yolo_compress.report.choice import choose
+from yolo_compress.report.curves import every_per_cent
+from yolo_compress.report.forest import MOST, differences, left_out
+from yolo_compress.report.intervals import intervals
+from yolo_compress.report.quantised import summary
+from yolo_compress.report.table import render_markdown, render_text
+from yolo_compress.report.write import write
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(whole(), [item()], tmp_path_factory.mktemp("whole"))["html"].read_text("utf-8")
+
+
+def cells(table: Any, first: str) -> tuple[str, ...]:
+    return next(line.cells for line in table.lines if line.cells[0] == first)
+
+
+# A/B
+
+
+def test_the_ab_verdict_stands_under_the_first_and_every_form_has_it(page: str) -> None:
+    line = "whether B keeps A's mAP50-95 within 1 % cannot be told: 0.600 -> 0.590"
+    assert f"A/B: INCONCLUSIVE: {line}" in render_text(whole()).splitlines()[1]
+    assert f"**INCONCLUSIVE: {line.replace('>', '&gt;')}**" in render_markdown(whole())
+    assert (
+        page.index("PASS</span>")
+        < page.index('<span class="badge inconclusive">A/B inconclusive</span>')
+        < page.index('id="gate"')
+    )
+    assert "A: original, FP32 on PyTorch; B: compressed, INT8 on OpenVINO." in page
+
+
+def test_ab_figures() -> None:
+    table = figures_table(ab())
+    assert cells(table, "mAP50-95")[1:] == ("0.600", "0.590", "-0.010", "-0.020 to +0.000")
+    assert cells(table, "Recall at score 0.3")[1:] == ("90.0 %", "87.5 %", "-2.5 %", numbers.DASH)
+    assert cells(table, "Missed at score 0.3")[1:] == ("12", "15", "+3", numbers.DASH)
+    assert cells(table, "Latency p50, ms (difference: ratio)")[1:] == ("20.0", "8.00", "2.5x", "2.4x to 2.6x")
+    assert any("At score 0.25 the compressed model has the original's recall." in note for note in table.notes)
+    none = ab(latency=None, operating={**ab()["operating"], "threshold_b": None})
+    assert len(figures_table(none).lines) == 6 and not any("At score" in note for note in figures_table(none).notes)
+    assert figures_table(None).lines == ()
+
+
+def test_parts_without_objects_are_left_out() -> None:
+    table = parts_table("By class", ab()["by_class"])
+    assert [line.cells[0] for line in table.lines] == ["cell", EVIL]
+    assert cells(table, EVIL)[1:] == ("30", "0.500", "0.460", "-0.040", "-0.050 to -0.030")
+
+
+def test_the_forest_shows_every_part_and_marks_what_is_lost_for_certain() -> None:
+    wide = differences(ab())["wide"]
+    assert "small (100)" in wide and "large" not in wide and "none of it" not in wide
+    assert "-0.040  [-0.050, -0.030]" in wide
+    lost = ab(by_class=[{**part, "high": 0.1} for part in ab()["by_class"] if part["truths"]])
+    assert wide.count("var(--bad)") > differences(lost)["wide"].count("var(--bad)")
+
+
+def test_of_many_classes_the_extremes_are_drawn() -> None:
+    one = ab()["by_class"][0]
+    many = ab(by_class=[{**one, "name": f"class{i}", "delta": (i - 40) / 1000} for i in range(80)])
+    assert left_out(many) == 80 - MOST
+    wide = differences(many)["wide"]
+    assert ">class0 (90)<" in wide and ">class79 (90)<" in wide and ">class40 (90)<" not in wide
+
+
+def test_ab_over_other_images_or_of_another_schema_is_refused() -> None:
+    with pytest.raises(RecipeError, match=f"image set other, the rows over {IMAGES}"):
+        document(ab=ab(image_set="other"))
+    with pytest.raises(RecipeError, match="schema 2, expected 1"):
+        document(ab=ab(schema=2))
+
+
+# error types and latencies
+
+
+def test_error_types_have_cost_and_what_one_sees() -> None:
+    table = errors_table(errors())
+    assert cells(table, "background")[3:] == ("0", "3") and cells(table, "missed")[3:] == ("3", "3")
+    # A's second detection has another class: mended, its class counts twice and AP50 goes from 51/101 to 1.
+    assert cells(table, "classification")[1] == numbers.percent(1 - 51 / 101)
+    assert table.notes == ("Seen: with a score of at least 0.25.",)
+    assert errors_table(None).lines == ()
+
+
+def test_quantiles_of_raw_calls() -> None:
+    found = every_per_cent([float(value) for value in range(101)][::-1])
+    assert found == pytest.approx(range(101))
+    with pytest.raises(RecipeError, match="original-torch-int8, which is no bench row"):
+        document(latency_quantiles={"original-torch-int8": found})
+    with pytest.raises(RecipeError, match="100 values, expected 101 that do not fall"):
+        document(latency_quantiles={"original-torch-fp32": found[1:]})
+
+
+# intervals
+
+
+def test_intervals_are_of_the_same_images_and_hold_the_figure() -> None:
+    truths, found = scene(1, images=40)
+    worse = [boxes_N6 if i % 3 else boxes_N6[:0] for i, boxes_N6 in enumerate(found)]
+    classes = 1 + int(max(rows_N5[:, 0].max(initial=0) for rows_N5 in truths))
+    both = intervals(truths, {"a": found, "b": worse, "again": found}, "a", classes, seed=0)
+    assert "delta_low" not in both["a"]
+    assert both["again"]["delta_low"] == both["again"]["delta_high"] == 0.0, "the same detections on the same draws"
+    assert both["b"]["delta_high"] < 0 and both["b"]["map50_95_low"] < both["a"]["map50_95_high"]
+    assert both == intervals(truths, {"a": found, "b": worse, "again": found}, "a", classes, seed=0)
+
+
+def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -> None:
+    bench = rows()
+    bench[0] |= {"map50_95_low": 0.57, "map50_95_high": 0.63}
+    bench[3] |= {"map50_95_low": 0.56, "map50_95_high": 0.62, "delta_low": -0.02, "delta_high": 0.001}
+    report = document(
+        [*bench, row("compressed", "torch", "fp32", 0.6)], chain=[stage("baseline", 0.6), stage("prune", 0.55)]
+    )
+    table = chain_table(report)
+    assert [line.cells[0] for line in table.lines] == ["baseline", "prune", "OpenVINO FP32", "OpenVINO INT8"]
+    title = [column.title for column in table.columns]
+    baseline, pruned, engine = (
+        dict(zip(title, cells(table, name), strict=True)) for name in ("baseline", "prune", "OpenVINO INT8")
+    )
+    assert (
+        baseline["95 % interval"] == "0.570 to 0.630"
+        and baseline["p50 ms"] == "20.0"
+        and baseline["Delta"] == numbers.DASH
+    )
+    assert pruned["95 % interval"] == numbers.DASH and pruned["p50 ms"] == "8.00"
+    assert engine["of the delta"] == "-0.020 to +0.001" and engine["Delta"] == "-0.010" and engine["p99 ms"] == "11.0"
+
+
+def test_kept_detections_come_back_image_by_image(tmp_path: Path) -> None:
+    r = np.random.default_rng(0)
+    found = [r.random((n, 6)) for n in (0, 3, 0, 120, 2, 0)]
+    kept.save(tmp_path / "d.npy", found)
+    back = kept.load(tmp_path / "d.npy", len(found))
+    assert [len(boxes_N6) for boxes_N6 in back] == [0, 3, 0, 100, 2, 0]
+    assert back[3][:, 4].min() >= np.sort(found[3][:, 4])[20] - 1e-6
+    np.testing.assert_allclose(np.sort(back[1][:, 4]), np.sort(found[1][:, 4]), rtol=1e-6)
+    kept.save(tmp_path / "none.npy", [np.zeros((0, 6))] * 2)
+    assert [boxes_N6.shape for boxes_N6 in kept.load(tmp_path / "none.npy", 2)] == [(0, 6)] * 2
+
+
+# INT8
+
+
+def test_what_a_group_gives_back_is_a_gain_whatever_was_measured() -> None:
+    report = document(quantisation=QUANTISATION)["quantisation"]
+    assert report["gives_back"] == {
+        "images": pytest.approx(-0.01),
+        "model.4.cv2": pytest.approx(0.16),
+        "model.10.cv1": 0.0,
+    }
+    by_map = {**QUANTISATION, "measure": "map50_95", "groups": {"images": 2.3}}
+    assert document(quantisation=by_map)["quantisation"]["gives_back"]["images"] == pytest.approx(0.1)
+    with pytest.raises(RecipeError, match="lacks worst, then"):
+        document(quantisation={key: QUANTISATION[key] for key in QUANTISATION if key not in ("worst", "then")})
+
+
+def test_placement_is_summed_up_and_whole_in_the_page(page: str) -> None:
+    assert summary(PLACEMENT) == [
+        "1 tensors in INT8 with 1 scales",
+        "1 in float, left in float as asked: model.4.cv2",
+        "2 in float, each read by one convolution in float: model.22.cv2.0.1, model.22.cv3.0.1",
+    ]
+    assert summary([]) == [] and "read by model.22.cv3.0.2 alone" in page
+
+
+# images
+
+
+def test_the_gallery_shows_worst_losses_inventions_and_chance_once_each() -> None:
+    chosen = choose(ab()["flips"], 20, 2, seed=0)
+    assert chosen[:4] == [("lost", 5), ("lost", 3), ("invented", 2), *chosen[3:4]]
+    assert [section for section, _ in chosen] == ["lost", "lost", "invented", "random", "random"]
+    images = [image for _, image in chosen]
+    assert len(set(images)) == 5 and images[3:] == sorted(images[3:]) and 2 not in images[3:]
+    assert choose(ab()["flips"], 20, 2, seed=0) == chosen and choose(ab()["flips"], 20, 2, seed=1) != chosen
+    assert [image for _, image in choose((), 3, 12, seed=0)] == [0, 1, 2]
+
+
+def test_sections_of_the_gallery_in_the_order_of_the_page() -> None:
+    drawn = gallery.draw([{**item("b"), "section": "random"}, {**item("a"), "section": "lost", "min_score": 0.85}])
+    assert [(title, [pair.name for pair in pairs]) for title, _, pairs in drawn.sections()] == [
+        ("Worst losses", ["a"]),
+        ("Random images", ["b"]),
+    ]
+    lost = drawn.sections()[0][2][0]
+    assert (lost.original.found, lost.compressed.found, lost.compressed.extra) == (1, 0, 0), "0.8 and 0.5 are not shown"
+
+
+# forms
+
+
+def test_every_section_is_there_with_a_link_to_it(page: str) -> None:
+    ids = re.findall(r'<h2 id="(\w+)"', page)
+    assert ids == [
+        "gate", "chain", "bench", "latency", "ab", "errors", "times", "images", "pruning", "flops", "channels", "gammas",
+        "quantisation", "placement", "untested", "reproduce",
+    ]  # fmt: skip
+    assert re.findall(r'<a href="#(\w+)"', page) == ids
+    assert page.count("<svg viewBox") - page.count('aria-hidden="true"') == page.count('role="img" aria-label="')
+
+
+def test_markdown_and_json_hold_what_the_page_holds(tmp_path: Path) -> None:
+    paths = write(whole(), [], tmp_path)
+    text = paths["md"].read_text("utf-8")
+    for title in (
+        "Chain",
+        "Bench",
+        "A/B",
+        "By size",
+        "By class",
+        "Errors",
+        "INT8 sensitivity",
+        "Precision",
+        "Not tested",
+    ):
+        assert f"\n## {title}\n" in text, title
+    assert "<script>" not in text
+    stored = json.loads(paths["json"].read_text("utf-8"))
+    assert stored == whole() and stored["schema"] == 2 and stored["ab"]["flips"][0]["lost"] == 2
