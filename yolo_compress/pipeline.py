@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), machine=True),
     "report": Stage(
-        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=2
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=3
     ),
 }
 

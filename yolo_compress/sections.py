@@ -412,4 +412,6 @@ class ReportConfig(Section):
     """The report and its gate."""
 
     min_retention: Annotated[float, knob("gate: mAP50-95 kept of the baseline's, else exit 1", ge=0, le=1)] = 0.98
-    images: Annotated[int, knob("validation images shown side by side", ge=0, le=1000)] = 12
+    images: Annotated[
+        int, knob("validation images shown of each kind: worst losses, new false positives, random", ge=0, le=1000)
+    ] = 12

@@ -95,7 +95,7 @@ def test_report_is_one_file_without_network_or_paths(finished: Bench) -> None:
     html = artifact(finished, "report").file("report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert str(finished.folder) not in html
-    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 1
+    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 2
 
 
 def test_manifests_and_checkpoints_hold_no_path(finished: Bench) -> None:

@@ -27,8 +27,13 @@ from yolo_compress.report.write import write
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(whole(), [item()], tmp_path_factory.mktemp("whole"))["html"].read_text("utf-8")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write(whole(), [item()], tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def page(written: dict[str, Path]) -> str:
+    return written["html"].read_text("utf-8")
 
 
 def cells(table: Any, first: str) -> tuple[str, ...]:
@@ -221,9 +226,8 @@ def test_every_section_is_there_with_a_link_to_it(page: str) -> None:
     assert page.count("<svg viewBox") - page.count('aria-hidden="true"') == page.count('role="img" aria-label="')
 
 
-def test_markdown_and_json_hold_what_the_page_holds(tmp_path: Path) -> None:
-    paths = write(whole(), [], tmp_path)
-    text = paths["md"].read_text("utf-8")
+def test_markdown_and_json_hold_what_the_page_holds(written: dict[str, Path]) -> None:
+    text = written["md"].read_text("utf-8")
     for title in (
         "Chain",
         "Bench",
@@ -237,5 +241,5 @@ def test_markdown_and_json_hold_what_the_page_holds(tmp_path: Path) -> None:
     ):
         assert f"\n## {title}\n" in text, title
     assert "<script>" not in text
-    stored = json.loads(paths["json"].read_text("utf-8"))
+    stored = json.loads(written["json"].read_text("utf-8"))
     assert stored == whole() and stored["schema"] == 2 and stored["ab"]["flips"][0]["lost"] == 2

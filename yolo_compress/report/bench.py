@@ -31,7 +31,6 @@ DEVICES = (
     Column("Device", right=False),
     Column("Model", right=False),
     Column("Precision", right=False),
-    Column("Runtime", right=False),
     Column("mAP50-95"),
     Column("Kept", rank=1),
     Column("p50 ms"),
@@ -42,6 +41,7 @@ DEVICES = (
     Column("W", rank=2),
     Column("mJ", rank=3),
     Column("Memory MiB", rank=4),
+    Column("Runtime", right=False),
 )
 HERE = "this machine"
 
@@ -111,7 +111,6 @@ def _device_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row.get("device") or HERE,
         row["model"],
         row["precision"].upper(),
-        n.runtime(row["runtime"]),
         n.fixed(row["map50_95"]),
         n.percent(row["retention"]),
         n.three(row.get("latency_p50_ms")),
@@ -122,6 +121,7 @@ def _device_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         n.three(row.get("power_w")),
         n.three(row.get("energy_mj_per_frame")),
         n.whole(row.get("memory_mib")),
+        n.runtime(row["runtime"]),
     )
 
 

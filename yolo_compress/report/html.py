@@ -124,7 +124,7 @@ def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
             continue
         if share is None:
             share = f"{n.percent(now / was, 0)} left" if was else ""
-        shown.append({"title": title, "now": text(now), "was": text(was), "gain": share})
+        shown.append({"title": title, "now": text(now), "was": "" if was is None else text(was), "gain": share})
     return shown
 
 

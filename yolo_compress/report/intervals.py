@@ -31,9 +31,10 @@ def intervals(
         seed: of the resampling.
     """
     weights_RI = resamples(len(truths), REPLICATES, seed)
-    matches = [match(truths, found, classes, ("all",)) for found in models.values()]
-    drawn = zip(models, replicate(matches, weights_RI), strict=True)
-    map_R = {name: over_classes(found.ap50_95_RAK[:, 0]) for name, found in drawn}
+    map_R = {}
+    for name, detections in models.items():  # one at a time: a model's matches are large
+        (drawn,) = replicate([match(truths, detections, classes, ("all",))], weights_RI)
+        map_R[name] = over_classes(drawn.ap50_95_RAK[:, 0])
     found = {}
     for name, values_R in map_R.items():
         low, high = interval(values_R)

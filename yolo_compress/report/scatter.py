@@ -42,7 +42,7 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
         axes.grid(True)
         marks = []
         for row in points:
-            x, y, compressed = row["latency_p50_ms"], row["map50_95"], row["model"] == "compressed"
+            x, y = row["latency_p50_ms"], row["map50_95"]
             colour = COLOURS[SHADES[row["model"]]]
             axes.plot(
                 [x],
@@ -52,7 +52,7 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
                 color=colour,
                 linestyle="none",
                 zorder=3,
-                markerfacecolor=colour if compressed else COLOURS["paper"],
+                markerfacecolor=COLOURS["paper"] if row["model"] == "original" else colour,
                 markeredgewidth=1.8,
             )
             if finite(row.get("map50_95_low")) is not None:
@@ -131,7 +131,7 @@ def _legend(points: Sequence[Mapping[str, Any]]) -> list[Line2D]:
     handles = []
     for model, colour in SHADES.items():
         if any(row["model"] == model for row in points):
-            face = COLOURS[colour] if model == "compressed" else COLOURS["paper"]
+            face = COLOURS["paper"] if model == "original" else COLOURS[colour]
             handles.append(
                 Line2D(
                     [],

@@ -147,7 +147,11 @@ def _environment(job: Job) -> dict[str, Any]:
 
 
 def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
-    said = ["Latency is that of the engine alone: letterbox and NMS are not in it."]
+    said = [
+        "Latency is that of the engine alone: letterbox and NMS are not in it.",
+        f"One training with one seed ({job.recipe.run.seed}): intervals are over the validation images, not over trainings.",
+        "mAP is over the validation images alone: nothing is known of other cameras, light or objects.",
+    ]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
