@@ -220,7 +220,12 @@ def device(**changes: Any) -> dict[str, Any]:
     base = {
         "schema": 1,
         "bundle": {"name": "bccd", "version": 3, "manifest_sha256": "d4" * 32},
-        "device": {"board": "NVIDIA Jetson Orin Nano", "nvpmodel": "15W", "cpu": "ARM"},
+        "device": {
+            "board": "NVIDIA Jetson Orin Nano",
+            "nvpmodel": "15W",
+            "cpu": "ARM",
+            "clocks": {"gpu_hz": 1020000000},
+        },
         "runtime": "tensorrt",
         "library": "10.3.0",
         "rows": [row, timed_only],

@@ -49,6 +49,7 @@ def test_a_robot_stands_beside_this_machine(tmp_path: Path) -> None:
     )
     for text in (render_text(report, 200), render_markdown(report)):
         assert "NVIDIA Jetson Orin Nano" in text
+    assert "TensorRT 10.3.0; nvpmodel 15W; clocks gpu_hz 1020000000; bundle bccd version 3" in render_markdown(report)
     assert "golden images passed: boxes within 0.120 px, scores within 0.0004" in render_markdown(report)
 
 

@@ -44,6 +44,7 @@ DEVICES = (
     Column("Runtime", right=False),
 )
 HERE = "this machine"
+STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # of a device, what decides its speed
 
 
 def bench_table(document: Document) -> Table:
@@ -86,10 +87,10 @@ def device_lines(document: Document) -> list[tuple[str, bool, str]]:
     lines = []
     for device in document["devices"]:
         golden, about = device["golden"] or {}, device["about"]
-        parts = [f"{n.runtime(str(device['runtime']))} {device['library']}"]
-        parts += [
-            f"{key} {about[key]}" for key in ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks") if about.get(key)
-        ]
+        libraries = device["libraries"] or {device["runtime"]: device["library"]}
+        parts = [f"{n.runtime(str(runtime))} {library}" for runtime, library in libraries.items()]
+        parts += [f"{key} {n.said(key, about[key])}" for key in STATE if about.get(key)]
+        parts += [f"power from {device['power_from']}"] if device["power_from"] else []
         parts.append(f"bundle {device['bundle'].get('name')} version {device['bundle'].get('version')}")
         if golden:
             apart = f"boxes within {n.three(golden.get('worst_box_px'))} px, scores within {n.three(golden.get('worst_score'))}"

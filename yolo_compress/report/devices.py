@@ -81,6 +81,8 @@ def _device(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "about": about,
         "runtime": found.get("runtime"),
         "library": found.get("library"),
+        "libraries": found.get("libraries"),
+        "power_from": found.get("power_from"),
         "bundle": found["bundle"],
         "golden": found.get("golden"),
     }

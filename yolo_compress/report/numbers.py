@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 DASH = "\u2013"
@@ -109,3 +109,12 @@ def change(before: Any, after: Any, write: Callable[[Any], str]) -> str:
 def probability(value: Any) -> str:
     number = finite(value)
     return DASH if number is None else "under 0.001" if number < 0.001 else f"{number:.3f}"
+
+
+def said(key: str, value: Any) -> Any:
+    """What a record holds, in one line: mappings and lists are spelled out."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {said(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return (" x " if key.startswith("imgsz") else ", ").join(map(str, value))
+    return value

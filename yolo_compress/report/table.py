@@ -132,15 +132,7 @@ def provenance(document: Document) -> list[tuple[str, str]]:
 
 def _flat(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
-    return [(key, _said(key, value)) for key, value in mapping.items()]
-
-
-def _said(key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name} {_said(name, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return (" x " if key.startswith("imgsz") else ", ").join(map(str, value))
-    return value
+    return [(key, n.said(key, value)) for key, value in mapping.items()]
 
 
 def _markdown_table(table: Table) -> str:
