@@ -356,6 +356,18 @@ def test_gallery_counts_found_missed_and_extra() -> None:
     pair = gallery.draw([item()]).pairs[0]
     assert (pair.original.found, pair.original.missed, pair.original.extra) == (1, 1, 0), "0.1 is below the score shown"
     assert (pair.compressed.found, pair.compressed.missed, pair.compressed.extra) == (1, 1, 1)
+    assert (pair.compressed.lost, pair.compressed.new) == (0, 1)
+
+
+def test_gallery_says_what_was_lost_and_what_is_new() -> None:
+    truths = [(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)]
+    a = np.array([[48, 24, 80, 72, 0.9, 0], [100, 60, 120, 90, 0.5, 0]], float)
+    b = np.array(
+        [[101, 60, 120, 90, 0.5, 0], [0, 80, 20, 95, 0.4, 0]], float
+    )  # the first false one is the original's too
+    pair = gallery.draw([{**item(), "truths": truths, "detections_a": a, "detections_b": b}]).pairs[0]
+    assert (pair.original.found, pair.original.extra, pair.original.lost, pair.original.new) == (1, 1, 0, 0)
+    assert (pair.compressed.missed, pair.compressed.lost, pair.compressed.extra, pair.compressed.new) == (2, 1, 2, 1)
 
 
 def test_a_truth_is_found_once_and_only_by_its_class() -> None:

@@ -155,11 +155,15 @@ def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -
 
 def test_kept_detections_come_back_image_by_image(tmp_path: Path) -> None:
     r = np.random.default_rng(0)
-    found = [r.random((n, 6)) for n in (0, 3, 0, 120, 2, 0)]
+    found = [r.random((n, 6)) for n in (0, 3, 0, 240, 2, 0)]
+    for boxes_N6 in found:
+        boxes_N6[:, 5] = np.arange(len(boxes_N6)) >= 120  # 120 of a class and 120 of another
     kept.save(tmp_path / "d.npy", found)
     back = kept.load(tmp_path / "d.npy", len(found))
-    assert [len(boxes_N6) for boxes_N6 in back] == [0, 3, 0, 100, 2, 0]
-    assert back[3][:, 4].min() >= np.sort(found[3][:, 4])[20] - 1e-6
+    assert [len(boxes_N6) for boxes_N6 in back] == [0, 3, 0, 200, 2, 0]
+    for label in (0, 1):
+        best = np.sort(found[3][found[3][:, 5] == label, 4])[20:]
+        np.testing.assert_allclose(np.sort(back[3][back[3][:, 5] == label, 4]), best, rtol=1e-6)
     np.testing.assert_allclose(np.sort(back[1][:, 4]), np.sort(found[1][:, 4]), rtol=1e-6)
     kept.save(tmp_path / "none.npy", [np.zeros((0, 6))] * 2)
     assert [boxes_N6.shape for boxes_N6 in kept.load(tmp_path / "none.npy", 2)] == [(0, 6)] * 2

@@ -11,11 +11,13 @@ from yolo_compress.evaluate.coco import MAX_DETECTIONS
 
 
 def save(file: Path, detections: Sequence[np.ndarray]) -> None:
-    """Write the best 100 of each image: image index, x1, y1, x2, y2 in px of the image, score, class; float32."""
+    """Write what mAP counts, the best 100 of a class in each image: image index, xyxy in px of the image, score, class; float32."""
     parts = [np.zeros((0, 7))]
     for image, found_N6 in enumerate(detections):
-        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")[:MAX_DETECTIONS]]
-        parts.append(np.column_stack([np.full(len(best_N6), image), best_N6]))
+        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")]
+        count = [np.flatnonzero(best_N6[:, 5] == label)[:MAX_DETECTIONS] for label in np.unique(best_N6[:, 5])]
+        rows_N6 = best_N6[np.sort(np.concatenate([np.zeros(0, int), *count]))]
+        parts.append(np.column_stack([np.full(len(rows_N6), image), rows_N6]))
     np.save(file, np.concatenate(parts).astype(np.float32))
 
 

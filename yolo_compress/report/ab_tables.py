@@ -72,15 +72,12 @@ def _notes(ab: Mapping[str, Any]) -> list[str]:
     ]
     if (threshold := n.finite(at.get("threshold_b"))) is not None:
         notes.append(f"At score {n.plain(threshold)} the compressed model has the original's recall.")
-    if (shift := at.get("score_shift")) and n.finite(shift["median"]) is not None:
+    shift = at["score_shift"]
+    if found["matched"]:
         notes.append(
-            f"Scores of the same object moved by {n.signed(shift['median'])} in the median (80 % between "
-            f"{n.signed(shift['p10'])} and {n.signed(shift['p90'])})."
-        )
-    if found and n.finite(found["median_iou"]) is not None:
-        notes.append(
-            f"{n.whole(found['matched'])} objects were found by both; their boxes overlap with an IoU of "
-            f"{n.fixed(found['median_iou'])} in the median, {n.fixed(found['p05_iou'])} at 5 %."
+            f"{n.whole(found['matched'])} detections are shared (same class, IoU of 0.5 or more): their boxes overlap with an "
+            f"IoU of {n.fixed(found['median_iou'])} in the median and {n.fixed(found['p05_iou'])} at 5 %; their scores moved by "
+            f"{n.signed(shift['median'])} in the median, 80 % of them by {n.signed(shift['p10'])} to {n.signed(shift['p90'])}."
         )
     return notes
 
