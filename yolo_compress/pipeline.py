@@ -57,7 +57,7 @@ STAGES: dict[str, Stage] = {
     "qat": Stage(("distill",), stand_in="distill", version=2, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=2),
     "engine": Stage(("export",), machine=True),
-    "bench": Stage(("engine", "baseline", "distill"), machine=True),
+    "bench": Stage(("engine", "baseline", "distill"), version=2, machine=True),
     "report": Stage(
         ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=3
     ),

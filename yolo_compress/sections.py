@@ -412,6 +412,17 @@ class ReportConfig(Section):
     """The report and its gate."""
 
     min_retention: Annotated[float, knob("gate: mAP50-95 kept of the baseline's, else exit 1", ge=0, le=1)] = 0.98
+    max_latency_ms: Annotated[
+        float | None, knob("gate: p50 of one inference of the row that decides; null: none", gt=0, le=1e6)
+    ] = None
+    max_size_mib: Annotated[float | None, knob("gate: file of the row that decides; null: none", gt=0, le=1e6)] = None
+    ab_margin: Annotated[
+        float, knob("A/B: share of the original's mAP50-95 that may be lost for `pass`", ge=0, le=1)
+    ] = 0.01
+    ab_replicates: Annotated[
+        int, knob("A/B: resamples of the images behind every interval; 0 leaves it out", ge=0, le=100_000)
+    ] = 1000
+    conf: Annotated[float, knob("A/B: score that a detection must exceed in use", ge=0, le=1)] = 0.25
     images: Annotated[
         int, knob("validation images shown of each kind: worst losses, new false positives, random", ge=0, le=1000)
     ] = 12

@@ -31,7 +31,7 @@ FROZEN = {
     "export": "precisions opset batch dynamic_batch simplify torchscript calibration_cache calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
     "bench": "warmup iterations rounds threads",
-    "report": "min_retention images",
+    "report": "min_retention max_latency_ms max_size_mib ab_margin ab_replicates conf images",
 }
 
 

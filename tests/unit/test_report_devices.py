@@ -64,6 +64,15 @@ def test_the_gate_is_judged_over_the_robots_rows_too(tmp_path: Path) -> None:
     assert before == published(), "the published document is left as it is"
 
 
+def test_limits_hold_for_the_robot_that_decides(tmp_path: Path) -> None:
+    after = devices.add(published(max_latency_ms=9.0), [file(tmp_path, device())])
+    assert (
+        after["gate"]["max_latency_ms"] == 9.0
+        and after["gate"]["checks"][0]["value"] == 2.0
+        and after["gate"]["passed"]
+    )
+
+
 def test_without_its_own_map_a_robot_changes_no_verdict(tmp_path: Path) -> None:
     only_timed = device(rows=device()["rows"][1:])
     assert devices.add(published(), [file(tmp_path, only_timed)])["verdict"] == published()["verdict"]

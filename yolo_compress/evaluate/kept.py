@@ -1,4 +1,7 @@
-"""Detections of a whole image set as one array on disk, so that figures can be taken of them later."""
+"""Detections of a bench row on disk: one float32 .npy, a line a detection: image index, x1, y1, x2, y2 in px, score, class.
+
+All that mAP counts is kept: the best 100 of a class in an image, from the score 0.001 on.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from yolo_compress.evaluate.coco import MAX_DETECTIONS
+from yolo_compress.errors import CorruptArtifact
+from yolo_compress.runtime.matching import counting
 
 
-def save(file: Path, detections: Sequence[np.ndarray]) -> None:
-    """Write what mAP counts, the best 100 of a class in each image: image index, xyxy in px of the image, score, class; float32."""
-    parts = [np.zeros((0, 7))]
-    for image, found_N6 in enumerate(detections):
-        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")]
-        count = [np.flatnonzero(best_N6[:, 5] == label)[:MAX_DETECTIONS] for label in np.unique(best_N6[:, 5])]
-        rows_N6 = best_N6[np.sort(np.concatenate([np.zeros(0, int), *count]))]
-        parts.append(np.column_stack([np.full(len(rows_N6), image), rows_N6]))
-    np.save(file, np.concatenate(parts).astype(np.float32))
+def keep(file: Path, detections: Sequence[np.ndarray]) -> None:
+    """Writes one N6 array an image."""
+    tables = [
+        np.column_stack([np.full(len(kept), image), kept])
+        for image, rows in enumerate(detections)
+        if len(kept := rows[counting(rows)])
+    ]
+    np.save(file, np.concatenate([np.zeros((0, 7)), *tables]).astype(np.float32))
 
 
-def load(file: Path, images: int) -> list[np.ndarray]:
-    """One N6 array an image: xyxy, score, class."""
-    table_N7 = np.load(file)
-    return np.split(table_N7[:, 1:], np.searchsorted(table_N7[:, 0], np.arange(1, images)))
+def kept(file: Path, images: int) -> list[np.ndarray]:
+    """One N6 array an image, as `keep` was given them.
+
+    Raises:
+        CorruptArtifact: another table, or of more images.
+    """
+    table_N7 = np.load(file, allow_pickle=False)
+    if table_N7.ndim != 2 or table_N7.shape[1] != 7 or not ((table_N7[:, 0] >= 0) & (table_N7[:, 0] < images)).all():
+        raise CorruptArtifact(f"{file}: no detections of {images} images; run bench again with force=true")
+    starts = np.searchsorted(table_N7[:, 0], np.arange(images + 1))
+    return [table_N7[starts[i] : starts[i + 1], 1:] for i in range(images)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
-from yolo_compress.report.document import SCHEMA, judged, ordered
+from yolo_compress.report.document import SCHEMA, identified, judged
 from yolo_compress.report.numbers import finite
 
 DEVICE_SCHEMA = 1  # of `device.json`, which `bench.py` of a bundle writes on the robot
@@ -45,7 +45,8 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     for what, names in (("device", [one["name"] for one in devices]), ("reference", [one["id"] for one in references])):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RecipeError(f"add: {what} {twice[0]} is given twice; a report shows each once")
-    again = judged(ordered([_bare(row) for row in rows]), document["gate"]["min_retention"])
+    bounds = [document["gate"][key] for key in ("min_retention", "max_latency_ms", "max_size_mib")]
+    again = judged(identified([_bare(row) for row in rows]), *bounds)
     return {**document, **again, "devices": devices, "references": references}
 
 

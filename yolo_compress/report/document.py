@@ -40,6 +40,9 @@ def build(
     data: Mapping[str, Any],
     *,
     min_retention: float,
+    max_latency_ms: float | None = None,
+    max_size_mib: float | None = None,
+    ab: Mapping[str, Any] | None = None,
     gammas: Mapping[str, Any] | None = None,
     channels: Mapping[str, Sequence[int]] | None = None,
     flops: Mapping[str, Sequence[int]] | None = None,
@@ -48,7 +51,6 @@ def build(
     environment: Mapping[str, Any] | None = None,
     reproduce: Mapping[str, Any] | None = None,
     not_tested: Sequence[str] = (),
-    ab: Mapping[str, Any] | None = None,
     errors: Mapping[str, Any] | None = None,
     latency_quantiles: Mapping[str, Sequence[float]] | None = None,
     quantisation: Mapping[str, Any] | None = None,
@@ -70,6 +72,8 @@ def build(
         data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
             optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
+        max_latency_ms, max_size_mib: limits of the row that decides; None asks for nothing.
+        ab: the original in FP32 against that row, see `evaluate.ab.compare`.
         gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
         channels: `{layer: [before, after]}`.
         flops: `{convolution: [MACs before, MACs after]}` for one image.
@@ -80,7 +84,6 @@ def build(
         environment: the keys of `PROVENANCE` and whatever else was recorded, nested mappings allowed.
         reproduce: `recipe_yaml` (text) and `command`, both optional.
         not_tested: sentences.
-        ab: the document of `evaluate.ab.compare`, the original as A, the compressed model as B.
         errors: `evaluate.tide.errors` of both, `a` and `b`, over all detections, and `shown_a`, `shown_b` of those with a score of
             `conf` or more.
         latency_quantiles: `{row id: [ms at 0, 1, ..., 100 % of its raw calls]}`.
@@ -91,13 +94,13 @@ def build(
         RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
             precision or without an image set, malformed figures of a stage.
     """
-    in_place = ordered(rows)
+    in_place = identified(rows)
     image_set = _one_image_set(in_place, chain)
     surroundings = dict(environment or {})
     document = {
         "schema": SCHEMA,
         "recipe": recipe,
-        **judged(in_place, min_retention),
+        **judged(in_place, min_retention, max_latency_ms, max_size_mib),
         "data": {**DATA, **data, "image_set": image_set},
         "chain": _with_delta([_with_torch(stage, chain, in_place) for stage in chain]),
         "not_tested": list(not_tested),
@@ -120,9 +123,14 @@ def build(
     return dict(_plain(document))
 
 
-def judged(rows: Sequence[Mapping[str, Any]], min_retention: float) -> dict[str, Any]:
+def judged(
+    rows: Sequence[Mapping[str, Any]],
+    min_retention: float,
+    max_latency_ms: float | None = None,
+    max_size_mib: float | None = None,
+) -> dict[str, Any]:
     """What follows from the rows alone: `verdict`, `gate`, `rows` with their ratios and `missing`."""
-    gate = judge(rows, min_retention)
+    gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
     enriched = [_enrich(row, rows) for row in rows]
     return {
         "verdict": verdict(enriched, gate),
@@ -132,7 +140,7 @@ def judged(rows: Sequence[Mapping[str, Any]], min_retention: float) -> dict[str,
     }
 
 
-def ordered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def identified(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with an id, by device, runtime, model and precision, so that what is compared stands together."""
     runtimes = [*RUNTIMES, *sorted({str(row["runtime"]) for row in rows} - set(RUNTIMES))]
     devices = list(dict.fromkeys(row.get("device") for row in rows))

@@ -11,13 +11,18 @@ import numpy as np
 
 from yolo_compress.artifact import Artifact
 from yolo_compress.data import Dataset
-from yolo_compress.evaluate import kept, tide
+from yolo_compress.evaluate import tide
 from yolo_compress.evaluate.coco import absolute_boxes
+from yolo_compress.evaluate.kept import kept
 from yolo_compress.recipe import Recipe
 from yolo_compress.report.curves import every_per_cent
-from yolo_compress.report.intervals import intervals
+from yolo_compress.report.document import identified
+from yolo_compress.report.gate import judge, reference_row
+from yolo_compress.report.intervals import REPLICATES, intervals
 
 DETECTIONS = "detections.npy"  # of a training stage
+
+Line = dict[str, Any]  # a row of bench or a stage of the chain
 
 
 class Inputs(Protocol):
@@ -37,61 +42,58 @@ def latency_quantiles(bench: Artifact) -> dict[str, list[float]]:
     return {name: every_per_cent([ms for calls in rounds for ms in calls]) for name, rounds in raw.items() if rounds}
 
 
-def detections(bench: Artifact, row: Mapping[str, Any], images: int) -> list[np.ndarray]:
-    """One N6 array an image: xyxy in px of the image, score, class."""
-    return kept.load(bench.file(f"detections/{row_id(row)}.npy"), images)
+def truths(job: Inputs) -> list[np.ndarray]:
+    """One N5 array an image: class, xyxy in px."""
+    return [absolute_boxes(sample) for sample in job.dataset.val]
 
 
-def row_id(row: Mapping[str, Any]) -> str:
-    """Of a row measured here, as the document has it and as bench names its files."""
-    return f"{row['model']}-{row['runtime']}-{row['precision']}"
+def detections(job: Inputs, row: Mapping[str, Any]) -> list[np.ndarray]:
+    """One N6 array an image, of a row measured here: xyxy in px of the image, score, class."""
+    return kept(job.inputs["bench"].file(f"detections/{row['id']}.npy"), len(job.dataset.val))
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The original in FP32 and the compressed model in INT8, where there is one: what pictures and error types show."""
-    measured = [row for row in rows if row["status"] == "ok"]
-    original = [row for row in measured if row["model"] == "original" and row["precision"] == "fp32"]
-    compressed = [row for row in measured if row["model"] == "compressed"]
-    if not original or not compressed:
-        return None
-    return original[0], next((row for row in compressed if row["precision"] == "int8"), compressed[0])
-
-
-Lines = list[dict[str, Any]]
+def compared(rows: Sequence[Mapping[str, Any]], min_retention: float) -> tuple[Line, Line] | None:
+    """The original in FP32 and the row measured here that decides the gate, with their `id`; None where either is missing."""
+    named = {row["id"]: row for row in identified([row for row in rows if not row.get("device")])}
+    gate = judge(list(named.values()), min_retention)
+    return None if gate["worst"] is None else (named[gate["reference"]], named[gate["worst"]])
 
 
 def with_intervals(
     job: Inputs, rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[str, Any]]
-) -> tuple[Lines, Lines]:
+) -> tuple[list[Line], list[Line]]:
     """Rows and stages with the 95 % intervals of their mAP, as far as their detections were kept."""
-    both = compared(rows)
-    if both is None:
+    named = identified(rows)
+    reference = reference_row(named)
+    assert job.recipe.report is not None
+    replicates = min(REPLICATES, job.recipe.report.ab_replicates)
+    if reference is None or not replicates:
         return [dict(row) for row in rows], [dict(stage) for stage in chain]
-    images = len(job.dataset.val)
-    models = {row_id(row): detections(job.inputs["bench"], row, images) for row in rows if row["status"] == "ok"}
+    models = {row["id"]: detections(job, row) for row in named if row["status"] == "ok"}
     for stage in chain:
         artifact = job.inputs[stage["stage"]]
         if DETECTIONS in artifact.manifest.files:
-            models[stage["stage"]] = kept.load(artifact.file(DETECTIONS), images)
-    truths = [absolute_boxes(sample) for sample in job.dataset.val]
-    found = intervals(truths, models, row_id(both[0]), len(job.dataset.names), job.recipe.run.seed)
+            models[stage["stage"]] = kept(artifact.file(DETECTIONS), len(job.dataset.val))
+    classes, seed = len(job.dataset.names), job.recipe.run.seed
+    found = intervals(truths(job), models, reference["id"], classes, replicates, seed)
     return (
-        [{**row, **found.get(row_id(row), {})} for row in rows],
+        [{**row, **found.get(row["id"], {})} for row in named],
         [{**stage, **found.get(stage["stage"], {})} for stage in chain],
     )
 
 
-def error_types(job: Inputs, rows: Sequence[Mapping[str, Any]], conf: float) -> dict[str, Any] | None:
-    """TIDE's types of both models compared, over all detections, and over those that one sees at `conf`."""
-    both = compared(rows)
+def error_types(job: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """TIDE's types of both models compared, over all detections, and over those that one sees at `report.conf`."""
+    assert job.recipe.report is not None
+    config, actual = job.recipe.report, truths(job)
+    both = compared(rows, config.min_retention)
     if both is None:
         return None
-    truths = [absolute_boxes(sample) for sample in job.dataset.val]
-    found: dict[str, Any] = {"conf": conf}
+    found: dict[str, Any] = {"conf": config.conf}
     for key, row in zip("ab", both, strict=True):
-        model = detections(job.inputs["bench"], row, len(truths))
-        found[key] = tide.errors(truths, model)
-        found[f"shown_{key}"] = tide.errors(truths, [boxes_N6[boxes_N6[:, 4] >= conf] for boxes_N6 in model])
+        model = detections(job, row)
+        found[key] = tide.errors(actual, model)
+        found[f"shown_{key}"] = tide.errors(actual, [boxes_N6[boxes_N6[:, 4] > config.conf] for boxes_N6 in model])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Whether the compressed model keeps enough of the original's mAP, and the one line that says so."""
+"""Whether the compressed model keeps enough of the original's mAP within its limits, and the one line that says so."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ Row = Mapping[str, Any]
 
 # Rounding of one division: a row exactly on the bound passes, one that is 1e-9 below does not.
 ROUNDING = 1e-12
+
+# Shares of the FP32 accuracy in which MLPerf Inference states its targets (https://github.com/mlcommons/inference_policies).
+TIERS = {"95": 0.95, "99": 0.99, "99.9": 0.999}
 
 
 def reference_row(rows: Sequence[Row]) -> Row | None:
@@ -36,19 +39,25 @@ def label(row: Row) -> str:
     return f"{row['precision'].upper()} on {runtime(row['runtime'])}{device}"
 
 
-def judge(rows: Sequence[Row], min_retention: float) -> dict[str, Any]:
+def judge(
+    rows: Sequence[Row], min_retention: float, max_latency_ms: float | None = None, max_size_mib: float | None = None
+) -> dict[str, Any]:
     """Judges the compressed INT8 rows, or the compressed float rows where no INT8 was asked for; the worst decides.
 
     A row passes when its mAP50-95 divided by the reference's is at least `min_retention` (equality passes). What
-    cannot be divided (mAP or reference not a number, reference 0, nothing measured) fails, with the reason.
+    cannot be divided (mAP or reference not a number, reference 0, nothing measured) fails, with the reason. The row that
+    decides must also keep to the limits that are given, and take and give what the reference does.
 
     Args:
         rows: bench rows with an `id`, raw figures (NaN allowed).
         min_retention: bound, 0 to 1.
+        max_latency_ms: of one inference, p50; None asks for nothing.
+        max_size_mib: of its file; None asks for nothing.
 
     Returns:
-        `min_retention`, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
-        `passed`, `reason`), `retention` of the worst, `passed`, `reason` (None when passed).
+        the three bounds, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
+        `passed`, `reason`), `retention` of the worst, `tiers` (whether it reaches each of TIERS; None without retention),
+        `checks` of the worst (`name`, `limit`, `value`, `passed`, `reason`), `passed`, `reason` (None when passed).
     """
     if not (math.isfinite(min_retention) and 0 <= min_retention <= 1):
         raise RecipeError(f"report.min_retention is {min_retention}, expected a number from 0 to 1")
@@ -59,10 +68,14 @@ def judge(rows: Sequence[Row], min_retention: float) -> dict[str, Any]:
     judged = [_judge_row(row, reference, min_retention) for row in candidates]
     gate: dict[str, Any] = {
         "min_retention": min_retention,
+        "max_latency_ms": max_latency_ms,
+        "max_size_mib": max_size_mib,
         "reference": reference["id"] if reference else None,
         "judged": judged,
         "worst": None,
         "retention": None,
+        "tiers": None,
+        "checks": [],
         "passed": False,
         "reason": None,
     }
@@ -73,8 +86,42 @@ def judge(rows: Sequence[Row], min_retention: float) -> dict[str, Any]:
         gate["reason"] = f"no {what} of the compressed model was measured"
     else:
         worst = min(judged, key=lambda entry: -math.inf if entry["retention"] is None else entry["retention"])
-        gate.update(worst=worst["id"], retention=worst["retention"], reason=worst["reason"], passed=worst["passed"])
+        row = next(row for row in candidates if row["id"] == worst["id"])
+        checks = [
+            *_limited(row, "latency_p50_ms", "p50", "ms", "report.max_latency_ms", max_latency_ms),
+            *_limited(row, "size_mib", "size", "MiB", "report.max_size_mib", max_size_mib),
+            *_same_signature(row, reference),
+        ]
+        reasons = [entry["reason"] for entry in (worst, *checks) if not entry["passed"]]
+        gate.update(worst=worst["id"], retention=worst["retention"], tiers=_tiers(worst["retention"]), checks=checks)
+        gate.update(passed=not reasons, reason="; ".join(reasons) or None)
     return gate
+
+
+def _tiers(retention: float | None) -> dict[str, bool] | None:
+    return None if retention is None else {name: retention >= share - ROUNDING for name, share in TIERS.items()}
+
+
+def _limited(row: Row, key: str, name: str, unit: str, knob: str, limit: float | None) -> list[dict[str, Any]]:
+    """The check of one figure; none where no limit is asked for."""
+    if limit is None:
+        return []
+    value = finite(row.get(key))
+    passed = value is not None and value <= limit
+    reason = f"{name} of {label(row)} was not measured, so {knob} cannot be met"
+    if value is not None:
+        reason = f"{name} of {label(row)} is {value:.4g} {unit}, above {knob}={limit:g}"
+    return [{"name": name, "limit": limit, "value": value, "passed": passed, "reason": None if passed else reason}]
+
+
+def _same_signature(row: Row, reference: Row) -> list[dict[str, Any]]:
+    """Whether what takes the original's place fits it: classes, input and output; none where it was not recorded."""
+    value, limit = row.get("signature"), reference.get("signature")
+    if value is None or limit is None:
+        return []
+    apart = [f"{key} {value.get(key)}, not {limit[key]}" for key in limit if value.get(key) != limit[key]]
+    reason = f"{label(row)} does not fit where the original does: {'; '.join(apart)}" if apart else None
+    return [{"name": "signature", "limit": limit, "value": value, "passed": not apart, "reason": reason}]
 
 
 def _judge_row(row: Row, reference: Row | None, min_retention: float) -> dict[str, Any]:
@@ -112,7 +159,7 @@ def verdict(rows: Sequence[Row], gate: Mapping[str, Any]) -> dict[str, Any]:
     by_id = {row["id"]: row for row in rows}
     row, reference = by_id[gate["worst"]], by_id[gate["reference"]]
     kept, bound = percent(gate["retention"]), ""
-    if not gate["passed"]:
+    if gate["retention"] < gate["min_retention"] - ROUNDING:
         kept, low = percent_apart(gate["retention"], gate["min_retention"])
         bound = f", below the gate of {low}"
     figures = f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])})"
@@ -121,6 +168,7 @@ def verdict(rows: Sequence[Row], gate: Mapping[str, Any]) -> dict[str, Any]:
     line = f"{status.upper()}: {label(row)} keeps {kept} of the baseline's mAP50-95 {figures}{bound}"
     if tail:
         line += ("; " if bound else ", ") + tail
+    line = "; ".join([line, *(check["reason"] for check in gate["checks"] if not check["passed"])])
     return {"status": status, "line": line, "row": row["id"]}
 
 

@@ -29,7 +29,7 @@ from yolo_compress.report.plots import (
 from yolo_compress.report.quantised import gives_back, precisions, quantisation_table, summary
 from yolo_compress.report.scatter import accuracy_over_latency
 from yolo_compress.report.sensitivity import sensitivity_curves
-from yolo_compress.report.table import missing_lines, provenance, untested_lines
+from yolo_compress.report.table import gate_lines, missing_lines, provenance, untested_lines
 
 
 def render(document: Mapping[str, Any], gallery: Gallery) -> str:
@@ -62,6 +62,7 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         document=document,
         tiles=tiles(document),
         judged=_judged(document),
+        gate_lines=gate_lines(document),
         chain=chain_table(document),
         bench=bench_table(document),
         pruning=pruning_table(document),

@@ -9,7 +9,7 @@ import numpy as np
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
 from yolo_compress.runtime.matching import match
 
-REPLICATES = 400  # the ends of an interval move by a tenth of its width from seed to seed
+REPLICATES = 400  # at most: the ends of an interval move by a tenth of its width from seed to seed
 
 Interval = dict[str, float | None]
 
@@ -19,6 +19,7 @@ def intervals(
     models: Mapping[str, Sequence[np.ndarray]],
     reference: str,
     classes: int,
+    replicates: int,
     seed: int,
 ) -> dict[str, Interval]:
     """`map50_95_low`, `map50_95_high`, `delta_low`, `delta_high` of each model; the reference has no delta.
@@ -28,9 +29,9 @@ def intervals(
         models: name -> one N6 array an image: xyxy, score, class.
         reference: the name that differences are from.
         classes: how many.
-        seed: of the resampling.
+        replicates, seed: of the resampling.
     """
-    weights_RI = resamples(len(truths), REPLICATES, seed)
+    weights_RI = resamples(len(truths), replicates, seed)
     map_R = {}
     for name, detections in models.items():  # one at a time: a model's matches are large
         (drawn,) = replicate([match(truths, detections, classes, ("all",))], weights_RI)

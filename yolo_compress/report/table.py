@@ -25,6 +25,24 @@ def missing_lines(document: Document) -> list[str]:
     ]
 
 
+def gate_lines(document: Document) -> list[tuple[bool, str]]:
+    """(passed, what) of what the deciding row had to keep to beside its mAP, and MLPerf's tiers of retention."""
+    gate = document["gate"]
+    lines = []
+    for check in gate["checks"]:
+        met = f"{check['name']} {n.three(check['value'])}, at most {n.three(check['limit'])} asked"
+        if check["name"] == "signature":
+            met = "takes and gives what the original does: classes, input and output"
+        lines.append((check["passed"], check["reason"] or met))
+    tiers = gate["tiers"] or {}
+    reached = [name for name, passed in tiers.items() if passed]
+    if tiers:
+        lines.append(
+            (bool(reached), f"reaches {', '.join(reached) or 'none'} of MLPerf's tiers {', '.join(tiers)} % of FP32")
+        )
+    return lines
+
+
 def untested_lines(document: Document) -> list[str]:
     """What the reader should not assume."""
     lines = list(document["not_tested"])
@@ -76,6 +94,8 @@ def render_markdown(document: Document) -> str:
         f"Gate: every judged row keeps at least {bound} of the original's mAP50-95 "
         f"(`report.min_retention`): {'passed' if gate['passed'] else 'failed'}."
     )
+    if also := gate_lines(document):
+        parts.append("\n".join(f"- {'passed' if passed else 'not reached'}: {_escape(what)}" for passed, what in also))
     for table in (chain_table(document), bench_table(document), devices_table(document)):
         parts += _section(table)
     parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]

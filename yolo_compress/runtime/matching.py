@@ -116,6 +116,14 @@ def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarra
     return np.concatenate(parts) if parts else np.zeros((0, width)), image, number
 
 
+def counting(rows_N6: np.ndarray) -> np.ndarray:
+    """Which detections of an image count, as a mask: the best 100 of each class."""
+    order = np.lexsort((-rows_N6[:, 4], rows_N6[:, 5]))
+    mask = np.zeros(len(rows_N6), bool)
+    mask[order[_rank(rows_N6[order, 5]) < MAX_DETECTIONS]] = True
+    return mask
+
+
 def _rank(group_D: np.ndarray) -> np.ndarray:
     """Place of each in its run of equal values."""
     starts = np.flatnonzero(np.diff(group_D, prepend=-1))

@@ -13,6 +13,7 @@ from torch import nn
 from yolo_compress import ultra
 from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.kept import keep
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
@@ -27,7 +28,6 @@ from yolo_compress.runtime.turns import measure_in_turn
 from yolo_compress.stages import Job
 
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through
-SHOWN_SCORE = 0.25  # detections kept for pictures; mAP counts from 0.001 on
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
     names, samples = job.dataset.names, job.dataset.val
     with _open(job, row) as backend:
         found = accuracy(backend, samples, names, job.imgsz_hw, progress=advance)
-        executed = backend.executed
-    _keep_detections(job, row, found["detections"])
+        executed, signature = backend.executed, _signature(backend)
+    keep(job.out / "detections" / f"{row_name(row)}.npy", found["detections"])
     return {
         "executed": executed,
         "map50_95": found["map50_95"],
@@ -103,18 +103,14 @@ def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
         "per_class": found["per_class"],
         "map50_95_ultralytics": ultralytics_ap(samples, found["detections"], names)["map50_95"],
         "image_set": job.dataset.val_digest,
+        "signature": signature,
     }
 
 
-def _keep_detections(job: Job, row: Mapping[str, Any], detections: list[np.ndarray]) -> None:
-    """One .npy a row: image index, xyxy in px of the image, score, class."""
-    shown = [
-        np.column_stack([np.full(len(kept), index), kept])
-        for index, found in enumerate(detections)
-        if len(kept := found[found[:, 4] >= SHOWN_SCORE])
-    ]
-    table_N7 = np.concatenate(shown) if shown else np.zeros((0, 7))
-    np.save(job.out / "detections" / f"{row_name(row)}.npy", table_N7.astype(np.float32))
+def _signature(backend: Backend) -> dict[str, Any]:
+    """What the network takes and gives: classes, input in px, output of one image."""
+    blank_BCHW = np.zeros((backend.batch or 1, 3, *backend.imgsz), np.float32)
+    return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 
 
 def row_name(row: Mapping[str, Any]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment
-from yolo_compress.artifact import Artifact
+from yolo_compress.artifact import Artifact, atomic_write
+from yolo_compress.evaluate.ab import compare
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.choice import choose
 from yolo_compress.report.document import build
-from yolo_compress.report.gallery import MIN_SCORE
+from yolo_compress.report.gate import label
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
@@ -33,6 +34,9 @@ def run(job: Job) -> dict[str, Any]:
         rows,
         _data(job),
         min_retention=job.config.min_retention,
+        max_latency_ms=job.config.max_latency_ms,
+        max_size_mib=job.config.max_size_mib,
+        ab=_ab(job, rows),
         gammas=_gammas(job),
         channels=_channels(job),
         flops=_left(job, "flops.json"),
@@ -41,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
         not_tested=_not_tested(job, rows),
-        errors=evidence.error_types(job, rows, MIN_SCORE),
+        errors=evidence.error_types(job, rows),
         latency_quantiles=evidence.latency_quantiles(job.inputs["bench"]),
         quantisation=evidence.quantisation(job.inputs["qat"]) if _own(job, "qat") else None,
         placement=evidence.placement(job.inputs["qat"]) if _own(job, "qat") else (),
@@ -56,8 +60,35 @@ def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
+    if document["ab"] is not None:
+        atomic_write(job.out / "ab.json", json.dumps(document["ab"], indent=1, allow_nan=False) + "\n")
     write(document, _gallery(job, document), job.out)
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
+
+
+def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The original in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
+    both = evidence.compared(rows, job.config.min_retention)
+    if not job.config.ab_replicates or both is None:
+        return None
+    latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
+    latency_a, latency_b = (latency[row["id"]] for row in both)
+    about_a, about_b = ({"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in both)
+    return compare(
+        evidence.truths(job),
+        evidence.detections(job, both[0]),
+        evidence.detections(job, both[1]),
+        job.dataset.names,
+        margin=job.config.ab_margin,
+        conf=job.config.conf,
+        replicates=job.config.ab_replicates,
+        seed=job.recipe.run.seed,
+        latency_a=latency_a,
+        latency_b=latency_b,
+        about_a=about_a,
+        about_b=about_b,
+        image_set=job.dataset.val_digest,
+    )
 
 
 def _own(job: Job, stage: str) -> bool:
@@ -161,12 +192,11 @@ def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
 
 def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
-    both, ab = evidence.compared(document["rows"]), document["ab"]
+    both = evidence.compared(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []
-    images = len(job.dataset.val)
-    first, second = (evidence.detections(job.inputs["bench"], row, images) for row in both)
-    flips = ab["flips"] if ab else ()
+    first, second = (evidence.detections(job, row) for row in both)
+    flips = document["ab"]["flips"] if document["ab"] else ()
     return [
         {
             "section": section,
@@ -176,7 +206,7 @@ def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "detections_a": first[index],
             "detections_b": second[index],
             "names": job.dataset.names,
-            "min_score": ab["settings"]["conf"] if ab else MIN_SCORE,
+            "min_score": job.config.conf,
         }
-        for section, index in choose(flips, images, job.config.images, job.recipe.run.seed)
+        for section, index in choose(flips, len(job.dataset.val), job.config.images, job.recipe.run.seed)
     ]
