@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from matching_scenes import scene
 from report_case import EVIL, IMAGES, PLACEMENT, QUANTISATION, ab, document, errors, item, row, rows, stage, whole
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report import gallery, numbers
+from yolo_compress.evaluate.kept import keep
+from yolo_compress.report import evidence, gallery, numbers
 from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
 from yolo_compress.report.chain import chain_table
 from yolo_compress.report.choice import choose
@@ -22,6 +25,7 @@ from yolo_compress.report.intervals import intervals
 from yolo_compress.report.quantised import summary
 from yolo_compress.report.table import render_markdown, render_text
 from yolo_compress.report.write import write
+from yolo_compress.runtime.matching import mean_ap as matched
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,71 @@ def test_intervals_are_of_the_same_images_and_hold_the_figure() -> None:
     assert both["again"]["delta_low"] == both["again"]["delta_high"] == 0.0, "the same detections on the same draws"
     assert both["b"]["delta_high"] < 0 and both["b"]["map50_95_low"] < both["a"]["map50_95_high"]
     assert both == intervals(truths, {"a": found, "b": worse, "again": found}, "a", classes, 50, seed=0)
+
+
+class Sample:
+    """What is read of `data.Sample`."""
+
+    width = height = 400
+
+    def __init__(self, truth_N5: np.ndarray) -> None:
+        centre, size = (truth_N5[:, 1:3] + truth_N5[:, 3:]) / 800, (truth_N5[:, 3:] - truth_N5[:, 1:3]) / 400
+        self.boxes = tuple((int(cls), *box) for cls, *box in np.column_stack([truth_N5[:, 0], centre, size]).tolist())
+
+
+def fake_job(folder: Path, found: list[np.ndarray], truths: list[np.ndarray], **report: Any) -> Any:
+    """A job whose bench kept the same detections of both models, and whose stages kept them too, but for `prune`."""
+    (folder / "detections").mkdir()
+    for name in ("original-torch-fp32", "compressed-openvino-int8"):
+        keep(folder / f"detections/{name}.npy", found)
+    keep(folder / "detections.npy", found)
+    bench = SimpleNamespace(file=lambda name: folder / name)
+    stages = {
+        name: SimpleNamespace(file=bench.file, manifest=SimpleNamespace(files=files))
+        for name, files in (("baseline", {"detections.npy"}), ("qat", {"detections.npy"}), ("prune", set()))
+    }
+    config = SimpleNamespace(**{"ab_replicates": 30, "min_retention": 0.9, "conf": 0.5, **report})
+    return SimpleNamespace(
+        inputs={"bench": bench, **stages},
+        dataset=SimpleNamespace(names=("bolt", "nut", "screw"), val=[Sample(truth) for truth in truths]),
+        recipe=SimpleNamespace(report=config, run=SimpleNamespace(seed=0)),
+    )
+
+
+def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> None:
+    truths, found = scene(2, images=30)
+    job = fake_job(tmp_path, found, truths)
+    bench = [row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]]
+    chain = [stage(name, 0.5) for name in ("baseline", "prune", "qat")]
+    lines, stages = evidence.with_intervals(job, bench, chain)
+    value = matched(truths, found, job.dataset.names)["map50_95"]
+    assert lines[0]["map50_95_low"] < value < lines[0]["map50_95_high"]
+    assert lines[1]["delta_low"] == lines[1]["delta_high"] == 0.0 and "map50_95_low" not in lines[2]
+    assert stages[0]["map50_95_low"] == lines[0]["map50_95_low"] and "delta_low" not in stages[0], (
+        "no delta of the baseline"
+    )
+    assert "map50_95_low" not in stages[1] and stages[2]["delta_low"] == 0.0
+    none = evidence.with_intervals(SimpleNamespace(**{**vars(job), "recipe": without_replicates(job)}), bench, chain)
+    assert none == ([dict(line) for line in bench], [dict(line) for line in chain])
+
+
+def without_replicates(job: Any) -> Any:
+    return SimpleNamespace(
+        report=SimpleNamespace(**{**vars(job.recipe.report), "ab_replicates": 0}), run=job.recipe.run
+    )
+
+
+def test_error_types_and_pictures_are_of_the_row_that_decides(tmp_path: Path) -> None:
+    truths, found = scene(3, images=10)
+    job = fake_job(tmp_path, found, truths)
+    bench = [row("original", "torch", "fp32", 0.6), row("compressed", "openvino", "int8", 0.5),
+             row("compressed", "onnxruntime", "int8", 0.55), row("compressed", "tensorrt", "int8", 0.1, device="a robot")]  # fmt: skip
+    both = evidence.compared(bench, 0.9)
+    assert both is not None and [line["id"] for line in both] == ["original-torch-fp32", "compressed-openvino-int8"]
+    types = evidence.error_types(job, bench)
+    assert types is not None and types["a"] == types["b"] and types["conf"] == 0.5
+    assert types["shown_a"]["detections"] == sum(int((boxes_N6[:, 4] > 0.5).sum()) for boxes_N6 in found)
+    assert evidence.compared(bench[1:], 0.9) is None and evidence.error_types(job, bench[:1]) is None
 
 
 def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -> None:

@@ -99,4 +99,4 @@ def errors_table(errors: Mapping[str, Any] | None) -> Table:
         for line in (error_rows(errors) if errors else ())
     ]
     notes = (f"Seen: with a score of at least {n.plain(errors['conf'])}.",) if errors else ()
-    return Table("Errors", ERRORS, tuple(lines), notes)
+    return Table("Error types", ERRORS, tuple(lines), notes)

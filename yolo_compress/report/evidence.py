@@ -18,7 +18,7 @@ from yolo_compress.recipe import Recipe
 from yolo_compress.report.curves import every_per_cent
 from yolo_compress.report.document import identified
 from yolo_compress.report.gate import judge, reference_row
-from yolo_compress.report.intervals import REPLICATES, intervals
+from yolo_compress.report.intervals import REPLICATES, Interval, intervals
 
 DETECTIONS = "detections.npy"  # of a training stage
 
@@ -78,8 +78,14 @@ def with_intervals(
     found = intervals(truths(job), models, reference["id"], classes, replicates, seed)
     return (
         [{**row, **found.get(row["id"], {})} for row in named],
-        [{**stage, **found.get(stage["stage"], {})} for stage in chain],
+        [{**stage, **_own_interval(stage["stage"], found)} for stage in chain],
     )
+
+
+def _own_interval(stage: str, found: Mapping[str, Interval]) -> Interval:
+    """The baseline has no difference from itself, and the teacher is another network."""
+    ends = found.get(stage, {})
+    return {key: end for key, end in ends.items() if not (key.startswith("delta") and stage in ("baseline", "teacher"))}
 
 
 def error_types(job: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
