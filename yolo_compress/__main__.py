@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus run, predict, status, check, cfg, lint, fetch and gc.
+"""The command line: one verb a stage, plus run, predict, ab, status, check, cfg, lint, fetch and gc.
 
 Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and as its last line one JSON document.
 """
@@ -195,6 +195,15 @@ def _predict(command: cli_grammar.Command) -> int:
     return 0
 
 
+def _ab(command: cli_grammar.Command) -> int:
+    from yolo_compress import ab
+
+    document = ab.run(ab.settings(command.options))
+    result(ab.text(document))
+    result(json.dumps(document))
+    return 0 if document["verdict"]["status"] == "pass" else 1
+
+
 def _fetch(command: cli_grammar.Command) -> int:
     from yolo_compress.fetch import fetch
 
@@ -236,6 +245,7 @@ VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
     "probe": _probe,
     "lint": _lint,
     "predict": _predict,
+    "ab": _ab,
     "fetch": _fetch,
     "gc": _gc,
     "help": _help,

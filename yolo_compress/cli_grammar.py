@@ -28,6 +28,13 @@ OPTIONS = {
     "engines": (),
     "draw": ("true", "false"),
     "add": (),
+    "a": (),
+    "b": (),
+    "data": (),
+    "imgsz": (),
+    "margin": (),
+    "replicates": (),
+    "seed": (),
 }  # () stands for any text
 _SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
@@ -64,6 +71,8 @@ VERBS = {
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
+    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
+               options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),
     "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
@@ -73,6 +82,10 @@ VERBS = {
     "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="[VERB]"),
     "version": Verb("print the version", options=(), knobs=False),
 }  # fmt: skip
+_AB = (
+    "a=ART b=ART data=DATA.yaml [imgsz=SIDE|HEIGHT,WIDTH] [conf=0.25] [margin=0.01] [replicates=1000] [seed=0] [out=FILE.json]; "
+    "ART is an engine FOLDER, FILE.onnx, FILE.pt, or BENCH:ROW as in weights/digits/bench:compressed-onnxruntime-int8"
+)
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
 
 
@@ -146,6 +159,8 @@ def parse(argv: Sequence[str]) -> Command:
 
 def usage(name: str) -> str:
     """Gives the usage line of a verb."""
+    if name == "ab":
+        return f"usage: yolo-compress ab {_AB}"
     verb = VERBS[name]
     parts = [f"yolo-compress {name}"]
     parts += [verb.words] if verb.words else []
@@ -207,6 +222,8 @@ def _pairs(name: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> None:
     if key not in VERBS[name].options:
+        if VERBS[name].knobs and any(option.endswith(f".{key}") for option in recipe.options()):
+            recipe.check_key(key, VERBS[name].options)  # says which section it stands in
         raise RecipeError(f"{_WHERE}: {name} takes no {key}; {usage(name)}")
     if key in given:
         raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
@@ -221,6 +238,8 @@ def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
         raise RecipeError(f"{_WHERE}: out goes with add; the report itself is published under weights/; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
+    if name == "ab" and not {"a", "b", "data"} <= set(options):
+        raise RecipeError(f"{_WHERE}: ab needs two models and a data yaml; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
     if name == "lint" and len(words) != 1:

@@ -108,8 +108,8 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
         os.dup2(second, 4)
 
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
-             "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip
+             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+             "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip
     child = subprocess.Popen(
         [program, *flags],
         preexec_fn=descriptors,

@@ -298,7 +298,7 @@ def test_markdown_and_json_hold_what_the_page_holds(written: dict[str, Path]) ->
         "A/B",
         "By size",
         "By class",
-        "Errors",
+        "Error types",
         "INT8 sensitivity",
         "Precision",
         "Not tested",

@@ -5,13 +5,19 @@ All that mAP counts is kept: the best 100 of a class in an image, from the score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime.matching import counting
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """File name of a row."""
+    return f"{row['model']}-{row['runtime']}-{row['precision']}"
 
 
 def keep(file: Path, detections: Sequence[np.ndarray]) -> None:

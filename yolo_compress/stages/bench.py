@@ -13,7 +13,7 @@ from torch import nn
 from yolo_compress import ultra
 from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.kept import keep
+from yolo_compress.evaluate.kept import keep, row_name
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
@@ -111,11 +111,6 @@ def _signature(backend: Backend) -> dict[str, Any]:
     """What the network takes and gives: classes, input in px, output of one image."""
     blank_BCHW = np.zeros((backend.batch or 1, 3, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
-
-
-def row_name(row: Mapping[str, Any]) -> str:
-    """File name of a row."""
-    return f"{row['model']}-{row['runtime']}-{row['precision']}"
 
 
 def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
