@@ -33,6 +33,7 @@ def row(model: str, runtime: str, precision: str, map50_95: float, **changes: An
         "parameters": 3_000_000,
         "compute_gflops": 2.0,
         "image_set": IMAGES,
+        "signature": {"names": ["cell"], "imgsz": [320, 320], "output": [5, 2100]},
     }
     return {**base, **changes}
 

@@ -49,6 +49,10 @@ def test_limits_and_tiers_of_the_deciding_row_are_said(page: str) -> None:
     text = render_markdown(report)
     assert "- failed: p50 of INT8 on OpenVINO is 8 ms, above report.max_latency_ms=5" in text
     assert "- passed: size 3.00, at most 4.00 asked" in text
+    assert "- passed: takes and gives what the original does: classes, input and output" in text
+    other = rows()
+    other[3]["signature"] = {**other[3]["signature"], "output": [84, 2100]}
+    assert "- failed: INT8 on OpenVINO does not fit where the original does: output" in render_markdown(document(other))
 
 
 # A/B
@@ -122,6 +126,8 @@ def test_error_types_have_cost_and_what_one_sees() -> None:
 def test_quantiles_of_raw_calls() -> None:
     found = every_per_cent([float(value) for value in range(101)][::-1])
     assert found == pytest.approx(range(101))
+    tied = every_per_cent([0.1 + 0.2, 0.3, 0.3, 0.3] * 7)
+    assert tied == sorted(tied)
     with pytest.raises(RecipeError, match="original-torch-int8, which is no bench row"):
         document(latency_quantiles={"original-torch-int8": found})
     with pytest.raises(RecipeError, match="100 values, expected 101 that do not fall"):

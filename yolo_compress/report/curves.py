@@ -40,8 +40,9 @@ def _precision(ab: Mapping[str, Any], variant: str) -> str:
 
 
 def every_per_cent(samples_ms: Sequence[float]) -> list[float]:
-    """Milliseconds at 0, 1, ..., 100 % of the calls."""
-    return [float(value) for value in np.quantile(np.asarray(samples_ms, float), np.linspace(0, 1, 101))]
+    """Milliseconds at 0, 1, ..., 100 % of the calls; rounding never makes them fall."""
+    found = np.quantile(np.asarray(samples_ms, float), np.linspace(0, 1, 101))
+    return [float(value) for value in np.maximum.accumulate(found)]
 
 
 def time_distribution(document: Mapping[str, Any]) -> dict[str, str]:
