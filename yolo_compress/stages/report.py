@@ -60,9 +60,9 @@ def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
+    write(document, _gallery(job, document), job.out)
     if document["ab"] is not None:
         atomic_write(job.out / "ab.json", json.dumps(document["ab"], indent=1, allow_nan=False) + "\n")
-    write(document, _gallery(job, document), job.out)
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
 
 
