@@ -194,6 +194,15 @@ def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> N
     assert none == ([dict(line) for line in bench], [dict(line) for line in chain])
 
 
+def test_where_ab_has_an_interval_the_row_shows_it() -> None:
+    document_of_ab = ab(a={"label": "A", "row": "x"}, b={"label": "B", "row": "y"})
+    document_of_ab["map50_95"] |= {"interval_a": [0.5, 0.7], "interval_b": [0.4, 0.6]}
+    lines = evidence.as_compared([{"id": "x"}, {"id": "y", "delta_low": 9.0}, {"id": "z"}], document_of_ab)
+    assert lines[0] == {"id": "x", "map50_95_low": 0.5, "map50_95_high": 0.7} and lines[2] == {"id": "z"}
+    assert (lines[1]["delta_low"], lines[1]["delta_high"]) == (pytest.approx(-0.02), pytest.approx(0.0))
+    assert lines[1]["map50_95_low"] == 0.4 and evidence.as_compared(lines, None) == lines
+
+
 def without_replicates(job: Any) -> Any:
     return SimpleNamespace(
         report=SimpleNamespace(**{**vars(job.recipe.report), "ab_replicates": 0}), run=job.recipe.run

@@ -82,6 +82,22 @@ def with_intervals(
     )
 
 
+def as_compared(rows: Sequence[Mapping[str, Any]], ab: Mapping[str, Any] | None) -> list[Line]:
+    """The rows with A/B's own intervals where it has them: it draws more often, and one figure stands in the report once."""
+    if ab is None:
+        return [dict(row) for row in rows]
+    found = ab["map50_95"]
+    ends: dict[str, Interval] = {
+        ab["a"]["row"]: dict(zip(("map50_95_low", "map50_95_high"), found["interval_a"], strict=True)),
+        ab["b"]["row"]: {
+            **dict(zip(("map50_95_low", "map50_95_high"), found["interval_b"], strict=True)),
+            "delta_low": found["low"],
+            "delta_high": found["high"],
+        },
+    }
+    return [{**row, **ends.get(row["id"], {})} for row in rows]
+
+
 def _own_interval(stage: str, found: Mapping[str, Interval]) -> Interval:
     """The baseline has no difference from itself, and the teacher is another network."""
     ends = found.get(stage, {})

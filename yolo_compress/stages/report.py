@@ -28,6 +28,8 @@ VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 def run(job: Job) -> dict[str, Any]:
     """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
     rows, chain = evidence.with_intervals(job, job.inputs["bench"].metrics["rows"], _chain(job))
+    ab = _ab(job, rows)
+    rows = evidence.as_compared(rows, ab)
     document = build(
         job.recipe.name,
         chain,
@@ -36,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
         min_retention=job.config.min_retention,
         max_latency_ms=job.config.max_latency_ms,
         max_size_mib=job.config.max_size_mib,
-        ab=_ab(job, rows),
+        ab=ab,
         gammas=_gammas(job),
         channels=_channels(job),
         flops=_left(job, "flops.json"),
