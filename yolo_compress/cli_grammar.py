@@ -71,7 +71,7 @@ VERBS = {
                  options=("target",), knobs=False, words="FILE.onnx"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
-    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
+    "ab": Verb("say whether model b is as good as model a on the same images; exit code 1 unless it passes",
                options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),
