@@ -74,6 +74,8 @@ def _stage(command: cli_grammar.Command) -> int:
     recipe = _load(command)
     if command.dry_run:
         return _dry_run(recipe)
+    if "add" in command.options:
+        return _report_over(recipe, command)
     target = "report" if command.verb == "run" else command.verb
     artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
     answer: dict[str, Any] = {
@@ -94,6 +96,21 @@ def _stage(command: cli_grammar.Command) -> int:
         answer["report"] = str(html)
     result(json.dumps(answer))
     return 0 if artifact.metrics.get("gate", {}).get("passed", True) else 1
+
+
+def _report_over(recipe: Any, command: cli_grammar.Command) -> int:
+    """The report with the rows of other machines beside it, in a folder of its own."""
+    from pathlib import Path
+
+    from yolo_compress import pipeline
+
+    out = Path(command.options.get("out", f"report-{recipe.name}"))
+    files = [Path(name) for name in command.options["add"].split(",") if name]
+    metrics = pipeline.report_over(recipe, files, out, wait=command.wait)
+    result(metrics.pop("table"))
+    result(f"report: {out / 'report.html'}")
+    result(json.dumps({"recipe": recipe.name, "report": str(out / "report.html"), "metrics": metrics}))
+    return 0 if metrics["gate"]["passed"] else 1
 
 
 def _dry_run(recipe: Any) -> int:

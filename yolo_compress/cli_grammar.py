@@ -35,6 +35,7 @@ OPTIONS = {
     "version": (),
     "key": (),
     "golden": (),
+    "add": (),
     "a": (),
     "b": (),
     "data": (),
@@ -70,7 +71,8 @@ VERBS = {
     "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
     "engine": Verb("build an engine for each runtime and precision found here"),
     "bench": Verb("measure mAP, latency and size of every engine"),
-    "report": Verb("write report.html, report.md and report.json; exit code 1 below report.min_retention"),
+    "report": Verb("write report.html, .md, .json; exit 1 below report.min_retention; add=... puts robots beside",
+                   options=("recipe", "lock", "force", "add", "out")),
     "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
                   options=("recipe", "out")),
     "bundle": Verb("write what a robot needs to out=FOLDER|FILE.tar, signed with key=FILE; not below the gate",
@@ -184,6 +186,7 @@ def usage(name: str) -> str:
     parts += ["[lock=fail]"] if "lock" in verb.options else []
     parts += ["[force=true]"] if "force" in verb.options else []
     parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
+    parts += ["[add=device.json[,more.json] [out=FOLDER]]"] if "add" in verb.options else []
     parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
     if "out" in verb.options:
         where = {"bundle": "out=FOLDER|FILE.tar", "keygen": "out=FILE"}.get(name, "out=FOLDER")
@@ -252,6 +255,8 @@ def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
         raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
     if name in ("bundle", "keygen") and "out" not in options:
         raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
+    if name == "report" and "out" in options and "add" not in options:
+        raise RecipeError(f"{_WHERE}: out goes with add; the report itself is published under weights/; {usage(name)}")
     if name == "predict" and not {"source", "engine"} <= set(options):
         raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
     if name == "rollout" and not {"a", "b"} <= set(options):

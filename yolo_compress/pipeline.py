@@ -279,6 +279,36 @@ def _await(store: Store, planned: Planned) -> Artifact:
     return found
 
 
+def report_over(
+    recipe: Recipe, files: list[Path], out: Path, *, store: Store | None = None, wait: bool = True
+) -> dict[str, Any]:
+    """Bring the report up to date and write another one into `out`, with the rows of other machines beside ours.
+
+    Args:
+        recipe: As `recipe.load` gives it.
+        files: `device.json` of robots, `report.json` of other recipes.
+        out: Folder, made if need be; reports in it are overwritten. The published report stays as it is.
+
+    Returns:
+        `verdict`, `gate` and `table`, as the metrics of the stage.
+
+    Raises:
+        CompressError: See `report.devices.add` and `run`.
+    """
+    from yolo_compress.stages import Job, report
+
+    store = store or Store(FOLDER)
+    published = run(recipe, "report", store=store, wait=wait)
+    dataset = load_dataset(recipe, store)
+    planned = plan(recipe, dataset, "report")
+    inputs = {}
+    for need, source in planned["report"].inputs.items():
+        found = store.find(source, planned[source].fingerprint)
+        assert found is not None  # `run` has just needed it
+        inputs[need] = found
+    return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
+
+
 def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     """What `prune` would do: `table` (text), widths, MACs, parameters and, where measured, milliseconds.
 

@@ -430,4 +430,6 @@ class ReportConfig(Section):
         int, knob("A/B: resamples of the images behind every interval; 0 leaves it out", ge=0, le=100_000)
     ] = 1000
     conf: Annotated[float, knob("A/B: score that a detection must exceed in use", ge=0, le=1)] = 0.25
-    images: Annotated[int, knob("validation images shown side by side", ge=0, le=1000)] = 12
+    images: Annotated[
+        int, knob("validation images shown of each kind: worst losses, new false positives, random", ge=0, le=1000)
+    ] = 12

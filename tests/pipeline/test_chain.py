@@ -118,7 +118,32 @@ def test_report_is_one_file_without_network_or_paths(finished: Bench) -> None:
     html = artifact(finished, "report").file("report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert str(finished.folder) not in html
-    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 1
+    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 2
+
+
+def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> None:
+    published = artifact(finished, "report")
+    before = published.file("report.html").read_bytes()
+    report = json.loads(published.file("report.json").read_text())
+    measured = [row["id"] for row in report["rows"] if row["status"] == "ok"]
+    assert set(report["latency_quantiles"]) == set(measured)
+    assert {"a", "b", "shown_a", "shown_b", "conf"} == set(report["errors"])
+    assert all({"map50_95_low", "map50_95_high"} <= set(stage) for stage in report["chain"]), (
+        "every stage has its interval"
+    )
+    assert len(report["placement"]) > 50
+    row = {"model": "compressed", "runtime": "tensorrt", "precision": "int8", "status": "ok", "reason": None, "map50_95": 0.0,
+           "image_set": report["data"]["image_set"], "latency_p50_ms": 1.0, "latency_n": 700}  # fmt: skip
+    robot = {"schema": 1, "bundle": {"name": "tiny", "version": 1}, "device": {"board": "a robot"}, "rows": [row],
+             "runtime": "tensorrt", "library": "10.3.0", "golden": None}  # fmt: skip
+    (finished.folder / "device.json").write_text(json.dumps(robot))
+    done = finished.run("report", "recipe=tiny.yaml", "add=device.json", "out=beside", code=None)
+    assert done.returncode in (0, 1), done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    added = json.loads((finished.folder / "beside" / "report.json").read_text())
+    assert answer["report"] == "beside/report.html" and [device["name"] for device in added["devices"]] == ["a robot"]
+    assert "compressed-tensorrt-int8-a robot" in [entry["id"] for entry in added["gate"]["judged"]]
+    assert published.file("report.html").read_bytes() == before
 
 
 def test_manifests_and_checkpoints_hold_no_path(finished: Bench) -> None:

@@ -6,102 +6,20 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from report_case import EVIL, HINT, IMAGES, ab, document, item, missing, row, rows, stage, whole
 
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.report import gallery, numbers
+from yolo_compress.report.bench import bench_table
 from yolo_compress.report.document import build
 from yolo_compress.report.gate import judge
 from yolo_compress.report.html import tiles
-from yolo_compress.report.table import bench_table, render_markdown, render_text
+from yolo_compress.report.table import render_markdown, render_text
 from yolo_compress.report.write import write
-
-EVIL = "<script>alert(1)</script>"
-IMAGES = "a1" * 32
-HINT = "TensorRT does not import here; pip install tensorrt"
-
-
-def row(model: str, runtime: str, precision: str, map50_95: float, **changes: Any) -> dict[str, Any]:
-    latency = {"original": 20.0, "compressed": 8.0}[model]
-    base = {
-        "model": model,
-        "runtime": runtime,
-        "precision": precision,
-        "status": "ok",
-        "reason": None,
-        "executed": precision,
-        "map50_95": map50_95,
-        "map50": 0.9,
-        "map50_95_ultralytics": map50_95 - 0.001,
-        "latency_p50_ms": latency,
-        "latency_p90_ms": latency + 1,
-        "latency_p99_ms": latency + 3,
-        "latency_n": 1000,
-        "size_mib": 12.0 if model == "original" else 3.0,
-        "parameters": 3_000_000,
-        "compute_gflops": 2.0,
-        "image_set": IMAGES,
-    }
-    return {**base, **changes}
-
-
-def missing(model: str, precision: str, runtime: str = "tensorrt") -> dict[str, Any]:
-    return {"model": model, "runtime": runtime, "precision": precision, "status": "missing", "reason": HINT}
-
-
-def stage(name: str, map50_95: float | None, **changes: Any) -> dict[str, Any]:
-    base = {
-        "stage": name,
-        "fingerprint": name * 8,
-        "status": "built",
-        "parameters": 3_000_000,
-        "compute_gflops": 2.0,
-        "size_mib": 6.0,
-        "map50_95": map50_95,
-        "map50": 0.9,
-        "seconds": 75.0,
-        "epochs": 5,
-    }
-    return {**base, **changes}
-
-
-def rows(value: float = 0.59, reference: float = 0.6) -> list[dict[str, Any]]:
-    return [
-        row("original", "torch", "fp32", reference),
-        row("original", "openvino", "fp32", reference),
-        row("compressed", "openvino", "fp32", 0.6),
-        row("compressed", "openvino", "int8", value),
-        missing("original", "int8"),
-        missing("compressed", "int8"),
-    ]
-
-
-def document(bench: list[dict[str, Any]] | None = None, min_retention: float = 0.98, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "recipe": "bccd",
-        "chain": [stage("baseline", 0.6), stage("prune", 0.55)],
-        "rows": rows() if bench is None else bench,
-        "data": {"yaml": "bccd.yaml", "val_images": 87},
-        "gammas": {"edges": [0.0, 0.1, 0.5, 1.0], "epochs": [[1, 5, 9], [6, 4, 5]]},
-        "channels": {"model.10.conv": [64, 40], "model.2.cv1": [32, 32]},
-    }
-    return build(**{**arguments, **changes}, min_retention=min_retention)
-
-
-def item(name: str = "a.jpg", names: tuple[str, ...] = ("cell",)) -> dict[str, Any]:
-    image = np.full((96, 128, 3), 90, np.uint8)
-    return {
-        "image": image,
-        "name": name,
-        "names": names,
-        "truths": [(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)],
-        "detections_a": np.array([[48, 24, 80, 72, 0.9, 0], [0, 80, 9, 90, 0.1, 0]], float),
-        "detections_b": np.array([[49, 24, 80, 72, 0.8, 0], [100, 60, 120, 90, 0.5, 0]], float),
-    }
 
 
 class Page(HTMLParser):
@@ -253,7 +171,7 @@ def test_missing_rows_are_dashes_with_the_hint() -> None:
         }
     ]
     cells = bench_table(report).lines[-1].cells
-    assert cells[:4] == ("TensorRT", "both", "INT8", "missing") and set(cells[4:]) == {numbers.DASH}
+    assert cells[:3] == ("TensorRT", "both", "INT8") and cells[-1] == "missing" and set(cells[3:-1]) == {numbers.DASH}
     for text in (render_text(report), render_markdown(report)):
         assert HINT in text
 
@@ -282,10 +200,10 @@ def test_schema_and_plain_types() -> None:
         "recipe",
         "verdict",
         "gate",
-        "data",
-        "chain",
         "rows",
         "missing",
+        "data",
+        "chain",
         "not_tested",
         "not_recorded",
         "gammas",
@@ -294,10 +212,16 @@ def test_schema_and_plain_types() -> None:
         "sensitivity",
         "recovery",
         "ab",
+        "errors",
+        "latency_quantiles",
+        "quantisation",
+        "placement",
+        "devices",
+        "references",
         "reproduce",
         "environment",
     ]
-    assert report["schema"] == 1 and report["data"]["image_set"] == IMAGES
+    assert report["schema"] == 2 and report["data"]["image_set"] == IMAGES
     assert report["not_recorded"] == ["commit", "imgsz_px", "batch", "warm_up"]
     assert [entry["delta_map50_95"] for entry in report["chain"]] == [None, pytest.approx(-0.05)]
 
@@ -349,25 +273,31 @@ def test_a_stage_that_saw_no_labels_says_so_under_the_chain() -> None:
 def test_markdown_tables() -> None:
     text = render_markdown(document(recipe="a|b <i>", reproduce={"recipe_yaml": "x: '```'\n", "command": "make all"}))
     assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO keeps 98.3 %")
-    assert "| prune | 3.00 M | 2.00 | 6.00 | 0.550 | -0.050 | 0.900 | 5 | 1 min 15 s | built |" in text
-    assert "| OpenVINO | compressed | INT8 | int8 | 0.590 | 98.3 % |" in text
+    assert "| prune | 0.550 | -0.050 | – | – | 3.00 M | 2.00 | 6.00 | – | – | – | 0.900 | 5 | 1 min 15 s |" in text
+    assert (
+        "| OpenVINO INT8 | 0.590 | -0.010 | – | – | 3.00 M | 2.00 | 3.00 | 8.00 | 9.00 | 11.0 | 0.900 | – | – |" in text
+    )
+    assert "| OpenVINO | compressed | INT8 | 0.590 | 98.3 % |" in text
     assert "````yaml\nx: '```'\n````" in text and f"image set: {IMAGES}" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in table} == {11, 15}
+    assert {line.replace("\\|", "").count("|") for line in table} == {15}
 
 
 @pytest.fixture(scope="module")
 def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     bench = [*rows(), row("compressed", EVIL, "int8", 0.6, executed=EVIL)]
-    report = document(
-        bench,
+    report = whole(
+        rows=bench,
         recipe=EVIL,
         data={"yaml": EVIL, "skipped": [f"{EVIL}:1: bad"], "notes": [EVIL]},
         channels={EVIL: [8, 4]},
         environment={"device": EVIL},
         reproduce={"recipe_yaml": EVIL},
         not_tested=[EVIL],
-        chain=[stage("baseline", 0.6, status=EVIL)],
+        chain=[stage("baseline", 0.6), stage(EVIL, 0.6)],
+        ab=ab((EVIL, f"{EVIL}2"), a={"label": EVIL}),
+        placement=[{"tensor": EVIL, "precision": "float", "group": EVIL, "why": EVIL}],
+        latency_quantiles={f"compressed-{EVIL}-int8": [1.0] * 101},
     )
     paths = write(
         report, [item(f"{EVIL}.jpg", (f"\"'><img src=x onerror=alert(1)>{EVIL}",))], tmp_path_factory.mktemp("report")
@@ -379,7 +309,7 @@ def test_names_are_shown_as_text(evil_page: str) -> None:
     page = Page(evil_page)
     assert "script" not in page.tags
     assert page.tags.count("img") == 2, "the two gallery pictures and nothing else"
-    assert page.text.count(EVIL) >= 11
+    assert page.text.count(EVIL) >= 20
 
 
 def test_nothing_is_loaded(evil_page: str) -> None:
@@ -426,6 +356,18 @@ def test_gallery_counts_found_missed_and_extra() -> None:
     pair = gallery.draw([item()]).pairs[0]
     assert (pair.original.found, pair.original.missed, pair.original.extra) == (1, 1, 0), "0.1 is below the score shown"
     assert (pair.compressed.found, pair.compressed.missed, pair.compressed.extra) == (1, 1, 1)
+    assert (pair.compressed.lost, pair.compressed.new) == (0, 1)
+
+
+def test_gallery_says_what_was_lost_and_what_is_new() -> None:
+    truths = [(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)]
+    a = np.array([[48, 24, 80, 72, 0.9, 0], [100, 60, 120, 90, 0.5, 0]], float)
+    b = np.array(
+        [[101, 60, 120, 90, 0.5, 0], [0, 80, 20, 95, 0.4, 0]], float
+    )  # the first false one is the original's too
+    pair = gallery.draw([{**item(), "truths": truths, "detections_a": a, "detections_b": b}]).pairs[0]
+    assert (pair.original.found, pair.original.extra, pair.original.lost, pair.original.new) == (1, 1, 0, 0)
+    assert (pair.compressed.missed, pair.compressed.lost, pair.compressed.extra, pair.compressed.new) == (2, 1, 2, 1)
 
 
 def test_a_truth_is_found_once_and_only_by_its_class() -> None:

@@ -85,3 +85,45 @@ def _most_sensitive(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     harms = {group: harm(given["measure"], change) for group, change in mean.items()}
     ranking = sorted((group for group in harms if harms[group] > 0), key=harms.__getitem__, reverse=True)
     return [{"group": group, "mean_change": mean[group]} for group in ranking[:MOST_SENSITIVE]]
+
+
+AB_SCHEMA = 1
+FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups")
+
+
+def ab(given: Mapping[str, Any] | None, image_set: str | None) -> dict[str, Any] | None:
+    """The A/B document, over the images of the report and no others."""
+    if not given:
+        return None
+    if given["schema"] != AB_SCHEMA:
+        raise RecipeError(f"the A/B document has schema {given['schema']}, expected {AB_SCHEMA}")
+    if image_set and given["image_set"] != image_set:
+        raise RecipeError(f"A/B was measured over image set {given['image_set']}, the rows over {image_set}")
+    return dict(given)
+
+
+def quantiles(
+    given: Mapping[str, Sequence[float]] | None, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, list[float]] | None:
+    """Milliseconds at every per cent of the raw calls, by row."""
+    if not given:
+        return None
+    known = {row["id"] for row in rows}
+    for name, values in given.items():
+        if name not in known:
+            raise RecipeError(f"latencies of {name}, which is no bench row")
+        if len(values) != 101 or list(values) != sorted(values):
+            raise RecipeError(f"latency quantiles of {name}: {len(values)} values, expected 101 that do not fall")
+    return {name: list(values) for name, values in given.items()}
+
+
+def quantisation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What each group of tensors gives back when it alone is left in float; adds `gives_back`, above 0 where it helps."""
+    if not given or not given["groups"]:
+        return None
+    if absent := [key for key in FOUND if key not in given]:
+        raise RecipeError(f"the sensitivity to INT8 lacks {', '.join(absent)}")
+    if given["measure"] not in MEASURES:
+        raise RecipeError(f"the sensitivity to INT8 is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")
+    gain = {group: harm(given["measure"], given["int8"] - value) for group, value in given["groups"].items()}
+    return {**given, "gives_back": gain}

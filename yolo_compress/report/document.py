@@ -1,4 +1,4 @@
-"""The report as one JSON document (schema 1): every other form is drawn from it and from nothing else."""
+"""The report as one JSON document (schema 2): every other form is drawn from it and from nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.report import checked
 from yolo_compress.report.gate import judge, label, peer_row, reference_row, verdict
 from yolo_compress.report.numbers import RUNTIMES, finite
 
-SCHEMA = 1
+SCHEMA = 2  # 2: ab, errors, latency_quantiles, quantisation, placement, devices, references; intervals of mAP
 MODELS = ("original", "compressed")
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -51,6 +51,10 @@ def build(
     environment: Mapping[str, Any] | None = None,
     reproduce: Mapping[str, Any] | None = None,
     not_tested: Sequence[str] = (),
+    errors: Mapping[str, Any] | None = None,
+    latency_quantiles: Mapping[str, Sequence[float]] | None = None,
+    quantisation: Mapping[str, Any] | None = None,
+    placement: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Checks the figures, judges the gate and returns the document; the inputs are left as they are.
 
@@ -59,10 +63,12 @@ def build(
         chain: one mapping a stage, in order: `stage`, `fingerprint`, `status`, `parameters`, `compute_gflops`,
             `size_mib`, `map50_95`, `map50`, `seconds`, `epochs` (None where there is none), optional `image_set`; of
             prune, all optional, `kept_flops`, `map50_95_after_cut`, `map50_95_after_bn`, `latency_target_ms`,
-            `latency_measured_ms`, `latency_runtime`.
+            `latency_measured_ms`, `latency_runtime`; optional `map50_95_low`, `map50_95_high` (95 % interval), `delta_low`,
+            `delta_high` (of the paired difference from the baseline).
         rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok" or "missing"), `reason`, and for "ok"
             `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
-            `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device`.
+            `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device` and the
+            intervals of `chain`. An mAP of None was not measured: the row shows its latency and is not judged.
         data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
             optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
@@ -78,25 +84,25 @@ def build(
         environment: the keys of `PROVENANCE` and whatever else was recorded, nested mappings allowed.
         reproduce: `recipe_yaml` (text) and `command`, both optional.
         not_tested: sentences.
+        errors: `evaluate.tide.errors` of both, `a` and `b`, over all detections, and `shown_a`, `shown_b` of those with a score of
+            `conf` or more.
+        latency_quantiles: `{row id: [ms at 0, 1, ..., 100 % of its raw calls]}`.
+        quantisation: what `qat.sensitivity` left: `measure`, `float`, `int8`, `worst`, `then`, `left`, `images`, `groups`.
+        placement: rows of `placement.csv`: `tensor`, `precision`, `group`, `why`.
 
     Raises:
         RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
             precision or without an image set, malformed figures of a stage.
     """
-    ordered = identified(rows)
-    image_set = _one_image_set(ordered, chain)
-    gate = judge(ordered, min_retention, max_latency_ms, max_size_mib)
-    enriched = [_enrich(row, ordered) for row in ordered]
+    in_place = identified(rows)
+    image_set = _one_image_set(in_place, chain)
     surroundings = dict(environment or {})
     document = {
         "schema": SCHEMA,
         "recipe": recipe,
-        "verdict": verdict(enriched, gate),
-        "gate": gate,
+        **judged(in_place, min_retention, max_latency_ms, max_size_mib),
         "data": {**DATA, **data, "image_set": image_set},
-        "chain": _with_delta(chain),
-        "rows": enriched,
-        "missing": _missing(ordered),
+        "chain": _with_delta([_with_torch(stage, chain, in_place) for stage in chain]),
         "not_tested": list(not_tested),
         "not_recorded": [key for key in PROVENANCE if surroundings.get(key) in (None, "", {}, [])],
         "gammas": checked.gammas(gammas),
@@ -104,11 +110,34 @@ def build(
         "flops": checked.pairs("FLOPs", flops),
         "sensitivity": checked.sensitivity(sensitivity),
         "recovery": checked.recovery(recovery),
-        "ab": ab,
+        "ab": checked.ab(ab, image_set),
+        "errors": dict(errors) if errors else None,
+        "latency_quantiles": checked.quantiles(latency_quantiles, in_place),
+        "quantisation": checked.quantisation(quantisation),
+        "placement": [dict(row) for row in placement],
+        "devices": [],
+        "references": [],
         "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
         "environment": surroundings,
     }
     return dict(_plain(document))
+
+
+def judged(
+    rows: Sequence[Mapping[str, Any]],
+    min_retention: float,
+    max_latency_ms: float | None = None,
+    max_size_mib: float | None = None,
+) -> dict[str, Any]:
+    """What follows from the rows alone: `verdict`, `gate`, `rows` with their ratios and `missing`."""
+    gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
+    enriched = [_enrich(row, rows) for row in rows]
+    return {
+        "verdict": verdict(enriched, gate),
+        "gate": gate,
+        "rows": enriched,
+        "missing": _missing(rows),
+    }
 
 
 def identified(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -141,7 +170,7 @@ def _one_image_set(rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[st
     """The image set of every mAP in the report; two sets are two reports."""
     where: dict[str, str] = {}
     for row in rows:
-        if row["status"] != "ok":
+        if row["status"] != "ok" or row["map50_95"] is None:
             continue
         if not row.get("image_set"):
             raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
@@ -173,7 +202,7 @@ def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
         enriched["latency_p99_ms"] = None
         if finite(row.get("latency_p50_ms")) is not None:
             enriched["notes"].append(f"p99 withheld: n = {n}, at least {P99_MIN_N} needed")
-    if finite(row["map50_95"]) is None:
+    if row["map50_95"] is not None and finite(row["map50_95"]) is None:
         enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
     return enriched
 
@@ -181,6 +210,35 @@ def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
 def _ratio(top: Any, bottom: Any) -> float | None:
     above, below = finite(top), finite(bottom)
     return None if above is None or below is None or below <= 0 else above / below
+
+
+FLOAT = ("baseline", "sparsify", "prune", "distill")  # the last of them there is makes the compressed float model
+OF_TORCH = (
+    "latency_p50_ms",
+    "latency_p90_ms",
+    "latency_p99_ms",
+    "map50_95_low",
+    "map50_95_high",
+    "delta_low",
+    "delta_high",
+)
+
+
+def _with_torch(
+    stage: Mapping[str, Any], chain: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Adds what bench measured of the stage's own model in PyTorch: the baseline and the compressed float model."""
+    floats = [other["stage"] for other in chain if other["stage"] in FLOAT]
+    models = {floats[-1]: "compressed", "baseline": "original"} if floats else {}
+    found = next(
+        (
+            _enrich(row, rows)
+            for row in rows
+            if (row["runtime"], row["model"], row["status"]) == ("torch", models.get(stage["stage"]), "ok")
+        ),
+        {},
+    )
+    return {**{key: found[key] for key in OF_TORCH if key in found}, **stage}
 
 
 def _with_delta(chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

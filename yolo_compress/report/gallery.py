@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from yolo_compress.errors import DataError
+from yolo_compress.report.choice import SECTIONS
 
 COUNT = 12
 WIDTH_PX = 480
-# With plots and tables the file stays below 5 MB; base64 adds a third.
-BUDGET_BYTES = 3_000_000
+# With plots and tables the file stays below 6 MB; base64 adds a third.
+BUDGET_BYTES = 4_000_000
 # Tried in turn until the pictures fit the budget: width in px, JPEG quality.
 SIZES = ((WIDTH_PX, 84), (WIDTH_PX, 72), (400, 68), (320, 62), (240, 55))
 # What a user of the model sees; below it mAP counts on, but a picture would drown in boxes.
@@ -30,21 +31,29 @@ MATCH_IOU = 0.5
 NAMED = 8
 # Okabe and Ito's colours without black, told apart with any colour vision.
 PALETTE = ("#56b4e9", "#e69f00", "#00c08b", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
-TRUTH, MISSED = "#ffffff", "#ff2d55"
+TRUTH, MISSED, RIM = "#ffffff", "#ff2d55", "#000000"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One model on one image; `found`, `missed` and `extra` at IoU 0.5 and MIN_SCORE, class for class."""
+    """One model on one image; `found`, `missed` and `extra` at IoU 0.5 and MIN_SCORE, class for class.
+
+    Of the compressed model also `lost`, objects that the original found, and `new`, extra detections that it has not.
+    """
 
     uri: str
     found: int
     missed: int
     extra: int
+    lost: int = 0
+    new: int = 0
 
 
 @dataclass(frozen=True)
 class Pair:
+    """`section`: a key of `choice.SECTIONS`."""
+
+    section: str
     name: str
     width: int
     height: int
@@ -59,6 +68,11 @@ class Gallery:
     pairs: tuple[Pair, ...]
     legend: tuple[tuple[str, str], ...]
 
+    def sections(self) -> list[tuple[str, str, list[Pair]]]:
+        """Title, what it shows, and its pairs."""
+        parts = [(SECTIONS[key], [pair for pair in self.pairs if pair.section == key]) for key in SECTIONS]
+        return [(title, text, pairs) for (title, text), pairs in parts if pairs]
+
 
 def draw(items: Sequence[Mapping[str, Any]], count: int = COUNT) -> Gallery:
     """Draws the first `count` items, smaller or coarser when there are many.
@@ -66,7 +80,8 @@ def draw(items: Sequence[Mapping[str, Any]], count: int = COUNT) -> Gallery:
     Args:
         items: `image` (path, or HW3 uint8 RGB), `name` (optional, else the file's), `truths` (class and normalised
             xywh, as a Sample's boxes), `detections_a` of the original and `detections_b` of the compressed model
-            (N6: xyxy in px of that image, score, class), `names` (class names).
+            (N6: xyxy in px of that image, score, class), `names` (class names), optional `section` (a key of
+            `choice.SECTIONS`, else random) and `min_score`.
 
     Raises:
         DataError: an image that cannot be read.
@@ -104,39 +119,60 @@ def _loaded(item: Mapping[str, Any]) -> dict[str, Any]:
     shown = {}
     for key in ("detections_a", "detections_b"):
         boxes = np.asarray(item[key], float).reshape(-1, 6)
-        boxes = boxes[boxes[:, 4] >= MIN_SCORE]
+        boxes = boxes[boxes[:, 4] >= item.get("min_score", MIN_SCORE)]
         shown[key] = boxes[np.argsort(-boxes[:, 4], kind="stable")]
-    return {"image": image, "name": str(name or "image"), "truths": truths, "names": item["names"], **shown}
+    about = {"name": str(name or "image"), "names": item["names"], "section": item.get("section", "random")}
+    return {"image": image, "truths": truths, **about, **shown}
 
 
 def _pair(item: Mapping[str, Any], width_px: int, quality: int) -> Pair:
     height, width = item["image"].shape[:2]
-    pictures = [_picture(item, item[key], width_px, quality) for key in ("detections_a", "detections_b")]
-    return Pair(item["name"], width, height, *pictures)
+    truths_N5, first_N6, second_N6 = (item[key] for key in ("truths", "detections_a", "detections_b"))
+    found, used = match(truths_N5, first_N6)
+    found_b, used_b = match(truths_N5, second_N6)
+    _, paired = match(np.column_stack([first_N6[:, 5], first_N6[:, :4]]), second_N6)
+    nothing = np.zeros(len(truths_N5), bool), np.zeros(len(first_N6), bool)
+    original = _picture(item, first_N6, _Judged(found, used, *nothing), width_px, quality)
+    judged = _Judged(found_b, used_b, found & ~found_b, ~used_b & ~paired)
+    compressed = _picture(item, second_N6, judged, width_px, quality)
+    return Pair(item["section"], item["name"], width, height, original, compressed)
 
 
-def _picture(item: Mapping[str, Any], detections_N6: NDArray[Any], width_px: int, quality: int) -> Picture:
+class _Judged(NamedTuple):
+    """Truths found, and of the others those lost; detections that found one, and of the others those that are new."""
+
+    found: NDArray[np.bool_]
+    used: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
+    new: NDArray[np.bool_]
+
+
+def _picture(
+    item: Mapping[str, Any], detections_N6: NDArray[Any], judged: _Judged, width_px: int, quality: int
+) -> Picture:
     image, truths_N5 = item["image"], item["truths"]
-    found, used = match(truths_N5, detections_N6)
     scale = width_px / image.shape[1]
     canvas = _resized(image, scale)
     pen = ImageDraw.Draw(canvas)
     font = _font(max(11, width_px // 27))
-    for truth, hit in zip(truths_N5, found, strict=True):
-        if hit:
-            _rectangle(pen, truth[1:] * scale, TRUTH, 1)
-        else:
-            _rectangle(pen, truth[1:] * scale, MISSED, 3)
-    placed: list[tuple[float, ...]] = []
-    for box in detections_N6:
+    for truth, hit in zip(truths_N5, judged.found, strict=True):
+        _rectangle(pen, truth[1:] * scale, TRUTH if hit else MISSED, 1 if hit else 3)
+    for box, hit in zip(detections_N6, judged.used, strict=True):
+        if not hit:
+            _rectangle(pen, box[:4] * scale + (-2, -2, 2, 2), RIM, 6)
         _rectangle(pen, box[:4] * scale, colour(int(box[5])), 2)
+    placed: list[tuple[float, ...]] = []
+    for truth in truths_N5[judged.lost]:
+        _tag(pen, canvas.size, truth[1:] * scale, "lost", MISSED, font, placed)
     names = item["names"] if len(detections_N6) <= NAMED else None
-    for box in detections_N6:
-        _tag(pen, canvas.size, box, scale, names, font, placed)
+    for box, new in zip(detections_N6, judged.new, strict=True):
+        text = f"{box[4]:.2f}".removeprefix("0") if names is None else f"{_name(names, int(box[5]))[:24]} {box[4]:.2f}"
+        _tag(pen, canvas.size, box[:4] * scale, f"new {text}" if new else text, colour(int(box[5])), font, placed)
     buffer = io.BytesIO()
     canvas.save(buffer, "JPEG", quality=quality, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(uri, int(found.sum()), int((~found).sum()), int((~used).sum()))
+    counts = (judged.found.sum(), (~judged.found).sum(), (~judged.used).sum(), judged.lost.sum(), judged.new.sum())
+    return Picture(uri, *map(int, counts))
 
 
 def _resized(image: NDArray[Any], scale: float) -> Image.Image:
@@ -182,26 +218,24 @@ def _rectangle(pen: ImageDraw.ImageDraw, xyxy: NDArray[Any], outline: str, width
 def _tag(
     pen: ImageDraw.ImageDraw,
     size: tuple[int, int],
-    box: NDArray[Any],
-    scale: float,
-    names: Sequence[str] | None,
+    xyxy: NDArray[Any],
+    text: str,
+    fill: str,
     font: Any,
     placed: list[tuple[float, ...]],
 ) -> None:
-    """Class and score above the box, below it, or inside; left out where it would cover another tag."""
-    cls = int(box[5])
-    text = f"{box[4]:.2f}".removeprefix("0") if names is None else f"{_name(names, cls)[:24]} {box[4]:.2f}"
+    """Above the box, below it, or inside; left out where it would cover another tag."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
-    x0, y0, y1 = float(box[0] * scale), float(box[1] * scale), float(box[3] * scale)
+    x0, y0, y1 = float(xyxy[0]), float(xyxy[1]), float(xyxy[3])
     x0 = min(max(0.0, x0), size[0] - width)
     for y in (y0 - height, y0, y1, y1 - height):
         spot = (x0, y, x0 + width, y + height)
         free = all(spot[2] <= o[0] or o[2] <= spot[0] or spot[3] <= o[1] or o[3] <= spot[1] for o in placed)
         if y >= 0 and y + height <= size[1] and free:
             placed.append(spot)
-            pen.rectangle(spot, fill=colour(cls))
-            dark = sum(int(colour(cls)[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1))) > 1100
+            pen.rectangle(spot, fill=fill)
+            dark = sum(int(fill[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1))) > 1100
             pen.text((x0 + 3 - left, y + 2 - top), text, fill="#000000" if dark else "#ffffff", font=font)
             return
 

@@ -19,8 +19,9 @@ TIERS = {"95": 0.95, "99": 0.99, "99.9": 0.999}
 
 
 def reference_row(rows: Sequence[Row]) -> Row | None:
-    """What every retention is a ratio to: the original in FP32, by torch where that was measured, else the first."""
-    original = [row for row in rows if (row["model"], row["precision"], row["status"]) == ("original", "fp32", "ok")]
+    """What every retention is a ratio to: the original in FP32 here, by torch where that was measured, else the first."""
+    here = [row for row in rows if not row.get("device") and row["model"] == "original"]
+    original = [row for row in here if (row["precision"], row["status"]) == ("fp32", "ok")]
     return next((row for row in original if row["runtime"] == "torch"), original[0] if original else None)
 
 
@@ -54,7 +55,7 @@ def judge(
         max_size_mib: of its file; None asks for nothing.
 
     Returns:
-        `min_retention`, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
+        the three bounds, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
         `passed`, `reason`), `retention` of the worst, `tiers` (whether it reaches each of TIERS; None without retention),
         `checks` of the worst (`name`, `limit`, `value`, `passed`, `reason`), `passed`, `reason` (None when passed).
     """
@@ -63,10 +64,12 @@ def judge(
     reference = reference_row(rows)
     compressed = [row for row in rows if row["model"] == "compressed"]
     asked = [row for row in compressed if row["precision"] == "int8"] or compressed
-    candidates = [row for row in asked if row["status"] == "ok"]
+    candidates = [row for row in asked if row["status"] == "ok" and row["map50_95"] is not None]
     judged = [_judge_row(row, reference, min_retention) for row in candidates]
     gate: dict[str, Any] = {
         "min_retention": min_retention,
+        "max_latency_ms": max_latency_ms,
+        "max_size_mib": max_size_mib,
         "reference": reference["id"] if reference else None,
         "judged": judged,
         "worst": None,

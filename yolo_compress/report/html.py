@@ -11,7 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.gallery import Gallery
+from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
+from yolo_compress.report.bench import bench_table, device_lines, devices_table
+from yolo_compress.report.chain import chain_table, pruning_table
+from yolo_compress.report.curves import precision_over_recall, time_distribution
+from yolo_compress.report.error_types import error_costs
+from yolo_compress.report.forest import differences, left_out
+from yolo_compress.report.gallery import MIN_SCORE, Gallery
 from yolo_compress.report.gate import gain, label, peer_row
 from yolo_compress.report.plots import (
     channels_kept,
@@ -20,16 +26,10 @@ from yolo_compress.report.plots import (
     gamma_histograms,
     recovery_curve,
 )
+from yolo_compress.report.quantised import gives_back, precisions, quantisation_table, summary
 from yolo_compress.report.scatter import accuracy_over_latency
 from yolo_compress.report.sensitivity import sensitivity_curves
-from yolo_compress.report.table import (
-    bench_table,
-    chain_table,
-    missing_lines,
-    provenance,
-    pruning_table,
-    untested_lines,
-)
+from yolo_compress.report.table import gate_lines, missing_lines, provenance, untested_lines
 
 
 def render(document: Mapping[str, Any], gallery: Gallery) -> str:
@@ -51,21 +51,47 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         "flops": flops_per_layer(document["flops"]),
         "convolutions": flops_per_convolution(document["flops"]),
         "sensitivity": sensitivity_curves(document["sensitivity"]),
+        "precision": precision_over_recall(document["ab"]),
+        "forest": differences(document["ab"]),
+        "errors": error_costs(document["errors"]),
+        "times": time_distribution(document),
+        "quantisation": gives_back(document["quantisation"]),
+        "placement": precisions(document["placement"]),
     }
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         document=document,
         tiles=tiles(document),
         judged=_judged(document),
+        gate_lines=gate_lines(document),
         chain=chain_table(document),
         bench=bench_table(document),
         pruning=pruning_table(document),
+        devices=devices_table(document),
+        device_lines=device_lines(document),
+        ab_figures=figures_table(document["ab"]),
+        ab_parts=[
+            parts_table(title, document["ab"][key] if document["ab"] else ())
+            for title, key in (("By size of object", "by_size"), ("By class", "by_class"))
+        ],
+        classes_left_out=left_out(document["ab"]),
+        errors=errors_table(document["errors"]),
+        quantisation=quantisation_table(document["quantisation"]),
+        placement=summary(document["placement"]),
         pictures={name: {size: Markup(svg) for size, svg in both.items()} for name, both in pictures.items()},
         gallery=gallery,
         missing=missing_lines(document),
         untested=untested_lines(document),
         provenance=provenance(document),
         bound=n.percent(document["gate"]["min_retention"]),
+        shown_score=n.plain(document["ab"]["settings"]["conf"] if document["ab"] else MIN_SCORE),
     )
+    return page.replace("<!-- nav -->", _navigation(page), 1)
+
+
+def _navigation(page: str) -> str:
+    """A link to each section there is; the titles are ours."""
+    links = [f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="(\w+)">([^<]+)<', page)]
+    return f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>'
 
 
 def signs(text: str) -> str:
@@ -99,7 +125,7 @@ def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
             continue
         if share is None:
             share = f"{n.percent(now / was, 0)} left" if was else ""
-        shown.append({"title": title, "now": text(now), "was": text(was), "gain": share})
+        shown.append({"title": title, "now": text(now), "was": "" if was is None else text(was), "gain": share})
     return shown
 
 

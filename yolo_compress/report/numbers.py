@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 DASH = "\u2013"
@@ -26,7 +27,12 @@ def fixed(value: Any, digits: int = 3) -> str:
 def signed(value: Any, digits: int = 3) -> str:
     """A difference, its sign always written."""
     number = finite(value)
-    return DASH if number is None else f"{number:+.{digits}f}"
+    return DASH if number is None else f"{round(number, digits) or 0.0:+.{digits}f}"  # never -0.000
+
+
+def interval(low: Any, high: Any, write: Callable[[Any], str]) -> str:
+    """Both ends, or a dash where there is no interval."""
+    return DASH if finite(low) is None or finite(high) is None else f"{write(low)} to {write(high)}"
 
 
 def three(value: Any) -> str:
@@ -84,3 +90,31 @@ def duration(value: Any) -> str:
 
 def runtime(name: str) -> str:
     return RUNTIMES.get(name, name)
+
+
+def plain(value: Any) -> str:
+    """As many digits as it was given with."""
+    number = finite(value)
+    return DASH if number is None else f"{number:.4g}"
+
+
+def change(before: Any, after: Any, write: Callable[[Any], str]) -> str:
+    """A difference in the form of its figures, its sign always written."""
+    low, high = finite(before), finite(after)
+    if low is None or high is None:
+        return DASH
+    return ("-" if high < low else "+") + write(abs(high - low))
+
+
+def probability(value: Any) -> str:
+    number = finite(value)
+    return DASH if number is None else "under 0.001" if number < 0.001 else f"{number:.3f}"
+
+
+def said(key: str, value: Any) -> Any:
+    """What a record holds, in one line: mappings and lists are spelled out."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {said(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return (" x " if key.startswith("imgsz") else ", ").join(map(str, value))
+    return value

@@ -142,8 +142,13 @@ class Bar(NamedTuple):
     label: str
 
 
+def block_of(layer: str) -> str:
+    """`model.2` of `model.2.m.0.cv1.conv`."""
+    return ".".join(layer.split(".")[:2])
+
+
 def _by_block(flops: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    blocks = {layer: ".".join(layer.split(".")[:2]) for layer in in_order(flops)}
+    blocks = {layer: block_of(layer) for layer in in_order(flops)}
     head = next(reversed(blocks.values()), "")
     sums: dict[str, tuple[int, int]] = {}
     for layer, block in blocks.items():

@@ -15,15 +15,17 @@ from matplotlib.transforms import Bbox
 from yolo_compress.report.numbers import finite, percent, runtime
 from yolo_compress.report.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 
+SHADES = {"original": "before", "compressed": "after", "reference": "muted"}
 MARKERS = {"fp32": "o", "fp16": "s", "int8": "^"}
 
 
 def accuracy_over_latency(document: Mapping[str, Any]) -> dict[str, str]:
-    """mAP50-95 over p50 latency, one mark a row; empty where nothing has both figures."""
+    """mAP50-95 over p50 latency here, one mark a row and point of reference; empty where nothing has both figures."""
     points = [
         row
-        for row in document["rows"]
-        if row["status"] == "ok"
+        for row in [*document["rows"], *({**row, "model": "reference"} for row in document["references"])]
+        if row.get("status", "ok") == "ok"
+        and not row.get("device")
         and finite(row["map50_95"]) is not None
         and (finite(row.get("latency_p50_ms")) or 0) > 0
     ]
@@ -40,8 +42,8 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
         axes.grid(True)
         marks = []
         for row in points:
-            x, y, compressed = row["latency_p50_ms"], row["map50_95"], row["model"] == "compressed"
-            colour = COLOURS["after" if compressed else "before"]
+            x, y = row["latency_p50_ms"], row["map50_95"]
+            colour = COLOURS[SHADES[row["model"]]]
             axes.plot(
                 [x],
                 [y],
@@ -50,10 +52,15 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
                 color=colour,
                 linestyle="none",
                 zorder=3,
-                markerfacecolor=colour if compressed else COLOURS["paper"],
+                markerfacecolor=COLOURS["paper"] if row["model"] == "original" else colour,
                 markeredgewidth=1.8,
             )
+            if finite(row.get("map50_95_low")) is not None:
+                ends = [row["map50_95_low"], row["map50_95_high"]]
+                axes.plot([x, x], ends, color=colour, linewidth=1, alpha=0.45, zorder=1.5)
             name = runtime(row["runtime"])
+            if row["model"] == "reference":
+                name = f"{row['name']}, {name}"
             marks.append((x, y, f"{name} {row['precision'].upper()}" if wide else name, colour))
         _scales(axes, points)
         _gate_line(axes, document)
@@ -75,10 +82,10 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
 def _scales(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
     """Logarithmic time where the slowest takes more than four times the fastest; mAP zoomed to its range."""
     xs = np.array([row["latency_p50_ms"] for row in points])
-    ys = np.array([row["map50_95"] for row in points])
-    pad = max(0.01, 0.18 * float(np.ptp(ys)))
+    ys = np.array([end for row in points for end in _extent(row)])
+    pad = max(0.01, 0.08 * float(np.ptp(ys)))
     axes.set_ylim(ys.min() - pad, ys.max() + pad)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     if xs.max() > 4 * xs.min():
@@ -89,6 +96,12 @@ def _scales(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
     else:
         axes.set_xlim(0, xs.max() * 1.25)
     axes.xaxis.set_major_formatter(plain)
+
+
+def _extent(row: Mapping[str, Any]) -> list[float]:
+    """The mAP and the ends of its interval."""
+    ends = [finite(row.get(key)) for key in ("map50_95", "map50_95_low", "map50_95_high")]
+    return [end for end in ends if end is not None]
 
 
 def _gate_line(axes: Any, document: Mapping[str, Any]) -> None:
@@ -116,7 +129,7 @@ def _gate_line(axes: Any, document: Mapping[str, Any]) -> None:
 
 def _legend(points: Sequence[Mapping[str, Any]]) -> list[Line2D]:
     handles = []
-    for model, colour in (("original", "before"), ("compressed", "after")):
+    for model, colour in SHADES.items():
         if any(row["model"] == model for row in points):
             face = COLOURS["paper"] if model == "original" else COLOURS[colour]
             handles.append(

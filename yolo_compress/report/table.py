@@ -1,208 +1,46 @@
-"""The chain, the bench and pruning as tables: the same cells in the terminal, in Markdown and in HTML."""
+"""The report as text, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.gate import label
+from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
+from yolo_compress.report.bench import bench_table, device_lines, devices_table, place
+from yolo_compress.report.chain import chain_table, pruning_table
+from yolo_compress.report.grid import Table
+from yolo_compress.report.quantised import quantisation_table, summary
 
 Document = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Column:
-    """`rank` says what goes first where the terminal is narrow (the highest); 0 always stays."""
-
-    title: str
-    right: bool = True
-    rank: int = 0
-
-
-@dataclass(frozen=True)
-class Line:
-    """`group` is the runtime of a bench row; `mark` is what deserves the eye: reference, passed, failed, missing."""
-
-    cells: tuple[str, ...]
-    group: str = ""
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...] = ()
-
-    def groups(self) -> list[tuple[str, list[Line]]]:
-        """Lines that stand under one row heading."""
-        return [(group, list(lines)) for group, lines in groupby(self.lines, lambda line: line.group)]
-
-
-CHAIN = (
-    Column("Stage", right=False),
-    Column("Parameters", rank=2),
-    Column("GFLOPs", rank=1),
-    Column("MiB", rank=3),
-    Column("mAP50-95"),
-    Column("Delta", rank=1),
-    Column("mAP50", rank=4),
-    Column("Epochs", rank=5),
-    Column("Time", rank=5),
-    Column("State", right=False, rank=6),
-)
-BENCH = (
-    Column("Runtime", right=False),
-    Column("Model", right=False),
-    Column("Precision", right=False),
-    Column("Executed", right=False, rank=4),
-    Column("mAP50-95"),
-    Column("Kept", rank=1),
-    Column("mAP50", rank=6),
-    Column("p50 ms"),
-    Column("p90 ms", rank=5),
-    Column("p99 ms", rank=7),
-    Column("Speed-up", rank=1),
-    Column("MiB", rank=2),
-    Column("Smaller", rank=3),
-    Column("Ultralytics", rank=8),
-)
-PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("Kept"))
-
-
-def chain_table(document: Document) -> Table:
-    """baseline -> sparsify -> prune -> distill -> qat, as far as the recipe goes."""
-    lines = []
-    for stage in document["chain"]:
-        cells = (
-            stage["stage"],
-            n.millions(stage.get("parameters")),
-            n.three(stage.get("compute_gflops")),
-            n.three(stage.get("size_mib")),
-            n.fixed(stage.get("map50_95")),
-            n.signed(stage["delta_map50_95"]),
-            n.fixed(stage.get("map50")),
-            n.whole(stage.get("epochs")),
-            n.duration(stage.get("seconds")),
-            stage.get("status") or n.DASH,
-        )
-        lines.append(Line(cells, mark="reference" if stage["stage"] == "baseline" else ""))
-    notes = ["Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size."]
-    notes += [f"{stage['stage']} saw {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage]
-    return Table("Chain", CHAIN, tuple(lines), tuple(notes))
-
-
-def pruning_table(document: Document) -> Table:
-    """What pruning cut, and mAP at each step of the recovery; a figure that the stage did not leave has no line."""
-    chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
-    place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
-    if not place:
-        return Table("Pruning", PRUNING, ())
-    before, after = chain[place - 1], chain[place]
-    lines = []
-    if "kept_flops" in after:
-        flops = [n.three(stage.get("compute_gflops")) for stage in (before, after)]
-        lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
-    steps = {
-        "map50_95_after_cut": "after the cut",
-        "map50_95_after_bn": "after re-estimating BatchNorm, before any training",
-    }
-    if after.get("epochs") != 0:
-        steps["map50_95"] = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
-    if "map50_95_after_cut" in after:
-        lines += [_map_line(step, before, after[key]) for key, step in steps.items() if key in after]
-    if "latency_measured_ms" in after:
-        name = (
-            f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three(after['latency_target_ms'])})"
-        )
-        lines.append(Line((name, n.DASH, n.three(after["latency_measured_ms"]), n.DASH)))
-    return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
-
-
-def _map_line(step: str, before: Mapping[str, Any], value: Any) -> Line:
-    own, now = n.finite(before.get("map50_95")), n.finite(value)
-    kept = None if own is None or now is None or own <= 0 else now / own
-    return Line((f"mAP50-95 {step}", n.fixed(own), n.fixed(now), n.percent(kept)))
-
-
-def _pruning_notes(document: Document, before: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [f"Before is the result of {before['stage']}."]
-    found = document["sensitivity"]
-    if found and found["most_sensitive"]:
-        what = "loss" if found["measure"] == "loss" else "mAP50-95"
-        most = ", ".join(
-            f"{entry['group']} ({'not a number' if entry['mean_change'] is None else n.signed(entry['mean_change'])})"
-            for entry in found["most_sensitive"]
-        )
-        notes.append(f"Most sensitive groups, by the mean change of {what} over the ratios: {most}.")
-    return tuple(notes)
-
-
-def bench_table(document: Document) -> Table:
-    """Every row measured, original above compressed within a runtime; what is missing once a runtime, with dashes."""
-    gate = document["gate"]
-    marks = {entry["id"]: "passed" if entry["passed"] else "failed" for entry in gate["judged"]}
-    marks[gate["reference"]] = "reference"
-    lines = [
-        Line(_bench_cells(row), _place(row), marks.get(row["id"], ""))
-        for row in document["rows"]
-        if row["status"] == "ok"
-    ]
-    for entry in document["missing"]:
-        precisions = ", ".join(name.upper() for name in entry["precisions"])
-        model = "both" if len(entry["models"]) > 1 else entry["models"][0]
-        cells = (_place(entry), model, precisions, "missing", *[n.DASH] * (len(BENCH) - 4))
-        lines.append(Line(cells, _place(entry), "missing"))
-    return Table("Bench", BENCH, tuple(lines), _bench_notes(document))
-
-
-def _bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        _place(row),
-        row["model"],
-        row["precision"].upper(),
-        row.get("executed") or n.DASH,
-        n.fixed(row["map50_95"]),
-        n.percent(row["retention"]),
-        n.fixed(row.get("map50")),
-        n.three(row.get("latency_p50_ms")),
-        n.three(row.get("latency_p90_ms")),
-        n.three(row.get("latency_p99_ms")),
-        n.times(row["speed_up"]),
-        n.three(row.get("size_mib")),
-        n.times(row["size_ratio"]),
-        n.fixed(row.get("map50_95_ultralytics")),
-    )
-
-
-def _place(row: Mapping[str, Any]) -> str:
-    return n.runtime(row["runtime"]) + (f" ({row['device']})" if row.get("device") else "")
-
-
-def _bench_notes(document: Document) -> tuple[str, ...]:
-    notes = [
-        "Kept is mAP50-95 as a share of the original's in FP32 (the reference row); speed-up (p50) and smaller are "
-        "against the original in FP32 on the same runtime. mAP by pycocotools; the last column is mAP50-95 as "
-        "Ultralytics' own validator has it."
-    ]
-    measured = [row for row in document["rows"] if row["status"] == "ok"]
-    for note in dict.fromkeys(note for row in measured for note in row["notes"]):
-        names = [f"{row['model']} {label(row)}" for row in measured if note in row["notes"]]
-        notes.append(f"{note} ({'all rows' if len(names) == len(measured) else ', '.join(names)}).")
-    return tuple(notes)
 
 
 def missing_lines(document: Document) -> list[str]:
     """What was asked for and not measured, with what would mend it."""
     return [
-        f"{_place(entry)} {', '.join(name.upper() for name in entry['precisions'])} "
+        f"{place(entry)} {', '.join(name.upper() for name in entry['precisions'])} "
         f"({', '.join(entry['models'])}): {entry['reason']}"
         for entry in document["missing"]
     ]
+
+
+def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
+    """(passed, what) of what the deciding row had to keep to beside its mAP; MLPerf's tiers ask for nothing: None."""
+    gate = document["gate"]
+    lines: list[tuple[bool | None, str]] = []
+    for check in gate["checks"]:
+        if check["reason"]:
+            met = check["reason"]
+        elif check["name"] == "signature":
+            met = "takes and gives what the original does: classes, input and output"
+        else:
+            met = f"{check['name']} {n.three(check['value'])}, at most {n.three(check['limit'])} asked"
+        lines.append((check["passed"], met))
+    if gate["tiers"]:
+        tiers = [f"{name} % {'reached' if passed else 'not reached'}" for name, passed in gate["tiers"].items()]
+        lines.append((None, f"MLPerf's tiers of the mAP in FP32: {', '.join(tiers)}"))
+    return lines
 
 
 def untested_lines(document: Document) -> list[str]:
@@ -214,9 +52,12 @@ def untested_lines(document: Document) -> list[str]:
 
 
 def render_text(document: Document, width: int = 100) -> str:
-    """The verdict and both tables for a terminal of `width` columns; columns that do not fit are named below."""
+    """The verdicts and the tables for a terminal of `width` columns; columns that do not fit are named below."""
     parts = [document["verdict"]["line"]]
-    parts += [_text_table(table, width) for table in (chain_table(document), bench_table(document)) if table.lines]
+    if document["ab"]:
+        parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
+    tables = (chain_table(document), bench_table(document), devices_table(document))
+    parts += [_text_table(table, width) for table in tables if table.lines]
     missing = missing_lines(document)
     if missing:
         parts.append("\n".join(["Missing", *(f"  {line}" for line in missing)]))
@@ -253,9 +94,21 @@ def render_markdown(document: Document) -> str:
         f"Gate: every judged row keeps at least {bound} of the original's mAP50-95 "
         f"(`report.min_retention`): {'passed' if gate['passed'] else 'failed'}."
     )
-    for table in (chain_table(document), bench_table(document), pruning_table(document)):
-        if table.lines:
-            parts += [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)]
+    if also := gate_lines(document):
+        words = {True: "passed: ", False: "failed: ", None: ""}
+        parts.append("\n".join(f"- {words[passed]}{_escape(what)}" for passed, what in also))
+    for table in (chain_table(document), bench_table(document), devices_table(document)):
+        parts += _section(table)
+    parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]
+    ab = document["ab"]
+    if ab:
+        figures = _section(figures_table(ab))
+        parts += [figures[0], f"**{_escape(ab['verdict']['line'])}**", *figures[1:]]
+        parts += _section(parts_table("By size", ab["by_size"])) + _section(parts_table("By class", ab["by_class"]))
+    parts += _section(errors_table(document["errors"])) + _section(pruning_table(document))
+    parts += _section(quantisation_table(document["quantisation"]))
+    if document["placement"]:
+        parts += ["## Precision", "\n".join(f"- {_escape(line)}" for line in summary(document["placement"]))]
     data = document["data"]
     for title, lines in (
         ("Missing", missing_lines(document)),
@@ -273,6 +126,10 @@ def render_markdown(document: Document) -> str:
         fence = "`" * max(3, 1 + max((len(run) for run in _backtick_runs(yaml)), default=0))
         parts.append(f"{fence}yaml\n{yaml}\n{fence}")
     return "\n\n".join(parts) + "\n"
+
+
+def _section(table: Table) -> list[str]:
+    return [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)] if table.lines else []
 
 
 def provenance(document: Document) -> list[tuple[str, str]]:
@@ -294,15 +151,9 @@ def provenance(document: Document) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in facts if value not in (None, "")]
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    facts: list[tuple[str, Any]] = []
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            facts += _flat(value, f"{name}.")
-        else:
-            facts.append((name, " x ".join(map(str, value)) if isinstance(value, list) else value))
-    return facts
+def _flat(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
+    return [(key, n.said(key, value)) for key, value in mapping.items()]
 
 
 def _markdown_table(table: Table) -> str:

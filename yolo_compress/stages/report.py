@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment
-from yolo_compress.artifact import atomic_write
+from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.ab import compare
-from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.evaluate.kept import kept, row_name
-from yolo_compress.report.document import build, identified
-from yolo_compress.report.gate import judge, label
+from yolo_compress.report import devices, evidence
+from yolo_compress.report.choice import choose
+from yolo_compress.report.document import build
+from yolo_compress.report.gate import label
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
@@ -25,11 +27,12 @@ VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 
 def run(job: Job) -> dict[str, Any]:
     """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
-    rows = job.inputs["bench"].metrics["rows"]
+    rows, chain = evidence.with_intervals(job, job.inputs["bench"].metrics["rows"], _chain(job))
     ab = _ab(job, rows)
+    rows = evidence.as_compared(rows, ab)
     document = build(
         job.recipe.name,
-        _chain(job),
+        chain,
         rows,
         _data(job),
         min_retention=job.config.min_retention,
@@ -44,35 +47,48 @@ def run(job: Job) -> dict[str, Any]:
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
         not_tested=_not_tested(job, rows),
+        errors=evidence.error_types(job, rows),
+        latency_quantiles=evidence.latency_quantiles(job.inputs["bench"]),
+        quantisation=evidence.quantisation(job.inputs["qat"]) if _own(job, "qat") else None,
+        placement=evidence.placement(job.inputs["qat"]) if _own(job, "qat") else (),
     )
-    if ab is not None:
-        atomic_write(job.out / "ab.json", json.dumps(ab, indent=1, allow_nan=False) + "\n")
-    write(document, _gallery(job, rows), job.out)
+    return _written(job, document)
+
+
+def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
+    """The published report once more, with what other machines measured (`report.devices.add`), into `job.out`."""
+    document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
+    return _written(job, devices.add(document, files))
+
+
+def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
+    write(document, _gallery(job, document), job.out)
+    if document["ab"] is not None:
+        atomic_write(job.out / "ab.json", json.dumps(document["ab"], indent=1, allow_nan=False) + "\n")
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
 
 
 def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The original in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
-    named = {row["id"]: row for row in identified(rows)}
-    gate = judge(list(named.values()), job.config.min_retention)
-    if not job.config.ab_replicates or gate["worst"] is None:
+    both = evidence.compared(rows, job.config.min_retention)
+    if not job.config.ab_replicates or both is None:
         return None
-    bench, samples = job.inputs["bench"], job.dataset.val
-    a, b = named[gate["reference"]], named[gate["worst"]]
-    latency = json.loads(bench.file("latency.json").read_text())
+    latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
+    latency_a, latency_b = (latency[row["id"]] for row in both)
+    about_a, about_b = ({"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in both)
     return compare(
-        [absolute_boxes(sample) for sample in samples],
-        kept(bench.file(f"detections/{row_name(a)}.npy"), len(samples)),
-        kept(bench.file(f"detections/{row_name(b)}.npy"), len(samples)),
+        evidence.truths(job),
+        evidence.detections(job, both[0]),
+        evidence.detections(job, both[1]),
         job.dataset.names,
         margin=job.config.ab_margin,
         conf=job.config.conf,
         replicates=job.config.ab_replicates,
         seed=job.recipe.run.seed,
-        latency_a=latency[row_name(a)],
-        latency_b=latency[row_name(b)],
-        about_a={"label": f"{a['model']}, {label(a)}", "row": a["id"]},
-        about_b={"label": f"{b['model']}, {label(b)}", "row": b["id"]},
+        latency_a=latency_a,
+        latency_b=latency_b,
+        about_a=about_a,
+        about_b=about_b,
         image_set=job.dataset.val_digest,
     )
 
@@ -164,7 +180,11 @@ def _environment(job: Job) -> dict[str, Any]:
 
 
 def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
-    said = ["Latency is that of the engine alone: letterbox and NMS are not in it."]
+    said = [
+        "Latency is that of the engine alone: letterbox and NMS are not in it.",
+        f"One training with one seed ({job.recipe.run.seed}): intervals are over the validation images, not over trainings.",
+        "mAP is over the validation images alone: nothing is known of other cameras, light or objects.",
+    ]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
@@ -172,28 +192,23 @@ def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
     return said
 
 
-def _gallery(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evenly spaced validation images: the original in FP32 beside the compressed net in INT8, where there is one."""
-    count = min(job.config.images, len(job.dataset.val))
-    measured = [row for row in rows if row["status"] == "ok"]
-    compressed = [row for row in measured if row["model"] == "compressed"]
-    if not count or not compressed:
+def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
+    both = evidence.compared(document["rows"], job.config.min_retention)
+    if not job.config.images or both is None:
         return []
-    first = next(row for row in measured if row["model"] == "original" and row["precision"] == "fp32")
-    second = next((row for row in compressed if row["precision"] == "int8"), compressed[0])
-    images = len(job.dataset.val)
-    both = [kept(job.inputs["bench"].file(f"detections/{row_name(row)}.npy"), images) for row in (first, second)]
-    items = []
-    for index in (i * len(job.dataset.val) // count for i in range(count)):
-        sample = job.dataset.val[index]
-        items.append(
-            {
-                "image": sample.image,
-                "name": sample.name,
-                "truths": sample.boxes,
-                "detections_a": both[0][index],
-                "detections_b": both[1][index],
-                "names": job.dataset.names,
-            }
-        )
-    return items
+    first, second = (evidence.detections(job, row) for row in both)
+    flips = document["ab"]["flips"] if document["ab"] else ()
+    return [
+        {
+            "section": section,
+            "image": job.dataset.val[index].image,
+            "name": job.dataset.val[index].name,
+            "truths": job.dataset.val[index].boxes,
+            "detections_a": first[index],
+            "detections_b": second[index],
+            "names": job.dataset.names,
+            "min_score": job.config.conf,
+        }
+        for section, index in choose(flips, len(job.dataset.val), job.config.images, job.recipe.run.seed)
+    ]

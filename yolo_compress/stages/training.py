@@ -15,6 +15,7 @@ from yolo_compress.distill.source import Frozen
 from yolo_compress.distill.teach import Teach
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.kept import keep
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
 from yolo_compress.progress import bar
@@ -109,4 +110,5 @@ def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
         bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
     ):
         result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance)
+    keep(job.out / "detections.npy", result["detections"])  # for the interval that the report states
     return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

@@ -1,0 +1,184 @@
+"""Why detections are wrong, by TIDE's six types (Bolya et al., arXiv 2008.08115), and what each type costs in AP50.
+
+A detection that matched no truth is, the first that holds (IoU with the truths of its image; `tidecv` tests in this order):
+
+    localisation    right class, IoU from 0.1 to 0.5
+    classification  another class, IoU from 0.5
+    duplicate       right class, IoU from 0.5, but a better detection has that truth
+    background      IoU up to 0.1 with everything
+    both            what is left: another class and a poor box
+
+A truth that no detection matched, and that no localisation or classification error would match if it were mended, is
+`missed`. What a type costs is the rise of AP50 if its errors were mended, each type alone: a localisation or
+classification error becomes right where its truth is free (the best-scored one of each truth), else it goes; duplicate,
+background and both go; a missed truth no longer counts. The costs do not add up to 1 - AP50: errors hide each other.
+
+Shape suffixes: N detections of an image, G its truths, D all detections, T all truths, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from yolo_compress.errors import DataError
+
+TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
+FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
+MAX_DETECTIONS = 100  # an image, best first, as in COCO
+RIGHT = -1  # the type of a detection that matched
+CLS, LOC, BOTH, DUP, BKG = range(5)
+
+
+class _Judged(NamedTuple):
+    """All detections and truths of the set; `target_D` is the free truth that mending gives a detection, or -1."""
+
+    score_D: np.ndarray
+    class_D: np.ndarray
+    type_D: np.ndarray
+    target_D: np.ndarray
+    class_T: np.ndarray
+    matched_T: np.ndarray
+
+
+def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Count the errors of each type and say what each type costs.
+
+    Args:
+        truths: one G5 array an image: class, x1, y1, x2, y2 in px.
+        detections: one N6 array an image, in the same order: x1, y1, x2, y2, score, class.
+
+    Returns:
+        ap50 (fraction, mean over the classes that have truths), truths and detections (counts, at most 100 detections an
+        image), and types, in the order of `TYPES`: name, count, cost (rise of AP50 if mended, at least 0); the same for all
+        false detections (false_positives) and all truths not found (false_negatives).
+
+    Raises:
+        DataError: no truth at all.
+        ValueError: a different number of truths and detections.
+    """
+    if len(truths) != len(detections):
+        raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
+    if not sum(map(len, truths)):
+        raise DataError(f"no ground truth in {len(truths)} images, errors have no meaning")
+    found = _judge(truths, detections)
+    best_D = _best_of_each_truth(found)
+    hopeless_T = ~found.matched_T
+    hopeless_T[found.target_D[found.target_D >= 0]] = False
+    right_D = found.type_D == RIGHT
+    base = _ap(found.score_D, found.class_D, right_D, found.class_T)
+
+    def cost(score_D: np.ndarray, class_D: np.ndarray, right_D: np.ndarray, class_T: np.ndarray) -> float:
+        return max(0.0, _ap(score_D, class_D, right_D, class_T, found.class_T) - base)
+
+    types = []
+    for number, name in enumerate(TYPES[:-1]):
+        of_type_D = found.type_D == number
+        mended_D = of_type_D & best_D  # false for the types that only go
+        keep_D = ~of_type_D | mended_D
+        class_D = np.where(mended_D, found.class_T[found.target_D], found.class_D)
+        worth = cost(found.score_D[keep_D], class_D[keep_D], (right_D | mended_D)[keep_D], found.class_T)
+        types.append({"name": name, "count": int(of_type_D.sum()), "cost": worth})
+    worth = cost(found.score_D, found.class_D, right_D, found.class_T[~hopeless_T])
+    types.append({"name": TYPES[-1], "count": int(hopeless_T.sum()), "cost": worth})
+    only_right = cost(found.score_D[right_D], found.class_D[right_D], right_D[right_D], found.class_T)
+    only_found = cost(found.score_D, found.class_D, right_D, found.class_T[found.matched_T])
+    return {
+        "ap50": base,
+        "truths": len(found.class_T),
+        "detections": len(found.score_D),
+        "types": types,
+        "false_positives": {"count": int((~right_D).sum()), "cost": only_right},
+        "false_negatives": {"count": int((~found.matched_T).sum()), "cost": only_found},
+    }
+
+
+def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> _Judged:
+    columns: list[tuple[np.ndarray, ...]] = []
+    class_T, matched_T = [], []
+    first = 0  # of this image's truths among all
+    for truths_G5, found_N6 in zip(truths, detections, strict=True):
+        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")[:MAX_DETECTIONS]].astype(np.float64)
+        type_N, target_N, matched_G = _judge_image(truths_G5.astype(np.float64), best_N6)
+        columns.append((best_N6[:, 4], best_N6[:, 5], type_N, np.where(target_N < 0, -1, target_N + first)))
+        class_T.append(truths_G5[:, 0])
+        matched_T.append(matched_G)
+        first += len(truths_G5)
+    score_D, class_D, type_D, target_D = map(np.concatenate, zip(*columns, strict=True))
+    return _Judged(score_D, class_D, type_D, target_D, np.concatenate(class_T), np.concatenate(matched_T))
+
+
+def _judge_image(truths_G5: np.ndarray, found_N6: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Type and target of each detection, the best score first, and which truths were matched."""
+    type_N, target_N = np.full(len(found_N6), BKG), np.full(len(found_N6), -1)
+    matched_G = np.zeros(len(truths_G5), bool)
+    if not len(truths_G5) or not len(found_N6):
+        return type_N, target_N, matched_G
+    iou_NG = _iou(found_N6[:, :4], truths_G5[:, 1:])
+    same_NG = found_N6[:, 5:] == truths_G5[:, 0]
+    own_NG, other_NG = iou_NG * same_NG, iou_NG * ~same_NG
+    free_NG = own_NG.copy()
+    for n in range(len(found_N6)):
+        g = free_NG[n].argmax()
+        if free_NG[n, g] >= FOREGROUND:
+            type_N[n], matched_G[g] = RIGHT, True
+            free_NG[:, g] = 0
+    own_N, other_N = own_NG.argmax(axis=1), other_NG.argmax(axis=1)
+    for n in np.flatnonzero(type_N != RIGHT).tolist():
+        target = -1
+        if BACKGROUND <= own_NG[n, own_N[n]] <= FOREGROUND:
+            type_N[n], target = LOC, int(own_N[n])
+        elif other_NG[n, other_N[n]] >= FOREGROUND:
+            type_N[n], target = CLS, int(other_N[n])
+        elif (own_NG[n] * matched_G).max() >= FOREGROUND:
+            type_N[n] = DUP
+        elif iou_NG[n].max() > BACKGROUND:
+            type_N[n] = BOTH
+        if target >= 0 and not matched_G[target]:
+            target_N[n] = target
+    return type_N, target_N, matched_G
+
+
+def _iou(a_N4: np.ndarray, b_G4: np.ndarray) -> np.ndarray:
+    low_NG2 = np.maximum(a_N4[:, None, :2], b_G4[None, :, :2])
+    high_NG2 = np.minimum(a_N4[:, None, 2:], b_G4[None, :, 2:])
+    overlap_NG = np.prod(np.clip(high_NG2 - low_NG2, 0, None), axis=2)
+    area_N, area_G = (np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (a_N4, b_G4))
+    union_NG = area_N[:, None] + area_G[None] - overlap_NG
+    return np.divide(overlap_NG, union_NG, out=np.zeros_like(overlap_NG), where=union_NG > 0)
+
+
+def _best_of_each_truth(found: _Judged) -> np.ndarray:
+    """The error of the highest score at each free truth, of either type: one truth mends one error; the first of equals."""
+    best_D = np.zeros(len(found.score_D), bool)
+    with_target = np.flatnonzero(found.target_D >= 0)
+    order = with_target[np.argsort(-found.score_D[with_target], kind="stable")]
+    _, firsts = np.unique(found.target_D[order], return_index=True)
+    best_D[order[firsts]] = True
+    return best_D
+
+
+def _ap(
+    score_D: np.ndarray,
+    class_D: np.ndarray,
+    right_D: np.ndarray,
+    class_T: np.ndarray,
+    of_T: np.ndarray | None = None,
+) -> float:
+    """COCO's AP at one IoU (101 recalls), mean over the classes of `of_T` (default `class_T`) that anything is left of."""
+    aps = []
+    for cls in np.unique(class_T if of_T is None else of_T):
+        mine_D = class_D == cls
+        truths = int((class_T == cls).sum())
+        if not truths:
+            if mine_D.any():
+                aps.append(0.0)
+            continue
+        right = right_D[mine_D][np.argsort(-score_D[mine_D], kind="stable")]
+        precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+        precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 beyond the last recall
+        recall = np.cumsum(right) / truths
+        aps.append(float(precision[np.searchsorted(recall, np.linspace(0, 1, 101), side="left")].mean()))
+    return float(np.mean(aps)) if aps else 0.0

@@ -1,0 +1,37 @@
+"""Which validation images the gallery shows: where the compressed model lost most, what it invented, and some at random."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# Section of the gallery -> its title and what it shows, in the order of the page.
+SECTIONS = {
+    "lost": ("Worst losses", "Images where the compressed model lost most objects that the original found."),
+    "invented": ("New false positives", "Detections of the compressed model that match no object, where the original had fewer."),
+    "random": ("Random images", "Drawn with the recipe's seed from all the others: neither good nor bad ones on purpose."),
+}  # fmt: skip
+
+
+def choose(flips: Sequence[Mapping[str, int]], images: int, count: int, seed: int) -> list[tuple[str, int]]:
+    """(section, image) of at most `count` images a section; an image stands in the first section that it qualifies for.
+
+    Args:
+        flips: `image`, `lost`, `gained` and `new_false_positives` of the images where the models differ.
+        images: how many there are.
+        count: of a section.
+        seed: of the random ones.
+    """
+    lost = sorted(
+        (flip for flip in flips if flip["lost"]), key=lambda flip: (-flip["lost"], flip["gained"], flip["image"])
+    )
+    chosen = [("lost", flip["image"]) for flip in lost[:count]]
+    taken = {image for _, image in chosen}
+    invented = [flip for flip in flips if flip["new_false_positives"] and flip["image"] not in taken]
+    invented.sort(key=lambda flip: (-flip["new_false_positives"], flip["image"]))
+    chosen += [("invented", flip["image"]) for flip in invented[:count]]
+    taken = {image for _, image in chosen}
+    rest = [image for image in range(images) if image not in taken]
+    drawn = np.random.default_rng(seed).permutation(len(rest))[:count]
+    return chosen + [("random", rest[place]) for place in sorted(drawn.tolist())]

@@ -1,0 +1,139 @@
+"""What other machines measured, put beside the rows of a report: robots (`device.json`) and other networks (`report.json`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
+from yolo_compress.report.document import SCHEMA, identified, judged
+from yolo_compress.report.numbers import finite
+
+DEVICE_SCHEMA = 1  # of `device.json`, which `bench.py` of a bundle writes on the robot
+ROW = ("model", "runtime", "precision", "status")
+
+
+def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    """The document with the rows of other machines; the gate is judged anew, over their INT8 rows too.
+
+    A `device.json` adds rows of the compressed model, each with its `device`; one without mAP shows its latency and is not
+    judged. A `report.json` of another recipe, measured on this machine, adds its original in every runtime and precision as
+    a point of reference.
+
+    Args:
+        document: as `document.build` returns it, or a `report.json` read back.
+        files: one or more; each device once.
+
+    Raises:
+        CorruptArtifact: a file that is neither, or of another schema.
+        RecipeError: mAP over other images, references of another machine, a device or recipe given twice.
+        StorageError: a file that cannot be read.
+    """
+    devices, references = list(document["devices"]), list(document["references"])
+    rows = [dict(row) for row in document["rows"]]
+    for file in files:
+        found = _read(file)
+        if "bundle" in found:
+            device = _device(file, found)
+            rows += _rows(file, found, device["name"], document["data"]["image_set"])
+            devices.append(device)
+        else:
+            references += _references(file, found, document)
+    for what, names in (("device", [one["name"] for one in devices]), ("reference", [one["id"] for one in references])):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"add: {what} {twice[0]} is given twice; a report shows each once")
+    bounds = [document["gate"][key] for key in ("min_retention", "max_latency_ms", "max_size_mib")]
+    again = judged(identified([_bare(row) for row in rows]), *bounds)
+    return {**document, **again, "devices": devices, "references": references}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise StorageError(f"add: {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CorruptArtifact(
+            f"add: {file} is no JSON ({error}); expected a robot's device.json or a report.json"
+        ) from error
+    if (
+        not isinstance(found, dict)
+        or not ({"bundle", "recipe"} & set(found))
+        or not isinstance(found.get("rows"), list)
+    ):
+        raise CorruptArtifact(f"add: {file} is neither a robot's device.json nor a report.json")
+    wanted = DEVICE_SCHEMA if "bundle" in found else SCHEMA
+    if found.get("schema") != wanted:
+        raise CorruptArtifact(
+            f"add: {file} has schema {found.get('schema')}, expected {wanted}; make it with this version"
+        )
+    return found
+
+
+def _device(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    about = found.get("device") or {}
+    name = about.get("board") or str(about.get("gpu") or "").split(",")[0] or about.get("cpu") or file.stem
+    return {
+        "name": " ".join(str(name).split()),
+        "file": file.name,
+        "about": about,
+        "runtime": found.get("runtime"),
+        "library": found.get("library"),
+        "libraries": found.get("libraries"),
+        "power_from": found.get("power_from"),
+        "bundle": found["bundle"],
+        "golden": found.get("golden"),
+    }
+
+
+def _rows(file: Path, found: Mapping[str, Any], device: str, image_set: str | None) -> list[dict[str, Any]]:
+    rows = []
+    for row in found["rows"]:
+        if absent := [key for key in ROW if key not in row]:
+            raise CorruptArtifact(f"add: {file}: a row lacks {', '.join(absent)}")
+        name = f"{row['model']} {row['precision']} on {row['runtime']}"
+        if row["status"] == "ok" and finite(row.get("map50_95")) is not None and row.get("image_set") != image_set:
+            raise RecipeError(
+                f"add: {file}: mAP of {name} is over image set {row.get('image_set')}, this report's over {image_set}; "
+                "measure there on the validation images of this recipe"
+            )
+        rows.append({"map50_95": None, "map50": None, "executed": None, **row, "device": device})
+    return rows
+
+
+def _references(file: Path, found: Mapping[str, Any], document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of another recipe's original, which are no rows of ours: they have no part in the gate."""
+    here, there = (_machine(one) for one in (document, found))
+    if here != there:
+        raise RecipeError(f"add: {file} was measured on {there}, this report on {here}: their latencies do not compare")
+    theirs, ours = (one["data"]["image_set"] for one in (found, document))
+    if theirs != ours:
+        raise RecipeError(f"add: mAP of {file} is over image set {theirs}, this report's over {ours}")
+    keys = ("runtime", "precision", "map50_95", "latency_p50_ms", "parameters", "compute_gflops", "size_mib",
+            "map50_95_low", "map50_95_high")  # fmt: skip
+    return [
+        {"id": f"{found['recipe']}-{row['runtime']}-{row['precision']}", "name": found["recipe"]}
+        | {key: row.get(key) for key in keys}
+        for row in found["rows"]
+        if row["model"] == "original" and row["status"] == "ok" and not row.get("device")
+    ]
+
+
+def _machine(document: Mapping[str, Any]) -> str:
+    device = document["environment"].get("device")
+    if isinstance(device, Mapping):
+        return str(device.get("board") or str(device.get("gpu") or "").split(",")[0] or device.get("cpu"))
+    return str(device)
+
+
+def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what `document.judged` adds, so that it can add it again; percentiles withheld stay withheld."""
+    bare = {
+        key: value for key, value in row.items() if key not in ("id", "retention", "speed_up", "size_ratio", "notes")
+    }
+    if row["status"] == "ok" and row["map50_95"] is None and not row.get("device"):
+        bare["map50_95"] = math.nan  # null in JSON; bench measures every row, so it was no number
+    return bare
