@@ -6,6 +6,7 @@ apart here: values are read by `recipe.load`, and the verbs are carried out else
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -48,58 +49,83 @@ _SWITCHES = ("force", "dry_run", "draw")  # `--force` alone says true
 _WHERE = "command line"
 
 
+_STAGE = "[recipe=NAME|FILE] [section.key=value ...] [lock=fail] [force=true]"
+_READS = "[recipe=NAME|FILE] [section.key=value ...]"
+_ART = (
+    "ART is an engine FOLDER, FILE.onnx, FILE.pt, or BENCH:ROW as in weights/digits/bench:compressed-onnxruntime-int8"
+)
+
+
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its line in the help, the options it takes beside the recipe's knobs, the bare words that follow it."""
+    """A verb: its line in the help, and the form of what follows it, which is also what it takes: brackets may be left out."""
 
     help: str
-    options: tuple[str, ...] = ("recipe", "lock", "force")
-    knobs: bool = True
-    words: str = ""
+    form: str = _STAGE
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that it takes beside the recipe's knobs."""
+        return tuple(re.findall(r"(?<![\w.])(\w+)=", self.form.partition(";")[0]))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The options that it cannot do without."""
+        form, count = self.form, 1
+        while count:
+            form, count = re.subn(r"\[[^\[\]]*\]", "", form)
+        return Verb("", form).options
+
+    @property
+    def knobs(self) -> bool:
+        """Whether it takes the recipe's knobs."""
+        return "section.key=" in self.form
+
+    @property
+    def words(self) -> bool:
+        """Whether bare words follow it."""
+        return bool(self.form) and "=" not in self.form.split()[0]
 
 
-_READS = ("recipe",)
 VERBS = {
     "run": Verb("run every stage of the recipe, up to the report"),
     "teacher": Verb("take or train the teacher"),
     "baseline": Verb("take or train the net to be compressed"),
     "sparsify": Verb("train with L1 on the BatchNorm gammas or group lasso, so that channels can go"),
     "prune": Verb("remove channels to a budget, then fine-tune; dry_run=true shows the plan alone, in seconds",
-                  options=("recipe", "lock", "force", "dry_run")),
+                  f"{_STAGE} [dry_run=true]"),
     "distill": Verb("fine-tune with the teacher's features and soft labels"),
     "qat": Verb("calibrate and train with fake quantisation for INT8"),
     "export": Verb("write ONNX in FP32, FP16 and INT8, and TorchScript"),
     "engine": Verb("build an engine for each runtime and precision found here"),
     "bench": Verb("measure mAP, latency and size of every engine"),
     "report": Verb("write report.html, .md, .json; exit 1 below report.min_retention; add=... puts robots beside",
-                   options=("recipe", "lock", "force", "add", "out")),
-    "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
-                  options=("recipe", "out")),
+                   f"{_STAGE} [add=device.json[,more.json] [out=FOLDER]]"),
     "bundle": Verb("write what a robot needs to out=FOLDER|FILE.tar, signed with key=FILE; not below the gate",
-                   options=("recipe", "lock", "force", "out", "target", "version", "key", "golden")),
-    "keygen": Verb("write a private key to out=FILE, and the public half that robots pin to FILE.pub",
-                   options=("out",), knobs=False),
+                   f"{_STAGE} out=FOLDER|FILE.tar [target=NAME] [version=N] [key=FILE] [golden=N]"),
+    "keygen": Verb("write a private key to out=FILE, and the public half that robots pin to FILE.pub", "out=FILE"),
+    "probe": Verb("write the net at several widths to out=FOLDER, whose layers a robot times for prune.latency_table",
+                  f"{_READS} out=FOLDER"),
     "lint": Verb("look for faults of any ONNX file before an engine is built from it; exit code 1 at errors",
-                 options=("target",), knobs=False, words="FILE.onnx"),
+                 "FILE.onnx [target=NAME]"),
     "predict": Verb("detect in an image, a folder of images, a video or a camera (its number): one JSON line a picture",
-                    options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
-    "rollout": Verb("judge a canary B by shadow logs of A and B: advance, hold (both exit code 0) or abort (1)",
-                    options=("a", "b", "truth", "stage", "state", "cap", "budgets", "lock"), knobs=False),
-    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
-               options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
+                    "source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER [out=FOLDER] [draw=true] [conf=0.25] [iou=0.7] "
+                    "[engines=N]"),
+    "ab": Verb("say whether model b is as good as model a on the same images; exit code 1 unless it passes",
+               "a=ART b=ART data=DATA.yaml [imgsz=SIDE|HEIGHT,WIDTH] [conf=0.25] [margin=0.01] [replicates=1000] [seed=0] "
+               f"[out=FILE.json]; {_ART}"),
+    "rollout": Verb("judge a canary b by shadow logs of a and b: advance or hold (exit code 0), or abort (1)",
+                    "a=LOG.jsonl b=LOG.jsonl [truth=LABELS.jsonl] [state=FILE.json] [stage=5%] [cap=25%] "
+                    "[budgets=NAME:NUMBER,...] [lock=fail]"),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
-                  options=("force",), knobs=False, words="NAME ..."),
-    "status": Verb("say which stages are up to date, which are stale, and why", options=_READS),
-    "check": Verb("check this machine (torch, CUDA, TensorRT, disk, memory) and the recipe's data", options=_READS),
-    "cfg": Verb("print the effective recipe as YAML", options=_READS),
-    "gc": Verb("delete artefacts that no recipe refers to", options=("recipe", "lock")),
-    "help": Verb("print this help, or that of a verb", options=(), knobs=False, words="[VERB]"),
-    "version": Verb("print the version", options=(), knobs=False),
+                  "NAME ... [force=true]"),
+    "status": Verb("say which stages are up to date, which are stale, and why", _READS),
+    "check": Verb("check this machine (torch, CUDA, TensorRT, disk, memory) and the recipe's data", _READS),
+    "cfg": Verb("print the effective recipe as YAML", _READS),
+    "gc": Verb("delete artefacts that no recipe refers to", f"{_READS} [lock=fail]"),
+    "help": Verb("print this help, or that of a verb", "[VERB]"),
+    "version": Verb("print the version", ""),
 }  # fmt: skip
-_AB = (
-    "a=ART b=ART data=DATA.yaml [imgsz=SIDE|HEIGHT,WIDTH] [conf=0.25] [margin=0.01] [replicates=1000] [seed=0] [out=FILE.json]; "
-    "ART is an engine FOLDER, FILE.onnx, FILE.pt, or BENCH:ROW as in weights/digits/bench:compressed-onnxruntime-int8"
-)
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
 
 
@@ -173,28 +199,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 def usage(name: str) -> str:
     """Gives the usage line of a verb."""
-    if name == "ab":
-        return f"usage: yolo-compress ab {_AB}"
-    verb = VERBS[name]
-    parts = [f"yolo-compress {name}"]
-    parts += [verb.words] if verb.words else []
-    parts += ["[recipe=NAME|FILE]"] if "recipe" in verb.options else []
-    parts += ["[section.key=value ...]"] if verb.knobs else []
-    if name == "rollout":
-        parts += ["a=LOG.jsonl b=LOG.jsonl [truth=LABELS.jsonl] [state=FILE.json] [stage=5%] [cap=25%]"]
-        parts += ["[budgets=NAME:NUMBER,...]"]
-    parts += ["[lock=fail]"] if "lock" in verb.options else []
-    parts += ["[force=true]"] if "force" in verb.options else []
-    parts += ["[dry_run=true]"] if "dry_run" in verb.options else []
-    parts += ["[add=device.json[,more.json] [out=FOLDER]]"] if "add" in verb.options else []
-    parts += ["source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER"] if "source" in verb.options else []
-    if "out" in verb.options:
-        where = {"bundle": "out=FOLDER|FILE.tar", "keygen": "out=FILE"}.get(name, "out=FOLDER")
-        parts += ["[out=FOLDER] [draw=true]"] if "draw" in verb.options else [where]
-    parts += ["[conf=0.25] [iou=0.7] [engines=N]"] if "conf" in verb.options else []
-    parts += ["[target=NAME]"] if "target" in verb.options else []
-    parts += ["[version=N] [key=FILE] [golden=N]"] if "key" in verb.options else []
-    return "usage: " + " ".join(parts)
+    return f"usage: yolo-compress {name} {VERBS[name].form}".rstrip()
 
 
 def help_text(name: str | None = None) -> str:
@@ -206,7 +211,7 @@ def help_text(name: str | None = None) -> str:
         return "\n".join([*about, *(["", *lines] if lines else [])])
     lines = [f"  {verb:<10} {row.help}" for verb, row in VERBS.items()]
     end = f"Recipes: {', '.join(recipe.names())}, or a .yaml file; {DEFAULT_RECIPE} where none is given."
-    first = "usage: yolo-compress VERB [recipe=NAME|FILE] [section.key=value ...] [lock=fail] [force=true]"
+    first = f"usage: yolo-compress VERB {_STAGE}"
     return "\n".join(
         [
             first,
@@ -251,18 +256,10 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
 
 
 def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
-    if name == "probe" and "out" not in options:
-        raise RecipeError(f"{_WHERE}: probe needs a folder to write to; {usage(name)}")
-    if name in ("bundle", "keygen") and "out" not in options:
-        raise RecipeError(f"{_WHERE}: {name} needs a name to write to; {usage(name)}")
+    if absent := [option for option in VERBS[name].needed if option not in options]:
+        raise RecipeError(f"{_WHERE}: {name} needs {' and '.join(absent)}; {usage(name)}")
     if name == "report" and "out" in options and "add" not in options:
         raise RecipeError(f"{_WHERE}: out goes with add; the report itself is published under weights/; {usage(name)}")
-    if name == "predict" and not {"source", "engine"} <= set(options):
-        raise RecipeError(f"{_WHERE}: predict needs pictures and an engine; {usage(name)}")
-    if name == "rollout" and not {"a", "b"} <= set(options):
-        raise RecipeError(f"{_WHERE}: rollout needs the shadow logs of two models; {usage(name)}")
-    if name == "ab" and not {"a", "b", "data"} <= set(options):
-        raise RecipeError(f"{_WHERE}: ab needs two models and a data yaml; {usage(name)}")
     if name == "fetch" and not words:
         raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
     if name == "lint" and len(words) != 1:

@@ -52,7 +52,7 @@ def test_the_launchers_start(bundle: Path) -> None:
     ("words", "message"),
     [
         (["out=there"], "there: is there already"),
-        ([], "needs a name to write to"),
+        ([], "needs out"),
         (["out=new", "target=windows"], "target: got 'windows', expected plain, isaac_ros"),
         (["out=new", "version=-1"], "version: got '-1', expected a whole number"),
         (["out=new", "golden=0"], "golden: got '0'"),

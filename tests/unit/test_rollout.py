@@ -509,7 +509,7 @@ def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["a=x"], "two models"),
+        (["a=x"], "rollout needs b"),
         (["a=x", "b=y", "stage=3%"], "stage: got"),
         (["a=x", "b=y", "cap=200%"], "cap: got"),
         (["a=x", "b=y", "budgets=speed:2"], "budgets: got"),
