@@ -1,8 +1,7 @@
 """TIDE's six error types on cases made by hand, and the costs by arithmetic.
 
-Counts and costs were compared once with `tidecv` 1.0.1 on 30 random sets: all counts equal, costs within 1e-15 on its
-recall grid (k / 100; COCO's `linspace`, used here, differs from it in the last bit of some recalls). tidecv also averages
-over classes without any truth; here, as in every other mAP of this package, they do not count.
+`benchmarks/tide.py` compares counts and costs with the original, `tidecv`. tidecv also averages over classes without any
+truth; here, as in every other mAP of this package, they do not count.
 """
 
 from __future__ import annotations

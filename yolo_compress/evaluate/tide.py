@@ -13,7 +13,7 @@ A truth that no detection matched, and that no localisation or classification er
 classification error becomes right where its truth is free (the best-scored one of each truth), else it goes; duplicate,
 background and both go; a missed truth no longer counts. The costs do not add up to 1 - AP50: errors hide each other.
 
-Shape suffixes: N detections of an image, G its truths, D all detections, T all truths, K classes.
+Shape suffixes: N detections of an image, G its truths, D all detections, T all truths, K classes, R recall points.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from yolo_compress.errors import DataError
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
+RECALLS_R = np.linspace(0, 1, 101)  # COCO's
 MAX_DETECTIONS = 100  # an image, best first, as in COCO
 RIGHT = -1  # the type of a detection that matched
 CLS, LOC, BOTH, DUP, BKG = range(5)
@@ -180,5 +181,5 @@ def _ap(
         precision = np.cumsum(right) / np.arange(1, len(right) + 1)
         precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 beyond the last recall
         recall = np.cumsum(right) / truths
-        aps.append(float(precision[np.searchsorted(recall, np.linspace(0, 1, 101), side="left")].mean()))
+        aps.append(float(precision[np.searchsorted(recall, RECALLS_R, side="left")].mean()))
     return float(np.mean(aps)) if aps else 0.0
