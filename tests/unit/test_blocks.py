@@ -69,6 +69,7 @@ def test_split_keeps_batchnorm_settings():
     assert (bn.eps, bn.momentum, bn.num_features, model.model[2].c) == (0.25, 0.125, 32, 16)
 
 
+@pytest.mark.slow
 def test_split_trains_like_stock(images):
     model = lively().train()
     sum(part.sum() for part in (model(images)["boxes"], model(images)["scores"])).backward()

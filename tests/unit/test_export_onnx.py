@@ -42,6 +42,7 @@ def test_onnx_gives_what_torch_gives(tmp_path: Path, size: tuple[int, int], opse
     assert set(find_convs(graph.graph, plan(model).convs)) == set(plan(model).convs)
 
 
+@pytest.mark.slow
 def test_same_network_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         export_onnx(net(), tmp_path / f"{name}.onnx", SIZE, names=NAMES)
@@ -65,6 +66,7 @@ def test_fixed_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated:FutureWarning")  # Ultralytics calls it
+@pytest.mark.slow
 def test_ultralytics_loads_both_forms(tmp_path: Path) -> None:
     from ultralytics.nn.autobackend import AutoBackend
 

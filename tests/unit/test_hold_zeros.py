@@ -82,6 +82,7 @@ def trained(
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", *(pytest.param(name, marks=SLOW) for name in ("AdamW", "Adam"))])
+@pytest.mark.slow
 def test_zeros_stay_and_the_others_move(dataset: Dataset, tmp_path: Path, optimizer: str) -> None:
     model, masks = sparse("unstructured")
     before = deepcopy(model)

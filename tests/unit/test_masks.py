@@ -42,6 +42,7 @@ def test_the_smallest_weights_go(nano, scope, share):
         assert not gone[name] or values[found[name]].min() >= values[~found[name]].max()
 
 
+@pytest.mark.slow
 def test_global_is_lamp_and_knows_no_scale(nano):
     """Energy over that of all no smaller ones of the layer; of equal weights the first count as the larger ones."""
     found = unstructured(nano, 0.6, "global")

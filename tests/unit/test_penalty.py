@@ -89,6 +89,7 @@ def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_grou
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 def test_polarization_leaves_the_strongest_and_even_gammas_alone(model, groups):
     """Descent on it alone fades the weak and stops: the mean sinks below those that are left."""
     own = copy.deepcopy(model)

@@ -170,6 +170,7 @@ def probe(nano, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_probe_prices_every_convolution_at_every_width(nano, probe):
     described = json.loads((probe / LAYERS).read_text())
     shapes = conv_shapes(nano, HW)

@@ -53,6 +53,7 @@ def assert_int8_as_planned(file: Path, model: torch.nn.Module) -> None:
         assert "Int8" in layer.inputs and set(layer.outputs) == {"Int8"}, layer.name
 
 
+@pytest.mark.slow
 def test_every_planned_convolution_pool_and_sum_is_int8(tmp_path: Path) -> None:
     model = net()
     file = exported(tmp_path, model)
@@ -84,6 +85,7 @@ def test_larger_nets_too(tmp_path: Path, size: str) -> None:
     assert_int8_as_planned(exported(tmp_path, model), model)
 
 
+@pytest.mark.slow
 def test_what_it_does_not_take_is_an_error_with_its_words(tmp_path: Path) -> None:
     model = net()
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)

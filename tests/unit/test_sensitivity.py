@@ -34,6 +34,7 @@ def keep_of(members, scores, ratio):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["model.4.cv1", "model.9.cv1", "model.22.cv2.0.0", "model.6.m.1.cv1"])
 @pytest.mark.parametrize("rebuilt", [False, True])
+@pytest.mark.slow
 def test_thinned_is_pruned(net, name, rebuilt):
     model, groups, scores, images = net
     members = sensitivity.ties(groups)[name]
