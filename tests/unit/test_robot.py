@@ -253,6 +253,7 @@ def test_an_unreadable_picture_is_named_and_logged(
             4,
             "no engine 'tensorrt-int8', there are onnxruntime-fp32; run python3 build.py",
         ),
+        (["{golden}", "--engine", "./gone"], 5, "gone/engine.json: No such file"),
         (["{golden}", "--shadow", "/nowhere/log"], 6, "/nowhere/log: No such file"),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .errors import EngineError, RuntimeFailure, RuntimeUnavailable
 from .sealed import MANIFEST, BundleRefused, pinned_key, verify
@@ -74,21 +75,35 @@ def opened(directory: Path) -> Bundle:
     return found
 
 
-def engine_folder(bundle: Bundle, engine: Optional[str], engines: Optional[Path] = None) -> Path:
-    """The engine of that name (`tensorrt-int8`), or the first that was built, in the order of `PREFERENCE`.
+def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
+    """The engine of that name in `engines/` (`tensorrt-int8`) or at that path; by default the first in the order of `PREFERENCE`.
 
     Raises:
         RuntimeUnavailable: none was built, or not that one.
         EngineError: it is altered, or of another bundle.
     """
-    folder = bundle.directory / ENGINES if engines is None else engines
-    built = [entry.name for entry in folder.iterdir() if (entry / "engine.json").is_file()] if folder.is_dir() else []
+    folder = bundle.directory / ENGINES
+    if engine is not None and os.sep in engine:
+        return _of_bundle(bundle, Path(engine))
+    built = built_engines(folder)
     if engine is not None and engine not in built:
-        there = f"there are {', '.join(sorted(built))}" if built else "there are none"
+        there = f"there are {', '.join(built)}" if built else "there are none"
         raise RuntimeUnavailable(f"{folder}: no engine {engine!r}, {there}", "run python3 build.py first")
     if not built:
         raise RuntimeUnavailable(f"{folder}: no engine", "run python3 build.py first")
-    chosen = folder / (engine or min(built, key=_rank))
+    return _of_bundle(bundle, folder / (engine or min(built, key=_rank)))
+
+
+def built_engines(folder: Path) -> List[str]:
+    """Names of the engines that build.py left in a folder."""
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in folder.iterdir() if (entry / "engine.json").is_file())
+    return [name for name in names if not name.endswith((".partial", ".old"))]
+
+
+def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
+    """The folder, if its engine is whole and comes from an ONNX of this bundle."""
     from .backend import load_info
 
     origin = load_info(chosen).onnx_sha256

@@ -26,7 +26,7 @@ from .groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from .latency import measure, percentiles
 from .pipeline import open_pipeline
 from .pre import UnreadableImage, letterbox, read_image
-from .robot import HERE, Bundle, engine_folder, guarded, opened, say
+from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, say
 from .robot_build import choose_runtimes
 from .sources import Picture
 from .turns import measure_in_turn
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Measure, write device.json, print a table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
-    parser.add_argument("--engine", action="append", help="folder in engines/ (default: each that is there)")
+    parser.add_argument("--engine", action="append", help="in engines/, or a path (default: each that is there)")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"
     )
@@ -275,9 +275,8 @@ def _engines(bundle: Bundle, asked: Optional[Sequence[str]]) -> List[Path]:
     """Folders of the engines to be measured, each whole and of this bundle."""
     if asked:
         return [engine_folder(bundle, name) for name in dict.fromkeys(asked)]
-    first = engine_folder(bundle, None)
-    names = sorted(entry.name for entry in first.parent.iterdir() if (entry / "engine.json").is_file())
-    return [engine_folder(bundle, name) for name in names if not name.endswith((".partial", ".old"))]
+    names = built_engines(bundle.directory / ENGINES)
+    return [engine_folder(bundle, name) for name in names] or [engine_folder(bundle)]
 
 
 def _latency_table(options: Any) -> int:

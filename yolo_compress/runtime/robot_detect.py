@@ -22,7 +22,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Detect until the source ends (or Ctrl-C) and return the exit code: 3 if a picture could not be read."""
     parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
-    parser.add_argument("--engine", help="folder in engines/, as tensorrt-int8 (default: the first that there is)")
+    parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
     parser.add_argument("--engines", type=int, help="of it that run at a time (default: one a processor, one on a GPU)")
     parser.add_argument("--conf", type=_share, default=0.25, help="least score (default 0.25)")
     parser.add_argument("--iou", type=_share, default=0.7, help="overlap above which the worse box goes (default 0.7)")
