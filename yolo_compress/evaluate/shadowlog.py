@@ -184,6 +184,17 @@ def _nearest(a: list[Frame], b: list[Frame], skew_s: float) -> list[tuple[Frame,
     return found
 
 
+def unscored(frame: Frame) -> np.ndarray:
+    """boxes_N5 (x1, y1, x2, y2 px, class)."""
+    boxes_N5: np.ndarray = frame.boxes_N6[:, [0, 1, 2, 3, 5]]
+    return boxes_N5
+
+
+def partners(a: Frame, b: Frame) -> list[tuple[int, int]]:
+    """Indices of the boxes of two frames that are of one class and overlap by half at least."""
+    return matched(unscored(a), unscored(b))
+
+
 def matched(one_N5: np.ndarray, two_M5: np.ndarray, least_iou: float = 0.5) -> list[tuple[int, int]]:
     """Partners of one class by overlap, the largest first; the last column is the class."""
     if not len(one_N5) or not len(two_M5):
