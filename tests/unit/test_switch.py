@@ -244,6 +244,14 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         assert "another switch.py" in last(["rollback", *root], 75)
 
 
+def test_a_root_of_the_folder_one_stands_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert robot_switch.main(["--root", "slots", "status"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["root"] == str(tmp_path / "slots")
+
+
 def test_a_bundles_own_commands_are_run_and_their_exit_code_kept(tmp_path: Path) -> None:
     bundle = tmp_path / "1"
     bundle.mkdir()
