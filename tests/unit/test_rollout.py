@@ -23,6 +23,8 @@ from yolo_compress.evaluate import rollout
 from yolo_compress.evaluate.rollout import ALPHA, STAGES, Budgets, State, judge, step
 from yolo_compress.evaluate.sequential import above, below, log_wealth, mean_bounds, quantile_bounds
 from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, read, read_truth
+from yolo_compress.runtime.pipeline import Found
+from yolo_compress.runtime.robot_detect import shadow_line
 
 QUICK = Budgets(frames=100, hours=0.01)
 A, B = ("net", 1), ("net", 2)
@@ -121,6 +123,15 @@ def test_a_log_is_read_in_any_order_once(tmp_path: Path) -> None:
     assert [frame.name for frame in log.frames] == [f"f{i}" for i in range(5)]
     assert (log.model, log.bad, log.duplicates) == (A, 0, 1)
     assert log.frames[0].boxes_N6.tolist() == [BOX]
+
+
+def test_what_detect_writes_is_what_is_read(tmp_path: Path) -> None:
+    boxes_N6 = np.array([[1.5, 2, 30, 40.25, 0.5, 2]], np.float32)
+    found = [Found("a.png", None, boxes_N6, None, 12.5), Found("b.png", None, boxes_N6[:0], "cannot be decoded", 1.0)]
+    log = read(written(tmp_path / "a", [shadow_line(one, "net", 3, 1e9 + i) for i, one in enumerate(found)]))
+    assert log.model == ("net", 3) and [frame.problem for frame in log.frames] == [None, "cannot be decoded"]
+    assert (log.frames[0].ms, log.frames[0].at) == (12.5, 1e9)
+    assert log.frames[0].boxes_N6.tolist() == boxes_N6.tolist() and len(log.frames[1].boxes_N6) == 0
 
 
 BAD = {

@@ -6,9 +6,9 @@ A rule compares one quantity with its budget, by a test that may be looked at at
     advance  every rule is surely within its budget, on enough frames over enough time, and the later half of them agrees
     hold     anything else: what is not known yet is no pass
 
-Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one
-that is beyond some budget reaches the last stage's end with probability `ALPHA` at most: each of the stages takes its evidence from
-frames of its own and a fourth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
+Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one that
+is beyond some budget advances with probability `ALPHA` at most. Each stage, and the time after the last, takes its evidence from frames
+of its own, and a fifth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
 
 What it cannot see: night, if it was day; and what both models miss, unless there are labels (`truth`).
 """
@@ -308,7 +308,8 @@ def _rules(
         one_sided.add("recall")
     share = [disagreement(a, b, p) for (a, b), p in zip(both, paired, strict=True)]
     tests = 1 + 2 + sum(1 if name in one_sided else 2 for name in signed)
-    within, beyond = ALPHA / len(STAGES), ALPHA / len(STAGES) / tests
+    within = ALPHA / (len(STAGES) + 1)
+    beyond = within / tests
     rules = [_of_mean("disagreement", np.array(share), (0.0, 1.0), allowed.disagreement, within, beyond, True)]
     for name, values in signed.items():
         budget = getattr(allowed, name)

@@ -212,7 +212,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--root", default=argparse.SUPPRESS, help="as above")
     given = parser.parse_args(argv)
-    slots = Slots(Path(given.root))
+    slots = Slots(Path(given.root).absolute())  # commands run in a folder of their own
 
     def action() -> int:
         if given.command == "install":
