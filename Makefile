@@ -56,7 +56,7 @@ engine: setup ## engines for every runtime found here, then bench and its table
 	@$(YC) bench $(SET)
 
 bundle: setup ## everything a robot needs, as OUT (a folder or .tar); TARGET, KEY and VERSION as `yolo-compress help bundle` says
-	@$(YC) bundle $(SET) out='$(or $(OUT),weights/$(basename $(notdir $(RECIPE)))/bundle)' $(if $(TARGET),target='$(TARGET)') \
+	@$(YC) bundle $(SET) out='$(or $(OUT),bundle-$(basename $(notdir $(RECIPE))))' $(if $(TARGET),target='$(TARGET)') \
 	  $(if $(KEY),key='$(KEY)') $(if $(VERSION),version='$(VERSION)')
 
 all: setup ## everything, up to the report

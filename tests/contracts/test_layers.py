@@ -212,6 +212,6 @@ def test_the_package_and_its_command_line_start_light(statement: str) -> None:
 
 
 def test_the_robots_side_imports_no_third_party_but_numpy() -> None:
-    modules = ("engine", "latency", "detector", "pipeline", "sources")
+    modules = ("engine", "latency", "detector", "pipeline", "sources", "robot_build", "robot_bench", "robot_detect")
     statement = "import " + ", ".join(f"yolo_compress.runtime.{name}" for name in modules)
     assert not imported_by(statement) & (HEAVY | {"PIL", "tensorrt", "pydantic", "yaml"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def make_bundle(root: Path) -> Path:
         "floor": FLOOR,
         "iou": 0.7,
         "images": [{"file": "0.npy", "name": "a"}, {"file": "1.npy", "name": "b"}],
-        "executed": {"onnxruntime-fp32": "fp32"},
+        "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": version("onnxruntime")}},
         "tolerances": tolerate(found, CONF, 10)[0],
         "expected": {key: [rows.tolist() for rows in each] for key, each in found.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import stat
@@ -15,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
+from tests.contracts.test_layers import newer_than_38
 from tests.unit.bundled import IMGSZ, NAMES, make_bundle
 from yolo_compress.__main__ import main
 from yolo_compress.bundle import make
@@ -37,6 +39,13 @@ def test_all_but_networks_and_golden_inputs_is_small(bundle: Path) -> None:
     assert sum(file.stat().st_size for file in files) + len(make.README) <= (LEAN_KIB - 2) * 1024, (
         "2 for a target's own"
     )
+
+
+def test_all_of_its_code_is_python_38(bundle: Path) -> None:
+    files = sorted(bundle.rglob("*.py"))
+    assert {file.name for file in files} >= {"build.py", "robot_build.py", "sealed.py", "switch.py"}
+    for file in files:
+        assert newer_than_38(ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 8))) == set(), file
 
 
 def test_the_launchers_start(bundle: Path) -> None:

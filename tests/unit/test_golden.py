@@ -117,7 +117,7 @@ def bundle(tmp_path: Path) -> Path:
     same = {"of": "worst", "box_px": 0.5, "score": 1e-3, "unmatched": 0}
     document: dict[str, Any] = {
         "schema": 1, "conf": 0.25, "floor": 0.1, "iou": 0.7, "images": [{"file": "0.npy", "name": "a"}],
-        "executed": {"onnxruntime-fp32": "fp32", "openvino-fp32": "fp32"},
+        "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1"}, "openvino-fp32": {"executed": "fp32", "library": "1"}},
         "tolerances": {"same": same, "fp32": {**same, "box_px": 2.0}},
         "expected": {key: [A.tolist()] for key in ("onnxruntime-fp32", "openvino-fp32")},
     }  # fmt: skip
@@ -127,24 +127,25 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_an_engine_is_held_to_its_own_expectation_or_to_that_of_its_precision(bundle: Path) -> None:
     engine: Any = Fixed()
-    own = golden.check(bundle, engine, "onnxruntime")
+    own = golden.check(bundle, engine, "onnxruntime", "1")
     assert own["passed"] and own["against"] == "onnxruntime-fp32" and own["tolerance"]["box_px"] == 0.5
     assert own["compared"] == 3 and own["worst_box_px"] < 1e-5 and own["reason"] is None
-    assert golden.check(bundle, engine, "tensorrt")["tolerance"]["box_px"] == 2.0
+    assert golden.check(bundle, engine, "tensorrt", "1")["tolerance"]["box_px"] == 2.0
+    assert golden.check(bundle, engine, "onnxruntime", "2")["tolerance"]["box_px"] == 2.0, "another version"
     engine.executed = "bf16"
-    assert golden.check(bundle, engine, "onnxruntime")["tolerance"]["box_px"] == 2.0, "other arithmetic than there"
+    assert golden.check(bundle, engine, "onnxruntime", "1")["tolerance"]["box_px"] == 2.0, "other arithmetic than there"
     engine.precision = "int8"
     with pytest.raises(EngineError, match="expects nothing of int8"):
-        golden.check(bundle, engine, "tensorrt")
+        golden.check(bundle, engine, "tensorrt", "1")
 
 
 def test_a_failure_says_by_how_much(bundle: Path) -> None:
     off: Any = Fixed(moved(0, 2, 4))
-    found = golden.check(bundle, off, "onnxruntime")
+    found = golden.check(bundle, off, "onnxruntime", "1")
     assert not found["passed"] and found["reason"].startswith("worst boxes off by px: 4, 0.5 allowed")
-    assert not golden.check(bundle, off, "tensorrt")["passed"]
+    assert not golden.check(bundle, off, "tensorrt", "1")["passed"]
     gone: Any = Fixed(A[1:])
-    assert golden.check(bundle, gone, "onnxruntime")["reason"] == "boxes without partner: 1, 0 allowed"
+    assert golden.check(bundle, gone, "onnxruntime", "1")["reason"] == "boxes without partner: 1, 0 allowed"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 2, "images": []}'])
@@ -152,4 +153,4 @@ def test_a_damaged_expectation_is_an_error(bundle: Path, text: str) -> None:
     (bundle / golden.FOLDER / golden.FILE).write_text(text)
     engine: Any = Fixed()
     with pytest.raises(EngineError, match="golden"):
-        golden.check(bundle, engine, "onnxruntime")
+        golden.check(bundle, engine, "onnxruntime", "1")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.unit.bundled import CONF, NAMES, make_bundle, pictures
-from yolo_compress.runtime import ed25519, engine, golden, jetson, robot, robot_bench, robot_build, robot_detect
+from yolo_compress.runtime import ed25519, engine, golden, jetson, layers, robot, robot_bench, robot_build, robot_detect
 from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import open_engine
@@ -309,6 +309,36 @@ def test_bench_writes_device_json(
     )
     assert "onnxruntime-fp32" in capsys.readouterr().out
     assert run("detect", bundle) == 0, "device.json is no stranger"
+
+
+class Watts:
+    source = "drawn"
+
+    def __enter__(self) -> Watts:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def mean(self) -> float:
+        return 8.0
+
+
+def test_energy_is_watts_over_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robot_bench, "throughput", lambda folder, images, seconds: 40.0)
+    meter: Any = Watts()
+    found = robot_bench._power(Path("a"), robot_bench.Plan(), meter, [])
+    assert found == {"power_w": 8.0, "energy_mj_per_frame": pytest.approx(200.0)}
+
+
+def test_a_latency_table_is_of_floats(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(layers, "take", lambda *arguments: list(map(str, arguments)))
+    assert robot_bench.main(["--latency-table", "probe", "--engine", "openvino-fp16", "--threads", "2"], bundle) == 0
+    assert json.loads(capsys.readouterr().out) == ["probe", "openvino", "fp16", "2"]
+    with pytest.raises(SystemExit) as ended:
+        robot_bench.main(["--latency-table", "probe", "--engine", "openvino-int8"], bundle)
+    assert ended.value.code == 2 and "times float networks" in capsys.readouterr().err
 
 
 def test_a_failed_self_test_is_exit_code_1(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

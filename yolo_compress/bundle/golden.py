@@ -17,6 +17,7 @@ import numpy as np
 
 from yolo_compress.artifact import Artifact
 from yolo_compress.data import Dataset
+from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
 from yolo_compress.runtime.pre import read_image
@@ -29,7 +30,7 @@ BOX_PX, SCORE = 0.5, 1e-3  # of the same runtime and arithmetic
 MARGIN = 2.0  # another runtime may differ by so many times what those here do
 LEAST_SHARE = 0.02  # of boxes without partner, below FP32: near IoU 0.7 a rounding decides which of two boxes NMS keeps
 ABOUT = (
-    "same: an engine of that runtime, precision and arithmetic; its worst box and score count. Others, by precision: "
+    "same: an engine of that runtime, version of it, precision and arithmetic; its worst box and score count. Others, by precision: "
     f"{MARGIN:g} times what the engines of that precision here differ by among themselves and from the FP32 ones (measured, on "
     f"images_measured images), and no less than same; of FP32 the worst, else what {MOST} % of the boxes stay under."
 )
@@ -41,7 +42,7 @@ def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict
     folder.mkdir()
     samples = _spread(list(range(len(dataset.val))), max(MEASURED_IMAGES, count))
     images = [read_image(dataset.val[index].image) for index in samples]
-    found, executed = _detected(engines, images)
+    found, about = _detected(engines, images)
     first = found[min(found, key=_float_first)]
     conf = confidence(first, count)
     chosen = _chosen(first, conf, count)
@@ -56,7 +57,7 @@ def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict
         "iou": IOU,
         "images": [{"file": f"{n}.npy", "name": dataset.val[samples[i]].name} for n, i in enumerate(chosen)],
         "boxes": boxes,
-        "executed": executed,
+        "engines": about,
         "tolerances": tolerances,
         "tolerances_from": ABOUT,
         "images_measured": len(images),
@@ -69,16 +70,17 @@ def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict
     return {"images": len(chosen), "boxes": boxes, "conf": conf, "tolerances": tolerances}
 
 
-def _detected(engines: Artifact, images: Sequence[np.ndarray]) -> tuple[dict[str, Found], dict[str, str]]:
-    """Detections and arithmetic of each engine of the compressed net, by `runtime-precision`."""
-    found, executed = dict[str, Found](), dict[str, str]()
+def _detected(engines: Artifact, images: Sequence[np.ndarray]) -> tuple[dict[str, Found], dict[str, dict[str, str]]]:
+    """Detections, arithmetic and library of each engine of the compressed net, by `runtime-precision`."""
+    found, about = dict[str, Found](), dict[str, dict[str, str]]()
     for row in json.loads(engines.file("engines.json").read_text()):
         if row["model"] == "compressed" and not row["reason"]:
             key = f"{row['runtime']}-{row['precision']}"
             with open_engine(engines.path / row["folder"]) as engine:
                 found[key] = detections(engine, images, LEAST_SCORE, IOU)
-                executed[key] = engine.executed
-    return found, executed
+                library = load_info(engines.path / row["folder"]).library
+                about[key] = {"executed": engine.executed, "library": library}
+    return found, about
 
 
 def confidence(found: Found, count: int) -> float:

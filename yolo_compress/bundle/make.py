@@ -49,6 +49,7 @@ Image files need opencv-python or pillow, videos and cameras opencv-python. Noth
   python3 bench.py                     golden self-test, latency, throughput, memory, power -> device.json
   python3 bench.py --data FOLDER       and mAP over FOLDER/images with FOLDER/labels; --coco FILE for a COCO json
   python3 detect.py SOURCE             image, folder, video, camera number or golden/0.npy: a JSON line a picture; --draw, --shadow
+  python3 ros2_node.py                 the same as a ROS 2 node (vision_msgs/Detection2DArray)
   python3 switch.py install BUNDLE     the next bundle into the idle slot, proved there, then switched to; status, rollback
   python3 ros2_node.py                 ROS 2 (Humble or later): sensor_msgs/Image in, vision_msgs/Detection2DArray out
 

@@ -108,8 +108,9 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
     """The golden images through each engine; a line each, the last line JSON."""
     tested = {}
     for folder in folders:
+        info = load_info(folder)
         with open_engine(folder) as engine:
-            tested[folder.name] = test = golden.check(bundle.directory, engine, load_info(folder).runtime)
+            tested[folder.name] = test = golden.check(bundle.directory, engine, info.runtime, info.library)
         say(f"{folder.name}: golden images {'passed' if test['passed'] else 'FAILED: ' + test['reason']}")
     print(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
@@ -129,7 +130,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
         with open_engine(folder, threads=None if info.runtime == "tensorrt" else plan.threads) as engine:
-            test = golden.check(bundle.directory, engine, info.runtime)
+            test = golden.check(bundle.directory, engine, info.runtime, info.library)
             row: Dict[str, Any] = {"model": "compressed", "runtime": info.runtime, "precision": info.precision,
                                    "executed": engine.executed, "library": info.library, "golden": test}  # fmt: skip
             accuracy: Dict[str, Any] = {"map50_95": None, "map50": None, "images": None}
