@@ -83,7 +83,7 @@ VERBS = {
                     options=("source", "engine", "out", "draw", "conf", "iou", "engines"), knobs=False),
     "rollout": Verb("judge a canary B by shadow logs of A and B: advance, hold (both exit code 0) or abort (1)",
                     options=("a", "b", "truth", "stage", "state", "cap", "budgets", "lock"), knobs=False),
-    "ab": Verb("say whether model b is as good as a on the same images, with intervals; exit code 1 unless it passes",
+    "ab": Verb("say whether model b is as good as model a on the same images; exit code 1 unless it passes",
                options=("a", "b", "data", "imgsz", "conf", "margin", "replicates", "seed", "out"), knobs=False),
     "fetch": Verb("download weights or data (yolov8l.pt, coco128, coco); the only verb that uses the network",
                   options=("force",), knobs=False, words="NAME ..."),

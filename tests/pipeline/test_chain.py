@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from tests.pipeline.conftest import Bench, real_data, recipe
+from tests.pipeline.conftest import IMGSZ, Bench, real_data, recipe
 from yolo_compress import ultra
 from yolo_compress.artifact import Store
 from yolo_compress.pipeline import STAGES
@@ -49,6 +49,29 @@ def test_pruned_widths_survive_to_the_end_in_stock_classes(finished: Bench) -> N
     assert metrics["compute_gflops"] / artifact(finished, "baseline").metrics["compute_gflops"] == pytest.approx(
         metrics["kept_flops"], abs=1e-6
     )
+
+
+def test_the_report_compares_what_bench_kept(finished: Bench) -> None:
+    """All that mAP counts was kept: the A/B document gives the rows' figures again."""
+    measured = {
+        f"{row['model']}-{row['runtime']}-{row['precision']}": row
+        for row in artifact(finished, "bench").metrics["rows"]
+    }
+    report = artifact(finished, "report")
+    gate = report.metrics["gate"]
+    if gate["worst"] is None:
+        pytest.fail(gate["reason"])
+    found = json.loads(report.file("ab.json").read_text())
+    assert found == json.loads(report.file("report.json").read_text())["ab"]
+    assert (found["a"]["row"], found["b"]["row"]) == (gate["reference"], gate["worst"])
+    for side in "ab":
+        row = measured[found[side]["row"]]
+        assert found["map50_95"][side] == pytest.approx(row["map50_95"], abs=1e-9)
+        assert found["map50"][side] == pytest.approx(row["map50"], abs=1e-9)
+        assert found["latency"][f"{side}_p50_ms"] == pytest.approx(row["latency_p50_ms"], rel=0.5)
+    check = next(check for check in gate["checks"] if check["name"] == "signature")
+    assert check["passed"] and check["value"]["imgsz"] == [IMGSZ, IMGSZ]
+    assert set(gate["tiers"] or {"95": 0, "99": 0, "99.9": 0}) == {"95", "99", "99.9"}
 
 
 def test_losses_of_the_hooks_are_in_results_csv(finished: Bench) -> None:
