@@ -9,7 +9,7 @@ from typing import Any
 
 from yolo_compress.atomic import atomic_write
 from yolo_compress.errors import DataError, RecipeError, StorageError
-from yolo_compress.evaluate import rollout
+from yolo_compress.evaluate import release, rollout
 from yolo_compress.evaluate.shadowlog import read, read_truth
 from yolo_compress.explain import got
 from yolo_compress.lock import lock
@@ -32,22 +32,22 @@ def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
     allowed, cap = rollout.budgets(options.get("budgets")), _cap(options.get("cap", "1"))
     log_a, log_b = read(Path(options["a"])), read(Path(options["b"]))
     truth = read_truth(Path(options["truth"])) if "truth" in options else None
-    given = rollout.stage_of(options["stage"]) if "stage" in options else None
-    if rollout.STAGES[given or 0] > cap:
+    given = release.stage_of(options["stage"]) if "stage" in options else None
+    if release.STAGES[given or 0] > cap:
         raise RecipeError(f"command line: stage={options['stage']} is above cap={options['cap']}")
-    fresh = rollout.State(log_a.model, log_b.model, stage=given or 0)
+    fresh = release.State(log_a.model, log_b.model, stage=given or 0)
     if "state" not in options:
         return rollout.judge(log_a, log_b, fresh, allowed, truth, cap)[0]
     path = Path(options["state"])
     with lock(path.with_name(path.name + ".lock"), f"rollout state={path}", wait):
         before = _load(path) or fresh
         if given not in (None, before.stage):
-            at = f"{rollout.STAGES[before.stage]:.0%}"
+            at = f"{release.STAGES[before.stage]:.0%}"
             raise RecipeError(f"command line: stage={options['stage']}, but {path} is at {at}; leave stage out")
         if before.status != "aborted" and before.exposure > cap:
             raise RecipeError(f"command line: cap={options['cap']}, but {path} is at {before.exposure:.0%} already")
         document, after = rollout.judge(log_a, log_b, before, allowed, truth, cap)
-        atomic_write(path, json.dumps(rollout.state_json(after), sort_keys=True, allow_nan=False) + "\n")
+        atomic_write(path, json.dumps(release.state_json(after), sort_keys=True, allow_nan=False) + "\n")
     return document
 
 
@@ -56,14 +56,14 @@ def _cap(text: str) -> float:
         cap = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         cap = -1.0
-    if not rollout.STAGES[0] <= cap <= 1:
+    if not release.STAGES[0] <= cap <= 1:
         raise RecipeError(
             f"command line: cap: got {got(text)}, expected a share of the robots from 0.01 to 1, or 1% to 100%"
         )
     return cap
 
 
-def _load(path: Path) -> rollout.State | None:
+def _load(path: Path) -> release.State | None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def _load(path: Path) -> rollout.State | None:
     except (OSError, UnicodeError) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
     try:
-        return rollout.state_from(json.loads(text), str(path))
+        return release.state_from(json.loads(text), str(path))
     except ValueError as error:
         raise DataError(f"{path}: no state of a release ({error}); remove it to begin a new one at 1 %") from error
 

@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from yolo_compress import cli_grammar
 from yolo_compress.__main__ import main
 from yolo_compress.errors import DataError, RecipeError
-from yolo_compress.evaluate import rollout
-from yolo_compress.evaluate.rollout import ALPHA, STAGES, Budgets, State, judge, step
+from yolo_compress.evaluate import release
+from yolo_compress.evaluate.release import STAGES, State, step
+from yolo_compress.evaluate.rollout import ALPHA, Budgets, judge
 from yolo_compress.evaluate.sequential import above, below, log_wealth, mean_bounds, quantile_bounds
 from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, read, read_truth
 from yolo_compress.runtime.pipeline import Found
@@ -365,7 +366,7 @@ def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str]
         assert said == "advance" or after.exposure <= state.exposure
         assert state.status != "aborted" or after == state
         assert said != "abort" or after.exposure == 0
-        assert rollout.state_from(json.loads(json.dumps(rollout.state_json(after))), "x") == after
+        assert release.state_from(json.loads(json.dumps(release.state_json(after))), "x") == after
         state = after
 
 
@@ -383,7 +384,7 @@ def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str]
 )
 def test_a_state_of_another_form_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no state of a release"):
-        rollout.state_from({**rollout.state_json(State(A, B)), **change}, "state.json")
+        release.state_from({**release.state_json(State(A, B)), **change}, "state.json")
 
 
 SAID: Counter[str] = Counter()  # what the looks of the state machine came to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import runpy
 import sys
@@ -377,42 +378,59 @@ def test_an_image_that_is_none_is_refused(change: dict[str, Any]) -> None:
         robot_ros2.to_rgb(record(**{**vars(message), **change}))
 
 
+class Ros:
+    """A stand-in for rclpy that delivers the given images, and keeps what is published and logged."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, messages: list[Any], given: dict[str, Any]) -> None:
+        self.messages, self.given = messages, given
+        self.published: list[Any] = []
+        self.errors: list[str] = []
+        self.callbacks: list[Any] = []
+        self.destroyed = False
+        for module in (
+            stand_in(
+                "rclpy",
+                init=lambda args: None,
+                create_node=lambda name: self,
+                spin=self.spin,
+                try_shutdown=lambda: None,
+            ),
+            stand_in("rclpy.qos", qos_profile_sensor_data="sensor data"),
+            stand_in("sensor_msgs"),
+            stand_in("sensor_msgs.msg", Image=object),
+            stand_in("vision_msgs", msg=kinds()),
+        ):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def declare_parameter(self, name: str, default: Any) -> Any:
+        return record(value=self.given.get(name, default))
+
+    def create_publisher(self, kind: Any, topic: str, depth: int) -> Any:
+        assert topic == "detections"
+        return record(publish=self.published.append)
+
+    def create_subscription(self, kind: Any, topic: str, callback: Any, qos: Any) -> None:
+        assert (topic, qos) == ("image", "sensor data")
+        self.callbacks.append(callback)
+
+    def get_logger(self) -> Any:
+        return record(error=self.errors.append)
+
+    def destroy_node(self) -> None:
+        self.destroyed = True
+
+    def spin(self, node: Any) -> None:
+        for message in self.messages:
+            self.callbacks[0](message)
+
+
 def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for rclpy and the engine: a good frame, one that cannot be decoded, one that gives NaN, and a good one again."""
-    published, errors, subscribed = [], [], []
+    """A good frame, one that cannot be decoded, one that gives NaN, and a good one again."""
     log = tmp_path / "shadow.jsonl"
-    given = {"shadow": str(log), "conf": 0.3}
-
-    class Node:
-        def declare_parameter(self, name: str, default: Any) -> Any:
-            return record(value=given.get(name, default))
-
-        def create_publisher(self, kind: Any, topic: str, depth: int) -> Any:
-            assert topic == "detections"
-            return record(publish=published.append)
-
-        def create_subscription(self, kind: Any, topic: str, callback: Any, qos: Any) -> None:
-            assert (topic, qos) == ("image", "sensor data")
-            subscribed.append(callback)
-
-        def get_logger(self) -> Any:
-            return record(error=errors.append)
-
-        def destroy_node(self) -> None:
-            subscribed.append("destroyed")
-
     good = image(np.full((20, 30, 3), 40, np.uint8), "rgb8")
     poison = image(np.full((20, 30, 3), 255, np.uint8), "rgb8")
-
-    def spin(node: Any) -> None:
-        for message in (good, record(**{**vars(good), "encoding": "jpeg"}), poison, good):
-            subscribed[0](message)
-
-    class Engine:
-        def __enter__(self) -> Engine:
-            return self
-
-        def __exit__(self, *exception: Any) -> None: ...
+    messages = [good, record(**{**vars(good), "encoding": "jpeg"}), poison, good]
+    ros = Ros(monkeypatch, messages, {"shadow": str(log), "conf": 0.3})
 
     def detector(engine: Any, conf: float, iou: float, multi_label: bool) -> Any:
         assert (conf, iou, multi_label) == (0.3, 0.7, False)
@@ -424,27 +442,16 @@ def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: py
 
         return detect
 
-    rclpy = stand_in(
-        "rclpy", init=lambda args: None, create_node=lambda name: Node(), spin=spin, try_shutdown=lambda: None
-    )
-    for module in (
-        rclpy,
-        stand_in("rclpy.qos", qos_profile_sensor_data="sensor data"),
-        stand_in("sensor_msgs"),
-        stand_in("sensor_msgs.msg", Image=object),
-        stand_in("vision_msgs", msg=kinds()),
-    ):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
     verified = record(names=("person", "dog"), name="demo", version=7)
     monkeypatch.setattr(robot_ros2, "opened", lambda directory: verified)
     monkeypatch.setattr(robot_ros2, "engine_folder", lambda bundle, engine: tmp_path)
-    monkeypatch.setattr(robot_ros2, "open_engine", lambda folder: Engine())
+    monkeypatch.setattr(robot_ros2, "open_engine", lambda folder: contextlib.nullcontext())
     monkeypatch.setattr(robot_ros2, "Detector", detector)
 
     assert robot_ros2.main([], tmp_path) == 0
-    assert subscribed[-1] == "destroyed" and len(published) == 2 and len(errors) == 2
-    (found,) = published[0].detections
-    assert published[0].header is good.header and found.header is good.header
+    assert ros.destroyed and len(ros.published) == 2 and len(ros.errors) == 2
+    (found,) = ros.published[0].detections
+    assert ros.published[0].header is good.header and found.header is good.header
     assert (found.bbox.center.position.x, found.bbox.center.position.y) == (7, 7)
     assert (found.bbox.size_x, found.bbox.size_y) == (10, 6)
     assert (found.results[0].hypothesis.class_id, found.results[0].hypothesis.score) == ("dog", 0.75)
@@ -452,6 +459,28 @@ def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: py
     assert [line["problem"] is None for line in lines] == [True, False, False, True]
     assert lines[0]["frame"] == "front@12.000000034" and lines[0]["model"] == {"name": "demo", "version": 7}
     assert lines[0]["detections"] == [[2, 4, 12, 10, 0.75, 1]]
+
+
+@pytest.mark.slow
+def test_the_node_runs_a_real_bundles_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit.bundled import CONF, make_bundle, pictures
+    from yolo_compress.runtime import robot_build
+    from yolo_compress.runtime.detector import Detector
+    from yolo_compress.runtime.engine import open_engine
+
+    root = make_bundle(tmp_path / "bundle")
+    assert robot_build.main(["--runtime", "onnxruntime"], root) == 0
+    ros = Ros(monkeypatch, [image(picture, "rgb8", padding=3) for picture in pictures()], {"conf": CONF})
+    assert robot_ros2.main([], root) == 0
+    with open_engine(root / "engines" / "onnxruntime-fp32") as engine:
+        expected = [Detector(engine, CONF, 0.7, multi_label=False)(picture) for picture in pictures()]
+    assert len(ros.published) == 2 and all(len(rows) for rows in expected)
+    for message, rows_N6 in zip(ros.published, expected, strict=True):
+        boxes = [found.bbox for found in message.detections]
+        got = [[box.center.position.x, box.center.position.y, box.size_x, box.size_y] for box in boxes]
+        low, high = rows_N6[:, :2].astype(np.float64), rows_N6[:, 2:4].astype(np.float64)
+        np.testing.assert_allclose(got, np.concatenate([(low + high) / 2, high - low], 1), atol=1e-9)
+        assert [found.results[0].hypothesis.score for found in message.detections] == rows_N6[:, 4].tolist()
 
 
 def test_without_ros_the_node_says_what_to_install(

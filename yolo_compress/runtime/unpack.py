@@ -136,6 +136,9 @@ def _opened(bundle: Path, max_bytes: int) -> tarfile.TarFile:
     limited = _Limited(gzip.GzipFile(fileobj=raw) if zipped else raw, max_bytes + (64 << 20), bundle, raw.close)
     try:
         return _Archive(fileobj=limited, mode="r")  # type: ignore[arg-type]
+    except BundleRefused:
+        raw.close()
+        raise
     except _DAMAGED as error:
         raw.close()
         raise BundleRefused(f"{bundle}: no tar ({error}); a bundle is a folder, a .tar or a .tar.gz") from error
