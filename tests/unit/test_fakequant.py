@@ -111,6 +111,16 @@ def test_a_group_left_in_float_takes_its_convolutions_with_it() -> None:
         plan(model, left=[group.name for group in whole.int8])
 
 
+@pytest.mark.parametrize("name", ["images", "model.0", "model.2.m.0"])
+def test_what_is_left_in_float_is_read_back_as_that(state: QuantState, name: str) -> None:
+    model = net()
+    less = state.without(group for group in plan(model).groups if name in group.tensors)
+    attach(model, less)
+    held = read(model)
+    assert held.activations.keys() == less.activations.keys() and set(held.convs) == set(less.convs)
+    assert name not in held.activations and name in state.activations
+
+
 def test_a_block_of_another_family_is_named() -> None:
     model = DetectionModel("yolo11n.yaml", nc=3, verbose=False)
     with pytest.raises(RecipeError, match=r"model\.2 is a C3k2"):

@@ -191,7 +191,8 @@ def read(model: nn.Module) -> QuantState:
         for tensor in group.tensors:
             holder: Any = modules.get(f"{tensor}.act", modules.get(tensor))
             if tensor == IMAGES:
-                quantizers[tensor] = modules[group.convs[0]].input_quantizer
+                if group.convs[0] in convs:
+                    quantizers[tensor] = convs[group.convs[0]].input_quantizer
             elif isinstance(holder, (QuantisedOutput, QuantisedSum)):
                 quantizers[tensor] = holder.quantizer
     return QuantState(
