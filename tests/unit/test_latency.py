@@ -129,7 +129,7 @@ for number, line in enumerate(sys.stdin):
     with open(spec["log"], "a") as log:
         log.write(spec["label"])
     if spec["mode"] == "dies in a round" and number == 1:
-        sys.stderr.write("x" * 5000 + " last words")
+        print("x" * 5000 + " last words", end="", file=sys.stderr, flush=True)
         os._exit(3)
     if spec["mode"] == "babbles":
         print("hello", flush=True)
