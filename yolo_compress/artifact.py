@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -221,6 +221,23 @@ class Store:
             with storage_errors(path, "remove"):
                 if path.is_dir():
                     _remove(path)
+
+    def discard_readers(self, fingerprint: str) -> None:
+        """Drops what was made of this artefact, directly or through others: the bytes it was made of are there no more."""
+        manifests, gone = list(self._manifests()), {fingerprint}
+        for _ in manifests:  # as deep as a chain can be
+            gone |= {one.fingerprint for one in manifests if gone & set(one.key.get("inputs", {}).values())}
+        for one in manifests:
+            if one.fingerprint in gone - {fingerprint}:
+                self.discard(one.stage, one.fingerprint)
+
+    def _manifests(self) -> Iterator[Manifest]:
+        """Those of the artefacts that have a sound one."""
+        with storage_errors(self.folder, "read"):
+            for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+                match = _ENTRY.fullmatch(path.name)
+                if match is not None and match["state"] == "" and not _is_damaged(path):
+                    yield Manifest.from_json((path / MANIFEST).read_bytes())
 
     def _name(self, recipe: str, stage: str) -> Path:
         if not _NAME.fullmatch(recipe) or recipe == self.folder.name:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from yolo_compress import environment, progress
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
-from yolo_compress.errors import CompressError, RecipeError
+from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
 from yolo_compress.weights import FOLDER, find_weights
 
@@ -187,7 +187,8 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
         target: A key of `STAGES`.
         store: Where artefacts are; `weights/` of the working directory by default.
         wait: Wait for another run that holds the store; False raises `Locked`.
-        again: Do `target` once more although it is up to date.
+        again: Do `target` once more although it is up to date. Where it comes out otherwise, as a measurement does, what was
+            made of it before is dropped.
 
     Raises:
         CompressError: Whatever a user can mend.
@@ -207,8 +208,11 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     for stage, planned in chain.items():
         if STAGES[stage].checked and ((again and stage == last) or not store.find(stage, planned.fingerprint)):
             importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
+    before = None
     for stage, planned in chain.items():
         if again and stage == last:
+            with suppress(CorruptArtifact):  # one that is damaged is done again for that
+                before = store.find(stage, planned.fingerprint)
             store.discard(stage, planned.fingerprint)
         found = store.find(stage, planned.fingerprint)
         if found:
@@ -216,6 +220,8 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
         artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store)
         if _rank() == 0:
             store.link(recipe.name, artifacts[stage])
+    if before and before.manifest.files != artifacts[last].manifest.files:
+        store.discard_readers(artifacts[last].fingerprint)
     return artifacts[last]
 
 

@@ -162,6 +162,17 @@ def test_second_run_does_nothing_and_answers_in_json(finished: Bench) -> None:
     assert finished.artefacts() == before
 
 
+def test_a_bench_done_again_leaves_no_report_of_the_one_before(finished: Bench) -> None:
+    first = artifact(finished, "bench").metrics["rows"]
+    finished.run("bench", "recipe=tiny.yaml", "force=true")
+    assert "report    missing" in finished.run("status", "recipe=tiny.yaml").stdout
+    finished.run("report", "recipe=tiny.yaml")
+    again = artifact(finished, "bench").metrics["rows"]
+    assert again != first
+    shown = json.loads(artifact(finished, "report").file("report.json").read_text())["rows"]
+    assert {row.get("latency_p50_ms") for row in shown} == {row.get("latency_p50_ms") for row in again}
+
+
 def test_a_changed_knob_makes_its_stage_and_later_ones_stale(finished: Bench) -> None:
     done = finished.run("status", "recipe=tiny.yaml", "qat.epochs=2")
     states = json.loads(done.stdout.splitlines()[-1])["stages"]

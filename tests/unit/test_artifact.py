@@ -79,6 +79,21 @@ def test_publishing_twice_keeps_the_first_and_drops_the_second(store: Store) -> 
     store.verify(again)
 
 
+def test_readers_of_an_artefact_go_with_it_however_far_down(store: Store) -> None:
+    def made_of(stage: str, *inputs: Artifact) -> Artifact:
+        key = {"stage": stage, "version": 1, "inputs": {one.stage: one.fingerprint for one in inputs}}
+        (store.partial(stage, fingerprint(key)) / "figure").write_text(stage)
+        return store.publish(stage, fingerprint(key), key, {}, {}, 1.0)
+
+    prune = made_of("prune")
+    engine, other = made_of("engine", prune), made_of("qat", prune)
+    bench = made_of("bench", engine)
+    report = made_of("report", bench, other)
+    store.discard_readers(engine.fingerprint)
+    there = [store.find(one.stage, one.fingerprint) for one in (prune, engine, other, bench, report)]
+    assert there == [prune, engine, other, None, None]
+
+
 def test_publishing_over_a_damaged_artefact_loses_nothing(store: Store) -> None:
     made = make(store)
     (made.path / "model.pt").write_bytes(b"damaged")
