@@ -67,7 +67,7 @@ def test_the_launchers_start(bundle: Path) -> None:
         (["out=new", "version=-1"], "version: got '-1', expected a whole number"),
         (["out=new", "golden=0"], "golden: got '0'"),
         (["out=new", "key=gone"], "key=gone: No such file"),
-        (["out=new", "key=there/note"], "no Ed25519 key"),
+        (["out=new", "key=there/note"], "no private key"),
         (["out=new", "engine=x"], "engine"),
     ],
 )
@@ -98,6 +98,8 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keygen", f"out={tmp_path / 'robot.key'}"]) == 0
     assert "pin_as" in json.loads(capsys.readouterr().out.splitlines()[-1])
     seed = read_seed(tmp_path / "robot.key")
+    with pytest.raises(RecipeError, match="no private key"):
+        read_seed(tmp_path / "robot.key.pub")
     assert stat.S_IMODE((tmp_path / "robot.key").stat().st_mode) == 0o600
     assert (tmp_path / "robot.key.pub").read_text().strip() == ed25519.public_key(seed).hex()
     with pytest.raises(RecipeError, match="locks out the robots"):
@@ -125,18 +127,19 @@ def test_a_failed_gate_yields_no_bundle_unless_forced(capsys: pytest.CaptureFixt
     assert whole["passed"] and not whole["forced"]
 
 
-def test_a_tar_is_the_same_for_the_same_files_and_holds_them(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_tar_is_the_same_for_the_same_files_and_holds_them(bundle: Path, tmp_path: Path, kind: str) -> None:
     digests = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        out = tmp_path / f"{name}.tar"
+        out = tmp_path / f"{name}.{kind}"
         make._publish(bundle, tmp_path / name, out)
         digests.append(hashlib.sha256(out.read_bytes()).hexdigest())
     assert digests[0] == digests[1]
-    with tarfile.open(tmp_path / "a.tar") as tar:
+    with tarfile.open(tmp_path / f"a.{kind}") as tar:
         assert {member.name.split("/")[0] for member in tar} == {"bundle"}
         assert {(member.uid, member.mtime, member.uname) for member in tar} == {(0, 0, "")}
-    assert verify(unpack(tmp_path / "a.tar", tmp_path / "out"))["files"] == verify(bundle)["files"]
+    assert verify(unpack(tmp_path / f"a.{kind}", tmp_path / "out"))["files"] == verify(bundle)["files"]
 
 
 def test_networks_that_cannot_take_each_others_place_are_no_bundle(bundle: Path, tmp_path: Path) -> None:

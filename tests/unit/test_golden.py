@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from yolo_compress.bundle.golden import BOX_PX, SCORE, confidence, tolerate
+from yolo_compress.bundle.golden import BOX_PX, SCORE, _chosen, confidence, tolerate
 from yolo_compress.runtime import golden
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.golden import Difference, difference
@@ -86,6 +86,19 @@ def test_a_net_that_is_sure_of_little_is_tested_at_what_it_is_sure_of() -> None:
     low = A * np.array([1, 1, 1, 1, 0.1, 1], np.float32)
     assert confidence([low, low], 2) == pytest.approx(0.09)
     assert confidence([low[:0]], 2) == 0.25
+
+
+def test_images_with_boxes_come_first_and_a_dead_engine_never_passes() -> None:
+    nothing = A[:0]
+    found = [nothing] * 32
+    found[9] = found[17] = found[30] = A
+    chosen = _chosen(found, 0.25, 4)
+    assert {9, 17, 30} < set(chosen) and len(chosen) == 4
+    assert _chosen([A] * 8, 0.25, 2) == _chosen([A] * 8, 0.25, 2) and len(_chosen([A] * 8, 0.25, 2)) == 2
+    half = {"onnxruntime-fp32": [A, A], "onnxruntime-int8": [A, nothing]}
+    for boxes in (1, 2, 3, 8):
+        tolerances, _ = tolerate(half, 0.25, boxes)
+        assert all(one["unmatched"] < boxes for one in tolerances.values())
 
 
 class Fixed:

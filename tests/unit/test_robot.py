@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.ort import OrtBackend
-from yolo_compress.runtime.sealed import seal
+from yolo_compress.runtime.sealed import seal, verify
 
 COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
     "build": (robot_build.main, ["--runtime", "onnxruntime"]),
@@ -324,10 +325,43 @@ class Watts:
 
 
 def test_energy_is_watts_over_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robot_bench, "throughput", lambda folder, images, seconds: 40.0)
+    monkeypatch.setattr(robot_bench, "throughput", lambda folder, images, seconds, meter: 40.0)
     meter: Any = Watts()
     found = robot_bench._power(Path("a"), robot_bench.Plan(), meter, [])
     assert found == {"power_w": 8.0, "energy_mj_per_frame": pytest.approx(200.0)}
+
+
+def test_the_meter_runs_with_the_load_and_not_while_the_engine_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Metered(Watts):
+        def __enter__(self) -> Watts:
+            events.append("on")
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            events.append("off")
+
+    @contextlib.contextmanager
+    def opening(folder: Path) -> Iterator[Any]:
+        events.append("open")
+        yield lambda pictures: (events.append("frame") or one for one in pictures)  # type: ignore[func-returns-value]
+        events.append("closed")
+
+    monkeypatch.setattr(robot_bench, "open_pipeline", opening)
+    meter: Any = Metered()
+    robot_bench.throughput(Path("a"), [np.zeros((2, 2, 3), np.uint8)], 0.01, meter)
+    assert events[0] == "open" and events[-2:] == ["off", "closed"]
+    under = events[events.index("on") : events.index("off")]
+    assert set(under[1:]) == {"frame"} and "frame" in events[: events.index("on")], "warm-up is not under load"
+
+
+@pytest.mark.parametrize("words", [["--shadow", "log.jsonl"], ["--draw", "pictures"]])
+def test_nothing_is_written_where_the_manifest_would_not_know_it(bundle: Path, words: list[str]) -> None:
+    words = [words[0], str(bundle / words[1])]
+    assert run("detect", bundle, *words) == 3
+    assert run("bench", bundle, "--out", str(bundle / "x.json")) == 3
+    assert not (bundle / "log.jsonl").exists() and not (bundle / "pictures").exists() and verify(bundle)
 
 
 def test_a_latency_table_is_of_floats(

@@ -230,3 +230,14 @@ def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) ->
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pinned_key_out_of_reach_is_not_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: object, *more: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.delenv(sealed.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr("os.lstat", denied)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(BundleRefused, match="Permission denied"):
+        pinned_key()

@@ -521,6 +521,7 @@ EVIL = {
     "no manifest": [member("readme")],
     "large": [member("large", b"x" * 5000)],
     "many": [member(f"f{i}") for i in range(12)],
+    "engines of its own": [member("manifest.json"), member("engines/onnxruntime-fp32/engine.json")],
     "empty": [],
 }
 

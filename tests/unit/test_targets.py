@@ -378,6 +378,10 @@ def test_an_image_that_is_none_is_refused(change: dict[str, Any]) -> None:
         robot_ros2.to_rgb(record(**{**vars(message), **change}))
 
 
+class Terminated(Exception):
+    """rclpy.executors.ExternalShutdownException."""
+
+
 class Ros:
     """A stand-in for rclpy that delivers the given images, and keeps what is published and logged."""
 
@@ -395,6 +399,7 @@ class Ros:
                 spin=self.spin,
                 try_shutdown=lambda: None,
             ),
+            stand_in("rclpy.executors", ExternalShutdownException=Terminated),
             stand_in("rclpy.qos", qos_profile_sensor_data="sensor data"),
             stand_in("sensor_msgs"),
             stand_in("sensor_msgs.msg", Image=object),
@@ -422,6 +427,7 @@ class Ros:
     def spin(self, node: Any) -> None:
         for message in self.messages:
             self.callbacks[0](message)
+        raise Terminated  # as rclpy does at SIGTERM
 
 
 def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

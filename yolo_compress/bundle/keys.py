@@ -12,6 +12,8 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.runtime import ed25519
 from yolo_compress.runtime.sealed import KEY_BYTES, KEY_FILE, key_of
 
+PREFIX = "seed:"  # so that neither half is taken for the other: both are 32 bytes
+
 
 def keygen(out: Path) -> dict[str, Any]:
     """Write a new seed to `out`, readable by its owner alone, and the public key beside it.
@@ -29,7 +31,7 @@ def keygen(out: Path) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-            stream.write(seed.hex() + "\n")
+            stream.write(PREFIX + seed.hex() + "\n")
     atomic_write(public_file, ed25519.public_key(seed).hex() + "\n")
     return {"key": str(out), "public_key": str(public_file), "pin_as": KEY_FILE}
 
@@ -41,7 +43,10 @@ def read_seed(path: Path) -> bytes:
         RecipeError: no such file, or no key in it.
     """
     try:
-        return key_of(path.read_text(encoding="ascii"))
+        text = path.read_text(encoding="ascii").strip()
+        if not text.startswith(PREFIX):
+            raise ValueError("no private key (a public one signs nothing)")
+        return key_of(text[len(PREFIX) :])
     except OSError as error:
         raise RecipeError(f"key={path}: {error.strerror}; make one with yolo-compress keygen out={path}") from error
     except ValueError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import secrets
 import shutil
 import tarfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,8 +249,11 @@ def _publish(root: Path, partial: Path, out: Path) -> None:
         replace(root, out)
         return
     archive = partial / "archive"
-    with tarfile.open(archive, "w:gz" if out.name.endswith(".gz") else "w") as tar:
-        tar.add(root, root.name, filter=_plain)
+    with ExitStack() as stack:
+        raw: Any = stack.enter_context(open(archive, "wb"))
+        if out.name.endswith(".gz"):  # without the name and the time that gzip writes into its header
+            raw = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
+        stack.enter_context(tarfile.open(fileobj=raw, mode="w")).add(root, root.name, filter=_plain)
     fsync_file(archive)
     replace(archive, out)
 

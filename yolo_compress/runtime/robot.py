@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .errors import EngineError, RuntimeFailure, RuntimeUnavailable
-from .sealed import MANIFEST, BundleRefused, pinned_key, verify
+from .errors import EngineError, RuntimeFailure, RuntimeUnavailable, SourceError
+from .sealed import MADE_HERE, MANIFEST, BundleRefused, pinned_key, verify
 
 HERE = Path(__file__).resolve().parents[1]  # the bundle that this file was copied into
 ENGINES = "engines"
@@ -63,16 +63,41 @@ def opened(directory: Path) -> Bundle:
     """
     manifest = verify(directory, pinned_key())
     try:
-        height, width = manifest["imgsz"]
+        height, width = (int(side) for side in manifest["imgsz"])
         onnx = {str(stem): str(file) for stem, file in manifest["onnx"].items()}
         strangers = [file for file in onnx.values() if file not in manifest["files"]]
         names = tuple(str(name) for name in manifest["names"])
         found = Bundle(directory, manifest, str(manifest["name"]), manifest["version"], names, (height, width), onnx)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleRefused(f"{directory / MANIFEST}: does not describe a bundle ({error!r}); make it again") from error
+    if not isinstance(manifest.get("gate", {}), dict) or not isinstance(manifest.get("val", {}), dict):
+        raise BundleRefused(f"{directory / MANIFEST}: its gate or val is no mapping; make it again")
     if strangers:
         raise BundleRefused(f"{directory / MANIFEST}: names {strangers[0]!r}, which it does not vouch for; refused")
     return found
+
+
+def outside(bundle: Bundle, path: Optional[Path]) -> None:
+    """Refuse to write where a new file would be one that the manifest does not list.
+
+    Raises:
+        SourceError: the path lies in the bundle, and is none of what its commands make there.
+    """
+    if path is None:
+        return
+    root, asked = bundle.directory.resolve(), Path(os.path.realpath(str(path)))
+    if root in (asked,) + tuple(asked.parents) and asked.relative_to(root).parts[:1] not in [(n,) for n in MADE_HERE]:
+        raise SourceError(
+            f"{path}: in the bundle, which takes no file that its manifest does not list; write elsewhere"
+        )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:

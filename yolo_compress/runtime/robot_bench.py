@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -26,7 +27,7 @@ from .groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from .latency import measure, percentiles
 from .pipeline import open_pipeline
 from .pre import UnreadableImage, letterbox, read_image
-from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, say
+from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, outside, positive, say
 from .robot_build import choose_runtimes
 from .sources import Picture
 from .turns import measure_in_turn
@@ -65,12 +66,12 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     parser.add_argument("--coco", type=Path, metavar="FILE", help="COCO json of the images in --data")
     parser.add_argument("--golden", action="store_true", help="the golden self-test alone; writes nothing")
     parser.add_argument(
-        "--iterations", type=int, default=Plan().iterations, help="timed calls an engine (default 1000)"
+        "--iterations", type=positive, default=Plan().iterations, help="timed calls an engine (default 1000)"
     )
     parser.add_argument(
-        "--power-s", type=float, default=Plan().power_s, help="seconds under the power meter (default 30)"
+        "--power-s", type=_seconds, default=Plan().power_s, help="seconds under the power meter (default 30)"
     )
-    parser.add_argument("--threads", type=int, help="of one inference on a CPU")
+    parser.add_argument("--threads", type=positive, help="of one inference on a CPU")
     parser.add_argument("--out", type=Path, help=f"default: {OUT} in the bundle")
     parser.add_argument(
         "--latency-table", type=Path, metavar="FOLDER", help="time the layers of a folder of `probe` instead"
@@ -84,6 +85,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
     def action() -> int:
         bundle = opened(directory)
+        outside(bundle, options.out)
         if options.latency_table is not None:
             return _latency_table(options)
         folders = _engines(bundle, options.engine)
@@ -208,8 +210,10 @@ def _end_to_end(engine: Any, images: Sequence[np.ndarray]) -> Dict[str, Any]:
     return {f"end_to_end_{key[8:]}": value for key, value in percentiles(samples.tolist()).items()}
 
 
-def throughput(folder: Path, images: Sequence[np.ndarray], seconds: float = THROUGHPUT_S) -> float:
-    """Decoded images a second through the pipeline, as detect.py runs it."""
+def throughput(
+    folder: Path, images: Sequence[np.ndarray], seconds: float = THROUGHPUT_S, meter: Optional[jetson.Meter] = None
+) -> float:
+    """Decoded images a second through the pipeline, as detect.py runs it; the meter runs for as long as the load, no longer."""
     stop = [float("inf")]
 
     def pictures() -> Any:
@@ -223,10 +227,11 @@ def throughput(folder: Path, images: Sequence[np.ndarray], seconds: float = THRO
         for _ in range(2 * WARMUP_N):
             next(warm)
         warm.close()
-        start = time.perf_counter()
-        stop[0] = start + seconds
-        done = sum(1 for _ in pipeline(pictures()))
-        return done / (time.perf_counter() - start)
+        with meter if meter is not None else ExitStack():
+            start = time.perf_counter()
+            stop[0] = start + seconds
+            done = sum(1 for _ in pipeline(pictures()))
+            return done / (time.perf_counter() - start)
 
 
 def _latency(
@@ -257,10 +262,16 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
     if meter.source is None:
         return {"power_w": None, "energy_mj_per_frame": None}
     say(f"{folder.name}: power, {plan.power_s:g} s")
-    with meter:
-        fps = throughput(folder, images, plan.power_s)
+    fps = throughput(folder, images, plan.power_s, meter)
     watts = meter.mean()
     return {"power_w": watts, "energy_mj_per_frame": None if watts is None else watts / fps * 1e3}
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def _missing(bundle: Bundle, runtime: str, rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:

@@ -74,6 +74,7 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
     bundle = opened(directory)
     try:
         import rclpy
+        from rclpy.executors import ExternalShutdownException
         from rclpy.qos import qos_profile_sensor_data
         from sensor_msgs.msg import Image
         from vision_msgs import msg as kinds
@@ -116,7 +117,10 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
 
             node.create_subscription(Image, "image", on_image, qos_profile_sensor_data)
             say(f"{bundle.name} {bundle.version}, engine {folder.name}: image -> detections")
-            rclpy.spin(node)
+            try:
+                rclpy.spin(node)
+            except ExternalShutdownException:  # SIGTERM, as a launch file sends it
+                pass
             say(f"{count[0]} images")
     finally:
         node.destroy_node()

@@ -23,7 +23,11 @@ from .errors import EngineError
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 SCHEMA = 1
-MADE_HERE = ("engines", "device.json")  # what the robot's own commands write at the root; not vouched for
+MADE_HERE = (
+    "engines",
+    "device.json",
+    "device.json.partial",
+)  # what the robot's own commands write at the root; not vouched for
 KEY_VARIABLE = "YOLO_COMPRESS_KEY"
 KEY_FILE = "/etc/yolo_compress/bundle.pub"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
@@ -120,8 +124,13 @@ def pinned_key() -> Optional[bytes]:
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
-    if not named and not os.path.lexists(str(path)):
-        return None
+    if not named:
+        try:
+            os.lstat(str(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            pass  # there, perhaps, but out of reach: said below
     try:
         return key_of(path.read_text(encoding="ascii"))
     except OSError as error:
