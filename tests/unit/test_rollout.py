@@ -149,6 +149,9 @@ BAD = {
     "bool": line("f", 1, boxes=[[10, 10, 50, 60, True, 0]]),
     "deep": "[" * 5000,
     "huge": line("f", 1).replace("10.0", "1e999"),
+    "400 digits": line("f", 1).replace("10.0", "1" + "0" * 400),
+    "400 digits in a box": line("f", 1, boxes=[[10, 10, 10**400, 60, 0.5, 0]]),
+    "a box whose area is no number": line("f", 1, boxes=[[0, 0, 1e200, 1e200, 0.5, 0]]),
 }
 
 
@@ -380,6 +383,13 @@ def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str]
         {"status": "done"},
         {"a": ["net"]},
         {"since": "x"},
+        {"since": "nan"},
+        {"since": "1"},
+        {"since": math.nan},
+        {"since": math.inf},
+        {"since": True},
+        {"since": 10**400},
+        {"b": ["net", math.inf]},
     ],
 )
 def test_a_state_of_another_form_is_refused(change: dict[str, Any]) -> None:
@@ -500,8 +510,9 @@ def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys:
     document = look(shadow(rng, 1200, 20000.0), 1)
     assert document["verdict"]["status"] == "abort" and "aborted before" in document["verdict"]["reasons"][0]
     assert json.loads(state.read_text())["status"] == "aborted"
-    state.write_text("{")
-    assert "no state of a release" in look(first, 3)
+    for broken in ("{", "[" * 100_000):
+        state.write_text(broken)
+        assert "no state of a release" in look(first, 3)
 
 
 def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -543,7 +554,8 @@ def test_a_command_that_means_nothing_is_refused(
 def test_labels_are_looked_at(tmp_path: Path) -> None:
     good = json.dumps({"frame": "f", "boxes": [[1, 2, 3, 4, 0]]})
     assert read_truth(written(tmp_path / "t", [good]))["f"].tolist() == [[1, 2, 3, 4, 0]]
-    for bad in ("{", good.replace("4, 0", "4"), good.replace("3", "NaN"), good):
+    huge = good.replace("3", "1" + "0" * 400)
+    for bad in ("{", "[" * 100_000, "[1]", good.replace("4, 0", "4"), good.replace("3", "NaN"), huge, good):
         with pytest.raises(DataError, match="t:2"):
             read_truth(written(tmp_path / "t", [good, bad]))
 

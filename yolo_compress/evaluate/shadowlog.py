@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +24,9 @@ MAX_BAD_SHARE = 0.01  # of the lines; more is another format or a broken disk, a
 MAX_APART_S = (
     60.0  # between the two models' times of one frame, after the clocks are set: farther is not beside each other
 )
+
+
+LARGEST = 1e100  # of a number in a line: an area of boxes is a number still
 
 
 class Frame(NamedTuple):
@@ -99,7 +101,7 @@ def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:  # NaN neither
         raise ValueError(f"{value!r} is no number")
     return float(value)
 
@@ -137,7 +139,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
         try:
             entry = json.loads(line, parse_constant=_no_constant)
             name, boxes_N5 = str(entry["frame"]), _boxes(entry["boxes"], 5)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: no label line ({error!r})") from error
         if name in truth:
             raise DataError(f"{path}:{number}: frame {name!r} is there twice")
