@@ -23,7 +23,7 @@ from yolo_compress.evaluate import release
 from yolo_compress.evaluate.release import STAGES, State, step
 from yolo_compress.evaluate.rollout import ALPHA, Budgets, judge
 from yolo_compress.evaluate.sequential import above, below, log_wealth, mean_bounds, quantile_bounds
-from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, read, read_truth
+from yolo_compress.evaluate.shadowlog import MAX_SKEW_S, Frame, Log, matched, pair, read, read_truth
 from yolo_compress.runtime.pipeline import Found
 from yolo_compress.runtime.robot_detect import shadow_line
 
@@ -176,16 +176,18 @@ def frame(name: str, at: float, boxes: Sequence[Any] = (), ms: float = 10.0, pro
 
 def test_frames_are_paired_by_name_and_set_clocks() -> None:
     a = [frame(f"f{i}", 10.0 * i) for i in range(10)]
-    b = [frame(f"f{i}", 10.0 * i + 5000) for i in range(2, 12)]
+    b = [frame(f"f{i}", 10.0 * i + 0.75) for i in range(2, 12)]
     pairs = pair(a, b)
     assert [one.name for one, _ in pairs.frames] == [f"f{i}" for i in range(2, 10)]
-    assert (pairs.skew_s, pairs.alone_a, pairs.alone_b) == (5000, 2, 2)
+    assert (pairs.skew_s, pairs.alone_a, pairs.alone_b) == (0.75, 2, 2)
+    b[0] = b[0]._replace(at=b[0].at + 1.25)
+    assert len(pair(a, b).frames) == 7, "more than a second from where the others are"
 
 
 def test_a_name_that_comes_again_is_paired_by_time() -> None:
     a = [frame("camera 0#1", at) for at in (0.0, 1000.0, 2000.0)]
-    b = [frame("camera 0#1", at) for at in (1001.0, 2001.0, 9000.0)]
-    assert [(one.at, two.at) for one, two in pair(a, b).frames] == [(1000, 1001), (2000, 2001)]
+    b = [frame("camera 0#1", at) for at in (1000.5, 2000.5, 9000.0)]
+    assert [(one.at, two.at) for one, two in pair(a, b).frames] == [(1000, 1000.5), (2000, 2000.5)]
 
 
 def test_partners_overlap_and_are_of_one_class() -> None:
@@ -326,6 +328,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
         verdict((log_a, log_b), State(A, ("net", 3)))
 
 
+@pytest.mark.parametrize("late", [5.0, -5.0, 1.2, 30 * 86400.0])
+def test_logs_that_were_not_written_beside_each_other_are_refused(late: float) -> None:
+    """The same frame numbers a month later, or of a camera whose other process started 5 s later: frame N is not frame N."""
+    log_a, log_b = shadow(np.random.default_rng(0))
+    later = log_of([f._replace(at=f.at + late) for f in log_b.frames], B)
+    with pytest.raises(DataError, match=r"1\.jsonl and 2\.jsonl: .* (later|earlier) .*not beside each other"):
+        verdict((log_a, later))
+    assert verdict((log_a, log_b))["evidence"]["skew_s"] == 0.1
+
+
 @pytest.mark.slow
 def test_a_whole_look_stands_peeking_too() -> None:
     """Canaries at the edge of a budget, looked at every 50 frames: rarely aborted within it, rarely promoted beyond it."""
@@ -403,7 +415,7 @@ SAID: Counter[str] = Counter()  # what the looks of the state machine came to
 class Release(RuleBasedStateMachine):
     """Logs grow out of order, come twice, stop for a while; canaries turn bad. The release never runs ahead of its evidence."""
 
-    @initialize(skew=st.sampled_from([0.0, -7200.0, 1e6]))
+    @initialize(skew=st.sampled_from([0.0, 0.5, -0.5, -7200.0, 1e6]))
     def start(self, skew: float) -> None:
         self.rng, self.skew, self.time = np.random.default_rng(5), skew, 0.0
         self.state = State(A, B)
@@ -443,6 +455,11 @@ class Release(RuleBasedStateMachine):
         if not unique or self.state.exposure > cap:
             return
         logs = log_of(self.a, A), log_of(list(unique.values()), B)
+        if abs(self.skew) > MAX_SKEW_S:
+            with pytest.raises(DataError, match="not beside each other"):
+                judge(*logs, self.state, QUICK, cap=cap)
+            SAID["refused"] += 1
+            return
         document, after = judge(*logs, self.state, QUICK, cap=cap)
         status = document["verdict"]["status"]
         assert after.exposure <= cap and document["exposure"] == after.exposure
@@ -474,7 +491,7 @@ def test_any_order_of_events() -> None:
             max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, phases=[Phase.generate]
         ),
     )
-    assert set(SAID) == {"advance", "hold", "abort"} and SAID["advance"] > 5, SAID
+    assert set(SAID) == {"advance", "hold", "abort", "refused"} and SAID["advance"] > 5, SAID
 
 
 # The command
@@ -505,6 +522,8 @@ def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys:
     document = look((both[0], both[1]), 0, "cap=5%")
     assert document["verdict"] == {"status": "hold", "reasons": ["the next stage is above the cap of 5%"]}
     assert look((both[0], both[1]), 0)["exposure"] == 0.25
+    kept, apart = state.read_text(), log_of([f._replace(at=f.at + 9) for f in both[1].frames], B)
+    assert "9.1 s later" in look((both[0], apart), 3) and state.read_text() == kept
     assert "cap=5%" in look((both[0], both[1]), 2, "cap=5%") and "stage=1%" in look((both[0], both[1]), 2, "stage=1%")
     assert look(shadow(rng, 600, 9000.0, problems=0.2), 1)["exposure"] == 0
     document = look(shadow(rng, 1200, 20000.0), 1)

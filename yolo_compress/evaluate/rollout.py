@@ -25,7 +25,17 @@ import numpy as np
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate.release import STAGES, State, step
 from yolo_compress.evaluate.sequential import above, below, mean_bounds, quantile_bounds
-from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, partners, unscored
+from yolo_compress.evaluate.shadowlog import (
+    MAX_APART_S,
+    MAX_SKEW_S,
+    Frame,
+    Log,
+    Pairs,
+    matched,
+    pair,
+    partners,
+    unscored,
+)
 
 SCHEMA = 1
 ALPHA = 0.05
@@ -119,16 +129,11 @@ def judge(
         The document (JSON types; NaN and infinity as null), and the state after it.
 
     Raises:
-        DataError: not one frame in common.
+        DataError: not one frame in common, or the logs were not written beside each other.
         RecipeError: A and B are the same model, or not those of the state.
     """
     _check_models(log_a, log_b, state)
-    pairs = pair(log_a.frames, log_b.frames)
-    if not pairs.frames:
-        raise DataError(
-            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
-            "both models have to see the same frames beside each other"
-        )
+    pairs = _paired(log_a, log_b)
     used = _spaced([match for match in pairs.frames if match[0].at > state.since])
     rules = _rules(used, allowed, truth)
     hours = (used[-1][0].at - used[0][0].at) / 3600 if used else 0.0
@@ -174,6 +179,22 @@ def _check_models(log_a: Log, log_b: Log, state: State) -> None:
             f"the logs are of {log_a.model} and {log_b.model}, the release is of {state.a} and {state.b}; "
             "another release needs another state file"
         )
+
+
+def _paired(log_a: Log, log_b: Log) -> Pairs:
+    pairs = pair(log_a.frames, log_b.frames)
+    if abs(pairs.skew_s) > MAX_SKEW_S:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: B says the same frame names {round(abs(pairs.skew_s), 2)} s "
+            f"{'later' if pairs.skew_s > 0 else 'earlier'} than A, {MAX_SKEW_S:g} s may be: not beside each other, or frame numbers of "
+            "two processes that started apart; run both on one robot, on frames whose names say what they are (stamps: ros2_node.py)"
+        )
+    if not pairs.frames:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
+            f"both models have to see the same frames beside each other, within {MAX_APART_S:g} s"
+        )
+    return pairs
 
 
 def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:

@@ -21,9 +21,8 @@ from yolo_compress.errors import DataError, StorageError
 
 SCHEMA = 1
 MAX_BAD_SHARE = 0.01  # of the lines; more is another format or a broken disk, and what is left is no fair sample
-MAX_APART_S = (
-    60.0  # between the two models' times of one frame, after the clocks are set: farther is not beside each other
-)
+MAX_SKEW_S = 1.0  # B's times after A's, in the middle: both run on one robot, by one clock
+MAX_APART_S = 1.0  # between the two times of one frame, less the skew; a camera at 1 Hz shows another scene by then
 
 
 LARGEST = 1e100  # of a number in a line: an area of boxes is a number still
@@ -160,7 +159,8 @@ class Pairs:
 def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
     """Pairs frames by name and, where a name comes more than once (a camera that was restarted), by time.
 
-    B's clock is set by the median difference over the names that are there once; then partners may be `MAX_APART_S` apart.
+    B's lag is the median difference over the names that are there once; less it, partners may be `MAX_APART_S` apart. Whether the lag
+    is one that two models beside each other can have (`MAX_SKEW_S`) is for the caller to ask: names may be alike without it.
     """
     by_name: dict[str, tuple[list[Frame], list[Frame]]] = defaultdict(lambda: ([], []))
     for side, frames in enumerate((frames_a, frames_b)):
