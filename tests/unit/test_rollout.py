@@ -284,12 +284,42 @@ def test_what_is_not_known_yet_is_no_pass(logs: dict[str, Any], allowed: Budgets
 
 
 def test_a_silent_canary_is_no_good_one() -> None:
-    """It died: no line says so."""
+    """It falls out now and then, or its log is still on its way."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
-    log_b = log_of(log_b.frames[:1500], B)
-    document = verdict((log_a, log_b))
+    lines = log_of([f for i, f in enumerate(log_b.frames) if i % 4 != 1], B)
+    document = verdict((log_a, lines))
     assert document["verdict"]["status"] == "hold" and document["evidence"]["silent_b"] == 0.25
     assert "no line for 25%" in document["verdict"]["reasons"][0]
+    for end, hours in ((1500, 0.2), (1910, 0.01)):
+        allowed = replace(QUICK, hours=hours)
+        assert verdict((log_a, log_of(log_b.frames[:end], B)), allowed=allowed)["verdict"]["status"] != "abort"
+
+
+@pytest.mark.parametrize("state", [State(A, B), State(A, B, stage=2, since=300.0), State(A, B, "done", 3, 1499.0)])
+def test_a_dead_canary_is_aborted(state: State) -> None:
+    """No line says so: A's go on for the frames and the hours that evidence needs, and B's do not."""
+    log_a, log_b = shadow(np.random.default_rng(0), 2000)
+    document, after = judge(log_a, log_of(log_b.frames[:1500], B), state, QUICK)
+    assert (document["verdict"]["status"], document["exposure"], after.status) == ("abort", 0, "aborted")
+    assert document["verdict"]["reasons"] == [
+        "B is silent: 499 of A's frames over 0.14 hours come after its last line, 100 over 0.01 are enough"
+    ]
+    off = log_of([*log_a.frames[:1500], *shadow(np.random.default_rng(0), 90, 90_000.0)[0].frames], A)
+    assert judge(off, log_of(log_b.frames[:1500], B), state, QUICK)[0]["verdict"]["status"] != "abort", (
+        "the robot was off"
+    )
+    seen = replace(state, since=1950.0)
+    assert judge(log_a, log_of(log_b.frames[:1500], B), seen, QUICK)[0]["verdict"]["status"] != "abort", (
+        "a log of B from before a stage that it has passed"
+    )
+    burst = log_of([f._replace(at=min(f.at, 1500 + f.at / 1e4)) for f in log_a.frames], A)
+    assert judge(burst, log_of(log_b.frames[:1500], B), state, QUICK)[0]["verdict"]["status"] != "abort"
+
+
+def test_the_default_budgets_abort_a_canary_that_died_hours_ago() -> None:
+    a = [frame(f"f{i}", 9.0 * i, [BOX]) for i in range(4000)]
+    logs = log_of(a, A), log_of(a[:100], B)
+    assert verdict(logs, State(A, B, stage=2), Budgets())["verdict"]["status"] == "abort"
 
 
 def test_what_was_good_once_and_is_bad_now_does_not_advance() -> None:
