@@ -72,7 +72,7 @@ def _load(path: Path) -> release.State | None:
         raise StorageError(f"cannot read {path}: {error}") from error
     try:
         return release.state_from(json.loads(text), str(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no state of a release ({error}); remove it to begin a new one at 1 %") from error
 
 

@@ -23,7 +23,7 @@ from yolo_compress.evaluate import release
 from yolo_compress.evaluate.release import STAGES, State, step
 from yolo_compress.evaluate.rollout import ALPHA, Budgets, judge
 from yolo_compress.evaluate.sequential import above, below, log_wealth, mean_bounds, quantile_bounds
-from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, read, read_truth
+from yolo_compress.evaluate.shadowlog import MAX_SKEW_S, Frame, Log, matched, pair, read, read_truth
 from yolo_compress.runtime.pipeline import Found
 from yolo_compress.runtime.robot_detect import shadow_line
 
@@ -149,6 +149,9 @@ BAD = {
     "bool": line("f", 1, boxes=[[10, 10, 50, 60, True, 0]]),
     "deep": "[" * 5000,
     "huge": line("f", 1).replace("10.0", "1e999"),
+    "400 digits": line("f", 1).replace("10.0", "1" + "0" * 400),
+    "400 digits in a box": line("f", 1, boxes=[[10, 10, 10**400, 60, 0.5, 0]]),
+    "a box whose area is no number": line("f", 1, boxes=[[0, 0, 1e200, 1e200, 0.5, 0]]),
 }
 
 
@@ -173,16 +176,18 @@ def frame(name: str, at: float, boxes: Sequence[Any] = (), ms: float = 10.0, pro
 
 def test_frames_are_paired_by_name_and_set_clocks() -> None:
     a = [frame(f"f{i}", 10.0 * i) for i in range(10)]
-    b = [frame(f"f{i}", 10.0 * i + 5000) for i in range(2, 12)]
+    b = [frame(f"f{i}", 10.0 * i + 0.75) for i in range(2, 12)]
     pairs = pair(a, b)
     assert [one.name for one, _ in pairs.frames] == [f"f{i}" for i in range(2, 10)]
-    assert (pairs.skew_s, pairs.alone_a, pairs.alone_b) == (5000, 2, 2)
+    assert (pairs.skew_s, pairs.alone_a, pairs.alone_b) == (0.75, 2, 2)
+    b[0] = b[0]._replace(at=b[0].at + 1.25)
+    assert len(pair(a, b).frames) == 7, "more than a second from where the others are"
 
 
 def test_a_name_that_comes_again_is_paired_by_time() -> None:
     a = [frame("camera 0#1", at) for at in (0.0, 1000.0, 2000.0)]
-    b = [frame("camera 0#1", at) for at in (1001.0, 2001.0, 9000.0)]
-    assert [(one.at, two.at) for one, two in pair(a, b).frames] == [(1000, 1001), (2000, 2001)]
+    b = [frame("camera 0#1", at) for at in (1000.5, 2000.5, 9000.0)]
+    assert [(one.at, two.at) for one, two in pair(a, b).frames] == [(1000, 1000.5), (2000, 2000.5)]
 
 
 def test_partners_overlap_and_are_of_one_class() -> None:
@@ -279,12 +284,42 @@ def test_what_is_not_known_yet_is_no_pass(logs: dict[str, Any], allowed: Budgets
 
 
 def test_a_silent_canary_is_no_good_one() -> None:
-    """It died: no line says so."""
+    """It falls out now and then, or its log is still on its way."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
-    log_b = log_of(log_b.frames[:1500], B)
-    document = verdict((log_a, log_b))
+    lines = log_of([f for i, f in enumerate(log_b.frames) if i % 4 != 1], B)
+    document = verdict((log_a, lines))
     assert document["verdict"]["status"] == "hold" and document["evidence"]["silent_b"] == 0.25
     assert "no line for 25%" in document["verdict"]["reasons"][0]
+    for end, hours in ((1500, 0.2), (1910, 0.01)):
+        allowed = replace(QUICK, hours=hours)
+        assert verdict((log_a, log_of(log_b.frames[:end], B)), allowed=allowed)["verdict"]["status"] != "abort"
+
+
+@pytest.mark.parametrize("state", [State(A, B), State(A, B, stage=2, since=300.0), State(A, B, "done", 3, 1499.0)])
+def test_a_dead_canary_is_aborted(state: State) -> None:
+    """No line says so: A's go on for the frames and the hours that evidence needs, and B's do not."""
+    log_a, log_b = shadow(np.random.default_rng(0), 2000)
+    document, after = judge(log_a, log_of(log_b.frames[:1500], B), state, QUICK)
+    assert (document["verdict"]["status"], document["exposure"], after.status) == ("abort", 0, "aborted")
+    assert document["verdict"]["reasons"] == [
+        "B is silent: 499 of A's frames over 0.14 hours come after its last line, 100 over 0.01 are enough"
+    ]
+    off = log_of([*log_a.frames[:1500], *shadow(np.random.default_rng(0), 90, 90_000.0)[0].frames], A)
+    assert judge(off, log_of(log_b.frames[:1500], B), state, QUICK)[0]["verdict"]["status"] != "abort", (
+        "the robot was off"
+    )
+    seen = replace(state, since=1950.0)
+    assert judge(log_a, log_of(log_b.frames[:1500], B), seen, QUICK)[0]["verdict"]["status"] != "abort", (
+        "a log of B from before a stage that it has passed"
+    )
+    burst = log_of([f._replace(at=min(f.at, 1500 + f.at / 1e4)) for f in log_a.frames], A)
+    assert judge(burst, log_of(log_b.frames[:1500], B), state, QUICK)[0]["verdict"]["status"] != "abort"
+
+
+def test_the_default_budgets_abort_a_canary_that_died_hours_ago() -> None:
+    a = [frame(f"f{i}", 9.0 * i, [BOX]) for i in range(4000)]
+    logs = log_of(a, A), log_of(a[:100], B)
+    assert verdict(logs, State(A, B, stage=2), Budgets())["verdict"]["status"] == "abort"
 
 
 def test_what_was_good_once_and_is_bad_now_does_not_advance() -> None:
@@ -321,6 +356,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
         verdict((log_a, log_of([f._replace(name="x" + f.name) for f in log_b.frames], B)))
     with pytest.raises(RecipeError, match="another release"):
         verdict((log_a, log_b), State(A, ("net", 3)))
+
+
+@pytest.mark.parametrize("late", [5.0, -5.0, 1.2, 30 * 86400.0])
+def test_logs_that_were_not_written_beside_each_other_are_refused(late: float) -> None:
+    """The same frame numbers a month later, or of a camera whose other process started 5 s later: frame N is not frame N."""
+    log_a, log_b = shadow(np.random.default_rng(0))
+    later = log_of([f._replace(at=f.at + late) for f in log_b.frames], B)
+    with pytest.raises(DataError, match=r"1\.jsonl and 2\.jsonl: .* (later|earlier) .*not beside each other"):
+        verdict((log_a, later))
+    assert verdict((log_a, log_b))["evidence"]["skew_s"] == 0.1
 
 
 @pytest.mark.slow
@@ -380,6 +425,13 @@ def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str]
         {"status": "done"},
         {"a": ["net"]},
         {"since": "x"},
+        {"since": "nan"},
+        {"since": "1"},
+        {"since": math.nan},
+        {"since": math.inf},
+        {"since": True},
+        {"since": 10**400},
+        {"b": ["net", math.inf]},
     ],
 )
 def test_a_state_of_another_form_is_refused(change: dict[str, Any]) -> None:
@@ -393,7 +445,7 @@ SAID: Counter[str] = Counter()  # what the looks of the state machine came to
 class Release(RuleBasedStateMachine):
     """Logs grow out of order, come twice, stop for a while; canaries turn bad. The release never runs ahead of its evidence."""
 
-    @initialize(skew=st.sampled_from([0.0, -7200.0, 1e6]))
+    @initialize(skew=st.sampled_from([0.0, 0.5, -0.5, -7200.0, 1e6]))
     def start(self, skew: float) -> None:
         self.rng, self.skew, self.time = np.random.default_rng(5), skew, 0.0
         self.state = State(A, B)
@@ -433,6 +485,11 @@ class Release(RuleBasedStateMachine):
         if not unique or self.state.exposure > cap:
             return
         logs = log_of(self.a, A), log_of(list(unique.values()), B)
+        if abs(self.skew) > MAX_SKEW_S:
+            with pytest.raises(DataError, match="not beside each other"):
+                judge(*logs, self.state, QUICK, cap=cap)
+            SAID["refused"] += 1
+            return
         document, after = judge(*logs, self.state, QUICK, cap=cap)
         status = document["verdict"]["status"]
         assert after.exposure <= cap and document["exposure"] == after.exposure
@@ -464,7 +521,7 @@ def test_any_order_of_events() -> None:
             max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, phases=[Phase.generate]
         ),
     )
-    assert set(SAID) == {"advance", "hold", "abort"} and SAID["advance"] > 5, SAID
+    assert set(SAID) == {"advance", "hold", "abort", "refused"} and SAID["advance"] > 5, SAID
 
 
 # The command
@@ -495,13 +552,16 @@ def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys:
     document = look((both[0], both[1]), 0, "cap=5%")
     assert document["verdict"] == {"status": "hold", "reasons": ["the next stage is above the cap of 5%"]}
     assert look((both[0], both[1]), 0)["exposure"] == 0.25
+    kept, apart = state.read_text(), log_of([f._replace(at=f.at + 9) for f in both[1].frames], B)
+    assert "9.1 s later" in look((both[0], apart), 3) and state.read_text() == kept
     assert "cap=5%" in look((both[0], both[1]), 2, "cap=5%") and "stage=1%" in look((both[0], both[1]), 2, "stage=1%")
     assert look(shadow(rng, 600, 9000.0, problems=0.2), 1)["exposure"] == 0
     document = look(shadow(rng, 1200, 20000.0), 1)
     assert document["verdict"]["status"] == "abort" and "aborted before" in document["verdict"]["reasons"][0]
     assert json.loads(state.read_text())["status"] == "aborted"
-    state.write_text("{")
-    assert "no state of a release" in look(first, 3)
+    for broken in ("{", "[" * 100_000):
+        state.write_text(broken)
+        assert "no state of a release" in look(first, 3)
 
 
 def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -543,7 +603,8 @@ def test_a_command_that_means_nothing_is_refused(
 def test_labels_are_looked_at(tmp_path: Path) -> None:
     good = json.dumps({"frame": "f", "boxes": [[1, 2, 3, 4, 0]]})
     assert read_truth(written(tmp_path / "t", [good]))["f"].tolist() == [[1, 2, 3, 4, 0]]
-    for bad in ("{", good.replace("4, 0", "4"), good.replace("3", "NaN"), good):
+    huge = good.replace("3", "1" + "0" * 400)
+    for bad in ("{", "[" * 100_000, "[1]", good.replace("4, 0", "4"), good.replace("3", "NaN"), huge, good):
         with pytest.raises(DataError, match="t:2"):
             read_truth(written(tmp_path / "t", [good, bad]))
 

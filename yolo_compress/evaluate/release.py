@@ -69,12 +69,14 @@ def state_from(document: Any, where: str) -> State:
     """
     try:
         since = document["since"]
+        if since is not None and (type(since) not in (int, float) or not math.isfinite(since)):
+            raise ValueError(f"since is {since!r}")
         a, b = ((str(document[key][0]), int(document[key][1])) for key in ("a", "b"))
         state = State(a, b, document["status"], document["stage"], -math.inf if since is None else float(since))
         formed = document["schema"] == SCHEMA and state.status in ("running", "aborted", "done")
         formed &= type(state.stage) is int and 0 <= state.stage < len(STAGES)
         formed &= state.status != "done" or state.stage == len(STAGES) - 1
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{where}: no state of a release ({error!r}); remove it to begin a new one at 1 %") from error
     if not formed:
         raise DataError(f"{where}: no state of a release; remove it to begin a new one at 1 %")

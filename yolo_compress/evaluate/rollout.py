@@ -2,13 +2,16 @@
 
 A rule compares one quantity with its budget, by a test that may be looked at at any time (`sequential.py`). At each look:
 
-    abort    some rule is surely beyond its budget
+    abort    some rule is surely beyond its budget, or B is dead: A went on without it for as many frames and hours as evidence needs
     advance  every rule is surely within its budget, on enough frames over enough time, and the later half of them agrees
     hold     anything else: what is not known yet is no pass
 
 Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one that
 is beyond some budget advances with probability `ALPHA` at most. Each stage, and the time after the last, takes its evidence from frames
 of its own, and a fifth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
+
+These levels are of the rules. Silence is no sample: a dead process, or a log of B that was handed in so much shorter than A's. A canary
+that falls out and comes back is held while it lacks more than `MAX_SILENT` of A's frames.
 
 What it cannot see: night, if it was day; and what both models miss, unless there are labels (`truth`).
 """
@@ -25,7 +28,17 @@ import numpy as np
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate.release import STAGES, State, step
 from yolo_compress.evaluate.sequential import above, below, mean_bounds, quantile_bounds
-from yolo_compress.evaluate.shadowlog import Frame, Log, matched, pair, partners, unscored
+from yolo_compress.evaluate.shadowlog import (
+    MAX_APART_S,
+    MAX_SKEW_S,
+    Frame,
+    Log,
+    Pairs,
+    matched,
+    pair,
+    partners,
+    unscored,
+)
 
 SCHEMA = 1
 ALPHA = 0.05
@@ -119,21 +132,19 @@ def judge(
         The document (JSON types; NaN and infinity as null), and the state after it.
 
     Raises:
-        DataError: not one frame in common.
+        DataError: not one frame in common, or the logs were not written beside each other.
         RecipeError: A and B are the same model, or not those of the state.
     """
     _check_models(log_a, log_b, state)
-    pairs = pair(log_a.frames, log_b.frames)
-    if not pairs.frames:
-        raise DataError(
-            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
-            "both models have to see the same frames beside each other"
-        )
+    pairs = _paired(log_a, log_b)
     used = _spaced([match for match in pairs.frames if match[0].at > state.since])
     rules = _rules(used, allowed, truth)
     hours = (used[-1][0].at - used[0][0].at) / 3600 if used else 0.0
     silent = _silent_share(log_a, pairs.frames, state.since)
     status, reasons = _verdict(rules, len(used), hours, silent, allowed)
+    dead = _dead(log_a, max(log_b.frames[-1].at - pairs.skew_s, state.since), allowed)
+    if dead:
+        status, reasons = "abort", [*(reasons if status == "abort" else []), dead]
     after = step(state, status, used[-1][0].at if used else state.since, cap)
     if status == "advance" and after == state:
         whole = "B runs on every robot already, and is within its budgets"
@@ -176,6 +187,22 @@ def _check_models(log_a: Log, log_b: Log, state: State) -> None:
         )
 
 
+def _paired(log_a: Log, log_b: Log) -> Pairs:
+    pairs = pair(log_a.frames, log_b.frames)
+    if abs(pairs.skew_s) > MAX_SKEW_S:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: B says the same frame names {round(abs(pairs.skew_s), 2)} s "
+            f"{'later' if pairs.skew_s > 0 else 'earlier'} than A, {MAX_SKEW_S:g} s may be: not beside each other, or frame numbers of "
+            "two processes that started apart; run both on one robot, on frames whose names say what they are (stamps: ros2_node.py)"
+        )
+    if not pairs.frames:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
+            f"both models have to see the same frames beside each other, within {MAX_APART_S:g} s"
+        )
+    return pairs
+
+
 def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:
     """Those at least `SPACING_S` after the one before; chosen by time alone, so that no outcome has a say."""
     found: list[tuple[Frame, Frame]] = []
@@ -189,6 +216,18 @@ def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float
     """Of A's frames, those that B says nothing of: a canary that is dead writes no problem."""
     after = sum(frame.at > since for frame in log_a.frames)
     return 1 - sum(one.at > since for one, _ in pairs) / after if after else 0.0
+
+
+def _dead(log_a: Log, last_b: float, allowed: Budgets) -> str | None:
+    """Why B counts as dead: the frames of A after B's last line would be evidence enough of a stage; shorter is a log on its way."""
+    lone = [a for a, _ in _spaced([(frame, frame) for frame in log_a.frames if frame.at > last_b + MAX_APART_S])]
+    hours = (lone[-1].at - lone[0].at) / 3600 if lone else 0.0
+    if len(lone) < max(allowed.frames, 1) or hours < allowed.hours:
+        return None
+    return (
+        f"B is silent: {len(lone)} of A's frames over {hours:.2f} hours come after its last line, "
+        f"{allowed.frames} over {allowed.hours:g} are enough"
+    )
 
 
 MAX_SILENT = 0.1  # a log that is still on its way, or a robot that was off; above it the pairs are no fair sample

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,9 +21,11 @@ from yolo_compress.errors import DataError, StorageError
 
 SCHEMA = 1
 MAX_BAD_SHARE = 0.01  # of the lines; more is another format or a broken disk, and what is left is no fair sample
-MAX_APART_S = (
-    60.0  # between the two models' times of one frame, after the clocks are set: farther is not beside each other
-)
+MAX_SKEW_S = 1.0  # B's times after A's, in the middle: both run on one robot, by one clock
+MAX_APART_S = 1.0  # between the two times of one frame, less the skew; a camera at 1 Hz shows another scene by then
+
+
+LARGEST = 1e100  # of a number in a line: an area of boxes is a number still
 
 
 class Frame(NamedTuple):
@@ -99,7 +100,7 @@ def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:  # NaN neither
         raise ValueError(f"{value!r} is no number")
     return float(value)
 
@@ -137,7 +138,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
         try:
             entry = json.loads(line, parse_constant=_no_constant)
             name, boxes_N5 = str(entry["frame"]), _boxes(entry["boxes"], 5)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: no label line ({error!r})") from error
         if name in truth:
             raise DataError(f"{path}:{number}: frame {name!r} is there twice")
@@ -158,7 +159,8 @@ class Pairs:
 def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
     """Pairs frames by name and, where a name comes more than once (a camera that was restarted), by time.
 
-    B's clock is set by the median difference over the names that are there once; then partners may be `MAX_APART_S` apart.
+    B's lag is the median difference over the names that are there once; less it, partners may be `MAX_APART_S` apart. Whether the lag
+    is one that two models beside each other can have (`MAX_SKEW_S`) is for the caller to ask: names may be alike without it.
     """
     by_name: dict[str, tuple[list[Frame], list[Frame]]] = defaultdict(lambda: ([], []))
     for side, frames in enumerate((frames_a, frames_b)):
