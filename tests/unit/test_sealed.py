@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -220,6 +221,21 @@ def test_the_pinned_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         pinned_key()
     (tmp_path / "gone.pub").write_text(OTHER.hex())
     assert pinned_key() == OTHER, "before the machine's"
+
+
+def test_a_key_that_cannot_be_reached_does_not_read_as_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(sealed.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(sealed, "KEY_FILE", str(tmp_path / "etc" / "bundle.pub"))
+    assert pinned_key() is None
+
+    def closed(*_: object, **__: object) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:  # chmod does not keep root out
+        patch.setattr(os, "lstat", closed)
+        patch.setattr(Path, "read_text", closed)
+        with pytest.raises(BundleRefused, match="Permission denied"):
+            pinned_key()
 
 
 def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) -> None:

@@ -522,6 +522,9 @@ EVIL = {
     "large": [member("large", b"x" * 5000)],
     "many": [member(f"f{i}") for i in range(12)],
     "empty": [],
+    "an engine of the carrier's": [member("manifest.json"), member("engines/onnxruntime-fp32/engine.json")],
+    "the same, in a folder": [member("b/manifest.json"), member("b/engines/onnxruntime-fp32/engine.json")],
+    "a device of the carrier's": [member("manifest.json"), member("device.json")],
 }
 
 
@@ -546,6 +549,15 @@ def test_a_gzip_bomb_and_a_claim_of_a_huge_header_are_refused(tmp_path: Path) ->
     (tmp_path / "huge.tar").write_bytes(header.tobuf() + bytes(4096))
     with pytest.raises(BundleRefused, match="header"):
         unpack(tmp_path / "huge.tar", tmp_path / "into2")
+
+
+def test_headers_that_only_announce_headers_are_refused(tmp_path: Path) -> None:
+    """`tarfile` follows them by recursion."""
+    header, _ = member("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    (tmp_path / "deep.tar").write_bytes((header.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 3000)
+    with pytest.raises(BundleRefused):
+        unpack(tmp_path / "deep.tar", tmp_path / "into")
 
 
 @given(

@@ -120,8 +120,13 @@ def pinned_key() -> Optional[bytes]:
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
-    if not named and not os.path.lexists(str(path)):
-        return None
+    if not named:
+        try:
+            os.lstat(str(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            pass  # there, perhaps, but out of reach: said below
     try:
         return key_of(path.read_text(encoding="ascii"))
     except OSError as error:

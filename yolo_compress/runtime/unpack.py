@@ -20,7 +20,7 @@ MAX_FILES = 10000
 _READ = 1 << 20  # at a time; also the largest header of a tar that is read whole
 _MAX_DEPTH = 16
 
-_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
 
 _Member = Tuple[str, int, BinaryIO]
 
@@ -55,6 +55,9 @@ def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int 
     root = into / entries[0] if MANIFEST not in entries and len(entries) == 1 else into
     if not (root / MANIFEST).is_file():
         raise BundleRefused(f"{bundle}: holds no {MANIFEST}; is it a bundle?")
+    for name in MADE_HERE:  # no manifest vouches for it, so it must not come from outside
+        if os.path.lexists(str(root / name)):
+            raise BundleRefused(f"{bundle}: holds {name!r}, which only the robot's own commands make; refused")
     return root
 
 
