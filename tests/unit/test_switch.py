@@ -114,6 +114,11 @@ def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     assert running(slots) == 2
 
 
+def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleRefused, match="gate None, an object expected"):
+        put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
+
+
 def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:
     slots = Slots(tmp_path / "root")
     for version in (1, 5):

@@ -18,7 +18,7 @@ from . import jetson
 from .backend import PRECISIONS, load_info, sha256_file
 from .engine import BACKENDS
 from .errors import EngineError, RuntimeUnavailable
-from .robot import ENGINES, HERE, Bundle, guarded, opened, say
+from .robot import ENGINES, HERE, Bundle, guarded, opened, outside, positive, say
 from .sealed import BundleRefused
 from .tensorrt_build import TIMING_CACHE
 
@@ -31,7 +31,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     parser = argparse.ArgumentParser(prog="build.py", description=__doc__)
     parser.add_argument("--runtime", choices=sorted(BACKENDS), action="append", help="default: what works here")
     parser.add_argument("--precision", choices=PRECISIONS, action="append", help="default: all of the bundle")
-    parser.add_argument("--workspace-mib", type=_positive, help="TensorRT's limit of scratch memory")
+    parser.add_argument("--workspace-mib", type=positive, help="TensorRT's limit of scratch memory")
     parser.add_argument(
         "--timing-cache", type=Path, help="of an earlier build on this device (default: its own last one)"
     )
@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         bundle = opened(directory)
         built = build(
             bundle,
-            options.out or directory / ENGINES,
+            outside(bundle, options.out or directory / ENGINES, "--out"),
             choose_runtimes(options.runtime),
             options.precision or bundle.precisions,
             workspace_mib=options.workspace_mib,
@@ -167,10 +167,3 @@ def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Option
 def library_version(runtime: str) -> str:
     """Version of the engine library as it is installed here; the runtime works."""
     return str(sys.modules[runtime].__version__)  # imported by its `probe`
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value

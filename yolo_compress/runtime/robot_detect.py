@@ -12,7 +12,7 @@ from typing import IO, Any, Callable, List, Optional, Sequence
 from .draw import line, write_picture
 from .errors import SourceError
 from .pipeline import Found, open_pipeline
-from .robot import HERE, Bundle, engine_folder, guarded, opened, say
+from .robot import HERE, Bundle, engine_folder, guarded, opened, outside, positive, say
 from .sources import open_source
 
 SHADOW_SCHEMA = 1
@@ -23,18 +23,23 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
     parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
-    parser.add_argument("--engines", type=int, help="of it that run at a time (default: one a processor, one on a GPU)")
+    parser.add_argument(
+        "--engines", type=positive, help="of it that run at a time (default: one a processor, one on a GPU)"
+    )
     parser.add_argument("--conf", type=_share, default=0.25, help="least score (default 0.25)")
     parser.add_argument("--iou", type=_share, default=0.7, help="overlap above which the worse box goes (default 0.7)")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the pictures with their boxes there")
     parser.add_argument("--shadow", type=Path, metavar="FILE", help="append a line a frame, for yolo-compress rollout")
-    parser.add_argument("--limit", type=int, metavar="N", help="stop after so many pictures")
+    parser.add_argument("--limit", type=positive, metavar="N", help="stop after so many pictures")
     parser.add_argument("--quiet", action="store_true", help="no lines on stdout")
     options = parser.parse_args(argv)
     return guarded(lambda: _detect(opened(directory), options))
 
 
 def _detect(bundle: Bundle, options: Any) -> int:
+    for option, path in (("--shadow", options.shadow), ("--draw", options.draw)):
+        if path is not None:
+            outside(bundle, path, option)
     engine = engine_folder(bundle, options.engine)
     source = open_source(options.source)
     engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open

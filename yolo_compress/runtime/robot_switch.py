@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from .errors import EngineError, RuntimeFailure
-from .robot import guarded
+from .robot import guarded, mapping
 from .sealed import MANIFEST, BundleRefused, pinned_key, verify
 from .slots import NAMES, Slots
 from .unpack import unpack
@@ -113,7 +113,7 @@ def install(
             current = slots.current()
             if current is None or slots.mark(current) != mark:
                 _check_newer(bundle, mark["version"], slots.newest())
-                if not force and manifest.get("gate", {}).get("passed") is False:
+                if not force and mapping(manifest, "gate", there / MANIFEST).get("passed") is False:
                     raise BundleRefused(f"{bundle}: its gate failed on the workstation; --force takes it all the same")
                 _take(slots, there, mark, build, health)
         finally:

@@ -23,7 +23,11 @@ from .errors import EngineError
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 SCHEMA = 1
-MADE_HERE = ("engines", "device.json")  # what the robot's own commands write at the root; not vouched for
+MADE_HERE = (
+    "engines",
+    "device.json",
+    "device.json.partial",
+)  # what the robot's own commands write at the root; not vouched for
 KEY_VARIABLE = "YOLO_COMPRESS_KEY"
 KEY_FILE = "/etc/yolo_compress/bundle.pub"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
