@@ -114,6 +114,14 @@ def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     assert running(slots) == 2
 
 
+def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(sealed.KEY_VARIABLE, "bundle.pub")
+    (tmp_path / "slot").mkdir()
+    (tmp_path / "slot" / "build.py").write_text(f"import os\nopen(os.environ[{sealed.KEY_VARIABLE!r}])\n")
+    robot_switch.build(tmp_path / "slot")
+
+
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleRefused, match="gate None, an object expected"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import secrets
 import shutil
 import tarfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,8 +249,12 @@ def _publish(root: Path, partial: Path, out: Path) -> None:
         replace(root, out)
         return
     archive = partial / "archive"
-    with tarfile.open(archive, "w:gz" if out.name.endswith(".gz") else "w") as tar:
-        tar.add(root, root.name, filter=_plain)
+    with ExitStack() as stack:
+        stream: Any = stack.enter_context(open(archive, "wb"))
+        if out.name.endswith(".gz"):  # by itself tarfile writes the file's name and the time into gzip's header
+            stream = stack.enter_context(gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0))
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            tar.add(root, root.name, filter=_plain)
     fsync_file(archive)
     replace(archive, out)
 

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from .errors import EngineError, RuntimeFailure
 from .robot import guarded, mapping
-from .sealed import MANIFEST, BundleRefused, pinned_key, verify
+from .sealed import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from .slots import NAMES, Slots
 from .unpack import unpack
 
@@ -61,6 +61,8 @@ def _run(slot: Path, command: List[str], seconds: float) -> None:
     environment = dict(
         os.environ, PYTHONDONTWRITEBYTECODE="1"
     )  # a .pyc would be a file that the manifest does not know
+    if environment.get(KEY_VARIABLE):  # the child runs in another folder
+        environment[KEY_VARIABLE] = os.path.abspath(environment[KEY_VARIABLE])
     words = [sys.executable, str(slot / command[0])] + command[1:]
     try:
         done = subprocess.run(
