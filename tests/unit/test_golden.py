@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from yolo_compress.bundle.golden import BOX_PX, SCORE, _chosen, confidence, tolerate
+from yolo_compress.bundle import golden as making
+from yolo_compress.bundle.golden import BOX_PX, SCORE, confidence, tolerate
+from yolo_compress.errors import DataError
 from yolo_compress.runtime import golden
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.golden import Difference, difference
@@ -86,19 +89,43 @@ def test_a_net_that_is_sure_of_little_is_tested_at_what_it_is_sure_of() -> None:
     low = A * np.array([1, 1, 1, 1, 0.1, 1], np.float32)
     assert confidence([low, low], 2) == pytest.approx(0.09)
     assert confidence([low[:0]], 2) == 0.25
+    assert confidence([low[2:3]], 2) == pytest.approx(0.02), "all there are, where there are fewer"
 
 
-def test_images_with_boxes_come_first_and_a_dead_engine_never_passes() -> None:
-    nothing = A[:0]
-    found = [nothing] * 32
-    found[9] = found[17] = found[30] = A
-    chosen = _chosen(found, 0.25, 4)
-    assert {9, 17, 30} < set(chosen) and len(chosen) == 4
-    assert _chosen([A] * 8, 0.25, 2) == _chosen([A] * 8, 0.25, 2) and len(_chosen([A] * 8, 0.25, 2)) == 2
-    half = {"onnxruntime-fp32": [A, A], "onnxruntime-int8": [A, nothing]}
-    for boxes in (1, 2, 3, 8):
-        tolerances, _ = tolerate(half, 0.25, boxes)
-        assert all(one["unmatched"] < boxes for one in tolerances.values())
+def scored(*scores: float) -> np.ndarray:
+    return np.array([[10 + 60 * i, 10, 50 + 60 * i, 50, s, 0] for i, s in enumerate(scores)], float).reshape(-1, 6)
+
+
+def test_images_with_boxes_are_chosen_first_however_few() -> None:
+    found = [scored(0.05)] * 32
+    for i in (1, 2, 3):
+        found[i] = scored(0.9, 0.8)
+    assert making._chosen(found, 0.25, 4) == [0, 1, 2, 3]
+    assert making._chosen(found, 0.25, 2) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"a-int8": [scored(0.9)], "b-int8": [scored(0.9)]},
+        {"a-fp32": [scored(0.9, 0.9, 0.9, 0.9)], "a-int8": [scored(0.9, 0.9)]},
+    ],
+)
+def test_an_engine_that_finds_nothing_fails_whatever_the_others_differ_by(found: dict[str, Any]) -> None:
+    expected = next(iter(found.values()))
+    tolerances, _ = tolerate(found, 0.25, len(expected[0]))
+    dead = difference(expected, [scored()], 0.25)
+    assert all(golden._reason(dead, tolerance) for tolerance in tolerances.values())
+
+
+def test_a_net_that_finds_nothing_makes_no_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "0.npy", np.zeros((8, 8, 3), np.uint8))
+    dataset: Any = SimpleNamespace(val=[SimpleNamespace(image=tmp_path / "0.npy", name="0")])
+    monkeypatch.setattr(making, "read_image", np.load)
+    monkeypatch.setattr(making, "_detected", lambda engines, images: ({"onnxruntime-fp32": [scored()]}, {}))
+    engines: Any = None
+    with pytest.raises(DataError, match="finds nothing above"):
+        making.write(tmp_path / "golden", dataset, engines, 1)
 
 
 class Fixed:

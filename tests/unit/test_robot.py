@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.ort import OrtBackend
-from yolo_compress.runtime.sealed import seal, verify
+from yolo_compress.runtime.sealed import seal
 
 COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
     "build": (robot_build.main, ["--runtime", "onnxruntime"]),
@@ -325,43 +326,97 @@ class Watts:
 
 
 def test_energy_is_watts_over_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robot_bench, "throughput", lambda folder, images, seconds, meter: 40.0)
+    monkeypatch.setattr(robot_bench, "throughput", lambda folder, images, duration_s, meter: 40.0)
     meter: Any = Watts()
     found = robot_bench._power(Path("a"), robot_bench.Plan(), meter, [])
     assert found == {"power_w": 8.0, "energy_mj_per_frame": pytest.approx(200.0)}
 
 
-def test_the_meter_runs_with_the_load_and_not_while_the_engine_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
+def test_watts_are_of_the_load_and_not_of_the_engines_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [False]
 
-    class Metered(Watts):
-        def __enter__(self) -> Watts:
-            events.append("on")
-            return self
+    class Rails(jetson.Meter):
+        def __init__(self) -> None:
+            super().__init__(interval_s=0.01)
+            self.source, self._rails = "drawn", [None]  # type: ignore[list-item]
 
-        def __exit__(self, *_: object) -> None:
-            events.append("off")
+        def _rail_loop(self) -> None:
+            while not self._over.wait(self._interval_s):
+                self._keep(20.0 if busy[0] else 5.0)
 
-    @contextlib.contextmanager
-    def opening(folder: Path) -> Iterator[Any]:
-        events.append("open")
-        yield lambda pictures: (events.append("frame") or one for one in pictures)  # type: ignore[func-returns-value]
-        events.append("closed")
+    @contextmanager
+    def slow(folder: Path) -> Iterator[Callable[[Any], Any]]:
+        def pipeline(source: Any) -> Any:
+            busy[0] = True
+            for picture in source:
+                time.sleep(0.002)
+                yield picture
 
-    monkeypatch.setattr(robot_bench, "open_pipeline", opening)
-    meter: Any = Metered()
-    robot_bench.throughput(Path("a"), [np.zeros((2, 2, 3), np.uint8)], 0.01, meter)
-    assert events[0] == "open" and events[-2:] == ["off", "closed"]
-    under = events[events.index("on") : events.index("off")]
-    assert set(under[1:]) == {"frame"} and "frame" in events[: events.index("on")], "warm-up is not under load"
+        time.sleep(0.2)
+        yield pipeline
+        busy[0] = False
+        time.sleep(0.1)
+
+    monkeypatch.setattr(robot_bench, "open_pipeline", slow)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    found = robot_bench._power(Path("a"), robot_bench.Plan(power_s=0.2), Rails(), [picture])
+    assert found["power_w"] == 20.0
 
 
-@pytest.mark.parametrize("words", [["--shadow", "log.jsonl"], ["--draw", "pictures"]])
-def test_nothing_is_written_where_the_manifest_would_not_know_it(bundle: Path, words: list[str]) -> None:
-    words = [words[0], str(bundle / words[1])]
-    assert run("detect", bundle, *words) == 3
-    assert run("bench", bundle, "--out", str(bundle / "x.json")) == 3
-    assert not (bundle / "log.jsonl").exists() and not (bundle / "pictures").exists() and verify(bundle)
+def test_what_would_be_written_into_the_bundle_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = [str(bundle / "golden" / "0.npy")]
+    for main, words in (
+        (robot_detect.main, [*here, "--shadow", str(bundle / "log")]),
+        (robot_detect.main, [*here, "--draw", str(bundle / "golden")]),
+        (robot_bench.main, ["--out", str(bundle / "mine.json")]),
+        (robot_build.main, ["--out", str(bundle)]),
+    ):
+        assert main(words, bundle) == 5 and "lies in the bundle" in capsys.readouterr().err
+    assert robot_detect.main([*here, "--shadow", str(bundle.parent / "log")], bundle) == 0
+    (bundle / "device.json.partial").write_text("")
+    assert run("detect", bundle) == 0, "a bench.py that was killed is no objection"
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (robot_detect.main, ["0.npy", "--engines", "-1"]),
+        (robot_detect.main, ["0.npy", "--limit", "0"]),
+        (robot_bench.main, ["--power-s", "0"]),
+        (robot_bench.main, ["--power-s", "nan"]),
+        (robot_bench.main, ["--iterations", "-5"]),
+        (robot_bench.main, ["--threads", "0"]),
+        (robot_build.main, ["--workspace-mib", "0"]),
+    ],
+)
+def test_numbers_that_mean_nothing_are_a_usage_error(
+    main: Callable[..., int], words: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words, bundle)
+    assert ended.value.code == 2 and "invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"imgsz": ["a", "b"]},
+        {"imgsz": [0, 64]},
+        {"names": 5},
+        {"names": ["\ud800"]},
+        {"name": 1},
+        {"gate": None},
+        {"val": None},
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(
+    change: dict[str, Any], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    about = {key: value for key, value in manifest.items() if key not in ("files", "schema", "version")}
+    seal(bundle, {**about, **change}, 4, None)
+    for command in COMMANDS:
+        assert run(command, bundle) == 5 and "make " in capsys.readouterr().err
 
 
 def test_a_latency_table_is_of_floats(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -222,6 +223,21 @@ def test_the_pinned_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert pinned_key() == OTHER, "before the machine's"
 
 
+def test_a_key_that_cannot_be_reached_does_not_read_as_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(sealed.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(sealed, "KEY_FILE", str(tmp_path / "etc" / "bundle.pub"))
+    assert pinned_key() is None
+
+    def closed(*_: object, **__: object) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:  # chmod does not keep root out
+        patch.setattr(os, "lstat", closed)
+        patch.setattr(Path, "read_text", closed)
+        with pytest.raises(BundleRefused, match="Permission denied"):
+            pinned_key()
+
+
 def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'yolo_compress')!r})\n"
@@ -230,14 +246,3 @@ def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) ->
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_pinned_key_out_of_reach_is_not_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: object, *more: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.delenv(sealed.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr("os.lstat", denied)
-    monkeypatch.setattr(Path, "read_text", denied)
-    with pytest.raises(BundleRefused, match="Permission denied"):
-        pinned_key()

@@ -114,6 +114,19 @@ def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     assert running(slots) == 2
 
 
+def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(sealed.KEY_VARIABLE, "bundle.pub")
+    (tmp_path / "slot").mkdir()
+    (tmp_path / "slot" / "build.py").write_text(f"import os\nopen(os.environ[{sealed.KEY_VARIABLE!r}])\n")
+    robot_switch.build(tmp_path / "slot")
+
+
+def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleRefused, match="gate None, an object expected"):
+        put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
+
+
 def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:
     slots = Slots(tmp_path / "root")
     for version in (1, 5):
@@ -521,8 +534,10 @@ EVIL = {
     "no manifest": [member("readme")],
     "large": [member("large", b"x" * 5000)],
     "many": [member(f"f{i}") for i in range(12)],
-    "engines of its own": [member("manifest.json"), member("engines/onnxruntime-fp32/engine.json")],
     "empty": [],
+    "an engine of the carrier's": [member("manifest.json"), member("engines/onnxruntime-fp32/engine.json")],
+    "the same, in a folder": [member("b/manifest.json"), member("b/engines/onnxruntime-fp32/engine.json")],
+    "a device of the carrier's": [member("manifest.json"), member("device.json")],
 }
 
 
@@ -547,6 +562,15 @@ def test_a_gzip_bomb_and_a_claim_of_a_huge_header_are_refused(tmp_path: Path) ->
     (tmp_path / "huge.tar").write_bytes(header.tobuf() + bytes(4096))
     with pytest.raises(BundleRefused, match="header"):
         unpack(tmp_path / "huge.tar", tmp_path / "into2")
+
+
+def test_headers_that_only_announce_headers_are_refused(tmp_path: Path) -> None:
+    """`tarfile` follows them by recursion."""
+    header, _ = member("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    (tmp_path / "deep.tar").write_bytes((header.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 3000)
+    with pytest.raises(BundleRefused):
+        unpack(tmp_path / "deep.tar", tmp_path / "into")
 
 
 @given(

@@ -42,7 +42,7 @@ _ENCODER = {
 }
 _LAUNCH = '''"""Camera image -> isaac_ros_dnn_image_encoder -> TensorRT -> YOLOv8 decoder -> /detections_output.
 
-ros2 launch yolov8.launch.py input_image_width:=1280 input_image_height:=720 image_input_topic:=/image_rect
+PYTHONDONTWRITEBYTECODE=1 ros2 launch yolov8.launch.py input_image_width:=1280 input_image_height:=720 image_input_topic:=/image_rect
 
 Boxes come out in px of the encoded {side}x{side} image. `python3 build.py --runtime tensorrt` makes the engine that is loaded.
 """

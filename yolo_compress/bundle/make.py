@@ -250,10 +250,11 @@ def _publish(root: Path, partial: Path, out: Path) -> None:
         return
     archive = partial / "archive"
     with ExitStack() as stack:
-        raw: Any = stack.enter_context(open(archive, "wb"))
-        if out.name.endswith(".gz"):  # without the name and the time that gzip writes into its header
-            raw = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
-        stack.enter_context(tarfile.open(fileobj=raw, mode="w")).add(root, root.name, filter=_plain)
+        stream: Any = stack.enter_context(open(archive, "wb"))
+        if out.name.endswith(".gz"):  # by itself tarfile writes the file's name and the time into gzip's header
+            stream = stack.enter_context(gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0))
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            tar.add(root, root.name, filter=_plain)
     fsync_file(archive)
     replace(archive, out)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .errors import EngineError, RuntimeFailure, RuntimeUnavailable, SourceError
+from .errors import EngineError, RuntimeFailure, RuntimeUnavailable
 from .sealed import MADE_HERE, MANIFEST, BundleRefused, pinned_key, verify
 
 HERE = Path(__file__).resolve().parents[1]  # the bundle that this file was copied into
@@ -63,41 +63,23 @@ def opened(directory: Path) -> Bundle:
     """
     manifest = verify(directory, pinned_key())
     try:
-        height, width = (int(side) for side in manifest["imgsz"])
+        height, width = manifest["imgsz"]
+        if not (type(height) is type(width) is int and height > 0 and width > 0):
+            raise ValueError(f"imgsz {manifest['imgsz']!r}")
         onnx = {str(stem): str(file) for stem, file in manifest["onnx"].items()}
         strangers = [file for file in onnx.values() if file not in manifest["files"]]
-        names = tuple(str(name) for name in manifest["names"])
-        found = Bundle(directory, manifest, str(manifest["name"]), manifest["version"], names, (height, width), onnx)
+        names = manifest["names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names + [manifest["name"]]):
+            raise ValueError("names and name of text expected")
+        "".join(names + [manifest["name"]]).encode("utf-8")  # a lone surrogate cannot be printed
+        found = Bundle(directory, manifest, manifest["name"], manifest["version"], tuple(names), (height, width), onnx)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleRefused(f"{directory / MANIFEST}: does not describe a bundle ({error!r}); make it again") from error
-    if not isinstance(manifest.get("gate", {}), dict) or not isinstance(manifest.get("val", {}), dict):
-        raise BundleRefused(f"{directory / MANIFEST}: its gate or val is no mapping; make it again")
     if strangers:
         raise BundleRefused(f"{directory / MANIFEST}: names {strangers[0]!r}, which it does not vouch for; refused")
+    for key in ("gate", "val"):
+        mapping(manifest, key, directory / MANIFEST)
     return found
-
-
-def outside(bundle: Bundle, path: Optional[Path]) -> None:
-    """Refuse to write where a new file would be one that the manifest does not list.
-
-    Raises:
-        SourceError: the path lies in the bundle, and is none of what its commands make there.
-    """
-    if path is None:
-        return
-    root, asked = bundle.directory.resolve(), Path(os.path.realpath(str(path)))
-    if root in (asked,) + tuple(asked.parents) and asked.relative_to(root).parts[:1] not in [(n,) for n in MADE_HERE]:
-        raise SourceError(
-            f"{path}: in the bundle, which takes no file that its manifest does not list; write elsewhere"
-        )
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
@@ -147,6 +129,49 @@ def _rank(name: str) -> Tuple[int, int, str]:
     runtime, _, precision = name.partition("-")
     places = [list(order).index(word) if word in order else 9 for word, order in zip((runtime, precision), PREFERENCE)]
     return places[0], places[1], name
+
+
+def outside(bundle: Bundle, path: Path, option: str) -> Path:
+    """The path, unless what is written there would lie in the bundle, which would be refused from then on.
+
+    Raises:
+        BundleRefused: it would; `engines/` and `device.json` are no part of it.
+    """
+    root, target = bundle.directory.resolve(), path.resolve()
+    below = target.parts[len(root.parts) :] if target.parts[: len(root.parts)] == root.parts else None
+    if below is not None and below[:1] not in [(name,) for name in MADE_HERE]:
+        raise BundleRefused(
+            f"{option} {path}: lies in the bundle, which holds what {MANIFEST} names and no more; choose a path outside {root}"
+        )
+    return path
+
+
+def positive(text: str) -> int:
+    """Type of an option: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def seconds(text: str) -> float:
+    """Type of an option: above 0, and finite."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def mapping(manifest: Dict[str, Any], key: str, where: Path) -> Dict[str, Any]:
+    """What the manifest says under a key that may be missing.
+
+    Raises:
+        BundleRefused: it is no JSON object.
+    """
+    value = manifest.get(key, {})
+    if not isinstance(value, dict):
+        raise BundleRefused(f"{where}: {key} {value!r}, an object expected; make the bundle again")
+    return value
 
 
 def guarded(action: Callable[[], int]) -> int:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -27,7 +27,7 @@ from .groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from .latency import measure, percentiles
 from .pipeline import open_pipeline
 from .pre import UnreadableImage, letterbox, read_image
-from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, outside, positive, say
+from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, outside, positive, say, seconds
 from .robot_build import choose_runtimes
 from .sources import Picture
 from .turns import measure_in_turn
@@ -69,7 +69,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         "--iterations", type=positive, default=Plan().iterations, help="timed calls an engine (default 1000)"
     )
     parser.add_argument(
-        "--power-s", type=_seconds, default=Plan().power_s, help="seconds under the power meter (default 30)"
+        "--power-s", type=seconds, default=Plan().power_s, help="seconds under the power meter (default 30)"
     )
     parser.add_argument("--threads", type=positive, help="of one inference on a CPU")
     parser.add_argument("--out", type=Path, help=f"default: {OUT} in the bundle")
@@ -85,9 +85,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
     def action() -> int:
         bundle = opened(directory)
-        outside(bundle, options.out)
         if options.latency_table is not None:
             return _latency_table(options)
+        out = outside(bundle, options.out or directory / OUT, "--out")
         folders = _engines(bundle, options.engine)
         if options.golden:
             return _self_test(bundle, folders)
@@ -98,9 +98,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
             labelled = yolo_folder(options.data, len(bundle.names))
         plan = Plan(labelled, options.iterations, options.power_s, options.threads)
         document = bench(bundle, folders, plan)
-        _write(options.out or directory / OUT, document)
+        _write(out, document)
         print(table(document))
-        print(json.dumps({"device": str(options.out or directory / OUT), "golden": document["golden"]}))
+        print(json.dumps({"device": str(out), "golden": document["golden"]}))
         return 0 if document["golden"]["passed"] else 1
 
     return guarded(action)
@@ -199,7 +199,7 @@ def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
     """The workstation's digest of its validation set where these are its images and boxes, else their own."""
     content = image_set([(sha256_file(one.image), one.boxes) for one in labelled], bundle.names)
     known = bundle.manifest.get("val", {})
-    return str(known["digest"]) if content == known.get("content") else content
+    return str(known.get("digest", content)) if content == known.get("content") else content
 
 
 def _end_to_end(engine: Any, images: Sequence[np.ndarray]) -> Dict[str, Any]:
@@ -211,9 +211,9 @@ def _end_to_end(engine: Any, images: Sequence[np.ndarray]) -> Dict[str, Any]:
 
 
 def throughput(
-    folder: Path, images: Sequence[np.ndarray], seconds: float = THROUGHPUT_S, meter: Optional[jetson.Meter] = None
+    folder: Path, images: Sequence[np.ndarray], duration_s: float = THROUGHPUT_S, meter: Optional[jetson.Meter] = None
 ) -> float:
-    """Decoded images a second through the pipeline, as detect.py runs it; the meter runs for as long as the load, no longer."""
+    """Decoded images a second through the pipeline, as detect.py runs it; the meter sees the timed part alone."""
     stop = [float("inf")]
 
     def pictures() -> Any:
@@ -227,9 +227,9 @@ def throughput(
         for _ in range(2 * WARMUP_N):
             next(warm)
         warm.close()
-        with meter if meter is not None else ExitStack():
+        with nullcontext() if meter is None else meter:
             start = time.perf_counter()
-            stop[0] = start + seconds
+            stop[0] = start + duration_s
             done = sum(1 for _ in pipeline(pictures()))
             return done / (time.perf_counter() - start)
 
@@ -265,13 +265,6 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
     fps = throughput(folder, images, plan.power_s, meter)
     watts = meter.mean()
     return {"power_w": watts, "energy_mj_per_frame": None if watts is None else watts / fps * 1e3}
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
 
 
 def _missing(bundle: Bundle, runtime: str, rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:

@@ -18,7 +18,7 @@ from . import jetson
 from .backend import PRECISIONS, load_info, sha256_file
 from .engine import BACKENDS
 from .errors import EngineError, RuntimeUnavailable
-from .robot import ENGINES, HERE, Bundle, guarded, opened, positive, say
+from .robot import ENGINES, HERE, Bundle, guarded, opened, outside, positive, say
 from .sealed import BundleRefused
 from .tensorrt_build import TIMING_CACHE
 
@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         bundle = opened(directory)
         built = build(
             bundle,
-            options.out or directory / ENGINES,
+            outside(bundle, options.out or directory / ENGINES, "--out"),
             choose_runtimes(options.runtime),
             options.precision or bundle.precisions,
             workspace_mib=options.workspace_mib,

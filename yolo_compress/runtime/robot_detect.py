@@ -37,8 +37,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def _detect(bundle: Bundle, options: Any) -> int:
-    outside(bundle, options.shadow)
-    outside(bundle, options.draw)
+    for option, path in (("--shadow", options.shadow), ("--draw", options.draw)):
+        if path is not None:
+            outside(bundle, path, option)
     engine = engine_folder(bundle, options.engine)
     source = open_source(options.source)
     engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from .errors import EngineError, RuntimeFailure
-from .robot import guarded
+from .robot import guarded, mapping
 from .sealed import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from .slots import NAMES, Slots
 from .unpack import unpack
@@ -61,8 +61,8 @@ def _run(slot: Path, command: List[str], seconds: float) -> None:
     environment = dict(
         os.environ, PYTHONDONTWRITEBYTECODE="1"
     )  # a .pyc would be a file that the manifest does not know
-    if os.environ.get(KEY_VARIABLE):  # the children stand in another folder
-        environment[KEY_VARIABLE] = os.path.abspath(os.environ[KEY_VARIABLE])
+    if environment.get(KEY_VARIABLE):  # the child runs in another folder
+        environment[KEY_VARIABLE] = os.path.abspath(environment[KEY_VARIABLE])
     words = [sys.executable, str(slot / command[0])] + command[1:]
     try:
         done = subprocess.run(
@@ -115,8 +115,7 @@ def install(
             current = slots.current()
             if current is None or slots.mark(current) != mark:
                 _check_newer(bundle, mark["version"], slots.newest())
-                gate = manifest.get("gate")
-                if not force and isinstance(gate, dict) and gate.get("passed") is False:
+                if not force and mapping(manifest, "gate", there / MANIFEST).get("passed") is False:
                     raise BundleRefused(f"{bundle}: its gate failed on the workstation; --force takes it all the same")
                 _take(slots, there, mark, build, health)
         finally:
