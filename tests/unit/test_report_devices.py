@@ -90,6 +90,13 @@ def test_map_over_other_images_is_refused(tmp_path: Path) -> None:
         devices.add(published(), [file(tmp_path, other)])
 
 
+def test_a_robot_that_runs_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
+    names = published()["data"]["names"]
+    assert devices.add(published(), [file(tmp_path, {**device(), "names": names})])["devices"]
+    with pytest.raises(RecipeError, match="is of a model with the classes"):
+        devices.add(published(), [file(tmp_path, {**device(), "names": [*names, "ghost"]})])
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

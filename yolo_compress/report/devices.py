@@ -29,7 +29,7 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
 
     Raises:
         CorruptArtifact: a file that is neither, or of another schema.
-        RecipeError: mAP over other images, references of another machine, a device or recipe given twice.
+        RecipeError: mAP over other images, other classes, references of another machine, a device or recipe given twice.
         StorageError: a file that cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])
@@ -37,6 +37,7 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     for file in files:
         found = _read(file)
         if "bundle" in found:
+            _check_classes(file, found, document)
             device = _device(file, found)
             rows += _rows(file, found, device["name"], document["data"]["image_set"])
             devices.append(device)
@@ -71,6 +72,13 @@ def _read(file: Path) -> dict[str, Any]:
             f"add: {file} has schema {found.get('schema')}, expected {wanted}; make it with this version"
         )
     return found
+
+
+def _check_classes(file: Path, found: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """A robot that runs another model says nothing of this one."""
+    theirs, ours = found.get("names"), list(document["data"]["names"])
+    if theirs is not None and list(theirs) != ours:
+        raise RecipeError(f"add: {file} is of a model with the classes {theirs}, this report of one with {ours}")
 
 
 def _device(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
