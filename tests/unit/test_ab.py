@@ -236,3 +236,21 @@ def test_without_truths_there_is_nothing_to_compare_by() -> None:
         compare([np.array([[2, 0, 0, 9, 9]])] * 2, found, found, NAMES[:1])
     with pytest.raises(ValueError, match="but 1 sets"):
         compare(truths, found, found[:1], NAMES)
+
+
+@pytest.mark.parametrize("images", [1, 9])
+def test_of_too_few_images_nothing_is_decided(images: int) -> None:
+    """One image resampled is the same image: an interval without width is no certainty."""
+    truth = np.array([[0, 10, 10, 50, 50]], np.float64)
+    found = np.array([[10, 10, 50, 50, 0.9, 0]], np.float64)
+    empty = [np.zeros((0, 5))] * 20
+    said = compare(
+        [*[truth] * images, *empty],
+        [*[found] * images, *[np.zeros((0, 6))] * 20],
+        [*[found] * images, *[np.zeros((0, 6))] * 20],
+        ["a"],
+        replicates=20,
+    )
+    assert said["verdict"]["status"] == "inconclusive" and f"{images} images with objects" in said["verdict"]["line"]
+    enough = compare([truth] * 10, [found] * 10, [found] * 10, ["a"], replicates=20)
+    assert enough["verdict"]["status"] == "pass"

@@ -14,7 +14,9 @@ from yolo_compress import ab, ultra
 from yolo_compress.__main__ import main
 from yolo_compress.artifact import Store, fingerprint
 from yolo_compress.data import load
+from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.coco import absolute_boxes
+from yolo_compress.evaluate.contender import open_contender
 from yolo_compress.evaluate.kept import keep
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.runtime.matching import mean_ap
@@ -175,3 +177,14 @@ def test_two_models_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> N
     assert code == 2 and "ab needs b; usage: yolo-compress ab a=ART b=ART data=DATA.yaml" in err
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "64,96"}).imgsz == (64, 96)
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "640"}).imgsz == (640, 640)
+
+
+def test_an_artefact_of_another_stage_is_named_and_never_to_be_deleted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    key = {"stage": "engine", "version": 1, "inputs": {}}
+    (store.partial("engine", fingerprint(key)) / "engines.json").write_text("[]")
+    made = store.publish("engine", fingerprint(key), key, {}, {}, 1.0)
+    with pytest.raises(RecipeError, match="an artefact of engine, not of bench; give an engine folder in it"):
+        open_contender(str(made.path), tmp_path)

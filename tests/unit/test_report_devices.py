@@ -93,7 +93,7 @@ def test_map_over_other_images_is_refused(tmp_path: Path) -> None:
 def test_a_robot_that_runs_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
     names = published()["data"]["names"]
     assert devices.add(published(), [file(tmp_path, {**device(), "names": names})])["devices"]
-    with pytest.raises(RecipeError, match="is of a model with the classes"):
+    with pytest.raises(RecipeError, match=r"is of classes .*ghost"):
         devices.add(published(), [file(tmp_path, {**device(), "names": [*names, "ghost"]})])
 
 
@@ -141,9 +141,38 @@ def test_other_networks_are_points_of_reference(tmp_path: Path) -> None:
 
 def test_a_failed_self_test_and_a_hostile_name_are_shown(tmp_path: Path) -> None:
     failed = device(device={"board": EVIL}, golden={"passed": False, "worst_box_px": 9.0, "worst_score": 0.5})
-    bare = build("x", [], rows(), {}, min_retention=0.9)
+    bare = build("bccd", [], rows(), {}, min_retention=0.9)
     html = write(devices.add(bare, [file(tmp_path, failed)]), [], tmp_path / "out")["html"].read_text("utf-8")
     assert "self-test not passed" in html and "golden images FAILED" in html and "<script" not in html
+
+
+def test_an_engine_that_failed_its_self_test_passes_no_gate(tmp_path: Path) -> None:
+    failed = device(golden={"passed": False, "worst_box_px": 9.0, "worst_score": 0.5})
+    gate = devices.add(published(), [file(tmp_path, failed)])["gate"]
+    assert published()["gate"]["passed"] and not gate["passed"] and "failed its golden self-test" in gate["reason"]
+
+
+@pytest.mark.parametrize("change", [{"bundle": {"name": "other"}}, {"imgsz": [64, 32]}])
+def test_a_robot_that_runs_another_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    ours = published()
+    ours["environment"]["imgsz_px"] = [320, 320]
+    with pytest.raises(RecipeError, match="add it to the report of its own recipe"):
+        devices.add(ours, [file(tmp_path, device(**change))])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("bundle", None), ("device", "x"), ("golden", [1]), ("libraries", 3), ("rows", [1])]
+)
+def test_a_damaged_device_json_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(CorruptArtifact, match="expected a mapping|neither"):
+        devices.add(published(), [file(tmp_path, {**device(), key: value})])
+
+
+def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
+    odd = device()
+    odd["rows"][0].update(latency_p50_ms=float("nan"), power_w=[1], latency_n="many", fps={})
+    write(devices.add(published(), [file(tmp_path, odd)]), [], tmp_path / "out")
+    assert "NaN" not in (tmp_path / "out" / "report.json").read_text()
 
 
 def test_the_command_line() -> None:

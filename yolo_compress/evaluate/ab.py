@@ -14,6 +14,7 @@ from yolo_compress.evaluate.operating import IOU, operating
 from yolo_compress.runtime.matching import AREAS, match, precision
 
 SCHEMA = 1
+MIN_IMAGES = 10  # with objects: resamplings of fewer say nothing of images that are not among them
 SIZES = tuple(name for name in AREAS if name != "all")
 
 
@@ -80,7 +81,7 @@ def compare(
         "image_set": image_set,
         "classes": list(names),
         "settings": {"margin": margin, "conf": conf, "replicates": replicates, "seed": seed, "iou": IOU},
-        "verdict": verdict(map50_95, margin, len(truths)),
+        "verdict": verdict(map50_95, margin, sum(len(rows) > 0 for rows in truths)),
         "map50_95": map50_95,
         "map50": _total(points, drawn, "ap50"),
         "by_class": _by_class(points, drawn, names, np.bincount(labels, minlength=len(names))),
@@ -98,14 +99,21 @@ def compare(
 def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str, Any]:
     """Pass where the whole interval of the difference lies above -margin x A's mAP, fail where it lies below, else neither.
 
+    Args:
+        map50_95: a, b, delta, low, high.
+        margin: share of A's mAP that B may lose.
+        images: with objects; under MIN_IMAGES nothing is decided.
+
     Returns:
         status ("pass", "fail" or "inconclusive"), line, smallest_difference: half the width of the interval, which is the
         smallest true difference that would stand out from these images.
     """
     a, b, delta, low, high = (map50_95[key] for key in ("a", "b", "delta", "low", "high"))
     bound = -margin * a
-    status = "inconclusive"
-    if low is not None and low > bound:
+    status, enough = "inconclusive", images >= MIN_IMAGES
+    if not enough:
+        pass
+    elif low is not None and low > bound:
         status = "pass"
     elif high is not None and high < bound:
         status = "fail"
@@ -115,7 +123,9 @@ def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str
         "inconclusive": f"whether B keeps A's mAP50-95 within {100 * margin:g} % cannot be told",
     }[status]
     line = f"{status.upper()}: {what}: {a:.3f} -> {b:.3f}, {delta:+.4f}"
-    if low is None:
+    if not enough:
+        line += f"; {images} images with objects, {MIN_IMAGES} are the least that an interval is taken from"
+    if low is None or not enough:
         return {"status": status, "line": line, "smallest_difference": None}
     smallest = (high - low) / 2
     line += f" (95 % {low:+.4f} to {high:+.4f}, bound {bound:+.4f})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.kept import kept, row_name
 from yolo_compress.evaluate.latency_ratio import Rounds
-from yolo_compress.manifest import MANIFEST, Artifact, payload, read_artifact, verify_payload
+from yolo_compress.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
 from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.matching import mean_ap
@@ -150,9 +151,16 @@ def open_contender(text: str, scratch: Path) -> Contender:
 
 
 def _measured(text: str, folder: Path, name: str) -> Measured:
+    stage = "bench"
     if not (folder / MANIFEST).is_file():
         raise RecipeError(
             f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
+        )
+    with suppress(ValueError):  # of a damaged one `read_artifact` says what is wrong
+        stage = Manifest.from_json((folder / MANIFEST).read_bytes()).stage
+    if stage != "bench":
+        raise RecipeError(
+            f"{text}: an artefact of {stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
         )
     bench = read_artifact(folder, "bench")
     verify_payload(bench, set(payload(folder)))

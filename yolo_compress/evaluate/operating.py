@@ -108,7 +108,14 @@ def restoring_threshold(matches: Matches, wanted: int) -> float | None:
     score_D = np.sort(matches.score_D[matches.truth_ATD[0, 0] >= 0])[::-1]
     if wanted > len(score_D):
         return None
-    return 1.0 if wanted == 0 else max(0.0, (math.ceil(float(score_D[wanted - 1]) * _STEP) - 1) / _STEP)
+    if wanted == 0:
+        return 1.0
+    least = score_D[wanted - 1]
+    at = max(0.0, (math.ceil(float(least) * _STEP) - 1) / _STEP)
+    shown = np.asarray(least, np.float32) > np.float32(
+        at
+    )  # as `post.nms` compares; four digits may round up to the score
+    return at if shown else max(0.0, round(at - 1 / _STEP, 4))
 
 
 def _paired(a: _Model, b: _Model, classes: int) -> tuple[dict[str, np.ndarray], list[int]]:

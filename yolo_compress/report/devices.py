@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
-from yolo_compress.report.document import SCHEMA, identified, judged
+from yolo_compress.report.document import SCHEMA, identified, judged, plain
 from yolo_compress.report.numbers import finite
 
 DEVICE_SCHEMA = 1  # of `device.json`, which `bench.py` of a bundle writes on the robot
@@ -37,7 +37,7 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     for file in files:
         found = _read(file)
         if "bundle" in found:
-            _check_classes(file, found, document)
+            _check_model(file, found, document)
             device = _device(file, found)
             rows += _rows(file, found, device["name"], document["data"]["image_set"])
             devices.append(device)
@@ -48,12 +48,12 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
             raise RecipeError(f"add: {what} {twice[0]} is given twice; a report shows each once")
     bounds = [document["gate"][key] for key in ("min_retention", "max_latency_ms", "max_size_mib")]
     again = judged(identified([_bare(row) for row in rows]), *bounds)
-    return {**document, **again, "devices": devices, "references": references}
+    return dict(plain({**document, **again, "devices": devices, "references": references}))
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(file.read_bytes(), parse_constant=lambda _: None)  # NaN and infinity: not measured
     except OSError as error:
         raise StorageError(f"add: {file}: {error.strerror}") from error
     except ValueError as error:
@@ -71,14 +71,31 @@ def _read(file: Path) -> dict[str, Any]:
         raise CorruptArtifact(
             f"add: {file} has schema {found.get('schema')}, expected {wanted}; make it with this version"
         )
+    for key in ("bundle", "device", "golden", "libraries", "data", "environment"):
+        if not isinstance(found.get(key) or {}, dict):
+            raise CorruptArtifact(f"add: {file}: {key} is {str(found[key])[:80]!r}, expected a mapping")
+    if "bundle" in found and not isinstance(found["bundle"], dict):
+        raise CorruptArtifact(f"add: {file}: bundle is {found['bundle']!r}, expected a mapping")
+    for row in found["rows"]:
+        if not isinstance(row, dict):
+            raise CorruptArtifact(f"add: {file}: a row is {str(row)[:80]!r}, expected a mapping")
+        if odd := [key for key in ROW if key in row and not isinstance(row[key], str)]:
+            raise CorruptArtifact(f"add: {file}: {odd[0]} of a row is {row[odd[0]]!r}, expected text")
     return found
 
 
-def _check_classes(file: Path, found: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+def _check_model(file: Path, found: Mapping[str, Any], document: Mapping[str, Any]) -> None:
     """A robot that runs another model says nothing of this one."""
-    theirs, ours = found.get("names"), list(document["data"]["names"])
-    if theirs is not None and list(theirs) != ours:
-        raise RecipeError(f"add: {file} is of a model with the classes {theirs}, this report of one with {ours}")
+    facts = {
+        "bundle": (found["bundle"].get("name"), document["recipe"]),
+        "classes": (found.get("names"), list(document["data"]["names"])),
+        "imgsz": (found.get("imgsz"), document["environment"].get("imgsz_px")),
+    }
+    for what, (theirs, ours) in facts.items():
+        if None not in (theirs, ours) and theirs != ours:
+            raise RecipeError(
+                f"add: {file} is of {what} {theirs}, this report of {ours}; add it to the report of its own recipe"
+            )
 
 
 def _device(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +125,8 @@ def _rows(file: Path, found: Mapping[str, Any], device: str, image_set: str | No
                 f"add: {file}: mAP of {name} is over image set {row.get('image_set')}, this report's over {image_set}; "
                 "measure there on the validation images of this recipe"
             )
-        rows.append({"map50_95": None, "map50": None, "executed": None, **row, "device": device})
+        golden = row.get("golden") or found.get("golden")
+        rows.append({"map50_95": None, "map50": None, "executed": None, **row, "device": device, "golden": golden})
     return rows
 
 

@@ -120,7 +120,7 @@ def build(
         "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
         "environment": surroundings,
     }
-    return dict(_plain(document))
+    return dict(plain(document))
 
 
 def judged(
@@ -197,7 +197,7 @@ def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
     if peer is not None:
         enriched["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
         enriched["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
-    n = row.get("latency_n") or 0
+    n = finite(row.get("latency_n")) or 0
     if n < P99_MIN_N:
         enriched["latency_p99_ms"] = None
         if finite(row.get("latency_p50_ms")) is not None:
@@ -275,16 +275,16 @@ def _missing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON types only: numpy scalars and arrays become numbers and lists, paths text, what is not finite null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -130,6 +130,8 @@ def _judge_row(row: Row, reference: Row | None, min_retention: float) -> dict[st
     entry: dict[str, Any] = {"id": row["id"], "retention": None, "passed": False, "reason": None}
     if value is None:
         entry["reason"] = f"mAP50-95 of {label(row)} is not a number ({row['map50_95']})"
+    elif isinstance(golden := row.get("golden"), Mapping) and golden.get("passed") is False:
+        entry["reason"] = f"{label(row)} failed its golden self-test ({golden.get('reason') or 'see bench.py'})"
     elif reference is not None and base is None:
         entry["reason"] = f"the baseline's mAP50-95 is not a number ({reference['map50_95']})"
     elif base is not None and base <= 0:

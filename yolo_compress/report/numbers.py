@@ -12,7 +12,7 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "Open
 
 def finite(value: Any) -> float | None:
     """The value as a float, or None where it is absent, not a number or infinite."""
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, (bool, str, list, dict)):
         return None
     number = float(value)
     return number if math.isfinite(number) else None

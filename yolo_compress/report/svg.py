@@ -68,5 +68,4 @@ def to_svg(figure: Figure, description: str) -> str:
     assert box is not None
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    body = body.replace("font: ", "font: inherit; font-size: ") if False else body
     return f'<svg {box[0]} role="img" aria-label="{description}">{body.strip()}'

@@ -144,7 +144,7 @@ def provenance(document: Document) -> list[tuple[str, str]]:
         ("data digest", data["digest"]),
     ]
     facts += _flat(document["environment"])
-    counts = sorted({row["latency_n"] for row in document["rows"] if row.get("latency_n")})
+    counts = sorted({int(count) for row in document["rows"] if (count := n.finite(row.get("latency_n")))})
     if counts:
         facts.append(("latency runs (n)", ", ".join(map(str, counts))))
     facts += [(f"fingerprint of {stage['stage']}", stage.get("fingerprint")) for stage in document["chain"]]
