@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -305,6 +307,11 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return paths["html"].read_text("utf-8")
 
 
+def test_a_name_is_no_markdown_either() -> None:
+    text = render_markdown(document(recipe="![x](http://evil.example/x.png) [a](b) *c* _d_ `e` imgsz_px"))
+    assert text.startswith(r"# !\[x\](http://evil.example/x.png) \[a\](b) \*c\* \_d\_ \`e\` imgsz_px")
+
+
 def test_names_are_shown_as_text(evil_page: str) -> None:
     page = Page(evil_page)
     assert "script" not in page.tags
@@ -391,3 +398,15 @@ def test_an_image_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
     for name in ("bad.jpg", "absent.jpg"):
         with pytest.raises(DataError, match=name):
             gallery.draw([{**item(), "image": tmp_path / name}])
+
+
+@pytest.mark.parametrize("size", [(3000, 12), (5, 3000)])
+def test_an_image_of_any_shape_is_drawn(size: tuple[int, int]) -> None:
+    boxes = np.array([[1, 1, 9, 4, 0.9, 0], [0, 0, 2, 2, 0.5, 0]], float)
+    item = {"image": np.zeros((*size, 3), np.uint8),
+            "name": "long", "truths": [(0, 0.5, 0.5, 1, 1)], "names": ["a name of some length"],
+            "detections_a": boxes, "detections_b": boxes[:1]}  # fmt: skip
+    (pair,) = gallery.draw([item]).pairs
+    data = base64.b64decode(pair.original.uri.partition(",")[2])
+    width, height = Image.open(io.BytesIO(data)).size
+    assert width <= 480 and 1 <= height <= 4 * 480

@@ -115,9 +115,13 @@ def test_what_is_no_device_json_is_refused(tmp_path: Path, content: Any, said: s
         devices.add(published(), [tmp_path / "absent.json"])
 
 
-def test_a_device_is_given_once(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="device NVIDIA Jetson Orin Nano is given twice"):
+def test_a_device_is_given_once_and_two_of_a_board_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"again\.json is given twice"):
         devices.add(published(), [file(tmp_path, device()), file(tmp_path, device(), "again.json")])
+    saving = device()
+    saving["rows"][0]["latency_p50_ms"] = 9.0
+    both = devices.add(published(), [file(tmp_path, device()), file(tmp_path, saving, "15w.json")])
+    assert [one["name"] for one in both["devices"]] == ["NVIDIA Jetson Orin Nano", "NVIDIA Jetson Orin Nano, 15w"]
     other = device(device={"gpu": "Orin AGX, 540.4, 50 W"})
     report = devices.add(published(), [file(tmp_path, device()), file(tmp_path, other, "agx.json")])
     assert [entry["name"] for entry in report["devices"]] == ["NVIDIA Jetson Orin Nano", "Orin AGX"]

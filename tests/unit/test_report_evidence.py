@@ -119,7 +119,7 @@ def test_error_types_have_cost_and_what_one_sees() -> None:
     assert cells(table, "background")[3:] == ("0", "3") and cells(table, "missed")[3:] == ("3", "3")
     # A's second detection has another class: mended, its class counts twice and AP50 goes from 51/101 to 1.
     assert cells(table, "classification")[1] == numbers.percent(1 - 51 / 101)
-    assert table.notes == ("Seen: with a score of at least 0.25.",)
+    assert table.notes == ("Seen: with a score above 0.25.",)
     assert errors_table(None).lines == ()
 
 

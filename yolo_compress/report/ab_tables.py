@@ -72,6 +72,10 @@ def _notes(ab: Mapping[str, Any]) -> list[str]:
     ]
     if (threshold := n.finite(at.get("threshold_b"))) is not None:
         notes.append(f"At score {n.plain(threshold)} the compressed model has the original's recall.")
+    else:
+        notes.append("The compressed model has the original's recall at no score.")
+    if (other := (ab.get("latency") or {}).get("a")) and other["row"] != ab["a"].get("row"):
+        notes.append(f"Latency is against {other['label']}, which runs where the compressed model does.")
     shift = at["score_shift"]
     if found["matched"]:
         notes.append(
@@ -98,5 +102,5 @@ def errors_table(errors: Mapping[str, Any] | None) -> Table:
         Line((line["name"], *map(n.percent, line["cost"]), *map(n.whole, line["count"])))
         for line in (error_rows(errors) if errors else ())
     ]
-    notes = (f"Seen: with a score of at least {n.plain(errors['conf'])}.",) if errors else ()
+    notes = (f"Seen: with a score above {n.plain(errors['conf'])}.",) if errors else ()
     return Table("Error types", ERRORS, tuple(lines), notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,19 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
 
     Raises:
         CorruptArtifact: a file that is neither, or of another schema.
-        RecipeError: mAP over other images, other classes, references of another machine, a device or recipe given twice.
+        RecipeError: mAP over other images, another model, references of another machine, a file or recipe given twice.
         StorageError: a file that cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])
-    rows = [dict(row) for row in document["rows"]]
+    rows, read = [dict(row) for row in document["rows"]], list[dict[str, Any]]()
     for file in files:
         found = _read(file)
+        if found in read:
+            raise RecipeError(f"add: {file} is given twice, perhaps under another name; a report shows each once")
+        read.append(found)
         if "bundle" in found:
             _check_model(file, found, document)
-            device = _device(file, found)
+            device = _device(file, found, {one["name"] for one in devices})
             rows += _rows(file, found, device["name"], document["data"]["image_set"])
             devices.append(device)
         else:
@@ -98,11 +101,14 @@ def _check_model(file: Path, found: Mapping[str, Any], document: Mapping[str, An
             )
 
 
-def _device(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _device(file: Path, found: Mapping[str, Any], taken: Set[str]) -> dict[str, Any]:
     about = found.get("device") or {}
     name = about.get("board") or str(about.get("gpu") or "").split(",")[0] or about.get("cpu") or file.stem
+    name = " ".join(str(name).split())
     return {
-        "name": " ".join(str(name).split()),
+        "name": f"{name}, {file.stem}"
+        if name in taken
+        else name,  # a second one of a board, or the board in another mode
         "file": file.name,
         "about": about,
         "runtime": found.get("runtime"),

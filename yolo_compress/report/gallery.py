@@ -27,6 +27,8 @@ SIZES = ((WIDTH_PX, 84), (WIDTH_PX, 72), (400, 68), (320, 62), (240, 55))
 # What a user of the model sees; below it mAP counts on, but a picture would drown in boxes.
 MIN_SCORE = 0.25
 MATCH_IOU = 0.5
+# Times as tall as wide; a taller image is drawn narrower (a JPEG has 65,500 rows at most).
+MOST_UPRIGHT = 4
 # Above this many boxes a tag holds the score only; the colour says the class.
 NAMED = 8
 # Okabe and Ito's colours without black, told apart with any colour vision.
@@ -119,7 +121,7 @@ def _loaded(item: Mapping[str, Any]) -> dict[str, Any]:
     shown = {}
     for key in ("detections_a", "detections_b"):
         boxes = np.asarray(item[key], float).reshape(-1, 6)
-        boxes = boxes[boxes[:, 4] >= item.get("min_score", MIN_SCORE)]
+        boxes = boxes[boxes[:, 4] > item.get("min_score", MIN_SCORE)]  # as `post.nms` compares
         shown[key] = boxes[np.argsort(-boxes[:, 4], kind="stable")]
     about = {"name": str(name or "image"), "names": item["names"], "section": item.get("section", "random")}
     return {"image": image, "truths": truths, **about, **shown}
@@ -151,7 +153,7 @@ def _picture(
     item: Mapping[str, Any], detections_N6: NDArray[Any], judged: _Judged, width_px: int, quality: int
 ) -> Picture:
     image, truths_N5 = item["image"], item["truths"]
-    scale = width_px / image.shape[1]
+    scale = min(1.0, MOST_UPRIGHT * image.shape[1] / image.shape[0]) * width_px / image.shape[1]
     canvas = _resized(image, scale)
     pen = ImageDraw.Draw(canvas)
     font = _font(max(11, width_px // 27))
@@ -177,7 +179,7 @@ def _picture(
 
 def _resized(image: NDArray[Any], scale: float) -> Image.Image:
     """Enlarged pixels stay sharp at whole factors (what the network saw), everything else is interpolated."""
-    size = (round(image.shape[1] * scale), max(1, round(image.shape[0] * scale)))
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     method = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(image, np.uint8)).resize(size, method)
 
@@ -224,10 +226,12 @@ def _tag(
     font: Any,
     placed: list[tuple[float, ...]],
 ) -> None:
-    """Above the box, below it, or inside; left out where it would cover another tag."""
+    """Above the box, below it, or inside; left out where it would cover another tag or be wider than the picture."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
     x0, y0, y1 = float(xyxy[0]), float(xyxy[1]), float(xyxy[3])
+    if width > size[0]:
+        return
     x0 = min(max(0.0, x0), size[0] - width)
     for y in (y0 - height, y0, y1, y1 - height):
         spot = (x0, y, x0 + width, y + height)

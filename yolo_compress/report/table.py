@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -166,8 +167,8 @@ def _markdown_table(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    """Names are shown as text: no HTML, no table cell, no line of its own."""
-    flat = " ".join(text.split())
+    """Names are shown as text: no HTML, no link, no emphasis, no table cell, no line of its own."""
+    flat = re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):
         flat = flat.replace(char, entity)
     return flat

@@ -13,8 +13,8 @@ from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.ab import compare
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.choice import choose
-from yolo_compress.report.document import build
-from yolo_compress.report.gate import label
+from yolo_compress.report.document import build, identified
+from yolo_compress.report.gate import label, peer_row
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
@@ -74,9 +74,12 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not job.config.ab_replicates or both is None:
         return None
     latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
-    latency_a, latency_b = (latency[row["id"]] for row in both)
-    about_a, about_b = ({"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in both)
-    return compare(
+    named = {row["id"]: row for row in identified(rows)}
+    peer = peer_row(list(named.values()), both[1]) or both[0]  # the same runtime, else it is runtimes that are compared
+    about_a, about_b, about_peer = (
+        {"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in (*both, peer)
+    )
+    document = compare(
         evidence.truths(job),
         evidence.detections(job, both[0]),
         evidence.detections(job, both[1]),
@@ -85,12 +88,14 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         conf=job.config.conf,
         replicates=job.config.ab_replicates,
         seed=job.recipe.run.seed,
-        latency_a=latency_a,
-        latency_b=latency_b,
+        latency_a=latency[peer["id"]],
+        latency_b=latency[both[1]["id"]],
         about_a=about_a,
         about_b=about_b,
         image_set=job.dataset.val_digest,
     )
+    document["latency"]["a"] = about_peer
+    return document
 
 
 def _own(job: Job, stage: str) -> bool:
