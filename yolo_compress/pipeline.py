@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), version=2, machine=True),
     "report": Stage(
-        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=3
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=4
     ),
 }
 

@@ -128,6 +128,26 @@ def test_signed_by_the_pinned_key_it_is_taken(bundle: Path, monkeypatch: pytest.
     assert run("detect", bundle) == 0
 
 
+def test_older_than_what_ran_here_it_is_taken_in_its_slot_alone(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pinned(bundle, monkeypatch)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    about = {key: value for key, value in manifest.items() if key not in ("files", "schema", "version")}
+    root = tmp_path / "root"
+    monkeypatch.setenv("YOLO_COMPRESS_ROOT", str(root))
+    for newest, code in ((None, 0), (3, 0), (4, 0), (5, 5)):
+        seal(bundle, about, 4, bytes(32))
+        if newest is not None:
+            root.mkdir(exist_ok=True)
+            (root / "state.json").write_text(json.dumps({"schema": 1, "newest": newest}))
+        assert run("detect", bundle) == code
+    assert "version 4, but 5 ran on this robot already" in capsys.readouterr().err
+    (root / "slots").mkdir()
+    slot = Path(shutil.copytree(bundle, root / "slots" / "a"))
+    assert run("detect", slot) == 0
+
+
 def test_a_manifest_that_describes_no_bundle_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seal(bundle, {"name": "a", "onnx": {"fp32": "onnx/gone.onnx"}, "names": ["a"], "imgsz": [64, 96]}, 4, None)
     assert run("detect", bundle) == 5 and "'onnx/gone.onnx', which it does not vouch for" in capsys.readouterr().err
@@ -156,13 +176,18 @@ def test_build_says_on_what_it_built_and_reuses_what_is_up_to_date(
     ("words", "message"),
     [
         (["--precision", "int8"], "no int8 ONNX for onnxruntime"),
-        (["--workspace-mib", "64", "--force"], "are TensorRT's; onnxruntime has neither"),
+        (["--workspace-mib", "64", "--force"], "are TensorRT's; onnxruntime asked for"),
     ],
 )
 def test_what_cannot_be_built_is_said(
     words: list[str], message: str, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("build", bundle, *words) == 5 and message in capsys.readouterr().err
+
+
+def test_an_option_that_means_nothing_here_is_no_up_to_date(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", bundle, "--workspace-mib", "64") == 5
+    assert "are TensorRT's; onnxruntime asked for" in capsys.readouterr().err
 
 
 class Probed:

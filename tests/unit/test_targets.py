@@ -100,7 +100,9 @@ def test_a_target_that_is_none_is_named(tmp_path: Path) -> None:
 def test_other_sizes_and_batches_are_for_the_servers(
     tmp_path: Path, target: str, side: int, batch: int | str, opset: int
 ) -> None:
-    targets.write(target, tmp_path, bundle(tmp_path, side=side, batch=batch, opset=opset))
+    written = targets.write(target, tmp_path, bundle(tmp_path, side=side, batch=batch, opset=opset))
+    assert any(target in file for file in written) and all((tmp_path / file).is_file() for file in written)
+    assert str(side) in "".join((tmp_path / file).read_text() for file in written if file.endswith((".txt", ".pbtxt")))
 
 
 # Isaac ROS
@@ -448,7 +450,7 @@ def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: py
 
         return detect
 
-    verified = record(names=("person", "dog"), name="demo", version=7)
+    verified = record(names=("person", "dog"), name="demo", version=7, directory=tmp_path / "bundle")
     monkeypatch.setattr(robot_ros2, "opened", lambda directory: verified)
     monkeypatch.setattr(robot_ros2, "engine_folder", lambda bundle, engine: tmp_path)
     monkeypatch.setattr(robot_ros2, "open_engine", lambda folder: contextlib.nullcontext())
@@ -487,6 +489,30 @@ def test_the_node_runs_a_real_bundles_engine(tmp_path: Path, monkeypatch: pytest
         low, high = rows_N6[:, :2].astype(np.float64), rows_N6[:, 2:4].astype(np.float64)
         np.testing.assert_allclose(got, np.concatenate([(low + high) / 2, high - low], 1), atol=1e-9)
         assert [found.results[0].hypothesis.score for found in message.detections] == rows_N6[:, 4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"conf": 1.5}, "parameter conf: got 1.5, expected a number from 0 to 1"),
+        ({"shadow": "BUNDLE/log.jsonl"}, "lies in the bundle"),
+    ],
+)
+def test_parameters_that_mean_nothing_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: dict[str, Any],
+    said: str,
+) -> None:
+    verified = record(names=("person",), name="demo", version=7, directory=tmp_path)
+    monkeypatch.setattr(robot_ros2, "opened", lambda directory: verified)
+    given = {
+        key: str(value).replace("BUNDLE", str(tmp_path)) if key == "shadow" else value for key, value in given.items()
+    }
+    ros = Ros(monkeypatch, [], given)
+    assert robot_ros2.main([], tmp_path) == 5
+    assert said in capsys.readouterr().err and ros.destroyed
 
 
 def test_without_ros_the_node_says_what_to_install(

@@ -58,10 +58,13 @@ class Bundle:
 def opened(directory: Path) -> Bundle:
     """Verify the bundle, with this machine's pinned key where there is one, and read its manifest.
 
+    Where a key is pinned, a bundle older than what ever ran in this robot's slots is refused, but in a slot: that is a roll-back.
+
     Raises:
         BundleRefused: see `sealed.verify`; or the manifest does not say what the commands need.
     """
-    manifest = verify(directory, pinned_key())
+    pinned = pinned_key()
+    manifest = verify(directory, pinned, None if pinned is None else _newest_here(directory))
     try:
         height, width = manifest["imgsz"]
         if not (type(height) is type(width) is int and height > 0 and width > 0):
@@ -129,6 +132,14 @@ def _rank(name: str) -> Tuple[int, int, str]:
     runtime, _, precision = name.partition("-")
     places = [list(order).index(word) if word in order else 9 for word, order in zip((runtime, precision), PREFERENCE)]
     return places[0], places[1], name
+
+
+def _newest_here(directory: Path) -> Optional[int]:
+    """The newest version that ran in the slots of this robot; None where there are none, and for what lies in them."""
+    from .slots import ROOT, ROOT_VARIABLE, Slots
+
+    root = Path(os.environ.get(ROOT_VARIABLE) or ROOT)
+    return None if root.resolve() in directory.resolve().parents else Slots(root).newest()
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:

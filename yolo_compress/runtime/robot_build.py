@@ -98,6 +98,11 @@ def build(
         EngineError: the bundle has no file of a precision, or a library refuses it.
         BundleRefused: an ONNX file changed after the bundle was verified.
     """
+    if (workspace_mib is not None or timing_cache is not None) and set(runtimes) != {"tensorrt"}:
+        raise EngineError(f"--workspace-mib and --timing-cache are TensorRT's; {', '.join(runtimes)} asked for")
+    force = (
+        force or workspace_mib is not None or timing_cache is not None
+    )  # what is there may have been built without them
     rows = []
     for runtime in runtimes:
         for precision in dict.fromkeys(precisions):
@@ -121,8 +126,6 @@ def build(
                     "workspace_mib": workspace_mib,
                     "timing_cache": timing_cache or (last if last.is_file() else None),
                 }
-            elif workspace_mib is not None or timing_cache is not None:
-                raise EngineError(f"--workspace-mib and --timing-cache are TensorRT's; {runtime} has neither")
             rows.append(dict(row, **_build(bundle, stem, runtime, precision, folder, options)))
     return rows
 

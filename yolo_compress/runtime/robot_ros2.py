@@ -14,9 +14,9 @@ import numpy as np
 
 from .detector import Detector
 from .engine import open_engine
-from .errors import NotFinite, RuntimeUnavailable
+from .errors import EngineError, NotFinite, RuntimeUnavailable
 from .pipeline import Found
-from .robot import HERE, engine_folder, guarded, opened, say
+from .robot import HERE, engine_folder, guarded, opened, outside, say
 from .robot_detect import shadow_line
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2), "bgra8": (2, 1, 0), "mono8": (0, 0, 0)}
@@ -89,6 +89,11 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
             name: node.declare_parameter(name, default).value
             for name, default in (("engine", ""), ("conf", 0.25), ("iou", 0.7), ("shadow", ""))
         }
+        if given["shadow"]:
+            outside(bundle, Path(str(given["shadow"])), "shadow")
+        for name in ("conf", "iou"):
+            if not 0 <= float(given[name]) <= 1:
+                raise EngineError(f"parameter {name}: got {given[name]}, expected a number from 0 to 1")
         folder = engine_folder(bundle, given["engine"] or None)
         with open_engine(folder) as engine:
             detector = Detector(engine, float(given["conf"]), float(given["iou"]), multi_label=False)

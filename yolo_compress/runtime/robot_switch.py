@@ -21,11 +21,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 from .errors import EngineError, RuntimeFailure
 from .robot import guarded, mapping
 from .sealed import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
-from .slots import NAMES, Slots
+from .slots import NAMES, ROOT, ROOT_VARIABLE, Slots
 from .unpack import unpack
 
-ROOT = "/var/lib/yolo_compress"
-ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
 BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large net takes an hour on a small Jetson
 
 Step = Callable[[Path], None]

@@ -77,14 +77,14 @@ def seal(
 
 
 def verify(
-    directory: "str | os.PathLike[str]", public_key: Optional[bytes] = None, newer_than: Optional[int] = None
+    directory: "str | os.PathLike[str]", public_key: Optional[bytes] = None, at_least: Optional[int] = None
 ) -> Dict[str, Any]:
     """Compare every byte below `directory` with the manifest, and the manifest with its signature.
 
     Args:
         directory: of the bundle. It may be reached by a link; nothing in it may be one.
         public_key: 32 bytes; the bundle has to be signed with its private half. See `pinned_key`.
-        newer_than: the bundle's version has to be above this.
+        at_least: the bundle's version must not be below this.
 
     Returns:
         The manifest.
@@ -97,10 +97,8 @@ def verify(
     if public_key is not None:
         _check_signature(root, content, public_key)
     manifest = _formed(content, root / MANIFEST)
-    if newer_than is not None and manifest["version"] <= newer_than:
-        raise BundleRefused(
-            f"{root}: version {manifest['version']}, above {newer_than} expected: the one here is as new; refused"
-        )
+    if at_least is not None and manifest["version"] < at_least:
+        raise BundleRefused(f"{root}: version {manifest['version']}, but {at_least} ran on this robot already; refused")
     vouched = manifest["files"]
     there = set(_listed(root))
     missing, extra = sorted(set(vouched) - there), sorted(there - set(vouched))

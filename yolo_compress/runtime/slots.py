@@ -24,6 +24,8 @@ from typing import Any, Dict, Iterator, Optional
 
 from .errors import EngineError, RuntimeFailure
 
+ROOT = "/var/lib/yolo_compress"  # unless the variable or --root says otherwise
+ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
 NAMES = ("a", "b")
 STATE_SCHEMA = 1
 
