@@ -68,7 +68,11 @@ def test_the_report_compares_what_bench_kept(finished: Bench) -> None:
         row = measured[found[side]["row"]]
         assert found["map50_95"][side] == pytest.approx(row["map50_95"], abs=1e-9)
         assert found["map50"][side] == pytest.approx(row["map50"], abs=1e-9)
-        assert found["latency"][f"{side}_p50_ms"] == pytest.approx(row["latency_p50_ms"], rel=0.5)
+    latency, judged = found["latency"], measured[gate["worst"]]
+    peer = measured[latency["a"]["row"]]
+    assert (peer["model"], peer["precision"], peer["runtime"]) == ("original", "fp32", judged["runtime"])
+    assert latency["a_p50_ms"] == pytest.approx(peer["latency_p50_ms"], rel=1e-6)
+    assert latency["b_p50_ms"] == pytest.approx(judged["latency_p50_ms"], rel=1e-6)
     check = next(check for check in gate["checks"] if check["name"] == "signature")
     assert check["passed"] and check["value"]["imgsz"] == [IMGSZ, IMGSZ]
     assert set(gate["tiers"] or {"95": 0, "99": 0, "99.9": 0}) == {"95", "99", "99.9"}

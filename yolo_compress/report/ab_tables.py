@@ -16,14 +16,7 @@ FIGURES = (
     Column("Difference"),
     Column("95 % interval", rank=1),
 )
-PARTS = (
-    Column("Part", right=False),
-    Column("Objects"),
-    Column("Original"),
-    Column("Compressed"),
-    Column("Difference"),
-    Column("95 % interval", rank=1),
-)
+PARTS = (Column("Part", right=False), Column("Objects"), *FIGURES[1:])
 ERRORS = (
     Column("Type", right=False),
     Column("Original costs"),

@@ -7,51 +7,57 @@ from typing import Any
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.gate import label
-from yolo_compress.report.grid import Column, Line, Table
+from yolo_compress.report.grid import Column, Field, Line, Table, cells, columns, field
 
 Document = Mapping[str, Any]
 
-BENCH = (
-    Column("Runtime", right=False),
-    Column("Model", right=False),
-    Column("Precision", right=False),
-    Column("mAP50-95"),
-    Column("Kept", rank=1),
-    Column("mAP50", rank=6),
-    Column("p50 ms"),
-    Column("p90 ms", rank=5),
-    Column("p99 ms", rank=7),
-    Column("Speed-up", rank=1),
-    Column("MiB", rank=2),
-    Column("Smaller", rank=3),
-    Column("Ultralytics", rank=8),
-    Column("Executed", right=False, rank=4),
-)
-DEVICES = (
-    Column("Device", right=False),
-    Column("Model", right=False),
-    Column("Precision", right=False),
-    Column("mAP50-95"),
-    Column("Kept", rank=1),
-    Column("p50 ms"),
-    Column("p90 ms", rank=4),
-    Column("p99 ms", rank=5),
-    Column("End to end p50 ms", rank=2),
-    Column("Frames/s", rank=3),
-    Column("W", rank=2),
-    Column("mJ", rank=3),
-    Column("Memory MiB", rank=4),
-    Column("Runtime", right=False),
-)
 HERE = "this machine"
 STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # of a device, what decides its speed
+
+
+def place(row: Mapping[str, Any]) -> str:
+    return n.runtime(row["runtime"]) + (f" ({row['device']})" if row.get("device") else "")
+
+
+MODEL = (
+    Field(Column("Model", right=False), lambda row: str(row["model"])),
+    Field(Column("Precision", right=False), lambda row: str(row["precision"]).upper()),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Kept", "retention", n.percent, rank=1),
+)
+BENCH = (
+    Field(Column("Runtime", right=False), place),
+    *MODEL,
+    field("mAP50", "map50", n.fixed, rank=6),
+    field("p50 ms", "latency_p50_ms", n.three),
+    field("p90 ms", "latency_p90_ms", n.three, rank=5),
+    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("Speed-up", "speed_up", n.times, rank=1),
+    field("MiB", "size_mib", n.three, rank=2),
+    field("Smaller", "size_ratio", n.times, rank=3),
+    field("Ultralytics", "map50_95_ultralytics", n.fixed, rank=8),
+    Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
+)
+DEVICES = (
+    Field(Column("Device", right=False), lambda row: str(row.get("device") or HERE)),
+    *MODEL,
+    field("p50 ms", "latency_p50_ms", n.three),
+    field("p90 ms", "latency_p90_ms", n.three, rank=4),
+    field("p99 ms", "latency_p99_ms", n.three, rank=5),
+    field("End to end p50 ms", "end_to_end_p50_ms", n.three, rank=2),
+    field("Frames/s", "fps", n.three, rank=3),
+    field("W", "power_w", n.three, rank=2),
+    field("mJ", "energy_mj_per_frame", n.three, rank=3),
+    field("Memory MiB", "memory_mib", n.whole, rank=4),
+    Field(Column("Runtime", right=False), lambda row: n.runtime(row["runtime"])),
+)
 
 
 def bench_table(document: Document) -> Table:
     """Every row measured here, original above compressed within a runtime; what is missing once a runtime, with dashes."""
     marks = _marks(document)
     lines = [
-        Line(_bench_cells(row), place(row), marks.get(row["id"], ""))
+        Line(cells(BENCH, row), place(row), marks.get(row["id"], ""))
         for row in document["rows"]
         if row["status"] == "ok" and not row.get("device")
     ]
@@ -60,26 +66,26 @@ def bench_table(document: Document) -> Table:
             continue
         precisions = ", ".join(name.upper() for name in entry["precisions"])
         model = "both" if len(entry["models"]) > 1 else entry["models"][0]
-        cells = (place(entry), model, precisions, *[n.DASH] * (len(BENCH) - 4), "missing")
-        lines.append(Line(cells, place(entry), "missing"))
-    return Table("Bench", BENCH, tuple(lines), _bench_notes(document))
+        dashes = [n.DASH] * (len(BENCH) - 4)
+        lines.append(Line((place(entry), model, precisions, *dashes, "missing"), place(entry), "missing"))
+    return Table("Bench", columns(BENCH), tuple(lines), _bench_notes(document))
 
 
 def devices_table(document: Document) -> Table:
     """The compressed model here and on every device added; empty where none was."""
     if not document["devices"]:
-        return Table("Devices", DEVICES, ())
+        return Table("Devices", columns(DEVICES), ())
     marks = _marks(document)
     rows = [
         row
         for row in document["rows"]
         if row["status"] == "ok" and (row.get("device") or (row["model"] == "compressed" and row["runtime"] != "torch"))
     ]
-    lines = [Line(_device_cells(row), row.get("device") or HERE, marks.get(row["id"], "")) for row in rows]
+    lines = [Line(cells(DEVICES, row), row.get("device") or HERE, marks.get(row["id"], "")) for row in rows]
     notes = [
         "Kept is against the original in FP32 here. mJ is the energy of one frame; a dash is what a device did not measure."
     ]
-    return Table("Devices", DEVICES, tuple(lines), tuple(notes + _row_notes(rows)))
+    return Table("Devices", columns(DEVICES), tuple(lines), tuple(notes + _row_notes(rows)))
 
 
 def device_lines(document: Document) -> list[tuple[str, bool, str]]:
@@ -105,48 +111,6 @@ def _marks(document: Document) -> dict[str, str]:
     gate = document["gate"]
     marks = {entry["id"]: "passed" if entry["passed"] else "failed" for entry in gate["judged"]}
     return {**marks, gate["reference"]: "reference"}
-
-
-def _device_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        row.get("device") or HERE,
-        row["model"],
-        row["precision"].upper(),
-        n.fixed(row["map50_95"]),
-        n.percent(row["retention"]),
-        n.three(row.get("latency_p50_ms")),
-        n.three(row.get("latency_p90_ms")),
-        n.three(row.get("latency_p99_ms")),
-        n.three(row.get("end_to_end_p50_ms")),
-        n.three(row.get("fps")),
-        n.three(row.get("power_w")),
-        n.three(row.get("energy_mj_per_frame")),
-        n.whole(row.get("memory_mib")),
-        n.runtime(row["runtime"]),
-    )
-
-
-def _bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        place(row),
-        row["model"],
-        row["precision"].upper(),
-        n.fixed(row["map50_95"]),
-        n.percent(row["retention"]),
-        n.fixed(row.get("map50")),
-        n.three(row.get("latency_p50_ms")),
-        n.three(row.get("latency_p90_ms")),
-        n.three(row.get("latency_p99_ms")),
-        n.times(row["speed_up"]),
-        n.three(row.get("size_mib")),
-        n.times(row["size_ratio"]),
-        n.fixed(row.get("map50_95_ultralytics")),
-        row.get("executed") or n.DASH,
-    )
-
-
-def place(row: Mapping[str, Any]) -> str:
-    return n.runtime(row["runtime"]) + (f" ({row['device']})" if row.get("device") else "")
 
 
 def _bench_notes(document: Document) -> tuple[str, ...]:

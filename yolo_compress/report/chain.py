@@ -6,25 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.grid import Column, Line, Table
+from yolo_compress.report.grid import Column, Field, Line, Table, cells, columns, field
 
 Document = Mapping[str, Any]
 
 CHAIN = (
-    Column("Stage", right=False),
-    Column("mAP50-95"),
-    Column("Delta", rank=1),
-    Column("95 % interval", rank=5),
-    Column("of the delta", rank=4),
-    Column("Parameters", rank=2),
-    Column("GFLOPs", rank=1),
-    Column("MiB", rank=3),
-    Column("p50 ms", rank=2),
-    Column("p90 ms", rank=6),
-    Column("p99 ms", rank=7),
-    Column("mAP50", rank=8),
-    Column("Epochs", rank=8),
-    Column("Time", rank=8),
+    Field(Column("Stage", right=False), lambda line: str(line["name"])),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Delta", "delta_map50_95", n.signed, rank=1),
+    Field(
+        Column("95 % interval", rank=5),
+        lambda line: n.interval(line.get("map50_95_low"), line.get("map50_95_high"), n.fixed),
+    ),
+    Field(
+        Column("of the delta", rank=4), lambda line: n.interval(line.get("delta_low"), line.get("delta_high"), n.signed)
+    ),
+    field("Parameters", "parameters", n.millions, rank=2),
+    field("GFLOPs", "compute_gflops", n.three, rank=1),
+    field("MiB", "size_mib", n.three, rank=3),
+    field("p50 ms", "latency_p50_ms", n.three, rank=2),
+    field("p90 ms", "latency_p90_ms", n.three, rank=6),
+    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("mAP50", "map50", n.fixed, rank=8),
+    field("Epochs", "epochs", n.whole, rank=8),
+    field("Time", "seconds", n.duration, rank=8),
 )
 PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("Kept"))
 
@@ -32,7 +37,7 @@ PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Col
 def chain_table(document: Document) -> Table:
     """baseline -> sparsify -> prune -> distill -> qat, as far as the recipe goes, then the engines made of it here."""
     lines = [
-        Line(_cells(stage["stage"], stage), mark="reference" if stage["stage"] == "baseline" else "")
+        Line(cells(CHAIN, {**stage, "name": stage["stage"]}), mark="reference" if stage["stage"] == "baseline" else "")
         for stage in document["chain"]
     ]
     engines = [
@@ -46,7 +51,9 @@ def chain_table(document: Document) -> Table:
     base = next((n.finite(stage.get("map50_95")) for stage in document["chain"] if stage["stage"] == "baseline"), None)
     if lines:
         lines += [
-            Line(_cells(f"{n.runtime(row['runtime'])} {row['precision'].upper()}", _against(row, base)))
+            Line(
+                cells(CHAIN, {**_against(row, base), "name": f"{n.runtime(row['runtime'])} {row['precision'].upper()}"})
+            )
             for row in engines
         ]
     notes = [
@@ -57,31 +64,12 @@ def chain_table(document: Document) -> Table:
             "Intervals are 95 %, by bootstrap over the validation images; that of a delta draws the same images for both."
         )
     notes += [f"{stage['stage']} saw {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage]
-    return Table("Chain", CHAIN, tuple(lines), tuple(notes))
+    return Table("Chain", columns(CHAIN), tuple(lines), tuple(notes))
 
 
 def _against(row: Mapping[str, Any], base: float | None) -> dict[str, Any]:
     value = n.finite(row["map50_95"])
     return {**row, "delta_map50_95": None if value is None or base is None else value - base}
-
-
-def _cells(name: str, line: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        name,
-        n.fixed(line.get("map50_95")),
-        n.signed(line["delta_map50_95"]),
-        n.interval(line.get("map50_95_low"), line.get("map50_95_high"), n.fixed),
-        n.interval(line.get("delta_low"), line.get("delta_high"), n.signed),
-        n.millions(line.get("parameters")),
-        n.three(line.get("compute_gflops")),
-        n.three(line.get("size_mib")),
-        n.three(line.get("latency_p50_ms")),
-        n.three(line.get("latency_p90_ms")),
-        n.three(line.get("latency_p99_ms")),
-        n.fixed(line.get("map50")),
-        n.whole(line.get("epochs")),
-        n.duration(line.get("seconds")),
-    )
 
 
 def pruning_table(document: Document) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,26 @@ class Column:
     title: str
     right: bool = True
     rank: int = 0
+
+
+class Field(NamedTuple):
+    """A column, and how its cell is written of a row."""
+
+    column: Column
+    write: Callable[[Mapping[str, Any]], str]
+
+
+def field(title: str, key: str, write: Callable[[Any], str], rank: int = 0) -> Field:
+    """A figure that a row has under a key, or has not."""
+    return Field(Column(title, rank=rank), lambda row: write(row.get(key)))
+
+
+def columns(fields: Sequence[Field]) -> tuple[Column, ...]:
+    return tuple(one.column for one in fields)
+
+
+def cells(fields: Sequence[Field], row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(one.write(row) for one in fields)
 
 
 @dataclass(frozen=True)
