@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_compress.distill.feature import FEATURE_LOSSES, MASKED, Generator, aligner
+from yolo_compress.distill.feature import FEATURE_LOSSES, MASKED, Aligner, Generator
 from yolo_compress.knobs import FeatureLoss
 
 PURE = [name for name in FEATURE_LOSSES if name != "mgd"]
@@ -112,8 +112,43 @@ def test_relation_compares_row_normalised_gram_matrices() -> None:
 
 def test_an_aligner_is_the_identity_as_far_as_widths_go() -> None:
     feat = torch.randn(1, 3, 2, 2)
-    wider = aligner(3, 5)(feat)
+    wider = Aligner(3, 5)(feat)
     assert torch.equal(wider[:, :3], feat) and not wider[:, 3:].any()
+
+
+def test_an_aligner_starts_at_the_regression_of_the_teacher_on_the_student() -> None:
+    """Channels of a pruned net lie elsewhere in its parent: found at once; what they cannot say is the residual of least squares."""
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 6, 9, 9) * torch.arange(1, 7).view(1, 6, 1, 1) + 5
+    student = teacher[:, [4, 1, 2]]
+    aligner = Aligner(3, 6)
+    aligner.start(student, teacher)
+    torch.testing.assert_close(aligner(student)[:, [4, 1, 2]].detach(), student, rtol=0, atol=0.5)
+    design_NC, target_ND = (feat.movedim(1, 3).flatten(0, 2).double().numpy() for feat in (student, teacher))
+    design_NC = np.hstack([design_NC, np.ones((len(design_NC), 1))])
+    residual_ND = target_ND - design_NC @ np.linalg.lstsq(design_NC, target_ND, rcond=None)[0]
+    left = (aligner(student) - teacher).square().mean()
+    assert float(left.detach()) == pytest.approx(float(np.square(residual_ND).mean()), rel=0.02)
+
+
+def test_an_aligner_of_equal_maps_stays_the_identity_and_one_that_started_stays_where_it_is() -> None:
+    torch.manual_seed(0)
+    feat = torch.randn(2, 4, 5, 5)
+    aligner = Aligner(4, 4)
+    aligner.start(feat, feat)
+    assert torch.equal(aligner(feat), feat)
+    resumed = Aligner(4, 4)
+    resumed.load_state_dict(aligner.state_dict())
+    resumed.start(feat, torch.randn(2, 4, 5, 5))
+    assert torch.equal(resumed(feat), feat)
+
+
+def test_a_dead_channel_of_the_student_does_not_stop_the_start() -> None:
+    feat = torch.randn(2, 4, 5, 5)
+    feat[:, 1] = 0
+    aligner = Aligner(4, 5)
+    aligner.start(feat, torch.randn(2, 5, 5, 5))
+    assert bool(torch.isfinite(aligner.weight).all())
 
 
 def test_mgd_rebuilds_from_what_the_mask_leaves() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_compress.distill.feature import FEATURE_LOSSES
+from yolo_compress.distill.feature import FEATURE_LOSSES, Aligner
 from yolo_compress.distill.logits import head_terms, teacher_weight
 from yolo_compress.distill.proof import prove, prove_heard, same_weights
 from yolo_compress.distill.source import Source
@@ -121,12 +121,15 @@ class Teach(TrainHook):
     # --- the terms --------------------------------------------------------------------------------------------------
 
     def _features(self, student: Sequence[Tensor], teacher: Sequence[Tensor], levels_B1HW: Sequence[Tensor]) -> Tensor:
-        terms = [
-            self.feature.distance(
-                self.extras[str(index)](own).float(), other.detach().float(), _fitting(levels_B1HW, other)
+        terms = []
+        for index, (own, other) in enumerate(zip(student, teacher, strict=True)):
+            adapter = self.extras[str(index)]
+            for part in adapter.modules():
+                if isinstance(part, Aligner):
+                    part.start(own, other)
+            terms.append(
+                self.feature.distance(adapter(own).float(), other.detach().float(), _fitting(levels_B1HW, other))
             )
-            for index, (own, other) in enumerate(zip(student, teacher, strict=True))
-        ]
         return torch.stack(terms).sum()
 
     def _pull(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
