@@ -11,8 +11,10 @@ import enum
 import json
 import os
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,8 @@ import pytest
 
 from yolo_compress.runtime import cuda
 from yolo_compress.runtime.backend import SIDECAR
-from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
-from yolo_compress.runtime.tensorrt import ENGINE_FILE, TensorRTBackend, convolution_types
+from yolo_compress.runtime.errors import CudaError, EngineError, RuntimeUnavailable
+from yolo_compress.runtime.tensorrt import ENGINE_FILE, GRAPH_VARIABLE, TensorRTBackend, convolution_types
 from yolo_compress.runtime.tensorrt_build import TIMING_CACHE, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,31 +78,109 @@ def strict(name: str, allowed: list[str], /, **behaviour: Any) -> Any:
 
 
 class FakeMemory:
-    """Device memory in a dict; a copy out of bounds is an error."""
+    """Both memories in dicts; a copy out of bounds, and a copy by the graph from or to what is not pinned, is an error.
+
+    Work is done at once, or kept for a graph while `capture` lasts. `trace` holds what was asked for, in order.
+    """
 
     stream = 77
 
     def __init__(self) -> None:
         self.blocks: dict[int, bytearray] = {}
+        self.hosts: dict[int, np.ndarray] = {}
+        self.graphs: list[list[tuple[Callable[[], Any], set[int]]]] = []
+        self.kept: list[tuple[Callable[[], Any], set[int]]] | None = None
+        self.no_graphs: str | None = None  # why a capture fails
+        self.trace: list[str] = []
+        self.made = 0
         self.closed = False
 
+    def did(self, *names: str) -> int:
+        return sum(self.trace.count(name) for name in names)
+
+    def put(self, work: Callable[[], Any], *addresses: int) -> None:
+        """On the stream."""
+        if self.kept is None:
+            work()
+        else:
+            self.kept.append((work, set(addresses)))
+
+    def unused(self, address: int) -> bool:
+        return not any(address in addresses for graph in self.graphs for _, addresses in graph)
+
     def alloc(self, size: int) -> int:
-        pointer = 4096 * (len(self.blocks) + 1)
-        self.blocks[pointer] = bytearray(size)
-        return pointer
+        assert self.kept is None and size > 0
+        self.made += 1
+        self.blocks[4096 * self.made] = bytearray(size)
+        return 4096 * self.made
+
+    def free(self, pointer: int) -> None:
+        assert self.unused(pointer), "a graph holds the address"
+        self.trace.append("free")
+        del self.blocks[pointer]
+
+    def pinned(self, count: int) -> np.ndarray:
+        assert self.kept is None
+        host = np.full(count, np.nan, np.float32)
+        self.hosts[host.ctypes.data] = host
+        return host
+
+    def unpin(self, host: np.ndarray) -> None:
+        assert self.unused(host.ctypes.data), "a graph holds the address"
+        self.trace.append("unpin")
+        del self.hosts[host.ctypes.data]
 
     def to_device(self, pointer: int, host: np.ndarray) -> None:
-        assert host.nbytes <= len(self.blocks[pointer])
-        self.blocks[pointer][: host.nbytes] = host.tobytes()
+        assert host.nbytes <= len(self.blocks[pointer]) and host.flags.c_contiguous
+        assert self.kept is None or host.ctypes.data in self.hosts
+        self.trace.append("up")
+
+        def copy() -> None:
+            self.blocks[pointer][: host.nbytes] = host.tobytes()
+
+        self.put(copy, pointer, host.ctypes.data)
 
     def to_host(self, host: np.ndarray, pointer: int) -> None:
-        assert host.nbytes <= len(self.blocks[pointer])
-        host[...] = np.frombuffer(bytes(self.blocks[pointer][: host.nbytes]), np.float32).reshape(host.shape)
+        assert host.nbytes <= len(self.blocks[pointer]) and host.ctypes.data in self.hosts
+        self.trace.append("down")
+
+        def copy() -> None:
+            host[...] = np.frombuffer(bytes(self.blocks[pointer][: host.nbytes]), np.float32).reshape(host.shape)
+
+        self.put(copy, pointer, host.ctypes.data)
 
     def synchronize(self) -> None:
-        assert not self.closed
+        assert not self.closed and self.kept is None
+        self.trace.append("wait")
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        self.trace.append("begin")
+        if self.no_graphs is not None:
+            raise CudaError(self.no_graphs)
+        self.kept = []
+        try:
+            work()
+            graph = self.kept
+        finally:
+            self.kept = None
+            self.trace.append("end")
+        self.graphs.append(graph)
+        return graph
+
+    def launch(self, graph: Any) -> None:
+        assert any(graph is held for held in self.graphs)
+        self.trace.append("launch")
+        for work, _ in graph:
+            work()
+
+    def forget(self, graph: Any) -> None:
+        self.trace.append("forget")
+        self.graphs = [held for held in self.graphs if held is not graph]
 
     def close(self) -> None:
+        if not self.closed:
+            self.trace.append("close")
+            assert not self.graphs and not self.hosts, "left for the last moment"
         self.blocks.clear()
         self.closed = True
 
@@ -115,12 +195,15 @@ class FakeTensorRT(ModuleType):
         self.built: dict[str, Any] = {}
         self.deserialised = 0
         self.load = True
+        self.capturable = True
+        self.log_of_start: str | None = None  # what the log says when a Runtime is made
         self.stale_cache = False
         self.parts: dict[str, Any] = {
             "Builder": self._builder,
             "Runtime": self._runtime,
             "OnnxParser": self._parser,
             "Logger": self._logger_class(),
+            "ILogger": type("ILogger", (), {}),
         }
         if "report_layer_time" in api.get("IProfiler", ()):
             self.parts["IProfiler"] = type("IProfiler", (), {})
@@ -144,7 +227,7 @@ class FakeTensorRT(ModuleType):
         def made(severity: int) -> Any:
             return self.strict("Logger")
 
-        for level in ("WARNING", "ERROR", "VERBOSE", "INFO"):
+        for level in ("INTERNAL_ERROR", "WARNING", "ERROR", "VERBOSE", "INFO"):
             assert level in self.api["Logger"]
             setattr(made, level, level)
         return made
@@ -152,6 +235,10 @@ class FakeTensorRT(ModuleType):
     # -- building
 
     def _builder(self, logger: Any) -> Any:
+        self.logger = logger
+        if self.log_of_start is not None:
+            logger.log("ERROR", self.log_of_start)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return self.strict(
             "Builder",
             create_network=self._network,
@@ -170,6 +257,7 @@ class FakeTensorRT(ModuleType):
             "network_flags": {m.name for m in members if flags & (1 << int(m))},
             "flags": {"TF32"},
             "profiles": 0,
+            "sharing": major(self) >= 10,  # of a profile by several contexts
         }
         layers: list[Any] = []
         self.built["layers"] = layers
@@ -202,16 +290,27 @@ class FakeTensorRT(ModuleType):
         built = self.built
 
         def create_cache(content: bytes) -> Any:
-            built.setdefault("caches", []).append(content)
-            return self.strict("ITimingCache", serialize=lambda: HostMemory(b"cache:" + content))
+            return self.strict("ITimingCache", serialize=lambda: HostMemory(content))
 
         def set_cache(cache: Any, ignore_mismatch: bool) -> bool:
             assert ignore_mismatch is False
-            return not (self.stale_cache and built["caches"][-1])
+            content = bytes(cache.serialize())
+            if self.stale_cache and content:
+                return False
+            built["cache"] = content  # the config's own: what was given stays as it is
+            return True
+
+        def get_cache() -> Any:
+            assert "built" in built, "before the build it holds nothing new"
+            return create_cache(b"cache:" + built["cache"])
+
+        def set_preview(feature: Any, on: bool) -> None:
+            built["sharing"] = on and feature is self.PreviewFeature.PROFILE_SHARING_0806
 
         def add_profile(profile: Any) -> int:
-            built["profiles"] += 1
-            return 0
+            smallest, _, largest = built["profile"]
+            built["profiles"] += smallest <= largest
+            return built["profiles"] - 1
 
         def flag(action: Any) -> Any:
             return lambda member: action(member.name)
@@ -223,6 +322,9 @@ class FakeTensorRT(ModuleType):
             set_memory_pool_limit=lambda pool, size: built.update(pool=(pool.name, size)),
             create_timing_cache=create_cache,
             set_timing_cache=set_cache,
+            get_timing_cache=get_cache,
+            get_preview_feature=lambda feature: built["sharing"],
+            set_preview_feature=set_preview,
             add_optimization_profile=add_profile,
         )
         built["config"] = config
@@ -232,21 +334,35 @@ class FakeTensorRT(ModuleType):
         assert network is self.built["network"] and config is self.built["config"]
         assert config.profiling_verbosity == self.ProfilingVerbosity.DETAILED
         if "unbuildable" in self.built["words"]:
+            self.logger.log("WARNING", "a hint")
+            self.logger.log("ERROR", "Could not find any implementation for node Moebius")
             return None
+        self.built["built"] = True
         dynamic = "dynamic" in self.built["words"]
         if dynamic:
             assert self.built["profiles"] == 1, "TensorRT refuses a dynamic network without a profile"
         largest = self.built["profile"][2][0] if dynamic else 1
-        return HostMemory(json.dumps({"batch": -1 if dynamic else 1, "largest": largest}).encode())
+        plan = {"batch": -1 if dynamic else 1, "largest": largest, "sharing": self.built["sharing"]}
+        return HostMemory(json.dumps(plan).encode())
 
     # -- running
 
     def _runtime(self, logger: Any) -> Any:
-        return self.strict("Runtime", deserialize_cuda_engine=self._engine)
+        self.logger = logger
+        if self.log_of_start is not None:
+            logger.log("ERROR", self.log_of_start)
+            return strict("Runtime", [])  # a null pointer: its first use would end the process
+        return self._traced("runtime", self.strict("Runtime", deserialize_cuda_engine=self._engine))
+
+    def _traced(self, name: str, made: Any) -> Any:
+        """The object; its end goes into the trace."""
+        weakref.finalize(made, self.memory.trace.append, name)
+        return made
 
     def _engine(self, plan: bytes) -> Any:
         self.deserialised += 1
         if not self.load:
+            self.logger.log("ERROR", "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (of sm_90)")
             return None
         described = json.loads(plan)
         batch = described["batch"]
@@ -265,40 +381,65 @@ class FakeTensorRT(ModuleType):
             assert form == self.LayerInformationFormat.JSON
             return json.dumps({"Layers": [*layers, "a name only"]})
 
-        return self.strict(
-            "ICudaEngine",
-            num_io_tensors=2,
-            get_tensor_name=lambda index: tensors[index],
-            get_tensor_mode=modes.__getitem__,
-            get_tensor_dtype=lambda name: self.DataType.FLOAT,
-            get_tensor_shape=shapes.__getitem__,
-            create_execution_context=lambda: self._context(described),
-            create_engine_inspector=lambda: self.strict("EngineInspector", get_engine_information=inspect),
+        return self._traced(
+            "engine",
+            self.strict(
+                "ICudaEngine",
+                num_io_tensors=2,
+                get_tensor_name=lambda index: tensors[index],
+                get_tensor_mode=modes.__getitem__,
+                get_tensor_dtype=lambda name: self.DataType.FLOAT,
+                get_tensor_shape=shapes.__getitem__,
+                create_execution_context=lambda: self._context(described),
+                create_engine_inspector=lambda: self.strict("EngineInspector", get_engine_information=inspect),
+            ),
         )
 
     def _context(self, described: dict[str, Any]) -> Any:
-        state: dict[str, Any] = {"address": {}}
+        """A graph holds its state, so a launch after another change is an error; and the first run cannot be captured."""
+        state: dict[str, Any] = {"address": {}, "version": 0, "flushed": None}
+        described["contexts"] = described.get("contexts", 0) + 1
+        first = described["contexts"] == 1
+        own: list[Any] = []
 
         def set_shape(name: str, shape: Any) -> bool:
-            fits = 1 <= shape[0] <= described["largest"]
-            state["shape"] = tuple(shape) if fits else state.get("shape")
-            return fits
+            assert name == "images"
+            state["version"] += 1
+            free = first or described["batch"] > 0 or described["sharing"]
+            fits = free and 1 <= shape[0] <= described["largest"]
+            state["shape"] = tuple(shape) if fits else None
+            return bool(fits)
+
+        def set_address(name: str, pointer: int) -> bool:
+            assert pointer in self.memory.blocks
+            state["version"] += 1
+            state["address"][name] = pointer
+            return True
 
         def get_shape(name: str) -> Dims:
             return Dims([state["shape"][0], 4 + len(NAMES), ANCHORS])
 
-        def execute(stream: int) -> bool:
-            assert stream == FakeMemory.stream
-            size = 4 * int(np.prod(state["shape"]))
+        def compute(shape: tuple[int, ...], version: int) -> None:
+            assert version == state["version"], "the context changed since the graph was captured"
+            size = 4 * int(np.prod(shape))
             block = self.memory.blocks[state["address"]["images"]][:size]
-            images = np.frombuffer(bytes(block), np.float32).reshape(state["shape"])
-            output = expected(images)
+            output = expected(np.frombuffer(bytes(block), np.float32).reshape(shape))
             target = self.memory.blocks[state["address"]["output0"]]
             assert output.nbytes <= len(target)
             target[: output.nbytes] = output.tobytes()
-            if context.profiler is not None:
+            if (profiler := own[0]().profiler) is not None:
                 for layer, ms in (("/model.0/conv/Conv + PWN(/model.0/act/Mul)", 0.25), ("Reformat", 0.125)):
-                    context.profiler.report_layer_time(layer, ms)
+                    profiler.report_layer_time(layer, ms)
+
+        def execute(stream: int) -> bool:
+            assert stream == FakeMemory.stream
+            self.memory.trace.append("run")
+            shape, version = state["shape"], state["version"]
+            if self.memory.kept is not None and not (self.capturable and state["flushed"] == version):
+                self.logger.log("ERROR", "operation not permitted when stream is capturing")
+                return False
+            state["flushed"] = version
+            self.memory.put(lambda: compute(shape, version), *state["address"].values())
             return True
 
         context = self.strict(
@@ -306,10 +447,11 @@ class FakeTensorRT(ModuleType):
             profiler=None,
             set_input_shape=set_shape,
             get_tensor_shape=get_shape,
-            set_tensor_address=lambda name, pointer: state["address"].update({name: pointer}),
+            set_tensor_address=set_address,
             execute_async_v3=execute,
         )
-        return context
+        own.append(weakref.ref(context))
+        return self._traced("context", context)
 
 
 def expected(images: np.ndarray) -> np.ndarray:
@@ -327,6 +469,8 @@ def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setattr(cuda, "driver_problem", lambda: None)
     monkeypatch.setattr(cuda, "open_memory", lambda: memory)
+    monkeypatch.setattr(cuda, "device_name", lambda: "Orin (sm_87)")
+    monkeypatch.delenv(GRAPH_VARIABLE, raising=False)
     return fake
 
 
@@ -372,7 +516,7 @@ def test_every_precision_builds(precision: str, words: str, flags: set[str], trt
     assert trt.built["pool"] == ("WORKSPACE", 512 << 20) and trt.built["profiles"] == 0
     sidecar = json.loads((engine / SIDECAR).read_text())
     assert (sidecar["runtime"], sidecar["library"], sidecar["precision"]) == ("tensorrt", trt.__version__, precision)
-    assert sidecar["options"] == {"max_batch": 1, "workspace_mib": 512}
+    assert sidecar["options"] == {"max_batch": 1, "workspace_mib": 512} and sidecar["built_on"]["gpu"] == "Orin (sm_87)"
 
 
 def test_a_graph_that_cannot_give_the_precision_is_refused(trt: FakeTensorRT, tmp_path: Path) -> None:
@@ -389,8 +533,12 @@ def test_a_graph_that_cannot_give_the_precision_is_refused(trt: FakeTensorRT, tm
 def test_parser_and_builder_failures_are_told(trt: FakeTensorRT, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot parse it: node 7: no importer for Moebius"):
         made(tmp_path, "broken", "fp32")
-    with pytest.raises(EngineError, match="built no fp32 engine"):
+    with pytest.raises(EngineError, match="built no fp32 engine: Could not find any implementation for node Moebius"):
         made(tmp_path, "unbuildable", "fp32")
+    with pytest.raises(EngineError, match="takes no batch from 1 to 0"):
+        made(tmp_path, "dynamic", "fp32", max_batch=0)
+    with pytest.raises(EngineError, match="max_batch=4, but its batch is fixed at 1"):
+        made(tmp_path, "float", "fp32", max_batch=4)
     assert not (tmp_path / "engine").exists()
 
 
@@ -404,6 +552,10 @@ def test_a_dynamic_batch_gets_a_profile_and_other_dynamic_sizes_are_refused(trt:
             assert np.allclose(backend(images), expected(images))
         with pytest.raises(EngineError, match="other batches than 5"):
             backend(np.zeros((5, 3, *IMGSZ), np.float32))
+        assert np.allclose(backend(images), expected(images)), "usable after a refusal"
+        calls = [backend.bind(images[:count]) for count in (1, 2)]  # contexts of one profile
+        calls[0]()
+        assert backend.executed.endswith(", CUDA graph")
     with pytest.raises(EngineError, match="only the batch may be dynamic"):
         made(tmp_path, "free", "fp32")
 
@@ -411,7 +563,7 @@ def test_a_dynamic_batch_gets_a_profile_and_other_dynamic_sizes_are_refused(trt:
 def test_a_timing_cache_is_taken_up_or_replaced(trt: FakeTensorRT, tmp_path: Path) -> None:
     (tmp_path / "earlier").write_bytes(b"tactics")
     engine = made(tmp_path, "float", "fp32", timing_cache=tmp_path / "earlier")
-    assert (engine / TIMING_CACHE).read_bytes() == b"cache:tactics"
+    assert (engine / TIMING_CACHE).read_bytes() == b"cache:tactics", "what the build added, not what it was given"
     trt.stale_cache = True
     engine = made(tmp_path, "float", "fp32", timing_cache=tmp_path / "earlier")
     assert (engine / TIMING_CACHE).read_bytes() == b"cache:", "of another device: an empty one instead"
@@ -423,12 +575,11 @@ def test_an_engine_runs(trt: FakeTensorRT, tmp_path: Path) -> None:
     with TensorRTBackend(made(tmp_path, "qdq", "int8"), precision="int8") as backend:
         assert (backend.names, backend.imgsz, backend.batch, backend.precision) == (NAMES, IMGSZ, 1, "int8")
         assert np.allclose(backend(first), expected(first))
-        assert backend.executed == "int8 (3 int8, 1 fp16; of 4 convolutions)"
+        assert backend.executed == "int8 (3 int8, 1 fp16; of 4 convolutions), CUDA graph"
         calls = [backend.bind(first), backend.bind(second)]
-        output = backend._pointers["output0"][1]
         for call, images in zip([*calls, calls[0]], [first, second, first], strict=True):
             call()
-            found = np.frombuffer(bytes(trt.memory.blocks[output]), np.float32)
+            found = np.frombuffer(bytes(trt.memory.blocks[call.result.pointer]), np.float32)  # type: ignore[attr-defined]
             assert np.allclose(found, expected(images).ravel()), "each bound call runs on its own images"
         assert np.allclose(backend(second), expected(second))
         with pytest.raises(ValueError, match=r"float32 \[1, 3, 32, 64\] expected"):
@@ -436,9 +587,130 @@ def test_an_engine_runs(trt: FakeTensorRT, tmp_path: Path) -> None:
     assert trt.memory.closed and not trt.memory.blocks, "device memory is given back"
 
 
+# ---- CUDA graphs
+
+
+def inputs(*counts: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(3)
+    return [generator.random((count, 3, *IMGSZ), dtype=np.float32) for count in counts]
+
+
+def test_a_graph_is_captured_once_after_a_plain_run_and_then_launched(trt: FakeTensorRT, tmp_path: Path) -> None:
+    engine = made(tmp_path, "half", "fp16")
+    with TensorRTBackend(engine) as backend:
+        opened = ["up", "run", "down", "wait", "begin", "up", "run", "down", "end", "launch", "wait"]
+        assert trt.memory.trace == opened
+        outputs = [(images, backend(images)) for images in inputs(*[1] * 5)]
+        assert trt.memory.trace[len(opened) :] == ["launch", "wait"] * 5, "TensorRT is not asked again"
+        for images, output in outputs:  # kept beyond the next call
+            assert np.allclose(output, expected(images))
+        (images,) = inputs(1)
+        lent = backend(images, copy=False)
+        assert lent.ctypes.data in trt.memory.hosts and np.allclose(lent, expected(images))
+        call = backend.bind(images)
+        before = len(trt.memory.trace)
+        for _ in range(3):
+            call()
+        assert trt.memory.trace[before:] == ["launch", "wait"] * 3, "latency is of the graph alone, without copies"
+
+
+def test_another_shape_ends_the_graph_and_a_second_run_of_it_is_captured_anew(
+    trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    with TensorRTBackend(made(tmp_path, "dynamic", "fp32", max_batch=4)) as backend:
+        trace = trt.memory.trace
+        for count, did in (
+            (4, ["forget", "free", "unpin", "free", "unpin", "up", "run", "down", "wait"]),
+            (4, ["begin", "up", "run", "down", "end", "launch", "wait"]),
+            (4, ["launch", "wait"]),
+            (2, ["forget", "up", "run", "down", "wait"]),  # the buffers of 4 hold 2
+            (3, ["up", "run", "down", "wait"]),  # alternating shapes never pay for a capture
+            (2, ["up", "run", "down", "wait"]),
+            (2, ["begin", "up", "run", "down", "end", "launch", "wait"]),
+        ):
+            before = len(trace)
+            (images,) = inputs(count)
+            assert np.allclose(backend(images), expected(images))
+            assert trace[before:] == did
+        assert len(trt.memory.blocks) == 2 and len(trt.memory.hosts) == 2, "what was outgrown is freed"
+
+
+@pytest.mark.parametrize("failure", ["begin", "enqueue"])
+def test_without_a_graph_it_is_said_and_runs_are_plain(
+    failure: str, trt: FakeTensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if failure == "begin":
+        trt.memory.no_graphs = "pycuda cannot capture a stream; cuda-python can"
+    trt.capturable = failure == "begin"
+    reason = "pycuda cannot capture" if failure == "begin" else "could not enqueue an inference"
+    with TensorRTBackend(made(tmp_path, "qdq", "int8")) as backend:
+        assert backend.executed.startswith("int8 (3 int8, 1 fp16; of 4 convolutions), no CUDA graph: ")
+        assert reason in backend.executed
+        assert reason in capsys.readouterr().err, "for those who do not look at `executed`"
+        before = len(trt.memory.trace)
+        for images in inputs(1, 1):
+            assert np.allclose(backend(images), expected(images))
+        assert trt.memory.trace[before:] == ["up", "run", "down", "wait"] * 2, "and it is not tried again"
+        begun = trt.memory.did("begin")
+        backend.bind(images)()
+        assert trt.memory.did("begin") == begun == 1 and trt.memory.did("launch") == 0
+        assert "CUDA graph" not in capsys.readouterr().err
+
+
+def test_a_graph_that_only_a_bound_call_lacks_is_said_too(trt: FakeTensorRT, tmp_path: Path) -> None:
+    with TensorRTBackend(made(tmp_path, "float", "fp32")) as backend:
+        assert backend.executed.endswith(", CUDA graph")
+        trt.memory.no_graphs = "CUDA: out of memory (code 2)"
+        backend.bind(inputs(1)[0])()
+        assert backend.executed.endswith("no CUDA graph: CUDA: out of memory (code 2)")
+
+
+def test_graphs_are_turned_off_by_argument_and_by_environment(
+    trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = made(tmp_path, "float", "fp32")
+    monkeypatch.setenv(GRAPH_VARIABLE, "0")
+    with TensorRTBackend(engine) as backend:
+        assert backend.executed.endswith(", no CUDA graph: turned off") and trt.memory.trace == []
+        (images,) = inputs(1)
+        for _ in range(3):
+            assert np.allclose(backend(images), expected(images))
+        assert trt.memory.did("begin", "launch") == 0 and trt.memory.did("run") == 3
+    assert capsys.readouterr().err == ""
+    for asked, said in ((True, "0"), (None, "1"), (True, "")):
+        trt.memory.closed = False
+        monkeypatch.setenv(GRAPH_VARIABLE, said)
+        with TensorRTBackend(engine, cuda_graph=asked) as backend:
+            assert backend.executed.endswith(", CUDA graph")
+    trt.memory.closed = False
+    with TensorRTBackend(engine, cuda_graph=False) as backend:
+        assert backend.executed.endswith("turned off")
+    monkeypatch.setenv(GRAPH_VARIABLE, "yes")
+    with pytest.raises(EngineError, match="YOLO_COMPRESS_CUDA_GRAPH=yes: 0 or 1 expected"):
+        TensorRTBackend(engine)
+
+
+def test_everything_is_released_in_order(trt: FakeTensorRT, tmp_path: Path) -> None:
+    backend = TensorRTBackend(made(tmp_path, "float", "fp32"))
+    call = backend.bind(inputs(1)[0])
+    before = len(trt.memory.trace)
+    backend.close()
+    bound = ["forget", "context", "free", "free"]
+    main = ["forget", "context", "free", "unpin", "free", "unpin"]
+    assert trt.memory.trace[before:] == ["wait", *bound, *main, "engine", "runtime", "close"]
+    backend.close()
+    assert trt.memory.trace.count("close") == 1
+    with pytest.raises(AttributeError):
+        call()  # its context is gone
+
+
 def test_layers_are_timed_by_the_profiler(trt: FakeTensorRT, tmp_path: Path) -> None:
     with TensorRTBackend(made(tmp_path, "float", "fp32")) as backend:
         assert backend.node_ms(3) == {"/model.0/conv/Conv + PWN(/model.0/act/Mul)": 0.25, "Reformat": 0.125}
+        assert trt.memory.did("begin") == 1 and trt.memory.trace[-3:] == ["context", "free", "free"], (
+            "and left no trace"
+        )
+        assert backend.executed.endswith(", CUDA graph"), "the profiler was on another context"
 
 
 def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_path: Path) -> None:
@@ -451,6 +723,9 @@ def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_
     (engine / SIDECAR).write_text(json.dumps({**sidecar, "library": "9.9.9"}))
     with pytest.raises(EngineError, match=r"built with TensorRT 9\.9\.9"):
         TensorRTBackend(engine)
+    (engine / SIDECAR).write_text(json.dumps({**sidecar, "built_on": {"gpu": "NVIDIA H100 PCIe (sm_90)"}}))
+    with pytest.raises(EngineError, match=r"built on NVIDIA H100 PCIe \(sm_90\), here is Orin \(sm_87\)"):
+        TensorRTBackend(engine)
     (engine / SIDECAR).write_text(json.dumps(sidecar))
     plan = (engine / ENGINE_FILE).read_bytes()
     (engine / ENGINE_FILE).write_bytes(plan.replace(b"1", b"2"))
@@ -459,7 +734,7 @@ def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_
     assert trt.deserialised == 0
     (engine / ENGINE_FILE).write_bytes(plan)
     trt.load = False
-    with pytest.raises(EngineError, match="cannot load it"):
+    with pytest.raises(EngineError, match=r"cannot load it.*: Error Code 1: Serialization \(of sm_90\)"):
         TensorRTBackend(engine)
     assert trt.deserialised == 1 and trt.memory.closed, "a failed start gives device memory back"
 
@@ -478,78 +753,16 @@ def test_the_driver_is_probed_before_the_library_is_touched(monkeypatch: pytest.
         TensorRTBackend(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("init", "count", "words"),
-    [(100, 0, "cuInit returned 100"), (0, 0, "sees no device"), (0, 1, None)],
-)
-def test_the_drivers_answers_are_read(
-    init: int, count: int, words: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def devices(reference: Any) -> int:
-        reference._obj.value = count
-        return 0
-
-    driver = SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=devices)
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
-    problem = cuda.driver_problem()
-    assert problem is None if words is None else words in (problem or "")
-
-
-def test_memory_from_cuda_python_is_freed_and_its_errors_speak(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-    held = [0x1000, 0x2000]
-
-    def note(name: str, *answer: Any) -> Any:
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            calls.append((name, *arguments))
-            return answer
-
-        return call
-
-    runtime = SimpleNamespace(
-        cudaStreamCreate=note("create", 0, 5),
-        cudaMalloc=lambda size: (0, held.pop(0)) if held else (2, None),
-        cudaMemcpyAsync=note("copy", 0),
-        cudaStreamSynchronize=note("wait", 0),
-        cudaFree=note("free", 0),
-        cudaStreamDestroy=note("destroy", 0),
-        cudaGetErrorString=lambda code: (0, b"out of memory"),
-        cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down"),
-    )
-    bindings = ModuleType("cuda.bindings")
-    bindings.runtime = runtime  # type: ignore[attr-defined]
-    package = ModuleType("cuda")
-    package.bindings = bindings  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    memory = cuda.open_memory()
-    host = np.zeros(4, np.float32)
-    first, second = memory.alloc(16), memory.alloc(16)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        memory.alloc(16)
-    memory.to_device(first, host)
-    memory.to_host(host, second)
-    memory.synchronize()
-    memory.close()
-    memory.close()
-    assert calls == [
-        ("create",),
-        ("copy", 0x1000, host.ctypes.data, 16, "up", 5),
-        ("copy", host.ctypes.data, 0x2000, 16, "down", 5),
-        ("wait", 5),
-        ("free", 0x2000),
-        ("free", 0x1000),
-        ("destroy", 5),
-    ]
-
-
-def test_without_cuda_memory_the_hint_names_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cuda", "pycuda"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for name in [name for name in sys.modules if name.startswith(("cuda.", "pycuda."))]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(RuntimeUnavailable, match="cuda-python.*or pycuda"):
-        cuda.open_memory()
+def test_a_driver_that_is_too_old_is_an_error_and_not_a_crash(trt: FakeTensorRT, tmp_path: Path) -> None:
+    engine = made(tmp_path, "float", "fp32")
+    trt.log_of_start = "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35)"
+    with pytest.raises(
+        RuntimeUnavailable, match=r"does not start .*failure with error: 35.*update NVIDIA's driver"
+    ) as caught:
+        TensorRTBackend(engine)
+    assert caught.value.exit_code == 4 and trt.deserialised == 0 and trt.memory.closed
+    with pytest.raises(RuntimeUnavailable, match="does not start.*failure with error: 35"):
+        made(tmp_path, "float", "fp32")
 
 
 # ---- reports of the inspector
@@ -573,7 +786,7 @@ def test_types_of_convolutions_are_read_in_either_form(described: dict[str, str]
 
 def test_the_code_names_nothing_of_tensorrt_dynamically() -> None:
     """`getattr(trt..., name)` would escape the stand-in's check, but for the flags that are gated by hasattr."""
-    for name in ("tensorrt.py", "tensorrt_build.py"):
+    for name in ("tensorrt.py", "tensorrt_build.py", "tensorrt_execution.py", "tensorrt_log.py"):
         tree = ast.parse((ROOT / "yolo_compress" / "runtime" / name).read_text())
         found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"]
         assert [ast.unparse(call) for call in found] in ([], ["getattr(trt.BuilderFlag, flag)"])

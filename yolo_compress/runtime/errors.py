@@ -23,6 +23,12 @@ class RuntimeUnavailable(RuntimeFailure):
         self.hint = hint
 
 
+class CudaError(RuntimeFailure):
+    """A call of CUDA that failed: out of memory, a lost device, or something that it does not do."""
+
+    exit_code = 4
+
+
 class EngineError(RuntimeFailure):
     """An engine that is altered, truncated, built elsewhere, or cannot do what is asked of it."""
 

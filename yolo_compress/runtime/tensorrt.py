@@ -1,6 +1,6 @@
 """TensorRT 8.5 to 11.x: runs a plan file, by the features that the installed version has.
 
-Nothing in this file, `tensorrt_build.py` or `cuda.py` ever ran on real TensorRT or on a device. Names are checked against the
+Nothing in this file, the other `tensorrt_*.py` or `cuda.py` ever ran on real TensorRT or on a device. Names are checked against the
 bindings of 8.6 to 11.4 (test_tensorrt_api.py), 8.5 is by documentation. All versions from 8.5 have named I/O tensors and
 `execute_async_v3`, so the older binding interface is not used.
 """
@@ -8,7 +8,7 @@ bindings of 8.6 to 11.4 (test_tensorrt_api.py), 8.5 is by documentation. All ver
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -18,9 +18,13 @@ import numpy as np
 from . import cuda
 from .backend import census_words, check_input, check_output, resolve
 from .errors import EngineError, RuntimeUnavailable
+from .tensorrt_execution import Execution, Tensors
+from .tensorrt_log import logger, runtime
 
 RUNTIME = "tensorrt"
 ENGINE_FILE = "engine.plan"
+GPU = "gpu"  # what the sidecar's `built_on` calls the device that the plan was built on
+GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 HINT = "pip install tensorrt on a machine with an NVIDIA GPU; on a Jetson: sudo apt install python3-libnvinfer"
 
 
@@ -40,19 +44,31 @@ def library() -> Any:
     return tensorrt
 
 
+def _wanted(cuda_graph: Optional[bool]) -> bool:
+    """Whether to run as a CUDA graph: as asked, else as the environment says, else yes."""
+    said = os.environ.get(GRAPH_VARIABLE) or "1"
+    if said not in ("0", "1"):
+        raise EngineError(f"{GRAPH_VARIABLE}={said}: 0 or 1 expected")
+    return said == "1" if cuda_graph is None else cuda_graph
+
+
 class TensorRTBackend:
     """A plan with one float32 input and one float32 output. Plans only run where they were built.
 
     Args:
         path: directory made by `build`.
         precision: that the engine must have, or None.
+        cuda_graph: run as a CUDA graph, where that can be captured; `executed` says whether it was. None: as the environment's
+            YOLO_COMPRESS_CUDA_GRAPH says (0 or 1), else True.
 
     Raises:
         RuntimeUnavailable: bindings, driver, device or CUDA memory from Python missing.
         EngineError: an altered engine, or one of another TensorRT, GPU or signature.
+        CudaError: no device memory for it.
     """
 
-    def __init__(self, path: Path, precision: Optional[str] = None) -> None:
+    def __init__(self, path: Path, precision: Optional[str] = None, cuda_graph: Optional[bool] = None) -> None:
+        self._refused = None if _wanted(cuda_graph) else "turned off"
         trt = library()
         path = Path(path)
         if not path.is_dir():
@@ -64,9 +80,16 @@ class TensorRTBackend:
                 f"{path}: built with TensorRT {self.info.library}, here {trt.__version__}; plans do not carry over, "
                 "build the engine again on this machine"
             )
+        built_on, here = self.info.built_on.get(GPU), cuda.device_name()
+        if built_on not in (None, here):
+            raise EngineError(
+                f"{path}: built on {built_on}, here is {here}; plans do not carry over, build the engine again here"
+            )
         self._trt = trt
         self._file = path / ENGINE_FILE
-        self._pointers: Dict[str, Tuple[int, int]] = {}  # tensor -> (size, device pointer)
+        self._executions: List[Execution] = []
+        self._runtime: Any = None
+        self._engine: Any = None
         self._memory = cuda.open_memory()
         try:
             self._load()
@@ -75,24 +98,34 @@ class TensorRTBackend:
             raise
 
     def _load(self) -> None:
-        """Deserialise the plan and look at its tensors."""
-        trt = self._trt
-        self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        self._engine: Any = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
+        """Deserialise the plan, look at its tensors, and run it until its graph is captured or known not to be."""
+        log = logger(self._trt)
+        self._runtime = runtime(self._trt)
+        log.take()
+        self._engine = self._runtime.deserialize_cuda_engine(self._file.read_bytes())
         if self._engine is None:
             raise EngineError(
-                f"{self._file}: TensorRT {trt.__version__} cannot load it (another GPU?); build the engine again here"
+                f"{self._file}: TensorRT {self._trt.__version__} cannot load it (another GPU?){log.words()}; "
+                "build the engine again here"
             )
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(
-                f"{self._file}: no execution context (device memory full?); TensorRT's log (stderr) says why"
-            )
-        self._input, self._output = self._signature()
-        batch = self._engine.get_tensor_shape(self._input)[0]
+        self._tensors = self._signature()
+        batch = self._engine.get_tensor_shape(self._tensors.input)[0]
         self.batch: Optional[int] = None if batch < 0 else int(batch)
+        self._main = self._execution()
+        if self._refused is None:
+            self._main.fit((self.batch or 1, 3) + self.imgsz)
+            self._main.source.host[...] = 0
+            for _ in range(2):  # plainly, and captured
+                self._main()
 
-    def _signature(self) -> Tuple[str, str]:
+    def _execution(self, transfers: bool = True, refused: Optional[str] = None) -> Execution:
+        made = Execution(
+            self._engine, self._memory, self._tensors, self._file, refused or self._refused, transfers=transfers
+        )
+        self._executions.append(made)
+        return made
+
+    def _signature(self) -> Tensors:
         """Names of the input and the output; refuses any other signature."""
         engine, trt = self._engine, self._trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -105,67 +138,41 @@ class TensorRTBackend:
         if shape[1:] != (3,) + self.imgsz:
             raise EngineError(f"{self._file}: takes {list(shape)}, its sidecar says {list(self.imgsz)} px")
         check_output(self.info, tuple(engine.get_tensor_shape(outputs[0])), self._file)
-        return inputs[0], outputs[0]
-
-    def _buffer(self, tensor: str, size: int) -> int:
-        """Device buffer of a tensor, replaced by a larger one when a larger batch comes."""
-        held, pointer = self._pointers.get(tensor, (0, 0))
-        if held < size:
-            pointer = self._memory.alloc(size)
-            self._pointers[tensor] = (size, pointer)
-        return pointer
-
-    def _place(self, shape: Tuple[int, ...], source: int) -> Tuple[Tuple[int, ...], int]:
-        """Tell the context the input's shape and both addresses; returns the output's shape and device pointer."""
-        if not self._context.set_input_shape(self._input, shape):
-            raise EngineError(f"{self._file}: built for other batches than {shape[0]}")
-        gives = tuple(self._context.get_tensor_shape(self._output))
-        result = self._buffer(self._output, 4 * math.prod(gives))
-        self._context.set_tensor_address(self._input, source)
-        self._context.set_tensor_address(self._output, result)
-        return gives, result
-
-    def _execute(self) -> None:
-        if not self._context.execute_async_v3(self._memory.stream):
-            raise EngineError(f"{self._file}: TensorRT could not enqueue an inference; its log (stderr) says why")
+        return Tensors(inputs[0], outputs[0])
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
-        source = self._buffer(self._input, images_BCHW.nbytes)
-        gives, result = self._place(images_BCHW.shape, source)
-        output = np.empty(gives, np.float32)
-        self._memory.to_device(source, images_BCHW)
-        self._execute()
-        self._memory.to_host(output, result)
-        self._memory.synchronize()
-        return output
+        self._main.fit(images_BCHW.shape)
+        self._main.source.host[...] = images_BCHW
+        self._main()
+        output = self._main.result.host  # page-locked: gone with `close`, and with a larger batch
+        return output.copy() if copy else output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
+        """See `Backend.bind`. Each has a context of its own, with its activations, until the engine is closed."""
         images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
-        shape = images_BCHW.shape
-        source = self._memory.alloc(images_BCHW.nbytes)  # its own: several are bound at a time
-        self._place(shape, source)
-        self._memory.to_device(source, images_BCHW)
-        self._memory.synchronize()
-
-        def run() -> None:
-            self._place(shape, source)  # host work of microseconds; another call may have moved the context's addresses
-            self._execute()
-            self._memory.synchronize()
-
+        run = self._execution(transfers=False, refused=self._main.refused)
+        run.fit(images_BCHW.shape)
+        self._memory.to_device(run.source.pointer, images_BCHW)
+        for _ in range(2):  # plainly, and captured
+            run()
         return run
 
     @property
     def executed(self) -> str:
-        """Convolutions by the type of their input, from the engine inspector (needs the plan's own detailed report)."""
+        """Convolutions by the type of their input, from the engine inspector (needs the plan's own detailed report); and whether
+        all of it runs as CUDA graphs.
+        """
         inspector = self._engine.create_engine_inspector()
         report = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
-        return census_words(self.precision, convolution_types(report.get("Layers", [])))
+        words = census_words(self.precision, convolution_types(report.get("Layers", [])))
+        refused = next((each.refused for each in self._executions if each.refused is not None), None)
+        return f"{words}, CUDA graph" if refused is None else f"{words}, no CUDA graph: {refused}"
 
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
 
-        The profiler stays on this context and slows it: open the engine anew for the time of the whole.
+        The profiler slows its context, which is one of its own, and cannot look into a graph: take the time of the whole by `bind`.
         """
         samples: Dict[str, List[float]] = {}
 
@@ -177,15 +184,24 @@ class TensorRTBackend:
                 samples.setdefault(layer_name, []).append(ms)
 
         profiler = Profiler(self._trt.IProfiler)
-        self._context.profiler = profiler
-        call = self.bind(np.zeros((self.batch or 1, 3) + self.imgsz, np.float32))
+        run = self._execution(transfers=False, refused="profiled")
+        run.context.profiler = profiler
+        run.fit((self.batch or 1, 3) + self.imgsz)
+        self._memory.to_device(run.source.pointer, np.zeros((self.batch or 1, 3) + self.imgsz, np.float32))
         for _ in range(runs):
-            call()
+            run()
+        self._executions.remove(run)
+        run.close()
         return {name: float(np.median(values)) for name, values in samples.items()}
 
     def close(self) -> None:
-        """Free device memory; the engine cannot be used afterwards."""
-        self._context = self._engine = self._runtime = None
+        """Free device and page-locked memory; neither the engine nor an output that was not copied can be used afterwards."""
+        if self._executions:
+            self._memory.synchronize()
+        while self._executions:
+            self._executions.pop().close()
+        self._engine = None
+        self._runtime = None
         self._memory.close()
 
     def __enter__(self) -> "TensorRTBackend":

@@ -11,9 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from . import cuda
 from .backend import SIDECAR, describe_onnx, save_info
 from .errors import EngineError, RuntimeUnavailable
-from .tensorrt import ENGINE_FILE, RUNTIME, library
+from .tensorrt import ENGINE_FILE, GPU, RUNTIME, library
+from .tensorrt_log import builder, logger
 
 TIMING_CACHE = "timing.cache"
 _FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
@@ -46,22 +48,27 @@ def build(
     trt = library()
     options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
     info = describe_onnx(onnx, RUNTIME, precision, trt.__version__, names, imgsz, options)
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, onnx)
-    config = builder.create_builder_config()
+    info.built_on[GPU] = cuda.device_name()  # a plan is of a GPU too
+    log = logger(trt)
+    log.take()
+    maker = builder(trt)
+    network = _parse(trt, maker, log, onnx)
+    config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the precision census of `executed` needs it
     config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # 2:4 weights get sparse kernels where those win; others nothing
     _set_precision(trt, network, config, precision, onnx)
-    _set_profile(builder, network, config, max_batch, onnx)
+    _set_profile(trt, maker, network, config, max_batch, onnx)
     if workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-    cache = _timing_cache(config, timing_cache)
-    plan = builder.build_serialized_network(network, config)
+    _start_timing_cache(config, timing_cache)
+    plan = maker.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{onnx}: TensorRT {trt.__version__} built no {precision} engine; its log (stderr) says why")
+        raise EngineError(
+            f"{onnx}: TensorRT {trt.__version__} built no {precision} engine{log.words()}; its log (stderr) says more"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / ENGINE_FILE).write_bytes(bytes(plan))
+    cache = config.get_timing_cache()  # the one that it filled; what it was given is const to it
     (out / TIMING_CACHE).write_bytes(bytes(cache.serialize()))
     save_info(info, out, [ENGINE_FILE, TIMING_CACHE])
     return {name: out / name for name in (ENGINE_FILE, TIMING_CACHE, SIDECAR)}
@@ -75,23 +82,22 @@ def strongly_typed() -> bool:
         return False
 
 
-def _timing_cache(config: Any, earlier: Optional[Path]) -> Any:
-    """The earlier build's cache if TensorRT takes it (same device and version), else an empty one."""
+def _start_timing_cache(config: Any, earlier: Optional[Path]) -> None:
+    """Start from the earlier build's cache if TensorRT takes it (same device and version), else from an empty one."""
     start = earlier.read_bytes() if earlier is not None and earlier.is_file() else b""
     cache = config.create_timing_cache(start)
     if start and (cache is None or not config.set_timing_cache(cache, False)):
         start, cache = b"", config.create_timing_cache(b"")
     if not start:
         config.set_timing_cache(cache, False)
-    return cache
 
 
-def _parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
+def _parse(trt: Any, maker: Any, log: Any, onnx: Path) -> Any:
     flags = 0
     if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # gone in 11, where nothing else exists
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, logger)
+    network = maker.create_network(flags)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse(onnx.read_bytes()):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot parse it: {errors}")
@@ -120,14 +126,22 @@ def _produces(layers: List[Any], dtype: Any) -> bool:
     return any(layer.get_output(i).dtype == dtype for layer in layers for i in range(layer.num_outputs))
 
 
-def _set_profile(builder: Any, network: Any, config: Any, max_batch: int, onnx: Path) -> None:
+def _set_profile(trt: Any, maker: Any, network: Any, config: Any, max_batch: int, onnx: Path) -> None:
     """A dynamic batch needs an optimisation profile; other dynamic sizes are refused."""
     source = network.get_input(0)
     shape = tuple(source.shape)
     if -1 not in shape:
+        if max_batch not in (1, shape[0]):
+            raise EngineError(f"{onnx}: max_batch={max_batch}, but its batch is fixed at {shape[0]}; leave it out")
         return
     if shape[0] != -1 or -1 in shape[1:]:
         raise EngineError(f"{onnx}: input {list(shape)}; only the batch may be dynamic, export with a fixed imgsz")
-    profile = builder.create_optimization_profile()
+    profile = maker.create_optimization_profile()
     profile.set_shape(source.name, (1,) + shape[1:], (1,) + shape[1:], (max_batch,) + shape[1:])
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"{onnx}: TensorRT {trt.__version__} takes no batch from 1 to {max_batch}; its log says why")
+    # Several contexts of one profile are allowed by 8.6 on demand and by later versions as a matter of course.
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        sharing = trt.PreviewFeature.PROFILE_SHARING_0806
+        if not config.get_preview_feature(sharing):
+            config.set_preview_feature(sharing, True)
