@@ -14,14 +14,14 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from yolo_compress.runtime import cuda
-from yolo_compress.runtime.backend import SIDECAR
+from yolo_compress.runtime import cuda, robot_build
+from yolo_compress.runtime.backend import SIDECAR, sha256_file
 from yolo_compress.runtime.errors import CudaError, EngineError, RuntimeUnavailable
 from yolo_compress.runtime.tensorrt import ENGINE_FILE, GRAPH_VARIABLE, TensorRTBackend, convolution_types
 from yolo_compress.runtime.tensorrt_build import TIMING_CACHE, build
@@ -737,6 +737,17 @@ def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_
     with pytest.raises(EngineError, match=r"cannot load it.*: Error Code 1: Serialization \(of sm_90\)"):
         TensorRTBackend(engine)
     assert trt.deserialised == 1 and trt.memory.closed, "a failed start gives device memory back"
+
+
+def test_an_engine_of_another_gpu_is_built_anew_on_the_robot(
+    trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = made(tmp_path, "float", "fp32")
+    (engine / robot_build.BUILT).write_text(json.dumps({"library": trt.__version__}))
+    bundle: Any = SimpleNamespace(onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx"))
+    assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") == trt.__version__
+    monkeypatch.setattr(cuda, "device_name", lambda: "Thor (sm_110)")
+    assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") is None
 
 
 # ---- without a driver

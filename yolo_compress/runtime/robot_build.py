@@ -20,6 +20,7 @@ from .engine import BACKENDS
 from .errors import EngineError, RuntimeUnavailable
 from .robot import ENGINES, HERE, Bundle, guarded, opened, outside, positive, say
 from .sealed import BundleRefused
+from .tensorrt import built_elsewhere
 from .tensorrt_build import TIMING_CACHE
 
 BUILT = "build.json"
@@ -164,6 +165,8 @@ def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Option
         built = json.loads((folder / BUILT).read_text(encoding="utf-8"))["library"]
     except (EngineError, OSError, ValueError, KeyError, TypeError):
         return None  # absent, damaged, or of another ONNX: built anew
+    if runtime == "tensorrt" and built_elsewhere(info) is not None:
+        return None  # the robot's disk came from another
     return str(built) if built == info.library == library_version(runtime) else None
 
 

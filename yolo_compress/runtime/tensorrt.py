@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from . import cuda
-from .backend import census_words, check_input, check_output, resolve
+from .backend import EngineInfo, census_words, check_input, check_output, resolve
 from .errors import EngineError, RuntimeUnavailable
 from .tensorrt_execution import Execution, Tensors
 from .tensorrt_log import logger, runtime
@@ -42,6 +42,15 @@ def library() -> Any:
     if problem is not None:
         raise RuntimeUnavailable(problem, "install NVIDIA's driver, or give the container the GPU (--gpus all)")
     return tensorrt
+
+
+def built_elsewhere(info: EngineInfo) -> Optional[str]:
+    """What GPU a plan was built on and which one is here, where they differ; TensorRT loads some of those with a warning.
+
+    None for the sidecars that name none.
+    """
+    built_on, here = info.built_on.get(GPU), cuda.device_name()
+    return None if built_on in (None, here) else f"built on {built_on}, here is {here}"
 
 
 def _wanted(cuda_graph: Optional[bool]) -> bool:
@@ -80,11 +89,9 @@ class TensorRTBackend:
                 f"{path}: built with TensorRT {self.info.library}, here {trt.__version__}; plans do not carry over, "
                 "build the engine again on this machine"
             )
-        built_on, here = self.info.built_on.get(GPU), cuda.device_name()
-        if built_on not in (None, here):
-            raise EngineError(
-                f"{path}: built on {built_on}, here is {here}; plans do not carry over, build the engine again here"
-            )
+        elsewhere = built_elsewhere(self.info)
+        if elsewhere is not None:
+            raise EngineError(f"{path}: {elsewhere}; plans do not carry over, build the engine again here")
         self._trt = trt
         self._file = path / ENGINE_FILE
         self._executions: List[Execution] = []
