@@ -45,7 +45,7 @@ def test_the_same_code_on_the_same_lines(file: Path) -> None:
     assert statements(small) == statements(source)
     assert tokens(small) == tokens(source)
     assert ast.get_docstring(ast.parse(small)) == ast.get_docstring(ast.parse(source)), "--help prints it"
-    assert len(small) <= len(source) and lean(small) == small
+    assert len(small) <= len(source)
 
 
 def test_what_goes() -> None:
@@ -58,7 +58,7 @@ def f() -> str:
     """Über
     two lines."""; return "é"  # and this
 s = """kept
-# kept too"""
+    # kept too"""
 '''
     assert (
         lean(source)
@@ -66,11 +66,11 @@ s = """kept
 x = "# no comment"
 
 class A:
-    ...
+ ...
 def f() -> str:
-    ...; return "é"
+ ...; return "é"
 
 s = """kept
-# kept too"""
+    # kept too"""
 '''
     )
