@@ -1,7 +1,8 @@
-"""What distillation costs and what it is worth, in two commands.
+"""What distillation costs and what it is worth, in three commands.
 
     python benchmarks/distillation.py steps --data bccd.yaml --weights yolov8n_bccd.pt --imgsz 320 --rounds 6
     python benchmarks/distillation.py gain prune.epochs=0 distill.epochs=10 --recipe bccd --seeds 0 1 2
+    python benchmarks/distillation.py aligners --student weights/bccd/prune/model.pt --teacher yolov8n_bccd.pt
 
 `steps`: time of a training step with feature and class terms, the teacher as large as the student, against a plain step of
 ours; and Ultralytics' own distillation (`distill_model`) against a plain step of theirs; the four in turn, in one run. A step
@@ -10,7 +11,12 @@ is measured as in `trainer_overhead.py`.
 `gain`: each term alone, and each kind of teacher, against the same training without any, from the same pruned net, on the same
 images in the same order (pairs share a seed). Feature losses are of different magnitudes: each has a weight that makes it about a
 tenth of the total loss of a net that was just cut, on BCCD. Finished runs are kept in `--work` and not done again, a killed one
-continues at its last epoch. Both print a markdown table and, on the last line, JSON.
+continues at its last epoch.
+
+`aligners`: how far a student's maps are from the teacher's through an aligner that is the identity, and through one that was
+started on one batch (`distill/feature.py`), on images that it did not see, as a share of the variance of the teacher's map.
+
+All print a markdown table and, on the last line, JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +37,14 @@ from yolo_compress import environment, run, ultra
 from yolo_compress.artifact import Store, atomic_write, fingerprint
 from yolo_compress.atomic import storage_errors
 from yolo_compress.data import load as load_data
+from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.source import Frozen
+from yolo_compress.distill.taps import Taps, detect_inputs, split_pairs
 from yolo_compress.distill.teach import Teach
 from yolo_compress.pipeline import load_dataset, provider
 from yolo_compress.recipe import DistillConfig, load
 from yolo_compress.stages import Job, distill
+from yolo_compress.stages.batches import letterboxed
 from yolo_compress.stages.training import finish, fit
 from yolo_compress.weights import FOLDER, find_weights
 
@@ -167,6 +176,47 @@ def untaught(job: Job) -> dict[str, Any]:
     return finish(job, fit(job, ultra.load_model(job.inputs["prune"].file("model.pt")), [], "plain"))
 
 
+# --- aligners -------------------------------------------------------------------------------------------------------
+
+
+def aligners(args: argparse.Namespace) -> None:
+    dataset, size = load_data(args.data), (args.imgsz, args.imgsz)
+    student, teacher = ultra.load_model(args.student).eval(), ultra.load_model(find_weights(args.teacher)).eval()
+    samples = dataset.train[: 2 * args.batch]
+    seen, unseen = (torch.cat(list(letterboxed(part, size))) for part in (samples[: args.batch], samples[args.batch :]))
+    pairs = split_pairs(args.layers) if args.layers else [(name, name) for name in detect_inputs(student)]
+    first, second = (maps_of(student, teacher, pairs, images_BCHW) for images_BCHW in (seen, unseen))
+    rows = []
+    print("| layer | channels | identity | started |\n|---|---|---|---|")
+    for (name, _), (own, other), (new_own, new_other) in zip(pairs, first, second, strict=True):
+        aligner = Aligner(own.shape[1], other.shape[1])
+        variance = (new_other - new_other.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
+        off = []
+        for start in (False, True):
+            if start:
+                aligner.start(own, other)
+            with torch.no_grad():
+                off.append(float((aligner(new_own) - new_other).square().mean() / variance))
+        print(f"| {name} | {own.shape[1]} to {other.shape[1]} | {off[0]:.2f} | {off[1]:.2f} |")
+        rows.append({"layer": name, "identity": off[0], "started": off[1]})
+    print(json.dumps({"rows": rows, "settings": settings_of(args), "environment": environment.describe()}))
+
+
+def maps_of(
+    student: torch.nn.Module, teacher: torch.nn.Module, pairs: list[tuple[str, str]], images_BCHW: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(student's, teacher's) map of each pair of layers."""
+    found = []
+    for net, names in ((student, [mine for mine, _ in pairs]), (teacher, [yours for _, yours in pairs])):
+        taps = Taps(names)
+        taps.attach(net)
+        with torch.no_grad():
+            net(images_BCHW)
+        found.append(taps.take())
+        taps.remove()
+    return list(zip(*found, strict=True))
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +244,14 @@ def main() -> None:
     worth.add_argument("--data-free", type=int, nargs=2, default=[64, 300], metavar=("IMAGES", "STEPS"))
     worth.add_argument("--work", type=Path, default=Path("weights/benchmarks/distillation"))
     worth.add_argument("overrides", nargs="*", help="section.key=value for every run; give them before the options")
+    fit = commands.add_parser("aligners")
+    fit.set_defaults(call=aligners)
+    fit.add_argument("--student", type=Path, required=True)
+    fit.add_argument("--teacher", default="yolov8n_bccd.pt")
+    fit.add_argument("--data", default="bccd.yaml")
+    fit.add_argument("--imgsz", type=int, default=320)
+    fit.add_argument("--batch", type=int, default=8)
+    fit.add_argument("--layers", nargs="+", help="as distill.layers; default: the maps that enter Detect")
     args = parser.parse_args()
     args.call(args)
 
