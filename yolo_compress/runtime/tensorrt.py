@@ -163,7 +163,7 @@ class TensorRTBackend:
         return census_words(self.precision, convolution_types(report.get("Layers", [])))
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
+        """Least milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
 
         The profiler stays on this context and slows it: open the engine anew for the time of the whole.
         """
@@ -181,7 +181,7 @@ class TensorRTBackend:
         call = self.bind(np.zeros((self.batch or 1, 3) + self.imgsz, np.float32))
         for _ in range(runs):
             call()
-        return {name: float(np.median(values)) for name, values in samples.items()}
+        return {name: min(values) for name, values in samples.items()}
 
     def close(self) -> None:
         """Free device memory; the engine cannot be used afterwards."""
