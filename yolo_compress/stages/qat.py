@@ -122,9 +122,12 @@ def _sensitivity(
     atomic_write(job.out / "sensitivity.json", json.dumps(found) + "\n")
     atomic_write(job.out / "sensitivity.csv", csv_text(sensitivity.rows(found)))
     enough = then >= worst if better else then <= worst
+    paid = {"float_price_ms": sum(costs[name] for name in left)} if "price_ms" in found else {}
     progress.say(
         f"qat: {config.sensitivity} {found['float']:.4f} in float, {found['int8']:.4f} in INT8, {then:.4f} with "
-        f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}); "
+        f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}"
+        + "".join(f", {ms:.3f} ms on {config.sensitivity_price}" for ms in paid.values())
+        + "); "
         + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
     )
-    return left, {"sensitivity_enough": enough}
+    return left, {"sensitivity_enough": enough, **paid}
