@@ -32,8 +32,9 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "export.nms takes a batch of 1: leave export.batch and export.dynamic_batch out"
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
         yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
-    if recipe.qat and recipe.qat.sensitivity == "off" and recipe.qat.max_drop != _default(recipe.qat, "max_drop"):
-        yield "qat.max_drop has no effect with qat.sensitivity=off: set qat.sensitivity=loss or map50_95"
+    for knob in ("max_drop", "sensitivity_price"):
+        if recipe.qat and recipe.qat.sensitivity == "off" and getattr(recipe.qat, knob) != _default(recipe.qat, knob):
+            yield f"qat.{knob} has no effect with qat.sensitivity=off: set qat.sensitivity=loss or map50_95"
     if recipe.qat and recipe.qat.learned_scales and not recipe.qat.epochs:
         yield "qat.learned_scales has no effect with qat.epochs=0: nothing is trained"
     for name, section in (("qat", recipe.qat), ("export", recipe.export)):

@@ -123,7 +123,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
             "seed": recipe.run.seed,
         }
-        if row.machine or (stage == "prune" and _measures_here(recipe)):
+        if row.machine or _measures_here(recipe, stage):
             key["machine"] = {
                 "cpu": environment.cpu_name(),
                 "libraries": {
@@ -136,10 +136,12 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
     return planned
 
 
-def _measures_here(recipe: Recipe) -> bool:
-    """Whether widths are chosen by the speed of this machine."""
-    prune = recipe.prune
-    return prune is not None and prune.latency_ms is not None and prune.latency_table is None
+def _measures_here(recipe: Recipe, stage: str) -> bool:
+    """Whether the speed of this machine decides what the stage makes: widths, or groups in float."""
+    prune, qat = recipe.prune, recipe.qat
+    if stage == "prune" and prune:
+        return prune.latency_ms is not None and prune.latency_table is None
+    return bool(stage == "qat" and qat and qat.sensitivity != "off" and qat.sensitivity_price != "gflops")
 
 
 def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:

@@ -348,6 +348,13 @@ class QatConfig(TrainConfig):
             le=10,
         ),
     ] = 0.01
+    sensitivity_price: Annotated[
+        Literal["gflops", "onnxruntime", "openvino"],
+        knob(
+            "sensitivity: what a group in float costs. gflops of its convolutions, the same on every machine; or the "
+            "milliseconds that they lose against INT8, measured here on that runtime"
+        ),
+    ] = "gflops"
     float_groups: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None,
         BeforeValidator(several),

@@ -167,6 +167,9 @@ QUANTISATION = {
     "left": ["model.4.cv2"],
     "images": 64,
     "groups": {"images": 2.21, "model.4.cv2": 2.04, "model.10.cv1": 2.2},
+    "price": "openvino",
+    "compute_gflops": {"images": 0.5, "model.4.cv2": 0.25, "model.10.cv1": 1.0},
+    "price_ms": {"images": 0.001, "model.4.cv2": 0.125, "model.10.cv1": 0.75},
 }
 PLACEMENT = [
     {"tensor": "images", "precision": "int8", "group": "images", "why": "read by 1 convolution"},

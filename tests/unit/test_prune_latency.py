@@ -13,7 +13,8 @@ from yolo_compress.prune import latency
 from yolo_compress.prune.budget import choose, latency_ms
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.price import conv_macs, conv_shapes
-from yolo_compress.runtime.layers import LAYERS, _by_layer, take
+from yolo_compress.runtime.errors import EngineError
+from yolo_compress.runtime.layers import LAYERS, _by_layer, _in_turn, _require_apart, take
 
 HW = (64, 64)
 
@@ -197,6 +198,42 @@ def test_nodes_go_to_the_longest_name_that_they_hold():
     convs = {"a": "/m.1/", "b": "/m.1/cv1/", "c": "/m.2/Conv"}
     nodes = {"/m.1/cv1/conv/Conv_nchwc": 1.0, "/m.1/act/Mul": 2.0, "/m.2/Conv + PWN(/m.2/Sigmoid)": 4.0, "Reorder": 8.0}
     assert _by_layer(nodes, convs) == {"a": 2.0, "b": 1.0, "c": 4.0, "": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (["/m.1/conv/Conv_nchwc", "/m.2/conv/Conv + PWN(/m.2/act/Mul)", "Reorder"], None),
+        (
+            ["images_abcd_/m.1/conv/Conv", "/m.1/conv/Conv", "/m.1/conv/Conv_abcd_/m.2/conv/Conv", "/m.2/conv/Conv"],
+            None,
+        ),
+        (
+            ["/m.1/conv/Conv", "fused_12"],
+            r"int8: none of 2 timed nodes is b \(/m\.2/conv/Conv\) alone, and none names it",
+        ),
+        (["/m.1/conv/Conv || /m.2/conv/Conv"], r"is a .* alone, it is fused into /m\.1/conv/Conv \|\| /m\.2/conv/Conv"),
+    ],
+)
+def test_a_convolution_without_a_node_of_its_own_is_named(nodes, message):
+    convs = {"a": "/m.1/conv/Conv", "b": "/m.2/conv/Conv"}
+    if message is None:
+        return _require_apart(dict.fromkeys(nodes, 1.0), convs, "int8")
+    with pytest.raises(EngineError, match=message):
+        _require_apart(dict.fromkeys(nodes, 1.0), convs, "int8")
+
+
+def test_the_least_of_all_rounds_counts(monkeypatch):
+    """Names that a library numbers anew at every load are those of the first."""
+    found = iter([{"a": 3.0, "tmp_1": 1.0}, {"b": 9.0}, {"a": 2.0, "tmp_7": 1.0}, {"b": 5.0}, {"a": 40.0}, {"b": 6.0}])
+
+    class Engine:
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+        node_ms = lambda self, runs: next(found)  # noqa: E731
+
+    monkeypatch.setattr("yolo_compress.runtime.layers.open_engine", lambda path, threads: Engine())
+    assert _in_turn([Path("one"), Path("two")], None) == [{"a": 2.0, "tmp_1": 1.0}, {"b": 5.0}]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema": 2, "whole_ms": 1, "layers": {"a": 1}, "rest": [1]}', "[1]"])

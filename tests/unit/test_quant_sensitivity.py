@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
 from torch import nn
 
-from yolo_compress.errors import NumericsError
+from yolo_compress.errors import CompressError, EnvironmentLacks, NumericsError
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
@@ -23,6 +25,8 @@ from yolo_compress.quant.lint.check import check
 from yolo_compress.quant.placement import Group, plan
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import QuantState, fold
+from yolo_compress.sections import QatConfig
+from yolo_compress.stages import price, qat
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,9 +147,100 @@ def test_the_cheapest_set_that_is_enough(monkeypatch: pytest.MonkeyPatch, better
     assert value == pytest.approx(1.0 + sign * 0.55)
 
 
+def test_the_price_is_what_the_convolutions_lose() -> None:
+    placed = plan(net())
+    times: dict[str, tuple[float, float]] = {name: (2.0, 2.5) for name in placed.reads}  # INT8 gains nothing
+    group = placed.group_of("model.4.cv2")
+    assert group.convs == ("model.5.conv", "model.15.cv1.conv", "model.18.cv1.conv")
+    times |= {"model.5.conv": (3.0, 1.0), "model.15.cv1.conv": (0.75, 0.5), "model.18.cv1.conv": (0.1, 0.2)}
+    price = sensitivity.price_ms(placed, times)
+    assert price.pop(group.name) == pytest.approx(2.0 + 0.25 - 0.1)
+    assert set(price) == {one.name for one in placed.int8} - {group.name}
+    assert set(price.values()) == {sensitivity.RESOLUTION_MS}
+    del times["model.5.conv"]
+    with pytest.raises(CompressError, match=r"model\.5\.conv of the plan are not among 63 timed convolutions"):
+        sensitivity.price_ms(placed, times)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_of_two_that_give_back_alike_the_cheap_one_stays_float(monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
+    """The price decides, so another runtime may choose another group."""
+    placed = plan(net())
+    first, second = placed.int8[3], placed.int8[5]
+    sign = 1.0 if better else -1.0
+    net_ = Additive(
+        dict.fromkeys((group.name for group in placed.int8), 0.0) | {first.name: 0.2, second.name: 0.2}, sign
+    )
+    monkeypatch.setattr(sensitivity, "in_float", net_.in_float)
+    alone = {name: 1.0 + sign * gain for name, gain in net_.gains.items()}
+    for dear, cheap in ((first, second), (second, first)):
+        times: dict[str, tuple[float, float]] = {name: (1.0, 0.9) for name in placed.reads}
+        times |= {name: (5.0, 1.0) for name in dear.convs} | {name: (1.1, 1.0) for name in cheap.convs}
+        price = sensitivity.price_ms(placed, times)
+        assert price[dear.name] > price[cheap.name]
+        args = (nn.Identity(), placed, alone, price, net_, 1.0, 1.0 + sign * 0.15, better)
+        assert sensitivity.choose(*args)[0] == (cheap.name,)
+
+
+def test_a_killed_stage_keeps_the_times_that_it_took(
+    state: QuantState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are taken once: what they were decides, also where the machine has become slower since."""
+    model, timed, calls = net(), list[str](), list[int]()
+    placed = plan(model)
+
+    def times(job: Any, model: nn.Module, state: QuantState, runtime: str) -> dict[str, tuple[float, float]]:
+        timed.append(runtime)
+        return {name: (2.0 + len(timed), 1.0) for name in placed.reads}
+
+    def value(job: Any, images: Any, model: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return 1.0 if len(calls) == 1 else 1.5
+
+    monkeypatch.setattr(qat.price, "layer_ms", times)
+    monkeypatch.setitem(qat.WORTH, "loss", value)
+    config = QatConfig(sensitivity="loss", sensitivity_price="openvino")
+    job: Any = SimpleNamespace(config=config, work=tmp_path, out=tmp_path, imgsz_hw=SIZE)
+    with pytest.raises(KeyboardInterrupt):
+        qat._sensitivity(job, model, state, [], ())
+    left, metrics = qat._sensitivity(job, model, state, [], ())
+    assert timed == ["openvino"] and len(calls) == 10 + len(placed.int8) - 7
+    assert left == () and metrics == {"sensitivity_enough": False, "float_price_ms": 0}
+    rows = list(csv.DictReader((tmp_path / "sensitivity.csv").read_text().splitlines()))[2:]
+    convs = {group.name: [name for name in group.convs if name in placed.convs] for group in placed.int8}
+    assert {row["group"]: float(row["price_ms"]) for row in rows} == {
+        name: pytest.approx(2.0 * len(own)) for name, own in convs.items()
+    }
+    assert all(float(row["compute_gflops"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_times_every_int8_convolution_twice(state: QuantState, tmp_path: Path, runtime: Any) -> None:
+    job: Any = SimpleNamespace(work=tmp_path, imgsz_hw=SIZE, dataset=SimpleNamespace(names=NAMES))
+    model = net()
+    times = price.layer_ms(job, model, state, runtime)
+    placed = plan(model)
+    assert set(placed.convs) <= set(times) and all(min(times[name]) > 0 for name in placed.convs)
+    assert set(sensitivity.price_ms(placed, times)) == {group.name for group in placed.int8}
+
+
+def test_a_runtime_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yolo_compress.runtime.openvino.OpenVINOBackend.probe", lambda: "pip install openvino")
+    with pytest.raises(EnvironmentLacks, match=r"qat\.sensitivity_price=openvino: pip install openvino"):
+        price.check("openvino")
+    price.check("gflops")
+
+
 def test_rows_put_first_what_gives_back_most() -> None:
     found = {"measure": "loss", "float": 1.0, "int8": 2.0, "groups": {"a": 1.9, "b": 1.2}, "left": ["b"],
              "compute_gflops": {"a": 1.0, "b": 2.0}}  # fmt: skip
     rows = sensitivity.rows(found)
+    assert (
+        "price_ms" not in rows[2]
+        and sensitivity.rows(found | {"price_ms": {"a": 0.5, "b": 0.25}})[2]["price_ms"] == 0.25
+    )
     assert [row["group"] for row in rows] == ["all float", "all int8", "b", "a"]
     assert rows[2]["gives_back"] == pytest.approx(0.8) and rows[2]["float"] and not rows[3]["float"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from yolo_compress import recipe
 from yolo_compress.errors import RecipeError
+from yolo_compress.pipeline import plan
 
 SHIPPED = ["bccd", "digits", "neu_det", "yolov8s-coco"]
 MINIMAL = "data: {yaml: d.yaml}\nbaseline: {weights: a.pt}\n"
@@ -27,7 +30,8 @@ FROZEN = {
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} teacher images data_free data_free_steps temperature alpha logit_weight feature_weight box_weight iou_weight "
     "feature_loss layers ramp_epochs off_without_mosaic",
-    "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop float_groups learned_scales teach_from_parent",
+    "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop sensitivity_price float_groups learned_scales "
+    "teach_from_parent",
     "export": "precisions opset batch dynamic_batch simplify torchscript nms calibration_cache calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
     "bench": "warmup iterations rounds threads",
@@ -157,6 +161,30 @@ def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
 )
 def test_contradictions_of_prune(overrides: tuple[str, ...], message: str) -> None:
     assert message in refusal(*overrides, name="bccd")
+
+
+def test_the_price_of_a_group_in_float_is_flops_or_a_runtime_that_is_known() -> None:
+    assert "expected one of gflops, onnxruntime, openvino" in refusal(
+        "qat.sensitivity=loss", "qat.sensitivity_price=tensorrt"
+    )
+    assert "qat.sensitivity_price has no effect with qat.sensitivity=off" in refusal("qat.sensitivity_price=openvino")
+    assert "qat.max_drop has no effect with qat.sensitivity=off" in refusal("qat.max_drop=0.5")
+
+
+def test_a_measured_choice_belongs_to_this_machine() -> None:
+    """What decides by milliseconds has the machine in its key; what does not is the same on any other."""
+    data: Any = SimpleNamespace(digest="d")
+
+    def measured(stage: str, *overrides: str) -> bool:
+        return "machine" in plan(recipe.load("digits", pairs(*overrides)), data, stage)[stage].key
+
+    loss = "qat.sensitivity=loss"
+    assert measured("qat", loss, "qat.sensitivity_price=onnxruntime")
+    assert not measured("qat", loss) and not measured("qat") and measured("prune", "prune.latency_ms=1")
+    assert not measured("prune", loss, "qat.sensitivity_price=onnxruntime")
+    keys = [plan(recipe.load("digits", pairs(loss, f"qat.sensitivity_price={price}")), data, "qat")["qat"].fingerprint
+            for price in ("gflops", "onnxruntime", "openvino")]  # fmt: skip
+    assert len(set(keys)) == 3
 
 
 def test_a_teacher_of_the_command_line_takes_the_place_of_the_files_knobs_for_another() -> None:

@@ -15,14 +15,14 @@ from report_case import EVIL, IMAGES, PLACEMENT, QUANTISATION, ab, document, err
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.kept import keep
-from yolo_compress.report import evidence, gallery, numbers
+from yolo_compress.report import checked, evidence, gallery, numbers
 from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
 from yolo_compress.report.chain import chain_table
 from yolo_compress.report.choice import choose
 from yolo_compress.report.curves import every_per_cent
 from yolo_compress.report.forest import MOST, differences, left_out
 from yolo_compress.report.intervals import intervals
-from yolo_compress.report.quantised import summary
+from yolo_compress.report.quantised import gives_back, quantisation_table, summary
 from yolo_compress.report.table import render_markdown, render_text
 from yolo_compress.report.write import write
 from yolo_compress.runtime.matching import mean_ap as matched
@@ -256,8 +256,35 @@ def test_what_a_group_gives_back_is_a_gain_whatever_was_measured() -> None:
     }
     by_map = {**QUANTISATION, "measure": "map50_95", "groups": {"images": 2.3}}
     assert document(quantisation=by_map)["quantisation"]["gives_back"]["images"] == pytest.approx(0.1)
-    with pytest.raises(RecipeError, match="lacks worst, then"):
-        document(quantisation={key: QUANTISATION[key] for key in QUANTISATION if key not in ("worst", "then")})
+    for absent in (("worst", "then"), ("price_ms",), ("price",)):
+        with pytest.raises(RecipeError, match=f"lacks {', '.join(absent)}"):
+            document(quantisation={key: QUANTISATION[key] for key in QUANTISATION if key not in absent})
+
+
+@pytest.mark.parametrize(
+    ("price", "unit", "cost", "words"),
+    [
+        (
+            "openvino",
+            "ms",
+            "0.125",
+            "the ms that its convolutions lose against INT8 on OpenVINO; 0.125 in all was paid.",
+        ),
+        ("gflops", "GFLOPs", "0.250", "the GFLOPs of its convolutions; 0.250 in all was paid."),
+    ],
+)
+def test_the_price_of_a_group_stands_beside_what_it_gives_back(price: str, unit: str, cost: str, words: str) -> None:
+    found = checked.quantisation({**QUANTISATION, "price": price})
+    table = quantisation_table(found)
+    assert table.columns[2].title == f"Price, {unit}" and table.lines[0].cells == (
+        "model.4.cv2",
+        "+0.1600",
+        cost,
+        "float",
+    )
+    assert table.notes[0].endswith(f"The price of a group is {words}")
+    for svg in gives_back(found).values():
+        assert svg.count(f">{unit}</text>") == 1 and svg.count(f">{cost}</text>") == 1
 
 
 def test_placement_is_summed_up_and_whole_in_the_page(page: str) -> None:

@@ -68,7 +68,7 @@ def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names
         export_onnx(narrow, folder / file, imgsz_hw, names=names)
         shapes = conv_shapes(narrow, imgsz_hw)
         networks.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
-        nodes = nodes or _places(folder / file, shapes)
+        nodes = nodes or places(folder / file, shapes)
     described = {"networks": networks, "nodes": nodes, "imgsz": list(imgsz_hw)}
     atomic_write(folder / LAYERS, json.dumps(described) + "\n")
 
@@ -78,37 +78,53 @@ def _narrowed(group: Group, width: float, round_to: int) -> int:
     return max(1, round(width * group.width / unit)) * unit
 
 
-def _places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+def places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     """Convolution -> the part of a node's name that it and its activation share."""
-    places: dict[str, str] = {}
+    found: dict[str, str] = {}
     for node in onnx.load(str(file)).graph.node:
         name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
         if name in convs:
-            places[name] = node.name.removesuffix("conv/Conv")
+            found[name] = node.name.removesuffix("conv/Conv")
     for name in convs:  # DFL is exported as sums, under its own name
         if name.endswith(".dfl.conv"):
-            places[name] = f"/{name.removesuffix('.dfl.conv')}/dfl/"
-    missing = [name for name in convs if name not in places]
+            found[name] = f"/{name.removesuffix('.dfl.conv')}/dfl/"
+    missing = [name for name in convs if name not in found]
     if missing:
         raise CompressError(f"{file}: no node computes {missing[0]}; the layer times cannot be told apart")
-    return places
+    return found
 
 
-def take_table(folder: Path, runtime: str, precision: str) -> dict[str, Any]:
+def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.latency_runtime") -> dict[str, Any]:
     """Time the layers of a probe here, in a process of its own.
+
+    Args:
+        folder: from `write_probe`.
+        runtime: key of `BACKENDS`.
+        precision: of the networks that have none of their own.
+        asked: the knob that names the runtime, for errors.
 
     Raises:
         EnvironmentLacks: the runtime is not installed, or cannot run here.
+        CompressError: the layers could not be timed; carries the reason.
     """
-    lacking = BACKENDS[runtime].probe()
-    if lacking:
-        raise EnvironmentLacks(f"prune.latency_runtime={runtime}: {lacking}")
+    require(runtime, asked)
     command = [sys.executable, "-m", "yolo_compress.runtime.layers", str(folder), "--runtime", runtime,
                "--precision", precision]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CompressError(f"prune: timing layers on {runtime} failed:\n{done.stderr.strip()[-2000:]}")
+        raise CompressError(f"{asked}={runtime}: timing the layers failed:\n{done.stderr.strip()[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def require(runtime: str, asked: str) -> None:
+    """Refuse a runtime that cannot time anything here.
+
+    Raises:
+        EnvironmentLacks: names the knob `asked`, and what to install.
+    """
+    lacking = BACKENDS[runtime].probe()
+    if lacking:
+        raise EnvironmentLacks(f"{asked}={runtime}: {lacking}")
 
 
 def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress.errors import NumericsError
+from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.quant.fakequant import in_float
 from yolo_compress.quant.placement import Plan
 
 Value = Callable[[nn.Module], float]
+RESOLUTION_MS = 1e-3  # of the runtimes' profiles, so the least that a group can cost
 
 
 def measure(
@@ -46,6 +47,26 @@ def measure(
     return done
 
 
+def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds that each INT8 group costs in float: what the convolutions that read it take longer then.
+
+    Args:
+        placed: `placement.plan(model)`.
+        layer_ms: Convolution -> (in FP32, in INT8), each with its activation, from engines of the whole net.
+
+    Returns:
+        At least `RESOLUTION_MS`, for groups that INT8 makes no faster too: one of no price would come before all others.
+
+    Raises:
+        CompressError: A convolution was not timed; names it.
+    """
+    convs = {group.name: [name for name in group.convs if name in placed.convs] for group in placed.int8}
+    if untimed := sorted({name for names in convs.values() for name in names} - set(layer_ms)):
+        raise CompressError(f"qat: {', '.join(untimed)} of the plan are not among {len(layer_ms)} timed convolutions")
+    lost = {group: sum(layer_ms[name][0] - layer_ms[name][1] for name in names) for group, names in convs.items()}
+    return {group: max(ms, RESOLUTION_MS) for group, ms in lost.items()}
+
+
 def choose(
     model: nn.Module,
     placed: Plan,
@@ -65,7 +86,7 @@ def choose(
         model: Attached.
         placed: Its plan.
         alone: From `measure`.
-        price: Of a group in float, above 0: MACs of its convolutions, or milliseconds.
+        price: Of a group in float, above 0: GFLOPs of its convolutions, or `price_ms`.
         value: As in `measure`.
         int8: `value` with everything in INT8.
         worst: The least that will do.
@@ -105,6 +126,7 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             name: value,
             "gives_back": better * (value - found["int8"]),
             "compute_gflops": found["compute_gflops"][group],
+            **({"price_ms": found["price_ms"][group]} if "price_ms" in found else {}),
             "float": group in found["left"],
         }
         for group, value in ranked

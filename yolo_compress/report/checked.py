@@ -88,7 +88,7 @@ def _most_sensitive(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 AB_SCHEMA = 1
-FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups")
+FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
 
 
 def ab(given: Mapping[str, Any] | None, image_set: str | None) -> dict[str, Any] | None:
@@ -121,7 +121,8 @@ def quantisation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What each group of tensors gives back when it alone is left in float; adds `gives_back`, above 0 where it helps."""
     if not given or not given["groups"]:
         return None
-    if absent := [key for key in FOUND if key not in given]:
+    needed = FOUND if given.get("price", "gflops") == "gflops" else (*FOUND, "price_ms")
+    if absent := [key for key in needed if key not in given]:
         raise RecipeError(f"the sensitivity to INT8 lacks {', '.join(absent)}")
     if given["measure"] not in MEASURES:
         raise RecipeError(f"the sensitivity to INT8 is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")

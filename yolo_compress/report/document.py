@@ -87,7 +87,8 @@ def build(
         errors: `evaluate.tide.errors` of both, `a` and `b`, over all detections, and `shown_a`, `shown_b` of those with a score of
             `conf` or more.
         latency_quantiles: `{row id: [ms at 0, 1, ..., 100 % of its raw calls]}`.
-        quantisation: what `qat.sensitivity` left: `measure`, `float`, `int8`, `worst`, `then`, `left`, `images`, `groups`.
+        quantisation: what `qat.sensitivity` left: `measure`, `float`, `int8`, `worst`, `then`, `left`, `images`, `groups`, `price`,
+            `compute_gflops` and, where the price was measured, `price_ms`.
         placement: rows of `placement.csv`: `tensor`, `precision`, `group`, `why`.
 
     Raises:

@@ -3,7 +3,8 @@
     python3 -m yolo_compress.runtime.layers FOLDER --runtime onnxruntime > table.json
 
 FOLDER is what `yolo-compress probe` wrote: the network at several widths as ONNX, and `layers.json`, which says which node
-belongs to which convolution and how many MACs it has at each width. Needs numpy and one engine library.
+belongs to which convolution and how many MACs it has at each width. Needs numpy and one engine library. `qat.sensitivity_price`
+writes the same of one network in FP32 and in INT8.
 """
 
 from __future__ import annotations
@@ -19,26 +20,29 @@ import numpy as np
 
 from .device import device_state
 from .engine import BACKENDS, open_engine
-from .errors import EngineError
+from .errors import EngineError, RuntimeFailure
 from .latency import measure
 
 SCHEMA = 1
 LAYERS = "layers.json"
 PROFILED_RUNS = 40
 TIMED_RUNS = 100
-ROUNDS = 3  # the widths take turns, so that drift meets all of them alike
+ROUNDS = 3  # the networks take turns, so that drift meets all of them alike
 
 
 def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> Dict[str, Any]:
     """Build each network of the folder, time its layers and the whole, and return the table.
 
+    A network of `layers.json` may have a `precision` of its own. With `convs` there (convolution -> its ONNX node) every
+    convolution has to have a node of the engine to itself.
+
     Returns:
-        `schema`, `runtime`, `precision`, `imgsz`, `threads`, `device`, `whole_ms` (the network at full width),
+        `schema`, `runtime`, `precision`, `imgsz`, `threads`, `device`, `whole_ms` (the first network, at full width),
         `layers` (convolution -> [[MACs, ms], ...], its activation included), `rest` ([[square root of all MACs, ms], ...]
         of all other nodes).
 
     Raises:
-        EngineError: not a folder of `probe`, or the library rejects a network.
+        EngineError: not a folder of `probe`, the library rejects a network, or a convolution of `convs` cannot be told apart.
         RuntimeUnavailable: the library is missing.
     """
     try:
@@ -51,11 +55,12 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
         engines = []
         for network in described["networks"]:
             out = Path(scratch) / Path(network["file"]).stem
-            BACKENDS[runtime].build(folder / network["file"], out, precision)
+            BACKENDS[runtime].build(folder / network["file"], out, network.get("precision", precision))
             engines.append(out)
         whole = _whole_ms(engines[0], threads)
         times = _in_turn(engines, threads)
     for network, nodes in zip(described["networks"], times):
+        _require_apart(nodes, described.get("convs", {}), "{} of {}".format(network["file"], runtime))
         own = _by_layer(nodes, described["nodes"])
         for name, macs in network["macs"].items():
             layers[name].append([float(macs), own.pop(name, 0.0)])
@@ -84,13 +89,13 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
 
 
 def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
-    """Node times of each engine, the median over the rounds."""
+    """Node times of each engine, the least over the rounds."""
     rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
     for _ in range(ROUNDS):
         for index, engine in enumerate(engines):
             with open_engine(engine, threads=threads) as backend:
                 rounds[index].append(backend.node_ms(PROFILED_RUNS))
-    return [{name: float(np.median([each.get(name, 0.0) for each in taken])) for name in taken[0]} for taken in rounds]
+    return [{name: min(each[name] for each in taken if name in each) for name in taken[0]} for taken in rounds]
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
@@ -103,6 +108,23 @@ def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, fl
     return totals
 
 
+def _require_apart(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
+    """Every convolution has a node that names it and no other: a node of several gives no time of any.
+
+    Raises:
+        EngineError: names the first convolution that has none, and the nodes that it shares.
+    """
+    named = {node: [conv for conv, name in convs.items() if name in node] for node in nodes_ms}
+    for conv, name in convs.items():
+        if [conv] not in named.values():
+            shared = [node for node, held in named.items() if conv in held]
+            raise EngineError(
+                f"{where}: none of {len(nodes_ms)} timed nodes is {conv} ({name}) alone, "
+                + (f"it is fused into {', '.join(shared)}" if shared else "and none names it")
+                + "; its milliseconds are not known, only its GFLOPs"
+            )
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table as one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +133,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
-    print(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
+    try:
+        print(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
+    except RuntimeFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

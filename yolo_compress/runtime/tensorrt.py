@@ -177,7 +177,7 @@ class TensorRTBackend:
         return f"{words}, CUDA graph" if refused is None else f"{words}, no CUDA graph: {refused}"
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Median milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
+        """Least milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
 
         The profiler slows its context, which is one of its own, and cannot look into a graph: take the time of the whole by `bind`.
         """
@@ -199,7 +199,7 @@ class TensorRTBackend:
             run()
         self._executions.remove(run)
         run.close()
-        return {name: float(np.median(values)) for name, values in samples.items()}
+        return {name: min(values) for name, values in samples.items()}
 
     def close(self) -> None:
         """Free device and page-locked memory; neither the engine nor an output that was not copied can be used afterwards."""

@@ -15,14 +15,13 @@ from yolo_compress.artifact import atomic_write
 from yolo_compress.csvtext import csv_text
 from yolo_compress.data import Dataset, Sample
 from yolo_compress.hook import TrainHook
-from yolo_compress.prune.price import conv_shapes
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, attach
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.state import QuantState
 from yolo_compress.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, source
+from yolo_compress.stages import Job, price, source
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 from yolo_compress.stages.training import finish, fit, measure, parent
 from yolo_compress.stages.worth import WORTH
@@ -76,12 +75,14 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, a net that has no plan, and groups that it does not have: pruning renames none.
+    """Refuse, before any stage runs, a net that has no plan, groups that it does not have (pruning renames none), no runtime to time.
 
     Raises:
         RecipeError: See `placement.plan` and `source.start`.
+        EnvironmentLacks: See `price.check`.
     """
     assert recipe.qat is not None
+    price.check(recipe.qat.sensitivity_price)
     plan(source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
 
@@ -101,6 +102,9 @@ def _sensitivity(
     attach(quantised, state, config.weight_bits)
     if "int8" not in found:
         found["int8"] = value(quantised)
+    if config.sensitivity_price != "gflops" and "layer_ms" not in found:
+        found["layer_ms"] = price.layer_ms(job, model, state, config.sensitivity_price)
+        atomic_write(kept, json.dumps(found) + "\n")
     with progress.bar("sensitivity", len(placed.int8), "group", done=len(found["groups"])) as advance:
 
         def save() -> None:
@@ -108,18 +112,22 @@ def _sensitivity(
             advance(1)
 
         alone = sensitivity.measure(quantised, placed, value, found["groups"], save)
-    macs = {name: shape.macs for name, shape in conv_shapes(model, job.imgsz_hw).items()}
-    price = {group.name: 2e-9 * sum(macs[name] for name in group.convs) for group in placed.int8}
+    costs = found["compute_gflops"] = price.compute_gflops(model, placed, job.imgsz_hw)
+    if "layer_ms" in found:
+        costs = found["price_ms"] = sensitivity.price_ms(placed, found["layer_ms"])
     worst = found["float"] * (1 - config.max_drop if better else 1 + config.max_drop)
-    left, then = sensitivity.choose(quantised, placed, alone, price, value, found["int8"], worst, better)
+    left, then = sensitivity.choose(quantised, placed, alone, costs, value, found["int8"], worst, better)
     found |= {"measure": config.sensitivity, "images": len(images), "worst": worst, "left": list(left), "then": then}
-    found["compute_gflops"] = price
+    found["price"] = config.sensitivity_price
     atomic_write(job.out / "sensitivity.json", json.dumps(found) + "\n")
     atomic_write(job.out / "sensitivity.csv", csv_text(sensitivity.rows(found)))
     enough = then >= worst if better else then <= worst
+    paid = {"float_price_ms": sum(costs[name] for name in left)} if "price_ms" in found else {}
     progress.say(
         f"qat: {config.sensitivity} {found['float']:.4f} in float, {found['int8']:.4f} in INT8, {then:.4f} with "
-        f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}); "
+        f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}"
+        + "".join(f", {ms:.3f} ms on {config.sensitivity_price}" for ms in paid.values())
+        + "); "
         + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
     )
-    return left, {"sensitivity_enough": enough}
+    return left, {"sensitivity_enough": enough, **paid}
