@@ -188,6 +188,16 @@ def test_weights_trained_beyond_their_range_are_clipped_to_7_bits() -> None:
     assert torch.equal(codes.float(), expected) and codes.abs().max() == 63
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_sums_of_the_largest_codes_do_not_saturate(name: str) -> None:
+    """With weights of 8 bits fbgemm and oneDNN give 1 instead of 64 on a processor without VNNI."""
+    conv = nn.Conv2d(64, 8, 1, bias=False)
+    conv.weight.data.fill_(1.0)
+    with torch.no_grad(), engine(name):
+        made = CodedConv(conv, (1.0,) * 8, 1.0, 127.0)(quantised(torch.ones(1, 64, 16, 16), 1.0))
+    assert made.dequantize().unique().tolist() == [64.0]
+
+
 @pytest.mark.slow
 def test_a_fresh_process_with_torch_alone_runs_it_on_every_engine(written: Path, tmp_path: Path) -> None:
     code = (

@@ -1,9 +1,10 @@
 """INT8 as TorchScript, for torch on a CPU: its quantised convolutions, with the scales of the other INT8 files.
 
 The same tensors are codes as in the Q/DQ forms, from where they are made to their readers: UINT8 with zero point 128, since
-`quantized::conv2d` takes no signed ones. Weights INT8 an output channel in the 7 bits of the forms for CPUs (fbgemm adds in 16
-bits, too). A convolution gives codes of the range `state.outputs`; the activation between those and the codes of its tensor is
-computed in float. On codes (`quantized::sigmoid`, `quantized::mul`) it takes as long, and QNNPACK refuses a sigmoid of 255 steps.
+`quantized::conv2d` takes no signed ones. Weights INT8 an output channel in the 7 bits of the forms for CPUs: with 8, fbgemm and
+oneDNN saturate without VNNI, too. A convolution gives codes of the range `state.outputs`; the activation between those and the
+codes of its tensor is computed in float. On codes (`quantized::sigmoid`, `quantized::mul`) it takes as long, and QNNPACK's has
+no scale but 1/256.
 
 Packed parameters are one engine's, but only in memory: the file holds weights and biases, and `torch.jit.load` packs them for the
 engine of its process. A file loads and runs under each of fbgemm, x86, onednn and qnnpack, whichever wrote it, and runs on if the
