@@ -76,8 +76,8 @@ def export_onnx(
     """
     if opset < MIN_OPSET:
         raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
-    net, images, metadata = _prepare(model, imgsz_hw, names, batch, "onnx")
-    with torch.no_grad(), _quiet_trace():
+    net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
+    with torch.no_grad(), quiet_trace():
         torch.onnx.export(
             net,
             (images,),
@@ -108,8 +108,8 @@ def export_torchscript(
     Raises:
         RecipeError, NumericsError: As `export_onnx`.
     """
-    net, images, metadata = _prepare(model, imgsz_hw, names, batch, "torchscript")
-    with torch.no_grad(), _quiet_trace():
+    net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
+    with torch.no_grad(), quiet_trace():
         traced = torch.jit.trace(net, images, strict=False, check_trace=False)
         traced.save(str(out), _extra_files={"config.txt": json.dumps(metadata)})
 
@@ -121,7 +121,7 @@ def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:
     onnx.helper.set_model_props(graph, kept)
 
 
-def _prepare(
+def prepare(
     model: nn.Module, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int, kind: str
 ) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
     """A fused copy in export mode, its example input and Ultralytics' metadata."""
@@ -180,7 +180,7 @@ def _simplify(graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
 
 
 @contextmanager
-def _quiet_trace() -> Iterator[None]:
+def quiet_trace() -> Iterator[None]:
     """Tracing a fixed shape makes its Python branches constants, which is what is wanted; the exporter is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)

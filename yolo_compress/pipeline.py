@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=3, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=2, trains=True, checked=True),
     "qat": Stage(("distill",), stand_in="distill", version=3, trains=True, checked=True),
-    "export": Stage(("baseline", "distill", "qat"), version=2),
+    "export": Stage(("baseline", "distill", "qat"), version=3),
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), version=2, machine=True),
     "report": Stage(

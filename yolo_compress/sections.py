@@ -382,7 +382,9 @@ class ExportConfig(Section):
     batch: Annotated[int, knob("images an inference", ge=1, le=4096)] = 1
     dynamic_batch: Annotated[bool, knob("leave the batch size open")] = False
     simplify: Annotated[bool, knob("run onnxsim, then compare with torch again")] = True
-    torchscript: Annotated[bool, knob("write TorchScript too")] = True
+    torchscript: Annotated[
+        bool, knob("write TorchScript too; with int8 among the precisions also int8.torchscript, for torch on a CPU")
+    ] = True
     nms: Annotated[
         bool,
         knob(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import onnx
@@ -97,8 +98,19 @@ def test_exports_agree_with_torch_and_with_the_plan(finished: Bench) -> None:
             node for node in graph.node if node.op_type == "Conv" and "Dequantize" in _producer(graph, node.input[0])
         ]
         assert len(quantised) == metrics["int8_convs"] == artifact(finished, "qat").metrics["quantised_convs"]
+        assert int8_convs(exported.file(f"{model}/int8.torchscript")) == metrics["int8_convs"]
     assert exported.metrics["compressed"]["int8_from"] == "qat"
     assert exported.metrics["original"]["int8_from"].startswith("ptq")
+
+
+def int8_convs(file: Path) -> int:
+    """Of a TorchScript file, which has to run, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated
+        traced = torch.jit.load(str(file))
+    with torch.no_grad():
+        assert bool(torch.isfinite(traced(torch.rand(1, 3, IMGSZ, IMGSZ))).all())
+    return [node.kind() for node in traced.inlined_graph.nodes()].count("quantized::conv2d")
 
 
 def _producer(graph: onnx.GraphProto, tensor: str) -> str:
@@ -314,6 +326,7 @@ def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench)
     graph = onnx.load(str(folder / "int8.onnx")).graph
     int8 = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.name.endswith(".weight_DQ")]
     assert len(int8) == quantised.metrics["quantised_convs"] == exported["metrics"]["compressed"]["int8_convs"]
+    assert int8_convs(folder / "int8.torchscript") == len(int8)
     names = {name for node in onnx.load(str(folder / "int8-implicit.onnx")).graph.node for name in node.output}
     for file in ("fp32", "int8-tensorrt11", "int8-onnxruntime"):
         rows = onnx.load(str(folder / f"{file}-nms.onnx")).graph.output[0].type.tensor_type.shape.dim

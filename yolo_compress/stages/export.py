@@ -23,6 +23,7 @@ from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.qdq import insert_qdq
 from yolo_compress.quant.state import QuantState, fold
+from yolo_compress.quant.torchscript import export_int8_torchscript
 from yolo_compress.recipe import ExportConfig
 from yolo_compress.runtime.ort import OrtBackend
 from yolo_compress.runtime.pre import letterbox, read_image
@@ -39,7 +40,7 @@ MAX_BOX_DIFFERENCE_PX = (
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Folders `original` and `compressed` with `fp32.onnx`, `fp16.onnx`, `int8.onnx` and its per-runtime form.
+    """Folders `original` and `compressed` with `fp32.onnx`, `fp16.onnx`, `int8.onnx` its per-runtime forms, and TorchScript.
 
     The original's INT8 is PTQ; the compressed net's has the ranges of `qat`, or PTQ where the recipe leaves qat out.
     """
@@ -107,7 +108,7 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
 
 
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> dict[str, Any]:
-    """Q/DQ files: QAT weights and ranges where there are some, PTQ of `model` otherwise."""
+    """Q/DQ files and INT8 TorchScript: QAT weights and ranges where there are some, PTQ of `model` otherwise."""
     config: ExportConfig = job.config
     source = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
@@ -134,6 +135,9 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     for runtime in CPU_RUNTIMES:
         insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
         _lint(folder / f"int8-{runtime}.onnx", runtime, whole)
+    if config.torchscript:
+        names, out = job.dataset.names, folder / "int8.torchscript"
+        export_int8_torchscript(model, out, job.imgsz_hw, folded, names=names, batch=config.batch)
     if config.calibration_cache:
         shutil.copyfile(source, folder / "int8-implicit.onnx")
         write_cache(source, folder / "int8-implicit.cache", folded)
