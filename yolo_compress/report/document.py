@@ -202,7 +202,7 @@ def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
     if n < P99_MIN_N:
         enriched["latency_p99_ms"] = None
         if finite(row.get("latency_p50_ms")) is not None:
-            enriched["notes"].append(f"p99 withheld: n = {n}, at least {P99_MIN_N} needed")
+            enriched["notes"].append(f"p99 withheld: n = {n:.0f}, at least {P99_MIN_N} needed")
     if row["map50_95"] is not None and finite(row["map50_95"]) is None:
         enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
     return enriched
