@@ -88,6 +88,16 @@ def test_every_value_of_the_input_is_written(imgsz: tuple[int, int]) -> None:
         assert np.array_equal(pre.letterbox(image, imgsz)[0], expected)
 
 
+def test_a_canvas_holds_each_image_as_if_it_were_the_first() -> None:
+    generator = np.random.default_rng(3)
+    canvas = pre.Canvas(np.full((2, 3, *IMGSZ), np.nan, np.float32))
+    for shape in [(30, 200), (30, 200), (200, 30), (200, 30), (30, 200), (64, 96), (30, 200)]:
+        image = generator.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected, where = letterbox_by_copies(image, IMGSZ)
+        assert canvas.place(1, image) == where and np.array_equal(canvas.images_BCHW[1], expected)
+    assert np.isnan(canvas.images_BCHW[0]).all(), "the other image's place is its own"
+
+
 def test_a_view_of_an_image_is_an_image() -> None:
     image = pictures()[7]
     for view in (image[..., ::-1], image[::2, 10:-10], image.transpose(1, 0, 2)):
@@ -109,11 +119,14 @@ def test_an_input_of_another_form_is_refused(out: np.ndarray) -> None:
         pre.letterbox(pictures()[0], IMGSZ, out)
 
 
-def test_one_bad_number_is_enough() -> None:
+@pytest.mark.parametrize(
+    ("row", "value"), [(0, np.nan), (1, np.inf), (2, -np.inf), (3, np.nan), (4, np.nan), (5, np.inf), (5, np.nan)]
+)
+def test_one_bad_number_is_enough(row: int, value: float) -> None:
     class Broken(Projected):
         def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
             output = super().__call__(images_BCHW)
-            output[0, 5, 7] = -np.inf
+            output[0, row, 7] = value
             return output
 
     with pytest.raises(NotFinite):

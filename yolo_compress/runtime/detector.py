@@ -7,9 +7,8 @@ from typing import List, Sequence, Tuple
 import numpy as np
 
 from .backend import Backend
-from .errors import NotFinite
 from .post import nms, to_image
-from .pre import Letterbox, letterbox
+from .pre import Canvas, Letterbox
 
 
 class Detector:
@@ -26,7 +25,7 @@ class Detector:
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
         self.backend, self.conf, self.iou, self.max_det, self.multi_label = backend, conf, iou, max_det, multi_label
-        self._input_BCHW = self.blank(1)
+        self._canvas = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
         """detections_N6 (xyxy in px of the image, score, class) of one uint8 RGB image."""
@@ -39,31 +38,29 @@ class Detector:
             NotFinite: the engine's output is not finite.
         """
         size = self.backend.batch or max(len(images), 1)
-        if len(self._input_BCHW) < size:
-            self._input_BCHW = self.blank(size)
+        if len(self._canvas.images_BCHW) < size:
+            self._canvas = self.blank(size)
         found: List[np.ndarray] = []
         for start in range(0, len(images), size):
-            input_BCHW, placed = self.prepare(images[start : start + size], self._input_BCHW)
+            input_BCHW, placed = self.prepare(images[start : start + size], self._canvas)
             found += self.found(self.backend(input_BCHW, copy=False), placed)
         return found
 
-    def prepare(self, images: Sequence[np.ndarray], out_BCHW: np.ndarray) -> Tuple[np.ndarray, List[Letterbox]]:
-        """Letterbox the images of one call into `out`; gives the part of it that the call takes, and where they are.
+    def prepare(self, images: Sequence[np.ndarray], canvas: Canvas) -> Tuple[np.ndarray, List[Letterbox]]:
+        """Letterbox the images of one call; gives the part of the canvas that the call takes, and where they are.
 
         Of a fixed batch, what has no image keeps what it held.
         """
-        placed = [letterbox(image, self.backend.imgsz, out=chw)[1] for image, chw in zip(images, out_BCHW)]
-        return out_BCHW[: self.backend.batch or len(images)], placed
+        placed = [canvas.place(index, image) for index, image in enumerate(images)]
+        return canvas.images_BCHW[: self.backend.batch or len(images)], placed
 
     def found(self, output_BCA: np.ndarray, placed: Sequence[Letterbox]) -> List[np.ndarray]:
         """NMS, and back to px of each image; reads the backend's settings only."""
         return [self._found(output_CA, where) for output_CA, where in zip(output_BCA, placed)]
 
     def _found(self, output_CA: np.ndarray, placed: Letterbox) -> np.ndarray:
-        if not np.isfinite(output_CA).all():
-            raise NotFinite("the network's output holds NaN or infinity")
         return to_image(nms(output_CA, self.conf, self.iou, self.max_det, self.multi_label), placed)
 
-    def blank(self, count: int = 1) -> np.ndarray:
+    def blank(self, count: int = 1) -> Canvas:
         """An input to prepare: of the engine's batch, or of `count` images where it takes any number."""
-        return np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32)
+        return Canvas(np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32))

@@ -24,7 +24,7 @@ from .detector import Detector
 from .device import usable_cpus
 from .engine import open_engine
 from .errors import NotFinite
-from .pre import UnreadableImage
+from .pre import Canvas, UnreadableImage
 from .sources import Picture
 
 MAX_ENGINES = 4  # unless more are asked for: each holds the weights and its activations
@@ -105,9 +105,9 @@ class Pipeline:
         self._steps = Detector(self.backend, conf, iou, max_det, multi_label)  # type: ignore[arg-type]
         self._threads = len(opens) + SPARE_TASKS
         self._tasks = ThreadPoolExecutor(self._threads, NAME)
-        self._inputs: "SimpleQueue[np.ndarray]" = SimpleQueue()  # one a thread, lent like the engines
+        self._canvases: "SimpleQueue[Canvas]" = SimpleQueue()  # one a thread, lent like the engines
         for _ in range(self._threads):
-            self._inputs.put(self._steps.blank())
+            self._canvases.put(self._steps.blank())
 
     def __call__(self, pictures: Iterable[Picture]) -> Generator[Found, None, None]:
         """Yields in order. What goes wrong in any thread is raised here, at the picture's turn, and ends the work.
@@ -145,14 +145,14 @@ class Pipeline:
         ]
 
     def _detected(self, images: Sequence[np.ndarray], batch: Sequence[Picture]) -> List[np.ndarray]:
-        held_BCHW = self._inputs.get()
+        canvas = self._canvases.get()
         try:
-            input_BCHW, placed = self._steps.prepare(images, held_BCHW)
+            input_BCHW, placed = self._steps.prepare(images, canvas)
             return self._steps.found(self.backend(input_BCHW), placed)
         except NotFinite as error:
             raise NotFinite(f"{', '.join(picture.name for picture in batch)}: {error}") from error
         finally:
-            self._inputs.put(held_BCHW)
+            self._canvases.put(canvas)
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -10,6 +10,7 @@ from typing import List
 
 import numpy as np
 
+from .errors import NotFinite
 from .pre import Letterbox
 
 MAX_CANDIDATES = 30000  # Ultralytics' max_nms
@@ -31,6 +32,10 @@ def nms(
 
     Returns:
         detections_N6 float32 in letterboxed px, by falling score.
+
+    Raises:
+        ValueError: another shape.
+        NotFinite: a coordinate, or the best score of an anchor, is NaN or infinite.
     """
     if output_CA.ndim != 2 or output_CA.shape[0] < 5:
         raise ValueError(f"nms takes one image's output [4 + classes, anchors], got {list(output_CA.shape)}")
@@ -44,7 +49,10 @@ def nms(
 
 def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.ndarray:
     """Rows (xyxy, score, class) of everything above `conf`, in the order in which Ultralytics lists them."""
-    chosen_CK = output_CA[:, np.flatnonzero(output_CA[4:].max(axis=0) > conf)]
+    best_A = output_CA[4:].max(axis=0)  # NaN where any score is: the scores need no pass of their own
+    if not (np.isfinite(best_A).all() and np.isfinite(output_CA[:4]).all()):
+        raise NotFinite("the network's output holds NaN or infinity")
+    chosen_CK = output_CA[:, np.flatnonzero(best_A > conf)]
     scores_KC = chosen_CK[4:].T
     if multi_label and scores_KC.shape[1] > 1:
         row, label = np.nonzero(scores_KC > conf)
