@@ -44,7 +44,7 @@ demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 m
 test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
 	@$(PY) -m pytest -m 'not gpu and not network'
 
-check: setup ## ruff, mypy and the fast tests, in 2 minutes
+check: setup ## ruff, mypy and the fast tests, in a few minutes
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@$(PY) -m pytest tests/unit tests/contracts -m 'not gpu and not network and not slow'
 

@@ -49,3 +49,15 @@ def run_onnx(path: Path, batch: torch.Tensor, optimise: bool = False) -> np.ndar
 def run_torch(model: nn.Module, batch: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         return model.eval()(batch)[0].numpy()
+
+
+def assert_equal_but_for_ties(got: np.ndarray, expected: np.ndarray, expected_float: np.ndarray) -> None:
+    """Two computations of one rounded network, [images, 4 + classes, anchors]; `expected_float` is that of the network not rounded.
+
+    A value on the border of two codes may fall to either side, by the processor's order of summation, and a net of random
+    weights amplifies that for its image: in torch, float64 against float32 does so for one image in four.
+    """
+    difference, rounding = np.abs(got - expected), np.abs(expected - expected_float)
+    assert np.quantile(difference[:, 4:].mean(axis=(1, 2)), 0.25) < 1e-5, "images without such a value are equal"
+    for part in (slice(0, 4), slice(4, None)):
+        assert difference[:, part].mean() < 0.25 * rounding[:, part].mean()

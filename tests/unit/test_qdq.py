@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
+from quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.export_onnx import export_onnx
@@ -94,15 +94,11 @@ def test_graph_computes_what_the_fake_quantised_network_computes(
 ) -> None:
     file, state = source
     insert_qdq(file, tmp_path / "int8.onnx", state, "tensorrt")
-    model, batch = net().fuse(verbose=False), images(4, seed=3)
+    model, batch = net().fuse(verbose=False), images(16, seed=3)
     expected_float = run_torch(model, batch)
     attach(model, state)
     expected, got = run_torch(model, batch), run_onnx(tmp_path / "int8.onnx", batch)
-    difference = np.abs(got - expected)
-    # An input on the border of two codes may fall to either side; in this net of random weights that is amplified.
-    assert difference[:, 4:].mean() < 1e-3
-    assert difference[:, 4:].mean() < 0.1 * np.abs(expected - expected_float)[:, 4:].mean()
-    assert difference[:, :4].mean() < 0.1 * np.abs(expected - expected_float)[:, :4].mean()
+    assert_equal_but_for_ties(got, expected, expected_float)
 
 
 def test_each_convolution_fed_alike_computes_alike(source: tuple[Path, QuantState], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from quant_net import NAMES, SIZE, images, net, run_torch
+from quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_torch
 from torch import nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
@@ -130,13 +130,11 @@ def simulated(state: QuantState) -> nn.Module:
 
 
 def test_the_network_computes_what_its_simulation_in_float_computes(written: Path, state: QuantState) -> None:
-    batch = images(4, seed=3)
+    batch = images(16, seed=3)
     expected_float, expected = run_torch(net(), batch), run_torch(simulated(state), batch)
     got = run(written, batch)
     assert got.shape == expected.shape and got.dtype == np.float32
-    error, difference = np.abs(expected - expected_float), np.abs(got - expected)
-    # What remains is rounding ties, which this net of random weights amplifies.
-    assert difference[:, 4:].mean() < 0.1 * error[:, 4:].mean() and difference[:, :4].mean() < 0.1 * error[:, :4].mean()
+    assert_equal_but_for_ties(got, expected, expected_float)
 
 
 def test_all_that_is_planned_computes_on_codes_and_nothing_else(written: Path, state: QuantState) -> None:
