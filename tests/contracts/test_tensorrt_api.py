@@ -764,6 +764,14 @@ def test_the_driver_is_probed_before_the_library_is_touched(monkeypatch: pytest.
         TensorRTBackend(tmp_path)
 
 
+def test_a_release_that_cannot_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = ModuleType("tensorrt")
+    broken.__version__ = "10.2.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", broken)
+    monkeypatch.setattr(cuda, "driver_problem", lambda: None)
+    assert "TensorRT 10.2.0 cannot build" in (TensorRTBackend.probe() or "")
+
+
 def test_a_driver_that_is_too_old_is_an_error_and_not_a_crash(trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, "float", "fp32")
     trt.log_of_start = "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35)"

@@ -24,6 +24,7 @@ from .tensorrt_log import logger, runtime
 RUNTIME = "tensorrt"
 ENGINE_FILE = "engine.plan"
 GPU = "gpu"  # what the sidecar's `built_on` calls the device that the plan was built on
+BROKEN = "10.2.0"  # its Linux wheel looks for a library of Windows (ultralytics PR 24367)
 GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 HINT = "pip install tensorrt on a machine with an NVIDIA GPU; on a Jetson: sudo apt install python3-libnvinfer"
 
@@ -32,7 +33,7 @@ def library() -> Any:
     """The tensorrt module, after the driver was seen to work.
 
     Raises:
-        RuntimeUnavailable: no bindings, no driver or no device.
+        RuntimeUnavailable: no bindings, no driver, no device, or a broken release.
     """
     try:
         import tensorrt
@@ -41,6 +42,11 @@ def library() -> Any:
     problem = cuda.driver_problem()
     if problem is not None:
         raise RuntimeUnavailable(problem, "install NVIDIA's driver, or give the container the GPU (--gpus all)")
+    if tensorrt.__version__ == BROKEN:
+        raise RuntimeUnavailable(
+            f"TensorRT {BROKEN} cannot build: its Linux wheel looks for libnvinfer_builder_resource_win",
+            "pip install 'tensorrt!=10.2.0'",
+        )
     return tensorrt
 
 
