@@ -1,12 +1,12 @@
 """The row that decides whether pruning was worth it: a narrower YOLOv8 of the same MACs, from the same COCO weights.
 
     python benchmarks/narrow.py --recipe bccd --coco yolov8n_coco.pt --keep-flops 0.5
-    python benchmarks/narrow.py --recipe bccd --keep-flops 0.25 --lr0 0.002 --taught
+    python benchmarks/narrow.py --recipe bccd --keep-flops 0.25 --lr0 0.002 --taught --weights 8 6 2
 
 Every width is scaled alike and takes the leading channels of the COCO checkpoint, as far as they fit; then it is trained on the
 recipe's data with the schedule, epochs and budget of the recipe's section `prune`, as any detector is, without a teacher; or
-`--taught` by the recipe's baseline, as `prune` and `qat` teach. `--lr0` tries a rate for nets that have not seen the data. Prints
-one JSON document.
+`--taught` by the recipe's baseline, as `prune` and `qat` teach, or with other `--weights`. `--lr0` tries a rate for nets that
+have not seen the data. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from uniform import uniform
 from yolo_compress import environment, load, ultra
 from yolo_compress.data import calibration_subset
 from yolo_compress.data import load as load_data
+from yolo_compress.distill.source import Frozen
+from yolo_compress.distill.teach import Teach
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.prune.budget import choose, keep_flops
@@ -33,7 +35,7 @@ from yolo_compress.prune.price import conv_macs, conv_shapes, parameters
 from yolo_compress.prune.recovery import reestimate_batchnorm
 from yolo_compress.recipe import TrainConfig
 from yolo_compress.stages.batches import letterboxed
-from yolo_compress.stages.training import parent
+from yolo_compress.stages.training import PARENT_BOX_WEIGHT, PARENT_CLASS_WEIGHT, PARENT_FEATURE_WEIGHT
 from yolo_compress.weights import find_weights
 
 CALIB_IMAGES = 96
@@ -57,6 +59,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's prune.epochs")
     parser.add_argument("--lr0", type=float, help="default: the recipe's prune.lr0")
     parser.add_argument("--taught", action="store_true", help="by the recipe's baseline")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs=3,
+        metavar=("CLASS", "BOX", "FEATURE"),
+        default=(PARENT_CLASS_WEIGHT, PARENT_BOX_WEIGHT, PARENT_FEATURE_WEIGHT),
+        help="of the teacher's terms; default: as in `prune`",
+    )
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -88,7 +98,10 @@ def main() -> None:
         workers=machine.workers,
         threads=args.threads or machine.threads,
     )
-    hooks = [parent(Path(find_weights(recipe.baseline.weights)))] if args.taught else []
+    hooks = []
+    if args.taught:
+        terms = dict(zip(("class_weight", "box_weight", "feature_weight"), args.weights, strict=True))
+        hooks = [Teach(Frozen(ultra.load_model(find_weights(recipe.baseline.weights))), **terms)]
     with tempfile.TemporaryDirectory() as work:
         trained = ultra.train(model, dataset, settings, hooks, Path(work), "narrow")
     with TorchBackend(trained, dataset.names, size) as backend:
