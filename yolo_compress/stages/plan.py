@@ -28,7 +28,7 @@ from yolo_compress.stages.training import device
 from yolo_compress.stages.worth import WORTH
 
 EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
-FORWARDS_PER_STEP = 2  # a training step costs three forward passes; a third of that goes to reading, loss and reconstruction
+FORWARDS_PER_STEP = 2  # a training step costs three forward passes; reading, loss and reconstruction take one of them
 
 
 def dry_run(job: Job, weights: Path) -> dict[str, Any]:
