@@ -64,12 +64,13 @@ def main() -> None:
         type=float,
         nargs=3,
         metavar=("CLASS", "BOX", "FEATURE"),
-        default=(PARENT_CLASS_WEIGHT, PARENT_BOX_WEIGHT, PARENT_FEATURE_WEIGHT),
         help="of the teacher's terms; default: as in `prune`",
     )
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.weights and not args.taught:
+        parser.error("--weights without --taught: there is no teacher to weigh")
     recipe = load(args.recipe)
     assert recipe.prune and recipe.baseline.weights, "a recipe with a section prune and given baseline.weights"
     size = recipe.data.imgsz_hw
@@ -100,7 +101,8 @@ def main() -> None:
     )
     hooks = []
     if args.taught:
-        terms = dict(zip(("class_weight", "box_weight", "feature_weight"), args.weights, strict=True))
+        weights = args.weights or (PARENT_CLASS_WEIGHT, PARENT_BOX_WEIGHT, PARENT_FEATURE_WEIGHT)
+        terms = dict(zip(("class_weight", "box_weight", "feature_weight"), weights, strict=True))
         hooks = [Teach(Frozen(ultra.load_model(find_weights(recipe.baseline.weights))), **terms)]
     with tempfile.TemporaryDirectory() as work:
         trained = ultra.train(model, dataset, settings, hooks, Path(work), "narrow")
