@@ -42,7 +42,7 @@ from yolo_compress.distill.source import Frozen
 from yolo_compress.distill.taps import Taps, detect_inputs, split_pairs
 from yolo_compress.distill.teach import Teach
 from yolo_compress.pipeline import load_dataset, provider
-from yolo_compress.recipe import DistillConfig, load
+from yolo_compress.recipe import DistillConfig, TrainConfig, load
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages.batches import letterboxed
 from yolo_compress.stages.training import finish, fit
@@ -156,7 +156,10 @@ def measured(recipe: Any, config: DistillConfig | None, kept: Path) -> float:
     """mAP50-95 of the recipe's pruned net after the epochs of the section distill, as `config` says or without a teacher."""
     inputs = {"prune": run(recipe, "prune"), "teacher": run(recipe, provider(recipe, "teacher"))}
     section = config or recipe.distill
-    key = {"config": section.model_dump(mode="json"), "taught": config is not None, "seed": recipe.run.seed}
+    # an untaught net is the same whatever would have taught it
+    read = None if config else set(TrainConfig.model_fields)
+    settings = section.model_dump(mode="json", include=read)
+    key = {"config": settings, "taught": config is not None, "seed": recipe.run.seed}
     key["inputs"] = {name: artifact.fingerprint for name, artifact in inputs.items()}
     folder = kept / fingerprint(key)[:16]
     done = folder / "result.json"
