@@ -56,7 +56,7 @@ PAIRS = {"ours": ("ours, distilled", "ours, plain"), "ultralytics": ("ultralytic
 def steps(args: argparse.Namespace) -> None:
     dataset, weights = load_data(args.data, limit_train=args.limit_train), find_weights(args.weights)
     settings = ultra.TrainSettings(
-        epochs=1, batch=args.batch, imgsz_px=args.imgsz, optimizer="AdamW", lr0=1e-3, threads=args.threads
+        epochs=1, batch=args.batch, imgsz_px=args.imgsz, optimizer="AdamW", lr0=1e-3, threads=args.threads, amp=False
     )
     seconds: dict[str, list[list[float]]] = {who: [] for pair in PAIRS.values() for who in pair}
     with tempfile.TemporaryDirectory() as scratch:

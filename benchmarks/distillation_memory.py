@@ -49,7 +49,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
             source.outputs(images_BCHW, {})
         return {"mib": peak_now_mib() - before}
     settings = TrainSettings(
-        epochs=1, batch=args.batch, imgsz_px=args.imgsz, optimizer="AdamW", lr0=1e-3, threads=args.threads
+        epochs=1, batch=args.batch, imgsz_px=args.imgsz, optimizer="AdamW", lr0=1e-3, threads=args.threads, amp=False
     )
     hooks = []
     if args.one == "distilled":

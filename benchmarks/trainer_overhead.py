@@ -1,9 +1,10 @@
-"""Time of a training step, in turn, in one run: a plain one of ours against Ultralytics' own, or a sparse or a fake-quantised
-one against a plain one.
+"""Time of a training step, in turn, in one run: a plain one of ours against Ultralytics' own, or a sparse, a fake-quantised or
+a mixed-precision one against a plain one. All but the last are in float32.
 
     python benchmarks/trainer_overhead.py --data bccd.yaml --weights yolov8n_bccd.pt --imgsz 320 --batch 16 --rounds 6
     python benchmarks/trainer_overhead.py --penalty l1        # or group_lasso: sparse training against no hooks
     python benchmarks/trainer_overhead.py --qat               # the placement of `qat`, ranges of 32 images
+    python benchmarks/trainer_overhead.py --mixed             # bfloat16 where the CPU has matrix units for it (AMX)
 
 Both take the same images (from memory), augmentations, optimizer, thread count and an optimizer step for every batch. A step
 is the time from the start of one batch to the start of the next, so loading and augmentation are in it; the first two steps
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,13 +87,21 @@ def main() -> None:
     parser.add_argument(
         "--qat", action="store_true", help="time quantisation-aware training against a plain step of ours"
     )
+    parser.add_argument("--mixed", action="store_true", help="time mixed precision against a plain step of ours")
     parser.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
     options = parser.parse_args()
     dataset, weights = load(options.data), find_weights(options.weights)
     settings = ultra.TrainSettings(
-        epochs=1, batch=options.batch, imgsz_px=options.imgsz, optimizer="AdamW", lr0=1e-3, threads=options.threads
+        epochs=1,
+        batch=options.batch,
+        imgsz_px=options.imgsz,
+        optimizer="AdamW",
+        lr0=1e-3,
+        threads=options.threads,
+        amp=False,  # Ultralytics has none on a CPU
     )
-    pair = ("sparse", "plain") if options.penalty else ("qat", "plain") if options.qat else ("ours", "ultralytics")
+    special = "sparse" if options.penalty else "qat" if options.qat else "mixed" if options.mixed else None
+    pair = (special, "plain") if special else ("ours", "ultralytics")
     samples: dict[str, list[list[float]]] = {who: [] for who in pair}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -109,7 +119,8 @@ def main() -> None:
                 if who == "ultralytics":
                     samples[who].append(theirs(data, settings, weights, work))
                 else:
-                    samples[who].append(ours(dataset, settings, weights, work, hooks))
+                    chosen = replace(settings, amp=who == "mixed")
+                    samples[who].append(ours(dataset, chosen, weights, work, hooks))
     report(samples, options, len(dataset.train))
 
 
@@ -144,7 +155,7 @@ def report(samples: dict[str, list[list[float]]], options: argparse.Namespace, i
         "ratio_by_round": [round(value, 4) for value in rounds],
         "median_of_rounds": round(statistics.median(rounds), 4),
         "images": images,
-        **{key: getattr(options, key) for key in ("data", "imgsz", "batch", "rounds", "threads", "penalty", "qat")},
+        **vars(options),
         "environment": environment.describe(),
     }
     print(json.dumps(answer))

@@ -103,7 +103,12 @@ class TrainConfig(Section):
     translate: Annotated[float, knob("random shift as a fraction of the image", ge=0, le=1)] = 0.1
     fliplr: Annotated[float, knob("probability of a left-right flip; 0 where left and right differ", ge=0, le=1)] = 0.5
     flipud: Annotated[float, knob("probability of an upside-down flip", ge=0, le=1)] = 0.0
-    amp: Annotated[bool, knob("mixed precision while training on CUDA; no effect on a CPU")] = True
+    amp: Annotated[
+        bool,
+        knob(
+            "mixed precision while training: half on CUDA, bfloat16 on a CPU with AMX, where it is fast; no effect on others"
+        ),
+    ] = True
 
 
 class SourceConfig(TrainConfig):

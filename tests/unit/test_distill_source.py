@@ -48,22 +48,25 @@ def gradients(net: nn.Module) -> dict[str, bool]:
 # --- frozen ---------------------------------------------------------------------------------------------------------
 
 
-def test_on_a_cpu_the_teacher_stays_in_float32() -> None:
+def test_without_mixed_precision_the_teacher_stays_in_float32() -> None:
     source = Frozen(model(0))
-    with torch.autocast("cpu"):
-        source.outputs(batch()["img"], {})
+    source.outputs(batch()["img"], {})
     assert {parameter.dtype for parameter in source.net.parameters()} == {torch.float32}
 
 
-@pytest.mark.gpu
-def test_with_mixed_precision_its_convolutions_are_halved_and_its_scores_stay() -> None:
-    net = model(0).cuda()
-    images = batch()["img"].cuda()
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=pytest.mark.gpu)]
+)
+def test_with_mixed_precision_its_convolutions_are_kept_in_it_and_its_scores_stay(
+    device: str, kind: torch.dtype
+) -> None:
+    net = model(0).to(device)
+    images = batch()["img"].to(device)
     expected = Frozen(deepcopy(net)).outputs(images, {})["scores"]
     source = Frozen(net)
-    with torch.autocast("cuda"):
+    with torch.autocast(device):
         scores = source.outputs(images, {})["scores"]
-    assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {torch.float16}
+    assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {kind}
     assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
     torch.testing.assert_close(scores.float(), expected, rtol=0.02, atol=0.05)
 

@@ -64,8 +64,8 @@ class Frozen(Source):
     """A net that stays as it is (arXiv 1503.02531).
 
     It sees the very batch of the student, under `no_grad` (not `inference_mode`, whose tensors cannot enter a loss), in
-    evaluation mode, so its BatchNorm stays. Where mixed precision is on (CUDA only), its convolutions are kept in half
-    precision too: half of the memory, and nothing to cast in each step. It runs channels last, which is faster
+    evaluation mode, so its BatchNorm stays. Where mixed precision is on, its convolutions are kept in it too: half of the
+    memory, and nothing to cast in each step. It runs channels last, which is faster
     (`benchmarks/distillation.py steps`), unless it starts as the student's equal: then both round alike, and every term is 0.
     """
 
@@ -82,10 +82,11 @@ class Frozen(Source):
             self.net.to(memory_format=torch.channels_last)
 
     def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not self._halved and images_BCHW.is_cuda and torch.is_autocast_enabled("cuda"):
+        device = images_BCHW.device.type
+        if not self._halved and torch.is_autocast_enabled(device):
             for module in self.net.modules():  # BatchNorm stays in float32, as autocast wants it
                 if isinstance(module, nn.Conv2d):
-                    module.to(torch.get_autocast_dtype("cuda"))
+                    module.to(torch.get_autocast_dtype(device))
             self._halved = True
         with torch.no_grad():
             return self.net(images_BCHW)  # type: ignore[no-any-return]

@@ -55,7 +55,9 @@ def run(job: Job) -> dict[str, Any]:
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
         hooks.append(parent(job.inputs["distill"].file("model.pt")))
-    trained = fit(job, model, [*hooks, quantiser], "qat")
+    # bfloat16, a CPU's mixed precision, has no more bits than what is quantised here
+    mixed = config.amp and job.recipe.run.device != "cpu"
+    trained = fit(job, model, [*hooks, quantiser], "qat", amp=mixed)
     assert quantiser.state is not None
     atomic_write(job.out / "quant.json", quantiser.state.dumps())
     float_metrics = finish(job, trained)

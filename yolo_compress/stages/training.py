@@ -31,13 +31,13 @@ PARENT_BOX_WEIGHT = 3.0
 PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
 
 
-def settings(job: Job, class_gain: float = CLASS_GAIN) -> ultra.TrainSettings:
-    """The section's schedule on the recipe's machine; training is square, at the longer side of the input."""
+def settings(job: Job, class_gain: float = CLASS_GAIN, **changes: Any) -> ultra.TrainSettings:
+    """The section's schedule, with `changes`, on the recipe's machine; training is square, at the longer side of the input."""
     config: TrainConfig = job.config
     schedule = {name: getattr(config, name) for name in TrainConfig.model_fields}
     machine = job.recipe.run
     return ultra.TrainSettings(
-        **schedule,
+        **(schedule | changes),
         class_gain=class_gain,
         imgsz_px=max(job.imgsz_hw),
         seed=machine.seed,
@@ -48,9 +48,11 @@ def settings(job: Job, class_gain: float = CLASS_GAIN) -> ultra.TrainSettings:
     )
 
 
-def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, class_gain: float = CLASS_GAIN) -> nn.Module:
-    """Train `model` as the section says and keep its results.csv; with no epochs the hooks see the model and let go."""
-    chosen = settings(job, class_gain)
+def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **changes: Any) -> nn.Module:
+    """Train `model` as the section says, with `changes`, and keep its results.csv; with no epochs the hooks see the model
+    and let go.
+    """
+    chosen = settings(job, **changes)
     if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
         hooks = [*hooks, masks.HoldZeros()]
     trained = ultra.train(model, job.dataset, chosen, hooks, job.work, what)

@@ -6,6 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (AMX): a step is then half as long under autocast, elsewhere ten times
+    longer (`benchmarks/trainer_overhead.py --mixed`).
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -35,6 +46,11 @@ class TrainSettings:
     workers: int = 0
     threads: int | None = None
 
+    @property
+    def bfloat16(self) -> bool:
+        """Whether mixed precision is bfloat16, on a CPU that is made for it."""
+        return self.amp and self.device == "cpu" and multiplies_bfloat16()
+
     def overrides(self, work: Path) -> dict[str, Any]:
         """Ultralytics' argument names; the optimizer steps on every batch (`nbs` = `batch`)."""
         return {
@@ -62,7 +78,7 @@ class TrainSettings:
             "translate": self.translate,
             "fliplr": self.fliplr,
             "flipud": self.flipud,
-            "amp": self.amp and self.device != "cpu",  # on a CPU, autocast to bfloat16 is ten times slower
+            "amp": self.amp and self.device != "cpu",  # on a CPU the trainer asks `bfloat16`
             "device": self.device,
             "workers": self.workers,
             "val": False,

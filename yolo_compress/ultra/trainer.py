@@ -181,6 +181,8 @@ class HookedTrainer(DetectionTrainer):
             super()._setup_train()
         finally:
             engine.check_amp = original
+        if self.settings.bfloat16:  # without the scaler of gradients, which it does not need
+            self.amp = True
         model = unwrap_model(self.model)
         self._criterion = _HookedCriterion(model, self.hooks)
         model.criterion = self._criterion  # after the EMA was copied, which keeps the plain loss
