@@ -217,6 +217,19 @@ def test_without_data_the_images_are_made_kept_and_named(shop: Path) -> None:
         assert image.size == (64, 64) and image.mode == "RGB"
 
 
+def test_all_but_qat_trains_in_bfloat16_on_a_cpu_made_for_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    train, seen = ultra.train, {}
+
+    def spy(model: torch.nn.Module, data: Dataset, settings: ultra.TrainSettings, *rest: Any) -> torch.nn.Module:
+        seen[rest[-1]] = settings.bfloat16
+        return train(model, data, settings, *rest)
+
+    monkeypatch.setattr(ultra, "train", spy)
+    run_pipeline(chosen(qat={"epochs": 1, "batch": 2, "calib_images": 2, "close_mosaic": 0}), "qat")
+    assert seen == {"distill": True, "qat": False}
+
+
 def test_labels_share_the_class_term_with_alpha_unless_there_are_none() -> None:
     net = ultra.new_model("yolov8n.yaml", NAMES, 3, 0)
     config = recipe.DistillConfig(alpha=0.25)

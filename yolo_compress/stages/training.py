@@ -31,14 +31,15 @@ PARENT_BOX_WEIGHT = 3.0
 PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
 
 
-def settings(job: Job, class_gain: float = CLASS_GAIN, **changes: Any) -> ultra.TrainSettings:
-    """The section's schedule, with `changes`, on the recipe's machine; training is square, at the longer side of the input."""
+def settings(job: Job, **changes: Any) -> ultra.TrainSettings:
+    """The section's schedule, with `changes` to fields of it, on the recipe's machine; training is square, at the longer side
+    of the input.
+    """
     config: TrainConfig = job.config
     schedule = {name: getattr(config, name) for name in TrainConfig.model_fields}
     machine = job.recipe.run
     return ultra.TrainSettings(
-        **(schedule | changes),
-        class_gain=class_gain,
+        **({"class_gain": CLASS_GAIN} | schedule | changes),
         imgsz_px=max(job.imgsz_hw),
         seed=machine.seed,
         device=machine.device,
