@@ -161,6 +161,7 @@ def measured(recipe: Any, config: DistillConfig | None, kept: Path) -> float:
     settings = section.model_dump(mode="json", include=read)
     key = {"config": settings, "taught": config is not None, "seed": recipe.run.seed}
     key["inputs"] = {name: artifact.fingerprint for name, artifact in inputs.items()}
+    key["cpu"] = environment.cpu_name()  # which says in what precision it trains
     folder = kept / fingerprint(key)[:16]
     done = folder / "result.json"
     if not done.is_file():

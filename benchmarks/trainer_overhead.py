@@ -84,11 +84,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument(
         "--qat", action="store_true", help="time quantisation-aware training against a plain step of ours"
     )
-    parser.add_argument("--mixed", action="store_true", help="time mixed precision against a plain step of ours")
-    parser.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
+    against.add_argument("--mixed", action="store_true", help="time mixed precision against a plain step of ours")
+    against.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
     options = parser.parse_args()
     dataset, weights = load(options.data), find_weights(options.weights)
     settings = ultra.TrainSettings(
