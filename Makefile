@@ -1,8 +1,10 @@
 # The two commands of a fresh machine are `make demo` and `make test`; `make help` lists the rest.
 PYTHON  ?= python3
 VENV    ?= .venv
-RECIPE  ?= yolov8s-coco
+RECIPE  ?= custom
 DATA    ?=
+PRETRAINED ?=
+TEACHER_PRETRAINED ?=
 TEACHER ?=
 STUDENT ?=
 DEVICE  ?=
@@ -16,7 +18,8 @@ YC := $(VENV)/bin/yolo-compress
 PY := $(VENV)/bin/python
 SET := recipe='$(RECIPE)' \
   $(if $(DATA),data.yaml='$(DATA)') $(if $(TEACHER),teacher.weights='$(TEACHER)') \
-  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
+  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(PRETRAINED),baseline.pretrained='$(PRETRAINED)') \
+  $(if $(TEACHER_PRETRAINED),teacher.pretrained='$(TEACHER_PRETRAINED)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
@@ -24,13 +27,16 @@ STAGES := baseline teacher sparsify prune distill qat export bench report
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
-	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [TEACHER=l.pt] [STUDENT=s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
+	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [PRETRAINED=yolov8s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
 	@echo "make prune distill qat engine runs each stage and whatever it needs; what is up to date is reused."
 	@echo
 	@grep -hE '^[a-z$$ ()A-Z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
 	@echo
-	@echo "RECIPE  a shipped recipe or a .yaml file          DATA    data.yaml      TEACHER teacher.weights"
-	@echo "STUDENT baseline.weights                          DEVICE  run.device     ARGS    any knobs (yolo-compress help STAGE)"
+	@echo "RECIPE   a shipped recipe or a .yaml file         DATA     data.yaml             DEVICE  run.device"
+	@echo "PRETRAINED          baseline.pretrained: a checkpoint of any classes, trained on DATA first"
+	@echo "TEACHER_PRETRAINED  teacher.pretrained, likewise"
+	@echo "STUDENT, TEACHER    baseline.weights, teacher.weights: finished detectors of the classes of DATA"
+	@echo "ARGS     any knobs, ARGS=\"section.key=value ...\" (yolo-compress help STAGE lists them)"
 
 setup: $(VENV)/.complete ## make .venv with everything pinned in constraints.txt
 

@@ -14,7 +14,7 @@ from . import recipe
 from .errors import RecipeError
 from .explain import did_you_mean, got
 
-DEFAULT_RECIPE = "yolov8s-coco"
+DEFAULT_RECIPE = "custom"
 OPTIONS = {
     "recipe": (),
     "lock": ("wait", "fail"),
@@ -22,6 +22,8 @@ OPTIONS = {
     "dry_run": ("true", "false"),
     "out": (),
     "target": (),
+    "weights": (),
+    "teacher": (),
     "source": (),
     "engine": (),
     "conf": (),
@@ -88,6 +90,8 @@ class Verb:
 
 
 VERBS = {
+    "init": Verb("look at data, checkpoint and machine, and write a commented recipe for them; trains nothing",
+                 "data.yaml=FILE weights=FILE.pt [teacher=FILE.pt] [target=NAME] [out=FILE.yaml] [section.key=value ...]"),
     "run": Verb("run every stage of the recipe, up to the report"),
     "teacher": Verb("take or train the teacher"),
     "baseline": Verb("take or train the net to be compressed"),

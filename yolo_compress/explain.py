@@ -43,14 +43,18 @@ def allowed(field: FieldInfo) -> str:
     if isinstance(extra, dict) and "allowed" in extra:
         return str(extra["allowed"])
     kind, optional = _without_none(field.annotation)
+    metadata, auto = list(field.metadata), False
+    if get_origin(kind) in (Union, types.UnionType):  # a number or `auto`
+        number, auto = get_args(kind)[0], True
+        kind, metadata = get_args(number)[0], [*get_args(number)[1].metadata]
     if get_origin(kind) is Literal:
         text = "one of " + ", ".join(str(word) for word in get_args(kind))
     else:
-        limits = {name: getattr(item, name) for item in field.metadata for name, _ in _SIGNS if hasattr(item, name)}
+        limits = {name: getattr(item, name) for item in metadata for name, _ in _SIGNS if hasattr(item, name)}
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
         text = " and ".join([text] + [f"{sign} {limits[name]}" for name, sign in _SIGNS if name in limits])
         text = text.replace(" and ", " ", 1)
-    return text + (" or null" if optional else "")
+    return text + (" or auto" if auto else "") + (" or null" if optional else "")
 
 
 def takes_text(field: FieldInfo) -> bool:

@@ -18,6 +18,7 @@ Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "he
 FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
+Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
 
 
 def imgsz_value(value: Any) -> Any:
@@ -58,6 +59,12 @@ def runtimes_value(value: Any) -> Any:
     return value if value == "auto" else several(value)
 
 
+def number(value: int | Auto) -> int:
+    """The value of a knob after `sizing.resolve`, which leaves no `auto`."""
+    assert value != "auto"
+    return value
+
+
 def knob(text: str, allowed: str | None = None, **limits: Any) -> Any:
     """Documents a knob: what it does, its limits and, where types and limits do not say it, the values it takes."""
     return Field(description=text, json_schema_extra={"allowed": allowed} if allowed else None, **limits)
@@ -65,23 +72,53 @@ def knob(text: str, allowed: str | None = None, **limits: Any) -> Any:
 
 # Knobs that several stages share, each with its own default.
 TEXT = r"(?s)\S.*"  # a name is not blank
-Epochs = Annotated[int, knob("passes over the training images", ge=0, le=100_000)]
-SomeEpochs = Annotated[int, knob("passes over the training images", ge=1, le=100_000)]
-Batch = Annotated[int, knob("images a step; the optimizer steps on every batch", ge=1, le=4096)]
+Epochs = Annotated[
+    Annotated[int, Field(ge=0, le=100_000)] | Auto,
+    knob("passes over the training images; auto: by their number"),
+]
+SomeEpochs = Annotated[
+    Annotated[int, Field(ge=1, le=100_000)] | Auto,
+    knob("passes over the training images; auto: by their number"),
+]
+Batch = Annotated[
+    Annotated[int, Field(ge=1, le=4096)] | Auto,
+    knob("images a step; the optimizer steps on every batch. auto: by the number of training images"),
+]
 Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob("optimizer")]
+SourceOptimizer = Annotated[
+    Literal["SGD", "AdamW", "Adam", "MuSGD"] | Auto,
+    knob(
+        "optimizer; auto: as Ultralytics, AdamW for a short training, MuSGD for one of more than 10,000 steps of 64 images"
+    ),
+]
 Lr0 = Annotated[float, knob("learning rate after warm-up", gt=0, le=1)]
+SourceLr0 = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | Auto,
+    knob("learning rate after warm-up; auto: as Ultralytics, 0.002 * 5 / (4 + classes) for Adam and AdamW, else 0.01"),
+]
 WarmupEpochs = Annotated[float, knob("epochs of learning-rate warm-up; a fraction is fine", ge=0, le=1000)]
 Cosine = Annotated[bool, knob("cosine schedule down to lr0*lrf instead of a straight line")]
 Mosaic = Annotated[float, knob("probability that a training image is a mosaic of four", ge=0, le=1)]
-CloseMosaic = Annotated[int, knob("last epochs that see whole images, without mosaic", ge=0)]
+CloseMosaic = Annotated[
+    Annotated[int, Field(ge=0)] | Auto,
+    knob("last epochs that see whole images, without mosaic; auto: a fifth of the epochs, at most 10"),
+]
 Weights = Annotated[
     str | None,
     knob(
-        "checkpoint to take; looked up as given, then in weights/. Nothing is trained then. null: train from `model`",
+        "finished detector of the data set's classes, taken as it is; looked up as given, then in weights/",
         pattern=TEXT,
     ),
 ]
-Model = Annotated[Scratch, knob("architecture trained from scratch; used only where weights is null")]
+Pretrained = Annotated[
+    str | None,
+    knob(
+        "checkpoint of any classes to start the training from: all of it but the outputs of classes that the data set does "
+        "not name; looked up as given, then in weights/",
+        pattern=TEXT,
+    ),
+]
+Model = Annotated[Scratch | None, knob("architecture to train from random weights")]
 CalibImages = Annotated[int, knob("un-augmented training images that calibrate the ranges", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob("how a range is chosen from the values seen")]
 Percentile = Annotated[

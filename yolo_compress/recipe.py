@@ -86,6 +86,17 @@ class Recipe(Section):
             raise ValueError(problem)
         return self
 
+    def replaced(self, sections: Mapping[str, Section]) -> Recipe:
+        """This recipe with other sections in the place of its own, checked as a whole.
+
+        Raises:
+            RecipeError: Sections that contradict each other.
+        """
+        try:
+            return Recipe.model_validate({**dict(self), **sections})
+        except ValidationError as error:
+            raise RecipeError(f"recipe {self.name}: {error.errors()[0]['ctx']['error']}") from None
+
     def dump(self) -> str:
         """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
@@ -106,13 +117,23 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
             each other. The message names file and line (or the command line), key, value and the values allowed.
         StorageError: the file is there but the system does not let us read it.
     """
-    document, name = _read(name_or_path)
+    return build(*_read(name_or_path), overrides)
+
+
+def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """The recipe that a document holds; `load` says the rest.
+
+    Raises:
+        RecipeError: See `load`.
+    """
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
     _one_kind(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
     _one_kind(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
-    _one_budget(raw, {key: text for key, text in overrides})
+    _one_of(raw, "prune", PruneConfig.BUDGETS, {key: text for key, text in overrides})
+    for source in ("baseline", "teacher"):
+        _one_of(raw, source, SourceConfig.ORIGINS, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
     except ValidationError as error:
@@ -203,11 +224,11 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     raw[section] = {**raw.get(section, {}), knob: value}
 
 
-def _one_budget(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
-    """A budget of the command line takes the place of the file's."""
-    budgets = [f"prune.{knob}" for knob in PruneConfig.BUDGETS]
-    if isinstance(raw.get("prune"), dict) and any(overridden.get(knob, "null") != "null" for knob in budgets):
-        raw["prune"] |= {knob.partition(".")[2]: None for knob in budgets if knob not in overridden}
+def _one_of(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
+    """Of knobs that exclude each other, one on the command line replaces the file's."""
+    given = {knob: overridden.get(f"{section}.{knob}") for knob in knobs}
+    if isinstance(raw.get(section), dict) and any(text not in (None, "null") for text in given.values()):
+        raw[section] = {**raw[section], **{knob: None for knob, text in given.items() if text is None}}
 
 
 def _one_kind(
@@ -230,7 +251,7 @@ def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
     if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
         raise RecipeError(
             f"{_COMMAND_LINE}: {section}.{knob} has no effect: {section}.weights={strict_yaml.shown(source.weights)} "
-            f"is taken as it is; train it with {section}.weights=null"
+            f"is taken as it is; to train from it, give {section}.pretrained instead of {section}.weights"
         )
 
 
@@ -258,6 +279,8 @@ def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
     section, name = path[0], ".".join(path)
     if item["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown_knob(section, path[1])
+    if name == "data.yaml" and item["type"] == "missing":
+        return "data.yaml is not given: add data.yaml=my.yaml (with make: DATA=my.yaml)"
     if item["type"] == "missing":
         need = f"; expected {allowed(options()[name])}" if len(path) == 2 else ""
         return f"{name}: is missing and has no default{need}"

@@ -25,8 +25,11 @@ from .knobs import (
     Optimizer,
     Percentile,
     Precision,
+    Pretrained,
     Runtime,
     SomeEpochs,
+    SourceLr0,
+    SourceOptimizer,
     Threads,
     WarmupEpochs,
     Weights,
@@ -112,14 +115,39 @@ class TrainConfig(Section):
 
 
 class SourceConfig(TrainConfig):
-    """A net that is given (`weights`) or trained from scratch (`model`): the teacher and the baseline."""
+    """The teacher and the baseline: a finished detector (`weights`), or one trained from a checkpoint of any classes
+    (`pretrained`) or from scratch (`model`). Exactly one of the three is given; training is as Ultralytics' own.
+    """
 
     weights: Weights = None
-    model: Model = "yolov8n.yaml"
+    pretrained: Pretrained = None
+    model: Model = None
+    detection_part: Annotated[
+        bool, knob("take the detection part of a segmentation, pose or oriented-box checkpoint; for pretrained only")
+    ] = False
+    freeze: Annotated[
+        int,
+        knob("first layers (`model.0`, ...) that keep the checkpoint's tensors, 10 is the backbone; for pretrained only",
+             ge=0, le=21),
+    ] = 0  # fmt: skip
     epochs: Epochs = 100
-    lr0: Lr0 = 2e-3
+    optimizer: SourceOptimizer = "auto"  # type: ignore[assignment]  # a wider choice than that of fine-tuning
+    lr0: SourceLr0 = "auto"  # type: ignore[assignment]
     warmup_epochs: WarmupEpochs = 3.0
+    cosine: Cosine = False
     close_mosaic: CloseMosaic = 10
+
+    ORIGINS: ClassVar[tuple[str, ...]] = ("weights", "pretrained", "model")
+
+    @property
+    def origin(self) -> str:
+        """Which of `ORIGINS` is given."""
+        return next(name for name in self.ORIGINS if getattr(self, name) is not None)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that is read, if one is."""
+        return self.weights or self.pretrained
 
 
 class SparsifyConfig(TrainConfig):

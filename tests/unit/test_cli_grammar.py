@@ -26,7 +26,7 @@ def test_forms_mean_the_same(words: list[str]) -> None:
 
 def test_defaults() -> None:
     command = parse(["engine"])
-    assert command == Command("engine", "yolov8s-coco") and command.wait and not command.force
+    assert command == Command("engine", "custom") and command.wait and not command.force
     assert cli_grammar.DEFAULT_RECIPE in recipe.names()
 
 
@@ -95,7 +95,7 @@ def test_usage_follows_the_verb() -> None:
 
 WRONG = {
     ("prnue",): "unknown verb 'prnue', did you mean prune?",
-    ("xyzzy",): "unknown verb 'xyzzy'; verbs are run, teacher, baseline",
+    ("xyzzy",): "unknown verb 'xyzzy'; verbs are init, run, teacher, baseline",
     ("recipe=digits", "prune"): "the verb comes first, got 'recipe=digits'",
     ("--recipe", "digits"): "the verb comes first, got '--recipe'",
     ("help", "prnue"): "did you mean prune?",

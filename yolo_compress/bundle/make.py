@@ -124,7 +124,7 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     """
     store = store or Store(FOLDER)
     report = pipeline.run(recipe, "report", store=store, wait=wait)
-    dataset = pipeline.load_dataset(recipe, store)
+    recipe, dataset = pipeline.prepare(recipe, store)
     planned = pipeline.plan(recipe, dataset, "report")
     artifacts = {stage: found for stage, one in planned.items() if (found := store.find(stage, one.fingerprint))}
     for stage in ("export", "engine"):
