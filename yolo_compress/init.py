@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
@@ -232,14 +233,18 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
 def _as_asked(
     sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Section]:
-    """The sections with the command line's values in the place of ours."""
-    out = {name: list(rows) for name, rows in sections.items() if getattr(chosen, name) is not None}
-    for key, _ in overrides:
-        name, _, knob = key.partition(".")
-        if knob and key != "data.yaml" and getattr(chosen, name) is not None:
-            value = getattr(chosen, name).model_dump(mode="json")[knob]
-            rows = {row[0]: row for row in out.get(name, [])}
-            out[name] = [*(rows | {knob: (knob, value, "as asked")}).values()]
+    """The sections with the command line's values in the place of ours; what those exclude, as another budget does, goes."""
+    asked = {key for key, _ in overrides} - {"data.yaml"}
+    out = {}
+    for name in recipe.SECTIONS:
+        if (section := getattr(chosen, name)) is None:
+            continue
+        values = section.model_dump(mode="json")
+        ours = sections.get(name, [])
+        rows = {row[0]: row for row in ours if f"{name}.{row[0]}" in asked or values[row[0]] == row[1]}
+        rows |= {knob: (knob, values[knob], "as asked") for knob in values if f"{name}.{knob}" in asked}
+        if rows or name in sections or name in asked:
+            out[name] = list(rows.values())
     return out
 
 
@@ -346,7 +351,11 @@ def _text(written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
             continue
         lines.append(f"{name}:")
         for knob, value, why in rows:
-            text = strict_yaml.dump({knob: value}).rstrip("\n")
+            text = (
+                f"{knob}: {json.dumps(value)}"
+                if isinstance(value, list)
+                else strict_yaml.dump({knob: value}).rstrip("\n")
+            )
             here = f"about {_minutes(seconds[name])} here" if knob == "epochs" and name in seconds else ""
             note = "; ".join(part for part in (why, here) if part)
             lines.append(f"  {text:<{COMMENT_COLUMN - 2}}# {note}" if note else f"  {text}")
