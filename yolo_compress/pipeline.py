@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, progress
+from yolo_compress import environment, progress, sizing
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
-from yolo_compress.sizing import resolve
 from yolo_compress.weights import FOLDER, find_weights
 
 
@@ -169,7 +168,7 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
 def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
     """The recipe with a number for each `auto`, and its data set after the preflight; images left out are printed."""
     dataset = _load_dataset(recipe, store)
-    return resolve(recipe, len(dataset.train), len(dataset.names)), dataset
+    return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
 
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
@@ -211,7 +210,9 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
 
 def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
-    recipe, dataset = prepare(recipe, store)
+    asked, (recipe, dataset) = recipe, prepare(recipe, store)
+    if text := sizing.said(asked, recipe):
+        progress.say(text)
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)
     chain = plan(recipe, dataset, target)

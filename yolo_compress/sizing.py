@@ -132,6 +132,17 @@ def resolve(recipe: Recipe, images: int, classes: int) -> Recipe:
     return recipe.replaced(found)
 
 
+def said(asked: Recipe, resolved: Recipe) -> str | None:
+    """One line of what became of each `auto`; None where there was none."""
+    parts = []
+    for name in EPOCHS:
+        before, after = getattr(asked, name), getattr(resolved, name)
+        if before is not None and before != after:
+            knobs = (knob for knob in type(after).model_fields if getattr(before, knob) == "auto")
+            parts.append(f"{name} " + " ".join(f"{knob}={getattr(after, knob)}" for knob in knobs))
+    return "auto: " + "; ".join(parts) if parts else None
+
+
 def _numbers(stage: str, values: dict[str, Any], images: int, classes: int) -> dict[str, Any]:
     """What the knobs of one section become; later rules read the results of earlier ones."""
     rules = {

@@ -96,3 +96,11 @@ def test_the_input_shows_small_objects_and_enlarges_nothing(case: Case) -> None:
     boxes = ((0, 0.5, 0.5, case.share, case.share),) * 5
     choice = sizing.imgsz([Sample(Path("a.jpg"), *case.size, boxes, "")], case.smallest)
     assert choice.value == case.expected and case.why in choice.why
+
+
+def test_what_auto_became_is_one_line() -> None:
+    asked = recipe.load("custom", [*CUSTOM, ("prune.batch", "5")])
+    text = sizing.said(asked, resolved := sizing.resolve(asked, 1000, 3))
+    assert text is not None and text.startswith("auto: baseline epochs=56 batch=16 optimizer=AdamW")
+    assert "; prune epochs=39 close_mosaic=7; distill" in text
+    assert sizing.said(resolved, resolved) is None
