@@ -145,14 +145,14 @@ def _status(command: cli_grammar.Command) -> int:
 
 
 def _check(command: cli_grammar.Command) -> int:
-    from yolo_compress import check, pipeline
+    from yolo_compress import check, home, pipeline
     from yolo_compress.artifact import Store
 
     machine, lacks = check.machine()
     for name, text in machine.items():
         result(f"{name:<12} {text}")
     recipe = _load(command)
-    dataset = pipeline.load_dataset(recipe, Store(pipeline.FOLDER))
+    dataset = pipeline.load_dataset(recipe, Store(home.weights()))
     result(
         f"{'data':<12} {dataset.yaml}: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
     )
@@ -241,10 +241,10 @@ def _fetch(command: cli_grammar.Command) -> int:
 
 def _gc(command: cli_grammar.Command) -> int:
     """Drop artefacts that neither a shipped recipe, the one given, nor a friendly name refers to."""
-    from yolo_compress import pipeline
+    from yolo_compress import home, pipeline
     from yolo_compress.artifact import Store
 
-    store = Store(pipeline.FOLDER)
+    store = Store(home.weights())
     with store.lock("gc", command.wait):
         removed = store.gc(pipeline.referred(store))
     for path in removed:

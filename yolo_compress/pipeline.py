@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, progress
+from yolo_compress import environment, home, progress
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
-from yolo_compress.weights import FOLDER, find_weights
+from yolo_compress.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
     Raises:
         CompressError: Whatever a user can mend.
     """
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     if _rank() == 0:
         with store.lock(f"{target} of recipe {recipe.name}", wait):
             return _run(recipe, target, store, again)
@@ -305,7 +305,7 @@ def report_over(
     """
     from yolo_compress.stages import Job, report
 
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     published = run(recipe, "report", store=store, wait=wait)
     dataset = load_dataset(recipe, store)
     planned = plan(recipe, dataset, "report")
@@ -323,7 +323,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: See `_planning`.
     """
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
 
 
@@ -332,7 +332,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"out={out}: the folder is not empty")
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
     return folder
 
@@ -364,7 +364,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     dataset = load_dataset(recipe, store)
     for stage in STAGES:
         if getattr(recipe, stage) is None:
