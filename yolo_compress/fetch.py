@@ -13,13 +13,13 @@ from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.hardening import harden
 
 ASSETS = "https://github.com/ultralytics/assets/releases/download/v0.0.0"
-COCO = {
-    "coco128": [f"{ASSETS}/coco128.zip"],
-    "coco": [
-        f"{ASSETS}/coco2017labels.zip",
-        "http://images.cocodataset.org/zips/train2017.zip",
-        "http://images.cocodataset.org/zips/val2017.zip",
-    ],
+COCO = {  # url -> the folder of `home.datasets()` that is there when it is unpacked
+    "coco128": {f"{ASSETS}/coco128.zip": "coco128"},
+    "coco": {
+        f"{ASSETS}/coco2017labels.zip": "coco/labels",  # and the lists, all under coco/
+        "http://images.cocodataset.org/zips/train2017.zip": "coco/images/train2017",
+        "http://images.cocodataset.org/zips/val2017.zip": "coco/images/val2017",
+    },
 }
 
 
@@ -37,10 +37,9 @@ def fetch(name: str) -> Path:
         url = f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{name}"
         return _download(url, home.weights(), home.weights() / name)
     if name in COCO:
-        for url in COCO[name]:
-            images = "zips" in url
-            folder = home.datasets() / "coco" / "images" if images else home.datasets()
-            _download(url, folder, folder / Path(url).stem)
+        for url, folder in COCO[name].items():
+            done = home.datasets() / folder
+            _download(url, done.parent if done.name == Path(url).stem else home.datasets(), done)
         return home.datasets() / name
     raise RecipeError(f"fetch {name}: expected yolov8n.pt to yolov8x.pt, coco128, coco or digits")
 
@@ -48,12 +47,12 @@ def fetch(name: str) -> Path:
 def _download(url: str, folder: Path, done: Path) -> Path:
     if done.exists():
         return done
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     harden()
     os.environ.pop("YOLO_OFFLINE", None)
     from ultralytics.utils.downloads import safe_download
 
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
         safe_download(url, dir=folder, retry=1, progress=True, unzip=url.endswith(".zip"), delete=url.endswith(".zip"))
     except (OSError, RuntimeError) as error:

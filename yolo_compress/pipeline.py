@@ -186,14 +186,19 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
     Args:
         recipe: As `recipe.load` gives it.
-        target: A key of `STAGES`.
-        store: Where artefacts are; `weights/` of the working directory by default.
+        target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
+        store: Where artefacts are; `home.weights()` by default, which is `weights/` of the working directory.
         wait: Wait for another run that holds the store; False raises `Locked`.
         again: Do `target` once more although it is up to date. Where it comes out otherwise, as a measurement does, what was
             made of it before is dropped.
 
+    Returns:
+        The published artefact. A report whose gate failed is one too: `metrics["gate"]["passed"]` says so.
+
     Raises:
-        CompressError: Whatever a user can mend.
+        CompressError: Whatever a user can mend: data, weights, disk, a package that is missing, NaN; its `exit_code` is the
+            command line's.
+        RuntimeFailure: An engine that cannot be built or run.
     """
     store = store or Store(home.weights())
     if _rank() == 0:
