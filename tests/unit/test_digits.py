@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -128,15 +129,17 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def few(out: Path) -> None:
-    digits.draw(out, 12, 4, 64)
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """In place of `digits.draw` for the time of a test: 12 and 4 images of 64 px."""
+    real = digits.draw
+    monkeypatch.setattr(digits, "draw", lambda out: real(out, 12, 4, 64))
+    return digits.draw
 
 
 def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
-    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = digits.draw
-    monkeypatch.setattr(digits, "draw", lambda out: real(out, 12, 4, 64))
     got = load("digits.yaml")
     assert (got.names, len(got.train), len(got.val)) == (tuple("0123456789"), 12, 4)
     assert all(3 <= len(s.boxes) <= 7 for s in got.train + got.val)
@@ -148,16 +151,23 @@ def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
     assert load("digits").digest == got.digest
 
 
-def test_digits_go_to_the_home(user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetched_digits_go_to_the_home_and_damage_is_mended(
+    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(home.VARIABLE, str(user / "home"))
     assert main(["fetch", "digits"]) == 0
     drawn = user / "home/datasets/digits"
     assert capsys.readouterr().out == f"{drawn}\n"
-    assert len(list(drawn.glob("images/train/*.png"))) == 600
+    whole = content(drawn)
+    (drawn / "labels/train/00003.txt").unlink()
+    assert main(["fetch", "digits"]) == 0
+    assert content(drawn) == whole and len(whole) == 2 * (12 + 4) + 1
     assert sorted(path.name for path in user.iterdir()) == ["home"]
 
 
-def test_digits_of_another_data_folder_are_taken(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_of_another_data_folder_are_taken(
+    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     few(user / "shared/digits")
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(user / "shared"))
     assert len(load("digits.yaml").train) == 12
