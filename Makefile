@@ -21,6 +21,8 @@ SET := recipe='$(RECIPE)' \
   $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(PRETRAINED),baseline.pretrained='$(PRETRAINED)') \
   $(if $(TEACHER_PRETRAINED),teacher.pretrained='$(TEACHER_PRETRAINED)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
 
+HOLD := $(or $(YOLO_COMPRESS_HOME),.)
+MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
 .PHONY: help setup demo test check all engine bundle status cfg gc clean $(STAGES)
@@ -44,7 +46,6 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@flock $(CURDIR)/constraints.txt ./scripts/setup.sh '$(PYTHON)' '$(VENV)'
 
 demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
-	@$(YC) fetch digits >&2
 	@$(YC) run recipe=digits $(ARGS)
 
 test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
@@ -75,6 +76,7 @@ gc: setup ## delete artefacts that no recipe refers to
 	@$(YC) gc
 
 clean: ## delete artefacts, the drawn digits and caches; never source weights
-	rm -rf weights/store weights/.cache weights/.lock datasets/digits datasets/digits.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find weights -mindepth 2 -maxdepth 2 -type l -delete
-	find weights -mindepth 1 -maxdepth 1 -type d -empty -delete
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(addprefix '$(HOLD)'/,$(MADE))
+	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 2 -maxdepth 2 -type l -delete
+	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 1 -maxdepth 1 -type d -empty -delete

@@ -157,7 +157,7 @@ def _status(command: cli_grammar.Command) -> int:
 
 
 def _check(command: cli_grammar.Command) -> int:
-    from yolo_compress import check, pipeline
+    from yolo_compress import check, home, pipeline
     from yolo_compress.artifact import Store
 
     machine, lacks = check.machine()
@@ -167,7 +167,7 @@ def _check(command: cli_grammar.Command) -> int:
         result(f"{'data':<12} none given; data.yaml=my.yaml looks at it too")
         result(json.dumps({"machine": machine, "lacks": lacks}))
         return _lacks(lacks)
-    recipe, dataset = pipeline.prepare(_load(command), Store(pipeline.FOLDER))
+    recipe, dataset = pipeline.prepare(_load(command), Store(home.weights()))
     result(
         f"{'data':<12} {dataset.yaml}: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
     )
@@ -260,10 +260,10 @@ def _fetch(command: cli_grammar.Command) -> int:
 
 def _gc(command: cli_grammar.Command) -> int:
     """Drop artefacts that neither a shipped recipe, the one given, nor a friendly name refers to."""
-    from yolo_compress import pipeline
+    from yolo_compress import home, pipeline
     from yolo_compress.artifact import Store
 
-    store = Store(pipeline.FOLDER)
+    store = Store(home.weights())
     with store.lock("gc", command.wait):
         removed = store.gc(pipeline.referred(store))
     for path in removed:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from . import home
 from .knobs import number
 from .sections import DistillConfig, PruneConfig, Section, SourceConfig
 
@@ -134,7 +135,8 @@ def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
         return True
     if teacher.weights is None or baseline.weights is None:
         return False  # trained with settings that differ, or one of them is not trained
-    names = {os.path.normpath(weights).removeprefix("weights/") for weights in (teacher.weights, baseline.weights)}
+    folder = os.path.normpath(home.weights()) + os.sep
+    names = {os.path.normpath(weights).removeprefix(folder) for weights in (teacher.weights, baseline.weights)}
     try:
         return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
     except (OSError, ValueError):  # not both there; the stages that read them say so

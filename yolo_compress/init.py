@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_compress import environment, pipeline, recipe, sizing, strict_yaml, ultra
+from yolo_compress import environment, home, pipeline, recipe, sizing, strict_yaml, ultra
 from yolo_compress.artifact import Store
 from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.data import Dataset, Sample
@@ -26,7 +26,7 @@ from yolo_compress.prune.price import conv_macs, parameters
 from yolo_compress.runtime.device import usable_cpus
 from yolo_compress.sections import QatConfig, SourceConfig
 from yolo_compress.ultra.settings import multiplies_bfloat16
-from yolo_compress.weights import FOLDER, find_weights
+from yolo_compress.weights import find_weights
 
 COMMENT_COLUMN = 34
 WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
@@ -166,7 +166,7 @@ def look(asked: Order) -> Facts:
         asked.data,
         on_bad="skip" if knobs.get("data.on_bad") == "skip" else "error",
         allow_overlap=knobs.get("data.allow_overlap") == "true",
-        cache=Store(FOLDER).root / ".cache" / "data.json",
+        cache=Store(home.weights()).root / ".cache" / "data.json",
     )
     origins, models = {}, {}
     for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):

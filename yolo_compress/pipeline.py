@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, progress, sizing
+from yolo_compress import environment, home, progress, sizing
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
-from yolo_compress.weights import FOLDER, find_weights
+from yolo_compress.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,21 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
     Args:
         recipe: As `recipe.load` gives it.
-        target: A key of `STAGES`.
-        store: Where artefacts are; `weights/` of the working directory by default.
+        target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
+        store: Where artefacts are; `home.weights()` by default, which is `weights/` of the working directory.
         wait: Wait for another run that holds the store; False raises `Locked`.
         again: Do `target` once more although it is up to date. Where it comes out otherwise, as a measurement does, what was
             made of it before is dropped.
 
+    Returns:
+        The published artefact. A report whose gate failed is one too: `metrics["gate"]["passed"]` says so.
+
     Raises:
-        CompressError: Whatever a user can mend.
+        CompressError: Whatever a user can mend: data, weights, disk, a package that is missing, NaN; its `exit_code` is the
+            command line's.
+        RuntimeFailure: An engine that cannot be built or run.
     """
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     if _rank() == 0:
         with store.lock(f"{target} of recipe {recipe.name}", wait):
             return _run(recipe, target, store, again)
@@ -331,7 +336,7 @@ def report_over(
     """
     from yolo_compress.stages import Job, report
 
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     published = run(recipe, "report", store=store, wait=wait)
     recipe, dataset = prepare(recipe, store)
     planned = plan(recipe, dataset, "report")
@@ -349,7 +354,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: See `_planning`.
     """
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
 
 
@@ -358,7 +363,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"out={out}: the folder is not empty")
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
     return folder
 
@@ -390,7 +395,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     recipe, dataset = prepare(recipe, store)
     for stage in STAGES:
         if getattr(recipe, stage) is None:

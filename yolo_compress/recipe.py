@@ -64,7 +64,12 @@ _NAME = re.compile(
 
 
 class Recipe(Section):
-    """A whole recipe, as `load` gives it: the sections of the file plus its `name`."""
+    """A whole recipe, as `load` gives it; it cannot be changed, `load` with other overrides gives another.
+
+    Attributes:
+        name: of the file; `weights/<name>/<stage>` lead to its artefacts.
+        data, run, teacher, ...: one section each, whose knobs `options()` describes. A stage that is None is left out.
+    """
 
     name: str
     data: DataConfig
@@ -111,6 +116,9 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
             path, a device) takes the word as it stands, so `run.device=0` is "0"; `null` empties a knob that may be
             empty. An override in a section that the recipe lacks creates that section with its defaults.
             `("sparsify", "null")` drops a section.
+
+    Returns:
+        The recipe, checked as a whole; data and weights are not looked at yet.
 
     Raises:
         RecipeError: no such recipe, not strict YAML, an unknown key, a value out of range, or stages that contradict

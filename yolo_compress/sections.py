@@ -51,7 +51,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The images, their labels and their size."""
 
-    yaml: Annotated[str, knob("data yaml: as given, then in datasets/, then in YOLO_COMPRESS_DATA", pattern=TEXT)]
+    yaml: Annotated[str, knob("data yaml: as given, in datasets/, in YOLO_COMPRESS_DATA, or shipped", pattern=TEXT)]
     imgsz: Annotated[
         int | tuple[int, int],
         BeforeValidator(imgsz_value),
