@@ -273,7 +273,9 @@ def _gc(command: cli_grammar.Command) -> int:
 
 
 def _help(command: cli_grammar.Command) -> int:
-    result(cli_grammar.help_text(command.words[0] if command.words else None))
+    from yolo_compress.helptext import help_text
+
+    result(help_text(command.words[0] if command.words else None, command.options.get("all") == "true"))
     return 0
 
 

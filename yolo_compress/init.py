@@ -106,26 +106,23 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
     """Read the command line.
 
     Raises:
-        RecipeError: No data yaml, an unknown target, a recipe file of another suffix or one that exists.
+        RecipeError: An unknown target, a recipe file of another suffix or one that exists.
     """
-    given = dict(overrides)
-    if "data.yaml" not in given:
-        raise RecipeError("command line: init needs data.yaml=my.yaml")
     if (target := options.get("target", "cpu")) not in TARGETS:
         hint = did_you_mean(target, TARGETS) or f"; targets are {', '.join(TARGETS)}"
         raise RecipeError(f"command line: target: got {got(target)}{hint}")
-    for knob in given:
+    for knob, _ in overrides:
         if knob.partition(".")[0] in ("baseline", "teacher") and knob.partition(".")[2] in SourceConfig.ORIGINS:
             option = "weights" if knob.startswith("baseline") else "teacher"
             raise RecipeError(
                 f"command line: init takes {option}=FILE and chooses {knob} or its alternative by the classes"
             )
-    out = Path(options.get("out", f"{Path(given['data.yaml']).stem}-recipe.yaml"))
+    out = Path(options.get("out", f"{Path(options['data.yaml']).stem}-recipe.yaml"))
     if out.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"command line: out: got {got(str(out))}, expected a name that ends in .yaml")
     if os.path.lexists(out):
         raise RecipeError(f"{out} exists; give another out=FILE.yaml, or delete it")
-    return Order(given["data.yaml"], options["weights"], options.get("teacher"), target, out, tuple(overrides))
+    return Order(options["data.yaml"], options["weights"], options.get("teacher"), target, out, tuple(overrides))
 
 
 def run(asked: Order) -> dict[str, Any]:
@@ -234,7 +231,7 @@ def _as_asked(
     sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Section]:
     """The sections with the command line's values in the place of ours; what those exclude, as another budget does, goes."""
-    asked = {key for key, _ in overrides} - {"data.yaml"}
+    asked = {key for key, _ in overrides}
     out = {}
     for name in recipe.SECTIONS:
         if (section := getattr(chosen, name)) is None:

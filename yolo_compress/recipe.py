@@ -196,7 +196,7 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, s
     document = strict_yaml.load(text)
     name = Path(text).stem
     if not _NAME.match(name) or not name.isprintable():
-        raise RecipeError(f"{document.source}: {got(name)} cannot name a folder of weights/; rename the file")
+        raise RecipeError(f"{document.source}: {got(name)} cannot be the name of a folder in weights/; rename the file")
     return document, name
 
 
@@ -208,7 +208,7 @@ def _sections(document: strict_yaml.Document) -> dict[str, Any]:
         if (key,) in document.blank:
             choice = f"write {key}: {{}} for its defaults"
             choice += "" if key in ALWAYS else f", or {key}: null to leave the stage out"
-            raise RecipeError(f"{document.where((key,))}: {key}: has nothing in it; {choice}")
+            raise RecipeError(f"{document.where((key,))}: {key}: is empty; {choice}")
     return {key: value for key, value in document.data.items() if value is not None or key in ALWAYS}
 
 
@@ -217,7 +217,10 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     section, dot, knob = key.partition(".")
     if not dot:
         if strict_yaml.resolve(text.strip()) is not None or not text.strip():
-            hint = did_you_mean(section, SECTIONS[section].model_fields) or "; only null can be given to a section"
+            hint = (
+                did_you_mean(section, SECTIONS[section].model_fields)
+                or "; the only value of a section is null, which leaves it out"
+            )
             hint = ", did you mean data.yaml?" if section == "data" else hint
             raise RecipeError(f"{_COMMAND_LINE}: {key}={strict_yaml.shown(text)}: {section} is a section{hint}")
         if section in ALWAYS:
@@ -246,7 +249,7 @@ def _one_kind(
     config: type[PruneConfig | DistillConfig],
     overridden: Mapping[str, str],
 ) -> None:
-    """A `prune.kind` (`distill.teacher`) of the command line takes the place of the file's, and of its knobs for another."""
+    """A `prune.kind` or `distill.teacher` on the command line overrides the file's; knobs that it does not use are dropped."""
     kind = overridden.get(f"{section}.{knob}", "")
     if isinstance(raw.get(section), dict) and kind in get_args(config.model_fields[knob].annotation):
         idle = {name for name in config.idle(kind) if f"{section}.{name}" not in overridden}
@@ -254,12 +257,12 @@ def _one_kind(
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
-    """Refuses a training knob of a net that is taken as given; in the file it may stand for the day it is trained."""
+    """Refuses a training knob of a model that is not trained. In the file it is allowed, for when the model is trained."""
     source = getattr(recipe, section)
     if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
         raise RecipeError(
             f"{_COMMAND_LINE}: {section}.{knob} has no effect: {section}.weights={strict_yaml.shown(source.weights)} "
-            f"is taken as it is; to train from it, give {section}.pretrained instead of {section}.weights"
+            f"is used without training. To train from it, give {section}.pretrained instead of {section}.weights"
         )
 
 
@@ -311,7 +314,7 @@ def _unknown_section(word: str, also: Iterable[str] = ()) -> str:
     elif near := nearest(word, [*also, *SECTIONS, *owners]):
         hint = f", did you mean {near}?"
         if near in owners and near not in SECTIONS:
-            hint += f" It goes with its section: {', '.join(owners[near])}"
+            hint += f" Write it with its section: {', '.join(owners[near])}"
     else:
         hint = "; sections are " + ", ".join(SECTIONS)
     return f"{strict_yaml.shown(word) or got(word)}: unknown key{hint}"

@@ -110,7 +110,7 @@ def test_bad_data_is_refused_with_the_findings_of_the_preflight(shop: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("weights=others.pt",), "init needs data.yaml=my.yaml"),
+        (("weights=others.pt",), "init needs data.yaml"),
         (("data.yaml=set.yaml",), "init needs weights"),
         (("data.yaml=set.yaml", "weights=a.pt", "target=jetson-orim"), "did you mean jetson-orin"),
         (("data.yaml=set.yaml", "weights=a.pt", "out=mine.txt"), "a name that ends in .yaml"),

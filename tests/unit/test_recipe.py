@@ -62,8 +62,7 @@ def test_options_are_frozen() -> None:
     assert list(recipe.options()) == [f"{name}.{key}" for name, keys in FROZEN.items() for key in keys.split()]
 
 
-def test_every_option_is_documented_and_has_a_default() -> None:
-    assert [name for name, field in recipe.options().items() if not field.description] == []
+def test_every_option_has_a_default_but_the_data_set() -> None:
     assert [name for name, field in recipe.options().items() if field.is_required()] == ["data.yaml"]
 
 
@@ -216,16 +215,16 @@ def test_lists_by_comma() -> None:
 
 
 WRONG = {
-    "epoch=10": "epoch: unknown key, did you mean epochs? It goes with its section: teacher.epochs, baseline.epochs",
+    "epoch=10": "epoch: unknown key, did you mean epochs? Write it with its section: teacher.epochs, baseline.epochs",
     "qat.epoch=10": "qat.epoch: unknown key, did you mean epochs?",
     "qta.epochs=10": "qta.epochs: unknown key, did you mean qat.epochs?",
-    "device=0": "device: unknown key, did you mean device? It goes with its section: run.device",
+    "device=0": "device: unknown key, did you mean device? Write it with its section: run.device",
     "xyzzy.q=1": "xyzzy.q: unknown key; sections are data, run, teacher",
     "run.xyzzy=1": "run.xyzzy: unknown key; run takes device, workers, seed, threads",
     "qat.epochs.x=1": "qat.epochs.x: unknown key",
     "name=x": "name: unknown key",
     "data=my.yaml": "data is a section, did you mean data.yaml?",
-    "qat=5": "qat is a section; only null can be given",
+    "qat=5": "qat is a section; the only value of a section is null",
     "qat=": "qat is a section",
     "baseline=null": "the section baseline cannot be left out",
     "run=null": "the section run cannot be left out",
@@ -291,7 +290,7 @@ FILES = {
     "duplicate": ("baseline: {}\n", "mine.yaml:3: duplicate key baseline (first on line 2)"),
     "range": ("prune:\n  floor: 0.2\n  keep_flops: 1.5\n", "mine.yaml:5: prune.keep_flops: got 1.5, expected a number"),
     "list for section": ("prune: [1]\n", "mine.yaml:3: prune: got [1], expected a section (key: value)"),
-    "blank section": ("distill:\n", "mine.yaml:3: distill: has nothing in it; write distill: {} for its defaults, or"),
+    "blank section": ("distill:\n", "mine.yaml:3: distill: is empty; write distill: {} for its defaults, or"),
 }
 
 
@@ -358,7 +357,10 @@ CONTRADICTIONS = {
     ("bench.iterations=2",): "bench.iterations=2 cannot be shared by bench.rounds=3",
     ("qat.calibrator=max", "qat.percentile=99"): "qat.percentile=99.0 has no effect with qat.calibrator=max",
     ("export.calibrator=max", "export.percentile=99"): "export.percentile=99.0 has no effect",
-    ("baseline.weights=a.pt", "baseline.epochs=3"): "baseline.epochs has no effect: baseline.weights=a.pt is taken",
+    (
+        "baseline.weights=a.pt",
+        "baseline.epochs=3",
+    ): "baseline.epochs has no effect: baseline.weights=a.pt is used without training",
     (
         "baseline.weights=a.pt",
         "baseline.pretrained=b.pt",
@@ -407,7 +409,7 @@ def test_file_names_that_work(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["store", "-x", ".hidden", "a\nb", "_"])
 def test_file_names_that_cannot_name_a_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.yaml").write_text(MINIMAL)
-    with pytest.raises(RecipeError, match="cannot name a folder of weights/; rename the file") as caught:
+    with pytest.raises(RecipeError, match="cannot be the name of a folder in weights/; rename the file") as caught:
         recipe.load(tmp_path / f"{name}.yaml")
     assert "\n" not in str(caught.value)
 
@@ -421,7 +423,7 @@ def test_recipe_is_frozen_and_hashable() -> None:
 
 def test_import_needs_no_torch() -> None:
     code = (
-        "import sys; from yolo_compress import cli_grammar, recipe; recipe.load('digits'); "
+        "import sys; from yolo_compress import cli_grammar, helptext, recipe; recipe.load('digits'); helptext.help_text(); "
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
