@@ -134,7 +134,7 @@ Mosaic = Annotated[float, knob(
     group="Training", unit="fraction", ge=0, le=1)]
 CloseMosaic = Annotated[int, knob(
     "Number of epochs at the end of the training that see whole images, without mosaic.",
-    when="Set a tenth to a fifth of epochs.",
+    when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
     group="Training", unit="epochs", ge=0)]
 Weights = Annotated[str | None, knob(
     "Checkpoint that is used as it is, without training. It is looked up as given, then in weights/, then in the "
