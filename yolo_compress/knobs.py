@@ -151,7 +151,7 @@ Mosaic = Annotated[float, knob(
 CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
     "Number of epochs at the end of the training that see whole images, without mosaic. auto: a fifth of the epochs, at "
     "most 10.",
-    when="Set a tenth to a fifth of epochs.",
+    when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
     group="Training", unit="epochs")]
 Weights = Annotated[str | None, knob(
     "Finished detector of the classes of the data set, used as it is, without training. It is looked up as given, then in "

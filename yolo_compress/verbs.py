@@ -172,7 +172,7 @@ VERBS = {
                needed=True),
         Option("target", "NAME", "Also write the files that this system expects.", "plain",
                "one of plain, isaac_ros, deepstream, triton"),
-        Option("version", "N", "Version of the bundle; robots refuse a lower one.", "the time, in seconds",
+        Option("version", "N", "Version of the bundle. A robot installs only a higher one than it ever ran.", "the time, in seconds",
                "a whole number >= 1"),
         Option("key", "FILE", "Private key that signs the bundle, from `yolo-compress keygen`.", "none, not signed", "a file"),
         Option("golden", "N", "Validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),

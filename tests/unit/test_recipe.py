@@ -228,9 +228,9 @@ WRONG = {
     "qat=": "qat is a section",
     "baseline=null": "the section baseline cannot be left out",
     "run=null": "the section run cannot be left out",
-    "qat.epochs=abc": "qat.epochs: got 'abc', expected a whole number >= 0 and <= 100000",
-    "qat.epochs=1.5": "qat.epochs: got 1.5, expected a whole number",
-    "qat.epochs=true": "qat.epochs: got true, expected a whole number",
+    "qat.epochs=abc": "qat.epochs: got 'abc', expected auto or a whole number >= 0 and <= 100000",
+    "qat.epochs=1.5": "qat.epochs: got 1.5, expected auto or a whole number",
+    "qat.epochs=true": "qat.epochs: got true, expected auto or a whole number",
     "prune.keep_flops=abc": "prune.keep_flops: got 'abc', expected a number > 0 and < 1",
     "prune.keep_flops=1.5": "prune.keep_flops: got 1.5, expected a number > 0 and < 1",
     "prune.keep_flops=1": "prune.keep_flops: got 1, expected a number > 0 and < 1",
@@ -315,8 +315,8 @@ def test_every_wrong_key_gets_its_line() -> None:
     message = refusal("qat.epochs=-1", "prune.lr0=0", "qat.batch=0")
     assert message.splitlines() == [
         "command line: prune.lr0: got 0, expected a number > 0 and <= 1",
-        "command line: qat.epochs: got -1, expected a whole number >= 0 and <= 100000 or auto",
-        "command line: qat.batch: got 0, expected a whole number >= 1 and <= 4096 or auto",
+        "command line: qat.epochs: got -1, expected auto or a whole number >= 0 and <= 100000",
+        "command line: qat.batch: got 0, expected auto or a whole number >= 1 and <= 4096",
     ]
 
 
