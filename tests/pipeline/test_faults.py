@@ -23,6 +23,7 @@ from yolo_compress import ultra
 from yolo_compress.__main__ import main
 from yolo_compress.artifact import Store
 
+pytestmark = pytest.mark.slow
 NAMES = ["bolt", "nut"]
 
 
@@ -65,7 +66,6 @@ class Shop:
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shop:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("YOLO_COMPRESS_WEIGHTS", raising=False)
     return Shop(tmp_path, capsys)
 
 
