@@ -96,12 +96,17 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | Non
     for attribute in ("criterion", "pt_path", "class_weights"):
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
+    head = model.model[-1]
     for cached in (
         "anchors",
         "strides",
         "shape",
     ):  # of the last image Detect decoded; the file is one of the weights alone
-        model.model[-1].__dict__.pop(cached, None)
+        head.__dict__.pop(cached, None)
+    if not getattr(
+        head, "end2end", False
+    ):  # a validation leaves the default behind, a run resumed after its last epoch has none
+        head.__dict__.pop("_end2end", None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     foreign = {
