@@ -97,16 +97,13 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | Non
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
     head = model.model[-1]
-    for cached in (
-        "anchors",
-        "strides",
-        "shape",
-    ):  # of the last image Detect decoded; the file is one of the weights alone
-        head.__dict__.pop(cached, None)
-    if not getattr(
-        head, "end2end", False
-    ):  # a validation leaves the default behind, a run resumed after its last epoch has none
-        head.__dict__.pop("_end2end", None)
+    passing = ["anchors", "strides", "shape"]  # of the last image Detect decoded; the file is one of the weights alone
+    if not getattr(head, "end2end", False):
+        passing.append(
+            "_end2end"
+        )  # validation writes the default down; a run resumed after its last epoch has had none
+    for attribute in passing:
+        head.__dict__.pop(attribute, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     foreign = {
