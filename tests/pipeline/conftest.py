@@ -26,7 +26,6 @@ from tests.given import find
 from yolo_compress import ultra
 from yolo_compress.__main__ import main
 
-
 ROOT = Path(__file__).resolve().parents[2]
 IMGSZ = 64
 NAMES = ["square", "disc"]
