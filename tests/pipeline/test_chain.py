@@ -286,7 +286,7 @@ def test_left_out_stages_pass_their_input_through(bench: Bench) -> None:
 
 
 def test_qat_without_epochs_is_calibration_only(chain: Bench) -> None:
-    done = chain.run("qat", "recipe=tiny.yaml", "qat.epochs=0")
+    done = chain.run("qat", chain.namesake("calibrated"), "qat.epochs=0")
     metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
     distilled = artifact(chain, "distill").metrics
     assert distilled["map50_95"] > 0
@@ -302,8 +302,8 @@ def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench)
         "export.calibration_cache=true",
         "export.nms=true",
     )
-    exported = json.loads(finished.run("export", "recipe=tiny.yaml", *knobs).stdout.splitlines()[-1])
-    quantised = artifact(finished, "qat")
+    exported = json.loads(finished.run("export", finished.namesake("groups"), *knobs).stdout.splitlines()[-1])
+    quantised = artifact(finished, "qat", "groups")
     found = json.loads(quantised.file("sensitivity.json").read_text())
     placed = list(csv.DictReader(quantised.file("placement.csv").read_text().splitlines()))
     left = {row["group"] for row in placed if "as asked" in row["why"]}
@@ -352,9 +352,9 @@ def test_a_probe_is_what_a_robot_times(finished: Bench) -> None:
 
 
 def test_rounds_with_sensitivity_meet_the_budget_and_keep_their_tables(finished: Bench) -> None:
-    finished.run("prune", "recipe=tiny.yaml", "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
+    finished.run("prune", finished.namesake("rounds"), "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
                  "prune.max_drop=10")  # fmt: skip
-    pruned = artifact(finished, "prune")
+    pruned = artifact(finished, "prune", "rounds")
     assert pruned.metrics["kept_flops"] == pytest.approx(0.5, abs=0.02 * 0.5)
     assert [row.split(",")[0] for row in pruned.file("results.csv").read_text().splitlines()] == ["epoch", "1", "2"]
     macs = json.loads(pruned.file("flops.json").read_text())

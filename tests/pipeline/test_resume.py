@@ -116,7 +116,7 @@ def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Sig
 
 def test_a_second_run_fails_or_waits_for_the_first(bench: Bench) -> None:
     with lock(bench.folder / "weights" / ".lock", "prune of recipe tiny"):
-        done = bench.run("baseline", "recipe=tiny.yaml", "lock=fail", code=75)
+        done = bench.run_apart("baseline", "recipe=tiny.yaml", "lock=fail", code=75)
         assert "prune of recipe tiny" in done.stderr
         waiting = bench.start("baseline", "recipe=tiny.yaml")
         assert waiting.stderr is not None
