@@ -180,7 +180,7 @@ def _fill(
     """Everything into the folder, the manifest last."""
     onnx = _networks(root, artifacts["export"])
     height, width = recipe.data.imgsz_hw
-    check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names))
+    check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names), dataset.channels)
     code(root)
     (root / "labels.txt").write_text("".join(f"{name}\n" for name in dataset.names), encoding="utf-8")
     progress.say(f"bundle: {asked.golden} golden images, their detections by every engine here")
