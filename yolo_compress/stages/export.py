@@ -13,7 +13,7 @@ from yolo_compress.artifact import Artifact
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.compare import max_abs_difference
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_nms import with_nms
+from yolo_compress.export_nms import NMS_SUFFIX, with_nms
 from yolo_compress.export_onnx import export_onnx, export_torchscript
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.calibration_cache import write_cache
@@ -63,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
             (folder / "fp32.onnx").unlink()
         if config.nms:
             for file in sorted(folder.glob("*.onnx")):
-                with_nms(file, file.with_name(f"{file.stem}-nms.onnx"))
+                with_nms(file, file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx"))
         progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return metrics
 
