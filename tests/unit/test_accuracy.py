@@ -39,7 +39,7 @@ class Drawn:
 
     def __init__(self, batch: int | None = 1, change: Callable[[np.ndarray], None] = lambda out: None) -> None:
         self.names, self.imgsz, self.precision, self.executed = NAMES, IMGSZ, "fp32", "by hand"
-        self.batch, self.change, self.shapes = batch, change, list[tuple[int, ...]]()
+        self.batch, self.channels, self.change, self.shapes = batch, 3, change, list[tuple[int, ...]]()
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         self.shapes.append(images_BCHW.shape)
