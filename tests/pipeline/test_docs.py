@@ -75,8 +75,10 @@ class Reader:
 
     def __init__(self, folder: Path, data: str) -> None:
         self.folder, self.data, self.done = folder, data, set[str]()
-        (folder / "bin").mkdir()
-        (folder / "bin" / "python3").symlink_to(sys.executable)
+        python = folder / "bin" / "python3"
+        python.parent.mkdir()
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
 
     def small(self, text: str) -> str:
         for pattern, instead in (*SMALL, (r"(?<![\w/])digits\.yaml", self.data)):
@@ -105,7 +107,11 @@ class Reader:
             ["bash", "-c", command], cwd=where, capture_output=True, text=True, timeout=300, check=False,
             env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "YOLO_COMPRESS_KEY": ""},
         )  # fmt: skip
-        return f"{command}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}" if done.returncode else None
+        return (
+            f"{command}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}"
+            if done.returncode
+            else None
+        )
 
 
 def called(words: list[str]) -> str | None:
@@ -122,7 +128,9 @@ def called(words: list[str]) -> str | None:
 
 def made(command: str) -> list[str]:
     """What a `make` command of the docs would run, by the Makefile itself."""
-    shown = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = re.sub(r"\\\n\s*", "", shown.stdout).splitlines()
     found = [line.partition("yolo-compress ")[2] for line in lines if "/yolo-compress " in line]
     assert found, f"{command}: runs no yolo-compress\n{shown.stdout}"
@@ -133,7 +141,9 @@ def parsed(command: str) -> str | None:
     """Read a command as the program would; gives what is wrong with it."""
     words = shlex.split(command)
     if words[0] == "make":
-        known = set(re.findall(r"^([A-Z_]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE)) | LANDING["variable"]
+        known = (
+            set(re.findall(r"^([A-Z_]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE)) | LANDING["variable"]
+        )
         unknown = {word.partition("=")[0] for word in words if "=" in word} - known
         return f"{command}: unknown variable {unknown}" if unknown else None
     if "switch.py" in command:
