@@ -1,8 +1,10 @@
 # The two commands of a fresh machine are `make demo` and `make test`; `make help` lists the rest.
 PYTHON  ?= python3
 VENV    ?= .venv
-RECIPE  ?= yolov8s-coco
+RECIPE  ?= custom
 DATA    ?=
+PRETRAINED ?=
+TEACHER_PRETRAINED ?=
 TEACHER ?=
 STUDENT ?=
 DEVICE  ?=
@@ -16,21 +18,27 @@ YC := $(VENV)/bin/yolo-compress
 PY := $(VENV)/bin/python
 SET := recipe='$(RECIPE)' \
   $(if $(DATA),data.yaml='$(DATA)') $(if $(TEACHER),teacher.weights='$(TEACHER)') \
-  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
+  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(PRETRAINED),baseline.pretrained='$(PRETRAINED)') \
+  $(if $(TEACHER_PRETRAINED),teacher.pretrained='$(TEACHER_PRETRAINED)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
 
+HOLD := $(or $(YOLO_COMPRESS_HOME),.)
+MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
 .PHONY: help setup demo test check all engine bundle status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
-	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [TEACHER=l.pt] [STUDENT=s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
+	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [PRETRAINED=yolov8s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
 	@echo "make prune distill qat engine runs each stage and whatever it needs; what is up to date is reused."
 	@echo
 	@grep -hE '^[a-z$$ ()A-Z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
 	@echo
-	@echo "RECIPE  a shipped recipe or a .yaml file          DATA    data.yaml      TEACHER teacher.weights"
-	@echo "STUDENT baseline.weights                          DEVICE  run.device     ARGS    any knobs (yolo-compress help STAGE)"
+	@echo "RECIPE   a shipped recipe or a .yaml file         DATA     data.yaml             DEVICE  run.device"
+	@echo "PRETRAINED          baseline.pretrained: a checkpoint of any classes, trained on DATA first"
+	@echo "TEACHER_PRETRAINED  teacher.pretrained, likewise"
+	@echo "STUDENT, TEACHER    baseline.weights, teacher.weights: finished detectors of the classes of DATA"
+	@echo "ARGS     any knobs, ARGS=\"section.key=value ...\" (yolo-compress help STAGE lists them)"
 
 setup: $(VENV)/.complete ## make .venv with everything pinned in constraints.txt
 
@@ -38,7 +46,6 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@flock $(CURDIR)/constraints.txt ./scripts/setup.sh '$(PYTHON)' '$(VENV)'
 
 demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
-	@$(YC) fetch digits >&2
 	@$(YC) run recipe=digits $(ARGS)
 
 test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
@@ -69,6 +76,7 @@ gc: setup ## delete artefacts that no recipe refers to
 	@$(YC) gc
 
 clean: ## delete artefacts, the drawn digits and caches; never source weights
-	rm -rf weights/store weights/.cache weights/.lock datasets/digits datasets/digits.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find weights -mindepth 2 -maxdepth 2 -type l -delete
-	find weights -mindepth 1 -maxdepth 1 -type d -empty -delete
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(addprefix '$(HOLD)'/,$(MADE))
+	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 2 -maxdepth 2 -type l -delete
+	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 1 -maxdepth 1 -type d -empty -delete

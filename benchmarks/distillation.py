@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from trainer_overhead import copy_for_ultralytics, ours, theirs
 
-from yolo_compress import environment, run, ultra
+from yolo_compress import environment, home, run, ultra
 from yolo_compress.artifact import Store, atomic_write, fingerprint
 from yolo_compress.atomic import storage_errors
 from yolo_compress.data import load as load_data
@@ -41,12 +41,12 @@ from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.source import Frozen
 from yolo_compress.distill.taps import Taps, detect_inputs, split_pairs
 from yolo_compress.distill.teach import Teach
-from yolo_compress.pipeline import load_dataset, provider
+from yolo_compress.pipeline import prepare, provider
 from yolo_compress.recipe import DistillConfig, TrainConfig, load
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages.batches import letterboxed
 from yolo_compress.stages.training import finish, fit
-from yolo_compress.weights import FOLDER, find_weights
+from yolo_compress.weights import find_weights
 
 # --- steps ----------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,8 @@ def measured(recipe: Any, config: DistillConfig | None, kept: Path) -> float:
             (folder / part).mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "out")
         (folder / "out").mkdir()
-        job = Job(section, recipe, load_dataset(recipe, Store(FOLDER)), inputs, folder / "out", folder / "work")
+        recipe, dataset = prepare(recipe, Store(home.weights()))
+        job = Job(section, recipe, dataset, inputs, folder / "out", folder / "work")
         metrics = distill.run(job) if config else untaught(job)
         atomic_write(done, json.dumps({"key": key, "metrics": metrics}) + "\n")
     with storage_errors(done, "read"):

@@ -1,25 +1,45 @@
 """Make a YOLOv8 detector small and fast for a robot, and prove what that cost.
 
-    from yolo_compress import load, run
-    artifact = run(load("bccd"), "report")
+    from yolo_compress import Detector, load, open_engine, run
 
-Importing this package imports neither torch nor ultralytics.
+    artifact = run(load("digits", [("prune.keep_flops", "0.6")]), "report")  # a recipe up to a stage; what is there is reused
+    print(artifact.metrics["verdict"]["line"], artifact.file("report.html"))
+
+    with open_engine("weights/digits/engine/compressed/onnxruntime-int8") as engine:
+        detections_N6 = Detector(engine, conf=0.25, multi_label=False)(image_HW3)  # uint8 RGB; x1, y1, x2, y2, score, class
+
+Errors that a user can mend are `errors.CompressError`, those of an engine `runtime.errors.RuntimeFailure`. A name is
+imported when it is first used; importing this package imports nothing else.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from yolo_compress.artifact import Artifact
     from yolo_compress.pipeline import run
     from yolo_compress.recipe import Recipe, load
+    from yolo_compress.runtime.detector import Detector
+    from yolo_compress.runtime.engine import open_engine
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "Recipe", "__version__", "load", "run"]
-_HOME = {"Artifact": "artifact", "Recipe": "recipe", "load": "recipe", "run": "pipeline"}
+__all__ = ["Artifact", "Detector", "Recipe", "__version__", "load", "open_engine", "run"]
+_MODULES = {
+    "Artifact": "artifact",
+    "Detector": "runtime.detector",
+    "Recipe": "recipe",
+    "load": "recipe",
+    "open_engine": "runtime.engine",
+    "run": "pipeline",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is here
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return getattr(import_module(f"yolo_compress.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"yolo_compress.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

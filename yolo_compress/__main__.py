@@ -67,6 +67,18 @@ def _load(command: cli_grammar.Command) -> Any:
     return load(command.recipe, command.overrides)
 
 
+def _init(command: cli_grammar.Command) -> int:
+    from yolo_compress import init
+
+    made = init.run(init.order(command.options, command.overrides))
+    result(made.pop("text"))
+    result(f"written to {made['recipe']}; next:")
+    for line in made["next"]:
+        result(f"  {line}")
+    result(json.dumps(made))
+    return 0
+
+
 def _stage(command: cli_grammar.Command) -> int:
     """A stage and what it needs; `run` goes up to the report."""
     from yolo_compress import pipeline
@@ -145,20 +157,27 @@ def _status(command: cli_grammar.Command) -> int:
 
 
 def _check(command: cli_grammar.Command) -> int:
-    from yolo_compress import check, pipeline
+    from yolo_compress import check, home, pipeline
     from yolo_compress.artifact import Store
 
     machine, lacks = check.machine()
     for name, text in machine.items():
         result(f"{name:<12} {text}")
-    recipe = _load(command)
-    dataset = pipeline.load_dataset(recipe, Store(pipeline.FOLDER))
+    if not command.overrides and command.recipe == cli_grammar.DEFAULT_RECIPE:
+        result(f"{'data':<12} none given; data.yaml=my.yaml looks at it too")
+        result(json.dumps({"machine": machine, "lacks": lacks}))
+        return _lacks(lacks)
+    recipe, dataset = pipeline.prepare(_load(command), Store(home.weights()))
     result(
         f"{'data':<12} {dataset.yaml}: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
     )
     for note in [*dataset.notes, *dataset.skipped]:
         result(f"{'':<12} {note}")
     result(json.dumps({"recipe": recipe.name, "machine": machine, "data": dataset.digest, "lacks": lacks}))
+    return _lacks(lacks)
+
+
+def _lacks(lacks: list[str]) -> int:
     if lacks:
         raise EnvironmentLacks("; ".join(lacks))
     return 0
@@ -241,10 +260,10 @@ def _fetch(command: cli_grammar.Command) -> int:
 
 def _gc(command: cli_grammar.Command) -> int:
     """Drop artefacts that neither a shipped recipe, the one given, nor a friendly name refers to."""
-    from yolo_compress import pipeline
+    from yolo_compress import home, pipeline
     from yolo_compress.artifact import Store
 
-    store = Store(pipeline.FOLDER)
+    store = Store(home.weights())
     with store.lock("gc", command.wait):
         removed = store.gc(pipeline.referred(store))
     for path in removed:
@@ -254,7 +273,9 @@ def _gc(command: cli_grammar.Command) -> int:
 
 
 def _help(command: cli_grammar.Command) -> int:
-    result(cli_grammar.help_text(command.words[0] if command.words else None))
+    from yolo_compress.helptext import help_text
+
+    result(help_text(command.words[0] if command.words else None, command.options.get("all") == "true"))
     return 0
 
 
@@ -266,6 +287,7 @@ def _version(command: cli_grammar.Command) -> int:
 
 
 VERBS: dict[str, Callable[[cli_grammar.Command], int]] = {
+    "init": _init,
     "status": _status,
     "check": _check,
     "cfg": _cfg,

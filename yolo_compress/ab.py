@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from yolo_compress import progress
+from yolo_compress import home, progress
 from yolo_compress.atomic import atomic_write
 from yolo_compress.data import Dataset, load
 from yolo_compress.errors import RecipeError
@@ -23,7 +23,6 @@ from yolo_compress.explain import got
 from yolo_compress.report.numbers import fixed, signed, three, times
 from yolo_compress.runtime.pre import letterbox, read_image
 from yolo_compress.runtime.turns import measure_in_turn
-from yolo_compress.weights import FOLDER
 
 ROUNDS, SAMPLES = 4, 50  # of each engine; an even number of rounds cancels drift
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through
@@ -127,7 +126,7 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 def _data(name: str) -> Dataset:
     """The data set; an image that cannot be used is left out of both models, and said."""
-    cache = FOLDER / ".cache" / "data.json" if FOLDER.is_dir() else None
+    cache = home.weights() / ".cache" / "data.json" if home.weights().is_dir() else None
     data = load(name, on_bad="skip", allow_overlap=True, cache=cache)
     for note in [*data.skipped, *data.notes]:
         progress.notice(f"data: {note}")

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from yolo_compress import home
 from yolo_compress.errors import StorageError
 
 CRASH_AT = int(os.environ.get("YOLO_COMPRESS_CRASH_AT") or 0)
 CRASH_STATUS = 137  # what a shell reports for a process that SIGKILL ended
 TEMPORARY = ".tmp-"  # prefix, so that the extension survives for libraries that choose a format by it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_DIRECTORY_FSYNC = (
     errno.EINVAL,
     errno.ENOTSUP,
@@ -53,6 +55,8 @@ def _explain(error: OSError, path: Path, action: str) -> str:
     culprit = error.filename if isinstance(error.filename, str | os.PathLike) else None
     if culprit and TEMPORARY not in str(culprit) and str(culprit) != str(path):
         message += f" ({culprit})"
+    if error.errno in _REFUSED and action != "read" and home.holds(path):
+        message += f"; give a folder that can be written as {home.VARIABLE}: weights/ and datasets/ go there"
     if error.errno in _FULL:
         message += f"; {free_mib(path):.1f} MiB free on its file system: make room and run the same command again"
     return message

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from yolo_compress import environment
+from yolo_compress import environment, home
+from yolo_compress.atomic import free_mib
 from yolo_compress.pipeline import FREE_MIB
 
 NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
@@ -13,7 +13,11 @@ NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "o
 
 def machine() -> tuple[dict[str, str], list[str]]:
     """(facts by name as text, what is lacking, each with the remedy)."""
-    lacks = [f"{name} is not installed: make setup" for name in NEEDED if environment.version(name) is None]
+    lacks = [
+        f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
+        for name in NEEDED
+        if environment.version(name) is None
+    ]
     facts = {
         "cpu": f"{environment.cpu_name()}, {environment.describe()['cores']} cores",
         "memory": f"{environment.memory_bytes() / 2**30:.1f} GiB",
@@ -36,10 +40,10 @@ def machine() -> tuple[dict[str, str], list[str]]:
 
 
 def _disk(lacks: list[str]) -> str:
-    free = shutil.disk_usage(".").free
-    if free >> 20 < FREE_MIB:
-        lacks.append(f"{free >> 20} MiB free here, a stage needs {FREE_MIB}")
-    return f"{free / 2**30:.1f} GiB free"
+    free = free_mib(home.weights())
+    if free < FREE_MIB:
+        lacks.append(f"{free:.0f} MiB free at {home.weights()}/, a stage needs {FREE_MIB}")
+    return f"{free / 2**10:.1f} GiB free"
 
 
 def _jetpack() -> str:

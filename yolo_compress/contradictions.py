@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from . import home
+from .knobs import number
 from .sections import DistillConfig, PruneConfig, Section, SourceConfig
 
 if TYPE_CHECKING:
@@ -16,12 +18,20 @@ SAME_NET = (
     "give another teacher.weights, add a section prune, or set distill=null"
 )
 
+_MAKE = {
+    "baseline": ("PRETRAINED", "STUDENT"),
+    "teacher": ("TEACHER_PRETRAINED", "TEACHER"),
+}  # variables of the Makefile
+
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """Gives what cannot work although every knob by itself is right."""
     for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
         if getattr(recipe, name) and not getattr(recipe, needed):
             yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
+    for name, source in (("baseline", recipe.baseline), ("teacher", recipe.teacher)):
+        if source:
+            yield from _of_source(name, source)
     if recipe.distill:
         yield from _of_distill(recipe, recipe.distill)
     if recipe.prune:
@@ -45,6 +55,21 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _of_source(name: str, source: SourceConfig) -> Iterator[str]:
+    given = [f"{name}.{knob}" for knob in source.ORIGINS if getattr(source, knob) is not None]
+    if not given:
+        yield (
+            f"{name}: nothing to start from; give {name}.pretrained (a checkpoint of any classes, such as yolov8s.pt; with make: "
+            f"{_MAKE[name][0]}=), {name}.weights (a finished detector of these classes; {_MAKE[name][1]}=) or {name}.model "
+            "(yolov8n.yaml, ...: from scratch)"
+        )
+    if len(given) > 1:
+        yield f"{' and '.join(given)} exclude each other: a model has one start; set the others to null"
+    for knob in ("detection_part", "freeze"):
+        if source.pretrained is None and getattr(source, knob) != _default(source, knob):
+            yield f"{name}.{knob} has no effect without {name}.pretrained: leave it out"
+
+
 def _of_prune(prune: PruneConfig) -> Iterator[str]:
     budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
     if len(budgets) > 1:
@@ -59,7 +84,7 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
             yield f"prune.{knob} has no effect without prune.latency_ms"
         elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
-    if 0 < prune.epochs < prune.rounds:
+    if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
 
 
@@ -90,10 +115,11 @@ def _of_distill(recipe: Recipe, distill: DistillConfig) -> Iterator[str]:
         yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
     if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
         yield "distill.data_free_steps has no effect without distill.data_free"
-    if distill.off_without_mosaic and not 0 < distill.close_mosaic < distill.epochs:
+    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else this is checked once they are
+    if distill.off_without_mosaic and known and not 0 < number(distill.close_mosaic) < number(distill.epochs):
         yield (
             f"distill.off_without_mosaic=true leaves the last distill.close_mosaic={distill.close_mosaic} of "
-            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {distill.epochs - 1} then"
+            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {number(distill.epochs) - 1} then"
         )
     if distill.off_without_mosaic and not distill.labelled:
         yield "distill.off_without_mosaic=true leaves epochs to the labels, and there are none: set it to false"
@@ -108,8 +134,9 @@ def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
     if teacher is None or teacher == baseline:
         return True
     if teacher.weights is None or baseline.weights is None:
-        return False
-    names = {os.path.normpath(weights).removeprefix("weights/") for weights in (teacher.weights, baseline.weights)}
+        return False  # trained with settings that differ, or one of them is not trained
+    folder = os.path.normpath(home.weights()) + os.sep
+    names = {os.path.normpath(weights).removeprefix(folder) for weights in (teacher.weights, baseline.weights)}
     try:
         return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
     except (OSError, ValueError):  # not both there; the stages that read them say so

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from yolo_compress.datayaml import DataYaml, Listed, find_yaml, list_images, read_yaml, shown
+from yolo_compress import datasets
+from yolo_compress.datayaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
 from yolo_compress.errors import DataError, RecipeError, StorageError
 from yolo_compress.filecache import FileCache, Stamp
 from yolo_compress.reading import FileState, Progress, Read, Reader, Sample, label_path
@@ -64,7 +65,8 @@ def load(
     """Find, read and check the data set of the yaml `name`.
 
     Args:
-        name: path of a data yaml, or its name in `datasets/` or a folder of YOLO_COMPRESS_DATA.
+        name: path of a data yaml, or its name in `datasets/`, in a folder of YOLO_COMPRESS_DATA or among the shipped
+            ones. Digits of the shipped yaml are drawn first where they are not there.
         on_bad: "skip" leaves an image with a finding out and lists it in `skipped`.
         allow_overlap: accept validation images that are also training images.
         limit_train: read only so many images, evenly spaced in the sorted list (`i * len // limit`), so no seed.
@@ -76,8 +78,12 @@ def load(
         RecipeError: no such yaml, or a limit below 1.
         BadData: the findings, one a line, the first ten.
         DataError: a split that is empty or has no labels, a malformed yaml.
+        StorageError: digits cannot be drawn.
     """
-    data = read_yaml(find_yaml(name))
+    file = find_yaml(name)
+    if file == datasets.DIGITS and not any((folder / file.stem).is_dir() for folder in data_folders()):
+        datasets.draw_digits()
+    data = read_yaml(file)
     listings = [list_images(data, "train"), list_images(data, "val")]
     findings = [finding for _, found in listings for finding in found]
     listed = [

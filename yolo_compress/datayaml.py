@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_compress import strict_yaml
+from yolo_compress import datasets, home, strict_yaml
 from yolo_compress.errors import DataError, RecipeError
 
 # What Ultralytics 8.4.190 takes for an image, and what else is one, which it passes over in silence.
@@ -57,20 +57,21 @@ def shown(path: Path | str) -> str:
 
 
 def data_folders() -> list[Path]:
-    """Where data sets are looked for: `datasets/` of the checkout, then the folders of YOLO_COMPRESS_DATA."""
+    """Where data sets are looked for: `home.datasets()`, then the folders of YOLO_COMPRESS_DATA."""
     extra = os.environ.get("YOLO_COMPRESS_DATA", "").split(os.pathsep)
-    return [Path("datasets"), *(Path(folder) for folder in extra if folder)]
+    return [home.datasets(), *(Path(folder) for folder in extra if folder)]
 
 
 def find_yaml(name: str) -> Path:
-    """The data yaml called `name`: as given, then in `data_folders()`, with or without its suffix.
+    """The data yaml called `name`: as given, in `data_folders()`, or shipped, with or without its suffix.
 
     Raises:
         RecipeError: nothing there; names the folders searched and the yamls that they hold.
     """
     if not name or "\0" in name:
         raise RecipeError(f"data={name!r} is not the name of a data yaml")
-    tried = [Path(name), *(folder / name for folder in data_folders())]
+    folders = [*data_folders(), datasets.FOLDER]
+    tried = [Path(name), *(folder / name for folder in folders)]
     for path in tried:
         for candidate in (path, path.with_name(path.name + ".yaml")) if path.name else ():
             try:
@@ -80,10 +81,9 @@ def find_yaml(name: str) -> Path:
                 raise RecipeError(f"data yaml {name!r}: {e.strerror}") from e
     if Path(name).is_dir():
         raise RecipeError(f"data yaml {name!r} is a folder; give the .yaml file in it")
-    known = sorted({y.name for folder in data_folders() if folder.is_dir() for y in folder.glob("*.yaml")})
-    folders = ", ".join(str(folder) for folder in data_folders())
+    known = sorted({y.name for folder in folders if folder.is_dir() for y in folder.glob("*.yaml")})
     raise RecipeError(
-        f"no data yaml {name!r} here or in {folders}; there: {', '.join(known) or 'none'}; "
+        f"no data yaml {name!r} here or in {', '.join(map(str, folders))}; there: {', '.join(known)}; "
         "give its path, or set YOLO_COMPRESS_DATA to the folder that holds it"
     )
 
@@ -146,15 +146,21 @@ def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
 
 
 def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
-    """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`."""
+    """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`.
+
+    That of a shipped yaml is never looked for in the folder of the code.
+    """
     text = values.get("path")
     if text is not None and (not isinstance(text, str) or "\0" in text):
         raise bad("path", f"path: must be a folder, not {text!r}")
-    tried = [folder / (text or ".") for folder in [file.parent, *data_folders()]]
-    for path in tried:
+    shipped = file.parent == datasets.FOLDER
+    folders = data_folders() if shipped else [file.parent, *data_folders()]
+    for folder in folders:
+        path = folder / (text or ".")
         if path.is_dir():
             return path.resolve()
-    raise bad("path", f"path: {text} is no folder; looked in {', '.join(shown(p.parent) for p in tried)}")
+    hint = f"; run `yolo-compress fetch {file.stem}`" if shipped else ""
+    raise bad("path", f"path: {text} is no folder; looked in {', '.join(map(shown, folders))}{hint}")
 
 
 def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-import runpy
 from pathlib import Path
 
+from yolo_compress import home
+from yolo_compress.atomic import storage_errors
+from yolo_compress.datasets import draw_digits
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.hardening import harden
-from yolo_compress.weights import FOLDER
+from yolo_compress.weights import OFFICIAL
 
 ASSETS = "https://github.com/ultralytics/assets/releases/download/v0.0.0"
-COCO = {
-    "coco128": [f"{ASSETS}/coco128.zip"],
-    "coco": [
-        f"{ASSETS}/coco2017labels.zip",
-        "http://images.cocodataset.org/zips/train2017.zip",
-        "http://images.cocodataset.org/zips/val2017.zip",
-    ],
+COCO = {  # url -> the folder of `home.datasets()` that is there when it is unpacked
+    "coco128": {f"{ASSETS}/coco128.zip": "coco128"},
+    "coco": {
+        f"{ASSETS}/coco2017labels.zip": "coco/labels",  # and the lists, all under coco/
+        "http://images.cocodataset.org/zips/train2017.zip": "coco/images/train2017",
+        "http://images.cocodataset.org/zips/val2017.zip": "coco/images/val2017",
+    },
 }
-DATASETS = Path("datasets")
 
 
 def fetch(name: str) -> Path:
@@ -29,40 +29,30 @@ def fetch(name: str) -> Path:
     Raises:
         RecipeError: Another name.
         EnvironmentLacks: No network; says where to put the file.
+        StorageError: The folder cannot be made, or digits cannot be drawn.
     """
     if name == "digits":
         return draw_digits()
-    if re.fullmatch(r"yolov8[nsmlx]\.pt", name):
-        return _download(
-            f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{name}", FOLDER, FOLDER / name
-        )
+    if OFFICIAL.fullmatch(name):
+        url = f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{name}"
+        return _download(url, home.weights(), home.weights() / name)
     if name in COCO:
-        for url in COCO[name]:
-            images = "zips" in url
-            folder = DATASETS / "coco" / "images" if images else DATASETS
-            _download(url, folder, folder / Path(url).stem)
-        return DATASETS / name
+        for url, folder in COCO[name].items():
+            done = home.datasets() / folder
+            _download(url, done.parent if done.name == Path(url).stem else home.datasets(), done)
+        return home.datasets() / name
     raise RecipeError(f"fetch {name}: expected yolov8n.pt to yolov8x.pt, coco128, coco or digits")
-
-
-def draw_digits() -> Path:
-    """Draw the embedded data set into `datasets/digits`, where that is not done yet."""
-    script = DATASETS / "digits.py"
-    if not script.is_file():
-        raise EnvironmentLacks(f"{script}: not here; run in the folder of the checkout")
-    out = DATASETS / "digits"
-    runpy.run_path(str(script))["draw"](out)
-    return out
 
 
 def _download(url: str, folder: Path, done: Path) -> Path:
     if done.exists():
         return done
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     harden()
     os.environ.pop("YOLO_OFFLINE", None)
     from ultralytics.utils.downloads import safe_download
 
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         safe_download(url, dir=folder, retry=1, progress=True, unzip=url.endswith(".zip"), delete=url.endswith(".zip"))
     except (OSError, RuntimeError) as error:

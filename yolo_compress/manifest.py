@@ -103,25 +103,36 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published directory."""
+    """A published directory, as `run` gives it; its files never change.
+
+    Attributes:
+        path: of the directory, in the store.
+        manifest: what vouches for it.
+    """
 
     path: Path
     manifest: Manifest
 
     @property
     def stage(self) -> str:
+        """Name of the stage that made it."""
         return self.manifest.stage
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256, hex, of everything that decides its content."""
         return self.manifest.fingerprint
 
     @property
     def metrics(self) -> dict[str, Any]:
+        """What the stage measured; the unit is in the name (`..._ms`, `..._mib`), mAP is a fraction from 0 to 1."""
         return self.manifest.metrics
 
     def file(self, name: str) -> Path:
         """Path of a payload file.
+
+        Args:
+            name: relative to `path`, as in `model.pt` or `compressed/int8.onnx`.
 
         Raises:
             CorruptArtifact: the manifest does not vouch for such a file.

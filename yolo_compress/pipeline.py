@@ -12,19 +12,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, progress
+from yolo_compress import environment, home, progress, sizing
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.atomic import require_free
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
-from yolo_compress.weights import FOLDER, find_weights
+from yolo_compress.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "baseline": Stage(trains=True),
-    "teacher": Stage(stand_in="baseline", trains=True),
+    "baseline": Stage(trains=True, checked=True),
+    "teacher": Stage(stand_in="baseline", trains=True, checked=True),
     "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=3, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=2, trains=True, checked=True),
@@ -149,6 +149,8 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
         return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
+    if config.get("pretrained") is not None:
+        config["pretrained"] = {"sha256": sha256_file(find_weights(config["pretrained"]))}
     criterion, _, function = str(config.get("criterion", "")).rpartition(":")
     if criterion:  # a user's own, `file.py:function`
         if not Path(criterion).is_file():
@@ -163,8 +165,13 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
     return config
 
 
-def load_dataset(recipe: Recipe, store: Store) -> Dataset:
-    """The recipe's data set after the preflight; what was left out is said."""
+def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
+    """The recipe with a number for each `auto`, and its data set after the preflight; images left out are printed."""
+    dataset = _load_dataset(recipe, store)
+    return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
+
+
+def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
     data = recipe.data
     shared: dict[str, Any] = {
         "on_bad": data.on_bad,
@@ -186,16 +193,21 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
     Args:
         recipe: As `recipe.load` gives it.
-        target: A key of `STAGES`.
-        store: Where artefacts are; `weights/` of the working directory by default.
+        target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
+        store: Where artefacts are; `home.weights()` by default, which is `weights/` of the working directory.
         wait: Wait for another run that holds the store; False raises `Locked`.
         again: Do `target` once more although it is up to date. Where it comes out otherwise, as a measurement does, what was
             made of it before is dropped.
 
+    Returns:
+        The published artefact. A report whose gate failed is one too: `metrics["gate"]["passed"]` says so.
+
     Raises:
-        CompressError: Whatever a user can mend.
+        CompressError: Whatever a user can mend: data, weights, disk, a package that is missing, NaN; its `exit_code` is the
+            command line's.
+        RuntimeFailure: An engine that cannot be built or run.
     """
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     if _rank() == 0:
         with store.lock(f"{target} of recipe {recipe.name}", wait):
             return _run(recipe, target, store, again)
@@ -203,13 +215,21 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
 
 def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
-    dataset = load_dataset(recipe, store)
+    asked, (recipe, dataset) = recipe, prepare(recipe, store)
+    if text := sizing.said(asked, recipe):
+        progress.say(text)
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)
     chain = plan(recipe, dataset, target)
-    for stage, planned in chain.items():
-        if STAGES[stage].checked and ((again and stage == last) or not store.find(stage, planned.fingerprint)):
-            importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
+    check(
+        recipe,
+        dataset,
+        [
+            stage
+            for stage, planned in chain.items()
+            if (again and stage == last) or not store.find(stage, planned.fingerprint)
+        ],
+    )
     before = None
     for stage, planned in chain.items():
         if again and stage == last:
@@ -225,6 +245,17 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     if before and before.manifest.files != artifacts[last].manifest.files:
         store.discard_readers(artifacts[last].fingerprint)
     return artifacts[last]
+
+
+def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES)) -> None:
+    """Refuse what one of these stages of the recipe would refuse, as far as it can be known before any of them runs.
+
+    Raises:
+        CompressError: See `check` of the modules of `stages`.
+    """
+    for stage in stages:
+        if STAGES[stage].checked and getattr(recipe, stage) is not None:
+            importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
 
 
 def _execute(
@@ -305,9 +336,9 @@ def report_over(
     """
     from yolo_compress.stages import Job, report
 
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     published = run(recipe, "report", store=store, wait=wait)
-    dataset = load_dataset(recipe, store)
+    recipe, dataset = prepare(recipe, store)
     planned = plan(recipe, dataset, "report")
     inputs = {}
     for need, source in planned["report"].inputs.items():
@@ -323,7 +354,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: See `_planning`.
     """
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
 
 
@@ -332,7 +363,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"out={out}: the folder is not empty")
-    with _planning(recipe, store or Store(FOLDER)) as (job, weights):
+    with _planning(recipe, store or Store(home.weights())) as (job, weights):
         importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
     return folder
 
@@ -350,12 +381,12 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
 
     if recipe.prune is None:
         raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
-    dataset = load_dataset(recipe, store)
+    recipe, dataset = prepare(recipe, store)
     planned = plan(recipe, dataset, "sparsify")
     found = next((one for s in reversed(planned) if (one := store.find(s, planned[s].fingerprint))), None)
     if found is None and recipe.baseline.weights is None:
         raise RecipeError(
-            "prune: there is nothing to plan on yet: the baseline is trained from scratch; run `baseline` first"
+            "prune: there is nothing to plan on yet: the baseline has to be trained; run `baseline` first"
         )
     weights = found.file("model.pt") if found else find_weights(str(recipe.baseline.weights))
     with tempfile.TemporaryDirectory() as scratch:
@@ -364,8 +395,8 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
-    store = store or Store(FOLDER)
-    dataset = load_dataset(recipe, store)
+    store = store or Store(home.weights())
+    recipe, dataset = prepare(recipe, store)
     for stage in STAGES:
         if getattr(recipe, stage) is None:
             try:

@@ -64,7 +64,12 @@ _NAME = re.compile(
 
 
 class Recipe(Section):
-    """A whole recipe, as `load` gives it: the sections of the file plus its `name`."""
+    """A whole recipe, as `load` gives it; it cannot be changed, `load` with other overrides gives another.
+
+    Attributes:
+        name: of the file; `weights/<name>/<stage>` lead to its artefacts.
+        data, run, teacher, ...: one section each, whose knobs `options()` describes. A stage that is None is left out.
+    """
 
     name: str
     data: DataConfig
@@ -86,6 +91,17 @@ class Recipe(Section):
             raise ValueError(problem)
         return self
 
+    def replaced(self, sections: Mapping[str, Section]) -> Recipe:
+        """This recipe with other sections in the place of its own, checked as a whole.
+
+        Raises:
+            RecipeError: Sections that contradict each other.
+        """
+        try:
+            return Recipe.model_validate({**dict(self), **sections})
+        except ValidationError as error:
+            raise RecipeError(f"recipe {self.name}: {error.errors()[0]['ctx']['error']}") from None
+
     def dump(self) -> str:
         """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
@@ -101,18 +117,31 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
             empty. An override in a section that the recipe lacks creates that section with its defaults.
             `("sparsify", "null")` drops a section.
 
+    Returns:
+        The recipe, checked as a whole; data and weights are not looked at yet.
+
     Raises:
         RecipeError: no such recipe, not strict YAML, an unknown key, a value out of range, or stages that contradict
             each other. The message names file and line (or the command line), key, value and the values allowed.
         StorageError: the file is there but the system does not let us read it.
     """
-    document, name = _read(name_or_path)
+    return build(*_read(name_or_path), overrides)
+
+
+def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """The recipe that a document holds; `load` says the rest.
+
+    Raises:
+        RecipeError: See `load`.
+    """
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
     _one_kind(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
     _one_kind(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
-    _one_budget(raw, {key: text for key, text in overrides})
+    _one_of(raw, "prune", PruneConfig.BUDGETS, {key: text for key, text in overrides})
+    for source in ("baseline", "teacher"):
+        _one_of(raw, source, SourceConfig.ORIGINS, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
     except ValidationError as error:
@@ -167,7 +196,7 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, s
     document = strict_yaml.load(text)
     name = Path(text).stem
     if not _NAME.match(name) or not name.isprintable():
-        raise RecipeError(f"{document.source}: {got(name)} cannot name a folder of weights/; rename the file")
+        raise RecipeError(f"{document.source}: {got(name)} cannot be the name of a folder in weights/; rename the file")
     return document, name
 
 
@@ -179,7 +208,7 @@ def _sections(document: strict_yaml.Document) -> dict[str, Any]:
         if (key,) in document.blank:
             choice = f"write {key}: {{}} for its defaults"
             choice += "" if key in ALWAYS else f", or {key}: null to leave the stage out"
-            raise RecipeError(f"{document.where((key,))}: {key}: has nothing in it; {choice}")
+            raise RecipeError(f"{document.where((key,))}: {key}: is empty; {choice}")
     return {key: value for key, value in document.data.items() if value is not None or key in ALWAYS}
 
 
@@ -188,7 +217,10 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     section, dot, knob = key.partition(".")
     if not dot:
         if strict_yaml.resolve(text.strip()) is not None or not text.strip():
-            hint = did_you_mean(section, SECTIONS[section].model_fields) or "; only null can be given to a section"
+            hint = (
+                did_you_mean(section, SECTIONS[section].model_fields)
+                or "; the only value of a section is null, which leaves it out"
+            )
             hint = ", did you mean data.yaml?" if section == "data" else hint
             raise RecipeError(f"{_COMMAND_LINE}: {key}={strict_yaml.shown(text)}: {section} is a section{hint}")
         if section in ALWAYS:
@@ -203,11 +235,11 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     raw[section] = {**raw.get(section, {}), knob: value}
 
 
-def _one_budget(raw: dict[str, Any], overridden: Mapping[str, str]) -> None:
-    """A budget of the command line takes the place of the file's."""
-    budgets = [f"prune.{knob}" for knob in PruneConfig.BUDGETS]
-    if isinstance(raw.get("prune"), dict) and any(overridden.get(knob, "null") != "null" for knob in budgets):
-        raw["prune"] |= {knob.partition(".")[2]: None for knob in budgets if knob not in overridden}
+def _one_of(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
+    """Of knobs that exclude each other, one on the command line replaces the file's."""
+    given = {knob: overridden.get(f"{section}.{knob}") for knob in knobs}
+    if isinstance(raw.get(section), dict) and any(text not in (None, "null") for text in given.values()):
+        raw[section] = {**raw[section], **{knob: None for knob, text in given.items() if text is None}}
 
 
 def _one_kind(
@@ -217,7 +249,7 @@ def _one_kind(
     config: type[PruneConfig | DistillConfig],
     overridden: Mapping[str, str],
 ) -> None:
-    """A `prune.kind` (`distill.teacher`) of the command line takes the place of the file's, and of its knobs for another."""
+    """A `prune.kind` or `distill.teacher` on the command line overrides the file's; knobs that it does not use are dropped."""
     kind = overridden.get(f"{section}.{knob}", "")
     if isinstance(raw.get(section), dict) and kind in get_args(config.model_fields[knob].annotation):
         idle = {name for name in config.idle(kind) if f"{section}.{name}" not in overridden}
@@ -225,12 +257,12 @@ def _one_kind(
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
-    """Refuses a training knob of a net that is taken as given; in the file it may stand for the day it is trained."""
+    """Refuses a training knob of a model that is not trained. In the file it is allowed, for when the model is trained."""
     source = getattr(recipe, section)
     if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
         raise RecipeError(
             f"{_COMMAND_LINE}: {section}.{knob} has no effect: {section}.weights={strict_yaml.shown(source.weights)} "
-            f"is taken as it is; train it with {section}.weights=null"
+            f"is used without training. To train from it, give {section}.pretrained instead of {section}.weights"
         )
 
 
@@ -258,6 +290,8 @@ def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
     section, name = path[0], ".".join(path)
     if item["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown_knob(section, path[1])
+    if name == "data.yaml" and item["type"] == "missing":
+        return "data.yaml is not given: add data.yaml=my.yaml (with make: DATA=my.yaml)"
     if item["type"] == "missing":
         need = f"; expected {allowed(options()[name])}" if len(path) == 2 else ""
         return f"{name}: is missing and has no default{need}"
@@ -280,7 +314,7 @@ def _unknown_section(word: str, also: Iterable[str] = ()) -> str:
     elif near := nearest(word, [*also, *SECTIONS, *owners]):
         hint = f", did you mean {near}?"
         if near in owners and near not in SECTIONS:
-            hint += f" It goes with its section: {', '.join(owners[near])}"
+            hint += f" Write it with its section: {', '.join(owners[near])}"
     else:
         hint = "; sections are " + ", ".join(SECTIONS)
     return f"{strict_yaml.shown(word) or got(word)}: unknown key{hint}"

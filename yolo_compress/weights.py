@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from yolo_compress import home
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 
-FOLDER = Path("weights")
+OFFICIAL = re.compile(r"yolov8[nsmlx]\.pt")  # what `fetch` knows
 
 
 def find_weights(name: str) -> Path:
-    """The checkpoint `name`: as given, then in `weights/`, then in the folders of `YOLO_COMPRESS_WEIGHTS` (colon-separated).
+    """The checkpoint `name`: as given, in `home.weights()`, or in the folders of `YOLO_COMPRESS_WEIGHTS` (colon-separated).
 
     Raises:
         RecipeError: The path is there and is no readable file.
         EnvironmentLacks: It is in none of the places.
     """
-    folders = [FOLDER, *(Path(part) for part in os.environ.get("YOLO_COMPRESS_WEIGHTS", "").split(":") if part)]
+    folders = [home.weights(), *(Path(part) for part in os.environ.get("YOLO_COMPRESS_WEIGHTS", "").split(":") if part)]
     for candidate in [Path(name), *(folder / name for folder in folders)]:
         try:
             if candidate.is_dir():
@@ -29,7 +31,8 @@ def find_weights(name: str) -> Path:
                 raise RecipeError(f"{candidate}: a link that leads nowhere")
         except OSError as error:
             raise RecipeError(f"{candidate}: cannot be read ({error.strerror})") from error
+    fetch = f", or run `yolo-compress fetch {Path(name).name}` where there is a network"
     raise EnvironmentLacks(
-        f"{name}: no such checkpoint here, in {FOLDER}/ or in YOLO_COMPRESS_WEIGHTS; "
-        f"put it into {FOLDER}/, or run `yolo-compress fetch {Path(name).name}` where there is a network"
+        f"{name}: no such checkpoint here, in {folders[0]}/ or in YOLO_COMPRESS_WEIGHTS; "
+        f"put it into {folders[0]}/" + (fetch if OFFICIAL.fullmatch(Path(name).name) else "")
     )

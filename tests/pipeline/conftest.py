@@ -6,8 +6,6 @@ Real blood cells where YOLO_COMPRESS_DATA and YOLO_COMPRESS_WEIGHTS have them, d
 from __future__ import annotations
 
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from yolo_compress.datasets.digits import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 IMGSZ = 96
@@ -93,9 +93,6 @@ def prepare(folder: Path) -> Bench:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights").mkdir()
     if real_data() is None:
-        (folder / "datasets").mkdir()
-        shutil.copy(ROOT / "datasets" / "digits.yaml", folder / "datasets")
-        draw = runpy.run_path(str(ROOT / "datasets" / "digits.py"))["draw"]
         draw(folder / "datasets" / "digits", train=24, val=8, imgsz=IMGSZ)
     recipe(folder)
     return Bench(folder)

@@ -7,6 +7,7 @@ import pytest
 from yolo_compress import cli_grammar, recipe
 from yolo_compress.cli_grammar import Command, parse
 from yolo_compress.errors import RecipeError
+from yolo_compress.verbs import OPTIONS, VERBS, Option, Verb
 
 KEEP = (("prune.keep_flops", "0.6"),)
 
@@ -26,7 +27,7 @@ def test_forms_mean_the_same(words: list[str]) -> None:
 
 def test_defaults() -> None:
     command = parse(["engine"])
-    assert command == Command("engine", "yolov8s-coco") and command.wait and not command.force
+    assert command == Command("engine", "custom") and command.wait and not command.force
     assert cli_grammar.DEFAULT_RECIPE in recipe.names()
 
 
@@ -71,20 +72,33 @@ def test_version_and_fetch() -> None:
     )
 
 
-def test_help_text_names_every_verb_and_every_knob() -> None:
-    text = cli_grammar.help_text()
-    assert all(f"\n  {verb} " in text for verb in cli_grammar.VERBS) and "yolov8s-coco" in text
-    assert all(len(row.help) < 100 for row in cli_grammar.VERBS.values())
-    assert set(recipe.SECTIONS) - {"data"} <= set(cli_grammar.VERBS)
-    for stage in recipe.SECTIONS:
-        assert parse(["help", stage]).words == (stage,)
-        text = cli_grammar.help_text(stage)
-        assert all(name in text for name in recipe.options() if name.startswith(f"{stage}."))
+@pytest.mark.parametrize("argv", [["help", "prune", "--all"], ["prune", "--help", "--all"], ["help", "--all", "prune"]])
+def test_help_with_the_advanced_knobs(argv: list[str]) -> None:
+    assert parse(argv) == Command("help", options={"all": "true"}, words=("prune",))
+    assert parse(["help", "--all"]) == parse(["--help", "all=true"]) == Command("help", options={"all": "true"})
+
+
+def test_every_section_has_a_help_of_its_own() -> None:
+    assert set(recipe.SECTIONS) - {"data"} <= set(VERBS)
+    for section in recipe.SECTIONS:
+        assert parse(["help", section]).words == (section,)
+
+
+def test_an_option_may_have_the_name_of_a_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its verb it is an option; for every other verb it is still the knob."""
+    option = Option("data.yaml", "FILE", "Data set.", values="a file", needed=True)
+    monkeypatch.setitem(VERBS, "start", Verb("write a recipe", "The chain", (option,), knobs=False))
+    monkeypatch.setitem(OPTIONS, "data.yaml", option)
+    assert parse(["start", "data.yaml=d.yaml"]) == Command("start", options={"data.yaml": "d.yaml"})
+    assert parse(["run", "data.yaml=d.yaml"]).overrides == (("data.yaml", "d.yaml"),)
+    assert parse(["run", "--data.yaml", "d.yaml"]).overrides == (("data.yaml", "d.yaml"),)
+    with pytest.raises(RecipeError, match=r"start needs data.yaml; usage: yolo-compress start data.yaml=FILE$"):
+        parse(["start"])
 
 
 def test_usage_follows_the_verb() -> None:
-    assert cli_grammar.usage("fetch") == "usage: yolo-compress fetch NAME ... [force=true]"
-    assert cli_grammar.usage("help") == "usage: yolo-compress help [VERB]"
+    assert cli_grammar.usage("fetch") == "usage: yolo-compress fetch NAME ..."
+    assert cli_grammar.usage("help") == "usage: yolo-compress help [VERB|SECTION] [--all]"
     assert cli_grammar.usage("lint") == "usage: yolo-compress lint FILE.onnx [target=NAME]"
     assert cli_grammar.usage("predict") == (
         "usage: yolo-compress predict source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER [out=FOLDER] [draw=true] "
@@ -95,11 +109,15 @@ def test_usage_follows_the_verb() -> None:
 
 WRONG = {
     ("prnue",): "unknown verb 'prnue', did you mean prune?",
-    ("xyzzy",): "unknown verb 'xyzzy'; verbs are run, teacher, baseline",
+    ("xyzzy",): "unknown verb 'xyzzy'; verbs are init, run, teacher, baseline",
     ("recipe=digits", "prune"): "the verb comes first, got 'recipe=digits'",
     ("--recipe", "digits"): "the verb comes first, got '--recipe'",
     ("help", "prnue"): "did you mean prune?",
-    ("help", "prune", "qat"): "usage: yolo-compress help [VERB]",
+    ("help", "dat"): "did you mean data?",
+    ("help", "prune", "--al"): "--al needs a value",
+    ("prune", "--all"): "prune takes no all",
+    ("report", "out=r"): "out is the folder of the report that add writes; give add too; usage: yolo-compress report",
+    ("help", "prune", "qat"): "usage: yolo-compress help [VERB|SECTION] [--all]",
     ("run", "epoch=10"): "epoch: unknown key, did you mean epochs?",
     ("run", "--epoch", "10"): "epoch: unknown key, did you mean epochs?",
     ("run", "--epoch"): "epoch: unknown key, did you mean epochs?",
@@ -112,7 +130,7 @@ WRONG = {
     ("run", "recipe=a", "recipe=b"): "recipe is given twice: 'a' and 'b'",
     ("run", "--qat.epochs"): "--qat.epochs needs a value: --qat.epochs VALUE, or qat.epochs=VALUE",
     ("run", "--recipe", "--force"): "--recipe needs a value",
-    ("prune", "qat"): "one verb a call, got prune and qat",
+    ("prune", "qat"): "expected one verb, got prune and qat; a stage also runs the stages it needs",
     ("run", "my.yaml"): "'my.yaml' is out of place",
     ("run", "new\nline"): "out of place",
     ("run", "=1"): "out of place",
@@ -122,6 +140,7 @@ WRONG = {
     ("fetch",): "fetch needs a name; usage: yolo-compress fetch NAME",
     ("fetch", "qat.epochs=1"): "fetch takes no 'qat.epochs'",
     ("fetch", "x.pt", "recipe=a"): "fetch takes no recipe",
+    ("fetch", "x.pt", "force=true"): "fetch takes no force",
     ("version", "x"): "'x' is out of place",
     ("lint",): "lint takes one file, got 0; usage: yolo-compress lint FILE.onnx [target=NAME]",
     ("lint", "a.onnx", "b.onnx"): "lint takes one file, got 2",

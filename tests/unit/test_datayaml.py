@@ -17,7 +17,8 @@ YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n"
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A good data set of 4 + 2 images in `set/`, with the working directory beside it."""
-    monkeypatch.delenv("YOLO_COMPRESS_DATA", raising=False)
+    for name in ("YOLO_COMPRESS_DATA", "YOLO_COMPRESS_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "set"
     for split, count in (("train", 4), ("val", 2)):
@@ -114,7 +115,9 @@ def test_download_is_never_executed(root: Path, download: str) -> None:
 def test_yaml_is_found_by_name_and_the_error_lists_those_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(root))
     assert find_yaml("data") == find_yaml("data.yaml") == root / "data.yaml"
-    with pytest.raises(RecipeError, match=r"no data yaml 'dato'.*there: data\.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"no data yaml 'dato'.*there: coco\.yaml, coco128\.yaml, data\.yaml, digits\.yaml;"
+    ):
         find_yaml("dato")
     with pytest.raises(RecipeError, match="is a folder"):
         find_yaml("set")

@@ -62,7 +62,7 @@ def test_a_pair_that_fits_passes(shop: Path) -> None:
     for config in ({}, {"teacher": "mutual"}, {"layers": ["model.15", "model.12=model.18"]}):
         check(distill=config)
     check(distill={"teacher": "self"}, teacher=None)
-    check(teacher={"model": "yolov8s.yaml"}, baseline={"epochs": 1})
+    check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from yolo_compress import recipe
 from yolo_compress.errors import RecipeError
 from yolo_compress.pipeline import plan
 
-SHIPPED = ["bccd", "digits", "neu_det", "yolov8s-coco"]
+SHIPPED = ["bccd", "custom", "digits", "neu_det", "yolov8s-coco"]
+NEEDED = {"custom": ["data.yaml=d.yaml", "baseline.pretrained=yolov8n.pt"]}  # what a shipped recipe leaves to its user
 MINIMAL = "data: {yaml: d.yaml}\nbaseline: {weights: a.pt}\n"
 TRAIN = (
     "epochs batch optimizer lr0 lrf momentum weight_decay warmup_epochs cosine "
@@ -23,8 +24,8 @@ TRAIN = (
 FROZEN = {
     "data": "yaml imgsz on_bad allow_overlap limit_train limit_val",
     "run": "device workers seed threads val_every",
-    "teacher": f"{TRAIN} weights model",
-    "baseline": f"{TRAIN} weights model",
+    "teacher": f"{TRAIN} weights pretrained model detection_part freeze",
+    "baseline": f"{TRAIN} weights pretrained model detection_part freeze",
     "sparsify": f"{TRAIN} penalty l1 lambda_scale gamma_lr_scale ramp_epochs",
     "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
     "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
@@ -61,8 +62,7 @@ def test_options_are_frozen() -> None:
     assert list(recipe.options()) == [f"{name}.{key}" for name, keys in FROZEN.items() for key in keys.split()]
 
 
-def test_every_option_is_documented_and_has_a_default() -> None:
-    assert [name for name, field in recipe.options().items() if not field.description] == []
+def test_every_option_has_a_default_but_the_data_set() -> None:
     assert [name for name, field in recipe.options().items() if field.is_required()] == ["data.yaml"]
 
 
@@ -72,7 +72,7 @@ def test_shipped_names() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_loads_and_dump_round_trips(name: str, tmp_path: Path) -> None:
-    shipped = recipe.load(name)
+    shipped = recipe.load(name, pairs(*NEEDED.get(name, [])))
     path = tmp_path / f"{name}.yaml"
     path.write_text(shipped.dump(), encoding="utf-8")
     assert recipe.load(path) == shipped and shipped.name == name
@@ -81,7 +81,7 @@ def test_shipped_recipe_loads_and_dump_round_trips(name: str, tmp_path: Path) ->
 
 def test_defaults_are_valid_values(tmp_path: Path) -> None:
     """Pydantic does not check defaults; reading the dump of empty sections does."""
-    sections = "".join(f"{name}: {{}}\n" for name in recipe.SECTIONS if name not in ("data", "baseline"))
+    sections = "".join(f"{name}: {{}}\n" for name in recipe.SECTIONS if name not in ("data", "baseline", "teacher"))
     empty = load(tmp_path, MINIMAL + sections)
     assert load(tmp_path, empty.dump()) == empty
 
@@ -205,7 +205,7 @@ def test_device_is_text(word: str) -> None:
 def test_text_is_taken_as_it_stands() -> None:
     for word in ("true", "1e-4", "[a", "-x.pt", "a: b", "'q'", "null.pt", "~"):
         assert recipe.load("digits", pairs(f"baseline.weights={word}")).baseline.weights == word
-    assert recipe.load("bccd", pairs("baseline.weights=null")).baseline.weights is None
+    assert recipe.load("bccd", pairs("baseline.weights=null", "baseline.model=yolov8n.yaml")).baseline.weights is None
 
 
 def test_lists_by_comma() -> None:
@@ -215,22 +215,22 @@ def test_lists_by_comma() -> None:
 
 
 WRONG = {
-    "epoch=10": "epoch: unknown key, did you mean epochs? It goes with its section: teacher.epochs, baseline.epochs",
+    "epoch=10": "epoch: unknown key, did you mean epochs? Write it with its section: teacher.epochs, baseline.epochs",
     "qat.epoch=10": "qat.epoch: unknown key, did you mean epochs?",
     "qta.epochs=10": "qta.epochs: unknown key, did you mean qat.epochs?",
-    "device=0": "device: unknown key, did you mean device? It goes with its section: run.device",
+    "device=0": "device: unknown key, did you mean device? Write it with its section: run.device",
     "xyzzy.q=1": "xyzzy.q: unknown key; sections are data, run, teacher",
     "run.xyzzy=1": "run.xyzzy: unknown key; run takes device, workers, seed, threads",
     "qat.epochs.x=1": "qat.epochs.x: unknown key",
     "name=x": "name: unknown key",
     "data=my.yaml": "data is a section, did you mean data.yaml?",
-    "qat=5": "qat is a section; only null can be given",
+    "qat=5": "qat is a section; the only value of a section is null",
     "qat=": "qat is a section",
     "baseline=null": "the section baseline cannot be left out",
     "run=null": "the section run cannot be left out",
-    "qat.epochs=abc": "qat.epochs: got 'abc', expected a whole number >= 0 and <= 100000",
-    "qat.epochs=1.5": "qat.epochs: got 1.5, expected a whole number",
-    "qat.epochs=true": "qat.epochs: got true, expected a whole number",
+    "qat.epochs=abc": "qat.epochs: got 'abc', expected auto or a whole number >= 0 and <= 100000",
+    "qat.epochs=1.5": "qat.epochs: got 1.5, expected auto or a whole number",
+    "qat.epochs=true": "qat.epochs: got true, expected auto or a whole number",
     "prune.keep_flops=abc": "prune.keep_flops: got 'abc', expected a number > 0 and < 1",
     "prune.keep_flops=1.5": "prune.keep_flops: got 1.5, expected a number > 0 and < 1",
     "prune.keep_flops=1": "prune.keep_flops: got 1, expected a number > 0 and < 1",
@@ -290,7 +290,7 @@ FILES = {
     "duplicate": ("baseline: {}\n", "mine.yaml:3: duplicate key baseline (first on line 2)"),
     "range": ("prune:\n  floor: 0.2\n  keep_flops: 1.5\n", "mine.yaml:5: prune.keep_flops: got 1.5, expected a number"),
     "list for section": ("prune: [1]\n", "mine.yaml:3: prune: got [1], expected a section (key: value)"),
-    "blank section": ("distill:\n", "mine.yaml:3: distill: has nothing in it; write distill: {} for its defaults, or"),
+    "blank section": ("distill:\n", "mine.yaml:3: distill: is empty; write distill: {} for its defaults, or"),
 }
 
 
@@ -305,7 +305,7 @@ def test_wrong_files(case: str, tmp_path: Path) -> None:
 def test_missing_sections_and_keys(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"mine.yaml: baseline: is missing and has no default"):
         load(tmp_path, "data: {yaml: a}\n")
-    with pytest.raises(RecipeError, match=r"mine.yaml:1: data.yaml: is missing and has no default; expected text"):
+    with pytest.raises(RecipeError, match=r"mine.yaml:1: data.yaml is not given: add data.yaml=my.yaml"):
         load(tmp_path, "data: {imgsz: 32}\nbaseline: {}\n")
     with pytest.raises(RecipeError, match=r"mine.yaml:1: data: got null, expected a section"):
         load(tmp_path, "data: null\nbaseline: {}\n")
@@ -315,8 +315,8 @@ def test_every_wrong_key_gets_its_line() -> None:
     message = refusal("qat.epochs=-1", "prune.lr0=0", "qat.batch=0")
     assert message.splitlines() == [
         "command line: prune.lr0: got 0, expected a number > 0 and <= 1",
-        "command line: qat.epochs: got -1, expected a whole number >= 0 and <= 100000",
-        "command line: qat.batch: got 0, expected a whole number >= 1 and <= 4096",
+        "command line: qat.epochs: got -1, expected auto or a whole number >= 0 and <= 100000",
+        "command line: qat.batch: got 0, expected auto or a whole number >= 1 and <= 4096",
     ]
 
 
@@ -331,7 +331,10 @@ CONTRADICTIONS = {
     ),
     ("distill.teacher=self", "distill.feature_weight=0"): "distill.feature_weight: all 0, so nothing is distilled",
     ("distill.teacher=self", "distill.iou_weight=1"): "distill.iou_weight=1.0 has no effect with distill.teacher=self",
-    ("distill.teacher=self", "teacher.epochs=5"): "the section teacher has no effect with distill.teacher=self",
+    (
+        "distill.teacher=self",
+        "teacher.model=yolov8s.yaml",
+    ): "the section teacher has no effect with distill.teacher=self",
     (
         "distill.teacher=mutual",
         "distill.images=folder",
@@ -354,7 +357,18 @@ CONTRADICTIONS = {
     ("bench.iterations=2",): "bench.iterations=2 cannot be shared by bench.rounds=3",
     ("qat.calibrator=max", "qat.percentile=99"): "qat.percentile=99.0 has no effect with qat.calibrator=max",
     ("export.calibrator=max", "export.percentile=99"): "export.percentile=99.0 has no effect",
-    ("baseline.weights=a.pt", "baseline.epochs=3"): "baseline.epochs has no effect: baseline.weights=a.pt is taken",
+    (
+        "baseline.weights=a.pt",
+        "baseline.epochs=3",
+    ): "baseline.epochs has no effect: baseline.weights=a.pt is used without training",
+    (
+        "baseline.weights=a.pt",
+        "baseline.pretrained=b.pt",
+    ): "baseline.weights and baseline.pretrained exclude each other",
+    ("baseline.model=null",): "baseline: nothing to start from; give baseline.pretrained (a checkpoint of any classes",
+    ("teacher.epochs=5",): "teacher: nothing to start from; give teacher.pretrained",
+    ("baseline.freeze=10",): "baseline.freeze has no effect without baseline.pretrained",
+    ("baseline.detection_part=true",): "baseline.detection_part has no effect without baseline.pretrained",
 }
 
 
@@ -381,7 +395,7 @@ def test_teacher_is_the_student_through_a_link(tmp_path: Path) -> None:
 
 def test_unknown_recipe() -> None:
     assert refusal(name="digit") == "no recipe 'digit', did you mean digits? (a file is given with its .yaml)"
-    assert "shipped are bccd, digits, neu_det, yolov8s-coco" in refusal(name="xyzzy")
+    assert "shipped are bccd, custom, digits, neu_det, yolov8s-coco" in refusal(name="xyzzy")
     assert "gone.yaml: no such file" in refusal(name="gone.yaml")
     assert "no recipe ''" in refusal(name="")
 
@@ -395,7 +409,7 @@ def test_file_names_that_work(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["store", "-x", ".hidden", "a\nb", "_"])
 def test_file_names_that_cannot_name_a_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.yaml").write_text(MINIMAL)
-    with pytest.raises(RecipeError, match="cannot name a folder of weights/; rename the file") as caught:
+    with pytest.raises(RecipeError, match="cannot be the name of a folder in weights/; rename the file") as caught:
         recipe.load(tmp_path / f"{name}.yaml")
     assert "\n" not in str(caught.value)
 
@@ -409,7 +423,7 @@ def test_recipe_is_frozen_and_hashable() -> None:
 
 def test_import_needs_no_torch() -> None:
     code = (
-        "import sys; from yolo_compress import cli_grammar, recipe; recipe.load('digits'); "
+        "import sys; from yolo_compress import cli_grammar, helptext, recipe; recipe.load('digits'); helptext.help_text(); "
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

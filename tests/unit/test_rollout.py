@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from yolo_compress import cli_grammar
+from yolo_compress import helptext
 from yolo_compress.__main__ import main
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate import release
@@ -610,4 +610,4 @@ def test_labels_are_looked_at(tmp_path: Path) -> None:
 
 
 def test_the_help_names_the_verb() -> None:
-    assert "a=LOG.jsonl b=LOG.jsonl" in cli_grammar.help_text("rollout")
+    assert "a=LOG.jsonl b=LOG.jsonl" in helptext.help_text("rollout")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, pipeline, progress, runtime
+from yolo_compress import environment, home, pipeline, progress, runtime
 from yolo_compress.artifact import Artifact, Store
 from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
 from yolo_compress.bundle import golden, targets
@@ -27,7 +27,6 @@ from yolo_compress.recipe import Recipe
 from yolo_compress.runtime.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.groundtruth import image_set
 from yolo_compress.runtime.sealed import seal
-from yolo_compress.weights import FOLDER
 
 COMMANDS = ("build", "bench", "detect", "switch")
 LAUNCHER = """#!/usr/bin/env python3
@@ -122,9 +121,9 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
         GateFailed: and not `force`; nothing is written.
         CompressError: whatever a stage or the target's contract says.
     """
-    store = store or Store(FOLDER)
+    store = store or Store(home.weights())
     report = pipeline.run(recipe, "report", store=store, wait=wait)
-    dataset = pipeline.load_dataset(recipe, store)
+    recipe, dataset = pipeline.prepare(recipe, store)
     planned = pipeline.plan(recipe, dataset, "report")
     artifacts = {stage: found for stage, one in planned.items() if (found := store.find(stage, one.fingerprint))}
     for stage in ("export", "engine"):

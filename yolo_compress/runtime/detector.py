@@ -17,8 +17,11 @@ class Detector:
     `prepare`, the backend and `found` are the three steps of `detect`; `pipeline.py` takes them in threads of their own.
 
     Args:
-        backend: any; stays the caller's to close.
-        conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a mAP run.
+        backend: any, as `open_engine` gives it; stays the caller's to close.
+        conf: scores must exceed this, from 0 to 1. This and the other defaults are those of a mAP run; 0.25 is usual in use.
+        iou: a box is dropped if it overlaps a better one of its class by more than this, from 0 to 1.
+        max_det: detections kept an image, best first.
+        multi_label: a box may count for several classes (as in a mAP run), else its best only.
     """
 
     def __init__(
@@ -28,11 +31,27 @@ class Detector:
         self._canvas = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
-        """detections_N6 (xyxy in px of the image, score, class) of one uint8 RGB image."""
+        """Detections of one image.
+
+        Args:
+            image_HW3: uint8 RGB, of any size.
+
+        Returns:
+            detections_N6 float32, by falling score: x1, y1, x2, y2 in px of the image, score, class.
+
+        Raises:
+            NotFinite: the engine's output is not finite.
+        """
         return self.detect([image_HW3])[0]
 
     def detect(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
-        """Detections of uint8 RGB images of any sizes, in as few calls of the engine as its batch allows.
+        """Detections of several images, in as few calls of the engine as its batch allows.
+
+        Args:
+            images: each uint8 RGB [height, width, 3], of any size.
+
+        Returns:
+            detections_N6 of each, as of a call.
 
         Raises:
             NotFinite: the engine's output is not finite.

@@ -19,12 +19,15 @@ def open_engine(
     """Open an engine directory with the runtime that its sidecar names.
 
     Args:
-        path: directory made by a backend's `build`.
+        path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`.
         threads: of one inference on a CPU; None = every usable processor. An error where the engine is on a GPU.
         onnx_sha256: if given, the ONNX that the engine has to come from.
 
+    Returns:
+        A backend to call (see `Backend`) or to give to a `Detector`. A context manager: it holds memory of the device.
+
     Raises:
-        EngineError: see `load_info`; nothing is deserialised then.
+        EngineError: see `load_info`; nothing is deserialised then. Or `threads` for an engine on a GPU.
         RuntimeUnavailable: the library or device is missing.
     """
     directory = Path(path)

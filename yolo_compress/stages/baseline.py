@@ -1,12 +1,19 @@
-"""The net as it is before anything is done to it: everything later is measured against it."""
+"""The model as it is before anything is done to it: everything later is measured against it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from yolo_compress.data import Dataset
+from yolo_compress.recipe import Recipe
 from yolo_compress.stages import Job, source
 
 
 def run(job: Job) -> dict[str, Any]:
-    """`model.pt` of the given or freshly trained baseline."""
+    """`model.pt` of the given or trained baseline."""
     return source.run(job, "baseline")
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, a baseline that cannot be taken or compressed; see `source.start`."""
+    source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")

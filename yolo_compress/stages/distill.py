@@ -14,6 +14,7 @@ from yolo_compress.distill.proof import same_weights
 from yolo_compress.distill.source import Frozen, Own, Peer, Source
 from yolo_compress.distill.teach import Teach
 from yolo_compress.errors import RecipeError
+from yolo_compress.knobs import number
 from yolo_compress.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, source
 from yolo_compress.stages.inverted import inverted
@@ -96,5 +97,5 @@ def teaching(config: DistillConfig, teacher: nn.Module) -> Teach:
         feature_loss=config.feature_loss,
         layers=config.layers,
         ramp_epochs=config.ramp_epochs,
-        off_epochs=config.close_mosaic if config.off_without_mosaic else 0,
+        off_epochs=number(config.close_mosaic) if config.off_without_mosaic else 0,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress import progress, ultra
+from yolo_compress import knobs, progress, ultra
 from yolo_compress.artifact import atomic_write
 from yolo_compress.csvtext import csv_text
 from yolo_compress.data import Sample
@@ -55,7 +55,8 @@ def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 def _part(job: Job, number: int) -> Job:
     """The job of one round: its share of the epochs, and a scratch folder of its own."""
     config: PruneConfig = job.config
-    epochs = config.epochs // config.rounds + (config.epochs % config.rounds if number == config.rounds else 0)
+    share, rest = divmod(knobs.number(config.epochs), config.rounds)
+    epochs = share + (rest if number == config.rounds else 0)
     work = job.work / f"round-{number}"
     work.mkdir(exist_ok=True)
     return replace(job, config=config.model_copy(update={"epochs": epochs}), work=work)

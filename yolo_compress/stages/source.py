@@ -1,12 +1,14 @@
-"""A net that is given or trained from scratch: what `baseline` and `teacher` have in common."""
+"""A model that is given, or trained from a checkpoint or from scratch: what `baseline` and `teacher` have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from yolo_compress import ultra
+from yolo_compress import progress, ultra
+from yolo_compress.blocks import check_prunable
 from yolo_compress.data import Dataset
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import SourceConfig
@@ -14,29 +16,75 @@ from yolo_compress.stages import Job
 from yolo_compress.stages.training import finish, fit
 from yolo_compress.weights import find_weights
 
+STRIDES = [8, 16, 32]  # of a YOLOv8 detector; P2 and P6 variants have others
+
 
 def run(job: Job, what: str) -> dict[str, Any]:
-    """Take `weights`, checked against the data set, or train `model` from scratch."""
+    """Take `weights`, or train from `pretrained` or from a random `model`."""
     config: SourceConfig = job.config
-    model = start(config, job.dataset, job.recipe.run.seed, what)
-    if config.weights is None:
-        return finish(job, fit(job, model, [], what))
-    return {**finish(job, model), "epochs": 0}
+    model = start(config, job.dataset, job.recipe.run.seed, what, progress.say)
+    if config.weights is not None:
+        return {**finish(job, model), "epochs": 0}
+    return finish(job, fit(job, model, [], what, freeze=config.freeze))
 
 
-def start(config: SourceConfig, dataset: Dataset, seed: int, what: str) -> nn.Module:
-    """The net before any training: `weights`, which must fit the data set, or a random `model`.
+def start(
+    config: SourceConfig, dataset: Dataset, seed: int, what: str, say: Callable[[str], None] = lambda text: None
+) -> nn.Module:
+    """The model before any training.
+
+    Args:
+        config: Its section.
+        dataset: The classes and image channels that it must have.
+        seed: Seeds what no checkpoint gives.
+        what: `baseline` or `teacher`; a baseline must be made of blocks that can be compressed.
+        say: Takes a line about what came from a checkpoint.
 
     Raises:
-        RecipeError: The weights are of other classes, in another order, or of images of other channels.
+        RecipeError: `weights` of other classes or another order; a checkpoint of other image channels or strides, of another
+            architecture, or of another task.
     """
-    if config.weights is None:
+    if config.model is not None:
         return ultra.new_model(config.model, dataset.names, dataset.channels, seed)
-    path = find_weights(config.weights)
-    model = ultra.load_model(path)
-    ultra.check_classes(model, dataset.names, f"{what}.weights={config.weights}")
-    if ultra.image_channels(model) != dataset.channels:
-        raise RecipeError(
-            f"{path}: takes {ultra.image_channels(model)} image channels, the data set has {dataset.channels}"
-        )
+    key = f"{what}.{config.origin}={config.checkpoint}"
+    path = find_weights(str(config.checkpoint))
+    if config.pretrained is None:
+        model = ultra.load_model(path)
+        _check_classes(model, dataset, key, what)
+    else:
+        model, taken = ultra.load_pretrained(path, dataset.names, seed, config.detection_part)
+        say(_text(taken, key, what, dataset))
+    if (channels := ultra.image_channels(model)) != dataset.channels:
+        raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
+    strides = [int(stride) for stride in model.stride]
+    if strides != STRIDES and (
+        what == "baseline" or config.pretrained
+    ):  # of a given teacher, `distill` says what differs
+        raise RecipeError(f"{key}: strides {strides}, expected {STRIDES}: only YOLOv8n, s, m, l and x are supported")
+    if what == "baseline":
+        try:
+            check_prunable(model)
+        except RecipeError as error:
+            raise RecipeError(f"{key}: {str(error).removeprefix('prune: ')}") from None
     return model
+
+
+def _check_classes(model: nn.Module, dataset: Dataset, key: str, what: str) -> None:
+    try:
+        ultra.check_classes(model, dataset.names, key)
+    except RecipeError as error:
+        name = key.partition("=")[2]
+        raise RecipeError(f"{error}. To train it on the classes of the data set: {what}.pretrained={name}") from None
+
+
+def _text(taken: ultra.Taken, key: str, what: str, dataset: Dataset) -> str:
+    text = (
+        f"{what}: {taken.tensors} of {taken.of_tensors} tensors, {taken.parameters:,} of {taken.of_parameters:,} parameters "
+        f"from {key.partition('=')[2]}"
+    )
+    if len(taken.classes) == len(dataset.names):
+        return text + f"; it knows all these classes: {what}.weights would take it as it is, without training"
+    if not taken.classes:
+        return text + "; the class outputs start anew"
+    shown = ", ".join(taken.classes[:5]) + (f" and {len(taken.classes) - 5} more" if len(taken.classes) > 5 else "")
+    return text + f"; the class outputs start anew but for {shown}, which it knows"

@@ -1,12 +1,20 @@
-"""The net that teaches in `distill`: given, or trained from scratch on the same data."""
+"""The model that teaches in `distill`: given, or trained on the same data."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from yolo_compress.data import Dataset
+from yolo_compress.recipe import Recipe
 from yolo_compress.stages import Job, source
 
 
 def run(job: Job) -> dict[str, Any]:
     """`model.pt` of the teacher."""
     return source.run(job, "teacher")
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, a teacher that cannot be taken; see `source.start`."""
+    assert recipe.teacher is not None
+    source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")

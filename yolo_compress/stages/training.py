@@ -18,7 +18,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.kept import keep
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hook import TrainHook
-from yolo_compress.progress import bar
+from yolo_compress.progress import bar, say
 from yolo_compress.prune import masks
 from yolo_compress.prune.price import conv_macs, parameters
 from yolo_compress.recipe import TrainConfig
@@ -54,6 +54,8 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **cha
     and let go.
     """
     chosen = settings(job, **changes)
+    if chosen.epochs and chosen.device == "cpu" and torch.cuda.is_available():
+        say(f"{what}: trains on the CPU although there is a CUDA device; run.device=0 (make: DEVICE=0) trains there")
     if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
         hooks = [*hooks, masks.HoldZeros()]
     trained = ultra.train(model, job.dataset, chosen, hooks, job.work, what)

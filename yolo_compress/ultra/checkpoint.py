@@ -34,7 +34,7 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
     """
     torch.manual_seed(seed)
     model = DetectionModel(yaml, ch=channels, nc=len(names), verbose=False)
-    return _dress(model, names)
+    return dress(model, names)
 
 
 def load_model(path: Path) -> DetectionModel:
@@ -44,6 +44,19 @@ def load_model(path: Path) -> DetectionModel:
         RecipeError: The file is missing, or is not a detector with BatchNorm (fused, segmentation, ...).
         CorruptArtifact: Truncated or altered, or it asks for classes beyond Ultralytics' allow-list (which are not run).
         NumericsError: A weight is NaN or infinite, or a running variance negative; names the layer.
+    """
+    model = load_any(path)
+    check_loaded(model, path)
+    names = model.names
+    return dress(model, [names[i] for i in range(len(names))] if isinstance(names, Mapping) else names)
+
+
+def load_any(path: Path) -> nn.Module:
+    """The float32 module of any checkpoint of Ultralytics' allow-list of classes.
+
+    Raises:
+        RecipeError: No such file.
+        CorruptArtifact: See `load_model`.
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such checkpoint")
@@ -68,14 +81,31 @@ def load_model(path: Path) -> DetectionModel:
             f"{path}: not a loadable YOLO checkpoint ({type(error).__name__}: {first}); nothing in it was run. "
             "Download or export it again"
         ) from error
+    return model
+
+
+def class_names(path: Path) -> list[str]:
+    """The classes that a checkpoint of any task knows, in index order; empty where it does not say.
+
+    Raises:
+        RecipeError, CorruptArtifact: See `load_any`.
+    """
+    names = getattr(load_any(path), "names", ())
+    return [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+
+
+def check_loaded(model: nn.Module, path: Path) -> None:
+    """Check that a module from a checkpoint is a detector with BatchNorm and finite weights.
+
+    Raises:
+        RecipeError, NumericsError: See `load_model`.
+    """
     if not isinstance(model, DetectionModel) or type(model.model[-1]) is not Detect:
         head = type(model.model[-1]).__name__ if hasattr(model, "model") else type(model).__name__
         raise RecipeError(f"{path}: the head is {head}, expected Detect: only YOLOv8 detectors can be compressed")
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise RecipeError(f"{path}: a fused checkpoint (no BatchNorm left); give the one saved before `fuse()`/export")
     check_finite(model, str(path))
-    names = model.names
-    return _dress(model, [names[i] for i in range(len(names))] if isinstance(names, Mapping) else names)
 
 
 def check_finite(model: nn.Module, where: str) -> None:
@@ -153,7 +183,7 @@ def image_channels(model: nn.Module) -> int:
     return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
-def _dress(model: DetectionModel, names: Sequence[str]) -> DetectionModel:
+def dress(model: DetectionModel, names: Sequence[str]) -> DetectionModel:
     """The attributes that Ultralytics' losses and exporters expect on a module."""
     model.names = dict(enumerate(map(str, names)))
     model.nc = len(names)

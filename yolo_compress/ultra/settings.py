@@ -41,6 +41,7 @@ class TrainSettings:
     flipud: float = 0.0
     amp: bool = True
     class_gain: float = 0.5
+    freeze: int = 0
     val_every: int = 0
     device: str = "cpu"
     workers: int = 0
@@ -81,6 +82,7 @@ class TrainSettings:
             "amp": self.amp and self.device != "cpu",  # on a CPU the trainer asks `bfloat16`
             "device": self.device,
             "workers": self.workers,
+            "freeze": self.freeze or None,
             "val": False,
             "plots": False,
             "patience": 0,

@@ -6,13 +6,12 @@ scenes only. A scene has 3 to 7 of them, at varied size, angle and contrast, lig
 gradients, noise, strokes and blobs; a box is the tight box of the rotated ink. Later digits may cover earlier ones, but
 never more than `MAX_COVERED` of a digit's ink: every digit drawn is labelled and can be named.
 
-    python datasets/digits.py datasets/digits [--train 600] [--val 150] [--imgsz 128] [--seed 0]
+    python -m yolo_compress.datasets.digits FOLDER [--train 600] [--val 150] [--imgsz 128] [--seed 0]
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +23,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from yolo_compress import progress
+from yolo_compress.atomic import storage_errors
+from yolo_compress.errors import CompressError, RecipeError, StorageError
+from yolo_compress.lock import lock
 
 VERSION = 1  # goes up when the same parameters would give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
@@ -39,21 +43,20 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
     is never half drawn; a folder drawn with other parameters is replaced, any other folder is an error.
 
     Raises:
-        FileExistsError: `out` exists and was not drawn by this function.
-        ValueError: a count below 1 or an image too small for digits.
+        RecipeError: a count below 1 or an image too small for digits.
+        StorageError: `out` exists and was not drawn by this function, or the file system refuses.
     """
     if min(train, val) < 1 or imgsz < 64:
-        raise ValueError(f"need at least one scene a split and 64 px, got {train}, {val}, {imgsz}")
+        raise RecipeError(f"digits: need at least one scene a split and 64 px, got {train}, {val}, {imgsz}")
     parameters = {"version": VERSION, "train": train, "val": val, "imgsz": imgsz, "seed": seed}
     if is_complete(out, parameters):
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(out.name + ".lock"), "w") as lock:  # a second process waits, then finds it done
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_complete(out, parameters):
+    with lock(out.with_name(out.name + ".lock"), f"drawing {out}"), storage_errors(out, "draw"):
+        if is_complete(out, parameters):  # another process drew it meanwhile
             return
         if out.exists() and not (out / RECORD).is_file() and any(out.iterdir()):
-            raise FileExistsError(f"{out} has no {RECORD}: not drawn by this program, move it away")
+            raise StorageError(f"{out} has no {RECORD}: not drawn by this program, move it away")
+        progress.say(f"digits: drawing {train} training and {val} validation images of {imgsz} px into {out}")
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         files = _draw_scenes(partial, parameters)
@@ -205,10 +208,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         draw(**vars(args))
-    except (OSError, ValueError) as e:
-        print(f"digits: {e}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError | FileExistsError) else 6
-    print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.imgsz} px, seed {args.seed}")
+    except CompressError as error:
+        progress.notice(f"error: {error}")
+        return error.exit_code
+    progress.result(str(args.out))
     return 0
 
 

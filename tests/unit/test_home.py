@@ -1,0 +1,85 @@
+"""Where things are written: the working directory or YOLO_COMPRESS_HOME, and what is said when neither can be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from yolo_compress import home
+from yolo_compress.__main__ import main
+from yolo_compress.atomic import storage_errors
+from yolo_compress.errors import EnvironmentLacks, StorageError
+from yolo_compress.weights import find_weights
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory and no variable set."""
+    for name in ("YOLO_COMPRESS_DATA", "YOLO_COMPRESS_WEIGHTS", home.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("value", "folder"), [(None, "."), ("", "."), ("there", "there"), ("~/there", "/me/there")])
+def test_the_two_folders(value: str | None, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/me")
+    if value is not None:
+        monkeypatch.setenv(home.VARIABLE, value)
+    assert (home.weights(), home.datasets()) == (Path(folder) / "weights", Path(folder) / "datasets")
+
+
+def test_weights_are_looked_for_in_the_home(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("weights", "home/weights"):
+        (user / folder).mkdir(parents=True)
+        (user / folder / f"{len(folder)}.pt").touch()
+    assert find_weights("7.pt") == Path("weights/7.pt")
+    monkeypatch.setenv(home.VARIABLE, str(user / "home"))
+    assert find_weights("12.pt") == user / "home/weights/12.pt"
+    with pytest.raises(EnvironmentLacks, match=f"put it into {user}/home/weights/"):
+        find_weights("7.pt")
+
+
+def test_the_store_is_in_the_home(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(home.VARIABLE, "home")
+    assert main(["gc"]) == 0
+    assert [path.name for path in user.iterdir()] == ["home"] and (user / "home/weights/.lock").is_file()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    "words",
+    [("run", "recipe=digits"), ("status", "recipe=digits"), ("gc",), ("fetch", "digits"), ("fetch", "yolov8n.pt")],
+)
+def test_a_folder_that_cannot_be_written_names_the_way_on(
+    words: tuple[str, ...], code: int, user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: str, *rest: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        assert main(words) == StorageError.exit_code
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot ") and os.strerror(code) in error and error.count("\n") == 1
+    assert "give a folder that can be written as YOLO_COMPRESS_HOME" in error
+    assert not list(user.iterdir())
+
+
+def test_a_home_that_is_a_file(user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (user / "file").touch()
+    monkeypatch.setenv(home.VARIABLE, "file")
+    assert main(["gc"]) == StorageError.exit_code
+    assert "file/weights/.lock: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "action"), [("out.json", "write"), ("weights.json", "write"), ("weights/n.pt", "read")]
+)
+def test_the_home_is_no_way_on_for_other_files(path: str, action: str) -> None:
+    with pytest.raises(StorageError) as caught, storage_errors(Path(path), action):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    assert home.VARIABLE not in str(caught.value)

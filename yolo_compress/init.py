@@ -1,0 +1,365 @@
+"""`yolo-compress init`: look at data, checkpoint and machine, and write a recipe whose every number has its reason. Trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_compress import environment, home, pipeline, recipe, sizing, strict_yaml, ultra
+from yolo_compress.artifact import Store
+from yolo_compress.atomic import atomic_write, storage_errors
+from yolo_compress.data import Dataset, Sample
+from yolo_compress.data import load as load_data
+from yolo_compress.errors import RecipeError
+from yolo_compress.explain import did_you_mean, got
+from yolo_compress.prune.price import conv_macs, parameters
+from yolo_compress.runtime.device import usable_cpus
+from yolo_compress.sections import QatConfig, SourceConfig
+from yolo_compress.ultra.settings import multiplies_bfloat16
+from yolo_compress.weights import find_weights
+
+COMMENT_COLUMN = 34
+WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
+TIMED_STEPS = 2
+FORWARD = 1 / 3  # of a training step: what a teacher, or a validated image, costs
+PRUNED_STEP = 0.65  # a step of a model of half of the MACs, of a dense one's
+BFLOAT16_STEP = 0.63  # benchmarks/trainer_overhead.py --mixed
+REST_MINUTES = 4  # export, engines, bench and report
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the engine will run, and what that decides.
+
+    Attributes:
+        title: As the recipe's first comment names it.
+        round_to: Widths are multiples of this, and why.
+        weight_bits: `qat.weight_bits`, and why.
+        smallest_px: Network inputs smaller than this save no time worth having.
+        after: What to do with the report, one command a line; `{recipe}` is the recipe's file.
+    """
+
+    title: str
+    round_to: sizing.Choice
+    weight_bits: sizing.Choice
+    smallest_px: int
+    after: tuple[str, ...]
+
+
+_BUNDLE = (
+    "yolo-compress bundle recipe={recipe} out=bundle.tar   # then on the robot: python3 build.py, python3 bench.py"
+)
+_TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
+_TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
+_CPU = Target(
+    "a CPU",
+    sizing.Choice(16, "AVX-512 takes 16 channels at once"),
+    sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
+    320,
+    (_BUNDLE,),
+)
+_GPU = Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,))
+TARGETS: dict[str, Target] = {
+    "cpu": _CPU,
+    "gpu": _GPU,
+    "jetson-orin": Target("a Jetson Orin, JetPack 6 or 7", _TENSOR_CORES, _TENSORRT_BITS, 640, (
+        _BUNDLE, "yolo-compress lint int8.onnx target=tensorrt-10.3    # of weights/NAME/export/compressed")),
+    "jetson-xavier": Target("a Jetson Xavier, JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (
+        _BUNDLE, "yolo-compress lint int8.onnx target=tensorrt-8.5     # of weights/NAME/export/compressed")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for."""
+
+    data: str
+    weights: str
+    teacher: str | None
+    target: str
+    out: Path
+    overrides: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found out."""
+
+    dataset: Dataset
+    origins: dict[str, str]  # baseline and teacher -> weights or pretrained
+    models: dict[str, nn.Module]
+    device: str
+    cores: int
+
+
+def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> Order:
+    """Read the command line.
+
+    Raises:
+        RecipeError: An unknown target, a recipe file of another suffix or one that exists.
+    """
+    if (target := options.get("target", "cpu")) not in TARGETS:
+        hint = did_you_mean(target, TARGETS) or f"; targets are {', '.join(TARGETS)}"
+        raise RecipeError(f"command line: target: got {got(target)}{hint}")
+    for knob, _ in overrides:
+        if knob.partition(".")[0] in ("baseline", "teacher") and knob.partition(".")[2] in SourceConfig.ORIGINS:
+            option = "weights" if knob.startswith("baseline") else "teacher"
+            raise RecipeError(
+                f"command line: init takes {option}=FILE and chooses {knob} or its alternative by the classes"
+            )
+    out = Path(options.get("out", f"{Path(options['data.yaml']).stem}-recipe.yaml"))
+    if out.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"command line: out: got {got(str(out))}, expected a name that ends in .yaml")
+    if os.path.lexists(out):
+        raise RecipeError(f"{out} exists; give another out=FILE.yaml, or delete it")
+    return Order(options["data.yaml"], options["weights"], options.get("teacher"), target, out, tuple(overrides))
+
+
+def run(asked: Order) -> dict[str, Any]:
+    """Write the recipe; returns `recipe` (file), `text` (of it), `minutes` by trained stage and `next` (commands).
+
+    Raises:
+        CompressError: What a run of the recipe would refuse: bad data, a checkpoint that does not fit; or the file cannot be
+            written.
+    """
+    with storage_errors(asked.out), tempfile.TemporaryFile(dir=asked.out.parent):
+        pass  # learn now, not after minutes, whether the folder takes a file
+    facts = look(asked)
+    sections = compose(asked, facts)
+    plain = {name: {knob: value for knob, value, _ in rows} for name, rows in sections.items()}
+    document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
+    chosen = recipe.build(document, asked.out.stem, asked.overrides)
+    pipeline.check(chosen, facts.dataset)
+    seconds = estimate(facts, chosen)
+    text = _text(_as_asked(sections, chosen, asked.overrides), seconds)
+    atomic_write(asked.out, text)
+    commands = (f"yolo-compress run recipe={asked.out}", *TARGETS[asked.target].after)
+    return {
+        "recipe": str(asked.out),
+        "text": text,
+        "minutes": {**{stage: round(value / 60, 1) for stage, value in seconds.items()}, "rest": REST_MINUTES},
+        "next": [command.format(recipe=asked.out) for command in commands],
+    }
+
+
+def look(asked: Order) -> Facts:
+    """Data, checkpoints and machine.
+
+    Raises:
+        CompressError: See `run`.
+    """
+    knobs = dict(asked.overrides)
+    dataset = load_data(
+        asked.data,
+        on_bad="skip" if knobs.get("data.on_bad") == "skip" else "error",
+        allow_overlap=knobs.get("data.allow_overlap") == "true",
+        cache=Store(home.weights()).root / ".cache" / "data.json",
+    )
+    origins, models = {}, {}
+    for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):
+        if checkpoint is not None:
+            known = ultra.class_names(find_weights(checkpoint))
+            origins[stage] = "weights" if known == list(dataset.names) else "pretrained"
+            models[stage] = _start(
+                find_weights(checkpoint), origins[stage], dataset, knobs.get(f"{stage}.detection_part")
+            )
+    device = knobs.get("run.device") or ("0" if torch.cuda.is_available() else "cpu")
+    return Facts(dataset, origins, models, device, usable_cpus())
+
+
+def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
+    """The model before training; what does not fit the data set is refused by `pipeline.check`."""
+    if origin == "weights":
+        return ultra.load_model(path)
+    return ultra.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]
+
+
+Section = list[tuple[str, Any, str]]  # knob, value, why
+
+
+def compose(asked: Order, facts: Facts) -> dict[str, Section]:
+    """The sections of the recipe, each knob with its value and reason; the command line's values replace ours."""
+    dataset, target = facts.dataset, TARGETS[asked.target]
+    images = len(dataset.train)
+    sections: dict[str, Section] = {
+        "data": [("yaml", asked.data, _seen(dataset)), ("imgsz", *_imgsz(asked, facts))],
+        "run": [("device", facts.device, _machine(facts))],
+    }
+    if facts.device != "cpu":
+        sections["run"].append(("workers", min(WORKERS, facts.cores), "JPEG decoding keeps a GPU waiting otherwise"))
+    for stage in ("teacher", "baseline"):
+        if stage in facts.origins:
+            sections[stage] = _source(stage, asked, facts)
+    sections["prune"] = [
+        ("keep_flops", 0.5, "half of the MACs; less is faster, more is safer"),
+        ("round_to", target.round_to.value, target.round_to.why),
+        *_trained("prune", images),
+        ("mosaic", 0.5, "half of the images whole, half mosaics of four"),
+    ]
+    teacher = (
+        "the section teacher teaches" if asked.teacher else "no larger teacher given: the unpruned baseline teaches"
+    )
+    sections["distill"] = [
+        *_trained("distill", images),
+        ("lr0", 0.0005, f"fine steps on a recovered model; {teacher}"),
+        ("mosaic", 0.5, ""),
+    ]
+    sections["qat"] = [
+        *[row for row in _trained("qat", images) if row[0] != "close_mosaic"],
+        ("weight_bits", target.weight_bits.value, target.weight_bits.why),
+    ]
+    if images < (asked_images := QatConfig.model_fields["calib_images"].default):
+        sections["qat"].append(("calib_images", images, f"all there are; {asked_images} where there are more"))
+    sections |= {name: [] for name in ("export", "engine", "bench")}
+    sections["report"] = [
+        ("min_retention", 0.98, f"gate: mAP50-95 against the baseline's, on {len(dataset.val)} validation images")
+    ]
+    return sections
+
+
+def _as_asked(
+    sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
+) -> dict[str, Section]:
+    """The sections with the command line's values in the place of ours; what those exclude, as another budget does, goes."""
+    asked = {key for key, _ in overrides}
+    out = {}
+    for name in recipe.SECTIONS:
+        if (section := getattr(chosen, name)) is None:
+            continue
+        values = section.model_dump(mode="json")
+        ours = sections.get(name, [])
+        rows = {row[0]: row for row in ours if f"{name}.{row[0]}" in asked or values[row[0]] == row[1]}
+        rows |= {knob: (knob, values[knob], "as asked") for knob in values if f"{name}.{knob}" in asked}
+        if rows or name in sections or name in asked:
+            out[name] = list(rows.values())
+    return out
+
+
+def estimate(facts: Facts, chosen: recipe.Recipe) -> dict[str, float]:
+    """Seconds of each stage that trains, from steps that are timed here; no tensor of the model is changed."""
+    base = _step_seconds(facts, chosen)
+    macs = {name: conv_macs(model, chosen.data.imgsz_hw) for name, model in facts.models.items()}
+    images, val, every = len(facts.dataset.train), len(facts.dataset.val), chosen.run.val_every
+    teacher = macs.get("teacher", macs["baseline"]) / macs["baseline"]
+    relative = {
+        "teacher": teacher,
+        "baseline": 1.0,
+        "prune": PRUNED_STEP + FORWARD,
+        "distill": PRUNED_STEP + FORWARD * teacher,
+        "qat": PRUNED_STEP + FORWARD,
+    }
+    found = {}
+    for stage, cost in relative.items():
+        section = getattr(chosen, stage)
+        if section is None or getattr(section, "weights", None) is not None:
+            continue
+        validated = val * (1 + (section.epochs // every if every else 0)) * FORWARD
+        found[stage] = base * cost * (section.epochs * images + validated)
+    return found
+
+
+def _step_seconds(facts: Facts, chosen: recipe.Recipe) -> float:
+    """Seconds that a training step of the baseline takes for one image: forward, loss and backward, the faster of two.
+
+    Timed in float32; where training will use bfloat16 (`run.device=cpu` with AMX) it takes `BFLOAT16_STEP` of that.
+    """
+    size = max(chosen.data.imgsz_hw)
+    batch = int(chosen.baseline.batch if chosen.baseline.weights is None else chosen.prune.batch)  # type: ignore[union-attr]
+    samples = [facts.dataset.train[i % len(facts.dataset.train)] for i in range(batch * TIMED_STEPS)]
+    model = facts.models["baseline"].to("cpu" if facts.device == "cpu" else f"cuda:{facts.device.split(',')[0]}")
+    seconds, started = [], time.perf_counter()
+    for loss in ultra.losses(model, facts.dataset, samples, size, batch):
+        loss.backward()
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+    model.cpu()
+    mixed = facts.device == "cpu" and multiplies_bfloat16()
+    return min(seconds) / batch * (BFLOAT16_STEP if mixed else 1.0)
+
+
+def _source(stage: str, asked: Order, facts: Facts) -> Section:
+    model, images = facts.models[stage], len(facts.dataset.train)
+    checkpoint = asked.weights if stage == "baseline" else str(asked.teacher)
+    size = f"{parameters(model) / 1e6:.1f} M parameters"
+    if facts.origins[stage] == "weights":
+        return [("weights", checkpoint, f"{size}; knows these classes, so it is taken as it is")]
+    start: Section = [("pretrained", checkpoint, f"{size}; other classes, so training starts from it")]
+    return [*start, *_trained(stage, images)]
+
+
+def _trained(stage: str, images: int) -> Section:
+    """The schedule of a stage by the number of images."""
+    epochs = sizing.epochs(stage, images)
+    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": sizing.close_mosaic(epochs.value)}
+    return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
+
+
+def _imgsz(asked: Order, facts: Facts) -> tuple[int, str]:
+    if facts.origins["baseline"] == "weights":
+        return 640, "Ultralytics' default; set the size that the checkpoint was trained at"
+    choice = sizing.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
+    return choice.value, choice.why
+
+
+def _seen(dataset: Dataset) -> str:
+    boxes = [len(sample.boxes) for sample in dataset.train]
+    return (
+        f"{len(dataset.train):,} training and {len(dataset.val):,} validation images of {_typical(dataset.train)} px, "
+        f"{len(dataset.names)} class{'es' if len(dataset.names) != 1 else ''}, {statistics.mean(boxes):.1f} objects an image"
+    )
+
+
+def _typical(samples: Sequence[Sample]) -> str:
+    sizes = [(sample.width, sample.height) for sample in samples]
+    width, height = statistics.mode(sizes)
+    return f"{width}x{height}" if len(set(sizes)) == 1 else f"{width}x{height} (most frequent)"
+
+
+def _machine(facts: Facts) -> str:
+    if facts.device != "cpu":
+        index = int(facts.device.split(",")[0])
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        return f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
+    return (
+        f"{environment.cpu_name()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
+    )
+
+
+def _text(written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
+    whole = _minutes(sum(seconds.values()) + 60 * REST_MINUTES)
+    lines = [
+        f"# Written by `yolo-compress init`; every number may be changed. The whole chain takes about {whole} here."
+    ]
+    for name, rows in written.items():
+        if not rows:
+            lines.append(f"{name}: {{}}")
+            continue
+        lines.append(f"{name}:")
+        for knob, value, why in rows:
+            text = (
+                f"{knob}: {json.dumps(value)}"
+                if isinstance(value, list)
+                else strict_yaml.dump({knob: value}).rstrip("\n")
+            )
+            here = f"about {_minutes(seconds[name])} here" if knob == "epochs" and name in seconds else ""
+            note = "; ".join(part for part in (why, here) if part)
+            lines.append(f"  {text:<{COMMENT_COLUMN - 2}}# {note}" if note else f"  {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
