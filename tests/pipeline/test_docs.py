@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -18,10 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pages import LANDING, PAGES, ROOT, blocks, commands
-from tests.pipeline.conftest import IMGSZ, Bench, real_data
-from yolo_compress import cli_grammar, recipe
+from tests.pages import PAGES, ROOT, blocks, commands
+from tests.pipeline.conftest import Bench
+from yolo_compress import cli_grammar, recipe, ultra, verbs
 from yolo_compress.__main__ import main
+from yolo_compress.data import load
 from yolo_compress.runtime import robot_switch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,17 +30,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SMALL = (
     (r"recipe='?digits'?(?=\s|$)", "recipe=tiny.yaml"),
     (r"weights/digits/", "weights/tiny/"),
+    (r"datasets/digits/images/val", "val/images"),
     (r"load\(\"digits\"", 'load("tiny.yaml"'),
 )
 
 # Added where a command would train or measure for long.
 MORE = (
     (r"yolo-compress prune .*prune\.", "prune.epochs=0 prune.calib_images=8"),
+    (
+        r"yolo-compress prune recipe='custom'",
+        "data.imgsz=64 data.limit_train=8 baseline.epochs=1 prune.epochs=0 prune.calib_images=8",
+    ),
     (r"yolo-compress bundle ", "force=true golden=1"),  # the gate: a chain this short finds next to nothing
     (r"yolo-compress ab ", "replicates=20"),
     (r"python3 build\.py", "--runtime onnxruntime --precision int8"),
     (r"python3 bench\.py", "--engine onnxruntime-int8 --iterations 8"),
-    (r"switch\.py install", "--force"),  # of a bundle whose gate failed
 )
 
 # What is not run here, and why. It is parsed, and of a shipped recipe the overrides are read.
@@ -52,15 +56,16 @@ NOT_RUN = {
     "python3 digits/switch.py install": "builds all engines once more; tests/unit/test_switch.py does it",
     "python3 slots/current/switch.py status": "nothing was installed",
     "yolo-compress prune recipe=digits prune.latency_ms=": "the milliseconds are those of a machine",
-    "yolo-compress run recipe=my-recipe.yaml": "the recipe that `init` writes; the tests of `init` run it",
+    "yolo-compress run recipe=my-recipe.yaml": "minutes; of the same start, `prune` of the recipe `custom` is run",
     "yolo-compress bundle recipe=my-recipe.yaml": "the same",
+    **{
+        f"yolo-compress {stage} recipe='custom'": "the same"
+        for stage in ("distill", "qat", "engine", "bench", "report")
+    },
     "yolo-compress run recipe=yolov8s-coco": "a GPU and some days",
     "yolo-compress prune recipe='yolov8s-coco'": "the same",
     "torchrun": "several GPUs",
     "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/test_rtx.py does it",
-    "yolo-compress init": "not there yet (LANDING)",
-    "make prune distill qat engine DATA=my.yaml PRETRAINED=": "the same",
-    "make report DATA=my.yaml PRETRAINED=": "the same",
 }
 GATED = ("run", "report", "bundle", "ab")  # may end with 1: a chain this short may fail its gate
 
@@ -140,44 +145,50 @@ def made(command: str) -> list[str]:
 def parsed(command: str) -> str | None:
     """Read a command as the program would; gives what is wrong with it."""
     words = shlex.split(command)
-    if words[0] == "make":
-        known = (
-            set(re.findall(r"^([A-Z_]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE)) | LANDING["variable"]
-        )
-        unknown = {word.partition("=")[0] for word in words if "=" in word} - known
-        return f"{command}: unknown variable {unknown}" if unknown else None
     if "switch.py" in command:
         with pytest.raises(SystemExit) as ended:
             robot_switch.main([*words[2:], "--help"])
         return None if ended.value.code == 0 else f"{command}: not understood"
     if "yolo_compress" in words:  # torchrun ... -m yolo_compress VERB
         words = ["yolo-compress", *words[words.index("yolo_compress") + 1 :]]
-    if words[0] != "yolo-compress" or words[1] in LANDING["verb"]:
+    if words[0] != "yolo-compress":
         return None
     given = cli_grammar.parse(words[1:])
-    if cli_grammar.VERBS[given.verb].knobs and given.recipe in recipe.names():
+    if verbs.VERBS[given.verb].knobs:
         recipe.load(given.recipe, given.overrides)
     return None
 
 
 @pytest.fixture(scope="module")
 def reader(finished: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """A copy of the finished chain with what the docs take for granted: images of digits, a robot's files."""
+    """A copy of the finished chain with what the docs take for granted: a user's data and checkpoints, a robot's files."""
     folder = tmp_path_factory.mktemp("docs") / "user"
     shutil.copytree(finished.folder, folder, symlinks=True, copy_function=os.link)  # published files are never altered
-    digits = folder / "datasets" / "digits"
-    if real_data() is not None:
-        runpy.run_path(str(ROOT / "datasets" / "digits.py"))["draw"](digits, train=24, val=8, imgsz=IMGSZ)
-    for kind in ("images", "labels"):
-        shutil.copytree(digits / kind / "val", folder / "val" / kind)
+    before = os.getcwd()
+    os.chdir(folder)
+    given = yaml.safe_load((folder / "tiny.yaml").read_text())["data"]["yaml"]
+    own_data(folder, given)
     (folder / "device.json").write_text(json.dumps(device()))
     for name, version in (("a.jsonl", 7), ("b.jsonl", 8)):
         (folder / name).write_text("".join(json.dumps(line(frame, version)) + "\n" for frame in range(20)))
-    given = yaml.safe_load((folder / "tiny.yaml").read_text())["data"]["yaml"]
-    before = os.getcwd()
-    os.chdir(folder)
     yield Reader(folder, given)
     os.chdir(before)
+
+
+def own_data(folder: Path, name: str) -> None:
+    """`my.yaml` and `val/` of eight images each of the data yaml `name`, and checkpoints of other classes in `weights/`."""
+    data = load(name, limit_train=8, limit_val=8)
+    for split, samples in (("train", data.train), ("val", data.val)):
+        for kind in ("images", "labels"):
+            (folder / split / kind).mkdir(parents=True)
+        for number, sample in enumerate(samples):
+            shutil.copyfile(sample.image, folder / split / "images" / f"{number:05d}.png")
+            rows = "".join(" ".join(map(str, box)) + "\n" for box in sample.boxes)
+            (folder / split / "labels" / f"{number:05d}.txt").write_text(rows)
+    mine = {"path": ".", "train": "train/images", "val": "val/images", "names": list(data.names)}
+    (folder / "my.yaml").write_text(yaml.safe_dump(mine))
+    for name in ("yolov8n.pt", "yolov8s.pt", "yolov8l.pt"):
+        ultra.save_model(ultra.new_model("yolov8n.yaml", ["person", "bicycle"], 3, seed=0), folder / "weights" / name)
 
 
 def device() -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import LANDING, PAGES, ROOT, anchors, blocks, commands, prose
+from tests.pages import PAGES, ROOT, anchors, blocks, commands, prose
 from yolo_compress import cli_grammar, errors, recipe
 
 README, DOCS = PAGES[0], PAGES[1:]
@@ -59,16 +59,7 @@ def named_knobs(page: Path) -> set[str]:
 
 @each_page
 def test_every_knob_named_exists(page: Path) -> None:
-    assert named_knobs(page) <= set(recipe.options()) | LANDING["knob"]
-
-
-def test_what_is_landing_has_not_landed() -> None:
-    """Else the docs are complete without it: take it out of tests/pages.py."""
-    source = "".join(file.read_text(encoding="utf-8") for file in sources()) + (ROOT / "Makefile").read_text()
-    assert not LANDING["verb"] & set(cli_grammar.VERBS)
-    assert not LANDING["recipe"] & set(recipe.names())
-    assert not LANDING["knob"] & set(recipe.options())
-    assert not {name for name in LANDING["variable"] if re.search(rf"\b{name}\b", source)}
+    assert named_knobs(page) <= set(recipe.options())
 
 
 def test_every_verb_and_recipe_is_documented() -> None:
@@ -81,7 +72,7 @@ def test_every_variable_is_documented_and_no_other() -> None:
     make = set(re.findall(r"^([A-Z_]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"PYTHON", "VENV"}
     read = {name for file in sources() for name in re.findall(r"YOLO_COMPRESS_[A-Z_]+", file.read_text())}
     tested = {"YOLO_COMPRESS_CRASH_AT"}  # for the tests of the store
-    there = (make | read | LANDING["variable"]) - tested
+    there = (make | read) - tested
     tables = "".join(line for line in text(ROOT / "docs/recipes.md").splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`([A-Z][A-Z_]+)`", tables)) == there
 
