@@ -1,0 +1,133 @@
+"""README and docs: short lines, links that lead somewhere, and no knob, verb, code or message that the product does not have."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.pages import PAGES, ROOT, anchors, blocks, commands, prose
+from yolo_compress import cli_grammar, errors, recipe
+
+README, DOCS = PAGES[0], PAGES[1:]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+FILES = ("html", "json", "md", "png", "py", "pt", "csv", "onnx", "pub", "key", "tar")  # `report.json` is no knob
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_readme_is_one_screen_and_a_table_of_pages() -> None:
+    assert len(text(README).split()) <= 900
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", text(README)))
+    assert linked == {f"docs/{page.name}" for page in DOCS}
+
+
+@each_page
+def test_lines_paragraphs_and_tables_are_short(page: Path) -> None:
+    long = [f"{number}: {line}" for number, line in enumerate(text(page).splitlines(), 1) if len(line) > 120]
+    assert not long
+    for part in prose(page):
+        if not part[0].startswith("|"):
+            assert len(part) <= 5, "\n".join(part)
+        elif page.name != "glossary.md":
+            assert len(part) <= 20, part[0]
+
+
+@each_page
+def test_links_and_anchors_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file() and file.is_relative_to(ROOT), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def named_knobs(page: Path) -> set[str]:
+    sections = "|".join(recipe.SECTIONS)
+    found = re.findall(rf"(?<![\w./-])((?:{sections})\.([a-z]\w*))(?![\w/])", text(page))
+    return {knob for knob, key in found if key not in FILES}
+
+
+@each_page
+def test_every_knob_named_exists(page: Path) -> None:
+    assert named_knobs(page) <= set(recipe.options())
+
+
+def test_every_verb_and_recipe_is_documented() -> None:
+    everything = "\n".join(map(text, PAGES))
+    for name in [*cli_grammar.VERBS, *recipe.names()]:
+        assert re.search(rf"yolo-compress {name}\b|`{name}`", everything), name
+
+
+def test_every_variable_is_documented_and_no_other() -> None:
+    make = set(re.findall(r"^([A-Z_]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"PYTHON", "VENV"}
+    read = {name for file in sources() for name in re.findall(r"YOLO_COMPRESS_[A-Z_]+", file.read_text())}
+    tested = {"YOLO_COMPRESS_CRASH_AT"}  # for the tests of the store
+    there = (make | read) - tested
+    tables = "".join(line for line in text(ROOT / "docs/recipes.md").splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([A-Z][A-Z_]+)`", tables)) == there
+
+
+def test_every_exit_code_has_its_section() -> None:
+    family = [errors.CompressError, *errors.CompressError.__subclasses__()]
+    codes = {0, 130, 143, *(error.exit_code for error in family)}
+    page = text(ROOT / "docs/troubleshooting.md")
+    headings = re.findall(r"^## Exit codes? (.*)$", page, re.MULTILINE)
+    assert {int(code) for heading in headings for code in re.findall(r"\d+", heading)} == codes
+    assert {int(code) for code in re.findall(r"^\| \[(\d+)\]", page, re.MULTILINE)} == codes
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    return tuple(sorted((ROOT / "yolo_compress").rglob("*.py")))
+
+
+@cache
+def printed() -> str:
+    """Every text of the package, a placeholder of an f-string as a line break."""
+    found = []
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (one.value if isinstance(one, ast.Constant) else "\n" for one in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def os_errors() -> set[str]:
+    return {os.strerror(code) for code in errno.errorcode}
+
+
+def messages() -> list[str]:
+    """The messages of the troubleshooting page: what stands in backticks at the head of its items, but for names alone."""
+    page = text(ROOT / "docs/troubleshooting.md").partition("## Without an error")[0]
+    heads = re.findall(r"^- (.*?)\\$", page, re.MULTILINE)
+    return [one for head in heads for one in re.findall(r"`([^`]+)`", head) if " " in one]
+
+
+@pytest.mark.parametrize("message", messages())
+def test_every_message_is_one_that_the_product_prints(message: str) -> None:
+    """By its runs of words between what differs from case to case: names, numbers, paths, and the system's own words."""
+    parts = re.split(r"\.\.\.|'[^']*'|\S*\d\S*|\S+\.(?:yaml|pt|tar)\b|\S+/\S*|\S+=\S+|[:;,()]", message)
+    runs = [run for part in parts if len(run := part.strip(" .")) >= 5 and run not in os_errors()]
+    assert runs or "Permission denied" in message or message in os_errors()
+    for run in runs:
+        assert run in printed(), f"{run!r} of {message!r}"
+
+
+def test_every_page_has_what_can_be_run() -> None:
+    """The tests of tests/pipeline/test_docs.py run it; none of it may hide in a block of another kind."""
+    languages = {block.language for page in PAGES for block in blocks(page)}
+    assert languages <= {"sh", "console", "python", "yaml", "text"}
+    assert sum(len(commands(page)) for page in PAGES) > 40
