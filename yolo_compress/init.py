@@ -28,7 +28,7 @@ from yolo_compress.sections import QatConfig, SourceConfig
 from yolo_compress.ultra.settings import multiplies_bfloat16
 from yolo_compress.weights import find_weights
 
-COMMENT_COLUMN = 34
+COMMENT_COLUMN = 32
 WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
 TIMED_STEPS = 2
 FORWARD = 1 / 3  # of a training step: what a teacher, or a validated image, costs
@@ -348,15 +348,17 @@ def _text(written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
             continue
         lines.append(f"{name}:")
         for knob, value, why in rows:
-            text = (
-                f"{knob}: {json.dumps(value)}"
-                if isinstance(value, list)
-                else strict_yaml.dump({knob: value}).rstrip("\n")
-            )
             here = f"about {_minutes(seconds[name])} here" if knob == "epochs" and name in seconds else ""
             note = "; ".join(part for part in (why, here) if part)
-            lines.append(f"  {text:<{COMMENT_COLUMN - 2}}# {note}" if note else f"  {text}")
+            text = f"  {knob}: {_scalar(value)}"
+            lines.append(f"{text:<{COMMENT_COLUMN}}  # {note}" if note else text)
     return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line of YAML."""
+    text = strict_yaml.dump({"": value}).partition(":")[2].strip()
+    return text if "\n" not in text and not isinstance(value, list) else json.dumps(value, ensure_ascii=False)
 
 
 def _minutes(seconds: float) -> str:

@@ -77,6 +77,15 @@ def test_values_of_the_command_line_replace_ours(shop: Path) -> None:
     assert "latency_ms: 5" in made("weights=others.pt", "prune.latency_ms=5", "out=ms.yaml")[1]["text"]
 
 
+def test_a_path_of_any_form_stays_a_path(shop: Path) -> None:
+    """Long, with blanks, a hash and a colon: one line of YAML, with its comment beside it."""
+    folder = shop / ("a long folder with blanks #1: " + "x" * 120)
+    folder.mkdir()
+    (shop / "others.pt").rename(folder / "others.pt")
+    chosen, _ = made(f"weights={folder / 'others.pt'}")
+    assert chosen.baseline.pretrained == str(folder / "others.pt") and chosen.baseline.epochs == 100
+
+
 def test_nothing_is_trained_and_nothing_published(shop: Path) -> None:
     before = {file: file.read_bytes() for file in shop.rglob("*") if file.is_file()}
     made("weights=others.pt")

@@ -26,12 +26,13 @@ def chosen(job: Job, count: int) -> list[Sample]:
     return found
 
 
-def letterboxed(job: Job, samples: Sequence[Sample]) -> Iterator[Tensor]:
+def letterboxed(
+    samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
+) -> Iterator[Tensor]:
     """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
-    size, channels = job.imgsz_hw, job.dataset.channels
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
-        images = [letterbox(read_image(sample.image), size, channels=channels)[0] for sample in part]
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        images = [letterbox(read_image(sample.image), imgsz_hw, channels=channels)[0] for sample in part]
         yield torch.from_numpy(np.stack(images))
 
 

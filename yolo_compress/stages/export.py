@@ -139,7 +139,7 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     else:
         images = chosen(job, config.calib_images)
         write_list(job, images)
-        batches = lambda: letterboxed(job, images)  # noqa: E731
+        batches = lambda: letterboxed(images, job.imgsz_hw, job.dataset.channels)  # noqa: E731
         state = ptq(model, batches, config.calibrator, config.percentile)
     folded = state if state.folded else fold(state, model)
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")

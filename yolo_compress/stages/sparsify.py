@@ -47,7 +47,9 @@ def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
     metrics = finish(job, trained)
     if not collapsed(before, stale := metrics["map50_95"]):
         return metrics
-    seen = reestimate_batchnorm(trained, letterboxed(job, chosen(job, REESTIMATE_IMAGES)))
+    seen = reestimate_batchnorm(
+        trained, letterboxed(chosen(job, REESTIMATE_IMAGES), job.imgsz_hw, job.dataset.channels)
+    )
     metrics = finish(job, trained)
     if collapsed(before, fresh := metrics["map50_95"]):
         raise NumericsError(
