@@ -23,9 +23,11 @@ SET := recipe='$(RECIPE)' \
 
 HOLD := $(or $(YOLO_COMPRESS_HOME),.)
 MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
-.PHONY: help setup demo test check all engine bundle status cfg gc clean $(STAGES)
+.PHONY: help setup demo test check style fast-tests slow-tests real-test all engine bundle status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -48,12 +50,21 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
 	@$(YC) run recipe=digits $(ARGS)
 
-test: setup ## every test that needs neither GPU nor network, under 20 minutes on 2 cores
-	@$(PY) -m pytest -m 'not gpu and not network'
+test: fast-tests slow-tests ## every test that needs neither GPU, network nor real images, in about 10 minutes on 2 cores
 
-check: setup ## ruff, mypy and the fast tests, in a few minutes
+check: style fast-tests ## ruff, mypy and the fast tests, in a few minutes
+
+style: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	@$(PY) -m pytest tests/unit tests/contracts -m 'not gpu and not network and not slow'
+
+fast-tests: setup
+	@$(PYTEST) -m 'not slow and not gpu and not network and not real'
+
+slow-tests: setup
+	@$(PYTEST) -m 'slow and not gpu and not network and not real'
+
+real-test: setup ## the tests on real images and checkpoints, in YOLO_COMPRESS_DATA and YOLO_COMPRESS_WEIGHTS
+	@$(PYTEST) -m 'real and not gpu and not network'
 
 $(STAGES): setup ## one stage and what it needs
 	@$(YC) $@ $(SET)

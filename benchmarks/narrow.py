@@ -76,7 +76,7 @@ def main() -> None:
     size = recipe.data.imgsz_hw
     dataset = load_data(recipe.data.yaml)
     dense_macs = conv_macs(ultra.load_model(find_weights(recipe.baseline.weights)), size)
-    model = ultra.new_model(recipe.baseline.model, dataset.names, dataset.channels, args.seed)
+    model = ultra.new_model("yolov8n.yaml", dataset.names, dataset.channels, args.seed)
     take_what_fits(model, ultra.load_model(find_weights(args.coco)))
     samples = calibration_subset(dataset.train, CALIB_IMAGES, args.seed)
 

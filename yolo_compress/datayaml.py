@@ -7,6 +7,7 @@ entries of image lists from the working directory. Here `download:` is never loo
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
 NEWLINE = b"\n"
+UNPRINTED = frozenset(
+    ("Cc", "Cs", "Zl", "Zp")
+)  # Unicode's categories of control characters, surrogates and line breaks
 
 
 _Bad = Callable[[str, str], DataError]  # (key, what is wrong) -> error with file and line
@@ -135,8 +139,11 @@ def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise bad("names", f"names: must list the classes, not {names!r}")
     for name in names:
-        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
             raise bad("names", f"class name {name!r} is no text; put it in quotes")
+        if any(unicodedata.category(char) in UNPRINTED for char in str(name)):
+            what = "holds a line break or another control character; labels.txt and the tables have a line a class"
+            raise bad("names", f"class name {name!r} {what}")
     texts = tuple(str(name) for name in names)
     if len(set(texts)) < len(texts):
         raise bad("names", f"class name {next(t for t in texts if texts.count(t) > 1)!r} is given twice")

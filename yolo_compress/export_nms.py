@@ -15,6 +15,7 @@ from yolo_compress.export_onnx import write_metadata
 
 RAW, OUTPUT = "raw0", "output0"
 PLACE = "/nms"
+NMS_SUFFIX = "-nms"  # of the name of such a file, behind that of the graph that it was made from
 
 
 def with_nms(source: Path, out: Path, conf: float = 0.25, iou: float = 0.7, max_det: int = 300) -> None:

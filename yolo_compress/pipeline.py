@@ -20,7 +20,7 @@ from typing import Any
 
 from yolo_compress import environment, home, progress, sizing
 from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
-from yolo_compress.atomic import require_free
+from yolo_compress.atomic import require_free, storage_errors
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.recipe import Recipe
@@ -359,11 +359,17 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
-    """Write the dense net at several widths, whose layers a robot times (`runtime.layers`), into the folder `out`."""
+    """Write the dense net at several widths, whose layers a robot times (`runtime.layers`), into the folder `out`.
+
+    Raises:
+        RecipeError: See `_planning`; or the folder is not empty.
+        StorageError: The folder cannot be written.
+    """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"out={out}: the folder is not empty")
-    with _planning(recipe, store or Store(home.weights())) as (job, weights):
+    with storage_errors(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise RecipeError(f"out={out}: the folder is not empty")
+    with _planning(recipe, store or Store(home.weights())) as (job, weights), storage_errors(folder):
         importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
     return folder
 

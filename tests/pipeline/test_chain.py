@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from tests.pipeline.conftest import IMGSZ, Bench, real_data, recipe
+from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
 from yolo_compress import ultra
 from yolo_compress.artifact import Store
 from yolo_compress.pipeline import STAGES
@@ -52,16 +52,13 @@ def test_pruned_widths_survive_to_the_end_in_stock_classes(finished: Bench) -> N
     )
 
 
-def test_the_report_compares_what_bench_kept(finished: Bench) -> None:
+def test_the_report_compares_what_bench_kept(chain: Bench) -> None:
     """All that mAP counts was kept: the A/B document gives the rows' figures again."""
     measured = {
-        f"{row['model']}-{row['runtime']}-{row['precision']}": row
-        for row in artifact(finished, "bench").metrics["rows"]
+        f"{row['model']}-{row['runtime']}-{row['precision']}": row for row in artifact(chain, "bench").metrics["rows"]
     }
-    report = artifact(finished, "report")
+    report = artifact(chain, "report")
     gate = report.metrics["gate"]
-    if gate["worst"] is None:
-        pytest.fail(gate["reason"])
     found = json.loads(report.file("ab.json").read_text())
     assert found == json.loads(report.file("report.json").read_text())["ab"]
     assert (found["a"]["row"], found["b"]["row"]) == (gate["reference"], gate["worst"])
@@ -117,8 +114,8 @@ def _producer(graph: onnx.GraphProto, tensor: str) -> str:
     return next((node.op_type for node in graph.node if tensor in node.output), "")
 
 
-def test_rows_compare_both_models_in_three_precisions_on_one_image_set(finished: Bench) -> None:
-    rows = artifact(finished, "bench").metrics["rows"]
+def test_rows_compare_both_models_in_three_precisions_on_one_image_set(chain: Bench) -> None:
+    rows = artifact(chain, "bench").metrics["rows"]
     measured = {(row["model"], row["runtime"], row["precision"]) for row in rows if row["status"] == "ok"}
     for runtime in ("onnxruntime", "openvino"):
         for model in ("original", "compressed"):
@@ -153,8 +150,7 @@ def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> 
     robot = {"schema": 1, "bundle": {"name": "tiny", "version": 1}, "device": {"board": "a robot"}, "rows": [row],
              "runtime": "tensorrt", "library": "10.3.0", "golden": None}  # fmt: skip
     (finished.folder / "device.json").write_text(json.dumps(robot))
-    done = finished.run("report", "recipe=tiny.yaml", "add=device.json", "out=beside", code=None)
-    assert done.returncode in (0, 1), done.stderr
+    done = finished.run("report", "recipe=tiny.yaml", "add=device.json", "out=beside")
     answer = json.loads(done.stdout.splitlines()[-1])
     added = json.loads((finished.folder / "beside" / "report.json").read_text())
     assert answer["report"] == "beside/report.html" and [device["name"] for device in added["devices"]] == ["a robot"]
@@ -262,23 +258,22 @@ def test_stock_ultralytics_loads_the_pruned_checkpoint_under_safe_load(finished:
         assert float(done.stdout.split()[-1]) == pytest.approx(ours.double()(image)[0].sum().item(), rel=1e-9)
 
 
-def test_zeros_are_held_through_the_chain_and_the_report_is_honest_about_them(bench: Bench) -> None:
+def test_zeros_are_held_through_the_chain_and_the_report_is_honest_about_them(finished: Bench) -> None:
     pruned = {"kind": "two_four", "epochs": 1, "batch": 8, "calib_images": 16}
-    recipe(bench.folder, "zeros", sparsify=None, prune=pruned)
-    gate = bench.run("run", "recipe=zeros.yaml", code=None)
-    assert gate.returncode in (0, 1), gate.stderr
+    recipe(finished.folder, "zeros", baseline=BASELINE, sparsify=None, prune=pruned)
+    assert "baseline: up to date" in finished.run("run", "recipe=zeros.yaml").stderr
     zeros = {}
     for stage in ("prune", "distill", "qat"):
-        found = artifact(bench, stage, "zeros")
+        found = artifact(finished, stage, "zeros")
         model = ultra.load_model(found.file("model.pt"))
         zeros[stage] = {name: model.get_submodule(name).weight == 0 for name in masks.convolutions(model)}
         assert found.metrics["sparsity"] > 0.49, stage
     assert all(float(part.float().mean()) == 0.5 for part in zeros["prune"].values())
     for stage in ("distill", "qat"):
         assert all(torch.equal(part, zeros["prune"][name]) for name, part in zeros[stage].items()), stage
-    said = (artifact(bench, "report", "zeros").path / "report.md").read_text()
+    said = (artifact(finished, "report", "zeros").path / "report.md").read_text()
     assert all(f"{name} computes these zeros as dense" in said for name in ("ONNX Runtime", "OpenVINO on a CPU"))
-    share = artifact(bench, "qat", "zeros").metrics["sparsity"]
+    share = artifact(finished, "qat", "zeros").metrics["sparsity"]
     assert f"{share:.1%} of the convolution weights are exactly zero (2:4)" in said and "SPARSE" in said
 
 
@@ -290,11 +285,11 @@ def test_left_out_stages_pass_their_input_through(bench: Bench) -> None:
     assert {name.split("-")[0] for name in bench.artefacts()} == {"baseline", "prune", "export"}
 
 
-@pytest.mark.skipif(real_data() is None, reason="needs trained weights")
-def test_qat_without_epochs_is_calibration_only(finished: Bench) -> None:
-    done = finished.run("qat", "recipe=tiny.yaml", "qat.epochs=0")
+def test_qat_without_epochs_is_calibration_only(chain: Bench) -> None:
+    done = chain.run("qat", chain.namesake("calibrated"), "qat.epochs=0")
     metrics = json.loads(done.stdout.splitlines()[-1])["metrics"]
-    distilled = artifact(finished, "distill").metrics
+    distilled = artifact(chain, "distill").metrics
+    assert distilled["map50_95"] > 0
     assert metrics["map50_95_float_weights"] == pytest.approx(distilled["map50_95"], abs=1e-9)
 
 
@@ -307,8 +302,8 @@ def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench)
         "export.calibration_cache=true",
         "export.nms=true",
     )
-    exported = json.loads(finished.run("export", "recipe=tiny.yaml", *knobs).stdout.splitlines()[-1])
-    quantised = artifact(finished, "qat")
+    exported = json.loads(finished.run("export", finished.namesake("groups"), *knobs).stdout.splitlines()[-1])
+    quantised = artifact(finished, "qat", "groups")
     found = json.loads(quantised.file("sensitivity.json").read_text())
     placed = list(csv.DictReader(quantised.file("placement.csv").read_text().splitlines()))
     left = {row["group"] for row in placed if "as asked" in row["why"]}
@@ -357,9 +352,9 @@ def test_a_probe_is_what_a_robot_times(finished: Bench) -> None:
 
 
 def test_rounds_with_sensitivity_meet_the_budget_and_keep_their_tables(finished: Bench) -> None:
-    finished.run("prune", "recipe=tiny.yaml", "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
+    finished.run("prune", finished.namesake("rounds"), "prune.rounds=2", "prune.sensitivity=loss", "prune.keep_flops=0.5",
                  "prune.max_drop=10")  # fmt: skip
-    pruned = artifact(finished, "prune")
+    pruned = artifact(finished, "prune", "rounds")
     assert pruned.metrics["kept_flops"] == pytest.approx(0.5, abs=0.02 * 0.5)
     assert [row.split(",")[0] for row in pruned.file("results.csv").read_text().splitlines()] == ["epoch", "1", "2"]
     macs = json.loads(pruned.file("flops.json").read_text())

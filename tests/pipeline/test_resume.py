@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,45 +23,59 @@ STAGE = {
 }
 
 
-def result(bench: Bench) -> tuple[str, dict, dict]:
-    found = Store(bench.folder / "weights").linked("kill", "prune")
-    assert found is not None
-    state = torch.load(found.file("model.pt"), weights_only=False)["model"].state_dict()
-    return found.fingerprint, state, found.metrics
+@dataclass(frozen=True)
+class Whole:
+    """What nobody interrupted, and the seconds that it took."""
+
+    bench: Bench
+    seconds: float
 
 
-def test_killed_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, killed = prepare(tmp_path / "whole"), prepare(tmp_path / "killed")
-    for bench in (whole, killed):
-        recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None, **STAGE)
-    started = time.monotonic()
-    whole.run("prune", "recipe=kill.yaml")
-    seconds = time.monotonic() - started
+def ready(folder: Path) -> Bench:
+    """All but `prune` of the recipe is done."""
+    bench = prepare(folder)
+    recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None, **STAGE)
+    bench.run("baseline", "recipe=kill.yaml")
+    return bench
 
-    killed.run("baseline", "recipe=kill.yaml")
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    bench, started = ready(tmp_path_factory.mktemp("whole") / "user"), time.monotonic()
+    bench.run_apart("prune", "recipe=kill.yaml")
+    return Whole(bench, time.monotonic() - started)
+
+
+def assert_same(found: Bench, expected: Bench) -> None:
+    """The same fingerprint, tensors, metrics and rows of every epoch."""
+    a, b = (Store(bench.folder / "weights").linked("kill", "prune") for bench in (found, expected))
+    assert a is not None and b is not None and a.fingerprint == b.fingerprint
+    states = [torch.load(each.file("model.pt"), weights_only=False)["model"].state_dict() for each in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert a.metrics == b.metrics
+    assert a.file("results.csv").read_text() == b.file("results.csv").read_text()
+
+
+def test_killed_at_random_moments_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
+    killed = ready(tmp_path / "killed")
     dice = random.Random(20261124)
     for _ in range(3):
         process = killed.start("prune", "recipe=kill.yaml")
-        time.sleep(seconds * dice.uniform(0.3, 0.9))
+        time.sleep(whole.seconds * dice.uniform(0.3, 0.9))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        Store(killed.folder / "weights").linked("kill", "baseline")  # an earlier stage is intact
-    again = killed.run("prune", "recipe=kill.yaml")
-
-    (print_a, state_a, metrics_a), (print_b, state_b, metrics_b) = result(whole), result(killed)
-    assert print_a == print_b
-    assert state_a.keys() == state_b.keys() and all(torch.equal(state_a[key], state_b[key]) for key in state_a)
-    assert metrics_a == metrics_b
+        assert Store(killed.folder / "weights").linked("kill", "baseline") is not None, "an earlier stage is intact"
+    again = killed.run_apart("prune", "recipe=kill.yaml")
     assert "prune: up to date" in again.stderr or "prune: done" in again.stderr
+    assert_same(killed, whole.bench)
 
 
-def test_killed_after_the_last_epoch_does_not_train_again(tmp_path: Path) -> None:
-    bench = prepare(tmp_path / "late")
-    recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None, **STAGE)
-    bench.run("baseline", "recipe=kill.yaml")
-    process = bench.start("prune", "recipe=kill.yaml")
-    store = bench.folder / "weights" / "store"
-    deadline = time.monotonic() + 120
+def test_killed_after_the_last_epoch_does_not_train_again(whole: Whole, tmp_path: Path) -> None:
+    late = ready(tmp_path / "late")
+    process = late.start("prune", "recipe=kill.yaml")
+    store = late.folder / "weights" / "store"
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = list(store.glob("prune-*.partial/work/resume.pt"))
         if found and _epoch(found[0]) == 3:
@@ -68,8 +83,9 @@ def test_killed_after_the_last_epoch_does_not_train_again(tmp_path: Path) -> Non
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = bench.run("prune", "recipe=kill.yaml")
+    done = late.run_apart("prune", "recipe=kill.yaml")
     assert "epoch 4/4" not in done.stderr
+    assert_same(late, whole.bench)
 
 
 def _epoch(file: Path) -> int:
@@ -85,26 +101,26 @@ def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Sig
            prune={"epochs": 300, "batch": 8, "keep_flops": 0.7})  # fmt: skip
     process = bench.start("prune", "recipe=kill.yaml")
     store = bench.folder / "weights" / "store"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(store.glob("prune-*.partial/work/resume.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     try:
-        _, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()  # one that did not end would train on beside every later test
-    assert process.returncode == code
+    assert process.returncode == code and not stdout
     assert "the same command continues where it stopped" in stderr and "Traceback" not in stderr
     assert not [path for path in store.rglob("*") if path.name.startswith(".tmp")]
 
 
 def test_a_second_run_fails_or_waits_for_the_first(bench: Bench) -> None:
     with lock(bench.folder / "weights" / ".lock", "prune of recipe tiny"):
-        done = bench.run("baseline", "recipe=tiny.yaml", "lock=fail", code=75)
+        done = bench.run_apart("baseline", "recipe=tiny.yaml", "lock=fail", code=75)
         assert "prune of recipe tiny" in done.stderr
         waiting = bench.start("baseline", "recipe=tiny.yaml")
         assert waiting.stderr is not None
         assert "prune of recipe tiny" in waiting.stderr.readline()
-    _, _ = waiting.communicate(timeout=120)
+    _, _ = waiting.communicate(timeout=300)
     assert waiting.returncode == 0
     assert json.loads(bench.run("baseline", "recipe=tiny.yaml").stdout.splitlines()[-1])["stage"] == "baseline"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from tests.given import find
 from yolo_compress import ultra
 from yolo_compress.data import load
 from yolo_compress.errors import DataError, EnvironmentLacks, NumericsError, RecipeError
@@ -21,7 +21,6 @@ from yolo_compress.evaluate.compare import max_abs_difference
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.runtime.detector import Detector
-from yolo_compress.weights import find_weights
 
 NAMES = ("bolt", "nut")
 IMGSZ = (64, 64)
@@ -40,7 +39,7 @@ class Drawn:
 
     def __init__(self, batch: int | None = 1, change: Callable[[np.ndarray], None] = lambda out: None) -> None:
         self.names, self.imgsz, self.precision, self.executed = NAMES, IMGSZ, "fp32", "by hand"
-        self.batch, self.change, self.shapes = batch, change, list[tuple[int, ...]]()
+        self.batch, self.channels, self.change, self.shapes = batch, 3, change, list[tuple[int, ...]]()
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         self.shapes.append(images_BCHW.shape)
@@ -205,15 +204,11 @@ def test_comparing_wants_finite_outputs_of_one_shape_and_an_image() -> None:
 BCCD_PX = 320  # the checkpoint was trained at that
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (os.environ.get("YOLO_COMPRESS_WEIGHTS") and os.environ.get("YOLO_COMPRESS_DATA")),
-    reason="needs YOLO_COMPRESS_WEIGHTS with yolov8n_bccd.pt and YOLO_COMPRESS_DATA with bccd.yaml",
-)
+@pytest.mark.real
 def test_bccd_is_what_pycocotools_and_ultralytics_say() -> None:
     """pycocotools 0.6136 at 320 px; Ultralytics' AP of our detections is what its own validator prints, within 0.002."""
-    dataset = load("bccd.yaml")
-    model = ultra.load_model(find_weights("yolov8n_bccd.pt"))
+    dataset = load(str(find("YOLO_COMPRESS_DATA", "bccd.yaml")))
+    model = ultra.load_model(find("YOLO_COMPRESS_WEIGHTS", "yolov8n_bccd.pt"))
     size = BCCD_PX
     with TorchBackend(model, dataset.names, (size, size)) as backend:
         ours = accuracy(backend, dataset.val, dataset.names, (size, size))

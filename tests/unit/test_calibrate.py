@@ -1,7 +1,5 @@
 """Each calibrator is held against the error it is meant to keep small, computed from the values and not from a histogram."""
 
-import os
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
+from tests.given import find
 from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.knobs import Calibrator
 from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, ptq
@@ -225,15 +224,12 @@ def test_what_cannot_be_calibrated_is_said():
         ptq(model, lambda: [images(1)], "max")
 
 
-@pytest.mark.skipif(
-    not (Path(os.environ.get("YOLO_COMPRESS_WEIGHTS", "/nonexistent")) / "yolov8n_bccd.pt").is_file(),
-    reason="needs yolov8n_bccd.pt in YOLO_COMPRESS_WEIGHTS",
-)
+@pytest.mark.real
 def test_a_trained_net_keeps_its_first_range_under_every_calibrator():
     """The range of the image decides all behind it; here "mse" once gave 0.06 and the net saw nothing."""
     from yolo_compress import ultra
 
-    model = ultra.load_model(Path(os.environ["YOLO_COMPRESS_WEIGHTS"]) / "yolov8n_bccd.pt").float()
+    model = ultra.load_model(find("YOLO_COMPRESS_WEIGHTS", "yolov8n_bccd.pt")).float()
     x = nn.functional.interpolate(images(2), size=(160, 160), mode="bicubic").clamp(0, 1).mul(255).round().div(255)
     for method in CALIBRATORS:
         state = ptq(model, lambda: [x], method)

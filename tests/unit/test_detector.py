@@ -23,7 +23,8 @@ class Projected:
     """An output whose every number depends on every pixel of its image, so equal outputs mean equal inputs."""
 
     def __init__(self, batch: int | None) -> None:
-        self.names, self.imgsz, self.batch, self.shapes = ("a", "b", "c"), IMGSZ, batch, list[tuple[int, ...]]()
+        self.names, self.imgsz, self.channels = ("a", "b", "c"), IMGSZ, 3
+        self.batch, self.shapes = batch, list[tuple[int, ...]]()
         generator = np.random.default_rng(0)
         self.weights = generator.random((3 * IMGSZ[0] * IMGSZ[1], 16)) / 1e4
         self.mixed = generator.random((16, (4 + CLASSES) * ANCHORS))

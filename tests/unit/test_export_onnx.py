@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
 from ultralytics.nn.modules import DFL
 
+from tests.given import find
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.export_onnx import Expectation, export_onnx, export_torchscript
 from yolo_compress.quant.placement import plan
@@ -96,23 +96,13 @@ def test_refuses_what_it_cannot_export(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def _shared() -> Path | None:
-    for folder in os.environ.get("YOLO_COMPRESS_DATA", "").split(":"):
-        if folder and (Path(folder).parent / "weights" / "yolov8n_bccd.pt").is_file():
-            return Path(folder)
-    return None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(_shared() is None, reason="no real weights beside YOLO_COMPRESS_DATA")
+@pytest.mark.real
 def test_real_weights_on_16_real_images(tmp_path: Path) -> None:
     from yolo_compress import ultra
     from yolo_compress.runtime.pre import letterbox, read_image
 
-    shared = _shared()
-    assert shared is not None
-    model = ultra.load_model(shared.parent / "weights" / "yolov8n_bccd.pt")
-    files = sorted((shared / "bccd" / "images" / "val").iterdir())[:16]
+    model = ultra.load_model(find("YOLO_COMPRESS_WEIGHTS", "yolov8n_bccd.pt"))
+    files = sorted(find("YOLO_COMPRESS_DATA", "bccd/images/val").iterdir())[:16]
     batch = torch.from_numpy(np.stack([letterbox(read_image(file), (320, 320))[0] for file in files]))
     export_onnx(model, tmp_path / "a.onnx", (320, 320), names=tuple(model.names.values()))
     assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), box_px=0.01)

@@ -89,7 +89,13 @@ def test_calls_are_cycled_and_the_collector_comes_back_even_after_an_error() -> 
 
 def backend(batch: int | None = 1) -> Any:
     return SimpleNamespace(
-        batch=batch, imgsz=IMGSZ, precision="fp32", executed="fp32", threads=1, bind=lambda images: lambda: images.sum()
+        batch=batch,
+        channels=3,
+        imgsz=IMGSZ,
+        precision="fp32",
+        executed="fp32",
+        threads=1,
+        bind=lambda images: lambda: images.sum(),
     )
 
 

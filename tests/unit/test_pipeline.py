@@ -31,7 +31,7 @@ class Engine:
     names, imgsz = ("bolt", "nut"), IMGSZ
 
     def __init__(self, batch: int | None = 1, fault: BaseException | None = None) -> None:
-        self.batch, self.fault = batch, fault
+        self.batch, self.channels, self.fault = batch, 3, fault
         self.threads, self.shapes, self.closed = {threading.get_ident()}, list[int](), False
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:

@@ -22,8 +22,8 @@ from yolo_compress.errors import RecipeError
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
 PARSER, COLUMNS = "NvDsInferParseYolo", 6
+_COLOURS = {3: "0", 1: "2"}  # model-color-format of RGB and of grey, by channels
 _FIXED = {
-    "model-color-format": "0",  # RGB
     "network-mode": "2",  # FP16; 1 is INT8 by a calibrator of its own
     "process-mode": "1",  # whole frames
     "network-type": "0",  # detector
@@ -69,6 +69,7 @@ def write(directory: Path, network: Network, about: Mapping[str, Any], precision
         "num-detected-classes": str(len(about["names"])),
         "interval": "0",
         "gie-unique-id": "1",
+        "model-color-format": _COLOURS[network.input.shape[1]],
         **_FIXED,
     }
     head = _HEAD.format(name=" ".join(str(about["name"]).split()), version=about["version"])
@@ -133,6 +134,7 @@ def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
         wanted = (network.output.shape[0], network.output.shape[2], COLUMNS)
         require(path, graph.output.shape, wanted, f"{name}: output")
     require(path, said["infer-dims"], ";".join(str(side) for side in network.input.shape[1:]), "infer-dims")
+    require(path, said["model-color-format"], _COLOURS[network.input.shape[1]], "model-color-format")
     require(path, int(said["num-detected-classes"]), network.output.shape[1] - 4, "num-detected-classes")
     require(path, int(said["batch-size"]), max(network.batch, 1), "batch-size")
     require(path, round(float(said["net-scale-factor"]) * 255, 6), 1.0, "255 times net-scale-factor")

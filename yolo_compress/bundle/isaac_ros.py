@@ -135,8 +135,9 @@ def _check_contract(network: Network, classes: int) -> None:
         if (tensor.name, tensor.kind, tensor.shape) != (name, kind, shape):
             raise RecipeError(
                 f"target isaac_ros: {network.path.name} has {tensor.name} {list(tensor.shape)} {tensor.kind.lower()}, {name} "
-                f"{list(shape)} float expected: NVIDIA's decoder reads {ANCHORS} anchors of one {SIDE_PX}x{SIDE_PX} px image; "
-                f"train and export with data.imgsz={SIDE_PX}, or take target=plain, deepstream or triton"
+                f"{list(shape)} float expected: NVIDIA's decoder reads {ANCHORS} anchors of one {SIDE_PX}x{SIDE_PX} px RGB "
+                f"image; train and export with data.imgsz={SIDE_PX}, without `channels: 1` in the data yaml, or take target=plain, "
+                "deepstream or triton"
             )
     if network.nms:
         raise RecipeError(f"target isaac_ros: {network.path.name} has NMS in its graph, which the decoder does itself")

@@ -23,6 +23,7 @@ from yolo_compress.bundle.signature import check_signatures
 from yolo_compress.data import Dataset
 from yolo_compress.errors import GateFailed, RecipeError
 from yolo_compress.explain import got
+from yolo_compress.export_nms import NMS_SUFFIX
 from yolo_compress.recipe import Recipe
 from yolo_compress.runtime.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.groundtruth import image_set
@@ -179,7 +180,7 @@ def _fill(
     """Everything into the folder, the manifest last."""
     onnx = _networks(root, artifacts["export"])
     height, width = recipe.data.imgsz_hw
-    check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names))
+    check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names), dataset.channels)
     code(root)
     (root / "labels.txt").write_text("".join(f"{name}\n" for name in dataset.names), encoding="utf-8")
     progress.say(f"bundle: {asked.golden} golden images, their detections by every engine here")
@@ -215,14 +216,18 @@ def _fill(
 
 
 def _networks(root: Path, export: Artifact) -> dict[str, str]:
-    """Copy the compressed net in each form, and the calibration cache where it was asked for; stem -> file."""
+    """Copy the compressed net in each form, and the calibration cache where it was asked for; stem -> file of those that
+    build.py makes engines of."""
     (root / "onnx").mkdir()
     found = {}
     for name in sorted(export.manifest.files):
         file = Path(name)
         if file.parts[0] == "compressed" and file.suffix in (".onnx", ".cache"):
             shutil.copyfile(export.file(name), root / "onnx" / file.name)
-            if file.suffix == ".onnx" and file.stem != "int8-implicit":  # that one is for the cache, by hand
+            by_hand = file.stem == "int8-implicit" or file.stem.endswith(
+                NMS_SUFFIX
+            )  # for the cache; for other decoders
+            if file.suffix == ".onnx" and not by_hand:
                 found[file.stem] = f"onnx/{file.name}"
     return found
 

@@ -21,7 +21,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Network:
-    """An ONNX file with one input [B, 3, H, W] and one output.
+    """An ONNX file with one input [B, C, H, W] and one output.
 
     Attributes:
         nms: whether suppression is part of the graph.

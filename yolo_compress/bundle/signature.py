@@ -9,8 +9,8 @@ from yolo_compress.bundle.networks import read
 from yolo_compress.errors import GateFailed
 
 
-def check_signatures(files: Sequence[Path], imgsz_hw: tuple[int, int], classes: int) -> None:
-    """Asserts `images` [B, 3, H, W] and `output0` [B, 4 + classes, A], float32, with the same B and A in all files.
+def check_signatures(files: Sequence[Path], imgsz_hw: tuple[int, int], classes: int, channels: int = 3) -> None:
+    """Asserts `images` [B, channels, H, W] and `output0` [B, 4 + classes, A], float32, with the same B and A in all files.
 
     Raises:
         GateFailed: names the file.
@@ -19,11 +19,11 @@ def check_signatures(files: Sequence[Path], imgsz_hw: tuple[int, int], classes: 
     found = {file: (network.input, network.output) for file in files for network in [read(file)]}
     for file, (taken, given) in found.items():
         named = [(tensor.name, tensor.kind) for tensor in (taken, given)] == [("images", "FLOAT"), ("output0", "FLOAT")]
-        shaped = taken.shape[1:] == (3, *imgsz_hw) and len(given.shape) == 3 and given.shape[1] == 4 + classes
+        shaped = taken.shape[1:] == (channels, *imgsz_hw) and len(given.shape) == 3 and given.shape[1] == 4 + classes
         if not named or not shaped:
             raise GateFailed(
-                f"{file.name}: takes {taken}, gives {given}; images [B, 3, {imgsz_hw[0]}, {imgsz_hw[1]}] and output0 "
-                f"[B, {4 + classes}, anchors], both float32, expected"
+                f"{file.name}: takes {taken}, gives {given}; images [B, {channels}, {imgsz_hw[0]}, {imgsz_hw[1]}] and "
+                f"output0 [B, {4 + classes}, anchors], both float32, expected"
             )
     first = files[0]
     for file in files[1:]:

@@ -124,7 +124,7 @@ def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str
     }[status]
     line = f"{status.upper()}: {what}: {a:.3f} -> {b:.3f}, {delta:+.4f}"
     if not enough:
-        line += f"; {images} images with objects, {MIN_IMAGES} are the least that an interval is taken from"
+        line += f"; {images} image{'s' * (images != 1)} with objects, {MIN_IMAGES} are the least that an interval is taken from"
     if low is None or not enough:
         return {"status": status, "line": line, "smallest_difference": None}
     smallest = (high - low) / 2

@@ -14,7 +14,7 @@ from torch import nn
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.runtime.backend import check_input
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
 class TorchBackend:
@@ -25,7 +25,7 @@ class TorchBackend:
         names: of the classes.
         imgsz: height and width, px.
         device: "cpu" or "cuda:0" and so on.
-        precision: fp32 or fp16. fp16 on a CPU is whatever torch makes of half convolutions there.
+        precision: fp64, fp32 or fp16. fp16 on a CPU is whatever torch makes of half convolutions there.
         threads: of the CPU, for the whole process (torch knows no other); None leaves them.
 
     Raises:
@@ -53,6 +53,8 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         self.names, self.imgsz, self.precision = tuple(names), (int(imgsz[0]), int(imgsz[1])), precision
+        convs = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+        self.channels = next((conv.in_channels for conv in convs), 3)
         self.threads = torch.get_num_threads()
         self._device, self._dtype = torch.device(device), _DTYPES[precision]
         self._module = self._prepared(module)
@@ -80,7 +82,7 @@ class TorchBackend:
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def _tensor(self, images_BCHW: np.ndarray) -> torch.Tensor:
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         return torch.from_numpy(images_BCHW).to(self._device, self._dtype)
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:

@@ -18,7 +18,7 @@ FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 def decode_tail(graph: onnx.GraphProto) -> list[str]:
     """Names of the nodes between the head's output convolutions and the graph's output: DFL, box decode, sigmoid.
 
-    These are the nodes that no convolution but DFL's own (one output channel) follows.
+    These are the nodes that no convolution follows: `export_onnx` writes DFL as sums.
     """
     consumers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -28,16 +28,12 @@ def decode_tail(graph: onnx.GraphProto) -> list[str]:
     tail = []
     for node in reversed(graph.node):
         followers = [user for output in node.output for user in consumers.get(output, [])]
-        feature = any(user.name in before or _is_feature_conv(user) for user in followers)
-        if feature or _is_feature_conv(node):
+        feature = any(user.name in before or user.op_type == "Conv" for user in followers)
+        if feature or node.op_type == "Conv":
             before.add(node.name)
         else:
             tail.append(node.name)
     return tail[::-1]
-
-
-def _is_feature_conv(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Conv"
 
 
 def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:

@@ -51,6 +51,10 @@ class Backend(Protocol):
         """Height and width of the input, px."""
 
     @property
+    def channels(self) -> int:
+        """Channels of the input: 3, RGB; or 1, grey."""
+
+    @property
     def batch(self) -> Optional[int]:
         """Images a call takes; None = any number."""
 
@@ -59,7 +63,7 @@ class Backend(Protocol):
         """In words, the arithmetic that the library really chose on this machine."""
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
-        """float32 RGB in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores.
+        """float32 RGB (or grey) in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores.
 
         With `copy=False` the output may be the library's own memory, which the next call overwrites.
         """
@@ -245,9 +249,17 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
         )
 
 
-def check_input(images_BCHW: np.ndarray, imgsz: Tuple[int, int], batch: Optional[int]) -> np.ndarray:
+def check_channels(channels: Any, where: Path) -> int:
+    """Refuse an engine whose input is neither RGB nor grey."""
+    if channels not in (1, 3):
+        raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
+    return int(channels)
+
+
+def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
     """The images as a contiguous array, or ValueError if their type or shape is not what the engine takes."""
-    wanted = ("any" if batch is None else batch, 3, imgsz[0], imgsz[1])
+    batch = backend.batch
+    wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
     shape = images_BCHW.shape
     if images_BCHW.dtype != np.float32 or shape[1:] != wanted[1:] or (batch is not None and shape[0] != batch):
         raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, float32 {list(wanted)} expected")

@@ -82,4 +82,6 @@ class Detector:
 
     def blank(self, count: int = 1) -> Canvas:
         """An input to prepare: of the engine's batch, or of `count` images where it takes any number."""
-        return Canvas(np.zeros((self.backend.batch or count, 3) + tuple(self.backend.imgsz), np.float32))
+        return Canvas(
+            np.zeros((self.backend.batch or count, self.backend.channels) + tuple(self.backend.imgsz), np.float32)
+        )

@@ -7,7 +7,7 @@ threads slow the next one by up to 40 %.
 A spec is a JSON object:
   engine      directory of the engine
   threads     of one inference; null = every usable processor
-  inputs      .npy file, float32 [N, 3, H, W] in 0..1 (real images, letterboxed); null = noise, and the result says so
+  inputs      .npy file, float32 RGB [N, 3, H, W] in 0..1 (real images, letterboxed); null = noise, and the result says so
   warmup_ms, warmup_n   both are reached before the first sample; default 200 ms and 50 (quick: 30 ms and 5)
   quick       smaller warm-up, for tests and first looks
   module      that serves it; default this one
@@ -28,6 +28,7 @@ import numpy as np
 from .backend import Backend
 from .device import device_state, read_line
 from .engine import open_engine
+from .pre import LUMA_3
 from .turns import measure_in_turn
 
 __all__ = ["LEAST_SAMPLES", "Served", "main", "measure", "measure_in_turn", "open_spec", "percentiles"]
@@ -119,11 +120,14 @@ def _inputs(backend: Backend, file: Optional[str]) -> List[np.ndarray]:
     """Batches to cycle through."""
     size = backend.batch or 1
     if file is None:
-        noise = np.random.default_rng(0).random((size, 3) + tuple(backend.imgsz), dtype=np.float32)
-        return [noise]
+        shape = (size, backend.channels) + tuple(backend.imgsz)
+        return [np.random.default_rng(0).random(shape, dtype=np.float32)]
     images_NCHW = np.load(file, allow_pickle=False)
     if images_NCHW.ndim != 4 or len(images_NCHW) < size:
         raise ValueError(f"{file}: array {list(images_NCHW.shape)}, at least [{size}, 3, H, W] expected")
+    if backend.channels == 1:
+        share_311 = (LUMA_3 / np.float32(1 << 15)).astype(np.float32)[:, None, None]
+        images_NCHW = (images_NCHW * share_311).sum(axis=1, keepdims=True)
     return [images_NCHW[start : start + size] for start in range(0, len(images_NCHW) - size + 1, size)]
 
 

@@ -83,7 +83,8 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
     medians = []
     for _ in range(ROUNDS):
         with open_engine(engine, threads=threads) as backend:
-            images = np.random.default_rng(0).random((backend.batch or 1, 3) + tuple(backend.imgsz), dtype=np.float32)
+            shape = (backend.batch or 1, backend.channels) + tuple(backend.imgsz)
+            images = np.random.default_rng(0).random(shape, dtype=np.float32)
             medians.append(float(np.median(measure(backend.bind(images), TIMED_RUNS))))
     return min(medians)
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .backend import census_words, check_input, check_output, describe_onnx, resolve, save_info
+from .backend import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
 from .device import usable_cpus
 from .errors import EngineError, RuntimeUnavailable
 
@@ -55,7 +55,8 @@ class OpenVINOBackend:
         self._executed: Optional[str] = None
         shape = self._compiled.input(0).get_partial_shape()
         self.batch: Optional[int] = None if shape[0].is_dynamic else shape[0].get_length()
-        takes = tuple(-1 if d.is_dynamic else d.get_length() for d in shape)[2:]
+        channels, *takes = [-1 if d.is_dynamic else d.get_length() for d in shape][1:]
+        self.channels = check_channels(channels, self._file)
         if any(size not in (-1, wanted) for size, wanted in zip(takes, self.imgsz)):
             raise EngineError(f"{self._file}: takes {list(takes)} px, its metadata says {self.imgsz}; export again")
         output = self._compiled.output(0).get_partial_shape()
@@ -75,13 +76,13 @@ class OpenVINOBackend:
             raise EngineError(f"{self._file}: OpenVINO {ov.__version__} rejects it: {error}") from error
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         self._request.infer([images_BCHW], share_inputs=True, share_outputs=True)
         output = self._request.get_output_tensor(0).data
         return np.array(output, np.float32) if copy else np.asarray(output, np.float32)
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         request = self._compiled.create_infer_request()  # of its own: a request keeps the tensor it was given last
         request.set_input_tensor(_library().Tensor(images_BCHW, shared_memory=True))
 
@@ -109,7 +110,7 @@ class OpenVINOBackend:
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Least milliseconds of each node of the compiled graph, by name."""
         request = self._compile(PERF_COUNT="YES").create_infer_request()
-        blank = np.zeros((self.batch or 1, 3) + self.imgsz, np.float32)
+        blank = np.zeros((self.batch or 1, self.channels) + self.imgsz, np.float32)
         samples: Dict[str, List[float]] = {}
         for _ in range(runs):
             request.infer([blank])

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .backend import census_words, check_input, check_output, describe_onnx, resolve, save_info
+from .backend import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
 from .device import usable_cpus
 from .errors import EngineError, RuntimeUnavailable
 
@@ -67,7 +67,8 @@ class OrtBackend:
         check_output(self.info, output.shape, self._file)
         if self._input.type != "tensor(float)" or output.type != "tensor(float)":
             raise EngineError(f"{self._file}: takes {self._input.type}, gives {output.type}; tensor(float) expected")
-        batch, _, height, width = self._input.shape
+        batch, channels, height, width = self._input.shape
+        self.channels = check_channels(channels, self._file)
         self.batch: Optional[int] = batch if isinstance(batch, int) else None
         if (isinstance(height, int) and height != self.imgsz[0]) or (isinstance(width, int) and width != self.imgsz[1]):
             raise EngineError(f"{self._file}: takes {height}x{width} px, its metadata says {self.imgsz}; export again")
@@ -87,11 +88,11 @@ class OrtBackend:
             raise EngineError(f"{self._file}: ONNX Runtime {ort.__version__} rejects it: {error}") from error
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         return self._session.run(None, {self._input.name: images_BCHW})[0]
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        feed = {self._input.name: check_input(images_BCHW, self.imgsz, self.batch)}
+        feed = {self._input.name: check_input(images_BCHW, self)}
         return lambda: self._session.run(None, feed)
 
     @property
@@ -134,7 +135,7 @@ class OrtBackend:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "ort")
             session = self._open(options, ort)
-            blank = np.zeros((self.batch or 1, 3) + self.imgsz, np.float32)
+            blank = np.zeros((self.batch or 1, self.channels) + self.imgsz, np.float32)
             for _ in range(runs):
                 session.run(None, {self._input.name: blank})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -178,5 +179,5 @@ class OrtBackend:
         shutil.copyfile(onnx, out / ENGINE_FILE)
         save_info(info, out, [ENGINE_FILE])
         with OrtBackend(out) as engine:
-            engine(np.zeros((engine.batch or 1, 3) + engine.imgsz, np.float32))
+            engine(np.zeros((engine.batch or 1, engine.channels) + engine.imgsz, np.float32))
         return {name: out / name for name in (ENGINE_FILE, "engine.json")}

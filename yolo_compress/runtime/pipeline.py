@@ -67,7 +67,8 @@ class Lender:
                 stack.callback(partial(_closed, thread, backend))
                 self._idle.put((thread, backend))
             self._stack = stack.pop_all()
-        self.names, self.imgsz, self.batch = backend.names, backend.imgsz, backend.batch
+        self.names, self.imgsz = backend.names, backend.imgsz
+        self.batch, self.channels = backend.batch, backend.channels
 
     def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
         thread, backend = self._idle.get()

@@ -1,6 +1,6 @@
 """Image to network input, pixel for pixel as Ultralytics' validator makes it with `rect=False`.
 
-Shape suffixes: H, W pixels; 3 = RGB; C = channels. cv2 decodes and scales where it is installed; else Pillow decodes and
+Shape suffixes: H, W pixels; 3 = RGB; C = channels, 3 or, grey, 1. cv2 decodes and scales where it is installed; else Pillow decodes and
 numpy scales with cv2's fixed-point arithmetic (differs by at most one grey level in less than 1 % of the pixels).
 """
 
@@ -18,6 +18,7 @@ NUMPY_MAGIC = b"\x93NUMPY"
 PAD_VALUE = 114  # grey of Ultralytics' LetterBox
 _UNIT = np.arange(256, dtype=np.float32) / np.float32(255)  # a byte's value as the network takes it
 _GREY = _UNIT[PAD_VALUE]
+LUMA_3 = np.array([9798, 19235, 3735], np.int32)  # what red, green and blue give to grey, in 1 / 2**15
 
 
 class UnreadableImage(ValueError):
@@ -136,12 +137,12 @@ class Canvas:
         """
         if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
             raise ValueError(f"letterbox takes uint8 RGB [H, W, 3], got {image_HW3.dtype} {list(image_HW3.shape)}")
-        chw_3HW = self.images_BCHW[index]
+        chw_CHW = self.images_BCHW[index]
         height, width = image_HW3.shape[:2]
-        target_h, target_w = chw_3HW.shape[1:]
+        target_h, target_w = chw_CHW.shape[1:]
         longest = max(target_h, target_w)
         scale = longest / max(height, width)
-        image = image_HW3
+        image = image_HW3 if len(chw_CHW) == 3 else grey(image_HW3)
         if scale != 1:
             image = resize(image, min(math.ceil(height * scale), longest), min(math.ceil(width * scale), longest))
         fit = min(target_h / image.shape[0], target_w / image.shape[1], 1.0)
@@ -151,51 +152,60 @@ class Canvas:
         top, left = round((target_h - placed_h) / 2 - 0.1), round((target_w - placed_w) / 2 - 0.1)
         bottom, right = top + placed_h, left + placed_w
         if self._bordered[index] != (top, left, bottom, right):
-            chw_3HW[:, :top] = chw_3HW[:, bottom:] = _GREY
-            chw_3HW[:, top:bottom, :left] = chw_3HW[:, top:bottom, right:] = _GREY
+            chw_CHW[:, :top] = chw_CHW[:, bottom:] = _GREY
+            chw_CHW[:, top:bottom, :left] = chw_CHW[:, top:bottom, right:] = _GREY
             self._bordered[index] = (top, left, bottom, right)
-        _normalise(image, chw_3HW[:, top:bottom, left:right])
+        _normalise(image, chw_CHW[:, top:bottom, left:right])
         return Letterbox((placed_h / height, placed_w / width), left, top, height, width)
 
 
 def letterbox(
-    image_HW3: np.ndarray, imgsz_hw: Tuple[int, int], out: Optional[np.ndarray] = None
+    image_HW3: np.ndarray, imgsz_hw: Tuple[int, int], out: Optional[np.ndarray] = None, channels: int = 3
 ) -> Tuple[np.ndarray, Letterbox]:
     """One image as the network's input, see `Canvas.place`.
 
     Args:
         image_HW3: uint8 RGB.
         imgsz_hw: height and width of the network input, px.
-        out: float32 [3, H, W] to write all of; default a new array.
+        out: float32 [C, H, W] to write all of; default a new array.
+        channels: of the network input: 3, RGB; or 1, grey.
 
     Returns:
-        chw_3HW float32 RGB in 0..1 (`out` where given), and the placement.
+        chw_CHW float32 in 0..1 (`out` where given), and the placement.
     """
-    shape = (3,) + tuple(imgsz_hw)
-    chw_3HW = np.empty(shape, np.float32) if out is None else out
-    if chw_3HW.shape != shape or chw_3HW.dtype != np.float32:
-        raise ValueError(f"out is {chw_3HW.dtype} {list(chw_3HW.shape)}, float32 {list(shape)} expected")
-    return chw_3HW, Canvas(chw_3HW[None]).place(0, image_HW3)
+    shape = (channels,) + tuple(imgsz_hw)
+    chw_CHW = np.empty(shape, np.float32) if out is None else out
+    if chw_CHW.shape != shape or chw_CHW.dtype != np.float32:
+        raise ValueError(f"out is {chw_CHW.dtype} {list(chw_CHW.shape)}, float32 {list(shape)} expected")
+    return chw_CHW, Canvas(chw_CHW[None]).place(0, image_HW3)
 
 
-def _normalise(image_HW3: np.ndarray, out_3HW: np.ndarray) -> None:
+def grey(image_HW3: np.ndarray) -> np.ndarray:
+    """The brightness of a uint8 RGB image, image_HW1: ITU-R BT.601 as cv2's COLOR_RGB2GRAY has it; grey stays as it is."""
+    cv2 = _cv2()
+    if cv2 is not None:
+        return cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)[..., None]
+    return ((image_HW3 @ LUMA_3 + (1 << 14)) >> 15).astype(np.uint8)[..., None]
+
+
+def _normalise(image_HWC: np.ndarray, out_CHW: np.ndarray) -> None:
     """The colours apart, as float32 in 0..1."""
     cv2 = _cv2()
     if cv2 is not None:  # contiguous planes and a table: half the passes over memory, on all its threads
-        for plane_HW, target_HW in zip(cv2.split(image_HW3), out_3HW):
+        for plane_HW, target_HW in zip(cv2.split(image_HWC), out_CHW):
             cv2.LUT(plane_HW, _UNIT, target_HW)
         return
-    for plane_HW, target_HW in zip(image_HW3.transpose(2, 0, 1), out_3HW):
+    for plane_HW, target_HW in zip(image_HWC.transpose(2, 0, 1), out_CHW):
         np.copyto(target_HW, plane_HW)
         np.divide(target_HW, np.float32(255), out=target_HW)  # of floats in place: quicker than of bytes
 
 
-def resize(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear, without antialiasing, as `cv2.resize(..., INTER_LINEAR)` on uint8."""
     cv2 = _cv2()
-    if cv2 is not None:
-        return cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_LINEAR)
-    return resize_numpy(image_HW3, height, width)
+    if cv2 is not None:  # it drops the only channel of a grey image
+        return cv2.resize(image_HWC, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, -1)
+    return resize_numpy(image_HWC, height, width)
 
 
 def resize_numpy(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from . import cuda
-from .backend import EngineInfo, census_words, check_input, check_output, resolve
+from .backend import EngineInfo, census_words, check_channels, check_input, check_output, resolve
 from .errors import EngineError, RuntimeUnavailable
 from .tensorrt_execution import Execution, Tensors
 from .tensorrt_log import logger, runtime
@@ -126,7 +126,7 @@ class TensorRTBackend:
         self.batch: Optional[int] = None if batch < 0 else int(batch)
         self._main = self._execution()
         if self._refused is None:
-            self._main.fit((self.batch or 1, 3) + self.imgsz)
+            self._main.fit((self.batch or 1, self.channels) + self.imgsz)
             self._main.source.host[...] = 0
             for _ in range(2):  # plainly, and captured
                 self._main()
@@ -148,13 +148,14 @@ class TensorRTBackend:
         if len(inputs) != 1 or len(outputs) != 1 or not floats:
             raise EngineError(f"{self._file}: tensors {tensors}; one float32 input and one float32 output expected")
         shape = tuple(engine.get_tensor_shape(inputs[0]))
-        if shape[1:] != (3,) + self.imgsz:
+        if len(shape) != 4 or shape[2:] != self.imgsz:
             raise EngineError(f"{self._file}: takes {list(shape)}, its sidecar says {list(self.imgsz)} px")
+        self.channels = check_channels(shape[1], self._file)
         check_output(self.info, tuple(engine.get_tensor_shape(outputs[0])), self._file)
         return Tensors(inputs[0], outputs[0])
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         self._main.fit(images_BCHW.shape)
         self._main.source.host[...] = images_BCHW
         self._main()
@@ -163,7 +164,7 @@ class TensorRTBackend:
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         """See `Backend.bind`. Each has a context of its own, with its activations, until the engine is closed."""
-        images_BCHW = check_input(images_BCHW, self.imgsz, self.batch)
+        images_BCHW = check_input(images_BCHW, self)
         run = self._execution(transfers=False, refused=self._main.refused)
         run.fit(images_BCHW.shape)
         self._memory.to_device(run.source.pointer, images_BCHW)
@@ -199,8 +200,8 @@ class TensorRTBackend:
         profiler = Profiler(self._trt.IProfiler)
         run = self._execution(transfers=False, refused="profiled")
         run.context.profiler = profiler
-        run.fit((self.batch or 1, 3) + self.imgsz)
-        self._memory.to_device(run.source.pointer, np.zeros((self.batch or 1, 3) + self.imgsz, np.float32))
+        run.fit((self.batch or 1, self.channels) + self.imgsz)
+        self._memory.to_device(run.source.pointer, np.zeros((self.batch or 1, self.channels) + self.imgsz, np.float32))
         for _ in range(runs):
             run()
         self._executions.remove(run)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolo_compress import progress
 from yolo_compress.artifact import atomic_write, fingerprint
 from yolo_compress.data import Sample, calibration_subset
 from yolo_compress.runtime.pre import letterbox, read_image
@@ -18,14 +19,19 @@ BATCH = 16
 
 
 def chosen(job: Job, count: int) -> list[Sample]:
-    """`count` training images chosen by the recipe's seed."""
-    return calibration_subset(job.dataset.train, count, job.recipe.run.seed)
+    """`count` training images chosen by the recipe's seed; all of them, with a line that says so, where there are fewer."""
+    found = calibration_subset(job.dataset.train, count, job.recipe.run.seed)
+    if len(found) < count:
+        progress.say(f"calibration: all {len(found)} training images, fewer than the {count} of calib_images")
+    return found
 
 
-def letterboxed(samples: Sequence[Sample], imgsz_hw: tuple[int, int], batch: int = BATCH) -> Iterator[Tensor]:
-    """images_BCHW, RGB float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
-    for start in range(0, len(samples), batch):
-        images = [letterbox(read_image(sample.image), imgsz_hw)[0] for sample in samples[start : start + batch]]
+def letterboxed(job: Job, samples: Sequence[Sample]) -> Iterator[Tensor]:
+    """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
+    size, channels = job.imgsz_hw, job.dataset.channels
+    for start in range(0, len(samples), BATCH):
+        part = samples[start : start + BATCH]
+        images = [letterbox(read_image(sample.image), size, channels=channels)[0] for sample in part]
         yield torch.from_numpy(np.stack(images))
 
 

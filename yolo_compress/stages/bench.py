@@ -109,7 +109,7 @@ def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
 
 def _signature(backend: Backend) -> dict[str, Any]:
     """What the network takes and gives: classes, input in px, output of one image."""
-    blank_BCHW = np.zeros((backend.batch or 1, 3, *backend.imgsz), np.float32)
+    blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 
 

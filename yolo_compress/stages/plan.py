@@ -113,7 +113,7 @@ class Planner:
         return Evidence(
             model,
             groups,
-            images=lambda: letterboxed(self.samples, job.imgsz_hw),
+            images=lambda: letterboxed(job, self.samples),
             losses=partial(ultra.losses, dataset=job.dataset, samples=self.samples, imgsz_px=max(job.imgsz_hw)),
             seed=job.recipe.run.seed,
         )

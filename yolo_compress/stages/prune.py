@@ -94,7 +94,7 @@ def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
     """mAP as cut, and after BatchNorm was re-estimated, in place."""
     cut = measure(job, model, "after the cut")["map50_95"]
-    reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw))
+    reestimate_batchnorm(model, letterboxed(job, samples))
     repaired = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
     progress.say(f"prune: mAP50-95 {cut:.3f} after the cut, {repaired:.3f} after re-estimating BatchNorm")
     return {"map50_95_after_cut": cut, "map50_95_after_bn": repaired}

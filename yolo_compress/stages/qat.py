@@ -39,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     images = chosen(job, config.calib_images)
     calibrated = partial(
         ptq,
-        batches=lambda: letterboxed(images, job.imgsz_hw),
+        batches=lambda: letterboxed(job, images),
         method=config.calibrator,
         percentile=config.percentile,
     )

@@ -47,7 +47,7 @@ def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
     metrics = finish(job, trained)
     if not collapsed(before, stale := metrics["map50_95"]):
         return metrics
-    reestimate_batchnorm(trained, letterboxed(chosen(job, REESTIMATE_IMAGES), job.imgsz_hw))
+    seen = reestimate_batchnorm(trained, letterboxed(job, chosen(job, REESTIMATE_IMAGES)))
     metrics = finish(job, trained)
     if collapsed(before, fresh := metrics["map50_95"]):
         raise NumericsError(
@@ -56,7 +56,7 @@ def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
         )
     progress.say(
         f"sparsify: BatchNorm's averages had not followed the gammas (mAP50-95 {stale:.3f}); taken anew from "
-        f"{REESTIMATE_IMAGES} training images: {fresh:.3f}. A lower sparsify.lr0 over more epochs avoids this"
+        f"{seen} training images: {fresh:.3f}. A lower sparsify.lr0 over more epochs avoids this"
     )
     return metrics
 

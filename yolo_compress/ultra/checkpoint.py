@@ -126,12 +126,14 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | Non
     for attribute in ("criterion", "pt_path", "class_weights"):
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
-    for cached in (
-        "anchors",
-        "strides",
-        "shape",
-    ):  # of the last image Detect decoded; the file is one of the weights alone
-        model.model[-1].__dict__.pop(cached, None)
+    head = model.model[-1]
+    passing = ["anchors", "strides", "shape"]  # of the last image Detect decoded; the file is one of the weights alone
+    if not getattr(head, "end2end", False):
+        passing.append(
+            "_end2end"
+        )  # validation writes the default down; a run resumed after its last epoch has had none
+    for attribute in passing:
+        head.__dict__.pop(attribute, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     foreign = {

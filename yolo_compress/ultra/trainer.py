@@ -184,8 +184,9 @@ class HookedTrainer(DetectionTrainer):
         if self.settings.bfloat16:  # without the scaler of gradients, which it does not need
             self.amp = True
         model = unwrap_model(self.model)
+        settle(model, len(self.train_loader) * self.epochs)  # after the EMA was copied, which keeps its momentum
         self._criterion = _HookedCriterion(model, self.hooks)
-        model.criterion = self._criterion  # after the EMA was copied, which keeps the plain loss
+        model.criterion = self._criterion  # and the plain loss
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(model, *args, **kwargs)
@@ -358,6 +359,18 @@ class HookedTrainer(DetectionTrainer):
     def close(self) -> None:
         """Take the bars off the screen."""
         self._leave(to=0)
+
+
+def settle(model: nn.Module, steps: int) -> None:
+    """Let the statistics of BatchNorm follow within the steps of a run, in place.
+
+    Ultralytics' momentum of 0.03 averages over about 33 steps. After fewer, as with a handful of images, the statistics are
+    those of weights that are gone, and in evaluation mode each layer amplifies what the one before it is off by: features
+    of 3 became 2,500 after one step of AdamW. So the average is over no more steps than there are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+            module.momentum = max(module.momentum, 1 / steps)
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:

@@ -30,6 +30,7 @@ CARRIES = frozenset(
         "Flatten",
     }
 )
+ROUNDED_BIN = 0.1  # of a bin: INT8 codes of the weights 0 to 15 are off by 0.06 at most
 
 
 class Graph:
@@ -231,25 +232,37 @@ class Graph:
 
     @cached_property
     def before_layers(self) -> set[str]:
-        """Tensors that a layer with weights and more than one output channel reads, at once or later.
+        """Tensors that a layer with weights reads, at once or later; DFL is no such layer.
 
-        What is not among them is the tail: what the head's output convolutions make, DFL (one output channel), decode.
+        What is not among them is the tail: what the head's output convolutions make, DFL, decode.
         """
         found: set[str] = set()
         for node in reversed(self.nodes):
-            if self._width(node) > 1 or any(name in found for name in node.output):
+            if self._is_layer(node) or any(name in found for name in node.output):
                 found.update(node.input)
         return found
 
-    def _width(self, node: NodeProto) -> int:
-        """Output channels of a layer with weights, 0 of other nodes."""
-        if node.op_type in ("Conv", "ConvTranspose"):
-            channels = self.channels(node)
-            return channels[1] if channels else 2  # unknown: taken for a layer like others
-        if node.op_type == "Gemm" or (node.op_type == "MatMul" and self.is_constant(node.input[1])):
-            shape = self.shapes.get(self.weight(node), ())
-            return shape[int(not attribute(node, "transB", 0))] or 0 if len(shape) == 2 else 0
-        return 0
+    def _is_layer(self, node: NodeProto) -> bool:
+        """Whether a node has weights that are learnt."""
+        product = node.op_type == "MatMul" and self.is_constant(node.input[1])
+        return (product or node.op_type in WEIGHTED) and not self.is_dfl(node)
+
+    def is_dfl(self, node: NodeProto) -> bool:
+        """Whether a node is DFL: of a softmax over bins it takes the sum weighted 0, 1, 2, ... (of quantised weights, the codes).
+
+        The number of output channels says nothing: a class convolution of one class has one, too.
+        """
+        bins_N = self.value(self.weight(node))
+        if bins_N is None or bins_N.size < 2 or bins_N.size != max(bins_N.shape):
+            return False
+        bins_N = bins_N.ravel().astype(np.float64)
+        step = (bins_N[-1] - bins_N[0]) / (len(bins_N) - 1)
+        if not step > 0 or np.abs((bins_N - bins_N[0]) / step - np.arange(len(bins_N))).max() > ROUNDED_BIN:
+            return False
+        maker = self.maker.get(self.bare(node.input[0]))
+        while maker is not None and maker.op_type in CARRIES:
+            maker = self.maker.get(self.bare(maker.input[0]))
+        return maker is not None and maker.op_type == "Softmax"
 
     def upstream(self, tensor: str) -> set[str]:
         """Every tensor that a tensor is computed from."""

@@ -84,7 +84,7 @@ def one_sided_layers(graph: Graph, target: Target) -> Hits:
 
 
 def int8_tails(graph: Graph, target: Target) -> Hits:
-    """Convolutions that no layer with weights follows; DFL's, with one output channel, does not count as following."""
+    """Convolutions that no layer with weights follows; DFL does not count as following."""
     for node in _weighted(graph):
         if node.op_type != "Gemm" and graph.is_int8(node) and node.output[0] not in graph.before_layers:
             yield name_of(node), "an output convolution computes in INT8"
