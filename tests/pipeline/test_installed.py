@@ -43,7 +43,7 @@ CHECKOUT = sys.argv.pop(1)
 sys.addaudithook(watch)
 runpy.run_module("yolo_compress", run_name="__main__", alter_sys=True)
 """
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -67,7 +67,7 @@ class Installed:
             env={**kept, "PYTHONPATH": str(self.wheel), "PYTHONDONTWRITEBYTECODE": "1", **variables},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
         )
         assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
         return done
@@ -85,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=work,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(work / "dist" / done.stdout.split()[-1]) as archive:

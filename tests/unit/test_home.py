@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from yolo_compress import home
+from yolo_compress import home, pipeline
 from yolo_compress.__main__ import main
 from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import EnvironmentLacks, StorageError
@@ -74,6 +75,16 @@ def test_a_home_that_is_a_file(user: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv(home.VARIABLE, "file")
     assert main(["gc"]) == StorageError.exit_code
     assert "file/weights/.lock: Not a directory" in capsys.readouterr().err
+
+
+def test_a_probe_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(job: object, weights: object, folder: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr(pipeline, "_planning", lambda recipe, store: nullcontext((None, None)))
+    monkeypatch.setattr("yolo_compress.stages.plan.probe", refuse)
+    assert main(["probe", "recipe=digits", "out=p"]) == StorageError.exit_code
+    assert capsys.readouterr().err == "error: cannot write p: Read-only file system\n"
 
 
 @pytest.mark.parametrize(
