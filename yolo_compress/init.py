@@ -42,11 +42,11 @@ class Target:
     """Where the engine will run, and what that decides.
 
     Attributes:
-        title: As the recipe's first comment names it.
+        title: As the recipe names it.
         round_to: Widths are multiples of this, and why.
         weight_bits: `qat.weight_bits`, and why.
         smallest_px: Network inputs smaller than this save no time worth having.
-        after: What to do with the report, one command a line; `{recipe}` is the recipe's file.
+        after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
     """
 
     title: str
@@ -56,27 +56,26 @@ class Target:
     after: tuple[str, ...]
 
 
-_BUNDLE = (
-    "yolo-compress bundle recipe={recipe} out=bundle.tar   # then on the robot: python3 build.py, python3 bench.py"
-)
+_BUNDLE = "yolo-compress bundle recipe={recipe} out={name}.tar"
+_LINT = "yolo-compress lint {weights}/{name}/export/compressed/int8.onnx target=tensorrt-"
 _TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
 _TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
-_CPU = Target(
-    "a CPU",
-    sizing.Choice(16, "AVX-512 takes 16 channels at once"),
-    sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
-    320,
-    (_BUNDLE,),
-)
-_GPU = Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,))
 TARGETS: dict[str, Target] = {
-    "cpu": _CPU,
-    "gpu": _GPU,
-    "jetson-orin": Target("a Jetson Orin, JetPack 6 or 7", _TENSOR_CORES, _TENSORRT_BITS, 640, (
-        _BUNDLE, "yolo-compress lint int8.onnx target=tensorrt-10.3    # of weights/NAME/export/compressed")),
-    "jetson-xavier": Target("a Jetson Xavier, JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (
-        _BUNDLE, "yolo-compress lint int8.onnx target=tensorrt-8.5     # of weights/NAME/export/compressed")),
-}  # fmt: skip
+    "cpu": Target(
+        "a CPU",
+        sizing.Choice(16, "AVX-512 takes 16 channels at once"),
+        sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
+        320,
+        (_BUNDLE,),
+    ),
+    "gpu": Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,)),
+    "jetson-orin": Target(
+        "a Jetson Orin with JetPack 6", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}10.3", _BUNDLE)
+    ),
+    "jetson-xavier": Target(
+        "a Jetson Xavier with JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}8.5", _BUNDLE)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -141,14 +140,14 @@ def run(asked: Order) -> dict[str, Any]:
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
     seconds = estimate(facts, chosen)
-    text = _text(_as_asked(sections, chosen, asked.overrides), seconds)
+    text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
     commands = (f"yolo-compress run recipe={asked.out}", *TARGETS[asked.target].after)
     return {
         "recipe": str(asked.out),
         "text": text,
         "minutes": {**{stage: round(value / 60, 1) for stage, value in seconds.items()}, "rest": REST_MINUTES},
-        "next": [command.format(recipe=asked.out) for command in commands],
+        "next": [command.format(recipe=asked.out, name=asked.out.stem, weights=home.weights()) for command in commands],
     }
 
 
@@ -337,10 +336,10 @@ def _machine(facts: Facts) -> str:
     )
 
 
-def _text(written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
+def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
     whole = _minutes(sum(seconds.values()) + 60 * REST_MINUTES)
     lines = [
-        f"# Written by `yolo-compress init`; every number may be changed. The whole chain takes about {whole} here."
+        f"# By `yolo-compress init`, for {title}; every number may be changed. All takes about {whole} on this machine."
     ]
     for name, rows in written.items():
         if not rows:
