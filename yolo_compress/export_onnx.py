@@ -1,7 +1,7 @@
 """The float graph of a detector, as ONNX and TorchScript, in the shape that Ultralytics' own export gives.
 
-Input `images` `[B, 3, H, W]` float32, RGB 0 to 1; output `output0` `[B, 4 + nc, A]` float32: boxes as centre x, centre y,
-width, height in pixels of the input, then class scores 0 to 1. Isaac ROS and Ultralytics decode exactly this.
+Input `images` `[B, C, H, W]` float32, RGB (or grey, C = 1) 0 to 1; output `output0` `[B, 4 + nc, A]` float32: boxes as centre
+x, centre y, width, height in pixels of the input, then class scores 0 to 1. Isaac ROS and Ultralytics decode exactly this.
 """
 
 from __future__ import annotations

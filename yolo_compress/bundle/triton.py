@@ -20,7 +20,8 @@ BATCH = 8  # at most, of a network that takes any
 _TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16"}
 _CONFIG = """# Version {version}. Written after the documents, never run on a Triton server.
 # TensorRT: copy the repository out of the bundle, put engines/tensorrt-{precision}/engine.plan there as {version}/model.plan in
-# place of model.onnx, and say backend: "tensorrt". In: RGB 0 to 1, letterboxed; out: centre x, y, width, height in px, scores; no NMS.
+# place of model.onnx, and say backend: "tensorrt". In: RGB (grey, if of one channel) 0 to 1, letterboxed; out: centre x, y, width,
+# height in px, scores; no NMS.
 name: "{model}"
 backend: "onnxruntime"
 max_batch_size: {batch}

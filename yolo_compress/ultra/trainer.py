@@ -32,6 +32,7 @@ from yolo_compress.ultra.dataset import EpochSampler, PreflightDataset, seed_eve
 from yolo_compress.ultra.settings import TrainSettings
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
+AVERAGES = 3  # of BatchNorm, one after another, that fit into a run at least; so exp(-3) of the old statistics are left
 
 
 def train(
@@ -362,15 +363,15 @@ class HookedTrainer(DetectionTrainer):
 
 
 def settle(model: nn.Module, steps: int) -> None:
-    """Let the statistics of BatchNorm follow within the steps of a run, in place.
+    """Let the statistics of BatchNorm follow the weights within the steps of a run, in place.
 
-    Ultralytics' momentum of 0.03 averages over about 33 steps. After fewer, as with a handful of images, the statistics are
-    those of weights that are gone, and in evaluation mode each layer amplifies what the one before it is off by: features
-    of 3 became 2,500 after one step of AdamW. So the average is over no more steps than there are.
+    Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, as with a handful of images, a fifth of the
+    statistics are still those of the weights at the start, and each layer amplifies what the one before it is off by: a
+    YOLOv8n that had learnt eight images had mAP 0.00, with three averages in a run 0.60.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
-            module.momentum = max(module.momentum, 1 / steps)
+            module.momentum = max(module.momentum, min(1.0, AVERAGES / steps))
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:

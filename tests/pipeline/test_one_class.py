@@ -1,0 +1,116 @@
+"""One class, a few images of odd sizes in odd folders: from the data set to what the robot's commands find."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.pipeline.conftest import Bench, recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NAME = 'it\'s a "bin" <箱>'
+SIZES = ((64, 64), (96, 64), (48, 64), (128, 96), (20, 30), (640, 480), (400, 60), (64, 64))  # width, height in px
+VAL = 4
+
+
+def draw(root: Path) -> dict[str, object]:
+    """A bright square an image, in nested folders with spaces and letters of elsewhere, .JPG and .png, labels with CRLF."""
+    generator = np.random.default_rng(0)
+    for split, sizes in (("train", SIZES), ("val", SIZES[:VAL])):
+        for number, (width, height) in enumerate(sizes):
+            folder = f"{split}/Tag {number % 2} ü"
+            for kind in ("images", "labels"):
+                (root / kind / folder).mkdir(parents=True, exist_ok=True)
+            image = generator.integers(40, 70, (height, width, 3), np.uint8)
+            side = generator.uniform(0.4, 0.6) * min(width, height)
+            x, y = generator.uniform(side / 2, width - side / 2), generator.uniform(side / 2, height - side / 2)
+            image[int(y - side / 2) : int(y + side / 2), int(x - side / 2) : int(x + side / 2)] = 230, 200, 60
+            stem = f"#{number} {split}"
+            suffix = "JPG" if number % 2 else "png"
+            Image.fromarray(image).save(root / "images" / folder / f"{stem}.{suffix}", quality=95)
+            row = f"0 {x / width:.6f} {y / height:.6f} {side / width:.6f} {side / height:.6f}\r\n"
+            (root / "labels" / folder / f"{stem}.txt").write_bytes(row.encode())
+    listed = sorted((root / "images" / "train").rglob("*.*g")) + sorted((root / "images" / "train").rglob("*.JPG"))
+    (root / "train list.txt").write_bytes("".join(f"./{path.relative_to(root)}\r\n" for path in listed).encode())
+    return {"path": str(root), "train": "train list.txt", "val": "images/val", "names": [NAME]}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """The whole chain, run. All images are one batch, so an epoch is one step."""
+    folder = tmp_path / "user's"
+    folder.mkdir()
+    (folder / "weights").mkdir()
+    data = draw(folder / "data é")
+    (folder / "my data.yaml").write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+    training = {"batch": 16, "mosaic": 0.0, "close_mosaic": 0, "warmup_epochs": 0.0}
+    recipe(
+        folder,
+        data={"yaml": "my data.yaml", "imgsz": 64},
+        run={"threads": 1},
+        baseline={**training, "epochs": 50},
+        sparsify=None,
+        prune={**training, "epochs": 4, "keep_flops": 0.8, "calib_images": 64, "teach_from_parent": False},
+        distill={**training, "epochs": 2},
+        qat={**training, "epochs": 1, "calib_images": 64, "lr0": 1e-5},
+        export={"calib_images": 64, "nms": True, "torchscript": False, "precisions": ["fp32", "int8"]},
+        engine={"runtimes": ["onnxruntime"]},
+        bench={"iterations": 8, "rounds": 1, "warmup": 1},
+        report={"min_retention": 0.0, "images": 2, "ab_replicates": 20},
+    )
+    ready = Bench(folder)
+    said = ready.run("run", "recipe=tiny.yaml", OMP_NUM_THREADS="1").stderr
+    assert f"calibration: all {len(SIZES)} training images, fewer than the 64 of calib_images" in said
+    return ready
+
+
+def robot(bench: Bench, command: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(bench.folder / "bundle" / command), *words],
+        capture_output=True, text=True, timeout=200, check=False, cwd=bench.folder,
+        env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_from_images_to_the_robot(bench: Bench) -> None:
+    report = json.loads((bench.folder / "weights/tiny/report/report.json").read_text(encoding="utf-8"))
+    rows = {row["id"]: row for row in report["rows"]}
+    baseline, int8 = rows["original-torch-fp32"], rows["compressed-onnxruntime-int8"]
+    assert report["data"]["names"] == [NAME] and report["data"]["train_images"] == len(SIZES)
+    assert baseline["map50_95"] > 0.2, "eight images are learnt, and BatchNorm follows"
+    assert report["gate"]["passed"] and baseline["per_class"] == {NAME: baseline["map50_95"]}
+    assert "57 int8" in int8["executed"], "every convolution of the plan, with one class as with many"
+    page = (bench.folder / "weights/tiny/report/report.html").read_text(encoding="utf-8")
+    assert "&lt;箱&gt;" in page and "<箱>" not in page
+
+    bench.run("bundle", "recipe=tiny.yaml", "out=bundle", "version=1", OMP_NUM_THREADS="1")
+    manifest = json.loads((bench.folder / "bundle/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["names"] == [NAME] and "onnx/fp32-nms.onnx" in manifest["files"]
+    assert set(manifest["onnx"]) == {"fp32", "int8", "int8-tensorrt11", "int8-onnxruntime", "int8-openvino"}
+
+    val = bench.folder / "val"
+    for kind in ("images", "labels"):
+        shutil.copytree(bench.folder / "data é" / kind / "val", val / kind)
+    robot(bench, "build.py", "--runtime", "onnxruntime", "--precision", "int8")
+    last = robot(bench, "bench.py", "--data", str(val), "--iterations", "8", "--power-s", "0.1").splitlines()[-1]
+    assert json.loads(last)["golden"]["passed"]
+    device = json.loads((bench.folder / "bundle/device.json").read_text(encoding="utf-8"))
+    for row in device["rows"]:
+        here = rows[f"compressed-{row['runtime']}-{row['precision']}"]
+        assert row["map50_95"] == pytest.approx(here["map50_95"], abs=1e-4) and row["image_set"] == here["image_set"]
+
+    robot(bench, "detect.py", str(val / "images" / "Tag 0 ü"), "--draw", "drawn", "--shadow", "shadow.jsonl", "--quiet")
+    frames = [json.loads(line) for line in (bench.folder / "shadow.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(frames) == VAL // 2 == len(list((bench.folder / "drawn").iterdir()))
+    assert all(int(found[5]) == 0 for frame in frames for found in frame["detections"])
