@@ -23,7 +23,7 @@ SET := recipe='$(RECIPE)' \
 
 HOLD := $(or $(YOLO_COMPRESS_HOME),.)
 MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
-PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, share or os.sched_getaffinity(0))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What one worker has to run: a file, so that its fixtures are made once; and all that stands on the finished chain."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            on_chain = {"finished", "chain"} & set(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("chain" if on_chain else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker runs whole files, so that fixtures are made once; all files that stand on the finished chain count as one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _file_or_chain(config.rootpath / nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _file_or_chain(path: Path) -> str:
+    return "chain" if re.search(r"\b(finished|chain): Bench\b", path.read_text()) else str(path)
