@@ -32,7 +32,8 @@ IMGSZ = 64
 NAMES = ["square", "disc"]
 WITHOUT_MOSAIC = {"mosaic": 0.0, "scale": 0.0, "translate": 0.0}
 BASELINE = {
-    "model": "yolov8n.yaml", "epochs": 20, "batch": 4, "lr0": 0.002, "warmup_epochs": 1.0, "cosine": True, **WITHOUT_MOSAIC
+    "model": "yolov8n.yaml", "epochs": 20, "batch": 4, "optimizer": "AdamW", "lr0": 0.002, "warmup_epochs": 1.0, "cosine": True,
+    **WITHOUT_MOSAIC,
 }  # mAP50-95 0.75  # fmt: skip
 UNTRAINED = {"weights": "untrained.pt"}
 

@@ -134,6 +134,7 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | Non
         )  # validation writes the default down; a run resumed after its last epoch has had none
     for attribute in passing:
         head.__dict__.pop(attribute, None)
+    model.stride = head.stride  # one tensor, as in a new net; training makes a copy of it
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     foreign = {
