@@ -45,6 +45,7 @@ MORE = (
     ),
     (r"yolo-compress bundle ", "force=true golden=1"),  # the gate: a chain this short finds next to nothing
     (r"yolo-compress ab ", "replicates=20"),
+    (r"runtime\.layers probe", "--threads 1"),
     (r"python3 build\.py", "--runtime onnxruntime --precision int8"),
     (r"python3 bench\.py", "--engine onnxruntime-int8 --iterations 8"),
 )
