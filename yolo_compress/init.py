@@ -220,9 +220,8 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
     if images < (asked_images := QatConfig.model_fields["calib_images"].default):
         sections["qat"].append(("calib_images", images, f"all there are; {asked_images} where there are more"))
     sections |= {name: [] for name in ("export", "engine", "bench")}
-    sections["report"] = [
-        ("min_retention", 0.98, f"gate: mAP50-95 against the baseline's, on {len(dataset.val)} validation images")
-    ]
+    gate = sizing.min_retention(len(dataset.val))
+    sections["report"] = [("min_retention", gate.value, gate.why)]
     return sections
 
 

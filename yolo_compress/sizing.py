@@ -37,6 +37,10 @@ NOMINAL_BATCH, LONG_TRAINING = (
     64,
     10_000,
 )  # Ultralytics' `optimizer=auto` counts steps of 64 images and changes over at 10,000
+# The gate: 98 % of the baseline's mAP50-95, or MLPerf's lower tier where so few validation images would judge chance. Two models
+# that are equally good differ by 1 % on 87 images (standard error on BCCD, benchmarks/RESULTS.md), by more with the root of fewer.
+MIN_RETENTION, MIN_RETENTION_FEW, FEW_VALIDATION_IMAGES = 0.98, 0.95, 50
+STANDARD_ERROR, STANDARD_ERROR_IMAGES = 0.01, 87
 SMALL_OBJECT_PX = 16  # two cells of the finest grid of YOLOv8, which has a cell every 8 px
 LARGEST_PX = 1280
 WHOLE_IMAGES, WHOLE_SHARE = 10, 5  # at most 10 epochs without mosaic, at most a fifth of all
@@ -110,6 +114,15 @@ def imgsz(samples: Sequence[Sample], smallest_px: int) -> Choice:
     elif side == LARGEST_PX < wanted:
         why += "; consider tiles, they are small for a detector"
     return Choice(side, why)
+
+
+def min_retention(validation_images: int) -> Choice:
+    """Share of the baseline's mAP50-95 that the gate asks for."""
+    chance = STANDARD_ERROR * math.sqrt(STANDARD_ERROR_IMAGES / validation_images)
+    shown = f"on {validation_images:,} validation images equally good models differ by about {100 * chance:.1g} %"
+    if validation_images < FEW_VALIDATION_IMAGES:
+        return Choice(MIN_RETENTION_FEW, f"gate, share of the baseline's mAP50-95; {shown}: 0.98 would judge chance")
+    return Choice(MIN_RETENTION, f"gate, share of the baseline's mAP50-95; {shown}")
 
 
 def resolve(recipe: Recipe, images: int, classes: int) -> Recipe:

@@ -104,3 +104,9 @@ def test_what_auto_became_is_one_line() -> None:
     assert text is not None and text.startswith("auto: baseline epochs=56 batch=16 optimizer=AdamW")
     assert "; prune epochs=39 close_mosaic=7; distill" in text
     assert sizing.said(resolved, resolved) is None
+
+
+def test_the_gate_asks_for_no_more_than_the_images_can_show() -> None:
+    assert [sizing.min_retention(n).value for n in (1, 49, 50, 87, 5000)] == [0.95, 0.95, 0.98, 0.98, 0.98]
+    assert "on 87 validation images equally good models differ by about 1 %" in sizing.min_retention(87).why
+    assert "about 2 %: 0.98 would judge chance" in sizing.min_retention(20).why
