@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.pages import PAGES, ROOT, blocks, commands
@@ -36,10 +37,11 @@ SMALL = (
 
 # Added where a command would train or measure for long.
 MORE = (
-    (r"yolo-compress prune .*prune\.", "prune.epochs=0 prune.calib_images=8"),
+    (r"yolo-compress prune .*prune\.", "prune.epochs=0 prune.calib_images=8 run.threads=1"),
+    (r"yolo-compress qat .*qat\.", "run.threads=1"),
     (
         r"yolo-compress prune recipe='custom'",
-        "data.imgsz=64 data.limit_train=8 baseline.epochs=1 prune.epochs=0 prune.calib_images=8",
+        "data.imgsz=64 data.limit_train=8 baseline.epochs=1 prune.epochs=0 prune.calib_images=8 run.threads=1",
     ),
     (r"yolo-compress bundle ", "force=true golden=1"),  # the gate: a chain this short finds next to nothing
     (r"yolo-compress ab ", "replicates=20"),
@@ -122,6 +124,7 @@ class Reader:
 def called(words: list[str]) -> str | None:
     """The command line in this process, which has torch already; what it leaves to the process is put back."""
     before = signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)  # as tests run beside other work, a second one would only wait
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as a user calls it
