@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_compress import environment, home, pipeline, recipe, sizing, strict_yaml, ultra
+from yolo_compress import environment, estimate, home, pipeline, recipe, sizing, strict_yaml, ultra
 from yolo_compress.artifact import Store
 from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.data import Dataset, Sample
-from yolo_compress.data import load as load_data
 from yolo_compress.errors import RecipeError
 from yolo_compress.explain import did_you_mean, got
-from yolo_compress.prune.price import conv_macs, parameters
+from yolo_compress.prune.price import parameters
 from yolo_compress.runtime.device import usable_cpus
 from yolo_compress.sections import QatConfig, SourceConfig
-from yolo_compress.ultra.settings import multiplies_bfloat16
 from yolo_compress.weights import find_weights
 
 COMMENT_COLUMN = 32
 WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
-TIMED_STEPS = 2
-FORWARD = 1 / 3  # of a training step: what a teacher, or a validated image, costs
-PRUNED_STEP = 0.65  # a step of a model of half of the MACs, of a dense one's
-BFLOAT16_STEP = 0.63  # benchmarks/trainer_overhead.py --mixed
 REST_MINUTES = 4  # export, engines, bench and report
 
 
@@ -139,7 +132,8 @@ def run(asked: Order) -> dict[str, Any]:
     document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
-    seconds = estimate(facts, chosen)
+    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))  # a knob as asked may be auto
+    seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
     commands = (f"yolo-compress run recipe={asked.out}", *TARGETS[asked.target].after)
@@ -158,12 +152,10 @@ def look(asked: Order) -> Facts:
         CompressError: See `run`.
     """
     knobs = dict(asked.overrides)
-    dataset = load_data(
-        asked.data,
-        on_bad="skip" if knobs.get("data.on_bad") == "skip" else "error",
-        allow_overlap=knobs.get("data.allow_overlap") == "true",
-        cache=Store(home.weights()).root / ".cache" / "data.json",
-    )
+    least = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}
+    of_data = [(key, text) for key, text in asked.overrides if key.startswith("data.")]
+    plain = recipe.build(strict_yaml.parse(strict_yaml.dump(least), str(asked.out)), asked.out.stem, of_data)
+    _, dataset = pipeline.prepare(plain, Store(home.weights()))
     origins, models = {}, {}
     for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):
         if checkpoint is not None:
@@ -241,50 +233,6 @@ def _as_asked(
         if rows or name in sections or name in asked:
             out[name] = list(rows.values())
     return out
-
-
-def estimate(facts: Facts, chosen: recipe.Recipe) -> dict[str, float]:
-    """Seconds of each stage that trains, from steps that are timed here; no tensor of the model is changed."""
-    base = _step_seconds(facts, chosen)
-    macs = {name: conv_macs(model, chosen.data.imgsz_hw) for name, model in facts.models.items()}
-    images, val, every = len(facts.dataset.train), len(facts.dataset.val), chosen.run.val_every
-    teacher = macs.get("teacher", macs["baseline"]) / macs["baseline"]
-    relative = {
-        "teacher": teacher,
-        "baseline": 1.0,
-        "prune": PRUNED_STEP + FORWARD,
-        "distill": PRUNED_STEP + FORWARD * teacher,
-        "qat": PRUNED_STEP + FORWARD,
-    }
-    found = {}
-    for stage, cost in relative.items():
-        section = getattr(chosen, stage)
-        if section is None or getattr(section, "weights", None) is not None:
-            continue
-        validated = val * (1 + (section.epochs // every if every else 0)) * FORWARD
-        found[stage] = base * cost * (section.epochs * images + validated)
-    return found
-
-
-def _step_seconds(facts: Facts, chosen: recipe.Recipe) -> float:
-    """Seconds that a training step of the baseline takes for one image: forward, loss and backward, the faster of two.
-
-    Timed in float32; where training will use bfloat16 (`run.device=cpu` with AMX) it takes `BFLOAT16_STEP` of that.
-    """
-    size = max(chosen.data.imgsz_hw)
-    batch = int(chosen.baseline.batch if chosen.baseline.weights is None else chosen.prune.batch)  # type: ignore[union-attr]
-    samples = [facts.dataset.train[i % len(facts.dataset.train)] for i in range(batch * TIMED_STEPS)]
-    model = facts.models["baseline"].to("cpu" if facts.device == "cpu" else f"cuda:{facts.device.split(',')[0]}")
-    seconds, started = [], time.perf_counter()
-    for loss in ultra.losses(model, facts.dataset, samples, size, batch):
-        loss.backward()
-        loss.item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
-        model.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-    model.cpu()
-    mixed = facts.device == "cpu" and multiplies_bfloat16()
-    return min(seconds) / batch * (BFLOAT16_STEP if mixed else 1.0)
 
 
 def _source(stage: str, asked: Order, facts: Facts) -> Section:

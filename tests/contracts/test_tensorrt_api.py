@@ -192,6 +192,7 @@ class FakeTensorRT(ModuleType):
         self.__version__ = api["__version__"]
         self.built: dict[str, Any] = {}
         self.deserialised = 0
+        self.channels = 3  # of the network's input
         self.load = True
         self.capturable = True
         self.log_of_start: str | None = None  # what the log says when a Runtime is made
@@ -276,7 +277,7 @@ class FakeTensorRT(ModuleType):
             if "qdq" in words:
                 self.built["layers"].append(self._layer("QUANTIZE", "INT8"))
             batch, width = -1 if "dynamic" in words else 1, -1 if "free" in words else IMGSZ[1]
-            source = self.strict("ITensor", name="images", shape=Dims([batch, 3, IMGSZ[0], width]))
+            source = self.strict("ITensor", name="images", shape=Dims([batch, self.channels, IMGSZ[0], width]))
             allowed = {"get_layer": lambda index: self.built["layers"][index], "get_input": lambda index: source}
             for name, value in {**allowed, "num_layers": len(self.built["layers"])}.items():
                 setattr(network, name, value)
@@ -364,7 +365,7 @@ class FakeTensorRT(ModuleType):
             return None
         described = json.loads(plan)
         batch = described["batch"]
-        shapes = {"images": Dims([batch, 3, *IMGSZ]), "output0": Dims([batch, 4 + len(NAMES), ANCHORS])}
+        shapes = {"images": Dims([batch, self.channels, *IMGSZ]), "output0": Dims([batch, 4 + len(NAMES), ANCHORS])}
         modes = {"images": self.TensorIOMode.INPUT, "output0": self.TensorIOMode.OUTPUT}
         tensors = list(shapes)
         new = self.__version__.startswith("11")
@@ -583,6 +584,18 @@ def test_an_engine_runs(trt: FakeTensorRT, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"float32 \[1, 3, 32, 64\] expected"):
             backend(np.zeros((2, 3, *IMGSZ), np.float32))
     assert trt.memory.closed and not trt.memory.blocks, "device memory is given back"
+
+
+def test_an_engine_of_grey_images_runs_and_one_of_four_channels_is_refused(trt: FakeTensorRT, tmp_path: Path) -> None:
+    trt.channels = 1
+    images = np.random.default_rng(0).random((1, 1, *IMGSZ), dtype=np.float32)
+    with TensorRTBackend(made(tmp_path, "", "fp32")) as backend:
+        assert backend.channels == 1 and np.allclose(backend(images), expected(images))
+        with pytest.raises(ValueError, match=r"float32 \[1, 1, 32, 64\] expected"):
+            backend(np.zeros((1, 3, *IMGSZ), np.float32))
+    trt.channels = 4
+    with pytest.raises(EngineError, match="takes images of 4 channels"):
+        TensorRTBackend(made(tmp_path, "", "fp32"))
 
 
 # ---- CUDA graphs

@@ -77,6 +77,13 @@ def test_values_of_the_command_line_replace_ours(shop: Path) -> None:
     assert "latency_ms: 5" in made("weights=others.pt", "prune.latency_ms=5", "out=ms.yaml")[1]["text"]
 
 
+def test_what_need_not_be_trained_is_not_timed(shop: Path) -> None:
+    _, summary = made("weights=same.pt", "prune=null", "qat=null", "distill=null")
+    assert set(summary["minutes"]) == {"rest"}
+    chosen, summary = made("weights=others.pt", "baseline.epochs=auto", "data.limit_train=2", "out=auto.yaml")
+    assert chosen.baseline.epochs == "auto" and "2 training and 2 validation images" in summary["text"]
+
+
 def test_a_path_of_any_form_stays_a_path(shop: Path) -> None:
     """Long, with blanks, a hash and a colon: one line of YAML, with its comment beside it."""
     folder = shop / ("a long folder with blanks #1: " + "x" * 120)

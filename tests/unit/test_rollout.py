@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from yolo_compress import helptext
 from yolo_compress.__main__ import main
@@ -442,11 +442,10 @@ def test_a_state_of_another_form_is_refused(change: dict[str, Any]) -> None:
 SAID: Counter[str] = Counter()  # what the looks of the state machine came to
 
 
-class Release(RuleBasedStateMachine):
+class Release:
     """Logs grow out of order, come twice, stop for a while; canaries turn bad. The release never runs ahead of its evidence."""
 
-    @initialize(skew=st.sampled_from([0.0, 0.5, -0.5, -7200.0, 1e6]))
-    def start(self, skew: float) -> None:
+    def __init__(self, skew: float) -> None:
         self.rng, self.skew, self.time = np.random.default_rng(5), skew, 0.0
         self.state = State(A, B)
         self.a: list[Frame] = []
@@ -455,32 +454,35 @@ class Release(RuleBasedStateMachine):
         self.bad = False
         self.seen = [self.state]
 
+    def event(self, dice: random.Random) -> None:
+        happens = dice.choice(
+            [self.both_log, self.b_is_offline, self.lines_come_twice_and_shuffled, self.b_turns_bad, self.look]
+        )
+        happens(dice)
+
     def more(self, n: int, **faults: float) -> tuple[list[Frame], list[Frame]]:
         log_a, log_b = shadow(self.rng, n, self.time, **faults)
         self.time += n
         return list(log_a.frames), [f._replace(at=f.at + self.skew) for f in log_b.frames]
 
-    @rule(n=st.sampled_from([20, 300, 900, 1500]))
-    def both_log(self, n: int) -> None:
+    def both_log(self, dice: random.Random, counts: Sequence[int] = (20, 300, 900, 1500)) -> None:
+        n = dice.choice(counts)
         a, b = self.more(n, problems=0.6) if self.bad else self.more(n)
         self.a, self.b, self.since_stage = self.a + a, b + self.b, self.since_stage + n
 
-    @rule(n=st.integers(20, 200))
-    def b_is_offline(self, n: int) -> None:
-        self.a += self.more(n)[0]
+    def b_is_offline(self, dice: random.Random) -> None:
+        self.a += self.more(dice.randint(20, 200))[0]
 
-    @rule()
-    def lines_come_twice_and_shuffled(self) -> None:
+    def lines_come_twice_and_shuffled(self, _: random.Random) -> None:
         self.b = [self.b[i] for i in self.rng.permutation(len(self.b))] + self.b[:50]
 
-    @rule(luck=st.integers(0, 2))
-    def b_turns_bad(self, luck: int) -> None:
-        self.bad = self.bad or luck == 2
+    def b_turns_bad(self, dice: random.Random) -> None:
+        self.bad = self.bad or dice.random() < 0.3
 
-    @rule(n=st.sampled_from([0, 300, 900, 1500]), cap=st.sampled_from([0.25, 1.0]))
-    def look(self, n: int, cap: float) -> None:
-        if n:
-            self.both_log(n)
+    def look(self, dice: random.Random) -> None:
+        cap = dice.choice([0.25, 1.0])
+        if dice.random() < 0.75:
+            self.both_log(dice, (300, 900, 1500))
         unique = {(f.name, f.at): f for f in self.b}
         if not unique or self.state.exposure > cap:
             return
@@ -505,7 +507,6 @@ class Release(RuleBasedStateMachine):
         self.state = after
         self.seen.append(after)
 
-    @invariant()
     def exposure_is_a_stage_and_an_abort_is_final(self) -> None:
         assert self.state.exposure in (0.0, *STAGES)
         if any(state.status == "aborted" for state in self.seen):
@@ -514,13 +515,14 @@ class Release(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_any_order_of_events() -> None:
+    """The same 50 orders everywhere: what Hypothesis draws depends on its version and on the modules that are loaded."""
     SAID.clear()
-    run_state_machine_as_test(
-        Release,
-        settings=settings(
-            max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, phases=[Phase.generate]
-        ),
-    )
+    for seed in range(50):
+        dice = random.Random(seed)
+        one = Release(skew=dice.choice([0.0, 0.5, -0.5, -7200.0, 1e6]))
+        for _ in range(dice.randint(4, 16)):
+            one.event(dice)
+            one.exposure_is_a_stage_and_an_abort_is_final()
     assert set(SAID) == {"advance", "hold", "abort", "refused"} and SAID["advance"] > 5, SAID
 
 
