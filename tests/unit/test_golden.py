@@ -131,7 +131,7 @@ def test_a_net_that_finds_nothing_makes_no_self_test(tmp_path: Path, monkeypatch
 class Fixed:
     """An engine that gives the anchors of A."""
 
-    names, precision, imgsz, batch, executed = ("a", "b", "c"), "fp32", (96, 96), 1, "fp32"
+    names, precision, imgsz, batch, channels, executed = ("a", "b", "c"), "fp32", (96, 96), 1, 3, "fp32"
 
     def __init__(self, rows: np.ndarray = A) -> None:
         self.output = np.zeros((1, 7, len(rows)), np.float32)

@@ -199,7 +199,7 @@ def _observe(
         for handle in handles:
             handle.remove()
     if count == 0:
-        raise DataError("calibration got no image: give at least one (data.train, qat.calibration_images)")
+        raise DataError("calibration got no image: give at least one (data.limit_train, qat.calib_images)")
 
 
 def _output_hook(name: str, seen: Histogram, bins: bool) -> Callable[[nn.Module, Any, Any], None]:
