@@ -23,7 +23,7 @@ import numpy as np
 from yolo_compress import Artifact, Detector, Recipe, load, open_engine, run
 
 recipe: Recipe = load("digits", [("prune.keep_flops", "0.6")])
-epochs: int = recipe.baseline.epochs
+seed: int = recipe.run.seed
 artifact: Artifact = run(recipe, "report", wait=False)
 html: Path = artifact.file("report.html")
 with open_engine(artifact.path, threads=1) as engine:
