@@ -59,14 +59,17 @@ class Bench:
 
     def run(self, *words: str, code: int = 0) -> Answer:
         """In this process: another would import torch first."""
-        stdout, stderr = io.StringIO(), io.StringIO()
+        stdout, stderr, on_sigterm = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
         with (
             contextlib.chdir(self.folder),
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
             warnings.catch_warnings(action="ignore"),
         ):
-            returncode = main(list(words))
+            try:
+                returncode = main(list(words))
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)  # which `main` answers: the next tests are no command
         return Answer(returncode, stdout.getvalue(), stderr.getvalue()).ended_with(code)
 
     def run_apart(self, *words: str, code: int = 0) -> Answer:
