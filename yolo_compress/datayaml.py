@@ -23,9 +23,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
 NEWLINE = b"\n"
-UNPRINTED = frozenset(
-    ("Cc", "Cs", "Zl", "Zp")
-)  # Unicode's categories of control characters, surrogates and line breaks
+UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
 
 
 _Bad = Callable[[str, str], DataError]  # (key, what is wrong) -> error with file and line

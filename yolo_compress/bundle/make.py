@@ -224,9 +224,8 @@ def _networks(root: Path, export: Artifact) -> dict[str, str]:
         file = Path(name)
         if file.parts[0] == "compressed" and file.suffix in (".onnx", ".cache"):
             shutil.copyfile(export.file(name), root / "onnx" / file.name)
-            by_hand = file.stem == "int8-implicit" or file.stem.endswith(
-                NMS_SUFFIX
-            )  # for the cache; for other decoders
+            # by hand: that of the cache, and those with NMS for other decoders
+            by_hand = file.stem == "int8-implicit" or file.stem.endswith(NMS_SUFFIX)
             if file.suffix == ".onnx" and not by_hand:
                 found[file.stem] = f"onnx/{file.name}"
     return found
