@@ -49,12 +49,12 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "baseline": Stage(trains=True, checked=True),
-    "teacher": Stage(stand_in="baseline", trains=True, checked=True),
-    "sparsify": Stage(("baseline",), stand_in="baseline", trains=True),
-    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=3, trains=True),
-    "distill": Stage(("prune", "teacher"), stand_in="prune", version=2, trains=True, checked=True),
-    "qat": Stage(("distill",), stand_in="distill", version=3, trains=True, checked=True),
+    "baseline": Stage(version=2, trains=True, checked=True),
+    "teacher": Stage(stand_in="baseline", version=2, trains=True, checked=True),
+    "sparsify": Stage(("baseline",), stand_in="baseline", version=2, trains=True),
+    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True),
+    "distill": Stage(("prune", "teacher"), stand_in="prune", version=3, trains=True, checked=True),
+    "qat": Stage(("distill",), stand_in="distill", version=4, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=3),
     "engine": Stage(("export",), machine=True),
     "bench": Stage(("engine", "baseline", "distill"), version=2, machine=True),

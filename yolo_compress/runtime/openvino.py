@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -15,6 +16,7 @@ from .errors import EngineError, RuntimeUnavailable
 RUNTIME = "openvino"
 ENGINE_FILE = "engine.xml"
 WEIGHTS_FILE = "engine.bin"
+_TYPES = threading.Lock()
 _ARITHMETIC = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
@@ -23,6 +25,10 @@ def _library() -> Any:
         import openvino
     except ImportError as error:
         raise RuntimeUnavailable(f"openvino does not import ({error})", "pip install openvino") from error
+    with (
+        _TYPES
+    ):  # the first tensor sets up types; two threads that make it at once wait for each other for ever (2026.4)
+        _ = openvino.Tensor(np.zeros(1, np.float32), shared_memory=True).data
     return openvino
 
 
