@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -389,3 +390,29 @@ def test_probes_are_silent_where_it_works_and_hint_where_not(monkeypatch: pytest
     assert "pip install tensorrt" in (BACKENDS["tensorrt"].probe() or "")
     with pytest.raises(RuntimeUnavailable, match="onnxruntime does not import"):
         OrtBackend(Path("engine"))
+
+
+FIRST_AT_ONCE = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from yolo_compress.runtime.openvino import OpenVINOBackend
+
+sys.setswitchinterval(1e-6)
+engines = [OpenVINOBackend(Path(sys.argv[1]), threads=1) for _ in range(2)]
+start = threading.Barrier(2)
+blank_BCHW = np.zeros((1, 3, *engines[0].imgsz), np.float32)
+threads = [threading.Thread(target=lambda e=engine: (start.wait(), e(blank_BCHW))) for engine in engines]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_two_engines_whose_first_inference_comes_at_once(engines: dict[tuple[str, str], Path]) -> None:
+    """OpenVINO 2026.4 sets up types at the first tensor: two threads that did so at once hung in 10 of 12 processes."""
+    for _ in range(3):
+        command = [sys.executable, "-c", FIRST_AT_ONCE, str(engines["openvino", "fp32"])]
+        assert subprocess.run(command, timeout=60, check=False).returncode == 0
