@@ -194,19 +194,19 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
     sections["prune"] = [
         ("keep_flops", 0.5, "half of the MACs; less is faster, more is safer"),
         ("round_to", target.round_to.value, target.round_to.why),
-        *_trained("prune", images),
+        *_trained("prune", images, asked),
         ("mosaic", 0.5, "half of the images whole, half mosaics of four"),
     ]
     teacher = (
         "the section teacher teaches" if asked.teacher else "no larger teacher given: the unpruned baseline teaches"
     )
     sections["distill"] = [
-        *_trained("distill", images),
+        *_trained("distill", images, asked),
         ("lr0", 0.0005, f"fine steps on a recovered model; {teacher}"),
         ("mosaic", 0.5, ""),
     ]
     sections["qat"] = [
-        *[row for row in _trained("qat", images) if row[0] != "close_mosaic"],
+        *[row for row in _trained("qat", images, asked) if row[0] != "close_mosaic"],
         ("weight_bits", target.weight_bits.value, target.weight_bits.why),
     ]
     if images < (asked_images := QatConfig.model_fields["calib_images"].default):
@@ -242,13 +242,15 @@ def _source(stage: str, asked: Order, facts: Facts) -> Section:
     if facts.origins[stage] == "weights":
         return [("weights", checkpoint, f"{size}; knows these classes, so it is taken as it is")]
     start: Section = [("pretrained", checkpoint, f"{size}; other classes, so training starts from it")]
-    return [*start, *_trained(stage, images)]
+    return [*start, *_trained(stage, images, asked)]
 
 
-def _trained(stage: str, images: int) -> Section:
-    """The schedule of a stage by the number of images."""
+def _trained(stage: str, images: int, asked: Order) -> Section:
+    """The schedule of a stage by the number of images; where epochs are asked for, what follows from them does."""
     epochs = sizing.epochs(stage, images)
-    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": sizing.close_mosaic(epochs.value)}
+    given = dict(asked.overrides).get(f"{stage}.epochs", "")
+    last = sizing.close_mosaic(int(given) if given.isdecimal() else epochs.value)
+    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": last}
     return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
 
 

@@ -74,6 +74,8 @@ def test_values_of_the_command_line_replace_ours(shop: Path) -> None:
     assert chosen.prune is not None and chosen.prune.keep_flops == 0.7 and chosen.data.imgsz == (96, 64)
     assert chosen.qat is None and chosen.sparsify is not None and chosen.sparsify.epochs == 2
     assert summary["text"].count("# as asked") == 3
+    short, _ = made("weights=others.pt", "baseline.epochs=8", "out=short.yaml")
+    assert (short.baseline.epochs, short.baseline.close_mosaic) == (8, 1)
     assert "latency_ms: 5" in made("weights=others.pt", "prune.latency_ms=5", "out=ms.yaml")[1]["text"]
 
 
