@@ -25,9 +25,8 @@ def _library() -> Any:
         import openvino
     except ImportError as error:
         raise RuntimeUnavailable(f"openvino does not import ({error})", "pip install openvino") from error
-    with (
-        _TYPES
-    ):  # the first tensor sets up types; two threads that make it at once wait for each other for ever (2026.4)
+    # The first tensor of a process sets up types; two threads that make it at once wait for each other for ever (2026.4).
+    with _TYPES:
         _ = openvino.Tensor(np.zeros(1, np.float32), shared_memory=True).data
     return openvino
 
