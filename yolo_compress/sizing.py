@@ -33,10 +33,7 @@ EPOCHS = {
     "qat": (6, 2),
 }
 SMALL_SET, LARGE_SET = 500, 20_000  # images below which a batch has 8, from which it has 32
-NOMINAL_BATCH, LONG_TRAINING = (
-    64,
-    10_000,
-)  # Ultralytics' `optimizer=auto` counts steps of 64 images and changes over at 10,000
+NOMINAL_BATCH, LONG_TRAINING = 64, 10_000  # Ultralytics' `optimizer=auto` counts steps of 64 images, changes at 10,000
 # The gate: 98 % of the baseline's mAP50-95, or MLPerf's lower tier where so few validation images would judge chance. Two models
 # that are equally good differ by 1 % on 87 images (standard error on BCCD, benchmarks/RESULTS.md), by more with the root of fewer.
 MIN_RETENTION, MIN_RETENTION_FEW, FEW_VALIDATION_IMAGES = 0.98, 0.95, 50

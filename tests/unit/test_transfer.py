@@ -106,6 +106,16 @@ def test_a_checkpoint_of_the_same_classes_is_taken_whole(folder: Path, dataset: 
     assert "baseline.weights would take it as it is" in said[0]
 
 
+def test_weights_are_suggested_only_where_they_would_be_taken(folder: Path, dataset: Dataset) -> None:
+    """A checkpoint that knows these classes among others, or in another order, is no finished detector of them."""
+    for number, names in enumerate((["nut", "bolt"], ["bolt", "nut", "screw"], ["Bolt", "nut"])):
+        path = folder / f"near{number}.pt"
+        ultra.save_model(ultra.new_model("yolov8n.yaml", names, 3, seed=2), path)
+        said: list[str] = []
+        source.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline", said.append)
+        assert "the class outputs are taken by name" in said[0] and "weights" not in said[0]
+
+
 def test_new_outputs_are_a_function_of_the_seed_alone(folder: Path) -> None:
     state = torch.random.get_rng_state()
     one, other = (ultra.load_pretrained(folder / "eighty.pt", ["x"], seed=7)[0].state_dict() for _ in range(2))

@@ -57,9 +57,8 @@ def start(
     if (channels := ultra.image_channels(model)) != dataset.channels:
         raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
     strides = [int(stride) for stride in model.stride]
-    if strides != STRIDES and (
-        what == "baseline" or config.pretrained
-    ):  # of a given teacher, `distill` says what differs
+    judged = what == "baseline" or config.pretrained is not None  # of a given teacher, `distill` says what differs
+    if judged and strides != STRIDES:
         raise RecipeError(f"{key}: strides {strides}, expected {STRIDES}: only YOLOv8n, s, m, l and x are supported")
     if what == "baseline":
         try:
@@ -82,8 +81,10 @@ def _text(taken: ultra.Taken, key: str, what: str, dataset: Dataset) -> str:
         f"{what}: {taken.tensors} of {taken.of_tensors} tensors, {taken.parameters:,} of {taken.of_parameters:,} parameters "
         f"from {key.partition('=')[2]}"
     )
-    if len(taken.classes) == len(dataset.names):
+    if taken.same:
         return text + f"; it knows all these classes: {what}.weights would take it as it is, without training"
+    if len(taken.classes) == len(dataset.names):
+        return text + "; it knows all these classes, the class outputs are taken by name"
     if not taken.classes:
         return text + "; the class outputs start anew"
     shown = ", ".join(taken.classes[:5]) + (f" and {len(taken.classes) - 5} more" if len(taken.classes) > 5 else "")

@@ -18,13 +18,16 @@ from yolo_compress.ultra.checkpoint import check_loaded, dress, load_any
 
 @dataclass(frozen=True)
 class Taken:
-    """What came from the checkpoint: tensors and parameters of those of the new model, and classes known by name."""
+    """What came from the checkpoint: tensors and parameters of those of the new model, classes known by name, and whether they
+    are all of the checkpoint's, in its order.
+    """
 
     tensors: int
     of_tensors: int
     parameters: int
     of_parameters: int
     classes: tuple[str, ...]
+    same: bool
 
 
 def load_pretrained(
@@ -64,6 +67,7 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
     """Give the model, in place, class outputs for `names`."""
     known = {str(name).strip().lower(): index for index, name in model.names.items()}
     rows = {i: known[name.strip().lower()] for i, name in enumerate(names) if name.strip().lower() in known}
+    same = list(model.names.values()) == list(names)
     head = model.model[-1]
     old = [branch[-1] for branch in head.cv3]
     boxes = [branch[-1].bias.detach().clone() for branch in head.cv2]
@@ -84,7 +88,7 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
     tensors = len(model.state_dict())
     parameters = sum(p.numel() for p in model.parameters())
     new = (len(names) - len(rows)) * sum(conv.in_channels + 1 for conv in old)
-    taken = Taken(tensors - fresh, tensors, parameters - new, parameters, tuple(names[i] for i in rows))
+    taken = Taken(tensors - fresh, tensors, parameters - new, parameters, tuple(names[i] for i in rows), same)
     return dress(model, names), taken
 
 
