@@ -18,7 +18,10 @@ PLACE = "/nms"
 NMS_SUFFIX = "-nms"  # of the name of such a file, behind that of the graph that it was made from
 
 
-def with_nms(source: Path, out: Path, conf: float = 0.25, iou: float = 0.7, max_det: int = 300) -> None:
+NMS_CONF, NMS_IOU, NMS_MOST = 0.25, 0.7, 300
+
+
+def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = NMS_MOST) -> None:
     """Write the graph with ONNX's NonMaxSuppression behind it, which every runtime here takes (TensorRT as INMSLayer).
 
     `output0` becomes `[1, max_det, 6]` float32, as Ultralytics' `nms=True` gives it: x1, y1, x2, y2 in px of the input, score,

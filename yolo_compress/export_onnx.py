@@ -78,6 +78,7 @@ def export_onnx(
         raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
     with torch.no_grad(), quiet_trace():
+        shape = net(images).shape
         torch.onnx.export(
             net,
             (images,),
@@ -91,6 +92,8 @@ def export_onnx(
     graph = onnx.load(str(out))
     if simplify:
         graph = _simplify(graph, out)
+    for dim, size in zip(graph.graph.output[0].type.tensor_type.shape.dim[1:], shape[1:], strict=True):
+        dim.dim_value = size  # with an open batch the tracer leaves the number of classes open, too
     graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
     write_metadata(graph, {**metadata, "precision": "fp32"})
     try:

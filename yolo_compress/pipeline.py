@@ -54,12 +54,12 @@ STAGES: dict[str, Stage] = {
     "sparsify": Stage(("baseline",), stand_in="baseline", version=2, trains=True),
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=3, trains=True, checked=True),
-    "qat": Stage(("distill",), stand_in="distill", version=4, trains=True, checked=True),
-    "export": Stage(("baseline", "distill", "qat"), version=3),
-    "engine": Stage(("export",), machine=True),
-    "bench": Stage(("engine", "baseline", "distill"), version=2, machine=True),
+    "qat": Stage(("distill",), stand_in="distill", version=5, trains=True, checked=True),
+    "export": Stage(("baseline", "distill", "qat"), version=4),
+    "engine": Stage(("export",), version=2, machine=True, checked=True),
+    "bench": Stage(("export", "engine", "baseline", "distill"), version=3, machine=True),
     "report": Stage(
-        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=4
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=5
     ),
 }
 

@@ -433,10 +433,9 @@ class QatConfig(TrainConfig):
     calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
     weight_bits: Annotated[Literal[7, 8], knob(
-        "Bits of the INT8 weights in training. 8: for TensorRT. 7: for the files for CPUs, which hold 7-bit weights "
-        "because 8-bit ones saturate on CPUs without VNNI.",
-        when="Set 7 when the robot runs INT8 on a CPU.",
-        group="Precision", unit="bits")] = 8
+        "Bits of the INT8 weights, in training and in every file. 8-bit weights saturate on CPUs without VNNI.",
+        when="Set 8 when the robot runs TensorRT, or every CPU it may run on has VNNI.",
+        group="Precision", unit="bits")] = 7
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
         "Measure the model on the calibration images with each group of tensors in float alone. Then keep the "
         "cheapest set of groups in float for which the loss or mAP stays within max_drop.",

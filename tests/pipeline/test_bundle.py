@@ -16,6 +16,7 @@ import yaml
 
 from tests.pipeline.conftest import Bench
 from tests.unit.test_robot import BARE
+from yolo_compress.artifact import Store
 from yolo_compress.data import Dataset, load
 from yolo_compress.evaluate.coco import mean_ap
 from yolo_compress.runtime.detector import Detector
@@ -132,3 +133,38 @@ def test_in_a_fresh_environment(chain: Bench, bundle: Path, tmp_path: Path) -> N
     python = tmp_path / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", "numpy", "onnxruntime", "pillow"], check=True)
     compare(python, chain, bundle, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("knob", "target"), [("export.batch=4", "triton"), ("export.dynamic_batch=true", "deepstream")]
+)
+def test_batches_go_from_the_chain_to_the_robot(finished: Bench, tmp_path: Path, knob: str, target: str) -> None:
+    """Boxes are those of single images; 12 images of the robot are three inferences, 8 of the validation two."""
+    bundle = tmp_path / "bundle"
+    words = (
+        finished.namesake("batches"),
+        knob,
+        "engine.runtimes=onnxruntime",
+        "report.images=0",
+        "report.ab_replicates=0",
+    )
+    finished.run("bundle", *words, f"out={bundle}", f"target={target}")
+    store = Store(finished.folder / "weights")
+    rows, single = (
+        {row["file"]: row for row in store.linked(name, "bench").metrics["rows"] if row["status"] != "missing"}
+        for name in ("batches", "tiny")
+    )
+    assert rows["compressed/fp32.onnx"]["map50_95"] == pytest.approx(
+        single["compressed/fp32.onnx"]["map50_95"], abs=1e-4
+    )
+    assert {row["status"] for row in rows.values()} == {"ok", "untimed"}
+    robot(sys.executable, bundle, "build.py", "--runtime", "onnxruntime", "--precision", "int8")
+    measured = json.loads(
+        robot(sys.executable, bundle, "bench.py", "--iterations", "4", "--power-s", "0.1").splitlines()[-1]
+    )
+    assert measured["golden"]["passed"]
+    (tmp_path / "images").mkdir()
+    for number, sample in enumerate(images_of(finished).val[:5]):
+        shutil.copyfile(sample.image, tmp_path / "images" / f"{number}{sample.image.suffix}")
+    lines = robot(sys.executable, bundle, "detect.py", str(tmp_path / "images")).splitlines()
+    assert len(lines) >= 5

@@ -127,7 +127,7 @@ def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes
             "conf": 0.3,
             "a": side,
             "b": {**side, "missed": 15, "recall": 0.875},
-            "mcnemar": {"a_only": 5, "b_only": 2, "p": 0.453},
+            "mcnemar": {"a_only": 5, "b_only": 2, "images": 7, "p": 0.453},
             "threshold_b": 0.25,
             "score_shift": {"median": -0.02, "p10": -0.1, "p90": 0.03},
             "agreement": {"matched": 105, "median_iou": 0.95, "p05_iou": 0.8},

@@ -122,7 +122,12 @@ def test_a_model_against_itself() -> None:
     document = compare(truths, found, [rows.copy() for rows in found], NAMES, replicates=50)
     assert document["verdict"]["status"] == "pass" and document["verdict"]["smallest_difference"] == 0
     assert [document["map50_95"][key] for key in ("delta", "low", "high")] == [0, 0, 0]
-    assert document["flips"] == [] and document["operating"]["mcnemar"] == {"a_only": 0, "b_only": 0, "p": 1.0}
+    assert document["flips"] == [] and document["operating"]["mcnemar"] == {
+        "a_only": 0,
+        "b_only": 0,
+        "images": 0,
+        "p": 1.0,
+    }
     assert document["operating"]["score_shift"] == {"median": 0, "p10": 0, "p90": 0}
     assert document["operating"]["agreement"]["median_iou"] == 1
     assert document["pr"]["a"] == document["pr"]["b"] and len(document["pr"]["a"]) == 101
@@ -178,7 +183,7 @@ def test_the_operating_point_by_hand() -> None:
     at = document["operating"]
     assert at["a"] == {"recall": 2 / 3, "missed": 1, "false_positives": 1, "false_positives_per_image": 0.5}
     assert at["b"] == {"recall": 2 / 3, "missed": 1, "false_positives": 2, "false_positives_per_image": 1.0}
-    assert at["mcnemar"] == {"a_only": 1, "b_only": 1, "p": 1.0}
+    assert at["mcnemar"] == {"a_only": 1, "b_only": 1, "images": 2, "p": 1.0}
     assert document["flips"] == [
         {"image": 0, "lost": 1, "gained": 0, "new_false_positives": 1},
         {"image": 1, "lost": 0, "gained": 1, "new_false_positives": 0},
@@ -190,11 +195,33 @@ def test_the_operating_point_by_hand() -> None:
     assert restored["operating"]["b"]["recall"] == at["a"]["recall"]
 
 
-def test_mcnemar_is_the_binomial_test() -> None:
-    assert mcnemar(10, 2)["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert mcnemar(2, 10)["p"] == mcnemar(10, 2)["p"] and mcnemar(5, 5)["p"] == 1 and mcnemar(0, 0)["p"] == 1
+def by_image(*differences: int) -> float:
+    """p of images whose truths that one model alone finds differ by so many."""
+    d_I = np.array(differences)
+    return float(mcnemar(d_I.clip(0), -d_I.clip(max=0))["p"])
+
+
+def test_mcnemar_is_the_binomial_test_where_an_image_has_one_truth() -> None:
+    assert by_image(*[1] * 10, *[-1] * 2) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert by_image(*[1] * 2, *[-1] * 10) == by_image(*[1] * 10, *[-1] * 2)
+    assert by_image(*[1, -1] * 5) == 1 and by_image() == 1 and by_image(0, 0) == 1
     exact = 2 * sum(math.comb(3000, i) for i in range(1401)) / 2**3000
-    assert mcnemar(1400, 1600)["p"] == pytest.approx(exact, rel=1e-9)
+    assert by_image(*[1] * 1400, *[-1] * 1600) == pytest.approx(exact, rel=1e-9)
+
+
+def test_mcnemar_counts_images_and_not_boxes() -> None:
+    """By enumeration of all signs; seven boxes of one image are one observation."""
+    differences = (3, 3, -1, 2, 5, -2)
+    sums = [
+        sum(sign * d for sign, d in zip(signs, differences, strict=True))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    assert by_image(*differences) == pytest.approx(np.mean([abs(one) >= sum(differences) for one in sums]))
+    assert by_image(7) == 1 and by_image(7, 7) == 0.5
+    rng, equal = np.random.default_rng(0), []
+    for _ in range(200):
+        equal.append(by_image(*(7 * rng.choice([0, 1, -1], 300, p=[0.9, 0.05, 0.05]))))
+    assert np.mean(np.array(equal) < 0.05) <= 0.08, "as often as 5 % says; over boxes it was 45 %"
 
 
 def test_latency_is_a_ratio_of_medians_with_an_interval() -> None:

@@ -23,7 +23,7 @@ from yolo_compress.quant.state import AMAX_FLOOR, QuantState, fold
 
 
 def ranges(model: nn.Module) -> QuantState:
-    return ptq(model, lambda: [images(4)], "max")
+    return ptq(model, lambda: [images(4)], "max", weight_bits=8)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_attached_block_follows_the_formula(state: QuantState, name: str) -> Non
 
 def test_our_rounding_is_modelopts(state: QuantState) -> None:
     model = net()
-    attach(model, state, weight_bits=7)
+    attach(model, replace(state, weight_bits=7))
     quantizer, weights = model.model[1].act.quantizer, model.model[1].conv.weight_quantizer
     x = torch.randn(1000) * state.activations["model.1"]
     weight = model.model[1].conv._parameters["weight"]
@@ -264,7 +264,14 @@ def test_channel_with_gamma_zero_keeps_a_scale() -> None:
 def test_state_survives_json_and_refuses_nonsense(state: QuantState, tmp_path: Path) -> None:
     (tmp_path / "quant.json").write_text(state.dumps())
     assert QuantState.load(tmp_path / "quant.json") == state
-    for broken in ("", "[]", "{}", state.dumps()[:-9], state.dumps().replace('"version": 2', '"version": 1')):
+    for broken in (
+        "",
+        "[]",
+        "{}",
+        state.dumps()[:-9],
+        state.dumps().replace('"version": 3', '"version": 2'),
+        state.dumps().replace('"weight_bits": 8', '"weight_bits": 4'),
+    ):
         (tmp_path / "quant.json").write_text(broken)
         with pytest.raises(CorruptArtifact, match="quantiser state"):
             QuantState.load(tmp_path / "quant.json")
@@ -335,7 +342,7 @@ def test_without_modelopt(state: QuantState, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_seven_bits_of_weight_are_127_codes(state: QuantState) -> None:
     model = net()
-    attach(model, state, weight_bits=7)
+    attach(model, replace(state, weight_bits=7))
     conv = model.model[3].conv
     amax_C = torch.tensor(state.weights["model.3.conv"]).view(-1, 1, 1, 1)
     codes = conv.weight_quantizer(conv._parameters["weight"]).detach() * 63 / amax_C

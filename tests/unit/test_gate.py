@@ -64,3 +64,44 @@ def test_the_verdict_line_names_every_failed_check() -> None:
     )
     assert line.endswith("; p50 of INT8 on OpenVINO is 6 ms, above report.max_latency_ms=5.5")
     assert "below the gate" not in line
+
+
+def untimed(map50_95: float, **changes: Any) -> dict[str, Any]:
+    """An INT8 file that no engine here was built from."""
+    lacks = dict.fromkeys(("latency_p50_ms", "size_mib"))
+    return row("compressed", "int8", map50_95) | {
+        "id": "compressed-tensorrt-int8", "runtime": "tensorrt", "status": "untimed",
+        "file": "compressed/int8.onnx", **lacks, **changes,
+    }  # fmt: skip
+
+
+def test_a_file_without_an_engine_here_is_judged_too() -> None:
+    """NEU-DET in 7 bits: the forms for CPUs kept 98.8 % and passed, and int8.onnx, with 92 %, went to the robot."""
+    found = judge([*rows(0.593), untimed(0.55)], 0.98)
+    assert not found["passed"] and (found["worst"], found["timed"]) == (
+        "compressed-tensorrt-int8",
+        "compressed-openvino-int8",
+    )
+    assert found["reason"] == "INT8 for TensorRT keeps 91.7 %, below the gate of 98.0 %"
+    assert judge([*rows(0.593), untimed(0.595)], 0.98)["passed"]
+    assert not judge([*rows(0.593), untimed(float("nan"))], 0.0)["passed"]
+    only = judge([rows()[0], untimed(0.6)], 0.98)
+    assert only["passed"] and only["timed"] is None
+
+
+def test_limits_are_for_what_has_a_latency() -> None:
+    found = judge([*rows(0.595), untimed(0.59)], 0.98, max_latency_ms=5.0, max_size_mib=3.0)
+    assert found["passed"] and found["worst"] == "compressed-tensorrt-int8"
+    slow = judge([*rows(0.595, latency_p50_ms=9.0), untimed(0.59)], 0.98, max_latency_ms=5.0)
+    assert slow["reason"] == "p50 of INT8 on OpenVINO is 9 ms, above report.max_latency_ms=5"
+    none = judge([rows()[0], untimed(0.6)], 0.98, max_latency_ms=5.0)
+    assert none["reason"] == "p50 of INT8 for TensorRT was not measured, so report.max_latency_ms cannot be met"
+
+
+def test_the_verdict_names_the_file_and_the_speed_of_an_engine() -> None:
+    bench = [{k: v for k, v in r.items() if k != "id"} for r in [*rows(0.595, latency_p50_ms=2.5), untimed(0.59)]]
+    verdict = build("r", [], bench, {}, min_retention=0.9)["verdict"]
+    assert verdict["line"] == (
+        "PASS: INT8 for TensorRT keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590); "
+        "INT8 on OpenVINO is 2.0x faster, 4.0x smaller"
+    )

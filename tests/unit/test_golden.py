@@ -122,10 +122,10 @@ def test_a_net_that_finds_nothing_makes_no_self_test(tmp_path: Path, monkeypatch
     np.save(tmp_path / "0.npy", np.zeros((8, 8, 3), np.uint8))
     dataset: Any = SimpleNamespace(val=[SimpleNamespace(image=tmp_path / "0.npy", name="0")])
     monkeypatch.setattr(making, "read_image", np.load)
-    monkeypatch.setattr(making, "_detected", lambda engines, images: ({"onnxruntime-fp32": [scored()]}, {}))
-    engines: Any = None
+    monkeypatch.setattr(making, "_detected", lambda export, engines, images: ({"onnxruntime-fp32": [scored()]}, {}))
+    nothing: Any = None
     with pytest.raises(DataError, match="finds nothing above"):
-        making.write(tmp_path / "golden", dataset, engines, 1)
+        making.write(tmp_path / "golden", dataset, nothing, nothing, 1)
 
 
 class Fixed:

@@ -104,6 +104,7 @@ def test_inputs_are_real_images_or_say_that_they_are_noise(tmp_path: Path) -> No
     np.save(file, np.zeros((5, 3, *IMGSZ), np.float32))
     assert [part.shape[0] for part in _inputs(backend(2), str(file))] == [2, 2]
     assert [part.shape[0] for part in _inputs(backend(None), str(file))] == [1] * 5
+    assert [part.shape[0] for part in _inputs(backend(None), str(file), 2)] == [2, 2]
     assert Served(backend(), {}).about()["input"] == "noise"
     about = Served(backend(), {"inputs": str(file)}).about()
     assert about["input"] == str(file) and about["images"] == 5 and about["device"]["cpu"]

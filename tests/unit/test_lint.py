@@ -497,7 +497,7 @@ def test_a_form_for_one_runtime_is_wrong_for_another(ours: Path) -> None:
     uint8 = check(ours / "int8-openvino.onnx", "tensorrt")
     assert uint8.rules["zero-point"] == uint8.rules["code-type"] == 184 and uint8.count("error") == 368
     int8 = check(ours / "int8.onnx", "openvino")
-    assert (int8.rules["feature-signed"], int8.rules["weight-saturates"], int8.count("error")) == (92, 57, 0)
+    assert (int8.rules["feature-signed"], int8.count("error")) == (92, 0) and "weight-saturates" not in int8.rules
 
 
 def test_pruned_widths_are_seen(ours: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
     conv.bias.data = torch.tensor([5.0, -5.0, 0.1, -0.1])
     x, amax_C = torch.rand(1, 16, 8, 8) * 2 - 1, conv.weight.abs().amax((1, 2, 3)).clamp_min(1e-6)
     with torch.no_grad(), engine(name):
-        coded = CodedConv(conv, tuple(amax_C.tolist()), 1.0, 8.0)
+        coded = CodedConv(conv, tuple(amax_C.tolist()), 1.0, 8.0, 63)
         codes = quantised(x, 1.0)
         difference = coded(codes).dequantize() - conv(codes.dequantize())
     assert difference[:, :2].abs().max() <= 0.51 * 8 / 127 and difference.abs().max() <= 1.1 * 8 / 127
@@ -180,7 +180,7 @@ def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
 def test_weights_trained_beyond_their_range_are_clipped_to_7_bits() -> None:
     conv = nn.Conv2d(4, 4, 1)
     amax = conv.weight.abs().amax((1, 2, 3)) / 2
-    coded = CodedConv(conv, tuple(amax.tolist()), 1.0, 1.0)
+    coded = CodedConv(conv, tuple(amax.tolist()), 1.0, 1.0, 63)
     codes = torch.ops.quantized.conv2d_unpack(coded.packed)[0].int_repr()
     expected = (conv.weight.detach() / amax.view(-1, 1, 1, 1) * 63).round().clamp(-63, 63)
     assert torch.equal(codes.float(), expected) and codes.abs().max() == 63
@@ -192,7 +192,7 @@ def test_sums_of_the_largest_codes_do_not_saturate(name: str) -> None:
     conv = nn.Conv2d(64, 8, 1, bias=False)
     conv.weight.data.fill_(1.0)
     with torch.no_grad(), engine(name):
-        made = CodedConv(conv, (1.0,) * 8, 1.0, 127.0)(quantised(torch.ones(1, 64, 16, 16), 1.0))
+        made = CodedConv(conv, (1.0,) * 8, 1.0, 127.0, 63)(quantised(torch.ones(1, 64, 16, 16), 1.0))
     assert made.dequantize().unique().tolist() == [64.0]
 
 

@@ -18,10 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.bundle.networks import Network, read, require
 from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate.published import literal
 
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
 PARSER, COLUMNS = "NvDsInferParseYolo", 6
+MOST_APART = 1e-3  # px, of one float32 subtraction at 4,096 px
 _COLOURS = {3: "0", 1: "2"}  # model-color-format of RGB and of grey, by channels
 _FIXED = {
     "network-mode": "2",  # FP16; 1 is INT8 by a calibrator of its own
@@ -117,8 +119,22 @@ def rows(network: Network, out: Path) -> None:
     onnx.save(model, str(out))
 
 
+def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
+    batch, *sides = source.input.shape
+    noise_BCHW = np.random.default_rng(0).random((max(batch, 1), *sides), dtype=np.float32)
+    output_BCA, rows_BA6 = literal(source.path)(noise_BCHW), literal(rows_graph.path)(noise_BCHW)
+    centre, half = output_BCA[:, :2], output_BCA[:, 2:4] / np.float32(2)
+    best, label = output_BCA[:, 4:].max(1, keepdims=True), output_BCA[:, 4:].argmax(1)[:, None]
+    expected_BA6 = np.concatenate([centre - half, centre + half, best, label], 1).transpose(0, 2, 1)
+    apart = float(np.abs(rows_BA6 - expected_BA6).max())
+    if not apart <= MOST_APART:
+        raise RecipeError(
+            f"{path}: {rows_graph.path.name} is {apart:.3g} from {source.path.name}; make the bundle again"
+        )
+
+
 def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
-    """Reads configuration, labels and graphs back and compares them.
+    """Reads configuration, labels and graphs back and compares them; the graphs also in what they compute of an image.
 
     Raises:
         RecipeError: they do not fit.
@@ -133,6 +149,7 @@ def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
         require(path, graph.input.shape, network.input.shape, f"{name}: input")
         wanted = (network.output.shape[0], network.output.shape[2], COLUMNS)
         require(path, graph.output.shape, wanted, f"{name}: output")
+        _same_boxes(path, graph, read(directory / about["onnx"]["int8" if name == INT8 else "fp32"]))
     require(path, said["infer-dims"], ";".join(str(side) for side in network.input.shape[1:]), "infer-dims")
     require(path, said["model-color-format"], _COLOURS[network.input.shape[1]], "model-color-format")
     require(path, int(said["num-detected-classes"]), network.output.shape[1] - 4, "num-detected-classes")

@@ -1,4 +1,5 @@
-"""Golden inputs: real validation images, what each engine of this workstation detects in them, and how far a robot may be off.
+"""Golden inputs: real validation images, what each engine of this workstation detects in them (and each INT8 file of a
+runtime that is not here), and how far a robot may be off.
 
 The tolerance of another runtime or arithmetic is twice what the engines here differ by among themselves, measured on up to 32 images;
 `golden.json` holds the measured differences too.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ import numpy as np
 from yolo_compress.artifact import Artifact
 from yolo_compress.data import Dataset
 from yolo_compress.errors import DataError
+from yolo_compress.evaluate.published import made_for, open_published
 from yolo_compress.runtime.backend import load_info
-from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
 from yolo_compress.runtime.pre import read_image
 
@@ -38,7 +42,7 @@ ABOUT = (
 Found = list[np.ndarray]
 
 
-def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict[str, Any]:
+def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> dict[str, Any]:
     """Write images and `golden.json` into `folder`; gives what the manifest says of them.
 
     Raises:
@@ -47,7 +51,7 @@ def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict
     folder.mkdir()
     samples = _spread(list(range(len(dataset.val))), max(MEASURED_IMAGES, count))
     images = [read_image(dataset.val[index].image) for index in samples]
-    found, about = _detected(engines, images)
+    found, about = _detected(export, engines, images)
     first = found[min(found, key=_float_first)]
     conf = confidence(first, count)
     chosen = _chosen(first, conf, count)
@@ -80,8 +84,13 @@ def write(folder: Path, dataset: Dataset, engines: Artifact, count: int) -> dict
     return {"images": len(chosen), "boxes": boxes, "conf": conf, "tolerances": tolerances}
 
 
-def _detected(engines: Artifact, images: Sequence[np.ndarray]) -> tuple[dict[str, Found], dict[str, dict[str, str]]]:
-    """Detections, arithmetic and library of each engine of the compressed net, by `runtime-precision`."""
+def _detected(
+    export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
+) -> tuple[dict[str, Found], dict[str, dict[str, str]]]:
+    """Detections, arithmetic and library of each engine of the compressed net, by `runtime-precision`.
+
+    Of INT8 on a runtime that is not here, those of its file, node by node.
+    """
     found, about = dict[str, Found](), dict[str, dict[str, str]]()
     for row in json.loads(engines.file("engines.json").read_text()):
         if row["model"] == "compressed" and not row["reason"]:
@@ -90,6 +99,16 @@ def _detected(engines: Artifact, images: Sequence[np.ndarray]) -> tuple[dict[str
                 found[key] = detections(engine, images, LEAST_SCORE, IOU)
                 library = load_info(engines.path / row["folder"]).library
                 about[key] = {"executed": engine.executed, "library": library}
+    for file in sorted(export.manifest.files):
+        target = made_for(file) if file.startswith("compressed/") else None
+        if target and target.precision == "int8" and target.runtime in BACKENDS:
+            key = f"{target.runtime}-{target.precision}"
+            if key not in found:
+                with ExitStack() as stack:
+                    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    simulated = stack.enter_context(open_published(export.file(file), target.precision, scratch))
+                    found[key] = detections(simulated, images, LEAST_SCORE, IOU)
+                    about[key] = {"executed": simulated.executed, "library": "none"}
     return found, about
 
 

@@ -191,7 +191,7 @@ def _fill(
         "imgsz": [height, width],
         "onnx": onnx,
         "gate": dict(gate),
-        "golden": golden.write(root / GOLDEN, dataset, artifacts["engine"], asked.golden),
+        "golden": golden.write(root / GOLDEN, dataset, artifacts["export"], artifacts["engine"], asked.golden),
         "val": {
             "digest": dataset.val_digest,
             "content": image_set([(one.sha256, one.boxes) for one in dataset.val], dataset.names),

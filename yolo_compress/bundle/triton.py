@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.bundle.networks import Network, Tensor, read, require
+from yolo_compress.runtime.backend import sha256_file
 
 REPOSITORY = "triton/model_repository"
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
@@ -86,6 +87,7 @@ def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
     said = parse_pbtxt(path.read_text(encoding="utf-8"))
     served = read(folder / str(about["version"]) / MODEL)
     require(path, (served.input, served.output), (network.input, network.output), MODEL)
+    require(path, sha256_file(served.path), sha256_file(network.path), f"sha256 of {MODEL}")
     require(path, said["name"], [folder.name], "name")
     require(path, said["backend"], ["onnxruntime"], "backend")
     require(path, said["max_batch_size"], ["0" if served.batch > 0 else str(BATCH)], "max_batch_size")

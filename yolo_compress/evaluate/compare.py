@@ -14,7 +14,7 @@ def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndar
     """Largest difference over all anchors of all images.
 
     Args:
-        first, second: backends of equal classes and imgsz, both taking a batch of one.
+        first, second: backends of equal classes and imgsz; each image fills the batch of one that takes more.
         images: letterboxed chw_3HW float32 arrays.
 
     Returns:
@@ -27,7 +27,10 @@ def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndar
     scores = boxes = 0.0
     count = 0
     for chw_3HW in images:
-        outputs = [backend(chw_3HW[None]).astype(np.float64)[0] for backend in (first, second)]
+        outputs = [
+            backend(np.repeat(chw_3HW[None], backend.batch or 1, axis=0)).astype(np.float64)[0]
+            for backend in (first, second)
+        ]
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(f"outputs {outputs[0].shape} and {outputs[1].shape} cannot be compared")
         if not all(np.isfinite(output).all() for output in outputs):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.modes import evaluating
 from yolo_compress.quant.placement import IMAGES, Plan, plan
-from yolo_compress.quant.state import AMAX_FLOOR, QMAX, QuantState
+from yolo_compress.quant.state import AMAX_FLOOR, QMAX, WEIGHT_BITS, QuantState
 
 
 class Histogram:
@@ -128,6 +128,7 @@ def ptq(
     method: str = "mse",
     percentile: float = 99.99,
     left: Collection[str] = (),
+    weight_bits: int = WEIGHT_BITS,
 ) -> QuantState:
     """Post-training quantisation: the ranges of everything that `placement.plan` puts into INT8, without training.
 
@@ -138,17 +139,23 @@ def ptq(
             output channel.
         percentile: Of the absolute values, for "percentile".
         left: Groups of the plan to leave in float.
+        weight_bits: Of the INT8 weights, 7 or 8.
 
     Raises:
         DataError: No images.
         NumericsError: NaN or infinity in an activation or a weight.
         RecipeError: Unknown method or group.
     """
-    return calibrate(model, plan(model, left), batches(), method, percentile)
+    return calibrate(model, plan(model, left), batches(), method, percentile, weight_bits)
 
 
 def calibrate(
-    model: nn.Module, placed: Plan, batches: Iterable[Tensor], method: str = "mse", percentile: float = 99.99
+    model: nn.Module,
+    placed: Plan,
+    batches: Iterable[Tensor],
+    method: str = "mse",
+    percentile: float = 99.99,
+    weight_bits: int = WEIGHT_BITS,
 ) -> QuantState:
     """As `ptq`, for a plan of the caller's."""
     if method not in CALIBRATORS:
@@ -166,6 +173,7 @@ def calibrate(
         outputs={name: _range(name, seen, amax_of, percentile) for name, seen in outputs.items()},
         folded=not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()),
         method=f"percentile {percentile}" if method == "percentile" else method,
+        weight_bits=weight_bits,
     )
 
 

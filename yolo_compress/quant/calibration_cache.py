@@ -1,22 +1,35 @@
 """TensorRT's calibration cache, for INT8 without Q/DQ nodes: TensorRT 8 and 10 (JetPack 5 and 6), and the DLA.
 
-A text file: a head with the version of TensorRT and the calibrator, then a line a tensor with its scale, the bytes of a float32 in
-hexadecimal. TensorRT reads it through `IInt8EntropyCalibrator2.read_calibration_cache`, `trtexec --int8 --calib=FILE` from the same
-file; removed in 11. No TensorRT has read one of ours: the format is that of the files that TensorRT writes.
-"""
+A text file: a head with the version of TensorRT and the calibrator, then a line a tensor with its scale, the bytes of a float32
+in hexadecimal. Weights have no line: TensorRT takes their ranges from the graph, the largest absolute value of each output
+channel; so the graph here holds the weights on their trained grid. TensorRT reads the cache through
+`IInt8EntropyCalibrator2.read_calibration_cache`, `trtexec --int8 --calib=FILE` from the same file; removed in 11. No TensorRT
+has read one of ours: the format is that of the files that TensorRT writes."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import TensorProto, numpy_helper
 
 from yolo_compress.atomic import atomic_write
-from yolo_compress.errors import RecipeError
-from yolo_compress.quant.qdq import find_convs, readers_of, tensor_ranges
-from yolo_compress.quant.state import QMAX, QuantState
+from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.quant.qdq import (
+    Pair,
+    coded,
+    find_convs,
+    insert_pairs,
+    quantise_weight,
+    readers_of,
+    tensor_ranges,
+)
+from yolo_compress.quant.state import AMAX_FLOOR, QMAX, QuantState
 
+IMPLICIT = "int8-implicit.onnx"
+CACHE = "int8-implicit.cache"
 DEFAULT_VERSION = "8502"  # of JetPack 5.1
 
 
@@ -49,3 +62,71 @@ def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = D
     lines += [f"{name}: {struct.pack('>f', value / QMAX).hex()}" for name, value in amax.items()]
     atomic_write(out, "\n".join(lines) + "\n")
     return len(amax)
+
+
+def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
+    """Write the graph without Q/DQ nodes, its weights rounded to the codes of `state`, and `CACHE` beside it.
+
+    Args:
+        float_onnx: As for `write_cache`.
+        out: The graph to write.
+        state: As for `write_cache`.
+
+    Raises:
+        CorruptArtifact, RecipeError: As `write_cache`.
+    """
+    model = onnx.load(str(float_onnx))
+    stored = {item.name: item for item in model.graph.initializer}
+    for name, conv in find_convs(model.graph, state.convs).items():
+        weight = numpy_helper.to_array(stored[conv.input[1]])
+        codes, scale_C = coded(weight, state.weights[name], state.weight_qmax)
+        rounded = codes.astype(np.float32) * scale_C.reshape(-1, 1, 1, 1)
+        stored[conv.input[1]].CopyFrom(numpy_helper.from_array(rounded, conv.input[1]))
+    onnx.save(model, str(out))
+    write_cache(out, out.with_name(CACHE), state)
+
+
+def read_cache(cache: Path) -> dict[str, float]:
+    """Scale of each tensor of a calibration cache.
+
+    Raises:
+        CorruptArtifact: It is none.
+    """
+    try:
+        lines = cache.read_text(encoding="utf-8").splitlines()
+        if not lines[0].startswith("TRT-"):
+            raise ValueError(lines[0])
+        pairs = (line.rpartition(": ") for line in lines[1:])
+        return {name: float(struct.unpack(">f", bytes.fromhex(code))[0]) for name, _, code in pairs}
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise CorruptArtifact(f"{cache}: not a calibration cache ({error}); run export again") from error
+
+
+def explicit(implicit: Path, out: Path) -> None:
+    """Write what TensorRT makes of a graph and the cache beside it, with Q/DQ nodes, so that other runtimes can run it.
+
+    A convolution computes in INT8 if what it reads and what it gives have scales; its weights are quantised by the largest absolute
+    value of each output channel. Every tensor of the cache is rounded, also inside of what TensorRT fuses, so an engine loses no more.
+
+    Args:
+        implicit: What `write_implicit` wrote. Read only.
+        out: File to write.
+
+    Raises:
+        CorruptArtifact: Graph and cache do not belong together.
+    """
+    model = onnx.load(str(implicit))
+    graph, read = model.graph, read_cache(implicit.with_name(CACHE))
+    made = {name for node in graph.node for name in node.output} | {item.name for item in graph.input}
+    if strangers := set(read) - made:
+        raise CorruptArtifact(
+            f"{implicit}: no tensor {sorted(strangers)[0]}, of which {CACHE} has a scale; run export again"
+        )
+    stored = {item.name: item for item in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Conv"]:
+        if node.input[0] in read and node.output[0] in read:
+            weight = numpy_helper.to_array(stored[node.input[1]])
+            amax_C = np.abs(weight).reshape(len(weight), -1).max(1).clip(AMAX_FLOOR)
+            quantise_weight(graph, node.input[1].removesuffix(".weight"), node, amax_C, QMAX)
+    insert_pairs(graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in read.items()})
+    onnx.save(model, str(out))

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -110,15 +111,14 @@ class QuantisedSum(nn.Module):
         return codes_BCHW
 
 
-def attach(model: nn.Module, state: QuantState, weight_bits: int = 8, learned: bool = False) -> None:
+def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
     """Make the tensors and weights of `state` fake-quantised, in place.
 
     Tensors are quantised where they are made (`QuantisedOutput`, `QuantisedSum`; the image where the first convolution reads
-    it), those of a group by one quantiser; weights an output channel. Both symmetric INT8 (weights in `weight_bits` of the 8,
-    as `qdq.WEIGHT_QMAX` ships them to CPUs: 7 bits are codes -63 to 63); gradients pass straight through. The
-    ranges are buffers, or parameters where they are `learned` (LSQ), so the state dict of a model attached with any state of the
-    same plan loads strictly into another one.
-    `copy.deepcopy` works; pickling the module does not.
+    it), those of a group by one quantiser; weights an output channel. Both symmetric INT8 (weights in `state.weight_bits`
+    of the 8); gradients pass straight through. The ranges are buffers, or parameters where they are `learned` (LSQ), so the
+    state dict of a model attached with any state of the same plan loads strictly into another one. `copy.deepcopy` works;
+    pickling the module does not.
 
     Raises:
         CorruptArtifact: `state` names a tensor or convolution that the model does not have, has with other channels, or
@@ -140,13 +140,13 @@ def attach(model: nn.Module, state: QuantState, weight_bits: int = 8, learned: b
         conv = modules[name]
         quant_nn.QuantModuleRegistry.convert(conv)
         conv.input_quantizer.disable()
-        # Codes -127 to 127: a BatchNorm with negative gamma then folds without moving any code.
+        # As many codes below 0 as above: a BatchNorm with negative gamma then folds without moving any code.
         conv.weight_quantizer._narrow_range = True
-        conv.weight_quantizer.num_bits = weight_bits
+        conv.weight_quantizer.num_bits = state.weight_bits
         conv.weight_quantizer.backend = BACKEND
         conv.weight_quantizer.amax = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
         if learned:
-            conv.weight_quantizer = LearnedRange(conv.weight_quantizer.amax, weight_bits, narrow_range=True)
+            conv.weight_quantizer = LearnedRange(conv.weight_quantizer.amax, state.weight_bits, narrow_range=True)
     for group in placed.groups:
         amax = {state.activations[tensor] for tensor in group.tensors if tensor in state.activations}
         if not amax:
@@ -201,6 +201,7 @@ def read(model: nn.Module) -> QuantState:
             name: tuple(conv.weight_quantizer.amax.float().flatten().clamp_min(AMAX_FLOOR).tolist())
             for name, conv in convs.items()
         },
+        weight_bits=next(iter(convs.values())).weight_quantizer.num_bits,
     )
 
 
@@ -252,7 +253,6 @@ class FakeQuant(TrainHook):
         calibrate: Finds the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. Called on the
             float model before training, and at its end on the quantised one, where only the ranges of `outputs` are taken.
         state: Ranges to start from instead of calibrating (a resumed run).
-        weight_bits: Of the weights, as `attach` takes them: what the engine will hold is what has to be trained.
         learned: Train the ranges too (`LearnedRange`).
 
     Attributes:
@@ -263,26 +263,25 @@ class FakeQuant(TrainHook):
         self,
         calibrate: Callable[[nn.Module], QuantState],
         state: QuantState | None = None,
-        weight_bits: int = 8,
         learned: bool = False,
     ) -> None:
         self._calibrate = calibrate
         self.state = state
-        self.weight_bits, self.learned = weight_bits, learned
+        self.learned = learned
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
         """Calibrates unless there is a state, then attaches."""
         if self.state is None:
             self.state = self._calibrate(model)
-        attach(model, self.state, self.weight_bits, self.learned)
+        attach(model, self.state, self.learned)
         self._model = model
 
     def to_stock(self, model: nn.Module) -> None:
         """Reads the ranges into `state`, then detaches."""
         held = read(model)
         seen = self._calibrate(model)
-        self.state = QuantState(held.activations, held.weights, seen.outputs, method=seen.method)
+        self.state = replace(held, outputs=seen.outputs, method=seen.method)
         detach(model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,4 +293,4 @@ class FakeQuant(TrainHook):
         self.state = QuantState.from_json(state["quant"])
         if self._model is not None and not self.learned:  # learned ones are the model's parameters, and come with them
             detach(self._model)
-            attach(self._model, self.state, self.weight_bits)
+            attach(self._model, self.state)

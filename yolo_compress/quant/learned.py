@@ -28,6 +28,7 @@ class LearnedRange(nn.Module):
     def __init__(self, amax: Tensor, num_bits: int, narrow_range: bool) -> None:
         super().__init__()
         self.log_amax = nn.Parameter(amax.detach().float().clamp_min(AMAX_FLOOR).log())
+        self.num_bits = num_bits
         self.high = 2 ** (num_bits - 1) - 1
         self.low = -self.high if narrow_range else -self.high - 1
 

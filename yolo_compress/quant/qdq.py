@@ -1,9 +1,9 @@
 """INT8 as a float ONNX graph plus ranges: explicit QuantizeLinear and DequantizeLinear nodes, typed for the runtime.
 
-Every target gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0), float
-bias, no change of opset. A tensor has one pair, behind the node that makes it, and every reader reads through it; so has what a
-pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the one scale of its inputs that pair moves no value,
-and says to any importer that the layer is INT8.
+Every target gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0, in
+the bits that they were trained in), float bias, no change of opset. A tensor has one pair, behind the node that makes it, and
+every reader reads through it; so has what a pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the one
+scale of its inputs that pair moves no value, and says to any importer that the layer is INT8.
 
 * "tensorrt", "openvino": activations INT8, zero point 0. TensorRT takes no other zero point and no INT32 bias.
 * "tensorrt11": the same with scales that float16 holds exactly, since TensorRT 11 takes precision from the graph's types and
@@ -14,7 +14,7 @@ and says to any importer that the layer is INT8.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,11 +35,6 @@ TARGETS: dict[Target, tuple[int, int]] = {  # element type and zero point of act
     "onnxruntime": (TensorProto.UINT8, 128),
     "openvino": (TensorProto.UINT8, 128),  # signed activations lose most of the mAP on AVX2 (0.613 -> 0.454)
 }
-# x86 without VNNI adds two products of INT8 codes in 16 bits and saturates: 8-bit weights then give garbage, silently
-# (YOLOv8n on BCCD: 0.613 -> 0.049). 255 * 63 * 2 fits, so the forms for CPUs hold 7-bit weights on every machine; NNCF's
-# `overflow_fix` and ONNX Runtime's `reduce_range` are the same remedy.
-WEIGHT_QMAX: dict[Target, int] = {"tensorrt": QMAX, "tensorrt11": QMAX, "onnxruntime": 63, "openvino": 63}
-
 UNARY = {"Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Clip", "Elu", "Mish"}  # activations that are one node
 PASSING = {"MaxPool", "Resize", "Split", "Concat"}  # layers that only move values: codes in, the same codes out
 
@@ -105,10 +100,8 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
         pairs = {tensor: pair.half for tensor, pair in pairs.items()}
     elsewhere = _inner_pairs(graph, convs, state, pairs) if target == "onnxruntime" and state.outputs else {}
     for name, conv in convs.items():
-        scale_C = (np.asarray(state.weights[name], np.float32) / np.float32(WEIGHT_QMAX[target])).astype(np.float32)
-        scale_C = _half_up(scale_C) if target == "tensorrt11" else scale_C
-        _quantise_weight(graph, name, conv, scale_C, WEIGHT_QMAX[target])
-    _insert_pairs(graph, pairs | elsewhere)
+        quantise_weight(graph, name, conv, state.weights[name], state.weight_qmax, half=target == "tensorrt11")
+    insert_pairs(graph, pairs | elsewhere)
     counts = Counts(len(convs), len(pairs), len(elsewhere))
     _check(graph, state.convs, counts, out)
     write_metadata(model, {"precision": "int8"})
@@ -146,15 +139,21 @@ def _half_up(scale: np.ndarray) -> np.ndarray:
     return half.astype(np.float32)
 
 
-def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, scale_C: np.ndarray, qmax: int) -> None:
-    """Replace a float weight by INT8 codes and a DequantizeLinear an output channel (put before all other nodes)."""
+def quantise_weight(
+    graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, amax_C: Sequence[float], qmax: int, half: bool = False
+) -> None:
+    """Replace a float weight by INT8 codes and a DequantizeLinear an output channel (put before all other nodes).
+
+    With `half` the scale in the graph is one that float16 holds; the codes are the same.
+    """
     stored = next((item for item in graph.initializer if item.name == conv.input[1]), None)
     if stored is None:
         raise CorruptArtifact(f"{name}: the weight of the ONNX convolution is computed, not stored; export again")
     weight = numpy_helper.to_array(stored)
-    if len(weight) != len(scale_C):
-        raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(scale_C)} in the state")
-    codes = np.rint(weight / scale_C.reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
+    if len(weight) != len(amax_C):
+        raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(amax_C)} in the state")
+    codes, scale_C = coded(weight, amax_C, qmax)
+    scale_C = _half_up(scale_C) if half else scale_C
     parts: dict[str, np.ndarray] = {"quantized": codes, "scale": scale_C, "zero_point": np.zeros(len(scale_C), np.int8)}
     graph.initializer.remove(stored)
     graph.initializer.extend(numpy_helper.from_array(array, f"{name}.weight_{key}") for key, array in parts.items())
@@ -162,6 +161,13 @@ def _quantise_weight(graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, sc
     node = helper.make_node("DequantizeLinear", inputs, [f"{name}.weight_dequantized"], f"{name}.weight_DQ", axis=0)
     graph.node.insert(0, node)
     conv.input[1] = node.output[0]
+
+
+def coded(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple[np.ndarray, np.ndarray]:
+    """INT8 codes of a weight, rounded as in training (`fakequant`), and scale_C."""
+    amax = np.asarray(amax_C, np.float32)
+    codes = np.rint(weight * (np.float32(qmax) / amax).reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
+    return codes, amax / np.float32(qmax)
 
 
 def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
@@ -229,7 +235,7 @@ def _passed_on(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, floa
     return amax
 
 
-def _insert_pairs(graph: onnx.GraphProto, pairs: dict[str, Pair]) -> None:
+def insert_pairs(graph: onnx.GraphProto, pairs: dict[str, Pair]) -> None:
     """Put each pair behind the node that makes its tensor, and let all readers read it; in place."""
     nodes: list[onnx.NodeProto] = []
 

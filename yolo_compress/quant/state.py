@@ -1,6 +1,7 @@
 """The ranges of a quantised network as plain data: what QAT and PTQ hand to export, and nothing of any library.
 
-A range is an `amax`: codes are `round(x * 127 / amax)`, symmetric, zero point 0, so `scale = amax / 127`.
+A range is an `amax`: codes are `round(x * qmax / amax)`, symmetric, zero point 0, so `scale = amax / qmax`. `qmax` is 127 for
+activations and `QuantState.weight_qmax` for weights. Every form of the INT8 net holds these codes and no others.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from torch import nn
 from yolo_compress.errors import CorruptArtifact, NumericsError
 from yolo_compress.quant.placement import Group
 
-VERSION = 2
+VERSION = 3  # 3: weight_bits
 QMAX = 127  # symmetric INT8
+# x86 without VNNI adds two products of INT8 codes in 16 bits and saturates: 8-bit weights then give garbage, silently
+# (YOLOv8n on BCCD: 0.613 -> 0.049). 255 * 63 * 2 fits. NNCF's `overflow_fix` and ONNX Runtime's `reduce_range` are the same remedy.
+WEIGHT_BITS = 7
 AMAX_FLOOR = 1e-6  # above 2**-24, at and below which ModelOpt takes a range for zero and every code of it becomes 0
 
 
@@ -34,6 +38,7 @@ class QuantState:
             without it.
         folded: Whether BatchNorm has been folded into the weights that `weights` speaks of.
         method: How the activation ranges were found, for the record.
+        weight_bits: Of the INT8 weights, 8 or 7 (codes -63 to 63).
     """
 
     activations: Mapping[str, float]
@@ -41,6 +46,7 @@ class QuantState:
     outputs: Mapping[str, float] = field(default_factory=dict)
     folded: bool = False
     method: str = ""
+    weight_bits: int = WEIGHT_BITS
 
     def __post_init__(self) -> None:
         scalars = [*self.activations.items(), *self.outputs.items()]
@@ -48,6 +54,13 @@ class QuantState:
         for name, amax in values:
             if not (math.isfinite(amax) and amax > 0):
                 raise NumericsError(f"quantiser state: range of {name} is {amax}, expected a finite number above 0")
+        if self.weight_bits not in (7, 8):
+            raise CorruptArtifact(f"quantiser state: weights of {self.weight_bits} bits, expected 7 or 8")
+
+    @property
+    def weight_qmax(self) -> int:
+        """Largest code of a weight."""
+        return int(2 ** (self.weight_bits - 1)) - 1
 
     @property
     def convs(self) -> tuple[str, ...]:
@@ -72,6 +85,7 @@ class QuantState:
             "version": VERSION,
             "folded": self.folded,
             "method": self.method,
+            "weight_bits": self.weight_bits,
             "activations": dict(self.activations),
             "weights": {name: list(amax_C) for name, amax_C in self.weights.items()},
             "outputs": dict(self.outputs),
@@ -93,6 +107,7 @@ class QuantState:
                 outputs={str(name): float(amax) for name, amax in data["outputs"].items()},
                 folded=bool(data["folded"]),
                 method=str(data["method"]),
+                weight_bits=int(data["weight_bits"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptArtifact(f"quantiser state: not readable ({type(error).__name__}: {error})") from error

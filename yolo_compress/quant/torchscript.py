@@ -1,10 +1,10 @@
 """INT8 as TorchScript, for torch on a CPU: its quantised convolutions, with the scales of the other INT8 files.
 
 The same tensors are codes as in the Q/DQ forms, from where they are made to their readers: UINT8 with zero point 128, since
-`quantized::conv2d` takes no signed ones. Weights INT8 an output channel in the 7 bits of the forms for CPUs: with 8, fbgemm and
-oneDNN saturate without VNNI, too. A convolution gives codes of the range `state.outputs`; the activation between those and the
-codes of its tensor is computed in float. On codes (`quantized::sigmoid`, `quantized::mul`) it takes as long, and QNNPACK's has
-no scale but 1/256.
+`quantized::conv2d` takes no signed ones. Weights INT8 an output channel, the codes of the other forms: in 7 bits, since with 8
+fbgemm and oneDNN saturate without VNNI, too. A convolution gives codes of the range `state.outputs`; the activation between
+those and the codes of its tensor is computed in float. On codes (`quantized::sigmoid`, `quantized::mul`) it takes as long, and
+QNNPACK's has no scale but 1/256.
 
 Packed parameters are one engine's, but only in memory: the file holds weights and biases, and `torch.jit.load` packs them for the
 engine of its process. A file loads and runs under each of fbgemm, x86, onednn and qnnpack, whichever wrote it, and runs on if the
@@ -29,11 +29,9 @@ from torch import Tensor, nn
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks
 from yolo_compress.export_onnx import prepare, quiet_trace
 from yolo_compress.quant.placement import IMAGES, Plan, is_sum, plan
-from yolo_compress.quant.qdq import WEIGHT_QMAX
 from yolo_compress.quant.state import QMAX, QuantState
 
 ZERO_POINT = 128
-WEIGHT_LIMIT = WEIGHT_QMAX["onnxruntime"]
 ENGINES = ("fbgemm", "onednn", "qnnpack")
 # QNNPACK holds a bias as INT32 in steps of input scale times weight scale and overflows silently where a channel's weights are
 # near 0 (a dead channel). There the scale of the weights is raised until the bias fits, half of INT32 left for the sum.
@@ -66,15 +64,16 @@ class CodedConv(nn.Module):
         amax_C: Of its weight.
         read: amax of what it reads.
         made: amax of its output.
+        qmax: Largest code of a weight.
     """
 
-    def __init__(self, conv: nn.Conv2d, amax_C: tuple[float, ...], read: float, made: float) -> None:
+    def __init__(self, conv: nn.Conv2d, amax_C: tuple[float, ...], read: float, made: float, qmax: int) -> None:
         super().__init__()
         self.scale = made / QMAX
         bias_C = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         least_C = bias_C.double().abs() / (read / QMAX * MAX_BIAS_STEPS)
-        scale_C = (torch.tensor(amax_C, dtype=torch.float64) / WEIGHT_LIMIT).maximum(least_C)
-        limit_C111 = (scale_C * WEIGHT_LIMIT).float().view(-1, 1, 1, 1)  # training may leave weights beyond their range
+        scale_C = (torch.tensor(amax_C, dtype=torch.float64) / qmax).maximum(least_C)
+        limit_C111 = (scale_C * qmax).float().view(-1, 1, 1, 1)  # training may leave weights beyond their range
         weight = conv.weight.detach().clamp(-limit_C111, limit_C111)
         codes = torch.quantize_per_channel(weight, scale_C, torch.zeros(len(scale_C), dtype=torch.long), 0, torch.qint8)
         shape = list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
@@ -144,7 +143,7 @@ def to_codes(net: nn.Module, state: QuantState) -> None:
         after: list[nn.Module] = [Codes(state.activations[made])] if made in state.activations else []
         if name in state.weights:
             read = state.activations[tensor]
-            conv = CodedConv(block.conv, state.weights[name], read, state.outputs[name])
+            conv = CodedConv(block.conv, state.weights[name], read, state.outputs[name], state.weight_qmax)
             block.conv = nn.Sequential(Codes(read), conv) if tensor == IMAGES else conv
         if before or after:
             block.act = nn.Sequential(*before, block.act, *after)

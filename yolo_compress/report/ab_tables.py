@@ -61,14 +61,16 @@ def _notes(ab: Mapping[str, Any]) -> list[str]:
         f"{n.whole(ab['images'])} images, both models on the same ones, seed {settings['seed']}; margin "
         f"{n.percent(settings['margin'])} of the original's mAP50-95.",
         f"Of the objects, {n.whole(odd['a_only'])} were found by the original alone and {n.whole(odd['b_only'])} by the "
-        f"compressed model alone (McNemar p = {n.probability(odd['p'])}).",
+        f"compressed model alone, in {n.whole(odd['images'])} images (McNemar's test by image, p = {n.probability(odd['p'])}).",
     ]
     if (threshold := n.finite(at.get("threshold_b"))) is not None:
         notes.append(f"At score {n.plain(threshold)} the compressed model has the original's recall.")
     else:
         notes.append("The compressed model has the original's recall at no score.")
     if (other := (ab.get("latency") or {}).get("a")) and other["row"] != ab["a"].get("row"):
-        notes.append(f"Latency is against {other['label']}, which runs where the compressed model does.")
+        own = ab["latency"]["b"]
+        whose = "the compressed model" if own["row"] == ab["b"].get("row") else own["label"]
+        notes.append(f"Latency is that of {whose} against {other['label']}, which runs in the same place.")
     shift = at["score_shift"]
     if found["matched"]:
         notes.append(

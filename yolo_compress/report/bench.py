@@ -38,6 +38,14 @@ BENCH = (
     field("Ultralytics", "map50_95_ultralytics", n.fixed, rank=8),
     Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
 )
+FILES = (
+    Field(Column("File", right=False), lambda row: f"{row['model']}/{str(row['file']).rpartition('/')[2]}"),
+    Field(Column("For", right=False), lambda row: n.runtime(row["runtime"])),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Kept", "retention", n.percent, rank=1),
+    field("mAP50", "map50", n.fixed, rank=6),
+    Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
+)
 DEVICES = (
     Field(Column("Device", right=False), lambda row: str(row.get("device") or HERE)),
     *MODEL,
@@ -69,6 +77,18 @@ def bench_table(document: Document) -> Table:
         dashes = [n.DASH] * (len(BENCH) - 4)
         lines.append(Line((place(entry), model, precisions, *dashes, "missing"), place(entry), "missing"))
     return Table("Bench", columns(BENCH), tuple(lines), _bench_notes(document))
+
+
+def files_table(document: Document) -> Table:
+    """The files that no engine here was built from; empty where there is none."""
+    marks = _marks(document)
+    rows = [row for row in document["rows"] if row["status"] == "untimed"]
+    lines = [Line(cells(FILES, row), n.runtime(row["runtime"]), marks.get(row["id"], "")) for row in rows]
+    notes = [
+        "Simulated: ONNX Runtime computes the graph node by node, with its optimiser off: the codes and scales that are in the file. "
+        "What fused kernels of an engine round inside of themselves is not in it. No latency, since there is no engine."
+    ]
+    return Table("Files", columns(FILES), tuple(lines), (*notes, *_row_notes(rows)))
 
 
 def devices_table(document: Document) -> Table:

@@ -166,6 +166,6 @@ def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
     bare = {
         key: value for key, value in row.items() if key not in ("id", "retention", "speed_up", "size_ratio", "notes")
     }
-    if row["status"] == "ok" and row["map50_95"] is None and not row.get("device"):
+    if row["status"] in ("ok", "untimed") and row["map50_95"] is None and not row.get("device"):
         bare["map50_95"] = math.nan  # null in JSON; bench measures every row, so it was no number
     return bare

@@ -9,12 +9,13 @@ from typing import Any
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.report import checked
-from yolo_compress.report.gate import judge, label, peer_row, reference_row, verdict
+from yolo_compress.report.gate import has_accuracy, judge, label, peer_row, reference_row, verdict
 from yolo_compress.report.numbers import RUNTIMES, finite
 
 SCHEMA = 2  # 2: ab, errors, latency_quantiles, quantisation, placement, devices, references; intervals of mAP
 MODELS = ("original", "compressed")
 PRECISIONS = ("fp32", "fp16", "int8")
+STATUSES = ("ok", "untimed", "missing")
 
 # MLPerf Inference's minimum of queries for a 99th percentile (its early-stopping rule).
 P99_MIN_N = 662
@@ -65,10 +66,11 @@ def build(
             prune, all optional, `kept_flops`, `map50_95_after_cut`, `map50_95_after_bn`, `latency_target_ms`,
             `latency_measured_ms`, `latency_runtime`; optional `map50_95_low`, `map50_95_high` (95 % interval), `delta_low`,
             `delta_high` (of the paired difference from the baseline).
-        rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok" or "missing"), `reason`, and for "ok"
+        rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok", "untimed" or "missing"), `reason`, and for "ok"
             `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
             `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device` and the
-            intervals of `chain`. An mAP of None was not measured: the row shows its latency and is not judged.
+            intervals of `chain`. An mAP of None was not measured: the row shows its latency and is not judged. "untimed" is a
+            `file` that no engine here was built from: it has all that "ok" has but latency and size.
         data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
             optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
@@ -147,7 +149,7 @@ def identified(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     devices = list(dict.fromkeys(row.get("device") for row in rows))
     named: dict[str, dict[str, Any]] = {}
     for row in rows:
-        for key, allowed in (("model", MODELS), ("precision", PRECISIONS), ("status", ("ok", "missing"))):
+        for key, allowed in (("model", MODELS), ("precision", PRECISIONS), ("status", STATUSES)):
             if row[key] not in allowed:
                 raise RecipeError(f"bench row has {key} {row[key]!r}, expected one of {', '.join(allowed)}")
         parts = [row["model"], row["runtime"], row["precision"], *([row["device"]] if row.get("device") else [])]
@@ -171,7 +173,7 @@ def _one_image_set(rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[st
     """The image set of every mAP in the report; two sets are two reports."""
     where: dict[str, str] = {}
     for row in rows:
-        if row["status"] != "ok" or row["map50_95"] is None:
+        if not has_accuracy(row):
             continue
         if not row.get("image_set"):
             raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
@@ -191,10 +193,14 @@ def _one_image_set(rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[st
 def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     reference, peer = reference_row(rows), peer_row(rows, row)
     enriched = {**row, "retention": None, "speed_up": None, "size_ratio": None, "notes": []}
-    if row["status"] != "ok":
+    if row["status"] == "missing":
         return enriched
     if reference is not None:
         enriched["retention"] = _ratio(row["map50_95"], reference["map50_95"])
+    if row["map50_95"] is not None and finite(row["map50_95"]) is None:
+        enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
+    if row["status"] == "untimed":
+        return enriched
     if peer is not None:
         enriched["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
         enriched["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
@@ -203,8 +209,6 @@ def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
         enriched["latency_p99_ms"] = None
         if finite(row.get("latency_p50_ms")) is not None:
             enriched["notes"].append(f"p99 withheld: n = {n:.0f}, at least {P99_MIN_N} needed")
-    if row["map50_95"] is not None and finite(row["map50_95"]) is None:
-        enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
     return enriched
 
 

@@ -17,7 +17,7 @@ from yolo_compress.evaluate.kept import kept
 from yolo_compress.recipe import Recipe
 from yolo_compress.report.curves import every_per_cent
 from yolo_compress.report.document import identified
-from yolo_compress.report.gate import judge, reference_row
+from yolo_compress.report.gate import has_accuracy, judge, reference_row
 from yolo_compress.report.intervals import REPLICATES, Interval, intervals
 
 DETECTIONS = "detections.npy"  # of a training stage
@@ -69,7 +69,7 @@ def with_intervals(
     replicates = min(REPLICATES, job.recipe.report.ab_replicates)
     if reference is None or not replicates:
         return [dict(row) for row in rows], [dict(stage) for stage in chain]
-    models = {row["id"]: detections(job, row) for row in named if row["status"] == "ok"}
+    models = {row["id"]: detections(job, row) for row in named if has_accuracy(row)}
     for stage in chain:
         artifact = job.inputs[stage["stage"]]
         if DETECTIONS in artifact.manifest.files:

@@ -35,8 +35,15 @@ def peer_row(rows: Sequence[Row], row: Row) -> Row | None:
 
 
 def label(row: Row) -> str:
+    """Of a file without an engine here: whom it is for."""
     device = f" on {row['device']}" if row.get("device") else ""
-    return f"{row['precision'].upper()} on {runtime(row['runtime'])}{device}"
+    where = "for" if row["status"] == "untimed" else "on"
+    return f"{row['precision'].upper()} {where} {runtime(row['runtime'])}{device}"
+
+
+def has_accuracy(row: Row) -> bool:
+    """Whether its mAP was evaluated; of an "untimed" row nothing else was."""
+    return row["status"] in ("ok", "untimed") and row["map50_95"] is not None
 
 
 def judge(
@@ -46,25 +53,27 @@ def judge(
 
     A row passes when its mAP50-95 divided by the reference's is at least `min_retention` (equality passes). What
     cannot be divided (mAP or reference not a number, reference 0, nothing measured) fails, with the reason. The row that
-    decides must also keep to the limits that are given, and take and give what the reference does.
+    decides must also take and give what the reference does, and the worst of those with a latency keep to the limits that are
+    given.
 
     Args:
         rows: bench rows with an `id`, raw figures (NaN allowed).
         min_retention: bound, 0 to 1.
-        max_latency_ms: of one inference, p50; None asks for nothing.
+        max_latency_ms: of one inference, p50; None asks for nothing. Files without an engine here ("untimed") have none.
         max_size_mib: of its file; None asks for nothing.
 
     Returns:
-        the three bounds, `reference` and `worst` (row ids or None), `judged` (one entry a row: `id`, `retention`,
-        `passed`, `reason`), `retention` of the worst, `tiers` (whether it reaches each of TIERS; None without retention),
-        `checks` of the worst (`name`, `limit`, `value`, `passed`, `reason`), `passed`, `reason` (None when passed).
+        the three bounds, `reference`, `worst` and `timed` (row ids or None; `timed`: the worst of those with a latency),
+        `judged` (one entry a row: `id`, `retention`, `passed`, `reason`), `retention` of the worst, `tiers` (whether it reaches
+        each of TIERS; None without retention), `checks` (`name`, `limit`, `value`, `passed`, `reason`), `passed`, `reason` (None
+        when passed).
     """
     if not (math.isfinite(min_retention) and 0 <= min_retention <= 1):
         raise RecipeError(f"report.min_retention is {min_retention}, expected a number from 0 to 1")
     reference = reference_row(rows)
     compressed = [row for row in rows if row["model"] == "compressed"]
     asked = [row for row in compressed if row["precision"] == "int8"] or compressed
-    candidates = [row for row in asked if row["status"] == "ok" and row["map50_95"] is not None]
+    candidates = [row for row in asked if has_accuracy(row)]
     judged = [_judge_row(row, reference, min_retention) for row in candidates]
     gate: dict[str, Any] = {
         "min_retention": min_retention,
@@ -73,6 +82,7 @@ def judge(
         "reference": reference["id"] if reference else None,
         "judged": judged,
         "worst": None,
+        "timed": None,
         "retention": None,
         "tiers": None,
         "checks": [],
@@ -85,17 +95,26 @@ def judge(
         what = "INT8 row" if any(row["precision"] == "int8" for row in compressed) else "row"
         gate["reason"] = f"no {what} of the compressed model was measured"
     else:
-        worst = min(judged, key=lambda entry: -math.inf if entry["retention"] is None else entry["retention"])
-        row = next(row for row in candidates if row["id"] == worst["id"])
+        named = {row["id"]: row for row in candidates}
+        worst = _worst(judged)
+        timed = _worst([entry for entry in judged if named[entry["id"]]["status"] == "ok"])
+        row = named[worst["id"]]
+        limited = named[timed["id"]] if timed else row
         checks = [
-            *_limited(row, "latency_p50_ms", "p50", "ms", "report.max_latency_ms", max_latency_ms),
-            *_limited(row, "size_mib", "size", "MiB", "report.max_size_mib", max_size_mib),
+            *_limited(limited, "latency_p50_ms", "p50", "ms", "report.max_latency_ms", max_latency_ms),
+            *_limited(limited, "size_mib", "size", "MiB", "report.max_size_mib", max_size_mib),
             *_same_signature(row, reference),
         ]
         reasons = [entry["reason"] for entry in (worst, *checks) if not entry["passed"]]
-        gate.update(worst=worst["id"], retention=worst["retention"], tiers=_tiers(worst["retention"]), checks=checks)
+        gate.update(worst=worst["id"], timed=timed["id"] if timed else None)
+        gate.update(retention=worst["retention"], tiers=_tiers(worst["retention"]), checks=checks)
         gate.update(passed=not reasons, reason="; ".join(reasons) or None)
     return gate
+
+
+def _worst(judged: Sequence[dict[str, Any]]) -> Any:
+    """The entry that keeps least; None of none."""
+    return min(judged, key=lambda one: -math.inf if one["retention"] is None else one["retention"], default=None)
 
 
 def _tiers(retention: float | None) -> dict[str, bool] | None:
@@ -165,11 +184,15 @@ def verdict(rows: Sequence[Row], gate: Mapping[str, Any]) -> dict[str, Any]:
         kept, low = percent_apart(gate["retention"], gate["min_retention"])
         bound = f", below the gate of {low}"
     figures = f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])})"
-    both = [gain(row["speed_up"], "faster", "slower"), gain(row["size_ratio"], "smaller", "larger")]
+    timed = by_id[gate["timed"]] if gate["timed"] else row
+    both = [gain(timed["speed_up"], "faster", "slower"), gain(timed["size_ratio"], "smaller", "larger")]
     tail = ", ".join(text for text in both if text)
+    apart = "; " if bound else ", "
+    if timed is not row:
+        apart, tail = "; ", tail and f"{label(timed)} is {tail}"
     line = f"{status.upper()}: {label(row)} keeps {kept} of the baseline's mAP50-95 {figures}{bound}"
     if tail:
-        line += ("; " if bound else ", ") + tail
+        line += apart + tail
     line = "; ".join([line, *(check["reason"] for check in gate["checks"] if not check["passed"])])
     return {"status": status, "line": line, "row": row["id"]}
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
-from yolo_compress.report.bench import bench_table, device_lines, devices_table
+from yolo_compress.report.bench import bench_table, device_lines, devices_table, files_table
 from yolo_compress.report.chain import chain_table, pruning_table
 from yolo_compress.report.curves import precision_over_recall, time_distribution
 from yolo_compress.report.error_types import error_costs
@@ -66,6 +66,7 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         chain=chain_table(document),
         bench=bench_table(document),
         pruning=pruning_table(document),
+        files=files_table(document),
         devices=devices_table(document),
         device_lines=device_lines(document),
         ab_figures=figures_table(document["ab"]),
@@ -100,12 +101,13 @@ def signs(text: str) -> str:
 
 
 def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The deciding row in figures: what it is now, and what it was in FP32 on the same runtime."""
+    """The deciding row in figures: what it is now, and what it was in FP32 on the same runtime; speed and size of the worst with a
+    latency."""
     rows = {row["id"]: row for row in document["rows"]}
     row = rows.get(document["verdict"]["row"] or "")
     if row is None:
         return []
-    reference, peer = rows.get(document["gate"]["reference"] or ""), peer_row(document["rows"], row)
+    reference = rows.get(document["gate"]["reference"] or "")
     shown = [
         {
             "title": "mAP50-95",
@@ -114,6 +116,8 @@ def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
             "was": n.fixed(reference["map50_95"] if reference else None),
         }
     ]
+    row = rows.get(document["gate"]["timed"] or "", row)
+    peer = peer_row(document["rows"], row)
     for title, key, text, share in (
         ("Latency p50, ms", "latency_p50_ms", n.three, gain(row["speed_up"], "faster", "slower")),
         ("Size, MiB", "size_mib", n.three, gain(row["size_ratio"], "smaller", "larger")),

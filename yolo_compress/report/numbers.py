@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DASH = "\u2013"
-RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+RUNTIMES = {
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt10": "TensorRT 8 to 10",
+    "tensorrt11": "TensorRT 11",
+    "tensorrt-cache": "TensorRT with calibration cache",
+    "torchscript": "TorchScript",
+    "onnx": "ONNX",
+}
 
 
 def finite(value: Any) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
-from yolo_compress.report.bench import bench_table, device_lines, devices_table, place
+from yolo_compress.report.bench import bench_table, device_lines, devices_table, files_table, place
 from yolo_compress.report.chain import chain_table, pruning_table
 from yolo_compress.report.grid import Table
 from yolo_compress.report.quantised import quantisation_table, summary
@@ -57,7 +57,7 @@ def render_text(document: Document, width: int = 100) -> str:
     parts = [document["verdict"]["line"]]
     if document["ab"]:
         parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
-    tables = (chain_table(document), bench_table(document), devices_table(document))
+    tables = (chain_table(document), bench_table(document), files_table(document), devices_table(document))
     parts += [_text_table(table, width) for table in tables if table.lines]
     missing = missing_lines(document)
     if missing:
@@ -98,7 +98,7 @@ def render_markdown(document: Document) -> str:
     if also := gate_lines(document):
         words = {True: "passed: ", False: "failed: ", None: ""}
         parts.append("\n".join(f"- {words[passed]}{_escape(what)}" for passed, what in also))
-    for table in (chain_table(document), bench_table(document), devices_table(document)):
+    for table in (chain_table(document), bench_table(document), files_table(document), devices_table(document)):
         parts += _section(table)
     parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]
     ab = document["ab"]

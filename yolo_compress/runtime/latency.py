@@ -8,6 +8,7 @@ A spec is a JSON object:
   engine      directory of the engine
   threads     of one inference; null = every usable processor
   inputs      .npy file, float32 RGB [N, 3, H, W] in 0..1 (real images, letterboxed); null = noise, and the result says so
+  batch       images of one inference, where the engine takes any number; default 1
   warmup_ms, warmup_n   both are reached before the first sample; default 200 ms and 50 (quick: 30 ms and 5)
   quick       smaller warm-up, for tests and first looks
   module      that serves it; default this one
@@ -92,7 +93,9 @@ class Served:
         self.backend, self.spec = backend, spec
         self.warmup_ms = float(spec.get("warmup_ms", 30.0 if quick else 200.0))
         self.warmup_n = int(spec.get("warmup_n", 5 if quick else 50))
-        self.calls = [backend.bind(images) for images in _inputs(backend, spec.get("inputs"))]
+        self.calls = [
+            backend.bind(images) for images in _inputs(backend, spec.get("inputs"), int(spec.get("batch", 1)))
+        ]
         self._warm = False
 
     def about(self) -> Dict[str, Any]:
@@ -116,9 +119,9 @@ class Served:
         return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": quiet, "memory_mib": peak_memory_mib()}
 
 
-def _inputs(backend: Backend, file: Optional[str]) -> List[np.ndarray]:
+def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.ndarray]:
     """Batches to cycle through."""
-    size = backend.batch or 1
+    size = backend.batch or batch
     if file is None:
         shape = (size, backend.channels) + tuple(backend.imgsz)
         return [np.random.default_rng(0).random(shape, dtype=np.float32)]

@@ -1,4 +1,4 @@
-"""Accuracy, latency and size of every engine and of torch, by one accuracy path and one latency path."""
+"""Accuracy, latency and size of every engine and of torch, by one accuracy path and one latency path; accuracy of every other file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from yolo_compress import ultra
 from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.kept import keep, row_name
+from yolo_compress.evaluate.published import made_for, open_published
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
@@ -32,13 +33,13 @@ LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 def run(job: Job) -> dict[str, Any]:
     """`metrics["rows"]`: one a model, runtime and precision; raw latencies and detections are kept beside."""
-    rows = _rows(job)
-    measured = [row for row in rows if row["status"] == "ok"]
+    rows = _with_published(job, _rows(job))
+    evaluated = [row for row in rows if row["status"] != "missing"]
     (job.out / "detections").mkdir()
-    with bar("bench: mAP", len(measured) * len(job.dataset.val), "image") as advance:
-        for row in measured:
+    with bar("bench: mAP", len(evaluated) * len(job.dataset.val), "image") as advance:
+        for row in evaluated:
             row |= _accuracy(job, row, advance)
-    _latency(job, measured)
+    _latency(job, [row for row in rows if row["status"] == "ok"])
     for row in rows:
         row.pop("open", None)
     return {"rows": rows, "images": len(job.dataset.val), "device": device_state()}
@@ -57,7 +58,7 @@ def _rows(job: Job) -> list[dict[str, Any]]:
     ]
     engines = job.inputs["engine"]
     for built in json.loads(engines.file("engines.json").read_text()):
-        row = _row(built["model"], built["runtime"], built["precision"], sources[built["model"]])
+        row = _row(built["model"], built["runtime"], built["precision"], sources[built["model"]], built["source"])
         if built["reason"]:
             row |= {"status": "missing", "reason": built["reason"]}
         else:
@@ -66,11 +67,27 @@ def _rows(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(model: str, runtime: str, precision: str, source: Artifact) -> dict[str, Any]:
+def _with_published(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """And one row a file of `export` that no engine here was built from, "untimed": it is evaluated, its speed is not known here."""
+    export = job.inputs["export"]
+    sources = {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
+    built = {row["file"] for row in rows if row["status"] == "ok"}
+    named = {row_name(row): row for row in rows}
+    for file in sorted(set(export.manifest.files) - built):
+        if target := made_for(file):
+            model = file.partition("/")[0]
+            row = _row(model, target.runtime, target.precision, sources[model], file)
+            reason = named.get(row_name(row), row)["reason"]  # why there is no engine of it, where one was asked for
+            named[row_name(row)] = row | {"status": "untimed", "reason": reason, "open": str(export.file(file))}
+    return list(named.values())
+
+
+def _row(model: str, runtime: str, precision: str, source: Artifact, file: str | None = None) -> dict[str, Any]:
     return {
         "model": model,
         "runtime": runtime,
         "precision": precision,
+        "file": file,
         "status": "ok",
         "reason": None,
         "parameters": source.metrics["parameters"],
@@ -82,6 +99,8 @@ def _open(job: Job, row: Mapping[str, Any]) -> Backend:
     config: BenchConfig = job.config
     if row["runtime"] == "torch":
         return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw)
+    if row["status"] == "untimed":
+        return open_published(Path(row["open"]), row["precision"], job.work)
     return open_engine(row["open"], threads=None if row["runtime"] == "tensorrt" else config.threads)
 
 
@@ -117,12 +136,19 @@ def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
     """One process an engine, in turn, on real images; percentiles are withheld where n does not carry them."""
     config: BenchConfig = job.config
     inputs = job.work / "inputs.npy"
-    images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:LATENCY_IMAGES]]
-    np.save(inputs, np.stack(images))
+    batch = job.recipe.export.batch if job.recipe.export else 1
+    count = -(-LATENCY_IMAGES // batch) * batch
+    images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:count]]
+    np.save(inputs, np.stack([images[index % len(images)] for index in range(count)]))
     threads = config.threads
     specs = []
     for row in rows:
-        options: dict[str, Any] = {"label": row_name(row), "inputs": str(inputs), "warmup_n": config.warmup}
+        options: dict[str, Any] = {
+            "label": row_name(row),
+            "inputs": str(inputs),
+            "warmup_n": config.warmup,
+            "batch": batch,
+        }
         if row["runtime"] == "torch":
             folder = job.work / row["model"]
             folder.mkdir(exist_ok=True)

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from yolo_compress import progress
 from yolo_compress.artifact import atomic_write
-from yolo_compress.errors import EnvironmentLacks
-from yolo_compress.recipe import EngineConfig
+from yolo_compress.data import Dataset
+from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.quant.saturation import saturates
+from yolo_compress.quant.state import WEIGHT_BITS
+from yolo_compress.recipe import EngineConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.stages import Job
 
 MODELS = ("original", "compressed")
+CPU_RUNTIMES = ("onnxruntime", "openvino")
 
 
 def run(job: Job) -> dict[str, Any]:
     """Folders `<model>/<runtime>-<precision>` and `engines.json`, the rows that `bench` measures."""
     config: EngineConfig = job.config
     export = job.inputs["export"]
-    wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
-    missing = {runtime: BACKENDS[runtime].probe() for runtime in wanted}
-    if config.runtimes != "auto" and any(missing.values()):
-        raise EnvironmentLacks("; ".join(f"engine.runtimes: {hint}" for hint in missing.values() if hint))
+    missing = _missing(config)
+    saturated = _saturated(job.recipe, missing)
     rows = []
-    for runtime in wanted:
+    for runtime in missing:
         for model in MODELS:
             for precision in ("fp32", "fp16", "int8"):
                 source = _source(list(export.manifest.files), model, runtime, precision)
                 if source is None:
                     continue
-                row = {"model": model, "runtime": runtime, "precision": precision, "reason": missing[runtime]}
-                if not missing[runtime]:
+                reason = missing[runtime] or (saturated.get(runtime) if precision == "int8" else None)
+                row: dict[str, Any] = {
+                    "model": model,
+                    "runtime": runtime,
+                    "precision": precision,
+                    "source": source,
+                    "reason": reason,
+                }
+                if not reason:
                     folder = f"{model}/{runtime}-{precision}"
                     progress.say(f"engine: {folder}")
                     row |= {
@@ -40,10 +50,54 @@ def run(job: Job) -> dict[str, Any]:
                         "size_mib": _build(job, export.file(source), runtime, precision, job.out / folder),
                     }
                 rows.append(row)
-    for hint in filter(None, missing.values()):
+    for hint in filter(None, [*missing.values(), *saturated.values()]):
         progress.say(f"engine: left out: {hint}")
     atomic_write(job.out / "engines.json", json.dumps(rows, indent=1) + "\n")
     return {"engines": sum("folder" in row for row in rows), "missing": sum("folder" not in row for row in rows)}
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, a runtime that is asked for by name and cannot be used here.
+
+    Raises:
+        EnvironmentLacks: It is not installed.
+        RecipeError: Its INT8 saturates on this processor.
+    """
+    assert recipe.engine is not None
+    _saturated(recipe, _missing(recipe.engine))
+
+
+def _missing(config: EngineConfig) -> dict[str, str | None]:
+    """The runtimes that are wanted, and what to install where one is missing.
+
+    Raises:
+        EnvironmentLacks: It was asked for by name.
+    """
+    wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
+    missing = {runtime: BACKENDS[runtime].probe() for runtime in wanted}
+    if config.runtimes != "auto" and any(missing.values()):
+        raise EnvironmentLacks("; ".join(f"engine.runtimes: {hint}" for hint in missing.values() if hint))
+    return missing
+
+
+def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, str]:
+    """The installed runtimes that cannot run the INT8 files on this processor, and why.
+
+    Raises:
+        RecipeError: It was asked for by name.
+    """
+    if not (recipe.export and recipe.engine and recipe.qat) or "int8" not in recipe.export.precisions:
+        return {}
+    if recipe.qat.weight_bits <= WEIGHT_BITS:
+        return {}
+    found = {
+        runtime: f"INT8 on {runtime}: 8-bit weights saturate on this processor, which has no VNNI; set qat.weight_bits=7"
+        for runtime in CPU_RUNTIMES
+        if runtime in missing and not missing[runtime] and saturates(runtime)
+    }
+    if found and recipe.engine.runtimes != "auto":
+        raise RecipeError("; ".join(f"engine.runtimes: {why}" for why in found.values()))
+    return found
 
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import Artifact
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.compare import max_abs_difference
+from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export_nms import NMS_SUFFIX, with_nms
 from yolo_compress.export_onnx import export_onnx, export_torchscript
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.calibration_cache import write_cache
+from yolo_compress.quant.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.quant.half import to_fp16
 from yolo_compress.quant.lint.check import RULES, Report, check
 from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
 from yolo_compress.quant.lint.shapes import SHAPES
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.qdq import insert_qdq
-from yolo_compress.quant.state import QuantState, fold
+from yolo_compress.quant.state import WEIGHT_BITS, QuantState, fold
 from yolo_compress.quant.torchscript import export_int8_torchscript
 from yolo_compress.recipe import ExportConfig
 from yolo_compress.runtime.ort import OrtBackend
@@ -34,7 +35,8 @@ from yolo_compress.stages.batches import chosen, letterboxed, write_list
 CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 COMPARED_IMAGES = 16
 LINT_VERSION = "10.3"  # weakly typed, so floats between INT8 layers are no fault: FP16 is a flag there
-ADVICE = {rule.id for rule in SHAPES}  # on widths and batch: of the model and the recipe, not of what is written here
+# On widths, batch and weight bits: of the model and the recipe, not of what is written here.
+ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
 # What float32 rounding may move: a net that detects well stays below a tenth of it; a wrong graph is off by whole pixels.
 MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 # A net trained for a few steps amplifies rounding: torch itself is then as far from float64. ONNX Runtime sums in another order,
@@ -62,8 +64,12 @@ def run(job: Job) -> dict[str, Any]:
         if "fp32" not in config.precisions:
             (folder / "fp32.onnx").unlink()
         if config.nms:
+            images, boxes = _compared_images(job), 0
             for file in sorted(folder.glob("*.onnx")):
-                with_nms(file, file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx"))
+                made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
+                with_nms(file, made)
+                boxes += check_nms(made, file, images)
+            metrics[name] |= {"nms_images": len(images), "nms_boxes": boxes}
         progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return metrics
 
@@ -95,15 +101,19 @@ def _onnx(job: Job, model: nn.Module, out: Path, opset: int | None = None) -> No
     )
 
 
+def _compared_images(job: Job) -> list[np.ndarray]:
+    """Validation images, letterboxed."""
+    samples, channels = job.dataset.val[:COMPARED_IMAGES], job.dataset.channels
+    return [letterbox(read_image(sample.image), job.imgsz_hw, channels=channels)[0] for sample in samples]
+
+
 def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
     """FP32 ONNX against torch on real images; the graph that is shipped is the one that is compared.
 
     Raises:
         CompressError: They differ by more than rounding.
     """
-    samples = job.dataset.val[:COMPARED_IMAGES]
-    names, channels = job.dataset.names, job.dataset.channels
-    images = [letterbox(read_image(sample.image), job.imgsz_hw, channels=channels)[0] for sample in samples]
+    names, images = job.dataset.names, _compared_images(job)
     with TorchBackend(model, names, job.imgsz_hw) as torch_side, OrtBackend(file) as onnx_side:
         difference = max_abs_difference(torch_side, onnx_side, images)
         if all(difference[what] <= most for what, most in MAX_DIFFERENCE.items()):
@@ -140,7 +150,8 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         images = chosen(job, config.calib_images)
         write_list(job, images)
         batches = lambda: letterboxed(images, job.imgsz_hw, job.dataset.channels)  # noqa: E731
-        state = ptq(model, batches, config.calibrator, config.percentile)
+        bits = job.recipe.qat.weight_bits if job.recipe.qat else WEIGHT_BITS
+        state = ptq(model, batches, config.calibrator, config.percentile, weight_bits=bits)
     folded = state if state.folded else fold(state, model)
     counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
     whole = len(folded.activations) == len(plan(model).tensors)
@@ -152,13 +163,12 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     _lint(folder / "int8-tensorrt11.onnx", "tensorrt-11.4", whole)
     for runtime in CPU_RUNTIMES:
         insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
-        _lint(folder / f"int8-{runtime}.onnx", runtime, whole)
+        _advise(_lint(folder / f"int8-{runtime}.onnx", runtime, whole), f"{folder.name} on {runtime}")
     if config.torchscript:
         names, out = job.dataset.names, folder / "int8.torchscript"
         export_int8_torchscript(model, out, job.imgsz_hw, folded, names=names, batch=config.batch)
     if config.calibration_cache:
-        shutil.copyfile(source, folder / "int8-implicit.onnx")
-        write_cache(source, folder / "int8-implicit.cache", folded)
+        write_implicit(source, folder / IMPLICIT, folded)
     return {"int8_convs": counts.convs, "int8_from": "qat" if trained else f"ptq ({state.method})"}
 
 

@@ -42,6 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         batches=lambda: letterboxed(images, job.imgsz_hw, job.dataset.channels),
         method=config.calibrator,
         percentile=config.percentile,
+        weight_bits=config.weight_bits,
     )
     left, metrics = config.float_groups or (), dict[str, Any]()
     state = None  # calibrated by the hook, unless it is known already
@@ -51,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
         state, left = state.without(group for group in plan(model).groups if group.name in found), (*left, *found)
     placed = plan(model, left)
     atomic_write(job.out / "placement.csv", csv_text([dict(zip(PLACED, row, strict=True)) for row in placed.rows()]))
-    quantiser = FakeQuant(partial(calibrated, left=left), state, config.weight_bits, config.learned_scales)
+    quantiser = FakeQuant(partial(calibrated, left=left), state, config.learned_scales)
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
         hooks.append(parent(job.inputs["distill"].file("model.pt")))
@@ -62,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     atomic_write(job.out / "quant.json", quantiser.state.dumps())
     float_metrics = finish(job, trained)
     quantised = deepcopy(trained)
-    attach(quantised, quantiser.state, config.weight_bits)
+    attach(quantised, quantiser.state)
     return {
         **float_metrics,
         **measure(job, quantised, "quantised"),
@@ -101,7 +102,7 @@ def _sensitivity(
     if "float" not in found:
         found["float"] = value(model)
     quantised = deepcopy(model)
-    attach(quantised, state, config.weight_bits)
+    attach(quantised, state)
     if "int8" not in found:
         found["int8"] = value(quantised)
     if config.sensitivity_price != "gflops" and "layer_ms" not in found:

@@ -14,7 +14,7 @@ from yolo_compress.evaluate.ab import compare
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.choice import choose
 from yolo_compress.report.document import build, identified
-from yolo_compress.report.gate import label, peer_row
+from yolo_compress.report.gate import judge, label, peer_row
 from yolo_compress.report.table import render_text
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
@@ -75,7 +75,13 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
     named = {row["id"]: row for row in identified(rows)}
-    peer = peer_row(list(named.values()), both[1]) or both[0]  # the same runtime, else it is runtimes that are compared
+    gate = judge(list(named.values()), job.config.min_retention)
+    timed = (
+        named[gate["timed"]] if gate["timed"] else None
+    )  # of a row without a latency, the engine that the gate limits
+    peer = (timed and peer_row(list(named.values()), timed)) or both[
+        0
+    ]  # the same runtime, else it is runtimes that are compared
     about_a, about_b, about_peer = (
         {"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in (*both, peer)
     )
@@ -88,13 +94,17 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         conf=job.config.conf,
         replicates=job.config.ab_replicates,
         seed=job.recipe.run.seed,
-        latency_a=latency[peer["id"]],
-        latency_b=latency[both[1]["id"]],
+        latency_a=latency[peer["id"]] if timed else None,
+        latency_b=latency[timed["id"]] if timed else None,
         about_a=about_a,
         about_b=about_b,
         image_set=job.dataset.val_digest,
     )
-    document["latency"]["a"] = about_peer
+    if timed:
+        document["latency"] |= {
+            "a": about_peer,
+            "b": {"label": f"{timed['model']}, {label(timed)}", "row": timed["id"]},
+        }
     return document
 
 
@@ -191,7 +201,9 @@ def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
         "mAP is over the validation images alone: nothing is known of other cameras, light or objects.",
     ]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
-        said.append("Nothing ran on TensorRT here: build and measure there before you deploy.")
+        said.append(
+            "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node; build and measure there before you deploy."
+        )
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
         said += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
     return said

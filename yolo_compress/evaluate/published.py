@@ -1,0 +1,144 @@
+"""Files that no engine here was built from, run as they are written: what goes to a robot has been evaluated on this machine.
+
+A Q/DQ graph says its arithmetic node by node; ONNX Runtime with its optimiser off computes just that, which is what
+`quant.fakequant` trains (tests/unit/test_published.py). Rounding inside of an engine's fused kernels is not simulated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+
+from yolo_compress.errors import CompressError
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.export_nms import NMS_CONF, NMS_IOU, NMS_MOST, NMS_SUFFIX
+from yolo_compress.export_onnx import quiet_trace
+from yolo_compress.quant.calibration_cache import IMPLICIT, explicit
+from yolo_compress.runtime.backend import Backend
+from yolo_compress.runtime.engine import BACKENDS
+from yolo_compress.runtime.golden import difference
+from yolo_compress.runtime.ort import OrtBackend
+from yolo_compress.runtime.post import nms
+from yolo_compress.runtime.tensorrt_build import strongly_typed
+
+NMS_PX, NMS_SCORE = 0.01, 1e-5  # float32 in another order
+
+
+class For(NamedTuple):
+    """Whom a file is for."""
+
+    runtime: str
+    precision: str
+
+
+def made_for(file: str) -> For | None:
+    """Runtime and precision of a published file by its name; None of what is no network, or is checked by `export` (NMS)."""
+    path = PurePosixPath(file)
+    precision, _, form = path.stem.partition("-")
+    if path.suffix == ".torchscript":
+        return For("torchscript", "int8" if precision == "int8" else "fp32")
+    if path.suffix != ".onnx" or path.stem.endswith(NMS_SUFFIX):
+        return None
+    if path.name == IMPLICIT:
+        return For("tensorrt-cache", precision)
+    if precision == "int8" and form in ("", "tensorrt11"):  # the one of both that suits the TensorRT here is "tensorrt"
+        newest, suits = form == "tensorrt11", strongly_typed()
+        return For("tensorrt" if newest == suits else form or "tensorrt10", precision)
+    return For(form if form in BACKENDS else "onnx", precision)
+
+
+def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A graph of one input and one output of any shape, node by node."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(images_BCHW: np.ndarray) -> np.ndarray:
+        output: np.ndarray = session.run(None, {name: images_BCHW})[0]
+        return output
+
+    return run
+
+
+def check_nms(file: Path, source: Path, images: Iterable[np.ndarray]) -> int:
+    """Compare a graph with NMS with NMS behind the graph that it was made from, by the project's own NMS.
+
+    Args:
+        file: What `with_nms` wrote, with its default thresholds.
+        source: What it was made from.
+        images: Letterboxed chw_3HW float32 arrays.
+
+    Returns:
+        How many boxes were compared.
+
+    Raises:
+        CompressError: They give other boxes.
+    """
+    with_graph, plain = literal(file), literal(source)
+    found, expected = list[np.ndarray](), list[np.ndarray]()
+    for chw_3HW in images:
+        rows_N6 = with_graph(chw_3HW[None])[0]
+        found.append(rows_N6[rows_N6[:, 4] > 0])
+        expected.append(nms(plain(chw_3HW[None])[0], NMS_CONF, NMS_IOU, NMS_MOST, multi_label=False))
+    apart = difference(expected, found, NMS_CONF)
+    if apart.unmatched or apart.worst_box_px > NMS_PX or apart.worst_score > NMS_SCORE:
+        raise CompressError(
+            f"{file.name} does not give what {source.name} with NMS gives on {len(found)} images: boxes {apart.worst_box_px:.2g} px, "
+            f"scores {apart.worst_score:.2g} apart, {apart.unmatched} without partner, which is a bug here; set export.nms=false"
+        )
+    return apart.compared
+
+
+class Simulated(OrtBackend):
+    """An ONNX file, node by node."""
+
+    def __init__(self, file: Path, precision: str, shown: str) -> None:
+        super().__init__(file, precision=precision, optimisation="none")
+        self._shown = shown
+
+    @property
+    def executed(self) -> str:
+        """Of which file."""
+        return f"simulated, {self._shown} node by node"
+
+
+def open_published(file: Path, precision: str, scratch: Path) -> Backend:
+    """Open a file of `export` to be evaluated.
+
+    Args:
+        file: For which `made_for` has an answer.
+        precision: Of it.
+        scratch: Folder for what has to be written first.
+
+    Raises:
+        EngineError: The runtime rejects it.
+    """
+    if file.suffix == ".torchscript":
+        return _TorchScript(file)
+    shown = file.name
+    if file.name == IMPLICIT:
+        explicit(file, scratch / "explicit.onnx")
+        file = scratch / "explicit.onnx"
+    return Simulated(file, precision, shown)
+
+
+class _TorchScript(TorchBackend):
+    """A TorchScript file; what it takes is in its `config.txt`."""
+
+    def __init__(self, file: Path) -> None:
+        said = {"config.txt": ""}
+        with quiet_trace():
+            module = torch.jit.load(str(file), map_location="cpu", _extra_files=said)
+        about = json.loads(said["config.txt"])
+        height, width = about["imgsz"]
+        super().__init__(module.eval(), tuple(about["names"].values()), (height, width))
+        self.batch, self.channels = about["batch"], about["channels"]
+        self.precision = about.get("precision", "fp32")

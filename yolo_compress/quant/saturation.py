@@ -1,0 +1,76 @@
+"""Whether a runtime adds products of 8-bit weights exactly on this processor: tried, not looked up.
+
+x86 without VNNI adds two products of codes in 16 bits and saturates in silence (`quant.state.WEIGHT_BITS`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from yolo_compress.runtime.engine import BACKENDS, open_engine
+
+CHANNELS, SIDE, ROWS = 64, 32, 5
+QMAX = 127
+MOST_APART = 0.02  # of the exact sum; saturation halves it
+
+
+def saturates(runtime: str) -> bool:
+    """Build a network of two convolutions whose codes are all the largest there are, and compare its sum with the exact one.
+
+    Args:
+        runtime: Key of `BACKENDS` that is installed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file, engine = Path(scratch, "int8.onnx"), Path(scratch, "engine")
+        onnx.save(_network(), str(file))
+        BACKENDS[runtime].build(file, engine, "int8")
+        with open_engine(engine) as backend:
+            sums = backend(np.ones((1, 3, SIDE, SIDE), np.float32))
+    return bool(np.abs(sums - 1).max() > MOST_APART)
+
+
+def _network() -> onnx.ModelProto:
+    """Ones in, ones out: UINT8 activations around zero point 128, INT8 weights, as in `qdq` for CPUs."""
+    graph = helper.make_graph(
+        [],
+        "largest_codes",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [1, ROWS, SIDE * SIDE])],
+    )
+
+    def constant(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        graph.node.append(helper.make_node(kind, inputs, [output], output, **attributes))
+        return output
+
+    def coded(name: str) -> str:
+        """Codes of 0 to 1, where 1 is the largest."""
+        pair = [
+            constant(f"{name}_scale", np.array(1 / QMAX, np.float32)),
+            constant(f"{name}_zero", np.array(128, np.uint8)),
+        ]
+        return add("DequantizeLinear", [add("QuantizeLinear", [name, *pair], f"{name}_Q"), *pair], f"{name}_DQ")
+
+    def conv(read: str, name: str, wide: int, out: int) -> str:
+        codes = constant(f"{name}_w", np.full((out, wide, 1, 1), QMAX, np.int8))
+        scale = constant(f"{name}_w_scale", np.full(out, 1 / (QMAX * wide), np.float32))
+        zero = constant(f"{name}_w_zero", np.zeros(out, np.int8))
+        weight = add("DequantizeLinear", [codes, scale, zero], f"{name}_w_DQ", axis=0)
+        bias = constant(f"{name}_bias", np.zeros(out, np.float32))
+        return coded(add("Conv", [read, weight, bias], name, kernel_shape=[1, 1]))
+
+    last = conv(conv(coded("images"), "first", 3, CHANNELS), "second", CHANNELS, ROWS)
+    add("Reshape", [last, constant("shape", np.array([1, ROWS, SIDE * SIDE], np.int64))], "output0")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"names": str({0: "ones"}), "imgsz": str([SIDE, SIDE])})
+    onnx.checker.check_model(model, full_check=True)
+    return model
