@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +21,11 @@ from yolo_compress.datayaml import DataYaml, Listed, data_folders, find_yaml, li
 from yolo_compress.errors import DataError, RecipeError, StorageError
 from yolo_compress.filecache import FileCache, Stamp
 from yolo_compress.reading import FileState, Progress, Read, Reader, Sample, label_path
+from yolo_compress.runtime.limits import MAX_DET, counted
 
 __all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
 
+MAX_UNLABELLED = 0.3
 LISTED_FINDINGS = 10  # in an error message; all of them are in BadData.findings
 
 
@@ -59,6 +63,8 @@ def load(
     allow_overlap: bool = False,
     limit_train: int | None = None,
     limit_val: int | None = None,
+    max_unlabelled: float = MAX_UNLABELLED,
+    max_det: int = MAX_DET,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -71,13 +77,15 @@ def load(
         allow_overlap: accept validation images that are also training images.
         limit_train: read only so many images, evenly spaced in the sorted list (`i * len // limit`), so no seed.
         limit_val: the same for the validation split.
+        max_unlabelled: share of a split's images that may lack a label file; they are background.
+        max_det: detections that NMS keeps in an image: where more objects are, a note says so.
         cache: JSON file that remembers files by size, mtime, ctime and inode.
         progress: called with (images done, images in all).
 
     Raises:
         RecipeError: no such yaml, or a limit below 1.
         BadData: the findings, one a line, the first ten.
-        DataError: a split that is empty or has no labels, a malformed yaml.
+        DataError: a split that is empty, or lacks more label files than `max_unlabelled`, or has no box; a malformed yaml.
         StorageError: digits cannot be drawn.
     """
     file = find_yaml(name)
@@ -99,6 +107,7 @@ def load(
     train, val = read[:first_val], read[first_val:]
     findings += _repeated(val)
     findings += [finding for result in read for finding in result.findings]
+    findings += _almost_labels(read)
     findings = list(dict.fromkeys(findings))
     if findings and on_bad != "skip":
         raise _failure(data, findings, "fix them, or set data.on_bad=skip to leave these images out of every model")
@@ -106,8 +115,8 @@ def load(
 
     kept = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
     samples = [tuple(r.sample for r in split if r.sample) for split in kept]
-    for split, results, of in zip(("train", "val"), kept, samples, strict=True):
-        notes += _check_split(data, split, results, of, findings)
+    for split, results, of, limit in zip(("train", "val"), kept, samples, (limit_train, limit_val), strict=True):
+        notes += _check_split(data, split, results, of, findings, limit, max_unlabelled, max_det)
     notes += _overlap(data, *samples, allow=allow_overlap)
     train_digest, val_digest = (_digest(split, data) for split in samples)
     files = {state.path: state for split in kept for result in split for state in result.files}
@@ -245,12 +254,19 @@ def _without_repeats(results: Sequence[Read]) -> list[Read]:
 
 
 def _check_split(
-    data: DataYaml, split: str, results: Sequence[Read], samples: Sequence[Sample], findings: list[str]
+    data: DataYaml,
+    split: str,
+    results: Sequence[Read],
+    samples: Sequence[Sample],
+    findings: list[str],
+    limit: int | None,
+    max_unlabelled: float,
+    max_det: int,
 ) -> list[str]:
     """Notes about a split.
 
     Raises:
-        DataError: a split without images, without label files, or (train) without boxes.
+        DataError: a split without images, without boxes, or with too few label files.
     """
     if not samples:
         raise _failure(data, findings, f"no image of {split} is left")
@@ -258,13 +274,21 @@ def _check_split(
     if len(unlabelled) == len(results):
         folder = shown(label_path(results[0].listed.path).parent)
         raise DataError(f"{shown(data.file)}: {split}: no image has a label file; looked in {folder}")
+    if len(unlabelled) > max_unlabelled * len(results):
+        first = shown(label_path(unlabelled[0].listed.path))
+        raise DataError(
+            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(results)} images have no label file, such as {first}. Are all of "
+            f"them background? Then set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(results)) / 100:g}"
+        )
     counts = [0] * len(data.names)
     for sample in samples:
         for box in sample.boxes:
             counts[box[0]] += 1
-    if split == "train" and not any(counts):
-        raise DataError(f"{shown(data.file)}: train: all {len(samples)} images are background, nothing to learn")
-    notes = []
+    if not any(counts):
+        effect = "nothing to learn" if split == "train" else "nothing to evaluate by"
+        hint = "" if limit is None else f"; data.limit_{split}={limit} may have left out those with objects"
+        raise DataError(f"{shown(data.file)}: {split}: all {len(samples)} images are background, {effect}{hint}")
+    notes = _crowded(samples, max_det) if split == "val" else []
     if background := sum(not s.boxes for s in samples):
         without = f"{len(unlabelled)} without label file"
         notes.append(f"{split}: {background} of {len(samples)} images are background ({without})")
@@ -272,6 +296,43 @@ def _check_split(
         effect = "their AP is undefined and left out of the mean" if split == "val" else "they cannot be learnt"
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         notes.append(f"{split}: no box of {', '.join(absent[:10])}{more}; {effect}")
+    return notes
+
+
+def _almost_labels(results: Sequence[Read]) -> list[str]:
+    """Findings: label files that are not read because the case of their names is another than that of the images'."""
+    folders: dict[Path, dict[str, str]] = {}
+    found = []
+    for result in results:
+        if result.labelled:
+            continue
+        path = label_path(result.listed.path)
+        if path.parent not in folders:
+            names = os.listdir(path.parent) if path.parent.is_dir() else []
+            folders[path.parent] = {name.lower(): name for name in names}
+        if name := folders[path.parent].get(path.name.lower()):
+            found.append(
+                f"{shown(path.with_name(name))}: not read; the label file of {result.listed.name} is {path.name}"
+            )
+    return found
+
+
+def _crowded(samples: Sequence[Sample], max_det: int) -> list[str]:
+    """Notes: objects that neither mAP nor NMS can count."""
+    most, limit = (
+        [max(Counter(box[0] for box in sample.boxes).values(), default=0) for sample in samples],
+        counted(max_det),
+    )
+    notes = []
+    if over := sum(count > limit for count in most):
+        notes.append(
+            f"val: {over} images have over {limit} objects of a class (up to {max(most)}), and mAP counts the {limit} best detections "
+            f"of a class in an image: no model can reach 1; data.max_det={max(MAX_DET + 1, 2 * max(most))} counts them"
+        )
+    if over := sum(len(sample.boxes) > max_det for sample in samples):
+        notes.append(
+            f"val: {over} images have over {max_det} objects, and NMS keeps {max_det} detections of an image (data.max_det)"
+        )
     return notes
 
 

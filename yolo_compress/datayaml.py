@@ -192,7 +192,7 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> tuple[list[Li
     found: list[Listed] = []
     findings: list[str] = []
     for entry in data.train if split == "train" else data.val:
-        path = (data.root / entry).resolve()
+        path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
         if path.is_dir():
             items: Iterator[Listed | str] = _folder(data.root, path)
         elif path.is_file():
@@ -221,7 +221,8 @@ def _folder(root: Path, top: Path) -> Iterator[Listed | str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in list(folders):
             path = os.path.join(folder, name)
-            if os.path.islink(path) and (folder + os.sep).startswith(os.path.realpath(path) + os.sep):
+            holder = os.path.realpath(folder) + os.sep
+            if os.path.islink(path) and holder.startswith(os.path.realpath(path) + os.sep):
                 yield f"{shown(path)}: symbolic link to a folder that holds it"
                 folders.remove(name)
         for name in files:

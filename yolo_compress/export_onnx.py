@@ -18,6 +18,7 @@ import onnx
 import torch
 from torch import nn
 
+from yolo_compress import progress
 from yolo_compress.errors import CompressError, NumericsError, RecipeError
 
 MIN_OPSET = 13  # the first with DequantizeLinear an output channel
@@ -179,7 +180,16 @@ def _simplify(graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
         raise CompressError(f"{out}: onnxsim {onnxsim.__version__} failed: {error}; export.simplify=false") from error
     if not same:
         raise CompressError(f"{out}: onnxsim {onnxsim.__version__} changed the outputs; set export.simplify=false")
+    if lost := _weights(graph) - _weights(
+        simplified
+    ):  # a factor of the activation (GELU's) became part of the next weight
+        progress.say(f"export: {out.name} is not simplified: onnxsim rewrites {len(lost)} weights, such as {min(lost)}")
+        return graph
     return simplified
+
+
+def _weights(graph: onnx.ModelProto) -> set[str]:
+    return {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
 
 
 @contextmanager

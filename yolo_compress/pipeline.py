@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=3, trains=True, checked=True),
     "qat": Stage(("distill",), stand_in="distill", version=5, trains=True, checked=True),
-    "export": Stage(("baseline", "distill", "qat"), version=4),
+    "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
     "engine": Stage(("export",), version=2, machine=True, checked=True),
     "bench": Stage(("export", "engine", "baseline", "distill"), version=3, machine=True),
     "report": Stage(
@@ -63,6 +63,8 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
+SAID = 10  # findings and notes of the data that a run says
+DEEPEST_STRIDE = 32
 FREE_MIB = 512  # a stage does not start on a disk with less
 
 
@@ -178,13 +180,24 @@ def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
         "allow_overlap": data.allow_overlap,
         "cache": store.root / ".cache" / "data.json",
     }
-    dataset = load(data.yaml, limit_train=data.limit_train, limit_val=data.limit_val, **shared)
+    dataset = load(
+        data.yaml,
+        limit_train=data.limit_train,
+        limit_val=data.limit_val,
+        max_unlabelled=data.max_unlabelled,
+        max_det=data.max_det,
+        **shared,
+    )
     if recipe.distill and recipe.distill.images is not None:
         dataset = with_unlabelled(dataset, recipe.distill.images, **shared)
     if dataset.skipped:
         progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
-        for finding in dataset.skipped[:10]:
+        for finding in dataset.skipped[:SAID]:
             progress.say(f"  {finding}")
+    for note in dataset.notes[:SAID]:
+        progress.say(f"data: {note}")
+    if len(dataset.notes) > SAID:
+        progress.say(f"data: {len(dataset.notes) - SAID} more notes; `yolo-compress check` shows all")
     return dataset
 
 
@@ -253,9 +266,34 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
     Raises:
         CompressError: See `check` of the modules of `stages`.
     """
+    stages = list(stages)
+    _check_batches(recipe, dataset, stages)
     for stage in stages:
         if STAGES[stage].checked and getattr(recipe, stage) is not None:
             importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
+
+
+def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
+    """Refuse a last batch of one image where the deepest layer sees one pixel of it: BatchNorm has no variance then.
+
+    Raises:
+        RecipeError: See above.
+    """
+    if max(recipe.data.imgsz_hw) > DEEPEST_STRIDE:
+        return
+    for stage in stages:
+        config = getattr(recipe, stage)
+        if config is None or not STAGES[stage].trains or not getattr(config, "epochs", 0):
+            continue
+        if stage in ("baseline", "teacher") and config.weights is not None:
+            continue
+        batch = min(int(config.batch), len(dataset.train))
+        if batch == 1 or len(dataset.train) % batch == 1:
+            raise RecipeError(
+                f"{stage}.batch={config.batch}: {len(dataset.train)} training images leave one alone in the last batch, and at "
+                f"data.imgsz={DEEPEST_STRIDE} the deepest layer sees one pixel of it, which BatchNorm cannot train on; set another "
+                f"{stage}.batch, or a larger data.imgsz"
+            )
 
 
 def _execute(

@@ -71,6 +71,15 @@ class DataConfig(Section):
         "Accept validation images that are also training images.",
         when="Set true only if you know why: the mAP is then too high.",
         group="Data")] = False
+    max_unlabelled: Annotated[float, knob(
+        "Largest fraction of a split's images that may have no label file. They count as background.",
+        when="Raise it when more images than that really show no object.",
+        group="Data", unit="fraction", ge=0, le=1)] = 0.3
+    max_det: Annotated[int, knob(
+        "Detections that NMS keeps in an image, here and on the robot. mAP counts 100 of a class in an image, as COCO does; above "
+        "300 it counts as many.",
+        when="Raise it when an image may hold more objects.",
+        group="Data", unit="detections", ge=1, le=100_000)] = 300
     limit_train: Annotated[int | None, knob(
         "Number of training images to use, evenly spaced in the sorted list. null: all.",
         when="Set it for a quick trial.",

@@ -148,7 +148,8 @@ def test_batches_go_from_the_chain_to_the_robot(finished: Bench, tmp_path: Path,
         "report.images=0",
         "report.ab_replicates=0",
     )
-    finished.run("bundle", *words, f"out={bundle}", f"target={target}")
+    finished.run("keygen", f"out={tmp_path / 'robot.key'}")
+    finished.run("bundle", *words, f"out={bundle}", f"target={target}", f"key={tmp_path / 'robot.key'}")
     store = Store(finished.folder / "weights")
     rows, single = (
         {row["file"]: row for row in store.linked(name, "bench").metrics["rows"] if row["status"] != "missing"}

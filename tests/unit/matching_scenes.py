@@ -8,7 +8,8 @@ import io
 import numpy as np
 
 from yolo_compress.evaluate import coco
-from yolo_compress.runtime.matching import AREAS, MAX_DETECTIONS
+from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.matching import AREAS
 
 NAMES = ("bolt", "nut", "screw")
 SIDE = 300.0  # px of the test images

@@ -134,6 +134,7 @@ def test_folder_loop_is_a_finding(root: Path) -> None:
 
 def test_overlap_is_found_by_content(root: Path) -> None:
     os.link(root / "images/train/3.png", root / "images/val/other-name.png")
+    (root / "labels/val/other-name.txt").write_bytes(ROW)
     shutil.copy(root / "images/train/1.png", root / "images/val/1.png")
     assert findings(root) == (
         "set/images/val/1.png: same bytes as set/images/train/1.png of train",
@@ -314,3 +315,63 @@ def test_loading_imports_neither_torch_nor_ultralytics() -> None:
     package_parent = Path(data_module.__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package_parent)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_link_to_a_folder_of_images_has_its_labels_beside_the_link(root: Path) -> None:
+    """As Ultralytics looks for them; where the link leads there is another set's labels, or none."""
+    plain = load("set/data.yaml")
+    shutil.move(root / "images/train", root.parent / "elsewhere")
+    (root / "images/train").symlink_to(root.parent / "elsewhere")
+    linked = load("set/data.yaml")
+    assert linked.digest == plain.digest and all(sample.boxes for sample in linked.train)
+    (root / "images/val/again").symlink_to(root / "images/val")
+    assert findings(root) == ("set/images/val/again: symbolic link to a folder that holds it",)
+
+
+def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
+    (root / "labels/train/0.txt").unlink()
+    assert any("1 of 4 images are background (1 without label file)" in note for note in load("set/data.yaml").notes)
+    (root / "labels/train/2.txt").unlink()
+    with pytest.raises(DataError) as caught:
+        load("set/data.yaml")
+    assert str(caught.value) == (
+        "set/data.yaml: train: 2 of 4 images have no label file, such as set/labels/train/0.txt. "
+        "Are all of them background? Then set data.max_unlabelled=0.5"
+    )
+    assert len(load("set/data.yaml", max_unlabelled=0.5).train) == 4
+
+
+@pytest.mark.parametrize("name", ["0.TXT", "0.Txt"])
+def test_a_label_file_in_another_case_is_a_finding(root: Path, name: str) -> None:
+    (root / "labels/train/0.txt").rename(root / "labels/train" / name)
+    assert findings(root) == (f"set/labels/train/{name}: not read; the label file of images/train/0.png is 0.txt",)
+
+
+def test_validation_images_without_any_object_are_refused(root: Path) -> None:
+    (root / "labels/val/0.txt").write_bytes(b"")
+    assert len(load("set/data.yaml").val) == 2
+    with pytest.raises(DataError, match=r"all 1 images are background.*data\.limit_val=1 may have left out those with"):
+        load("set/data.yaml", limit_val=1)
+    (root / "labels/val/1.txt").write_bytes(b"")
+    with pytest.raises(DataError, match="val: all 2 images are background, nothing to evaluate by$"):
+        load("set/data.yaml")
+
+
+def test_more_objects_than_coco_counts_are_said(root: Path) -> None:
+    def rows(count: int) -> bytes:
+        return b"".join(b"%d %.6f 0.5 0.01 0.5\n" % (i % 2, 0.01 + 0.98 * i / count) for i in range(count))
+
+    (root / "labels/val/0.txt").write_bytes(rows(200))
+    assert not [note for note in load("set/data.yaml").notes if "objects" in note], "100 of each class"
+    (root / "labels/val/0.txt").write_bytes(rows(202))
+    (note,) = (note for note in load("set/data.yaml").notes if "objects" in note)
+    assert note == (
+        "val: 1 images have over 100 objects of a class (up to 101), and mAP counts the 100 best detections of a class in an image: "
+        "no model can reach 1; data.max_det=301 counts them"
+    )
+    assert not [note for note in load("set/data.yaml", max_det=301).notes if "objects" in note]
+    (root / "labels/val/1.txt").write_bytes(rows(301))
+    notes = load("set/data.yaml").notes
+    assert any(
+        note.startswith("val: 1 images have over 300 objects, and NMS keeps 300 detections of an") for note in notes
+    )

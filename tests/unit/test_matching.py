@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from matching_scenes import NAMES, SIDE, Scene, by_pycocotools, scene
 
 from yolo_compress.evaluate import coco
-from yolo_compress.runtime.matching import AREAS, match, mean_ap, precision
+from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.matching import AREAS, counting, match, mean_ap, precision
 
 
 def assert_equal(truths: list[np.ndarray], found: list[np.ndarray]) -> None:
@@ -123,3 +125,23 @@ def test_what_cannot_be_matched() -> None:
         mean_ap([np.zeros((0, 5))], [nothing], NAMES)
     with pytest.raises(ValueError, match="repeat.*bolt"):
         mean_ap([one], [nothing], ("bolt", "bolt", "nut"))
+
+
+def test_256_perfect_detections_are_1_where_as_many_are_kept() -> None:
+    """COCO counts 100 of a class in an image: 0.396 of a perfect model. Where NMS keeps more than 300, all count."""
+    side = np.arange(16) * 20.0
+    boxes_N4 = np.array([[x, y, x + 10, y + 10] for x in side for y in side])
+    truths = [np.insert(boxes_N4, 0, 0, axis=1)]
+    found = [np.column_stack([boxes_N4, np.linspace(0.9, 0.5, 256), np.zeros(256)])]
+    assert (counted(1), counted(300), counted(301)) == (100, 100, 301)
+    for evaluate in (mean_ap, by_truth):
+        assert evaluate(truths, found, ["nut"])["map50_95"] == pytest.approx(0.396, abs=1e-3)
+        assert evaluate(truths, found, ["nut"], counted(301))["map50_95"] == pytest.approx(1.0)
+    assert counting(found[0]).sum() == 100 and counting(found[0], 301).all()
+
+
+def by_truth(truths: list[np.ndarray], found: list[np.ndarray], names: list[str], *most: int) -> dict[str, Any]:
+    """As `mean_ap`, by pycocotools."""
+    rows = truths[0][:, 1:] / 400
+    boxes = [(0, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1) for x1, y1, x2, y2 in rows.tolist()]
+    return coco.mean_ap([SimpleNamespace(width=400, height=400, boxes=boxes)], found, names, *most)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
+from torch import nn
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.export_onnx import export_onnx
@@ -267,7 +268,7 @@ def test_two_layers_with_one_weight_are_refused(source: tuple[Path, QuantState],
     model.model[2].m[0].cv2.conv.weight.data.copy_(model.model[2].m[0].cv1.conv.weight.data)
     model.model[2].m[0].cv2.bn.load_state_dict(model.model[2].m[0].cv1.bn.state_dict())
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
-    with pytest.raises(CorruptArtifact, match="equal weights"), torch.no_grad():
+    with pytest.raises(CorruptArtifact, match="computed, not stored"), torch.no_grad():
         insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", source[1], "tensorrt")
 
 
@@ -313,3 +314,47 @@ def test_half_typed_codes_are_the_same_network(source: tuple[Path, QuantState], 
         np.abs(got - as_float).mean() for got in (expected, run_onnx(tmp_path / "half.onnx", batch[:1]))
     )
     assert error_half < 1.5 * error  # ties of rounding fall otherwise, which a net of random weights amplifies
+
+
+ACTS = [
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.LeakyReLU(0.1),
+    nn.Hardswish(),
+    nn.Mish(),
+    nn.GELU(),
+    nn.PReLU(),
+    nn.Identity(),
+    nn.Sigmoid(),
+    nn.Tanh(),
+]
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: type(act).__name__)
+def test_activations_of_any_number_of_nodes_become_codes_behind_their_last(act: nn.Module, tmp_path: Path) -> None:
+    qdq.check_activation(act, 17)
+    model = net()
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), nn.SiLU):
+            module.act = act
+    expected_float = run_torch(model, images(4, seed=3))
+    export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
+    state = fold(ptq(model, lambda: [images(4)], "max"), model)
+    counts = insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", state, "tensorrt")
+    assert (counts.convs, counts.activations) == (57, SOURCES + PASSED)
+    insert_qdq(tmp_path / "fp32.onnx", tmp_path / "ort.onnx", state, "onnxruntime")
+    for target in ("tensorrt-10.3", "openvino"):
+        assert not check(tmp_path / "int8.onnx", target).count("error")
+    model.fuse(verbose=False)
+    attach(model, state)
+    assert_equal_but_for_ties(
+        run_onnx(tmp_path / "int8.onnx", images(4, seed=3)), run_torch(model, images(4, seed=3)), expected_float
+    )
+
+
+@pytest.mark.parametrize("act", [nn.Softmax(1), nn.Threshold(0.1, 0.0)])
+def test_an_activation_that_no_int8_file_holds_is_known_before_training(act: nn.Module) -> None:
+    with pytest.raises(
+        RecipeError, match=f"activation {type(act).__name__}: (INT8 files|ONNX of opset 17) cannot hold it"
+    ):
+        qdq.check_activation(act, 17)

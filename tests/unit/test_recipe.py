@@ -22,7 +22,7 @@ TRAIN = (
     "mosaic close_mosaic scale translate fliplr flipud amp"
 )
 FROZEN = {
-    "data": "yaml imgsz on_bad allow_overlap limit_train limit_val",
+    "data": "yaml imgsz on_bad allow_overlap max_unlabelled max_det limit_train limit_val",
     "run": "device workers seed threads val_every",
     "teacher": f"{TRAIN} weights pretrained model detection_part freeze",
     "baseline": f"{TRAIN} weights pretrained model detection_part freeze",

@@ -173,7 +173,7 @@ def fake_job(folder: Path, found: list[np.ndarray], truths: list[np.ndarray], **
     return SimpleNamespace(
         inputs={"bench": bench, **stages},
         dataset=SimpleNamespace(names=("bolt", "nut", "screw"), val=[Sample(truth) for truth in truths]),
-        recipe=SimpleNamespace(report=config, run=SimpleNamespace(seed=0)),
+        recipe=SimpleNamespace(report=config, run=SimpleNamespace(seed=0), data=SimpleNamespace(max_det=300)),
     )
 
 
@@ -205,7 +205,9 @@ def test_where_ab_has_an_interval_the_row_shows_it() -> None:
 
 def without_replicates(job: Any) -> Any:
     return SimpleNamespace(
-        report=SimpleNamespace(**{**vars(job.recipe.report), "ab_replicates": 0}), run=job.recipe.run
+        report=SimpleNamespace(**{**vars(job.recipe.report), "ab_replicates": 0}),
+        run=job.recipe.run,
+        data=job.recipe.data,
     )
 
 

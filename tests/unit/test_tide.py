@@ -13,7 +13,8 @@ import pytest
 
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.coco import mean_ap
-from yolo_compress.evaluate.tide import MAX_DETECTIONS, TYPES, errors
+from yolo_compress.evaluate.tide import TYPES, errors
+from yolo_compress.runtime.limits import MAX_DETECTIONS
 
 TRUTH = [0, 0, 0, 100, 100]  # class, xyxy
 

@@ -11,6 +11,7 @@ from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate.bootstrap import Replicates, interval, over_classes, replicate, resamples
 from yolo_compress.evaluate.latency_ratio import Rounds, latency_ratio
 from yolo_compress.evaluate.operating import IOU, operating
+from yolo_compress.runtime.limits import MAX_DET, counted
 from yolo_compress.runtime.matching import AREAS, match, precision
 
 SCHEMA = 1
@@ -26,6 +27,7 @@ def compare(
     *,
     margin: float = 0.01,
     conf: float = 0.25,
+    max_det: int = MAX_DET,
     replicates: int = 1000,
     seed: int = 0,
     latency_a: Rounds | None = None,
@@ -44,6 +46,7 @@ def compare(
         conf: threshold that the models are deployed with.
         replicates: of the bootstrap.
         seed: of the bootstrap.
+        max_det: detections of an image that NMS kept in both.
         latency_a, latency_b: ms of single inferences by round, both taken in turn; or neither.
         about_a, about_b: what the document says of each; `label` among it.
         image_set: digest of the images.
@@ -68,10 +71,12 @@ def compare(
         raise DataError(f"no ground truth in {len(truths)} images, so there is nothing to compare by")
     if min(labels) < 0 or max(labels) >= len(names):
         raise DataError(f"ground truth of classes {min(labels)} to {max(labels)}, but there are {len(names)} names")
-    models = [match(truths, detections, len(names)) for detections in (detections_a, detections_b)]
+    models = [
+        match(truths, detections, len(names), most=counted(max_det)) for detections in (detections_a, detections_b)
+    ]
     points = replicate(models, np.ones((1, len(truths)), np.uint16))
     drawn = replicate(models, resamples(len(truths), replicates, seed))
-    at_threshold, flips = operating(truths, detections_a, detections_b, models[1], conf)
+    at_threshold, flips = operating(truths, detections_a, detections_b, models[1], conf, counted(max_det))
     map50_95 = _total(points, drawn, "ap50_95")
     document = {
         "schema": SCHEMA,

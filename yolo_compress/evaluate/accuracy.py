@@ -16,6 +16,7 @@ from yolo_compress.evaluate.coco import Truth, mean_ap
 from yolo_compress.runtime.backend import Backend
 from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.errors import NotFinite
+from yolo_compress.runtime.limits import MAX_DET, counted
 from yolo_compress.runtime.pre import UnreadableImage, read_image
 
 DYNAMIC_BATCH = 4  # images a call where the backend takes any number
@@ -37,6 +38,7 @@ def accuracy(
     *,
     image_set: str | None = None,
     workers: int = 0,
+    max_det: int = MAX_DET,
 ) -> dict[str, Any]:
     """Run the backend over the images and evaluate its detections.
 
@@ -47,11 +49,12 @@ def accuracy(
         imgsz: height and width, px; the backend's must be the same.
         progress: called with the number of images just finished.
         image_set: digest of the samples, put into the result.
+        max_det: detections of an image that NMS keeps; see `matching.counted` for what mAP counts of them.
         workers: threads that read images ahead; 0 reads in turn.
 
     Returns:
         what `coco.mean_ap` returns, and images (count), image_set, executed, detections (list of N6 arrays in px of the
-        original images, up to 300 each).
+        original images).
 
     Raises:
         RecipeError: backend and data set differ in classes or size.
@@ -62,7 +65,7 @@ def accuracy(
         raise RecipeError(f"the model's classes are {list(backend.names)}, the data set's {list(names)}")
     if tuple(backend.imgsz) != tuple(imgsz):
         raise RecipeError(f"the model takes {list(backend.imgsz)} px, imgsz is {list(imgsz)}")
-    detector, detections = Detector(backend), list[np.ndarray]()
+    detector, detections = Detector(backend, max_det=max_det), list[np.ndarray]()
     images = _read_ahead(samples, workers)
     while batch := list(islice(images, backend.batch or DYNAMIC_BATCH)):
         try:
@@ -72,7 +75,7 @@ def accuracy(
         if progress is not None:
             progress(len(batch))
     return {
-        **mean_ap(samples, detections, names),
+        **mean_ap(samples, detections, names, counted(max_det)),
         "images": len(samples),
         "image_set": image_set,
         "executed": backend.executed,

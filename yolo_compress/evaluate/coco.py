@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from yolo_compress.errors import DataError
-
-MAX_DETECTIONS = 100  # an image, best first: COCO's limit; NMS keeps up to 300, the rest is not counted here
+from yolo_compress.runtime.limits import MAX_DETECTIONS
 
 
 class Truth(Protocol):
@@ -41,13 +40,16 @@ def absolute_boxes(truth: Truth) -> np.ndarray:
     return np.concatenate([boxes_N5[:, :1], corners_N4 * size_4], axis=1)
 
 
-def mean_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, Any]:
-    """COCO's box AP over all areas, at most 100 detections an image, areas taken from the boxes.
+def mean_ap(
+    truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
+) -> dict[str, Any]:
+    """COCO's box AP over all areas, areas taken from the boxes.
 
     Args:
         truths: one an image.
         detections: one N6 array an image, in the same order.
         names: of the classes.
+        most: detections of a class in an image that count, best first.
 
     Returns:
         map50_95 and map50 (fractions, mean over the classes that have ground truth), per_class and per_class_50
@@ -66,7 +68,7 @@ def mean_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Se
         raise DataError(f"no ground truth in {len(truths)} images, mAP is undefined")
     if min(counted) < 0 or max(counted) >= len(names):
         raise DataError(f"ground truth of classes {sorted(counted)}, but there are {len(names)} names")
-    precision_TRK = _precision(truths, detections, len(names))
+    precision_TRK = _precision(truths, detections, len(names), most)
     ap_TK = np.where(precision_TRK > -1, precision_TRK, np.nan).mean(axis=1)  # -1 marks classes without ground truth
     present_K = [k for k in range(len(names)) if counted[k]]
     return {
@@ -78,8 +80,8 @@ def mean_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Se
     }
 
 
-def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    """precision_TRK of COCOeval, over all areas and at MAX_DETECTIONS; its prints are swallowed."""
+def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int, most: int) -> np.ndarray:
+    """precision_TRK of COCOeval, over all areas; its prints are swallowed."""
     from pycocotools.cocoeval import COCOeval
 
     boxes = [absolute_boxes(truth) for truth in truths]
@@ -87,7 +89,7 @@ def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classe
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco([np.insert(a, 5, b[:, 0], axis=1) for a, b in zip(actual, boxes, strict=True)], classes)
         evaluation = COCOeval(truth, _coco(detections, classes), "bbox")
-        evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
+        evaluation.params.maxDets = [1, 10, most]
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()

@@ -1,6 +1,6 @@
 """Detections of a bench row on disk: one float32 .npy, a line a detection: image index, x1, y1, x2, y2 in px, score, class.
 
-All that mAP counts is kept: the best 100 of a class in an image, from the score 0.001 on.
+All that mAP counts is kept, from the score 0.001 on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from yolo_compress.errors import CorruptArtifact
+from yolo_compress.runtime.limits import MAX_DETECTIONS
 from yolo_compress.runtime.matching import counting
 
 
@@ -20,12 +21,12 @@ def row_name(row: Mapping[str, Any]) -> str:
     return f"{row['model']}-{row['runtime']}-{row['precision']}"
 
 
-def keep(file: Path, detections: Sequence[np.ndarray]) -> None:
-    """Writes one N6 array an image."""
+def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> None:
+    """Writes one N6 array an image, the best `most` of each class."""
     tables = [
         np.column_stack([np.full(len(kept), image), kept])
         for image, rows in enumerate(detections)
-        if len(kept := rows[counting(rows)])
+        if len(kept := rows[counting(rows, most)])
     ]
     np.save(file, np.concatenate([np.zeros((0, 7)), *tables]).astype(np.float32))
 

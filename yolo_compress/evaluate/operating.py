@@ -29,9 +29,11 @@ class _Model:
     wrong: list[np.ndarray]  # which of an image's shown detections find nothing, one D array an image
 
     @classmethod
-    def at(cls, truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], classes: int, conf: float) -> _Model:
+    def at(
+        cls, truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], classes: int, conf: float, most: int
+    ) -> _Model:
         shown = [rows[rows[:, 4] > conf] for rows in detections]
-        matches = match(truths, shown, classes, ("all",))
+        matches = match(truths, shown, classes, ("all",), most)
         found_N = np.zeros(len(matches.image_N), bool)
         truth_D = matches.truth_ATD[0, 0]
         found_N[truth_D[truth_D >= 0]] = True
@@ -56,6 +58,7 @@ def operating(
     detections_b: Sequence[np.ndarray],
     all_b: Matches,
     conf: float,
+    most: int,
 ) -> tuple[dict[str, Any], list[dict[str, int]]]:
     """The sections `operating` and `flips` of the A/B document.
 
@@ -63,15 +66,16 @@ def operating(
         truths, detections_a, detections_b: as `match` takes them; there is at least one truth.
         all_b: B's matches over all areas first, at every score.
         conf: threshold of both.
+        most: detections of a class in an image that count.
 
     Returns:
         operating: conf; recall, missed, false_positives and those an image of a and b; mcnemar; threshold_b, with which B finds
         as many truths as A (None where none does); score_shift (B less A) and agreement of paired detections. flips: the
         images where B lost or gained a truth or shows something wrong that A does not, most lost first.
     """
-    a, b = (_Model.at(truths, rows, all_b.classes, conf) for rows in (detections_a, detections_b))
+    a, b = (_Model.at(truths, rows, all_b.classes, conf, most) for rows in (detections_a, detections_b))
     a_only_N, b_only_N = a.found_N & ~b.found_N, b.found_N & ~a.found_N
-    paired, new = _paired(a, b, all_b.classes)
+    paired, new = _paired(a, b, all_b.classes, most)
     shift_D = paired["score_b"] - paired["score_a"]
     lost_I, gained_I = (np.bincount(all_b.image_N[only_N], minlength=all_b.images) for only_N in (a_only_N, b_only_N))
     section = {
@@ -141,10 +145,10 @@ def restoring_threshold(matches: Matches, wanted: int) -> float | None:
     return at if shown else max(0.0, round(at - 1 / _STEP, 4))
 
 
-def _paired(a: _Model, b: _Model, classes: int) -> tuple[dict[str, np.ndarray], list[int]]:
+def _paired(a: _Model, b: _Model, classes: int, most: int) -> tuple[dict[str, np.ndarray], list[int]]:
     """Scores and IoU of each of B's detections that A has too; and how many wrong ones of B in each image A has not."""
     as_truths = [np.column_stack([rows[:, 5], rows[:, :4]]) for rows in a.shown]
-    pairs = match(as_truths, b.shown, classes, ("all",))
+    pairs = match(as_truths, b.shown, classes, ("all",), most)
     both_D = pairs.truth_ATD[0, 0] >= 0
     flat_a, flat_b = (np.concatenate([np.zeros((0, 6)), *model.shown]) for model in (a, b))
     first_I = np.cumsum([0, *(len(rows) for rows in b.shown)])

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from yolo_compress.errors import DataError
+from yolo_compress.runtime.limits import MAX_DETECTIONS
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
 RECALLS_R = np.linspace(0, 1, 101)  # COCO's
-MAX_DETECTIONS = 100  # an image, best first, as in COCO
 RIGHT = -1  # the type of a detection that matched
 CLS, LOC, BOTH, DUP, BKG = range(5)
 
@@ -44,17 +44,20 @@ class _Judged(NamedTuple):
     matched_T: np.ndarray
 
 
-def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> dict[str, Any]:
+def errors(
+    truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS
+) -> dict[str, Any]:
     """Count the errors of each type and say what each type costs.
 
     Args:
         truths: one G5 array an image: class, x1, y1, x2, y2 in px.
         detections: one N6 array an image, in the same order: x1, y1, x2, y2, score, class.
+        most: detections of an image that count, best first.
 
     Returns:
-        ap50 (fraction, mean over the classes that have truths), truths and detections (counts, at most 100 detections an
-        image), and types, in the order of `TYPES`: name, count, cost (rise of AP50 if mended, at least 0); the same for all
-        false detections (false_positives) and all truths not found (false_negatives).
+        ap50 (fraction, mean over the classes that have truths), truths and detections (counts), and types, in the order of
+        `TYPES`: name, count, cost (rise of AP50 if mended, at least 0); the same for all false detections (false_positives) and
+        all truths not found (false_negatives).
 
     Raises:
         DataError: no truth at all.
@@ -64,7 +67,7 @@ def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> di
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
     if not sum(map(len, truths)):
         raise DataError(f"no ground truth in {len(truths)} images, errors have no meaning")
-    found = _judge(truths, detections)
+    found = _judge(truths, detections, most)
     best_D = _best_of_each_truth(found)
     hopeless_T = ~found.matched_T
     hopeless_T[found.target_D[found.target_D >= 0]] = False
@@ -96,12 +99,12 @@ def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> di
     }
 
 
-def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray]) -> _Judged:
+def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int) -> _Judged:
     columns: list[tuple[np.ndarray, ...]] = []
     class_T, matched_T = [], []
     first = 0  # of this image's truths among all
     for truths_G5, found_N6 in zip(truths, detections, strict=True):
-        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")[:MAX_DETECTIONS]].astype(np.float64)
+        best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")[:most]].astype(np.float64)
         type_N, target_N, matched_G = _judge_image(truths_G5.astype(np.float64), best_N6)
         columns.append((best_N6[:, 4], best_N6[:, 5], type_N, np.where(target_N < 0, -1, target_N + first)))
         class_T.append(truths_G5[:, 0])

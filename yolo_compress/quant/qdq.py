@@ -14,6 +14,7 @@ scale of its inputs that pair moves no value, and says to any importer that the 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
-from yolo_compress.export_onnx import MIN_OPSET, write_metadata
+from yolo_compress.export_onnx import MIN_OPSET, quiet_trace, write_metadata
 from yolo_compress.quant.placement import IMAGES
 from yolo_compress.quant.state import QMAX, QuantState
 
@@ -35,7 +38,11 @@ TARGETS: dict[Target, tuple[int, int]] = {  # element type and zero point of act
     "onnxruntime": (TensorProto.UINT8, 128),
     "openvino": (TensorProto.UINT8, 128),  # signed activations lose most of the mAP on AVX2 (0.613 -> 0.454)
 }
-UNARY = {"Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Clip", "Elu", "Mish"}  # activations that are one node
+# What activations are made of: one node (ReLU), or several that read nothing but the convolution and constants (SiLU, Mish, GELU).
+ELEMENTWISE = {
+    "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish",
+    "Mul", "Neg", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sub", "Tanh", "ThresholdedRelu",
+}  # fmt: skip
 PASSING = {"MaxPool", "Resize", "Split", "Concat"}  # layers that only move values: codes in, the same codes out
 
 
@@ -190,7 +197,7 @@ def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     sums = [name for name in sums if f"{name}.conv.weight" not in stored]
     blocks = [name for name in state.activations if name not in (IMAGES, *sums)]
     convs = find_convs(graph, [f"{name}.conv" for name in blocks])
-    made = {name: _activated(convs[f"{name}.conv"], readers) for name in blocks} | {IMAGES: graph.input[0].name}
+    made = {name: _activated(graph, convs[f"{name}.conv"]) for name in blocks} | {IMAGES: graph.input[0].name}
     for name in sums:
         adds = [node.output[0] for node in readers.get(made[f"{name}.cv2"], ()) if node.op_type == "Add"]
         if len(adds) != 1:
@@ -199,14 +206,54 @@ def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     return {made[name]: amax for name, amax in state.activations.items()}
 
 
-def _activated(conv: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> str:
-    """What a block gives: SiLU's product, the output of another activation, or the convolution's own."""
-    after = {node.op_type: node for node in readers.get(conv.output[0], ())}
-    if set(after) == {"Sigmoid", "Mul"}:
-        return str(after["Mul"].output[0])
-    if len(after) == 1 and set(after) <= UNARY:
-        return str(next(iter(after.values())).output[0])
-    return str(conv.output[0])
+def _activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> str:
+    """What a block gives: the last tensor of its activation, or the convolution's own where it has none.
+
+    Raises:
+        CorruptArtifact: The activation has several ends, or is made of nodes that are not known to be elementwise.
+    """
+    fixed = {item.name for item in graph.initializer} | {""}
+    inside, ends = {conv.output[0]}, set[str]()
+    for node in graph.node:
+        if node.op_type == "Constant":
+            fixed |= set(node.output)
+        elif not inside.isdisjoint(node.input):
+            if node.op_type in ELEMENTWISE and set(node.input) <= inside | fixed:
+                inside |= set(node.output)
+            else:
+                ends |= inside & set(node.input)
+    ends |= inside & {item.name for item in graph.output}
+    if len(ends) != 1:
+        raise CorruptArtifact(
+            f"{conv.name}: its activation gives {', '.join(sorted(ends)) or 'nothing'}, expected one tensor"
+        )
+    return ends.pop()
+
+
+def check_activation(act: nn.Module, opset: int) -> None:
+    """Refuse an activation that the INT8 files cannot hold, before any training.
+
+    Raises:
+        RecipeError: It is no elementwise function of nodes in `ELEMENTWISE`.
+    """
+    file = io.BytesIO()
+    with torch.no_grad(), quiet_trace():
+        net = nn.Sequential(nn.Conv2d(1, 1, 1), act).eval()
+        try:
+            torch.onnx.export(net, (torch.zeros(1, 1, 2, 2),), file, opset_version=opset, dynamo=False)
+        except Exception as error:  # torch's exporter raises whatever its symbolic functions do
+            reason = str(error).splitlines()[0]
+            raise RecipeError(
+                f"activation {type(act).__name__}: ONNX of opset {opset} cannot hold it: {reason}"
+            ) from error
+    graph = onnx.load_from_string(file.getvalue()).graph
+    conv = next(node for node in graph.node if node.op_type == "Conv")
+    if strange := {node.op_type for node in graph.node} - ELEMENTWISE - {"Conv", "Constant", "Identity"}:
+        raise RecipeError(
+            f"activation {type(act).__name__}: INT8 files cannot hold it (ONNX {', '.join(sorted(strange))}); leave the section qat "
+            "out and set export.precisions=fp32,fp16"
+        )
+    _activated(graph, conv)
 
 
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
@@ -279,7 +326,7 @@ def _inner_pairs(
         if made not in pairs:
             inner[made] = Pair(state.outputs[name], dtype, zero_point)
         for node in readers.get(made, ()):
-            if node.op_type == "Sigmoid" and _activated(conv, readers) in pairs:
+            if node.op_type == "Sigmoid" and node.output[0] not in pairs and _activated(graph, conv) in pairs:
                 # A sigmoid fills 0 to 1 and nothing else: all 256 codes, from 0.
                 inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
     return inner

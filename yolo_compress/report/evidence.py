@@ -19,6 +19,7 @@ from yolo_compress.report.curves import every_per_cent
 from yolo_compress.report.document import identified
 from yolo_compress.report.gate import has_accuracy, judge, reference_row
 from yolo_compress.report.intervals import REPLICATES, Interval, intervals
+from yolo_compress.runtime.limits import counted
 
 DETECTIONS = "detections.npy"  # of a training stage
 
@@ -74,8 +75,8 @@ def with_intervals(
         artifact = job.inputs[stage["stage"]]
         if DETECTIONS in artifact.manifest.files:
             models[stage["stage"]] = kept(artifact.file(DETECTIONS), len(job.dataset.val))
-    classes, seed = len(job.dataset.names), job.recipe.run.seed
-    found = intervals(truths(job), models, reference["id"], classes, replicates, seed)
+    classes, seed, most = len(job.dataset.names), job.recipe.run.seed, counted(job.recipe.data.max_det)
+    found = intervals(truths(job), models, reference["id"], classes, replicates, seed, most)
     return (
         [{**row, **found.get(row["id"], {})} for row in named],
         [{**stage, **_own_interval(stage["stage"], found)} for stage in chain],
@@ -111,11 +112,14 @@ def error_types(job: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     both = compared(rows, config.min_retention)
     if both is None:
         return None
+    most = counted(job.recipe.data.max_det)
     found: dict[str, Any] = {"conf": config.conf}
     for key, row in zip("ab", both, strict=True):
         model = detections(job, row)
-        found[key] = tide.errors(actual, model)
-        found[f"shown_{key}"] = tide.errors(actual, [boxes_N6[boxes_N6[:, 4] > config.conf] for boxes_N6 in model])
+        found[key] = tide.errors(actual, model, most)
+        found[f"shown_{key}"] = tide.errors(
+            actual, [boxes_N6[boxes_N6[:, 4] > config.conf] for boxes_N6 in model], most
+        )
     return found
 
 

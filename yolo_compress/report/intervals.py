@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
+from yolo_compress.runtime.limits import MAX_DETECTIONS
 from yolo_compress.runtime.matching import match
 
 REPLICATES = 400  # at most: the ends of an interval move by a tenth of its width from seed to seed
@@ -21,6 +22,7 @@ def intervals(
     classes: int,
     replicates: int,
     seed: int,
+    most: int = MAX_DETECTIONS,
 ) -> dict[str, Interval]:
     """`map50_95_low`, `map50_95_high`, `delta_low`, `delta_high` of each model; the reference has no delta.
 
@@ -30,11 +32,12 @@ def intervals(
         reference: the name that differences are from.
         classes: how many.
         replicates, seed: of the resampling.
+        most: detections of a class in an image that count.
     """
     weights_RI = resamples(len(truths), replicates, seed)
     map_R = {}
     for name, detections in models.items():  # one at a time: a model's matches are large
-        (drawn,) = replicate([match(truths, detections, classes, ("all",))], weights_RI)
+        (drawn,) = replicate([match(truths, detections, classes, ("all",), most)], weights_RI)
         map_R[name] = over_classes(drawn.ap50_95_RAK[:, 0])
     found = {}
     for name, values_R in map_R.items():

@@ -11,9 +11,10 @@ from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from .limits import MAX_DETECTIONS
+
 IOUS_T = np.linspace(0.5, 0.95, 10)
 RECALLS_R = np.linspace(0.0, 1.0, 101)
-MAX_DETECTIONS = 100  # of a class in an image, best first: COCO's limit
 AREAS: Dict[str, Tuple[float, float]] = {  # px^2 of the original image, both ends inside
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
@@ -57,12 +58,14 @@ def match(
     detections: Sequence[np.ndarray],
     classes: int,
     areas: Sequence[str] = tuple(AREAS),
+    most: int = MAX_DETECTIONS,
 ) -> Matches:
     """Match as COCOeval does: in each image and class, best score first, each detection takes the best truth still free.
 
     Args:
         truths: one N5 array an image.
-        detections: one N6 array an image, in the same order; the best 100 of a class count.
+        detections: one N6 array an image, in the same order.
+        most: so many of a class count, best first.
         classes: how many; labels are 0 to classes - 1, detections of others do not count.
         areas: names of `AREAS`.
 
@@ -80,7 +83,7 @@ def match(
     order = np.lexsort((-found_D6[:, 4], class_D, image_D))  # stable, like COCO's mergesort
     order = order[(class_D[order] >= 0) & (class_D[order] < classes)]
     group_D, group_N = image_D * classes + class_D, image_N * classes + class_N
-    order = order[_rank(group_D[order]) < MAX_DETECTIONS]
+    order = order[_rank(group_D[order]) < most]
     found_D6, image_D, row_D, class_D, group_D = (part[order] for part in (found_D6, image_D, row_D, class_D, group_D))
 
     truth_D4, truth_N4 = sized(found_D6[:, :4]), sized(truth_N5[:, 1:])
@@ -116,11 +119,11 @@ def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarra
     return np.concatenate(parts) if parts else np.zeros((0, width)), image, number
 
 
-def counting(rows_N6: np.ndarray) -> np.ndarray:
-    """Which detections of an image count, as a mask: the best 100 of each class."""
+def counting(rows_N6: np.ndarray, most: int = MAX_DETECTIONS) -> np.ndarray:
+    """Which detections of an image count, as a mask: the best of each class."""
     order = np.lexsort((-rows_N6[:, 4], rows_N6[:, 5]))
     mask = np.zeros(len(rows_N6), bool)
-    mask[order[_rank(rows_N6[order, 5]) < MAX_DETECTIONS]] = True
+    mask[order[_rank(rows_N6[order, 5]) < most]] = True
     return mask
 
 
@@ -196,13 +199,16 @@ def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarra
     return np.append(best_D, 0.0)[np.searchsorted(found_D / truths, RECALLS_R, side="left")]
 
 
-def mean_ap(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], names: Sequence[str]) -> Dict[str, Any]:
-    """COCO's box AP over all areas, at most 100 detections of a class in an image, areas taken from the boxes.
+def mean_ap(
+    truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
+) -> Dict[str, Any]:
+    """COCO's box AP over all areas, areas taken from the boxes.
 
     Args:
         truths: one N5 array an image.
         detections: one N6 array an image, in the same order.
         names: of the classes, all different.
+        most: detections of a class in an image that count, best first.
 
     Returns:
         map50_95 and map50 (fractions, mean over the classes that have ground truth), per_class and per_class_50
@@ -213,7 +219,7 @@ def mean_ap(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], name
     """
     if len(set(names)) != len(names):
         raise ValueError(f"class names repeat: {sorted(name for name, n in Counter(names).items() if n > 1)}")
-    matches = match(truths, detections, len(names), ("all",))
+    matches = match(truths, detections, len(names), ("all",), most)
     count_K = np.bincount(matches.class_N, minlength=len(names))
     if not count_K.any():
         raise ValueError(f"no ground truth in {len(truths)} images, mAP is undefined")

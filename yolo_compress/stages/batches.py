@@ -30,8 +30,12 @@ def letterboxed(
     samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
 ) -> Iterator[Tensor]:
     """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
+    rest = (
+        len(samples) % batch == 1 and len(samples) > 1
+    )  # one image alone has no variance at 32 px: it joins the batch before
+    ends = [*range(batch, len(samples) - rest, batch), len(samples)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = samples[start:end]
         images = [letterbox(read_image(sample.image), imgsz_hw, channels=channels)[0] for sample in part]
         yield torch.from_numpy(np.stack(images))
 

@@ -24,6 +24,7 @@ from yolo_compress.runtime.backend import Backend
 from yolo_compress.runtime.device import device_state
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.latency import percentiles
+from yolo_compress.runtime.limits import counted
 from yolo_compress.runtime.pre import letterbox, read_image
 from yolo_compress.runtime.turns import measure_in_turn
 from yolo_compress.stages import Job
@@ -112,9 +113,9 @@ def _torch(row: Mapping[str, Any]) -> nn.Module:
 def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
     names, samples = job.dataset.names, job.dataset.val
     with _open(job, row) as backend:
-        found = accuracy(backend, samples, names, job.imgsz_hw, progress=advance)
+        found = accuracy(backend, samples, names, job.imgsz_hw, progress=advance, max_det=job.recipe.data.max_det)
         executed, signature = backend.executed, _signature(backend)
-    keep(job.out / "detections" / f"{row_name(row)}.npy", found["detections"])
+    keep(job.out / "detections" / f"{row_name(row)}.npy", found["detections"], counted(job.recipe.data.max_det))
     return {
         "executed": executed,
         "map50_95": found["map50_95"],

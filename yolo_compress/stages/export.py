@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import Artifact
+from yolo_compress.data import Dataset
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.compare import max_abs_difference
 from yolo_compress.evaluate.published import check_nms
@@ -19,17 +21,17 @@ from yolo_compress.export_onnx import export_onnx, export_torchscript
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.quant.half import to_fp16
-from yolo_compress.quant.lint.check import RULES, Report, check
+from yolo_compress.quant.lint import check as lint
 from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
 from yolo_compress.quant.lint.shapes import SHAPES
 from yolo_compress.quant.placement import plan
-from yolo_compress.quant.qdq import insert_qdq
+from yolo_compress.quant.qdq import check_activation, insert_qdq
 from yolo_compress.quant.state import WEIGHT_BITS, QuantState, fold
 from yolo_compress.quant.torchscript import export_int8_torchscript
-from yolo_compress.recipe import ExportConfig
+from yolo_compress.recipe import ExportConfig, Recipe
 from yolo_compress.runtime.ort import OrtBackend
 from yolo_compress.runtime.pre import letterbox, read_image
-from yolo_compress.stages import Job
+from yolo_compress.stages import Job, source
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 
 CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
@@ -51,13 +53,13 @@ def run(job: Job) -> dict[str, Any]:
     """
     config: ExportConfig = job.config
     metrics: dict[str, Any] = {}
-    for name, source, ranges in (
+    for name, origin, ranges in (
         ("original", job.inputs["baseline"], None),
         ("compressed", job.inputs["distill"], job.inputs["qat"]),
     ):
         folder = job.out / name
         folder.mkdir()
-        model = ultra.load_model(source.file("model.pt"))
+        model = ultra.load_model(origin.file("model.pt"))
         metrics[name] = _float_files(job, model, folder)
         if "int8" in config.precisions:
             metrics[name] |= _int8_files(job, model, ranges, folder)
@@ -72,6 +74,22 @@ def run(job: Job) -> dict[str, Any]:
             metrics[name] |= {"nms_images": len(images), "nms_boxes": boxes}
         progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return metrics
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, activations that the INT8 files cannot hold.
+
+    Raises:
+        RecipeError: See `qdq.check_activation`.
+    """
+    assert recipe.export is not None
+    if "int8" in recipe.export.precisions:
+        model = source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        acts = {
+            repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)
+        }
+        for act in acts.values():
+            check_activation(deepcopy(act), recipe.export.opset)
 
 
 def _float_files(job: Job, model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -138,14 +156,14 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> dict[str, Any]:
     """Q/DQ files and INT8 TorchScript: QAT weights and ranges where there are some, PTQ of `model` otherwise."""
     config: ExportConfig = job.config
-    source = folder / "fp32.onnx"
+    floats = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
     if trained:
         assert ranges is not None
         state = QuantState.load(ranges.file("quant.json"))
         model = ultra.load_model(ranges.file("model.pt"))
-        source = job.work / "qat.onnx"
-        _onnx(job, model, source)
+        floats = job.work / "qat.onnx"
+        _onnx(job, model, floats)
     else:
         images = chosen(job, config.calib_images)
         write_list(job, images)
@@ -153,7 +171,7 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         bits = job.recipe.qat.weight_bits if job.recipe.qat else WEIGHT_BITS
         state = ptq(model, batches, config.calibrator, config.percentile, weight_bits=bits)
     folded = state if state.folded else fold(state, model)
-    counts = insert_qdq(source, folder / "int8.onnx", folded, "tensorrt")
+    counts = insert_qdq(floats, folder / "int8.onnx", folded, "tensorrt")
     whole = len(folded.activations) == len(plan(model).tensors)
     _advise(_lint(folder / "int8.onnx", f"tensorrt-{LINT_VERSION}", whole), folder.name)
     newer, codes = job.work / "opset19.onnx", job.work / "codes.onnx"
@@ -162,32 +180,32 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     to_fp16(codes, folder / "int8-tensorrt11.onnx", "int8")
     _lint(folder / "int8-tensorrt11.onnx", "tensorrt-11.4", whole)
     for runtime in CPU_RUNTIMES:
-        insert_qdq(source, folder / f"int8-{runtime}.onnx", folded, runtime)
+        insert_qdq(floats, folder / f"int8-{runtime}.onnx", folded, runtime)
         _advise(_lint(folder / f"int8-{runtime}.onnx", runtime, whole), f"{folder.name} on {runtime}")
     if config.torchscript:
         names, out = job.dataset.names, folder / "int8.torchscript"
         export_int8_torchscript(model, out, job.imgsz_hw, folded, names=names, batch=config.batch)
     if config.calibration_cache:
-        write_implicit(source, folder / IMPLICIT, folded)
+        write_implicit(floats, folder / IMPLICIT, folded)
     return {"int8_convs": counts.convs, "int8_from": "qat" if trained else f"ptq ({state.method})"}
 
 
-def _lint(file: Path, target: str, whole: bool) -> Report:
+def _lint(file: Path, target: str, whole: bool) -> lint.Report:
     """Refuse to publish an INT8 file that its runtime would not take, or, of a whole plan, that has float among its INT8.
 
     Raises:
         CompressError: With the findings.
     """
-    report = check(file, target)
+    report = lint.check(file, target)
     faults = whole and any(one.severity == "warning" and one.rule not in ADVICE for one in report.findings)
     if faults or report.count("error"):
         raise CompressError(f"export wrote a file with faults, which is a bug here:\n{report.text()}")
     return report
 
 
-def _advise(report: Report, model: str) -> None:
+def _advise(report: lint.Report, model: str) -> None:
     """Say what would make the model faster: such files are whole."""
     for name, count in report.rules.items():
-        rule = RULES[name]
+        rule = lint.RULES[name]
         if rule.severity == "warning" and name in ADVICE:
             progress.say(f"export: {model}: lint {name} ({count}): {rule.consequence} {rule.fix}")

@@ -92,6 +92,7 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         job.dataset.names,
         margin=job.config.ab_margin,
         conf=job.config.conf,
+        max_det=job.recipe.data.max_det,
         replicates=job.config.ab_replicates,
         seed=job.recipe.run.seed,
         latency_a=latency[peer["id"]] if timed else None,

@@ -22,6 +22,7 @@ from yolo_compress.progress import bar, say
 from yolo_compress.prune import masks
 from yolo_compress.prune.price import conv_macs, parameters
 from yolo_compress.recipe import TrainConfig
+from yolo_compress.runtime.limits import counted
 from yolo_compress.stages import Job
 
 CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
@@ -109,11 +110,11 @@ def device(job: Job) -> str:
 
 def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
     """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
-    names = job.dataset.names
+    names, most = job.dataset.names, job.recipe.data.max_det
     with (
         TorchBackend(model, names, job.imgsz_hw, device=device(job)) as backend,
         bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
     ):
-        result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance)
-    keep(job.out / "detections.npy", result["detections"])  # for the interval that the report states
+        result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance, max_det=most)
+    keep(job.out / "detections.npy", result["detections"], counted(most))  # for the interval that the report states
     return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

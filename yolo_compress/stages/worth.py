@@ -26,7 +26,7 @@ def map50_95(job: Job, samples: Sequence[Sample], model: nn.Module) -> float:
     """mAP50-95; higher is better."""
     names, size = job.dataset.names, job.imgsz_hw
     with TorchBackend(model, names, size, device=device(job)) as backend:
-        return float(accuracy(backend, list(samples), names, size)["map50_95"])
+        return float(accuracy(backend, list(samples), names, size, max_det=job.recipe.data.max_det)["map50_95"])
 
 
 WORTH: dict[str, Callable[[Job, Sequence[Sample], nn.Module], float]] = {"loss": loss, "map50_95": map50_95}
