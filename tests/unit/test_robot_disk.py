@@ -70,7 +70,7 @@ def test_every_command_answers_by_it() -> None:
 
 def test_nothing_reaches_a_terminal_raw() -> None:
     assert printable("\x1b]0;x\x07 \u202e\x9b1m\x7f\ud800") == r"\x1b]0;x\x07 \u202e\x9b1m\x7f\ud800"
-    assert printable("Blutkörperchen 血\n\tkg") == "Blutkörperchen 血\n\tkg"
+    assert printable("Blutkörperchen 血\u3000\xa0\n\tkg") == "Blutkörperchen 血\u3000\xa0\n\tkg"
 
 
 def found(name: str) -> Found:
@@ -85,12 +85,12 @@ def about(tmp_path: Path) -> Bundle:
 def test_a_line_that_the_disk_took_in_part_costs_no_other(
     about: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = ShadowLog(tmp_path / "log", about)
-    log.write(found("f0"))
-    with files_of_at_most((tmp_path / "log").stat().st_size + 50):
-        log.write(found("f1"))
-        log.write(found("f2"))
-    log.write(found("f3"))
+    with ShadowLog(tmp_path / "log", about) as log:
+        log.write(found("f0"))
+        with files_of_at_most((tmp_path / "log").stat().st_size + 50):
+            log.write(found("f1"))
+            log.write(found("f2"))
+        log.write(found("f3"))
     lines = (tmp_path / "log").read_text().splitlines()
     assert [len(line) < 60 for line in lines] == [False, True, False]
     assert [json.loads(line)["frame"] for line in (lines[0], lines[2])] == ["f0", "f3"]
@@ -108,7 +108,8 @@ def test_a_disk_that_became_read_only_does_not_keep_detection_from_starting(
         patch.setattr("builtins.open", refuses)
         log = ShadowLog(tmp_path / "log", about)
         log.write(found("f0"))
-    log.write(found("f1"))
+    with log:
+        log.write(found("f1"))
     assert log.lost == 1 and json.loads((tmp_path / "log").read_text())["frame"] == "f1"
 
 

@@ -67,5 +67,8 @@ def naming(path: "str | os.PathLike[str]") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: line breaks and tabs stay, any other character that cannot be seen becomes its escape."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Text for a terminal: spaces, tabs and line breaks stay, any other character that cannot be seen becomes its escape."""
+    if text.isprintable():
+        return text
+    kept = "\n\t\xa0\u202f\u3000"  # the spaces of French and Japanese names too
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -8,7 +8,7 @@ import json
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence
+from typing import IO, Any, Callable, List, Optional, Sequence
 
 from .draw import line, write_picture
 from .errors import SourceError
@@ -50,9 +50,9 @@ def _detect(bundle: Bundle, options: Any) -> int:
     engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open
     say(f"{bundle.name} {bundle.version}, engine {engine.name}")
     unreadable, first = 0, None
-    shadow = None if options.shadow is None else ShadowLog(options.shadow, bundle)
-    outlets = _outlets(bundle, options, shadow)
     with ExitStack() as stack:
+        shadow = None if options.shadow is None else stack.enter_context(ShadowLog(options.shadow, bundle))
+        outlets = _outlets(bundle, options, shadow)
         pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou))
         stream = stack.enter_context(closing(pipeline(source.pictures)))
         for number, found in enumerate(stream, 1):
@@ -83,7 +83,7 @@ def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> Lis
 
 
 class ShadowLog:
-    """The file of --shadow, opened for each line. A disk that cannot take one is said once, and detection goes on.
+    """The file of --shadow, a context manager. A disk that cannot take a line is said once, and detection goes on.
 
     Attributes:
         lost: lines that could not be written; `rollout` sees them as silence.
@@ -95,8 +95,9 @@ class ShadowLog:
     def __init__(self, path: Path, bundle: Bundle) -> None:
         self.path, self.lost = path, 0
         self._bundle, self._torn = bundle, False
+        self._file: Optional[IO[bytes]] = None
         try:
-            open(str(path), "ab").close()
+            self._open()
         except OSError as error:
             if error.errno not in DISK:
                 raise
@@ -106,8 +107,7 @@ class ShadowLog:
         line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
         data = (("\n" if self._torn else "") + line).encode("utf-8")
         try:
-            with open(str(self.path), "ab", buffering=0) as log:
-                self._torn = log.write(data) < len(data)
+            self._torn = (self._file or self._open()).write(data) < len(data)
             problem = "the disk took a part of a line" if self._torn else None
         except OSError as error:
             problem = error.strerror
@@ -115,6 +115,17 @@ class ShadowLog:
             if not self.lost:
                 say(f"{self.path}: {problem}; detection goes on, these lines of the log are lost")
             self.lost += 1
+
+    def _open(self) -> IO[bytes]:
+        self._file = open(str(self.path), "ab", buffering=0)
+        return self._file
+
+    def __enter__(self) -> "ShadowLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def shadow_line(found: Found, name: str, version: int, at: float) -> str:

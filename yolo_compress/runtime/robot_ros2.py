@@ -7,6 +7,7 @@ Boxes are in px of the image. Never run on a robot: tested with stand-ins for rc
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
@@ -95,10 +96,10 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
             if not 0 <= float(given[name]) <= 1:
                 raise EngineError(f"parameter {name}: got {given[name]}, expected a number from 0 to 1")
         folder = engine_folder(bundle, given["engine"] or None)
-        with open_engine(folder) as engine:
+        log = ShadowLog(Path(str(given["shadow"])), bundle) if given["shadow"] else nullcontext()
+        with log as shadow, open_engine(folder) as engine:
             detector = Detector(engine, float(given["conf"]), float(given["iou"]), multi_label=False)
             publisher = node.create_publisher(kinds.Detection2DArray, "detections", 10)
-            shadow = ShadowLog(Path(str(given["shadow"])), bundle) if given["shadow"] else None
             count = [0]
 
             def on_image(message: Any) -> None:
