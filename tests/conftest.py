@@ -18,10 +18,11 @@ harden()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_variable_is_set() -> Iterator[None]:
+def _no_variable_is_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in GIVEN:
             patch.delenv(name)
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))  # build.py records its engines there
         yield
 
 

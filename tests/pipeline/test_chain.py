@@ -163,7 +163,9 @@ def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> 
     assert len(report["placement"]) > 50
     row = {"model": "compressed", "runtime": "tensorrt", "precision": "int8", "status": "ok", "reason": None, "map50_95": 0.0,
            "image_set": report["data"]["image_set"], "latency_p50_ms": 1.0, "latency_n": 700}  # fmt: skip
-    robot = {"schema": 1, "bundle": {"name": "tiny", "version": 1}, "device": {"board": "a robot"}, "rows": [row],
+    onnx = artifact(finished, "export").manifest.files["compressed/int8.onnx"]["sha256"]
+    about = {"name": "tiny", "version": 1, "onnx": {"int8": onnx}}
+    robot = {"schema": 1, "bundle": about, "device": {"board": "a robot"}, "rows": [row],
              "runtime": "tensorrt", "library": "10.3.0", "golden": None}  # fmt: skip
     (finished.folder / "device.json").write_text(json.dumps(robot))
     done = finished.run("report", "recipe=tiny.yaml", "add=device.json", "out=beside")
@@ -172,6 +174,9 @@ def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> 
     assert answer["report"] == "beside/report.html" and [device["name"] for device in added["devices"]] == ["a robot"]
     assert "compressed-tensorrt-int8-a robot" in [entry["id"] for entry in added["gate"]["judged"]]
     assert published.file("report.html").read_bytes() == before
+    about["onnx"] = {"int8": "0" * 64}
+    (finished.folder / "device.json").write_text(json.dumps(robot))
+    assert "another model" in finished.run("report", "recipe=tiny.yaml", "add=device.json", "out=no", code=2).stderr
 
 
 def test_manifests_and_checkpoints_hold_no_path(finished: Bench) -> None:

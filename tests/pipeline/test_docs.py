@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -175,7 +176,8 @@ def reader(finished: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.chdir(folder)
     given = yaml.safe_load((folder / "tiny.yaml").read_text())["data"]["yaml"]
     own_data(folder, given)
-    (folder / "device.json").write_text(json.dumps(device()))
+    onnx = (folder / "weights/tiny/export/compressed/int8.onnx").read_bytes()
+    (folder / "device.json").write_text(json.dumps(device(hashlib.sha256(onnx).hexdigest())))
     for name, version in (("a.jsonl", 7), ("b.jsonl", 8)):
         (folder / name).write_text("".join(json.dumps(line(frame, version)) + "\n" for frame in range(20)))
     yield Reader(folder, given)
@@ -198,11 +200,12 @@ def own_data(folder: Path, name: str) -> None:
         ultra.save_model(ultra.new_model("yolov8n.yaml", ["person", "bicycle"], 3, seed=0), folder / "weights" / name)
 
 
-def device() -> dict[str, object]:
+def device(onnx: str) -> dict[str, object]:
     """What a robot without labelled images measured."""
     row = {"model": "compressed", "runtime": "tensorrt", "precision": "int8", "status": "ok", "reason": None,
            "map50_95": None, "latency_p50_ms": 1.0, "latency_n": 700}  # fmt: skip
-    return {"schema": 1, "bundle": {"name": "tiny", "version": 1}, "device": {"board": "a robot"}, "rows": [row],
+    about = {"name": "tiny", "version": 1, "onnx": {"int8": onnx}}
+    return {"schema": 1, "bundle": about, "device": {"board": "a robot"}, "rows": [row],
             "runtime": "tensorrt", "library": "10.3.0", "golden": None}  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -19,11 +20,12 @@ import pytest
 
 from tests.contracts.test_layers import newer_than_38
 from tests.unit.bundled import IMGSZ, NAMES, make_bundle
+from tests.unit.test_switch import files_of_at_most
 from yolo_compress.__main__ import main
-from yolo_compress.bundle import make
+from yolo_compress.bundle import keys, make, targets
 from yolo_compress.bundle.keys import keygen, read_seed
 from yolo_compress.bundle.signature import check_signatures
-from yolo_compress.errors import GateFailed, RecipeError
+from yolo_compress.errors import GateFailed, RecipeError, StorageError
 from yolo_compress.runtime import ed25519
 from yolo_compress.runtime.sealed import verify
 from yolo_compress.runtime.unpack import unpack
@@ -57,6 +59,42 @@ def test_the_launchers_start(bundle: Path) -> None:
         )
         assert done.stdout.startswith("usage: ")
     assert verify(bundle)["name"] == "tiny", "and leave nothing behind"
+
+
+def started(bundle: Path, command: str, before: str) -> tuple[int, str]:
+    """Exit code and stderr of a command, after some lines of Python."""
+    program = f"import runpy, sys\n{before}\nsys.path.insert(0, {str(bundle)!r})\nsys.argv = ['x', '--help']\n"
+    words = [sys.executable, "-I", "-c", f"{program}runpy.run_path({str(bundle / command)!r}, run_name='__main__')"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+NO_NUMPY = "sys.modules['numpy'] = None"  # import numpy: ModuleNotFoundError
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 9), (3, 7, 16)])
+def test_an_old_python_is_one_line(version: tuple[int, int, int], bundle: Path) -> None:
+    old = "{}.{}".format(*version)
+    targets.write("plain", bundle, {})
+    try:
+        for command in (*make.COMMANDS, "ros2_node"):
+            source = (bundle / f"{command}.py").read_text()
+            ast.parse(source, feature_version=(3, 4))  # and nothing that Python 2.7 does not know
+            assert not re.search(r"\bf['\"]|\bnonlocal\b|\basync\b|->|print", source.split("\n", 3)[3])
+            said = f"error: Python 3.8 or newer expected, this is {old}; start {command}.py with a newer one\n"
+            assert started(bundle, f"{command}.py", f"sys.version_info = {version}") == (4, said)
+    finally:
+        (bundle / "ros2_node.py").unlink()
+
+
+def test_a_missing_numpy_is_one_line(bundle: Path) -> None:
+    for command in ("build", "bench", "detect"):
+        code, said = started(bundle, f"{command}.py", NO_NUMPY)
+        assert code == 4 and said.startswith("error: ") and said.count("\n") == 1
+        assert f"; install numpy for {sys.executable}" in said
+    assert started(bundle, "switch.py", NO_NUMPY) == (0, "")
+    code, said = started(bundle, "detect.py", "sys.modules['runtime.post'] = None")
+    assert code == 1 and "Traceback" in said, "what is no fault of the robot's"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +145,29 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         keygen(tmp_path / "robot.key")
     keygen(tmp_path / "other.key")
     assert read_seed(tmp_path / "other.key") != seed
+
+
+def test_keygen_that_was_killed_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "robot.key"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(keys, "atomic_write", killed)
+        keygen(key)
+    seed = read_seed(key)
+    assert keygen(key)["public_key"] == f"{key}.pub" and read_seed(key) == seed
+    assert (tmp_path / "robot.key.pub").read_text().strip() == ed25519.public_key(seed).hex()
+
+
+def test_a_key_that_could_not_be_written_is_not_there(tmp_path: Path) -> None:
+    with files_of_at_most(10), pytest.raises(StorageError, match=r"robot\.key: File too large"):
+        keygen(tmp_path / "robot.key")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "robot.key").write_text("seed:12")  # the power went
+    with pytest.raises(RecipeError, match=r"holds no private key; delete it"):
+        keygen(tmp_path / "robot.key")
 
 
 def report(passed: bool) -> Any:

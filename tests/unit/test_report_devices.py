@@ -172,6 +172,39 @@ def test_a_damaged_device_json_is_one_line(tmp_path: Path, key: str, value: Any)
         devices.add(published(), [file(tmp_path, {**device(), key: value})])
 
 
+def bound(tmp_path: Path, **changes: Any) -> Path:
+    """A device.json whose bundle held these ONNX files."""
+    content = device()
+    content["bundle"] = {**content["bundle"], "recipe_fingerprint": "e5" * 32, **changes}
+    return file(tmp_path, content)
+
+
+def test_a_robot_that_measured_another_model_is_not_judged(tmp_path: Path) -> None:
+    """The same name, classes, size and images, as of a recipe that was trained again."""
+    ours = {"a1" * 32, "b2" * 32, "c3" * 32}
+    same = bound(tmp_path, onnx={"fp32": "a1" * 32, "int8": "b2" * 32})
+    assert len(devices.add(published(), [same], ours)["gate"]["judged"]) == 2
+    other = bound(tmp_path, onnx={"fp32": "a1" * 32, "int8": "d4" * 32})
+    with pytest.raises(RecipeError, match=r"another model: its int8 is ONNX d4d4.* \(recipe fingerprint e5e5"):
+        devices.add(published(), [other], ours)
+    for silent in ({}, {"onnx": {}}, {"onnx": "a1" * 32}, {"onnx": {"int8": [1]}}):
+        with pytest.raises(RecipeError, match="does not say which ONNX files|another model"):
+            devices.add(published(), [bound(tmp_path, **silent)], ours)
+
+
+def test_control_sequences_of_a_device_json_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    hostile = device(device={"board": "\x1b[31mOrin\x1b]0;pwned\x07\u202e", "\x1bkey": ["\x9b1m"]}, library="\x1bc")
+    hostile["rows"][0]["executed"] = "int8\x1b[2J"
+    report = devices.add(published(), [file(tmp_path, hostile)])
+    for text in (render_text(report, 200), render_markdown(report), json.dumps(report, ensure_ascii=False)):
+        assert not {c for c in text if not c.isprintable() and c != "\n"}
+    assert report["devices"][0]["name"] == r"\x1b[31mOrin\x1b]0;pwned\x07\u202e"
+    hostile["bundle"]["name"] = "\x1b[31mother"
+    with pytest.raises(RecipeError) as refusal:
+        devices.add(published(), [file(tmp_path, hostile)])
+    assert str(refusal.value).isprintable()
+
+
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     odd = device()
     odd["rows"][0].update(latency_p50_ms=float("nan"), power_w=[1], latency_n="many", fps={})

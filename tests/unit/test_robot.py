@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,13 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.unit.bundled import CONF, NAMES, make_bundle, pictures
+from tests.unit.test_sources import Capture
 from yolo_compress.runtime import ed25519, engine, golden, jetson, layers, robot, robot_bench, robot_build, robot_detect
-from yolo_compress.runtime.backend import load_info
+from yolo_compress.runtime.backend import load_info, save_info
 from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import RuntimeUnavailable
@@ -126,6 +129,105 @@ def test_signed_by_the_pinned_key_it_is_taken(bundle: Path, monkeypatch: pytest.
     }
     seal(bundle, about, 4, bytes(32))
     assert run("detect", bundle) == 0
+
+
+def signed(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """The bundle, signed by the key that this robot pins."""
+    pinned(bundle, monkeypatch)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    about = {key: value for key, value in manifest.items() if key not in ("files", "schema", "version")}
+    seal(bundle, {**about, **changes}, 4, bytes(32))
+
+
+def engine_altered(bundle: Path) -> Path:
+    """Other bytes beside a valid manifest, and a sidecar that vouches for them."""
+    folder = bundle / "engines" / "onnxruntime-fp32"
+    info = load_info(folder)
+    (folder / "engine.onnx").write_bytes((folder / "engine.onnx").read_bytes() + b"\x7a\x00")
+    save_info(info, folder, ["engine.onnx"])
+    return folder
+
+
+def test_an_engine_that_came_with_a_signed_bundle_is_not_run(
+    bundle: Path,
+    tmp_path: Path,
+    touched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The signature covers no engines: those that build.py made here run, others do not, wherever they lie."""
+    signed(bundle, monkeypatch)
+    assert run("detect", bundle) == 0
+    folder = engine_altered(bundle)
+    touched.clear()
+    for command, more in (("detect", ()), ("bench", ()), ("detect", ("--engine", str(folder)))):
+        assert run(command, bundle, *more) == 5 and "engine" not in touched
+        assert "not built on this machine by this user" in capsys.readouterr().err
+    assert run("build", bundle) == 0 and "up to date" not in capsys.readouterr().err
+    assert run("detect", bundle) == 0
+    monkeypatch.delenv("YOLO_COMPRESS_KEY")
+    engine_altered(bundle)
+    assert run("detect", bundle) == 0, "without a key nothing is signed"
+
+
+def test_in_a_slot_engines_need_no_record(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`install` built them, perhaps as root, and took none from outside."""
+    signed(bundle, monkeypatch)
+    monkeypatch.setenv("YOLO_COMPRESS_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    slot = Path(shutil.copytree(bundle, tmp_path / "root" / "slots" / "a"))
+    assert run("detect", slot) == 0 and run("detect", bundle) == 5
+
+
+def test_a_record_that_cannot_be_written_matters_where_a_key_is_pinned(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc")
+    assert run("build", bundle, "--force") == 0 == run("detect", bundle)
+    signed(bundle, monkeypatch)
+    capsys.readouterr()
+    assert run("build", bundle) == 6 and "error: /proc/yolo_compress: " in capsys.readouterr().err
+    assert load_info(bundle / "engines" / "onnxruntime-fp32"), "and what was there stays"
+    assert run("detect", bundle) == 5
+
+
+def test_a_bundle_of_another_product_than_the_slots_is_not_run(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed(bundle, monkeypatch)
+    slots = tmp_path / "root" / "slots"
+    slots.mkdir(parents=True)
+    (tmp_path / "root" / "current").symlink_to("slots/a")
+    monkeypatch.setenv("YOLO_COMPRESS_ROOT", str(tmp_path / "root"))
+    for name, code in (("tiny", 0), ("forklift", 5)):
+        (slots / "a.json").write_text(json.dumps({"name": name, "version": 3, "manifest_sha256": "0" * 64}))
+        assert run("detect", bundle) == code
+    assert "of 'tiny', but " in capsys.readouterr().err
+
+
+def test_a_result_names_the_model_that_was_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed(bundle, monkeypatch, recipe_fingerprint="ab" * 32)
+    digest = hashlib.sha256((bundle / "onnx/fp32.onnx").read_bytes()).hexdigest()
+    about = robot.opened(bundle).about()
+    assert about["onnx"] == {"fp32": digest} and about["recipe_fingerprint"] == "ab" * 32
+
+
+def test_a_name_with_a_control_sequence_is_shown_as_text(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed(bundle, monkeypatch, name="\x1b]0;pwned\x07", names=["\x9b31mbolt", "nut", "screw"])
+    assert run("detect", bundle) == 0
+    assert all(c.isprintable() or c == "\n" for text in capsys.readouterr() for c in text)
+
+
+def test_a_lost_camera_is_no_success(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Capture, "frames", 9)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    assert robot_detect.main(["0"], bundle) == 3
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 9 and err.splitlines()[-1].startswith("error: camera 0: lost after 9 frames")
 
 
 def test_older_than_what_ran_here_it_is_taken_in_its_slot_alone(

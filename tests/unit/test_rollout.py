@@ -148,6 +148,7 @@ BAD = {
     "columns": line("f", 1, boxes=[[10, 10, 50, 60, 0.5]]),
     "bool": line("f", 1, boxes=[[10, 10, 50, 60, True, 0]]),
     "deep": "[" * 5000,
+    "a name with a control sequence": line("f", 1, ("\x1b[31mnet", 1)),
     "huge": line("f", 1).replace("10.0", "1e999"),
     "400 digits": line("f", 1).replace("10.0", "1" + "0" * 400),
     "400 digits in a box": line("f", 1, boxes=[[10, 10, 10**400, 60, 0.5, 0]]),
@@ -366,6 +367,75 @@ def test_logs_that_were_not_written_beside_each_other_are_refused(late: float) -
     with pytest.raises(DataError, match=r"1\.jsonl and 2\.jsonl: .* (later|earlier) .*not beside each other"):
         verdict((log_a, later))
     assert verdict((log_a, log_b))["evidence"]["skew_s"] == 0.1
+
+
+def stamped(stamps: Sequence[float]) -> tuple[Log, Log]:
+    """Two models that agree, on frames at these times."""
+    rng = np.random.default_rng(8)
+    a = [frame(f"f{at}", at, [BOX], 10 * rng.lognormal(0, 0.1)) for at in stamps]
+    return log_of(a, A), log_of([f._replace(at=f.at + 0.1, ms=f.ms * 0.9) for f in a], B)
+
+
+NOW = 1.8e9
+
+
+def test_a_start_without_a_clock_is_no_evidence_of_time() -> None:
+    """Three frames of 1970 before 0.7 hours of 2024 are 0.7 hours, and one minute for the gap."""
+    stamps = [100.0, 101.0, 102.0, *(1.7e9 + i for i in range(2500))]
+    document = verdict(stamped(stamps), allowed=Budgets(), now=NOW)
+    assert document["verdict"] == {"status": "hold", "reasons": ["0.71 hours, 1 needed"]}
+    assert document["evidence"]["hours"] == round((2 + 60 + 2499) / 3600, 3)
+    more = [*stamps, *(1.7e9 + 2500 + i for i in range(1100))]
+    assert verdict(stamped(more), allowed=Budgets(), now=NOW)["verdict"]["status"] == "advance"
+
+
+def test_a_pause_counts_as_a_minute() -> None:
+    days = [1.7e9 + 86400.0 * day + i for day in range(5) for i in range(120)]
+    assert verdict(stamped(days), now=NOW)["evidence"]["hours"] == round((5 * 119 + 4 * 60) / 3600, 3)
+
+
+def test_a_frame_of_2033_does_not_hold_the_release_for_ever() -> None:
+    log_a, log_b = stamped([*(1.7e9 + i for i in range(4000)), 2.0e9])
+    document, after = judge(log_a, log_b, State(A, B), now=NOW)
+    assert document["evidence"]["ahead"] == [1, 1] and after.since == 1.7e9 + 3999
+    assert document["verdict"]["reasons"] == [
+        "every rule is surely within its budget",
+        "1 lines of A and 1 of B are from after now and left out: set the robot's clock",
+    ]
+    later = stamped([1.7e9 + 5000 + i for i in range(4000)])
+    assert verdict(later, after, Budgets(), now=NOW)["verdict"]["status"] == "advance"
+    poisoned = State(A, B, stage=1, since=2.0e9)  # by an earlier version
+    document, mended = judge(*later, poisoned, now=NOW)
+    assert document["verdict"]["status"] == "hold" and mended.since == NOW
+    new = stamped([NOW + 1 + i for i in range(4000)])
+    assert verdict(new, mended, Budgets(), now=NOW + 9000)["verdict"]["status"] == "advance"
+
+
+def test_a_dead_canary_is_not_kept_alive_by_a_frame_of_2033() -> None:
+    log_a, log_b = stamped([1.7e9 + i for i in range(4600)])
+    b = [*log_b.frames[:500], log_b.frames[500]._replace(at=2.0e9)]
+    document = verdict((log_a, log_of(b, B)), allowed=Budgets(), now=NOW)
+    assert document["verdict"]["status"] == "abort" and "B is silent" in document["verdict"]["reasons"][0]
+
+
+def test_a_jump_of_the_clock_makes_no_canary_dead() -> None:
+    """A's log is longer by 600 frames: ten minutes, whatever their stamps say."""
+    log_a, log_b = stamped([*(1.7e9 + i for i in range(1000)), *(1.7e9 + 900 + 400 * i for i in range(1, 600))])
+    assert (
+        verdict((log_a, log_of(log_b.frames[:900], B)), allowed=Budgets(hours=11), now=NOW)["verdict"]["status"]
+        == "hold"
+    )
+
+
+def test_a_clock_of_this_machine_that_is_not_set_is_said() -> None:
+    with pytest.raises(DataError, match=r"1\.jsonl: every line is from after now \(1970-01-01 00:16 UTC"):
+        verdict(stamped([1.7e9 + i for i in range(10)]), now=1000.0)
+
+
+def test_many_frames_of_one_name_are_paired_in_time() -> None:
+    """Quadratic, 20,000 took a minute."""
+    frames = [frame("photo.jpg", 3.0 * i) for i in range(20_000)]
+    assert [(a.at, b.at) for a, b in pair(frames, frames).frames] == [(f.at, f.at) for f in frames]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,24 @@ def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_bundle(at: Path, version: int, seed: bytes | None = SEED, **about: Any) -> Path:
-    (at / "onnx").mkdir(parents=True)
+    (at / "onnx").mkdir(parents=True, exist_ok=True)
     (at / "onnx" / "fp32.onnx").write_bytes(b"net %d" % version)
     (at / "build.py").write_text("pass\n")
     sealed.seal(at, {"name": "demo", **about}, version, seed)
     return at
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The file system takes a part of a larger file and then says no, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def fake_build(slot: Path) -> None:
@@ -125,6 +140,39 @@ def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, mo
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleRefused, match="gate None, an object expected"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
+
+
+def test_one_key_of_two_products_installs_neither_over_the_other(tmp_path: Path) -> None:
+    slots = Slots(tmp_path / "root")
+    put(slots, make_bundle(tmp_path / "forklift", 100, name="forklift"))
+    mower = make_bundle(tmp_path / "mower", 101, name="lawnmower")
+    with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* runs 'forklift'; .* another --root"):
+        put(slots, mower, build=lambda slot: pytest.fail("it was run"))
+    assert running(slots) == 100 and status(slots)["slots"]["b"] is None
+    assert put(Slots(tmp_path / "other"), mower)["version"] == 101
+    assert put(slots, make_bundle(tmp_path / "next", 101, name="forklift"))["version"] == 101
+
+
+def test_a_full_disk_leaves_what_runs(tmp_path: Path) -> None:
+    slots = Slots(tmp_path / "root")
+    put(slots, make_bundle(tmp_path / "1", 1))
+    (tmp_path / "2" / "onnx").mkdir(parents=True)
+    (tmp_path / "2" / "onnx" / "large.onnx").write_bytes(bytes(20_000))
+    bundle = make_bundle(tmp_path / "2", 2)
+    with files_of_at_most(10_000), pytest.raises(OSError, match=r"incoming/onnx/large\.onnx"):
+        put(slots, bundle)
+    assert running(slots) == 1 and not slots.incoming.exists() and status(slots)["slots"]["b"] is None
+    assert put(slots, bundle)["version"] == 2
+
+
+def test_the_slots_commands_know_that_they_run_in_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--root` is no variable of theirs, and there engines need no record."""
+    monkeypatch.delenv("YOLO_COMPRESS_ROOT", raising=False)
+    slot = tmp_path / "root" / "slots" / "a"
+    slot.mkdir(parents=True)
+    (slot / "build.py").write_text("import os\nopen('said', 'w').write(os.environ['YOLO_COMPRESS_ROOT'])\n")
+    robot_switch.build(slot)
+    assert (slot / "said").read_text() == str(tmp_path / "root")
 
 
 def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:

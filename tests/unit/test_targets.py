@@ -432,9 +432,10 @@ class Ros:
         raise Terminated  # as rclpy does at SIGTERM
 
 
-def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A good frame, one that cannot be decoded, one that gives NaN, and a good one again."""
-    log = tmp_path / "shadow.jsonl"
+@pytest.mark.parametrize("full", [False, True])
+def test_the_node_publishes_what_the_engine_sees(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good frame, one that cannot be decoded, one that gives NaN, and a good one again; also on a full disk."""
+    log = Path("/dev/full") if full else tmp_path / "shadow.jsonl"
     good = image(np.full((20, 30, 3), 40, np.uint8), "rgb8")
     poison = image(np.full((20, 30, 3), 255, np.uint8), "rgb8")
     messages = [good, record(**{**vars(good), "encoding": "jpeg"}), poison, good]
@@ -463,6 +464,8 @@ def test_the_node_publishes_what_the_engine_sees(tmp_path: Path, monkeypatch: py
     assert (found.bbox.center.position.x, found.bbox.center.position.y) == (7, 7)
     assert (found.bbox.size_x, found.bbox.size_y) == (10, 6)
     assert (found.results[0].hypothesis.class_id, found.results[0].hypothesis.score) == ("dog", 0.75)
+    if full:
+        return
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["problem"] is None for line in lines] == [True, False, False, True]
     assert lines[0]["frame"] == "front@12.000000034" and lines[0]["model"] == {"name": "demo", "version": 7}

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.atomic import atomic_write, storage_errors
+from yolo_compress.atomic import atomic_write, fsync_directory, storage_errors
 from yolo_compress.errors import RecipeError
 from yolo_compress.runtime import ed25519
 from yolo_compress.runtime.sealed import KEY_BYTES, KEY_FILE, key_of
@@ -18,22 +18,43 @@ PREFIX = "seed:"  # so that neither half is taken for the other: both are 32 byt
 def keygen(out: Path) -> dict[str, Any]:
     """Write a new seed to `out`, readable by its owner alone, and the public key beside it.
 
+    A call that was killed between the two is repeated: a seed without its public key gets it.
+
     Raises:
-        RecipeError: one of the files is there already.
+        RecipeError: the public key is there already, or `out` holds no private key.
         StorageError: the disk said no.
     """
     public_file = out.with_name(out.name + ".pub")
-    for file in (out, public_file):
-        if file.exists():
-            raise RecipeError(f"{file}: is there already; a key that is replaced locks out the robots that pinned it")
-    seed = secrets.token_bytes(KEY_BYTES)
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-            stream.write(PREFIX + seed.hex() + "\n")
+    if public_file.exists():
+        raise RecipeError(
+            f"{public_file}: is there already; a key that is replaced locks out the robots that pinned it"
+        )
+    if not out.exists():
+        with storage_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _write_seed(out, secrets.token_bytes(KEY_BYTES))
+    try:
+        seed = read_seed(out)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{out}: is there already and holds no private key; delete it, or give another name"
+        ) from error
     atomic_write(public_file, ed25519.public_key(seed).hex() + "\n")
     return {"key": str(out), "public_key": str(public_file), "pin_as": KEY_FILE}
+
+
+def _write_seed(out: Path, seed: bytes) -> None:
+    """Whole and on the disk, or not there. Raises FileExistsError rather than replace a key."""
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+            stream.write(PREFIX + seed.hex() + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        fsync_directory(out.parent)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
 
 
 def read_seed(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from yolo_compress.artifact import Artifact, Store
 from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
 from yolo_compress.bundle import golden, targets
 from yolo_compress.bundle.keys import read_seed
+from yolo_compress.bundle.launcher import launcher
 from yolo_compress.bundle.lean import lean
 from yolo_compress.bundle.signature import check_signatures
 from yolo_compress.data import Dataset
@@ -30,18 +31,6 @@ from yolo_compress.runtime.groundtruth import image_set
 from yolo_compress.runtime.sealed import seal
 
 COMMANDS = ("build", "bench", "detect", "switch")
-LAUNCHER = """#!/usr/bin/env python3
-import os
-import sys
-
-sys.dont_write_bytecode = True  # a .pyc would be a file that the manifest does not list
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-
-from runtime.robot_{command} import main
-
-if __name__ == "__main__":
-    sys.exit(main())
-"""
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
 
 Python 3.8 or newer, numpy, and TensorRT with cuda-python or pycuda (JetPack has them), or onnxruntime, or openvino.
@@ -57,7 +46,8 @@ Image files need opencv-python or pillow, videos and cameras opencv-python. Noth
 On the workstation, `yolo-compress report recipe=... add=device.json` puts device.json into the report.
 
 manifest.json vouches for every file; a bundle with one altered, missing or added is refused. Pin a public key
-(/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken.
+(/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken,
+and only engines that build.py built here.
 
 runtime/ is yolo_compress/runtime of the version in manifest.json (made_with) without comments and docstrings, line for line;
 with them it is in the sources of yolo_compress, which are AGPL-3.0.
@@ -238,7 +228,7 @@ def code(root: Path) -> None:
     for file in sorted(source.glob("*.py")):
         (root / "runtime" / file.name).write_text(lean(file.read_text(encoding="utf-8")), encoding="utf-8")
     for command in COMMANDS:
-        (root / f"{command}.py").write_text(LAUNCHER.format(command=command), encoding="utf-8")
+        (root / f"{command}.py").write_text(launcher(command, command), encoding="utf-8")
 
 
 def _publish(root: Path, partial: Path, out: Path) -> None:

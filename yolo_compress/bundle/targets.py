@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from yolo_compress.bundle import deepstream, isaac_ros, triton
+from yolo_compress.bundle.launcher import launcher
 from yolo_compress.bundle.networks import read
 from yolo_compress.errors import RecipeError
 from yolo_compress.explain import got
@@ -23,18 +24,6 @@ TARGETS: dict[str, ModuleType | None] = {
 }
 """Each module has `write(directory, network, about, precision) -> files` and `check(directory, network, about)`."""
 ROS2_NODE = "ros2_node.py"
-_LAUNCHER = """#!/usr/bin/env python3
-import os
-import sys
-
-sys.dont_write_bytecode = True  # a .pyc would be a file that the manifest does not list
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-
-from runtime.robot_ros2 import main
-
-if __name__ == "__main__":
-    sys.exit(main())
-"""
 
 
 def write(target: str, directory: Path, about: Mapping[str, Any]) -> list[str]:
@@ -53,7 +42,7 @@ def write(target: str, directory: Path, about: Mapping[str, Any]) -> list[str]:
     """
     if target not in TARGETS:
         raise RecipeError(f"target: got {got(target)}, expected {', '.join(TARGETS)}")
-    (directory / ROS2_NODE).write_text(_LAUNCHER, encoding="utf-8")
+    (directory / ROS2_NODE).write_text(launcher("ros2_node", "ros2"), encoding="utf-8")
     module = TARGETS[target]
     if module is None:
         return [ROS2_NODE]

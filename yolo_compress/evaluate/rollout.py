@@ -10,6 +10,9 @@ Over all looks and stages of one release, a canary that is within every budget i
 is beyond some budget advances with probability `ALPHA` at most. Each stage, and the time after the last, takes its evidence from frames
 of its own, and a fifth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
 
+Stamps are of the robot's clock, which may not be set yet when it starts. So time is counted from frame to frame, a gap by `PAUSE_S` at
+most, and frames from after now are left out.
+
 These levels are of the rules. Silence is no sample: a dead process, or a log of B that was handed in so much shorter than A's. A canary
 that falls out and comes back is held while it lacks more than `MAX_SILENT` of A's frames.
 
@@ -19,8 +22,10 @@ What it cannot see: night, if it was day; and what both models miss, unless ther
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,6 +48,8 @@ from yolo_compress.evaluate.shadowlog import (
 SCHEMA = 1
 ALPHA = 0.05
 SPACING_S = 1.0  # frames nearer than this show the same scene again and are no evidence of their own
+PAUSE_S = 60.0  # of a longer gap only this much counts: the robot was off, or its clock was set
+MAX_AHEAD_S = 86400.0  # how far a robot's clock may be ahead of this machine's
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Budgets:
         p50_ratio, p99_ratio: of B's end-to-end milliseconds to A's.
         recall: share of the labelled boxes that A finds and B does not, less the reverse; where there is truth.
         frames: least number of pairs, `SPACING_S` apart.
-        hours: least time from the first to the last of them.
+        hours: least time that they cover; a gap counts as a minute at most.
     """
 
     problems: float = 0.01
@@ -121,25 +128,32 @@ def judge(
     allowed: Budgets = Budgets(),
     truth: Mapping[str, np.ndarray] | None = None,
     cap: float = 1.0,
+    now: float | None = None,
 ) -> tuple[dict[str, Any], State]:
     """Looks at the evidence of the present stage.
 
     Args:
         truth: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
         cap: the largest exposure this call may lead to.
+        now: unix seconds; default this machine's clock.
 
     Returns:
         The document (JSON types; NaN and infinity as null), and the state after it.
 
     Raises:
-        DataError: not one frame in common, or the logs were not written beside each other.
+        DataError: not one frame in common, the logs were not written beside each other, or all frames of one are from after now.
         RecipeError: A and B are the same model, or not those of the state.
     """
     _check_models(log_a, log_b, state)
+    now = time.time() if now is None else now
+    log_a, ahead_a = _until(log_a, now)
+    log_b, ahead_b = _until(log_b, now)
+    if state.since > now + MAX_AHEAD_S:  # by a frame from after now, which an earlier version took for evidence
+        state = replace(state, since=now)
     pairs = _paired(log_a, log_b)
     used = _spaced([match for match in pairs.frames if match[0].at > state.since])
     rules = _rules(used, allowed, truth)
-    hours = (used[-1][0].at - used[0][0].at) / 3600 if used else 0.0
+    hours = _hours([a for a, _ in used])
     silent = _silent_share(log_a, pairs.frames, state.since)
     status, reasons = _verdict(rules, len(used), hours, silent, allowed)
     dead = _dead(log_a, max(log_b.frames[-1].at - pairs.skew_s, state.since), allowed)
@@ -151,6 +165,11 @@ def judge(
         status, reasons = "hold", [whole if state.status == "done" else f"the next stage is above the cap of {cap:.0%}"]
     if state.status == "aborted":
         status, reasons = "abort", ["aborted before; a new release begins with another version and another state file"]
+    if ahead_a or ahead_b:
+        reasons = [
+            *reasons,
+            f"{ahead_a} lines of A and {ahead_b} of B are from after now and left out: set the robot's clock",
+        ]
     document = {
         "schema": SCHEMA,
         "a": dict(zip(("name", "version"), log_a.model, strict=True)),
@@ -167,6 +186,7 @@ def judge(
             "alone_a": pairs.alone_a,
             "alone_b": pairs.alone_b,
             "bad_lines": [log_a.bad, log_b.bad],
+            "ahead": [ahead_a, ahead_b],
             "duplicates": [log_a.duplicates, log_b.duplicates],
             "skew_s": round(pairs.skew_s, 3),
         },
@@ -185,6 +205,23 @@ def _check_models(log_a: Log, log_b: Log, state: State) -> None:
             f"the logs are of {log_a.model} and {log_b.model}, the release is of {state.a} and {state.b}; "
             "another release needs another state file"
         )
+
+
+def _until(log: Log, now: float) -> tuple[Log, int]:
+    """The log without the frames from after now, and how many those are."""
+    frames = tuple(frame for frame in log.frames if frame.at <= now + MAX_AHEAD_S)
+    if not frames:
+        raise DataError(
+            f"{log.path}: every line is from after now ({time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC by this machine's "
+            "clock); set the clock that is wrong, this machine's or the robot's"
+        )
+    return replace(log, frames=frames), len(log.frames) - len(frames)
+
+
+def _hours(frames: Sequence[Frame]) -> float:
+    """Time that the frames cover, in their order; a gap counts as `PAUSE_S` at most."""
+    gaps_s = (min(later.at - frame.at, PAUSE_S) for frame, later in pairwise(frames))
+    return sum(gaps_s) / 3600
 
 
 def _paired(log_a: Log, log_b: Log) -> Pairs:
@@ -221,7 +258,7 @@ def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float
 def _dead(log_a: Log, last_b: float, allowed: Budgets) -> str | None:
     """Why B counts as dead: the frames of A after B's last line would be evidence enough of a stage; shorter is a log on its way."""
     lone = [a for a, _ in _spaced([(frame, frame) for frame in log_a.frames if frame.at > last_b + MAX_APART_S])]
-    hours = (lone[-1].at - lone[0].at) / 3600 if lone else 0.0
+    hours = _hours(lone)
     if len(lone) < max(allowed.frames, 1) or hours < allowed.hours:
         return None
     return (

@@ -92,7 +92,9 @@ def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
         raise ValueError(f"schema {entry['schema']!r}, {SCHEMA} expected")
     name, version, frame, problem = entry["model"]["name"], entry["model"]["version"], entry["frame"], entry["problem"]
     at, ms = _number(entry["at"]), _number(entry["ms"])
-    if not (isinstance(name, str) and type(version) is int and isinstance(frame, str) and ms >= 0):
+    if not (
+        isinstance(name, str) and name.isprintable() and type(version) is int and isinstance(frame, str) and ms >= 0
+    ):
         raise ValueError("model, frame or ms is not as it should be")
     if not (problem is None or isinstance(problem, str)):
         raise ValueError("problem is neither null nor text")
@@ -176,13 +178,15 @@ def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
 def _nearest(a: list[Frame], b: list[Frame], skew_s: float) -> list[tuple[Frame, Frame]]:
     """Of one name, each of A with the nearest of B that is left."""
     left = sorted(b, key=lambda frame: frame.at)
+    times = [frame.at - skew_s for frame in left]
     found = []
     for one in sorted(a, key=lambda frame: frame.at):
-        times = [frame.at - skew_s for frame in left]
         place = bisect_left(times, one.at)
         near = [i for i in (place - 1, place) if 0 <= i < len(left) and abs(times[i] - one.at) <= MAX_APART_S]
         if near:
-            found.append((one, left.pop(min(near, key=lambda i: abs(times[i] - one.at)))))
+            nearest = min(near, key=lambda i: abs(times[i] - one.at))
+            del times[nearest]
+            found.append((one, left.pop(nearest)))
     return found
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.report.document import SCHEMA, identified, judged, plain
 from yolo_compress.report.numbers import finite
+from yolo_compress.runtime.errors import printable
 
 DEVICE_SCHEMA = 1  # of `device.json`, which `bench.py` of a bundle writes on the robot
 ROW = ("model", "runtime", "precision", "status")
 
 
-def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+def add(document: Mapping[str, Any], files: Sequence[Path], onnx: Set[str] | None = None) -> dict[str, Any]:
     """The document with the rows of other machines; the gate is judged anew, over their INT8 rows too.
 
     A `device.json` adds rows of the compressed model, each with its `device`; one without mAP shows its latency and is not
@@ -26,6 +27,7 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     Args:
         document: as `document.build` returns it, or a `report.json` read back.
         files: one or more; each device once.
+        onnx: SHA-256 of the ONNX files of this recipe, in hex; a robot that measured others is refused. None: not compared.
 
     Raises:
         CorruptArtifact: a file that is neither, or of another schema.
@@ -41,6 +43,8 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
         read.append(found)
         if "bundle" in found:
             _check_model(file, found, document)
+            if onnx is not None:
+                _check_onnx(file, found["bundle"], onnx)
             device = _device(file, found, {one["name"] for one in devices})
             rows += _rows(file, found, device["name"], document["data"]["image_set"])
             devices.append(device)
@@ -56,7 +60,7 @@ def add(document: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes(), parse_constant=lambda _: None)  # NaN and infinity: not measured
+        found = _seen(json.loads(file.read_bytes(), parse_constant=lambda _: None))  # NaN and infinity: not measured
     except OSError as error:
         raise StorageError(f"add: {file}: {error.strerror}") from error
     except ValueError as error:
@@ -87,6 +91,15 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
+def _seen(value: Any) -> Any:
+    """JSON whose text can go to a terminal: a file of another machine may hold its control sequences."""
+    if isinstance(value, dict):
+        return {printable(key): _seen(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_seen(one) for one in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def _check_model(file: Path, found: Mapping[str, Any], document: Mapping[str, Any]) -> None:
     """A robot that runs another model says nothing of this one."""
     facts = {
@@ -98,6 +111,21 @@ def _check_model(file: Path, found: Mapping[str, Any], document: Mapping[str, An
         if None not in (theirs, ours) and theirs != ours:
             raise RecipeError(
                 f"add: {file} is of {what} {theirs}, this report of {ours}; add it to the report of its own recipe"
+            )
+
+
+def _check_onnx(file: Path, bundle: Mapping[str, Any], onnx: Set[str]) -> None:
+    """The ONNX files that the robot's bundle held are those that this recipe exported."""
+    theirs = bundle.get("onnx")
+    if not isinstance(theirs, dict) or not theirs:
+        raise RecipeError(
+            f"add: {file} does not say which ONNX files it measured; make a bundle with this version and run its bench.py"
+        )
+    for stem, digest in theirs.items():
+        if str(digest) not in onnx:
+            raise RecipeError(
+                f"add: {file} measured another model: its {stem} is ONNX {str(digest)[:16]} (recipe fingerprint "
+                f"{str(bundle.get('recipe_fingerprint'))[:16]}), which this recipe did not export; make a bundle of it and measure that"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import json
 from pathlib import Path
 from typing import Any, Sequence, Tuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from .errors import RuntimeUnavailable
 from .pipeline import Found
+from .sealed import written
 
 GOLDEN_ANGLE = 0.618034  # of the colour circle: neighbouring classes get colours far apart
 
@@ -34,9 +36,10 @@ def colour(label: int) -> Tuple[int, int, int]:
 
 
 def write_picture(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, names: Sequence[str]) -> None:
-    """Write a JPEG of the picture with boxes, classes and scores.
+    """Write a JPEG of the picture with boxes, classes and scores; whole or not at all.
 
     Raises:
+        OSError: the disk said no.
         RuntimeUnavailable: neither Pillow nor OpenCV is installed.
     """
     marks = [
@@ -44,16 +47,17 @@ def write_picture(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, 
         for row in detections_N6.tolist()
     ]
     thick = max(2, round(max(image_HW3.shape) / 400))
-    for write in (_with_pillow, _with_cv2):
+    for encode in (_with_pillow, _with_cv2):
         try:
-            write(path, image_HW3, marks, thick)
-            return
+            jpeg = encode(image_HW3, marks, thick)
         except ImportError:
             continue
+        written(path, jpeg, synced=False)  # not by Pillow, which takes no notice of a write that ends early
+        return
     raise RuntimeUnavailable("drawing needs Pillow or OpenCV", "pip install pillow")
 
 
-def _with_pillow(path: Path, image_HW3: np.ndarray, marks: Sequence[Any], thick: int) -> None:
+def _with_pillow(image_HW3: np.ndarray, marks: Sequence[Any], thick: int) -> bytes:
     from PIL import Image, ImageDraw
 
     canvas = Image.fromarray(image_HW3)
@@ -62,10 +66,12 @@ def _with_pillow(path: Path, image_HW3: np.ndarray, marks: Sequence[Any], thick:
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=rgb, width=thick)
         pen.rectangle(pen.textbbox((x1 + thick, y1 + thick), text), fill=rgb)
         pen.text((x1 + thick, y1 + thick), text, fill="black")
-    canvas.save(str(path), quality=90)
+    stream = io.BytesIO()
+    canvas.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
 
 
-def _with_cv2(path: Path, image_HW3: np.ndarray, marks: Sequence[Any], thick: int) -> None:
+def _with_cv2(image_HW3: np.ndarray, marks: Sequence[Any], thick: int) -> bytes:
     import cv2
 
     canvas = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR)
@@ -74,5 +80,4 @@ def _with_cv2(path: Path, image_HW3: np.ndarray, marks: Sequence[Any], thick: in
         cv2.putText(
             canvas, text, (x1 + thick, y1 + 12 + thick), cv2.FONT_HERSHEY_SIMPLEX, 0.4, rgb[::-1], 1, cv2.LINE_AA
         )
-    if not cv2.imwrite(str(path), canvas, [cv2.IMWRITE_JPEG_QUALITY, 90]):
-        raise OSError(5, "OpenCV could not write the picture", str(path))
+    return bytes(cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, 90])[1])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
+from typing import Iterator
+
 
 class RuntimeFailure(Exception):
     """Base of the family: what a user can mend; printed as one line, without traceback."""
@@ -49,3 +53,22 @@ class SourceError(RuntimeFailure):
     """Pictures or labels that were asked for and are not there, or cannot be used."""
 
     exit_code = 3
+
+
+@contextmanager
+def naming(path: "str | os.PathLike[str]") -> Iterator[None]:
+    """Names the file in the OSError of a write, which by itself does not say where the disk was full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: spaces, tabs and line breaks stay, any other character that cannot be seen becomes its escape."""
+    if text.isprintable():
+        return text
+    kept = "\n\t\xa0\u202f\u3000"  # the spaces of French and Japanese names too
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -20,7 +20,7 @@ import numpy as np
 
 from .device import device_state
 from .engine import BACKENDS, open_engine
-from .errors import EngineError, RuntimeFailure
+from .errors import EngineError, RuntimeFailure, printable
 from .latency import measure
 
 SCHEMA = 1
@@ -137,7 +137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         print(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
     except RuntimeFailure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     return 0
 

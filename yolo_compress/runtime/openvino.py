@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import Counter
 from pathlib import Path
@@ -150,6 +151,7 @@ class OpenVINOBackend:
 
         Raises:
             EngineError: OpenVINO cannot read the graph, or int8 was asked of a graph without quantisation.
+            OSError: it could not be written whole.
         """
         ov = _library()
         info = describe_onnx(Path(onnx), RUNTIME, precision, ov.__version__, names, imgsz)
@@ -160,6 +162,14 @@ class OpenVINOBackend:
             raise EngineError(f"{onnx}: OpenVINO {ov.__version__} cannot read it: {error}") from error
         if precision == "int8" and not any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
             raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
-        ov.save_model(model, str(out / ENGINE_FILE), compress_to_fp16=precision == "fp16")
+        try:
+            ov.save_model(model, str(out / ENGINE_FILE), compress_to_fp16=precision == "fp16")
+            ov.Core().read_model(str(out / ENGINE_FILE))  # it need not notice that the disk took a part
+        except RuntimeError as error:
+            raise OSError(
+                errno.EIO,
+                f"OpenVINO cannot write or read it again, is the disk full? ({error})",
+                str(out / ENGINE_FILE),
+            ) from error
         save_info(info, out, [ENGINE_FILE, WEIGHTS_FILE])
         return {name: out / name for name in (ENGINE_FILE, WEIGHTS_FILE, "engine.json")}

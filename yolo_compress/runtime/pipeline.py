@@ -23,7 +23,7 @@ from .backend import Backend, load_info
 from .detector import Detector
 from .device import usable_cpus
 from .engine import open_engine
-from .errors import NotFinite
+from .errors import NotFinite, SourceError
 from .pre import Canvas, UnreadableImage
 from .sources import Picture
 
@@ -115,12 +115,18 @@ class Pipeline:
 
         Raises:
             NotFinite: names the picture.
+            SourceError: the pictures ended with it; what came of those before it is yielded first.
         """
         left = iter(pictures)
         waiting: Deque[Future[List[Found]]] = deque()
+        lost: Optional[SourceError] = None
         try:
-            while True:
-                batch = list(islice(left, self.backend.batch or 1))
+            while lost is None:
+                batch: List[Picture] = []
+                try:
+                    batch.extend(islice(left, self.backend.batch or 1))
+                except SourceError as error:
+                    lost = error
                 if not batch:
                     break
                 waiting.append(self._tasks.submit(self._task, batch))
@@ -128,6 +134,8 @@ class Pipeline:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
+            if lost is not None:
+                raise lost
         finally:
             for future in waiting:
                 future.cancel()

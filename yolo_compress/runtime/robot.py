@@ -7,10 +7,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple
 
-from .errors import EngineError, RuntimeFailure, RuntimeUnavailable
+from . import built
+from .errors import EngineError, RuntimeFailure, RuntimeUnavailable, printable
 from .sealed import MADE_HERE, MANIFEST, BundleRefused, pinned_key, verify
+from .slots import ROOT, ROOT_VARIABLE, Slots
 
 HERE = Path(__file__).resolve().parents[1]  # the bundle that this file was copied into
 ENGINES = "engines"
@@ -24,6 +26,7 @@ class Bundle:
     Attributes:
         onnx: stem ("fp32", "int8-openvino") -> file below `directory`.
         imgsz: height and width of the input, px.
+        pinned: this machine has a pinned key, so engines that came with the bundle are refused.
     """
 
     directory: Path
@@ -33,6 +36,7 @@ class Bundle:
     names: Tuple[str, ...]
     imgsz: Tuple[int, int]
     onnx: Dict[str, str]
+    pinned: bool = False
 
     def form(self, runtime: str, precision: str) -> Optional[str]:
         """Stem of the ONNX that suits the runtime as it is installed here."""
@@ -50,21 +54,30 @@ class Bundle:
         return tuple(p for p in ("fp32", "fp16", "int8") if any(stem.split("-")[0] == p for stem in self.onnx))
 
     def about(self) -> Dict[str, Any]:
-        """Which bundle a result is of."""
-        digest = hashlib.sha256((self.directory / MANIFEST).read_bytes()).hexdigest()
-        return {"name": self.name, "version": self.version, "manifest_sha256": digest}
+        """Which bundle a result is of, and which model: the SHA-256 of its ONNX files."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "manifest_sha256": hashlib.sha256((self.directory / MANIFEST).read_bytes()).hexdigest(),
+            "recipe_fingerprint": self.manifest.get("recipe_fingerprint"),
+            "onnx": {stem: self.onnx_sha256(stem) for stem in sorted(self.onnx)},
+        }
 
 
 def opened(directory: Path) -> Bundle:
     """Verify the bundle, with this machine's pinned key where there is one, and read its manifest.
 
-    Where a key is pinned, a bundle older than what ever ran in this robot's slots is refused, but in a slot: that is a roll-back.
+    Where a key is pinned, a bundle of another product than this robot's slots, or older than what ever ran in them, is refused.
+    Not in a slot: an older one there is a roll-back.
 
     Raises:
         BundleRefused: see `sealed.verify`; or the manifest does not say what the commands need.
     """
     pinned = pinned_key()
-    manifest = verify(directory, pinned, None if pinned is None else _newest_here(directory))
+    slots = None if pinned is None or in_slot(directory) else Slots(slots_root())
+    manifest = verify(directory, pinned, None if slots is None else slots.newest())
+    if slots is not None:
+        slots.check_product(manifest, directory)
     try:
         height, width = manifest["imgsz"]
         if not (type(height) is type(width) is int and height > 0 and width > 0):
@@ -75,7 +88,16 @@ def opened(directory: Path) -> Bundle:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names + [manifest["name"]]):
             raise ValueError("names and name of text expected")
         "".join(names + [manifest["name"]]).encode("utf-8")  # a lone surrogate cannot be printed
-        found = Bundle(directory, manifest, manifest["name"], manifest["version"], tuple(names), (height, width), onnx)
+        found = Bundle(
+            directory,
+            manifest,
+            manifest["name"],
+            manifest["version"],
+            tuple(names),
+            (height, width),
+            onnx,
+            pinned is not None,
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleRefused(f"{directory / MANIFEST}: does not describe a bundle ({error!r}); make it again") from error
     if strangers:
@@ -90,7 +112,7 @@ def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
 
     Raises:
         RuntimeUnavailable: none was built, or not that one.
-        EngineError: it is altered, or of another bundle.
+        EngineError: it is altered, of another bundle, or a key is pinned and it was not built here.
     """
     folder = bundle.directory / ENGINES
     if engine is not None and os.sep in engine:
@@ -119,7 +141,16 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
     origin = load_info(chosen).onnx_sha256
     if origin not in (bundle.onnx_sha256(stem) for stem in bundle.onnx):
         raise EngineError(f"{chosen}: built from ONNX {origin[:16]}, which is not of this bundle; run python3 build.py")
+    if not trusted(bundle, chosen):
+        raise EngineError(
+            f"{chosen}: not built on this machine by this user, and the pinned key signs no engines; run python3 build.py"
+        )
     return chosen
+
+
+def trusted(bundle: Bundle, engine: Path) -> bool:
+    """Whether an engine may be opened: no key is pinned, or `build.py` made it here, in a slot or by its record."""
+    return not bundle.pinned or in_slot(engine) or built.recorded(engine)
 
 
 PREFERENCE = (
@@ -134,12 +165,14 @@ def _rank(name: str) -> Tuple[int, int, str]:
     return places[0], places[1], name
 
 
-def _newest_here(directory: Path) -> Optional[int]:
-    """The newest version that ran in the slots of this robot; None where there are none, and for what lies in them."""
-    from .slots import ROOT, ROOT_VARIABLE, Slots
+def slots_root() -> Path:
+    """Folder of this robot's slots."""
+    return Path(os.environ.get(ROOT_VARIABLE) or ROOT)
 
-    root = Path(os.environ.get(ROOT_VARIABLE) or ROOT)
-    return None if root.resolve() in directory.resolve().parents else Slots(root).newest()
+
+def in_slot(path: Path) -> bool:
+    """Whether a bundle or engine lies in the slots: `switch.py install` builds the engines there, and takes none from outside."""
+    return slots_root().resolve() in path.resolve().parents
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:
@@ -192,14 +225,36 @@ def guarded(action: Callable[[], int]) -> int:
     except RuntimeFailure as error:
         say(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:  # whoever read stdout has gone, as `| head` does
+        return 0
     except OSError as error:
-        say(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+        say(f"error: {error.filename2 or error.filename or 'file system'}: {error.strerror or error}")
         return STORAGE
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
 
 
+def answer(text: str) -> None:
+    """Write a line to stdout, at once.
+
+    Raises:
+        OSError: stdout is a full disk; BrokenPipeError: nobody reads it any more.
+    """
+    _print(text, sys.stdout)
+
+
 def say(text: str) -> None:
-    """To stderr; stdout holds the answer."""
-    print(text, file=sys.stderr, flush=True)
+    """Write a line to stderr; stdout holds the answer."""
+    try:
+        _print(text, sys.stderr)
+    except OSError:
+        pass  # no place is left to say it
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(printable(text), file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the rest in the buffer: a quiet exit
+        raise OSError(error.errno, error.strerror, stream.name) from error

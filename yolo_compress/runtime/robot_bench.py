@@ -27,8 +27,22 @@ from .groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from .latency import measure, percentiles
 from .pipeline import open_pipeline
 from .pre import UnreadableImage, letterbox, read_image
-from .robot import ENGINES, HERE, Bundle, built_engines, engine_folder, guarded, opened, outside, positive, say, seconds
+from .robot import (
+    ENGINES,
+    HERE,
+    Bundle,
+    answer,
+    built_engines,
+    engine_folder,
+    guarded,
+    opened,
+    outside,
+    positive,
+    say,
+    seconds,
+)
 from .robot_build import choose_runtimes
+from .sealed import written
 from .sources import Picture
 from .turns import measure_in_turn
 
@@ -97,10 +111,11 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         elif options.data is not None:
             labelled = yolo_folder(options.data, len(bundle.names))
         plan = Plan(labelled, options.iterations, options.power_s, options.threads)
+        _require_writable(out)
         document = bench(bundle, folders, plan)
-        _write(out, document)
-        print(table(document))
-        print(json.dumps({"device": str(out), "golden": document["golden"]}))
+        written(out, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
+        answer(table(document))
+        answer(json.dumps({"device": str(out), "golden": document["golden"]}))
         return 0 if document["golden"]["passed"] else 1
 
     return guarded(action)
@@ -114,7 +129,7 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
         with open_engine(folder) as engine:
             tested[folder.name] = test = golden.check(bundle.directory, engine, info.runtime, info.library)
         say(f"{folder.name}: golden images {'passed' if test['passed'] else 'FAILED: ' + test['reason']}")
-    print(json.dumps({"golden": tested}))
+    answer(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
 
 
@@ -289,14 +304,20 @@ def _latency_table(options: Any) -> int:
     from .layers import take
 
     runtime, _, precision = (options.engine or [f"{choose_runtimes(None)[0]}-fp32"])[0].partition("-")
-    print(json.dumps(take(options.latency_table, runtime, precision, options.threads)))
+    answer(json.dumps(take(options.latency_table, runtime, precision, options.threads)))
     return 0
 
 
-def _write(path: Path, document: Dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(str(partial), str(path))
+def _require_writable(out: Path) -> None:
+    """Raises OSError before a minute of measuring, rather than after it."""
+    probe = out.with_name(out.name + ".partial")
+    try:
+        open(str(probe), "wb").close()
+        os.unlink(str(probe))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; give --out FILE in a folder that can be written", str(out)
+        ) from error
 
 
 def table(document: Dict[str, Any]) -> str:

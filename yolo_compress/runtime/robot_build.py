@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from . import jetson
+from . import built, jetson
 from .backend import PRECISIONS, load_info, sha256_file
 from .engine import BACKENDS
-from .errors import EngineError, RuntimeUnavailable
-from .robot import ENGINES, HERE, Bundle, guarded, opened, outside, positive, say
-from .sealed import BundleRefused
+from .errors import EngineError, RuntimeUnavailable, naming
+from .robot import ENGINES, HERE, Bundle, answer, guarded, opened, outside, positive, say, trusted
+from .sealed import BundleRefused, written
 from .tensorrt import built_elsewhere
 from .tensorrt_build import TIMING_CACHE
 
@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
     def action() -> int:
         bundle = opened(directory)
-        built = build(
+        rows = build(
             bundle,
             outside(bundle, options.out or directory / ENGINES, "--out"),
             choose_runtimes(options.runtime),
@@ -51,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
             timing_cache=options.timing_cache,
             force=options.force,
         )
-        print(json.dumps({"bundle": bundle.about(), "engines": built}))
+        answer(json.dumps({"bundle": bundle.about(), "engines": rows}))
         return 0
 
     return guarded(action)
@@ -123,10 +123,8 @@ def build(
             options: Dict[str, Any] = {}
             if runtime == "tensorrt":
                 last = folder / TIMING_CACHE
-                options = {
-                    "workspace_mib": workspace_mib,
-                    "timing_cache": timing_cache or (last if last.is_file() else None),
-                }
+                ours = last.is_file() and trusted(bundle, folder)
+                options = {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
             rows.append(dict(row, **_build(bundle, stem, runtime, precision, folder, options)))
     return rows
 
@@ -142,15 +140,22 @@ def _build(
     for left in (partial, old):
         shutil.rmtree(str(left), ignore_errors=True)
     before, start = jetson.state(), time.time()
-    BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
-    info = load_info(partial, bundle.onnx_sha256(stem))
-    about = {"library": info.library, "seconds": round(time.time() - start, 1)}
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    document = dict(
-        about, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision, onnx=bundle.onnx[stem],
-        onnx_sha256=info.onnx_sha256, options=options, device=before, clocks_after=jetson.clocks(), at=round(start),
-    )  # fmt: skip
-    (partial / BUILT).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        os.makedirs(str(partial))  # a folder that cannot be written is an error now, not after an hour of building
+        with naming(partial):
+            BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
+            info = load_info(partial, bundle.onnx_sha256(stem))
+            about = {"library": info.library, "seconds": round(time.time() - start, 1)}
+            options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+            document = dict(
+                about, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision, onnx=bundle.onnx[stem],
+                onnx_sha256=info.onnx_sha256, options=options, device=before, clocks_after=jetson.clocks(), at=round(start),
+            )  # fmt: skip
+            written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
+        built.record(partial, needed=not trusted(bundle, partial))
+    except BaseException:
+        shutil.rmtree(str(partial), ignore_errors=True)  # half an engine only takes room
+        raise
     if folder.exists():
         os.replace(str(folder), str(old))
     os.replace(str(partial), str(folder))
@@ -162,12 +167,14 @@ def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Option
     """The library's version of a whole engine of this ONNX by the library that is installed here, else None."""
     try:
         info = load_info(folder, bundle.onnx_sha256(stem))
-        built = json.loads((folder / BUILT).read_text(encoding="utf-8"))["library"]
+        library = json.loads((folder / BUILT).read_text(encoding="utf-8"))["library"]
     except (EngineError, OSError, ValueError, KeyError, TypeError):
         return None  # absent, damaged, or of another ONNX: built anew
     if runtime == "tensorrt" and built_elsewhere(info) is not None:
         return None  # the robot's disk came from another
-    return str(built) if built == info.library == library_version(runtime) else None
+    if not trusted(bundle, folder):
+        return None  # it came with the bundle
+    return str(library) if library == info.library == library_version(runtime) else None
 
 
 def library_version(runtime: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import time
 from contextlib import ExitStack, closing
@@ -12,14 +13,18 @@ from typing import IO, Any, Callable, List, Optional, Sequence
 from .draw import line, write_picture
 from .errors import SourceError
 from .pipeline import Found, open_pipeline
-from .robot import HERE, Bundle, engine_folder, guarded, opened, outside, positive, say
+from .robot import HERE, Bundle, answer, engine_folder, guarded, opened, outside, positive, say
 from .sources import open_source
 
 SHADOW_SCHEMA = 1
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what becomes of a disk while a robot runs
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
-    """Detect until the source ends (or Ctrl-C) and return the exit code: 3 if a picture could not be read."""
+    """Detect until the source ends (or Ctrl-C) and return the exit code.
+
+    3: a picture could not be read, a camera was lost, or a video is cut short. 6: stdout or the shadow log could not be written.
+    """
     parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
     parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
@@ -46,7 +51,8 @@ def _detect(bundle: Bundle, options: Any) -> int:
     say(f"{bundle.name} {bundle.version}, engine {engine.name}")
     unreadable, first = 0, None
     with ExitStack() as stack:
-        outlets = _outlets(bundle, options, stack)
+        shadow = None if options.shadow is None else stack.enter_context(ShadowLog(options.shadow, bundle))
+        outlets = _outlets(bundle, options, shadow)
         pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou))
         stream = stack.enter_context(closing(pipeline(source.pictures)))
         for number, found in enumerate(stream, 1):
@@ -58,27 +64,68 @@ def _detect(bundle: Bundle, options: Any) -> int:
                 break
     if unreadable:
         raise SourceError(f"{unreadable} pictures could not be read, the first: {first}")
+    if shadow is not None and shadow.lost:
+        raise OSError(errno.EIO, f"{shadow.lost} lines could not be written", str(shadow.path))
     return 0
 
 
-def _outlets(bundle: Bundle, options: Any, stack: ExitStack) -> List[Callable[[Found], None]]:
+def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> List[Callable[[Found], None]]:
     """Where each picture goes."""
     outlets: List[Callable[[Found], None]] = []
     if not options.quiet:
-        outlets.append(lambda found: print(line(found, bundle.names), flush=True))
-    if options.shadow is not None:
-        log = stack.enter_context(open(str(options.shadow), "a", encoding="utf-8"))
-        outlets.append(lambda found: _log(log, bundle, found))
+        outlets.append(lambda found: answer(line(found, bundle.names)))
+    if shadow is not None:
+        outlets.append(shadow.write)
     if options.draw is not None:
         options.draw.mkdir(parents=True, exist_ok=True)
         outlets.append(lambda found: _draw(options.draw, bundle, found))
     return outlets
 
 
-def _log(log: IO[str], bundle: Bundle, found: Found) -> None:
-    """One line of the shadow log, on its way to the disk when this returns."""
-    log.write(shadow_line(found, bundle.name, bundle.version, time.time()) + "\n")
-    log.flush()
+class ShadowLog:
+    """The file of --shadow, a context manager. A disk that cannot take a line is said once, and detection goes on.
+
+    Attributes:
+        lost: lines that could not be written; `rollout` sees them as silence.
+
+    Raises:
+        OSError: the file cannot be opened, for another reason than a full or broken disk.
+    """
+
+    def __init__(self, path: Path, bundle: Bundle) -> None:
+        self.path, self.lost = path, 0
+        self._bundle, self._torn = bundle, False
+        self._file: Optional[IO[bytes]] = None
+        try:
+            self._open()
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+
+    def write(self, found: Found) -> None:
+        """One line, on its way to the disk when this returns."""
+        line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
+        data = (("\n" if self._torn else "") + line).encode("utf-8")
+        try:
+            self._torn = (self._file or self._open()).write(data) < len(data)
+            problem = "the disk took a part of a line" if self._torn else None
+        except OSError as error:
+            problem = error.strerror
+        if problem is not None:
+            if not self.lost:
+                say(f"{self.path}: {problem}; detection goes on, these lines of the log are lost")
+            self.lost += 1
+
+    def _open(self) -> IO[bytes]:
+        self._file = open(str(self.path), "ab", buffering=0)
+        return self._file
+
+    def __enter__(self) -> "ShadowLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def shadow_line(found: Found, name: str, version: int, at: float) -> str:

@@ -7,6 +7,7 @@ Boxes are in px of the image. Never run on a robot: tested with stand-ins for rc
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
@@ -17,7 +18,7 @@ from .engine import open_engine
 from .errors import EngineError, NotFinite, RuntimeUnavailable
 from .pipeline import Found
 from .robot import HERE, engine_folder, guarded, opened, outside, say
-from .robot_detect import shadow_line
+from .robot_detect import ShadowLog
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2), "bgra8": (2, 1, 0), "mono8": (0, 0, 0)}
 _BYTES = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
@@ -95,7 +96,8 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
             if not 0 <= float(given[name]) <= 1:
                 raise EngineError(f"parameter {name}: got {given[name]}, expected a number from 0 to 1")
         folder = engine_folder(bundle, given["engine"] or None)
-        with open_engine(folder) as engine:
+        log = ShadowLog(Path(str(given["shadow"])), bundle) if given["shadow"] else nullcontext()
+        with log as shadow, open_engine(folder) as engine:
             detector = Detector(engine, float(given["conf"]), float(given["iou"]), multi_label=False)
             publisher = node.create_publisher(kinds.Detection2DArray, "detections", 10)
             count = [0]
@@ -110,15 +112,11 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
                     problem = str(error)
                     node.get_logger().error(problem)
                 count[0] += 1
-                if given["shadow"]:
+                if shadow is not None:
                     stamp = message.header.stamp
                     name = f"{message.header.frame_id}@{stamp.sec}.{stamp.nanosec:09d}"
                     ms = (time.perf_counter() - start) * 1e3
-                    line = shadow_line(
-                        Found(name, None, detections_N6, problem, ms), bundle.name, bundle.version, time.time()
-                    )
-                    with open(str(given["shadow"]), "a", encoding="utf-8") as log:
-                        log.write(line + "\n")
+                    shadow.write(Found(name, None, detections_N6, problem, ms))
 
             node.create_subscription(Image, "image", on_image, qos_profile_sensor_data)
             say(f"{bundle.name} {bundle.version}, engine {folder.name}: image -> detections")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from .errors import EngineError, RuntimeFailure
-from .robot import guarded, mapping
+from .robot import answer, guarded, mapping
 from .sealed import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from .slots import NAMES, ROOT, ROOT_VARIABLE, Slots
 from .unpack import unpack
@@ -59,6 +59,7 @@ def _run(slot: Path, command: List[str], seconds: float) -> None:
     environment = dict(
         os.environ, PYTHONDONTWRITEBYTECODE="1"
     )  # a .pyc would be a file that the manifest does not know
+    environment[ROOT_VARIABLE] = str(slot.parents[1])  # given as --root, perhaps
     if environment.get(KEY_VARIABLE):  # the child runs in another folder
         environment[KEY_VARIABLE] = os.path.abspath(environment[KEY_VARIABLE])
     words = [sys.executable, str(slot / command[0])] + command[1:]
@@ -96,7 +97,8 @@ def install(
         What `status` does.
 
     Raises:
-        BundleRefused: damaged, not signed by the pinned key, not newer than all that ever ran here, or of a failed gate.
+        BundleRefused: damaged, not signed by the pinned key, of another product than the one that runs, not newer than all
+            that ever ran here, or of a failed gate.
         Unhealthy: its engines fail; what ran still runs.
         SlotsBusy, EngineError, OSError: see `Slots`.
     """
@@ -110,6 +112,7 @@ def install(
                 "version": manifest["version"],
                 "manifest_sha256": _manifest_sha256(there),
             }
+            slots.check_product(manifest, bundle)
             current = slots.current()
             if current is None or slots.mark(current) != mark:
                 _check_newer(bundle, mark["version"], slots.newest())
@@ -221,8 +224,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             found = {"status": status, "rollback": rollback, "switch": switch}[given.command](slots)
         for name, mark in found["slots"].items():
             what = "empty" if mark is None else f"{mark['name']} version {mark['version']}"
-            print(f"{'->' if name == found['current'] else '  '} {name}  {what}")
-        print(json.dumps(found))
+            answer(f"{'->' if name == found['current'] else '  '} {name}  {what}")
+        answer(json.dumps(found))
         return 0
 
     return guarded(action)

@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from .errors import EngineError
+from .errors import EngineError, naming
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -65,14 +65,14 @@ def seal(
     manifest = dict(about, schema=SCHEMA, version=int(version), files=files)
     content = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
     _formed(content, root / MANIFEST)
-    _written(root / MANIFEST, content)
+    written(root / MANIFEST, content)
     if seed is None:
         if (root / SIGNATURE).exists():
             (root / SIGNATURE).unlink()
     else:
         from .ed25519 import sign
 
-        _written(root / SIGNATURE, sign(seed, content).hex().encode("ascii") + b"\n")
+        written(root / SIGNATURE, sign(seed, content).hex().encode("ascii") + b"\n")
     return manifest
 
 
@@ -292,14 +292,24 @@ def _opened(path: Path) -> Any:
     return stream
 
 
-def _written(path: Path, content: bytes) -> None:
-    """Whole or not at all, and on the disk when this returns."""
+def written(path: Path, content: bytes, synced: bool = True) -> None:
+    """Write a file whole or not at all; its bytes are on the disk when this returns, if `synced`.
+
+    Raises:
+        OSError: names the file; what was there is as it was.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(str(partial), "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(str(partial), str(path))
+    try:
+        with naming(path), open(str(partial), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            if synced:
+                os.fsync(stream.fileno())
+        os.replace(str(partial), str(path))
+    except OSError:
+        if partial.exists():
+            partial.unlink()
+        raise
 
 
 def _more(names: List[str]) -> str:

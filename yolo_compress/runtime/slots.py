@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 from .errors import EngineError, RuntimeFailure
+from .sealed import BundleRefused, written
 
 ROOT = "/var/lib/yolo_compress"  # unless the variable or --root says otherwise
 ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
@@ -108,6 +109,24 @@ class Slots:
         found = [state["newest"]] if state else []
         return max(found + ([mark["version"]] if mark else []), default=None)
 
+    def product(self) -> Optional[str]:
+        """Name of the bundle that runs; None before the first installation."""
+        current = self.current()
+        mark = None if current is None else self.mark(current)
+        return None if mark is None else mark.get("name")
+
+    def check_product(self, manifest: Dict[str, Any], bundle: Path) -> None:
+        """One key may sign bundles of several products; a robot's slots hold those of one.
+
+        Raises:
+            BundleRefused: the manifest is of another name than the bundle that runs.
+        """
+        runs = self.product()
+        if runs is not None and manifest.get("name") != runs:
+            raise BundleRefused(
+                f"{bundle}: of {manifest.get('name')!r}, but {self.root} runs {runs!r}; refused, another product needs another --root"
+            )
+
     def clear_incoming(self) -> None:
         """Remove what an earlier call left there."""
         if os.path.lexists(str(self.incoming)):
@@ -182,10 +201,5 @@ def _read(path: Path, wanted: Dict[str, type]) -> Optional[Dict[str, Any]]:
 
 
 def _write(path: Path, document: Dict[str, Any]) -> None:
-    new = path.with_name(path.name + ".new")
-    with open(str(new), "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(document, sort_keys=True) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(str(new), str(path))
+    written(path, (json.dumps(document, sort_keys=True) + "\n").encode("utf-8"))
     sync_folder(path.parent)

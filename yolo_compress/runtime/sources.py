@@ -14,6 +14,8 @@ from .pre import read_image
 
 IMAGE_SUFFIXES = ("avif", "bmp", "dng", "jp2", "jpeg", "jpg", "mpo", "npy", "png", "tif", "tiff", "webp")
 
+MISSING = 0.02  # share of a video's frames: some containers give an estimate, from duration and rate
+
 
 class Picture(NamedTuple):
     """A picture that `read` decodes: image_HW3, uint8 RGB, or `pre.UnreadableImage`."""
@@ -36,7 +38,8 @@ def open_source(source: Union[str, Path]) -> Source:
         source: a path, an address with `://`, or the number of a camera.
 
     Raises:
-        SourceError: it is not there, holds no image, or cannot be opened.
+        SourceError: it is not there, holds no image, or cannot be opened. The pictures end with one where a camera is lost
+            or a video stops before its end.
         RuntimeUnavailable: a video or camera, and OpenCV is not installed.
     """
     text = str(source)
@@ -79,12 +82,18 @@ def _video(opened: Union[int, str], name: str) -> Source:
     if not capture.isOpened():
         capture.release()
         raise SourceError(f"{name}: OpenCV {cv2.__version__} cannot open it as a video or camera")
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if isinstance(opened, str) else 0
-    return Source(_frames(cv2, capture, name), count if count > 0 else None)
+    count = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) if isinstance(opened, str) else 0
+    live = not count and (isinstance(opened, int) or "://" in opened)
+    return Source(_frames(cv2, capture, name, count, live), count or None)
 
 
-def _frames(cv2: Any, capture: Any, name: str) -> Iterator[Picture]:
-    """Frames until the video ends; one after another, as a codec wants it. Colours are put in order by `read`."""
+def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterator[Picture]:
+    """Frames until the video ends; one after another, as a codec wants it. Colours are put in order by `read`.
+
+    Args:
+        count: frames that the video says it has; 0 where it does not say.
+        live: a camera, which has no end.
+    """
     number = 0
     try:
         while True:
@@ -97,3 +106,7 @@ def _frames(cv2: Any, capture: Any, name: str) -> Iterator[Picture]:
         capture.release()
     if not number:
         raise SourceError(f"{name}: gives no frame")
+    if live:
+        raise SourceError(f"{name}: lost after {number} frames; check the camera and start again")
+    if number < count * (1 - MISSING):
+        raise SourceError(f"{name}: ends after {number} of {count} frames; it is cut short or damaged there")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import numpy as np
 
 from .cuda import CudaMemory
-from .errors import CudaError, EngineError
+from .errors import CudaError, EngineError, printable
 
 
 class Tensors(NamedTuple):
@@ -147,7 +147,7 @@ class Execution:
             self._graph = self._memory.capture(self._enqueue)
         except (CudaError, EngineError) as error:
             self.refused = str(error)
-            print(f"{self._where}: runs without a CUDA graph: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{self._where}: runs without a CUDA graph: {error}"), file=sys.stderr, flush=True)
 
     def _forget(self) -> None:
         graph, self._graph = self._graph, None

@@ -6,7 +6,7 @@ import sys
 from functools import lru_cache
 from typing import Any, List
 
-from .errors import RuntimeUnavailable
+from .errors import RuntimeUnavailable, printable
 
 DRIVER_HINT = "update NVIDIA's driver, or install the TensorRT and cuda-python of the CUDA release that it supports"
 
@@ -28,7 +28,7 @@ def logger(trt: Any) -> Any:
                 self.errors.append(str(message))
             elif severity != trt.Logger.WARNING:
                 return
-            print(f"[TensorRT] {message}", file=sys.stderr, flush=True)
+            print(printable(f"[TensorRT] {message}"), file=sys.stderr, flush=True)
 
         def take(self) -> List[str]:
             taken, self.errors = self.errors, []

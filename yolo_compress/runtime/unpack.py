@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Set, Tuple
 
+from .errors import naming
 from .sealed import MADE_HERE, MANIFEST, BundleRefused
 
 MAX_BYTES = 2 << 30  # of all files; a YOLOv8x in three precisions takes 0.5 GiB
@@ -77,7 +78,7 @@ def _write(members: Iterator[_Member], into: Path, bundle: Path, max_bytes: int,
             descriptor = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         except (FileExistsError, NotADirectoryError) as error:
             raise BundleRefused(f"{bundle}: {name!r} is a file and a folder at once; refused") from error
-        with os.fdopen(descriptor, "wb") as out:
+        with naming(path), os.fdopen(descriptor, "wb") as out:
             _copy(stream, out, size, f"{bundle}: {name!r}")
             out.flush()
             os.fsync(out.fileno())

@@ -58,7 +58,8 @@ def run(job: Job) -> dict[str, Any]:
 def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
     """The published report once more, with what other machines measured (`report.devices.add`), into `job.out`."""
     document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
-    return _written(job, devices.add(document, files))
+    exported = {vouched["sha256"] for vouched in job.inputs["export"].manifest.files.values()}
+    return _written(job, devices.add(document, files, exported))
 
 
 def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
