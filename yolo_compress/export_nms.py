@@ -12,16 +12,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.export_onnx import write_metadata
+from yolo_compress.runtime.limits import MAX_DET
 
 RAW, OUTPUT = "raw0", "output0"
 PLACE = "/nms"
 NMS_SUFFIX = "-nms"  # of the name of such a file, behind that of the graph that it was made from
 
 
-NMS_CONF, NMS_IOU, NMS_MOST = 0.25, 0.7, 300
+NMS_CONF, NMS_IOU = 0.25, 0.7
 
 
-def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = NMS_MOST) -> None:
+def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = MAX_DET) -> None:
     """Write the graph with ONNX's NonMaxSuppression behind it, which every runtime here takes (TensorRT as INMSLayer).
 
     `output0` becomes `[1, max_det, 6]` float32, as Ultralytics' `nms=True` gives it: x1, y1, x2, y2 in px of the input, score,

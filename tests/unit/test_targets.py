@@ -451,7 +451,7 @@ def test_the_node_publishes_what_the_engine_sees(full: bool, tmp_path: Path, mon
 
         return detect
 
-    verified = record(names=("person", "dog"), name="demo", version=7, directory=tmp_path / "bundle")
+    verified = record(names=("person", "dog"), name="demo", version=7, max_det=300, directory=tmp_path / "bundle")
     monkeypatch.setattr(robot_ros2, "opened", lambda directory: verified)
     monkeypatch.setattr(robot_ros2, "engine_folder", lambda bundle, engine: tmp_path)
     monkeypatch.setattr(robot_ros2, "open_engine", lambda folder: contextlib.nullcontext())

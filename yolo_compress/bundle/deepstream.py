@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from yolo_compress.bundle.networks import Network, read, require
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.published import literal
+from yolo_compress.runtime.limits import MAX_DET
 
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
@@ -77,7 +78,7 @@ def write(directory: Path, network: Network, about: Mapping[str, Any], precision
     head = _HEAD.format(name=" ".join(str(about["name"]).split()), version=about["version"])
     text = head + (_INT8.format(int8=INT8) if INT8 in files else "") + "\n[property]\n"
     text += "".join(f"{key}={value}\n" for key, value in settings.items())
-    text += "\n[class-attrs-all]\nnms-iou-threshold=0.7\npre-cluster-threshold=0.25\ntopk=300\n"
+    text += f"\n[class-attrs-all]\nnms-iou-threshold=0.7\npre-cluster-threshold=0.25\ntopk={about.get('max_det', MAX_DET)}\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / LABELS).write_text("".join(f"{name}\n" for name in about["names"]), encoding="utf-8")
     return [f"{FOLDER}/{name}" for name in files]

@@ -179,6 +179,7 @@ def _fill(
         "target": asked.target,
         "names": list(dataset.names),
         "imgsz": [height, width],
+        "max_det": recipe.data.max_det,
         "onnx": onnx,
         "gate": dict(gate),
         "golden": golden.write(root / GOLDEN, dataset, artifacts["export"], artifacts["engine"], asked.golden),

@@ -17,12 +17,13 @@ import torch
 
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_nms import NMS_CONF, NMS_IOU, NMS_MOST, NMS_SUFFIX
+from yolo_compress.export_nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
 from yolo_compress.export_onnx import quiet_trace
 from yolo_compress.quant.calibration_cache import IMPLICIT, explicit
 from yolo_compress.runtime.backend import Backend
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.golden import difference
+from yolo_compress.runtime.limits import MAX_DET
 from yolo_compress.runtime.ort import OrtBackend
 from yolo_compress.runtime.post import nms
 from yolo_compress.runtime.tensorrt_build import strongly_typed
@@ -68,11 +69,11 @@ def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def check_nms(file: Path, source: Path, images: Iterable[np.ndarray]) -> int:
+def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: int = MAX_DET) -> int:
     """Compare a graph with NMS with NMS behind the graph that it was made from, by the project's own NMS.
 
     Args:
-        file: What `with_nms` wrote, with its default thresholds.
+        file: What `with_nms` wrote, with its default thresholds and `max_det`.
         source: What it was made from.
         images: Letterboxed chw_3HW float32 arrays.
 
@@ -87,7 +88,7 @@ def check_nms(file: Path, source: Path, images: Iterable[np.ndarray]) -> int:
     for chw_3HW in images:
         rows_N6 = with_graph(chw_3HW[None])[0]
         found.append(rows_N6[rows_N6[:, 4] > 0])
-        expected.append(nms(plain(chw_3HW[None])[0], NMS_CONF, NMS_IOU, NMS_MOST, multi_label=False))
+        expected.append(nms(plain(chw_3HW[None])[0], NMS_CONF, NMS_IOU, max_det, multi_label=False))
     apart = difference(expected, found, NMS_CONF)
     if apart.unmatched or apart.worst_box_px > NMS_PX or apart.worst_score > NMS_SCORE:
         raise CompressError(

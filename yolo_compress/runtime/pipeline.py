@@ -24,6 +24,7 @@ from .detector import Detector
 from .device import usable_cpus
 from .engine import open_engine
 from .errors import NotFinite, SourceError
+from .limits import MAX_DET
 from .pre import Canvas, UnreadableImage
 from .sources import Picture
 
@@ -99,7 +100,7 @@ class Pipeline:
         opens: Sequence[Callable[[], Any]],
         conf: float = 0.25,
         iou: float = 0.7,
-        max_det: int = 300,
+        max_det: int = MAX_DET,
         multi_label: bool = False,
     ) -> None:
         self.backend = Lender(opens)
@@ -180,13 +181,17 @@ def _read(picture: Picture) -> Tuple[Optional[np.ndarray], Optional[str]]:
 
 
 def open_pipeline(
-    engine: Union[str, Path], engines: Optional[int] = None, conf: float = 0.25, iou: float = 0.7
+    engine: Union[str, Path],
+    engines: Optional[int] = None,
+    conf: float = 0.25,
+    iou: float = 0.7,
+    max_det: int = MAX_DET,
 ) -> Pipeline:
     """A pipeline of an engine directory.
 
     Args:
         engines: how many of it run at a time, sharing the processors; default one a processor, at most 4, and one on a GPU.
-        conf, iou: see `post.nms`.
+        conf, iou, max_det: see `post.nms`.
 
     Raises:
         EngineError: see `load_info`; nothing is deserialised then.
@@ -195,4 +200,4 @@ def open_pipeline(
     on_gpu = load_info(Path(engine)).runtime == "tensorrt"
     count = engines or (1 if on_gpu else min(usable_cpus(), MAX_ENGINES))
     threads = None if on_gpu else max(usable_cpus() // count, 1)
-    return Pipeline([partial(open_engine, engine, threads)] * count, conf, iou)
+    return Pipeline([partial(open_engine, engine, threads)] * count, conf, iou, max_det)

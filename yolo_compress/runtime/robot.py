@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple
 
 from . import built
 from .errors import EngineError, RuntimeFailure, RuntimeUnavailable, printable
+from .limits import MAX_DET
 from .sealed import MADE_HERE, MANIFEST, BundleRefused, pinned_key, verify
 from .slots import ROOT, ROOT_VARIABLE, Slots
 
@@ -43,6 +44,11 @@ class Bundle:
         from .engine import onnx_form
 
         return onnx_form(self.onnx, runtime, precision)
+
+    @property
+    def max_det(self) -> int:
+        """Detections of an image that NMS keeps."""
+        return int(self.manifest.get("max_det", MAX_DET))
 
     def onnx_sha256(self, stem: str) -> str:
         """What the manifest vouches for."""

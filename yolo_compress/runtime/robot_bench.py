@@ -186,9 +186,10 @@ def mean_ap(engine: Any, labelled: Sequence[Labelled], bundle: Bundle) -> Dict[s
         SourceError: an image that cannot be read, or no box at all.
         NotFinite: names the image.
     """
+    from .limits import counted
     from .matching import mean_ap as matched
 
-    detector, truths, found = Detector(engine), [], []
+    detector, truths, found = Detector(engine, max_det=bundle.max_det), [], []
     for one in labelled:
         try:
             image_HW3 = read_image(one.image)
@@ -199,7 +200,7 @@ def mean_ap(engine: Any, labelled: Sequence[Labelled], bundle: Bundle) -> Dict[s
             raise NotFinite(f"{one.image}: {error}") from error
         truths.append(absolute(one.boxes, image_HW3.shape[0], image_HW3.shape[1]))
     try:
-        result = matched(truths, found, bundle.names)
+        result = matched(truths, found, bundle.names, counted(bundle.max_det))
     except ValueError as error:
         raise SourceError(str(error)) from error
     return {

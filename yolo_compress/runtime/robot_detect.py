@@ -53,7 +53,7 @@ def _detect(bundle: Bundle, options: Any) -> int:
     with ExitStack() as stack:
         shadow = None if options.shadow is None else stack.enter_context(ShadowLog(options.shadow, bundle))
         outlets = _outlets(bundle, options, shadow)
-        pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou))
+        pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou, bundle.max_det))
         stream = stack.enter_context(closing(pipeline(source.pictures)))
         for number, found in enumerate(stream, 1):
             for write in outlets:

@@ -98,7 +98,7 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
         folder = engine_folder(bundle, given["engine"] or None)
         log = ShadowLog(Path(str(given["shadow"])), bundle) if given["shadow"] else nullcontext()
         with log as shadow, open_engine(folder) as engine:
-            detector = Detector(engine, float(given["conf"]), float(given["iou"]), multi_label=False)
+            detector = Detector(engine, float(given["conf"]), float(given["iou"]), bundle.max_det, False)
             publisher = node.create_publisher(kinds.Detection2DArray, "detections", 10)
             count = [0]
 

@@ -69,8 +69,8 @@ def run(job: Job) -> dict[str, Any]:
             images, boxes = _compared_images(job), 0
             for file in sorted(folder.glob("*.onnx")):
                 made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
-                with_nms(file, made)
-                boxes += check_nms(made, file, images)
+                with_nms(file, made, max_det=job.recipe.data.max_det)
+                boxes += check_nms(made, file, images, job.recipe.data.max_det)
             metrics[name] |= {"nms_images": len(images), "nms_boxes": boxes}
         progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return metrics
