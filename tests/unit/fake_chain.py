@@ -80,14 +80,16 @@ class Chain:
     def states(self) -> dict[str, str]:
         return {row.stage: row.state for row in pipeline.status(self.recipe(), self.store)}
 
-    def saved(self, stage: str) -> int | None:
-        """Epochs that an interrupted training of the stage has behind it, from what its inputs are now."""
-        baseline = self.store.linked("r", "baseline") if stage == "prune" else None
-        contents = dict.fromkeys(pipeline.STAGES[stage].needs, baseline.manifest.content) if baseline else {}
-        for file in self.store.folder.glob(f"{stage}-*.partial/work/resume.json"):
-            state = json.loads(file.read_text())
-            return state["epoch"] if state["of"] == _digest(contents) else None
-        return None
+    def saved(self) -> dict[str, int]:
+        """Epochs that an interrupted training has behind it, by its artefact's name, if its inputs are still the same."""
+        baseline = self.store.linked("r", "baseline")
+        contents = dict.fromkeys(pipeline.STAGES["prune"].needs, baseline.manifest.content) if baseline else {}
+        found = {}
+        for file in self.store.folder.glob("*.partial/work/resume.json"):
+            state, name = json.loads(file.read_text()), file.parents[1].name.removesuffix(".partial")
+            if state["of"] == _digest(contents if name.startswith("prune") else {}):
+                found[name] = state["epoch"]
+        return found
 
     def _stage(self, name: str) -> types.ModuleType:
         module = types.ModuleType(f"yolo_compress.stages.{name}")
@@ -149,16 +151,15 @@ def fake_chain(folder: Path) -> Iterator[Chain]:
 
 
 def sound(store: Store) -> dict[str, Artifact]:
-    """All that stands under a final name, by stage; raises if one of them is not whole."""
+    """All that stands under a final name, by that name; raises if one of them is not whole."""
     found = {}
     for path in store.folder.iterdir() if store.folder.exists() else []:
         stage, _, short = path.name.partition("-")
         if stage in pipeline.STAGES and len(short) == 16:
-            manifest = json.loads((path / "manifest.json").read_bytes())
-            artifact = store.find(stage, manifest["fingerprint"])
+            artifact = store.find(stage, json.loads((path / "manifest.json").read_bytes())["fingerprint"])
             assert artifact is not None
             store.verify(artifact)
-            found[stage] = artifact
+            found[path.name] = artifact
     return found
 
 
@@ -166,6 +167,7 @@ COMMANDS = (
     ("run", "recipe=r.yaml"),
     ("baseline", "recipe=r.yaml", "force=true"),
     ("prune", "recipe=r.yaml", "force=true"),
+    ("prune", "recipe=r.yaml", "prune.epochs=9"),
     ("report", "recipe=r.yaml", "force=true"),
     ("gc",),
     ("gc", "recipe=r.yaml"),
@@ -183,7 +185,7 @@ def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
     seconds = dict.fromkeys(COMMANDS, 0.2)
     write(report_case.whole(recipe="r"), [], Path("whole"))
     for _ in range(kills):
-        words, epochs = dice.choice(COMMANDS), {stage: chain.saved(stage) for stage in TRAINED}
+        words, epochs = dice.choice(COMMANDS), chain.saved()
         started, child = time.monotonic(), os.fork()
         if child == 0:
             _child(words, chain.folder / "said.txt")
@@ -216,25 +218,31 @@ def _child(words: tuple[str, ...], said: Path) -> None:
             os._exit(code)
 
 
-def check(chain: Chain, before: dict[str, Artifact], epochs: dict[str, int | None]) -> dict[str, Artifact]:
+def check(chain: Chain, before: dict[str, Artifact], epochs: dict[str, int]) -> dict[str, Artifact]:
     """The invariants of the store after a kill. Returns what is published."""
-    store = chain.store
     chain.states()  # as any reader: finishes a publication that was committed
-    there = sound(store)
-    assert before.keys() <= there.keys(), f"lost {before.keys() - there.keys()}"
-    for stage, artifact in there.items():
-        state = chain.states()[stage]
-        made_of = json.loads(artifact.file("of.json").read_text())
-        now = {need: there[need].manifest.content for need in made_of if need in there}
-        assert state != "up to date" or {need: made_of[need] for need in now} == now, f"{stage} is of other bytes"
-    for stage, saved in epochs.items():
-        published = stage in there and (stage not in before or there[stage] != before[stage])
-        other = stage == "prune" and there.get("baseline") != before.get("baseline")
-        if saved is not None and not published and not other:
-            assert (chain.saved(stage) or 0) >= saved, f"{stage} lost epochs: {saved} -> {chain.saved(stage)}"
+    there = sound(chain.store)
+    links = {stage: one for stage in pipeline.STAGES if (one := chain.store.linked("r", stage))}
+    for name in before:  # what has lost its friendly name to another is garbage
+        assert name in there or any(one.stage == before[name].stage for one in links.values()), f"lost {name}"
+    recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
+    planned = pipeline.plan(recipe, dataset, "report")
+    current = pipeline.current(chain.store, planned)
+    for stage, artifact in current.items():
+        made_of = {need: current[source].manifest.content for need, source in planned[stage].inputs.items()}
+        assert json.loads(artifact.file("of.json").read_text()) == made_of, f"{stage} is up to date and of other bytes"
+    saved = chain.saved()
+    for name, epoch in epochs.items():
+        published = name in there and there[name] != before.get(name)
+        other = name.startswith("prune") and _baseline(there) != _baseline(before)
+        assert published or other or saved.get(name, 0) >= epoch, f"{name} lost epochs: {epoch} -> {saved.get(name)}"
     for file in Path("shown").glob("report.*"):
         assert file.read_bytes() == (Path("whole") / file.name).read_bytes(), f"{file} is not whole"
     return there
+
+
+def _baseline(artifacts: dict[str, Artifact]) -> list[Artifact]:
+    return [one for one in artifacts.values() if one.stage == "baseline"]
 
 
 if __name__ == "__main__":

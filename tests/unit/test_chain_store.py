@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from fake_chain import Chain, Killed, fake_chain, kill_loop, sound
 
 from yolo_compress import pipeline
 from yolo_compress.__main__ import main
+from yolo_compress.artifact import Artifact
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 
 STALE = {"export", "engine", "bench", "report"}
@@ -21,6 +24,11 @@ STALE = {"export", "engine", "bench", "report"}
 def chain(tmp_path: Path) -> Iterator[Chain]:
     with fake_chain(tmp_path) as made:
         yield made
+
+
+def published(chain: Chain) -> dict[str, Artifact]:
+    """What is in the store, by stage."""
+    return {artifact.stage: artifact for artifact in sound(chain.store).values()}
 
 
 def killed(chain: Chain, target: str, after: int, again: bool = False) -> None:
@@ -47,7 +55,7 @@ def test_force_that_is_killed_keeps_the_artefact_and_continues(chain: Chain) -> 
     chain.store.verify(old)
     new = chain.run("baseline", again=True)
     assert chain.ran == [("baseline", 3)] and new.path == old.path and new != old
-    assert chain.store.linked("r", "baseline") == new == sound(chain.store)["baseline"]
+    assert chain.store.linked("r", "baseline") == new == published(chain)["baseline"]
     assert chain.run("baseline") == new and chain.ran == []
 
 
@@ -72,7 +80,7 @@ def test_other_bytes_under_the_same_fingerprint_make_what_was_made_of_the_old_st
 
 def test_a_stage_that_was_deleted_and_comes_out_otherwise(chain: Chain) -> None:
     chain.run("report")
-    shutil.rmtree(sound(chain.store)["baseline"].path)
+    shutil.rmtree(published(chain)["baseline"].path)
     assert chain.states()["prune"] == "stale"
     chain.run("report")
     assert stages(chain) == ["baseline", "prune", "export", "engine", "bench", "report"]
@@ -84,7 +92,7 @@ def test_a_stage_that_is_done_again_and_comes_out_the_same_leaves_the_others_as_
     monkeypatch.setattr("os.urandom", lambda count: bytes(count))
     chain.run("report")
     chain.run("baseline", again=True)
-    shutil.rmtree(sound(chain.store)["prune"].path)
+    shutil.rmtree(published(chain)["prune"].path)
     chain.run("report")
     assert stages(chain) == ["prune"]
 
@@ -94,7 +102,7 @@ def test_a_training_does_not_continue_from_other_bytes(chain: Chain) -> None:
     chain.run("baseline")
     assert chain.ran == [("baseline", 2)]
     killed(chain, "prune", 3)
-    assert chain.saved("prune") == 3
+    assert list(chain.saved().values()) == [3]
     chain.run("baseline", again=True)
     chain.run("prune")
     assert chain.ran == [("prune", 0)]
@@ -129,8 +137,8 @@ def test_no_training_starts_where_the_name_is_taken(chain: Chain) -> None:
 def test_every_name_that_load_takes_works_in_the_store(chain: Chain, name: str) -> None:
     chain.run("report", recipe=chain.recipe(name))
     assert name in chain.store.recipes() and chain.store.linked(name, "report") is not None
-    before = set(sound(chain.store))
-    assert main(["gc"]) == 0 and set(sound(chain.store)) == before
+    before = set(published(chain))
+    assert main(["gc"]) == 0 and set(published(chain)) == before
 
 
 @pytest.mark.parametrize("name", ["store", "-x", ".x", "_x", "a\nb"])
@@ -190,7 +198,7 @@ def test_gc_keeps_what_the_recipe_given_needs(chain: Chain, capsys: pytest.Captu
     shutil.rmtree(chain.folder / "weights/r")
     assert gc(capsys, "recipe=r.yaml")["removed"] == 0
     assert gc(capsys, "recipe=r.yaml", "prune.epochs=9")["removed"] == 5
-    assert set(sound(chain.store)) == {"baseline"}
+    assert set(published(chain)) == {"baseline"}
     assert gc(capsys)["removed"] == 1
 
 
@@ -200,7 +208,7 @@ def test_gc_of_a_recipe_that_cannot_be_planned_removes_nothing(
     chain.run("baseline")
     shutil.rmtree(chain.folder / "weights/r")
     assert main(["gc", "recipe=r.yaml", "baseline.weights=gone.pt"]) == 4
-    assert "gone.pt" in capsys.readouterr().err and set(sound(chain.store)) == {"baseline"}
+    assert "gone.pt" in capsys.readouterr().err and set(published(chain)) == {"baseline"}
 
 
 def flipped(path: Path) -> None:
@@ -213,8 +221,6 @@ def folder(path: Path) -> None:
 
 
 def pipe(path: Path) -> None:
-    import os
-
     path.unlink()
     os.mkfifo(path)
 
@@ -232,7 +238,7 @@ def test_a_damaged_manifest_does_not_stop_gc(chain: Chain, damage, capsys: pytes
     assert main(["gc"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[:-1] == [f"removed weights/store/{path.name}" for path in (damaged.path, orphan)]
-    assert set(sound(chain.store)) == {"baseline", "export", "engine", "bench", "report"}
+    assert set(published(chain)) == {"baseline", "export", "engine", "bench", "report"}
     chain.run("report")
     assert stages(chain)[:1] == ["prune"] and chain.store.find("report", made.fingerprint) is not None
 
@@ -294,6 +300,28 @@ def test_a_report_in_a_folder_of_the_user_does_not_write_through_links(chain: Ch
     pipeline.report_over(chain.recipe(), [Path("more.json")], Path("mine"), store=chain.store)
     chain.store.verify(report)
     assert "<html>" in (chain.folder / "mine/report.html").read_text()
+
+
+@pytest.mark.parametrize("room", [0, 10_000])
+def test_a_report_that_cannot_be_written_leaves_the_one_before(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    chain.run("report")
+    (chain.folder / "mine").mkdir()
+    (chain.folder / "more.json").write_text("{}")
+    (chain.folder / "mine/report.html").write_text("the one before")
+    write = os.write
+
+    def full(descriptor: int, content: memoryview) -> int:
+        if not room or len(content) < 500_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content[:room])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        pipeline.report_over(chain.recipe(), [Path("more.json")], Path("mine"), store=chain.store)
+    assert [file.name for file in (chain.folder / "mine").iterdir()] == ["report.html"]
+    assert (chain.folder / "mine/report.html").read_text() == "the one before"
 
 
 # Kills
