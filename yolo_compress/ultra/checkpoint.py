@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
         names: Class names in index order.
         channels: Image channels.
         seed: Seeds the initial weights.
+
+    Raises:
+        RecipeError: Another name.
     """
     torch.manual_seed(seed)
     model = DetectionModel(_architecture(yaml), ch=channels, nc=len(names), verbose=False)
@@ -41,9 +45,11 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
 
 def _architecture(yaml: str) -> dict[str, Any]:
     """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
-    family, scale = yaml.removesuffix(".yaml")[:-1], yaml.removesuffix(".yaml")[-1]
-    layers = YAML.load(ROOT / "cfg" / "models" / "v8" / f"{family}.yaml")
-    return {**layers, "scale": scale, "yaml_file": yaml}
+    name = re.fullmatch(r"yolov8([nsmlx])([\w-]*)\.yaml", yaml)
+    if name is None:
+        raise RecipeError(f"model: got {yaml!r}, expected yolov8n.yaml to yolov8x.yaml")
+    layers = YAML.load(ROOT / "cfg" / "models" / "v8" / f"yolov8{name[2]}.yaml")
+    return {**layers, "scale": name[1], "yaml_file": yaml}
 
 
 @contextmanager
