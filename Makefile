@@ -14,12 +14,27 @@ KEY     ?=
 VERSION ?=
 ARGS    ?=
 
-YC := $(VENV)/bin/yolo-compress
-PY := $(VENV)/bin/python
-SET := recipe='$(RECIPE)' \
-  $(if $(DATA),data.yaml='$(DATA)') $(if $(TEACHER),teacher.weights='$(TEACHER)') \
-  $(if $(STUDENT),baseline.weights='$(STUDENT)') $(if $(PRETRAINED),baseline.pretrained='$(PRETRAINED)') \
-  $(if $(TEACHER_PRETRAINED),teacher.pretrained='$(TEACHER_PRETRAINED)') $(if $(DEVICE),run.device='$(DEVICE)') $(ARGS)
+# A value reaches the shell in single quotes. Neither make nor the shell expands what is in it, such as $(shell ...).
+VALUES := PYTHON VENV RECIPE DATA PRETRAINED TEACHER_PRETRAINED TEACHER STUDENT DEVICE OUT TARGET KEY VERSION
+define NEWLINE
+
+
+endef
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+$(foreach name,$(VALUES) ARGS YOLO_COMPRESS_HOME,$(eval override $(name) := $$(value $(name))))
+$(foreach name,$(VALUES) YOLO_COMPRESS_HOME,$(if $(findstring $(NEWLINE),$($(name))),$(error $(name) has a line break)))
+quote = '$(subst ','\'',$(1))'
+given = $(if $($(2)),$(1)=$(call quote,$($(2))))
+
+YC := $(call quote,$(VENV)/bin)/yolo-compress
+PY := $(call quote,$(VENV)/bin)/python
+WORDS := $(foreach word,$(ARGS),$(call quote,$(word)))
+SET := recipe=$(call quote,$(RECIPE)) \
+  $(call given,data.yaml,DATA) $(call given,teacher.weights,TEACHER) $(call given,baseline.weights,STUDENT) \
+  $(call given,baseline.pretrained,PRETRAINED) $(call given,teacher.pretrained,TEACHER_PRETRAINED) \
+  $(call given,run.device,DEVICE) $(WORDS)
+NAME := $(subst <space>,$(SPACE),$(basename $(notdir $(subst $(SPACE),<space>,$(RECIPE)))))
 
 HOLD := $(or $(YOLO_COMPRESS_HOME),.)
 MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
@@ -31,24 +46,22 @@ STAGES := baseline teacher sparsify prune distill qat export bench report
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
-	@echo "make TARGET [RECIPE=$(RECIPE)] [DATA=my.yaml] [PRETRAINED=yolov8s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
+	@echo "make TARGET [RECIPE=custom] [DATA=my.yaml] [PRETRAINED=yolov8s.pt] [DEVICE=0] [ARGS=\"section.key=value ...\"]"
 	@echo "make prune distill qat engine runs each stage and whatever it needs; what is up to date is reused."
 	@echo
-	@grep -hE '^[a-z$$ ()A-Z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
+	@grep -hE '^[a-z$$ ()A-Z-]+:.*## ' $(call quote,$(strip $(MAKEFILE_LIST))) | sed -E 's/:.*## /\t/' | sed 's/$$(STAGES)/$(STAGES)/' | expand -t 12
 	@echo
 	@echo "RECIPE   a shipped recipe or a .yaml file         DATA     data.yaml             DEVICE  run.device"
 	@echo "PRETRAINED          baseline.pretrained: a checkpoint of any classes, trained on DATA first"
 	@echo "TEACHER_PRETRAINED  teacher.pretrained, likewise"
 	@echo "STUDENT, TEACHER    baseline.weights, teacher.weights: finished detectors of the classes of DATA"
-	@echo "ARGS     any knobs, ARGS=\"section.key=value ...\" (yolo-compress help STAGE lists them)"
+	@echo "ARGS     any knobs, ARGS=\"section.key=value ...\" (yolo-compress help STAGE lists them); a value has no spaces"
 
-setup: $(VENV)/.complete ## make .venv with everything pinned in constraints.txt
-
-$(VENV)/.complete: pyproject.toml constraints.txt
-	@flock $(CURDIR)/constraints.txt ./scripts/setup.sh '$(PYTHON)' '$(VENV)'
+setup: ## make .venv with everything pinned in constraints.txt
+	@flock constraints.txt ./scripts/setup.sh $(call quote,$(PYTHON)) $(call quote,$(VENV))
 
 demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
-	@$(YC) run recipe=digits $(ARGS)
+	@$(YC) run recipe=digits $(WORDS)
 
 test: fast-tests slow-tests ## every test that needs neither GPU, network nor real images, in about 10 minutes on 2 cores
 
@@ -74,8 +87,8 @@ engine: setup ## engines for every runtime found here, then bench and its table
 	@$(YC) bench $(SET)
 
 bundle: setup ## everything a robot needs, as OUT (a folder or .tar); TARGET, KEY and VERSION as `yolo-compress help bundle` says
-	@$(YC) bundle $(SET) out='$(or $(OUT),bundle-$(basename $(notdir $(RECIPE))))' $(if $(TARGET),target='$(TARGET)') \
-	  $(if $(KEY),key='$(KEY)') $(if $(VERSION),version='$(VERSION)')
+	@$(YC) bundle $(SET) out=$(call quote,$(or $(OUT),bundle-$(NAME))) $(call given,target,TARGET) $(call given,key,KEY) \
+	  $(call given,version,VERSION)
 
 all: setup ## everything, up to the report
 	@$(YC) run $(SET)
@@ -84,10 +97,10 @@ status cfg: setup ## what is up to date and what is stale, and why; the effectiv
 	@$(YC) $@ $(SET)
 
 gc: setup ## delete artefacts that no recipe refers to
-	@$(YC) gc
+	@$(YC) gc $(SET)
 
 clean: ## delete artefacts, the drawn digits and caches; never source weights
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf $(addprefix '$(HOLD)'/,$(MADE))
-	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 2 -maxdepth 2 -type l -delete
-	[ ! -d '$(HOLD)/weights' ] || find '$(HOLD)/weights' -mindepth 1 -maxdepth 1 -type d -empty -delete
+	rm -rf -- $(foreach made,$(MADE),$(call quote,$(HOLD)/$(made)))
+	[ ! -d $(call quote,$(HOLD)/weights) ] || { cd -- $(call quote,$(HOLD)/weights) && \
+	  find . -mindepth 2 -maxdepth 2 -type l -delete && find . -mindepth 1 -maxdepth 1 -type d -empty -delete; }

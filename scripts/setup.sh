@@ -5,7 +5,6 @@ cd "$(dirname "$0")/.."
 python=$1 venv=$2
 stamp=$(cat pyproject.toml constraints.txt | sha256sum)
 if [ "$(cat "$venv/.complete" 2>/dev/null)" = "$stamp" ]; then
-    touch "$venv/.complete"
     exit 0
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

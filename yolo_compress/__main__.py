@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from yolo_compress.errors import CompressError, EnvironmentLacks
 from yolo_compress.progress import notice, result
 
 SIGINT_CODE, SIGTERM_CODE = 130, 143
+WRITTEN = {"out", "state"}  # options that name what a verb writes
 
 
 class _Terminated(BaseException):
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         command = cli_grammar.parse(sys.argv[1:] if argv is None else argv)
+        _check_outside_store(command)
         return VERBS.get(command.verb, _stage)(command)
     except CompressError as error:
         notice(f"error: {error}")
@@ -52,6 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _check_outside_store(command: cli_grammar.Command) -> None:
+    """Refuse to write into an artefact, by whatever verb."""
+    from pathlib import Path
+
+    from yolo_compress import home
+    from yolo_compress.artifact import Store
+
+    for option in WRITTEN & command.options.keys():
+        Store(home.weights()).check_outside(Path(command.options[option]), option)
 
 
 def _runtime_exit_code(error: Exception) -> int | None:
@@ -139,7 +153,8 @@ def _probe(command: cli_grammar.Command) -> int:
     from yolo_compress import pipeline
 
     folder = pipeline.probe(_load(command), command.options["out"])
-    result(f"on the robot: python3 -m yolo_compress.runtime.layers {folder} --runtime RUNTIME > table.json")
+    quoted = shlex.quote(str(folder))
+    result(f"on the robot: python3 -m yolo_compress.runtime.layers {quoted} --runtime RUNTIME > table.json")
     result("then here: prune.latency_ms=MS prune.latency_table=table.json")
     result(json.dumps({"probe": str(folder)}))
     return 0
@@ -163,7 +178,7 @@ def _check(command: cli_grammar.Command) -> int:
     machine, lacks = check.machine()
     for name, text in machine.items():
         result(f"{name:<12} {text}")
-    if not command.overrides and command.recipe == cli_grammar.DEFAULT_RECIPE:
+    if not _recipe_given(command):
         result(f"{'data':<12} none given; data.yaml=my.yaml looks at it too")
         result(json.dumps({"machine": machine, "lacks": lacks}))
         return _lacks(lacks)
@@ -259,17 +274,35 @@ def _fetch(command: cli_grammar.Command) -> int:
 
 
 def _gc(command: cli_grammar.Command) -> int:
-    """Drop artefacts that neither a shipped recipe, the one given, nor a friendly name refers to."""
+    """Drop artefacts that neither the recipe given nor a friendly name refers to, and nothing that can be continued."""
     from yolo_compress import home, pipeline
     from yolo_compress.artifact import Store
 
     store = Store(home.weights())
+    recipe = _load(command) if _recipe_given(command) else None
     with store.lock("gc", command.wait):
-        removed = store.gc(pipeline.referred(store))
+        removed = store.gc(pipeline.referred(store, recipe))
+        interrupted = store.interrupted()
     for path in removed:
         result(f"removed {path}")
-    result(json.dumps({"removed": len(removed), "mib": round(sum(removed.values()) / 2**20, 1)}))
+    for path, size in interrupted.items():
+        result(f"kept {path} ({size / 2**20:.1f} MiB): its stage was interrupted and can continue; rm -r deletes it")
+    answer = {
+        "removed": len(removed),
+        "mib": _mib(removed),
+        "interrupted": len(interrupted),
+        "kept_mib": _mib(interrupted),
+    }
+    result(json.dumps(answer))
     return 0
+
+
+def _recipe_given(command: cli_grammar.Command) -> bool:
+    return bool(command.overrides) or command.recipe != cli_grammar.DEFAULT_RECIPE
+
+
+def _mib(sizes: Mapping[Any, int]) -> float:
+    return round(sum(sizes.values()) / 2**20, 1)
 
 
 def _help(command: cli_grammar.Command) -> int:

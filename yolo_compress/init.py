@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -136,12 +137,13 @@ def run(asked: Order) -> dict[str, Any]:
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
-    commands = (f"yolo-compress run recipe={asked.out}", *TARGETS[asked.target].after)
+    commands = ("yolo-compress run recipe={recipe}", *TARGETS[asked.target].after)
+    words = {"recipe": str(asked.out), "name": asked.out.stem, "weights": str(home.weights())}
     return {
         "recipe": str(asked.out),
         "text": text,
         "minutes": {**{stage: round(value / 60, 1) for stage, value in seconds.items()}, "rest": REST_MINUTES},
-        "next": [command.format(recipe=asked.out, name=asked.out.stem, weights=home.weights()) for command in commands],
+        "next": [command.format_map({key: shlex.quote(word) for key, word in words.items()}) for command in commands],
     }
 
 

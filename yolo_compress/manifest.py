@@ -11,9 +11,10 @@ from typing import Any
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.key import canonical, fingerprint
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 WORK = "work"
+BEGUN = "work.json"  # beside `work`: the content of the inputs that it was begun from
 
 
 def sha256_file(path: Path) -> str:
@@ -39,7 +40,8 @@ class Manifest:
     """The record that makes a directory an artefact.
 
     `key` is the mapping that was hashed to `fingerprint`; `files` maps each payload file (relative, `/`) to its
-    `sha256` and `size` in bytes; `seconds` is the time the stage took; `created` is ISO 8601 in UTC, for people only.
+    `sha256` and `size` in bytes; `inputs` maps each input's name in the key to the `content` of the artefact that was
+    read; `seconds` is the time the stage took; `created` is ISO 8601 in UTC, for people only.
     """
 
     schema: int
@@ -47,11 +49,17 @@ class Manifest:
     version: int
     fingerprint: str
     key: dict[str, Any]
+    inputs: dict[str, str]
     files: dict[str, dict[str, Any]]
     metrics: dict[str, Any]
     environment: dict[str, Any]
     seconds: float
     created: str
+
+    @property
+    def content(self) -> str:
+        """SHA-256, hex, of what later stages read: the payload and the metrics. The same key can give another content."""
+        return hashlib.sha256(canonical({"files": self.files, "metrics": self.metrics}).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Text of the manifest with a checksum over all of it, so that a flipped digit in a metric is noticed too.
@@ -65,22 +73,27 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`; also reads schema 1, which did not record `inputs`: a stage with inputs is then stale.
 
         Raises:
             ValueError: no manifest, of another schema, not as written, or with a file name that leaves the folder.
         """
         try:
-            content = json.loads(text)
+            return cls._from_content(json.loads(text))
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
+
+    @classmethod
+    def _from_content(cls, content: Any) -> "Manifest":
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}, expected an object")
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") not in (1, SCHEMA):
             raise ValueError(f"schema is {content.get('schema')!r}, this version reads {SCHEMA}")
         checksum = content.pop("checksum", None)
         if checksum != hashlib.sha256(canonical(content).encode()).hexdigest():
             raise ValueError("its checksum does not match its content")
+        if content["schema"] == 1:
+            content.setdefault("inputs", {})
         names = {field.name for field in fields(cls)}
         if content.keys() != names:
             raise ValueError(f"fields differ from the schema's: {', '.join(sorted(content.keys() ^ names))}")
@@ -89,7 +102,7 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        for field in ("key", "files", "metrics", "environment"):
+        for field in ("key", "inputs", "files", "metrics", "environment"):
             if not isinstance(getattr(self, field), dict):
                 raise ValueError(f"{field} is no object")
         if fingerprint(self.key) != self.fingerprint:
@@ -146,15 +159,16 @@ class Artifact:
 
 
 def mend(path: Path) -> str:
-    return f"Delete it (rm -r '{path}') and run the same command again; `yolo-compress gc` drops what no recipe needs"
+    quoted = "'" + str(path).replace("'", "'\"'\"'") + "'"
+    return f"Delete it (rm -r {quoted}) and run the same command again; `yolo-compress gc` drops what no recipe needs"
 
 
 def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
     path = directory / MANIFEST
+    if not path.is_file():
+        raise CorruptArtifact(f"{path} is missing{' or no file' if os.path.lexists(path) else ''}. {mend(directory)}")
     try:
         manifest = Manifest.from_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing. {mend(directory)}") from None
     except ValueError as error:
         raise CorruptArtifact(f"{path} is no sound manifest: {error}. {mend(directory)}") from error
     for field, got, expected in (("stage", manifest.stage, stage), ("fingerprint", manifest.fingerprint, fingerprint)):
@@ -164,14 +178,14 @@ def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -
 
 
 def payload(directory: Path, without_work: bool = False) -> Iterator[str]:
-    """Relative names of all files but the manifest, sorted; directories alone do not count."""
+    """Relative names of all files but the manifest, sorted; directories alone do not count. `work` includes `work.json`."""
     for folder, subfolders, files in os.walk(directory, onerror=_raise):
         top = folder == os.fspath(directory)
         if top and without_work and WORK in subfolders:
             subfolders.remove(WORK)
         subfolders.sort()
         for name in sorted(files) + [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:
-            if not (top and name == MANIFEST):
+            if not (top and (name == MANIFEST or (without_work and name == BEGUN))):
                 yield Path(folder, name).relative_to(directory).as_posix()
 
 

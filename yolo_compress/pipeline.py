@@ -2,7 +2,8 @@
 
 A fingerprint is known before anything runs: it covers the stage, its version, its section of the recipe, the
 fingerprints of its inputs, the digest of the data and, for `engine` and `bench`, this machine and its engine libraries.
-So fingerprints decide what is run again, not times of files.
+So fingerprints decide what is run again, not times of files. One fingerprint can give other bytes when a stage runs again,
+so a manifest also records the content of the inputs that were read: an artefact made of other bytes is stale.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256
 from yolo_compress.atomic import require_free, storage_errors
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
+from yolo_compress.manifest import BEGUN, WORK
 from yolo_compress.recipe import Recipe
 from yolo_compress.weights import find_weights
 
@@ -132,6 +134,8 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },
             }
+        if stage == "report":  # it shows the recipe; its own section is the config
+            key["recipe"] = recipe.model_dump(mode="json", exclude={"report"})
         planned[stage] = Planned(stage, key, inputs)
 
     visit(provider(recipe, target))
@@ -209,8 +213,8 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
         target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
         store: Where artefacts are; `home.weights()` by default, which is `weights/` of the working directory.
         wait: Wait for another run that holds the store; False raises `Locked`.
-        again: Do `target` once more although it is up to date. Where it comes out otherwise, as a measurement does, what was
-            made of it before is dropped.
+        again: Do `target` once more although it is up to date; the artefact that is there stays until the new one is
+            published. Where it comes out otherwise, as a measurement does, what was made of it before is stale.
 
     Returns:
         The published artefact. A report whose gate failed is one too: `metrics["gate"]["passed"]` says so.
@@ -221,10 +225,33 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
         RuntimeFailure: An engine that cannot be built or run.
     """
     store = store or Store(home.weights())
-    if _rank() == 0:
-        with store.lock(f"{target} of recipe {recipe.name}", wait):
-            return _run(recipe, target, store, again)
-    return _run(recipe, target, store, again=False)
+    with store.lock(f"{target} of recipe {recipe.name}", wait) if _rank() == 0 else nullcontext():
+        return _run(recipe, target, store, again)
+
+
+def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) -> dict[str, Artifact]:
+    """The artefacts of the stages that are up to date: made of the bytes that their inputs, up to date too, now have.
+
+    Args:
+        store: Where artefacts are.
+        chain: As `plan` gives it.
+        but: A stage that is not looked at.
+
+    Raises:
+        CorruptArtifact: A manifest is damaged.
+    """
+    found: dict[str, Artifact] = {}
+    for stage, planned in chain.items():
+        if stage == but or not found.keys() >= set(planned.inputs.values()):
+            continue
+        if artifact := _published(store, planned, found):
+            found[stage] = artifact
+    return found
+
+
+def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """What a manifest records of the inputs."""
+    return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
 def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
@@ -234,30 +261,25 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)
     chain = plan(recipe, dataset, target)
-    check(
-        recipe,
-        dataset,
-        [
-            stage
-            for stage, planned in chain.items()
-            if (again and stage == last) or not store.find(stage, planned.fingerprint)
-        ],
-    )
-    before = None
+    forced = last if again else None
+    done = current(store, chain, but=forced)
+    check(recipe, dataset, [stage for stage in chain if stage not in done])
+    for stage in chain:
+        store.check_name(recipe.name, stage)
     for stage, planned in chain.items():
-        if again and stage == last:
-            with suppress(CorruptArtifact):  # one that is damaged is done again for that
-                before = store.find(stage, planned.fingerprint)
-            store.discard(stage, planned.fingerprint)
-        found = store.find(stage, planned.fingerprint)
+        found = None if stage == forced else _published(store, planned, artifacts)
         if found:
             progress.say(f"{stage}: up to date")
         artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store)
         if _rank() == 0:
             store.link(recipe.name, artifacts[stage])
-    if before and before.manifest.files != artifacts[last].manifest.files:
-        store.discard_readers(artifacts[last].fingerprint)
     return artifacts[last]
+
+
+def _published(store: Store, planned: Planned, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+    """The artefact of the stage, if it was made of these inputs."""
+    found = store.find(planned.stage, planned.fingerprint)
+    return found if found and found.manifest.inputs == _contents(planned, artifacts) else None
 
 
 def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES)) -> None:
@@ -302,23 +324,29 @@ def _execute(
     from yolo_compress.stages import Job  # torch-free, but only needed when something runs
 
     stage = planned.stage
+    before = None
+    with suppress(CorruptArtifact):  # one that is damaged is done again for that
+        before = store.find(stage, planned.fingerprint)
     if _rank() != 0 and not STAGES[stage].trains:
-        return _await(store, planned)
+        return _await(store, planned, artifacts, before)
     inputs = {need: artifacts[source] for need, source in planned.inputs.items()}
     for artifact in inputs.values():
         store.verify(artifact)
-    partial = store.partial(stage, planned.fingerprint)
+    contents = _contents(planned, artifacts)
+    partial = store.partial(stage, planned.fingerprint, contents if _rank() == 0 else None)
     require_free(store.root, FREE_MIB, f"stage {stage}")
     progress.say(f"{stage}: running")
     started = time.monotonic()
     with _output(partial) as out:
-        job = Job(getattr(recipe, stage), recipe, dataset, inputs, out, partial / "work")
+        job = Job(getattr(recipe, stage), recipe, dataset, inputs, out, partial / WORK)
         metrics = importlib.import_module(f"yolo_compress.stages.{stage}").run(job)
     if _rank() != 0:
-        return _await(store, planned)
+        return _await(store, planned, artifacts, before)
     recheck(dataset)
     seconds = time.monotonic() - started
-    artifact = store.publish(stage, planned.fingerprint, planned.key, metrics, environment.describe(), seconds)
+    artifact = store.publish(
+        stage, planned.fingerprint, planned.key, metrics, environment.describe(), seconds, contents, recipe.name
+    )
     progress.say(f"{stage}: done in {seconds:.0f} s -> {artifact.path}")
     return artifact
 
@@ -331,12 +359,12 @@ class _output:
         self.scratch: Path | None = None
 
     def __enter__(self) -> Path:
-        (self.partial / "work").mkdir(exist_ok=True)
+        (self.partial / WORK).mkdir(exist_ok=True)
         if _rank() != 0:
             self.scratch = Path(tempfile.mkdtemp())
             return self.scratch
         for entry in self.partial.iterdir():
-            if entry.name != "work":
+            if entry.name not in (WORK, BEGUN):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return self.partial
 
@@ -349,9 +377,9 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
-def _await(store: Store, planned: Planned) -> Artifact:
-    """Other ranks wait for rank 0 to publish; torchrun ends them when rank 0 fails."""
-    while not (found := store.find(planned.stage, planned.fingerprint)):
+def _await(store: Store, planned: Planned, artifacts: Mapping[str, Artifact], before: Artifact | None) -> Artifact:
+    """Other ranks wait for rank 0 to publish another than `before`; torchrun ends them when rank 0 fails."""
+    while not (found := _published(store, planned, artifacts)) or found == before:
         time.sleep(0.5)
     return found
 
@@ -364,7 +392,7 @@ def report_over(
     Args:
         recipe: As `recipe.load` gives it.
         files: `device.json` of robots, `report.json` of other recipes.
-        out: Folder, made if need be; reports in it are overwritten. The published report stays as it is.
+        out: Folder outside the store, made if need be; reports in it are overwritten. The published report stays as it is.
 
     Returns:
         `verdict`, `gate` and `table`, as the metrics of the stage.
@@ -375,15 +403,14 @@ def report_over(
     from yolo_compress.stages import Job, report
 
     store = store or Store(home.weights())
-    published = run(recipe, "report", store=store, wait=wait)
-    recipe, dataset = prepare(recipe, store)
-    planned = plan(recipe, dataset, "report")
-    inputs = {}
-    for need, source in planned["report"].inputs.items():
-        found = store.find(source, planned[source].fingerprint)
-        assert found is not None  # `run` has just needed it
-        inputs[need] = found
-    return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
+    store.check_outside(out, "out")
+    with store.lock(f"report of recipe {recipe.name}", wait):
+        published = _run(recipe, "report", store, again=False)
+        recipe, dataset = prepare(recipe, store)
+        planned = plan(recipe, dataset, "report")
+        artifacts = current(store, planned)
+        inputs = {need: artifacts[source] for need, source in planned["report"].inputs.items()}
+        return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
@@ -426,8 +453,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     if recipe.prune is None:
         raise RecipeError(f"recipe {recipe.name} has no section `prune:`; `prune: {{}}` takes defaults")
     recipe, dataset = prepare(recipe, store)
-    planned = plan(recipe, dataset, "sparsify")
-    found = next((one for s in reversed(planned) if (one := store.find(s, planned[s].fingerprint))), None)
+    found = next(reversed(current(store, plan(recipe, dataset, "sparsify")).values()), None)
     if found is None and recipe.baseline.weights is None:
         raise RecipeError(
             "prune: there is nothing to plan on yet: the baseline has to be trained; run `baseline` first"
@@ -441,6 +467,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
     store = store or Store(home.weights())
     recipe, dataset = prepare(recipe, store)
+    done: dict[str, Artifact] = {}
     for stage in STAGES:
         if getattr(recipe, stage) is None:
             try:
@@ -452,18 +479,36 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
             planned = plan(recipe, dataset, stage)[stage]
             found = store.find(stage, planned.fingerprint)
             linked = store.linked(recipe.name, stage)
+            partial = store.directory(stage, planned.fingerprint).with_suffix(".partial")
         except CompressError as error:
             yield Status(stage, "blocked", (str(error),))
             continue
-        if found:
+        why = _made_of_others(planned, found, done) if found else ()
+        if found and not why:
+            done[stage] = found
             drift = _drift(found) if STAGES[stage].trains else ()
-            yield Status(stage, "up to date", drift)
-        elif store.directory(stage, planned.fingerprint).with_suffix(".partial").is_dir():
+            again = ("force=true was interrupted; force=true again continues it",) if partial.is_dir() else ()
+            yield Status(stage, "up to date", drift + again)
+        elif partial.is_dir():
             yield Status(stage, "interrupted", ("continues where it stopped",))
+        elif why:
+            yield Status(stage, "stale", why)
         elif linked:
             yield Status(stage, "stale", tuple(explain(planned.key, linked.manifest.key)))
         else:
             yield Status(stage, "missing")
+
+
+def _made_of_others(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
+    """Inputs that are not, or may not be, those that the artefact was made of."""
+    lines = []
+    for need, source in planned.inputs.items():
+        before = artifact.manifest.inputs.get(need)
+        if source not in done:
+            lines.append(f"{source} has to run first; this stage runs again unless {source} comes out the same")
+        elif before != (now := done[source].manifest.content):
+            lines.append(f"content of {source}: {before[:6] if before else 'not recorded'} -> {now[:6]}")
+    return tuple(dict.fromkeys(lines))
 
 
 def _drift(artifact: Artifact) -> tuple[str, ...]:
@@ -473,17 +518,36 @@ def _drift(artifact: Artifact) -> tuple[str, ...]:
     return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])
 
 
-def referred(store: Store) -> set[str]:
-    """Fingerprints that friendly names lead to, with everything they were made from: what `gc` keeps."""
-    waiting = [artifact for recipe in store.recipes() for stage in STAGES if (artifact := store.linked(recipe, stage))]
-    known: dict[str, Artifact] = {}
-    while waiting:
-        artifact = waiting.pop()
-        if artifact.fingerprint in known:
-            continue
-        known[artifact.fingerprint] = artifact
+def referred(store: Store, recipe: Recipe | None = None) -> set[str]:
+    """Fingerprints that `gc` keeps: what friendly names lead to and what `recipe` plans, with everything they were made from.
+
+    An artefact whose manifest is damaged leads nowhere.
+
+    Raises:
+        CompressError: The recipe cannot be planned, as when its data or weights are not there.
+    """
+    known: set[str] = set()
+    waiting = [(stage, artifact.fingerprint) for stage, artifact in _named(store)]
+    if recipe is not None:
+        recipe, dataset = prepare(recipe, store)
         for stage in STAGES:
-            for parent in artifact.manifest.key["inputs"].values():
-                if found := store.find(stage, parent):
-                    waiting.append(found)
-    return set(known)
+            if getattr(recipe, stage) is not None:
+                waiting += [(one.stage, one.fingerprint) for one in plan(recipe, dataset, stage).values()]
+    while waiting:
+        stage, fingerprint = waiting.pop()
+        if fingerprint not in known:
+            known.add(fingerprint)
+            with suppress(CorruptArtifact):
+                if found := store.find(stage, fingerprint):
+                    parents = found.manifest.key.get("inputs", {}).values()
+                    waiting += [(one, parent) for parent in parents for one in STAGES]
+    return known
+
+
+def _named(store: Store) -> Iterator[tuple[str, Artifact]]:
+    """The artefacts that have a friendly name, with their stage."""
+    for name in store.recipes():
+        for stage in STAGES:
+            with suppress(CorruptArtifact):
+                if artifact := store.linked(name, stage):
+                    yield stage, artifact

@@ -7,7 +7,6 @@ The order of work is fixed by the pipeline, not by the file. Nothing here import
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, get_args
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from . import strict_yaml
+from . import home, strict_yaml
 from .contradictions import contradictions
 from .errors import RecipeError
 from .explain import allowed, did_you_mean, got, nearest, takes_text
@@ -58,9 +57,6 @@ __all__ = [
 
 ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
 _COMMAND_LINE = "command line"
-_NAME = re.compile(
-    r"(?!store\Z)[^\W_][^/\\]*\Z"
-)  # weights/NAME holds the links of a recipe, weights/store all artefacts
 
 
 class Recipe(Section):
@@ -195,7 +191,7 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, s
         return strict_yaml.parse(content, f"recipes/{text}.yaml"), text
     document = strict_yaml.load(text)
     name = Path(text).stem
-    if not _NAME.match(name) or not name.isprintable():
+    if not home.is_recipe_name(name):
         raise RecipeError(f"{document.source}: {got(name)} cannot be the name of a folder in weights/; rename the file")
     return document, name
 

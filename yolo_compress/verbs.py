@@ -203,7 +203,7 @@ VERBS = {
     "check": Verb("check this machine and the data: torch, CUDA, TensorRT, disk, images", "Housekeeping", (RECIPE,)),
     "status": Verb("show which stages are up to date, which are not, and why", "Housekeeping", (RECIPE,)),
     "cfg": Verb("print the whole recipe as YAML, with defaults and overrides", "Housekeeping", (RECIPE,)),
-    "gc": Verb("delete artefacts that no recipe uses", "Housekeeping", (RECIPE, LOCK)),
+    "gc": Verb("delete artefacts that no recipe uses; interrupted stages stay", "Housekeeping", (RECIPE, LOCK)),
     "help": Verb("print this help, or that of a verb or section with its knobs", "Housekeeping", (
         Option("all", "", "Show the advanced knobs too; without a verb: all knobs of all sections.", "false", choices=SWITCH),
     ), Option("[VERB|SECTION]", "", "What to explain.", "all verbs, without their knobs", "a verb, or a section of the recipe"),

@@ -198,7 +198,7 @@ def test_second_run_does_nothing_and_answers_in_json(finished: Bench) -> None:
 def test_a_bench_done_again_leaves_no_report_of_the_one_before(finished: Bench) -> None:
     first = artifact(finished, "bench").metrics["rows"]
     finished.run("bench", "recipe=tiny.yaml", "force=true")
-    assert "report    missing" in finished.run("status", "recipe=tiny.yaml").stdout
+    assert "report    stale\n          content of bench: " in finished.run("status", "recipe=tiny.yaml").stdout
     finished.run("report", "recipe=tiny.yaml")
     again = artifact(finished, "bench").metrics["rows"]
     assert again != first

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_compress.artifact import Artifact, Manifest, Store, atomic_write, fingerprint, sha256_file
+from yolo_compress.artifact import Artifact, Manifest, Store, atomic_write, canonical, fingerprint, sha256_file
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 
 PAYLOAD = {"model.pt": b"weights" * 300, "plots/gamma.json": b"[1, 2]", "empty.txt": b""}
@@ -44,6 +45,11 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "weights")
 
 
+def entries(store: Store) -> set[str]:
+    """What lies in the store, without its lock."""
+    return {path.name for path in store.folder.iterdir()} - {".publishing"}
+
+
 def tree(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
@@ -70,38 +76,75 @@ def test_what_was_not_published_is_not_found(store: Store) -> None:
     assert (store.partial("prune", name) / "model.pt").read_bytes() == b"half"
 
 
-def test_publishing_twice_keeps_the_first_and_drops_the_second(store: Store) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_old_artefact_stays_until_the_new_one_takes_its_place(store: Store, damaged: bool) -> None:
     made = make(store)
+    if damaged:
+        (made.path / "manifest.json").write_text("{")
     partial = store.partial("prune", made.fingerprint)
     (partial / "model.pt").write_bytes(b"other bytes")
+    if not damaged:
+        assert store.find("prune", made.fingerprint) == made
     again = store.publish("prune", made.fingerprint, key_of(1), {"map50_95": 0.1}, {}, 9.0)
-    assert again == made and not partial.exists()
+    assert again == store.find("prune", made.fingerprint) and again.path == made.path
     store.verify(again)
+    assert tree(again.path) == {"model.pt", "manifest.json"} and again.metrics == {"map50_95": 0.1}
+    assert entries(store) == {again.path.name}
 
 
-def test_readers_of_an_artefact_go_with_it_however_far_down(store: Store) -> None:
-    def made_of(stage: str, *inputs: Artifact) -> Artifact:
-        key = {"stage": stage, "version": 1, "inputs": {one.stage: one.fingerprint for one in inputs}}
-        (store.partial(stage, fingerprint(key)) / "figure").write_text(stage)
-        return store.publish(stage, fingerprint(key), key, {}, {}, 1.0)
-
-    prune = made_of("prune")
-    engine, other = made_of("engine", prune), made_of("qat", prune)
-    bench = made_of("bench", engine)
-    report = made_of("report", bench, other)
-    store.discard_readers(engine.fingerprint)
-    there = [store.find(one.stage, one.fingerprint) for one in (prune, engine, other, bench, report)]
-    assert there == [prune, engine, other, None, None]
-
-
-def test_publishing_over_a_damaged_artefact_loses_nothing(store: Store) -> None:
+def test_an_artefact_that_was_moved_elsewhere_by_a_link_is_replaced_and_not_deleted(
+    store: Store, tmp_path: Path
+) -> None:
     made = make(store)
-    (made.path / "model.pt").write_bytes(b"damaged")
-    partial = store.partial("prune", made.fingerprint)
-    (partial / "model.pt").write_bytes(b"fresh")
-    with pytest.raises(CorruptArtifact, match=r"model\.pt has 7 bytes"):
-        store.publish("prune", made.fingerprint, key_of(1), {}, {}, 1.0)
-    assert (partial / "model.pt").read_bytes() == b"fresh"
+    made.path.rename(tmp_path / "elsewhere")
+    made.path.symlink_to(tmp_path / "elsewhere")
+    (store.partial("prune", made.fingerprint) / "model.pt").write_bytes(b"other bytes")
+    again = store.publish("prune", made.fingerprint, key_of(1), {}, {}, 9.0)
+    store.verify(again)
+    assert not again.path.is_symlink() and tree(tmp_path / "elsewhere") == {*PAYLOAD, "manifest.json"}
+
+
+def test_what_was_begun_from_other_inputs_is_not_continued(store: Store) -> None:
+    name = fingerprint(key_of(1))
+
+    def resumable(inputs: dict[str, str] | None) -> bool:
+        return (store.partial("prune", name, inputs) / "work" / "last.pt").exists()
+
+    def begin(inputs: dict[str, str]) -> None:
+        work = store.partial("prune", name, inputs) / "work"
+        work.mkdir()
+        (work / "last.pt").write_bytes(b"epoch 90")
+
+    begin({"baseline": "a" * 64})
+    assert resumable({"baseline": "a" * 64}) and resumable(None)
+    assert not resumable({"baseline": "b" * 64})
+    begin({"baseline": "b" * 64})
+    assert resumable({"baseline": "b" * 64}) and not resumable({"baseline": "b" * 64, "teacher": "c" * 64})
+    begin({"baseline": "b" * 64})
+    assert not resumable({})
+    begin({})
+    assert resumable({}) and not resumable({"baseline": "b" * 64})
+
+
+def test_the_content_is_that_of_payload_and_metrics(store: Store) -> None:
+    def made(content: bytes, metric: float, seconds: float) -> str:
+        (store.partial("prune", fingerprint(key_of(1))) / "model.pt").write_bytes(content)
+        key = key_of(1)
+        return store.publish("prune", fingerprint(key), key, {"map50_95": metric}, {}, seconds).manifest.content
+
+    first = made(b"a", 0.5, 1.0)
+    assert made(b"a", 0.5, 2.0) == first and made(b"b", 0.5, 1.0) != first and made(b"a", 0.4, 1.0) != first
+
+
+def test_a_manifest_of_the_version_before_is_read_as_one_of_unknown_inputs(store: Store) -> None:
+    made = make(store)
+    old = json.loads(made.manifest.to_json()) | {"schema": 1}
+    del old["checksum"], old["inputs"]
+    old["checksum"] = hashlib.sha256(canonical(old).encode()).hexdigest()
+    (made.path / "manifest.json").write_text(json.dumps(old))
+    found = store.find("prune", made.fingerprint)
+    assert found is not None and found.manifest.inputs == {} and found.metrics == made.metrics
+    store.verify(found)
 
 
 def test_bugs_of_a_stage_are_refused_before_anything_is_published(store: Store) -> None:
@@ -219,7 +262,18 @@ def test_a_manifest_cannot_point_outside_its_folder(store: Store, name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "[1]", "{}", '{"schema": 2}', "[" * 100_000, '{"schema": 1, "metrics": NaN}', "\xff"]
+    "text",
+    [
+        "null",
+        "[1]",
+        "{}",
+        '{"schema": 2}',
+        '{"schema": 3}',
+        "[" * 100_000,
+        "[" * 900 + "]" * 900,
+        '{"schema": 1, "metrics": NaN}',
+        "\xff",
+    ],
 )
 def test_what_is_no_manifest_is_called_corrupt(store: Store, text: str) -> None:
     made = make(store)
@@ -238,7 +292,7 @@ def test_a_manifest_in_another_s_place_is_corrupt(store: Store) -> None:
 def test_manifest_round_trips(published) -> None:
     _, made = published
     assert Manifest.from_json(made.manifest.to_json()) == made.manifest
-    assert json.loads(made.manifest.to_json())["schema"] == 1
+    assert json.loads(made.manifest.to_json())["schema"] == 2
 
 
 # Kills and failures
@@ -307,6 +361,30 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
     assert states == sorted(states, key=["working", "trained", "published"].index)  # never a step back
     assert states.count("working") > 10 and states.count("trained") > 10
     assert states.count("published") > 6  # what was killed after the manifest was completed, not repeated
+
+
+def test_a_kill_at_any_step_of_a_replacement_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    store = Store(tmp_path / "0")
+    key = key_of(2)
+    name = fingerprint(key)
+    (store.partial("prune", name) / "model.pt").write_bytes(b"old")
+    old = store.publish("prune", name, key, {"map50_95": 0.1}, {}, 1.0).manifest
+    done = subprocess.run([sys.executable, "-c", KILLED_STAGES, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    states = []
+    for n in range(1, len(done.stderr.splitlines()) + 2):
+        store = Store(tmp_path / str(n))
+        store.link("bccd", Artifact(store.directory("prune", name), old))
+        if n % 2:
+            store.gc({name})  # whatever it finds, as the next command of a user
+        found = store.linked("bccd", "prune")
+        assert found is not None and found == store.find("prune", name)
+        store.verify(found)
+        states.append("old" if found.manifest == old else "new")
+        assert (found.metrics == {"map50_95": 0.5}) == (states[-1] == "new")
+        store.gc({name})
+        assert {entry for entry in entries(store) if not entry.endswith(".partial")} == {found.path.name}
+    assert states == sorted(states, reverse=True) and states.count("old") > 10 and states.count("new") > 6
 
 
 @pytest.mark.parametrize(

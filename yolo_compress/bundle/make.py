@@ -116,7 +116,7 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     report = pipeline.run(recipe, "report", store=store, wait=wait)
     recipe, dataset = pipeline.prepare(recipe, store)
     planned = pipeline.plan(recipe, dataset, "report")
-    artifacts = {stage: found for stage, one in planned.items() if (found := store.find(stage, one.fingerprint))}
+    artifacts = pipeline.current(store, planned)
     for stage in ("export", "engine"):
         store.verify(artifacts[stage])
     gate = _gate(report, asked)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.report import gallery, html, table
 
 
 def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]:
     """Writes `report.html`, `report.md` and `report.json` into `out` (made if need be).
 
-    Plain writes: the caller hands a folder that it publishes in one step.
+    Each file is replaced as a whole: a folder that a user names may hold the report of an earlier call.
 
     Args:
         document: from `document.build`; gammas and channels are drawn from it.
@@ -25,15 +26,17 @@ def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]
 
     Raises:
         DataError: a gallery image that cannot be read.
+        StorageError: the folder cannot be written.
     """
     texts = {
         "html": html.render(document, gallery.draw(gallery_items, len(gallery_items))),
         "md": table.render_markdown(document),
         "json": json.dumps(document, indent=1, allow_nan=False) + "\n",
     }
-    out.mkdir(parents=True, exist_ok=True)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     paths = {kind: out / f"report.{kind}" for kind in texts}
     for kind, text in texts.items():
         # A file name that is no UTF-8 arrives as lone surrogates: shown as its escape rather than refused.
-        paths[kind].write_bytes(text.encode("utf-8", "backslashreplace"))
+        atomic_write(paths[kind], text.encode("utf-8", "backslashreplace"))
     return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
         sensitivity=_left(job, "sensitivity.json"),
         recovery=_recovery(job),
         environment=_environment(job),
-        reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={job.recipe.name}"},
+        reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={shlex.quote(job.recipe.name)}"},
         not_tested=_not_tested(job, rows),
         errors=evidence.error_types(job, rows),
         latency_quantiles=evidence.latency_quantiles(job.inputs["bench"]),

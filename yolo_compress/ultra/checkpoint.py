@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +20,7 @@ from ultralytics import __version__
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+from ultralytics.utils import ROOT, YAML, downloads
 
 from yolo_compress.artifact import atomic_write
 from yolo_compress.errors import CorruptArtifact, NumericsError, RecipeError
@@ -31,10 +34,36 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
         names: Class names in index order.
         channels: Image channels.
         seed: Seeds the initial weights.
+
+    Raises:
+        RecipeError: Another name.
     """
     torch.manual_seed(seed)
-    model = DetectionModel(yaml, ch=channels, nc=len(names), verbose=False)
+    model = DetectionModel(_architecture(yaml), ch=channels, nc=len(names), verbose=False)
     return dress(model, names)
+
+
+def _architecture(yaml: str) -> dict[str, Any]:
+    """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
+    name = re.fullmatch(r"yolov8([nsmlx])([\w-]*)\.yaml", yaml)
+    if name is None:
+        raise RecipeError(f"model: got {yaml!r}, expected yolov8n.yaml to yolov8x.yaml")
+    layers = YAML.load(ROOT / "cfg" / "models" / "v8" / f"yolov8{name[2]}.yaml")
+    return {**layers, "scale": name[1], "yaml_file": yaml}
+
+
+@contextmanager
+def _opens(path: Path) -> Iterator[str]:
+    """Yields a name under which Ultralytics' `load_checkpoint` opens `path`.
+
+    Of a path itself it strips apostrophes and outer spaces, so that `it's.pt` loads `its.pt`. It reads `?` and `%` as in a URL,
+    downloads what it does not find, and deletes a damaged file that has the bare name of an official one (ultralytics 8.4).
+    """
+    original, downloads.attempt_download_asset = downloads.attempt_download_asset, lambda name: str(path)
+    try:
+        yield "checkpoint.pt"
+    finally:
+        downloads.attempt_download_asset = original
 
 
 def load_model(path: Path) -> DetectionModel:
@@ -61,11 +90,11 @@ def load_any(path: Path) -> nn.Module:
     if not path.is_file():
         raise RecipeError(f"{path}: no such checkpoint")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _opens(path) as name:
             warnings.filterwarnings(
                 "ignore", message="Detected pickle protocol"
             )  # refused or not, the user cannot act on it
-            model, _ = load_checkpoint(str(path))
+            model, _ = load_checkpoint(name)
     except (
         TypeError,
         RuntimeError,
