@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
 
 from yolo_compress.errors import CompressError
@@ -21,10 +20,11 @@ from yolo_compress.export_nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
 from yolo_compress.export_onnx import quiet_trace
 from yolo_compress.quant.calibration_cache import IMPLICIT, explicit
 from yolo_compress.runtime.backend import Backend
+from yolo_compress.runtime.device import usable_cpus
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.golden import difference
 from yolo_compress.runtime.limits import MAX_DET
-from yolo_compress.runtime.ort import OrtBackend
+from yolo_compress.runtime.ort import OrtBackend, open_session
 from yolo_compress.runtime.post import nms
 from yolo_compress.runtime.tensorrt_build import strongly_typed
 
@@ -56,10 +56,7 @@ def made_for(file: str) -> For | None:
 
 def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
     """A graph of one input and one output of any shape, node by node."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = open_session(file, usable_cpus(), "none")
     name = session.get_inputs()[0].name
 
     def run(images_BCHW: np.ndarray) -> np.ndarray:

@@ -35,6 +35,26 @@ def _library() -> Any:
     return onnxruntime
 
 
+def open_session(file: Path, threads: int, optimisation: str = "all", profile: str = "") -> Any:
+    """A session of ONNX Runtime on the CPU; `profile` is the prefix of the file that it writes of its runs.
+
+    Raises:
+        EngineError: the library rejects the graph.
+    """
+    ort = _library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMISATION[optimisation])
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's exceptions have no common public base
+        raise EngineError(f"{file}: ONNX Runtime {ort.__version__} rejects it: {error}") from error
+
+
 class OrtBackend:
     """An engine directory or a bare .onnx on ONNX Runtime's CPU provider.
 
@@ -62,7 +82,7 @@ class OrtBackend:
         self.threads = threads or usable_cpus()
         self._optimisation = optimisation
         self._executed: Optional[str] = None
-        self._session = self._open(self._options(ort), ort)
+        self._session = open_session(self._file, self.threads, optimisation)
         self._input, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
         check_output(self.info, output.shape, self._file)
         if self._input.type != "tensor(float)" or output.type != "tensor(float)":
@@ -72,20 +92,6 @@ class OrtBackend:
         self.batch: Optional[int] = batch if isinstance(batch, int) else None
         if (isinstance(height, int) and height != self.imgsz[0]) or (isinstance(width, int) and width != self.imgsz[1]):
             raise EngineError(f"{self._file}: takes {height}x{width} px, its metadata says {self.imgsz}; export again")
-
-    def _options(self, ort: Any) -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMISATION[self._optimisation])
-        options.log_severity_level = 3
-        return options
-
-    def _open(self, options: Any, ort: Any) -> Any:
-        try:
-            return ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's exceptions have no common public base
-            raise EngineError(f"{self._file}: ONNX Runtime {ort.__version__} rejects it: {error}") from error
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         images_BCHW = check_input(images_BCHW, self)
@@ -128,13 +134,9 @@ class OrtBackend:
 
     def _profile(self, runs: int) -> List[Dict[str, Any]]:
         """Kernel events of `runs` inferences on a blank image, in a session of its own."""
-        ort = _library()
-        options = self._options(ort)
         folder = tempfile.mkdtemp(prefix="yolo_compress_profile_")
         try:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "ort")
-            session = self._open(options, ort)
+            session = open_session(self._file, self.threads, self._optimisation, str(Path(folder) / "ort"))
             blank = np.zeros((self.batch or 1, self.channels) + self.imgsz, np.float32)
             for _ in range(runs):
                 session.run(None, {self._input.name: blank})
