@@ -441,8 +441,8 @@ def test_the_node_publishes_what_the_engine_sees(full: bool, tmp_path: Path, mon
     messages = [good, record(**{**vars(good), "encoding": "jpeg"}), poison, good]
     ros = Ros(monkeypatch, messages, {"shadow": str(log), "conf": 0.3})
 
-    def detector(engine: Any, conf: float, iou: float, multi_label: bool) -> Any:
-        assert (conf, iou, multi_label) == (0.3, 0.7, False)
+    def detector(engine: Any, conf: float, iou: float, max_det: int, multi_label: bool) -> Any:
+        assert (conf, iou, max_det, multi_label) == (0.3, 0.7, 300, False)
 
         def detect(image_HW3: np.ndarray) -> np.ndarray:
             if image_HW3[0, 0, 0] == 255:
