@@ -139,6 +139,8 @@ def _bench_notes(document: Document) -> tuple[str, ...]:
         "against the original in FP32 on the same runtime. mAP by pycocotools; Ultralytics is mAP50-95 as "
         "its own validator has it; executed is what the runtime made of the precision asked for."
     ]
+    if (batch := document["environment"].get("batch", 1)) != 1:
+        notes.append(f"Latency is that of one inference of {batch} images.")
     measured = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
     return (*notes, *_row_notes(measured))
 
