@@ -59,7 +59,8 @@ def parse(argv: Sequence[str]) -> Command:
         argv: the words after the program's name. None at all asks for help, and so does `--help` anywhere.
 
     Raises:
-        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option twice.
+        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option or a
+                knob twice.
     """
     if not argv:
         return Command("help")
@@ -81,6 +82,8 @@ def parse(argv: Sequence[str]) -> Command:
             raise RecipeError(f"{_WHERE}: {name} takes no {got(key)}; {usage(name)}")
         else:
             recipe.check_key(key, _names(name))
+            if earlier := [given for knob, given in overrides if knob == key]:
+                raise RecipeError(f"{_WHERE}: {key} is given twice: {got(earlier[0])} and {got(value)}; give it once")
             overrides.append((key, value))
     _check_words(name, words, options)
     return Command(name, options.pop("recipe", DEFAULT_RECIPE), tuple(overrides), options, tuple(words))

@@ -18,6 +18,7 @@ import onnx
 import torch
 from torch import nn
 
+from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import CompressError, NumericsError, RecipeError
 
 MIN_OPSET = 13  # the first with DequantizeLinear an output channel
@@ -73,11 +74,12 @@ def export_onnx(
         RecipeError: Size or opset that cannot be exported.
         NumericsError: The model holds NaN or infinity.
         CompressError: onnxsim or the checker refuses the graph.
+        StorageError: The file cannot be written.
     """
     if opset < MIN_OPSET:
         raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
-    with torch.no_grad(), quiet_trace():
+    with torch.no_grad(), quiet_trace(), storage_errors(out):
         torch.onnx.export(
             net,
             (images,),
@@ -97,7 +99,8 @@ def export_onnx(
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise CompressError(f"{out}: the exported graph does not pass onnx.checker: {error}") from error
-    onnx.save(graph, str(out))
+    with storage_errors(out):
+        onnx.save(graph, str(out))
 
 
 def export_torchscript(
@@ -111,7 +114,8 @@ def export_torchscript(
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():
         traced = torch.jit.trace(net, images, strict=False, check_trace=False)
-        traced.save(str(out), _extra_files={"config.txt": json.dumps(metadata)})
+        with storage_errors(out):
+            traced.save(str(out), _extra_files={"config.txt": json.dumps(metadata)})
 
 
 def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:

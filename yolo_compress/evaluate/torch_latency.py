@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolo_compress.atomic import storage_errors
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hardening import harden
 from yolo_compress.runtime.backend import EngineError, sha256_file
@@ -38,7 +39,8 @@ def spec(
         options: other keys of a latency spec (inputs, warmup_ms, quick, label, ...).
     """
     file = directory / f"torch-{precision}.pt"
-    torch.save(module, file)
+    with storage_errors(file):
+        torch.save(module, file)
     return {
         **options,
         "module": MODULE,
