@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.pages import PAGES, ROOT, anchors, blocks, commands, prose
-from yolo_compress import cli_grammar, errors, recipe
+from yolo_compress import cli_grammar, errors, exits, recipe
 
 README, DOCS = PAGES[0], PAGES[1:]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
