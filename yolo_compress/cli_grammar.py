@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise RecipeError(_unknown_verb(name))
     if "--help" in rest or "-h" in rest:
         return Command("help", options={"all": "true"} if "--all" in rest else {}, words=(name,))
-    verb, overrides, options, words = VERBS[name], [], dict[str, str](), []
+    verb, overrides, options, words = VERBS[name], list[tuple[str, str]](), dict[str, str](), list[str]()
     for key, value in _pairs(name, rest):
         if not key:
             words.append(value)
