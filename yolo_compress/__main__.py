@@ -164,13 +164,13 @@ def _cfg(command: cli_grammar.Command) -> int:
 def _lint(command: cli_grammar.Command) -> int:
     from pathlib import Path
 
-    from yolo_compress.quant.lint.check import check
+    from yolo_compress.quant.lint.apart import check_apart
     from yolo_compress.quant.lint.targets import DEFAULT
 
-    report = check(Path(command.words[0]), command.options.get("target", DEFAULT))
-    result(report.text())
-    result(json.dumps(report.as_json()))
-    return 1 if report.count("error") else 0
+    text, document = check_apart(Path(command.words[0]), command.options.get("target", DEFAULT))
+    result(text)
+    result(json.dumps(document))
+    return 1 if document["error"] else 0
 
 
 def _predict(command: cli_grammar.Command) -> int:
