@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from typing import Any
 
 from yolo_compress import progress
 from yolo_compress.atomic import storage_errors
+from yolo_compress.datayaml import left_out
 from yolo_compress.errors import DataError, RecipeError, Terminated
 from yolo_compress.explain import got
 from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.draw import line, write_picture
 from yolo_compress.runtime.latency import percentiles
 from yolo_compress.runtime.pipeline import Found, open_pipeline
-from yolo_compress.runtime.sources import open_source
+from yolo_compress.runtime.sources import IMAGE_SUFFIXES, open_source
 
 LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
@@ -89,6 +91,10 @@ def run(chosen: Settings) -> dict[str, Any]:
         StorageError: the disk said no.
     """
     source = open_source(chosen.source)
+    if Path(chosen.source).is_dir():
+        names_there = (entry.name for entry in os.scandir(chosen.source) if entry.is_file())
+        if note := left_out(name for name in names_there if Path(name).suffix[1:].lower() not in IMAGE_SUFFIXES):
+            progress.notice(f"{chosen.source}: {note}")
     names = load_info(chosen.engine).names
     pictures = unreadable = boxes = 0
     first_unreadable, ended_by, latencies_ms = None, None, array("d")

@@ -54,7 +54,7 @@ def test_a_fetched_set_is_what_the_shipped_yaml_reads(
     assert fetch.fetch(name) == Path(folder or ".") / "datasets" / name
     data = read_yaml(find_yaml(name))
     for split in ("train", "val"):
-        listed, findings = list_images(data, split)
+        listed, findings, _ = list_images(data, split)
         assert len(listed) == 1 and not findings and listed[0].path.is_file()
     assert fetch.fetch(name) == home.datasets() / name  # again: the archives are gone and not asked for
     assert [path.name for path in Path().iterdir()] == [folder or "datasets"]

@@ -79,6 +79,16 @@ def test_lines_and_pictures_in_a_folder(engine: Path, folder: Path, capsys: pyte
     assert code == 2 and not nothing and "is there already, from an earlier call" in err
 
 
+def test_files_left_out_by_their_ending_are_counted(
+    engine: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.gif", "b.svg", "labels.txt"):
+        (folder / name).write_bytes(b"x")
+    code, (*lines, _), err = called(capsys, f"source={folder}", f"engine={engine}")
+    assert code == 0 and len(lines) == 4
+    assert f"{folder}: 2 files left out, whose ending is no image's (.gif 1, .svg 1)" in err
+
+
 def test_a_corrupt_image_is_named_counted_and_an_error(
     engine: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
