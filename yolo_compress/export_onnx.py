@@ -18,7 +18,7 @@ import onnx
 import torch
 from torch import nn
 
-from yolo_compress.atomic import storage_errors
+from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.errors import CompressError, NumericsError, RecipeError
 
 MIN_OPSET = 13  # the first with DequantizeLinear an output channel
@@ -109,13 +109,23 @@ def export_torchscript(
     """Write the float TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
 
     Raises:
-        RecipeError, NumericsError: As `export_onnx`.
+        RecipeError, NumericsError, StorageError: As `export_onnx`.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():
         traced = torch.jit.trace(net, images, strict=False, check_trace=False)
-        with storage_errors(out):
-            traced.save(str(out), _extra_files={"config.txt": json.dumps(metadata)})
+    save_torchscript(traced, out, metadata)
+
+
+def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
+    """Write a traced module and its `config.txt`.
+
+    By way of memory: torch 2.14's writer ends the process when the disk is full, by an exception in a destructor.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    atomic_write(out, traced.save_to_buffer(_extra_files={"config.txt": json.dumps(metadata)}))
 
 
 def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:

@@ -155,3 +155,29 @@ def test_escape_sequences_of_a_file_reach_no_terminal(capsys) -> None:
     out, err = capsys.readouterr()
     shown = "\\x1b[31mOrin\\x1b]0;mine\\x07\\r\\x9b2J \\u202eabc\ttab\nline é 図"
     assert out == shown + "\n" and err.startswith(shown + "\n" + shown + ": 1/1")
+
+
+def test_torchs_writers_do_not_end_the_process_on_a_full_disk(tmp_path: Path) -> None:
+    """They write to memory, since torch's own writer throws in a destructor; the file that was there stays."""
+    script = """
+import resource, sys
+from pathlib import Path
+import torch
+from yolo_compress.errors import StorageError
+from yolo_compress.evaluate import torch_latency
+from yolo_compress.export_onnx import save_torchscript
+net = torch.nn.Linear(100, 100)
+traced = torch.jit.trace(net, torch.zeros(1, 100))
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (lambda: save_torchscript(traced, folder / "n.torchscript", {}), lambda: torch_latency.spec(net, ["a"], (64, 64), folder)):
+    try:
+        write()
+    except StorageError as error:
+        print(error)
+"""
+    (tmp_path / "n.torchscript").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(": ")[2][:14] for line in done.stdout.splitlines()] == ["File too large"] * 2
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("n.torchscript", b"old")]
