@@ -6,7 +6,6 @@ Progress and errors go to stderr. Stdout holds the answer: a table where there i
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import sys
@@ -15,46 +14,28 @@ from types import FrameType
 from typing import Any
 
 from yolo_compress import cli_grammar
-from yolo_compress.errors import CompressError, EnvironmentLacks
+from yolo_compress.errors import EnvironmentLacks, Terminated
+from yolo_compress.exits import SIGINT, SIGTERM, explain
 from yolo_compress.progress import notice, result
 
-SIGINT_CODE, SIGTERM_CODE = 130, 143
 WRITTEN = {"out", "state"}  # options that name what a verb writes
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that `finally` runs and the store stays whole."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (errors.py lists them)."""
+    """Run one command; returns the exit code (errors.py and exits.py list them)."""
     signal.signal(signal.SIGTERM, _terminate)
+    verb = ""
     try:
         command = cli_grammar.parse(sys.argv[1:] if argv is None else argv)
+        verb = command.verb
         _check_outside_store(command)
-        return VERBS.get(command.verb, _stage)(command)
-    except CompressError as error:
-        notice(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        notice("interrupted; the same command continues where it stopped")
-        return SIGINT_CODE
-    except _Terminated:
-        notice("terminated; the same command continues where it stopped")
-        return SIGTERM_CODE
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        code = _runtime_exit_code(error)
-        if code is None:
-            raise
-        notice(f"error: {error}")
-        return code
+        return VERBS.get(verb, _stage)(command)
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        return explain(error, verb)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 def _check_outside_store(command: cli_grammar.Command) -> None:
@@ -66,13 +47,6 @@ def _check_outside_store(command: cli_grammar.Command) -> None:
 
     for option in WRITTEN & command.options.keys():
         Store(home.weights()).check_outside(Path(command.options[option]), option)
-
-
-def _runtime_exit_code(error: Exception) -> int | None:
-    """The robot's side has errors of its own, since it imports nothing else of the package."""
-    from yolo_compress.runtime.errors import RuntimeFailure
-
-    return error.exit_code if isinstance(error, RuntimeFailure) else None
 
 
 def _load(command: cli_grammar.Command) -> Any:
@@ -206,13 +180,13 @@ def _cfg(command: cli_grammar.Command) -> int:
 def _lint(command: cli_grammar.Command) -> int:
     from pathlib import Path
 
-    from yolo_compress.quant.lint.check import check
+    from yolo_compress.quant.lint.apart import check_apart
     from yolo_compress.quant.lint.targets import DEFAULT
 
-    report = check(Path(command.words[0]), command.options.get("target", DEFAULT))
-    result(report.text())
-    result(json.dumps(report.as_json()))
-    return 1 if report.count("error") else 0
+    text, document = check_apart(Path(command.words[0]), command.options.get("target", DEFAULT))
+    result(text)
+    result(json.dumps(document))
+    return 1 if document["error"] else 0
 
 
 def _predict(command: cli_grammar.Command) -> int:
@@ -220,9 +194,12 @@ def _predict(command: cli_grammar.Command) -> int:
 
     summary = predict.run(predict.settings(command.options))
     result(json.dumps(summary))
-    if summary["interrupted"]:
-        notice(f"interrupted after {summary['pictures']} pictures")
-        return SIGINT_CODE
+    if ended := summary["ended_by"]:
+        kept = f"; their lines are in {summary['out']}" if summary["out"] else ""
+        notice(
+            f"{ended} after {summary['pictures'] + summary['unreadable']} pictures{kept}; the others were not looked at"
+        )
+        return SIGINT if ended == "interrupted" else SIGTERM
     predict.complain(summary)
     return 0
 

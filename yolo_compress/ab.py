@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from yolo_compress import home, progress
-from yolo_compress.atomic import atomic_write
+from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.data import Dataset, load
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.ab import compare
@@ -152,7 +152,9 @@ def _latency(
         return None, None
     inputs = scratch[0] / "inputs.npy"
     chosen = [data.val[i % len(data.val)] for i in range(LATENCY_IMAGES)]
-    np.save(inputs, np.stack([letterbox(read_image(sample.image), imgsz)[0] for sample in chosen]))
+    images = np.stack([letterbox(read_image(sample.image), imgsz)[0] for sample in chosen])
+    with storage_errors(inputs):
+        np.save(inputs, images)
     specs = [
         {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
         for side, path in zip((first, second), scratch, strict=True)

@@ -18,7 +18,8 @@ from yolo_compress.errors import StorageError
 CRASH_AT = int(os.environ.get("YOLO_COMPRESS_CRASH_AT") or 0)
 CRASH_STATUS = 137  # what a shell reports for a process that SIGKILL ended
 TEMPORARY = ".tmp-"  # prefix, so that the extension survives for libraries that choose a format by it
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_MIB = 1.0  # free space at which a failed write of a library is taken for one of the disk
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_DIRECTORY_FSYNC = (
     errno.EINVAL,
@@ -41,13 +42,30 @@ def crash_point(label: str) -> None:
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turns an `OSError` into a `StorageError` that names the path, the reason and, on a full disk, what is free."""
+    """Turns what the file system refused into a `StorageError`; see `storage_error`."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise StorageError(_explain(error, path, action)) from error
+    except Exception as error:
+        if found := storage_error(error, path, action):
+            raise found from error
+        raise
+
+
+def storage_error(error: BaseException, path: Path, action: str = "write") -> StorageError | None:
+    """The `StorageError` for an error whose cause is the file system, else None.
+
+    It names the path, the reason and, on a full disk, what is free. Libraries (torch, ONNX, OpenVINO, numpy) report a
+    failed write in words of their own: theirs counts as one where the disk that holds `path` is full now.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return StorageError(_explain(error, path, action))
+    if action != "read" and isinstance(error, OSError | RuntimeError | ValueError | EOFError):
+        free = free_mib(path)
+        if free < FULL_MIB:
+            first = str(error).strip().partition("\n")[0]
+            reason = os.strerror(errno.ENOSPC)
+            return StorageError(f"cannot {action} {path}: {reason} ({type(error).__name__}: {first}){_room(free)}")
+    return None
 
 
 def _explain(error: OSError, path: Path, action: str) -> str:
@@ -58,8 +76,14 @@ def _explain(error: OSError, path: Path, action: str) -> str:
     if error.errno in _REFUSED and action != "read" and home.holds(path):
         message += f"; give a folder that can be written as {home.VARIABLE}: weights/ and datasets/ go there"
     if error.errno in _FULL:
-        message += f"; {free_mib(path):.1f} MiB free on its file system: make room and run the same command again"
+        message += _room(free_mib(path))
+    if error.errno == errno.EFBIG:
+        message += "; the file is larger than this system or `ulimit -f` allows: raise the limit and run the same command again"
     return message
+
+
+def _room(free: float) -> str:
+    return f"; {free:.1f} MiB free on its file system: make room and run the same command again"
 
 
 def free_mib(path: Path) -> float:

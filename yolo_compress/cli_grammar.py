@@ -59,7 +59,8 @@ def parse(argv: Sequence[str]) -> Command:
         argv: the words after the program's name. None at all asks for help, and so does `--help` anywhere.
 
     Raises:
-        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option twice.
+        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option or a
+                knob twice.
     """
     if not argv:
         return Command("help")
@@ -70,7 +71,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise RecipeError(_unknown_verb(name))
     if "--help" in rest or "-h" in rest:
         return Command("help", options={"all": "true"} if "--all" in rest else {}, words=(name,))
-    verb, overrides, options, words = VERBS[name], [], dict[str, str](), []
+    verb, overrides, options, words = VERBS[name], list[tuple[str, str]](), dict[str, str](), list[str]()
     for key, value in _pairs(name, rest):
         if not key:
             words.append(value)
@@ -81,6 +82,8 @@ def parse(argv: Sequence[str]) -> Command:
             raise RecipeError(f"{_WHERE}: {name} takes no {got(key)}; {usage(name)}")
         else:
             recipe.check_key(key, _names(name))
+            if earlier := [given for knob, given in overrides if knob == key]:
+                raise RecipeError(f"{_WHERE}: {key} is given twice: {got(earlier[0])} and {got(value)}; give it once")
             overrides.append((key, value))
     _check_words(name, words, options)
     return Command(name, options.pop("recipe", DEFAULT_RECIPE), tuple(overrides), options, tuple(words))

@@ -93,16 +93,19 @@ def load(
         datasets.draw_digits()
     data = read_yaml(file)
     listings = [list_images(data, "train"), list_images(data, "val")]
-    findings = [finding for _, found in listings for finding in found]
+    findings = [finding for listing in listings for finding in listing.findings]
     listed = [
         _spread(split, limit, key)
-        for (split, _), limit, key in zip(listings, (limit_train, limit_val), ("limit_train", "limit_val"), strict=True)
+        for (split, *_), limit, key in zip(
+            listings, (limit_train, limit_val), ("limit_train", "limit_val"), strict=True
+        )
     ]
     for split, entry, found in zip(("train", "val"), (data.train, data.val), listings, strict=True):
         if not found[0]:
             raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(found[1]))
 
     read, notes = _read([*listed[0], *listed[1]], data, cache, progress)
+    notes += [note for listing in listings for note in listing.notes]
     first_val = len(listed[0])
     train, val = read[:first_val], read[first_val:]
     findings += _repeated(val)
@@ -153,7 +156,7 @@ def with_unlabelled(
     if not root.is_dir():
         raise DataError(f"distill.images: no folder {shown(folder)}")
     data = replace(read_yaml(dataset.yaml), root=root, train=(".",))
-    listed, findings = list_images(data, "train")
+    listed, findings, _ = list_images(data, "train")
     if not listed:
         raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
     read, notes = _read(listed, data, cache, labelled=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from yolo_compress import datasets, home, strict_yaml
 from yolo_compress.errors import DataError, RecipeError
@@ -22,6 +23,10 @@ IMAGE_SUFFIXES = frozenset(
     ("avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
 )
 UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
+COMPANIONS = frozenset(  # of images, in their folders
+    ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
+)
+MAX_FOLDERS = 100_000  # of one split
 NEWLINE = b"\n"
 UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
 
@@ -56,6 +61,19 @@ def shown(path: Path | str) -> str:
     """`path` as a person would type it: relative when below the working directory."""
     text, here = str(path), os.getcwd() + os.sep
     return strict_yaml.shown(text.removeprefix(here))
+
+
+def left_out(names: Iterable[str]) -> str | None:
+    """One line that counts the files left out because their ending is no image's; None where there are none.
+
+    Files that usually lie beside images (labels, lists, caches) do not count, nor do hidden ones.
+    """
+    endings = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
+    counts = Counter(ending for ending in endings if ending[1:] not in COMPANIONS)
+    if not counts:
+        return None
+    shares = ", ".join(f"{shown(ending) or 'no ending'} {count}" for ending, count in counts.most_common(5))
+    return f"{sum(counts.values())} files left out, whose ending is no image's ({shares})"
 
 
 def data_folders() -> list[Path]:
@@ -182,8 +200,16 @@ def _escapes(root: Path, folder: Path, entry: str) -> bool:
     return ".." in Path(entry).parts and full != str(root) and not full.startswith(str(root) + os.sep)
 
 
-def list_images(data: DataYaml, split: Literal["train", "val"]) -> tuple[list[Listed], list[str]]:
-    """Image files of a split, sorted by path, and findings about folders and lists.
+class Listing(NamedTuple):
+    """Image files of a split sorted by path, findings about folders and lists, and a note where files were left out."""
+
+    images: list[Listed]
+    findings: list[str]
+    notes: list[str]
+
+
+def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
+    """Lists the image files of a split.
 
     Folders are walked whole, symbolic links included; hidden files and folders and files that are no image are left
     out, as Ultralytics does. An entry of a list that is not absolute counts from the folder of the list: Ultralytics
@@ -191,10 +217,11 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> tuple[list[Li
     """
     found: list[Listed] = []
     findings: list[str] = []
+    others: list[str] = []
     for entry in data.train if split == "train" else data.val:
         path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
         if path.is_dir():
-            items: Iterator[Listed | str] = _folder(data.root, path)
+            items: Iterator[Listed | str] = _folder(data.root, path, others)
         elif path.is_file():
             items = _list_file(data.root, path)
         else:
@@ -204,7 +231,8 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> tuple[list[Li
                 findings.append(item)
             else:
                 found.append(item)
-    return sorted(found, key=lambda listed: str(listed.path)), findings
+    note = left_out(others)
+    return Listing(sorted(found, key=lambda one: str(one.path)), findings, [f"{split}: {note}"] if note else [])
 
 
 def _listed(root: Path, path: Path, source: str) -> Listed:
@@ -212,17 +240,20 @@ def _listed(root: Path, path: Path, source: str) -> Listed:
     return Listed(path, name.as_posix(), source)
 
 
-def _folder(root: Path, top: Path) -> Iterator[Listed | str]:
+def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
     def fail(error: OSError) -> None:
         failed.append(f"{shown(error.filename)}: {error.strerror}")
 
     failed: list[str] = []
-    for folder, folders, files in os.walk(top, followlinks=True, onerror=fail):
+    for number, (folder, folders, files) in enumerate(os.walk(top, followlinks=True, onerror=fail)):
+        if number >= MAX_FOLDERS:
+            raise DataError(
+                f"{shown(top)}: more than {MAX_FOLDERS} folders, links followed; give the one that holds images"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in list(folders):
             path = os.path.join(folder, name)
-            holder = os.path.realpath(folder) + os.sep
-            if os.path.islink(path) and holder.startswith(os.path.realpath(path) + os.sep):
+            if os.path.islink(path) and _holds(path, folder, top):
                 yield f"{shown(path)}: symbolic link to a folder that holds it"
                 folders.remove(name)
         for name in files:
@@ -233,7 +264,22 @@ def _folder(root: Path, top: Path) -> Iterator[Listed | str]:
                 yield _listed(root, Path(folder, name), shown(top))
             elif suffix in UNREAD_SUFFIXES:
                 yield f"{shown(os.path.join(folder, name))}: .{suffix} images are not supported"
+            else:
+                others.append(name)
     yield from failed
+
+
+def _holds(link: str, folder: str, top: Path) -> bool:
+    """Whether a link leads to one of the folders that it was reached through, by whatever names and other links."""
+    way = [Path(folder)]
+    while way[-1] != top:
+        way.append(way[-1].parent)
+    try:
+        return any(os.path.samefile(link, above) for above in way) or (folder + os.sep).startswith(
+            os.path.realpath(link) + os.sep
+        )
+    except OSError:  # a loop of links alone
+        return True
 
 
 def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:

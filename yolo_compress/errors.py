@@ -1,4 +1,4 @@
-"""Every failure a user can cause or mend, as one family; anything else that is raised is a bug and shows a traceback.
+"""Every failure a user can cause or mend, as one family; anything else is a bug: exit code 70, with a traceback.
 
 A message says what failed, where (file, key, layer), the value got against the one expected, and what to do next.
 The exit codes are part of the interface: `make` and schedulers branch on them.
@@ -57,3 +57,7 @@ class Locked(CompressError):
     """Another run holds the store and the caller asked not to wait."""
 
     exit_code = 75
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that `finally` runs and the store stays whole."""

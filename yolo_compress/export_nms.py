@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import RecipeError
 from yolo_compress.export_onnx import write_metadata
 from yolo_compress.runtime.limits import MAX_DET
@@ -107,7 +108,8 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
     args = {**ast.literal_eval(known.get("args", "{}")), "nms": True, "conf": conf, "iou": iou, "max_det": max_det}
     write_metadata(model, {"args": args})
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, str(out))
+    with storage_errors(out):
+        onnx.save(model, str(out))
 
 
 def _shape(model: onnx.ModelProto) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from yolo_compress import progress
+from yolo_compress.atomic import atomic_write, storage_errors
 from yolo_compress.errors import CompressError, NumericsError, RecipeError
 
 MIN_OPSET = 13  # the first with DequantizeLinear an output channel
@@ -74,11 +75,12 @@ def export_onnx(
         RecipeError: Size or opset that cannot be exported.
         NumericsError: The model holds NaN or infinity.
         CompressError: onnxsim or the checker refuses the graph.
+        StorageError: The file cannot be written.
     """
     if opset < MIN_OPSET:
         raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
-    with torch.no_grad(), quiet_trace():
+    with torch.no_grad(), quiet_trace(), storage_errors(out):
         shape = net(images).shape
         torch.onnx.export(
             net,
@@ -101,7 +103,8 @@ def export_onnx(
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise CompressError(f"{out}: the exported graph does not pass onnx.checker: {error}") from error
-    onnx.save(graph, str(out))
+    with storage_errors(out):
+        onnx.save(graph, str(out))
 
 
 def export_torchscript(
@@ -110,12 +113,23 @@ def export_torchscript(
     """Write the float TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
 
     Raises:
-        RecipeError, NumericsError: As `export_onnx`.
+        RecipeError, NumericsError, StorageError: As `export_onnx`.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():
         traced = torch.jit.trace(net, images, strict=False, check_trace=False)
-        traced.save(str(out), _extra_files={"config.txt": json.dumps(metadata)})
+    save_torchscript(traced, out, metadata)
+
+
+def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
+    """Write a traced module and its `config.txt`.
+
+    By way of memory: torch 2.14's writer ends the process when the disk is full, by an exception in a destructor.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    atomic_write(out, traced.save_to_buffer(_extra_files={"config.txt": json.dumps(metadata)}))
 
 
 def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:

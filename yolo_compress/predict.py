@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from typing import Any
 
 from yolo_compress import progress
 from yolo_compress.atomic import storage_errors
-from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.datayaml import left_out
+from yolo_compress.errors import DataError, RecipeError, Terminated
 from yolo_compress.explain import got
 from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.draw import line, write_picture
 from yolo_compress.runtime.latency import percentiles
 from yolo_compress.runtime.pipeline import Found, open_pipeline
-from yolo_compress.runtime.sources import open_source
+from yolo_compress.runtime.sources import IMAGE_SUFFIXES, open_source
 
 LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
@@ -77,11 +79,11 @@ def _count(options: Mapping[str, str]) -> int | None:
 
 
 def run(chosen: Settings) -> dict[str, Any]:
-    """Detects in every picture; Ctrl-C ends it with what there is by then.
+    """Detects in every picture; Ctrl-C and SIGTERM end it with what there is by then, and so does a reader that left.
 
     Returns:
         source, engine, pictures (read and detected in), unreadable and first_unreadable, detections (boxes), seconds, fps,
-        latency_p50_ms ... as `latency.percentiles`, interrupted, out.
+        latency_p50_ms ... as `latency.percentiles`, ended_by ("interrupted", "terminated" or None), out.
 
     Raises:
         SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
@@ -89,9 +91,13 @@ def run(chosen: Settings) -> dict[str, Any]:
         StorageError: the disk said no.
     """
     source = open_source(chosen.source)
+    if Path(chosen.source).is_dir():
+        names_there = (entry.name for entry in os.scandir(chosen.source) if entry.is_file())
+        if note := left_out(name for name in names_there if Path(name).suffix[1:].lower() not in IMAGE_SUFFIXES):
+            progress.notice(f"{chosen.source}: {note}")
     names = load_info(chosen.engine).names
     pictures = unreadable = boxes = 0
-    first_unreadable, interrupted, latencies_ms = None, False, array("d")
+    first_unreadable, ended_by, latencies_ms = None, None, array("d")
     with (
         open_pipeline(chosen.engine, chosen.engines, chosen.conf, chosen.iou) as pipeline,
         _writer(chosen, names) as write,
@@ -101,7 +107,8 @@ def run(chosen: Settings) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             for found in stream:
-                write(found)
+                if not write(found):
+                    break
                 if found.problem is None:
                     pictures, boxes = pictures + 1, boxes + len(found.detections_N6)
                     latencies_ms.append(found.ms)
@@ -110,7 +117,9 @@ def run(chosen: Settings) -> dict[str, Any]:
                     unreadable, first_unreadable = unreadable + 1, first_unreadable or found.problem
                 advance()
         except KeyboardInterrupt:
-            interrupted = True
+            ended_by = "interrupted"
+        except Terminated:
+            ended_by = "terminated"
         seconds = time.perf_counter() - start
     return {
         "source": chosen.source,
@@ -122,7 +131,7 @@ def run(chosen: Settings) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "fps": round(pictures / seconds, 2),
         **{key: value and round(value, 3) for key, value in percentiles(latencies_ms).items()},
-        "interrupted": interrupted,
+        "ended_by": ended_by,
         "out": None if chosen.out is None else str(chosen.out),
     }
 
@@ -138,8 +147,8 @@ def complain(summary: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], None]]:
-    """What writes down one picture: its line, and the picture where `draw` says so."""
+def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], bool]]:
+    """What writes down one picture: its line, and the picture where `draw` says so. False: nobody reads it any more."""
     if chosen.out is None:
         yield lambda found: progress.result(line(found, names))
         return
@@ -150,12 +159,16 @@ def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Foun
         (pictures if chosen.draw else out).mkdir(parents=True, exist_ok=True)
         stream = open(out / LINES, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
 
-    def write(found: Found) -> None:
+    def write(found: Found) -> bool:
         with storage_errors(out):
             stream.write(line(found, names) + "\n")
             if chosen.draw and found.image_HW3 is not None:
                 file = pictures / f"{Path(found.name).name.replace('#', '-')}.jpg"
                 write_picture(file, found.image_HW3, found.detections_N6, names)
+        return True
 
-    with stream:
+    try:
         yield write
+    finally:
+        with storage_errors(out):
+            stream.close()

@@ -4,12 +4,17 @@
 ends the output, never the run.
 """
 
+import errno
 import os
+import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
+
+from yolo_compress.errors import StorageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -17,6 +22,10 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0  # a log of a night's training stays readable
 PLAIN_PARTS = 10
 REFRESH_PER_SECOND = 2  # each refresh takes the interpreter for some milliseconds: at 2 Hz well under 1 % of a training
+
+_CONTROL = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]"
+)  # C0, C1, changes of direction
 
 _open_bars: list["_PlainBar"] = []
 _live: "Progress | None" = None
@@ -31,15 +40,28 @@ def say(text: str) -> None:
 
 def notice(text: str) -> None:
     """One line to stderr, even if progress is off: for what a user must know (why nothing moves, what was skipped)."""
+    text = _printable(text)
     if _live is not None:
         _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         _write(sys.stderr, text + "\n")
 
 
-def result(text: str) -> None:
-    """One line to stdout, the program's answer; quiet when nobody reads it any more."""
-    _write(sys.stdout, text + "\n")
+def result(text: str) -> bool:
+    """One line to stdout, the program's answer; quiet when nobody reads it any more.
+
+    Returns:
+        Whether somebody may still read it: False once the reader of a pipe or terminal went away.
+
+    Raises:
+        StorageError: stdout is a file, and its disk refused the line.
+    """
+    return _write(sys.stdout, _printable(text) + "\n")
+
+
+def _printable(text: str) -> str:
+    """Text from files of others as a terminal may show it: escape sequences and the like as \\x1b, lines and tabs kept."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager
@@ -76,20 +98,38 @@ def _is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """Writes and flushes; once the reader is gone the descriptor leads to nowhere, so that the exit is quiet too."""
+def _write(stream: TextIO | None, text: str) -> bool:
+    """Writes and flushes; once the reader is gone the descriptor leads to nowhere, so that the exit is quiet too.
+
+    Returns whether the text arrived or may still be read. A full disk under stdout raises StorageError; under stderr it
+    ends the log, since there is nowhere left to say so.
+    """
     if stream is None:  # started with the descriptor closed
-        return
+        return False
     try:
         stream.write(text)
         stream.flush()
     except UnicodeEncodeError:
-        _write(stream, text.encode("ascii", "backslashreplace").decode())
+        return _write(stream, text.encode("ascii", "backslashreplace").decode())
     except ValueError:
         if not stream.closed:
             raise
-    except OSError:
+    except OSError as error:
+        lost = _is_file(stream) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         _redirect_to_nowhere(stream)
+        if lost and stream is sys.stdout:
+            raise StorageError(
+                f"cannot write stdout: {os.strerror(error.errno or 0)}; the output is cut short"
+            ) from error
+        return False
+    return not stream.closed
+
+
+def _is_file(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _redirect_to_nowhere(stream: TextIO) -> None:
@@ -134,7 +174,7 @@ class _PlainBar:
     def show(self) -> None:
         global _last_line
         self.shown, _last_line = self.done, time.monotonic()
-        _write(sys.stderr, self.line(_last_line - self.start) + "\n")
+        _write(sys.stderr, _printable(self.line(_last_line - self.start)) + "\n")
 
     def line(self, elapsed: float) -> str:
         names = " / ".join(bar.description for bar in [*(b for b in _open_bars if b is not self), self])

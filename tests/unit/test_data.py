@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from yolo_compress import data as data_module
+from yolo_compress import datayaml
 from yolo_compress.data import BadData, calibration_subset, load, recheck
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.filecache import Stamp
@@ -125,6 +127,40 @@ def test_unreadable_file_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert findings(root) == ("set/labels/train/2.txt: Permission denied",)
+
+
+def test_files_left_out_by_their_ending_are_counted_in_one_line(root: Path) -> None:
+    for name in ("a.jfif", "b.JFIF", "c.svg", "d", "labels.txt", "data.json", ".hidden.jfif"):
+        (root / "images/train" / name).write_bytes(b"x")
+    notes = load("set/data.yaml").notes
+    assert notes[0] == "train: 4 files left out, whose ending is no image's (.jfif 2, .svg 1, no ending 1)"
+    assert not [note for note in notes if note.startswith("val:") and "left out," in note]
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_links_that_lead_back_through_others_are_findings(root: Path, links: int) -> None:
+    """Two links in a folder to that folder were 2^40 ways through it."""
+    other = root.parent / "other"
+    other.mkdir()
+    for number in range(links):
+        (other / f"again{number}").symlink_to(other)
+    (root / "images/train/out").symlink_to(other)
+    assert findings(root) == tuple(
+        f"set/images/train/out/again{number}: symbolic link to a folder that holds it" for number in range(links)
+    )
+
+
+def test_more_folders_than_a_data_set_has_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links from each of a row of folders to the next, twice, double the ways with every folder."""
+    monkeypatch.setattr(datayaml, "MAX_FOLDERS", 200)
+    rows = [root.parent / f"row{number}" for number in range(12)]
+    for row, following in itertools.pairwise(rows):
+        row.mkdir()
+        (row / "a").symlink_to(following), (row / "b").symlink_to(following)
+    rows[-1].mkdir()
+    (root / "images/train/out").symlink_to(rows[0])
+    with pytest.raises(DataError, match="more than 200 folders, links followed"):
+        load("set/data.yaml")
 
 
 def test_folder_loop_is_a_finding(root: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.pages import PAGES, ROOT, anchors, blocks, commands, prose
-from yolo_compress import cli_grammar, errors, recipe
+from yolo_compress import cli_grammar, errors, exits, recipe
 
 README, DOCS = PAGES[0], PAGES[1:]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -79,7 +79,7 @@ def test_every_variable_is_documented_and_no_other() -> None:
 
 def test_every_exit_code_has_its_section() -> None:
     family = [errors.CompressError, *errors.CompressError.__subclasses__()]
-    codes = {0, 130, 143, *(error.exit_code for error in family)}
+    codes = {0, exits.BUG, exits.SIGINT, exits.SIGTERM, *(error.exit_code for error in family)}
     page = text(ROOT / "docs/troubleshooting.md")
     headings = re.findall(r"^## Exit codes? (.*)$", page, re.MULTILINE)
     assert {int(code) for heading in headings for code in re.findall(r"\d+", heading)} == codes

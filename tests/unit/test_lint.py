@@ -19,7 +19,10 @@ from onnx import TensorProto, helper
 
 from yolo_compress.__main__ import main
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, StorageError
+from yolo_compress.evaluate.contender import open_contender
+from yolo_compress.quant.lint import apart
 from yolo_compress.quant.lint.check import RULES, SHOWN, Report, check
+from yolo_compress.quant.lint.graph import Graph
 from yolo_compress.quant.lint.rule import SEVERITIES, WHOLE
 from yolo_compress.quant.lint.targets import RUNTIMES, TARGETS
 
@@ -703,8 +706,110 @@ def test_external_data(tmp_path: Path) -> None:
 def test_lint_needs_onnx_and_numpy_only(tmp_path: Path) -> None:
     file = sound().save(tmp_path / "net.onnx")
     program = (
-        "import sys; from yolo_compress.__main__ import main; code = main(['lint', sys.argv[1]]); "
+        "import sys; from yolo_compress.quant.lint.apart import main; code = main([sys.argv[1], 'tensorrt']); "
         "print(code, *sorted({'torch', 'ultralytics', 'onnxruntime', 'cv2', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
+
+
+# Files that ask for more than a detector does
+
+
+def calling(calls: list[list[str]]) -> onnx.ModelProto:
+    """A model of functions F0, F1, ..., each of which calls these others."""
+    sets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    functions = []
+    for number, called in enumerate(calls):
+        tensors = ["x", *(f"y{i}" for i in range(len(called)))]
+        body = [
+            helper.make_node(op, [tensors[i]], [tensors[i + 1]], domain="d" if op.startswith("F") else "")
+            for i, op in enumerate(called)
+        ]
+        functions.append(helper.make_function("d", f"F{number}", ["x"], [tensors[-1]], body, sets))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node("F0", ["a"], ["b"], domain="d")], "g", ends[:1], ends[1:])
+    return helper.make_model(graph, opset_imports=sets, functions=functions)
+
+
+def test_functions_that_double_or_call_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "net.onnx"
+    doubling = [[f"F{i + 1}"] * 2 for i in range(22)] + [["Relu", "Relu"]]
+    for calls, says in (
+        (doubling, "more than 100000 nodes, functions taken in"),
+        ([["F0"]], "function F0 calls itself"),
+        ([["F1"], ["Relu", "F0"]], "function F0 calls itself"),
+        ([[f"F{i + 1}"] for i in range(80)] + [["Relu"]], "or too many others in turn"),
+    ):
+        onnx.save(calling(calls), str(file))
+        refused(file, says)
+    onnx.save(calling([["F1", "F1"], ["Relu"]]), str(file))
+    assert check(file).facts["opset"] == 17
+
+
+def test_a_chain_of_nodes_that_do_nothing_is_walked_without_recursion(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Identity", [f"t{i}"], [f"t{i + 1}"], name=f"n{i}") for i in range(3000)]
+    nodes.append(helper.make_node("Relu", ["t3000"], ["out"]))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("t0", "out")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    graph = Graph(model)
+    assert graph.source_of("t3000") == "t0" == graph.source_of("t0")
+    assert [(node.op_type, name) for node, name in graph.readers("t0") if node] == [("Relu", "t3000")]
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    assert check(tmp_path / "net.onnx").count("error") == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("offset", "-4", "lies at no place"),
+        ("length", "-8", "lies at no place"),
+        ("offset", "abc", "lies at no place"),
+        ("offset", str(1 << 62), "but that file has 640"),
+    ],
+)
+def test_external_data_at_no_place(tmp_path: Path, key: str, value: str, says: str) -> None:
+    file = external(tmp_path, "weights.bin")
+    model = onnx.load(str(file), load_external_data=False)
+    tensor = next(item for item in model.graph.initializer if item.name == "head_w")
+    for entry in tensor.external_data:
+        if entry.key == key:
+            entry.value = value
+    file.write_bytes(model.SerializeToString())
+    refused(file, says)
+
+
+def test_a_file_that_takes_too_long_or_ends_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sound().save(tmp_path / "net.onnx")
+    slow = tmp_path / "python"
+    monkeypatch.setattr(apart.sys, "executable", str(slow))
+    monkeypatch.setattr(apart, "SECONDS", 0.2)
+    for script, says in (("exec sleep 30", "took more than 0.2 s"), ("kill -SEGV $$", "crashed over it (SIGSEGV)")):
+        slow.write_text(f"#!/bin/sh\n{script}\n")
+        slow.chmod(0o755)
+        assert main(["lint", str(file)]) == 5
+        assert says in capsys.readouterr().err
+
+
+def test_a_file_that_takes_too_much_memory(tmp_path: Path) -> None:
+    """A limit of its own for the child, reached by reading the file alone."""
+    file = tmp_path / "net.onnx"
+    with file.open("wb") as sparse:
+        sparse.truncate(400 << 20)
+    program = (
+        "import sys; from yolo_compress.quant.lint import apart, load; apart.MEMORY_MIB = -4600 + 300; "
+        "apart.main([sys.argv[1], 'tensorrt'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["error"] == "CorruptArtifact" and "took more than 500 MiB" in answer["message"]
+
+
+def test_another_models_file_is_looked_at_before_ab_runs_it(tmp_path: Path) -> None:
+    onnx.save(calling([["F0"]]), str(tmp_path / "net.onnx"))
+    with pytest.raises(CorruptArtifact, match="calls itself"):
+        open_contender(str(tmp_path / "net.onnx"), tmp_path)

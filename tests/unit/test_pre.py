@@ -148,3 +148,33 @@ def test_pillow_refuses_a_truncated_image(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(pre, "_cv2", lambda: None)
     with pytest.raises(pre.UnreadableImage, match="half.png"):
         pre.read_image(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "says"),
+    [
+        ("(3000000, 3000000, 3)", "|u1", "stated, 12 bytes there"),
+        ("(2, 2, 3)", "<V9223372036854775000", "a.npy: "),
+        ("(-2, -2, 3)", "|u1", "stated, 12 bytes there"),
+        ("(2, 2, 2)", "|u1", "stated, 12 bytes there"),
+        ("(2, 2, 3)", "|O", "a.npy: "),
+        ("(1000000,) * 9", "|u1", "a.npy: "),
+    ],
+)
+def test_a_npy_header_that_states_more_than_there_is_is_refused(
+    tmp_path: Path, shape: str, dtype: str, says: str
+) -> None:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+    with pytest.raises(pre.UnreadableImage, match=says):
+        pre.read_image(tmp_path / "a.npy")
+
+
+def test_a_npy_of_a_later_format_is_refused_and_a_sound_one_read(tmp_path: Path) -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    for order in (image, np.asfortranarray(image)):
+        np.save(tmp_path / "a.npy", order)
+        assert np.array_equal(pre.read_image(tmp_path / "a.npy"), image)
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes().replace(b"NUMPY\x01", b"NUMPY\x09"))
+    with pytest.raises(pre.UnreadableImage, match=r"format 9.0 of .npy"):
+        pre.read_image(tmp_path / "a.npy")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from yolo_compress import predict, ultra
 from yolo_compress.__main__ import main
+from yolo_compress.errors import Terminated
 from yolo_compress.export_onnx import export_onnx
 from yolo_compress.runtime.detector import Detector
 from yolo_compress.runtime.engine import open_engine
@@ -61,7 +62,7 @@ def test_lines_are_the_detectors(engine: Path, folder: Path, capsys: pytest.Capt
             assert (row["height"], row["width"]) == image.shape[:2] and len(row["detections"]) == len(expected) > 0
             boxes = [[*box["box"], box["score"], NAMES.index(box["class"])] for box in row["detections"]]
             assert np.allclose(boxes, expected, atol=0.02)
-    assert summary["pictures"] == 4 and summary["unreadable"] == 0 and not summary["interrupted"]
+    assert summary["pictures"] == 4 and summary["unreadable"] == 0 and summary["ended_by"] is None
     assert summary["detections"] == sum(len(row["detections"]) for row in lines)
     assert summary["fps"] > 0 and summary["latency_p50_ms"] > 0 and summary["latency_n"] == 4
     assert summary["latency_p99_ms"] is None, "not from four pictures"
@@ -76,6 +77,16 @@ def test_lines_and_pictures_in_a_folder(engine: Path, folder: Path, capsys: pyte
     assert sorted(file.name for file in (out / predict.PICTURES).iterdir()) == [f"{i}.png.jpg" for i in range(4)]
     code, nothing, err = called(capsys, *words)
     assert code == 2 and not nothing and "is there already, from an earlier call" in err
+
+
+def test_files_left_out_by_their_ending_are_counted(
+    engine: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.gif", "b.svg", "labels.txt"):
+        (folder / name).write_bytes(b"x")
+    code, (*lines, _), err = called(capsys, f"source={folder}", f"engine={engine}")
+    assert code == 0 and len(lines) == 4
+    assert f"{folder}: 2 files left out, whose ending is no image's (.gif 1, .svg 1)" in err
 
 
 def test_a_corrupt_image_is_named_counted_and_an_error(
@@ -139,22 +150,41 @@ def test_an_altered_engine_is_not_opened(
     assert code == 5 and not lines and "(altered)" in err
 
 
-def test_ctrl_c_ends_it_with_what_there_is(
-    engine: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("signal", "code", "word"), [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")]
+)
+def test_a_signal_ends_it_with_what_there_is_and_says_what_is_true(
+    signal: type[BaseException],
+    code: int,
+    word: str,
+    engine: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def line(found: Found, names: tuple[str, ...]) -> str:
         if found.name.endswith("2.png"):
-            raise KeyboardInterrupt
+            raise signal
         return "{}"
 
     monkeypatch.setattr(predict, "line", line)
-    code, (*lines, summary), err = called(capsys, f"source={folder}", f"engine={engine}")
-    assert (
-        code == 130
-        and summary["interrupted"]
-        and summary["pictures"] == len(lines) == 2
-        and "interrupted after 2" in err
-    )
+    got, (*lines, summary), err = called(capsys, f"source={folder}", f"engine={engine}")
+    assert got == code and summary["ended_by"] == word and summary["pictures"] == len(lines) == 2
+    assert f"{word} after 2 pictures; the others were not looked at" in err and "continues" not in err
+    out = folder.parent / "out"
+    got, (summary,), err = called(capsys, f"source={folder}", f"engine={engine}", f"out={out}")
+    assert got == code and summary["ended_by"] == word
+    assert f"{word} after 2 pictures; their lines are in {out}; " in err and "continues" not in err
+    assert len((out / predict.LINES).read_text().splitlines()) == 2
+
+
+def test_nothing_more_is_detected_once_the_reader_left(
+    engine: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(predict.progress, "result", lambda text: bool(written.append(text)))
+    chosen = predict.settings({"source": str(folder), "engine": str(engine)})
+    assert predict.run(chosen)["pictures"] == 0 and len(written) == 1
 
 
 def test_numbers_that_are_none_are_told_apart_from_a_bad_file(

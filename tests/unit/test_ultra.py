@@ -252,6 +252,16 @@ def test_class_differences_are_named() -> None:
         ultra.check_classes(model(), ["bolt", "washer"], "baseline.weights=x.pt")
 
 
+def test_workers_that_a_cpu_does_not_use_are_said(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for workers in (0, 4):
+        trainer = HookedTrainer(model(), dataset, settings(epochs=1, workers=workers), [], tmp_path / str(workers), "t")
+        trainer.close()
+        said = "run.workers=4 has no effect on a CPU" in capsys.readouterr().err
+        assert said == bool(workers)
+
+
 def test_no_epochs_means_hooks_only(dataset: Dataset, tmp_path: Path) -> None:
     spy = Spy()
     net = model()

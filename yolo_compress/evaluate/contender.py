@@ -23,6 +23,7 @@ from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.kept import kept, row_name
 from yolo_compress.evaluate.latency_ratio import Rounds
 from yolo_compress.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
+from yolo_compress.quant.lint.apart import guard
 from yolo_compress.runtime.backend import load_info
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.matching import mean_ap
@@ -139,6 +140,7 @@ def open_contender(text: str, scratch: Path) -> Contender:
     if path.suffix == ".pt":
         return Checkpoint(text, path)
     if path.suffix == ".onnx" and path.is_file():
+        guard(path)
         OrtBackend.build(path, scratch / "engine", "fp32")
         return Engine(text, scratch / "engine")
     if colon and not path.exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime.limits import MAX_DETECTIONS
 from yolo_compress.runtime.matching import counting
@@ -22,13 +23,18 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> None:
-    """Writes one N6 array an image, the best `most` of each class."""
+    """Writes one N6 array an image, the best `most` of each class.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     tables = [
         np.column_stack([np.full(len(kept), image), kept])
         for image, rows in enumerate(detections)
         if len(kept := rows[counting(rows, most)])
     ]
-    np.save(file, np.concatenate([np.zeros((0, 7)), *tables]).astype(np.float32))
+    with storage_errors(file):
+        np.save(file, np.concatenate([np.zeros((0, 7)), *tables]).astype(np.float32))
 
 
 def kept(file: Path, images: int) -> list[np.ndarray]:

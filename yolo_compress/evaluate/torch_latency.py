@@ -6,6 +6,7 @@ yolo_compress.evaluate.torch_latency` opens it. So `runtime` needs to know nothi
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolo_compress.atomic import atomic_write
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.hardening import harden
 from yolo_compress.runtime.backend import EngineError, sha256_file
@@ -38,7 +40,9 @@ def spec(
         options: other keys of a latency spec (inputs, warmup_ms, quick, label, ...).
     """
     file = directory / f"torch-{precision}.pt"
-    torch.save(module, file)
+    buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (2.14: c10::Error in a destructor)
+    torch.save(module, buffer)
+    atomic_write(file, buffer.getvalue())
     return {
         **options,
         "module": MODULE,

@@ -24,6 +24,7 @@ import onnx
 import torch
 from torch import nn
 
+from yolo_compress import strict_json
 from yolo_compress.artifact import atomic_write
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.export_onnx import export_onnx
@@ -132,20 +133,35 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
 
     Raises:
         CorruptArtifact: not a table of this schema.
+        StorageError: it cannot be read.
         RecipeError: no such file, or taken at another image size.
     """
     if not file.is_file():
         raise RecipeError(f"prune.latency_table: no file {str(file)!r}")
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-        complete = table["schema"] == SCHEMA and table["whole_ms"] > 0 and table["layers"] and table["rest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times ({error})") from error
-    if not complete:
+    table = strict_json.load(file, CorruptArtifact)
+    layers, whole = table.get("layers"), table.get("whole_ms")
+    curves = [*layers.values(), table.get("rest")] if isinstance(layers, dict) and layers else [None]
+    if (
+        table.get("schema") != SCHEMA
+        or not _number(whole)
+        or not whole
+        or not all(map(_curve, curves))
+        or "imgsz" not in table
+    ):
         raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times of schema {SCHEMA}")
     if table["imgsz"] != list(imgsz_hw):
         raise RecipeError(f"prune.latency_table: {file} was taken at {table['imgsz']}, the recipe has {list(imgsz_hw)}")
     return dict(table)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _curve(rows: Any) -> bool:
+    """Whether these are points (MACs, ms) of a curve."""
+    points = rows if isinstance(rows, list) else []
+    return bool(points) and all(isinstance(row, list) and len(row) == 2 and all(map(_number, row)) for row in points)
 
 
 @dataclass(frozen=True)

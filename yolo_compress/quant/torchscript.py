@@ -16,7 +16,6 @@ torch means to remove its quantised tensors (pytorch/pytorch#184982); a file the
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks
-from yolo_compress.export_onnx import prepare, quiet_trace
+from yolo_compress.export_onnx import prepare, quiet_trace, save_torchscript
 from yolo_compress.quant.placement import IMAGES, Plan, is_sum, plan
 from yolo_compress.quant.state import QMAX, QuantState
 
@@ -125,7 +124,7 @@ def export_int8_torchscript(
         made = [node.kind() for node in traced.inlined_graph.nodes()].count("quantized::conv2d")
         if made != len(state.convs):
             raise CompressError(f"{out}: {made} convolutions compute in INT8, planned {len(state.convs)}")
-        traced.save(str(out), _extra_files={"config.txt": json.dumps({**metadata, "precision": "int8"})})
+        save_torchscript(traced, out, {**metadata, "precision": "int8"})
 
 
 def to_codes(net: nn.Module, state: QuantState) -> None:

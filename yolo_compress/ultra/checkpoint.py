@@ -1,7 +1,8 @@
-"""YOLOv8 checkpoints in and out of the stock Ultralytics format, with nothing executed and nothing silently changed."""
+"""YOLOv8 checkpoints in and out of the stock Ultralytics format, with nothing of the file executed and nothing silently changed."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import re
@@ -10,20 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.utils import _pair as pair
 from ultralytics import __version__
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import Detect
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils import ROOT, YAML, downloads
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import ROOT, YAML, IterableSimpleNamespace
+from ultralytics.utils.loss import E2EDetectLoss
 
 from yolo_compress.artifact import atomic_write
-from yolo_compress.errors import CorruptArtifact, NumericsError, RecipeError
+from yolo_compress.atomic import storage_errors
+from yolo_compress.errors import CompressError, CorruptArtifact, NumericsError, RecipeError
+from yolo_compress.ultra import pickled
+
+MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; YOLOv8 has 5 at most
 
 
 def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> DetectionModel:
@@ -52,65 +60,106 @@ def _architecture(yaml: str) -> dict[str, Any]:
     return {**layers, "scale": name[1], "yaml_file": yaml}
 
 
-@contextmanager
-def _opens(path: Path) -> Iterator[str]:
-    """Yields a name under which Ultralytics' `load_checkpoint` opens `path`.
-
-    Of a path itself it strips apostrophes and outer spaces, so that `it's.pt` loads `its.pt`. It reads `?` and `%` as in a URL,
-    downloads what it does not find, and deletes a damaged file that has the bare name of an official one (ultralytics 8.4).
-    """
-    original, downloads.attempt_download_asset = downloads.attempt_download_asset, lambda name: str(path)
-    try:
-        yield "checkpoint.pt"
-    finally:
-        downloads.attempt_download_asset = original
-
-
 def load_model(path: Path) -> DetectionModel:
     """A float32 stock detector from a checkpoint written by Ultralytics or by us.
 
     Raises:
         RecipeError: The file is missing, or is not a detector with BatchNorm (fused, segmentation, ...).
-        CorruptArtifact: Truncated or altered, or it asks for classes beyond Ultralytics' allow-list (which are not run).
+        CorruptArtifact: Truncated or altered; it would run what no checkpoint needs (which is not run) or take more memory
+            than its bytes; or its layers do not fit together.
+        StorageError: It cannot be read.
         NumericsError: A weight is NaN or infinite, or a running variance negative; names the layer.
     """
     model = load_any(path)
     check_loaded(model, path)
-    names = model.names
-    return dress(model, [names[i] for i in range(len(names))] if isinstance(names, Mapping) else names)
+    return dress(model, list(model.names.values()))
 
 
 def load_any(path: Path) -> nn.Module:
-    """The float32 module of any checkpoint of Ultralytics' allow-list of classes.
+    """The float32 module of any checkpoint of Ultralytics and torch classes; `names` is a dictionary by index, or missing.
+
+    What the file would do is read before anything of it is loaded (`pickled.check`), and then done by torch's restricted
+    loader, for the classes that the file needs alone. Ultralytics' own loader would change blanks and quotes of the path,
+    and ask the network for a file that is not there.
 
     Raises:
         RecipeError: No such file.
         CorruptArtifact: See `load_model`.
+        StorageError: It cannot be read.
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such checkpoint")
+    with storage_errors(path, "read"), _explained(path):
+        needed = [(_resolve(name), name) for name in sorted(pickled.check(path))]
+        with torch.serialization.safe_globals([*needed, *_NUMPY_TYPES]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user cannot act on how the file was pickled
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        model = content.get("ema") or content["model"]
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"its model is a {type(model).__name__}")
+        model = model.float().eval()
+        model.args = content.get("train_args") or {}
+        if not hasattr(model, "stride"):
+            model.stride = torch.tensor([32.0])
+        for module in model.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = True
+            elif isinstance(module, nn.Upsample) and not hasattr(module, "recompute_scale_factor"):
+                module.recompute_scale_factor = None  # checkpoints of torch before 1.11
+        if hasattr(model, "names"):
+            model.names = _names(model.names)
+        return model
+
+
+_NUMPY_TYPES = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1")]
+_ALIASES: dict[str, Any] = {  # names of older versions, and those of no class
+    "ultralytics.yolo.utils.IterableSimpleNamespace": IterableSimpleNamespace,
+    "ultralytics.nn.modules.block.Silence": nn.Identity,  # YOLOv9e
+    "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
+    "ultralytics.utils.loss.v10DetectLoss": E2EDetectLoss,
+    "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "numpy._core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    pickled.METHOD: lambda owner, name: getattr(owner, name),  # a copy: torch refuses the builtin by its name
+    **dict.fromkeys(pickled.PATHS, PurePosixPath),
+}
+
+
+def _resolve(name: str) -> Any:
+    """What a name that `pickled.check` let through stands for here."""
+    if name in _ALIASES:
+        return _ALIASES[name]
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    if pickled.MODULES.fullmatch(name) and not (
+        isinstance(found, type) and (issubclass(found, nn.Module) or found.__module__ == module)
+    ):
+        raise TypeError(f"{name} is no class of torch or Ultralytics {__version__}")
+    return found
+
+
+def _names(names: Any) -> dict[int, str]:
+    """Class names by index."""
+    listed = list(names.items()) if isinstance(names, Mapping) else list(enumerate(names))
+    if [index for index, _ in sorted(listed)] != list(range(len(listed))):
+        raise ValueError("its class names are not numbered from 0")
+    if not all(isinstance(name, str | int | float) for _, name in listed):
+        raise ValueError("a class name of it is no text")
+    return {index: str(name) for index, name in sorted(listed)}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever a file of others makes go wrong is the file's fault: loaders raise anything."""
     try:
-        with warnings.catch_warnings(), _opens(path) as name:
-            warnings.filterwarnings(
-                "ignore", message="Detected pickle protocol"
-            )  # refused or not, the user cannot act on it
-            model, _ = load_checkpoint(name)
-    except (
-        TypeError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        ModuleNotFoundError,
-        ValueError,
-        OSError,
-    ) as error:
-        first = str(error).strip().split("\n")[0]
+        yield
+    except (CompressError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
         raise CorruptArtifact(
             f"{path}: not a loadable YOLO checkpoint ({type(error).__name__}: {first}); nothing in it was run. "
             "Download or export it again"
         ) from error
-    return model
 
 
 def class_names(path: Path) -> list[str]:
@@ -119,8 +168,7 @@ def class_names(path: Path) -> list[str]:
     Raises:
         RecipeError, CorruptArtifact: See `load_any`.
     """
-    names = getattr(load_any(path), "names", ())
-    return [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+    return list(getattr(load_any(path), "names", {}).values())
 
 
 def check_loaded(model: nn.Module, path: Path) -> None:
@@ -129,12 +177,40 @@ def check_loaded(model: nn.Module, path: Path) -> None:
     Raises:
         RecipeError, NumericsError: See `load_model`.
     """
-    if not isinstance(model, DetectionModel) or type(model.model[-1]) is not Detect:
-        head = type(model.model[-1]).__name__ if hasattr(model, "model") else type(model).__name__
-        raise RecipeError(f"{path}: the head is {head}, expected Detect: only YOLOv8 detectors can be compressed")
+    layers = getattr(model, "model", None)
+    last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else model
+    if type(model) is not DetectionModel or type(last) is not Detect:
+        raise RecipeError(
+            f"{path}: the head is {type(last).__name__}, expected Detect: only YOLOv8 detectors can be compressed"
+        )
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise RecipeError(f"{path}: a fused checkpoint (no BatchNorm left); give the one saved before `fuse()`/export")
     check_finite(model, str(path))
+    with _explained(path):
+        _check_runs(model)
+
+
+def _check_runs(model: DetectionModel) -> None:
+    """Detect once in an empty image of 64 px, so that layers that do not fit together are found here and not in a stage."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            sizes = [*pair(module.kernel_size), *pair(module.stride), *pair(module.dilation)]
+            if not all(1 <= size <= MAX_WINDOW_PX for size in sizes) or max(pair(module.padding)) > MAX_WINDOW_PX:
+                raise ValueError(f"{name} has a window of {sizes} px")
+        if isinstance(module, nn.Upsample) and not 1 <= max(pair(module.scale_factor)) <= MAX_WINDOW_PX:
+            raise ValueError(f"{name} enlarges {module.scale_factor} times")
+    if not isinstance(model.stride, torch.Tensor):
+        raise TypeError("it has no strides")
+    head = model.model[-1]
+    before = dict(vars(head))  # it keeps the anchors of the last image
+    try:
+        with torch.no_grad():
+            scores = model(torch.zeros(1, image_channels(model), 64, 64))[0]
+        if scores.shape[1] != 4 + len(model.names):
+            raise ValueError(f"{scores.shape[1] - 4} scores an anchor for {len(model.names)} class names")
+    finally:
+        vars(head).clear()
+        vars(head).update(before)
 
 
 def check_finite(model: nn.Module, where: str) -> None:

@@ -119,6 +119,10 @@ class HookedTrainer(DetectionTrainer):
             raise
         if self.device.type == "cpu":  # ultralytics leaves one core idle
             torch.set_num_threads(settings.threads or usable_cpus())
+            if settings.workers:
+                progress.say(
+                    f"run.workers={settings.workers} has no effect on a CPU: the training process loads the images"
+                )
         self.model = module
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_fit_epoch_end"):
             self.add_callback(event, getattr(type(self), f"_{event}"))

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.nn.modules import Detect
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, parse_model
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.ultra.checkpoint import check_loaded, dress, load_any
+from yolo_compress.ultra.checkpoint import check_loaded, dress, image_channels, load_any
+
+LAYERS = {"Conv", "C2f", "SPPF", "nn.Upsample", "torch.nn.Upsample", "Concat"}
+MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four levels has 29 and 6
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,47 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
 
 
 def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
-    """A plain detector of the checkpoint's own classes with the tensors of its detection branches."""
-    yaml = deepcopy(model.yaml)
-    yaml["head"][-1] = [*yaml["head"][-1][:2], "Detect", ["nc"]]
-    first = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    part = DetectionModel(yaml, ch=first, nc=len(model.names), verbose=False)
-    have, want = model.state_dict(), part.state_dict()
-    missing = [name for name, tensor in want.items() if name not in have or have[name].shape != tensor.shape]
-    if missing:
-        raise RecipeError(
-            f"{path}: its detection part cannot be taken: {len(missing)} of {len(want)} tensors do not fit a stock detector, "
-            f"the first is {missing[0]}"
-        )
+    """A plain detector of the checkpoint's own classes with the tensors of its detection branches.
+
+    The yaml of the checkpoint gives the layers. It is a file's, so only layers of YOLOv8 are built, and first without memory:
+    a net larger than the checkpoint's tensors has other shapes than they.
+    """
+    have = model.state_dict()
+    try:
+        yaml = _stock(model.yaml)
+        first, count = image_channels(model), len(model.names)
+        with torch.device("meta"):
+            want = nn.ModuleDict({"model": parse_model(deepcopy(yaml) | {"nc": count}, first, False)[0]}).state_dict()
+        missing = [name for name, tensor in want.items() if name not in have or have[name].shape != tensor.shape]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(want)} tensors do not fit a stock detector, the first is {missing[0]}"
+            )
+        part = DetectionModel(yaml, ch=first, nc=count, verbose=False).eval()
+    except Exception as error:  # Ultralytics raises anything at layers that do not fit together
+        raise RecipeError(f"{path}: its detection part cannot be taken: {error}") from error
     part.load_state_dict({name: have[name] for name in want})
     part.names = dict(model.names)
     return part
+
+
+def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
+    """The layers of a yaml with the head of a detector, where all are YOLOv8's.
+
+    Raises:
+        ValueError: Others, or more of them than any YOLOv8 has.
+    """
+    rows = [*yaml["backbone"], *yaml["head"]]
+    for start, repeats, kind, arguments in rows[:-1]:
+        known = kind in LAYERS and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
+        if not known or any(item not in ("nearest", True, False) and not 1 <= item <= 5 for item in arguments[1:]):
+            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: no layer of YOLOv8")
+    if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
+        raise ValueError(f"{len(rows)} layers, more than any YOLOv8 has")
+    kept = {
+        key: yaml[key] for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels") if key in yaml
+    }
+    if any(not 0 < factor <= 4 for factor in [row for rows in kept.get("scales", {}).values() for row in rows[:2]]):
+        raise ValueError(f"scales {kept['scales']}: beyond those of YOLOv8")
+    head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], "Detect", ["nc"]]]
+    return deepcopy({**kept, "nc": 1, "backbone": yaml["backbone"], "head": head})

@@ -75,6 +75,10 @@ class Graph:
             for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append(node)
         self._values: dict[str, np.ndarray] = {}
+        self._sources: dict[str, str] = {}
+        for node in self.nodes:  # a node stands behind those that make its inputs
+            if self._transparent(node):
+                self._sources[node.output[0]] = self.source_of(node.input[0])
 
     # Names and constants
 
@@ -125,18 +129,21 @@ class Graph:
 
     def source_of(self, tensor: str) -> str:
         """The tensor without the nodes that do nothing."""
-        while tensor in self.maker and self._transparent(self.maker[tensor]):
-            tensor = self.maker[tensor].input[0]
-        return tensor
+        return self._sources.get(tensor, tensor)
 
     def readers(self, tensor: str) -> list[tuple[NodeProto | None, str]]:
         """(node, name under which it reads), past the nodes that do nothing; node None is an output of the graph."""
-        found: list[tuple[NodeProto | None, str]] = [(None, tensor)] if tensor in self.outputs else []
-        for node in self._readers.get(tensor, []):
-            if self._transparent(node):
-                found += self.readers(node.output[0])
-            else:
-                found.append((node, tensor))
+        found: list[tuple[NodeProto | None, str]] = []
+        stack: list[tuple[NodeProto | None, str]] = [(None, tensor)]
+        while stack:
+            node, name = stack.pop()
+            if node is not None and not self._transparent(node):
+                found.append((node, name))
+                continue
+            made = name if node is None else node.output[0]
+            if made in self.outputs:
+                found.append((None, made))
+            stack += [(reader, made) for reader in reversed(self._readers.get(made, []))]
         return found
 
     def carried(self, node: NodeProto, through: Iterable[str] = CARRIES) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -14,6 +14,10 @@ from yolo_compress.quant.lint.graph import WEIGHTED, Graph
 from yolo_compress.quant.lint.node import DQ, Q
 from yolo_compress.quant.lint.placement import POOLS
 
+MAX_BYTES = 2**31 - 1  # protobuf's own limit for a message
+MAX_NODES = 100_000  # functions taken in; YOLOv8x has 500, a large language model 10,000
+MAX_FUNCTION_DEPTH = 50  # functions within functions
+MAX_TENSOR_BYTES = 2**33  # stored beside the file
 READ_BY_NAME = {Q, DQ, *WEIGHTED, *POOLS, "Add", "Cast", "Identity", "MatMul", "TopK"}
 
 
@@ -26,6 +30,8 @@ def read(path: Path) -> Graph:
         CorruptArtifact: It is not a whole ONNX model, or its weights lie outside its folder.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CorruptArtifact(f"{path}: larger than 2 GiB, which ONNX files cannot be; export it again")
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise EnvironmentLacks(f"{path}: no such file; give the path of an .onnx file") from error
@@ -39,6 +45,7 @@ def read(path: Path) -> Graph:
     opset = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), None)
     if not model.graph.node or opset is None:
         raise CorruptArtifact(f"{path}: not an ONNX model: it has no nodes or no operator set; export it again")
+    _check_size(model, path)
     _load_external(model, path)
     try:
         if model.functions:
@@ -57,26 +64,70 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 
     onnx checks the place only when it opens the file, with an error of its own for each version; the sizes it does not check.
     """
-    folder = path.resolve().parent
+    folder, read = path.resolve().parent, 0
     for tensor in _tensors(model.graph):
         if not external_data_helper.uses_external_data(tensor):
             continue
-        info = external_data_helper.ExternalDataInfo(tensor)
+        try:
+            info = external_data_helper.ExternalDataInfo(tensor)
+        except ValueError as error:
+            raise CorruptArtifact(f"{path}: tensor {tensor.name} lies at no place: {error}; export it again") from error
         where = f"{path}: tensor {tensor.name} is stored in {info.location!r}"
         file = (folder / info.location).resolve()
         if not info.location or Path(info.location).is_absolute() or not file.is_relative_to(folder):
             raise CorruptArtifact(f"{where}, outside the model's folder; not opened: get a file that you can trust")
         if not file.is_file():
             raise CorruptArtifact(f"{where}, which is not there; copy it next to the model")
-        end, size = (info.offset or 0) + (info.length or 0), file.stat().st_size
-        if end > size:
-            raise CorruptArtifact(f"{where} up to byte {end}, but that file has {size}; copy it again")
+        start, length, size = info.offset or 0, info.length or 0, file.stat().st_size
+        if start + length > size:
+            raise CorruptArtifact(f"{where} up to byte {start + length}, but that file has {size}; copy it again")
+        read += length or size - start
+        if read > MAX_TENSOR_BYTES:
+            raise CorruptArtifact(f"{path}: its tensors have more than {MAX_TENSOR_BYTES >> 30} GiB; no detector has")
         try:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
             raise CorruptArtifact(f"{where}, which cannot be read: {error}") from error
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
+
+
+def _check_size(model: onnx.ModelProto, path: Path) -> None:
+    """The nodes are few, functions taken in: each may call others twice, and 1.4 kB of them were 82 s.
+
+    Raises:
+        CorruptArtifact: Too many, or functions that call themselves.
+    """
+    functions = {(one.domain, one.name): one for one in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    open_: set[tuple[str, str]] = set()
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type)
+            total += of_function(key) if key in functions else 1
+            for attribute in node.attribute:
+                for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                    total += size(inner.node)
+            if total > MAX_NODES:
+                raise CorruptArtifact(f"{path}: more than {MAX_NODES} nodes, functions taken in; no detector has")
+        return total
+
+    def of_function(key: tuple[str, str]) -> int:
+        if key in open_ or len(open_) >= MAX_FUNCTION_DEPTH:
+            raise CorruptArtifact(
+                f"{path}: function {key[1]} calls itself, or too many others in turn; export it again"
+            )
+        if key not in sizes:
+            open_.add(key)
+            sizes[key] = size(functions[key].node)
+            open_.remove(key)
+        return sizes[key]
+
+    size(model.graph.node)
+    for key in functions:
+        of_function(key)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:

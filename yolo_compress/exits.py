@@ -1,0 +1,79 @@
+"""How a command ends when it does not end well: one line on stderr and the exit code; a bug shows its traceback too."""
+
+from __future__ import annotations
+
+import errno
+import select
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+from yolo_compress import __version__, home
+from yolo_compress.atomic import free_mib, storage_error
+from yolo_compress.errors import CompressError, EnvironmentLacks, Terminated
+from yolo_compress.progress import notice
+from yolo_compress.runtime.errors import RuntimeFailure
+
+BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; the others as a shell gives them
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+STARTS_ANEW = {"init", "predict", "ab", "lint", "keygen", "rollout"}  # the other verbs continue what they find
+
+
+def explain(error: BaseException, verb: str) -> int:
+    """Say why a command ended.
+
+    Args:
+        error: What the verb raised.
+        verb: Its name, empty if the command line could not be read.
+
+    Returns:
+        The exit code. 0 only where the reader of our output went away, as `| head` does.
+    """
+    if isinstance(error, KeyboardInterrupt | Terminated):
+        word, code = ("terminated", SIGTERM) if isinstance(error, Terminated) else ("interrupted", SIGINT)
+        notice(word if not verb or verb in STARTS_ANEW else f"{word}; the same command continues where it stopped")
+        return code
+    if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
+        return 0
+    meant = error if isinstance(error, CompressError | RuntimeFailure) else _machine(error)
+    if meant is None:
+        notice("".join(traceback.format_exception(error)).rstrip())
+        notice(
+            f"error: this is a bug in yolo-compress {__version__}, not in your input. Please report it where you got "
+            "yolo-compress, with the command and the lines above"
+        )
+        return BUG
+    notice(f"error: {meant}")
+    return meant.exit_code
+
+
+def _machine(error: BaseException) -> CompressError | None:
+    """The error of the family where the machine, not the code, is to blame: disk, files, memory, a package."""
+    if isinstance(error, MemoryError):
+        return EnvironmentLacks(
+            "this machine's memory is used up: close other programs, or use smaller images, batches or files"
+        )
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("yolo_compress"):
+        return EnvironmentLacks(f"{error.name} does not import ({error}); run `make setup`")
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.filename is not None:
+            return storage_error(error, Path(str(error.filename)), "use")
+        if error.errno not in DISK:  # also a broken pipe: a child process that died
+            return None
+    folders = (home.weights(), Path(), Path(tempfile.gettempdir()))
+    return storage_error(error, min(folders, key=free_mib))
+
+
+def _reader_left(stream: TextIO | None) -> bool:
+    """Whether nobody can read any more what is written to the stream."""
+    try:
+        descriptor = stream.fileno() if stream else -1
+    except (OSError, ValueError):
+        return False
+    if descriptor < 0:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,0 +1,479 @@
+"""What a checkpoint file would do if it were loaded, found out without doing any of it.
+
+A `.pt` file is a zip archive of tensors and one pickle, and a pickle is a program: it calls functions with arguments of
+its own. Here the program is read, instruction by instruction, with a note in place of each object that it would make.
+What is not the making of a stock module, a tensor within its own stored bytes, or plain data is refused, and so is
+whatever would take more memory than the file has bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import struct
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yolo_compress.errors import CorruptArtifact
+
+MAX_BYTES = 2**32 - 1  # beyond, zip files have a second way to write sizes; YOLOv8x with its optimizer has 1.1 GB
+MAX_MEMBERS = 20_000  # of the archive, a tensor each; YOLOv8x with EMA and optimizer has 2,000
+MAX_INSTRUCTIONS = 1_000_000  # a YOLOv8 detector has 40,000
+MAX_DEPTH = 150  # of data in data; a YOLOv8 detector has 40. Copies are recursive, and Python ends at 1,000 calls
+MAX_VALUE = 2**63
+
+ITEM_BYTES = {
+    f"torch.{name}Storage": size
+    for name, size in {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
+                       "Byte": 1, "Bool": 1}.items()
+}  # fmt: skip
+DTYPES = {
+    f"torch.{name}"
+    for name in ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+}
+NAMESPACES = {"ultralytics.utils.IterableSimpleNamespace", "ultralytics.yolo.utils.IterableSimpleNamespace"}
+MODULES = re.compile(
+    r"torch\.nn\.modules(\.\w+)?\.\w+|ultralytics\.nn\.modules(\.\w+)?\.\w+|ultralytics\.nn\.tasks\.\w+"
+    r"|ultralytics\.utils\.(loss|tal)\.\w+|torchvision\.transforms\.transforms\.\w+"
+)
+ENUM = "torchvision.transforms.functional.InterpolationMode"
+METHOD = "builtins.getattr"
+PATHS = {f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")}
+
+
+@dataclass(eq=False, slots=True)
+class Note:
+    """An object that the program would make.
+
+    Attributes:
+        kind: "global", "object", "dict", "list", "set", "tuple", "storage", "tensor", "method", "data", or "spent": arguments
+            of a call that may stand nowhere else.
+        content: name of a global, items of a tuple or list, entries of a dict, number of elements of a storage or tensor.
+        depth: levels of data inside.
+        item_bytes: of a storage.
+        done: it is inside another one and may not change any more; so no data holds itself.
+    """
+
+    kind: str
+    content: Any = None
+    depth: int = 0
+    item_bytes: int = 0
+    done: bool = False
+
+
+class _Refused(Exception):
+    """Why the file is not loaded."""
+
+
+@dataclass
+class _Reading:
+    members: dict[str, int]  # tensor name -> bytes
+    tensor_bytes: int = 0
+    names: set[str] = field(default_factory=set)
+
+
+def check(path: Path) -> set[str]:
+    """Read the program of a checkpoint.
+
+    Returns:
+        The names (`module.Class`) that the file refers to, all of them of the kinds allowed here.
+
+    Raises:
+        CorruptArtifact: It is no whole archive as `torch.save` writes them, or it would do what no YOLO checkpoint does.
+        OSError: It cannot be read.
+    """
+    try:
+        program, members = _open(path)
+        root, names = _interpret(program, members)
+        _check_root(root)
+        return names
+    except (_Refused, zipfile.BadZipFile, ValueError, IndexError, KeyError, struct.error) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CorruptArtifact(
+            f"{path}: not a loadable YOLO checkpoint ({first}); nothing in it was run. Download or export it again"
+        ) from error
+
+
+def _open(path: Path) -> tuple[bytes, dict[str, int]]:
+    """The pickle of an archive, and the bytes of each tensor in it by name."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise _Refused(f"{size} bytes, expected {MAX_BYTES} at most")
+    with path.open("rb") as file:
+        _check_directory(file, size)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise _Refused("two members of its archive have one name")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+                raise _Refused("its archive is compressed or encrypted, which torch.save never does")
+            if any(entry.compress_size != entry.file_size for entry in entries) or (
+                sum(entry.file_size for entry in entries) > size
+            ):
+                raise _Refused("its archive states more bytes than it has")
+            programs = [entry for entry in entries if entry.filename.partition("/")[2] == "data.pkl"]
+            if len(programs) != 1 or any(entry.filename.partition("/")[2] == "constants.pkl" for entry in entries):
+                raise _Refused("expected an archive with one data.pkl; this is TorchScript, or of another kind")
+            folder = programs[0].filename.partition("/")[0] + "/"
+            if any(not entry.filename.startswith(folder) for entry in entries):
+                raise _Refused("its archive has more than one folder")
+            data = folder + "data/"
+            members = {e.filename.removeprefix(data): e.file_size for e in entries if e.filename.startswith(data)}
+            return archive.read(programs[0]), members
+
+
+def _check_directory(file: io.BufferedReader, size: int) -> None:
+    """The list of members is where every reader of zip files finds the same one, and is short."""
+    if size < 22:
+        raise _Refused("empty or cut short")
+    file.seek(max(0, size - 98))
+    tail = file.read()
+    if tail[-22:-18] != b"PK\x05\x06":
+        file.seek(0)
+        old = file.read(2) == b"\x80\x02"
+        raise _Refused(
+            "the format of PyTorch before 1.6; load it there and save it anew"
+            if old
+            else "not an archive of torch.save, or cut short"
+        )
+    *disks, here, count, length, start, comment = struct.unpack("<4x4H2IH", tail[-22:])
+    end = size - 22
+    if tail[-42:-38] == b"PK\x06\x07":  # the long form, which PyTorch writes too
+        end = size - 98
+        long = struct.unpack("<4s20x4Q4xIQI", tail[:76])
+        if long != (b"PK\x06\x06", here, count, length, start, 0, end, 1):
+            raise _Refused("its archive has two lists of members")
+    if any(disks) or here != count or comment or start + length != end:
+        raise _Refused("the list of its members is not at its end")
+    if count > MAX_MEMBERS or length > MAX_MEMBERS * 256:
+        raise _Refused(f"{count} members, expected {MAX_MEMBERS} at most")
+
+
+def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
+    """What the program leaves, as notes, and the names that it refers to."""
+    reading = _Reading(members)
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+        if number >= MAX_INSTRUCTIONS:
+            raise _Refused(f"more than {MAX_INSTRUCTIONS} instructions")
+        match instruction.name:
+            case "PROTO":
+                pass
+            case "STOP":
+                if len(stack) != 1 or marks:
+                    raise _Refused("its program ends in the middle")
+                return stack[0], reading.names
+            case "MARK":
+                marks.append(len(stack))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                kind = instruction.name[6:].lower()
+                stack.append(Note(kind, {} if kind == "dict" else () if kind == "tuple" else []))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = _pop(stack, marks, int(instruction.name[5:]))
+                stack.append(_tuple(items))
+            case "TUPLE":
+                items = _pop(stack, marks)
+                stack.append(_tuple(items))
+            case "APPEND" | "APPENDS":
+                items = _pop(stack, marks, 1 if instruction.name == "APPEND" else None)
+                _put(stack[-1], "list", items)
+            case "SETITEM" | "SETITEMS":
+                items = _pop(stack, marks, 2 if instruction.name == "SETITEM" else None)
+                _put(stack[-1], "dict", items)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_global(argument, reading))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop(), reading))
+            case "NEWOBJ":
+                name, arguments = _call(stack)
+                if arguments or not MODULES.fullmatch(name):
+                    raise _Refused(f"{name} with arguments of the file")
+                stack.append(Note("object"))
+            case "REDUCE":
+                stack.append(_called(*_call(stack), reading))
+            case "BUILD":
+                state = stack.pop()
+                _build(stack[-1], state)
+            case other:
+                raise _Refused(f"instruction {other}, which torch.save does not write")
+    raise _Refused("its program has no end")
+
+
+def _pop(stack: list[Any], marks: list[int], count: int | None = None) -> list[Any]:
+    """The items above the last mark, or so many."""
+    start = marks.pop() if count is None else len(stack) - count
+    if start < (marks[-1] if marks else 0):
+        raise _Refused("its program takes what it did not make")
+    items = stack[start:]
+    del stack[start:]
+    return items
+
+
+def _tuple(items: list[Any]) -> Note:
+    note = Note("tuple", tuple(items))
+    note.depth = _depth(items)
+    return note
+
+
+def _depth(items: list[Any]) -> int:
+    """Levels of a container of these items, which may not change any more."""
+    deepest = 0
+    for item in items:
+        if isinstance(item, Note):
+            if item.kind == "spent":
+                raise _Refused("arguments of getattr that are data too")
+            item.done, deepest = True, max(deepest, item.depth)
+    if deepest >= MAX_DEPTH:
+        raise _Refused(f"data nested deeper than {MAX_DEPTH} levels")
+    return deepest + 1
+
+
+def _put(target: Any, kind: str, items: list[Any]) -> None:
+    depth = _depth(items)
+    if not isinstance(target, Note) or target.kind != kind or target.done:
+        raise _Refused(f"its program fills what is no {kind}, or is inside other data")
+    if any(isinstance(item, Note) and item.kind == "global" for item in items):
+        raise _Refused("a class in place of data")
+    target.depth = max(target.depth, depth)
+    if kind == "list":
+        target.content += items
+        return
+    keys = items[::2]
+    if len(items) % 2 or not all(key is None or isinstance(key, str | int | float | bytes) for key in keys):
+        raise _Refused("a key that is neither text nor a number")
+    target.content.update(zip(keys, items[1::2], strict=True))
+
+
+def _global(argument: str, reading: _Reading) -> Note:
+    module, _, name = argument.partition(" ")
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    full = f"{module}.{name}"
+    known = full in ITEM_BYTES or full in DTYPES or full in CALLS or MODULES.fullmatch(full)
+    if not known:
+        raise _Refused(f"{full!a}, which no YOLO checkpoint holds")
+    reading.names.add(full)
+    return Note("data" if full in DTYPES else "global", full)
+
+
+def _call(stack: list[Any]) -> tuple[str, tuple[Any, ...]]:
+    """Name and arguments of the call on top of the stack."""
+    arguments, called = stack.pop(), stack.pop()
+    if not isinstance(called, Note) or called.kind != "global":
+        raise _Refused("a call of what is no known name")
+    if not isinstance(arguments, Note) or arguments.kind != "tuple":
+        raise _Refused("a call without a list of arguments")
+    if called.content == METHOD:
+        if arguments.done:
+            raise _Refused("arguments of getattr that are data too")
+        arguments.kind = "spent"
+    return called.content, arguments.content
+
+
+def _called(name: str, arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if name not in CALLS:
+        raise _Refused(f"{name} is called, which no YOLO checkpoint does")
+    return CALLS[name](arguments, reading)
+
+
+def _build(target: Any, state: Any) -> None:
+    """`__setstate__` with a state: the attributes of a module, or the byte order of a numpy type."""
+    depth = _depth([state])
+    if not isinstance(target, Note) or target.done or target.kind not in ("object", "dict", "dtype"):
+        raise _Refused("its program sets attributes of what is no module, or is inside other data")
+    if target.kind == "dtype":
+        items = state.content if isinstance(state, Note) and state.kind == "tuple" else (state,)
+        if any(item not in (None, "<", "|", "=", 3, 0, -1) for item in items):
+            raise _Refused("a numpy type of an unknown kind")
+        return
+    if not isinstance(state, Note) or state.kind != "dict" or not all(isinstance(key, str) for key in state.content):
+        raise _Refused("attributes that are no dictionary by name")
+    for key, value in state.content.items():
+        if "hook" in key and isinstance(value, Note) and not (value.kind in ("dict", "list") and not value.content):
+            raise _Refused(f"a module that calls others: {key!a}")
+    target.depth = max(target.depth, depth)
+    if target.kind == "object":
+        target.content = state.content
+
+
+def _storage(saved: Any, reading: _Reading) -> Note:
+    """Bytes of a tensor: ("storage", type, member, device, elements)."""
+    items: tuple[Any, ...] = saved.content if isinstance(saved, Note) and saved.kind == "tuple" else ()
+    if len(items) != 5 or items[0] != "storage" or not isinstance(items[1], Note) or items[1].content not in ITEM_BYTES:
+        raise _Refused("a tensor that is stored in an unknown way")
+    item_bytes, name, elements = ITEM_BYTES[items[1].content], items[2], _count(items[4])
+    if not isinstance(name, str) or not isinstance(items[3], str) or name not in reading.members:
+        raise _Refused(f"a tensor whose bytes {name!a} are not in the archive")
+    if elements * item_bytes > reading.members[name]:
+        raise _Refused(
+            f"a tensor of {elements * item_bytes} bytes, of which {reading.members[name]} are in the archive"
+        )
+    return Note("storage", elements, item_bytes=item_bytes)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_VALUE:
+        raise _Refused(f"a size of {ascii(value)[:40]}")
+    return value
+
+
+def _counts(value: Any) -> list[int]:
+    if not isinstance(value, Note) or value.kind != "tuple" or len(value.content) > 64:
+        raise _Refused("a tensor without a shape")
+    return [_count(item) for item in value.content]
+
+
+def _tensor(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`: inside its storage, each element once."""
+    if len(arguments) != 6 or not isinstance(arguments[0], Note) or arguments[0].kind != "storage":
+        raise _Refused("a tensor of an unknown form")
+    storage, offset, size, stride = arguments[0], _count(arguments[1]), _counts(arguments[2]), _counts(arguments[3])
+    if len(size) != len(stride) or not isinstance(arguments[4], bool):
+        raise _Refused("a tensor whose shape and strides do not fit")
+    _no_hooks(arguments[5])
+    elements = 1
+    for side in size:
+        elements *= side
+    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) if elements else 0
+    if last >= max(storage.content, 1) or elements > storage.content:
+        raise _Refused(f"a tensor of shape {size} that goes beyond its {storage.content} stored elements")
+    reading.tensor_bytes += elements * storage.item_bytes
+    if reading.tensor_bytes > 2 * sum(reading.members.values()) + 2**20:  # .float() copies each
+        raise _Refused("the same stored bytes as many tensors")
+    return Note("tensor", elements)
+
+
+def _parameter(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if len(arguments) != 3 or getattr(arguments[0], "kind", "") != "tensor" or not isinstance(arguments[1], bool):
+        raise _Refused("a parameter that is no tensor")
+    _no_hooks(arguments[2])
+    return Note("tensor", arguments[0].content)
+
+
+def _no_hooks(value: Any) -> None:
+    if value is not None and not (isinstance(value, Note) and value.kind == "dict" and not value.content):
+        raise _Refused("a tensor with hooks")
+
+
+def _namespace(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if arguments:
+        raise _Refused("settings with arguments")
+    return Note("object", {})
+
+
+def _ordered(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if arguments:
+        raise _Refused("a dictionary with arguments")
+    return Note("dict", {})
+
+
+def _set(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    items = arguments[0].content if len(arguments) == 1 and getattr(arguments[0], "kind", "") == "list" else None
+    if items is None or not all(item is None or isinstance(item, str | int | float) for item in items):
+        raise _Refused("a set of something else than text and numbers")
+    return Note("set", items, depth=1)
+
+
+def _size(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if len(arguments) != 1:
+        raise _Refused("a torch.Size of an unknown form")
+    _counts(arguments[0])
+    return Note("data")
+
+
+def _texts(pattern: str) -> Callable[[tuple[Any, ...], _Reading], Note]:
+    """A call whose arguments are texts of a form, and numbers that are not counts of anything."""
+
+    def made(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+        for item in arguments:
+            if not (isinstance(item, bool) or (isinstance(item, str) and re.fullmatch(pattern, item, re.DOTALL))):
+                raise _Refused(f"an argument {ascii(item)[:40]}")
+        return Note("data")
+
+    return made
+
+
+def _device(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if not arguments or arguments[0] not in ("cpu", "cuda", "mps", "cuda:0") or len(arguments) > 2:
+        raise _Refused("a device of an unknown kind")
+    for index in arguments[1:]:
+        _count(index)
+    return Note("data")
+
+
+def _dtype(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    _texts(r"[<>=|]?[fiub][1248]")(arguments, reading)
+    return Note("dtype", arguments[0] if arguments else None)
+
+
+def _scalar(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    """`scalar(dtype, bytes)`; the bytes are a number's."""
+    if len(arguments) != 2 or getattr(arguments[0], "kind", "") != "dtype":
+        raise _Refused("a numpy scalar of an unknown form")
+    if not (getattr(arguments[1], "kind", "") == "data" or isinstance(arguments[1], str)):
+        raise _Refused("a numpy scalar without a value")
+    return Note("data")
+
+
+def _encode(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] != "latin1":
+        raise _Refused("bytes in another encoding than latin1")
+    return Note("data")
+
+
+def _method(arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    """`getattr(Detect, "forward")`, as segmentation and pose heads have it; of a layer itself where the model was fused."""
+    if len(arguments) != 2 or not isinstance(arguments[0], Note) or not isinstance(arguments[1], str):
+        raise _Refused("getattr of an unknown form")
+    owner, name = arguments
+    enum = owner.kind == "global" and owner.content == ENUM and name.isupper()
+    block = owner.kind == "global" and MODULES.fullmatch(owner.content) and name == "forward"
+    fused = owner.kind == "object" and owner.content is None and name in ("forward", "forward_fuse")
+    if not (enum or block or fused):
+        raise _Refused(f"getattr of {ascii(name)[:40]}")
+    owner.done = False  # the layer goes on to be filled: `_call` saw to it that these arguments are nowhere else
+    return Note("data" if enum else "method")
+
+
+CALLS: dict[str, Callable[[tuple[Any, ...], _Reading], Note]] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "collections.OrderedDict": _ordered,
+    "builtins.set": _set,
+    "_codecs.encode": _encode,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    METHOD: _method,
+    ENUM: _texts("[a-z]+"),
+    **dict.fromkeys(NAMESPACES, _namespace),
+    **dict.fromkeys(PATHS, _texts(r"[^\0]*")),
+}
+
+
+def _check_root(root: Any) -> None:
+    """A dictionary with a module under `ema` or `model`."""
+    if not isinstance(root, Note) or root.kind != "dict":
+        raise _Refused("it holds no dictionary; save it with Ultralytics' model.save()")
+    if root.content.get("modelopt"):
+        raise _Refused("its weights belong to a quantised model of modelopt; give the checkpoint before that")
+    found = root.content.get("ema") or root.content.get("model")
+    if not isinstance(found, Note) or found.kind != "object":
+        raise _Refused("it holds no model, only tensors or settings; give the file that Ultralytics' training wrote")
