@@ -223,7 +223,7 @@ def test_malformed_pairs_and_epochs_are_refused() -> None:
 def job(folder: Path, files: dict[str, str], name: str = "prune") -> Any:
     for file, text in files.items():
         (folder / file).write_text(text)
-    manifest = Manifest(1, name, 1, "f", {}, {file: {} for file in files}, PRUNE | LATENCY, {}, 1.0, "")
+    manifest = Manifest(1, name, 1, "f", {}, {}, {file: {} for file in files}, PRUNE | LATENCY, {}, 1.0, "")
     return SimpleNamespace(inputs={"prune": Artifact(folder, manifest)})
 
 

@@ -49,7 +49,7 @@ manifest.json vouches for every file; a bundle with one altered, missing or adde
 (/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken,
 and only engines that build.py built here.
 
-runtime/ is yolo_compress/runtime of the version in manifest.json (made_with) without comments and docstrings, line for line;
+runtime/ is yolo_compress/runtime of the version in manifest.json (made_with) without comments, docstrings and types, line for line;
 with them it is in the sources of yolo_compress, which are AGPL-3.0.
 """
 
