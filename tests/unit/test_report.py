@@ -16,10 +16,10 @@ from report_case import EVIL, HINT, IMAGES, ab, document, item, missing, row, ro
 
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.report import gallery, numbers
-from yolo_compress.report.bench import bench_table
+from yolo_compress.report.bench import bench_table, files_table
 from yolo_compress.report.document import build
 from yolo_compress.report.gate import judge
-from yolo_compress.report.html import tiles
+from yolo_compress.report.html import render, tiles
 from yolo_compress.report.table import render_markdown, render_text
 from yolo_compress.report.write import write
 
@@ -410,3 +410,24 @@ def test_an_image_of_any_shape_is_drawn(size: tuple[int, int]) -> None:
     data = base64.b64decode(pair.original.uri.partition(",")[2])
     width, height = Image.open(io.BytesIO(data)).size
     assert width <= 480 and 1 <= height <= 4 * 480
+
+
+def test_files_without_an_engine_have_a_table_of_their_own() -> None:
+    lacks = dict.fromkeys(("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "latency_n", "size_mib"))
+    simulated = row("compressed", "tensorrt11", "int8", 0.57, status="untimed", file="compressed/int8-tensorrt11.onnx",
+                    executed="simulated, int8-tensorrt11.onnx node by node", **lacks)  # fmt: skip
+    report = document([*rows(), simulated], 0.98)
+    table = files_table(report)
+    assert [line.cells[:4] for line in table.lines] == [
+        ("compressed/int8-tensorrt11.onnx", "TensorRT 11", "0.570", "95.0 %")
+    ]
+    assert table.lines[0].mark == "failed" and not files_table(document()).lines
+    assert "TensorRT 11" not in [line.cells[0] for line in bench_table(report).lines]
+    assert report["verdict"]["line"] == (
+        "FAIL: INT8 for TensorRT 11 keeps 95.0 % of the baseline's mAP50-95 (0.600 -> 0.570), below the gate of 98.0 %; "
+        "INT8 on OpenVINO is 2.5x faster, 4.0x smaller"
+    )
+    assert [tile["title"] for tile in tiles(report)][:3] == ["mAP50-95", "Latency p50, ms", "Size, MiB"]
+    page, text = render(report, gallery.draw([], 0)), render_text(report, 160)
+    assert '<h2 id="files">Files</h2>' in page and "compressed/int8-tensorrt11.onnx" in page
+    assert "compressed/int8-tensorrt11.onnx" in text and "compressed/int8-tensorrt11.onnx" in render_markdown(report)

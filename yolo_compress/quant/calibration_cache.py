@@ -19,6 +19,7 @@ from yolo_compress.atomic import atomic_write
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.quant.qdq import (
     Pair,
+    activated,
     coded,
     find_convs,
     insert_pairs,
@@ -106,7 +107,7 @@ def explicit(implicit: Path, out: Path) -> None:
     """Write what TensorRT makes of a graph and the cache beside it, with Q/DQ nodes, so that other runtimes can run it.
 
     A convolution computes in INT8 if what it reads and what it gives have scales; its weights are quantised by the largest absolute
-    value of each output channel. Every tensor of the cache is rounded, also inside of what TensorRT fuses, so an engine loses no more.
+    value of each output channel. TensorRT fuses a convolution with its activation, so nothing is rounded between the two.
 
     Args:
         implicit: What `write_implicit` wrote. Read only.
@@ -122,11 +123,15 @@ def explicit(implicit: Path, out: Path) -> None:
         raise CorruptArtifact(
             f"{implicit}: no tensor {sorted(strangers)[0]}, of which {CACHE} has a scale; run export again"
         )
-    stored = {item.name: item for item in graph.initializer}
+    stored, fused = {item.name: item for item in graph.initializer}, set[str]()
     for node in [node for node in graph.node if node.op_type == "Conv"]:
+        end, within = activated(graph, node) if node.output[0] in read else ("", set())
+        fused |= within - {end}
         if node.input[0] in read and node.output[0] in read:
             weight = numpy_helper.to_array(stored[node.input[1]])
             amax_C = np.abs(weight).reshape(len(weight), -1).max(1).clip(AMAX_FLOOR)
             quantise_weight(graph, node.input[1].removesuffix(".weight"), node, amax_C, QMAX)
-    insert_pairs(graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in read.items()})
+    insert_pairs(
+        graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in read.items() if name not in fused}
+    )
     onnx.save(model, str(out))

@@ -197,7 +197,7 @@ def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     sums = [name for name in sums if f"{name}.conv.weight" not in stored]
     blocks = [name for name in state.activations if name not in (IMAGES, *sums)]
     convs = find_convs(graph, [f"{name}.conv" for name in blocks])
-    made = {name: _activated(graph, convs[f"{name}.conv"]) for name in blocks} | {IMAGES: graph.input[0].name}
+    made = {name: activated(graph, convs[f"{name}.conv"])[0] for name in blocks} | {IMAGES: graph.input[0].name}
     for name in sums:
         adds = [node.output[0] for node in readers.get(made[f"{name}.cv2"], ()) if node.op_type == "Add"]
         if len(adds) != 1:
@@ -206,8 +206,8 @@ def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     return {made[name]: amax for name, amax in state.activations.items()}
 
 
-def _activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> str:
-    """What a block gives: the last tensor of its activation, or the convolution's own where it has none.
+def activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str, set[str]]:
+    """What a block gives, the last tensor of its activation, and all tensors from the convolution's output to it.
 
     Raises:
         CorruptArtifact: The activation has several ends, or is made of nodes that are not known to be elementwise.
@@ -227,7 +227,7 @@ def _activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> str:
         raise CorruptArtifact(
             f"{conv.name}: its activation gives {', '.join(sorted(ends)) or 'nothing'}, expected one tensor"
         )
-    return ends.pop()
+    return next(iter(ends)), inside
 
 
 def check_activation(act: nn.Module, opset: int) -> None:
@@ -253,7 +253,7 @@ def check_activation(act: nn.Module, opset: int) -> None:
             f"activation {type(act).__name__}: INT8 files cannot hold it (ONNX {', '.join(sorted(strange))}); leave the section qat "
             "out and set export.precisions=fp32,fp16"
         )
-    _activated(graph, conv)
+    activated(graph, conv)
 
 
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
@@ -326,7 +326,7 @@ def _inner_pairs(
         if made not in pairs:
             inner[made] = Pair(state.outputs[name], dtype, zero_point)
         for node in readers.get(made, ()):
-            if node.op_type == "Sigmoid" and node.output[0] not in pairs and _activated(graph, conv) in pairs:
+            if node.op_type == "Sigmoid" and node.output[0] not in pairs and activated(graph, conv)[0] in pairs:
                 # A sigmoid fills 0 to 1 and nothing else: all 256 codes, from 0.
                 inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
     return inner

@@ -83,7 +83,7 @@ def files_table(document: Document) -> Table:
     """The files that no engine here was built from; empty where there is none."""
     marks = _marks(document)
     rows = [row for row in document["rows"] if row["status"] == "untimed"]
-    lines = [Line(cells(FILES, row), n.runtime(row["runtime"]), marks.get(row["id"], "")) for row in rows]
+    lines = [Line(cells(FILES, row), mark=marks.get(row["id"], "")) for row in rows]
     notes = [
         "Simulated: ONNX Runtime computes the graph node by node, with its optimiser off: the codes and scales that are in the file. "
         "What fused kernels of an engine round inside of themselves is not in it. No latency, since there is no engine."
