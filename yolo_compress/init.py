@@ -197,16 +197,15 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
         ("keep_flops", 0.5, "half of the MACs; less is faster, more is safer"),
         ("round_to", target.round_to.value, target.round_to.why),
         *_trained("prune", images, asked),
+        ("teach_from_parent", True, "the unpruned baseline teaches; without a larger teacher there is no section distill"),
         ("mosaic", 0.5, "half of the images whole, half mosaics of four"),
     ]
-    teacher = (
-        "the section teacher teaches" if asked.teacher else "no larger teacher given: the unpruned baseline teaches"
-    )
-    sections["distill"] = [
-        *_trained("distill", images, asked),
-        ("lr0", 0.0005, f"fine steps on a recovered model; {teacher}"),
-        ("mosaic", 0.5, ""),
-    ]
+    if asked.teacher or any(key.partition(".")[0] == "distill" for key, _ in asked.overrides):
+        sections["distill"] = [
+            *_trained("distill", images, asked),
+            ("lr0", 0.0005, "fine steps on a recovered model"),
+            ("mosaic", 0.5, ""),
+        ]
     sections["qat"] = [
         *[row for row in _trained("qat", images, asked) if row[0] != "close_mosaic"],
         ("weight_bits", target.weight_bits.value, target.weight_bits.why),
