@@ -197,7 +197,11 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
         ("keep_flops", 0.5, "half of the MACs; less is faster, more is safer"),
         ("round_to", target.round_to.value, target.round_to.why),
         *_trained("prune", images, asked),
-        ("teach_from_parent", True, "the unpruned baseline teaches; without a larger teacher there is no section distill"),
+        (
+            "teach_from_parent",
+            True,
+            "the unpruned baseline teaches; without a larger teacher there is no section distill",
+        ),
         ("mosaic", 0.5, "half of the images whole, half mosaics of four"),
     ]
     if asked.teacher or any(key.partition(".")[0] == "distill" for key, _ in asked.overrides):
