@@ -147,7 +147,7 @@ def test_report_is_one_file_without_network_or_paths(finished: Bench) -> None:
     html = artifact(finished, "report").file("report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert str(finished.folder) not in html
-    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 2
+    assert json.loads(artifact(finished, "report").file("report.json").read_text())["schema"] == 3
 
 
 def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> None:

@@ -223,7 +223,7 @@ def test_schema_and_plain_types() -> None:
         "reproduce",
         "environment",
     ]
-    assert report["schema"] == 2 and report["data"]["image_set"] == IMAGES
+    assert report["schema"] == 3 and report["data"]["image_set"] == IMAGES
     assert report["not_recorded"] == ["commit", "imgsz_px", "batch", "warm_up"]
     assert [entry["delta_map50_95"] for entry in report["chain"]] == [None, pytest.approx(-0.05)]
 

@@ -350,4 +350,4 @@ def test_markdown_and_json_hold_what_the_page_holds(written: dict[str, Path]) ->
         assert f"\n## {title}\n" in text, title
     assert "<script>" not in text
     stored = json.loads(written["json"].read_text("utf-8"))
-    assert stored == whole() and stored["schema"] == 2 and stored["ab"]["flips"][0]["lost"] == 2
+    assert stored == whole() and stored["schema"] == 3 and stored["ab"]["flips"][0]["lost"] == 2

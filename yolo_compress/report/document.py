@@ -1,4 +1,4 @@
-"""The report as one JSON document (schema 2): every other form is drawn from it and from nothing else."""
+"""The report as one JSON document (schema 3): every other form is drawn from it and from nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.report import checked
 from yolo_compress.report.gate import has_accuracy, judge, label, peer_row, reference_row, verdict
 from yolo_compress.report.numbers import RUNTIMES, finite
 
-SCHEMA = 2  # 2: ab, errors, latency_quantiles, quantisation, placement, devices, references; intervals of mAP
+SCHEMA = 3  # 3: rows of files without an engine ("untimed"), gate.timed, the test by image; 2: ab, errors, placement, devices
 MODELS = ("original", "compressed")
 PRECISIONS = ("fp32", "fp16", "int8")
 STATUSES = ("ok", "untimed", "missing")
