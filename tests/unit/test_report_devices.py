@@ -104,7 +104,7 @@ def test_a_robot_that_runs_a_model_of_other_classes_is_refused(tmp_path: Path) -
         ("[]", "neither a robot's device.json nor a report.json"),
         ({"schema": 1, "rows": []}, "neither a robot's device.json nor a report.json"),
         ({"schema": 9, "bundle": {}, "rows": []}, "has schema 9, expected 1"),
-        ({"schema": 1, "recipe": "x", "rows": []}, "has schema 1, expected 2"),
+        ({"schema": 1, "recipe": "x", "rows": []}, "has schema 1, expected 3"),
         ({"schema": 1, "bundle": {}, "rows": [{"model": "compressed"}]}, "a row lacks runtime, precision, status"),
     ],
 )
