@@ -142,6 +142,7 @@ def test_an_output_convolution_of_one_class_is_one(tmp_path: Path) -> None:
     assert found == [[], ["class"]]
 
 
+@pytest.mark.fault(73)
 def test_export_says_what_would_be_faster_and_refuses_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +164,7 @@ def test_export_says_what_would_be_faster_and_refuses_what_is_wrong(
     export._lint(tmp_path / "float.onnx", "tensorrt-10.3", False)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 60, 300])
 def test_export_lint_engine_and_nms(classes: int, tmp_path: Path) -> None:
@@ -237,6 +239,7 @@ BOX = (0, 0.5, 0.5, 0.5, 0.5)
 NOTHING, FOUND = np.zeros((0, 6), np.float32), np.array([[16, 16, 48, 48, 0.9, 0]], np.float32)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [(NOTHING, NOTHING, (0, 0)), (FOUND, FOUND, (1, 1)), (NOTHING, FOUND, (0, 1)), (FOUND, NOTHING, (1, 0))],
@@ -298,6 +301,7 @@ def data_yaml(folder: Path, names: str) -> Path:
     return file
 
 
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("name", ["a\\nb", "bell\\a", "esc\\e[31m", "line\\u2028b", "next\\x85b"])
 def test_class_names_that_no_list_can_hold_are_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.yaml:3: class name .* holds a line break or another control character"):
@@ -343,6 +347,7 @@ def test_letterbox_of_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.shape == (1, *SIZE) and same == placed and np.array_equal(found[0], colour[0]), step
 
 
+@pytest.mark.fault(35, 78)
 def test_a_grey_network_runs_everywhere_on_rgb_images(tmp_path: Path) -> None:
     model = trained(2, channels=1)
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=names(2))
@@ -380,6 +385,7 @@ def test_a_grey_network_runs_everywhere_on_rgb_images(tmp_path: Path) -> None:
     deepstream.check(tmp_path, read(tmp_path / "fp32.onnx"), about)
 
 
+@pytest.mark.fault(78)
 def test_an_input_of_other_channels_is_refused(tmp_path: Path) -> None:
     net = Net(size=(1, 4, *SIZE))
     net.ends(
@@ -406,6 +412,7 @@ def job(count: int, **changes: Any) -> Any:
     return SimpleNamespace(dataset=dataset, recipe=SimpleNamespace(run=SimpleNamespace(seed=0)), **changes)
 
 
+@pytest.mark.fault(17)
 def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(batches.chosen(job(3), 3)) == 3
     assert capsys.readouterr().err == ""

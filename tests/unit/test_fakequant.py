@@ -45,6 +45,7 @@ def output(model: nn.Module) -> Tensor:
         return model.eval()(images(2, seed=5))[0]
 
 
+@pytest.mark.fault(40)
 def test_plan_is_all_but_the_output_convolutions_and_dfl() -> None:
     model = net()
     macs: dict[str, int] = {}

@@ -26,6 +26,7 @@ NAMES = ("bolt", "nut")
 IMGSZ = (64, 64)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("n", "stated"),
     [
@@ -195,6 +196,7 @@ def test_a_child_that_fails_is_named_with_its_last_words(specs: Any, mode: str, 
     assert len(str(caught.value)) < 2500, "the end of a long stderr, not all of it"
 
 
+@pytest.mark.fault(53)
 def test_a_child_that_hangs_is_ended(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_compress.runtime.turns.PATIENCE_S", 1.5)
     with pytest.raises(LatencyError, match=r"B: the measuring process gave no answer in 1\.5 s and was ended"):

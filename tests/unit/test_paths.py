@@ -55,6 +55,7 @@ def stem(path: Path) -> torch.Tensor:
     return ultra.load_model(path).model[0].conv.weight
 
 
+@pytest.mark.fault(6, 75)
 @pytest.mark.parametrize("name", ODD)
 def test_a_checkpoint_of_any_name_is_loaded_and_no_namesake(made: Path, here: Path, name: str) -> None:
     file = Path(name)
@@ -69,6 +70,7 @@ def test_a_checkpoint_of_any_name_is_loaded_and_no_namesake(made: Path, here: Pa
         ultra.load_model(file)
 
 
+@pytest.mark.fault(75)
 def test_a_damaged_official_checkpoint_is_reported_and_stays(made: Path, here: Path) -> None:
     Path("yolov8n.pt").write_bytes((made / "0.pt").read_bytes()[:5000])
     with pytest.raises(CorruptArtifact, match=r"yolov8n\.pt: not a loadable YOLO checkpoint"):
@@ -88,6 +90,7 @@ def test_a_new_model_is_ultralytics_own_whatever_lies_here(here: Path, name: str
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
+@pytest.mark.fault(6)
 @pytest.mark.slow
 def test_training_in_a_folder_of_any_name(here: Path) -> None:
     folder = here / "Bob's ru?n 50%"
@@ -150,6 +153,7 @@ def make(folder: Path, *words: str, code: int = 0, **environment: str) -> list[l
     return [json.loads(line) for line in ran]
 
 
+@pytest.mark.fault(6, 76)
 @pytest.mark.parametrize("where", ["command line", "environment"])
 @pytest.mark.parametrize("value", VALUES)
 def test_make_passes_a_value_as_it_is(checkout: Path, value: str, where: str) -> None:
@@ -173,6 +177,7 @@ def test_make_passes_every_variable(checkout: Path) -> None:
     assert make(checkout, "gc", f"RECIPE={odd}") == [["gc", f"recipe={odd}"]]
 
 
+@pytest.mark.fault(76)
 def test_make_splits_args_at_spaces_and_runs_nothing(checkout: Path) -> None:
     (argv,) = make(checkout, "all", "ARGS=qat.epochs=2 run.seed=$(touch ran) x=';touch ran;' y=$(shell touch ran)")
     assert argv[2:] == ["qat.epochs=2", "run.seed=$(touch", "ran)", "x=';touch", "ran;'", "y=$(shell", "touch", "ran)"]
@@ -181,6 +186,7 @@ def test_make_splits_args_at_spaces_and_runs_nothing(checkout: Path) -> None:
     ]
 
 
+@pytest.mark.fault(76)
 @pytest.mark.parametrize("name", [*VARIABLES, "OUT", "TARGET", "KEY", "VERSION", "VENV", "PYTHON"])
 @pytest.mark.parametrize("words", [(), ("-i",), ("-k",)])
 def test_make_refuses_a_line_break(checkout: Path, name: str, words: tuple[str, ...]) -> None:

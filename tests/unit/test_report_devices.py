@@ -179,6 +179,7 @@ def bound(tmp_path: Path, **changes: Any) -> Path:
     return file(tmp_path, content)
 
 
+@pytest.mark.fault(87)
 def test_a_robot_that_measured_another_model_is_not_judged(tmp_path: Path) -> None:
     """The same name, classes, size and images, as of a recipe that was trained again."""
     ours = {"a1" * 32, "b2" * 32, "c3" * 32}

@@ -45,6 +45,7 @@ def answers(**streams: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", ANSWERS], text=True, timeout=60, check=False, **streams)
 
 
+@pytest.mark.fault(82)
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = answers(stdout=full)
@@ -53,6 +54,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         assert answers(stdout=full, stderr=full).returncode == 6
 
 
+@pytest.mark.fault(12)
 def test_a_reader_that_is_gone_is_a_quiet_end() -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -82,6 +84,7 @@ def about(tmp_path: Path) -> Bundle:
     return Bundle(tmp_path, {}, "tiny", 3, ("bolt", "nut"), (64, 96), {})
 
 
+@pytest.mark.fault(83)
 def test_a_line_that_the_disk_took_in_part_costs_no_other(
     about: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_disk_that_became_read_only_does_not_keep_detection_from_starting(
     assert log.lost == 1 and json.loads((tmp_path / "log").read_text())["frame"] == "f1"
 
 
+@pytest.mark.fault(83)
 def test_detection_goes_on_without_its_shadow_log(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert robot_detect.main([str(bundle / "golden"), "--conf", str(CONF), "--shadow", "/dev/full"], bundle) == 6
     out, err = capsys.readouterr()
