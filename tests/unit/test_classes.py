@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import quant_net
 import report_case
@@ -23,7 +24,7 @@ from yolo_compress.bundle.networks import read
 from yolo_compress.bundle.signature import check_signatures
 from yolo_compress.datayaml import read_yaml
 from yolo_compress.distill.logits import soft_labels
-from yolo_compress.errors import CompressError, DataError, GateFailed
+from yolo_compress.errors import CompressError, DataError, GateFailed, NumericsError
 from yolo_compress.evaluate.ab import compare
 from yolo_compress.evaluate.coco import absolute_boxes, mean_ap
 from yolo_compress.evaluate.tide import errors
@@ -420,6 +421,20 @@ def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "calibration: all 3 training images, fewer than the 64 of calib_images\n"
 
 
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("value", [0, 114, 255])
+def test_calibration_images_that_are_all_of_one_colour_are_refused(tmp_path: Path, value: int) -> None:
+    samples = [SimpleNamespace(image=tmp_path / f"{number}.png") for number in range(3)]
+    for sample in samples:
+        PIL.Image.new("RGB", (64, 48), (value,) * 3).save(sample.image)
+    model = quant_net.net()
+    with pytest.raises(DataError, match=r"calibration: all 3 images are of one colour, such as .*0\.png") as caught:
+        ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
+    assert caught.value.exit_code == 3
+    PIL.Image.effect_noise((64, 48), 90).convert("RGB").save(samples[-1].image)
+    ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
+
+
 def test_batchnorm_follows_within_the_steps_of_a_run() -> None:
     """No more than exp(-3) of the old statistics are left, however few the steps; of 100 and more Ultralytics' momentum stays."""
     for steps, expected in ((1, 1.0), (3, 1.0), (10, 0.3), (100, 0.03), (1000, 0.03)):
@@ -441,6 +456,35 @@ def test_rounding_that_a_network_amplifies_is_no_fault_of_the_export(
     assert "amplifies rounding" in capsys.readouterr().err
     with pytest.raises(CompressError, match="differs from torch on 2 images"):
         export._compare(job(2, imgsz_hw=SIZE), quant_net.net(seed=1), tmp_path / "fp32.onnx")
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("weight", "layer"),
+    [
+        ("model.4.m.0.cv1.conv.weight", r"model\.4 \(C2f\), by .* of "),
+        ("model.0.conv.weight", r"model\.0 \(Conv\), by "),
+        ("model.22.cv3.0.2.weight", r"model\.22 \(Detect\), all before it agree"),
+    ],
+)
+def test_a_graph_that_computes_something_else_stops_the_export_and_the_layer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, layer: str, batch: int
+) -> None:
+    monkeypatch.setattr(export, "read_image", lambda _: np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8))
+    file, model = tmp_path / "fp32.onnx", quant_net.net()
+    export_onnx(model, file, SIZE, names=quant_net.NAMES, batch=batch)
+    assert export._compare(job(2, imgsz_hw=SIZE), model, file)["scores"] < 1e-4
+    graph = onnx.load(str(file))
+    (tensor,) = (one for one in graph.graph.initializer if one.name == weight)
+    values = onnx.numpy_helper.to_array(tensor)
+    noise = np.random.default_rng(1).normal(size=values.shape).astype(np.float32) * values.std()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values + noise, weight))
+    onnx.save(graph, str(file))
+    with pytest.raises(
+        NumericsError, match=rf"differs from torch on 2 images: .*The first layer that differs: {layer}"
+    ):
+        export._compare(job(2, imgsz_hw=SIZE), model, file)
 
 
 # --- bundle -----------------------------------------------------------------------------------------------------------

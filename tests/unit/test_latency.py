@@ -139,6 +139,8 @@ for number, line in enumerate(sys.stdin):
     if spec["mode"] == "dies in a round" and number == 1:
         print("x" * 5000 + " last words", end="", file=sys.stderr, flush=True)
         os._exit(3)
+    if spec["mode"] == "crashes":
+        os.kill(os.getpid(), 11)
     if spec["mode"] == "babbles":
         print("hello", flush=True)
     if spec["mode"] == "hangs":
@@ -187,9 +189,11 @@ def test_rounds_go_abba_with_n_samples_each(specs: Any, tmp_path: Path) -> None:
     [
         ("dies at load", r"(?s)B: .*ended with code 1.*cannot open the engine: out of luck"),
         ("dies in a round", r"(?s)B: .*ended with code 3.* last words"),
+        ("crashes", r"(?s)B: .*ended by signal 11 \(Segmentation fault\)"),
         ("babbles", "B: the measuring process answered 'hello"),
     ],
 )
+@pytest.mark.fault(53)
 def test_a_child_that_fails_is_named_with_its_last_words(specs: Any, mode: str, words: str) -> None:
     with pytest.raises(LatencyError, match=words) as caught:
         measure_in_turn(specs("works", mode), 3, 2)
