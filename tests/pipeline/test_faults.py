@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +149,44 @@ def test_other_classes_and_other_order(shop: Shop) -> None:
     shop.fails(2, "baseline", shop.recipe(), says="0: bolt in the model, nut in the data")
     shop.write_data({"names": ["bolt", "nut", "washer"]})
     shop.fails(2, "baseline", shop.recipe(), says="2: nothing in the model, washer in the data")
+
+
+# 11: what the environment says
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"},
+        {"HOME": None, "XDG_CONFIG_HOME": None, "XDG_STATE_HOME": None},
+        {"HOME": "/proc", "XDG_STATE_HOME": "/proc", "TZ": "no/where"},
+        {"TMPDIR": ""},
+    ],
+    ids=["locale and time zone", "no HOME", "read-only HOME", "TMPDIR elsewhere"],
+)
+def test_the_environment_changes_nothing(shop: Shop, change: dict[str, str | None]) -> None:
+    shop.write_data({"names": ["Schraube é", "ナット"]})
+    model = ultra.new_model("yolov8n.yaml", ["Schraube é", "ナット"], 3, 0)
+    ultra.save_model(model, shop.folder / "weights" / "n.pt")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **change}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:  # another device
+        if "TMPDIR" in change:
+            environment["TMPDIR"] = other
+        done = subprocess.run(
+            [sys.executable, "-m", "yolo_compress", "export", shop.recipe(export={"precisions": ["fp32"]})],
+            cwd=shop.folder,
+            env={name: value for name, value in environment.items() if value is not None},
+            capture_output=True,
+            timeout=250,
+            check=False,
+        )
+        assert not [path for path in Path(other).rglob("*") if path.suffix in (".pt", ".onnx", ".torchscript")]
+    assert done.returncode == 0, done.stderr
+    artifact = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
+    assert (shop.folder / artifact / "original/fp32.onnx").is_file()
+    assert b"Traceback" not in done.stderr
+    assert {path.name for path in shop.folder.iterdir()} == {"set", "set.yaml", "weights", "r.yaml"}
 
 
 # 13, 14, 16, 18, 20: data
