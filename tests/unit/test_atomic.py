@@ -54,8 +54,11 @@ def test_writes_bytes_and_text_with_the_umask_s_mode(target: Path) -> None:
     assert names(target.parent) == ["model.pt", "é.txt"]
 
 
-@pytest.mark.fault(47)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
+@pytest.mark.fault(47, 49)
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EXDEV, errno.ESTALE],
+)
 @pytest.mark.parametrize(
     ("call", "n", "left"), [("write", 1, OLD), ("fsync", 1, OLD), ("replace", 1, OLD), ("fsync", 2, NEW)]
 )

@@ -176,6 +176,24 @@ def test_equal_scores_are_taken_evenly_and_always_the_same(nano, scope):
     assert max(wide) - min(wide) <= 2 / 64
 
 
+@pytest.mark.fault(32, 33)
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("outlier", [0.0, 1e9])
+def test_a_layer_of_zeros_or_with_one_outlier_keeps_channels(nano, scope, outlier):
+    """All gammas of a layer are 0, or all but one, which is huge: no convolution becomes empty, and ties go to the first."""
+    name, given = "model.15.cv2", dict(nano.scores)
+    given[name] = torch.zeros_like(given[name])
+    given[name][5] = outlier
+    plan, again = (nano.choose(0.5, 8, scores=given, scope=scope, floor=0) for _ in range(2))
+    assert all(after >= min(8, before) for before, after in plan.widths.values())
+    keep = plan.keep[name].tolist()
+    assert (
+        keep
+        == again.keep[name].tolist()
+        == sorted({5, *range(len(keep))} if outlier and len(keep) <= 5 else range(len(keep)))
+    )
+
+
 @pytest.mark.fault(32)
 def test_out_of_reach_names_what_can_be_reached(nano):
     with pytest.raises(

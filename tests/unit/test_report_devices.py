@@ -206,6 +206,7 @@ def test_control_sequences_of_a_device_json_do_not_reach_the_terminal(tmp_path: 
     assert str(refusal.value).isprintable()
 
 
+@pytest.mark.fault(68)
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     odd = device()
     odd["rows"][0].update(latency_p50_ms=float("nan"), power_w=[1], latency_n="many", fps={})

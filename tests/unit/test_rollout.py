@@ -157,6 +157,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_lines_are_counted_and_refused_above_a_share(tmp_path: Path, what: str) -> None:
     good = [line(f"f{i}", float(i)) for i in range(200)]
@@ -352,6 +353,7 @@ def test_truth_counts_what_both_could_not_tell() -> None:
     assert {rule["name"]: rule for rule in verdict(logs, truth=nothing)["rules"]}["recall"]["value"] == 0
 
 
+@pytest.mark.fault(65)
 def test_what_cannot_be_compared_is_refused() -> None:
     log_a, log_b = shadow(np.random.default_rng(0), 10)
     with pytest.raises(RecipeError, match="both of net version 1"):
