@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,22 @@ def test_limits_are_evenly_spaced_and_checked_alone(root: Path) -> None:
     assert [s.name[-5:] for s in got.train + got.val] == ["0.png", "2.png", "0.png"]
     with pytest.raises(RecipeError, match=r"data\.limit_val must be at least 1, not 0"):
         load("set/data.yaml", limit_val=0)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None:
+    """Of which the preflight is asked for 16: it reads those, and the time is that of listing."""
+    for number in range(100_000):
+        os.close(os.open(root / f"images/train/{number:06d}.png", os.O_CREAT | os.O_WRONLY))
+    there = sorted(path.name for path in (root / "images/train").iterdir())
+    for seed, name in enumerate(there[i * len(there) // 16] for i in range(16)):  # which `limit_train` takes
+        (root / "images/train" / name).write_bytes(encoded(100 + seed))
+        (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
+    started = time.process_time()
+    dataset = load(str(root / "data.yaml"), limit_train=16)
+    assert len(dataset.train) == 16 and len(dataset.files) < 100
+    assert time.process_time() - started < 30
 
 
 def test_progress_ends_at_the_total(root: Path) -> None:

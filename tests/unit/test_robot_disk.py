@@ -101,6 +101,22 @@ def test_a_line_that_the_disk_took_in_part_costs_no_other(
     assert capsys.readouterr().err.count("detection goes on") == 1
 
 
+@pytest.mark.fault(63)
+def test_a_log_can_be_rotated_under_a_running_detection(about: Bundle, tmp_path: Path) -> None:
+    """As logrotate does with `copytruncate`: copied, then cut to nothing; no line is lost and the disk it takes is bounded."""
+    log_file, rotated = tmp_path / "log", []
+    with ShadowLog(log_file, about) as log:
+        for number in range(100):
+            log.write(found(f"f{number}"))
+            if number % 10 == 9:
+                rotated.append(log_file.read_text())
+                os.truncate(log_file, 0)
+                assert log_file.stat().st_size == 0
+    frames = [json.loads(line)["frame"] for text in rotated for line in text.splitlines()]
+    assert frames == [f"f{number}" for number in range(100)] and log.lost == 0
+    assert not any("\0" in text for text in rotated), "the file begins at 0 again, without a hole"
+
+
 def test_a_disk_that_became_read_only_does_not_keep_detection_from_starting(
     about: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
