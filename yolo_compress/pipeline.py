@@ -464,7 +464,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
             "prune: there is nothing to plan on yet: the baseline has to be trained; run `baseline` first"
         )
     weights = found.file("model.pt") if found else find_weights(str(recipe.baseline.weights))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, memory_errors("prune"):
         yield Job(recipe.prune, recipe, dataset, {}, Path(scratch), Path(scratch)), weights
 
 

@@ -326,9 +326,9 @@ class HookedTrainer(DetectionTrainer):
         Raises:
             NumericsError: Names the loss, the epoch and the images of the batch; all of them are in `BAD_BATCH`.
         """
-        if bool(torch.isfinite(torch.stack([self.loss.detach(), *map(torch.as_tensor, self.tloss.values())]).sum())):
+        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one look at the device
             return
-        bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)))]
+        bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
         listing = self.work / BAD_BATCH
         atomic_write(listing, "".join(f"{name}\n" for name in self._images))
         first = ", ".join(Path(name).name for name in self._images[:LISTED_IMAGES])
