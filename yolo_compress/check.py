@@ -6,7 +6,7 @@ from pathlib import Path
 
 from yolo_compress import environment, home
 from yolo_compress.atomic import free_mib
-from yolo_compress.pipeline import FREE_MIB
+from yolo_compress.room import FREE_MIB
 
 NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
 

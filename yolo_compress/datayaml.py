@@ -59,8 +59,11 @@ class Listed:
 
 def shown(path: Path | str) -> str:
     """`path` as a person would type it: relative when below the working directory."""
-    text, here = str(path), os.getcwd() + os.sep
-    return strict_yaml.shown(text.removeprefix(here))
+    return strict_yaml.shown(_relative(path))
+
+
+def _relative(path: Path | str) -> str:
+    return str(path).removeprefix(os.getcwd() + os.sep)
 
 
 def left_out(names: Iterable[str]) -> str | None:
@@ -114,7 +117,7 @@ def read_yaml(file: Path) -> DataYaml:
     Raises:
         DataError: "file:line: what" for bad encoding, syntax, duplicate keys, python tags, aliases and bad values.
     """
-    document = strict_yaml.load(shown(file), DataError)
+    document = strict_yaml.load(_relative(file), DataError)
     values = document.data
 
     def bad(key: str, what: str) -> DataError:

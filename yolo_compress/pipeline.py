@@ -26,6 +26,7 @@ from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.manifest import BEGUN, WORK
 from yolo_compress.recipe import Recipe
+from yolo_compress.room import FREE_MIB, memory_errors, needed_mib
 from yolo_compress.weights import find_weights
 
 
@@ -38,6 +39,7 @@ class Stage:
         stand_in: The stage whose artefact takes its place where the recipe leaves it out; None: it cannot be left out.
         version: Goes up when the same config would now give other bytes.
         trains: Every rank of a distributed run takes part.
+        models: It writes models, so the disk it takes depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
         checked: Its module's `check(recipe, dataset)` runs before any stage does, so that what cannot work costs no training.
     """
@@ -46,6 +48,7 @@ class Stage:
     stand_in: str | None = None
     version: int = 1
     trains: bool = False
+    models: bool = True
     machine: bool = False
     checked: bool = False
 
@@ -59,15 +62,16 @@ STAGES: dict[str, Stage] = {
     "qat": Stage(("distill",), stand_in="distill", version=5, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
     "engine": Stage(("export",), version=2, machine=True, checked=True),
-    "bench": Stage(("export", "engine", "baseline", "distill"), version=3, machine=True),
+    "bench": Stage(("export", "engine", "baseline", "distill"), version=3, models=False, machine=True),
     "report": Stage(
-        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"), version=5
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"),
+        version=5,
+        models=False,
     ),
 }
 
 SAID = 10  # findings and notes of the data that a run says
 DEEPEST_STRIDE = 32
-FREE_MIB = 512  # a stage does not start on a disk with less
 
 
 @dataclass(frozen=True)
@@ -334,10 +338,11 @@ def _execute(
         store.verify(artifact)
     contents = _contents(planned, artifacts)
     partial = store.partial(stage, planned.fingerprint, contents if _rank() == 0 else None)
-    require_free(store.root, FREE_MIB, f"stage {stage}")
+    needed = needed_mib(getattr(recipe, stage), inputs.values()) if STAGES[stage].models else FREE_MIB
+    require_free(store.root, needed, f"stage {stage}")
     progress.say(f"{stage}: running")
     started = time.monotonic()
-    with _output(partial) as out:
+    with _output(partial) as out, memory_errors(stage):
         job = Job(getattr(recipe, stage), recipe, dataset, inputs, out, partial / WORK)
         metrics = importlib.import_module(f"yolo_compress.stages.{stage}").run(job)
     if _rank() != 0:
@@ -459,7 +464,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
             "prune: there is nothing to plan on yet: the baseline has to be trained; run `baseline` first"
         )
     weights = found.file("model.pt") if found else find_weights(str(recipe.baseline.weights))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, memory_errors("prune"):
         yield Job(recipe.prune, recipe, dataset, {}, Path(scratch), Path(scratch)), weights
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from yolo_compress import home
 from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.strict_yaml import shown
 
 OFFICIAL = re.compile(r"yolov8[nsmlx]\.pt")  # what `fetch` knows
 
@@ -23,16 +24,16 @@ def find_weights(name: str) -> Path:
     for candidate in [Path(name), *(folder / name for folder in folders)]:
         try:
             if candidate.is_dir():
-                raise RecipeError(f"{candidate}: a folder, expected a checkpoint file")
+                raise RecipeError(f"{shown(candidate)}: a folder, expected a checkpoint file")
             if candidate.is_file():
                 with candidate.open("rb"):
                     return candidate
             if candidate.is_symlink():
-                raise RecipeError(f"{candidate}: a link that leads nowhere")
+                raise RecipeError(f"{shown(candidate)}: a link that leads nowhere")
         except OSError as error:
-            raise RecipeError(f"{candidate}: cannot be read ({error.strerror})") from error
+            raise RecipeError(f"{shown(candidate)}: cannot be read ({error.strerror})") from error
     fetch = f", or run `yolo-compress fetch {Path(name).name}` where there is a network"
     raise EnvironmentLacks(
-        f"{name}: no such checkpoint here, in {folders[0]}/ or in YOLO_COMPRESS_WEIGHTS; "
+        f"{shown(name)}: no such checkpoint here, in {folders[0]}/ or in YOLO_COMPRESS_WEIGHTS; "
         f"put it into {folders[0]}/" + (fetch if OFFICIAL.fullmatch(Path(name).name) else "")
     )

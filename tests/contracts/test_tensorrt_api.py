@@ -724,6 +724,7 @@ def test_layers_are_timed_by_the_profiler(trt: FakeTensorRT, tmp_path: Path) -> 
         assert backend.executed.endswith(", CUDA graph"), "the profiler was on another context"
 
 
+@pytest.mark.fault(30)
 def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, "float", "fp32")
     with pytest.raises(EngineError, match="holds fp32, int8 was asked"):
@@ -750,6 +751,7 @@ def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_
     assert trt.deserialised == 1 and trt.memory.closed, "a failed start gives device memory back"
 
 
+@pytest.mark.fault(30)
 def test_an_engine_of_another_gpu_is_built_anew_on_the_robot(
     trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -764,6 +766,7 @@ def test_an_engine_of_another_gpu_is_built_anew_on_the_robot(
 # ---- without a driver
 
 
+@pytest.mark.fault(62)
 def test_the_driver_is_probed_before_the_library_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     untouchable = ModuleType("tensorrt")  # without a driver, its Runtime is a null pointer: a use would end the process
     monkeypatch.setitem(sys.modules, "tensorrt", untouchable)
@@ -783,6 +786,7 @@ def test_a_release_that_cannot_build_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert "TensorRT 10.2.0 cannot build" in (TensorRTBackend.probe() or "")
 
 
+@pytest.mark.fault(62)
 def test_a_driver_that_is_too_old_is_an_error_and_not_a_crash(trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, "float", "fp32")
     trt.log_of_start = "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35)"

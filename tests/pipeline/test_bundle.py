@@ -135,6 +135,7 @@ def test_in_a_fresh_environment(chain: Bench, bundle: Path, tmp_path: Path) -> N
     compare(python, chain, bundle, tmp_path)
 
 
+@pytest.mark.fault(77)
 @pytest.mark.parametrize(
     ("knob", "target"), [("export.batch=4", "triton"), ("export.dynamic_batch=true", "deepstream")]
 )

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +76,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 # 1, 2, 7, 10: command line and recipe
 
 
+@pytest.mark.fault(1, 2, 10)
 @pytest.mark.parametrize(
     ("word", "says"),
     [
@@ -89,6 +94,7 @@ def test_bad_words(shop: Shop, word: str, says: str) -> None:
     shop.fails(2, "baseline", shop.recipe(), word, says=says)
 
 
+@pytest.mark.fault(3, 4)
 @pytest.mark.parametrize(
     "text", ["a: 1\na: 2\n", "!!python/object/apply:os.system ['touch ran']", "- 1\n", "", "\tdata: 1\n"]
 )
@@ -98,10 +104,12 @@ def test_bad_recipe_files(shop: Shop, text: str) -> None:
     assert not (shop.folder / "ran").exists()
 
 
+@pytest.mark.fault(7)
 def test_distilling_from_oneself(shop: Shop) -> None:
     shop.fails(2, "distill", shop.recipe(distill={}), says="the same net")
 
 
+@pytest.mark.fault(7, 79)
 def test_a_group_that_the_net_does_not_have_stops_the_chain_before_it_trains(shop: Shop) -> None:
     stderr = shop.fails(
         2, "qat", shop.recipe(qat={"float_groups": ["model.99"]}), says="no group of tensors is named model.99"
@@ -112,6 +120,7 @@ def test_a_group_that_the_net_does_not_have_stops_the_chain_before_it_trains(sho
 # 5: paths
 
 
+@pytest.mark.fault(5, 60)
 @pytest.mark.parametrize("kind", ["missing", "folder", "dangling", "loop"])
 def test_bad_weights_path(shop: Shop, kind: str) -> None:
     path = shop.folder / "weights" / "w.pt"
@@ -134,6 +143,7 @@ def test_bad_weights_path(shop: Shop, kind: str) -> None:
 # 9: classes
 
 
+@pytest.mark.fault(9)
 def test_other_classes_and_other_order(shop: Shop) -> None:
     shop.write_data({"names": ["nut", "bolt"]})
     shop.fails(2, "baseline", shop.recipe(), says="0: bolt in the model, nut in the data")
@@ -141,9 +151,48 @@ def test_other_classes_and_other_order(shop: Shop) -> None:
     shop.fails(2, "baseline", shop.recipe(), says="2: nothing in the model, washer in the data")
 
 
+# 11: what the environment says
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"},
+        {"HOME": None, "XDG_CONFIG_HOME": None, "XDG_STATE_HOME": None},
+        {"HOME": "/proc", "XDG_STATE_HOME": "/proc", "TZ": "no/where"},
+        {"TMPDIR": ""},
+    ],
+    ids=["locale and time zone", "no HOME", "read-only HOME", "TMPDIR elsewhere"],
+)
+def test_the_environment_changes_nothing(shop: Shop, change: dict[str, str | None]) -> None:
+    shop.write_data({"names": ["Schraube é", "ナット"]})
+    model = ultra.new_model("yolov8n.yaml", ["Schraube é", "ナット"], 3, 0)
+    ultra.save_model(model, shop.folder / "weights" / "n.pt")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **change}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:  # another device
+        if "TMPDIR" in change:
+            environment["TMPDIR"] = other
+        done = subprocess.run(
+            [sys.executable, "-m", "yolo_compress", "export", shop.recipe(export={"precisions": ["fp32"]})],
+            cwd=shop.folder,
+            env={name: value for name, value in environment.items() if value is not None},
+            capture_output=True,
+            timeout=250,
+            check=False,
+        )
+        assert not [path for path in Path(other).rglob("*") if path.suffix in (".pt", ".onnx", ".torchscript")]
+    assert done.returncode == 0, done.stderr
+    artifact = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
+    assert (shop.folder / artifact / "original/fp32.onnx").is_file()
+    assert b"Traceback" not in done.stderr
+    assert {path.name for path in shop.folder.iterdir()} == {"set", "set.yaml", "weights", "r.yaml"}
+
+
 # 13, 14, 16, 18, 20: data
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("content", "says"),
     [(b"", "0.png"), (b"<html>not found</html>", "0.png")],
@@ -156,6 +205,7 @@ def test_bad_image_stops_and_can_be_skipped(shop: Shop, content: bytes, says: st
     assert metrics["images"] == 2
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -171,6 +221,7 @@ def test_bad_label_is_named_by_line(shop: Shop, row: str, says: str) -> None:
     shop.fails(3, "baseline", shop.recipe(), says=says)
 
 
+@pytest.mark.fault(16)
 def test_training_images_in_the_validation_split(shop: Shop) -> None:
     shutil.copy(shop.folder / "set/images/train/0.png", shop.folder / "set/images/val/0.png")
     shop.fails(3, "baseline", shop.recipe(), says="data.allow_overlap=true")
@@ -183,6 +234,7 @@ def test_empty_split(shop: Shop) -> None:
     shop.fails(3, "baseline", shop.recipe(), says="val")
 
 
+@pytest.mark.fault(18)
 def test_data_changed_while_a_stage_ran(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     from yolo_compress.stages import baseline
 
@@ -196,6 +248,7 @@ def test_data_changed_while_a_stage_ran(shop: Shop, monkeypatch: pytest.MonkeyPa
     shop.fails(3, "baseline", shop.recipe(), says="1.txt")
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     "download", ["import os; os.system('touch ran')", "bash touch ran", "https://example.com/x.zip"]
 )
@@ -208,6 +261,7 @@ def test_download_of_a_yaml_is_never_executed(shop: Shop, download: str) -> None
 # 15: what has no ground truth has no AP
 
 
+@pytest.mark.fault(15)
 def test_a_class_without_boxes_is_left_out_of_the_mean(shop: Shop) -> None:
     assert main(["baseline", shop.recipe()]) == 0
     from yolo_compress.data import load
@@ -222,6 +276,7 @@ def test_a_class_without_boxes_is_left_out_of_the_mean(shop: Shop) -> None:
 # 23, 24, 25, 26: checkpoints
 
 
+@pytest.mark.fault(23)
 def test_truncated_at_every_step(shop: Shop) -> None:
     whole = (shop.folder / "weights/n.pt").read_bytes()
     for size in [0, 1, *range(4096, len(whole), max(4096, len(whole) // 12)), len(whole) - 1]:
@@ -237,6 +292,7 @@ class _Evil:
         return Path.touch, (Path(self.marker),)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("form", ["torch", "pickle", "zip"])
 def test_nothing_in_a_checkpoint_is_run(shop: Shop, form: str) -> None:
     target = shop.folder / "weights/evil.pt"
@@ -253,6 +309,7 @@ def test_nothing_in_a_checkpoint_is_run(shop: Shop, form: str) -> None:
     assert not (shop.folder / "ran").exists()
 
 
+@pytest.mark.fault(24)
 def test_state_dict_only(shop: Shop) -> None:
     model = ultra.load_model(shop.folder / "weights/n.pt")
     torch.save(model.state_dict(), shop.folder / "weights/state.pt")
@@ -268,6 +325,7 @@ def test_a_segmentation_net_is_refused(shop: Shop) -> None:
     shop.fails(2, "baseline", shop.recipe(baseline={"weights": "seg.pt"}), says="expected Detect")
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("kind", ["nan", "inf", "variance"])
 def test_unusable_numbers_are_named_by_layer(shop: Shop, kind: str) -> None:
     model = ultra.load_model(shop.folder / "weights/n.pt")
@@ -280,12 +338,14 @@ def test_unusable_numbers_are_named_by_layer(shop: Shop, kind: str) -> None:
     shop.fails(7, "baseline", shop.recipe(baseline={"weights": "bad.pt"}), says="model.3.")
 
 
+@pytest.mark.fault(26)
 def test_a_fused_checkpoint_is_refused(shop: Shop) -> None:
     fused = ultra.load_model(shop.folder / "weights/n.pt").fuse(verbose=False)
     ultra.save_model(fused, shop.folder / "weights/fused.pt")
     shop.fails(2, "prune", shop.recipe(baseline={"weights": "fused.pt"}, prune={"epochs": 0}), says="fused")
 
 
+@pytest.mark.fault(26)
 def test_an_already_pruned_checkpoint_is_pruned_further(shop: Shop) -> None:
     assert main(["prune", shop.recipe(prune={"epochs": 0, "calib_images": 3})]) == 0
     first = Store(Path("weights")).linked("r", "prune")
@@ -298,6 +358,7 @@ def test_an_already_pruned_checkpoint_is_pruned_further(shop: Shop) -> None:
 # 27: what plain ultralytics does to a pruned net, and that ours does not
 
 
+@pytest.mark.fault(27)
 def test_training_keeps_the_widths_that_ultralytics_would_restore(shop: Shop) -> None:
     recipe = shop.recipe(prune={"epochs": 1, "batch": 3, "calib_images": 3, "keep_flops": 0.5})
     assert main(["prune", recipe]) == 0
@@ -327,6 +388,7 @@ def test_criteria_with_gradients_read_the_labels(shop: Shop, criterion: str) -> 
     assert main(["prune", shop.recipe(prune={"epochs": 0, "calib_images": 3, "criterion": criterion})]) == 0
 
 
+@pytest.mark.fault(8)
 def test_seed_and_data_are_part_of_the_fingerprint(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["baseline", shop.recipe()]) == 0
     capsys.readouterr()
@@ -340,6 +402,7 @@ def test_seed_and_data_are_part_of_the_fingerprint(shop: Shop, capsys: pytest.Ca
 # 47: a full disk
 
 
+@pytest.mark.fault(47)
 def test_a_full_disk_is_said_and_leaves_no_artefact(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
     import os
@@ -354,6 +417,7 @@ def test_a_full_disk_is_said_and_leaves_no_artefact(shop: Shop, monkeypatch: pyt
 # 37: NaN in training
 
 
+@pytest.mark.fault(37)
 def test_nan_in_training_stops_with_the_last_good_state(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     from yolo_compress.ultra import trainer
 
@@ -376,6 +440,7 @@ def test_nan_in_training_stops_with_the_last_good_state(shop: Shop, monkeypatch:
     assert torch.load(partial / "work/resume.pt", weights_only=True)["epoch"] == 0
 
 
+@pytest.mark.fault(36)
 def test_a_collapsed_layer_stops_with_the_last_good_state(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     from yolo_compress.prune.gamma import SparseTraining
 
@@ -419,6 +484,7 @@ def test_each_penalty_trains_and_says_what_it_did(shop: Shop, penalty: str) -> N
     assert "lambda did little: raise sparsify.l1" in captured.err
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(("fresh", "code"), [(0.4, 0), (0.01, 7)])
 def test_a_net_that_finds_nothing_gets_fresh_statistics_first(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, fresh: float, code: int

@@ -57,6 +57,7 @@ def assert_same(found: Bench, expected: Bench) -> None:
     assert a.file("results.csv").read_text() == b.file("results.csv").read_text()
 
 
+@pytest.mark.fault(46)
 def test_killed_at_random_moments_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
     killed = ready(tmp_path / "killed")
     dice = random.Random(20261124)
@@ -71,6 +72,7 @@ def test_killed_at_random_moments_equals_uninterrupted(whole: Whole, tmp_path: P
     assert_same(killed, whole.bench)
 
 
+@pytest.mark.fault(46)
 def test_killed_after_the_last_epoch_does_not_train_again(whole: Whole, tmp_path: Path) -> None:
     late = ready(tmp_path / "late")
     process = late.start("prune", "recipe=kill.yaml")
@@ -95,6 +97,7 @@ def _epoch(file: Path) -> int:
         return -1
 
 
+@pytest.mark.fault(44, 45)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Signals, code: int) -> None:
     recipe(bench.folder, "kill", sparsify=None, distill=None, qat=None,
@@ -114,6 +117,7 @@ def test_signals_end_with_their_code_and_a_hint(bench: Bench, number: signal.Sig
     assert not [path for path in store.rglob("*") if path.name.startswith(".tmp")]
 
 
+@pytest.mark.fault(54)
 def test_a_second_run_fails_or_waits_for_the_first(bench: Bench) -> None:
     with lock(bench.folder / "weights" / ".lock", "prune of recipe tiny"):
         done = bench.run_apart("baseline", "recipe=tiny.yaml", "lock=fail", code=75)

@@ -98,6 +98,7 @@ def enumerated(truths: Rows, a: Rows, b: Rows) -> Iterator[tuple[float, float]]:
         yield float(ap[1] - ap[0]), ways / len(truths) ** len(truths)
 
 
+@pytest.mark.fault(67)
 def test_the_interval_is_that_of_the_exact_bootstrap_distribution() -> None:
     """All 256 resamples enumerated: so much of them lies below each end as should, within Monte Carlo error."""
     truths, a, b = toy()
@@ -116,6 +117,7 @@ def test_the_interval_is_that_of_the_exact_bootstrap_distribution() -> None:
     assert (ours[1] - ours[0]).mean() == pytest.approx((deltas * probabilities).sum(), abs=1e-12)
 
 
+@pytest.mark.fault(66)
 def test_a_model_against_itself() -> None:
     truths, found = scene(3, tied=False)
     found = [rows[(rows[:, 2:4] > rows[:, :2]).all(axis=1)] for rows in found]
@@ -243,6 +245,7 @@ def test_latency_is_a_ratio_of_medians_with_an_interval() -> None:
             latency_ratio(one, other, 5, 0)
 
 
+@pytest.mark.fault(66)
 def test_an_interval_of_nothing_is_none() -> None:
     assert interval(np.full(5, np.nan)) == (None, None)
     assert interval(np.array([1.0, np.nan, 1.0])) == (1.0, 1.0)
@@ -255,6 +258,7 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
         compare(truths, found, found, NAMES, **setting)
 
 
+@pytest.mark.fault(66)
 def test_without_truths_there_is_nothing_to_compare_by() -> None:
     truths, found = scene(0, images=2)
     with pytest.raises(DataError, match="no ground truth in 2 images"):
@@ -265,6 +269,7 @@ def test_without_truths_there_is_nothing_to_compare_by() -> None:
         compare(truths, found, found[:1], NAMES)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("images", [1, 9])
 def test_of_too_few_images_nothing_is_decided(images: int) -> None:
     """One image resampled is the same image: an interval without width is no certainty."""

@@ -113,6 +113,7 @@ def test_an_engine_an_onnx_file_and_a_checkpoint_of_one_net_agree(
     assert code == 2 and "the model's classes are ['bolt', 'nut'], the data set's ['screw', 'nut']" in err
 
 
+@pytest.mark.fault(65)
 def test_other_images_other_detections_and_altered_bytes_are_refused(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_reading_ahead_changes_nothing(samples: list[Sample]) -> None:
         assert np.array_equal(here, ahead)
 
 
+@pytest.mark.fault(65)
 def test_a_backend_of_other_classes_or_size_is_refused(samples: list[Sample]) -> None:
     backend = Drawn()
     with pytest.raises(RecipeError, match=r"\['bolt', 'nut'\], the data set's \['nut', 'bolt'\]"):
@@ -98,6 +99,7 @@ def test_a_backend_of_other_classes_or_size_is_refused(samples: list[Sample]) ->
     assert not backend.shapes, "before anything runs"
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_output_that_is_not_finite_is_an_error_that_names_the_image(value: float, samples: list[Sample]) -> None:
     calls = [0]

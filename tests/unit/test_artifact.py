@@ -184,6 +184,7 @@ def damage_folder_link(path: Path) -> None:
     (path / "outside").symlink_to("/")
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -211,6 +212,7 @@ def published(tmp_path_factory) -> tuple[Store, Artifact]:
     return store, make(store)
 
 
+@pytest.mark.fault(23)
 @settings(max_examples=60, deadline=None)
 @given(
     share=st.floats(0, 1, exclude_max=True),
@@ -251,6 +253,7 @@ def test_every_truncated_manifest_is_caught(store: Store) -> None:
         store.find("prune", made.fingerprint)
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", ["../model.pt", "/etc/passwd", "a/../../b", "", ".", "a//b", "manifest.json"])
 def test_a_manifest_cannot_point_outside_its_folder(store: Store, name: str) -> None:
     made = make(store)
@@ -339,6 +342,7 @@ def sound(store: Store) -> list[Artifact]:
     return artifacts
 
 
+@pytest.mark.fault(46)
 def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
     expected = make(Store(tmp_path / "uninterrupted"), 2)
     name = expected.fingerprint
@@ -363,6 +367,7 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
     assert states.count("published") > 6  # what was killed after the manifest was completed, not repeated
 
 
+@pytest.mark.fault(46)
 def test_a_kill_at_any_step_of_a_replacement_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     store = Store(tmp_path / "0")
     key = key_of(2)
@@ -387,6 +392,7 @@ def test_a_kill_at_any_step_of_a_replacement_leaves_the_old_or_the_new(tmp_path:
     assert states == sorted(states, reverse=True) and states.count("old") > 10 and states.count("new") > 6
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize(
     ("call", "code"), [("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EACCES), ("open", errno.EROFS)]
 )
@@ -421,6 +427,7 @@ def test_any_failing_call_is_a_storage_error_and_a_later_run_succeeds(
     assert failures == n - 1 >= 4
 
 
+@pytest.mark.fault(50)
 def test_an_older_complete_stage_serves_if_the_rename_never_reached_the_disk(store: Store) -> None:
     earlier, made = make(store, 1), make(store, 2)
     made.path.rename(made.path.with_name(made.path.name + ".partial"))  # the folder as it was before the rename
@@ -449,6 +456,7 @@ print(artifact.path)
 """
 
 
+@pytest.mark.fault(54)
 def test_two_processes_publish_the_same_thing_at_once(store: Store) -> None:
     name = fingerprint(key_of(2))
     (store.partial("prune", name) / "model.pt").write_bytes(os.urandom(1 << 22))

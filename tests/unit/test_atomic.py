@@ -54,7 +54,11 @@ def test_writes_bytes_and_text_with_the_umask_s_mode(target: Path) -> None:
     assert names(target.parent) == ["model.pt", "é.txt"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
+@pytest.mark.fault(47, 49)
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EXDEV, errno.ESTALE],
+)
 @pytest.mark.parametrize(
     ("call", "n", "left"), [("write", 1, OLD), ("fsync", 1, OLD), ("replace", 1, OLD), ("fsync", 2, NEW)]
 )
@@ -74,6 +78,7 @@ def test_a_failing_call_leaves_a_whole_file(
     assert target.read_bytes() == NEW
 
 
+@pytest.mark.fault(49)
 def test_short_writes_are_continued(monkeypatch, target: Path) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:7]))
@@ -81,12 +86,14 @@ def test_short_writes_are_continued(monkeypatch, target: Path) -> None:
     assert target.read_bytes() == NEW
 
 
+@pytest.mark.fault(49)
 def test_a_folder_that_cannot_be_fsynced_is_no_failure(monkeypatch, target: Path) -> None:
     fail_call(monkeypatch, "fsync", 2, errno.EINVAL)
     atomic.atomic_write(target, NEW)
     assert target.read_bytes() == NEW
 
 
+@pytest.mark.fault(56)
 def test_a_folder_removed_meanwhile_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"gone/model\.pt: No such file or directory"):
         atomic.atomic_write(tmp_path / "gone" / "model.pt", NEW)
@@ -156,6 +163,7 @@ def run_writer(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.fault(46)
 def test_a_kill_at_any_step_leaves_a_whole_file(target: Path) -> None:
     contents = []
     for n in range(1, 20):
@@ -169,6 +177,7 @@ def test_a_kill_at_any_step_leaves_a_whole_file(target: Path) -> None:
     assert contents == [OLD] * 5 + [NEW] * 4
 
 
+@pytest.mark.fault(47)
 def test_a_real_limit_of_the_system_is_a_storage_error(target: Path) -> None:
     done = run_writer(str(target), "4096")
     assert done.stderr.strip().splitlines()[-1].startswith(f"yolo_compress.errors.StorageError: cannot write {target}")

@@ -125,6 +125,7 @@ def test_engines_that_share_the_processors_are_bound_to_none(
         assert engine._compiled.get_property("ENABLE_CPU_PINNING") is False
 
 
+@pytest.mark.fault(77)
 @pytest.mark.parametrize("runtime", CPU)
 def test_a_detector_finds_the_same_at_any_batch(runtime: str, exported: dict[str, Path]) -> None:
     pictures = [(255 * image.transpose(1, 2, 0)).astype(np.uint8) for image in images(3)]
@@ -237,6 +238,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, str], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("runtime", CPU)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_engines_are_refused_before_the_library_sees_them(
@@ -251,6 +253,7 @@ def test_damaged_engines_are_refused_before_the_library_sees_them(
     assert not spied
 
 
+@pytest.mark.fault(30)
 def test_an_engine_file_beside_a_valid_sidecar_of_other_files_is_refused(
     engines: dict[tuple[str, str], Path], spied: list[str], tmp_path: Path
 ) -> None:
@@ -261,6 +264,7 @@ def test_an_engine_file_beside_a_valid_sidecar_of_other_files_is_refused(
     assert not spied
 
 
+@pytest.mark.fault(30)
 def test_another_runtime_precision_or_source_is_refused(engines: dict[tuple[str, str], Path], spied: list[str]) -> None:
     with pytest.raises(EngineError, match="of openvino, not of onnxruntime"):
         OrtBackend(engines["openvino", "fp32"])
@@ -381,6 +385,7 @@ def test_an_output_with_nms_in_the_graph_is_refused(exported: dict[str, Path]) -
             check_output(info, shape, exported["fp32"])
 
 
+@pytest.mark.fault(62)
 def test_probes_are_silent_where_it_works_and_hint_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OrtBackend.probe() is None and OpenVINOBackend.probe() is None
     for name in ("onnxruntime", "openvino", "tensorrt"):

@@ -72,6 +72,7 @@ def started(bundle: Path, command: str, before: str) -> tuple[int, str]:
 NO_NUMPY = "sys.modules['numpy'] = None"  # import numpy: ModuleNotFoundError
 
 
+@pytest.mark.fault(88)
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 9), (3, 7, 16)])
 def test_an_old_python_is_one_line(version: tuple[int, int, int], bundle: Path) -> None:
     old = "{}.{}".format(*version)
@@ -178,6 +179,7 @@ def report(passed: bool) -> Any:
     return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 keeps 97 %"}})
 
 
+@pytest.mark.fault(42)
 def test_a_failed_gate_yields_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
     asked = make.order({"out": "/nowhere/a"})
     with pytest.raises(GateFailed, match=r"INT8 keeps 97 %; no bundle is made \(force=true"):

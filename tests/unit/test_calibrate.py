@@ -114,6 +114,7 @@ def test_percentile_is_numpys_to_a_bin(kind, percentile):
     assert abs(amax("percentile", x, percentile) - expected) <= 2 * seen.top / Histogram.BINS
 
 
+@pytest.mark.fault(39)
 def test_percentile_ignores_an_outlier_and_full_percentile_does_not():
     x = values("outlier")
     assert amax("percentile", x) < 4.6
@@ -194,12 +195,14 @@ def test_no_range_passes_the_largest_value(method):
         assert 0.02 * largest.activations[name] < amax_ <= largest.activations[name], name
 
 
+@pytest.mark.fault(39)
 def test_a_silent_tensor_gets_the_floor_and_a_warning():
     with pytest.warns(UserWarning, match=r"images is 0 on every image"):
         state = ptq(tiny_model(), lambda: [torch.zeros(1, 3, 64, 64)], "mse")
     assert state.activations["images"] == np.float32(AMAX_FLOOR)
 
 
+@pytest.mark.fault(39)
 def test_a_dead_output_channel_gets_the_floor():
     model = tiny_model()
     with torch.no_grad():
@@ -207,6 +210,7 @@ def test_a_dead_output_channel_gets_the_floor():
     assert ptq(model, lambda: [images(1)], "max").weights["model.0.conv"][1] == pytest.approx(AMAX_FLOOR)
 
 
+@pytest.mark.fault(17)
 def test_what_cannot_be_calibrated_is_said():
     model = tiny_model()
     with pytest.raises(RecipeError, match="'minmax' is unknown; there are max, percentile, mse, entropy"):

@@ -46,6 +46,7 @@ def stages(chain: Chain) -> list[str]:
 # What runs again
 
 
+@pytest.mark.fault(74)
 def test_force_that_is_killed_keeps_the_artefact_and_continues(chain: Chain) -> None:
     old = chain.run("baseline")
     chain.run("report")
@@ -119,6 +120,7 @@ def test_force_mends_an_artefact_that_is_damaged(chain: Chain, file: str) -> Non
     chain.run("report")
 
 
+@pytest.mark.fault(79)
 def test_no_training_starts_where_the_name_is_taken(chain: Chain) -> None:
     (chain.folder / "weights/r/prune").mkdir(parents=True)
     with pytest.raises(StorageError, match="move it away"):
@@ -191,6 +193,7 @@ def gc(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("words", [(), ("recipe=r.yaml",)])
 def test_gc_keeps_a_training_that_was_interrupted(
     chain: Chain, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -210,6 +213,7 @@ def test_gc_keeps_a_stage_that_has_only_to_be_published(chain: Chain, capsys: py
     assert chain.ran == [] and chain.store.linked("r", "prune") == made
 
 
+@pytest.mark.fault(74)
 def test_gc_keeps_what_the_recipe_given_needs(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     chain.run("report")
     shutil.rmtree(chain.folder / "weights/r")
@@ -263,6 +267,7 @@ def test_a_damaged_manifest_does_not_stop_gc(chain: Chain, damage, capsys: pytes
 # Nothing is written into the store
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize(
     "out", ["weights/store", "weights/store/new", "weights/r/report", "aside/report", "{}", "{}/x/y"]
 )
@@ -279,6 +284,7 @@ def test_a_report_is_not_written_into_the_store(chain: Chain, out: str, capsys: 
     chain.store.verify(report)
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize(
     "words",
     [
@@ -344,6 +350,7 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
 # Kills
 
 
+@pytest.mark.fault(46)
 @pytest.mark.slow
 def test_kills_at_random_instants_lose_nothing(chain: Chain) -> None:
     """`python tests/unit/fake_chain.py --kills 200` does it longer."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import quant_net
 import report_case
@@ -23,7 +24,7 @@ from yolo_compress.bundle.networks import read
 from yolo_compress.bundle.signature import check_signatures
 from yolo_compress.datayaml import read_yaml
 from yolo_compress.distill.logits import soft_labels
-from yolo_compress.errors import CompressError, DataError, GateFailed
+from yolo_compress.errors import CompressError, DataError, GateFailed, NumericsError
 from yolo_compress.evaluate.ab import compare
 from yolo_compress.evaluate.coco import absolute_boxes, mean_ap
 from yolo_compress.evaluate.tide import errors
@@ -142,6 +143,7 @@ def test_an_output_convolution_of_one_class_is_one(tmp_path: Path) -> None:
     assert found == [[], ["class"]]
 
 
+@pytest.mark.fault(73)
 def test_export_says_what_would_be_faster_and_refuses_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +165,7 @@ def test_export_says_what_would_be_faster_and_refuses_what_is_wrong(
     export._lint(tmp_path / "float.onnx", "tensorrt-10.3", False)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 60, 300])
 def test_export_lint_engine_and_nms(classes: int, tmp_path: Path) -> None:
@@ -237,6 +240,7 @@ BOX = (0, 0.5, 0.5, 0.5, 0.5)
 NOTHING, FOUND = np.zeros((0, 6), np.float32), np.array([[16, 16, 48, 48, 0.9, 0]], np.float32)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [(NOTHING, NOTHING, (0, 0)), (FOUND, FOUND, (1, 1)), (NOTHING, FOUND, (0, 1)), (FOUND, NOTHING, (1, 0))],
@@ -298,6 +302,7 @@ def data_yaml(folder: Path, names: str) -> Path:
     return file
 
 
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("name", ["a\\nb", "bell\\a", "esc\\e[31m", "line\\u2028b", "next\\x85b"])
 def test_class_names_that_no_list_can_hold_are_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.yaml:3: class name .* holds a line break or another control character"):
@@ -343,6 +348,7 @@ def test_letterbox_of_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.shape == (1, *SIZE) and same == placed and np.array_equal(found[0], colour[0]), step
 
 
+@pytest.mark.fault(35, 78)
 def test_a_grey_network_runs_everywhere_on_rgb_images(tmp_path: Path) -> None:
     model = trained(2, channels=1)
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=names(2))
@@ -380,6 +386,7 @@ def test_a_grey_network_runs_everywhere_on_rgb_images(tmp_path: Path) -> None:
     deepstream.check(tmp_path, read(tmp_path / "fp32.onnx"), about)
 
 
+@pytest.mark.fault(78)
 def test_an_input_of_other_channels_is_refused(tmp_path: Path) -> None:
     net = Net(size=(1, 4, *SIZE))
     net.ends(
@@ -406,11 +413,26 @@ def job(count: int, **changes: Any) -> Any:
     return SimpleNamespace(dataset=dataset, recipe=SimpleNamespace(run=SimpleNamespace(seed=0)), **changes)
 
 
+@pytest.mark.fault(17)
 def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(batches.chosen(job(3), 3)) == 3
     assert capsys.readouterr().err == ""
     assert len(batches.chosen(job(3), 64)) == 3
     assert capsys.readouterr().err == "calibration: all 3 training images, fewer than the 64 of calib_images\n"
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("value", [0, 114, 255])
+def test_calibration_images_that_are_all_of_one_colour_are_refused(tmp_path: Path, value: int) -> None:
+    samples = [SimpleNamespace(image=tmp_path / f"{number}.png") for number in range(3)]
+    for sample in samples:
+        PIL.Image.new("RGB", (64, 48), (value,) * 3).save(sample.image)
+    model = quant_net.net()
+    with pytest.raises(DataError, match=r"calibration: all 3 images are of one colour, such as .*0\.png") as caught:
+        ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
+    assert caught.value.exit_code == 3
+    PIL.Image.effect_noise((64, 48), 90).convert("RGB").save(samples[-1].image)
+    ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
 
 
 def test_batchnorm_follows_within_the_steps_of_a_run() -> None:
@@ -434,6 +456,35 @@ def test_rounding_that_a_network_amplifies_is_no_fault_of_the_export(
     assert "amplifies rounding" in capsys.readouterr().err
     with pytest.raises(CompressError, match="differs from torch on 2 images"):
         export._compare(job(2, imgsz_hw=SIZE), quant_net.net(seed=1), tmp_path / "fp32.onnx")
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("weight", "layer"),
+    [
+        ("model.4.m.0.cv1.conv.weight", r"model\.4 \(C2f\), by .* of "),
+        ("model.0.conv.weight", r"model\.0 \(Conv\), by "),
+        ("model.22.cv3.0.2.weight", r"model\.22 \(Detect\), all before it agree"),
+    ],
+)
+def test_a_graph_that_computes_something_else_stops_the_export_and_the_layer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, layer: str, batch: int
+) -> None:
+    monkeypatch.setattr(export, "read_image", lambda _: np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8))
+    file, model = tmp_path / "fp32.onnx", quant_net.net()
+    export_onnx(model, file, SIZE, names=quant_net.NAMES, batch=batch)
+    assert export._compare(job(2, imgsz_hw=SIZE), model, file)["scores"] < 1e-4
+    graph = onnx.load(str(file))
+    (tensor,) = (one for one in graph.graph.initializer if one.name == weight)
+    values = onnx.numpy_helper.to_array(tensor)
+    noise = np.random.default_rng(1).normal(size=values.shape).astype(np.float32) * values.std()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values + noise, weight))
+    onnx.save(graph, str(file))
+    with pytest.raises(
+        NumericsError, match=rf"differs from torch on 2 images: .*The first layer that differs: {layer}"
+    ):
+        export._compare(job(2, imgsz_hw=SIZE), model, file)
 
 
 # --- bundle -----------------------------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def test_a_looser_box_counts_up_to_its_overlap() -> None:
     assert result["map50_95"] == pytest.approx(0.7) and result["map50"] == pytest.approx(1.0)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("evaluate", [mean_ap, ultralytics_ap])
 def test_perfect_and_absent_detections(evaluate: Any) -> None:
     truths, _ = scene(1)
@@ -138,6 +139,7 @@ def test_perfect_and_absent_detections(evaluate: Any) -> None:
     assert set(nothing["per_class"].values()) == {0.0}
 
 
+@pytest.mark.fault(15)
 def test_a_class_without_ground_truth_is_none_and_does_not_count() -> None:
     wrong = np.array([[0, 0, 9, 9, 0.95, 2]])
     found = np.concatenate([wrong, perfect(ONE)])
@@ -167,6 +169,7 @@ def test_the_order_of_rows_does_not_matter_but_that_of_images_does() -> None:
     assert mean_ap(truths, found[1:] + found[:1], NAMES)["map50_95"] < 0.1
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("evaluate", [mean_ap, ultralytics_ap])
 def test_what_cannot_be_evaluated(evaluate: Any) -> None:
     with pytest.raises(ValueError, match="1 images but 2 sets"):

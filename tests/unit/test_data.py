@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_good_set(root: Path) -> None:
     )
 
 
+@pytest.mark.fault(13, 14)
 def test_all_findings_are_listed_and_skip_drops_just_those(root: Path) -> None:
     (root / "images/train/0.png").write_bytes(encoded(0)[:300])
     (root / "labels/train/1.txt").write_bytes(ROW + b"7 .5 .5 .1 .1\n")
@@ -104,11 +106,13 @@ def test_message_lists_ten_and_counts_the_rest(root: Path) -> None:
     assert (len(lines), lines[-1], len(caught.value.findings)) == (12, "  ... and 3 more", 13)
 
 
+@pytest.mark.fault(13)
 def test_right_format_under_a_wrong_suffix_is_accepted(root: Path) -> None:
     (root / "images/train/0.png").rename(root / "images/train/0.jpg")
     assert len(load("set/data.yaml").train) == 4
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("kind", ["image", "label"])
 def test_pipe_does_not_hang(root: Path, kind: str) -> None:
     path = root / ("images/train/p.png" if kind == "image" else "labels/train/0.txt")
@@ -168,6 +172,7 @@ def test_folder_loop_is_a_finding(root: Path) -> None:
     assert findings(root) == ("set/images/train/again: symbolic link to a folder that holds it",)
 
 
+@pytest.mark.fault(16)
 def test_overlap_is_found_by_content(root: Path) -> None:
     os.link(root / "images/train/3.png", root / "images/val/other-name.png")
     (root / "labels/val/other-name.txt").write_bytes(ROW)
@@ -185,6 +190,7 @@ def test_overlap_is_no_thing_to_skip(root: Path) -> None:
     findings(root, on_bad="skip")
 
 
+@pytest.mark.fault(15)
 def test_background_images_are_noted(root: Path) -> None:
     (root / "labels/train/0.txt").unlink()
     (root / "labels/train/1.txt").write_bytes(b" \n")
@@ -286,6 +292,7 @@ def test_cache_that_cannot_be_written_is_a_note(root: Path) -> None:
     )
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -319,6 +326,22 @@ def test_limits_are_evenly_spaced_and_checked_alone(root: Path) -> None:
     assert [s.name[-5:] for s in got.train + got.val] == ["0.png", "2.png", "0.png"]
     with pytest.raises(RecipeError, match=r"data\.limit_val must be at least 1, not 0"):
         load("set/data.yaml", limit_val=0)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None:
+    """Of which the preflight is asked for 16: it reads those, and the time is that of listing."""
+    for number in range(100_000):
+        os.close(os.open(root / f"images/train/{number:06d}.png", os.O_CREAT | os.O_WRONLY))
+    there = sorted(path.name for path in (root / "images/train").iterdir())
+    for seed, name in enumerate(there[i * len(there) // 16] for i in range(16)):  # which `limit_train` takes
+        (root / "images/train" / name).write_bytes(encoded(100 + seed))
+        (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
+    started = time.process_time()
+    dataset = load(str(root / "data.yaml"), limit_train=16)
+    assert len(dataset.train) == 16 and len(dataset.files) < 100
+    assert time.process_time() - started < 30
 
 
 def test_progress_ends_at_the_total(root: Path) -> None:
@@ -364,6 +387,7 @@ def test_a_link_to_a_folder_of_images_has_its_labels_beside_the_link(root: Path)
     assert findings(root) == ("set/images/val/again: symbolic link to a folder that holds it",)
 
 
+@pytest.mark.fault(80)
 def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
     (root / "labels/train/0.txt").unlink()
     assert any("1 of 4 images are background (1 without label file)" in note for note in load("set/data.yaml").notes)
@@ -377,12 +401,14 @@ def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
     assert len(load("set/data.yaml", max_unlabelled=0.5).train) == 4
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("name", ["0.TXT", "0.Txt"])
 def test_a_label_file_in_another_case_is_a_finding(root: Path, name: str) -> None:
     (root / "labels/train/0.txt").rename(root / "labels/train" / name)
     assert findings(root) == (f"set/labels/train/{name}: not read; the label file of images/train/0.png is 0.txt",)
 
 
+@pytest.mark.fault(15)
 def test_validation_images_without_any_object_are_refused(root: Path) -> None:
     (root / "labels/val/0.txt").write_bytes(b"")
     assert len(load("set/data.yaml").val) == 2
@@ -393,6 +419,7 @@ def test_validation_images_without_any_object_are_refused(root: Path) -> None:
         load("set/data.yaml")
 
 
+@pytest.mark.fault(81)
 def test_more_objects_than_coco_counts_are_said(root: Path) -> None:
     def rows(count: int) -> bytes:
         return b"".join(b"%d %.6f 0.5 0.01 0.5\n" % (i % 2, 0.01 + 0.98 * i / count) for i in range(count))

@@ -31,6 +31,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.mark.fault(22)
 def test_lists_with_crlf_dot_slash_missing_and_repeated_members(root: Path) -> None:
     (root / "train.txt").write_bytes(b"\xef\xbb\xbf./images/train/0.png\r\nimages/train/1.png\r\n\r\n")
     (root / "val.txt").write_text(
@@ -50,6 +51,7 @@ def test_lists_with_crlf_dot_slash_missing_and_repeated_members(root: Path) -> N
     assert [s.name for s in kept.val] == ["images/val/0.png"]
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("where", ["yaml", "list"])
 def test_leaving_the_root_is_an_error(root: Path, where: str) -> None:
     shutil.copytree(root / "images/val", root.parent / "outside")
@@ -68,6 +70,7 @@ def test_roboflow_export_is_read_as_meant(root: Path) -> None:
     assert (got.names, len(got.val)) == (("class_0", "class_1"), 2)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -100,6 +103,7 @@ def test_yaml_in_another_encoding(root: Path) -> None:
         load("set/data.yaml")
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     "download", ["touch marker", "bash touch marker", "|\n  open('marker', 'w')", "https://x.invalid/a.zip"]
 )

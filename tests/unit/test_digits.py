@@ -55,6 +55,7 @@ def test_leftover_of_a_killed_draw_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out/digits.json").is_file() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.fault(54)
 def test_two_at_once_draw_one_whole_set(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -132,6 +132,7 @@ def test_equal_nets_give_zero_and_different_ones_do_not() -> None:
     assert all(torch.isfinite(value) and float(value.detach()) > 1e-4 for value in different.values())
 
 
+@pytest.mark.fault(38)
 def test_gradient_reaches_the_student_and_nothing_of_the_teacher_moves() -> None:
     student, teacher = model(1).train(), model(0, "yolov8s.yaml")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -238,6 +239,7 @@ def test_a_relation_of_one_image_is_refused_at_the_first_batch() -> None:
         hook.extra_loss(single, student(single["img"]))
 
 
+@pytest.mark.fault(38)
 def test_a_teacher_that_moves_is_a_bug() -> None:
     teacher = Frozen(model(0)).net
     prove_frozen(teacher)

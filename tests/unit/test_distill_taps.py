@@ -88,6 +88,7 @@ def test_a_layer_of_any_stride_gets_its_weights(nano: nn.Module, small: nn.Modul
     assert hooks_of(student) == hooks_of(hook.source.net) == 0
 
 
+@pytest.mark.fault(26)
 def test_a_copy_made_before_training_carries_no_taps(nano: nn.Module, small: nn.Module) -> None:
     student = deepcopy(nano)
     hook = Teach(Frozen(deepcopy(small)), feature_weight=1.0, class_weight=0.0)

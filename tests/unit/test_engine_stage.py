@@ -33,6 +33,7 @@ def test_eight_bits_where_they_saturate(monkeypatch: pytest.MonkeyPatch) -> None
     engine.check(asked(qat__weight_bits="8", engine__runtimes="openvino", export__precisions="fp32"), nothing)
 
 
+@pytest.mark.fault(62)
 def test_a_runtime_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.BACKENDS["openvino"], "probe", staticmethod(lambda: "no openvino; pip install openvino"))
     nothing: Any = None

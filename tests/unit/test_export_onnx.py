@@ -59,6 +59,7 @@ def test_open_batch_and_no_simplifier(tmp_path: Path) -> None:
     assert_same(run_onnx(tmp_path / "a.onnx", batch), run_torch(model, batch))
 
 
+@pytest.mark.fault(77)
 def test_fixed_batch(tmp_path: Path) -> None:
     model, batch = net(), images(4)
     export_onnx(model, tmp_path / "a.onnx", SIZE, names=NAMES, batch=2)

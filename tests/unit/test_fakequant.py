@@ -45,6 +45,7 @@ def output(model: nn.Module) -> Tensor:
         return model.eval()(images(2, seed=5))[0]
 
 
+@pytest.mark.fault(40)
 def test_plan_is_all_but_the_output_convolutions_and_dfl() -> None:
     model = net()
     macs: dict[str, int] = {}
@@ -296,6 +297,7 @@ def test_state_of_another_network_is_refused(state: QuantState) -> None:
         fold(state, other)
 
 
+@pytest.mark.fault(26)
 def test_hook_trains_resumes_and_gives_back_a_stock_model() -> None:
     calls = []
 
@@ -332,6 +334,7 @@ def test_hook_trains_resumes_and_gives_back_a_stock_model() -> None:
     assert torch.equal(output(ema), expected)
 
 
+@pytest.mark.fault(62)
 def test_without_modelopt(state: QuantState, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "modelopt"]:
         monkeypatch.delitem(sys.modules, name)

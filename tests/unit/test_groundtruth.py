@@ -49,6 +49,7 @@ def test_boxes_and_digest_are_the_workstations(folder: Path) -> None:
     assert image_set(rows, NAMES) != image_set(rows[1:], NAMES) != image_set(rows[1:], NAMES[::-1])
 
 
+@pytest.mark.fault(64)
 def test_what_would_not_compare_is_an_error(folder: Path) -> None:
     (folder / "val/labels/2.txt").write_text("0 .5 .5 .2 .4\n2 .5 .5 .2 .4\n")
     with pytest.raises(SourceError, match=r"2\.txt:2: class 2 is outside 0\.\.1"):
@@ -80,6 +81,7 @@ def test_a_coco_json_is_read_by_names(tmp_path: Path) -> None:
     assert absolute(first.boxes, 40, 60).tolist() == pytest.approx(np.array([[1, 6, 8, 18, 24]]))
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize(
     ("document", "message"),
     [

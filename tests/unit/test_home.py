@@ -50,6 +50,7 @@ def test_the_store_is_in_the_home(user: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in user.iterdir()] == ["home"] and (user / "home/weights/.lock").is_file()
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize(
     "words",

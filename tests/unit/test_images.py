@@ -72,6 +72,7 @@ BAD_IMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_bad_image(name: str) -> None:
     content, what = BAD_IMAGES[name]
@@ -80,6 +81,7 @@ def test_bad_image(name: str) -> None:
     assert str(caught.value) == what
 
 
+@pytest.mark.fault(13)
 def test_findings_do_not_depend_on_a_patched_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ultralytics replaces PIL.Image.open by one that installs packages when it meets an unknown file."""
 
@@ -102,6 +104,7 @@ def test_findings_do_not_depend_on_registered_decoders(monkeypatch: pytest.Monke
         images.probe(BAD_IMAGES["junk"][0])
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 def test_cut_images_are_all_found(kind: str) -> None:
     whole = encoded(3, kind)
@@ -111,6 +114,7 @@ def test_cut_images_are_all_found(kind: str) -> None:
             images.probe(whole[:end])
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [

@@ -27,6 +27,7 @@ def test_map_of_what_is_kept_is_that_of_all(tmp_path: Path) -> None:
     assert [len(rows) for rows in kept(tmp_path / "none.npy", 2)] == [0, 0]
 
 
+@pytest.mark.fault(64)
 def test_another_table_is_refused(tmp_path: Path) -> None:
     keep(tmp_path / "row.npy", [np.ones((1, 6))] * 3)
     with pytest.raises(CorruptArtifact, match="no detections of 2 images"):

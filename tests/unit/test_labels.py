@@ -33,11 +33,13 @@ BAD_ROWS = [
 ]
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(("row", "what"), BAD_ROWS, ids=[row.decode() for row, _ in BAD_ROWS])
 def test_bad_row_is_named_by_line(row: bytes, what: str) -> None:
     assert labels.parse(ROW + b"\n" + row + b"\n" + ROW, 2).findings == [(3, what)]
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     ("row", "what"),
     [
@@ -57,6 +59,7 @@ def test_polygons_become_the_boxes_of_ultralytics() -> None:
     assert box == pytest.approx((1, 0.3, 0.55, 0.4, 0.7))
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     "data", [b"\xef\xbb\xbf1 0.5 0.5 0.25 0.5\r\n", b"1\t0.5\t0.5\t0.25\t0.5", b"\n\n 1.0  .5 .5 .25 5e-1 \r\n\r\n"]
 )
@@ -68,6 +71,7 @@ def test_rounding_of_annotation_tools_is_clipped() -> None:
     assert labels.parse(b"0 1.01 -0.005 0.1 1.009", 2).boxes == [(0, 1.0, 0.0, 0.1, 1.0)]
 
 
+@pytest.mark.fault(14)
 def test_repeated_rows_are_dropped_with_a_note() -> None:
     got = labels.parse(ROW + b"0 .1 .1 .1 .1\n" + b"1 .5 .50 .25 .5\n", 2)
     assert (len(got.boxes), got.findings, got.notes) == (2, [], [(3, "same as line 1, dropped")])
@@ -77,6 +81,7 @@ def test_polygons_that_share_a_box_are_both_kept() -> None:
     assert len(labels.parse(b"0 .1 .1 .3 .1 .3 .3 .1 .3\n0 .1 .1 .3 .1 .1 .3 .3 .3\n", 2).boxes) == 2
 
 
+@pytest.mark.fault(14)
 def test_binary_junk_huge_and_wholly_wrong_files() -> None:
     assert labels.parse(ROW + b"\x80\x02}q\x00.", 2).findings == [(2, "not UTF-8 text (byte 0x80)")]
     million = labels.parse(ROW * 1_000_000, 2)

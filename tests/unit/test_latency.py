@@ -26,6 +26,7 @@ NAMES = ("bolt", "nut")
 IMGSZ = (64, 64)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("n", "stated"),
     [
@@ -138,6 +139,8 @@ for number, line in enumerate(sys.stdin):
     if spec["mode"] == "dies in a round" and number == 1:
         print("x" * 5000 + " last words", end="", file=sys.stderr, flush=True)
         os._exit(3)
+    if spec["mode"] == "crashes":
+        os.kill(os.getpid(), 11)
     if spec["mode"] == "babbles":
         print("hello", flush=True)
     if spec["mode"] == "hangs":
@@ -186,15 +189,18 @@ def test_rounds_go_abba_with_n_samples_each(specs: Any, tmp_path: Path) -> None:
     [
         ("dies at load", r"(?s)B: .*ended with code 1.*cannot open the engine: out of luck"),
         ("dies in a round", r"(?s)B: .*ended with code 3.* last words"),
+        ("crashes", r"(?s)B: .*ended by signal 11 \(Segmentation fault\)"),
         ("babbles", "B: the measuring process answered 'hello"),
     ],
 )
+@pytest.mark.fault(53)
 def test_a_child_that_fails_is_named_with_its_last_words(specs: Any, mode: str, words: str) -> None:
     with pytest.raises(LatencyError, match=words) as caught:
         measure_in_turn(specs("works", mode), 3, 2)
     assert len(str(caught.value)) < 2500, "the end of a long stderr, not all of it"
 
 
+@pytest.mark.fault(53)
 def test_a_child_that_hangs_is_ended(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_compress.runtime.turns.PATIENCE_S", 1.5)
     with pytest.raises(LatencyError, match=r"B: the measuring process gave no answer in 1\.5 s and was ended"):

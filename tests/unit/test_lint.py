@@ -640,6 +640,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         refused(file, "ONNX")
 
 
+@pytest.mark.fault(29)
 def test_graphs_that_do_not_hold_together(tmp_path: Path) -> None:
     net = sound()
     net.nodes.reverse()
@@ -691,6 +692,7 @@ def external(folder: Path, location: str, length: int | None = None) -> Path:
     return folder / "net.onnx"
 
 
+@pytest.mark.fault(28)
 def test_external_data(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

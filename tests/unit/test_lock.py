@@ -61,6 +61,7 @@ def wait_for_line(stream, pattern: str) -> str:
     return line
 
 
+@pytest.mark.fault(54)
 def test_no_wait_raises_and_says_for_whom(tmp_path: Path) -> None:
     path = tmp_path / "weights" / ".lock"
     with held(path) as (process, _):
@@ -72,6 +73,7 @@ def test_no_wait_raises_and_says_for_whom(tmp_path: Path) -> None:
         assert caught.value.exit_code == 75
 
 
+@pytest.mark.fault(55)
 def test_waits_with_one_line_and_a_killed_holder_leaves_nothing(tmp_path: Path, capsys) -> None:
     path = tmp_path / ".lock"
     with held(path) as (process, _):
@@ -85,6 +87,7 @@ def test_waits_with_one_line_and_a_killed_holder_leaves_nothing(tmp_path: Path, 
     assert re.fullmatch(rf"waiting for pid {process.pid} on host .+ \(prune of recipe bccd, since [\d:]+\)", lines[0])
 
 
+@pytest.mark.fault(55)
 def test_a_forked_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with held(path, "fork") as (process, child):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from noise_set import noise_set
 
-from yolo_compress import ultra
+from yolo_compress import recipe, ultra
 from yolo_compress.data import load
-from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.errors import CompressError, CorruptArtifact, DataError, RecipeError
 from yolo_compress.manifest import mend
+from yolo_compress.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["bolt", "nut"]
@@ -55,6 +56,7 @@ def stem(path: Path) -> torch.Tensor:
     return ultra.load_model(path).model[0].conv.weight
 
 
+@pytest.mark.fault(6, 75)
 @pytest.mark.parametrize("name", ODD)
 def test_a_checkpoint_of_any_name_is_loaded_and_no_namesake(made: Path, here: Path, name: str) -> None:
     file = Path(name)
@@ -69,6 +71,7 @@ def test_a_checkpoint_of_any_name_is_loaded_and_no_namesake(made: Path, here: Pa
         ultra.load_model(file)
 
 
+@pytest.mark.fault(75)
 def test_a_damaged_official_checkpoint_is_reported_and_stays(made: Path, here: Path) -> None:
     Path("yolov8n.pt").write_bytes((made / "0.pt").read_bytes()[:5000])
     with pytest.raises(CorruptArtifact, match=r"yolov8n\.pt: not a loadable YOLO checkpoint"):
@@ -88,6 +91,7 @@ def test_a_new_model_is_ultralytics_own_whatever_lies_here(here: Path, name: str
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
+@pytest.mark.fault(6)
 @pytest.mark.slow
 def test_training_in_a_folder_of_any_name(here: Path) -> None:
     folder = here / "Bob's ru?n 50%"
@@ -96,6 +100,42 @@ def test_training_in_a_folder_of_any_name(here: Path) -> None:
     ultra.train(ultra.new_model("yolov8n.yaml", NAMES, 3, 0), dataset, settings, [], folder / "work", "t")
     assert (folder / "work/resume.pt").is_file()
     assert [path.name for path in here.iterdir()] == [folder.name]
+
+
+FOLDERS = [
+    "a b", "é 🤖", "new\nline", "tab\t", "\x1b[31m", "-x", "--force", "x" * 255, "é" * 127, "'; touch ran;'", "$(touch ran)", "%s{0}",
+    "a#b", "C:\\x", os.fsdecode(b"\xff\xfe"), "/".join(["y" * 250] * 12),
+]  # fmt: skip
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("name", FOLDERS, ids=ascii)
+def test_data_and_weights_in_a_folder_of_any_name(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = noise_set(Path(name), train=2, val=1)
+    dataset = load(str(yaml))
+    assert len(dataset.train) == 2 and {sample.name for sample in dataset.train} == {
+        "images/train/0.png",
+        "images/train/1.png",
+    }
+    (Path(name) / "n.pt").touch()
+    assert find_weights(f"{name}/n.pt") == Path(name) / "n.pt"
+    assert [path.name for path in here.iterdir()] == [name.partition("/")[0]], "nothing ran"
+    yaml.write_text("train: images/train\ntrain: images/val\n")
+    with pytest.raises(DataError) as caught:
+        load(str(yaml))
+    assert str(caught.value).isprintable() and "duplicate key train" in str(caught.value)
+
+
+IMPOSSIBLE = ["a/" * 3000 + "n", "x" * 300, "a\0b", "new\nline", "\x1b[31m", "\ud800"]
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("name", IMPOSSIBLE, ids=lambda name: ascii(name[:9]))
+def test_a_path_that_cannot_be_is_one_line(here: Path, name: str) -> None:
+    for call in (find_weights, load, recipe.load):
+        with pytest.raises(CompressError) as caught:
+            call(name)
+        assert caught.value.exit_code in (2, 4) and str(caught.value).isprintable(), call
 
 
 @pytest.mark.parametrize("name", ["plain", "it's", "a b", "$(touch ran)", "`touch ran`", '"'])
@@ -150,6 +190,7 @@ def make(folder: Path, *words: str, code: int = 0, **environment: str) -> list[l
     return [json.loads(line) for line in ran]
 
 
+@pytest.mark.fault(6, 76)
 @pytest.mark.parametrize("where", ["command line", "environment"])
 @pytest.mark.parametrize("value", VALUES)
 def test_make_passes_a_value_as_it_is(checkout: Path, value: str, where: str) -> None:
@@ -173,6 +214,7 @@ def test_make_passes_every_variable(checkout: Path) -> None:
     assert make(checkout, "gc", f"RECIPE={odd}") == [["gc", f"recipe={odd}"]]
 
 
+@pytest.mark.fault(76)
 def test_make_splits_args_at_spaces_and_runs_nothing(checkout: Path) -> None:
     (argv,) = make(checkout, "all", "ARGS=qat.epochs=2 run.seed=$(touch ran) x=';touch ran;' y=$(shell touch ran)")
     assert argv[2:] == ["qat.epochs=2", "run.seed=$(touch", "ran)", "x=';touch", "ran;'", "y=$(shell", "touch", "ran)"]
@@ -181,6 +223,7 @@ def test_make_splits_args_at_spaces_and_runs_nothing(checkout: Path) -> None:
     ]
 
 
+@pytest.mark.fault(76)
 @pytest.mark.parametrize("name", [*VARIABLES, "OUT", "TARGET", "KEY", "VERSION", "VENV", "PYTHON"])
 @pytest.mark.parametrize("words", [(), ("-i",), ("-k",)])
 def test_make_refuses_a_line_break(checkout: Path, name: str, words: tuple[str, ...]) -> None:

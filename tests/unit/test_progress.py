@@ -119,6 +119,7 @@ def run(stdout, stderr) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=stdout, stderr=stderr, env=environment)
 
 
+@pytest.mark.fault(12)
 def test_no_terminal_gives_plain_text_without_rich() -> None:
     process = run(subprocess.PIPE, subprocess.PIPE)
     out, err = process.communicate(timeout=20)
@@ -150,6 +151,7 @@ def test_a_terminal_gets_bars_with_fields() -> None:
     assert b"Traceback" not in shown
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_reader_that_went_away_is_no_failure(closed: str) -> None:
     read_end, write_end = os.pipe()
@@ -161,6 +163,7 @@ def test_a_reader_that_went_away_is_no_failure(closed: str) -> None:
     assert b"Traceback" not in (out or b"") + (err or b"") and b"BrokenPipe" not in (err or b"")
 
 
+@pytest.mark.fault(12)
 def test_a_terminal_that_went_away_is_no_failure() -> None:
     ours, theirs = pty.openpty()
     process = run(subprocess.PIPE, theirs)

@@ -137,6 +137,7 @@ def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
         load(tmp_path, MINIMAL + "prune: {kind: two_four, keep_flops: 0.5}\n")
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -272,6 +273,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(2, 10)
 @pytest.mark.parametrize("override", WRONG)
 def test_wrong_overrides(override: str) -> None:
     message = refusal(override)
@@ -294,6 +296,7 @@ FILES = {
 }
 
 
+@pytest.mark.fault(1, 3)
 @pytest.mark.parametrize("case", FILES)
 def test_wrong_files(case: str, tmp_path: Path) -> None:
     text, message = FILES[case]
@@ -372,6 +375,7 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("overrides", CONTRADICTIONS, ids=" ".join)
 def test_contradictions(overrides: tuple[str, ...]) -> None:
     assert CONTRADICTIONS[overrides] in refusal(*overrides)

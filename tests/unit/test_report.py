@@ -49,6 +49,7 @@ class Page(HTMLParser):
 # gate
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("reference", [0.6, 0.621, 0.1, 1 / 3])
 @pytest.mark.parametrize("bound", [0.95, 0.98, 0.99])
 def test_exactly_the_bound_passes_and_a_billionth_below_fails(reference: float, bound: float) -> None:
@@ -59,6 +60,7 @@ def test_exactly_the_bound_passes_and_a_billionth_below_fails(reference: float, 
     assert float(kept) < float(low), "the line shows two figures that look alike"
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     ("value", "reference", "reason"),
     [
@@ -139,6 +141,7 @@ def test_a_bound_that_means_nothing_is_refused(bound: float) -> None:
 # rows
 
 
+@pytest.mark.fault(65)
 def test_two_image_sets_are_never_one_table() -> None:
     bench = rows()
     bench[3]["image_set"] = "b2" * 32
@@ -161,6 +164,7 @@ def test_malformed_rows_are_refused() -> None:
         document(gammas={"edges": [0, 1, 2], "epochs": [[1]]})
 
 
+@pytest.mark.fault(62)
 def test_missing_rows_are_dashes_with_the_hint() -> None:
     report = document()
     assert report["missing"] == [
@@ -178,6 +182,7 @@ def test_missing_rows_are_dashes_with_the_hint() -> None:
         assert HINT in text
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(("n", "shown"), [(661, numbers.DASH), (662, "11.0")])
 def test_p99_is_withheld_below_662_runs(n: int, shown: str) -> None:
     bench = rows()
@@ -228,6 +233,7 @@ def test_schema_and_plain_types() -> None:
     assert [entry["delta_map50_95"] for entry in report["chain"]] == [None, pytest.approx(-0.05)]
 
 
+@pytest.mark.fault(62)
 def test_numbers_never_invent_a_zero() -> None:
     for write_number in (
         numbers.fixed,
@@ -312,6 +318,7 @@ def test_a_name_is_no_markdown_either() -> None:
     assert text.startswith(r"# !\[x\](http://evil.example/x.png) \[a\](b) \*c\* \_d\_ \`e\` imgsz_px")
 
 
+@pytest.mark.fault(69)
 def test_names_are_shown_as_text(evil_page: str) -> None:
     page = Page(evil_page)
     assert "script" not in page.tags

@@ -179,6 +179,7 @@ def bound(tmp_path: Path, **changes: Any) -> Path:
     return file(tmp_path, content)
 
 
+@pytest.mark.fault(87)
 def test_a_robot_that_measured_another_model_is_not_judged(tmp_path: Path) -> None:
     """The same name, classes, size and images, as of a recipe that was trained again."""
     ours = {"a1" * 32, "b2" * 32, "c3" * 32}
@@ -205,6 +206,7 @@ def test_control_sequences_of_a_device_json_do_not_reach_the_terminal(tmp_path: 
     assert str(refusal.value).isprintable()
 
 
+@pytest.mark.fault(68)
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
     odd = device()
     odd["rows"][0].update(latency_p50_ms=float("nan"), power_w=[1], latency_n="many", fps={})

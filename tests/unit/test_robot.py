@@ -148,6 +148,7 @@ def engine_altered(bundle: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault(86)
 def test_an_engine_that_came_with_a_signed_bundle_is_not_run(
     bundle: Path,
     tmp_path: Path,
@@ -191,6 +192,7 @@ def test_a_record_that_cannot_be_written_matters_where_a_key_is_pinned(
     assert run("detect", bundle) == 5
 
 
+@pytest.mark.fault(85)
 def test_a_bundle_of_another_product_than_the_slots_is_not_run(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_name_with_a_control_sequence_is_shown_as_text(
     assert all(c.isprintable() or c == "\n" for text in capsys.readouterr() for c in text)
 
 
+@pytest.mark.fault(83)
 def test_a_lost_camera_is_no_success(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +595,7 @@ def bare(bundle: Path, command: str, *words: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
+@pytest.mark.fault(62)
 @pytest.mark.slow
 def test_the_launchers_need_numpy_and_an_engine_library_alone(bundle: Path) -> None:
     shutil.rmtree(bundle / "engines")

@@ -45,6 +45,7 @@ def answers(**streams: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", ANSWERS], text=True, timeout=60, check=False, **streams)
 
 
+@pytest.mark.fault(82)
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = answers(stdout=full)
@@ -53,6 +54,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         assert answers(stdout=full, stderr=full).returncode == 6
 
 
+@pytest.mark.fault(12)
 def test_a_reader_that_is_gone_is_a_quiet_end() -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -82,6 +84,7 @@ def about(tmp_path: Path) -> Bundle:
     return Bundle(tmp_path, {}, "tiny", 3, ("bolt", "nut"), (64, 96), {})
 
 
+@pytest.mark.fault(83)
 def test_a_line_that_the_disk_took_in_part_costs_no_other(
     about: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +99,22 @@ def test_a_line_that_the_disk_took_in_part_costs_no_other(
     assert [json.loads(line)["frame"] for line in (lines[0], lines[2])] == ["f0", "f3"]
     assert log.lost == 2
     assert capsys.readouterr().err.count("detection goes on") == 1
+
+
+@pytest.mark.fault(63)
+def test_a_log_can_be_rotated_under_a_running_detection(about: Bundle, tmp_path: Path) -> None:
+    """As logrotate does with `copytruncate`: copied, then cut to nothing; no line is lost and the disk it takes is bounded."""
+    log_file, rotated = tmp_path / "log", []
+    with ShadowLog(log_file, about) as log:
+        for number in range(100):
+            log.write(found(f"f{number}"))
+            if number % 10 == 9:
+                rotated.append(log_file.read_text())
+                os.truncate(log_file, 0)
+                assert log_file.stat().st_size == 0
+    frames = [json.loads(line)["frame"] for text in rotated for line in text.splitlines()]
+    assert frames == [f"f{number}" for number in range(100)] and log.lost == 0
+    assert not any("\0" in text for text in rotated), "the file begins at 0 again, without a hole"
 
 
 def test_a_disk_that_became_read_only_does_not_keep_detection_from_starting(
@@ -113,6 +132,7 @@ def test_a_disk_that_became_read_only_does_not_keep_detection_from_starting(
     assert log.lost == 1 and json.loads((tmp_path / "log").read_text())["frame"] == "f1"
 
 
+@pytest.mark.fault(83)
 def test_detection_goes_on_without_its_shadow_log(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert robot_detect.main([str(bundle / "golden"), "--conf", str(CONF), "--shadow", "/dev/full"], bundle) == 6
     out, err = capsys.readouterr()

@@ -118,6 +118,7 @@ def written(path: Path, lines: Sequence[str], end: str = "\n") -> Path:
     return path
 
 
+@pytest.mark.fault(70)
 def test_a_log_is_read_in_any_order_once(tmp_path: Path) -> None:
     lines = [line(f"f{i}", float(i), boxes=[BOX]) for i in range(5)]
     log = read(written(tmp_path / "a", [*lines[::-1], lines[2], '{"half'], end=""))
@@ -156,6 +157,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("what", BAD)
 def test_bad_lines_are_counted_and_refused_above_a_share(tmp_path: Path, what: str) -> None:
     good = [line(f"f{i}", float(i)) for i in range(200)]
@@ -266,6 +268,7 @@ def test_a_bad_canary_is_aborted_for_its_fault(fault: dict[str, float], name: st
     assert any(reason.startswith(name) for reason in document["verdict"]["reasons"])
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize(
     ("logs", "allowed", "why"),
     [
@@ -284,6 +287,7 @@ def test_what_is_not_known_yet_is_no_pass(logs: dict[str, Any], allowed: Budgets
     assert any(why in reason for reason in document["verdict"]["reasons"])
 
 
+@pytest.mark.fault(71)
 def test_a_silent_canary_is_no_good_one() -> None:
     """It falls out now and then, or its log is still on its way."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
@@ -349,6 +353,7 @@ def test_truth_counts_what_both_could_not_tell() -> None:
     assert {rule["name"]: rule for rule in verdict(logs, truth=nothing)["rules"]}["recall"]["value"] == 0
 
 
+@pytest.mark.fault(65)
 def test_what_cannot_be_compared_is_refused() -> None:
     log_a, log_b = shadow(np.random.default_rng(0), 10)
     with pytest.raises(RecipeError, match="both of net version 1"):
@@ -379,6 +384,7 @@ def stamped(stamps: Sequence[float]) -> tuple[Log, Log]:
 NOW = 1.8e9
 
 
+@pytest.mark.fault(84)
 def test_a_start_without_a_clock_is_no_evidence_of_time() -> None:
     """Three frames of 1970 before 0.7 hours of 2024 are 0.7 hours, and one minute for the gap."""
     stamps = [100.0, 101.0, 102.0, *(1.7e9 + i for i in range(2500))]
@@ -394,6 +400,7 @@ def test_a_pause_counts_as_a_minute() -> None:
     assert verdict(stamped(days), now=NOW)["evidence"]["hours"] == round((5 * 119 + 4 * 60) / 3600, 3)
 
 
+@pytest.mark.fault(57, 84)
 def test_a_frame_of_2033_does_not_hold_the_release_for_ever() -> None:
     log_a, log_b = stamped([*(1.7e9 + i for i in range(4000)), 2.0e9])
     document, after = judge(log_a, log_b, State(A, B), now=NOW)
@@ -418,6 +425,7 @@ def test_a_dead_canary_is_not_kept_alive_by_a_frame_of_2033() -> None:
     assert document["verdict"]["status"] == "abort" and "B is silent" in document["verdict"]["reasons"][0]
 
 
+@pytest.mark.fault(57, 84)
 def test_a_jump_of_the_clock_makes_no_canary_dead() -> None:
     """A's log is longer by 600 frames: ten minutes, whatever their stamps say."""
     log_a, log_b = stamped([*(1.7e9 + i for i in range(1000)), *(1.7e9 + 900 + 400 * i for i in range(1, 600))])
@@ -468,6 +476,7 @@ def test_the_edge_of_the_simulation_is_where_it_says() -> None:
 # The state
 
 
+@pytest.mark.fault(70)
 @given(
     verdicts=st.lists(st.sampled_from(["advance", "hold", "abort"]), max_size=12),
     cap=st.sampled_from([0.01, 0.05, 0.25, 0.5, 1.0]),
@@ -583,6 +592,7 @@ class Release:
             assert self.state.exposure == 0
 
 
+@pytest.mark.fault(70)
 @pytest.mark.slow
 def test_any_order_of_events() -> None:
     """The same 50 orders everywhere: what Hypothesis draws depends on its version and on the modules that are loaded."""

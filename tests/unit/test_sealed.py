@@ -156,6 +156,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str, bundle: Path) -> None:
     harm, message = REFUSED[case]
@@ -166,6 +167,7 @@ def test_refused(case: str, bundle: Path) -> None:
     assert isinstance(refusal.value, EngineError), "exit code 5"
 
 
+@pytest.mark.fault(30)
 def test_with_a_key_only_its_signature_counts(bundle: Path) -> None:
     key = ed25519.public_key(SEED)
     signature = (bundle / SIGNATURE).read_text()
@@ -192,6 +194,7 @@ def test_of_an_unsigned_manifest_nothing_is_parsed(bundle: Path) -> None:
         verify(bundle, ed25519.public_key(SEED))
 
 
+@pytest.mark.fault(30)
 def test_an_older_version_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleRefused, match="version 7, but 8 ran on this robot already"):
         verify(bundle, at_least=8)

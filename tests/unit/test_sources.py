@@ -45,6 +45,7 @@ def names(source: str | Path) -> tuple[list[str], str | None]:
     return found, None
 
 
+@pytest.mark.fault(83)
 @pytest.mark.parametrize(
     ("source", "frames", "count", "says"),
     [
@@ -74,6 +75,7 @@ def test_how_a_source_ends(
     assert said is None if says is None else said is not None and says in said
 
 
+@pytest.mark.fault(83)
 def test_a_video_file_that_is_cut_short(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
     writer = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*"MJPG"), 25.0, (64, 48))

@@ -87,6 +87,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault(3, 4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     text, message = REFUSED[case]
@@ -104,6 +105,7 @@ BYTES = {
 }
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("case", BYTES)
 def test_refused_files(case: str, tmp_path: Path) -> None:
     content, message = BYTES[case]
@@ -114,6 +116,7 @@ def test_refused_files(case: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value) and message in str(caught.value)
 
 
+@pytest.mark.fault(5)
 def test_refused_paths(tmp_path: Path) -> None:
     (tmp_path / "dangling.yaml").symlink_to(tmp_path / "gone")
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
@@ -130,6 +133,7 @@ def test_refused_paths(tmp_path: Path) -> None:
         assert message in text and "\n" not in text and str(tmp_path) in text
 
 
+@pytest.mark.fault(5)
 def test_unreadable_file_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "secret.yaml"
     path.write_text("a: 1")

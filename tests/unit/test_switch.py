@@ -120,6 +120,7 @@ def test_the_same_bundle_again_is_nothing_to_do(tmp_path: Path) -> None:
     assert put(slots, bundle, build=lambda slot: pytest.fail("built again")) == before
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("version", [1, 2])
 def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     slots = Slots(tmp_path / "root")
@@ -142,6 +143,7 @@ def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
 
 
+@pytest.mark.fault(85)
 def test_one_key_of_two_products_installs_neither_over_the_other(tmp_path: Path) -> None:
     slots = Slots(tmp_path / "root")
     put(slots, make_bundle(tmp_path / "forklift", 100, name="forklift"))
@@ -189,6 +191,7 @@ def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:
     assert rollback(slots, fake_health)["version"] == 1
 
 
+@pytest.mark.fault(70)
 def test_a_rollback_of_a_rollback_is_refused_and_switch_undoes_it(tmp_path: Path) -> None:
     slots = Slots(tmp_path / "root")
     with pytest.raises(EngineError, match="nothing is installed"):
@@ -351,6 +354,7 @@ def test_a_build_that_outlives_its_caller_keeps_the_lock(tmp_path: Path) -> None
     assert running(slots) == 2
 
 
+@pytest.mark.fault(72)
 @pytest.mark.slow
 def test_a_real_bundle_killed_while_it_comes_in(tmp_path: Path) -> None:
     """Launchers, builds and golden frames as on a robot; the whole process group killed at various moments."""
@@ -450,6 +454,7 @@ def until_it_survives(work: Callable[[], object], restore: Callable[[], None], c
     raise AssertionError("no end")
 
 
+@pytest.mark.fault(72)
 @pytest.mark.slow
 def test_a_kill_at_any_step_of_an_installation_leaves_a_working_engine(tmp_path: Path) -> None:
     """Where nothing ran before, where the other slot is empty, and where it holds an older bundle."""
@@ -476,6 +481,7 @@ def test_a_kill_at_any_step_of_an_installation_leaves_a_working_engine(tmp_path:
         assert points > 60
 
 
+@pytest.mark.fault(72)
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [rollback, switch])
 def test_a_kill_at_any_step_of_a_switch_leaves_a_working_engine(tmp_path: Path, verb: Callable[..., Any]) -> None:
@@ -503,6 +509,7 @@ def test_a_kill_at_any_step_of_a_switch_leaves_a_working_engine(tmp_path: Path, 
     assert until_it_survives(lambda: verb(slots, fake_health), restore, check) > 20
 
 
+@pytest.mark.fault(72)
 def test_all_is_on_the_disk_before_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut forgets what was not synced: file, folder and mark of the slot are, when `current` is replaced."""
     slots = Slots(tmp_path / "root")
@@ -589,6 +596,7 @@ EVIL = {
 }
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", EVIL)
 def test_an_evil_tar_is_refused_and_nothing_stands_outside(tmp_path: Path, name: str) -> None:
     inner = tmp_path / "inner"
@@ -600,6 +608,7 @@ def test_an_evil_tar_is_refused_and_nothing_stands_outside(tmp_path: Path, name:
     assert not Path("/tmp/evil").exists()
 
 
+@pytest.mark.fault(21)
 def test_a_gzip_bomb_and_a_claim_of_a_huge_header_are_refused(tmp_path: Path) -> None:
     bomb = tar_of(tmp_path, [member("zeros", bytes(200 << 20))], "bomb.tar.gz", "w:gz")
     assert bomb.stat().st_size < 1 << 20
@@ -612,6 +621,7 @@ def test_a_gzip_bomb_and_a_claim_of_a_huge_header_are_refused(tmp_path: Path) ->
         unpack(tmp_path / "huge.tar", tmp_path / "into2")
 
 
+@pytest.mark.fault(21)
 def test_headers_that_only_announce_headers_are_refused(tmp_path: Path) -> None:
     """`tarfile` follows them by recursion."""
     header, _ = member("././@LongLink")
@@ -732,6 +742,7 @@ class Robot(RuleBasedStateMachine):
             assert self.slots.newest() == self.newest
 
 
+@pytest.mark.fault(70)
 @pytest.mark.slow
 def test_any_order_of_calls(tmp_path: Path) -> None:
     Robot.place = tmp_path

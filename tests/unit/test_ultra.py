@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from noise_set import noise_set
@@ -13,8 +19,9 @@ from torch import nn
 
 from yolo_compress import ultra
 from yolo_compress.data import Dataset, load
-from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.hook import TrainHook
+from yolo_compress.ultra import trainer
 from yolo_compress.ultra.dataset import EpochSampler, PreflightDataset, seed_everything
 from yolo_compress.ultra.trainer import HookedTrainer
 
@@ -163,6 +170,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield when
 
 
+@pytest.mark.fault(43)
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(dataset: Dataset, tmp_path: Path, stop_after: list[int]) -> None:
     def run(work: Path) -> tuple[dict, str]:
@@ -185,6 +193,152 @@ def test_resumed_equals_uninterrupted(dataset: Dataset, tmp_path: Path, stop_aft
     assert rows == resumed_rows
 
 
+@pytest.mark.fault(59)
+def test_results_csv_holds_each_epoch_once_after_a_kill(
+    dataset: Dataset, tmp_path: Path, stop_after: list[int]
+) -> None:
+    """A half line, an epoch that was not saved, an epoch twice: the rows of the saved epochs take their place."""
+    stop_after[0] = 0
+    with pytest.raises(_Stop):
+        ultra.train(model(), dataset, settings(batch=6), [], tmp_path, "t")
+    file = tmp_path / "results.csv"
+    file.write_text(file.read_text() * 2 + "2,0.5,9.9\n3,0.")
+    ultra.train(model(), dataset, settings(batch=6), [], tmp_path, "t")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["train/box_loss"]) > 0 and None not in row for row in rows)
+
+
+class Breaks(TrainHook):
+    """A loss of its own that is `value` from the batch `number` on; counts the steps of the optimizer."""
+
+    def __init__(self, number: int, value: float = 1.0) -> None:
+        self.number, self.value, self.batches, self.images, self.steps = number, value, 0, [], 0
+
+    def extra_loss(self, batch, predictions):
+        if not isinstance(predictions, dict):
+            return {}
+        self.images.append([Path(name).name for name in batch["im_file"]])
+        self.batches += 1
+        return {"kd": batch["img"].mean() * (self.value if self.batches >= self.number else 1.0)}
+
+    def before_step(self, model: nn.Module) -> None:
+        self.steps += 1
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    ("number", "value", "kept"),
+    [
+        (2, float("nan"), "epoch 1; no epoch was completed"),
+        (3, float("inf"), "epoch 2; the state after epoch 1 is kept"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_its_images(
+    dataset: Dataset, tmp_path: Path, number: int, value: float, kept: str
+) -> None:
+    hook = Breaks(number, value)
+    with pytest.raises(
+        NumericsError, match=rf"t: kd became NaN or infinite in {kept}\. Lower lr0 .*bad_batch"
+    ) as caught:
+        ultra.train(model(), dataset, settings(batch=4), [hook], tmp_path, "t")
+    assert caught.value.exit_code == 7
+    assert len(hook.images) == number, "the run stops at that batch"
+    bad = [Path(line).name for line in (tmp_path / "bad_batch.txt").read_text().splitlines()]
+    assert bad == hook.images[-1] and ", ".join(bad[:3]) in str(caught.value)
+    assert ("and 1 more, listed" in str(caught.value)) == (len(bad) == 4)
+    assert (tmp_path / "resume.pt").exists() == (number == 3)
+
+
+class Full(TrainHook):
+    """A device that has memory for so many images."""
+
+    def __init__(self, fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fits, self.seen, self.steps = fits, [], 0
+        whole = trainer._HookedCriterion.__call__
+
+        def limited(criterion, predictions, batch):
+            self.seen.append(len(batch["img"]))
+            if len(batch["img"]) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return whole(criterion, predictions, batch)
+
+        monkeypatch.setattr(trainer._HookedCriterion, "__call__", limited)
+
+    def before_step(self, model: nn.Module) -> None:
+        self.steps += 1
+
+
+@pytest.mark.fault(51)
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_halved_and_steps_as_often(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Full(2, monkeypatch)
+    monkeypatch.setattr(logging.getLogger("ultralytics"), "propagate", True)
+    ultra.train(model(), dataset, settings(batch=4, epochs=2), [full], tmp_path, "t")
+    assert full.seen == [4, *[2] * 6], "six images, two epochs"
+    assert full.steps == 3, "one for four images"
+    assert "out of memory with batch=4. Reducing to batch=2" in caplog.text
+
+
+@pytest.mark.fault(51)
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_is_an_error_after_three_halvings(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Full(0, monkeypatch)
+    with pytest.raises(EnvironmentLacks, match=r"t: out of memory at batch 6: lower `batch` or `imgsz`") as caught:
+        ultra.train(model(), dataset, settings(batch=6), [full], tmp_path, "t")
+    assert caught.value.exit_code == 4 and full.seen == [6, 3, 1, 1]
+
+
+@pytest.mark.fault(51)
+@pytest.mark.slow
+def test_after_a_halving_a_resumed_run_reads_the_images_of_its_epoch(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: list[int]
+) -> None:
+    stop_after[0] = 0
+    with pytest.raises(_Stop):
+        ultra.train(model(), dataset, settings(batch=2), [Breaks(99)], tmp_path, "t")
+    stop_after[0] = -1
+    Full(1, monkeypatch)
+    seen = Breaks(99)
+    ultra.train(model(), dataset, settings(batch=2), [seen], tmp_path, "t")
+    order = EpochSampler(6, 0)
+    order.next_epoch = 1
+    assert [name for (name,) in seen.images] == [dataset.train[index].image.name for index in order]
+
+
+@pytest.mark.fault(52)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["killed", "hangs"])
+def test_a_data_worker_that_is_lost_ends_the_run(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Ultralytics sets no workers on a CPU; here the loader gets one all the same."""
+    main, make, read = os.getpid(), HookedTrainer.get_dataloader, PreflightDataset.__getitem__
+
+    def with_worker(self: HookedTrainer, path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"):
+        self.args.workers = int(mode == "train")
+        return make(self, path, batch_size, rank, mode)
+
+    def lost(self: PreflightDataset, index: int):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL) if kind == "killed" else time.sleep(60)
+        return read(self, index)
+
+    monkeypatch.setattr(trainer, "WORKER_PATIENCE_S", 1.0)
+    monkeypatch.setattr(HookedTrainer, "get_dataloader", with_worker)
+    monkeypatch.setattr(PreflightDataset, "__getitem__", lost)
+    started = time.monotonic()
+    with pytest.raises(
+        EnvironmentLacks, match=r"t: a data worker ended or hangs \(DataLoader .*run\.workers"
+    ) as caught:
+        ultra.train(model(), dataset, settings(), [], tmp_path, "t")
+    assert caught.value.exit_code == 4 and time.monotonic() - started < 30
+
+
 def test_a_resume_file_of_another_net_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     torch.save({"epoch": 0, "model": {}}, tmp_path / "resume.pt")
     with pytest.raises(CorruptArtifact, match="cannot be continued"):
@@ -205,6 +359,7 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
     assert {len(list(EpochSampler(9, 0, rank=rank, world=2))) for rank in (0, 1)} == {5}
 
 
+@pytest.mark.fault(19, 54)
 def test_labels_are_those_of_the_preflight_and_no_cache_is_written(dataset: Dataset) -> None:
     from ultralytics.cfg import get_cfg
 
@@ -213,6 +368,43 @@ def test_labels_are_those_of_the_preflight_and_no_cache_is_written(dataset: Data
     assert [tuple(label["bboxes"][0]) for label in built.labels] == [pytest.approx((0.5, 0.5, 0.4, 0.4))] * 2
     assert [int(label["cls"][0, 0]) for label in built.labels] == [0, 1]
     assert not list(dataset.val[0].image.parents[2].rglob("*.cache"))
+
+
+class _Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("content", ["another version", "another set", "malicious", "no array"])
+def test_a_labels_cache_of_ultralytics_is_not_read(tmp_path: Path, content: str) -> None:
+    """It lies where Ultralytics would read it, as a pickle."""
+    from ultralytics.cfg import get_cfg
+
+    dataset = load(str(noise_set(tmp_path / "set", train=2, val=1)))
+    cache, marker = tmp_path / "set/labels/train.cache", tmp_path / "ran"
+    known = {
+        "version": "0" if content == "another version" else "1.0.3",
+        "labels": [],
+        "hash": "0",
+        "results": (0,) * 5,
+    }
+    with cache.open("wb") as file:
+        if content == "no array":
+            file.write(b"PK\x03\x04")
+        else:
+            np.save(file, np.array(_Evil(marker) if content == "malicious" else known, dtype=object))
+    before = cache.read_bytes()
+    assert load(str(tmp_path / "set/set.yaml")).digest == dataset.digest
+    data = {"names": dict(enumerate(NAMES)), "channels": 3}
+    built = PreflightDataset(
+        dataset.train, cache=False, imgsz=64, augment=False, hyp=get_cfg(), batch_size=2, data=data
+    )
+    assert [int(label["cls"][0, 0]) for label in built.labels] == [0, 1]
+    assert not marker.exists() and cache.read_bytes() == before
 
 
 def test_augmentation_is_a_function_of_seed_and_epoch(dataset: Dataset) -> None:

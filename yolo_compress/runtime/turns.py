@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ class _Child:
                 )
             self._stderr.seek(0)
             words = self._stderr.read()[-STDERR_KEPT:].strip()
-            raise LatencyError(f"{self.label}: the measuring process ended with code {code}:\n{words}")
+            how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with code {code}"
+            raise LatencyError(f"{self.label}: the measuring process ended {how}:\n{words}")
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError) as error:

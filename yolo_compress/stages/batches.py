@@ -12,6 +12,8 @@ from torch import Tensor
 from yolo_compress import progress
 from yolo_compress.artifact import atomic_write, fingerprint
 from yolo_compress.data import Sample, calibration_subset
+from yolo_compress.datayaml import shown
+from yolo_compress.errors import DataError
 from yolo_compress.runtime.pre import letterbox, read_image
 from yolo_compress.stages import Job
 
@@ -29,15 +31,27 @@ def chosen(job: Job, count: int) -> list[Sample]:
 def letterboxed(
     samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
 ) -> Iterator[Tensor]:
-    """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time."""
+    """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time.
+
+    Raises:
+        DataError: Every image is of one colour: ranges of them would clip every other image.
+    """
     rest = (
         len(samples) % batch == 1 and len(samples) > 1
     )  # one image alone has no variance at 32 px: it joins the batch before
+    blank = bool(samples)
     ends = [*range(batch, len(samples) - rest, batch), len(samples)]
     for start, end in zip([0, *ends], ends, strict=False):
         part = samples[start:end]
-        images = [letterbox(read_image(sample.image), imgsz_hw, channels=channels)[0] for sample in part]
+        pixels = [read_image(sample.image) for sample in part]
+        blank = blank and all(bool((image == image[0, 0]).all()) for image in pixels)
+        images = [letterbox(image, imgsz_hw, channels=channels)[0] for image in pixels]
         yield torch.from_numpy(np.stack(images))
+    if blank:
+        raise DataError(
+            f"calibration: all {len(samples)} images are of one colour, such as {shown(samples[0].image)}; give images with "
+            "objects in the training split, or a higher calib_images"
+        )
 
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:

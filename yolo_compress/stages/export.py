@@ -12,8 +12,9 @@ from torch import nn
 from yolo_compress import progress, ultra
 from yolo_compress.artifact import Artifact
 from yolo_compress.data import Dataset
-from yolo_compress.errors import CompressError
+from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.evaluate.compare import max_abs_difference
+from yolo_compress.evaluate.layers import first_bad_layer
 from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export_nms import NMS_SUFFIX, with_nms
@@ -129,11 +130,12 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
     """FP32 ONNX against torch on real images; the graph that is shipped is the one that is compared.
 
     Raises:
-        CompressError: They differ by more than rounding.
+        NumericsError: They differ by more than rounding; names the first layer that does.
     """
     names, images = job.dataset.names, _compared_images(job)
     with TorchBackend(model, names, job.imgsz_hw) as torch_side, OrtBackend(file) as onnx_side:
         difference = max_abs_difference(torch_side, onnx_side, images)
+        batch = np.repeat(images[0][None], onnx_side.batch or 1, axis=0)
         if all(difference[what] <= most for what, most in MAX_DIFFERENCE.items()):
             return difference
         with TorchBackend(model, names, job.imgsz_hw, precision="fp64") as exact:
@@ -145,9 +147,9 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
         f"{rounding['boxes_px']:.2g} px"
     )
     if any(difference[what] > most for what, most in allowed.items()):
-        raise CompressError(
-            f"{apart}; allowed: scores {allowed['scores']:.2g}, boxes {allowed['boxes_px']:.2g} px. Try "
-            "export.simplify=false or another export.opset"
+        raise NumericsError(
+            f"{apart}; allowed: scores {allowed['scores']:.2g}, boxes {allowed['boxes_px']:.2g} px. The first layer that "
+            f"differs: {first_bad_layer(model, file, batch)}. Try export.simplify=false or another export.opset"
         )
     progress.say(f"export: {apart}. The model amplifies rounding; train it for more epochs")
     return difference

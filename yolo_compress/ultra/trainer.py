@@ -32,6 +32,9 @@ from yolo_compress.ultra.dataset import EpochSampler, PreflightDataset, seed_eve
 from yolo_compress.ultra.settings import TrainSettings
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
+LISTED_IMAGES = 3  # of a bad batch, in the message; all of them are in `BAD_BATCH`
+BAD_BATCH = "bad_batch.txt"
+WORKER_PATIENCE_S = 600  # for one batch: after that a data worker hangs
 AVERAGES = 3  # of BatchNorm, one after another, that fit into a run at least; so exp(-3) of the old statistics are left
 
 
@@ -56,7 +59,7 @@ def train(
     Raises:
         NumericsError: NaN or infinity in the loss or the weights; the last good epoch stays in `resume.pt`.
         CorruptArtifact: `resume.pt` does not fit this run.
-        EnvironmentLacks: The device is not there, or its memory does not suffice.
+        EnvironmentLacks: The device is not there, its memory does not suffice, or a data worker was killed or hangs.
     """
     before = widths(model)
     if settings.epochs == 0:
@@ -66,6 +69,13 @@ def train(
         trainer.train()
     except torch.OutOfMemoryError as error:
         raise EnvironmentLacks(f"{what}: out of memory at batch {settings.batch}: lower `batch` or `imgsz`") from error
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise EnvironmentLacks(
+            f"{what}: a data worker ended or hangs ({str(error).strip().splitlines()[0]}): give more memory, or a lower "
+            "run.workers (0: no workers); the same command continues"
+        ) from error
     finally:
         trainer.close()
         for hook in hooks:
@@ -153,21 +163,28 @@ class HookedTrainer(DetectionTrainer):
         self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
     ) -> InfiniteDataLoader:
         if mode != "train":
-            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+            return _impatient(super().get_dataloader(dataset_path, batch_size, rank, mode))
         dataset = self.build_dataset(dataset_path, mode, batch_size)
         sampler = EpochSampler(len(dataset), self.settings.seed, rank=max(rank, 0), world=max(self.world_size, 1))
+        sampler.next_epoch = self.start_epoch  # Ultralytics makes the loader anew where a batch did not fit into memory
         on_gpu = self.device.type == "cuda"
         workers = self.args.workers
-        return InfiniteDataLoader(
-            dataset=dataset,
-            batch_size=min(batch_size, len(dataset)),
-            sampler=sampler,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=on_gpu,
-            collate_fn=dataset.collate_fn,
-            generator=torch.Generator().manual_seed(self.settings.seed),
+        return _impatient(
+            InfiniteDataLoader(
+                dataset=dataset,
+                batch_size=min(batch_size, len(dataset)),
+                sampler=sampler,
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                pin_memory=on_gpu,
+                collate_fn=dataset.collate_fn,
+                generator=torch.Generator().manual_seed(self.settings.seed),
+            )
         )
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._images: list[str] = list(batch["im_file"])
+        return super().preprocess_batch(batch)
 
     # --- model ------------------------------------------------------------------------------------------------------
 
@@ -301,19 +318,29 @@ class HookedTrainer(DetectionTrainer):
         """Nothing: the last EMA is the result, and the stage measures it."""
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        """Runs once an epoch, before anything of it is saved."""
-        finite = self.loss is None or bool(torch.isfinite(self.loss))
-        finite = finite and all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in self.tloss.values())
-        if finite:
-            self.hook_rows.update(self._shares())
-            for hook in self.hooks:
-                self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
-            return False
-        bad = [name for name, value in self.tloss.items() if not torch.isfinite(torch.as_tensor(value)).all()]
-        kept = f"the state after epoch {epoch} is kept" if epoch else "no epoch was completed"
+        """Runs once an epoch, before anything of it is saved. `_check_batch` has refused what is not finite."""
+        self.hook_rows.update(self._shares())
+        for hook in self.hooks:
+            self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
+        return False
+
+    def _check_batch(self) -> None:
+        """Stop at the first batch whose loss is NaN or infinite: the means of the epoch would be, and the weights are.
+
+        Raises:
+            NumericsError: Names the loss, the epoch and the images of the batch; all of them are in `BAD_BATCH`.
+        """
+        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one look at the device
+            return
+        bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
+        listing = self.work / BAD_BATCH
+        atomic_write(listing, "".join(f"{name}\n" for name in self._images))
+        first = ", ".join(Path(name).name for name in self._images[:LISTED_IMAGES])
+        more = f" and {rest} more" if (rest := len(self._images) - LISTED_IMAGES) > 0 else ""
+        kept = f"the state after epoch {self.epoch} is kept" if self.epoch else "no epoch was completed"
         raise NumericsError(
-            f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {epoch + 1}; {kept}. "
-            "Lower lr0 or the weight of that loss"
+            f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {self.epoch + 1}; {kept}. Lower "
+            f"lr0 or the weight of that loss. The batch: {first}{more}, listed in {listing}"
         )
 
     def _shares(self) -> dict[str, float]:
@@ -343,6 +370,7 @@ class HookedTrainer(DetectionTrainer):
         self._enter(progress.bar(f"epoch {self.epoch + 1}/{self.epochs}", len(self.train_loader), "batch"))
 
     def _on_train_batch_end(self) -> None:
+        self._check_batch()
         if RANK in {-1, 0}:
             self._bars[-1][1](1, **{name: float(value) for name, value in self.tloss.items()})
 
@@ -364,6 +392,13 @@ class HookedTrainer(DetectionTrainer):
     def close(self) -> None:
         """Take the bars off the screen."""
         self._leave(to=0)
+
+
+def _impatient(loader: InfiniteDataLoader) -> InfiniteDataLoader:
+    """The loader, which no longer waits for ever for a worker that hangs."""
+    if loader.num_workers:
+        loader.timeout = WORKER_PATIENCE_S
+    return loader
 
 
 def settle(model: nn.Module, steps: int) -> None:
