@@ -28,6 +28,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], e
     return code, err
 
 
+@pytest.mark.fault(90)
 @pytest.mark.parametrize(
     "error",
     [
@@ -45,6 +46,7 @@ def test_a_bug_is_70_with_a_traceback_and_where_to_report_it(monkeypatch, capsys
     assert err.splitlines()[-1].startswith("error: this is a bug in yolo-compress") and "report it" in err
 
 
+@pytest.mark.fault(90)
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
@@ -116,6 +118,7 @@ def run_writes(stdout, before: str = "") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-c", before + WRITES], stdout=stdout, stderr=subprocess.PIPE, timeout=60)
 
 
+@pytest.mark.fault(82)
 def test_results_on_a_full_disk_end_with_6() -> None:
     with open("/dev/full", "wb") as full:
         done = run_writes(full)
@@ -123,6 +126,7 @@ def test_results_on_a_full_disk_end_with_6() -> None:
     assert done.stderr.decode() == "error: cannot write stdout: No space left on device; the output is cut short\n"
 
 
+@pytest.mark.fault(82)
 def test_results_in_a_file_over_its_limit_end_with_6(tmp_path: Path) -> None:
     with open(tmp_path / "lines.jsonl", "wb") as file:
         done = run_writes(file, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n")
@@ -130,6 +134,7 @@ def test_results_in_a_file_over_its_limit_end_with_6(tmp_path: Path) -> None:
     assert (tmp_path / "lines.jsonl").stat().st_size == 200
 
 
+@pytest.mark.fault(12)
 def test_a_reader_that_left_ends_the_output_quietly() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -200,6 +200,7 @@ def link(archive: zipfile.ZipFile) -> None:
     archive.writestr(info, "/etc/passwd")
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("fill", "says"),
     [
@@ -222,6 +223,7 @@ def test_an_archive_that_would_write_elsewhere_or_too_much_leaves_nothing(
     assert not list(shelf.parent.rglob("out.txt"))
 
 
+@pytest.mark.fault(21)
 def test_a_damaged_archive_leaves_nothing(server: Server, shelf: Path) -> None:
     content = bytearray((shelf / "coco128.zip").read_bytes())
     content[content.index(b"1.jpg") + 5] ^= 1  # the file's one byte
@@ -246,6 +248,7 @@ def test_more_than_is_published_is_not_fetched(server: Server, shelf: Path) -> N
         fetch.fetch("yolov8n.pt")
 
 
+@pytest.mark.fault(48)
 def test_a_disk_without_room_is_said_first(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from yolo_compress import atomic
 
@@ -254,6 +257,7 @@ def test_a_disk_without_room_is_said_first(server: Server, monkeypatch: pytest.M
         fetch.fetch("yolov8n.pt")
 
 
+@pytest.mark.fault(60)
 def test_no_network_says_where_to_put_the_file(server: Server, shelf: Path) -> None:
     (shelf / "yolov8n.pt").unlink()
     with pytest.raises(EnvironmentLacks, match=r"404.*put it at weights/yolov8n\.pt"):

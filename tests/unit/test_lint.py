@@ -734,6 +734,7 @@ def calling(calls: list[list[str]]) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=sets, functions=functions)
 
 
+@pytest.mark.fault(29)
 def test_functions_that_double_or_call_themselves(tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     doubling = [[f"F{i + 1}"] * 2 for i in range(22)] + [["Relu", "Relu"]]
@@ -763,6 +764,7 @@ def test_a_chain_of_nodes_that_do_nothing_is_walked_without_recursion(tmp_path: 
     assert check(tmp_path / "net.onnx").count("error") == 0
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
@@ -783,6 +785,7 @@ def test_external_data_at_no_place(tmp_path: Path, key: str, value: str, says: s
     refused(file, says)
 
 
+@pytest.mark.fault(29)
 def test_a_file_that_takes_too_long_or_ends_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -797,6 +800,7 @@ def test_a_file_that_takes_too_long_or_ends_its_process(
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.fault(29)
 def test_a_file_that_takes_too_much_memory(tmp_path: Path) -> None:
     """A limit of its own for the child, reached by reading the file alone."""
     file = tmp_path / "net.onnx"

@@ -164,6 +164,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_no_checkpoint_does_is_refused_unloaded(case: str, refused: Callable[..., str], tmp_path: Path) -> None:
     program, says = HOSTILE[case]
@@ -178,10 +179,12 @@ def test_the_same_bytes_as_many_tensors_are_refused(refused: Callable[..., str])
     assert "the same stored bytes as many tensors" in refused(root(module(x=many)), **{"data/0": bytes(1 << 20)})
 
 
+@pytest.mark.fault(24)
 def test_an_endless_program_is_refused(refused: Callable[..., str]) -> None:
     assert "more than 1000000 instructions" in refused(root(b"]" + b"K\x01a" * 500_000))
 
 
+@pytest.mark.fault(24)
 def test_archives_that_are_not_torchs_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     plain = root(module())
     assert "compressed or encrypted" in refused(plain, compressed=True)
@@ -220,6 +223,7 @@ def test_overlapping_members_are_refused(tmp_path: Path) -> None:
         ultra.load_model(path)
 
 
+@pytest.mark.fault(23)
 def test_an_altered_byte_is_an_error_of_the_file_or_none(tmp_path: Path) -> None:
     torch.save({"model": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))}, tmp_path / "m.pt")
     whole = (tmp_path / "m.pt").read_bytes()
