@@ -26,6 +26,8 @@ UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "i
 COMPANIONS = frozenset(  # of images, in their folders
     ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
 )
+MAX_CLASSES = 20_000  # as many names as strict_yaml reads; the largest detection set has 1,203
+MAX_KEYPOINTS = 10_000
 MAX_FOLDERS = 100_000  # of one split
 NEWLINE = b"\n"
 UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
@@ -133,17 +135,19 @@ def read_yaml(file: Path) -> DataYaml:
         if not checked or len(checked) < len(entries):
             raise bad(key, f"{key}: must be a folder, a .txt list or a list of those, not {entry!r}")
         splits[key] = tuple(checked)
-    pose = values.get("kpt_shape") or (0, 0)
-    if not (len(pose) == 2 and all(isinstance(n, int) and n >= 0 for n in pose)):
-        raise bad("kpt_shape", f"kpt_shape must be two numbers, not {pose!r}")
+    pose = values.get("kpt_shape") or [0, 0]
+    if not (
+        isinstance(pose, list) and len(pose) == 2 and all(type(n) is int and 0 <= n <= MAX_KEYPOINTS for n in pose)
+    ):
+        raise bad("kpt_shape", f"kpt_shape must be two numbers from 0 to {MAX_KEYPOINTS}, not {pose!r}")
     lines = {key: document.where((key,)) for key in splits}
     return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
 
 
 def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
     names, count = values.get("names"), values.get("nc")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise bad("nc", f"nc must be a whole number above 0, not {count!r}")
+    if count is not None and not (type(count) is int and 1 <= count <= MAX_CLASSES):
+        raise bad("nc", f"nc must be a whole number from 1 to {MAX_CLASSES}, not {count!r}")
     if names is None:
         if count is None:
             raise bad("names", "neither names: nor nc: is given")

@@ -44,7 +44,9 @@ def test_the_same_code_on_the_same_lines(file: Path) -> None:
     small = lean(source)
     assert statements(small) == statements(source)
     assert tokens(small) == tokens(source)
-    assert ast.get_docstring(ast.parse(small)) == ast.get_docstring(ast.parse(source)), "--help prints it"
+    if "__doc__" in source:
+        assert ast.get_docstring(ast.parse(small)) == ast.get_docstring(ast.parse(source)), "--help prints it"
+    compile(small, file.name, "exec")  # an import of __future__ still comes first
     assert len(small) <= len(source)
 
 
@@ -62,7 +64,7 @@ s = """kept
 '''
     assert (
         lean(source)
-        == '''"""Module."""
+        == '''""
 x = "# no comment"
 
 class A:

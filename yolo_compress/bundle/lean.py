@@ -1,7 +1,7 @@
 """`runtime/` as it goes into a bundle: the same statements on the same lines, without comments and docstrings, indented by one.
 
-A third of its bytes are prose, a tenth is indentation. Module docstrings stay: they are what `--help` prints. Lines keep their
-numbers, so a traceback from a robot reads against the repository.
+A third of its bytes are prose, a tenth is indentation. A module's docstring stays where the module uses `__doc__`: it is what
+`--help` prints. Lines keep their numbers, so a traceback from a robot reads against the repository.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ INDENT = 4  # of the sources
 def lean(source: str) -> str:
     """Python source without comments and docstrings; each statement stays on its line.
 
-    A docstring becomes `...`, which is a statement too, and so may be all that a class or function holds.
+    A docstring becomes `...`, which is a statement too, and so may be all that a class or function holds; a module's becomes `""`,
+    which may stand before an import of `__future__`.
     """
-    gaps = [(span, "...") for span in _docstrings(source)] + [(span, "") for span in _comments(source)]
+    gaps = [*_docstrings(source), *((span, "") for span in _comments(source))]
     lines = source.splitlines()
     for (first, start, last, end), put in sorted(gaps, reverse=True):
         if first == last:
@@ -47,13 +48,14 @@ def _indented_by_one(source: str) -> str:
 Span = tuple[int, int, int, int]  # first line and column, last line and column; lines from 0, columns in characters
 
 
-def _docstrings(source: str) -> list[Span]:
-    """Strings that are statements, but for the module's first."""
+def _docstrings(source: str) -> list[tuple[Span, str]]:
+    """Strings that are statements and what takes their place; without a module's own where `__doc__` is used."""
     tree, rows = ast.parse(source), source.encode().splitlines()
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            if node is tree.body[0]:
+            own = node is tree.body[0]
+            if own and "__doc__" in source:
                 continue
             assert node.end_lineno is not None and node.end_col_offset is not None
             first, last = node.lineno - 1, node.end_lineno - 1
@@ -61,7 +63,7 @@ def _docstrings(source: str) -> list[Span]:
                 len(rows[line][:offset].decode())
                 for line, offset in ((first, node.col_offset), (last, node.end_col_offset))
             ]
-            found.append((first, columns[0], last, columns[1]))
+            found.append(((first, columns[0], last, columns[1]), '""' if own else "..."))
     return found
 
 
