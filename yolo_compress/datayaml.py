@@ -184,7 +184,7 @@ def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
     folders = data_folders() if shipped else [file.parent, *data_folders()]
     for folder in folders:
         path = folder / (text or ".")
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
             return path.resolve()
     hint = f"; run `yolo-compress fetch {file.stem}`" if shipped else ""
     raise bad("path", f"path: {text} is no folder; looked in {', '.join(map(shown, folders))}{hint}")
@@ -194,7 +194,7 @@ def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
     """`entry` of a split, refused when `..` leads out of `root`. Exports of Roboflow write ../train for ./train."""
     if os.path.isabs(entry) or not _escapes(root, root, entry):
         return entry
-    if entry.startswith("../") and not (root / entry).exists() and not _escapes(root, root, entry[3:]):
+    if entry.startswith("../") and not os.path.exists(root / entry) and not _escapes(root, root, entry[3:]):
         return entry[3:]
     raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder that holds all splits")
 
@@ -224,9 +224,9 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
     others: list[str] = []
     for entry in data.train if split == "train" else data.val:
         path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
-        if path.is_dir():
+        if os.path.isdir(path):
             items: Iterator[Listed | str] = _folder(data.root, path, others)
-        elif path.is_file():
+        elif os.path.isfile(path):
             items = _list_file(data.root, path)
         else:
             raise DataError(f"{data.lines[split]}: {split}: {shown(data.root / entry)} does not exist")

@@ -148,3 +148,21 @@ def test_counts_that_are_none(root: Path, line: str, says: str) -> None:
     with pytest.raises(DataError) as caught:
         load("set/data.yaml")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["path", "train", "list"])
+def test_a_name_that_no_file_can_have_is_a_finding_of_its_line(root: Path, where: str) -> None:
+    """It was exit code 6, as of a disk, and on_bad=skip did not leave it out."""
+    long = "x" * 300 + ".png"
+    if where == "list":
+        (root / "list.txt").write_text(f"images/train/0.png\n{long}/{long}\n")
+        (root / "data.yaml").write_text(YAML.replace("train: images/train", "train: list.txt"))
+        assert len(load("set/data.yaml", on_bad="skip").train) == 1
+    else:
+        (root / "data.yaml").write_text(
+            YAML.replace("path: .", f"path: {long}")
+            if where == "path"
+            else YAML.replace("train: images/train", f"train: {long}")
+        )
+    with pytest.raises(DataError, match=long):
+        load("set/data.yaml")
