@@ -41,6 +41,8 @@ def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
     if "state" not in options:
         return rollout.judge(log_a, log_b, fresh, allowed, truth, cap)[0]
     path = Path(options["state"])
+    if not path.name:
+        raise RecipeError(f"command line: state={path} is a folder; give the name of a file in it")
     with lock(path.with_name(path.name + ".lock"), f"rollout state={path}", wait):
         before = _load(path) or fresh
         if given not in (None, before.stage):
