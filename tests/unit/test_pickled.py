@@ -420,7 +420,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "the bare module": (lambda net: net, "it holds no dictionary; save it with Ultralytics' model.save"),
     "a list of models": (lambda net: [net], "it holds no dictionary"),
     "DataParallel": (lambda net: {"model": nn.DataParallel(net)}, ".DataParallel', which no YOLO checkpoint holds"),
-    "a layer of own code": (lambda net: {"model": nn.Sequential(net, Own())}, f"'{Own.__module__}.Own', which no YOLO checkpoint holds"),
+    "own code": (lambda net: {"model": nn.Sequential(net, Own())}, f"'{Own.__module__}.Own', which no YOLO checkpoint holds"),
     "names in no order": (lambda net: {"model": _named(net, {0: "bolt", 2: "nut"})}, "not numbered from 0"),
     "names by text": (lambda net: {"model": _named(net, {"0": "bolt", "1": "nut"})}, "not numbered from 0"),
     "one name": (lambda net: {"model": _named(net, "bolt")}, "scores an anchor for 4 class names"),
