@@ -80,7 +80,7 @@ def _number(options: Mapping[str, str], key: str, default: Any, kind: Callable[[
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    sides = [int(side) for side in text.split(",") if side.isascii() and side.isdigit()]
+    sides = [int(side) for side in text.split(",") if side.isascii() and side.isdigit() and len(side) < 6]
     if len(sides) not in (1, 2) or len(sides) != text.count(",") + 1 or any(side % 32 or not side for side in sides):
         raise RecipeError(
             f"command line: imgsz: got {got(text)}, expected one side or height,width, multiples of 32, as in 640"

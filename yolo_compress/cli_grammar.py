@@ -66,6 +66,8 @@ def parse(argv: Sequence[str]) -> Command:
         return Command("help")
     if argv[0] in _FLAGS:
         argv = (_FLAGS[argv[0]], *argv[1:])
+    if odd := [word for word in argv if "\0" in word]:
+        raise RecipeError(f"{_WHERE}: {got(odd[0])} holds a NUL character, which no name and no value has")
     name, rest = argv[0], argv[1:]
     if name not in VERBS:
         raise RecipeError(_unknown_verb(name))
@@ -121,6 +123,8 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
         raise RecipeError(f"{_WHERE}: {name} takes no {key}; {usage(name)}")
     if key in given:
         raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
+    if not value:
+        raise RecipeError(f"{_WHERE}: {key} is empty; give {key}={option.form or 'true'}, or leave it out")
     if option.choices and value not in option.choices:
         raise RecipeError(f"{_WHERE}: {key}: got {got(value)}, expected {' or '.join(option.choices)}")
 

@@ -311,7 +311,7 @@ def _almost_labels(results: Sequence[Read]) -> list[str]:
             continue
         path = label_path(result.listed.path)
         if path.parent not in folders:
-            names = os.listdir(path.parent) if path.parent.is_dir() else []
+            names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             folders[path.parent] = {name.lower(): name for name in names}
         if name := folders[path.parent].get(path.name.lower()):
             found.append(

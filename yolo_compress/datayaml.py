@@ -26,6 +26,8 @@ UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "i
 COMPANIONS = frozenset(  # of images, in their folders
     ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
 )
+MAX_CLASSES = 20_000  # as many names as strict_yaml reads; the largest detection set has 1,203
+MAX_KEYPOINTS = 10_000
 MAX_FOLDERS = 100_000  # of one split
 NEWLINE = b"\n"
 UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
@@ -136,17 +138,19 @@ def read_yaml(file: Path) -> DataYaml:
         if not checked or len(checked) < len(entries):
             raise bad(key, f"{key}: must be a folder, a .txt list or a list of those, not {entry!r}")
         splits[key] = tuple(checked)
-    pose = values.get("kpt_shape") or (0, 0)
-    if not (len(pose) == 2 and all(isinstance(n, int) and n >= 0 for n in pose)):
-        raise bad("kpt_shape", f"kpt_shape must be two numbers, not {pose!r}")
+    pose = values.get("kpt_shape") or [0, 0]
+    if not (
+        isinstance(pose, list) and len(pose) == 2 and all(type(n) is int and 0 <= n <= MAX_KEYPOINTS for n in pose)
+    ):
+        raise bad("kpt_shape", f"kpt_shape must be two numbers from 0 to {MAX_KEYPOINTS}, not {pose!r}")
     lines = {key: document.where((key,)) for key in splits}
     return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
 
 
 def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
     names, count = values.get("names"), values.get("nc")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise bad("nc", f"nc must be a whole number above 0, not {count!r}")
+    if count is not None and not (type(count) is int and 1 <= count <= MAX_CLASSES):
+        raise bad("nc", f"nc must be a whole number from 1 to {MAX_CLASSES}, not {count!r}")
     if names is None:
         if count is None:
             raise bad("names", "neither names: nor nc: is given")
@@ -183,7 +187,7 @@ def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
     folders = data_folders() if shipped else [file.parent, *data_folders()]
     for folder in folders:
         path = folder / (text or ".")
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
             return path.resolve()
     hint = f"; run `yolo-compress fetch {file.stem}`" if shipped else ""
     raise bad("path", f"path: {text} is no folder; looked in {', '.join(map(shown, folders))}{hint}")
@@ -193,7 +197,7 @@ def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
     """`entry` of a split, refused when `..` leads out of `root`. Exports of Roboflow write ../train for ./train."""
     if os.path.isabs(entry) or not _escapes(root, root, entry):
         return entry
-    if entry.startswith("../") and not (root / entry).exists() and not _escapes(root, root, entry[3:]):
+    if entry.startswith("../") and not os.path.exists(root / entry) and not _escapes(root, root, entry[3:]):
         return entry[3:]
     raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder that holds all splits")
 
@@ -223,9 +227,9 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
     others: list[str] = []
     for entry in data.train if split == "train" else data.val:
         path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
-        if path.is_dir():
+        if os.path.isdir(path):
             items: Iterator[Listed | str] = _folder(data.root, path, others)
-        elif path.is_file():
+        elif os.path.isfile(path):
             items = _list_file(data.root, path)
         else:
             raise DataError(f"{data.lines[split]}: {split}: {shown(data.root / entry)} does not exist")

@@ -63,7 +63,7 @@ class FileCache:
         try:
             known, value = self.entries[f"{kind}:{path}"]
             return read(value) if known == stamp.as_list() else None
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             return None
 
     def put(self, kind: str, path: Path, stamp: Stamp, value: Any) -> None:

@@ -254,7 +254,7 @@ def _trained(stage: str, images: int, asked: Order) -> Section:
     """The schedule of a stage by the number of images; where epochs are asked for, what follows from them does."""
     epochs = sizing.epochs(stage, images)
     given = dict(asked.overrides).get(f"{stage}.epochs", "")
-    last = sizing.close_mosaic(int(given) if given.isdecimal() else epochs.value)
+    last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
     rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": last}
     return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
 

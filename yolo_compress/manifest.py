@@ -110,7 +110,7 @@ class Manifest:
         for name, entry in self.files.items():
             if not is_inside(name) or name == MANIFEST:
                 raise ValueError(f"lists the file {name!r}, which is not inside its folder")
-            if not isinstance(entry, dict) or not {"sha256", "size"} <= entry.keys():
+            if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("sha256", "size")] != [str, int]:
                 raise ValueError(f"entry of {name!r} lacks sha256 or size")
 
 

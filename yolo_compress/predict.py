@@ -73,7 +73,7 @@ def _count(options: Mapping[str, str]) -> int | None:
     text = options.get("engines")
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 64):
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= 64):
         raise RecipeError(f"command line: engines: got {got(text)}, expected a whole number from 1 to 64")
     return int(text)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from yolo_compress import strict_json
 from yolo_compress.atomic import atomic_write
-from yolo_compress.errors import DataError, RecipeError, StorageError
+from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate import release, rollout
 from yolo_compress.evaluate.shadowlog import read, read_truth
 from yolo_compress.explain import got
@@ -39,6 +41,8 @@ def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
     if "state" not in options:
         return rollout.judge(log_a, log_b, fresh, allowed, truth, cap)[0]
     path = Path(options["state"])
+    if not path.name:
+        raise RecipeError(f"command line: state={path} is a folder; give the name of a file in it")
     with lock(path.with_name(path.name + ".lock"), f"rollout state={path}", wait):
         before = _load(path) or fresh
         if given not in (None, before.stage):
@@ -64,16 +68,9 @@ def _cap(text: str) -> float:
 
 
 def _load(path: Path) -> release.State | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, UnicodeError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
-    try:
-        return release.state_from(json.loads(text), str(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no state of a release ({error}); remove it to begin a new one at 1 %") from error
+    return release.state_from(strict_json.load(path, DataError, "; remove it to begin a new release at 1 %"), str(path))
 
 
 def text(document: Mapping[str, Any]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from yolo_compress.evaluate import coco
 from yolo_compress.runtime.limits import MAX_DETECTIONS
@@ -53,3 +55,29 @@ def scene(seed: int, images: int = 12, most: int = 8, tied: bool = True) -> Scen
         rows[:, 4] = generator.integers(1, 9, len(rows)) / 10 if tied else generator.random(len(rows))
         found.append(rows.astype(np.float32))
     return truths, found
+
+
+COORDINATE = st.integers(0, 12)  # a coarse grid: equal boxes, equal IoUs, boxes without area
+BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
+SCALE = st.sampled_from([1.0, 8.0, 32.0, 0.37])
+LABEL = st.integers(0, 2)
+SCORE = st.integers(1, 4)
+
+
+@st.composite
+def drawn(draw: Any) -> Scene:
+    truths, found = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        scale = draw(SCALE)
+        labelled = draw(st.lists(st.tuples(LABEL, BOX), max_size=6))
+        detected = draw(st.lists(st.tuples(BOX, SCORE, LABEL), max_size=10))
+        copies = [(box, draw(SCORE), label) for label, box in labelled if draw(st.booleans())]
+        truths.append(np.array([(k, *spread(b, scale)) for k, b in labelled], np.float64).reshape(-1, 5))
+        rows = [(*spread(b, scale), s / 5, k) for b, s, k in [*detected, *copies]]
+        found.append(np.array(rows, np.float32).reshape(-1, 6))
+    return truths, found
+
+
+def spread(box: tuple[int, int, int, int], scale: float) -> tuple[float, float, float, float]:
+    x, y, w, h = box
+    return x * scale, y * scale, (x + w) * scale, (y + h) * scale

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matching_scenes import NAMES, by_pycocotools, scene
+from hypothesis import given, settings
+from matching_scenes import NAMES, Scene, by_pycocotools, scene
+from matching_scenes import drawn as drawn_scenes
 
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate import bootstrap
@@ -58,6 +60,27 @@ def test_a_replicate_is_pycocotools_on_the_images_drawn() -> None:
         drawn = np.repeat(np.arange(len(truths)), weights_I)
         expected = by_pycocotools([truths[i] for i in drawn], [found[i] for i in drawn], len(NAMES))
         np.testing.assert_allclose(ours.ap50_95_RAK[number], means(expected), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(drawn_scenes())
+def test_replicates_are_pycocotools_on_what_hypothesis_draws(case: Scene) -> None:
+    """Images without truths or detections, one image alone, equal scores, and an image that is drawn often or never.
+
+    Of an image drawn twice, pycocotools takes detections of equal score copy by copy and `replicate` detection by detection, so
+    scores are distinct there.
+    """
+    truths, found = case
+    ends = np.cumsum([0, *map(len, found)])
+    distinct = [
+        rows + np.eye(6, dtype=np.float32)[4] * np.arange(a, b)[:, None] / 1000
+        for rows, a, b in zip(found, ends, ends[1:], strict=False)
+    ]
+    for rows, weights_I in ((found, np.ones(len(truths), int)), (distinct, resamples(len(truths), 1, seed=0)[0])):
+        chosen = np.repeat(np.arange(len(truths)), weights_I)
+        expected = by_pycocotools([truths[i] for i in chosen], [rows[i] for i in chosen], len(NAMES))
+        ours = replicate([match(truths, rows, len(NAMES))], weights_I[None])[0]
+        np.testing.assert_allclose(ours.ap50_95_RAK[0], means(expected), rtol=0, atol=1e-12)
 
 
 def test_chunks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,17 @@ def test_what_is_no_manifest_is_called_corrupt(store: Store, text: str) -> None:
         store.find("prune", made.fingerprint)
 
 
+@pytest.mark.parametrize(
+    "entry", [{"sha256": -0.0, "size": 7}, {"sha256": "0" * 64, "size": "7"}, {"sha256": "0" * 64}, 7]
+)
+def test_an_entry_of_another_form_is_corrupt(store: Store, entry: object) -> None:
+    made = make(store)
+    forged = dataclasses.replace(made.manifest, files={**made.manifest.files, "model.pt": entry}).to_json()
+    (made.path / "manifest.json").write_text(forged)
+    with pytest.raises(CorruptArtifact, match="lacks sha256 or size"):
+        store.find("prune", made.fingerprint)
+
+
 def test_a_manifest_in_another_s_place_is_corrupt(store: Store) -> None:
     one, two = make(store, 1), make(store, 2)
     shutil.copy(two.path / "manifest.json", one.path / "manifest.json")

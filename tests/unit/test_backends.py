@@ -223,6 +223,8 @@ DAMAGE: dict[str, tuple[Callable[[Path, str], Any], str]] = {
     "sidecar cut": (lambda d, f: (d / SIDECAR).write_text((d / SIDECAR).read_text()[:80]), "damaged"),
     "sidecar binary": (lambda d, f: (d / SIDECAR).write_bytes(b"\xff\xfe\x00"), "damaged"),
     "sidecar a list": (lambda d, f: (d / SIDECAR).write_text("[1]"), "damaged"),
+    "sidecar deep": (lambda d, f: (d / SIDECAR).write_text("[" * 100_000), "damaged"),
+    "size of no end": (lambda d, f: edited(d, lambda s: s.update(imgsz=[float("inf"), 64])), "damaged"),
     "no hash": (lambda d, f: edited(d, lambda s: s["files"][f].pop("sha256")), "damaged"),
     "files a list": (lambda d, f: edited(d, lambda s: s.update(files=[f])), "damaged"),
     "unknown field": (lambda d, f: edited(d, lambda s: s.update(extra=1)), "damaged"),

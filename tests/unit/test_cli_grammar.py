@@ -49,6 +49,22 @@ def test_values_may_hold_anything() -> None:
     assert parse(["run", "recipe=-x.yaml"]).recipe == "-x.yaml"
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["keygen", "out="], "out is empty; give out=FILE, or leave it out"),
+        (["predict", "source=a", "engine=b", "--out", ""], "out is empty; give out=FOLDER"),
+        (["lint", "a\0.onnx"], "holds a NUL character"),
+        (["run", "data.yaml=a\0"], "holds a NUL character"),
+        (["\0"], "holds a NUL character"),
+    ],
+)
+def test_options_and_words_that_nothing_can_be_named_by(argv: list[str], says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        parse(argv)
+    assert str(caught.value).isprintable()
+
+
 def test_sections_can_be_dropped() -> None:
     assert parse(["run", "sparsify=null"]).overrides == (("sparsify", "null"),)
     assert parse(["run", "engine=null"]).overrides == (("engine", "null"),), "for predict it is an option"

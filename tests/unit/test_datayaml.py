@@ -132,3 +132,41 @@ def test_path_is_looked_up_in_the_data_folders(root: Path, tmp_path: Path, monke
     (tmp_path / "datasets/pets.yaml").write_text(YAML.replace("path: .", "path: set"))
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(tmp_path))
     assert len(load("pets").train) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nc: 2147483648", "data.yaml:4: nc must be a whole number from 1 to 20000, not 2147483648"),
+        ("nc: true", "nc must be a whole number"),
+        ("kpt_shape: 17", "data.yaml:5: kpt_shape must be two numbers from 0 to 10000, not 17"),
+        ("kpt_shape: {0: 17, 1: 3}", "kpt_shape must be two numbers"),
+        ("kpt_shape: [true, 3]", "kpt_shape must be two numbers"),
+        ("kpt_shape: [1000000000, 3]", "kpt_shape must be two numbers"),
+    ],
+)
+def test_counts_that_are_none(root: Path, line: str, says: str) -> None:
+    """Two thousand million classes took the memory, and one number for two was a traceback."""
+    text = YAML.replace("names: [cat, dog]", line) if "nc" in line else YAML + line
+    (root / "data.yaml").write_text(text)
+    with pytest.raises(DataError) as caught:
+        load("set/data.yaml")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["path", "train", "list"])
+def test_a_name_that_no_file_can_have_is_a_finding_of_its_line(root: Path, where: str) -> None:
+    """It was exit code 6, as of a disk, and on_bad=skip did not leave it out."""
+    long = "x" * 300 + ".png"
+    if where == "list":
+        (root / "list.txt").write_text(f"images/train/0.png\n{long}/{long}\n")
+        (root / "data.yaml").write_text(YAML.replace("train: images/train", "train: list.txt"))
+        assert len(load("set/data.yaml", on_bad="skip").train) == 1
+    else:
+        (root / "data.yaml").write_text(
+            YAML.replace("path: .", f"path: {long}")
+            if where == "path"
+            else YAML.replace("train: images/train", f"train: {long}")
+        )
+    with pytest.raises(DataError, match=long):
+        load("set/data.yaml")

@@ -13,6 +13,8 @@ import pytest
 from yolo_compress import __main__, atomic, cli_grammar, exits, progress
 from yolo_compress.atomic import storage_errors
 from yolo_compress.errors import DataError, StorageError, Terminated
+from yolo_compress.runtime.errors import SourceError
+from yolo_compress.runtime.sources import open_source
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[int, str]:
@@ -186,3 +188,30 @@ for write in (lambda: save_torchscript(traced, folder / "n.torchscript", {}), la
     assert done.returncode == 0, done.stderr
     assert [line.partition(": ")[2][:14] for line in done.stdout.splitlines()] == ["File too large"] * 2
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("n.torchscript", b"old")]
+
+
+LONG = "9" * 5000  # Python refuses to read it as a number
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["keygen", "out=."], 2, "is a folder; give the name of a file"),
+        (["keygen", "out=/"], 2, "is a folder; give the name of a file"),
+        (["predict", "source=a", "engine=b", f"engines={LONG}"], 2, "expected a whole number from 1 to 64"),
+        (["ab", "a=a", "b=b", "data=c", f"imgsz={LONG}"], 2, "expected one side or height,width"),
+        (["bundle", "recipe=digits", "out=x", f"golden={LONG}"], 2, "expected a whole number from 1 on"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_without_end_and_folders_for_files(monkeypatch, capsys, tmp_path: Path, argv, code, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(argv) == code
+    err = capsys.readouterr().err
+    assert says in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_camera_of_5000_digits_is_no_camera() -> None:
+    with pytest.raises(SourceError, match="name too long"):
+        open_source(LONG)

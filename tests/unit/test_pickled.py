@@ -369,3 +369,111 @@ def test_a_detection_part_is_made_of_stock_layers_of_the_files_own_size(tmp_path
     for change in (repeated, wide, vision, other):
         with pytest.raises(RecipeError, match="its detection part cannot be taken"):
             load_pretrained(seg(tmp_path / "s.pt", change), ["bolt", "nut"], 0, detection_part=True)
+
+
+# --- files of other versions, and other forms -------------------------------------------------------------------------
+
+
+def repickled(source: Path, out: Path, change: Callable[[bytes], bytes]) -> Path:
+    """A checkpoint whose program is changed, its tensors as they are."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(out, "w") as other:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            other.writestr(entry.filename, change(data) if entry.filename.endswith("data.pkl") else data)
+    return out
+
+
+def as_8_0_0(program: bytes) -> bytes:
+    """Ultralytics 8.0.0 had one file of layers, `ultralytics.nn.modules`, and `ultralytics.yolo.utils`."""
+    for package in (b"conv", b"block", b"head"):
+        program = program.replace(b"cultralytics.nn.modules." + package + b"\n", b"cultralytics.nn.modules\n")
+    return program.replace(b"cultralytics.utils\n", b"cultralytics.yolo.utils\n")
+
+
+def test_a_checkpoint_of_ultralytics_8_0_0_is_the_same_model(tmp_path: Path) -> None:
+    net = ultra.new_model("yolov8n.yaml", ["bolt", "nut"], 3, 0)
+    torch.save({"model": net, "ema": None, "train_args": vars(get_cfg())}, tmp_path / "now.pt")
+    old = repickled(tmp_path / "now.pt", tmp_path / "old.pt", as_8_0_0)
+    with zipfile.ZipFile(old) as archive:
+        program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    assert b"cultralytics.nn.modules\nDetect\n" in program and b"cultralytics.nn.modules." not in program
+    assert b"cultralytics.yolo.utils\nIterableSimpleNamespace\n" in program
+    loaded = ultra.load_model(old)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in net.state_dict().items())
+
+
+def test_a_checkpoint_of_8_0_200_with_its_criterion_is_the_same_model(tmp_path: Path) -> None:
+    """Its trainer left the loss on the model: classes of `ultralytics.utils` with tensors of their own."""
+    net = ultra.new_model("yolov8n.yaml", ["bolt", "nut"], 3, 0)
+    net.criterion = net.init_criterion()
+    torch.save({"model": deepcopy(net).half(), "ema": None, "train_args": {}}, tmp_path / "m.pt")
+    loaded = ultra.load_model(tmp_path / "m.pt")
+    assert type(loaded.criterion).__name__ == "v8DetectionLoss"
+    assert all(
+        torch.equal(value.half().float(), loaded.state_dict()[key].float()) for key, value in net.state_dict().items()
+    )
+
+
+class Own(nn.Module):
+    """A layer of somebody's own code."""
+
+
+FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a state_dict": (lambda net: net.state_dict(), "it holds no model, only tensors or settings"),
+    "a state_dict under model": (lambda net: {"model": net.state_dict()}, "it holds no model, only tensors or settings"),
+    "the bare module": (lambda net: net, "it holds no dictionary; save it with Ultralytics' model.save"),
+    "a list of models": (lambda net: [net], "it holds no dictionary"),
+    "DataParallel": (lambda net: {"model": nn.DataParallel(net)}, ".DataParallel', which no YOLO checkpoint holds"),
+    "own code": (lambda net: {"model": nn.Sequential(net, Own())}, f"'{Own.__module__}.Own', which no YOLO checkpoint holds"),
+    "names in no order": (lambda net: {"model": _named(net, {0: "bolt", 2: "nut"})}, "not numbered from 0"),
+    "names by text": (lambda net: {"model": _named(net, {"0": "bolt", "1": "nut"})}, "not numbered from 0"),
+    "one name": (lambda net: {"model": _named(net, "bolt")}, "scores an anchor for 4 class names"),
+    "no names": (lambda net: {"model": _named(net, {})}, "scores an anchor for 0 class names"),
+    "names None": (lambda net: {"model": _named(net, None)}, "not a loadable YOLO checkpoint"),
+    "nothing": (lambda net: {}, "it holds no model"),
+    "None": (lambda net: None, "it holds no dictionary"),
+}  # fmt: skip
+
+
+def _named(net: Any, names: Any) -> Any:
+    net.names = names
+    return net
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_is_refused_by_its_name(form: str, tmp_path: Path) -> None:
+    make, says = FORMS[form]
+    torch.save(make(ultra.new_model("yolov8n.yaml", ["bolt", "nut"], 3, 0)), tmp_path / "m.pt")
+    with pytest.raises(CompressError) as caught:
+        ultra.load_model(tmp_path / "m.pt")
+    assert says in str(caught.value) and caught.value.exit_code in (2, 5)
+
+
+def test_a_whole_yolo_object_is_refused_by_its_name(tmp_path: Path) -> None:
+    from ultralytics import YOLO
+
+    torch.save(YOLO("yolov8n.yaml"), tmp_path / "m.pt")
+    with pytest.raises(CorruptArtifact, match=r"'ultralytics\.models\.yolo\.model\.YOLO'"):
+        ultra.load_model(tmp_path / "m.pt")
+
+
+SOUND: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "ema only": (lambda net: {"model": None, "ema": net}, "m.pt"),
+    "no ema": (lambda net: {"model": net}, "m.pt"),
+    "train_args None": (lambda net: {"model": net, "train_args": None}, "m.pt"),
+    "a list of names": (lambda net: {"model": _named(net, ["bolt", "nut"])}, "m.pt"),
+    "names out of order": (lambda net: {"model": _named(net, {1: "nut", 0: "bolt"})}, "m.pt"),
+    "another suffix": (lambda net: {"model": net}, "m.pth"),
+    "no suffix": (lambda net: {"model": net}, "m"),
+    "upper case": (lambda net: {"model": net}, "M.PT"),
+}
+
+
+@pytest.mark.parametrize("form", SOUND)
+def test_another_form_that_is_sound_is_the_same_model(form: str, tmp_path: Path) -> None:
+    make, name = SOUND[form]
+    net = ultra.new_model("yolov8n.yaml", ["bolt", "nut"], 3, 0)
+    torch.save(make(net), tmp_path / name)
+    loaded = ultra.load_model(tmp_path / name)
+    assert loaded.names == {0: "bolt", 1: "nut"}
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in net.state_dict().items())

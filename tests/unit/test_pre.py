@@ -178,3 +178,22 @@ def test_a_npy_of_a_later_format_is_refused_and_a_sound_one_read(tmp_path: Path)
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes().replace(b"NUMPY\x01", b"NUMPY\x09"))
     with pytest.raises(pre.UnreadableImage, match=r"format 9.0 of .npy"):
         pre.read_image(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1,",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1L, 1, 3), '}",
+        "{'descr': '|u1', 'shape': (1, 1, 3)}",
+        "  {'descr'",
+        "(" * 300,
+        "",
+    ],
+)
+def test_a_npy_whose_header_is_no_python(tmp_path: Path, header: str) -> None:
+    """numpy reads it as Python, and lets what the tokenizer raises through."""
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(3)
+    (tmp_path / "a.npy").write_bytes(data)
+    with pytest.raises(pre.UnreadableImage, match=r"a\.npy: no header of \.npy"):
+        pre.read_image(tmp_path / "a.npy")

@@ -236,6 +236,24 @@ def test_the_least_of_all_rounds_counts(monkeypatch):
     assert _in_turn([Path("one"), Path("two")], None) == [{"a": 2.0, "tmp_1": 1.0}, {"b": 5.0}]
 
 
+PROBE = {"networks": [{"file": "1.onnx", "macs": {"a": 1}}], "nodes": {"a": "/a"}, "imgsz": [64, 64]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nodes": None}, {"nodes": {}}, {"nodes": {"a": 1}}, {"networks": []}, {"networks": [1]}, {"networks": [{"file": "1.onnx"}]},
+     {"networks": [{"file": 1, "macs": {}}]}, {"networks": [{"file": "1.onnx", "macs": {"a": "x"}}]}, {"imgsz": 64},
+     {"networks": [{"file": "1.onnx", "macs": {"a": 1}, "precision": "int4"}]}, {"convs": ["a"]}],
+)  # fmt: skip
+def test_a_probe_of_another_form_is_refused(tmp_path, change):
+    (tmp_path / LAYERS).write_text(json.dumps({**PROBE, **change}))
+    with pytest.raises(EngineError, match="no readable layers.json"):
+        take(tmp_path, "onnxruntime", "fp32")
+    (tmp_path / LAYERS).write_text(json.dumps(PROBE))
+    with pytest.raises(EngineError, match="no such ONNX file"):
+        take(tmp_path, "onnxruntime", "fp32")
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"schema": 2, "whole_ms": 1, "layers": {"a": 1}, "rest": [1]}', "[1]"])
 def test_no_table_is_a_corrupt_file(tmp_path, text):
     file = tmp_path / "table.json"

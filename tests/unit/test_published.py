@@ -86,9 +86,15 @@ def test_the_calibration_cache_gives_the_trained_weights_back(source: tuple[Path
     (tmp_path / CACHE).write_text("TRT-8502-EntropyCalibration2\nno tensor of it: 3c010a14\n")
     with pytest.raises(CorruptArtifact, match="no tensor of it"):
         explicit(tmp_path / IMPLICIT, tmp_path / "explicit.onnx")
-    (tmp_path / CACHE).write_text("images: zz\n")
-    with pytest.raises(CorruptArtifact, match="not a calibration cache"):
-        read_cache(tmp_path / CACHE)
+    for text in (
+        "images: zz\n",
+        "TRT-8502-x\nimages: 7fc00000\n",
+        "TRT-8502-x\nimages: bf800000\n",
+        "TRT-8502-x\nimages: 00000000\n",
+    ):
+        (tmp_path / CACHE).write_text(text)
+        with pytest.raises(CorruptArtifact, match="not a calibration cache"):
+            read_cache(tmp_path / CACHE)
 
 
 def test_torchscript_is_evaluated_as_torch_runs_it(source: tuple[Path, QuantState], tmp_path: Path) -> None:

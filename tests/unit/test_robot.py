@@ -535,6 +535,7 @@ def test_numbers_that_mean_nothing_are_a_usage_error(
         {"names": 5},
         {"names": ["\ud800"]},
         {"name": 1},
+        {"max_det": "many"},
         {"gate": None},
         {"val": None},
     ],

@@ -165,6 +165,8 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     monkeypatch.setattr(robot_bench, "bench", lambda *_: pytest.fail("it was measured"))
     assert robot_bench.main(["--out", "/nowhere/device.json"], bundle) == 6
     assert "/nowhere/device.json: No such file or directory; give --out FILE" in capsys.readouterr().err
+    assert robot_bench.main(["--out", "/"], bundle) == 6
+    assert "/: Is a directory; give --out FILE" in capsys.readouterr().err
     monkeypatch.setattr(OrtBackend, "build", lambda *_: pytest.fail("it was built"))
     assert robot_build.main(["--out", "/proc/engines", "--runtime", "onnxruntime"], bundle) == 6
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: /proc/engines")

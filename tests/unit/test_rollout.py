@@ -643,7 +643,7 @@ def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys:
     assert json.loads(state.read_text())["status"] == "aborted"
     for broken in ("{", "[" * 100_000):
         state.write_text(broken)
-        assert "no state of a release" in look(first, 3)
+        assert "remove it to begin a new release" in look(first, 3)
 
 
 def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

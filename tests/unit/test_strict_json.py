@@ -9,6 +9,7 @@ import pytest
 from yolo_compress import strict_json
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.prune.latency import SCHEMA, read_table
+from yolo_compress.runtime import jsontext
 
 CASES = {
     "10 to the 400": (b'{"a": 1' + b"0" * 400 + b"}", "a whole number of 401 digits"),
@@ -41,7 +42,7 @@ def test_sound_json_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strict_json, "MAX_BYTES", 4)
+    monkeypatch.setattr(jsontext, "MAX_BYTES", 4)
     (tmp_path / "a.json").write_bytes(b'{"a":1}')
     with pytest.raises(RecipeError, match="larger than 0 MiB"):
         strict_json.load(tmp_path / "a.json", RecipeError)

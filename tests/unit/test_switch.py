@@ -267,7 +267,7 @@ def test_a_damaged_state_is_not_read_as_none(tmp_path: Path) -> None:
     for version in (1, 2):
         put(slots, make_bundle(tmp_path / str(version), version))
     rollback(slots, fake_health)
-    for text in ("{", '{"schema": 1}', '{"schema": 1, "newest": true}', "[]"):
+    for text in ("{", '{"schema": 1}', '{"schema": 1, "newest": true}', "[]", "[" * 100_000):
         (slots.root / "state.json").write_text(text)
         with pytest.raises(EngineError, match="state.json"):
             put(slots, make_bundle(tmp_path / f"3{len(text)}", 3))

@@ -21,9 +21,11 @@ def keygen(out: Path) -> dict[str, Any]:
     A call that was killed between the two is repeated: a seed without its public key gets it.
 
     Raises:
-        RecipeError: the public key is there already, or `out` holds no private key.
+        RecipeError: the public key is there already, or `out` is a folder or holds no private key.
         StorageError: the disk said no.
     """
+    if not out.name:
+        raise RecipeError(f"out={out}: is a folder; give the name of a file in it")
     public_file = out.with_name(out.name + ".pub")
     if public_file.exists():
         raise RecipeError(

@@ -97,7 +97,7 @@ def order(options: Mapping[str, str]) -> Order:
 
 def _count(options: Mapping[str, str], key: str, default: int) -> int:
     text = options.get(key, str(default))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**53):
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) < 2**53):
         raise RecipeError(f"command line: {key}: got {got(text)}, expected a whole number from 1 on")
     return int(text)
 

@@ -138,7 +138,7 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
     """
     if not file.is_file():
         raise RecipeError(f"prune.latency_table: no file {str(file)!r}")
-    table = strict_json.load(file, CorruptArtifact)
+    table = strict_json.load(file, CorruptArtifact, "; measure it again")
     layers, whole = table.get("layers"), table.get("whole_ms")
     curves = [*layers.values(), table.get("rest")] if isinstance(layers, dict) and layers else [None]
     if (

@@ -8,6 +8,7 @@ has read one of ours: the format is that of the files that TensorRT writes."""
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -98,7 +99,10 @@ def read_cache(cache: Path) -> dict[str, float]:
         if not lines[0].startswith("TRT-"):
             raise ValueError(lines[0])
         pairs = (line.rpartition(": ") for line in lines[1:])
-        return {name: float(struct.unpack(">f", bytes.fromhex(code))[0]) for name, _, code in pairs}
+        scales = {name: float(struct.unpack(">f", bytes.fromhex(code))[0]) for name, _, code in pairs}
+        if odd := [name for name, scale in scales.items() if not 0 < scale < math.inf]:
+            raise ValueError(f"scale of {odd[0]} is {scales[odd[0]]}, expected a finite number above 0")
+        return scales
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise CorruptArtifact(f"{cache}: not a calibration cache ({error}); run export again") from error
 

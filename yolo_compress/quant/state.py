@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolo_compress import strict_json
 from yolo_compress.errors import CorruptArtifact, NumericsError
 from yolo_compress.quant.placement import Group
 
@@ -122,14 +123,9 @@ class QuantState:
 
         Raises:
             CorruptArtifact: Not JSON, or not a quantiser state.
+            StorageError: It cannot be read.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptArtifact(f"{path}: quantiser state is not JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise CorruptArtifact(f"{path}: quantiser state is a {type(data).__name__}, expected an object")
-        return cls.from_json(data)
+        return cls.from_json(strict_json.load(path, CorruptArtifact, "; run qat again"))
 
 
 def fold(state: QuantState, model: nn.Module) -> QuantState:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
+from yolo_compress import strict_json
+from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.report.document import SCHEMA, identified, judged, plain
 from yolo_compress.report.numbers import finite
 from yolo_compress.runtime.errors import printable
@@ -59,19 +59,9 @@ def add(document: Mapping[str, Any], files: Sequence[Path], onnx: Set[str] | Non
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = _seen(json.loads(file.read_bytes(), parse_constant=lambda _: None))  # NaN and infinity: not measured
-    except OSError as error:
-        raise StorageError(f"add: {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CorruptArtifact(
-            f"add: {file} is no JSON ({error}); expected a robot's device.json or a report.json"
-        ) from error
-    if (
-        not isinstance(found, dict)
-        or not ({"bundle", "recipe"} & set(found))
-        or not isinstance(found.get("rows"), list)
-    ):
+    hint = "; add takes a robot's device.json or a report.json"
+    found = dict(_seen(strict_json.load(file, CorruptArtifact, hint, lambda _: None)))  # NaN and infinity: not measured
+    if not ({"bundle", "recipe"} & set(found)) or not isinstance(found.get("rows"), list):
         raise CorruptArtifact(f"add: {file} is neither a robot's device.json nor a report.json")
     wanted = DEVICE_SCHEMA if "bundle" in found else SCHEMA
     if found.get("schema") != wanted:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
+from . import jsontext
 from .device import cpu_model
 from .errors import EngineError, LatencyError, RuntimeUnavailable
 from .onnxmeta import names_and_imgsz
@@ -202,7 +203,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
 def _read_sidecar(sidecar: Path) -> EngineInfo:
     """The sidecar, if it has the form that `save_info` writes."""
     try:
-        info = _from_json(json.loads(sidecar.read_text(encoding="utf-8")))
+        info = _from_json(jsontext.read(sidecar))
         formed = all(isinstance(vouched["sha256"], str) and vouched["size"] >= 0 for vouched in info.files.values())
     except OSError as error:
         raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error

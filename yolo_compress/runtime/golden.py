@@ -7,15 +7,16 @@ lie as low as `floor`, so that a score near the threshold is a difference of sco
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from . import jsontext
 from .backend import Backend
 from .detector import Detector
 from .errors import EngineError
+from .pre import read_image
 
 FOLDER = "golden"
 FILE = "golden.json"
@@ -86,10 +87,10 @@ def load(bundle: Path) -> Tuple[Dict[str, Any], List[np.ndarray]]:
     """
     file = bundle / FOLDER / FILE
     try:
-        golden = json.loads(file.read_text(encoding="utf-8"))
+        golden = jsontext.read(file)
         if golden["schema"] != SCHEMA:
             raise EngineError(f"{file}: schema {golden['schema']!r}, {SCHEMA} expected; make the bundle again")
-        images = [np.load(str(bundle / FOLDER / image["file"]), allow_pickle=False) for image in golden["images"]]
+        images = [read_image(bundle / FOLDER / image["file"]) for image in golden["images"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{file}: no golden images to be read ({error}); make the bundle again") from error
     return golden, images

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from . import jsontext
 from .errors import SourceError
 from .labels import Box, label_path, parse
 from .sources import IMAGE_SUFFIXES
@@ -58,7 +59,7 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
         SourceError: no such file, boxes of a category that the net does not have, or a crowd, which the matcher does not know.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = jsontext.read(file)
         labels = {one["id"]: names.index(one["name"]) for one in document["categories"] if one["name"] in names}
         strangers = sorted({one["name"] for one in document["categories"]} - set(names))
         sizes = {one["id"]: (one["file_name"], one["width"], one["height"]) for one in document["images"]}

@@ -18,6 +18,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
+from . import jsontext
+from .backend import PRECISIONS
 from .device import device_state
 from .engine import BACKENDS, open_engine
 from .errors import EngineError, RuntimeFailure, printable
@@ -45,10 +47,7 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
         EngineError: not a folder of `probe`, the library rejects a network, or a convolution of `convs` cannot be told apart.
         RuntimeUnavailable: the library is missing.
     """
-    try:
-        described = json.loads((folder / LAYERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{folder}: no readable {LAYERS} ({error}); write it with yolo-compress probe") from error
+    described = _described(folder)
     layers: Dict[str, List[List[float]]] = {name: [] for name in described["nodes"]}
     rest: List[List[float]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,6 +96,32 @@ def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, 
             with open_engine(engine, threads=threads) as backend:
                 rounds[index].append(backend.node_ms(PROFILED_RUNS))
     return [{name: min(each[name] for each in taken if name in each) for name in taken[0]} for taken in rounds]
+
+
+def _described(folder: Path) -> Dict[str, Any]:
+    """`layers.json`, if it has the form that `yolo-compress probe` gives it.
+
+    Raises:
+        EngineError: it has not, or is not there.
+    """
+    try:
+        found = jsontext.read(folder / LAYERS)
+        networks, nodes, imgsz = found["networks"], found["nodes"], found["imgsz"]
+        texts = [*nodes.values(), *found.get("convs", {}).values(), *(one["file"] for one in networks)]
+        numbers = [*imgsz, *(macs for one in networks for macs in one["macs"].values())]
+        sound = (
+            len(imgsz) == 2
+            and len(networks) > 0
+            and all(isinstance(text, str) for text in texts)
+            and all(type(number) in (int, float) and number >= 0 for number in numbers)
+            and all(one["macs"].keys() <= nodes.keys() for one in networks)
+            and all(one.get("precision", PRECISIONS[0]) in PRECISIONS for one in networks)
+        )
+        if not sound:
+            raise ValueError("of another form")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{folder}: no readable {LAYERS} ({error}); write it with yolo-compress probe") from error
+    return dict(found)
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:

@@ -88,7 +88,10 @@ def load_array(data: bytes) -> np.ndarray:
     if version not in ((1, 0), (2, 0)):
         raise ValueError("format {}.{} of .npy, 1.0 or 2.0 expected".format(*version))
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    try:
+        shape, _, dtype = read(file)
+    except Exception as error:  # numpy reads it as Python: SyntaxError, TokenError, RecursionError, MemoryError
+        raise ValueError(f"no header of .npy ({error})") from error
     stated = dtype.itemsize
     for side in shape:
         stated *= side

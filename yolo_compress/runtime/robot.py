@@ -48,7 +48,7 @@ class Bundle:
     @property
     def max_det(self) -> int:
         """Detections of an image that NMS keeps."""
-        return int(self.manifest.get("max_det", MAX_DET))
+        return max_det(self.manifest)
 
     def onnx_sha256(self, stem: str) -> str:
         """What the manifest vouches for."""
@@ -70,6 +70,14 @@ class Bundle:
         }
 
 
+def max_det(manifest: Dict[str, Any]) -> int:
+    """Detections of an image that NMS keeps; ValueError where the manifest says no such number."""
+    value = manifest.get("max_det", MAX_DET)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"max_det {value!r}")
+    return value
+
+
 def opened(directory: Path) -> Bundle:
     """Verify the bundle, with this machine's pinned key where there is one, and read its manifest.
 
@@ -88,6 +96,7 @@ def opened(directory: Path) -> Bundle:
         height, width = manifest["imgsz"]
         if not (type(height) is type(width) is int and height > 0 and width > 0):
             raise ValueError(f"imgsz {manifest['imgsz']!r}")
+        max_det(manifest)
         onnx = {str(stem): str(file) for stem, file in manifest["onnx"].items()}
         strangers = [file for file in onnx.values() if file not in manifest["files"]]
         names = manifest["names"]

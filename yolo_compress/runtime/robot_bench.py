@@ -7,6 +7,7 @@ self-test fails: such an engine does not do what the workstation's did.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import tempfile
@@ -311,8 +312,10 @@ def _latency_table(options: Any) -> int:
 
 def _require_writable(out: Path) -> None:
     """Raises OSError before a minute of measuring, rather than after it."""
-    probe = out.with_name(out.name + ".partial")
     try:
+        if not out.name:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe = out.with_name(out.name + ".partial")
         open(str(probe), "wb").close()
         os.unlink(str(probe))
     except OSError as error:

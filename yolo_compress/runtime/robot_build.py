@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from . import built, jetson
+from . import built, jetson, jsontext
 from .backend import PRECISIONS, load_info, sha256_file
 from .engine import BACKENDS
 from .errors import EngineError, RuntimeUnavailable, naming
@@ -167,7 +167,7 @@ def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Option
     """The library's version of a whole engine of this ONNX by the library that is installed here, else None."""
     try:
         info = load_info(folder, bundle.onnx_sha256(stem))
-        library = json.loads((folder / BUILT).read_text(encoding="utf-8"))["library"]
+        library = jsontext.read(folder / BUILT)["library"]
     except (EngineError, OSError, ValueError, KeyError, TypeError):
         return None  # absent, damaged, or of another ONNX: built anew
     if runtime == "tensorrt" and built_elsewhere(info) is not None:

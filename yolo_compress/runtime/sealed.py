@@ -18,6 +18,7 @@ import stat
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
+from . import jsontext
 from .errors import EngineError, naming
 
 MANIFEST = "manifest.json"
@@ -171,8 +172,8 @@ def _check_signature(root: Path, content: bytes, public_key: bytes) -> None:
 def _formed(content: bytes, where: Path) -> Dict[str, Any]:
     """The manifest, if it has the form that `seal` gives it."""
     try:
-        manifest = json.loads(content.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        manifest = jsontext.parse(content)  # a key twice is refused: two readers may not see two manifests in one file
+    except ValueError as error:
         raise BundleRefused(f"{where}: damaged ({error}); copy the bundle again") from error
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")) or manifest["schema"] != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
@@ -193,20 +194,6 @@ def _formed(content: bytes, where: Path) -> Dict[str, Any]:
         ):
             raise BundleRefused(f"{where}: {name!r} has {str(vouched)[:100]}, its sha256 and size expected")
     return manifest
-
-
-def _no_repeats(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """An object of JSON; two readers may not see two different manifests in one file."""
-    found: Dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON")
 
 
 def _is_count(value: Any) -> bool:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
+from . import jsontext
 from .errors import EngineError, RuntimeFailure
 from .sealed import BundleRefused, written
 
@@ -190,7 +191,7 @@ def _read(path: Path, wanted: Dict[str, type]) -> Optional[Dict[str, Any]]:
         EngineError: it is damaged: every write here is whole, so somebody else was at it.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = jsontext.read(path)
     except FileNotFoundError:
         return None
     except ValueError as error:

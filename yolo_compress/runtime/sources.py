@@ -43,8 +43,9 @@ def open_source(source: Union[str, Path]) -> Source:
         RuntimeUnavailable: a video or camera, and OpenCV is not installed.
     """
     text = str(source)
-    if text.isdecimal() or "://" in text:
-        return _video(int(text) if text.isdecimal() else text, f"camera {text}" if text.isdecimal() else text)
+    number = text.isdecimal() and len(text) < 9
+    if number or "://" in text:
+        return _video(int(text) if number else text, f"camera {text}" if number else text)
     path = Path(text)
     try:
         if path.is_dir():
