@@ -154,7 +154,7 @@ def test_batches_go_from_the_chain_to_the_robot(finished: Bench, tmp_path: Path,
     store = Store(finished.folder / "weights")
     rows, single = (
         {row["file"]: row for row in store.linked(name, "bench").metrics["rows"] if row["status"] != "missing"}
-        for name in ("batches", "tiny")
+        for name in (f"batches-{target}", "tiny")
     )
     assert rows["compressed/fp32.onnx"]["map50_95"] == pytest.approx(
         single["compressed/fp32.onnx"]["map50_95"], abs=1e-4
