@@ -143,7 +143,7 @@ def test_batches_go_from_the_chain_to_the_robot(finished: Bench, tmp_path: Path,
     """Boxes are those of single images; 12 images of the robot are three inferences, 8 of the validation two."""
     bundle = tmp_path / "bundle"
     words = (
-        finished.namesake("batches"),
+        finished.namesake(f"batches-{target}"),
         knob,
         "engine.runtimes=onnxruntime",
         "report.images=0",
