@@ -79,7 +79,7 @@ slow-tests: setup
 real-test: setup ## the tests on real images and checkpoints, in YOLO_COMPRESS_DATA and YOLO_COMPRESS_WEIGHTS
 	@$(PYTEST) -m 'real and not gpu and not network'
 
-fuzz: setup ## 20,000 altered inputs through every door of the product, in some minutes; ARGS="CASES [DOOR ...]" for others
+fuzz: setup ## 20,000 altered inputs through every door of the product, in some minutes; ARGS="CASES SEED DOOR ..." for others
 	@$(PY) -m tests.fuzz $(WORDS)
 
 $(STAGES): setup ## one stage and what it needs

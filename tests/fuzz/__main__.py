@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz [CASES [DOOR ...]]`: a table of all doors; exit code 1 where a case failed. `make fuzz` calls it."""
+"""`python -m tests.fuzz [CASES [SEED [DOOR ...]]]`: a table of all doors; exit code 1 where a case failed. `make fuzz` calls it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.fuzz.run import CASES, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:
-    total = int(words[0]) if words else CASES
-    chosen = [door for door in DOORS if not words[1:] or door.name in words[1:]]
+    total, seed = [*map(int, words[:2]), *(CASES, 0)[len(words) :]]
+    chosen = [door for door in DOORS if not words[2:] or door.name.replace(" ", "_") in words[2:]]
     print(f"{'door':<20}{'cases':>7}{'failures':>10}{'slowest ms':>12}{'seconds':>9}  cases by exit code")
     cases = failed = 0
     texts: list[str] = []
@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
         for number, door in enumerate(chosen):
             folder = Path(scratch).resolve() / str(number)
             folder.mkdir()
-            outcome = run(door, folder, max(1, door.share * total // CASES))
+            outcome = run(door, folder, max(1, door.share * total // CASES), seed)
             ends = ", ".join(f"{code}: {count}" for code, count in sorted(outcome.ends.items()))
             print(
                 f"{door.name:<20}{outcome.cases:>7}{outcome.failed:>10}{outcome.slowest_ms:>12.0f}{outcome.seconds:>9.1f}  {ends}",

@@ -91,6 +91,7 @@ def test_a_coco_json_is_read_by_names(tmp_path: Path) -> None:
             "annotation 4 is a crowd",
         ),
         (coco(annotations=[{"id": 4, "image_id": 8, "category_id": 3, "bbox": [6, 8, 12, 16]}]), "no COCO json"),
+        (coco(images=[{"id": 7, "file_name": ["a.png"], "width": 64, "height": 48}]), "no COCO json"),
         ({"images": []}, "no COCO json"),
         ([], "no COCO json"),
     ],

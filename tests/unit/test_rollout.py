@@ -689,6 +689,9 @@ def test_labels_are_looked_at(tmp_path: Path) -> None:
     for bad in ("{", "[" * 100_000, "[1]", good.replace("4, 0", "4"), good.replace("3", "NaN"), huge, good):
         with pytest.raises(DataError, match="t:2"):
             read_truth(written(tmp_path / "t", [good, bad]))
+    (tmp_path / "t").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        read_truth(tmp_path / "t")
 
 
 def test_the_help_names_the_verb() -> None:

@@ -133,8 +133,10 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
     truth: dict[str, np.ndarray] = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -71,12 +71,16 @@ def _read(file: Path) -> dict[str, Any]:
     for key in ("bundle", "device", "golden", "libraries", "data", "environment"):
         if not isinstance(found.get(key) or {}, dict):
             raise CorruptArtifact(f"add: {file}: {key} is {str(found[key])[:80]!r}, expected a mapping")
+    if "bundle" not in found and not isinstance(found["recipe"], str):
+        raise CorruptArtifact(f"add: {file}: recipe is {str(found['recipe'])[:80]!r}, expected text")
     if "bundle" in found and not isinstance(found["bundle"], dict):
         raise CorruptArtifact(f"add: {file}: bundle is {found['bundle']!r}, expected a mapping")
     for row in found["rows"]:
         if not isinstance(row, dict):
             raise CorruptArtifact(f"add: {file}: a row is {str(row)[:80]!r}, expected a mapping")
-        if odd := [key for key in ROW if key in row and not isinstance(row[key], str)]:
+        if absent := [key for key in ROW if key not in row]:
+            raise CorruptArtifact(f"add: {file}: a row lacks {', '.join(absent)}")
+        if odd := [key for key in ROW if not isinstance(row[key], str)]:
             raise CorruptArtifact(f"add: {file}: {odd[0]} of a row is {row[odd[0]]!r}, expected text")
     return found
 
@@ -141,8 +145,6 @@ def _device(file: Path, found: Mapping[str, Any], taken: Set[str]) -> dict[str, 
 def _rows(file: Path, found: Mapping[str, Any], device: str, image_set: str | None) -> list[dict[str, Any]]:
     rows = []
     for row in found["rows"]:
-        if absent := [key for key in ROW if key not in row]:
-            raise CorruptArtifact(f"add: {file}: a row lacks {', '.join(absent)}")
         name = f"{row['model']} {row['precision']} on {row['runtime']}"
         if row["status"] == "ok" and finite(row.get("map50_95")) is not None and row.get("image_set") != image_set:
             raise RecipeError(
@@ -159,7 +161,7 @@ def _references(file: Path, found: Mapping[str, Any], document: Mapping[str, Any
     here, there = (_machine(one) for one in (document, found))
     if here != there:
         raise RecipeError(f"add: {file} was measured on {there}, this report on {here}: their latencies do not compare")
-    theirs, ours = (one["data"]["image_set"] for one in (found, document))
+    theirs, ours = ((one.get("data") or {}).get("image_set") for one in (found, document))
     if theirs != ours:
         raise RecipeError(f"add: mAP of {file} is over image set {theirs}, this report's over {ours}")
     keys = ("runtime", "precision", "map50_95", "latency_p50_ms", "parameters", "compute_gflops", "size_mib",
@@ -173,7 +175,7 @@ def _references(file: Path, found: Mapping[str, Any], document: Mapping[str, Any
 
 
 def _machine(document: Mapping[str, Any]) -> str:
-    device = document["environment"].get("device")
+    device = (document.get("environment") or {}).get("device")
     if isinstance(device, Mapping):
         return str(device.get("board") or str(device.get("gpu") or "").split(",")[0] or device.get("cpu"))
     return str(device)

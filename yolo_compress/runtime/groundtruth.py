@@ -75,9 +75,9 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
             _, width, height = sizes[one["image_id"]]
             label = labels[one["category_id"]]
             boxes[one["image_id"]].append((label, (x + w / 2) / width, (y + h / 2) / height, w / width, h / height))
+        return [Labelled(images / sizes[key][0], tuple(boxes[key])) for key in sizes]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise SourceError(f"{file}: no COCO json of detections ({error!r})") from error
-    return [Labelled(images / sizes[key][0], tuple(boxes[key])) for key in sizes]
 
 
 def absolute(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
