@@ -757,7 +757,7 @@ def test_an_engine_of_another_gpu_is_built_anew_on_the_robot(
 ) -> None:
     engine = made(tmp_path, "float", "fp32")
     (engine / robot_build.BUILT).write_text(json.dumps({"library": trt.__version__}))
-    bundle: Any = SimpleNamespace(onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx"))
+    bundle: Any = SimpleNamespace(pinned=False, onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx"))
     assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") == trt.__version__
     monkeypatch.setattr(cuda, "device_name", lambda: "Thor (sm_110)")
     assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") is None
