@@ -106,10 +106,10 @@ def test_a_robot_that_runs_a_model_of_other_classes_is_refused(tmp_path: Path) -
         ('{"rows": [1' + "0" * 400 + "]}", "a whole number of 401 digits"),
         ({"schema": 1, "rows": []}, "neither a robot's device.json nor a report.json"),
         (
-            {"schema": 2, "recipe": "x", "rows": [{"model": "original", "status": "ok"}]},
+            {"schema": 3, "recipe": "x", "rows": [{"model": "original", "status": "ok"}]},
             "a row lacks runtime, precision",
         ),
-        ({"schema": 2, "recipe": [], "rows": []}, "recipe is '\\[\\]', expected text"),
+        ({"schema": 3, "recipe": [], "rows": []}, "recipe is '\\[\\]', expected text"),
         ({"schema": 9, "bundle": {}, "rows": []}, "has schema 9, expected 1"),
         ({"schema": 1, "recipe": "x", "rows": []}, "has schema 1, expected 3"),
         ({"schema": 1, "bundle": {}, "rows": [{"model": "compressed"}]}, "a row lacks runtime, precision, status"),
