@@ -4,8 +4,8 @@
     python benchmarks/own_data.py --data bccd.yaml --weights yolov8n_coco.pt -- data.imgsz=320     # knobs of the run
 
 A seed chooses the images of both splits. Each run has a folder of its own under `--folder`, so a killed one continues. Prints a
-markdown table (mAP50-95 of the baseline and of the row that decides, the gate, minutes of `init` and run together), and on the
-last line JSON.
+markdown table (the gate, what the row that decides keeps, what the engines keep on all validation images of the set that was drawn
+from, minutes of `init` and run together), and on the last line JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from typing import Any
 
 import yaml
 
-from yolo_compress import environment
+from yolo_compress import environment, ultra
 from yolo_compress.data import Dataset, Sample, load
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.runtime.engine import open_engine
 from yolo_compress.weights import find_weights
 
 
@@ -52,6 +55,23 @@ def command(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
+def on_all(results: Path, name: str) -> dict[str, float]:
+    """mAP50-95 of the baseline on every validation image of the set that was drawn from, and what the engines keep of it."""
+    data = load(name)
+    engines = sorted(
+        folder for kind in ("fp32", "int8") for folder in (results / "engine" / "compressed").glob(f"*-{kind}")
+    )
+    with open_engine(engines[0]) as engine:
+        imgsz = engine.imgsz
+    with TorchBackend(ultra.load_model(results / "baseline" / "model.pt"), data.names, imgsz) as torch_side:
+        baseline = float(accuracy(torch_side, data.val, data.names, imgsz)["map50_95"])
+    found = {"images": float(len(data.val)), "baseline": baseline}
+    for folder in engines:
+        with open_engine(folder) as engine:
+            found[folder.name] = float(accuracy(engine, data.val, data.names, imgsz)["map50_95"]) / baseline
+    return found
+
+
 def measured(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """One walk."""
     folder = options.folder / f"{Path(name).stem}-{seed}"
@@ -71,6 +91,7 @@ def measured(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any
         "data": name,
         "seed": seed,
         "passed": code == 0,
+        "on_all": on_all(folder / "weights" / "mine", name),
         "gate": gate,
         "stages": {row["stage"]: row.get("map50_95") for row in report.get("chain", [])},
         "minutes": (time.monotonic() - started) / 60,
@@ -93,10 +114,13 @@ def main() -> None:
         for seed in options.seeds:
             runs.append(measured(options, name, seed))
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    print("| data | seed | gate | retention | minutes |\n|---|---|---|---|---|")
+    print("| data | seed | gate | retention | on all | minutes |\n|---|---|---|---|---|---|")
     for run in runs:
         verdict = "passed" if run["passed"] else "failed"
-        print(f"| {run['data']} | {run['seed']} | {verdict} | {run['gate'].get('retention')} | {run['minutes']:.0f} |")
+        kept = {name: round(value, 4) for name, value in run["on_all"].items()}
+        print(
+            f"| {run['data']} | {run['seed']} | {verdict} | {run['gate'].get('retention')} | {kept} | {run['minutes']:.0f} |"
+        )
     settings = {key: value for key, value in vars(options).items() if key != "folder"}
     print(json.dumps({"settings": settings, "runs": runs, "environment": environment.describe()}))
 

@@ -313,13 +313,21 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
             continue
         if stage in ("baseline", "teacher") and config.weights is not None:
             continue
-        batch = min(int(config.batch), len(dataset.train))
-        if batch == 1 or len(dataset.train) % batch == 1:
+        images = _training_images(config, dataset)
+        batch = min(int(config.batch), images)
+        if batch == 1 or images % batch == 1:
             raise RecipeError(
-                f"{stage}.batch={config.batch}: {len(dataset.train)} training images leave one alone in the last batch, and at "
+                f"{stage}.batch={config.batch}: {images} training images leave one alone in the last batch, and at "
                 f"data.imgsz={DEEPEST_STRIDE} the deepest layer sees one pixel of it, which BatchNorm cannot train on; set another "
                 f"{stage}.batch, or a larger data.imgsz"
             )
+
+
+def _training_images(config: Any, dataset: Dataset) -> int:
+    """How many images a section trains on: those of the data set, or what `distill` takes instead."""
+    if getattr(config, "images", None) is not None:
+        return len(dataset.unlabelled)
+    return getattr(config, "data_free", None) or len(dataset.train)
 
 
 def _execute(
