@@ -24,6 +24,7 @@ from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256
 from yolo_compress.atomic import require_free, storage_errors
 from yolo_compress.data import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
+from yolo_compress.knobs import IMGSZ_STEP
 from yolo_compress.manifest import BEGUN, WORK
 from yolo_compress.recipe import Recipe
 from yolo_compress.room import FREE_MIB, memory_errors, needed_mib
@@ -71,7 +72,6 @@ STAGES: dict[str, Stage] = {
 }
 
 SAID = 10  # findings and notes of the data that a run says
-DEEPEST_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
     Raises:
         RecipeError: See above.
     """
-    if max(recipe.data.imgsz_hw) > DEEPEST_STRIDE:
+    if max(recipe.data.imgsz_hw) > IMGSZ_STEP:
         return
     for stage in stages:
         config = getattr(recipe, stage)
@@ -318,7 +318,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
         if batch == 1 or images % batch == 1:
             raise RecipeError(
                 f"{stage}.batch={config.batch}: {images} training images leave one alone in the last batch, and at "
-                f"data.imgsz={DEEPEST_STRIDE} the deepest layer sees one pixel of it, which BatchNorm cannot train on; set another "
+                f"data.imgsz={IMGSZ_STEP} the deepest layer sees one pixel of it, which BatchNorm cannot train on; set another "
                 f"{stage}.batch, or a larger data.imgsz"
             )
 

@@ -243,10 +243,13 @@ def test_mcnemar_counts_images_and_not_boxes() -> None:
     ]
     assert by_image(*differences) == pytest.approx(np.mean([abs(one) >= sum(differences) for one in sums]))
     assert by_image(7) == 1 and by_image(7, 7) == 0.5
-    rng, equal = np.random.default_rng(0), []
+    rng, equal, by_box = np.random.default_rng(0), [], []
     for _ in range(200):
-        equal.append(by_image(*(7 * rng.choice([0, 1, -1], 300, p=[0.9, 0.05, 0.05]))))
-    assert np.mean(np.array(equal) < 0.05) <= 0.08, "as often as 5 % says; over boxes it was 45 %"
+        lost = 7 * rng.choice([0, 1, -1], 300, p=[0.9, 0.05, 0.05])
+        equal.append(by_image(*lost))
+        by_box.append(by_image(*[1] * int(lost.clip(0).sum()), *[-1] * int(-lost.clip(max=0).sum())))
+    assert np.mean(np.array(equal) < 0.05) <= 0.08, "as often as 5 % says"
+    assert np.mean(np.array(by_box) < 0.05) == pytest.approx(0.45, abs=0.08), "over boxes"
 
 
 def test_latency_is_a_ratio_of_medians_with_an_interval() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 
+CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 CHANNELS, SIDE, ROWS = 64, 32, 5
 QMAX = 127
 MOST_APART = 0.02  # of the exact sum; saturation halves it

@@ -48,7 +48,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def _rows(job: Job) -> list[dict[str, Any]]:
     """Torch FP32 of both models, then the engines; `open` is the path that a process of its own can open."""
-    sources = {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
+    sources = _sources(job)
     rows = [
         {
             **_row(name, "torch", "fp32", source),
@@ -71,7 +71,7 @@ def _rows(job: Job) -> list[dict[str, Any]]:
 def _with_published(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """And one row a file of `export` that no engine here was built from, "untimed": it is evaluated, its speed is not known here."""
     export = job.inputs["export"]
-    sources = {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
+    sources = _sources(job)
     built = {row["file"] for row in rows if row["status"] == "ok"}
     named = {row_name(row): row for row in rows}
     for file in sorted(set(export.manifest.files) - built):
@@ -81,6 +81,10 @@ def _with_published(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]
             reason = named.get(row_name(row), row)["reason"]  # why there is no engine of it, where one was asked for
             named[row_name(row)] = row | {"status": "untimed", "reason": reason, "open": str(export.file(file))}
     return list(named.values())
+
+
+def _sources(job: Job) -> dict[str, Artifact]:
+    return {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
 
 
 def _row(model: str, runtime: str, precision: str, source: Artifact, file: str | None = None) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from yolo_compress import progress
 from yolo_compress.artifact import atomic_write
 from yolo_compress.data import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
-from yolo_compress.quant.saturation import saturates
+from yolo_compress.quant.saturation import CPU_RUNTIMES, saturates
 from yolo_compress.quant.state import WEIGHT_BITS
 from yolo_compress.recipe import EngineConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.stages import Job
 
 MODELS = ("original", "compressed")
-CPU_RUNTIMES = ("onnxruntime", "openvino")
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
         return {}
     if recipe.qat.weight_bits <= WEIGHT_BITS:
         return {}
-    found = {
+    found: dict[str, str] = {
         runtime: f"INT8 on {runtime}: 8-bit weights saturate on this processor, which has no VNNI; set qat.weight_bits=7"
         for runtime in CPU_RUNTIMES
         if runtime in missing and not missing[runtime] and saturates(runtime)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -27,6 +27,7 @@ from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
 from yolo_compress.quant.lint.shapes import SHAPES
 from yolo_compress.quant.placement import plan
 from yolo_compress.quant.qdq import check_activation, insert_qdq
+from yolo_compress.quant.saturation import CPU_RUNTIMES
 from yolo_compress.quant.state import WEIGHT_BITS, QuantState, fold
 from yolo_compress.quant.torchscript import export_int8_torchscript
 from yolo_compress.recipe import ExportConfig, Recipe
@@ -35,7 +36,6 @@ from yolo_compress.runtime.pre import letterbox, read_image
 from yolo_compress.stages import Job, source
 from yolo_compress.stages.batches import chosen, letterboxed, write_list
 
-CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 COMPARED_IMAGES = 16
 LINT_VERSION = "10.3"  # weakly typed, so floats between INT8 layers are no fault: FP16 is a flag there
 # On widths, batch and weight bits: of the model and the recipe, not of what is written here.
