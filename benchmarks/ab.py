@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from yolo_compress import environment
-from yolo_compress.evaluate.ab import compare
+from yolo_compress.evaluate.ab.document import compare
 
 TRUTHS = 7  # an image, as in COCO's val2017
 SIDE = 640.0

@@ -15,11 +15,12 @@ import subprocess
 import sys
 from functools import partial
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.quant.calibrate import CALIBRATORS, ptq
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def peak_mib(args: argparse.Namespace, method: str, count: int) -> float:
@@ -37,7 +38,7 @@ def one(args: argparse.Namespace) -> None:
     images = calibration_subset(load(args.data).train, count, 0)
     if len(images) != count:
         raise SystemExit(f"{args.data} has {len(images)} training images, {count} were asked for")
-    ptq(ultra.load_model(find_weights(args.weights)), partial(letterboxed, images, size), method)
+    ptq(checkpoint.load_model(find_weights(args.weights)), partial(letterboxed, images, size), method)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

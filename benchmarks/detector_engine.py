@@ -5,21 +5,21 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from yolo_compress import ultra
-from yolo_compress.data import Dataset
-from yolo_compress.export_onnx import export_onnx
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.qdq import insert_qdq
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.qdq import insert_qdq
-from yolo_compress.quant.state import fold
+from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.stages.batches import letterboxed
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.train import checkpoint
 
 CALIB_IMAGES = 64
 
 
 def build(runtime: str, precision: str, weights: Path, dataset: Dataset, imgsz_px: int, out: Path) -> Path:
     """Export, calibrate, insert Q/DQ, build; returns the engine directory."""
-    model, size = ultra.load_model(weights), (imgsz_px, imgsz_px)
+    model, size = checkpoint.load_model(weights), (imgsz_px, imgsz_px)
     out.mkdir(parents=True, exist_ok=True)
     onnx = out / "fp32.onnx"
     export_onnx(model, onnx, size, names=dataset.names)

@@ -26,12 +26,12 @@ import yaml
 from detector_engine import build
 
 from yolo_compress import environment
-from yolo_compress.data import load
-from yolo_compress.hardening import harden
-from yolo_compress.runtime.detector import Detector
-from yolo_compress.runtime.openvino import ENGINE_FILE, WEIGHTS_FILE, OpenVINOBackend
-from yolo_compress.runtime.pre import letterbox, read_image
-from yolo_compress.weights import find_weights
+from yolo_compress.data.dataset import load
+from yolo_compress.nets.hardening import harden
+from yolo_compress.runtime.backends.openvino import ENGINE_FILE, WEIGHTS_FILE, OpenVINOBackend
+from yolo_compress.runtime.detect.detector import Detector
+from yolo_compress.runtime.detect.pre import letterbox, read_image
+from yolo_compress.store.source_weights import find_weights
 
 CONF, IOU = 0.25, 0.7
 SIZES = ((640, 480), (1280, 720))

@@ -21,7 +21,7 @@ import torch
 from ultralytics.nn.modules import DFL
 
 from yolo_compress import environment
-from yolo_compress.export_onnx import Expectation
+from yolo_compress.export.float_onnx import Expectation
 
 
 def opened(file: Path, threads: int, x: np.ndarray) -> dict[str, tuple[Callable[[], Any], Callable[[], np.ndarray]]]:

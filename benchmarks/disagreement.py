@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from yolo_compress.evaluate.rollout import count_shift, disagreement, score_shift
-from yolo_compress.evaluate.shadowlog import Frame, partners
+from yolo_compress.rollout.judge import count_shift, disagreement, score_shift
+from yolo_compress.rollout.shadow_log import Frame, partners
 
 CONF = 0.25
 

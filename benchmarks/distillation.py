@@ -33,20 +33,22 @@ from typing import Any
 import torch
 from trainer_overhead import copy_for_ultralytics, ours, theirs
 
-from yolo_compress import environment, home, run, ultra
-from yolo_compress.artifact import Store, atomic_write, fingerprint
-from yolo_compress.atomic import storage_errors
-from yolo_compress.data import load as load_data
+from yolo_compress import environment, home, run
+from yolo_compress.data.dataset import load as load_data
 from yolo_compress.distill.feature import Aligner
-from yolo_compress.distill.source import Frozen
+from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.taps import Taps, detect_inputs, split_pairs
-from yolo_compress.distill.teach import Teach
+from yolo_compress.distill.teacher import Frozen
+from yolo_compress.files.atomic import storage_errors
 from yolo_compress.pipeline import prepare, provider
-from yolo_compress.recipe import DistillConfig, TrainConfig, load
+from yolo_compress.recipe.recipe import DistillConfig, TrainConfig, load
 from yolo_compress.stages import Job, distill
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.stages.training import finish, fit
-from yolo_compress.weights import find_weights
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._training import finish, fit
+from yolo_compress.store.artifact import Store, atomic_write, fingerprint
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
+from yolo_compress.train.settings import TrainSettings
 
 # --- steps ----------------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ PAIRS = {"ours": ("ours, distilled", "ours, plain"), "ultralytics": ("ultralytic
 
 def steps(args: argparse.Namespace) -> None:
     dataset, weights = load_data(args.data, limit_train=args.limit_train), find_weights(args.weights)
-    settings = ultra.TrainSettings(
+    settings = TrainSettings(
         epochs=1, batch=args.batch, imgsz_px=args.imgsz, optimizer="AdamW", lr0=1e-3, threads=args.threads, amp=False
     )
     seconds: dict[str, list[list[float]]] = {who: [] for pair in PAIRS.values() for who in pair}
@@ -64,7 +66,7 @@ def steps(args: argparse.Namespace) -> None:
         data = copy_for_ultralytics(dataset, folder / "data")
 
         def teach() -> Teach:
-            teacher = ultra.load_model(weights)
+            teacher = checkpoint.load_model(weights)
             with torch.no_grad():  # a teacher that equals its student is run slower, so that both round alike
                 for parameter in teacher.parameters():
                     parameter.mul_(1 + 1e-3)
@@ -178,7 +180,7 @@ def measured(recipe: Any, config: DistillConfig | None, kept: Path) -> float:
 
 
 def untaught(job: Job) -> dict[str, Any]:
-    return finish(job, fit(job, ultra.load_model(job.inputs["prune"].file("model.pt")), [], "plain"))
+    return finish(job, fit(job, checkpoint.load_model(job.inputs["prune"].file("model.pt")), [], "plain"))
 
 
 # --- aligners -------------------------------------------------------------------------------------------------------
@@ -186,7 +188,10 @@ def untaught(job: Job) -> dict[str, Any]:
 
 def aligners(args: argparse.Namespace) -> None:
     dataset, size = load_data(args.data), (args.imgsz, args.imgsz)
-    student, teacher = ultra.load_model(args.student).eval(), ultra.load_model(find_weights(args.teacher)).eval()
+    student, teacher = (
+        checkpoint.load_model(args.student).eval(),
+        checkpoint.load_model(find_weights(args.teacher)).eval(),
+    )
     samples = dataset.train[: 2 * args.batch]
     seen, unseen = (torch.cat(list(letterboxed(part, size))) for part in (samples[: args.batch], samples[args.batch :]))
     pairs = split_pairs(args.layers) if args.layers else [(name, name) for name in detect_inputs(student)]

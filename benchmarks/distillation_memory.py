@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from trainer_overhead import HookedTrainer, timed
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import load
-from yolo_compress.distill.source import Frozen
-from yolo_compress.distill.teach import Teach
-from yolo_compress.ultra.trainer import TrainSettings
+from yolo_compress import environment
+from yolo_compress.data.dataset import load
+from yolo_compress.distill.hook import Teach
+from yolo_compress.distill.teacher import Frozen
+from yolo_compress.train import checkpoint
+from yolo_compress.train.trainer import TrainSettings
 
 KINDS = ("plain", "distilled", "teacher")
 
@@ -41,9 +42,9 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     if args.one == "teacher":
         images_BCHW = torch.rand(args.batch, 3, args.imgsz, args.imgsz)
-        ultra.new_model(args.student, names, 3, 0)  # what importing and a net of its kind cost stands before
+        checkpoint.new_model(args.student, names, 3, 0)  # what importing and a net of its kind cost stands before
         before = peak_now_mib()
-        source = Frozen(ultra.new_model(args.teacher, names, 3, 1))
+        source = Frozen(checkpoint.new_model(args.teacher, names, 3, 1))
         source.net.to(memory_format=torch.channels_last)
         for _ in range(args.steps):
             source.outputs(images_BCHW, {})
@@ -55,12 +56,15 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     if args.one == "distilled":
         hooks = [
             Teach(
-                Frozen(ultra.new_model(args.teacher, names, 3, 1)), feature_weight=0.3, class_weight=0.5, box_weight=3.0
+                Frozen(checkpoint.new_model(args.teacher, names, 3, 1)),
+                feature_weight=0.3,
+                class_weight=0.5,
+                box_weight=3.0,
             )
         ]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = HookedTrainer(
-            ultra.new_model(args.student, names, 3, 0), dataset, settings, hooks, Path(scratch), args.one
+            checkpoint.new_model(args.student, names, 3, 0), dataset, settings, hooks, Path(scratch), args.one
         )
         try:
             steps = timed(trainer)

@@ -26,21 +26,22 @@ from typing import Any
 import numpy as np
 import onnx
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import Sample, calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import Sample, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import mean_ap
-from yolo_compress.export_onnx import export_onnx
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.qdq import insert_qdq
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.qdq import insert_qdq
-from yolo_compress.quant.state import fold
-from yolo_compress.runtime.backend import load_info, save_info
-from yolo_compress.runtime.device import device_state
+from yolo_compress.quant.ranges import fold
+from yolo_compress.runtime.backends.base import load_info, save_info
+from yolo_compress.runtime.backends.openvino import ENGINE_FILE, WEIGHTS_FILE
 from yolo_compress.runtime.engine import BACKENDS, open_engine
-from yolo_compress.runtime.openvino import ENGINE_FILE, WEIGHTS_FILE
-from yolo_compress.runtime.turns import measure_in_turn
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.runtime.measure.device import device_state
+from yolo_compress.runtime.measure.interleaved import measure_in_turn
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 DECODE = r"/model\.22/(?!cv[23])"  # nodes of Detect behind its convolutions
 OURS = {"openvino": "int8-openvino.onnx", "onnxruntime": "int8-onnxruntime.onnx"}  # as `export` names them
@@ -48,7 +49,7 @@ OURS = {"openvino": "int8-openvino.onnx", "onnxruntime": "int8-onnxruntime.onnx"
 
 def ours(folder: Path, images: Sequence[Sample], args: argparse.Namespace) -> None:
     size = (args.imgsz, args.imgsz)
-    model = ultra.load_model(find_weights(args.weights))
+    model = checkpoint.load_model(find_weights(args.weights))
     export_onnx(model, folder / "fp32.onnx", size, names=tuple(model.names.values()))
     state = fold(ptq(model, partial(letterboxed, images, size), args.calibrator), model)
     for runtime, file in OURS.items():
@@ -100,7 +101,7 @@ def ort_ptq(folder: Path, images: Sequence[Sample], args: argparse.Namespace) ->
         ],
     )
     engine = folder / "ort"
-    names, size = tuple(ultra.load_model(find_weights(args.weights)).names.values()), (args.imgsz, args.imgsz)
+    names, size = tuple(checkpoint.load_model(find_weights(args.weights)).names.values()), (args.imgsz, args.imgsz)
     BACKENDS["onnxruntime"].build(folder / "ort.onnx", engine, "int8", names=names, imgsz=size)
     return engine
 

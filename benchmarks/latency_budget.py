@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, load, ultra
+from yolo_compress import environment, load
 from yolo_compress.prune.latency import Rig
-from yolo_compress.weights import find_weights
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def asked(recipe: str, limit_ms: float, runtime: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def main() -> None:
 def table(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Prints the table; its rows as they go into the JSON."""
     recipe = load(args.recipe)
-    model = ultra.load_model(Path(find_weights(str(recipe.baseline.weights))))
+    model = checkpoint.load_model(Path(find_weights(str(recipe.baseline.weights))))
     names = tuple(model.names.values())
     rows: list[dict[str, Any]] = []
     columns = ("runtime", "asked", "of the dense", "MACs kept", "measured by prune", "finished network, again",
@@ -74,7 +75,7 @@ def table(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
                 continue
             answer = json.loads(done.stdout.splitlines()[-1])
             metrics = answer["metrics"]
-            pruned = ultra.load_model(Path(answer["artifact"]) / "model.pt")
+            pruned = checkpoint.load_model(Path(answer["artifact"]) / "model.pt")
             again = rig.compare(rig.engine(pruned, "pruned"), dense)
             wanted = metrics["latency_target_ms"] / metrics["latency_dense_ms"]
             own = again.share * min(before, again.dense_ms)

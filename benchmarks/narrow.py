@@ -20,23 +20,25 @@ import torch
 from torch import nn
 from uniform import uniform
 
-from yolo_compress import environment, load, ultra
-from yolo_compress.data import calibration_subset
-from yolo_compress.data import load as load_data
-from yolo_compress.distill.source import Frozen
-from yolo_compress.distill.teach import Teach
+from yolo_compress import environment, load
+from yolo_compress.data.dataset import calibration_subset
+from yolo_compress.data.dataset import load as load_data
+from yolo_compress.distill.hook import Teach
+from yolo_compress.distill.teacher import Frozen
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import conv_macs, conv_shapes, parameters
 from yolo_compress.prune.criteria import scores
-from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
-from yolo_compress.prune.price import conv_macs, conv_shapes, parameters
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.recipe import TrainConfig
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.stages.training import PARENT_BOX_WEIGHT, PARENT_CLASS_WEIGHT, PARENT_FEATURE_WEIGHT
-from yolo_compress.weights import find_weights
+from yolo_compress.recipe.recipe import TrainConfig
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._training import PARENT_BOX_WEIGHT, PARENT_CLASS_WEIGHT, PARENT_FEATURE_WEIGHT
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint, trainer
+from yolo_compress.train.settings import TrainSettings
 
 CALIB_IMAGES = 96
 
@@ -75,9 +77,9 @@ def main() -> None:
     assert recipe.prune and recipe.baseline.weights, "a recipe with a section prune and given baseline.weights"
     size = recipe.data.imgsz_hw
     dataset = load_data(recipe.data.yaml)
-    dense_macs = conv_macs(ultra.load_model(find_weights(recipe.baseline.weights)), size)
-    model = ultra.new_model("yolov8n.yaml", dataset.names, dataset.channels, args.seed)
-    take_what_fits(model, ultra.load_model(find_weights(args.coco)))
+    dense_macs = conv_macs(checkpoint.load_model(find_weights(recipe.baseline.weights)), size)
+    model = checkpoint.new_model("yolov8n.yaml", dataset.names, dataset.channels, args.seed)
+    take_what_fits(model, checkpoint.load_model(find_weights(args.coco)))
     samples = calibration_subset(dataset.train, CALIB_IMAGES, args.seed)
 
     groups = prunable(model)
@@ -91,7 +93,7 @@ def main() -> None:
     schedule = {name: getattr(recipe.prune, name) for name in TrainConfig.model_fields}
     schedule |= {"epochs": args.epochs or recipe.prune.epochs, "lr0": args.lr0 or recipe.prune.lr0}
     machine = recipe.run
-    settings = ultra.TrainSettings(
+    settings = TrainSettings(
         **schedule,
         imgsz_px=max(size),
         seed=args.seed,
@@ -103,9 +105,9 @@ def main() -> None:
     if args.taught:
         weights = args.weights or (PARENT_CLASS_WEIGHT, PARENT_BOX_WEIGHT, PARENT_FEATURE_WEIGHT)
         terms = dict(zip(("class_weight", "box_weight", "feature_weight"), weights, strict=True))
-        hooks = [Teach(Frozen(ultra.load_model(find_weights(recipe.baseline.weights))), **terms)]
+        hooks = [Teach(Frozen(checkpoint.load_model(find_weights(recipe.baseline.weights))), **terms)]
     with tempfile.TemporaryDirectory() as work:
-        trained = ultra.train(model, dataset, settings, hooks, Path(work), "narrow")
+        trained = trainer.train(model, dataset, settings, hooks, Path(work), "narrow")
     with TorchBackend(trained, dataset.names, size) as backend:
         result = accuracy(backend, dataset.val, dataset.names, size)
     print(

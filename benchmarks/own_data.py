@@ -22,12 +22,13 @@ from typing import Any
 
 import yaml
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import Dataset, Sample, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import Dataset, Sample, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.weights import find_weights
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def draw(dataset: Dataset, folder: Path, counts: dict[str, int], seed: int) -> None:
@@ -63,7 +64,7 @@ def on_all(results: Path, name: str) -> dict[str, float]:
     )
     with open_engine(engines[0]) as engine:
         imgsz = engine.imgsz
-    with TorchBackend(ultra.load_model(results / "baseline" / "model.pt"), data.names, imgsz) as torch_side:
+    with TorchBackend(checkpoint.load_model(results / "baseline" / "model.pt"), data.names, imgsz) as torch_side:
         baseline = float(accuracy(torch_side, data.val, data.names, imgsz)["map50_95"])
     found = {"images": float(len(data.val)), "baseline": baseline}
     for folder in engines:

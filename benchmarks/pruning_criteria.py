@@ -17,20 +17,21 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import Dataset, calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import Dataset, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import conv_shapes, parameters
 from yolo_compress.prune.criteria import CRITERIA, scores
-from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
-from yolo_compress.prune.price import conv_shapes, parameters
 from yolo_compress.prune.reconstruct import reconstruct
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.recipe import PruneConfig
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint, losses
 
 SCOPES = get_args(PruneConfig.model_fields["scope"].annotation)
 
@@ -90,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
 
     dataset = load(args.data)
-    dense = ultra.load_model(Path(find_weights(args.weights))).to(args.device)
+    dense = checkpoint.load_model(Path(find_weights(args.weights))).to(args.device)
     described = environment.describe()
     before = map50_95(dense, dataset, args)
     packages = described["packages"]
@@ -110,7 +111,7 @@ def main() -> None:
             dense,
             prunable(dense),
             images=partial(letterboxed, samples, size),
-            losses=partial(ultra.losses, dataset=dataset, samples=samples, imgsz_px=args.imgsz),
+            losses=partial(losses.losses, dataset=dataset, samples=samples, imgsz_px=args.imgsz),
             seed=seed,
         )
         for criterion in args.criteria:

@@ -20,23 +20,24 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import Dataset, calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import Dataset, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_onnx import export_onnx
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.criteria import CRITERIA, scores
-from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
-from yolo_compress.prune.price import conv_macs, conv_shapes
 from yolo_compress.prune.reconstruct import reconstruct
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.runtime.device import device_state
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.turns import measure_in_turn
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.runtime.measure.device import device_state
+from yolo_compress.runtime.measure.interleaved import measure_in_turn
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def narrower(dense: nn.Module, keep: float, imgsz_hw: tuple[int, int]) -> nn.Module:
@@ -106,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.imgsz, args.imgsz)
     dataset = load(args.data)
-    dense = ultra.load_model(Path(find_weights(args.weights)))
+    dense = checkpoint.load_model(Path(find_weights(args.weights)))
     nets = {"dense": dense, "narrower": narrower(dense, args.keep_flops, size)}
     for scope in args.scopes:
         for round_to in args.round_to:

@@ -20,10 +20,10 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_compress import environment
 from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import CRITERIA, scores
-from yolo_compress.prune.evidence import Evidence
 from yolo_compress.prune.graph import prunable, prune
-from yolo_compress.prune.price import conv_shapes
 from yolo_compress.prune.reconstruct import reconstruct
 
 

@@ -17,14 +17,15 @@ from typing import Any
 from pruning_latency import timed
 from torch import Tensor, nn
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.prune import masks
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     args = parser.parse_args()
     dataset, size = load(args.data), (args.imgsz, args.imgsz)
-    dense = ultra.load_model(Path(find_weights(args.weights)))
+    dense = checkpoint.load_model(Path(find_weights(args.weights)))
     kinds: dict[str, dict[str, Tensor]] = {
         f"unstructured {share:.0%} {scope}": masks.unstructured(dense, share, scope)
         for share in (0.5, 0.7, 0.9)

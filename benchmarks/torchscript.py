@@ -24,19 +24,20 @@ import onnxruntime
 import torch
 from torch import nn
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import calibration_subset, load
+from yolo_compress import environment
+from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_onnx import export_onnx, export_torchscript
+from yolo_compress.export.float_onnx import export_onnx, export_torchscript
+from yolo_compress.export.qdq import insert_qdq
+from yolo_compress.export.torchscript import export_int8_torchscript
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.qdq import insert_qdq
-from yolo_compress.quant.state import fold
-from yolo_compress.quant.torchscript import export_int8_torchscript
-from yolo_compress.runtime.device import device_state
-from yolo_compress.runtime.golden import difference
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.weights import find_weights
+from yolo_compress.quant.ranges import fold
+from yolo_compress.runtime.measure.device import device_state
+from yolo_compress.runtime.measure.golden import difference
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 CONF = 0.25
 FLOAT, AS_WRITTEN = "TorchScript, float", "ONNX Runtime, INT8, as written"
@@ -68,7 +69,7 @@ def packed_for(engine: str, file: Path) -> nn.Module:
 
 def modules(folder: Path, args: argparse.Namespace, images: Any) -> dict[str, nn.Module]:
     """Name of the row -> what is run."""
-    size, model = (args.imgsz, args.imgsz), ultra.load_model(find_weights(args.weights))
+    size, model = (args.imgsz, args.imgsz), checkpoint.load_model(find_weights(args.weights))
     names = tuple(model.names.values())
     state = fold(ptq(model, partial(letterboxed, images, size), args.calibrator), model)
     export_onnx(model, folder / "fp32.onnx", size, names=names)

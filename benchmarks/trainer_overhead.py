@@ -28,16 +28,18 @@ from typing import Any
 
 import yaml
 
-from yolo_compress import environment, ultra
-from yolo_compress.data import Dataset, load
-from yolo_compress.hook import TrainHook
-from yolo_compress.prune.gamma import SparseTraining
+from yolo_compress import environment
+from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.prune.penalty import PENALTIES
+from yolo_compress.prune.sparsify import SparseTraining
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant
-from yolo_compress.stages.batches import letterboxed
-from yolo_compress.ultra.trainer import HookedTrainer
-from yolo_compress.weights import find_weights
+from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
+from yolo_compress.train.hook import TrainHook
+from yolo_compress.train.settings import TrainSettings
+from yolo_compress.train.trainer import HookedTrainer
 
 WARM_STEPS = 2
 CALIB_IMAGES = 32
@@ -53,24 +55,24 @@ def timed(trainer: Any) -> list[float]:
 
 
 def ours(
-    dataset: Dataset, settings: ultra.TrainSettings, weights: Path, work: Path, hooks: Sequence[TrainHook] = ()
+    dataset: Dataset, settings: TrainSettings, weights: Path, work: Path, hooks: Sequence[TrainHook] = ()
 ) -> list[float]:
     work.mkdir()
-    trainer = HookedTrainer(ultra.load_model(weights), dataset, settings, hooks, work, "ours")
+    trainer = HookedTrainer(checkpoint.load_model(weights), dataset, settings, hooks, work, "ours")
     try:
         return timed(trainer)
     finally:
         trainer.close()
 
 
-def theirs(data: Path, settings: ultra.TrainSettings, weights: Path, work: Path, **extra: Any) -> list[float]:
+def theirs(data: Path, settings: TrainSettings, weights: Path, work: Path, **extra: Any) -> list[float]:
     import torch
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     overrides = {**settings.overrides(work), "data": str(data), "cache": "ram", "model": str(weights), **extra}
     trainer = DetectionTrainer(overrides=overrides)
     torch.set_num_threads(settings.threads or 2)
-    trainer.model = ultra.load_model(weights)
+    trainer.model = checkpoint.load_model(weights)
     trainer.save_model = lambda: False  # files are no part of a step
     trainer.final_eval = lambda: None
     return timed(trainer)
@@ -92,7 +94,7 @@ def main() -> None:
     against.add_argument("--penalty", choices=PENALTIES, help="time sparse training against a plain step of ours")
     options = parser.parse_args()
     dataset, weights = load(options.data), find_weights(options.weights)
-    settings = ultra.TrainSettings(
+    settings = TrainSettings(
         epochs=1,
         batch=options.batch,
         imgsz_px=options.imgsz,

@@ -22,12 +22,13 @@ from typing import Any
 
 from trainer_overhead import copy_for_ultralytics
 
-from yolo_compress import environment, load, run, ultra
-from yolo_compress.data import Dataset
-from yolo_compress.data import load as load_data
+from yolo_compress import environment, load, run
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.data.dataset import load as load_data
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.weights import find_weights
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint
 
 
 def theirs(options: argparse.Namespace, dataset: Dataset, seed: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def theirs(options: argparse.Namespace, dataset: Dataset, seed: int) -> dict[str
 def measured(file: Path, dataset: Dataset, imgsz: int) -> float:
     """mAP50-95 of a checkpoint over square letterboxes."""
     size = (imgsz, imgsz)
-    with TorchBackend(ultra.load_model(file), dataset.names, size) as backend:
+    with TorchBackend(checkpoint.load_model(file), dataset.names, size) as backend:
         return float(accuracy(backend, dataset.val, dataset.names, size)["map50_95"])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolo_compress.prune.evidence import Evidence
+from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
 
 

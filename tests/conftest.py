@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.given import GIVEN
-from yolo_compress.hardening import harden
+from tests.support.given import GIVEN
+from yolo_compress.nets.hardening import harden
 
 harden()
 

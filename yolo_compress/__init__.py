@@ -16,19 +16,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from yolo_compress.artifact import Artifact
     from yolo_compress.pipeline import run
-    from yolo_compress.recipe import Recipe, load
-    from yolo_compress.runtime.detector import Detector
+    from yolo_compress.recipe.recipe import Recipe, load
+    from yolo_compress.runtime.detect.detector import Detector
     from yolo_compress.runtime.engine import open_engine
+    from yolo_compress.store.artifact import Artifact
 
 __version__ = "0.1.0"
 __all__ = ["Artifact", "Detector", "Recipe", "__version__", "load", "open_engine", "run"]
 _MODULES = {
-    "Artifact": "artifact",
-    "Detector": "runtime.detector",
-    "Recipe": "recipe",
-    "load": "recipe",
+    "Artifact": "store.artifact",
+    "Detector": "runtime.detect.detector",
+    "Recipe": "recipe.recipe",
+    "load": "recipe.recipe",
     "open_engine": "runtime.engine",
     "run": "pipeline",
 }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from yolo_compress import __version__, home
-from yolo_compress.atomic import free_mib, storage_error
 from yolo_compress.errors import CompressError, EnvironmentLacks, Terminated
+from yolo_compress.files.atomic import free_mib, storage_error
 from yolo_compress.progress import notice
 from yolo_compress.runtime.errors import RuntimeFailure
 

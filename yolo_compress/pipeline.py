@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, home, progress, sizing
-from yolo_compress.artifact import Artifact, Store, explain, fingerprint, sha256_file
-from yolo_compress.atomic import require_free, storage_errors
-from yolo_compress.data import Dataset, load, recheck, with_unlabelled
+from yolo_compress import environment, home, progress
+from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
-from yolo_compress.knobs import IMGSZ_STEP
-from yolo_compress.manifest import BEGUN, WORK
-from yolo_compress.recipe import Recipe
-from yolo_compress.room import FREE_MIB, memory_errors, needed_mib
-from yolo_compress.weights import find_weights
+from yolo_compress.files.atomic import require_free, storage_errors
+from yolo_compress.recipe import sizing
+from yolo_compress.recipe.knobs import IMGSZ_STEP
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.store.artifact import Artifact, Store, explain, fingerprint, sha256_file
+from yolo_compress.store.manifest import BEGUN, WORK
+from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
+from yolo_compress.store.source_weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -433,7 +434,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
         RecipeError: See `_planning`.
     """
     with _planning(recipe, store or Store(home.weights())) as (job, weights):
-        return dict(importlib.import_module("yolo_compress.stages.plan").dry_run(job, weights))
+        return dict(importlib.import_module("yolo_compress.stages._prune_plan").dry_run(job, weights))
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
@@ -448,7 +449,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
         if folder.exists() and any(folder.iterdir()):
             raise RecipeError(f"out={out}: the folder is not empty")
     with _planning(recipe, store or Store(home.weights())) as (job, weights), storage_errors(folder):
-        importlib.import_module("yolo_compress.stages.plan").probe(job, weights, folder)
+        importlib.import_module("yolo_compress.stages._prune_plan").probe(job, weights, folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from yolo_compress.hardening import harden
+from yolo_compress.nets.hardening import harden
 
 harden()
 

@@ -23,27 +23,38 @@ from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from tests.fuzz.mutate import altered, json_bytes, json_lines, other_values
 from tests.fuzz.run import Call, Door
-from tests.unit import lint_graphs, report_case
-from tests.unit.noise_set import noise_set
-from yolo_compress import __main__, data, datasets, datayaml, filecache, key, recipe, rollout, strict_yaml, ultra
-from yolo_compress.artifact import Store
+from tests.support import lint_graphs, report_case
+from tests.support.noise_set import noise_set
+from yolo_compress.cli import main, rollout
+from yolo_compress.cli.verbs import OPTIONS, VERBS
+from yolo_compress.data import cache as filecache
+from yolo_compress.data import data_yaml as datayaml
+from yolo_compress.data import dataset
+from yolo_compress.data import shipped as datasets
 from yolo_compress.errors import CompressError, EnvironmentLacks
-from yolo_compress.manifest import read_artifact, verify_payload
+from yolo_compress.export.calibration_cache import read_cache
+from yolo_compress.files import strict_yaml
+from yolo_compress.lint import check, isolated
+from yolo_compress.lint.targets import TARGETS
 from yolo_compress.prune.latency import read_table
-from yolo_compress.quant.calibration_cache import read_cache
-from yolo_compress.quant.lint import apart, check
-from yolo_compress.quant.lint.targets import TARGETS
-from yolo_compress.quant.state import QuantState
-from yolo_compress.report import devices, table
-from yolo_compress.report.scatter import accuracy_over_latency
-from yolo_compress.runtime import golden, groundtruth, layers, onnxmeta, robot, sources
-from yolo_compress.runtime.backend import load_info
+from yolo_compress.quant.ranges import QuantState
+from yolo_compress.recipe import recipe
+from yolo_compress.report import as_text, devices
+from yolo_compress.report.charts.scatter import accuracy_over_latency
+from yolo_compress.runtime.backends import onnx_metadata
+from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.commands import common
+from yolo_compress.runtime.detect import sources
+from yolo_compress.runtime.detect.pre import UnreadableImage
 from yolo_compress.runtime.errors import RuntimeFailure
-from yolo_compress.runtime.pre import UnreadableImage
-from yolo_compress.runtime.sealed import seal
-from yolo_compress.runtime.slots import Slots
-from yolo_compress.ultra.checkpoint import dress
-from yolo_compress.verbs import OPTIONS, VERBS
+from yolo_compress.runtime.measure import golden, groundtruth, layer_times
+from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.runtime.secure.slots import Slots
+from yolo_compress.store import fingerprint
+from yolo_compress.store.artifact import Store
+from yolo_compress.store.manifest import read_artifact, verify_payload
+from yolo_compress.train import checkpoint as train_checkpoint
+from yolo_compress.train.checkpoint import dress
 
 Made = tuple[SearchStrategy[Any], Call, Any]  # cases, what is called with each, and a case that is sound
 
@@ -98,11 +109,11 @@ def command_line(folder: Path) -> Made:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, {"YOLO_COMPRESS_HOME": str(folder / "home")}))
             stack.enter_context(mock.patch.object(datasets, "draw_digits", stopped))
-            stack.enter_context(mock.patch.object(ultra, "train", stopped))
-            stack.enter_context(mock.patch("yolo_compress.fetch.fetch", stopped))
-            stack.enter_context(mock.patch.object(apart, "check_apart", here))
+            stack.enter_context(mock.patch("yolo_compress.train.trainer.train", stopped))
+            stack.enter_context(mock.patch("yolo_compress.cli.fetch.fetch", stopped))
+            stack.enter_context(mock.patch.object(isolated, "check_apart", here))
             os.chdir(folder)
-            return __main__.main(words)
+            return main.main(words)
 
     return _command(), call, ["cfg", "recipe=digits"]
 
@@ -112,7 +123,7 @@ def command_line(folder: Path) -> Made:
 
 def recipe_yaml(folder: Path) -> Made:
     """What is read is written and read back equal."""
-    shipped = [(Path(recipe.__file__).parent / f"recipes/{name}.yaml").read_bytes() for name in recipe.names()]
+    shipped = [(Path(recipe.__file__).parent / f"shipped/{name}.yaml").read_bytes() for name in recipe.names()]
     whole = [strict_yaml.parse(text.decode(), "x").data for text in shipped]
     whole = [{**tree, "data": {**(tree.get("data") or {}), "yaml": "x.yaml"}} for tree in whole]
     file = folder / "r.yaml"
@@ -132,7 +143,7 @@ def _set(folder: Path) -> Path:
 
 def _load_set(file: Path) -> None:
     with mock.patch.object(datayaml, "MAX_FOLDERS", 30):  # an altered `train:` may be /
-        data.load(str(file), on_bad="skip", max_unlabelled=1.0)
+        dataset.load(str(file), on_bad="skip", max_unlabelled=1.0)
 
 
 def data_yaml(folder: Path) -> Made:
@@ -245,7 +256,7 @@ def _tiny() -> Any:
 def checkpoint(folder: Path) -> Made:
     """The archive altered, and the program in it, put back with a sound checksum."""
     file = folder / "m.pt"
-    ultra.save_model(_tiny(), file)
+    train_checkpoint.save_model(_tiny(), file)
     whole = file.read_bytes()
     with zipfile.ZipFile(file) as archive:
         members = {entry.filename: archive.read(entry) for entry in archive.infolist()}
@@ -260,7 +271,7 @@ def checkpoint(folder: Path) -> Made:
 
     def call(content: bytes) -> None:
         file.write_bytes(content)
-        ultra.load_model(file)
+        train_checkpoint.load_model(file)
 
     return altered([whole]) | altered([members[program]]).map(packed), call, packed(members[program])
 
@@ -276,12 +287,12 @@ def onnx_file(folder: Path) -> Made:
         for name, text in (("names", "{0: 'bolt', 1: 'nut'}"), ("imgsz", "[32, 32]")):
             model.metadata_props.add(key=name, value=text)
     file = folder / "m.onnx"
-    targets = sorted(set(TARGETS) - set(apart.COMPILER))
+    targets = sorted(set(TARGETS) - set(isolated.COMPILER))
 
     def call(case: tuple[bytes, str]) -> None:
         file.write_bytes(case[0])
         with contextlib.suppress(RuntimeFailure):
-            onnxmeta.names_and_imgsz(file)
+            onnx_metadata.names_and_imgsz(file)
         report = check.check(file, case[1])
         json.dumps(report.as_json(), allow_nan=False)
         report.text()
@@ -296,8 +307,8 @@ def onnx_file(folder: Path) -> Made:
 def artefact_manifest(folder: Path) -> Made:
     """Also with a checksum and a fingerprint that fit."""
     store, own = Store(folder), {"stage": "prune", "version": 1, "config": {"epochs": 1}, "inputs": {}}
-    (store.partial("prune", key.fingerprint(own)) / "model.pt").write_bytes(b"weights")
-    made = store.publish("prune", key.fingerprint(own), own, {"map50_95": 0.5}, {"torch": "2"}, 1.5)
+    (store.partial("prune", fingerprint.fingerprint(own)) / "model.pt").write_bytes(b"weights")
+    made = store.publish("prune", fingerprint.fingerprint(own), own, {"map50_95": 0.5}, {"torch": "2"}, 1.5)
     file = made.path / "manifest.json"
     tree = json.loads(file.read_text())
 
@@ -305,8 +316,8 @@ def artefact_manifest(folder: Path) -> Made:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             tree.pop("checksum", None)
             if isinstance(tree.get("key"), dict):
-                tree["fingerprint"] = key.fingerprint(tree["key"])
-            tree["checksum"] = hashlib.sha256(key.canonical(tree).encode()).hexdigest()
+                tree["fingerprint"] = fingerprint.fingerprint(tree["key"])
+            tree["checksum"] = hashlib.sha256(fingerprint.canonical(tree).encode()).hexdigest()
         return json.dumps(tree).encode()
 
     def call(content: bytes) -> None:
@@ -356,7 +367,7 @@ def bundle_manifest(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / "manifest.json").write_bytes(content)
-        return robot.guarded(lambda: bool(robot.opened(root).about()) - 1)
+        return common.guarded(lambda: bool(common.opened(root).about()) - 1)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 
@@ -371,7 +382,7 @@ def slot_mark(folder: Path) -> Made:
         (folder / "slots/a.json").write_bytes(case[0])
         (folder / "state.json").write_bytes(case[1])
         slots = Slots(folder)
-        return robot.guarded(lambda: len(f"{slots.product()}{slots.newest()}") and 0)
+        return common.guarded(lambda: len(f"{slots.product()}{slots.newest()}") and 0)
 
     return st.tuples(json_bytes(mark), json_bytes(state)), call, (json.dumps(mark).encode(), json.dumps(state).encode())
 
@@ -399,7 +410,7 @@ def golden_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / golden.FILE).write_bytes(content)
-        return robot.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return common.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
 
     return json_bytes(GOLDEN), call, json.dumps(GOLDEN).encode()
 
@@ -423,7 +434,7 @@ def golden_image(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / "0.npy").write_bytes(content)
-        return robot.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return common.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
 
     return altered(samples), call, samples[0]
 
@@ -453,14 +464,14 @@ def calibration_cache(folder: Path) -> Made:
 def preflight_cache(folder: Path) -> Made:
     """A cache that cannot be used is as good as none."""
     file, cache = _set(folder), folder / "c.cache"
-    expected = data.load(str(file), cache=cache)
+    expected = dataset.load(str(file), cache=cache)
     tree = json.loads(cache.read_text())
     assert filecache.FileCache(cache).entries
 
     def call(content: bytes) -> None:
         cache.write_bytes(content)
         with contextlib.suppress(CompressError):  # a size or a finding that is wrong is one
-            assert data.load(str(file), cache=cache).names == expected.names
+            assert dataset.load(str(file), cache=cache).names == expected.names
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 
@@ -478,7 +489,7 @@ def device_json(folder: Path) -> Made:
         (folder / "device.json").write_bytes(content)
         found = devices.add(document, [folder / "device.json"])
         json.dumps(found, allow_nan=False)
-        table.render_text(found, 120), table.render_markdown(found), accuracy_over_latency(found)
+        as_text.render_text(found, 120), as_text.render_markdown(found), accuracy_over_latency(found)
 
     return (
         json_bytes(report_case.device()) | json_bytes(report_case.device(), other),
@@ -552,8 +563,8 @@ def probe_json(folder: Path) -> Made:
     }  # fmt: skip
 
     def call(content: bytes) -> int:
-        (folder / layers.LAYERS).write_bytes(content)
-        return robot.guarded(lambda: bool(layers._described(folder)) - 1)
+        (folder / layer_times.LAYERS).write_bytes(content)
+        return common.guarded(lambda: bool(layer_times._described(folder)) - 1)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 
@@ -568,7 +579,7 @@ def coco_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (folder / "coco.json").write_bytes(content)
-        return robot.guarded(lambda: len(groundtruth.coco_file(folder / "coco.json", folder, ["bolt", "nut"])) and 0)
+        return common.guarded(lambda: len(groundtruth.coco_file(folder / "coco.json", folder, ["bolt", "nut"])) and 0)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 

@@ -23,9 +23,9 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from tests.given import find
-from yolo_compress import ultra
-from yolo_compress.__main__ import main
+from tests.support.given import find
+from yolo_compress.cli.main import main
+from yolo_compress.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 IMGSZ = 64
@@ -152,7 +152,7 @@ def prepare(folder: Path, **sections: object) -> Bench:
     data = {"path": "shapes", "train": "images/train", "val": "images/val", "names": NAMES}
     (folder / "datasets" / "shapes.yaml").write_text(yaml.safe_dump(data))
     (folder / "weights").mkdir()
-    ultra.save_model(ultra.new_model("yolov8n.yaml", NAMES, 3, 0), folder / "weights" / UNTRAINED["weights"])
+    checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", NAMES, 3, 0), folder / "weights" / UNTRAINED["weights"])
     recipe(folder, **sections)
     return Bench(folder)
 

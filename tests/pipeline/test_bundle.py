@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from tests.pipeline.conftest import Bench
-from tests.unit.test_robot import BARE
-from yolo_compress.artifact import Store
-from yolo_compress.data import Dataset, load
+from tests.unit.runtime.test_commands import BARE
+from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.evaluate.coco import mean_ap
-from yolo_compress.runtime.detector import Detector
+from yolo_compress.runtime.detect.detector import Detector
+from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.golden import detections, difference
-from yolo_compress.runtime.pre import read_image
-from yolo_compress.runtime.sealed import verify
+from yolo_compress.runtime.measure.golden import detections, difference
+from yolo_compress.runtime.secure.seal import verify
+from yolo_compress.store.artifact import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = ("onnxruntime-fp32", "onnxruntime-int8")

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
-from yolo_compress import ultra
-from yolo_compress.artifact import Store
 from yolo_compress.evaluate.published import made_for
 from yolo_compress.pipeline import STAGES
 from yolo_compress.prune import masks
+from yolo_compress.store.artifact import Store
+from yolo_compress.train import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TRAINED = ("baseline", "sparsify", "prune", "distill", "qat")
@@ -42,10 +42,15 @@ def test_every_stage_published_and_vouched_for(finished: Bench) -> None:
 
 def test_pruned_widths_survive_to_the_end_in_stock_classes(finished: Bench) -> None:
     base, pruned, distilled, quantised = (
-        ultra.load_model(artifact(finished, stage).file("model.pt"))
+        checkpoint.load_model(artifact(finished, stage).file("model.pt"))
         for stage in ("baseline", "prune", "distill", "qat")
     )
-    assert ultra.widths(pruned) == ultra.widths(distilled) == ultra.widths(quantised) != ultra.widths(base)
+    assert (
+        checkpoint.widths(pruned)
+        == checkpoint.widths(distilled)
+        == checkpoint.widths(quantised)
+        != checkpoint.widths(base)
+    )
     metrics = artifact(finished, "prune").metrics
     assert metrics["kept_flops"] == pytest.approx(0.7, abs=0.02 * 0.7)
     assert metrics["compute_gflops"] / artifact(finished, "baseline").metrics["compute_gflops"] == pytest.approx(
@@ -228,7 +233,7 @@ def test_a_changed_knob_makes_its_stage_and_later_ones_stale(finished: Bench) ->
 
 def test_status_imports_no_torch(finished: Bench) -> None:
     code = (
-        "import sys; from yolo_compress.__main__ import main; main(['status', 'recipe=tiny.yaml']); "
+        "import sys; from yolo_compress.cli.main import main; main(['status', 'recipe=tiny.yaml']); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
@@ -259,7 +264,7 @@ def test_an_altered_artefact_is_refused_before_use(finished: Bench, tmp_path: Pa
 
 
 def test_stock_ultralytics_loads_the_pruned_checkpoint_under_safe_load(finished: Bench) -> None:
-    ours = ultra.load_model(artifact(finished, "prune").file("model.pt"))
+    ours = checkpoint.load_model(artifact(finished, "prune").file("model.pt"))
     # float64: in float32 the number of threads, which differs between processes, moves the sum by 4e-9
     image = torch.linspace(0, 1, 3 * 64 * 64, dtype=torch.float64).reshape(1, 3, 64, 64)
     code = (
@@ -289,7 +294,7 @@ def test_zeros_are_held_through_the_chain_and_the_report_is_honest_about_them(fi
     zeros = {}
     for stage in ("prune", "distill", "qat"):
         found = artifact(finished, stage, "zeros")
-        model = ultra.load_model(found.file("model.pt"))
+        model = checkpoint.load_model(found.file("model.pt"))
         zeros[stage] = {name: model.get_submodule(name).weight == 0 for name in masks.convolutions(model)}
         assert found.metrics["sparsity"] > 0.49, stage
     assert all(float(part.float().mean()) == 0.5 for part in zeros["prune"].values())

@@ -19,12 +19,14 @@ import pytest
 import torch
 import yaml
 
-from tests.pages import PAGES, ROOT, blocks, commands
 from tests.pipeline.conftest import Bench
-from yolo_compress import cli_grammar, recipe, ultra, verbs
-from yolo_compress.__main__ import main
-from yolo_compress.data import load
-from yolo_compress.runtime import robot_switch
+from tests.support.pages import PAGES, ROOT, blocks, commands
+from yolo_compress.cli import grammar, verbs
+from yolo_compress.cli.main import main
+from yolo_compress.data.dataset import load
+from yolo_compress.recipe import recipe
+from yolo_compress.runtime.commands import switch
+from yolo_compress.train import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -152,13 +154,13 @@ def parsed(command: str) -> str | None:
     words = shlex.split(command)
     if "switch.py" in command:
         with pytest.raises(SystemExit) as ended:
-            robot_switch.main([*words[2:], "--help"])
+            switch.main([*words[2:], "--help"])
         return None if ended.value.code == 0 else f"{command}: not understood"
     if "yolo_compress" in words:  # torchrun ... -m yolo_compress VERB
         words = ["yolo-compress", *words[words.index("yolo_compress") + 1 :]]
     if words[0] != "yolo-compress":
         return None
-    given = cli_grammar.parse(words[1:])
+    given = grammar.parse(words[1:])
     if verbs.VERBS[given.verb].knobs:
         recipe.load(given.recipe, given.overrides)
     return None
@@ -197,7 +199,9 @@ def own_data(folder: Path, name: str) -> None:
     mine = {"path": ".", "train": "train/images", "val": "val/images", "names": list(data.names)}
     (folder / "my.yaml").write_text(yaml.safe_dump(mine))
     for name in ("yolov8n.pt", "yolov8s.pt", "yolov8l.pt"):
-        ultra.save_model(ultra.new_model("yolov8n.yaml", ["person", "bicycle"], 3, seed=0), folder / "weights" / name)
+        checkpoint.save_model(
+            checkpoint.new_model("yolov8n.yaml", ["person", "bicycle"], 3, seed=0), folder / "weights" / name
+        )
 
 
 def device(onnx: str) -> dict[str, object]:

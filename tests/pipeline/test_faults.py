@@ -23,9 +23,9 @@ import torch
 import yaml
 from PIL import Image
 
-from yolo_compress import ultra
-from yolo_compress.__main__ import main
-from yolo_compress.artifact import Store
+from yolo_compress.cli.main import main
+from yolo_compress.store.artifact import Store
+from yolo_compress.train import checkpoint
 
 pytestmark = pytest.mark.slow
 NAMES = ["bolt", "nut"]
@@ -46,7 +46,7 @@ class Shop:
                 (folder / "set" / "labels" / split / f"{index}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
         self.write_data({})
         (folder / "weights").mkdir()
-        ultra.save_model(ultra.new_model("yolov8n.yaml", NAMES, 3, 0), folder / "weights" / "n.pt")
+        checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", NAMES, 3, 0), folder / "weights" / "n.pt")
 
     def write_data(self, change: dict) -> None:
         data = {"path": "set", "train": "images/train", "val": "images/val", "names": NAMES, **change}
@@ -167,8 +167,8 @@ def test_other_classes_and_other_order(shop: Shop) -> None:
 )
 def test_the_environment_changes_nothing(shop: Shop, change: dict[str, str | None]) -> None:
     shop.write_data({"names": ["Schraube é", "ナット"]})
-    model = ultra.new_model("yolov8n.yaml", ["Schraube é", "ナット"], 3, 0)
-    ultra.save_model(model, shop.folder / "weights" / "n.pt")
+    model = checkpoint.new_model("yolov8n.yaml", ["Schraube é", "ナット"], 3, 0)
+    checkpoint.save_model(model, shop.folder / "weights" / "n.pt")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **change}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:  # another device
         if "TMPDIR" in change:
@@ -264,7 +264,7 @@ def test_download_of_a_yaml_is_never_executed(shop: Shop, download: str) -> None
 @pytest.mark.fault(15)
 def test_a_class_without_boxes_is_left_out_of_the_mean(shop: Shop) -> None:
     assert main(["baseline", shop.recipe()]) == 0
-    from yolo_compress.data import load
+    from yolo_compress.data.dataset import load
     from yolo_compress.evaluate.coco import mean_ap
 
     samples = load("set.yaml").val
@@ -311,7 +311,7 @@ def test_nothing_in_a_checkpoint_is_run(shop: Shop, form: str) -> None:
 
 @pytest.mark.fault(24)
 def test_state_dict_only(shop: Shop) -> None:
-    model = ultra.load_model(shop.folder / "weights/n.pt")
+    model = checkpoint.load_model(shop.folder / "weights/n.pt")
     torch.save(model.state_dict(), shop.folder / "weights/state.pt")
     shop.fails(5, "baseline", shop.recipe(baseline={"weights": "state.pt"}), says="not a loadable YOLO checkpoint")
 
@@ -328,20 +328,20 @@ def test_a_segmentation_net_is_refused(shop: Shop) -> None:
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("kind", ["nan", "inf", "variance"])
 def test_unusable_numbers_are_named_by_layer(shop: Shop, kind: str) -> None:
-    model = ultra.load_model(shop.folder / "weights/n.pt")
+    model = checkpoint.load_model(shop.folder / "weights/n.pt")
     with torch.no_grad():
         if kind == "variance":
             model.model[3].bn.running_var[0] = -1.0
         else:
             model.model[3].conv.weight[0, 0, 0, 0] = float(kind)
-    ultra.save_model(model, shop.folder / "weights/bad.pt")
+    checkpoint.save_model(model, shop.folder / "weights/bad.pt")
     shop.fails(7, "baseline", shop.recipe(baseline={"weights": "bad.pt"}), says="model.3.")
 
 
 @pytest.mark.fault(26)
 def test_a_fused_checkpoint_is_refused(shop: Shop) -> None:
-    fused = ultra.load_model(shop.folder / "weights/n.pt").fuse(verbose=False)
-    ultra.save_model(fused, shop.folder / "weights/fused.pt")
+    fused = checkpoint.load_model(shop.folder / "weights/n.pt").fuse(verbose=False)
+    checkpoint.save_model(fused, shop.folder / "weights/fused.pt")
     shop.fails(2, "prune", shop.recipe(baseline={"weights": "fused.pt"}, prune={"epochs": 0}), says="fused")
 
 
@@ -363,10 +363,10 @@ def test_training_keeps_the_widths_that_ultralytics_would_restore(shop: Shop) ->
     recipe = shop.recipe(prune={"epochs": 1, "batch": 3, "calib_images": 3, "keep_flops": 0.5})
     assert main(["prune", recipe]) == 0
     store = Store(Path("weights"))
-    pruned, base = (ultra.load_model(store.linked("r", stage).file("model.pt")) for stage in ("prune", "baseline"))
+    pruned, base = (checkpoint.load_model(store.linked("r", stage).file("model.pt")) for stage in ("prune", "baseline"))
     assert sum(p.numel() for p in pruned.parameters()) < 0.8 * sum(p.numel() for p in base.parameters())
     rebuilt = type(pruned)(pruned.yaml, nc=2, verbose=False)  # what YOLO(...).train() does first
-    assert ultra.widths(rebuilt) == ultra.widths(base) != ultra.widths(pruned)
+    assert checkpoint.widths(rebuilt) == checkpoint.widths(base) != checkpoint.widths(pruned)
 
 
 # 8: another seed is another run
@@ -419,7 +419,7 @@ def test_a_full_disk_is_said_and_leaves_no_artefact(shop: Shop, monkeypatch: pyt
 
 @pytest.mark.fault(37)
 def test_nan_in_training_stops_with_the_last_good_state(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from yolo_compress.ultra import trainer
+    from yolo_compress.train import trainer
 
     class Poison(trainer._HookedCriterion):
         calls = 0
@@ -442,7 +442,7 @@ def test_nan_in_training_stops_with_the_last_good_state(shop: Shop, monkeypatch:
 
 @pytest.mark.fault(36)
 def test_a_collapsed_layer_stops_with_the_last_good_state(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from yolo_compress.prune.gamma import SparseTraining
+    from yolo_compress.prune.sparsify import SparseTraining
 
     finished = SparseTraining.on_epoch_end
 
@@ -489,10 +489,10 @@ def test_each_penalty_trains_and_says_what_it_did(shop: Shop, penalty: str) -> N
 def test_a_net_that_finds_nothing_gets_fresh_statistics_first(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, fresh: float, code: int
 ) -> None:
-    from yolo_compress.stages import training
+    from yolo_compress.stages import _training
 
     found = iter([0.5, 0.02, fresh])  # baseline, as trained, with statistics taken anew
-    monkeypatch.setattr(training, "measure", lambda job, model, what="": {"map50_95": next(found)})
+    monkeypatch.setattr(_training, "measure", lambda job, model, what="": {"map50_95": next(found)})
     assert main(["sparsify", shop.recipe(sparsify={"epochs": 1, "batch": 3})]) == code
     captured = shop.capsys.readouterr()
     if code:
@@ -501,7 +501,7 @@ def test_a_net_that_finds_nothing_gets_fresh_statistics_first(
     answer = json.loads(captured.out.splitlines()[-1])
     assert answer["metrics"]["map50_95"] == 0.4
     assert "had not followed the gammas (mAP50-95 0.020)" in captured.err
-    net = ultra.load_model(Path(answer["artifact"]) / "model.pt")
+    net = checkpoint.load_model(Path(answer["artifact"]) / "model.pt")
     pixels = torch.stack(
         [torch.from_numpy(np.array(Image.open(path))) for path in sorted(Path("set/images/train").iterdir())]
     )

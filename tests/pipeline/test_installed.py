@@ -105,7 +105,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert files(wheel / PACKAGE.name) == files(PACKAGE)
     (metadata,) = wheel.glob("*.dist-info")
     assert (metadata / "licenses/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    assert "yolo-compress = yolo_compress.__main__:main" in (metadata / "entry_points.txt").read_text()
+    assert "yolo-compress = yolo_compress.cli.main:main" in (metadata / "entry_points.txt").read_text()
 
 
 def test_a_read_of_the_checkout_would_be_seen(installed: Installed) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.pipeline.conftest import Bench, prepare, recipe
-from yolo_compress.artifact import Store
-from yolo_compress.lock import lock
+from yolo_compress.files.lock import lock
+from yolo_compress.store.artifact import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGE = {

@@ -11,42 +11,43 @@ import numpy as np
 import onnx
 import PIL.Image
 import pytest
-import quant_net
-import report_case
 import torch
-from lint_graphs import Net
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_compress import ultra
-from yolo_compress.bundle import deepstream, make
-from yolo_compress.bundle.networks import read
-from yolo_compress.bundle.signature import check_signatures
-from yolo_compress.datayaml import read_yaml
+from tests.support import quant_net, report_case
+from tests.support.lint_graphs import Net
+from yolo_compress.bundle import make
+from yolo_compress.bundle.io_contract import check_signatures
+from yolo_compress.bundle.network_io import read
+from yolo_compress.bundle.targets import deepstream
+from yolo_compress.data.data_yaml import read_yaml
 from yolo_compress.distill.logits import soft_labels
 from yolo_compress.errors import CompressError, DataError, GateFailed, NumericsError
-from yolo_compress.evaluate.ab import compare
+from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.evaluate.coco import absolute_boxes, mean_ap
 from yolo_compress.evaluate.tide import errors
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_nms import with_nms
-from yolo_compress.export_onnx import export_onnx
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.nms import with_nms
+from yolo_compress.export.qdq import insert_qdq
+from yolo_compress.lint.check import check
+from yolo_compress.lint.load import read as read_graph
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.lint.check import check
-from yolo_compress.quant.lint.load import read as read_graph
-from yolo_compress.quant.qdq import insert_qdq
-from yolo_compress.quant.state import fold
-from yolo_compress.report import gallery, html, table
-from yolo_compress.runtime import pre
-from yolo_compress.runtime.backend import check_output, describe_onnx
-from yolo_compress.runtime.detector import Detector
+from yolo_compress.quant.ranges import fold
+from yolo_compress.report import as_text, html
+from yolo_compress.report.charts import gallery
+from yolo_compress.runtime.backends.base import check_output, describe_onnx
+from yolo_compress.runtime.backends.ort import OrtBackend
+from yolo_compress.runtime.detect import pre
+from yolo_compress.runtime.detect.detector import Detector
+from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.errors import EngineError
-from yolo_compress.runtime.latency import _inputs
-from yolo_compress.runtime.ort import OrtBackend
-from yolo_compress.runtime.post import nms
-from yolo_compress.stages import batches, export
-from yolo_compress.ultra.trainer import settle
+from yolo_compress.runtime.measure.latency import _inputs
+from yolo_compress.stages import _batches, export
+from yolo_compress.train import checkpoint
+from yolo_compress.train.trainer import settle
 
 SIZE = (64, 64)
 
@@ -65,7 +66,7 @@ def names(classes: int) -> list[str]:
 
 def trained(classes: int, channels: int = 3) -> DetectionModel:
     """As `quant_net.net`, of any number of classes and image channels."""
-    model = ultra.new_model("yolov8n.yaml", names(classes), channels, seed=0)
+    model = checkpoint.new_model("yolov8n.yaml", names(classes), channels, seed=0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
@@ -283,7 +284,7 @@ def test_report_of_any_classes(classes: tuple[str, ...]) -> None:
     }
     document = report_case.document(ab=ab, data=data)
     item = {**report_case.item(), "names": classes, "truths": [(len(classes) - 1, 0.5, 0.5, 0.25, 0.5)]}
-    page, text = html.render(document, gallery.draw([item])), table.render_markdown(document)
+    page, text = html.render(document, gallery.draw([item])), as_text.render_markdown(document)
     assert "<script" not in page and "<script" not in text
     rows = [line for line in text.split("## By class")[1].splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(classes), "a line a class, whatever is in its name"
@@ -415,9 +416,9 @@ def job(count: int, **changes: Any) -> Any:
 
 @pytest.mark.fault(17)
 def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(batches.chosen(job(3), 3)) == 3
+    assert len(_batches.chosen(job(3), 3)) == 3
     assert capsys.readouterr().err == ""
-    assert len(batches.chosen(job(3), 64)) == 3
+    assert len(_batches.chosen(job(3), 64)) == 3
     assert capsys.readouterr().err == "calibration: all 3 training images, fewer than the 64 of calib_images\n"
 
 
@@ -429,10 +430,10 @@ def test_calibration_images_that_are_all_of_one_colour_are_refused(tmp_path: Pat
         PIL.Image.new("RGB", (64, 48), (value,) * 3).save(sample.image)
     model = quant_net.net()
     with pytest.raises(DataError, match=r"calibration: all 3 images are of one colour, such as .*0\.png") as caught:
-        ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
+        ptq(model, lambda: _batches.letterboxed(samples, SIZE), "max")
     assert caught.value.exit_code == 3
     PIL.Image.effect_noise((64, 48), 90).convert("RGB").save(samples[-1].image)
-    ptq(model, lambda: batches.letterboxed(samples, SIZE), "max")
+    ptq(model, lambda: _batches.letterboxed(samples, SIZE), "max")
 
 
 def test_batchnorm_follows_within_the_steps_of_a_run() -> None:

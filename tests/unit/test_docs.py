@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PAGES, ROOT, anchors, blocks, commands, prose
-from yolo_compress import cli_grammar, errors, exits, recipe
+from tests.support.pages import PAGES, ROOT, anchors, blocks, commands, prose
+from yolo_compress import errors, exits
+from yolo_compress.cli import grammar
+from yolo_compress.recipe import recipe
 
 README, DOCS = PAGES[0], PAGES[1:]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -64,7 +66,7 @@ def test_every_knob_named_exists(page: Path) -> None:
 
 def test_every_verb_and_recipe_is_documented() -> None:
     everything = "\n".join(map(text, PAGES))
-    for name in [*cli_grammar.VERBS, *recipe.names()]:
+    for name in [*grammar.VERBS, *recipe.names()]:
         assert re.search(rf"yolo-compress {name}\b|`{name}`", everything), name
 
 

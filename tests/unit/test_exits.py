@@ -10,21 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from yolo_compress import __main__, atomic, cli_grammar, exits, progress
-from yolo_compress.atomic import storage_errors
+from yolo_compress import exits, progress
+from yolo_compress.cli import grammar, main
 from yolo_compress.errors import DataError, StorageError, Terminated
+from yolo_compress.files import atomic
+from yolo_compress.files.atomic import storage_errors
+from yolo_compress.runtime.detect.sources import open_source
 from yolo_compress.runtime.errors import SourceError
-from yolo_compress.runtime.sources import open_source
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[int, str]:
     """Exit code and stderr of `yolo-compress cfg` whose work raises `error`."""
 
-    def raises(command: cli_grammar.Command) -> int:
+    def raises(command: grammar.Command) -> int:
         raise error
 
-    monkeypatch.setitem(__main__.VERBS, "cfg", raises)
-    code = __main__.main(["cfg"])
+    monkeypatch.setitem(main.VERBS, "cfg", raises)
+    code = main.main(["cfg"])
     out, err = capsys.readouterr()
     assert not out
     return code, err
@@ -75,7 +77,7 @@ def test_a_verb_that_starts_anew_does_not_say_that_it_continues(capsys, verb: st
 
 
 def test_verbs_that_start_anew_are_verbs() -> None:
-    assert cli_grammar.VERBS.keys() >= exits.STARTS_ANEW
+    assert grammar.VERBS.keys() >= exits.STARTS_ANEW
 
 
 @pytest.mark.parametrize(
@@ -105,14 +107,15 @@ def test_a_file_over_the_limit_of_its_size_is_not_told_to_make_room(tmp_path: Pa
 
 WRITES = """
 import sys
-from yolo_compress import __main__, progress
+from yolo_compress import progress
+from yolo_compress.cli import main
 def verb(command):
     for number in range(401):
         if not progress.result(f'{{"picture": {number}}}'):
             break
     return 0
-__main__.VERBS["cfg"] = verb
-sys.exit(__main__.main(["cfg"]))
+main.VERBS["cfg"] = verb
+sys.exit(main.main(["cfg"]))
 """
 
 
@@ -206,7 +209,7 @@ LONG = "9" * 5000  # Python refuses to read it as a number
 )
 def test_numbers_without_end_and_folders_for_files(monkeypatch, capsys, tmp_path: Path, argv, code, says) -> None:
     monkeypatch.chdir(tmp_path)
-    assert __main__.main(argv) == code
+    assert main.main(argv) == code
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())

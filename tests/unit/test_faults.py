@@ -16,10 +16,12 @@ CASES = range(1, 91)
 
 @cache
 def marked() -> dict[int, dict[str, list[str]]]:
-    """Tests by file by case; `data` is tests/unit/test_data.py, `pipeline/faults` is tests/pipeline/test_faults.py."""
+    """Tests by file by case; `dataset` is tests/unit/data/test_dataset.py, `pipeline/faults` is tests/pipeline/test_faults.py."""
     found: dict[int, dict[str, list[str]]] = {}
     for file in sorted(TESTS.rglob("test_*.py")):
-        short = file.relative_to(TESTS).with_name(file.stem.removeprefix("test_")).as_posix().removeprefix("unit/")
+        below = file.relative_to(TESTS)
+        name = file.stem.removeprefix("test_")
+        short = name if below.parts[0] == "unit" else below.with_name(name).as_posix()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             for mark in getattr(node, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":

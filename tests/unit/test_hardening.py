@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from noise_set import noise_set
 
-from yolo_compress import hardening, ultra
-from yolo_compress.__main__ import main
+from tests.support.noise_set import noise_set
+from yolo_compress.cli.main import main
+from yolo_compress.nets import hardening
+from yolo_compress.train import checkpoint
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def test_weights_that_are_not_here_are_named_and_not_asked_for(
 
 @pytest.mark.fault(60)
 def test_a_model_and_its_checkpoint_are_made_without_a_network(tmp_path: Path, no_network: list[Any]) -> None:
-    ultra.save_model(ultra.new_model("yolov8n.yaml", ["bolt"], 3, 0), tmp_path / "yolov8n.pt")
-    ultra.load_model(tmp_path / "yolov8n.pt")
+    checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", ["bolt"], 3, 0), tmp_path / "yolov8n.pt")
+    checkpoint.load_model(tmp_path / "yolov8n.pt")
     assert no_network == []
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from yolo_compress import home, pipeline
-from yolo_compress.__main__ import main
-from yolo_compress.atomic import storage_errors
+from yolo_compress.cli.main import main
 from yolo_compress.errors import EnvironmentLacks, StorageError
-from yolo_compress.weights import find_weights
+from yolo_compress.files.atomic import storage_errors
+from yolo_compress.store.source_weights import find_weights
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_a_probe_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
     monkeypatch.setattr(pipeline, "_planning", lambda recipe, store: nullcontext((None, None)))
-    monkeypatch.setattr("yolo_compress.stages.plan.probe", refuse)
+    monkeypatch.setattr("yolo_compress.stages._prune_plan.probe", refuse)
     assert main(["probe", "recipe=digits", "out=p"]) == StorageError.exit_code
     assert capsys.readouterr().err == "error: cannot write p: Read-only file system\n"
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from noise_set import noise_set
 
-from yolo_compress import recipe, ultra
-from yolo_compress.data import load
+from tests.support.noise_set import noise_set
+from yolo_compress.data.dataset import load
 from yolo_compress.errors import CompressError, CorruptArtifact, DataError, RecipeError
-from yolo_compress.manifest import mend
-from yolo_compress.weights import find_weights
+from yolo_compress.recipe import recipe
+from yolo_compress.store.manifest import mend
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint, trainer
+from yolo_compress.train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["bolt", "nut"]
@@ -42,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints `0.pt` and `1.pt` of other weights."""
     folder = tmp_path_factory.mktemp("made")
     for seed in (0, 1):
-        ultra.save_model(ultra.new_model("yolov8n.yaml", NAMES, 3, seed), folder / f"{seed}.pt")
+        checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", NAMES, 3, seed), folder / f"{seed}.pt")
     return folder
 
 
@@ -53,7 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stem(path: Path) -> torch.Tensor:
-    return ultra.load_model(path).model[0].conv.weight
+    return checkpoint.load_model(path).model[0].conv.weight
 
 
 @pytest.mark.fault(6, 75)
@@ -68,14 +70,14 @@ def test_a_checkpoint_of_any_name_is_loaded_and_no_namesake(made: Path, here: Pa
     assert torch.equal(stem(file), stem(made / "0.pt")) and not torch.equal(stem(file), stem(made / "1.pt"))
     file.unlink()
     with pytest.raises(RecipeError, match="no such checkpoint"):
-        ultra.load_model(file)
+        checkpoint.load_model(file)
 
 
 @pytest.mark.fault(75)
 def test_a_damaged_official_checkpoint_is_reported_and_stays(made: Path, here: Path) -> None:
     Path("yolov8n.pt").write_bytes((made / "0.pt").read_bytes()[:5000])
     with pytest.raises(CorruptArtifact, match=r"yolov8n\.pt: not a loadable YOLO checkpoint"):
-        ultra.load_model(Path("yolov8n.pt"))
+        checkpoint.load_model(Path("yolov8n.pt"))
     assert Path("yolov8n.pt").stat().st_size == 5000
 
 
@@ -86,7 +88,7 @@ def test_a_new_model_is_ultralytics_own_whatever_lies_here(here: Path, name: str
     torch.manual_seed(0)
     theirs = DetectionModel("yolov8n.yaml", ch=3, nc=2, verbose=False)
     Path(name).write_text("nc: 1\nbackbone: []\nhead: []\n")
-    ours = ultra.new_model("yolov8n.yaml", NAMES, 3, 0)
+    ours = checkpoint.new_model("yolov8n.yaml", NAMES, 3, 0)
     assert ours.yaml == theirs.yaml
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
@@ -96,8 +98,8 @@ def test_a_new_model_is_ultralytics_own_whatever_lies_here(here: Path, name: str
 def test_training_in_a_folder_of_any_name(here: Path) -> None:
     folder = here / "Bob's ru?n 50%"
     dataset = load(str(noise_set(folder, train=3, val=1)))
-    settings = ultra.TrainSettings(epochs=1, batch=3, imgsz_px=64)
-    ultra.train(ultra.new_model("yolov8n.yaml", NAMES, 3, 0), dataset, settings, [], folder / "work", "t")
+    settings = TrainSettings(epochs=1, batch=3, imgsz_px=64)
+    trainer.train(checkpoint.new_model("yolov8n.yaml", NAMES, 3, 0), dataset, settings, [], folder / "work", "t")
     assert (folder / "work/resume.pt").is_file()
     assert [path.name for path in here.iterdir()] == [folder.name]
 
@@ -247,7 +249,7 @@ def test_make_clean_stays_in_a_home_of_any_name(checkout: Path, tmp_path: Path) 
 
 
 def test_what_init_and_probe_print_can_be_pasted() -> None:
-    from yolo_compress.init import TARGETS
+    from yolo_compress.cli.init import TARGETS
 
     words = {"recipe": "it's {x}.yaml", "name": "it's {x}", "weights": "my weights"}
     quoted = {key: shlex.quote(word) for key, word in words.items()}

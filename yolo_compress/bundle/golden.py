@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from yolo_compress.artifact import Artifact
-from yolo_compress.data import Dataset
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.published import made_for, open_published
-from yolo_compress.runtime.backend import load_info
+from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, open_engine
-from yolo_compress.runtime.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
-from yolo_compress.runtime.pre import read_image
+from yolo_compress.runtime.measure.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
+from yolo_compress.store.artifact import Artifact
 
 MEASURED_IMAGES = 32
 CONF, IOU = 0.25, 0.7

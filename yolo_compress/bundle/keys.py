@@ -7,10 +7,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.atomic import atomic_write, fsync_directory, storage_errors
 from yolo_compress.errors import RecipeError
-from yolo_compress.runtime import ed25519
-from yolo_compress.runtime.sealed import KEY_BYTES, KEY_FILE, key_of
+from yolo_compress.files.atomic import atomic_write, fsync_directory, storage_errors
+from yolo_compress.runtime.secure import ed25519
+from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
 
 PREFIX = "seed:"  # so that neither half is taken for the other: both are 32 bytes
 

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment, home, pipeline, progress, runtime
-from yolo_compress.artifact import Artifact, Store
-from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
-from yolo_compress.bundle import golden, targets
+from yolo_compress.bundle import golden
+from yolo_compress.bundle.io_contract import check_signatures
 from yolo_compress.bundle.keys import read_seed
-from yolo_compress.bundle.launcher import launcher
-from yolo_compress.bundle.lean import lean
-from yolo_compress.bundle.signature import check_signatures
-from yolo_compress.data import Dataset
+from yolo_compress.bundle.launchers import launcher
+from yolo_compress.bundle.targets import registry
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import GateFailed, RecipeError
-from yolo_compress.explain import got
-from yolo_compress.export_nms import NMS_SUFFIX
-from yolo_compress.recipe import Recipe
-from yolo_compress.runtime.golden import FOLDER as GOLDEN
-from yolo_compress.runtime.groundtruth import image_set
-from yolo_compress.runtime.sealed import seal
+from yolo_compress.export.nms import NMS_SUFFIX
+from yolo_compress.files.atomic import fsync_directory, fsync_file, replace, storage_errors
+from yolo_compress.recipe.messages import got
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
+from yolo_compress.runtime.measure.groundtruth import image_set
+from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.store.artifact import Artifact, Store
 
 COMMANDS = ("build", "bench", "detect", "switch")
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
@@ -49,8 +49,7 @@ manifest.json vouches for every file; a bundle with one altered, missing or adde
 (/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken,
 and only engines that build.py built here.
 
-runtime/ is yolo_compress/runtime of the version in manifest.json (made_with) without comments, docstrings and types, line for line;
-with them it is in the sources of yolo_compress, which are AGPL-3.0.
+runtime/ is yolo_compress/runtime of the version in manifest.json (made_with), licence AGPL-3.0.
 """
 
 
@@ -83,8 +82,8 @@ def order(options: Mapping[str, str]) -> Order:
     out, target = Path(options["out"]), options.get("target", "plain")
     if out.exists() or out.is_symlink():
         raise RecipeError(f"out={out}: is there already; give another name, or delete it first")
-    if target not in targets.TARGETS:
-        raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(targets.TARGETS)}")
+    if target not in registry.TARGETS:
+        raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(registry.TARGETS)}")
     return Order(
         out,
         target,
@@ -193,7 +192,7 @@ def _fill(
         },
         "recipe_fingerprint": artifacts["report"].fingerprint,
     }
-    targets.write(asked.target, root, dict(about, version=asked.version))
+    registry.write(asked.target, root, dict(about, version=asked.version))
     text = README.format(
         classes=len(dataset.names),
         height=height,
@@ -225,11 +224,9 @@ def _networks(root: Path, export: Artifact) -> dict[str, str]:
 def code(root: Path) -> None:
     """`runtime/` and the commands that start it."""
     source = Path(str(runtime.__file__)).parent
-    (root / "runtime").mkdir()
-    for file in sorted(source.glob("*.py")):
-        (root / "runtime" / file.name).write_text(lean(file.read_text(encoding="utf-8")), encoding="utf-8")
+    shutil.copytree(source, root / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     for command in COMMANDS:
-        (root / f"{command}.py").write_text(launcher(command, command), encoding="utf-8")
+        (root / f"{command}.py").write_text(launcher(command), encoding="utf-8")
 
 
 def _publish(root: Path, partial: Path, out: Path) -> None:

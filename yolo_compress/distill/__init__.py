@@ -1,2 +1,2 @@
-"""Distillation: losses as pure functions of tensors (feature.py, logits.py), taps on layers (taps.py), whom one learns from
-(source.py), proof that it is active (proof.py), and the hook that brings them together (teach.py)."""
+"""Distillation: losses as pure functions of tensors (feature.py, logits.py), outputs of named layers (taps.py), the teacher or
+peer (teacher.py), checks that every term has an effect (checks.py), and the training hook (hook.py)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.modes import evaluating
+from yolo_compress.nets.eval_mode import evaluating
 
 BATCH = 16  # images whose statistics are matched together; fewer cannot be as varied as the averages ask
 RATE = 0.1  # of Adam, in grey levels of 0..1: 300 steps can cross the range many times

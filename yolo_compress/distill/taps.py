@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.modes import evaluating
+from yolo_compress.nets.eval_mode import evaluating
 
 PROBE_CELLS = 2  # cells of the coarsest level in the images that a net is sized with
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.evaluate.coco import Truth, mean_ap
-from yolo_compress.runtime.backend import Backend
-from yolo_compress.runtime.detector import Detector
+from yolo_compress.runtime.backends.base import Backend
+from yolo_compress.runtime.detect.detector import Detector
+from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
 from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.runtime.limits import MAX_DET, counted
-from yolo_compress.runtime.pre import UnreadableImage, read_image
 
 DYNAMIC_BATCH = 4  # images a call where the backend takes any number
 
@@ -49,7 +49,7 @@ def accuracy(
         imgsz: height and width, px; the backend's must be the same.
         progress: called with the number of images just finished.
         image_set: digest of the samples, put into the result.
-        max_det: detections of an image that NMS keeps; see `matching.counted` for what mAP counts of them.
+        max_det: detections of an image that NMS keeps; see `runtime.limits.counted` for what mAP counts of them.
         workers: threads that read images ahead; 0 reads in turn.
 
     Returns:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from yolo_compress.runtime.matching import IOUS_T, RECALLS_R, Matches
+from yolo_compress.runtime.measure.coco_map import IOUS_T, RECALLS_R, Matches
 
 LEVEL = 0.95  # of every interval
 _EPSILON = np.spacing(1)  # COCO's

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from yolo_compress.errors import NumericsError
-from yolo_compress.runtime.backend import Backend
+from yolo_compress.runtime.backends.base import Backend
 
 
 def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndarray]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Files that no engine here was built from, run as they are written: what goes to a robot has been evaluated on this machine.
 
 A Q/DQ graph says its arithmetic node by node; ONNX Runtime with its optimiser off computes just that, which is what
-`quant.fakequant` trains (tests/unit/test_published.py). Rounding inside of an engine's fused kernels is not simulated.
+`quant.fakequant` trains (tests/unit/export/test_published.py). Rounding inside of an engine's fused kernels is not simulated.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
-from yolo_compress.export_onnx import quiet_trace
-from yolo_compress.quant.calibration_cache import IMPLICIT, explicit
-from yolo_compress.runtime.backend import Backend
-from yolo_compress.runtime.device import usable_cpus
+from yolo_compress.export.calibration_cache import IMPLICIT, explicit
+from yolo_compress.export.float_onnx import quiet_trace
+from yolo_compress.export.nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
+from yolo_compress.runtime.backends.base import Backend
+from yolo_compress.runtime.backends.ort import OrtBackend, open_session
+from yolo_compress.runtime.backends.tensorrt.build import strongly_typed
+from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.golden import difference
 from yolo_compress.runtime.limits import MAX_DET
-from yolo_compress.runtime.ort import OrtBackend, open_session
-from yolo_compress.runtime.post import nms
-from yolo_compress.runtime.tensorrt_build import strongly_typed
+from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.runtime.measure.golden import difference
 
 NMS_PX, NMS_SCORE = 0.01, 1e-5  # float32 in another order
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
-from yolo_compress.runtime.backend import check_input
+from yolo_compress.runtime.backends.base import check_input
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 

@@ -1,4 +1,4 @@
-"""A torch module in a measuring process of its own, served by `runtime.latency` like an engine.
+"""A torch module in a measuring process of its own, served by `runtime.measure.latency` like an engine.
 
 `spec` writes the module beside a hash and returns the spec for `measure_in_turn`; `python -m
 yolo_compress.evaluate.torch_latency` opens it. So `runtime` needs to know nothing of torch.
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_compress.atomic import atomic_write
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.hardening import harden
-from yolo_compress.runtime.backend import EngineError, sha256_file
-from yolo_compress.runtime.latency import main
+from yolo_compress.files.atomic import atomic_write
+from yolo_compress.nets.hardening import harden
+from yolo_compress.runtime.backends.base import EngineError, sha256_file
+from yolo_compress.runtime.measure.latency import main
 
 MODULE = "yolo_compress.evaluate.torch_latency"
 

@@ -1,6 +1,6 @@
 """mAP by Ultralytics' own matching and AP code, on the detections that pycocotools gets too.
 
-A second importer of ultralytics' engine beside `ultra`, on purpose: the column says what Ultralytics would print for the
+A second importer of ultralytics' engine beside `train`, on purpose: the column says what Ultralytics would print for the
 same detections, of any backend, and needs its validator's matching, not its training. It differs from pycocotools in that
 all 300 detections count, and in how the precision curve is integrated. Boxes are compared in px of the original image,
 clipped to it, where the validator uses letterboxed px unclipped; the effect on mAP is below 0.002 (tested).
@@ -16,7 +16,7 @@ import numpy as np
 
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.coco import Truth, absolute_boxes
-from yolo_compress.hardening import harden
+from yolo_compress.nets.hardening import harden
 
 
 def ultralytics_ap(

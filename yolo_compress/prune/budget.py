@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.prune.cost import ConvShape, Price, Widths, latency_price, macs_price, parameters_price
 from yolo_compress.prune.graph import Group
-from yolo_compress.prune.price import (
-    ConvShape,
-    Price,
-    Widths,
-    latency_price,
-    macs_price,
-    parameters_price,
-)
 
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -59,7 +52,7 @@ def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
 
 
 def latency_ms(shapes: Mapping[str, ConvShape], table: Mapping[str, Any], limit: float) -> Budget:
-    """Milliseconds by `price.latency_price`."""
+    """Milliseconds by `cost.latency_price`."""
     dense = float(table["whole_ms"])
     if not 0 < limit < dense:
         raise RecipeError(f"prune: latency_ms={limit:g} asks for nothing: the network as it is takes {dense:.3g} ms")
@@ -133,7 +126,7 @@ def choose(
         scores: group name -> `importance_C`.
         budget: what the result may cost.
         round_to: widths are multiples of this, a power of two, where the original width is.
-        shapes: `price.conv_shapes` of the model as it stands.
+        shapes: `cost.conv_shapes` of the model as it stands.
         floor: every group keeps at least this share of its channels, and at least one block.
         scope: which groups are ranked together; each such class is thinned alike. `global` all, `local` each alone,
             `isomorphic` those whose members have the same roles and kernels (Fang et al., arXiv 2407.04616).

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.prune.evidence import Evidence
+from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
 from yolo_compress.prune.obs import obs
 

@@ -16,9 +16,9 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from yolo_compress import blocks
 from yolo_compress.errors import RecipeError
-from yolo_compress.prune.shadow import blank_images, shadow
+from yolo_compress.nets import blocks
+from yolo_compress.nets.meta_copy import blank_images, shadow
 
 _TRACE_HW = (64, 64)  # two pixels at stride 32: the smallest image on which no concat partner degenerates to 1 x 1
 

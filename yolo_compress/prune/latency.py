@@ -1,6 +1,6 @@
 """Milliseconds as a budget: the network at several widths for a table of layer times, and the plan that hits the limit.
 
-The table (`runtime.layers`) decides which widths are tried; the finished network, built and timed against the dense one in
+The table (`runtime.measure.layer_times`) decides which widths are tried; the finished network, built and timed against the dense one in
 turn, decides whether they are right. Shares of the dense time are compared, so that a machine that slows down between two
 measurements does not move the budget.
 
@@ -24,16 +24,16 @@ import onnx
 import torch
 from torch import nn
 
-from yolo_compress import strict_json
-from yolo_compress.artifact import atomic_write
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
-from yolo_compress.export_onnx import export_onnx
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.files import strict_json
 from yolo_compress.prune.budget import Plan
+from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.graph import Group, prunable, prune
-from yolo_compress.prune.price import conv_shapes
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.layers import LAYERS, SCHEMA
-from yolo_compress.runtime.turns import measure_in_turn
+from yolo_compress.runtime.measure.interleaved import measure_in_turn
+from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA
+from yolo_compress.store.artifact import atomic_write
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DENSE = "100.onnx"  # the first of them
@@ -48,7 +48,7 @@ Planner = Callable[[float], Plan]  # the plan for a limit in milliseconds by the
 
 
 def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], round_to: int) -> None:
-    """Write the network at `WIDTHS` as ONNX, and what `runtime.layers` needs to read its layers' times.
+    """Write the network at `WIDTHS` as ONNX, and what `runtime.measure.layer_times` needs to read its layers' times.
 
     Args:
         model: stock model, not changed; the first channels of each group stay, as no time depends on which.
@@ -109,7 +109,7 @@ def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.l
         CompressError: the layers could not be timed; carries the reason.
     """
     require(runtime, asked)
-    command = [sys.executable, "-m", "yolo_compress.runtime.layers", str(folder), "--runtime", runtime,
+    command = [sys.executable, "-m", "yolo_compress.runtime.measure.layer_times", str(folder), "--runtime", runtime,
                "--precision", precision]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.blocks import check_prunable, head_outputs
 from yolo_compress.errors import RecipeError
-from yolo_compress.hook import TrainHook
+from yolo_compress.nets.blocks import check_prunable, head_outputs
+from yolo_compress.train.hook import TrainHook
 
 Scope = Literal["global", "local"]
 

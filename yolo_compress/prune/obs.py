@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yolo_compress.prune.evidence import Evidence
+from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
 from yolo_compress.prune.reconstruct import ridged
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.prune.cost import channel_macs
 from yolo_compress.prune.graph import Group
-from yolo_compress.prune.price import channel_macs
 
 SMALLEST_NORM = 1e-12  # divides instead of a smaller norm: at 0 the subgradient is 0, and nothing is NaN
 

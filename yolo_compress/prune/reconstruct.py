@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.prune.evidence import Moments
+from yolo_compress.prune.calibration_stats import Moments
 from yolo_compress.prune.graph import Group, check_keep
 
 RIDGE = 1e-4  # of the mean variance: directions that hardly vary on few images must not blow up the inverse
@@ -34,7 +34,7 @@ def reconstruct(
         model: The dense model that the moments are of.
         groups: `graph.prunable(model)`.
         keep: Group name -> ascending indices of the channels kept, as for `graph.prune`.
-        moments: `evidence.input_moments` of `model`.
+        moments: `calibration_stats.input_moments` of `model`.
 
     Raises:
         RecipeError: See `graph.check_keep`.

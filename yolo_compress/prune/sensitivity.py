@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError
-from yolo_compress.prune.evidence import Moments
+from yolo_compress.prune.calibration_stats import Moments
 from yolo_compress.prune.graph import Group
 from yolo_compress.prune.reconstruct import reconstruct
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
-from yolo_compress.modes import evaluating
-from yolo_compress.quant.placement import IMAGES, Plan, plan
-from yolo_compress.quant.state import AMAX_FLOOR, QMAX, WEIGHT_BITS, QuantState
+from yolo_compress.nets.eval_mode import evaluating
+from yolo_compress.quant.plan import IMAGES, Plan, plan
+from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX, WEIGHT_BITS, QuantState
 
 
 class Histogram:

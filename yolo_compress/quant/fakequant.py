@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
-from yolo_compress.hook import TrainHook
 from yolo_compress.quant.learned import LearnedRange
-from yolo_compress.quant.placement import IMAGES, Group, Plan, is_sum, plan
-from yolo_compress.quant.state import AMAX_FLOOR, QuantState
+from yolo_compress.quant.plan import IMAGES, Group, Plan, is_sum, plan
+from yolo_compress.quant.ranges import AMAX_FLOOR, QuantState
+from yolo_compress.train.hook import TrainHook
 
 ACTIVATION_BITS = 8
 BACKEND = "yolo_compress"  # name under which ModelOpt's quantisers find `_fake_quantise`

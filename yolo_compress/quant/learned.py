@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.quant.state import AMAX_FLOOR
+from yolo_compress.quant.ranges import AMAX_FLOOR
 
 
 class LearnedRange(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 
 from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.quant.fakequant import in_float
-from yolo_compress.quant.placement import Plan
+from yolo_compress.quant.plan import Plan
 
 Value = Callable[[nn.Module], float]
 RESOLUTION_MS = 1e-3  # of the runtimes' profiles, so the least that a group can cost

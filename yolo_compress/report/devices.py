@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import strict_json
 from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.files import strict_json
 from yolo_compress.report.document import SCHEMA, identified, judged, plain
 from yolo_compress.report.numbers import finite
 from yolo_compress.runtime.errors import printable

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report import checked
+from yolo_compress.report import stage_files
 from yolo_compress.report.gate import has_accuracy, judge, label, peer_row, reference_row, verdict
 from yolo_compress.report.numbers import RUNTIMES, finite
 
@@ -75,7 +75,7 @@ def build(
             optional.
         min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
         max_latency_ms, max_size_mib: limits of the row that decides; None asks for nothing.
-        ab: the original in FP32 against that row, see `evaluate.ab.compare`.
+        ab: the original in FP32 against that row, see `evaluate.ab.document.compare`.
         gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
         channels: `{layer: [before, after]}`.
         flops: `{convolution: [MACs before, MACs after]}` for one image.
@@ -108,15 +108,15 @@ def build(
         "chain": _with_delta([_with_torch(stage, chain, in_place) for stage in chain]),
         "not_tested": list(not_tested),
         "not_recorded": [key for key in PROVENANCE if surroundings.get(key) in (None, "", {}, [])],
-        "gammas": checked.gammas(gammas),
-        "channels": checked.pairs("channels", channels),
-        "flops": checked.pairs("FLOPs", flops),
-        "sensitivity": checked.sensitivity(sensitivity),
-        "recovery": checked.recovery(recovery),
-        "ab": checked.ab(ab, image_set),
+        "gammas": stage_files.gammas(gammas),
+        "channels": stage_files.pairs("channels", channels),
+        "flops": stage_files.pairs("FLOPs", flops),
+        "sensitivity": stage_files.sensitivity(sensitivity),
+        "recovery": stage_files.recovery(recovery),
+        "ab": stage_files.ab(ab, image_set),
         "errors": dict(errors) if errors else None,
-        "latency_quantiles": checked.quantiles(latency_quantiles, in_place),
-        "quantisation": checked.quantisation(quantisation),
+        "latency_quantiles": stage_files.quantiles(latency_quantiles, in_place),
+        "quantisation": stage_files.quantisation(quantisation),
         "placement": [dict(row) for row in placement],
         "devices": [],
         "references": [],

@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from yolo_compress.artifact import Artifact
-from yolo_compress.data import Dataset
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.evaluate import tide
 from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.evaluate.kept import kept
-from yolo_compress.recipe import Recipe
-from yolo_compress.report.curves import every_per_cent
+from yolo_compress.evaluate.stored_detections import kept
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.report.charts.curves import every_per_cent
 from yolo_compress.report.document import identified
 from yolo_compress.report.gate import has_accuracy, judge, reference_row
 from yolo_compress.report.intervals import REPLICATES, Interval, intervals
 from yolo_compress.runtime.limits import counted
+from yolo_compress.store.artifact import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage
 

@@ -11,25 +11,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.ab_tables import errors_table, figures_table, parts_table
-from yolo_compress.report.bench import bench_table, device_lines, devices_table, files_table
-from yolo_compress.report.chain import chain_table, pruning_table
-from yolo_compress.report.curves import precision_over_recall, time_distribution
-from yolo_compress.report.error_types import error_costs
-from yolo_compress.report.forest import differences, left_out
-from yolo_compress.report.gallery import MIN_SCORE, Gallery
-from yolo_compress.report.gate import gain, label, peer_row
-from yolo_compress.report.plots import (
+from yolo_compress.report.as_text import gate_lines, missing_lines, provenance, untested_lines
+from yolo_compress.report.charts.curves import precision_over_recall, time_distribution
+from yolo_compress.report.charts.error_types import error_costs
+from yolo_compress.report.charts.forest import differences, left_out
+from yolo_compress.report.charts.gallery import MIN_SCORE, Gallery
+from yolo_compress.report.charts.plots import (
     channels_kept,
     flops_per_convolution,
     flops_per_layer,
     gamma_histograms,
     recovery_curve,
 )
-from yolo_compress.report.quantised import gives_back, precisions, quantisation_table, summary
-from yolo_compress.report.scatter import accuracy_over_latency
-from yolo_compress.report.sensitivity import sensitivity_curves
-from yolo_compress.report.table import gate_lines, missing_lines, provenance, untested_lines
+from yolo_compress.report.charts.quantised import gives_back, precisions, quantisation_table, summary
+from yolo_compress.report.charts.scatter import accuracy_over_latency
+from yolo_compress.report.charts.sensitivity import sensitivity_curves
+from yolo_compress.report.gate import gain, label, peer_row
+from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
+from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
+from yolo_compress.report.tables.chain import chain_table, pruning_table
 
 
 def render(document: Mapping[str, Any], gallery: Gallery) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
 from yolo_compress.runtime.limits import MAX_DETECTIONS
-from yolo_compress.runtime.matching import match
+from yolo_compress.runtime.measure.coco_map import match
 
 REPLICATES = 400  # at most: the ends of an interval move by a tenth of its width from seed to seed
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from yolo_compress.report.as_text import render_text
 from yolo_compress.report.document import build
-from yolo_compress.report.table import render_text
 
 
 def bench_text(recipe: str, rows: Sequence[Mapping[str, Any]], width: int = 120) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.atomic import atomic_write, storage_errors
-from yolo_compress.report import gallery, html, table
+from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.report import as_text, html
+from yolo_compress.report.charts import gallery
 
 
 def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]:
@@ -30,7 +31,7 @@ def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]
     """
     texts = {
         "html": html.render(document, gallery.draw(gallery_items, len(gallery_items))),
-        "md": table.render_markdown(document),
+        "md": as_text.render_markdown(document),
         "json": json.dumps(document, indent=1, allow_nan=False) + "\n",
     }
     with storage_errors(out):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Container, Dict, Optional, Union
 
-from .backend import EngineBackend, load_info
+from .backends.base import EngineBackend, load_info
+from .backends.openvino import OpenVINOBackend
+from .backends.ort import OrtBackend
+from .backends.tensorrt.build import strongly_typed
+from .backends.tensorrt.run import TensorRTBackend
 from .errors import EngineError
-from .openvino import OpenVINOBackend
-from .ort import OrtBackend
-from .tensorrt import TensorRTBackend
-from .tensorrt_build import strongly_typed
 
 
 def open_engine(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.artifact import Artifact
-from yolo_compress.data import Dataset
-from yolo_compress.recipe import Recipe
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.store.artifact import Artifact
 
 
 @dataclass(frozen=True)

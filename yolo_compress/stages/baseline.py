@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from yolo_compress.data import Dataset
-from yolo_compress.recipe import Recipe
-from yolo_compress.stages import Job, source
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.stages import Job, _source
 
 
 def run(job: Job) -> dict[str, Any]:
     """`model.pt` of the given or trained baseline."""
-    return source.run(job, "baseline")
+    return _source.run(job, "baseline")
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse, before any stage runs, a baseline that cannot be taken or compressed; see `source.start`."""
-    source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+    _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")

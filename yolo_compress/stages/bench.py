@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from yolo_compress import ultra
-from yolo_compress.artifact import Artifact, atomic_write
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.kept import keep, row_name
 from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.stored_detections import keep, row_name
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.progress import bar
-from yolo_compress.recipe import BenchConfig
-from yolo_compress.runtime.backend import Backend
-from yolo_compress.runtime.device import device_state
+from yolo_compress.recipe.recipe import BenchConfig
+from yolo_compress.runtime.backends.base import Backend
+from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.latency import percentiles
 from yolo_compress.runtime.limits import counted
-from yolo_compress.runtime.pre import letterbox, read_image
-from yolo_compress.runtime.turns import measure_in_turn
+from yolo_compress.runtime.measure.device import device_state
+from yolo_compress.runtime.measure.interleaved import measure_in_turn
+from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.stages import Job
+from yolo_compress.store.artifact import Artifact, atomic_write
+from yolo_compress.train import checkpoint
 
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
@@ -111,7 +111,7 @@ def _open(job: Job, row: Mapping[str, Any]) -> Backend:
 
 def _torch(row: Mapping[str, Any]) -> nn.Module:
     """The torch net as Ultralytics runs it: BatchNorm folded into the convolutions."""
-    return ultra.load_model(Path(row["open"])).fuse(verbose=False)
+    return checkpoint.load_model(Path(row["open"])).fuse(verbose=False)
 
 
 def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:

@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress import progress, ultra
-from yolo_compress.contradictions import SAME_NET
-from yolo_compress.data import Dataset
-from yolo_compress.distill.proof import same_weights
-from yolo_compress.distill.source import Frozen, Own, Peer, Source
-from yolo_compress.distill.teach import Teach
+from yolo_compress import progress
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.distill.checks import same_weights
+from yolo_compress.distill.hook import Teach
+from yolo_compress.distill.teacher import Frozen, Own, Peer, Source
 from yolo_compress.errors import RecipeError
-from yolo_compress.knobs import number
-from yolo_compress.recipe import DistillConfig, Recipe
-from yolo_compress.stages import Job, source
-from yolo_compress.stages.inverted import inverted
-from yolo_compress.stages.training import CLASS_GAIN, finish, fit
+from yolo_compress.recipe.checks import SAME_NET
+from yolo_compress.recipe.knobs import number
+from yolo_compress.recipe.recipe import DistillConfig, Recipe
+from yolo_compress.stages import Job, _source
+from yolo_compress.stages._inverted_images import inverted
+from yolo_compress.stages._training import CLASS_GAIN, finish, fit
+from yolo_compress.train import checkpoint
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -27,8 +28,8 @@ def run(job: Job) -> dict[str, Any]:
     Hinton's alpha shares the class term: (1 - alpha) of the hard labels' loss, alpha of the soft ones'.
     """
     config: DistillConfig = job.config
-    student = ultra.load_model(job.inputs["prune"].file("model.pt"))
-    teacher = ultra.load_model(job.inputs["teacher"].file("model.pt"))
+    student = checkpoint.load_model(job.inputs["prune"].file("model.pt"))
+    teacher = checkpoint.load_model(job.inputs["teacher"].file("model.pt"))
     if config.labelled:
         soft = config.teacher != "self" and config.logit_weight
         hard_share = 1.0 - config.alpha if soft else 1.0
@@ -56,12 +57,12 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse, before any stage runs, what cannot teach: the nets that the chain starts from stand for what becomes of them.
 
     Raises:
-        RecipeError: See `source.start`, `Teach` and `ultra.load_model`.
+        RecipeError: See `_source.start`, `Teach` and `checkpoint.load_model`.
     """
     assert recipe.distill is not None
     config, seed = recipe.distill, recipe.run.seed
-    student = source.start(recipe.baseline, dataset, seed, "baseline")
-    teacher = source.start(
+    student = _source.start(recipe.baseline, dataset, seed, "baseline")
+    teacher = _source.start(
         recipe.teacher or recipe.baseline, dataset, seed, "teacher" if recipe.teacher else "baseline"
     )
     teaching(config, teacher).on_model(student)

@@ -9,32 +9,33 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from yolo_compress import progress, ultra
-from yolo_compress.artifact import Artifact
-from yolo_compress.data import Dataset
+from yolo_compress import progress
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.evaluate.compare import max_abs_difference
-from yolo_compress.evaluate.layers import first_bad_layer
+from yolo_compress.evaluate.layer_difference import first_bad_layer
 from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export_nms import NMS_SUFFIX, with_nms
-from yolo_compress.export_onnx import export_onnx, export_torchscript
+from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
+from yolo_compress.export.float_onnx import export_onnx, export_torchscript
+from yolo_compress.export.fp16 import to_fp16
+from yolo_compress.export.nms import NMS_SUFFIX, with_nms
+from yolo_compress.export.qdq import check_activation, insert_qdq
+from yolo_compress.export.torchscript import export_int8_torchscript
+from yolo_compress.lint import check as lint
+from yolo_compress.lint.precision import HALF_QDQ_OPSET
+from yolo_compress.lint.shapes import SHAPES
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.calibration_cache import IMPLICIT, write_implicit
-from yolo_compress.quant.half import to_fp16
-from yolo_compress.quant.lint import check as lint
-from yolo_compress.quant.lint.halves import HALF_QDQ_OPSET
-from yolo_compress.quant.lint.shapes import SHAPES
-from yolo_compress.quant.placement import plan
-from yolo_compress.quant.qdq import check_activation, insert_qdq
+from yolo_compress.quant.plan import plan
+from yolo_compress.quant.ranges import WEIGHT_BITS, QuantState, fold
 from yolo_compress.quant.saturation import CPU_RUNTIMES
-from yolo_compress.quant.state import WEIGHT_BITS, QuantState, fold
-from yolo_compress.quant.torchscript import export_int8_torchscript
-from yolo_compress.recipe import ExportConfig, Recipe
-from yolo_compress.runtime.ort import OrtBackend
-from yolo_compress.runtime.pre import letterbox, read_image
-from yolo_compress.stages import Job, source
-from yolo_compress.stages.batches import chosen, letterboxed, write_list
+from yolo_compress.recipe.recipe import ExportConfig, Recipe
+from yolo_compress.runtime.backends.ort import OrtBackend
+from yolo_compress.runtime.detect.pre import letterbox, read_image
+from yolo_compress.stages import Job, _source
+from yolo_compress.stages._batches import chosen, letterboxed, write_list
+from yolo_compress.store.artifact import Artifact
+from yolo_compress.train import checkpoint
 
 COMPARED_IMAGES = 16
 LINT_VERSION = "10.3"  # weakly typed, so floats between INT8 layers are no fault: FP16 is a flag there
@@ -60,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
     ):
         folder = job.out / name
         folder.mkdir()
-        model = ultra.load_model(origin.file("model.pt"))
+        model = checkpoint.load_model(origin.file("model.pt"))
         metrics[name] = _float_files(job, model, folder)
         if "int8" in config.precisions:
             metrics[name] |= _int8_files(job, model, ranges, folder)
@@ -85,7 +86,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """
     assert recipe.export is not None
     if "int8" in recipe.export.precisions:
-        model = source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        model = _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         acts = {
             repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)
         }
@@ -163,7 +164,7 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
     if trained:
         assert ranges is not None
         state = QuantState.load(ranges.file("quant.json"))
-        model = ultra.load_model(ranges.file("model.pt"))
+        model = checkpoint.load_model(ranges.file("model.pt"))
         floats = job.work / "qat.onnx"
         _onnx(job, model, floats)
     else:

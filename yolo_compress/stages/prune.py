@@ -11,19 +11,21 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress import knobs, progress, ultra
-from yolo_compress.artifact import atomic_write
-from yolo_compress.csvtext import csv_text
-from yolo_compress.data import Sample
+from yolo_compress import progress
+from yolo_compress.data.dataset import Sample
+from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.recipe import PruneConfig
+from yolo_compress.recipe import knobs
+from yolo_compress.recipe.recipe import PruneConfig
 from yolo_compress.stages import Job
-from yolo_compress.stages.batches import chosen, letterboxed
-from yolo_compress.stages.plan import Planner
-from yolo_compress.stages.training import device, finish, fit, measure, parent
+from yolo_compress.stages._batches import chosen, letterboxed
+from yolo_compress.stages._prune_plan import Planner
+from yolo_compress.stages._training import device, finish, fit, measure, parent
+from yolo_compress.store.artifact import atomic_write
+from yolo_compress.train import checkpoint
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
 
     With `prune.sensitivity` also `sensitivity.json` and `sensitivity.csv`.
     """
-    model = ultra.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
+    model = checkpoint.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
     trained, metrics = _channels(job, model) if job.config.kind == "channel" else _zeros(job, model)
     return {**metrics, **finish(job, trained)}
 

@@ -10,21 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress import progress, ultra
-from yolo_compress.artifact import atomic_write
-from yolo_compress.csvtext import csv_text
-from yolo_compress.data import Dataset, Sample
-from yolo_compress.hook import TrainHook
+from yolo_compress import progress
+from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.files.csv_text import csv_text
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant, attach
-from yolo_compress.quant.placement import plan
-from yolo_compress.quant.state import QuantState
-from yolo_compress.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, price, source
-from yolo_compress.stages.batches import chosen, letterboxed, write_list
-from yolo_compress.stages.training import finish, fit, measure, parent
-from yolo_compress.stages.worth import WORTH
+from yolo_compress.quant.plan import plan
+from yolo_compress.quant.ranges import QuantState
+from yolo_compress.recipe.recipe import QatConfig, Recipe
+from yolo_compress.stages import Job, _float_cost, _source
+from yolo_compress.stages._batches import chosen, letterboxed, write_list
+from yolo_compress.stages._model_score import WORTH
+from yolo_compress.stages._training import finish, fit, measure, parent
+from yolo_compress.store.artifact import atomic_write
+from yolo_compress.train import checkpoint
+from yolo_compress.train.hook import TrainHook
 
 PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 
@@ -35,7 +36,7 @@ def run(job: Job) -> dict[str, Any]:
     `placement.csv` says of each tensor whether it is INT8, with which it shares its scale, and why.
     """
     config: QatConfig = job.config
-    model = ultra.load_model(job.inputs["distill"].file("model.pt"))
+    model = checkpoint.load_model(job.inputs["distill"].file("model.pt"))
     images = chosen(job, config.calib_images)
     calibrated = partial(
         ptq,
@@ -81,12 +82,12 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse, before any stage runs, a net that has no plan, groups that it does not have (pruning renames none), no runtime to time.
 
     Raises:
-        RecipeError: See `placement.plan` and `source.start`.
-        EnvironmentLacks: See `price.check`.
+        RecipeError: See `quant.plan.plan` and `_source.start`.
+        EnvironmentLacks: See `_float_cost.check`.
     """
     assert recipe.qat is not None
-    price.check(recipe.qat.sensitivity_price)
-    plan(source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
+    _float_cost.check(recipe.qat.sensitivity_price)
+    plan(_source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
 
 def _sensitivity(
@@ -106,7 +107,7 @@ def _sensitivity(
     if "int8" not in found:
         found["int8"] = value(quantised)
     if config.sensitivity_price != "gflops" and "layer_ms" not in found:
-        found["layer_ms"] = price.layer_ms(job, model, state, config.sensitivity_price)
+        found["layer_ms"] = _float_cost.layer_ms(job, model, state, config.sensitivity_price)
         atomic_write(kept, json.dumps(found) + "\n")
     with progress.bar("sensitivity", len(placed.int8), "group", done=len(found["groups"])) as advance:
 
@@ -115,7 +116,7 @@ def _sensitivity(
             advance(1)
 
         alone = sensitivity.measure(quantised, placed, value, found["groups"], save)
-    costs = found["compute_gflops"] = price.compute_gflops(model, placed, job.imgsz_hw)
+    costs = found["compute_gflops"] = _float_cost.compute_gflops(model, placed, job.imgsz_hw)
     if "layer_ms" in found:
         costs = found["price_ms"] = sensitivity.price_ms(placed, found["layer_ms"])
     worst = found["float"] * (1 - config.max_drop if better else 1 + config.max_drop)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment
-from yolo_compress.artifact import Artifact, atomic_write
-from yolo_compress.evaluate.ab import compare
+from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.report import devices, evidence
-from yolo_compress.report.choice import choose
+from yolo_compress.report.as_text import render_text
 from yolo_compress.report.document import build, identified
 from yolo_compress.report.gate import judge, label, peer_row
-from yolo_compress.report.table import render_text
+from yolo_compress.report.image_choice import choose
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
+from yolo_compress.store.artifact import Artifact, atomic_write
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120

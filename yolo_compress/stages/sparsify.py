@@ -7,24 +7,25 @@ from typing import Any
 
 from torch import nn
 
-from yolo_compress import progress, ultra
-from yolo_compress.artifact import atomic_write
+from yolo_compress import progress
 from yolo_compress.errors import NumericsError
-from yolo_compress.prune.gamma import SparseTraining, collapsed, masses, verdict
+from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.penalty import PENALTIES, macs_scale
-from yolo_compress.prune.recovery import reestimate_batchnorm
-from yolo_compress.recipe import PruneConfig, SparsifyConfig
+from yolo_compress.prune.sparsify import SparseTraining, collapsed, masses, verdict
+from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
-from yolo_compress.stages.batches import chosen, letterboxed
-from yolo_compress.stages.training import finish, fit
+from yolo_compress.stages._batches import chosen, letterboxed
+from yolo_compress.stages._training import finish, fit
+from yolo_compress.store.artifact import atomic_write
+from yolo_compress.train import checkpoint
 
 REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # what `prune` takes for the same purpose
 
 
 def run(job: Job) -> dict[str, Any]:
     """`model.pt` with sparse gammas, `gammas.json`, their histogram before training and after each epoch, and their mass."""
-    model = ultra.load_model(job.inputs["baseline"].file("model.pt"))
+    model = checkpoint.load_model(job.inputs["baseline"].file("model.pt"))
     before = masses(model)
     hook = penalised(job, model)
     trained = fit(job, model, [hook], "sparsify")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from yolo_compress.data import Dataset
-from yolo_compress.recipe import Recipe
-from yolo_compress.stages import Job, source
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.stages import Job, _source
 
 
 def run(job: Job) -> dict[str, Any]:
     """`model.pt` of the teacher."""
-    return source.run(job, "teacher")
+    return _source.run(job, "teacher")
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse, before any stage runs, a teacher that cannot be taken; see `source.start`."""
     assert recipe.teacher is not None
-    source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")
+    _source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")

@@ -1,0 +1,255 @@
+"""A whole chain of fake stages that take milliseconds and resume, and a loop that kills its commands at random instants.
+
+`python tests/unit/fake_chain.py --kills 200` runs the loop; a test runs it with fewer kills. Each pass of a stage gives other
+bytes, as a training on a GPU does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import report_case
+from yolo_compress import pipeline, stages
+from yolo_compress.cli.main import main
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.recipe import recipe
+from yolo_compress.report.write import write
+from yolo_compress.store.artifact import Artifact, Store, atomic_write
+
+RECIPE = """
+data: {yaml: x.yaml}
+baseline: {model: yolov8n.yaml, epochs: 3}
+prune: {epochs: 2}
+export: {}
+engine: {}
+bench: {}
+report: {}
+"""
+TRAINED = ("baseline", "prune")
+EPOCHS = 4
+FRESH = 16  # random bytes in each model
+
+
+class Killed(BaseException):
+    """What a test raises inside a stage."""
+
+
+@dataclass
+class Chain:
+    """The working folder, and the fake stages in the place of the real ones.
+
+    Attributes:
+        folder: Where `r.yaml` and `weights/` are.
+        stop_after: The epoch in which the next training raises `Killed`; None: none does.
+        ran: Stages in the order in which they ran, with the epoch they began at.
+    """
+
+    folder: Path
+    stop_after: int | None = None
+    ran: list[tuple[str, int]] | None = None
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder / "weights")
+
+    def recipe(self, name: str = "r", *overrides: tuple[str, str]) -> recipe.Recipe:
+        file = self.folder / f"{name}.yaml"
+        file.write_text(RECIPE)
+        return recipe.load(file, overrides)
+
+    def run(self, target: str, again: bool = False, **kind: Any) -> Artifact:
+        """`target` of the recipe `r`; `ran` then says what it took."""
+        self.ran = []
+        return pipeline.run(kind.pop("recipe", None) or self.recipe(), target, store=self.store, again=again)
+
+    def states(self) -> dict[str, str]:
+        return {row.stage: row.state for row in pipeline.status(self.recipe(), self.store)}
+
+    def saved(self) -> dict[str, int]:
+        """Epochs that an interrupted training has behind it, by its artefact's name, if its inputs are still the same."""
+        baseline = self.store.linked("r", "baseline")
+        contents = dict.fromkeys(pipeline.STAGES["prune"].needs, baseline.manifest.content) if baseline else {}
+        found = {}
+        for file in self.store.folder.glob("*.partial/work/resume.json"):
+            state, name = json.loads(file.read_text()), file.parents[1].name.removesuffix(".partial")
+            if state["of"] == _digest(contents if name.startswith("prune") else {}):
+                found[name] = state["epoch"]
+        return found
+
+    def _stage(self, name: str) -> types.ModuleType:
+        module = types.ModuleType(f"yolo_compress.stages.{name}")
+        module.check = lambda recipe, dataset: None  # type: ignore[attr-defined]
+        module.run = lambda job: self._work(name, job)  # type: ignore[attr-defined]
+        module.add = lambda job, published, files: self._add(job)  # type: ignore[attr-defined]
+        return module
+
+    def _work(self, stage: str, job: Any) -> dict[str, Any]:
+        inputs = {need: artifact.manifest.content for need, artifact in job.inputs.items()}
+        resume, epoch, of = job.work / "resume.json", 0, _digest(inputs)
+        if stage in TRAINED and resume.exists():
+            state = json.loads(resume.read_text())
+            epoch = state["epoch"]
+            assert state["of"] == of, f"{stage} continues what was begun from other bytes"
+        if self.ran is not None:
+            self.ran.append((stage, epoch))
+        while stage in TRAINED and epoch < EPOCHS:
+            if self.stop_after is not None and epoch == self.stop_after:
+                raise Killed
+            time.sleep(0.002)
+            epoch += 1
+            atomic_write(resume, json.dumps({"epoch": epoch, "of": of}))
+        atomic_write(job.out / "model.pt", os.urandom(FRESH))
+        atomic_write(job.out / "of.json", json.dumps(inputs))
+        if stage != "report":
+            return {}
+        atomic_write(job.out / "report.html", job.recipe.name)
+        return {"gate": {"passed": True}, "table": ""}
+
+    def _add(self, job: Any) -> dict[str, Any]:
+        write(report_case.whole(recipe=job.recipe.name), [], job.out)
+        return {"gate": {"passed": True}, "table": ""}
+
+
+def _digest(contents: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def fake_chain(folder: Path) -> Iterator[Chain]:
+    """A chain in a working folder, the current one meanwhile."""
+    chain = Chain(folder)
+    dataset = Dataset(Path("x.yaml"), ("a",), 3, (), (), (), (), "d" * 64, "t" * 64, "v" * 64)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr(
+            os, "fsync", lambda descriptor: None
+        )  # a kill loses nothing that was written, only a power cut does
+        patch.setattr(pipeline, "_load_dataset", lambda recipe, store: dataset)
+        patch.setattr(pipeline, "recheck", lambda dataset: None)
+        patch.setattr(pipeline.environment, "describe", lambda: {"packages": {}})
+        for name in pipeline.STAGES:
+            module = chain._stage(name)
+            patch.setitem(sys.modules, module.__name__, module)
+            patch.setattr(stages, name, module, raising=False)
+        patch.setattr("yolo_compress.report.html.render", lambda document, gallery: "<html>" * 100_000)  # takes no time
+        chain.recipe()
+        yield chain
+
+
+def sound(store: Store) -> dict[str, Artifact]:
+    """All that stands under a final name, by that name; raises if one of them is not whole."""
+    found = {}
+    for path in store.folder.iterdir() if store.folder.exists() else []:
+        stage, _, short = path.name.partition("-")
+        if stage in pipeline.STAGES and len(short) == 16:
+            artifact = store.find(stage, json.loads((path / "manifest.json").read_bytes())["fingerprint"])
+            assert artifact is not None
+            store.verify(artifact)
+            found[path.name] = artifact
+    return found
+
+
+COMMANDS = (
+    ("run", "recipe=r.yaml"),
+    ("baseline", "recipe=r.yaml", "force=true"),
+    ("prune", "recipe=r.yaml", "force=true"),
+    ("prune", "recipe=r.yaml", "prune.epochs=9"),
+    ("report", "recipe=r.yaml", "force=true"),
+    ("gc",),
+    ("gc", "recipe=r.yaml"),
+    ("report", "recipe=r.yaml", "add=more.json", "out=shown"),
+)
+
+
+def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
+    """Start commands, kill each at a random instant, and check the store.
+
+    Returns:
+        How often each command was killed before it ended.
+    """
+    dice, before, killed = random.Random(seed), dict[str, Artifact](), dict[str, int]()
+    seconds = dict.fromkeys(COMMANDS, 0.2)
+    write(report_case.whole(recipe="r"), [], Path("whole"))
+    for _ in range(kills):
+        words, epochs = dice.choice(COMMANDS), chain.saved()
+        started, child = time.monotonic(), os.fork()
+        if child == 0:
+            _child(words, chain.folder / "said.txt")
+        wait = dice.uniform(0, seconds[words])
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() - started < wait and os.waitid(os.P_PID, child, ended) is None:
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            killed[" ".join(words)] = killed.get(" ".join(words), 0) + 1
+        else:
+            assert os.WEXITSTATUS(status) == 0, f"{words}: {(chain.folder / 'said.txt').read_text()}"
+            seconds[words] = 1.2 * (time.monotonic() - started)
+        before = check(chain, before, epochs)
+    chain.run("report")
+    assert set(chain.states().values()) <= {"up to date", "left out"}, chain.states()
+    assert main(["gc"]) == 0
+    assert not list(chain.store.folder.glob("*.trash"))
+    return killed
+
+
+def _child(words: tuple[str, ...], said: Path) -> None:
+    with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = 99
+        try:
+            code = main(list(words))
+        finally:
+            file.flush()
+            os._exit(code)
+
+
+def check(chain: Chain, before: dict[str, Artifact], epochs: dict[str, int]) -> dict[str, Artifact]:
+    """The invariants of the store after a kill. Returns what is published."""
+    chain.states()  # as any reader: finishes a publication that was committed
+    there = sound(chain.store)
+    links = {stage: one for stage in pipeline.STAGES if (one := chain.store.linked("r", stage))}
+    for name in before:  # what has lost its friendly name to another is garbage
+        assert name in there or any(one.stage == before[name].stage for one in links.values()), f"lost {name}"
+    recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
+    planned = pipeline.plan(recipe, dataset, "report")
+    current = pipeline.current(chain.store, planned)
+    for stage, artifact in current.items():
+        made_of = {need: current[source].manifest.content for need, source in planned[stage].inputs.items()}
+        assert json.loads(artifact.file("of.json").read_text()) == made_of, f"{stage} is up to date and of other bytes"
+    saved = chain.saved()
+    for name, epoch in epochs.items():
+        published = name in there and there[name] != before.get(name)
+        other = name.startswith("prune") and _baseline(there) != _baseline(before)
+        assert published or other or saved.get(name, 0) >= epoch, f"{name} lost epochs: {epoch} -> {saved.get(name)}"
+    for file in Path("shown").glob("report.*"):
+        assert file.read_bytes() == (Path("whole") / file.name).read_bytes(), f"{file} is not whole"
+    return there
+
+
+def _baseline(artifacts: dict[str, Artifact]) -> list[Artifact]:
+    return [one for one in artifacts.values() if one.stage == "baseline"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, fake_chain(Path(scratch)) as made:
+        print(json.dumps(kill_loop(made, asked.kills, asked.seed)))

@@ -1,0 +1,440 @@
+"""The preflight finds what would make a number untrue, names it by file and line, and is not fooled by its cache."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from yolo_compress.data import data_yaml
+from yolo_compress.data import dataset as data_module
+from yolo_compress.data.cache import Stamp
+from yolo_compress.data.dataset import BadData, calibration_subset, load, recheck
+from yolo_compress.errors import DataError, RecipeError
+
+YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n"
+ROW = b"1 0.5 0.5 0.25 0.5\n"
+
+
+def encoded(
+    seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (24, 16), **options: object
+) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A good data set of 4 + 2 images in `set/`, with the working directory beside it."""
+    monkeypatch.delenv("YOLO_COMPRESS_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "set"
+    for split, count in (("train", 4), ("val", 2)):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(count):
+            (root / "images" / split / f"{i}.png").write_bytes(encoded(10 * count + i))
+            (root / "labels" / split / f"{i}.txt").write_bytes(ROW)
+    (root / "data.yaml").write_text(YAML)
+    return root
+
+
+def findings(root: Path, **options: object) -> tuple[str, ...]:
+    with pytest.raises(BadData) as caught:
+        load(str(root / "data.yaml"), **options)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 3
+    assert str(caught.value).startswith(f"set/data.yaml: {len(caught.value.findings)} finding")
+    return caught.value.findings
+
+
+def test_good_set(root: Path) -> None:
+    got = load("set/data.yaml")
+    assert [s.name for s in got.train] == [f"images/train/{i}.png" for i in range(4)]
+    assert (got.names, got.channels, got.skipped) == (("cat", "dog"), 3, ())
+    assert (got.val[0].width, got.val[0].height, got.val[0].boxes) == (24, 16, ((1, 0.5, 0.5, 0.25, 0.5),))
+    assert got.val[0].image == root / "images/val/0.png"
+    assert got.notes == (
+        "train: no box of cat; they cannot be learnt",
+        "val: no box of cat; their AP is undefined and left out of the mean",
+    )
+
+
+@pytest.mark.fault(13, 14)
+def test_all_findings_are_listed_and_skip_drops_just_those(root: Path) -> None:
+    (root / "images/train/0.png").write_bytes(encoded(0)[:300])
+    (root / "labels/train/1.txt").write_bytes(ROW + b"7 .5 .5 .1 .1\n")
+    (root / "images/val/9.jpg").symlink_to("nowhere.jpg")
+    (root / "images/val/b.gif").write_bytes(encoded(0, "GIF"))
+    (root / "images/val/notes.md").write_text("no image")
+    (root / "images/val/.hidden.png").write_bytes(b"")
+    got = findings(root)
+    assert got == (
+        "set/images/val/b.gif: .gif images are not supported",
+        got[1],
+        "set/labels/train/1.txt:2: class 7 is outside 0..1",
+        "set/images/val/9.jpg: dangling symbolic link",
+    )
+    assert got[1].startswith("set/images/train/0.png: corrupt image (")
+    kept = load("set/data.yaml", on_bad="skip")
+    assert kept.skipped == got
+    assert [s.name for s in kept.train + kept.val] == [
+        "images/train/2.png", "images/train/3.png", "images/val/0.png", "images/val/1.png"
+    ]  # fmt: skip
+
+
+def test_message_lists_ten_and_counts_the_rest(root: Path) -> None:
+    for i in range(13):
+        (root / f"images/train/bad{i:02d}.png").write_bytes(b"")
+    with pytest.raises(BadData) as caught:
+        load("set/data.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("set/data.yaml: 13 findings; fix them, or set data.on_bad=skip")
+    assert lines[1] == "  set/images/train/bad00.png: empty file"
+    assert (len(lines), lines[-1], len(caught.value.findings)) == (12, "  ... and 3 more", 13)
+
+
+@pytest.mark.fault(13)
+def test_right_format_under_a_wrong_suffix_is_accepted(root: Path) -> None:
+    (root / "images/train/0.png").rename(root / "images/train/0.jpg")
+    assert len(load("set/data.yaml").train) == 4
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_pipe_does_not_hang(root: Path, kind: str) -> None:
+    path = root / ("images/train/p.png" if kind == "image" else "labels/train/0.txt")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert findings(root) == (f"{path.relative_to(root.parent)}: not a regular file",)
+
+
+def test_unreadable_file_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def refuse(self: Path) -> bytes:
+        if self.name == "2.txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert findings(root) == ("set/labels/train/2.txt: Permission denied",)
+
+
+def test_files_left_out_by_their_ending_are_counted_in_one_line(root: Path) -> None:
+    for name in ("a.jfif", "b.JFIF", "c.svg", "d", "labels.txt", "data.json", ".hidden.jfif"):
+        (root / "images/train" / name).write_bytes(b"x")
+    notes = load("set/data.yaml").notes
+    assert notes[0] == "train: 4 files left out, whose ending is no image's (.jfif 2, .svg 1, no ending 1)"
+    assert not [note for note in notes if note.startswith("val:") and "left out," in note]
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_links_that_lead_back_through_others_are_findings(root: Path, links: int) -> None:
+    """Two links in a folder to that folder were 2^40 ways through it."""
+    other = root.parent / "other"
+    other.mkdir()
+    for number in range(links):
+        (other / f"again{number}").symlink_to(other)
+    (root / "images/train/out").symlink_to(other)
+    assert findings(root) == tuple(
+        f"set/images/train/out/again{number}: symbolic link to a folder that holds it" for number in range(links)
+    )
+
+
+def test_more_folders_than_a_data_set_has_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links from each of a row of folders to the next, twice, double the ways with every folder."""
+    monkeypatch.setattr(data_yaml, "MAX_FOLDERS", 200)
+    rows = [root.parent / f"row{number}" for number in range(12)]
+    for row, following in itertools.pairwise(rows):
+        row.mkdir()
+        (row / "a").symlink_to(following), (row / "b").symlink_to(following)
+    rows[-1].mkdir()
+    (root / "images/train/out").symlink_to(rows[0])
+    with pytest.raises(DataError, match="more than 200 folders, links followed"):
+        load("set/data.yaml")
+
+
+def test_folder_loop_is_a_finding(root: Path) -> None:
+    (root / "images/train/again").symlink_to(root / "images")
+    assert findings(root) == ("set/images/train/again: symbolic link to a folder that holds it",)
+
+
+@pytest.mark.fault(16)
+def test_overlap_is_found_by_content(root: Path) -> None:
+    os.link(root / "images/train/3.png", root / "images/val/other-name.png")
+    (root / "labels/val/other-name.txt").write_bytes(ROW)
+    shutil.copy(root / "images/train/1.png", root / "images/val/1.png")
+    assert findings(root) == (
+        "set/images/val/1.png: same bytes as set/images/train/1.png of train",
+        "set/images/val/other-name.png: same bytes as set/images/train/3.png of train",
+    )
+    notes = load("set/data.yaml", allow_overlap=True).notes
+    assert "2 of 3 validation images are training images too; accepted by data.allow_overlap" in notes
+
+
+def test_overlap_is_no_thing_to_skip(root: Path) -> None:
+    shutil.copy(root / "images/train/1.png", root / "images/val/1.png")
+    findings(root, on_bad="skip")
+
+
+@pytest.mark.fault(15)
+def test_background_images_are_noted(root: Path) -> None:
+    (root / "labels/train/0.txt").unlink()
+    (root / "labels/train/1.txt").write_bytes(b" \n")
+    assert "train: 2 of 4 images are background (1 without label file)" in load("set/data.yaml").notes
+
+
+@pytest.mark.parametrize(
+    ("break_it", "what"),
+    [
+        (lambda r: shutil.rmtree(r / "labels/val"), "val: no image has a label file; looked in set/labels/val"),
+        (lambda r: [p.write_bytes(b"") for p in (r / "labels/train").iterdir()], "all 4 images are background"),
+        (lambda r: [p.unlink() for p in (r / "images/val").iterdir()], "set/data.yaml: val: no image in images/val"),
+        (lambda r: shutil.rmtree(r / "images/val"), "set/data.yaml:3: val: set/images/val does not exist"),
+        (lambda r: [p.write_bytes(b"") for p in (r / "images/val").iterdir()], "no image of val is left"),
+    ],
+)  # fmt: skip
+def test_split_without_use_is_an_error_even_in_skip_mode(root: Path, break_it, what: str) -> None:  # type: ignore[no-untyped-def]
+    break_it(root)
+    with pytest.raises(DataError) as caught:
+        load("set/data.yaml", on_bad="skip")
+    assert what in str(caught.value)
+
+
+def test_digest_depends_on_content_alone(root: Path, tmp_path: Path) -> None:
+    first = load("set/data.yaml")
+    shutil.copytree(root, tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*.*"):
+        os.utime(path, (1, 1))
+    assert load("moved/data.yaml").digest == first.digest
+    (root / "labels/train/0.txt").write_bytes(b"0 .5 .5 .25 .5\n")
+    second = load("set/data.yaml")
+    assert second.digest != first.digest and second.train_digest != first.train_digest
+    assert second.val_digest == first.val_digest
+    (root / "images/val/0.png").write_bytes(encoded(999))
+    assert load("set/data.yaml").val_digest != first.val_digest
+    (root / "data.yaml").write_text(YAML.replace("dog", "fox"))
+    assert load("set/data.yaml").train_digest != second.train_digest
+
+
+def test_digest_does_not_depend_on_row_order_or_spelling(root: Path) -> None:
+    (root / "labels/train/0.txt").write_bytes(b"0 .1 .1 .1 .1\n1 .5 .5 .1 .1\n")
+    first = load("set/data.yaml")
+    (root / "labels/train/0.txt").write_bytes(b"1 0.50 0.5 0.1 1e-1\r\n0 .1 .1 .1 .1")
+    assert load("set/data.yaml").digest == first.digest
+
+
+def test_cached_load_reads_nothing_again_but_what_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = root.parent / "sub/cache.json"
+    first = load("set/data.yaml", cache=cache)
+    opened: list[str] = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self.name), read(self))[1])
+    assert load("set/data.yaml", cache=cache) == first
+    assert opened == ["cache.json"]
+    label = root / "labels/val/1.txt"
+    before = label.stat()
+    label.write_bytes(ROW.replace(b"1", b"0", 1))  # as many bytes, and the old time: only ctime tells
+    os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = load("set/data.yaml", cache=cache)
+    assert opened[1:] == ["cache.json", "1.txt"]
+    assert second.val[1].boxes[0][0] == 0 and second.digest == load("set/data.yaml").digest != first.digest
+
+
+def test_findings_are_cached_too_and_belong_to_the_class_count(root: Path) -> None:
+    (root / "labels/val/1.txt").write_bytes(ROW + b"2 .5 .5 .1 .1\n")
+    cache = root.parent / "cache.json"
+    assert (
+        findings(root, cache=cache)
+        == findings(root, cache=cache)
+        == ("set/labels/val/1.txt:2: class 2 is outside 0..1",)
+    )
+    (root / "data.yaml").write_text(YAML.replace("dog", "dog, fox"))
+    assert len(load("set/data.yaml", cache=cache).val[1].boxes) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"[]", b'{"version": 1, "files": []}', b"{" * 100_000])
+def test_corrupt_cache_is_ignored_and_replaced(root: Path, content: bytes) -> None:
+    cache = root.parent / "cache.json"
+    cache.write_bytes(content)
+    (root / "labels/train.cache").write_bytes(b"\x80\x04cos\nsystem\n.")  # Ultralytics' own is not looked at
+    assert load("set/data.yaml", cache=cache).digest == load("set/data.yaml").digest
+    assert json.loads(cache.read_bytes())["version"] == 1
+
+
+def test_wrong_values_in_the_cache_are_a_miss(root: Path) -> None:
+    cache = root.parent / "cache.json"
+    first = load("set/data.yaml", cache=cache)
+    stored = json.loads(cache.read_bytes())
+    for entry in stored["files"].values():
+        entry[1] = [1]
+    cache.write_text(json.dumps(stored))
+    assert load("set/data.yaml", cache=cache) == first
+
+
+def test_cache_that_cannot_be_written_is_a_note(root: Path) -> None:
+    (root.parent / "file").write_text("")
+    assert (
+        load("set/data.yaml", cache=root.parent / "file/cache.json").notes[0].startswith("the cache of the preflight")
+    )
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda r: (r / "labels/val/0.txt").write_bytes(b"0 .5 .5 .1 .1"), "set/labels/val/0.txt changed during"),
+        (lambda r: (r / "images/train/2.png").unlink(), "set/images/train/2.png is gone"),
+        (lambda r: (r / "labels/train/new.txt").write_bytes(ROW), "set/labels/train/new.txt appeared during"),
+    ],
+)
+def test_recheck_names_the_file_that_changed(root: Path, change, what: str) -> None:  # type: ignore[no-untyped-def]
+    (root / "images/train/new.png").write_bytes(encoded(77))
+    dataset = load("set/data.yaml")
+    recheck(dataset)
+    for path in (root / "images/train").iterdir():
+        os.utime(path, (1, 1))
+    recheck(dataset)  # other times, same bytes
+    change(root)
+    with pytest.raises(DataError) as caught:
+        recheck(dataset)
+    assert str(caught.value).startswith(what)
+
+
+def test_recheck_reads_no_file_whose_stamp_is_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load("set/data.yaml")
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"read {self}"))
+    recheck(dataset)
+
+
+def test_limits_are_evenly_spaced_and_checked_alone(root: Path) -> None:
+    (root / "images/train/1.png").write_bytes(b"")
+    got = load("set/data.yaml", limit_train=2, limit_val=1)
+    assert [s.name[-5:] for s in got.train + got.val] == ["0.png", "2.png", "0.png"]
+    with pytest.raises(RecipeError, match=r"data\.limit_val must be at least 1, not 0"):
+        load("set/data.yaml", limit_val=0)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None:
+    """Of which the preflight is asked for 16: it reads those, and the time is that of listing."""
+    for number in range(100_000):
+        os.close(os.open(root / f"images/train/{number:06d}.png", os.O_CREAT | os.O_WRONLY))
+    there = sorted(path.name for path in (root / "images/train").iterdir())
+    for seed, name in enumerate(there[i * len(there) // 16] for i in range(16)):  # which `limit_train` takes
+        (root / "images/train" / name).write_bytes(encoded(100 + seed))
+        (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
+    started = time.process_time()
+    dataset = load(str(root / "data.yaml"), limit_train=16)
+    assert len(dataset.train) == 16 and len(dataset.files) < 100
+    assert time.process_time() - started < 30
+
+
+def test_progress_ends_at_the_total(root: Path) -> None:
+    cache = root.parent / "cache.json"
+    for _ in range(2):
+        seen: list[tuple[int, int]] = []
+        load("set/data.yaml", cache=cache, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen[-1] == (6, 6) and seen == sorted(seen)
+
+
+def test_calibration_subset_is_a_function_of_the_seed(root: Path) -> None:
+    samples = load("set/data.yaml").train
+    chosen = {seed: calibration_subset(samples, 2, seed) for seed in range(8)}
+    assert all(len(c) == 2 and c == sorted(c, key=lambda s: s.name) for c in chosen.values())
+    assert len({tuple(s.name for s in c) for c in chosen.values()}) > 1
+    assert calibration_subset(samples[::-1], 2, 3) == chosen[3]
+    assert calibration_subset(samples, 100, 0) == list(samples)
+    for bad in ((samples, 0), ((), 5)):
+        with pytest.raises(DataError, match="at least one training image"):
+            calibration_subset(*bad, seed=0)
+
+
+def test_stamp_refuses_folders(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not a regular file"):
+        Stamp.of(tmp_path)
+
+
+def test_loading_imports_neither_torch_nor_ultralytics() -> None:
+    code = "import sys, yolo_compress.data.dataset; print({'torch', 'ultralytics', 'PIL', 'numpy'} & set(sys.modules))"
+    package_parent = Path(data_module.__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package_parent)
+    assert out.stdout.strip() == "set()"
+
+
+def test_a_link_to_a_folder_of_images_has_its_labels_beside_the_link(root: Path) -> None:
+    """As Ultralytics looks for them; where the link leads there is another set's labels, or none."""
+    plain = load("set/data.yaml")
+    shutil.move(root / "images/train", root.parent / "elsewhere")
+    (root / "images/train").symlink_to(root.parent / "elsewhere")
+    linked = load("set/data.yaml")
+    assert linked.digest == plain.digest and all(sample.boxes for sample in linked.train)
+    (root / "images/val/again").symlink_to(root / "images/val")
+    assert findings(root) == ("set/images/val/again: symbolic link to a folder that holds it",)
+
+
+@pytest.mark.fault(80)
+def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
+    (root / "labels/train/0.txt").unlink()
+    assert any("1 of 4 images are background (1 without label file)" in note for note in load("set/data.yaml").notes)
+    (root / "labels/train/2.txt").unlink()
+    with pytest.raises(DataError) as caught:
+        load("set/data.yaml")
+    assert str(caught.value) == (
+        "set/data.yaml: train: 2 of 4 images have no label file, such as set/labels/train/0.txt. "
+        "Are all of them background? Then set data.max_unlabelled=0.5"
+    )
+    assert len(load("set/data.yaml", max_unlabelled=0.5).train) == 4
+
+
+@pytest.mark.fault(80)
+@pytest.mark.parametrize("name", ["0.TXT", "0.Txt"])
+def test_a_label_file_in_another_case_is_a_finding(root: Path, name: str) -> None:
+    (root / "labels/train/0.txt").rename(root / "labels/train" / name)
+    assert findings(root) == (f"set/labels/train/{name}: not read; the label file of images/train/0.png is 0.txt",)
+
+
+@pytest.mark.fault(15)
+def test_validation_images_without_any_object_are_refused(root: Path) -> None:
+    (root / "labels/val/0.txt").write_bytes(b"")
+    assert len(load("set/data.yaml").val) == 2
+    with pytest.raises(DataError, match=r"all 1 images are background.*data\.limit_val=1 may have left out those with"):
+        load("set/data.yaml", limit_val=1)
+    (root / "labels/val/1.txt").write_bytes(b"")
+    with pytest.raises(DataError, match="val: all 2 images are background, nothing to evaluate by$"):
+        load("set/data.yaml")
+
+
+@pytest.mark.fault(81)
+def test_more_objects_than_coco_counts_are_said(root: Path) -> None:
+    def rows(count: int) -> bytes:
+        return b"".join(b"%d %.6f 0.5 0.01 0.5\n" % (i % 2, 0.01 + 0.98 * i / count) for i in range(count))
+
+    (root / "labels/val/0.txt").write_bytes(rows(200))
+    assert not [note for note in load("set/data.yaml").notes if "objects" in note], "100 of each class"
+    (root / "labels/val/0.txt").write_bytes(rows(202))
+    (note,) = (note for note in load("set/data.yaml").notes if "objects" in note)
+    assert note == (
+        "val: 1 images have over 100 objects of a class (up to 101), and mAP counts the 100 best detections of a class in an image: "
+        "no model can reach 1; data.max_det=301 counts them"
+    )
+    assert not [note for note in load("set/data.yaml", max_det=301).notes if "objects" in note]
+    (root / "labels/val/1.txt").write_bytes(rows(301))
+    notes = load("set/data.yaml").notes
+    assert any(
+        note.startswith("val: 1 images have over 300 objects, and NMS keeps 300 detections of an") for note in notes
+    )

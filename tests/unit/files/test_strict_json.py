@@ -1,0 +1,65 @@
+"""JSON of others is a mapping of numbers that can be used, or one line that says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
+from yolo_compress.files import strict_json
+from yolo_compress.prune.latency import SCHEMA, read_table
+from yolo_compress.runtime import json_text
+
+CASES = {
+    "10 to the 400": (b'{"a": 1' + b"0" * 400 + b"}", "a whole number of 401 digits"),
+    "1e400": (b'{"a": 1e400}', "1e400 is larger than any number"),
+    "NaN": (b'{"a": NaN}', "NaN is no number"),
+    "deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    "a key twice": (b'{"a": 1, "a": 2}', "key 'a' is there twice"),
+    "a list": (b"[1]", "holds a list, expected a mapping"),
+    "no UTF-8": (b'{"a": "\xff"}', "no JSON that can be used"),
+    "cut short": (b'{"a": [1, 2', "no JSON that can be used"),
+    "empty": (b"", "no JSON that can be used"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_used_is_one_line(case: str, tmp_path: Path) -> None:
+    data, says = CASES[case]
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(CorruptArtifact) as caught:
+        strict_json.load(tmp_path / "a.json", CorruptArtifact)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_sound_json_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"a": [1, -2.5e-3, null, true, "\xc3\xa9"], "b": {"a": 999999999999999999}}'
+    )
+    found = strict_json.load(tmp_path / "a.json", RecipeError)
+    assert found == {"a": [1, -0.0025, None, True, "é"], "b": {"a": 999999999999999999}}
+
+
+def test_a_file_that_is_too_large_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "MAX_BYTES", 4)
+    (tmp_path / "a.json").write_bytes(b'{"a":1}')
+    with pytest.raises(RecipeError, match="larger than 0 MiB"):
+        strict_json.load(tmp_path / "a.json", RecipeError)
+    with pytest.raises(StorageError, match="Is a directory"):
+        strict_json.load(tmp_path, RecipeError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        f'{{"schema": {SCHEMA}, "whole_ms": "fast", "layers": [1], "rest": 1}}',
+        f'{{"schema": {SCHEMA}, "whole_ms": 1, "layers": [1], "rest": 1}}',
+        f'{{"schema": {SCHEMA}, "whole_ms": 1e999, "layers": [1], "rest": 1}}',
+    ],
+)
+def test_a_table_of_layer_times_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(CorruptArtifact, match=r"table\.json"):
+        read_table(tmp_path / "table.json", (640, 640))

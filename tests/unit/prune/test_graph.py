@@ -1,0 +1,231 @@
+"""Surgery: a pruned model computes what the dense one does with the same channels silenced, and is stock Ultralytics."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+
+from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.nets.blocks import head_outputs
+from yolo_compress.prune.graph import Group, Member, prunable, prune
+
+
+def lively(size="n", nc=80, ch=3, seed=0):
+    """A float64 model with BatchNorms that do something; fresh ones are identities."""
+    torch.manual_seed(seed)
+    model = DetectionModel(f"yolov8{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def random_keep(groups, seed):
+    """Any valid keep-lists: any count from one channel to all, equal within a tie, any channels."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = {}
+    keep = {}
+    for group in groups:
+        count = counts.setdefault(group.tie, int(torch.randint(1, group.width + 1, (1,), generator=generator)))
+        keep[group.name] = torch.randperm(group.width, generator=generator)[:count].sort().values
+    return keep
+
+
+def silenced(model, groups, keep):
+    """The dense model with gamma and beta of every removed channel at 0: SiLU(0) = 0, so the channel carries nothing."""
+    dense = copy.deepcopy(model)
+    for group in groups:
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[keep[group.name]] = False
+        for member in group.having("norm"):
+            norm = dense.get_submodule(member.module)
+            index = gone.nonzero().flatten() + member.offset
+            with torch.no_grad():
+                norm.weight[index] = 0
+                norm.bias[index] = 0
+    return dense
+
+
+def assert_oracle(size, nc, ch, seed, imgsz=64):
+    model = lively(size, nc, ch, seed)
+    groups = prunable(model)
+    keep = random_keep(groups, seed)
+    images = torch.rand(1, ch, imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected, raw = silenced(model, groups, keep)(images)
+        prune(model, keep)
+        got, got_raw = model(images)
+    assert (got - expected).abs().max() < 1e-9
+    assert all((got_raw[name] - raw[name]).abs().max() < 1e-9 for name in ("boxes", "scores"))
+    return model, groups, keep
+
+
+@pytest.mark.fault(34, 35)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(nc=st.integers(1, 300), ch=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
+def test_pruned_equals_silenced_dense(nc, ch, seed):
+    assert_oracle("n", nc, ch, seed)
+
+
+@pytest.mark.fault(34, 35)
+def test_pruned_equals_silenced_dense_s():
+    assert_oracle("s", nc=3, ch=3, seed=1)
+
+
+@pytest.mark.fault(34, 35)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["m", "l"])
+def test_pruned_equals_silenced_dense_large(size):
+    assert_oracle(size, nc=80, ch=3, seed=2)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return {group.name: group for group in prunable(lively())}
+
+
+def test_every_channel_but_the_outputs_is_in_one_group(groups):
+    model = lively()
+    writers = {}
+    for group in groups.values():
+        for member in group.having("out"):
+            writers.setdefault(member.module, []).extend(range(member.offset, member.offset + group.width))
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    outputs = head_outputs(model)
+    assert len(outputs) == 7 and set(outputs) <= set(convs)
+    assert set(writers) == set(convs) - set(outputs)
+    assert all(sorted(channels) == list(range(convs[name].out_channels)) for name, channels in writers.items())
+    norms = {member.module for group in groups.values() for member in group.having("norm")}
+    assert norms == {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def test_shortcuts_are_tied_in_the_backbone_and_free_in_the_neck(groups):
+    tied = groups["model.4.cv1b"]
+    assert [member.module for member in tied.having("out")].count("model.4.cv1.conv") == 1
+    assert {member.module for member in tied.having("out")} == {
+        "model.4.cv1.conv",
+        "model.4.m.0.cv2.conv",
+        "model.4.m.1.cv2.conv",
+    }
+    assert {member.offset for member in tied.having("in") if member.module == "model.4.cv2.conv"} == {32, 64, 96}
+    assert Member("model.4.cv1.bn", "norm", 32) in tied.members
+    assert groups["model.12.cv1b"].having("out") == (Member("model.12.cv1.conv", "out", 64),)
+    assert "model.12.m.0.cv2" in groups
+
+
+def test_halves_are_tied_and_have_their_own_channels(groups):
+    first, second = groups["model.2.cv1a"], groups["model.2.cv1b"]
+    assert first.tie == second.tie == "model.2.cv1"
+    assert first.having("out") == (Member("model.2.cv1.conv", "out", 0),)
+    assert groups["model.0"].tie == "model.0"
+
+
+def test_concat_and_pooling_offsets(groups):
+    assert {member.offset for member in groups["model.9.cv1"].having("in")} == {0, 128, 256, 384}
+    assert groups["model.9.cv2"].having("in") == (
+        Member("model.12.cv1.conv", "in", 0),
+        Member("model.21.cv1.conv", "in", 128),
+    )
+
+
+def test_unit_is_the_largest_power_of_two():
+    assert [Group("x", width, "x", ()).unit for width in (1, 7, 12, 80, 64, 100)] == [1, 1, 4, 16, 64, 4]
+
+
+def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
+    model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5)
+    stock = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in stock.named_modules()]
+    assert model.yaml == stock.yaml
+    assert model.model[2].c == model.model[2].cv1.conv.out_channels // 2 == len(keep["model.2.cv1a"])
+    assert [layer.np for layer in model.model] == [sum(p.numel() for p in layer.parameters()) for layer in model.model]
+    assert not model.model[-1].dfl.conv.weight.requires_grad
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels), name
+
+    float_model = model.float()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = float_model(images)[0]
+    torch.save({"model": float_model, "train_args": {}}, tmp_path / "pruned.pt")
+    from ultralytics.nn import tasks
+
+    assert tasks.SAFE_LOAD, "these tests must run with ULTRALYTICS_SAFE_LOAD=1"
+    loaded, _ = load_checkpoint(tmp_path / "pruned.pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(images)[0], expected)
+
+    raw = float_model.train()(torch.rand(2, 3, 64, 64))
+    (raw["boxes"].mean() + raw["scores"].mean()).backward()
+    trainable = [parameter for parameter in float_model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in trainable)
+
+
+def test_a_pruned_model_can_be_pruned_again():
+    model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7)
+    groups = prunable(model)
+    keep = random_keep(groups, 8)
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = silenced(model, groups, keep)(images)[0]
+        prune(model, keep)
+        assert (model(images)[0] - expected).abs().max() < 1e-9
+
+
+def test_half_precision_frozen_and_no_grad_callers_work():
+    model = lively().half().requires_grad_(False)
+    with torch.inference_mode():
+        groups = prunable(model)
+    with torch.no_grad():
+        prune(model, {"model.0": torch.arange(8)})
+    assert len(groups) == len(prunable(lively()))
+    assert model.model[0].conv.weight.shape[0] == model.model[1].conv.in_channels == 8
+    assert model.model[0].conv.weight.dtype is torch.float16
+    assert not model.model[0].conv.weight.requires_grad
+
+
+def test_prunable_leaves_the_model_alone():
+    model = lively()
+    calls = []
+    model.model[0].register_forward_hook(lambda *_: calls.append(1))
+    tensors = {name: (id(tensor), tensor.clone()) for name, tensor in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    prunable(model)
+    assert calls == []
+    assert [module.training for module in model.modules()] == modes
+    assert all(id(t) == tensors[n][0] and torch.equal(t, tensors[n][1]) for n, t in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"model.99": torch.tensor([0])}, "no group 'model.99'"),
+        ({"model.0": torch.tensor([], dtype=torch.long)}, "model.0 must be ascending, not empty"),
+        ({"model.0": torch.tensor([1, 0])}, "ascending"),
+        ({"model.0": torch.tensor([0, 0])}, "ascending"),
+        ({"model.0": torch.tensor([16])}, r"within 0\.\.15"),
+        ({"model.2.cv1a": torch.arange(8)}, "equal counts"),
+    ],
+)
+def test_bad_keep_lists_change_nothing(keep, message):
+    model = lively()
+    with pytest.raises(RecipeError, match=message):
+        prune(model, keep)
+    assert model.model[0].conv.out_channels == 16
+
+
+@pytest.mark.fault(33)
+def test_nan_weights_stop_the_surgery():
+    model = lively()
+    with torch.no_grad():
+        model.model[0].conv.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"model\.0\.conv\.weight"):
+        prunable(model)

@@ -1,0 +1,64 @@
+"""What this machine can do, found without importing torch where the answer does not need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yolo_compress import environment, home
+from yolo_compress.files.atomic import free_mib
+from yolo_compress.store.resources import FREE_MIB
+
+NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
+
+
+def machine() -> tuple[dict[str, str], list[str]]:
+    """(facts by name as text, what is lacking, each with the remedy)."""
+    lacks = [
+        f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
+        for name in NEEDED
+        if environment.version(name) is None
+    ]
+    facts = {
+        "cpu": f"{environment.cpu_name()}, {environment.describe()['cores']} cores",
+        "memory": f"{environment.memory_bytes() / 2**30:.1f} GiB",
+        "disk": _disk(lacks),
+        "jetpack": _jetpack(),
+        "torch": _torch(),
+    }
+    for name in NEEDED[1:]:
+        facts[name] = environment.version(name) or "missing"
+    from yolo_compress.runtime.engine import BACKENDS
+
+    for name, backend in BACKENDS.items():
+        hint = backend.probe()
+        facts[name] = (
+            environment.version(environment.ENGINE_PACKAGES[name]) or "installed"
+            if hint is None
+            else f"missing: {hint}"
+        )
+    return facts, lacks
+
+
+def _disk(lacks: list[str]) -> str:
+    free = free_mib(home.weights())
+    if free < FREE_MIB:
+        lacks.append(f"{free:.0f} MiB free at {home.weights()}/, a stage needs {FREE_MIB}")
+    return f"{free / 2**10:.1f} GiB free"
+
+
+def _jetpack() -> str:
+    release = Path("/etc/nv_tegra_release")
+    return release.read_text(errors="replace").split("\n")[0] if release.is_file() else "not a Jetson"
+
+
+def _torch() -> str:
+    version = environment.version("torch")
+    if version is None:
+        return "missing"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{version}, no CUDA device"
+    return f"{version}, CUDA {torch.version.cuda}: " + ", ".join(
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    )

@@ -1,0 +1,291 @@
+"""The only verb that uses the network: official weights, COCO, and the digits, which are drawn here.
+
+What is fetched is known by its size and, where that is published, by its sha256. It is downloaded under another name,
+continued where an earlier call stopped, unpacked beside its place, and has its name once it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from yolo_compress import home, progress
+from yolo_compress.data.shipped import draw_digits
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError
+from yolo_compress.files.atomic import fsync_file, replace, require_free, storage_errors
+from yolo_compress.files.lock import lock
+from yolo_compress.runtime.backends.base import sha256_file
+
+ASSETS = "https://github.com/ultralytics/assets/releases/download"
+MIB = 1 << 20
+READ = MIB  # bytes at a time
+WAIT_SECONDS = (30, 60)  # for a connection, and for the next bytes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something on the network.
+
+    Attributes:
+        url: where it is.
+        most: bytes of the download, or the most that they may be where the size is not published.
+        sha256: as the publisher states it; None where nobody does, and then the archive's own checksums have to do.
+        into: folder below `home.datasets()` that the archive is unpacked into; None for a file of `home.weights()`.
+        holds: folder below `home.datasets()` -> files that are in it once all is there.
+        unpacked: most bytes of what is in the archive.
+    """
+
+    url: str
+    most: int
+    sha256: str | None = None
+    into: str | None = None
+    holds: Mapping[str, int] = field(default_factory=dict)
+    unpacked: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def place(self) -> Path:
+        """Where it is looked for."""
+        if self.into is None:
+            return home.weights() / self.name
+        return home.datasets() / next(iter(self.holds))
+
+    def done(self) -> bool:
+        """Whether all of it is there; a folder with fewer files is what a killed call left."""
+        if self.into is None:
+            return self.place.exists()
+        return all(_files(home.datasets() / folder) >= count for folder, count in self.holds.items())
+
+
+def _weights(name: str, size: int, sha256: str) -> Source:
+    return Source(f"{ASSETS}/v8.4.0/{name}", size, sha256)
+
+
+WEIGHTS = {  # sizes are upper limits except of n, whose is published; the digests are those that GitHub states
+    source.name: source
+    for source in (
+        _weights("yolov8n.pt", 6_549_796, "f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36"),
+        _weights("yolov8s.pt", 30 * MIB, "1f47a78bf100391c2a140b7ac73a1caae18c32779be7d310658112f7ac9aa78a"),
+        _weights("yolov8m.pt", 70 * MIB, "5d4a90cdc7a21786cc59cd19778e9eafff836df9e2da32524737c7ee6efe4fe5"),
+        _weights("yolov8l.pt", 110 * MIB, "64c9115303f6a25575f82200d1b22ec409fa6bd7d08d0313884fc20d919478cd"),
+        _weights("yolov8x.pt", 170 * MIB, "3df4ada6b4dad6d657868f2fdf7faecfb34dcfccf3a25c4b82079064718524c8"),
+    )
+}
+COCO = {
+    "coco128": (
+        Source(
+            f"{ASSETS}/v0.0.0/coco128.zip",
+            20 * MIB,
+            into=".",
+            holds={"coco128/images/train2017": 128, "coco128/labels/train2017": 126},
+            unpacked=100 * MIB,
+        ),
+    ),
+    "coco": (
+        Source(
+            f"{ASSETS}/v0.0.0/coco2017labels.zip",
+            200 * MIB,
+            into=".",
+            holds={"coco/labels/train2017": 117_266, "coco/labels/val2017": 4_952},
+            unpacked=1024 * MIB,
+        ),
+        Source(
+            "http://images.cocodataset.org/zips/train2017.zip",  # the host has no certificate of its own
+            19_336_861_798,
+            "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+            "coco/images",
+            {"coco/images/train2017": 118_287},
+            21 * 1024 * MIB,
+        ),
+        Source(
+            "http://images.cocodataset.org/zips/val2017.zip",
+            815_585_330,
+            "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+            "coco/images",
+            {"coco/images/val2017": 5_000},
+            1024 * MIB,
+        ),
+    ),
+}
+MAX_MEMBERS = 300_000  # of an archive
+
+
+def fetch(name: str) -> Path:
+    """Bring `yolov8{n,s,m,l,x}.pt`, `coco128`, `coco` or `digits` (drawn here, no network) to where recipes look.
+
+    Raises:
+        RecipeError: Another name.
+        EnvironmentLacks: No network; says where to put the file.
+        CorruptArtifact: What came is not what is published, or an archive that is none. Nothing of it is left.
+        StorageError: The disk said no, or has too little room. What was downloaded is continued by the next call.
+    """
+    if name == "digits":
+        return draw_digits()
+    if name in WEIGHTS:
+        _fetch(WEIGHTS[name], home.weights())
+        return home.weights() / name
+    if name in COCO:
+        for source in COCO[name]:
+            _fetch(source, home.datasets())
+        return home.datasets() / name
+    raise RecipeError(f"fetch {name}: expected yolov8n.pt to yolov8x.pt, coco128, coco or digits")
+
+
+def _fetch(source: Source, folder: Path) -> None:
+    if source.done():
+        _say_other(source)
+        return
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".fetch.lock", f"fetch {source.name}"), storage_errors(folder):
+        if source.done():
+            return
+        part = folder / f".fetch-{source.name}.part"
+        _download(source, part)
+        if source.into is None:
+            replace(part, source.place)
+            return
+        beside = folder / f".fetch-{source.name}.unpacked"
+        shutil.rmtree(beside, ignore_errors=True)
+        _unpack(source, part, beside)
+        _merge(beside, folder / source.into)
+        shutil.rmtree(beside)
+        part.unlink()
+        if not source.done():
+            raise EnvironmentLacks(f"{source.url} was fetched but {source.place} is not whole; unpack it by hand")
+
+
+def _say_other(source: Source) -> None:
+    """A file that is there is kept; it may be of an earlier release, or the user's own."""
+    if source.sha256 and source.into is None and (found := sha256_file(source.place)) != source.sha256:
+        progress.notice(
+            f"{source.place} is there and is kept, but is not the file published today (sha256 {found[:12]}..., expected "
+            f"{source.sha256[:12]}...); move it away to fetch that"
+        )
+
+
+def _files(folder: Path) -> int:
+    try:
+        return sum(1 for _ in os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _download(source: Source, part: Path) -> None:
+    """The whole file as `part`, of the size and sha256 that are published."""
+    have = part.stat().st_size if part.is_file() else 0
+    if have < source.most or not source.sha256:
+        with _explained(source):
+            _receive(source, part, have)
+    fsync_file(part)
+    if source.sha256 and (found := sha256_file(part)) != source.sha256:
+        part.unlink()
+        raise CorruptArtifact(
+            f"{source.url}: its sha256 is {found}, published is {source.sha256}; deleted. Run the same command again, and if "
+            "it comes out so again, the file was changed on its way or by its publisher"
+        )
+
+
+def _receive(source: Source, part: Path, have: int) -> None:
+    """Append what is missing; a server that does not continue is asked for all of it."""
+    import requests
+
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    with requests.get(source.url, stream=True, headers=headers, timeout=WAIT_SECONDS) as response:
+        if response.status_code == requests.codes.requested_range_not_satisfiable and have:
+            return  # nothing is missing; the checks that follow say whether it is right
+        response.raise_for_status()
+        have = have if response.status_code == requests.codes.partial_content else 0
+        total = have + int(response.headers.get("Content-Length") or 0)
+        if total > source.most:
+            raise CorruptArtifact(f"{source.url}: {total} bytes, expected {source.most} at most; not fetched")
+        require_free(part.parent, (total - have + source.unpacked) / MIB, f"fetching {source.name}")
+        with (
+            open(part, "ab" if have else "wb") as file,
+            progress.bar(f"fetch {source.name}", total // MIB, "MiB", have // MIB) as advance,
+        ):
+            for data in response.iter_content(READ):
+                have += len(data)
+                if have > source.most:
+                    raise CorruptArtifact(f"{source.url}: more than {source.most} bytes; stopped")
+                file.write(data)
+                advance(len(data) // MIB)
+        if have < total:
+            raise ConnectionError(f"ended after {have} of {total} bytes")
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Errors of the network, in one line; those of the disk are the caller's."""
+    import requests
+
+    try:
+        yield
+    except (requests.RequestException, ConnectionError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise EnvironmentLacks(
+            f"{source.url} cannot be fetched ({type(error).__name__}: {first}); run the same command again, which continues, "
+            f"or fetch it where there is a network and put it at {source.place}"
+        ) from error
+
+
+def _unpack(source: Source, archive: Path, into: Path) -> None:
+    """Plain files below `into`, no more bytes than expected; each has the checksum that the archive states."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = [member for member in opened.infolist() if not member.is_dir()]
+            _check(source, members)
+            with progress.bar(f"unpack {source.name}", len(members), "files") as advance:
+                for member in members:
+                    target = into / member.filename
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with opened.open(member) as read, open(target, "xb") as written:
+                        shutil.copyfileobj(read, written, READ)
+                    advance()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        shutil.rmtree(into, ignore_errors=True)
+        archive.unlink()
+        raise CorruptArtifact(
+            f"{source.url}: no whole archive ({error}); deleted, run the same command again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(into, ignore_errors=True)
+        raise
+    os.sync()  # once, where a sync of each of 118,000 files takes minutes
+
+
+def _check(source: Source, members: list[Any]) -> None:
+    """Raises ValueError for an archive that would write elsewhere, or more than expected."""
+    names = [member.filename for member in members]
+    if len(members) > MAX_MEMBERS or len(set(names)) < len(names):
+        raise ValueError(f"{len(names)} files, expected {MAX_MEMBERS} at most, each once")
+    if (size := sum(member.file_size for member in members)) > source.unpacked:
+        raise ValueError(f"{size} bytes unpacked, expected {source.unpacked} at most")
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in member.filename or "\0" in member.filename:
+            raise ValueError(f"{member.filename!r} leads out of its folder")
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG):
+            raise ValueError(f"{member.filename!r} is no plain file")
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Move all that is in a folder into another: by one rename where nothing is in its place. What else is there stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        place = target / entry.name
+        if entry.is_dir() and place.is_dir():
+            _merge(entry, place)
+        else:
+            os.replace(entry, place)

@@ -1,0 +1,325 @@
+"""`yolo-compress init`: look at data, checkpoint and machine, and write a recipe whose every number has its reason. Trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_compress import environment, home, pipeline
+from yolo_compress.cli import estimate
+from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.errors import RecipeError
+from yolo_compress.files import strict_yaml
+from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.prune.cost import parameters
+from yolo_compress.recipe import recipe, sizing
+from yolo_compress.recipe.messages import did_you_mean, got
+from yolo_compress.recipe.sections import QatConfig, SourceConfig
+from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.store.artifact import Store
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint as train_checkpoint
+from yolo_compress.train import transfer
+
+COMMENT_COLUMN = 32
+WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
+REST_MINUTES = 4  # export, engines, bench and report
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the engine will run, and what that decides.
+
+    Attributes:
+        title: As the recipe names it.
+        round_to: Widths are multiples of this, and why.
+        weight_bits: `qat.weight_bits`, and why.
+        smallest_px: Network inputs smaller than this save no time worth having.
+        after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
+    """
+
+    title: str
+    round_to: sizing.Choice
+    weight_bits: sizing.Choice
+    smallest_px: int
+    after: tuple[str, ...]
+
+
+_BUNDLE = "yolo-compress bundle recipe={recipe} out={name}.tar"
+_LINT = "yolo-compress lint {weights}/{name}/export/compressed/int8.onnx target=tensorrt-"
+_TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
+_TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
+TARGETS: dict[str, Target] = {
+    "cpu": Target(
+        "a CPU",
+        sizing.Choice(16, "AVX-512 takes 16 channels at once"),
+        sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
+        320,
+        (_BUNDLE,),
+    ),
+    "gpu": Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,)),
+    "jetson-orin": Target(
+        "a Jetson Orin with JetPack 6", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}10.3", _BUNDLE)
+    ),
+    "jetson-xavier": Target(
+        "a Jetson Xavier with JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}8.5", _BUNDLE)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for."""
+
+    data: str
+    weights: str
+    teacher: str | None
+    target: str
+    out: Path
+    overrides: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found out."""
+
+    dataset: Dataset
+    origins: dict[str, str]  # baseline and teacher -> weights or pretrained
+    models: dict[str, nn.Module]
+    device: str
+    cores: int
+
+
+def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> Order:
+    """Read the command line.
+
+    Raises:
+        RecipeError: An unknown target, a recipe file of another suffix or one that exists.
+    """
+    if (target := options.get("target", "cpu")) not in TARGETS:
+        hint = did_you_mean(target, TARGETS) or f"; targets are {', '.join(TARGETS)}"
+        raise RecipeError(f"command line: target: got {got(target)}{hint}")
+    for knob, _ in overrides:
+        if knob.partition(".")[0] in ("baseline", "teacher") and knob.partition(".")[2] in SourceConfig.ORIGINS:
+            option = "weights" if knob.startswith("baseline") else "teacher"
+            raise RecipeError(
+                f"command line: init takes {option}=FILE and chooses {knob} or its alternative by the classes"
+            )
+    out = Path(options.get("out", f"{Path(options['data.yaml']).stem}-recipe.yaml"))
+    if out.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"command line: out: got {got(str(out))}, expected a name that ends in .yaml")
+    if os.path.lexists(out):
+        raise RecipeError(f"{out} exists; give another out=FILE.yaml, or delete it")
+    return Order(options["data.yaml"], options["weights"], options.get("teacher"), target, out, tuple(overrides))
+
+
+def run(asked: Order) -> dict[str, Any]:
+    """Write the recipe; returns `recipe` (file), `text` (of it), `minutes` by trained stage and `next` (commands).
+
+    Raises:
+        CompressError: What a run of the recipe would refuse: bad data, a checkpoint that does not fit; or the file cannot be
+            written.
+    """
+    with storage_errors(asked.out), tempfile.TemporaryFile(dir=asked.out.parent):
+        pass  # learn now, not after minutes, whether the folder takes a file
+    facts = look(asked)
+    sections = compose(asked, facts)
+    plain = {name: {knob: value for knob, value, _ in rows} for name, rows in sections.items()}
+    document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
+    chosen = recipe.build(document, asked.out.stem, asked.overrides)
+    pipeline.check(chosen, facts.dataset)
+    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))  # a knob as asked may be auto
+    seconds = estimate.seconds(sized, facts.dataset, facts.models)
+    text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
+    atomic_write(asked.out, text)
+    commands = ("yolo-compress run recipe={recipe}", *TARGETS[asked.target].after)
+    words = {"recipe": str(asked.out), "name": asked.out.stem, "weights": str(home.weights())}
+    return {
+        "recipe": str(asked.out),
+        "text": text,
+        "minutes": {**{stage: round(value / 60, 1) for stage, value in seconds.items()}, "rest": REST_MINUTES},
+        "next": [command.format_map({key: shlex.quote(word) for key, word in words.items()}) for command in commands],
+    }
+
+
+def look(asked: Order) -> Facts:
+    """Data, checkpoints and machine.
+
+    Raises:
+        CompressError: See `run`.
+    """
+    knobs = dict(asked.overrides)
+    least = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}
+    of_data = [(key, text) for key, text in asked.overrides if key.startswith("data.")]
+    plain = recipe.build(strict_yaml.parse(strict_yaml.dump(least), str(asked.out)), asked.out.stem, of_data)
+    _, dataset = pipeline.prepare(plain, Store(home.weights()))
+    origins, models = {}, {}
+    for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):
+        if checkpoint is not None:
+            known = train_checkpoint.class_names(find_weights(checkpoint))
+            origins[stage] = "weights" if known == list(dataset.names) else "pretrained"
+            models[stage] = _start(
+                find_weights(checkpoint), origins[stage], dataset, knobs.get(f"{stage}.detection_part")
+            )
+    device = knobs.get("run.device") or ("0" if torch.cuda.is_available() else "cpu")
+    return Facts(dataset, origins, models, device, usable_cpus())
+
+
+def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
+    """The model before training; what does not fit the data set is refused by `pipeline.check`."""
+    if origin == "weights":
+        return train_checkpoint.load_model(path)
+    return transfer.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]
+
+
+Section = list[tuple[str, Any, str]]  # knob, value, why
+
+
+def compose(asked: Order, facts: Facts) -> dict[str, Section]:
+    """The sections of the recipe, each knob with its value and reason; the command line's values replace ours."""
+    dataset, target = facts.dataset, TARGETS[asked.target]
+    images = len(dataset.train)
+    sections: dict[str, Section] = {
+        "data": [("yaml", asked.data, _seen(dataset)), ("imgsz", *_imgsz(asked, facts))],
+        "run": [("device", facts.device, _machine(facts))],
+    }
+    if facts.device != "cpu":
+        sections["run"].append(("workers", min(WORKERS, facts.cores), "JPEG decoding keeps a GPU waiting otherwise"))
+    for stage in ("teacher", "baseline"):
+        if stage in facts.origins:
+            sections[stage] = _source(stage, asked, facts)
+    sections["prune"] = [
+        ("keep_flops", 0.5, "half of the MACs; less is faster, more is safer"),
+        ("round_to", target.round_to.value, target.round_to.why),
+        *_trained("prune", images, asked),
+        (
+            "teach_from_parent",
+            True,
+            "the unpruned baseline teaches; without a larger teacher there is no section distill",
+        ),
+        ("mosaic", 0.5, "half of the images whole, half mosaics of four"),
+    ]
+    if asked.teacher or any(key.partition(".")[0] == "distill" for key, _ in asked.overrides):
+        sections["distill"] = [
+            *_trained("distill", images, asked),
+            ("lr0", 0.0005, "fine steps on a recovered model"),
+            ("mosaic", 0.5, ""),
+        ]
+    sections["qat"] = [
+        *[row for row in _trained("qat", images, asked) if row[0] != "close_mosaic"],
+        ("weight_bits", target.weight_bits.value, target.weight_bits.why),
+    ]
+    if images < (asked_images := QatConfig.model_fields["calib_images"].default):
+        sections["qat"].append(("calib_images", images, f"all there are; {asked_images} where there are more"))
+    sections |= {name: [] for name in ("export", "engine", "bench")}
+    gate = sizing.min_retention(len(dataset.val))
+    sections["report"] = [("min_retention", gate.value, gate.why)]
+    return sections
+
+
+def _as_asked(
+    sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
+) -> dict[str, Section]:
+    """The sections with the command line's values in the place of ours; what those exclude, as another budget does, goes."""
+    asked = {key for key, _ in overrides}
+    out = {}
+    for name in recipe.SECTIONS:
+        if (section := getattr(chosen, name)) is None:
+            continue
+        values = section.model_dump(mode="json")
+        ours = sections.get(name, [])
+        rows = {row[0]: row for row in ours if f"{name}.{row[0]}" in asked or values[row[0]] == row[1]}
+        rows |= {knob: (knob, values[knob], "as asked") for knob in values if f"{name}.{knob}" in asked}
+        if rows or name in sections or name in asked:
+            out[name] = list(rows.values())
+    return out
+
+
+def _source(stage: str, asked: Order, facts: Facts) -> Section:
+    model, images = facts.models[stage], len(facts.dataset.train)
+    checkpoint = asked.weights if stage == "baseline" else str(asked.teacher)
+    size = f"{parameters(model) / 1e6:.1f} M parameters"
+    if facts.origins[stage] == "weights":
+        return [("weights", checkpoint, f"{size}; knows these classes, so it is taken as it is")]
+    start: Section = [("pretrained", checkpoint, f"{size}; other classes, so training starts from it")]
+    return [*start, *_trained(stage, images, asked)]
+
+
+def _trained(stage: str, images: int, asked: Order) -> Section:
+    """The schedule of a stage by the number of images; where epochs are asked for, what follows from them does."""
+    epochs = sizing.epochs(stage, images)
+    given = dict(asked.overrides).get(f"{stage}.epochs", "")
+    last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
+    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": last}
+    return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
+
+
+def _imgsz(asked: Order, facts: Facts) -> tuple[int, str]:
+    if facts.origins["baseline"] == "weights":
+        return 640, "Ultralytics' default; set the size that the checkpoint was trained at"
+    choice = sizing.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
+    return choice.value, choice.why
+
+
+def _seen(dataset: Dataset) -> str:
+    boxes = [len(sample.boxes) for sample in dataset.train]
+    return (
+        f"{len(dataset.train):,} training and {len(dataset.val):,} validation images of {_typical(dataset.train)} px, "
+        f"{len(dataset.names)} class{'es' if len(dataset.names) != 1 else ''}, {statistics.mean(boxes):.1f} objects an image"
+    )
+
+
+def _typical(samples: Sequence[Sample]) -> str:
+    sizes = [(sample.width, sample.height) for sample in samples]
+    width, height = statistics.mode(sizes)
+    return f"{width}x{height}" if len(set(sizes)) == 1 else f"{width}x{height} (most frequent)"
+
+
+def _machine(facts: Facts) -> str:
+    if facts.device != "cpu":
+        index = int(facts.device.split(",")[0])
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        return f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
+    return (
+        f"{environment.cpu_name()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
+    )
+
+
+def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
+    whole = _minutes(sum(seconds.values()) + 60 * REST_MINUTES)
+    lines = [
+        f"# By `yolo-compress init`, for {title}; every number may be changed. All takes about {whole} on this machine."
+    ]
+    for name, rows in written.items():
+        if not rows:
+            lines.append(f"{name}: {{}}")
+            continue
+        lines.append(f"{name}:")
+        for knob, value, why in rows:
+            here = f"about {_minutes(seconds[name])} here" if knob == "epochs" and name in seconds else ""
+            note = "; ".join(part for part in (why, here) if part)
+            text = f"  {knob}: {_scalar(value)}"
+            lines.append(f"{text:<{COMMENT_COLUMN}}  # {note}" if note else text)
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line of YAML."""
+    text = strict_yaml.dump({"": value}).partition(":")[2].strip()
+    return text if "\n" not in text and not isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,174 @@
+"""`yolo-compress predict`: pictures through the pipeline of `runtime`, a JSON line each, and what it came to."""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_compress import progress
+from yolo_compress.data.data_yaml import left_out
+from yolo_compress.errors import DataError, RecipeError, Terminated
+from yolo_compress.files.atomic import storage_errors
+from yolo_compress.recipe.messages import got
+from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.detect.draw import line, write_picture
+from yolo_compress.runtime.detect.sources import IMAGE_SUFFIXES, open_source
+from yolo_compress.runtime.detect.stream import Found, open_pipeline
+from yolo_compress.runtime.measure.latency import percentiles
+
+LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one call; `out=None` writes the lines to stdout, `engines=None` is `open_pipeline`'s choice."""
+
+    source: str
+    engine: Path
+    out: Path | None = None
+    draw: bool = False
+    conf: float = 0.25
+    iou: float = 0.7
+    engines: int | None = None
+
+
+def settings(options: Mapping[str, str]) -> Settings:
+    """Reads the options of the command line.
+
+    Raises:
+        RecipeError: a value that means nothing, or `draw` without a folder for the pictures.
+    """
+    out, draw = options.get("out"), options.get("draw") == "true"
+    if draw and out is None:
+        raise RecipeError("command line: draw=true needs a folder to write to: out=FOLDER")
+    return Settings(
+        options["source"],
+        Path(options["engine"]),
+        None if out is None else Path(out),
+        draw,
+        _share(options, "conf", Settings.conf),
+        _share(options, "iou", Settings.iou),
+        _count(options),
+    )
+
+
+def _share(options: Mapping[str, str], key: str, default: float) -> float:
+    text = options.get(key, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise RecipeError(f"command line: {key}: got {got(text)}, expected a number from 0 to 1")
+    return value
+
+
+def _count(options: Mapping[str, str]) -> int | None:
+    text = options.get("engines")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= 64):
+        raise RecipeError(f"command line: engines: got {got(text)}, expected a whole number from 1 to 64")
+    return int(text)
+
+
+def run(chosen: Settings) -> dict[str, Any]:
+    """Detects in every picture; Ctrl-C and SIGTERM end it with what there is by then, and so does a reader that left.
+
+    Returns:
+        source, engine, pictures (read and detected in), unreadable and first_unreadable, detections (boxes), seconds, fps,
+        latency_p50_ms ... as `latency.percentiles`, ended_by ("interrupted", "terminated" or None), out.
+
+    Raises:
+        SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
+        RecipeError: `out` holds the lines of an earlier call.
+        StorageError: the disk said no.
+    """
+    source = open_source(chosen.source)
+    if Path(chosen.source).is_dir():
+        names_there = (entry.name for entry in os.scandir(chosen.source) if entry.is_file())
+        if note := left_out(name for name in names_there if Path(name).suffix[1:].lower() not in IMAGE_SUFFIXES):
+            progress.notice(f"{chosen.source}: {note}")
+    names = load_info(chosen.engine).names
+    pictures = unreadable = boxes = 0
+    first_unreadable, ended_by, latencies_ms = None, None, array("d")
+    with (
+        open_pipeline(chosen.engine, chosen.engines, chosen.conf, chosen.iou) as pipeline,
+        _writer(chosen, names) as write,
+        progress.bar("predict", source.total or 0, "pictures") as advance,
+        closing(pipeline(source.pictures)) as stream,
+    ):
+        start = time.perf_counter()
+        try:
+            for found in stream:
+                if not write(found):
+                    break
+                if found.problem is None:
+                    pictures, boxes = pictures + 1, boxes + len(found.detections_N6)
+                    latencies_ms.append(found.ms)
+                else:
+                    progress.notice(f"unreadable: {found.problem}")
+                    unreadable, first_unreadable = unreadable + 1, first_unreadable or found.problem
+                advance()
+        except KeyboardInterrupt:
+            ended_by = "interrupted"
+        except Terminated:
+            ended_by = "terminated"
+        seconds = time.perf_counter() - start
+    return {
+        "source": chosen.source,
+        "engine": str(chosen.engine),
+        "pictures": pictures,
+        "unreadable": unreadable,
+        "first_unreadable": first_unreadable,
+        "detections": boxes,
+        "seconds": round(seconds, 3),
+        "fps": round(pictures / seconds, 2),
+        **{key: value and round(value, 3) for key, value in percentiles(latencies_ms).items()},
+        "ended_by": ended_by,
+        "out": None if chosen.out is None else str(chosen.out),
+    }
+
+
+def complain(summary: Mapping[str, Any]) -> None:
+    """Raises DataError where pictures could not be read; the others are done and written."""
+    if summary["unreadable"]:
+        read = summary["pictures"]
+        raise DataError(
+            f"{summary['unreadable']} of {summary['unreadable'] + read} pictures could not be read, the first: "
+            f"{summary['first_unreadable']}"
+        )
+
+
+@contextmanager
+def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], bool]]:
+    """What writes down one picture: its line, and the picture where `draw` says so. False: nobody reads it any more."""
+    if chosen.out is None:
+        yield lambda found: progress.result(line(found, names))
+        return
+    out, pictures = chosen.out, chosen.out / PICTURES
+    if (out / LINES).exists():
+        raise RecipeError(f"{out / LINES}: is there already, from an earlier call; give another folder as out")
+    with storage_errors(out):
+        (pictures if chosen.draw else out).mkdir(parents=True, exist_ok=True)
+        stream = open(out / LINES, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(found: Found) -> bool:
+        with storage_errors(out):
+            stream.write(line(found, names) + "\n")
+            if chosen.draw and found.image_HW3 is not None:
+                file = pictures / f"{Path(found.name).name.replace('#', '-')}.jpg"
+                write_picture(file, found.image_HW3, found.detections_N6, names)
+        return True
+
+    try:
+        yield write
+    finally:
+        with storage_errors(out):
+            stream.close()

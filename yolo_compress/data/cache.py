@@ -1,0 +1,85 @@
+"""What is known about files already read, by path, so that a second preflight of a data set costs one stat a file.
+
+An accelerator only: an entry counts when size, mtime, ctime and inode are unchanged, a cache that cannot be read is
+ignored, and deleting it loses nothing. JSON, never pickle: Ultralytics' labels.cache is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat as stat_module
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1  # goes up when images.py or labels.py would judge the same file differently
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Tells without reading whether a file is the one seen before; ctime also catches edits that restore the mtime."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(path: Path | str) -> Stamp:
+        """Stamp of the regular file at `path`.
+
+        Raises:
+            OSError: it cannot be looked at, or is a folder, pipe or device.
+        """
+        s = os.stat(path)
+        if not stat_module.S_ISREG(s.st_mode):
+            raise OSError(0, "not a regular file")
+        return Stamp(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+
+    def as_list(self) -> list[int]:
+        return [self.size, self.mtime_ns, self.ctime_ns, self.inode]
+
+
+class FileCache:
+    """JSON values by (kind, absolute path), each valid for one stamp of the file."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.entries: dict[str, list[Any]] = {}
+        self.changed = False
+        if file is None:
+            return
+        try:
+            stored = json.loads(file.read_bytes())
+            if stored["version"] == VERSION and isinstance(stored["files"], dict):
+                self.entries = stored["files"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+
+    def get(self, kind: str, path: Path, stamp: Stamp, read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of the stored value, or None when there is none for this stamp or `read` fails on it."""
+        try:
+            known, value = self.entries[f"{kind}:{path}"]
+            return read(value) if known == stamp.as_list() else None
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+            return None
+
+    def put(self, kind: str, path: Path, stamp: Stamp, value: Any) -> None:
+        self.entries[f"{kind}:{path}"] = [stamp.as_list(), value]
+        self.changed = True
+
+    def save(self) -> None:
+        """Write the cache if something was learnt.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        if self.file is None or not self.changed:
+            return
+        from yolo_compress.store.artifact import atomic_write
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.file, json.dumps({"version": VERSION, "files": self.entries}, separators=(",", ":")))
+        self.changed = False

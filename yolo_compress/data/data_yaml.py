@@ -1,0 +1,313 @@
+"""The data yaml: found, read strictly, and turned into the list of image files of each split.
+
+Read here rather than by Ultralytics, which runs the text under `download:` when images are missing, and takes the
+entries of image lists from the working directory. Here `download:` is never looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from yolo_compress import home
+from yolo_compress.data import shipped as datasets
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.files import strict_yaml
+
+# What Ultralytics 8.4.190 takes for an image, and what else is one, which it passes over in silence.
+IMAGE_SUFFIXES = frozenset(
+    ("avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
+)
+UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
+COMPANIONS = frozenset(  # of images, in their folders
+    ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
+)
+MAX_CLASSES = 20_000  # as many names as strict_yaml reads; the largest detection set has 1,203
+MAX_KEYPOINTS = 10_000
+MAX_FOLDERS = 100_000  # of one split
+NEWLINE = b"\n"
+UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
+
+
+_Bad = Callable[[str, str], DataError]  # (key, what is wrong) -> error with file and line
+
+
+@dataclass(frozen=True)
+class DataYaml:
+    """What a data yaml says, checked. `train` and `val` are entries as written; `root` is absolute."""
+
+    file: Path
+    root: Path
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    names: tuple[str, ...]
+    channels: int
+    lines: dict[str, str]  # "file:line" of `train` and `val`
+    pose_columns: int  # keypoint columns that follow a box in a pose data set; they are dropped, as Ultralytics does
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One image as listed: `source` is "list.txt:3" or the folder, `name` its path relative to the data root."""
+
+    path: Path
+    name: str
+    source: str
+
+
+def shown(path: Path | str) -> str:
+    """`path` as a person would type it: relative when below the working directory."""
+    return strict_yaml.shown(_relative(path))
+
+
+def _relative(path: Path | str) -> str:
+    return str(path).removeprefix(os.getcwd() + os.sep)
+
+
+def left_out(names: Iterable[str]) -> str | None:
+    """One line that counts the files left out because their ending is no image's; None where there are none.
+
+    Files that usually lie beside images (labels, lists, caches) do not count, nor do hidden ones.
+    """
+    endings = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
+    counts = Counter(ending for ending in endings if ending[1:] not in COMPANIONS)
+    if not counts:
+        return None
+    shares = ", ".join(f"{shown(ending) or 'no ending'} {count}" for ending, count in counts.most_common(5))
+    return f"{sum(counts.values())} files left out, whose ending is no image's ({shares})"
+
+
+def data_folders() -> list[Path]:
+    """Where data sets are looked for: `home.datasets()`, then the folders of YOLO_COMPRESS_DATA."""
+    extra = os.environ.get("YOLO_COMPRESS_DATA", "").split(os.pathsep)
+    return [home.datasets(), *(Path(folder) for folder in extra if folder)]
+
+
+def find_yaml(name: str) -> Path:
+    """The data yaml called `name`: as given, in `data_folders()`, or shipped, with or without its suffix.
+
+    Raises:
+        RecipeError: nothing there; names the folders searched and the yamls that they hold.
+    """
+    if not name or "\0" in name:
+        raise RecipeError(f"data={name!r} is not the name of a data yaml")
+    folders = [*data_folders(), datasets.FOLDER]
+    tried = [Path(name), *(folder / name for folder in folders)]
+    for path in tried:
+        for candidate in (path, path.with_name(path.name + ".yaml")) if path.name else ():
+            try:
+                if candidate.is_file():
+                    return candidate.absolute()
+            except OSError as e:
+                raise RecipeError(f"data yaml {name!r}: {e.strerror}") from e
+    if Path(name).is_dir():
+        raise RecipeError(f"data yaml {name!r} is a folder; give the .yaml file in it")
+    known = sorted({y.name for folder in folders if folder.is_dir() for y in folder.glob("*.yaml")})
+    raise RecipeError(
+        f"no data yaml {name!r} here or in {', '.join(map(str, folders))}; there: {', '.join(known)}; "
+        "give its path, or set YOLO_COMPRESS_DATA to the folder that holds it"
+    )
+
+
+def read_yaml(file: Path) -> DataYaml:
+    """Read and check the data yaml `file`.
+
+    Raises:
+        DataError: "file:line: what" for bad encoding, syntax, duplicate keys, python tags, aliases and bad values.
+    """
+    document = strict_yaml.load(_relative(file), DataError)
+    values = document.data
+
+    def bad(key: str, what: str) -> DataError:
+        return DataError(f"{document.where((key,))}: {what}")
+
+    names = _names(values, bad)
+    channels = values.get("channels", 3)
+    if channels not in (1, 3) or isinstance(channels, bool):
+        raise bad("channels", f"channels must be 1 or 3, not {channels!r}")
+    root = _root(file, values, bad)
+    splits = {}
+    for key in ("train", "val"):
+        entry = values.get(key, values.get("validation") if key == "val" else None)
+        entries = entry if isinstance(entry, list) else [entry]
+        checked = [_inside(root, e, partial(bad, key)) for e in entries if isinstance(e, str) and e.strip()]
+        if not checked or len(checked) < len(entries):
+            raise bad(key, f"{key}: must be a folder, a .txt list or a list of those, not {entry!r}")
+        splits[key] = tuple(checked)
+    pose = values.get("kpt_shape") or [0, 0]
+    if not (
+        isinstance(pose, list) and len(pose) == 2 and all(type(n) is int and 0 <= n <= MAX_KEYPOINTS for n in pose)
+    ):
+        raise bad("kpt_shape", f"kpt_shape must be two numbers from 0 to {MAX_KEYPOINTS}, not {pose!r}")
+    lines = {key: document.where((key,)) for key in splits}
+    return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
+
+
+def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
+    names, count = values.get("names"), values.get("nc")
+    if count is not None and not (type(count) is int and 1 <= count <= MAX_CLASSES):
+        raise bad("nc", f"nc must be a whole number from 1 to {MAX_CLASSES}, not {count!r}")
+    if names is None:
+        if count is None:
+            raise bad("names", "neither names: nor nc: is given")
+        return tuple(f"class_{i}" for i in range(count))
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise bad("names", f"names: must number the classes 0 to {len(names) - 1} without gaps")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise bad("names", f"names: must list the classes, not {names!r}")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
+            raise bad("names", f"class name {name!r} is no text; put it in quotes")
+        if any(unicodedata.category(char) in UNPRINTED for char in str(name)):
+            what = "holds a line break or another control character; labels.txt and the tables have a line a class"
+            raise bad("names", f"class name {name!r} {what}")
+    texts = tuple(str(name) for name in names)
+    if len(set(texts)) < len(texts):
+        raise bad("names", f"class name {next(t for t in texts if texts.count(t) > 1)!r} is given twice")
+    if count is not None and count != len(texts):
+        raise bad("nc", f"nc is {count} but names: lists {len(texts)}")
+    return texts
+
+
+def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
+    """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`.
+
+    That of a shipped yaml is never looked for in the folder of the code.
+    """
+    text = values.get("path")
+    if text is not None and (not isinstance(text, str) or "\0" in text):
+        raise bad("path", f"path: must be a folder, not {text!r}")
+    shipped = file.parent == datasets.FOLDER
+    folders = data_folders() if shipped else [file.parent, *data_folders()]
+    for folder in folders:
+        path = folder / (text or ".")
+        if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+            return path.resolve()
+    hint = f"; run `yolo-compress fetch {file.stem}`" if shipped else ""
+    raise bad("path", f"path: {text} is no folder; looked in {', '.join(map(shown, folders))}{hint}")
+
+
+def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
+    """`entry` of a split, refused when `..` leads out of `root`. Exports of Roboflow write ../train for ./train."""
+    if os.path.isabs(entry) or not _escapes(root, root, entry):
+        return entry
+    if entry.startswith("../") and not os.path.exists(root / entry) and not _escapes(root, root, entry[3:]):
+        return entry[3:]
+    raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder that holds all splits")
+
+
+def _escapes(root: Path, folder: Path, entry: str) -> bool:
+    full = os.path.normpath(folder / entry)
+    return ".." in Path(entry).parts and full != str(root) and not full.startswith(str(root) + os.sep)
+
+
+class Listing(NamedTuple):
+    """Image files of a split sorted by path, findings about folders and lists, and a note where files were left out."""
+
+    images: list[Listed]
+    findings: list[str]
+    notes: list[str]
+
+
+def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
+    """Lists the image files of a split.
+
+    Folders are walked whole, symbolic links included; hidden files and folders and files that are no image are left
+    out, as Ultralytics does. An entry of a list that is not absolute counts from the folder of the list: Ultralytics
+    does so for `./` and takes the others from the working directory, so that a data set depends on where one stands.
+    """
+    found: list[Listed] = []
+    findings: list[str] = []
+    others: list[str] = []
+    for entry in data.train if split == "train" else data.val:
+        path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
+        if os.path.isdir(path):
+            items: Iterator[Listed | str] = _folder(data.root, path, others)
+        elif os.path.isfile(path):
+            items = _list_file(data.root, path)
+        else:
+            raise DataError(f"{data.lines[split]}: {split}: {shown(data.root / entry)} does not exist")
+        for item in items:
+            if isinstance(item, str):
+                findings.append(item)
+            else:
+                found.append(item)
+    note = left_out(others)
+    return Listing(sorted(found, key=lambda one: str(one.path)), findings, [f"{split}: {note}"] if note else [])
+
+
+def _listed(root: Path, path: Path, source: str) -> Listed:
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return Listed(path, name.as_posix(), source)
+
+
+def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
+    def fail(error: OSError) -> None:
+        failed.append(f"{shown(error.filename)}: {error.strerror}")
+
+    failed: list[str] = []
+    for number, (folder, folders, files) in enumerate(os.walk(top, followlinks=True, onerror=fail)):
+        if number >= MAX_FOLDERS:
+            raise DataError(
+                f"{shown(top)}: more than {MAX_FOLDERS} folders, links followed; give the one that holds images"
+            )
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and _holds(path, folder, top):
+                yield f"{shown(path)}: symbolic link to a folder that holds it"
+                folders.remove(name)
+        for name in files:
+            suffix = name.rpartition(".")[-1].lower() if "." in name else ""
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                yield _listed(root, Path(folder, name), shown(top))
+            elif suffix in UNREAD_SUFFIXES:
+                yield f"{shown(os.path.join(folder, name))}: .{suffix} images are not supported"
+            else:
+                others.append(name)
+    yield from failed
+
+
+def _holds(link: str, folder: str, top: Path) -> bool:
+    """Whether a link leads to one of the folders that it was reached through, by whatever names and other links."""
+    way = [Path(folder)]
+    while way[-1] != top:
+        way.append(way[-1].parent)
+    try:
+        return any(os.path.samefile(link, above) for above in way) or (folder + os.sep).startswith(
+            os.path.realpath(link) + os.sep
+        )
+    except OSError:  # a loop of links alone
+        return True
+
+
+def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as e:
+        yield f"{shown(file)}: {e.strerror}"
+        return
+    except UnicodeDecodeError as e:
+        yield f"{shown(file)}:{data.count(NEWLINE, 0, e.start) + 1}: not UTF-8 text (byte {data[e.start]:#04x})"
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        entry, source = line.strip(), f"{shown(file)}:{number}"
+        if not entry:
+            continue
+        if "\0" in entry or entry.rpartition(".")[-1].lower() not in IMAGE_SUFFIXES:
+            yield f"{source}: {entry[:80]!r} is no image of a supported kind"
+        elif not os.path.isabs(entry) and _escapes(root, file.parent, entry):
+            raise DataError(f"{source}: {entry} leads out of {shown(root)}")
+        else:
+            yield _listed(root, Path(os.path.normpath(file.parent / entry)), source)

@@ -1,0 +1,370 @@
+"""Preflight of a data set: every image and label is read before any training, and gets into the digest of its split.
+
+Ultralytics drops what it cannot read and reports mAP over the rest; here a finding stops the run, or, with
+`on_bad="skip"`, removes the image for every model alike. Layout and label rules are Ultralytics': labels.py, images.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from yolo_compress.data import shipped
+from yolo_compress.data.cache import FileCache, Stamp
+from yolo_compress.data.data_yaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
+from yolo_compress.data.reader import FileState, Progress, Read, Reader, Sample, label_path
+from yolo_compress.errors import DataError, RecipeError, StorageError
+from yolo_compress.runtime.limits import MAX_DET, counted
+
+__all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
+
+MAX_UNLABELLED = 0.3
+LISTED_FINDINGS = 10  # in an error message; all of them are in BadData.findings
+
+
+class BadData(DataError):
+    """Files of a data set that cannot be used; `findings` has every one as "path:line: what"."""
+
+    def __init__(self, message: str, findings: Sequence[str]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that passed. Digests depend on class names, image bytes, boxes and file names below the root."""
+
+    yaml: Path
+    names: tuple[str, ...]
+    channels: int
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    skipped: tuple[str, ...]  # findings "path:line: what" of images left out
+    notes: tuple[str, ...]  # accepted, but worth a line: background images, repeated rows, classes without a box
+    digest: str
+    train_digest: str
+    val_digest: str
+    files: tuple[FileState, ...] = field(repr=False, compare=False, default=())
+    unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; no part of `digest`
+    unlabelled_digest: str = ""
+
+
+def load(
+    name: str,
+    *,
+    on_bad: Literal["error", "skip"] = "error",
+    allow_overlap: bool = False,
+    limit_train: int | None = None,
+    limit_val: int | None = None,
+    max_unlabelled: float = MAX_UNLABELLED,
+    max_det: int = MAX_DET,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Find, read and check the data set of the yaml `name`.
+
+    Args:
+        name: path of a data yaml, or its name in `datasets/`, in a folder of YOLO_COMPRESS_DATA or among the shipped
+            ones. Digits of the shipped yaml are drawn first where they are not there.
+        on_bad: "skip" leaves an image with a finding out and lists it in `skipped`.
+        allow_overlap: accept validation images that are also training images.
+        limit_train: read only so many images, evenly spaced in the sorted list (`i * len // limit`), so no seed.
+        limit_val: the same for the validation split.
+        max_unlabelled: share of a split's images that may lack a label file; they are background.
+        max_det: detections that NMS keeps in an image: where more objects are, a note says so.
+        cache: JSON file that remembers files by size, mtime, ctime and inode.
+        progress: called with (images done, images in all).
+
+    Raises:
+        RecipeError: no such yaml, or a limit below 1.
+        BadData: the findings, one a line, the first ten.
+        DataError: a split that is empty, or lacks more label files than `max_unlabelled`, or has no box; a malformed yaml.
+        StorageError: digits cannot be drawn.
+    """
+    file = find_yaml(name)
+    if file == shipped.DIGITS and not any((folder / file.stem).is_dir() for folder in data_folders()):
+        shipped.draw_digits()
+    data = read_yaml(file)
+    listings = [list_images(data, "train"), list_images(data, "val")]
+    findings = [finding for listing in listings for finding in listing.findings]
+    listed = [
+        _spread(split, limit, key)
+        for (split, *_), limit, key in zip(
+            listings, (limit_train, limit_val), ("limit_train", "limit_val"), strict=True
+        )
+    ]
+    for split, entry, found in zip(("train", "val"), (data.train, data.val), listings, strict=True):
+        if not found[0]:
+            raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(found[1]))
+
+    read, notes = _read([*listed[0], *listed[1]], data, cache, progress)
+    notes += [note for listing in listings for note in listing.notes]
+    first_val = len(listed[0])
+    train, val = read[:first_val], read[first_val:]
+    findings += _repeated(val)
+    findings += [finding for result in read for finding in result.findings]
+    findings += _almost_labels(read)
+    findings = list(dict.fromkeys(findings))
+    if findings and on_bad != "skip":
+        raise _failure(data, findings, "fix them, or set data.on_bad=skip to leave these images out of every model")
+    notes += dict.fromkeys(note for result in read for note in result.notes)
+
+    kept = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
+    samples = [tuple(r.sample for r in split if r.sample) for split in kept]
+    for split, results, of, limit in zip(("train", "val"), kept, samples, (limit_train, limit_val), strict=True):
+        notes += _check_split(data, split, results, of, findings, limit, max_unlabelled, max_det)
+    notes += _overlap(data, *samples, allow=allow_overlap)
+    train_digest, val_digest = (_digest(split, data) for split in samples)
+    files = {state.path: state for split in kept for result in split for state in result.files}
+    return Dataset(
+        yaml=data.file,
+        names=data.names,
+        channels=data.channels,
+        train=samples[0],
+        val=samples[1],
+        skipped=tuple(findings),
+        notes=tuple(notes),
+        digest=_sha256([train_digest, val_digest]),
+        train_digest=train_digest,
+        val_digest=val_digest,
+        files=tuple(files.values()),
+    )
+
+
+def with_unlabelled(
+    dataset: Dataset,
+    folder: str,
+    *,
+    on_bad: Literal["error", "skip"] = "error",
+    allow_overlap: bool = False,
+    cache: Path | None = None,
+) -> Dataset:
+    """The data set with every image of `folder` beside it; labels that lie there are not read.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+        BadData: images that cannot be used, or that are validation images.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise DataError(f"distill.images: no folder {shown(folder)}")
+    data = replace(read_yaml(dataset.yaml), root=root, train=(".",))
+    listed, findings, _ = list_images(data, "train")
+    if not listed:
+        raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
+    read, notes = _read(listed, data, cache, labelled=False)
+    findings += [finding for result in read for finding in result.findings]
+    where = replace(data, file=root)  # what a message names
+    if findings and on_bad != "skip":
+        raise _failure(where, findings, "fix them, or set data.on_bad=skip to leave these images out")
+    samples = tuple(r.sample for r in read if r.sample)
+    if not samples:
+        raise _failure(where, findings, "no image is left")
+    notes += _overlap(where, samples, dataset.val, allow=allow_overlap)
+    files = {state.path: state for r in read if r.sample for state in r.files}
+    return replace(
+        dataset,
+        unlabelled=samples,
+        unlabelled_digest=_sha256(sorted([s.name, s.sha256] for s in samples)),
+        skipped=(*dataset.skipped, *findings),
+        notes=(*dataset.notes, *notes),
+        files=(*dataset.files, *files.values()),
+    )
+
+
+def _read(
+    listed: Sequence[Listed],
+    data: DataYaml,
+    cache: Path | None,
+    progress: Progress | None = None,
+    labelled: bool = True,
+) -> tuple[list[Read], list[str]]:
+    """What is read through the cache, and a note where the cache cannot be written: the next preflight reads all again."""
+    store = FileCache(cache)
+    read = Reader(data, store, labelled).read_all(listed, progress)
+    try:
+        store.save()
+    except (StorageError, OSError) as e:
+        return read, [f"the cache of the preflight was not written: {e}"]
+    return read, []
+
+
+def recheck(dataset: Dataset) -> None:
+    """Assert that no file of the data set changed since it was loaded; reads only files whose stamp differs.
+
+    Raises:
+        DataError: names the first file that is gone, appeared or has other bytes.
+    """
+    for state in dataset.files:
+        what = None
+        try:
+            if Stamp.of(state.path) == state.stamp:
+                continue
+            if state.sha256 is None:
+                what = "appeared"
+            elif hashlib.sha256(state.path.read_bytes()).hexdigest() != state.sha256:
+                what = "changed"
+        except OSError as e:
+            if state.sha256 is not None or os.path.lexists(state.path):
+                what = f"is gone ({e.strerror})"
+        if what:
+            raise DataError(f"{shown(state.path)} {what} during the run; the results are not published, run again")
+
+
+def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """At most `count` samples chosen by `seed`, sorted by name; pass training samples, never validation ones.
+
+    The choice orders samples by sha256(seed, image), so one image more or less changes at most one place, and it does
+    not depend on the version of a random generator.
+
+    Raises:
+        DataError: no sample, or `count` below 1.
+    """
+    if not samples or count < 1:
+        raise DataError(f"calibration needs at least one training image, got {min(len(samples), max(count, 0))}")
+    ranked = sorted(samples, key=lambda s: (_sha256([seed, s.sha256]), s.name))
+    return sorted(ranked[:count], key=lambda s: s.name)
+
+
+def _spread(listed: list[Listed], limit: int | None, key: str) -> list[Listed]:
+    if limit is not None and limit < 1:
+        raise RecipeError(f"data.{key} must be at least 1, not {limit}")
+    if limit is None or limit >= len(listed):
+        return listed
+    return [listed[i * len(listed) // limit] for i in range(limit)]
+
+
+def _repeated(results: Sequence[Read]) -> list[str]:
+    """A validation image that is listed twice counts twice in mAP; a training image may (that is oversampling)."""
+    first: dict[Path, str] = {}
+    out = []
+    for r in results:
+        if r.listed.path in first:
+            out.append(f"{r.listed.source}: {r.listed.name} is listed twice, first at {first[r.listed.path]}")
+        first.setdefault(r.listed.path, r.listed.source)
+    return out
+
+
+def _without_repeats(results: Sequence[Read]) -> list[Read]:
+    return list({r.listed.path: r for r in results}.values())
+
+
+def _check_split(
+    data: DataYaml,
+    split: str,
+    results: Sequence[Read],
+    samples: Sequence[Sample],
+    findings: list[str],
+    limit: int | None,
+    max_unlabelled: float,
+    max_det: int,
+) -> list[str]:
+    """Notes about a split.
+
+    Raises:
+        DataError: a split without images, without boxes, or with too few label files.
+    """
+    if not samples:
+        raise _failure(data, findings, f"no image of {split} is left")
+    unlabelled = [r for r in results if not r.labelled]
+    if len(unlabelled) == len(results):
+        folder = shown(label_path(results[0].listed.path).parent)
+        raise DataError(f"{shown(data.file)}: {split}: no image has a label file; looked in {folder}")
+    if len(unlabelled) > max_unlabelled * len(results):
+        first = shown(label_path(unlabelled[0].listed.path))
+        raise DataError(
+            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(results)} images have no label file, such as {first}. Are all of "
+            f"them background? Then set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(results)) / 100:g}"
+        )
+    counts = [0] * len(data.names)
+    for sample in samples:
+        for box in sample.boxes:
+            counts[box[0]] += 1
+    if not any(counts):
+        effect = "nothing to learn" if split == "train" else "nothing to evaluate by"
+        hint = "" if limit is None else f"; data.limit_{split}={limit} may have left out those with objects"
+        raise DataError(f"{shown(data.file)}: {split}: all {len(samples)} images are background, {effect}{hint}")
+    notes = _crowded(samples, max_det) if split == "val" else []
+    if background := sum(not s.boxes for s in samples):
+        without = f"{len(unlabelled)} without label file"
+        notes.append(f"{split}: {background} of {len(samples)} images are background ({without})")
+    if absent := [name for name, count in zip(data.names, counts, strict=True) if not count]:
+        effect = "their AP is undefined and left out of the mean" if split == "val" else "they cannot be learnt"
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        notes.append(f"{split}: no box of {', '.join(absent[:10])}{more}; {effect}")
+    return notes
+
+
+def _almost_labels(results: Sequence[Read]) -> list[str]:
+    """Findings: label files that are not read because the case of their names is another than that of the images'."""
+    folders: dict[Path, dict[str, str]] = {}
+    found = []
+    for result in results:
+        if result.labelled:
+            continue
+        path = label_path(result.listed.path)
+        if path.parent not in folders:
+            names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+            folders[path.parent] = {name.lower(): name for name in names}
+        if name := folders[path.parent].get(path.name.lower()):
+            found.append(
+                f"{shown(path.with_name(name))}: not read; the label file of {result.listed.name} is {path.name}"
+            )
+    return found
+
+
+def _crowded(samples: Sequence[Sample], max_det: int) -> list[str]:
+    """Notes: objects that neither mAP nor NMS can count."""
+    most, limit = (
+        [max(Counter(box[0] for box in sample.boxes).values(), default=0) for sample in samples],
+        counted(max_det),
+    )
+    notes = []
+    if over := sum(count > limit for count in most):
+        notes.append(
+            f"val: {over} images have over {limit} objects of a class (up to {max(most)}), and mAP counts the {limit} best detections "
+            f"of a class in an image: no model can reach 1; data.max_det={max(MAX_DET + 1, 2 * max(most))} counts them"
+        )
+    if over := sum(len(sample.boxes) > max_det for sample in samples):
+        notes.append(
+            f"val: {over} images have over {max_det} objects, and NMS keeps {max_det} detections of an image (data.max_det)"
+        )
+    return notes
+
+
+def _overlap(data: DataYaml, train: Sequence[Sample], val: Sequence[Sample], *, allow: bool) -> list[str]:
+    known = {s.sha256: s for s in train}
+    pairs = [(known[s.sha256], s) for s in val if s.sha256 in known]
+    if not pairs:
+        return []
+    if allow:
+        return [f"{len(pairs)} of {len(val)} validation images are training images too; accepted by data.allow_overlap"]
+    found = [f"{shown(v.image)}: same bytes as {shown(t.image)} of train" for t, v in pairs]
+    raise _failure(data, found, "move them, or set data.allow_overlap=true and do not trust the mAP")
+
+
+def _failure(data: DataYaml, findings: Iterable[str], hint: str) -> BadData:
+    found = list(findings)
+    count = f"{len(found)} finding{'s' if len(found) != 1 else ''}"
+    return BadData(f"{shown(data.file)}: {count}; {hint}" + _lines(found), found)
+
+
+def _lines(findings: Sequence[str]) -> str:
+    more = [f"... and {len(findings) - LISTED_FINDINGS} more"] if len(findings) > LISTED_FINDINGS else []
+    return "".join(f"\n  {line}" for line in [*findings[:LISTED_FINDINGS], *more])
+
+
+def _digest(samples: Sequence[Sample], data: DataYaml) -> str:
+    rows = sorted([s.name, s.sha256, sorted(s.boxes)] for s in samples)
+    return _sha256([list(data.names), data.channels, rows])
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

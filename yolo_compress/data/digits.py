@@ -1,0 +1,219 @@
+"""Draw the embedded data set: scenes of real handwritten digits, the same bytes for the same seed and library versions.
+
+The 1,797 digits are the scans that scikit-learn ships (8 x 8 px, 16 grey levels, from the UCI "Optical Recognition of
+Handwritten Digits" set). Every fifth scan (index % 5 == 0) appears in validation scenes only, the others in training
+scenes only. A scene has 3 to 7 of them, at varied size, angle and contrast, lighter or darker than a background of
+gradients, noise, strokes and blobs; a box is the tight box of the rotated ink. Later digits may cover earlier ones, but
+never more than `MAX_COVERED` of a digit's ink: every digit drawn is labelled and can be named.
+
+    python -m yolo_compress.data.digits FOLDER [--train 600] [--val 150] [--imgsz 128] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from yolo_compress import progress
+from yolo_compress.errors import CompressError, RecipeError, StorageError
+from yolo_compress.files.atomic import storage_errors
+from yolo_compress.files.lock import lock
+
+VERSION = 1  # goes up when the same parameters would give other bytes
+VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
+MAX_COVERED = 0.4  # of a digit's ink; more leaves digits that people cannot name either
+INK = 0.35  # alpha from which a pixel belongs to a digit; defines its box and its cover
+RECORD = "digits.json"
+
+
+def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: int = 0) -> None:
+    """Draw `train` and `val` square scenes of `imgsz` px to images/{train,val} and labels/{train,val} under `out`.
+
+    Does nothing when `out` already holds just that, whole. Otherwise draws to `out`.partial and renames, so that `out`
+    is never half drawn; a folder drawn with other parameters is replaced, any other folder is an error.
+
+    Raises:
+        RecipeError: a count below 1 or an image too small for digits.
+        StorageError: `out` exists and was not drawn by this function, or the file system refuses.
+    """
+    if min(train, val) < 1 or imgsz < 64:
+        raise RecipeError(f"digits: need at least one scene a split and 64 px, got {train}, {val}, {imgsz}")
+    parameters = {"version": VERSION, "train": train, "val": val, "imgsz": imgsz, "seed": seed}
+    if is_complete(out, parameters):
+        return
+    with lock(out.with_name(out.name + ".lock"), f"drawing {out}"), storage_errors(out, "draw"):
+        if is_complete(out, parameters):  # another process drew it meanwhile
+            return
+        if out.exists() and not (out / RECORD).is_file() and any(out.iterdir()):
+            raise StorageError(f"{out} has no {RECORD}: not drawn by this program, move it away")
+        progress.say(f"digits: drawing {train} training and {val} validation images of {imgsz} px into {out}")
+        partial = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        files = _draw_scenes(partial, parameters)
+        record = {"parameters": parameters, "files": files}
+        (partial / RECORD).write_text(json.dumps(record, indent=0, sort_keys=True) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+
+
+def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
+    """Write images and labels; gives the sha256 of each file. A scene depends on (seed, split, number) alone."""
+    scans, classes = source_digits()
+    imgsz, files = parameters["imgsz"], {}
+    for split, name in enumerate(("train", "val")):
+        sources = split_sources(len(scans), name)
+        for folder in ("images", "labels"):
+            (out / folder / name).mkdir(parents=True)
+        for i in range(parameters[name]):
+            rng = np.random.default_rng([parameters["seed"], split, i])
+            image, boxes = scene(rng, scans, classes, sources, imgsz)
+            png, text = _png(image), label_rows(boxes, imgsz).encode()
+            for path, data in ((f"images/{name}/{i:05d}.png", png), (f"labels/{name}/{i:05d}.txt", text)):
+                (out / path).write_bytes(data)
+                files[path] = hashlib.sha256(data).hexdigest()
+    return files
+
+
+def is_complete(out: Path, parameters: dict[str, int]) -> bool:
+    """Whether `out` was drawn with `parameters` and every file still has its bytes (0.1 s for 1,500 files)."""
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
+        return record["parameters"] == parameters and all(
+            hashlib.sha256((out / path).read_bytes()).hexdigest() == sha256 for path, sha256 in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def source_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Scans as (1797, 8, 8) float 0..1 and their classes (1797,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images / 16.0, digits.target
+
+
+def split_sources(count: int, split: str) -> np.ndarray:
+    """Indices of the source digits that scenes of `split` are made of; the two splits share none."""
+    index = np.arange(count)
+    return index[(index % VAL_EVERY == 0) == (split == "val")]
+
+
+def scene(
+    rng: np.random.Generator, scans: np.ndarray, classes: np.ndarray, sources: np.ndarray, imgsz: int
+) -> tuple[np.ndarray, list[tuple[int, int, int, int, int]]]:
+    """One scene as (H, W, 3) uint8 and its boxes as (class, left, top, right, bottom) px, right and bottom excluded."""
+    canvas = background(rng, imgsz)
+    visible: list[tuple[np.ndarray, int]] = []  # what later digits left of each ink, and its whole area in px
+    labels = []
+    wanted = int(rng.integers(3, 8))
+    for _ in range(40):  # places to try; 3 digits always fit
+        layer = _stamp(rng, scans[source := int(rng.choice(sources))], imgsz)
+        ink = layer >= INK
+        left_over = [(old & ~ink, area) for old, area in visible]
+        if any(old.sum() < (1 - MAX_COVERED) * area for old, area in left_over):
+            continue
+        canvas = _paint(rng, canvas, layer, ink)
+        visible = [*left_over, (ink, int(ink.sum()))]
+        rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+        labels.append((int(classes[source]), int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+        if len(labels) == wanted:
+            break
+    noisy = canvas + rng.normal(0, rng.uniform(2, 8), canvas.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), labels
+
+
+def background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
+    """Clutter without a digit, (H, W, 3) float32 0..255: a gradient, soft noise, blobs and pen strokes."""
+    ramp = np.linspace(0, 1, imgsz, dtype=np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    mix = np.clip(0.5 + np.cos(angle) * (ramp[None, :] - 0.5) + np.sin(angle) * (ramp[:, None] - 0.5), 0, 1)[..., None]
+    low, high = rng.uniform(20, 235, (2, 3))
+    soft = Image.fromarray(rng.normal(0, 1, (8, 8)).astype(np.float32)).resize((imgsz, imgsz), Image.Resampling.BICUBIC)
+    canvas = low * (1 - mix) + high * mix + np.asarray(soft)[..., None] * rng.uniform(0, 22)
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(2, 7))):
+        x, y = rng.uniform(0, imgsz, 2)
+        w, h = rng.uniform(0.03, 0.2, 2) * imgsz
+        pen.ellipse((x - w, y - h, x + w, y + h), fill=_near(rng, image, x, y))
+    for _ in range(int(rng.integers(2, 8))):
+        points = rng.uniform(0, imgsz, 2) + np.cumsum(rng.normal(0, imgsz / 10, (int(rng.integers(2, 5)), 2)), axis=0)
+        pen.line([tuple(p) for p in points], fill=_near(rng, image, *points[0]), width=int(rng.integers(1, 4)))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))), dtype=np.float32)
+
+
+def _near(rng: np.random.Generator, image: Image.Image, x: float, y: float) -> tuple[int, ...]:
+    """The colour at (x, y), moved a little: a distractor has less contrast than most digits."""
+    at = image.getpixel((int(np.clip(x, 0, image.width - 1)), int(np.clip(y, 0, image.height - 1))))
+    return tuple(int(c) for c in np.clip(np.array(at) + rng.normal(0, 40, 3), 0, 255))
+
+
+def _stamp(rng: np.random.Generator, scan: np.ndarray, imgsz: int) -> np.ndarray:
+    """One scan at 17 to 38 % of the scene's side, turned by up to 25 degrees, somewhere in a layer (H, W) 0..1."""
+    height = rng.uniform(0.17, 0.38) * imgsz
+    size = (round(height * rng.uniform(0.75, 1.05)), round(height))
+    framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a blank frame, so that edges of the ink fade out
+    glyph = framed.resize(size, Image.Resampling.BICUBIC)
+    glyph = glyph.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)  # 6 and 9 stay apart
+    alpha = np.clip(np.asarray(glyph) * 1.3, 0, 1)
+    rows, columns = np.flatnonzero((alpha >= INK).any(1)), np.flatnonzero((alpha >= INK).any(0))
+    alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = (int(rng.integers(0, imgsz - side + 1)) for side in alpha.shape)
+    layer = np.zeros((imgsz, imgsz), np.float32)
+    layer[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha
+    return layer
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, layer: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """`canvas` with the digit in one colour, 60 to 170 grey levels from what it covers, lighter or darker."""
+    under = canvas[ink].mean(axis=0)
+    step = rng.uniform(60, 170) * (1 if rng.random() < (255 - under.mean()) / 255 else -1)
+    if not 0 <= under.mean() + step <= 255:
+        step = -step
+    colour = np.clip(under + step + rng.normal(0, 15, 3), 0, 255)
+    return canvas * (1 - layer[..., None]) + colour.astype(np.float32) * layer[..., None]
+
+
+def label_rows(boxes: list[tuple[int, int, int, int, int]], imgsz: int) -> str:
+    """Boxes in px as rows of a YOLO label file."""
+    rows = (
+        f"{c} {(x1 + x2) / 2 / imgsz:.6f} {(y1 + y2) / 2 / imgsz:.6f} {(x2 - x1) / imgsz:.6f} {(y2 - y1) / imgsz:.6f}\n"
+        for c, x1, y1, x2, y2 in boxes
+    )
+    return "".join(rows)
+
+
+def _png(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Draw scenes of handwritten digits with their boxes.")
+    parser.add_argument("out", type=Path)
+    for name, default in (("train", 600), ("val", 150), ("imgsz", 128), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    try:
+        draw(**vars(args))
+    except CompressError as error:
+        progress.notice(f"error: {error}")
+        return error.exit_code
+    progress.result(str(args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""Distillation as a training hook: terms between a student and a source, scheduled, logged, and active by assertion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolo_compress.distill.checks import prove, prove_heard, same_weights
+from yolo_compress.distill.feature import FEATURE_LOSSES, Aligner
+from yolo_compress.distill.logits import head_terms, teacher_weight
+from yolo_compress.distill.taps import Taps, matched_widths
+from yolo_compress.distill.teacher import Source
+from yolo_compress.train.hook import TrainHook
+
+
+class Teach(TrainHook):
+    """Pulls a student towards a source.
+
+    Losses by name: `kd_feature`, between layers, the student's through an adapter; `kd_class`, Hinton's soft labels on the
+    class logits; `kd_box`, the distributions of box sides; `kd_iou`, the decoded boxes; and what the source adds (`peer`).
+    They are logged as `train/<name>`, their shares of the total as `share/<name>`.
+
+    Args:
+        source: Whom the student learns from.
+        feature_weight: Weight of `kd_feature`; 0 leaves it out.
+        class_weight: Weight of `kd_class`, Hinton's alpha included; 0 leaves it out.
+        box_weight: Weight of `kd_box`; 0 leaves it out.
+        iou_weight: Weight of `kd_iou`; 0 leaves it out.
+        temperature: T of the soft class labels; box sides are taken as they are (T = 1).
+        feature_loss: A key of `FEATURE_LOSSES`.
+        layers: Layers compared by `kd_feature`, `NAME` or `STUDENT=TEACHER`; None: those of the source.
+        ramp_epochs: All weights rise linearly from `1 / ramp_epochs` of themselves in the first epoch; 0 starts at once.
+        off_epochs: Last epochs without any term (the source does not run either).
+
+    Raises:
+        RecipeError: The source cannot teach this student, or layers do not fit each other.
+        NumericsError: A term is not finite, or teaches nothing (see `proof`).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        feature_weight: float,
+        class_weight: float,
+        box_weight: float = 0.0,
+        iou_weight: float = 0.0,
+        temperature: float = 1.0,
+        feature_loss: str = "weighted_l2",
+        layers: Sequence[str] | None = None,
+        ramp_epochs: float = 0.0,
+        off_epochs: int = 0,
+    ) -> None:
+        self.source = source
+        self.weights = {
+            "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
+        }  # fmt: skip
+        self.temperature = temperature
+        self.feature = FEATURE_LOSSES[feature_loss]
+        self.layers = layers
+        self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
+        self.extras = nn.ModuleDict()
+        self.totals: dict[str, Tensor] = {}
+        self._taps: list[Taps] = []  # of the student, of the source
+        self._scale = 1.0
+        self._proven = False
+
+    # --- the hook ---------------------------------------------------------------------------------------------------
+
+    def on_model(self, model: nn.Module) -> None:
+        self.student = model
+        self.source.on_model(model)
+        if self.weights["kd_feature"]:
+            pairs = self.source.pairs(model, self.layers)
+            for index, widths in enumerate(matched_widths(model, self.source.net, pairs)):
+                self.extras[str(index)] = self.feature.adapter(*widths)
+            self._taps = [Taps([mine for mine, _ in pairs]), Taps([yours for _, yours in pairs])]
+        self.extras.update(self.source.modules())
+
+    def modules(self) -> nn.ModuleDict:
+        return self.extras
+
+    def on_epoch_start(self, epoch: int, epochs: int) -> None:
+        self.totals = {}
+        self._scale = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
+        if epoch >= epochs - self.off_epochs:
+            self._scale = 0.0
+        for taps, net in zip(self._taps, (self.student, self.source.net), strict=False):
+            taps.attach(net) if self._scale else taps.remove()
+
+    def extra_loss(self, batch: Mapping[str, Any], predictions: Any) -> dict[str, Tensor]:
+        if not isinstance(predictions, dict) or not self._scale:  # a validation pass has nothing to teach
+            return {}
+        taught = self.source.outputs(batch["img"], predictions)
+        own = self._taps[0].take() if self._taps else []
+        terms: dict[str, Tensor] = {}
+        if self._taps:
+            levels = _as_maps(teacher_weight(taught["scores"].float()), predictions["feats"])
+            terms["kd_feature"] = self._features(own, self._taps[1].take(), levels)
+        terms |= head_terms(predictions, taught, self.weights, self.temperature)
+        if not self._proven:
+            self._prove(terms, [*own, predictions["scores"], predictions["boxes"]], taught)
+        losses = {name: self.weights[name] * self._scale * term for name, term in terms.items()}
+        losses |= self.source.own_loss(batch, predictions, self._pull)
+        for name, value in losses.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach()
+        return losses
+
+    def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
+        prove_heard(self.totals, epoch)
+        return {}
+
+    def on_end(self, model: nn.Module) -> None:
+        for taps in self._taps:
+            taps.remove()
+
+    # --- the terms --------------------------------------------------------------------------------------------------
+
+    def _features(self, student: Sequence[Tensor], teacher: Sequence[Tensor], levels_B1HW: Sequence[Tensor]) -> Tensor:
+        terms = []
+        for index, (own, other) in enumerate(zip(student, teacher, strict=True)):
+            adapter = self.extras[str(index)]
+            for part in adapter.modules():
+                if isinstance(part, Aligner):
+                    part.start(own, other)
+            terms.append(
+                self.feature.distance(adapter(own).float(), other.detach().float(), _fitting(levels_B1HW, other))
+            )
+        return torch.stack(terms).sum()
+
+    def _pull(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+        """The weighted head terms of a source that learns."""
+        terms = head_terms(learner, other, self.weights, self.temperature)
+        weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
+        return torch.stack(weighted).sum() if weighted else learner["scores"].new_zeros(())
+
+    def _prove(self, terms: Mapping[str, Tensor], student: Sequence[Tensor], taught: Mapping[str, Tensor]) -> None:
+        net = self.source.net
+        prove(terms, student, same=net is not self.student and same_weights(self.student, net))
+        self.source.prove(taught)
+        self._proven = True
+
+
+def _as_maps(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of anchors as (B, 1, H, W), a map a level."""
+    parts = torch.split(weight_BA, [feat.shape[-2] * feat.shape[-1] for feat in feats], dim=1)
+    return [part.view(part.shape[0], 1, *feat.shape[-2:]) for part, feat in zip(parts, feats, strict=True)]
+
+
+def _fitting(levels_B1HW: Sequence[Tensor], feat_BCHW: Tensor) -> Tensor:
+    """The level of the same height and width; where none is (strides under 8), the nearest one, resampled."""
+    size = feat_BCHW.shape[-2:]
+    nearest = min(levels_B1HW, key=lambda level: abs(level.shape[-1] - size[1]))
+    return nearest if nearest.shape[-2:] == size else F.interpolate(nearest, size=size, mode="nearest")

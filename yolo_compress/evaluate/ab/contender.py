@@ -1,0 +1,191 @@
+"""A side of an A/B comparison: an engine, an ONNX file or a checkpoint that is run, or a row of a bench that was measured.
+
+Each has `label` (as it was named), `imgsz` (height and width in px, None where any will do), `runs` (whether images are run),
+and `detections(data, imgsz, progress)`: one N6 array for each image of `data.val`, and what was executed. RecipeError where
+classes, size or images are not those asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.evaluate.ab.latency_ratio import Rounds
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.coco import absolute_boxes
+from yolo_compress.evaluate.stored_detections import kept, row_name
+from yolo_compress.lint.isolated import guard
+from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.backends.ort import OrtBackend
+from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.measure.coco_map import mean_ap
+from yolo_compress.store.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
+
+Progress = Callable[[int], Any]
+Size = tuple[int, int]
+_SAME_MAP = 1e-9  # detections are kept exactly; only the order of sums differs
+
+
+@dataclass
+class Engine:
+    """An engine directory; a bare .onnx becomes one for ONNX Runtime in the scratch folder."""
+
+    label: str
+    folder: Path
+    imgsz: Size | None = None
+    runs: bool = True
+
+    def __post_init__(self) -> None:
+        self.imgsz = load_info(self.folder).imgsz
+
+    def detections(self, data: Dataset, imgsz: Size, progress: Progress) -> tuple[list[np.ndarray], str]:
+        with open_engine(self.folder) as backend:
+            found = accuracy(backend, data.val, data.names, imgsz, progress)
+        return found["detections"], found["executed"]
+
+    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> dict[str, Any]:
+        """For `measure_in_turn`."""
+        return {"engine": str(self.folder)}
+
+
+@dataclass
+class Checkpoint:
+    """A stock Ultralytics .pt on torch, as Ultralytics runs it: BatchNorm folded into the convolutions."""
+
+    label: str
+    file: Path
+    imgsz: Size | None = None
+    runs: bool = True
+    module: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        from yolo_compress.train import checkpoint
+
+        self.module = checkpoint.load_model(self.file).fuse(verbose=False)
+
+    def _names(self) -> list[str]:
+        return [self.module.names[k] for k in range(len(self.module.names))]
+
+    def detections(self, data: Dataset, imgsz: Size, progress: Progress) -> tuple[list[np.ndarray], str]:
+        from yolo_compress.evaluate.torch_backend import TorchBackend
+
+        with TorchBackend(self.module, self._names(), imgsz) as backend:
+            found = accuracy(backend, data.val, data.names, imgsz, progress)
+        return found["detections"], f"{found['executed']} (torch)"
+
+    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> dict[str, Any]:
+        """For `measure_in_turn`."""
+        from yolo_compress.evaluate.torch_latency import spec
+
+        return spec(self.module, self._names(), imgsz, scratch)
+
+
+@dataclass
+class Measured:
+    """A row of a bench artefact: what it kept is used and nothing is run."""
+
+    label: str
+    bench: Artifact
+    row: dict[str, Any]
+    runs: bool = False
+
+    @property
+    def imgsz(self) -> Size:
+        height, width = self.bench.manifest.key["data"]["imgsz"]
+        return height, width
+
+    def detections(self, data: Dataset, imgsz: Size, progress: Progress) -> tuple[list[np.ndarray], str]:
+        if self.row["image_set"] != data.val_digest:
+            raise RecipeError(
+                f"{self.label}: measured over image set {self.row['image_set'][:16]} ({self.bench.metrics['images']} images), "
+                f"{data.yaml.name} has {data.val_digest[:16]} ({len(data.val)} images); give the data of that bench, whole"
+            )
+        found = kept(self.bench.file(f"detections/{row_name(self.row)}.npy"), len(data.val))
+        value = mean_ap([absolute_boxes(sample) for sample in data.val], found, data.names)["map50_95"]
+        if abs(value - self.row["map50_95"]) > _SAME_MAP:
+            raise CorruptArtifact(
+                f"{self.label}: the detections kept give mAP50-95 {value:.6f}, the row says {self.row['map50_95']:.6f}; an "
+                "earlier version kept only those that pictures show: run `bench` again"
+            )
+        return found, self.row["executed"]
+
+    def rounds(self) -> Rounds:
+        """Its latencies by round, ms."""
+        return json.loads(self.bench.file("latency.json").read_text())[row_name(self.row)]
+
+
+Contender = Engine | Checkpoint | Measured
+
+
+def open_contender(text: str, scratch: Path) -> Contender:
+    """Finds out what `text` names, and that its bytes are those that were vouched for.
+
+    Args:
+        text: path of an engine folder, .onnx or .pt, or BENCH:ROW.
+        scratch: folder for an engine made of a bare .onnx.
+
+    Raises:
+        RecipeError: it names none of these, or a row that is not there.
+        CorruptArtifact, EngineError: bytes that were altered.
+    """
+    path, colon, name = Path(text), *text.rpartition(":")[1:]
+    if path.suffix == ".pt":
+        return Checkpoint(text, path)
+    if path.suffix == ".onnx" and path.is_file():
+        guard(path)
+        OrtBackend.build(path, scratch / "engine", "fp32")
+        return Engine(text, scratch / "engine")
+    if colon and not path.exists():
+        return _measured(text, Path(text.rpartition(":")[0]), name)
+    if (path / MANIFEST).is_file():
+        return _measured(text, path, "")
+    if path.is_dir():
+        return Engine(text, path)
+    raise RecipeError(f"{text}: no engine folder, .onnx, .pt or BENCH:ROW of that name")
+
+
+def _measured(text: str, folder: Path, name: str) -> Measured:
+    stage = "bench"
+    if not (folder / MANIFEST).is_file():
+        raise RecipeError(
+            f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
+        )
+    with suppress(ValueError):  # of a damaged one `read_artifact` says what is wrong
+        stage = Manifest.from_json((folder / MANIFEST).read_bytes()).stage
+    if stage != "bench":
+        raise RecipeError(
+            f"{text}: an artefact of {stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
+        )
+    bench = read_artifact(folder, "bench")
+    verify_payload(bench, set(payload(folder)))
+    rows = {row_name(row): row for row in bench.metrics["rows"]}
+    if name not in rows:
+        raise RecipeError(f"{text}: which row of the bench? {', '.join(f'{folder}:{row}' for row in rows)}")
+    if rows[name]["status"] != "ok":
+        raise RecipeError(f"{text}: was not measured: {rows[name]['reason']}")
+    return Measured(text, bench, rows[name])
+
+
+def one_size(both: Sequence[Contender], asked: Size | None) -> Size:
+    """The size that both take.
+
+    Raises:
+        RecipeError: they differ, or nothing says.
+    """
+    sizes = {side.label: side.imgsz for side in both if side.imgsz is not None}
+    if asked is not None:
+        sizes["imgsz"] = asked
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{label} is {size[0]}x{size[1]} px" for label, size in sizes.items())
+        raise RecipeError(f"A/B compares at one size (height x width): {said}")
+    if not sizes:
+        raise RecipeError("two checkpoints take any size: say which, as in imgsz=640")
+    return next(iter(sizes.values()))

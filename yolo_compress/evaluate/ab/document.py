@@ -1,0 +1,189 @@
+"""Is model B as good as model A? The A/B document (schema 1): differences on the same images, with intervals, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.evaluate.ab.latency_ratio import Rounds, latency_ratio
+from yolo_compress.evaluate.ab.operating_point import IOU, operating
+from yolo_compress.evaluate.bootstrap import Replicates, interval, over_classes, replicate, resamples
+from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.measure.coco_map import AREAS, match, precision
+
+SCHEMA = 1
+MIN_IMAGES = 10  # with objects: resamplings of fewer say nothing of images that are not among them
+SIZES = tuple(name for name in AREAS if name != "all")
+
+
+def compare(
+    truths: Sequence[np.ndarray],
+    detections_a: Sequence[np.ndarray],
+    detections_b: Sequence[np.ndarray],
+    names: Sequence[str],
+    *,
+    margin: float = 0.01,
+    conf: float = 0.25,
+    max_det: int = MAX_DET,
+    replicates: int = 1000,
+    seed: int = 0,
+    latency_a: Rounds | None = None,
+    latency_b: Rounds | None = None,
+    about_a: Mapping[str, Any] | None = None,
+    about_b: Mapping[str, Any] | None = None,
+    image_set: str | None = None,
+) -> dict[str, Any]:
+    """Compare two models' detections of the same images.
+
+    Args:
+        truths: one N5 array an image: class, xyxy in px.
+        detections_a, detections_b: one N6 array an image: xyxy, score, class; all scores that mAP counts, not the shown alone.
+        names: of the classes.
+        margin: share of A's mAP50-95 that B may lose.
+        conf: threshold that the models are deployed with.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+        max_det: detections of an image that NMS kept in both.
+        latency_a, latency_b: ms of single inferences by round, both taken in turn; or neither.
+        about_a, about_b: what the document says of each; `label` among it.
+        image_set: digest of the images.
+
+    Returns:
+        JSON types: schema, a, b, images, image_set, classes, settings, verdict, map50_95, map50, by_class, by_size, operating,
+        flips, pr (101 precisions at IoU 0.5, mean over the classes), latency. What does not exist is None: the figures of a
+        class without truths, an interval that no replicate gives.
+
+    Raises:
+        DataError: no ground truth at all, or a truth of a class without a name.
+        RecipeError: a setting out of range.
+        ValueError: not the same number of images, or what `latency_ratio` refuses.
+    """
+    for key, value in (("margin", margin), ("conf", conf)):
+        if not 0 <= value <= 1:
+            raise RecipeError(f"{key} is {value}, expected a number from 0 to 1")
+    if replicates < 1:
+        raise RecipeError(f"replicates is {replicates}, expected 1 or more")
+    labels = [int(label) for rows in truths for label in rows[:, 0]]
+    if not labels:
+        raise DataError(f"no ground truth in {len(truths)} images, so there is nothing to compare by")
+    if min(labels) < 0 or max(labels) >= len(names):
+        raise DataError(f"ground truth of classes {min(labels)} to {max(labels)}, but there are {len(names)} names")
+    models = [
+        match(truths, detections, len(names), most=counted(max_det)) for detections in (detections_a, detections_b)
+    ]
+    points = replicate(models, np.ones((1, len(truths)), np.uint16))
+    drawn = replicate(models, resamples(len(truths), replicates, seed))
+    at_threshold, flips = operating(truths, detections_a, detections_b, models[1], conf, counted(max_det))
+    map50_95 = _total(points, drawn, "ap50_95")
+    document = {
+        "schema": SCHEMA,
+        "a": {"label": "A", **(about_a or {})},
+        "b": {"label": "B", **(about_b or {})},
+        "images": len(truths),
+        "image_set": image_set,
+        "classes": list(names),
+        "settings": {"margin": margin, "conf": conf, "replicates": replicates, "seed": seed, "iou": IOU},
+        "verdict": verdict(map50_95, margin, sum(len(rows) > 0 for rows in truths)),
+        "map50_95": map50_95,
+        "map50": _total(points, drawn, "ap50"),
+        "by_class": _by_class(points, drawn, names, np.bincount(labels, minlength=len(names))),
+        "by_size": _by_size(points, drawn, models[0].counted_AN),
+        "operating": at_threshold,
+        "flips": flips,
+        "pr": {key: _curve(precision(model)[0]) for key, model in zip("ab", models, strict=True)},
+        "latency": None,
+    }
+    if latency_a is not None and latency_b is not None:
+        document["latency"] = latency_ratio(latency_a, latency_b, replicates, seed)
+    return document
+
+
+def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str, Any]:
+    """Pass where the whole interval of the difference lies above -margin x A's mAP, fail where it lies below, else neither.
+
+    Args:
+        map50_95: a, b, delta, low, high.
+        margin: share of A's mAP that B may lose.
+        images: with objects; under MIN_IMAGES nothing is decided.
+
+    Returns:
+        status ("pass", "fail" or "inconclusive"), line, smallest_difference: half the width of the interval, which is the
+        smallest true difference that would stand out from these images.
+    """
+    a, b, delta, low, high = (map50_95[key] for key in ("a", "b", "delta", "low", "high"))
+    bound = -margin * a
+    status, enough = "inconclusive", images >= MIN_IMAGES
+    if not enough:
+        pass
+    elif low is not None and low > bound:
+        status = "pass"
+    elif high is not None and high < bound:
+        status = "fail"
+    what = {
+        "pass": f"B keeps A's mAP50-95 within {100 * margin:g} %",
+        "fail": f"B loses more than {100 * margin:g} % of A's mAP50-95",
+        "inconclusive": f"whether B keeps A's mAP50-95 within {100 * margin:g} % cannot be told",
+    }[status]
+    line = f"{status.upper()}: {what}: {a:.3f} -> {b:.3f}, {delta:+.4f}"
+    if not enough:
+        line += f"; {images} image{'s' * (images != 1)} with objects, {MIN_IMAGES} are the least that an interval is taken from"
+    if low is None or not enough:
+        return {"status": status, "line": line, "smallest_difference": None}
+    smallest = (high - low) / 2
+    line += f" (95 % {low:+.4f} to {high:+.4f}, bound {bound:+.4f})"
+    line += f"; {images} images can show a difference of {smallest:.4f} or more"
+    return {"status": status, "line": line, "smallest_difference": smallest}
+
+
+def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str) -> dict[str, Any]:
+    """mAP over all areas, mean over the classes that have truths; with the interval of each model too."""
+
+    def over(model: Replicates) -> np.ndarray:
+        return over_classes(model.ap50_RK if what == "ap50" else model.ap50_95_RAK[:, 0])
+
+    a, b = (over(model) for model in drawn)
+    found = _difference(over(points[0])[0], over(points[1])[0], a, b)
+    return {**found, "interval_a": list(interval(a)), "interval_b": list(interval(b))}
+
+
+def _difference(a: float, b: float, drawn_a_R: np.ndarray, drawn_b_R: np.ndarray) -> dict[str, Any]:
+    """B less A, and its interval; None throughout where there is no truth."""
+    if not np.isfinite(a):
+        return dict.fromkeys(("a", "b", "delta", "low", "high"))
+    low, high = interval(drawn_b_R - drawn_a_R)
+    return {"a": float(a), "b": float(b), "delta": float(b - a), "low": low, "high": high}
+
+
+def _by_class(
+    points: Sequence[Replicates], drawn: Sequence[Replicates], names: Sequence[str], truths_K: np.ndarray
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "truths": int(truths_K[k]),
+            **_difference(
+                points[0].ap50_95_RAK[0, 0, k],
+                points[1].ap50_95_RAK[0, 0, k],
+                drawn[0].ap50_95_RAK[:, 0, k],
+                drawn[1].ap50_95_RAK[:, 0, k],
+            ),
+        }
+        for k, name in enumerate(names)
+    ]
+
+
+def _by_size(points: Sequence[Replicates], drawn: Sequence[Replicates], counted_AN: np.ndarray) -> list[dict[str, Any]]:
+    out = []
+    for name in SIZES:
+        a = list(AREAS).index(name)
+        at = [over_classes(model.ap50_95_RAK[:, a]) for model in (*points, *drawn)]
+        out.append({"name": name, "truths": int(counted_AN[a].sum()), **_difference(at[0][0], at[1][0], at[2], at[3])})
+    return out
+
+
+def _curve(precision_RK: np.ndarray) -> list[float]:
+    there_K = np.isfinite(precision_RK).all(axis=0)
+    return [float(value) for value in precision_RK[:, there_K].mean(axis=1)]

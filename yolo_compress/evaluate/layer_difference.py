@@ -1,0 +1,78 @@
+"""Where an exported graph leaves its model: the first layer whose output is not that of torch."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from yolo_compress.nets.eval_mode import evaluating
+from yolo_compress.runtime.backends.ort import open_session
+
+MAX_ROUNDINGS = 10.0  # times what float32 itself is off: ONNX Runtime sums in another order
+LEAST = 1e-5  # of the largest value of a layer: float32 is never nearer after a few sums
+
+
+def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> str:
+    """Compare layer by layer, on the same images.
+
+    Args:
+        model: A detector in float32; `model.model` are its layers. Not changed.
+        file: Its FP32 ONNX file; the exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
+        images_BCHW: Float32, 0 to 1, as many as the file takes.
+
+    Returns:
+        "model.4 (C2f), by 0.12 of 3.1": the first layer that differs, by how much at most, of which largest value. The head
+        where all layers before it agree.
+    """
+    exact, images = copy.deepcopy(model).double(), torch.from_numpy(images_BCHW)
+    rounded, exactly = _outputs(model, images), _outputs(exact, images.double())
+    found = _onnx_outputs(file, images_BCHW)
+    layers = list(model.model)  # type: ignore[arg-type]
+    for index, layer in enumerate(layers[:-1]):
+        if index not in found:  # onnxsim took it into another
+            continue
+        largest = float(exactly[index].abs().max())
+        rounding = float((rounded[index].double() - exactly[index]).abs().max())
+        apart = float((torch.from_numpy(found[index]).double() - exactly[index]).abs().max())
+        if not apart <= max(LEAST * largest, MAX_ROUNDINGS * rounding):  # NaN too
+            return f"model.{index} ({type(layer).__name__}), by {apart:.2g} of {largest:.2g}"
+    return f"model.{len(layers) - 1} ({type(layers[-1]).__name__}), all before it agree"
+
+
+def _outputs(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """What each layer but the head gives."""
+    found: dict[int, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, index=index: found.update({index: output.detach().clone()}))
+        for index, layer in enumerate(list(model.model)[:-1])  # type: ignore[arg-type]
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _onnx_outputs(file: Path, images_BCHW: np.ndarray) -> dict[int, np.ndarray]:
+    """The output of the last node of each layer."""
+    graph = onnx.load(str(file))
+    last = {
+        int(found[1]): node.output[0] for node in graph.graph.node if (found := re.match(r"/model\.(\d+)/", node.name))
+    }
+    known = {output.name for output in graph.graph.output}
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in last.values() if name not in known)
+    with tempfile.TemporaryDirectory() as folder:
+        watched = Path(folder) / file.name
+        onnx.save(graph, str(watched))
+        session = open_session(watched, threads=1)
+        values = session.run(list(last.values()), {session.get_inputs()[0].name: images_BCHW})
+    return dict(zip(last, values, strict=True))

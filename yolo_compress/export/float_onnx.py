@@ -1,0 +1,216 @@
+"""The float graph of a detector, as ONNX and TorchScript, in the shape that Ultralytics' own export gives.
+
+Input `images` `[B, C, H, W]` float32, RGB (or grey, C = 1) 0 to 1; output `output0` `[B, 4 + nc, A]` float32: boxes as centre
+x, centre y, width, height in pixels of the input, then class scores 0 to 1. Isaac ROS and Ultralytics decode exactly this.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from yolo_compress import progress
+from yolo_compress.errors import CompressError, NumericsError, RecipeError
+from yolo_compress.files.atomic import atomic_write, storage_errors
+
+MIN_OPSET = 13  # the first with DequantizeLinear an output channel
+MAX_IR_VERSION = 10  # what ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 read
+
+
+class Expectation(nn.Module):
+    """Ultralytics' DFL, the expectation of a softmax over `reg_max` bins, as two sums over one exponential.
+
+    Same function as its convolution of the softmax, which ONNX Runtime runs many times slower (`benchmarks/dfl.py`):
+    a fixed cost that no pruning takes away.
+    """
+
+    def __init__(self, reg_max: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.stack([torch.arange(reg_max, dtype=torch.float32), torch.ones(reg_max)]))
+
+    def forward(self, sides_BNA: torch.Tensor) -> torch.Tensor:
+        """sides_B(4*reg_max)A to sides_B4A, in strides."""
+        batch, channels, anchors = sides_BNA.shape
+        bins = sides_BNA.view(batch, 4, channels // 4, anchors)
+        weighted = self.sums @ (bins - bins.amax(2, keepdim=True)).exp()
+        return weighted[:, :, 0] / weighted[:, :, 1]
+
+
+def export_onnx(
+    model: nn.Module,
+    out: Path,
+    imgsz_hw: tuple[int, int],
+    *,
+    names: Sequence[str],
+    opset: int = 17,
+    batch: int = 1,
+    dynamic_batch: bool = False,
+    simplify: bool = True,
+) -> None:
+    """Write the FP32 ONNX file of a stock detector, pruned or not; the same network gives the same bytes.
+
+    Every convolution keeps the name of its module as the name of its weight (`model.0.conv.weight`): that is how
+    `export.qdq` finds it.
+
+    Args:
+        model: A stock Ultralytics `DetectionModel`. Not changed: a copy is fused and traced.
+        out: File to write.
+        imgsz_hw: Height and width in pixels, multiples of the model's largest stride.
+        names: Class names, in the order of the class scores.
+        opset: ONNX operator set.
+        batch: Images of one call; with `dynamic_batch` the one written into the metadata.
+        dynamic_batch: Leave the first dimension open.
+        simplify: Run onnxsim.
+
+    Raises:
+        RecipeError: Size or opset that cannot be exported.
+        NumericsError: The model holds NaN or infinity.
+        CompressError: onnxsim or the checker refuses the graph.
+        StorageError: The file cannot be written.
+    """
+    if opset < MIN_OPSET:
+        raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
+    net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
+    with torch.no_grad(), quiet_trace(), storage_errors(out):
+        shape = net(images).shape
+        torch.onnx.export(
+            net,
+            (images,),
+            str(out),
+            opset_version=opset,
+            input_names=["images"],
+            output_names=["output0"],
+            dynamic_axes={"images": {0: "batch"}, "output0": {0: "batch"}} if dynamic_batch else None,
+            dynamo=False,  # torch 2.14's new exporter renames weights when it optimises; Ultralytics uses this one too
+        )
+    graph = onnx.load(str(out))
+    if simplify:
+        graph = _simplify(graph, out)
+    for dim, size in zip(graph.graph.output[0].type.tensor_type.shape.dim[1:], shape[1:], strict=True):
+        dim.dim_value = size  # with an open batch the tracer leaves the number of classes open, too
+    graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
+    write_metadata(graph, {**metadata, "precision": "fp32"})
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CompressError(f"{out}: the exported graph does not pass onnx.checker: {error}") from error
+    with storage_errors(out):
+        onnx.save(graph, str(out))
+
+
+def export_torchscript(
+    model: nn.Module, out: Path, imgsz_hw: tuple[int, int], *, names: Sequence[str], batch: int = 1
+) -> None:
+    """Write the float TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
+
+    Raises:
+        RecipeError, NumericsError, StorageError: As `export_onnx`.
+    """
+    net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
+    with torch.no_grad(), quiet_trace():
+        traced = torch.jit.trace(net, images, strict=False, check_trace=False)
+    save_torchscript(traced, out, metadata)
+
+
+def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
+    """Write a traced module and its `config.txt`.
+
+    By way of memory: torch 2.14's writer ends the process when the disk is full, by an exception in a destructor.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    atomic_write(out, traced.save_to_buffer(_extra_files={"config.txt": json.dumps(metadata)}))
+
+
+def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:
+    """Set metadata_props, replacing what has the same key."""
+    kept = {item.key: item.value for item in graph.metadata_props}
+    kept.update({key: str(value) for key, value in metadata.items()})
+    onnx.helper.set_model_props(graph, kept)
+
+
+def prepare(
+    model: nn.Module, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int, kind: str
+) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    """A fused copy in export mode, its example input and Ultralytics' metadata."""
+    net: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    head, stride = net.model[-1], int(max(net.stride))
+    height, width = imgsz_hw
+    if height <= 0 or width <= 0 or height % stride or width % stride:
+        raise RecipeError(f"export size {height}x{width} (height x width): expected multiples of the stride {stride}")
+    if len(names) != head.nc:
+        raise RecipeError(f"export: {len(names)} class names for a head of {head.nc} classes")
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"export: {name} holds NaN or infinity; the checkpoint is broken, train again")
+    net.fuse(verbose=False)
+    head.dfl = Expectation(head.reg_max)
+    # As ultralytics/engine/exporter.py (8.4.190) sets a detector up: the head returns one tensor, a C2f splits by sizes.
+    head.export, head.format, head.dynamic, head.shape = True, kind, False, None
+    for module in net.modules():
+        if type(module).__name__ == "C2f":
+            module.forward = module.forward_split
+    channels = int(net.yaml.get("channels", 3))
+    images = torch.zeros(batch, channels, height, width)
+    with torch.no_grad():
+        shape = tuple(net(images).shape)  # also makes the anchors, which must be constants of the trace
+    anchors = sum((height // int(s)) * (width // int(s)) for s in net.stride)
+    if shape != (batch, 4 + head.nc, anchors):
+        raise CompressError(f"export: the model returns {shape}, expected {(batch, 4 + head.nc, anchors)}")
+    metadata = {
+        "description": "YOLO detector, exported by yolo_compress",
+        "author": "Ultralytics",
+        "license": "AGPL-3.0 License (https://ultralytics.com/license)",
+        "docs": "https://docs.ultralytics.com",
+        "stride": stride,
+        "task": "detect",
+        "head": "Detect",
+        "batch": batch,
+        "imgsz": [height, width],
+        "names": dict(enumerate(names)),
+        "args": {"batch": batch, "dynamic": False, "nms": False},  # dynamic: of height and width, which are fixed
+        "channels": channels,
+        "end2end": False,
+    }
+    return net, images, metadata
+
+
+def _simplify(graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
+    import onnxsim
+
+    try:
+        simplified, same = onnxsim.simplify(graph)
+    except Exception as error:  # onnxsim raises whatever its C++ part does
+        raise CompressError(f"{out}: onnxsim {onnxsim.__version__} failed: {error}; export.simplify=false") from error
+    if not same:
+        raise CompressError(f"{out}: onnxsim {onnxsim.__version__} changed the outputs; set export.simplify=false")
+    if lost := _weights(graph) - _weights(
+        simplified
+    ):  # a factor of the activation (GELU's) became part of the next weight
+        progress.say(f"export: {out.name} is not simplified: onnxsim rewrites {len(lost)} weights, such as {min(lost)}")
+        return graph
+    return simplified
+
+
+def _weights(graph: onnx.ModelProto) -> set[str]:
+    return {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
+
+
+@contextmanager
+def quiet_trace() -> Iterator[None]:
+    """Tracing a fixed shape makes its Python branches constants, which is what is wanted; the exporter is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -1,0 +1,118 @@
+"""The FP16 graph: typed by its own tensors, as TensorRT 11 wants it, float32 at both ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from yolo_compress.errors import NumericsError
+from yolo_compress.export.float_onnx import write_metadata
+
+FP16_MAX = 65504.0
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def decode_tail(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes between the head's output convolutions and the graph's output: DFL, box decode, sigmoid.
+
+    These are the nodes that no convolution follows: `export_onnx` writes DFL as sums.
+    """
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    before: set[str] = set()
+    tail = []
+    for node in reversed(graph.node):
+        followers = [user for output in node.output for user in consumers.get(output, [])]
+        feature = any(user.name in before or user.op_type == "Conv" for user in followers)
+        if feature or node.op_type == "Conv":
+            before.add(node.name)
+        else:
+            tail.append(node.name)
+    return tail[::-1]
+
+
+def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
+    """Write the FP16 form of a graph, of its Q/DQ nodes too; `images` and `output0` stay float32.
+
+    Weights and features are float16. The decode behind the head's output convolutions stays float32: float16 has steps of
+    0.5 from 512 on, so a box at 600 px would move by a quarter of a pixel.
+
+    ONNX Runtime's own converter (1.32) casts between any two nodes that are to stay float32 to float16 and back, and with
+    that the boxes; the graph here needs one cast at its entrance and one behind each output convolution.
+
+    Args:
+        float_onnx: What `export_onnx` wrote, or `qdq.insert_qdq` for "tensorrt11". Read only.
+        out: File to write.
+        precision: That the metadata states: "int8" for a graph with Q/DQ nodes.
+
+    Raises:
+        NumericsError: A weight does not fit float16.
+    """
+    model = onnx.load(str(float_onnx))
+    graph = model.graph
+    _constants_to_initializers(graph)
+    tail = set(decode_tail(graph))
+    floats = {item.name: item for item in graph.initializer if item.data_type == TensorProto.FLOAT}
+    halves: dict[str, str] = {}
+    for node in graph.node:
+        if node.name not in tail:
+            for index, name in enumerate(node.input):
+                if name in floats and not (node.op_type == "Resize" and index > 0):  # its roi and scales are float32
+                    if name not in halves:
+                        halves[name] = f"{name}_fp16"
+                        graph.initializer.append(_half(floats[name], halves[name], float_onnx))
+                    node.input[index] = halves[name]
+    _cast_borders(graph, tail)
+    used = {name for node in graph.node for name in node.input}
+    kept = [item for item in graph.initializer if item.name in used]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(kept)
+    write_metadata(model, {"precision": precision})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(out))
+
+
+def _half(tensor: TensorProto, name: str, source: Path) -> TensorProto:
+    values = numpy_helper.to_array(tensor)
+    largest = float(np.abs(values).max(initial=0.0))
+    if not largest <= FP16_MAX:
+        raise NumericsError(f"{source}: {tensor.name} reaches {largest:g}, float16 ends at {FP16_MAX:g}")
+    return numpy_helper.from_array(values.astype(np.float16), name)
+
+
+def _cast_borders(graph: onnx.GraphProto, tail: set[str]) -> None:
+    """Float32 to float16 behind the graph's inputs, float16 to float32 where the tail begins."""
+    made_half = {item.name for item in graph.input}
+    nodes: list[onnx.NodeProto] = []
+    for item in graph.input:
+        nodes.append(helper.make_node("Cast", [item.name], [f"{item.name}_fp16"], f"{item.name}_fp16", to=FLOAT16))
+    produced = {name for node in graph.node if node.name not in tail for name in node.output}
+    cast: dict[str, str] = {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if node.name not in tail and name in made_half:
+                node.input[index] = f"{name}_fp16"
+            elif node.name in tail and name in produced:
+                if name not in cast:
+                    cast[name] = f"{name}_fp32"
+                    nodes.append(helper.make_node("Cast", [name], [cast[name]], cast[name], to=FLOAT))
+                node.input[index] = cast[name]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+    """So that it shows which input of which node a constant is."""
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        (value,) = node.attribute
+        if value.name == "value":
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(value.t)
+            tensor.name = node.output[0]
+            graph.node.remove(node)

@@ -1,0 +1,158 @@
+"""What calibration images say about a model: moments of what convolutions read, gradients of the loss; each taken once.
+
+Shapes: mean_C, cov_CC, gate_C, fisher_O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from yolo_compress.errors import DataError, NumericsError
+from yolo_compress.nets.eval_mode import evaluating
+from yolo_compress.prune.graph import Group
+
+NO_IMAGES = "prune: no calibration images; raise prune.calib_images or check the training split"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance, float64, of the input channels of one convolution over images and pixels."""
+
+    mean_C: Tensor
+    cov_CC: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Squared first-order terms, averaged over batches, float64, by module name.
+
+    Attributes:
+        gate: BatchNorm -> (gamma dL/dgamma + beta dL/dbeta)^2 a channel, the square of what scaling its output to 0 changes.
+        fisher: Conv2d -> sum over the filter of (w dL/dw)^2 an output channel.
+    """
+
+    gate: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+
+
+class Evidence:
+    """What a criterion may look at.
+
+    Args:
+        model: Stock model; never changed.
+        groups: `graph.prunable(model)`.
+        images: Gives the calibration images, `images_BCHW`, RGB 0 to 1, letterboxed, in batches.
+        losses: Takes a model and gives its detection loss, a scalar with gradient, on one labelled batch after another.
+        seed: For criteria that draw.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        images: Callable[[], Iterable[Tensor]] = tuple,
+        losses: Callable[[nn.Module], Iterable[Tensor]] = lambda model: (),
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.groups = groups
+        self.seed = seed
+        self._images = images
+        self._losses = losses
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Of every convolution that reads a group. Raises DataError without images, NumericsError at NaN."""
+        return input_moments(self.model, self.groups, self._images())
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Of every module of a group. Raises DataError without images, NumericsError at NaN."""
+        return loss_gradients(self.model, self.groups, self._losses(self.model))
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor]) -> dict[str, Moments]:
+    """Run the images through the model in evaluation mode; memory is one C x C matrix a convolution."""
+    names = dict.fromkeys(member.module for group in groups for member in group.having("in"))
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    pixels: dict[str, int] = {}
+
+    def record(name: str, x_BCHW: Tensor) -> None:
+        x_CN = x_BCHW.float().transpose(0, 1).flatten(1)
+        total_C, squares_CC = x_CN.sum(1).double(), (x_CN @ x_CN.T).double()
+        before = sums.get(name)
+        sums[name] = (before[0] + total_C, before[1] + squares_CC) if before else (total_C, squares_CC)
+        pixels[name] = pixels.get(name, 0) + x_CN.shape[1]
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
+        for name in names
+    ]
+    like = next(model.parameters())
+    try:
+        with evaluating(model):
+            for images_BCHW in batches:
+                model(images_BCHW.to(like.device, like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise DataError(NO_IMAGES)
+    moments = {}
+    for name, (total_C, squares_CC) in sums.items():
+        mean_C = total_C.cpu() / pixels[name]
+        squares_CC = (squares_CC + squares_CC.T).cpu() / (
+            2 * pixels[name]
+        )  # a float32 product is symmetric to 1e-7 only
+        moments[name] = Moments(mean_C, squares_CC - torch.outer(mean_C, mean_C))
+        if not bool(torch.isfinite(moments[name].cov_CC).all()):
+            raise NumericsError(f"prune: activations that enter {name} are NaN or infinite on the calibration images")
+    return moments
+
+
+def loss_gradients(model: nn.Module, groups: Iterable[Group], losses: Iterable[Tensor]) -> Gradients:
+    """Back-propagate each loss on its own; the model's gradients and flags come back as they were."""
+    members = [member for group in groups for member in group.members]
+    norms = dict.fromkeys(member.module for member in members if member.role == "norm")
+    convs = dict.fromkeys(member.module for member in members if member.role == "out")
+    gate: dict[str, Tensor] = {}
+    fisher: dict[str, Tensor] = {}
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    batches = 0
+    try:
+        for parameter in before:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        for loss in losses:
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            batches += 1
+            for name in norms:
+                norm = model.get_submodule(name)
+                _add(gate, name, (_first_order(norm.weight) + _first_order(norm.bias)).square())
+            for name in convs:
+                _add(fisher, name, _first_order(model.get_submodule(name).weight).square().flatten(1).sum(1))
+    finally:
+        for parameter, (trainable, grad) in before.items():
+            parameter.requires_grad_(trainable)
+            parameter.grad = grad
+    if not batches:
+        raise DataError(NO_IMAGES)
+    return Gradients(*({name: total / batches for name, total in sums.items()} for sums in (gate, fisher)))
+
+
+def _first_order(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return (parameter.detach() * parameter.grad).double().cpu()
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise NumericsError(f"prune: the gradient of {name} is NaN or infinite on the calibration images")
+    sums[name] = sums[name] + value if name in sums else value

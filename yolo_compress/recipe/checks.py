@@ -1,0 +1,140 @@
+"""What cannot work although every knob of a recipe by itself is right: found before any work, said with what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from .. import home
+from .knobs import number
+from .sections import DistillConfig, PruneConfig, Section, Sections, SourceConfig
+
+SAME_NET = (
+    "distill: teacher and student are the same net, so there is nothing to learn: "
+    "give another teacher.weights, add a section prune, or set distill=null"
+)
+
+_MAKE = {
+    "baseline": ("PRETRAINED", "STUDENT"),
+    "teacher": ("TEACHER_PRETRAINED", "TEACHER"),
+}  # variables of the Makefile
+
+
+def contradictions(recipe: Sections) -> Iterator[str]:
+    """Gives what cannot work although every knob by itself is right."""
+    for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
+        if getattr(recipe, name) and not getattr(recipe, needed):
+            yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
+    for name, source in (("baseline", recipe.baseline), ("teacher", recipe.teacher)):
+        if source:
+            yield from _of_source(name, source)
+    if recipe.distill:
+        yield from _of_distill(recipe, recipe.distill)
+    if recipe.prune:
+        yield from _of_prune(recipe.prune)
+    if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
+        yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
+    if recipe.export and recipe.export.nms and (recipe.export.batch != 1 or recipe.export.dynamic_batch):
+        yield "export.nms takes a batch of 1: leave export.batch and export.dynamic_batch out"
+    if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
+        yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
+    for knob in ("max_drop", "sensitivity_price"):
+        if recipe.qat and recipe.qat.sensitivity == "off" and getattr(recipe.qat, knob) != _default(recipe.qat, knob):
+            yield f"qat.{knob} has no effect with qat.sensitivity=off: set qat.sensitivity=loss or map50_95"
+    if recipe.qat and recipe.qat.learned_scales and not recipe.qat.epochs:
+        yield "qat.learned_scales has no effect with qat.epochs=0: nothing is trained"
+    for name, section in (("qat", recipe.qat), ("export", recipe.export)):
+        if section and section.calibrator != "percentile" and section.percentile != _default(section, "percentile"):
+            yield (
+                f"{name}.percentile={section.percentile} has no effect with {name}.calibrator={section.calibrator}: "
+                f"set {name}.calibrator=percentile, or leave {name}.percentile out"
+            )
+
+
+def _of_source(name: str, source: SourceConfig) -> Iterator[str]:
+    given = [f"{name}.{knob}" for knob in source.ORIGINS if getattr(source, knob) is not None]
+    if not given:
+        yield (
+            f"{name}: nothing to start from; give {name}.pretrained (a checkpoint of any classes, such as yolov8s.pt; with make: "
+            f"{_MAKE[name][0]}=), {name}.weights (a finished detector of these classes; {_MAKE[name][1]}=) or {name}.model "
+            "(yolov8n.yaml, ...: from scratch)"
+        )
+    if len(given) > 1:
+        yield f"{' and '.join(given)} exclude each other: a model has one start; set the others to null"
+    for knob in ("detection_part", "freeze"):
+        if source.pretrained is None and getattr(source, knob) != _default(source, knob):
+            yield f"{name}.{knob} has no effect without {name}.pretrained: leave it out"
+
+
+def _of_prune(prune: PruneConfig) -> Iterator[str]:
+    budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
+    if len(budgets) > 1:
+        yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
+    for knob in prune.idle(prune.kind):
+        if getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob}={getattr(prune, knob)} has no effect with prune.kind={prune.kind}: leave it out"
+    if prune.kind == "unstructured" and prune.scope == "isomorphic":
+        yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
+    for knob in ("latency_runtime", "latency_precision", "latency_table"):
+        if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob} has no effect without prune.latency_ms"
+        elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
+            yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
+    if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
+        yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
+
+
+def _of_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:
+    if (
+        distill.teacher != "self"
+        and not recipe.prune
+        and not recipe.sparsify
+        and _same_net(recipe.teacher, recipe.baseline)
+    ):
+        yield SAME_NET
+    if distill.teacher == "self" and recipe.teacher:
+        yield "the section teacher has no effect with distill.teacher=self: set teacher=null"
+    for knob in distill.idle(distill.teacher):
+        if getattr(distill, knob) != _default(distill, knob):
+            yield f"distill.{knob}={getattr(distill, knob)} has no effect with distill.teacher={distill.teacher}: leave it out"
+    read = [knob for knob in distill.WEIGHTS if knob not in distill.idle(distill.teacher)]
+    if not any(getattr(distill, knob) for knob in read):
+        yield f"{', '.join(f'distill.{knob}' for knob in read)}: all 0, so nothing is distilled; set distill=null"
+    for knob in ("feature_loss", "layers"):
+        if not distill.feature_weight and getattr(distill, knob) != _default(distill, knob):
+            yield f"distill.{knob} has no effect with distill.feature_weight=0: leave it out"
+    if distill.feature_weight and distill.feature_loss == "relation" and distill.batch == 1:
+        yield "distill.feature_loss=relation compares the images of a batch: distill.batch=1 is too few"
+    if distill.images and distill.data_free:
+        yield "distill.images and distill.data_free are both given: set one of them to null"
+    if not distill.labelled and distill.alpha != _default(distill, "alpha"):
+        yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
+    if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
+        yield "distill.data_free_steps has no effect without distill.data_free"
+    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else this is checked once they are
+    if distill.off_without_mosaic and known and not 0 < number(distill.close_mosaic) < number(distill.epochs):
+        yield (
+            f"distill.off_without_mosaic=true leaves the last distill.close_mosaic={distill.close_mosaic} of "
+            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {number(distill.epochs) - 1} then"
+        )
+    if distill.off_without_mosaic and not distill.labelled:
+        yield "distill.off_without_mosaic=true leaves epochs to the labels, and there are none: set it to false"
+
+
+def _default(section: Section, knob: str) -> Any:
+    return type(section).model_fields[knob].default
+
+
+def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
+    """Says whether the teacher is the baseline: none given, the same file, or trained alike from scratch."""
+    if teacher is None or teacher == baseline:
+        return True
+    if teacher.weights is None or baseline.weights is None:
+        return False  # trained with settings that differ, or one of them is not trained
+    folder = os.path.normpath(home.weights()) + os.sep
+    names = {os.path.normpath(weights).removeprefix(folder) for weights in (teacher.weights, baseline.weights)}
+    try:
+        return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
+    except (OSError, ValueError):  # not both there; the stages that read them say so
+        return False

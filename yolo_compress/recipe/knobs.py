@@ -1,0 +1,187 @@
+"""What a knob is: its help, its limits and the forms of its value; and the knobs that several sections share."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from ..files import strict_yaml
+
+IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
+
+Precision = Literal["fp32", "fp16", "int8"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
+Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
+FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
+Calibrator = Literal["max", "percentile", "mse", "entropy"]
+Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
+Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
+
+
+def imgsz_value(value: Any) -> Any:
+    """Brings `640`, `[384, 640]` and `384,640` to one form: an int for a square, (height, width) otherwise."""
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    sides: list[Any] = [strict_yaml.resolve(side.strip()) if isinstance(side, str) else side for side in given]
+    if len(sides) not in (1, 2) or not all(type(side) in (int, float) and math.isfinite(side) for side in sides):
+        raise ValueError("expected one side or height,width in pixels, as in 640 or 384,640")
+    for side in sides:
+        if type(side) is not int or side % IMGSZ_STEP or not IMGSZ_MIN <= side <= IMGSZ_MAX:
+            near = round(min(max(side, IMGSZ_MIN), IMGSZ_MAX) / IMGSZ_STEP) * IMGSZ_STEP
+            limits = f"multiples of {IMGSZ_STEP} from {IMGSZ_MIN} to {IMGSZ_MAX}"
+            raise ValueError(f"expected {limits}; the nearest to {side} is {near}")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+def device_value(value: Any) -> Any:
+    """Makes the YAML number `0` the device "0"; refuses what is neither cpu nor CUDA indices."""
+    text = str(value) if type(value) is int else value
+    indices = text.split(",") if isinstance(text, str) else []
+    if text != "cpu" and (not all(re.fullmatch("[0-9]{1,3}", i) for i in indices) or len(set(indices)) < len(indices)):
+        raise ValueError("expected cpu or CUDA indices, as in 0 or 0,1")
+    return text
+
+
+def several(value: Any) -> Any:
+    """Makes a list, or the command line's `fp32,int8`, a tuple without repeats."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        return value
+    items = tuple(item.strip() if isinstance(item, str) else item for item in items)
+    if len({repr(item) for item in items}) < len(items):
+        raise ValueError("expected each item once")
+    return items
+
+
+def runtimes_value(value: Any) -> Any:
+    return value if value == "auto" else several(value)
+
+
+def number(value: int | Auto) -> int:
+    """The value of a knob after `sizing.resolve`, which leaves no `auto`."""
+    assert value != "auto"
+    return value
+
+
+Group = Literal[
+    "Data", "Machine", "Model", "Penalty", "Budget", "Criterion", "Teacher", "Loss", "Calibration", "Precision",
+    "Files", "Engine", "Measurement", "Gate", "Comparison", "Training", "Advanced",
+]  # fmt: skip
+GROUPS: tuple[Group, ...] = get_args(Group)  # the order in which the help shows them
+
+
+class Words(NamedTuple):
+    """What the help says of a knob beside its default and the values it takes."""
+
+    text: str  # what it does
+    when: str  # when to change it
+    group: Group
+    unit: str  # empty where values have none
+
+
+def knob(text: str, *, when: str, group: Group, unit: str = "", allowed: str | None = None, **limits: Any) -> Any:
+    """Documents a knob and sets its limits.
+
+    Args:
+        text: what it does, in sentences.
+        when: when to change it, one sentence of at most 100 characters.
+        group: heading of the help under which it stands; `Advanced` is shown by `--all` alone.
+        unit: of its values, such as px or images.
+        allowed: the values it takes, where type and limits do not tell.
+        limits: of pydantic's `Field`: ge, gt, le, lt, pattern.
+    """
+    extra: Any = {"when": when, "group": group, "unit": unit} | ({"allowed": allowed} if allowed else {})
+    return Field(description=text, json_schema_extra=extra, **limits)
+
+
+def words(field: FieldInfo) -> Words:
+    """Gives what the help says of a knob: `knob`'s arguments."""
+    extra: Any = field.json_schema_extra
+    return Words(field.description or "", extra["when"], extra["group"], extra["unit"])
+
+
+# Knobs that several stages share, each with its own default.
+# Packed by hand: a few lines a knob instead of a dozen.
+# fmt: off
+TEXT = r"(?s)\S.*"  # a name is not blank
+Epochs = Annotated[Annotated[int, Field(ge=0, le=100_000)] | Auto, knob(
+    "Passes over the training images. 0: nothing is trained. auto: by the number of training images.",
+    when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
+    group="Training", unit="epochs")]
+SomeEpochs = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Auto, knob(
+    "Passes over the training images. auto: by the number of training images.",
+    when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
+    group="Training", unit="epochs")]
+Batch = Annotated[Annotated[int, Field(ge=1, le=4096)] | Auto, knob(
+    "Images in one training step. The optimizer steps after every batch. auto: by the number of training images.",
+    when="Lower it when memory runs out, and lower lr0 with it.",
+    group="Training", unit="images")]
+Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
+    "Optimizer of the training.",
+    when="Set SGD for long trainings on large data sets, with lr0=0.01 and momentum=0.937.",
+    group="Advanced")]
+Lr0 = Annotated[float, knob(
+    "Learning rate after warm-up, the highest of the training.",
+    when="Lower it when the loss jumps or becomes NaN. SGD takes about ten times the rate of AdamW.",
+    group="Training", gt=0, le=1)]
+SourceOptimizer = Annotated[Literal["SGD", "AdamW", "Adam", "MuSGD"] | Auto, knob(
+    "Optimizer of the training. auto: as Ultralytics, AdamW up to 10,000 steps of 64 images, MuSGD for a longer training.",
+    when="Set it only to repeat a training that used another one.",
+    group="Advanced")]
+SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
+    "Learning rate after warm-up, the highest of the training. auto: as Ultralytics, 0.002 * 5 / (4 + classes) for "
+    "AdamW and Adam, 0.01 for SGD and MuSGD.",
+    when="Lower it when the loss jumps or becomes NaN.",
+    group="Training")]
+WarmupEpochs = Annotated[float, knob(
+    "Epochs during which the learning rate rises to lr0. Fractions are allowed.",
+    when="Raise it when the loss jumps in the first epoch.",
+    group="Advanced", unit="epochs", ge=0, le=1000)]
+Cosine = Annotated[bool, knob(
+    "true: the learning rate falls from lr0 to lr0*lrf along a cosine. false: along a straight line.",
+    when="Change it only to repeat a training that used a straight line.",
+    group="Advanced")]
+Mosaic = Annotated[float, knob(
+    "Probability that a training image is a mosaic of four images.",
+    when="Lower it (0.5) in short trainings, so that more images look as they do in validation.",
+    group="Training", unit="fraction", ge=0, le=1)]
+CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
+    "Number of epochs at the end of the training that see whole images, without mosaic. auto: a fifth of the epochs, at "
+    "most 10.",
+    when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
+    group="Training", unit="epochs")]
+Weights = Annotated[str | None, knob(
+    "Finished detector of the classes of the data set, used as it is, without training. It is looked up as given, then in "
+    "weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Excludes pretrained and model.",
+    when="Give it when you have a trained detector of the classes of your data set.",
+    group="Model", pattern=TEXT)]
+Pretrained = Annotated[str | None, knob(
+    "Checkpoint of any classes from which the training starts. Every tensor is taken but the outputs of classes that the "
+    "checkpoint does not know. It is looked up like weights. Excludes weights and model.",
+    when="Give it, such as yolov8s.pt, when no detector of your classes is trained yet.",
+    group="Model", pattern=TEXT)]
+Model = Annotated[Scratch | None, knob(
+    "Architecture that is trained from random weights. Excludes weights and pretrained.",
+    when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
+    group="Model")]
+CalibImages = Annotated[int, knob(
+    "Training images, without augmentation, from which the INT8 scales are calibrated.",
+    when="Raise it when there are many classes or varied scenes, such as 512 for COCO.",
+    group="Calibration", unit="images", ge=1, le=100_000)]
+CalibratorKnob = Annotated[Calibrator, knob(
+    "How calibration chooses a scale from the values of a tensor. max: the largest value fits. percentile: a "
+    "percentage of the values fits. mse: least squared error of rounding and clipping. entropy: least "
+    "Kullback-Leibler divergence.",
+    when="Try another one when INT8 loses mAP and FP16 does not.",
+    group="Calibration")]
+Percentile = Annotated[float, knob(
+    "Percentage of the values of a tensor that its scale covers. For calibrator=percentile only.",
+    when="Lower it when a few very large values make the scale too coarse.",
+    group="Advanced", unit="percent", gt=50, le=100)]
+Threads = Annotated[int | None, knob(
+    "CPU threads of each engine. null: the runtime chooses.",
+    when="Set the number of cores that the robot gives to the detector.",
+    group="Measurement", unit="threads", ge=1, le=1024)]

@@ -1,0 +1,309 @@
+"""The recipe: a YAML file with one section a stage, read strictly and checked as a whole before any work.
+
+A stage whose section is absent (or null) passes its input through; an empty one (`distill: {}`) takes the defaults.
+The order of work is fixed by the pipeline, not by the file. Nothing here imports torch: `status` answers in a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from .. import home
+from ..errors import RecipeError
+from ..files import strict_yaml
+from .checks import contradictions
+from .messages import allowed, did_you_mean, got, nearest, takes_text
+from .sections import (
+    BenchConfig,
+    DataConfig,
+    DistillConfig,
+    EngineConfig,
+    ExportConfig,
+    PruneConfig,
+    QatConfig,
+    ReportConfig,
+    RunConfig,
+    Section,
+    Sections,
+    SourceConfig,
+    SparsifyConfig,
+    TrainConfig,
+)
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "run": RunConfig,
+    "teacher": SourceConfig,
+    "baseline": SourceConfig,
+    "sparsify": SparsifyConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "qat": QatConfig,
+    "export": ExportConfig,
+    "engine": EngineConfig,
+    "bench": BenchConfig,
+    "report": ReportConfig,
+}
+__all__ = [
+    "SECTIONS", "BenchConfig", "DataConfig", "DistillConfig", "EngineConfig", "ExportConfig", "PruneConfig",
+    "QatConfig", "Recipe", "ReportConfig", "RunConfig", "SourceConfig", "SparsifyConfig", "TrainConfig", "check_key",
+    "load", "names", "options",
+]  # fmt: skip
+
+ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
+_COMMAND_LINE = "command line"
+
+
+class Recipe(Sections):
+    """A whole recipe, as `load` gives it; it cannot be changed, `load` with other overrides gives another.
+
+    Attributes:
+        name, data, run, teacher, ...: see `Sections`; `options()` describes the knobs.
+    """
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for problem in contradictions(self):
+            raise ValueError(problem)
+        return self
+
+    def replaced(self, sections: Mapping[str, Section]) -> Recipe:
+        """This recipe with other sections in the place of its own, checked as a whole.
+
+        Raises:
+            RecipeError: Sections that contradict each other.
+        """
+        try:
+            return Recipe.model_validate({**dict(self), **sections})
+        except ValidationError as error:
+            raise RecipeError(f"recipe {self.name}: {error.errors()[0]['ctx']['error']}") from None
+
+    def dump(self) -> str:
+        """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
+        return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
+
+
+def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Reads a recipe and applies the overrides of the command line, in order; the last one of a key wins.
+
+    Args:
+        name_or_path: a shipped recipe's name (`names()`), or a file: whatever has a folder or ends in .yaml or .yml.
+        overrides: `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists; a knob that takes any text (a
+            path, a device) takes the word as it stands, so `run.device=0` is "0"; `null` empties a knob that may be
+            empty. An override in a section that the recipe lacks creates that section with its defaults.
+            `("sparsify", "null")` drops a section.
+
+    Returns:
+        The recipe, checked as a whole; data and weights are not looked at yet.
+
+    Raises:
+        RecipeError: no such recipe, not strict YAML, an unknown key, a value out of range, or stages that contradict
+            each other. The message names file and line (or the command line), key, value and the values allowed.
+        StorageError: the file is there but the system does not let us read it.
+    """
+    return build(*_read(name_or_path), overrides)
+
+
+def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """The recipe that a document holds; `load` says the rest.
+
+    Raises:
+        RecipeError: See `load`.
+    """
+    raw = _sections(document)
+    for key, text in overrides:
+        _override(raw, key, text)
+    _one_kind(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
+    _one_kind(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
+    _one_of(raw, "prune", PruneConfig.BUDGETS, {key: text for key, text in overrides})
+    for source in ("baseline", "teacher"):
+        _one_of(raw, source, SourceConfig.ORIGINS, {key: text for key, text in overrides})
+    try:
+        recipe = Recipe.model_validate({**raw, "name": name})
+    except ValidationError as error:
+        raise RecipeError(
+            "\n".join(_explained(error, raw, document, {tuple(key.split(".")) for key, _ in overrides}))
+        ) from None
+    for key, _ in overrides:
+        _refuse_idle(recipe, *key.partition(".")[::2])
+    return recipe
+
+
+def names() -> list[str]:
+    """Gives the names of the shipped recipes."""
+    return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
+
+
+def options() -> dict[str, FieldInfo]:
+    """Gives every knob by its dotted name, with type, default, limits and description, in the order of the recipe."""
+    return {f"{name}.{key}": field for name, kind in SECTIONS.items() for key, field in kind.model_fields.items()}
+
+
+def check_key(key: str, also: Iterable[str] = ()) -> None:
+    """Checks the left side of `section.key=value`.
+
+    Args:
+        key: a dotted knob, or a section.
+        also: other words that the caller takes, named in "did you mean".
+
+    Raises:
+        RecipeError: there is no such knob; says which one was probably meant.
+    """
+    section, dot, knob = key.partition(".")
+    if section not in SECTIONS:
+        raise RecipeError(f"{_COMMAND_LINE}: {_unknown_section(key, also)}")
+    if dot and knob not in SECTIONS[section].model_fields:
+        raise RecipeError(f"{_COMMAND_LINE}: {_unknown_knob(section, knob)}")
+
+
+def _shipped() -> Any:
+    return resources.files(__package__) / "shipped"
+
+
+def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, str]:
+    """Finds and parses the file; gives it and the recipe's name."""
+    text = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and os.sep not in text and not text.lower().endswith((".yaml", ".yml")):
+        if text not in names():
+            hint = did_you_mean(text, names()) or f"; shipped are {', '.join(names())}"
+            raise RecipeError(f"no recipe {got(text)}{hint} (a file is given with its .yaml)")
+        content = (_shipped() / f"{text}.yaml").read_text(encoding="utf-8")
+        return strict_yaml.parse(content, f"recipes/{text}.yaml"), text
+    document = strict_yaml.load(text)
+    name = Path(text).stem
+    if not home.is_recipe_name(name):
+        raise RecipeError(f"{document.source}: {got(name)} cannot be the name of a folder in weights/; rename the file")
+    return document, name
+
+
+def _sections(document: strict_yaml.Document) -> dict[str, Any]:
+    """Gives the sections of the file that are not null; refuses unknown and blank ones."""
+    for key in document.data:
+        if key not in SECTIONS:
+            raise RecipeError(f"{document.where((key,))}: {_unknown_section(str(key))}")
+        if (key,) in document.blank:
+            choice = f"write {key}: {{}} for its defaults"
+            choice += "" if key in ALWAYS else f", or {key}: null to leave the stage out"
+            raise RecipeError(f"{document.where((key,))}: {key}: is empty; {choice}")
+    return {key: value for key, value in document.data.items() if value is not None or key in ALWAYS}
+
+
+def _override(raw: dict[str, Any], key: str, text: str) -> None:
+    check_key(key)
+    section, dot, knob = key.partition(".")
+    if not dot:
+        if strict_yaml.resolve(text.strip()) is not None or not text.strip():
+            hint = (
+                did_you_mean(section, SECTIONS[section].model_fields)
+                or "; the only value of a section is null, which leaves it out"
+            )
+            hint = ", did you mean data.yaml?" if section == "data" else hint
+            raise RecipeError(f"{_COMMAND_LINE}: {key}={strict_yaml.shown(text)}: {section} is a section{hint}")
+        if section in ALWAYS:
+            raise RecipeError(f"{_COMMAND_LINE}: {key}=null: the section {section} cannot be left out")
+        raw.pop(section, None)
+        return
+    field = SECTIONS[section].model_fields[knob]
+    word = None if text == "null" else text
+    value = word if takes_text(field) else strict_yaml.value(text, f"{_COMMAND_LINE}: {key}")
+    if not isinstance(raw.get(section, {}), dict):
+        return  # the file has no mapping there: validation says so, with its line
+    raw[section] = {**raw.get(section, {}), knob: value}
+
+
+def _one_of(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
+    """Of knobs that exclude each other, one on the command line replaces the file's."""
+    given = {knob: overridden.get(f"{section}.{knob}") for knob in knobs}
+    if isinstance(raw.get(section), dict) and any(text not in (None, "null") for text in given.values()):
+        raw[section] = {**raw[section], **{knob: None for knob, text in given.items() if text is None}}
+
+
+def _one_kind(
+    raw: dict[str, Any],
+    section: str,
+    knob: str,
+    config: type[PruneConfig | DistillConfig],
+    overridden: Mapping[str, str],
+) -> None:
+    """A `prune.kind` or `distill.teacher` on the command line overrides the file's; knobs that it does not use are dropped."""
+    kind = overridden.get(f"{section}.{knob}", "")
+    if isinstance(raw.get(section), dict) and kind in get_args(config.model_fields[knob].annotation):
+        idle = {name for name in config.idle(kind) if f"{section}.{name}" not in overridden}
+        raw[section] = {name: value for name, value in raw[section].items() if name not in idle}
+
+
+def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
+    """Refuses a training knob of a model that is not trained. In the file it is allowed, for when the model is trained."""
+    source = getattr(recipe, section)
+    if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
+        raise RecipeError(
+            f"{_COMMAND_LINE}: {section}.{knob} has no effect: {section}.weights={strict_yaml.shown(source.weights)} "
+            f"is used without training. To train from it, give {section}.pretrained instead of {section}.weights"
+        )
+
+
+def _explained(
+    error: ValidationError,
+    raw: dict[str, Any],
+    document: strict_yaml.Document,
+    overridden: set[tuple[str, ...]],
+) -> Iterator[str]:
+    """Gives a line for each wrong key: where, which, the value got, the values allowed."""
+    seen = set()
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"][:2])  # deeper parts are list items and branches of a union
+        if path in seen:
+            continue
+        seen.add(path)
+        if not path:  # a contradiction between stages
+            yield f"{document.source}: {item['ctx']['error']}"
+            continue
+        where = _COMMAND_LINE if path in overridden else document.where(path)
+        yield f"{where}: {_problem(item, path, raw)}"
+
+
+def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
+    section, name = path[0], ".".join(path)
+    if item["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_knob(section, path[1])
+    if name == "data.yaml" and item["type"] == "missing":
+        return "data.yaml is not given: add data.yaml=my.yaml (with make: DATA=my.yaml)"
+    if item["type"] == "missing":
+        need = f"; expected {allowed(options()[name])}" if len(path) == 2 else ""
+        return f"{name}: is missing and has no default{need}"
+    if len(path) == 1:
+        return f"{name}: got {got(raw[section])}, expected a section (key: value)"
+    value = got(raw[section].get(path[1]))
+    if item["type"] == "value_error":
+        return f"{name}: got {value}, {item['ctx']['error']}"
+    return f"{name}: got {value}, expected {allowed(options()[name])}"
+
+
+def _unknown_section(word: str, also: Iterable[str] = ()) -> str:
+    """Names what was meant: a section, one of the caller's words, or a knob written without its section."""
+    section, _, knob = word.partition(".")
+    owners: dict[str, list[str]] = {}
+    for name in options():
+        owners.setdefault(name.partition(".")[2], []).append(name)
+    if knob and (near := nearest(section, SECTIONS)):
+        hint = f", did you mean {near}.{knob}?"
+    elif near := nearest(word, [*also, *SECTIONS, *owners]):
+        hint = f", did you mean {near}?"
+        if near in owners and near not in SECTIONS:
+            hint += f" Write it with its section: {', '.join(owners[near])}"
+    else:
+        hint = "; sections are " + ", ".join(SECTIONS)
+    return f"{strict_yaml.shown(word) or got(word)}: unknown key{hint}"
+
+
+def _unknown_knob(section: str, knob: str) -> str:
+    known = SECTIONS[section].model_fields
+    hint = did_you_mean(knob, known) or f"; {section} takes {', '.join(known)}"
+    return f"{section}.{strict_yaml.shown(knob)}: unknown key{hint}"

@@ -1,0 +1,617 @@
+"""The sections of a recipe: every knob of the chain, typed, limited and documented here, once.
+
+Every knob of a stage has a default, so that `distill: {}` is a section; only `data.yaml` must be given.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .knobs import (
+    TEXT,
+    Batch,
+    CalibImages,
+    CalibratorKnob,
+    CloseMosaic,
+    Cosine,
+    Criterion,
+    Epochs,
+    FeatureLoss,
+    Lr0,
+    Model,
+    Mosaic,
+    Optimizer,
+    Percentile,
+    Precision,
+    Pretrained,
+    Runtime,
+    SomeEpochs,
+    SourceLr0,
+    SourceOptimizer,
+    Threads,
+    WarmupEpochs,
+    Weights,
+    device_value,
+    imgsz_value,
+    knob,
+    runtimes_value,
+    several,
+)
+
+
+# Packed by hand: a few lines a knob instead of a dozen.
+# fmt: off
+class Section(BaseModel):
+    """Base of all sections: frozen, strict types, no unknown keys, no NaN or infinity."""
+
+    # defer_build: schemas are made when a recipe is read, not when the package is imported
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+
+class DataConfig(Section):
+    """The images, their labels and the size of the model's input."""
+
+    yaml: Annotated[str, knob(
+        "Data set file (YAML) with the folders of the images and the class names. It is looked up as given, then in "
+        "datasets/, then in the folders of YOLO_COMPRESS_DATA, then among the shipped ones.",
+        when="Give the file of your own data set.",
+        group="Data", pattern=TEXT)]
+    imgsz: Annotated[int | tuple[int, int], BeforeValidator(imgsz_value), knob(
+        "Size of the model's input: a square side, or height,width.",
+        when="Raise it for small objects, lower it for speed. A checkpoint works best at its training size.",
+        group="Data", unit="px", allowed="one side or height,width, multiples of 32 from 32 to 4096")] = 640
+    on_bad: Annotated[Literal["error", "skip"], knob(
+        "At an unreadable image or a wrong label: error stops before any training, skip leaves the image out for "
+        "every model.",
+        when="Set skip when you cannot repair the data set.",
+        group="Data")] = "error"
+    allow_overlap: Annotated[bool, knob(
+        "Accept validation images that are also training images.",
+        when="Set true only if you know why: the mAP is then too high.",
+        group="Data")] = False
+    max_unlabelled: Annotated[float, knob(
+        "Largest fraction of a split's images that may have no label file. They count as background.",
+        when="Raise it when more images than that really show no object.",
+        group="Data", unit="fraction", ge=0, le=1)] = 0.3
+    max_det: Annotated[int, knob(
+        "Detections that NMS keeps in an image, here and on the robot. mAP counts 100 of a class in an image, as COCO does; above "
+        "300 it counts as many.",
+        when="Raise it when an image may hold more objects.",
+        group="Data", unit="detections", ge=1, le=100_000)] = 300
+    limit_train: Annotated[int | None, knob(
+        "Number of training images to use, evenly spaced in the sorted list. null: all.",
+        when="Set it for a quick trial.",
+        group="Data", unit="images", ge=1)] = None
+    limit_val: Annotated[int | None, knob(
+        "Number of validation images to use, evenly spaced in the sorted list. null: all.",
+        when="Set it for a quick trial; the intervals of the mAP then become wider.",
+        group="Data", unit="images", ge=1)] = None
+
+    @property
+    def imgsz_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.imgsz if isinstance(self.imgsz, tuple) else (self.imgsz, self.imgsz)
+
+
+class RunConfig(Section):
+    """The machine, and the seed. Only `seed` changes results, so only it is part of a stage's fingerprint."""
+
+    MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
+
+    device: Annotated[str, BeforeValidator(device_value), knob(
+        "Where torch trains and evaluates: cpu, or the indices of CUDA GPUs.",
+        when="Set 0 for the first GPU, 0,1 to train on two.",
+        group="Machine", allowed="cpu or CUDA indices, as in 0 or 0,1")] = "cpu"
+    workers: Annotated[int, knob(
+        "Processes that load images. 0: the training process loads them itself, which is reproducible.",
+        when="Raise it (4 to 8) when a GPU waits for images.",
+        group="Machine", unit="processes", ge=0, le=256)] = 0
+    seed: Annotated[int, knob(
+        "Seed of all random number generators.",
+        when="Change it to see how much the result varies from run to run.",
+        group="Training", ge=0, le=2**32 - 1)] = 0
+    threads: Annotated[int | None, knob(
+        "CPU threads of torch. null: torch chooses.",
+        when="Lower it when other programs need the processors.",
+        group="Machine", unit="threads", ge=1, le=1024)] = None
+    val_every: Annotated[int, knob(
+        "Epochs between two validations during a training, for the curve in results.csv. 0: the last epoch only. It "
+        "does not change the weights.",
+        when="Lower it for a finer curve; raise it when validation takes too long.",
+        group="Training", unit="epochs", ge=0, le=100_000)] = 10
+
+
+class TrainConfig(Section):
+    """One training. The defaults suit the fine-tuning of a trained model; stages override some."""
+
+    epochs: Epochs = 10
+    batch: Batch = 16
+    optimizer: Optimizer = "AdamW"
+    lr0: Lr0 = 1e-3
+    lrf: Annotated[float, knob(
+        "Learning rate of the last epoch, as a fraction of lr0.",
+        when="Raise it (0.1) when the loss still falls quickly before the rate becomes small.",
+        group="Advanced", unit="fraction", ge=0, le=1)] = 0.01
+    momentum: Annotated[float, knob(
+        "Momentum of SGD, or beta1 of Adam and AdamW.",
+        when="Set 0.937, the value of Ultralytics, with optimizer=SGD.",
+        group="Advanced", unit="fraction", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, knob(
+        "Weight decay. Biases and BatchNorm have none.",
+        when="Raise it when the validation mAP falls while the training loss still falls.",
+        group="Advanced", unit="factor", ge=0, le=1)] = 5e-4
+    warmup_epochs: WarmupEpochs = 1.0
+    cosine: Cosine = True
+    mosaic: Mosaic = 1.0
+    close_mosaic: CloseMosaic = 2
+    scale: Annotated[float, knob(
+        "Random zoom of training images, by a factor from 1-scale to 1+scale.",
+        when="Lower it when objects always have the same size, as above a conveyor belt.",
+        group="Advanced", unit="fraction", ge=0, lt=1)] = 0.5
+    translate: Annotated[float, knob(
+        "Random shift of training images, at most this fraction of their size.",
+        when="Lower it when objects are cut off at the border too often.",
+        group="Advanced", unit="fraction", ge=0, le=1)] = 0.1
+    fliplr: Annotated[float, knob(
+        "Probability that a training image is flipped left to right.",
+        when="Set 0 when left and right differ, as in digits, text and traffic signs.",
+        group="Training", unit="fraction", ge=0, le=1)] = 0.5
+    flipud: Annotated[float, knob(
+        "Probability that a training image is flipped upside down.",
+        when="Set 0.5 when images have no up and down, as under a microscope or from the air.",
+        group="Training", unit="fraction", ge=0, le=1)] = 0.0
+    amp: Annotated[bool, knob(
+        "Mixed precision in training: float16 on CUDA, bfloat16 on a CPU with AMX, where it is faster (not in qat). "
+        "No effect on other CPUs.",
+        when="Set false when the loss becomes NaN.",
+        group="Advanced")] = True
+
+
+class SourceConfig(TrainConfig):
+    """The teacher and the baseline: a finished detector (`weights`), or one trained from a checkpoint of any classes
+    (`pretrained`) or from scratch (`model`). Exactly one of the three is given; training is as Ultralytics' own.
+    """
+
+    weights: Weights = None
+    pretrained: Pretrained = None
+    model: Model = None
+    detection_part: Annotated[bool, knob(
+        "Take the detection part of a segmentation, pose or oriented-box checkpoint. For pretrained only.",
+        when="Set true when there is no checkpoint of a detector to start from.",
+        group="Model")] = False
+    freeze: Annotated[int, knob(
+        "Number of first layers that keep the tensors of the checkpoint: 10 is the backbone, 0 trains all. For "
+        "pretrained only.",
+        when="Set 10 when there are very few images, or to train faster.",
+        group="Model", unit="layers", ge=0, le=21)] = 0
+    epochs: Epochs = 100
+    optimizer: SourceOptimizer = "auto"  # type: ignore[assignment]  # a wider choice than that of fine-tuning
+    lr0: SourceLr0 = "auto"  # type: ignore[assignment]
+    warmup_epochs: WarmupEpochs = 3.0
+    cosine: Cosine = False
+    close_mosaic: CloseMosaic = 10
+
+    ORIGINS: ClassVar[tuple[str, ...]] = ("weights", "pretrained", "model")
+
+    @property
+    def origin(self) -> str:
+        """Which of `ORIGINS` is given."""
+        return next(name for name in self.ORIGINS if getattr(self, name) is not None)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that is read, if one is."""
+        return self.weights or self.pretrained
+
+
+class SparsifyConfig(TrainConfig):
+    """Sparse training: a penalty in the loss makes unimportant channels small, so that they can be pruned."""
+
+    penalty: Annotated[Literal["l1", "polarization", "group_lasso"], knob(
+        "What is made small. l1: all BatchNorm gammas (Network Slimming, arXiv 1708.06519). polarization: the gammas "
+        "below the mean of their channel group, so that the large ones stay large (after Zhuang et al., NeurIPS "
+        "2020). group_lasso: all weights that leave together with a channel, as one norm (DepGraph, arXiv "
+        "2301.12900).",
+        when="Set l1 for long trainings with SGD; in short ones it lowers all gammas alike.",
+        group="Penalty")] = "polarization"
+    l1: Annotated[float, knob(
+        "Weight of the penalty in the loss (lambda). The loss is summed over the images of a batch.",
+        when="Lower it when mAP falls too far; raise it when too few gammas become small.",
+        group="Penalty", unit="factor", gt=0, le=1)] = 0.1
+    lambda_scale: Annotated[Literal["uniform", "macs"], knob(
+        "Lambda of a channel group. uniform: the same for all. macs: in proportion to the multiply-accumulates (MACs) "
+        "of one of its channels, 1 on average.",
+        when="Set macs when compute matters more than the number of parameters.",
+        group="Advanced")] = "uniform"
+    gamma_lr_scale: Annotated[float, knob(
+        "Learning rate of the gammas, as a multiple of lr0. A step of Adam is at most the learning rate, so that "
+        "gammas near 1 hardly move in a short training.",
+        when="Set 1 for SGD and for long trainings.",
+        group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
+    ramp_epochs: Annotated[float, knob(
+        "Epochs during which lambda rises from 0.",
+        when="Raise it when the loss jumps in the first epochs.",
+        group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
+    epochs: SomeEpochs = 10
+
+
+class PruneConfig(TrainConfig):
+    """Removal of channels to meet a budget, or zeros among the weights; then fine-tuning (`epochs: 0`: none)."""
+
+    kind: Annotated[Literal["channel", "unstructured", "two_four"], knob(
+        "What is removed. channel: whole channels; layers become narrower, and faster on every runtime. unstructured: "
+        "single weights become 0. two_four: 2 of every 4 weights become 0, which Sparse Tensor Cores skip.",
+        when="Change it only when the robot's runtime gains from zeros among the weights.",
+        group="Criterion")] = "channel"
+    sparsity: Annotated[float, knob(
+        "Fraction of the weights that become 0. For kind=unstructured only.",
+        when="Raise it until mAP falls too far.",
+        group="Advanced", unit="fraction", gt=0, lt=1)] = 0.5
+    criterion: Annotated[Criterion | Annotated[str, Field(pattern=r"\.py:\w+$")], knob(
+        "Importance of a channel group; the least important are removed. obs: output error of the next layers after "
+        "the remaining channels are refitted (Optimal Brain Surgeon). bn_gamma: size of the BatchNorm gammas. l1, l2, "
+        "fpgm, lamp: from the weights. taylor, hessian: change of the loss. activation: how much activations vary. "
+        "random: for comparison. file.py:function: your own.",
+        when="Set bn_gamma after sparsify with penalty l1 or polarization.",
+        group="Criterion", allowed=f"one of {', '.join(get_args(Criterion))}, or file.py:function")] = "obs"
+    scope: Annotated[Literal["global", "local", "isomorphic"], knob(
+        "Which channels are ranked together. local: those of one group. global: those of all groups. isomorphic: "
+        "those of groups with the same structure (arXiv 2407.04616).",
+        when="Try global or isomorphic when you want some layers to lose more channels than others.",
+        group="Advanced")] = "local"
+    keep_flops: Annotated[float | None, knob(
+        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. 0.5 where no budget is "
+        "given.",
+        when="Lower it for more speed, raise it for more mAP.",
+        group="Budget", unit="fraction", gt=0, lt=1)] = None
+    keep_params: Annotated[float | None, knob(
+        "Budget: fraction of the parameters that remains.",
+        when="Set it instead of keep_flops when file size or memory is the limit.",
+        group="Budget", unit="fraction", gt=0, lt=1)] = None
+    latency_ms: Annotated[float | None, knob(
+        "Budget: latency of one inference. The pruned model is built and timed on this machine until it is within 5 "
+        "%.",
+        when="Set it instead of keep_flops when you know the time that an image may take.",
+        group="Budget", unit="ms", gt=0, le=1e5)] = None
+    latency_runtime: Annotated[Runtime, knob(
+        "Runtime on which latency_ms is measured.",
+        when="With latency_ms: set the runtime of the robot.",
+        group="Budget")] = "onnxruntime"
+    latency_precision: Annotated[Literal["fp32", "fp16"], knob(
+        "Precision of the model that is timed for latency_ms.",
+        when="With latency_ms: set fp16 when the robot's runtime computes in FP16.",
+        group="Advanced")] = "fp32"
+    latency_table: Annotated[str | None, knob(
+        "File with layer times from another machine (`yolo-compress probe` writes what to time). latency_ms is then "
+        "met according to this table; nothing is timed here.",
+        when="Set it when the robot is another machine than this one.",
+        group="Budget", pattern=TEXT)] = None
+    sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
+        "Measure how far the loss rises, or mAP falls, when one channel group alone is pruned, and limit what each "
+        "group may lose (max_drop). loss takes about as long as two epochs.",
+        when="Set loss when mAP after pruning is too low.",
+        group="Criterion")] = "off"
+    max_drop: Annotated[float, knob(
+        "With sensitivity: a group may lose channels until the loss rises, or mAP falls, by this fraction.",
+        when="Lower it to protect sensitive layers; raise it when the budget cannot be reached.",
+        group="Criterion", unit="fraction", gt=0, le=10)] = 0.1
+    rounds: Annotated[int, knob(
+        "Number of pruning steps to the budget, each with fine-tuning after it. They share the epochs.",
+        when="Raise it (2 to 4) when much is removed and there are many epochs.",
+        group="Training", unit="rounds", ge=1, le=100)] = 1
+    round_to: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], knob(
+        "Channel counts become multiples of this. AVX-512 and Tensor Cores process 16 channels at once, AVX2 8, "
+        "Tensor Cores in INT8 32.",
+        when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
+        group="Budget", unit="channels")] = 16
+    floor: Annotated[float, knob(
+        "Fraction of its channels that every group keeps at least.",
+        when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
+        group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
+    reconstruct: Annotated[bool, knob(
+        "Before any training, refit the weights of the remaining channels to replace the removed ones (least squares, "
+        "arXiv 1707.06168).",
+        when="Set false only to measure what it gains.",
+        group="Advanced")] = True
+    calib_images: Annotated[int, knob(
+        "Training images that the criterion, reconstruct and the new BatchNorm statistics use.",
+        when="Raise it when scenes vary much; the time of planning grows with it.",
+        group="Advanced", unit="images", ge=1)] = 96
+    teach_from_parent: Annotated[bool, knob(
+        "During fine-tuning, also distil from the model before pruning.",
+        when="Set false when memory runs out, or to measure what it gains.",
+        group="Training")] = True
+    epochs: Epochs = 40
+
+    BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
+    MASKS: ClassVar[dict[str, frozenset[str]]] = {  # kinds that make zeros, and the knobs of this section that they use
+        "unstructured": frozenset({"sparsity", "scope"}),
+        "two_four": frozenset(),
+    }
+
+    @classmethod
+    def idle(cls, kind: str) -> list[str]:
+        """The knobs that have no effect with this `kind`."""
+        if kind == "channel":
+            return ["sparsity"]
+        read = {*TrainConfig.model_fields, "kind", "calib_images", "teach_from_parent", *cls.MASKS[kind]}
+        return [knob for knob in cls.model_fields if knob not in read]
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """The knob that sets the budget, and its value."""
+        given = [(knob, getattr(self, knob)) for knob in self.BUDGETS if getattr(self, knob) is not None]
+        return given[0] if given else ("keep_flops", 0.5)
+
+
+class DistillConfig(TrainConfig):
+    """Distillation from the teacher, or from the baseline where the recipe has no teacher."""
+
+    teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
+        "frozen: the model of the section teacher, unchanged. mutual: it is trained too, from the labels and the "
+        "student (arXiv 1706.00384). self: the student's own deep layers teach its shallow ones.",
+        when="Try mutual or self when there is no larger teacher.",
+        group="Teacher")] = "frozen"
+    images: Annotated[str | None, knob(
+        "Folder of images without labels, used in place of the data set's training images. The student then learns "
+        "from the teacher's outputs alone.",
+        when="Set it when you have many images without labels.",
+        group="Teacher", pattern=TEXT)] = None
+    data_free: Annotated[int | None, knob(
+        "Number of images to make from the teacher's BatchNorm statistics (arXiv 1912.08795). They are used in place "
+        "of the training images.",
+        when="Set it (64) when there are no training images.",
+        group="Advanced", unit="images", ge=1, le=100_000)] = None
+    data_free_steps: Annotated[int, knob(
+        "With data_free: optimizer steps to make an image.",
+        when="Raise it when the images made look like noise.",
+        group="Advanced", unit="steps", ge=1, le=100_000)] = 300
+
+    temperature: Annotated[float, knob(
+        "Divides the class logits of teacher and student before they are compared (arXiv 1503.02531). 2 lifts a logit "
+        "of -6 from a score of 0.002 to 0.05; with more, background outweighs the objects.",
+        when="Set 1 when the teacher is the baseline itself.",
+        group="Loss", unit="factor", ge=1, le=100)] = 2.0
+    alpha: Annotated[float, knob(
+        "Share of the teacher's soft labels in the class loss; 1-alpha is the share of the labels of the data set.",
+        when="Lower it when the teacher is often wrong.",
+        group="Advanced", unit="fraction", ge=0, le=1)] = 0.5
+    logit_weight: Annotated[float, knob(
+        "Weight of the soft-label loss. 0: none.",
+        when="Raise it when the teacher is much better than the student.",
+        group="Loss", unit="factor", ge=0, le=1000)] = 1.0
+    feature_weight: Annotated[float, knob(
+        "Weight of the feature loss. 0: none. weighted_l2 at 6, as in Ultralytics' `dis`, outweighs the labels of a "
+        "pruned student.",
+        when="Set it anew with feature_loss: about 0.2 for pkd, 80 for relation.",
+        group="Loss", unit="factor", ge=0, le=1000)] = 0.3
+    box_weight: Annotated[float, knob(
+        "Weight of the loss over the distributions of box sides (arXiv 2102.12252). 0: none.",
+        when="Raise it (3) when boxes are found but do not fit well.",
+        group="Loss", unit="factor", ge=0, le=1000)] = 1.0
+    iou_weight: Annotated[float, knob(
+        "Weight of 1 - IoU between the decoded boxes of student and teacher. 0: none. PP-YOLOE uses 2.5, with 1.0 for "
+        "classes and 0.5 for distributions.",
+        when="Set it when boxes are found but do not fit well, and box_weight does not help.",
+        group="Advanced", unit="factor", ge=0, le=1000)] = 0.0
+    feature_loss: Annotated[FeatureLoss, knob(
+        "Loss between feature maps of student and teacher, weighted by feature_weight. weighted_l2: as in "
+        "Ultralytics. fitnet: L2 (arXiv 1412.6550). cwd: 2011.13256. pkd: 2207.02039. mgd: 2205.01529. attention: "
+        "1612.03928. relation: Gram matrix over a batch, 1907.09682.",
+        when="Try another one when weighted_l2 gains nothing, and set feature_weight with it.",
+        group="Loss")] = "weighted_l2"
+    layers: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None, BeforeValidator(several), knob(
+        "Layers that feature_loss compares. null: the feature maps that enter Detect; for teacher=self, the maps of "
+        "the backbone with those.",
+        when="Set it to compare other layers, or when the teacher's layers have other names.",
+        group="Advanced",
+        allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
+    )] = None
+    ramp_epochs: Annotated[float, knob(
+        "Epochs during which the weights of all distillation losses rise from 0.",
+        when="Raise it when the loss jumps in the first epochs.",
+        group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
+    off_without_mosaic: Annotated[bool, knob(
+        "Train the last close_mosaic epochs on the labels alone, without the teacher.",
+        when="Try it when the teacher is hardly better than the student.",
+        group="Advanced")] = False
+    epochs: SomeEpochs = 20
+
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("logit_weight", "feature_weight", "box_weight", "iou_weight")
+
+    @classmethod
+    def idle(cls, teacher: str) -> list[str]:
+        """The knobs that have no effect with this `teacher`."""
+        head = ["temperature", "alpha", "logit_weight", "box_weight", "iou_weight"]
+        unlabelled = ["images", "data_free"]
+        return {"mutual": unlabelled, "self": [*head, *unlabelled]}.get(teacher, [])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images come with labels."""
+        return self.images is None and self.data_free is None
+
+
+class QatConfig(TrainConfig):
+    """Calibration, then quantisation-aware training (`epochs: 0`: calibration only, PTQ)."""
+
+    calib_images: CalibImages = 128
+    calibrator: CalibratorKnob = "mse"
+    percentile: Percentile = 99.99
+    weight_bits: Annotated[Literal[7, 8], knob(
+        "Bits of the INT8 weights, in training and in every file. 8-bit weights saturate on CPUs without VNNI.",
+        when="Set 8 when the robot runs TensorRT, or every CPU it may run on has VNNI.",
+        group="Precision", unit="bits")] = 7
+    sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
+        "Measure the model on the calibration images with each group of tensors in float alone. Then keep the "
+        "cheapest set of groups in float for which the loss or mAP stays within max_drop.",
+        when="Set loss when INT8 loses too much mAP.",
+        group="Precision")] = "off"
+    max_drop: Annotated[float, knob(
+        "With sensitivity: fraction of the float model's value by which the loss may rise, or mAP fall, before "
+        "training.",
+        when="Lower it for more mAP, raise it for more layers in INT8.",
+        group="Precision", unit="fraction", gt=0, le=10)] = 0.01
+    sensitivity_price: Annotated[Literal["gflops", "onnxruntime", "openvino"], knob(
+        "With sensitivity: cost of a group in float. gflops: compute of its convolutions, the same on every machine. "
+        "onnxruntime, openvino: milliseconds that its convolutions lose against INT8, measured on this machine.",
+        when="Set the robot's runtime when the robot's CPU is like this one.",
+        group="Advanced")] = "gflops"
+    float_groups: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None, BeforeValidator(several), knob(
+        "Groups of tensors that stay in float, by their names in placement.csv.",
+        when="Set it when you know which layers lose mAP in INT8.",
+        group="Advanced", allowed="null or a list of names, as in model.2.cv1,model.4.cv2")] = None
+    learned_scales: Annotated[bool, knob(
+        "Train the scales together with the weights (LSQ, arXiv 1902.08153).",
+        when="Try it when INT8 loses mAP after a training with fixed scales.",
+        group="Advanced")] = False
+    teach_from_parent: Annotated[bool, knob(
+        "During training, also distil from the float model.",
+        when="Set false when memory runs out, or to measure what it gains.",
+        group="Training")] = True
+    epochs: Epochs = 3
+    lr0: Lr0 = 1e-4
+    warmup_epochs: WarmupEpochs = 0.0
+    mosaic: Mosaic = 0.0
+    close_mosaic: CloseMosaic = 0
+
+
+class ExportConfig(Section):
+    """ONNX and TorchScript files.
+
+    The calibration here is for the INT8 files of the baseline, which is not trained for INT8. That of the compressed model
+    is in the section qat.
+    """
+
+    precisions: Annotated[tuple[Precision, ...], BeforeValidator(several), knob(
+        "Precisions of the ONNX files.",
+        when="Leave out what no robot of yours uses.",
+        group="Files")] = ("fp32", "fp16", "int8")
+    opset: Annotated[int, knob(
+        "ONNX opset. Per-channel Q/DQ needs 13.",
+        when="Set what the robot's runtime reads; `yolo-compress lint FILE target=...` checks it.",
+        group="Advanced", ge=13, le=20)] = 17
+    batch: Annotated[int, knob(
+        "Images in one inference.",
+        when="Raise it when several cameras share one inference.",
+        group="Files", unit="images", ge=1, le=4096)] = 1
+    dynamic_batch: Annotated[bool, knob(
+        "Leave the number of images in one inference open.",
+        when="Set true when the number changes from inference to inference.",
+        group="Files")] = False
+    simplify: Annotated[bool, knob(
+        "Simplify the ONNX graph with onnxsim, then compare its outputs with torch again.",
+        when="Set false when onnxsim fails.",
+        group="Advanced")] = True
+    torchscript: Annotated[bool, knob(
+        "Also write TorchScript. With int8 among the precisions also int8.torchscript, for torch on a CPU.",
+        when="Set false when nothing of yours loads TorchScript.",
+        group="Files")] = True
+    nms: Annotated[bool, knob(
+        "Write each ONNX file a second time, as NAME-nms.onnx, with non-maximum suppression (NMS) in the graph: boxes "
+        "with a score of at least 0.25, IoU 0.7, at most 300 boxes.",
+        when="Set true when your program has no NMS of its own.",
+        group="Files")] = False
+    calibration_cache: Annotated[bool, knob(
+        "Also write int8-implicit.onnx and int8-implicit.cache, the same scales without Q/DQ, for TensorRT 8 and 10 "
+        "and for the DLA. Never run on a device.",
+        when="Set true for the DLA of a Jetson Orin or Xavier.",
+        group="Advanced")] = False
+    calib_images: CalibImages = 128
+    calibrator: CalibratorKnob = "mse"
+    percentile: Percentile = 99.99
+
+
+class EngineConfig(Section):
+    """Engines built from the ONNX files, one for each runtime and precision."""
+
+    runtimes: Annotated[Literal["auto"] | tuple[Runtime, ...], BeforeValidator(runtimes_value), knob(
+        "Runtimes to build engines for. auto: every runtime that can be imported here.",
+        when="Name one to save time.",
+        group="Engine")] = "auto"
+    workspace_mib: Annotated[int, knob(
+        "Memory that TensorRT may use while it builds an engine.",
+        when="Lower it when a build runs out of memory.",
+        group="Engine", unit="MiB", ge=16, le=1 << 20)] = 2048
+
+
+class BenchConfig(Section):
+    """Accuracy, latency and size of every engine."""
+
+    warmup: Annotated[int, knob(
+        "Inferences of each engine, in each round, before timing starts.",
+        when="Raise it when the clock of the processor needs longer to rise.",
+        group="Measurement", unit="inferences", ge=0, le=1_000_000)] = 50
+    iterations: Annotated[int, knob(
+        "Timed inferences of each engine, over all rounds. p99 needs 662.",
+        when="Lower it for a quick look, raise it for a p99 that varies less.",
+        group="Measurement", unit="inferences", ge=1, le=10_000_000)] = 700
+    rounds: Annotated[int, knob(
+        "Rounds in which the engines are timed in turn. They share the iterations.",
+        when="Raise it when the speed of the machine changes over minutes.",
+        group="Measurement", unit="rounds", ge=1, le=1000)] = 3
+    threads: Threads = None
+
+
+class ReportConfig(Section):
+    """The report and its gate.
+
+    The gate judges the compressed engine with the lowest mAP50-95, of those in INT8 if there are any.
+    """
+
+    min_retention: Annotated[float, knob(
+        "Gate: mAP50-95 of the compressed engine divided by that of the baseline in FP32. Below this, the exit code "
+        "is 1.",
+        when="Set how much mAP your use can lose: 0.98 allows 2 % of the baseline's.",
+        group="Gate", unit="fraction", ge=0, le=1)] = 0.98
+    max_latency_ms: Annotated[float | None, knob(
+        "Gate: largest p50 latency of one inference of the engine that the gate judges. null: no limit.",
+        when="Set it when you know the time that an image may take.",
+        group="Gate", unit="ms", gt=0, le=1e6)] = None
+    max_size_mib: Annotated[float | None, knob(
+        "Gate: largest file size of the engine that the gate judges. null: no limit.",
+        when="Set it when the robot's storage is small.",
+        group="Gate", unit="MiB", gt=0, le=1e6)] = None
+    ab_margin: Annotated[float, knob(
+        "A/B comparison: fraction of the baseline's mAP50-95 that may be lost for the verdict pass.",
+        when="Raise it when the validation images are too few for a verdict.",
+        group="Comparison", unit="fraction", ge=0, le=1)] = 0.01
+    ab_replicates: Annotated[int, knob(
+        "A/B comparison: bootstrap resamples of the images for every interval. 0: no A/B comparison.",
+        when="Lower it when the report takes too long.",
+        group="Comparison", unit="resamples", ge=0, le=100_000)] = 1000
+    conf: Annotated[float, knob(
+        "A/B comparison: score that a detection must exceed to count.",
+        when="Set the threshold that your program uses.",
+        group="Comparison", unit="fraction", ge=0, le=1)] = 0.25
+    images: Annotated[int, knob(
+        "Validation images in the report of each kind: largest losses, new false positives, random.",
+        when="Set 0 for a small file.",
+        group="Comparison", unit="images", ge=0, le=1000)] = 12
+
+
+class Sections(Section):
+    """All sections of a recipe, each checked by itself.
+
+    Attributes:
+        name: Name of the file; `weights/<name>/<stage>` lead to its artefacts.
+        data, run, teacher, ...: One section each. A stage whose section is None is left out.
+    """
+
+    name: str
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    teacher: SourceConfig | None = None
+    baseline: SourceConfig
+    sparsify: SparsifyConfig | None = None
+    prune: PruneConfig | None = None
+    distill: DistillConfig | None = None
+    qat: QatConfig | None = None
+    export: ExportConfig | None = None
+    engine: EngineConfig | None = None
+    bench: BenchConfig | None = None
+    report: ReportConfig | None = None

@@ -1,0 +1,178 @@
+"""The report as text, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from yolo_compress.report import numbers as n
+from yolo_compress.report.charts.quantised import quantisation_table, summary
+from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
+from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table, place
+from yolo_compress.report.tables.chain import chain_table, pruning_table
+from yolo_compress.report.tables.grid import Table
+
+Document = Mapping[str, Any]
+
+
+def missing_lines(document: Document) -> list[str]:
+    """What was asked for and not measured, with what would mend it."""
+    return [
+        f"{place(entry)} {', '.join(name.upper() for name in entry['precisions'])} "
+        f"({', '.join(entry['models'])}): {entry['reason']}"
+        for entry in document["missing"]
+    ]
+
+
+def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
+    """(passed, what) of what the deciding row had to keep to beside its mAP; MLPerf's tiers ask for nothing: None."""
+    gate = document["gate"]
+    lines: list[tuple[bool | None, str]] = []
+    for check in gate["checks"]:
+        if check["reason"]:
+            met = check["reason"]
+        elif check["name"] == "signature":
+            met = "takes and gives what the original does: classes, input and output"
+        else:
+            met = f"{check['name']} {n.three(check['value'])}, at most {n.three(check['limit'])} asked"
+        lines.append((check["passed"], met))
+    if gate["tiers"]:
+        tiers = [f"{name} % {'reached' if passed else 'not reached'}" for name, passed in gate["tiers"].items()]
+        lines.append((None, f"MLPerf's tiers of the mAP in FP32: {', '.join(tiers)}"))
+    return lines
+
+
+def untested_lines(document: Document) -> list[str]:
+    """What the reader should not assume."""
+    lines = list(document["not_tested"])
+    if document["not_recorded"]:
+        lines.append(f"Not recorded by this run: {', '.join(document['not_recorded'])}.")
+    return lines
+
+
+def render_text(document: Document, width: int = 100) -> str:
+    """The verdicts and the tables for a terminal of `width` columns; columns that do not fit are named below."""
+    parts = [document["verdict"]["line"]]
+    if document["ab"]:
+        parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
+    tables = (chain_table(document), bench_table(document), files_table(document), devices_table(document))
+    parts += [_text_table(table, width) for table in tables if table.lines]
+    missing = missing_lines(document)
+    if missing:
+        parts.append("\n".join(["Missing", *(f"  {line}" for line in missing)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _text_table(table: Table, width: int) -> str:
+    keep = list(range(len(table.columns)))
+    sizes = [
+        max(len(column.title), *(len(line.cells[i]) for line in table.lines)) for i, column in enumerate(table.columns)
+    ]
+    while sum(sizes[i] + 2 for i in keep) - 2 > width:
+        rank, last = max((table.columns[i].rank, i) for i in keep)
+        if rank == 0:
+            break
+        keep.remove(last)
+    rows = [[column.title for column in table.columns], *(list(line.cells) for line in table.lines)]
+    texts = [
+        "  ".join(row[i].rjust(sizes[i]) if table.columns[i].right else row[i].ljust(sizes[i]) for i in keep).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(len(text) for text in texts)
+    hidden = [column.title for i, column in enumerate(table.columns) if i not in keep]
+    note = [f"(not shown at this width: {', '.join(hidden)})"] if hidden else []
+    return "\n".join([table.title, texts[0], rule, *texts[1:], *note])
+
+
+def render_markdown(document: Document) -> str:
+    """report.md: what the terminal shows, whole, with notes, findings and provenance."""
+    verdict, gate = document["verdict"], document["gate"]
+    parts = [f"# {_escape(document['recipe'])}", f"**{_escape(verdict['line'])}**"]
+    bound = n.percent(gate["min_retention"])
+    parts.append(
+        f"Gate: every judged row keeps at least {bound} of the original's mAP50-95 "
+        f"(`report.min_retention`): {'passed' if gate['passed'] else 'failed'}."
+    )
+    if also := gate_lines(document):
+        words = {True: "passed: ", False: "failed: ", None: ""}
+        parts.append("\n".join(f"- {words[passed]}{_escape(what)}" for passed, what in also))
+    for table in (chain_table(document), bench_table(document), files_table(document), devices_table(document)):
+        parts += _section(table)
+    parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]
+    ab = document["ab"]
+    if ab:
+        figures = _section(figures_table(ab))
+        parts += [figures[0], f"**{_escape(ab['verdict']['line'])}**", *figures[1:]]
+        parts += _section(parts_table("By size", ab["by_size"])) + _section(parts_table("By class", ab["by_class"]))
+    parts += _section(errors_table(document["errors"])) + _section(pruning_table(document))
+    parts += _section(quantisation_table(document["quantisation"]))
+    if document["placement"]:
+        parts += ["## Precision", "\n".join(f"- {_escape(line)}" for line in summary(document["placement"]))]
+    data = document["data"]
+    for title, lines in (
+        ("Missing", missing_lines(document)),
+        ("Not tested", untested_lines(document)),
+        ("Data: skipped", data["skipped"]),
+        ("Data: notes", data["notes"]),
+    ):
+        if lines:
+            parts += [f"## {title}", "\n".join(f"- {_escape(str(line))}" for line in lines)]
+    facts = provenance(document)
+    if facts:
+        parts += ["## How to reproduce", "\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in facts)]
+    if document["reproduce"]["recipe_yaml"]:
+        yaml = document["reproduce"]["recipe_yaml"].rstrip("\n")
+        fence = "`" * max(3, 1 + max((len(run) for run in _backtick_runs(yaml)), default=0))
+        parts.append(f"{fence}yaml\n{yaml}\n{fence}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(table: Table) -> list[str]:
+    return [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)] if table.lines else []
+
+
+def provenance(document: Document) -> list[tuple[str, str]]:
+    """Everything that a repetition needs, flat: command, data, image set, environment, fingerprints."""
+    data = document["data"]
+    facts: list[tuple[str, Any]] = [
+        ("command", document["reproduce"]["command"]),
+        ("data", data["yaml"]),
+        ("validation images", data["val_images"]),
+        ("training images", data["train_images"]),
+        ("image set", data["image_set"]),
+        ("data digest", data["digest"]),
+    ]
+    facts += _flat(document["environment"])
+    counts = sorted({int(count) for row in document["rows"] if (count := n.finite(row.get("latency_n")))})
+    if counts:
+        facts.append(("latency runs (n)", ", ".join(map(str, counts))))
+    facts += [(f"fingerprint of {stage['stage']}", stage.get("fingerprint")) for stage in document["chain"]]
+    return [(key, str(value)) for key, value in facts if value not in (None, "")]
+
+
+def _flat(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
+    return [(key, n.said(key, value)) for key, value in mapping.items()]
+
+
+def _markdown_table(table: Table) -> str:
+    rows = [
+        [column.title for column in table.columns],
+        ["---:" if column.right else "---" for column in table.columns],
+        *([_escape(cell) for cell in line.cells] for line in table.lines),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _escape(text: str) -> str:
+    """Names are shown as text: no HTML, no link, no emphasis, no table cell, no line of its own."""
+    flat = re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):
+        flat = flat.replace(char, entity)
+    return flat
+
+
+def _backtick_runs(text: str) -> Sequence[str]:
+    return ["".join(run) for char, run in groupby(text) if char == "`"]

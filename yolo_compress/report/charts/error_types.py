@@ -1,0 +1,63 @@
+"""TIDE's error types of both models, beside each other, as bars with their counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
+from yolo_compress.report.numbers import percent, whole
+
+FONT_PX = 11
+
+
+def error_costs(errors: Mapping[str, Any] | None) -> dict[str, str]:
+    """What each type costs in AP50, a pair of bars a type, and how many errors of it one sees at the score shown."""
+    if not errors:
+        return {}
+    return {name: _bars(errors, name) for name in ("wide", "narrow")}
+
+
+def rows(errors: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`name`, and `cost` and `count` (at the score shown) of both models."""
+    parts = zip(*(errors[key]["types"] for key in ("a", "b", "shown_a", "shown_b")), strict=True)
+    return [
+        {"name": a["name"], "cost": (a["cost"], b["cost"]), "count": (shown_a["count"], shown_b["count"])}
+        for a, b, shown_a, shown_b in parts
+    ]
+
+
+def _bars(errors: Mapping[str, Any], variant: str) -> str:
+    wide = variant == "wide"
+    lines = rows(errors)
+    longest = max(max(line["cost"]) for line in lines) or 0.01
+    with style(f"errors-{variant}"):
+        figure = blank(WIDE_PX if wide else NARROW_PX, 40 * len(lines) + 16)
+        axes = figure.add_subplot()
+        for place, line in enumerate(lines):
+            for number, colour in enumerate(("before", "after")):
+                y, cost = place + (number - 0.5) * 0.38, line["cost"][number]
+                axes.barh(
+                    y,
+                    cost,
+                    0.34,
+                    color=COLOURS[colour] if number else "none",
+                    edgecolor=COLOURS[colour],
+                    linewidth=1,
+                )
+                axes.annotate(
+                    f"{percent(cost)}, {whole(line['count'][number])}",
+                    (cost, y),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=FONT_PX,
+                    color=COLOURS["ink"],
+                )
+        axes.set_yticks(range(len(lines)), [line["name"] for line in lines], fontsize=FONT_PX + 1)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xlim(0, longest * (1.15 if wide else 1.5))
+        return to_svg(figure, "What each type of error costs in AP50, original and compressed model")

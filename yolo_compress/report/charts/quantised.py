@@ -1,0 +1,140 @@
+"""Which tensors are INT8 and which are not, and what each group of them gives back when it alone is left in float."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress.report.charts.by_layer import FONT_PX, in_order, pictures, text_px
+from yolo_compress.report.charts.plots import block_of
+from yolo_compress.report.charts.svg import COLOURS
+from yolo_compress.report.numbers import fixed, runtime, signed, three, whole
+from yolo_compress.report.tables.grid import Column, Line, Table
+
+Placement = Sequence[Mapping[str, str]]
+
+COST_DIGITS = 3
+
+
+def price(quantisation: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+    """The unit of the price that `qat.sensitivity_price` set, and what each group costs in float."""
+    gflops = quantisation["price"] == "gflops"
+    return ("GFLOPs", quantisation["compute_gflops"]) if gflops else ("ms", quantisation["price_ms"])
+
+
+def gives_back(quantisation: Mapping[str, Any] | None) -> dict[str, str]:
+    """A bar a group of tensors: the rise of mAP, or the fall of the loss, with that group alone in float; at the edge its price."""
+    if not quantisation:
+        return {}
+    gains = quantisation["gives_back"]
+    reach = max([abs(gain) for gain in gains.values()]) or 1.0
+    digits = 4 if reach < 0.1 else 3
+    unit, costs = price(quantisation)
+    rows = {group: (gain, fixed(costs[group], COST_DIGITS)) for group, gain in gains.items()}
+
+    def paint(axes: Any, part: Sequence[tuple[float, str]], width_px: float) -> None:
+        label_px = text_px(signed(-reach, digits)) + 8
+        cost_px = max(text_px(text) for text in (unit, *(cost for _, cost in rows.values())))
+        low = min(0.0, *gains.values())
+        span = (max(0.0, *gains.values()) - low) / max(0.2, 1 - (2 * label_px + cost_px) / width_px)
+        for place, (gain, cost) in enumerate(part):
+            axes.barh(place, gain, 0.72, color=COLOURS["bad" if gain > 0 else "before"], linewidth=0)
+            axes.annotate(
+                signed(gain, digits),
+                (max(gain, 0.0), place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=FONT_PX,
+                color=COLOURS["ink"],
+            )
+            right(axes, place, cost)
+        right(axes, -1, unit)
+        axes.axvline(0, color=COLOURS["muted"], linewidth=0.8)
+        axes.set_xlim(low, low + span)
+
+    def right(axes: Any, place: int, text: str) -> None:
+        at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+        axes.text(1, place, text, **at, fontsize=FONT_PX, color=COLOURS["muted"])
+
+    description = "What each group of tensors gives back when it alone is left in float, and what that costs"
+    return pictures("quantisation", description, rows, paint, loud=set(quantisation["left"]), head=True)
+
+
+def precisions(placement: Placement) -> dict[str, str]:
+    """A row a block, a cell a tensor in the order of the network: filled for INT8, outlined for float."""
+    blocks: dict[str, list[str]] = {}
+    for row in placement:
+        blocks.setdefault(block_of(row["tensor"]), []).append(row["precision"])
+    most = max((len(block) for block in blocks.values()), default=1)
+
+    def paint(axes: Any, part: Sequence[Sequence[str]], width_px: float) -> None:
+        for place, cells in enumerate(part):
+            for column, precision in enumerate(cells):
+                int8 = precision == "int8"
+                face, edge = (COLOURS["after"], COLOURS["after"]) if int8 else ("none", COLOURS["before"])
+                axes.barh(place, 0.8, 0.62, left=column, facecolor=face, edgecolor=edge, linewidth=1)
+        axes.set_xlim(0, max(most, width_px / 18))
+        axes.spines["left"].set_visible(False)
+
+    return pictures("placement", "Precision of every tensor between two layers, by block", blocks, paint)
+
+
+def quantisation_table(quantisation: Mapping[str, Any] | None) -> Table:
+    """The groups that stay in float, and those that give back most."""
+    if not quantisation:
+        return Table("INT8 sensitivity", (), ())
+    gains, left = quantisation["gives_back"], quantisation["left"]
+    unit, costs = price(quantisation)
+    columns = (
+        Column("Group of tensors", right=False),
+        Column("Gives back"),
+        Column(f"Price, {unit}"),
+        Column("Stays", right=False),
+    )
+    ranked = sorted(gains, key=lambda group: (group not in left, -gains[group]))[: max(5, len(left))]
+    lines = [
+        Line(
+            (
+                group,
+                signed(gains[group], 4),
+                fixed(costs[group], COST_DIGITS),
+                "float" if group in left else "INT8",
+            )
+        )
+        for group in ranked
+    ]
+    return Table("INT8 sensitivity", columns, tuple(lines), (quantisation_note(quantisation),))
+
+
+def quantisation_note(quantisation: Mapping[str, Any]) -> str:
+    """What was measured, what was decided on it, and by which price."""
+    what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
+    left = quantisation["left"]
+    unit, costs = price(quantisation)
+    lost = f"that its convolutions lose against INT8 on {runtime(quantisation['price'])}"
+    return (
+        f"{what} on {whole(quantisation['images'])} calibration images: {fixed(quantisation['float'], 4)} in float, "
+        f"{fixed(quantisation['int8'], 4)} in INT8, {fixed(quantisation['then'], 4)} with "
+        f"{', '.join(left) if left else 'no group'} left in float; {fixed(quantisation['worst'], 4)} was asked. "
+        f"The price of a group is the {unit} {lost if unit == 'ms' else 'of its convolutions'}; "
+        f"{three(sum(costs[group] for group in left))} in all was paid."
+    )
+
+
+def summary(placement: Placement) -> list[str]:
+    """How many tensors are INT8 and with how many scales, and why the others are not."""
+    int8 = [row for row in placement if row["precision"] == "int8"]
+    if not placement:
+        return []
+    lines = [f"{whole(len(int8))} tensors in INT8 with {whole(len({row['group'] for row in int8}))} scales"]
+    floats: dict[str, list[str]] = {}
+    for row in placement:
+        if row["precision"] != "int8":
+            why = re.sub(r"^read by \S+ alone$", "each read by one convolution in float", row["why"])
+            floats.setdefault(why, []).append(row["tensor"])
+    for why, tensors in floats.items():
+        shown = ", ".join(in_order(tensors)[:6]) + (", ..." if len(tensors) > 6 else "")
+        lines.append(f"{whole(len(tensors))} in float, {why}: {shown}")
+    return lines

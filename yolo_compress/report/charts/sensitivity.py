@@ -1,0 +1,78 @@
+"""What removing channels from one group at a time costs, as a heat map: a row a group, a cell a ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from yolo_compress.report.charts.by_layer import FONT_PX, pictures, text_px
+from yolo_compress.report.charts.svg import COLOURS
+from yolo_compress.report.numbers import finite, percent, signed
+from yolo_compress.report.stage_files import harm
+
+DEEPEST = 0.55  # opacity; the figure in the cell stays readable on it, in the light and in the dark
+
+
+class Cell(NamedTuple):
+    text: str
+    depth: float  # opacity of the warning colour
+
+
+def sensitivity_curves(sensitivity: Mapping[str, Any] | None) -> dict[str, str]:
+    """Change of the loss or mAP against the unpruned net, deeper where it is worse, and the cap where one was set."""
+    if not sensitivity:
+        return {}
+    rows = _rows(sensitivity)
+    heads = [percent(ratio, 0) for ratio in sensitivity["ratios"]]
+    caps = {group: cap for group, cap in sensitivity["caps"].items() if cap is not None}
+    if caps:
+        heads.append("cap")
+        rows = {group: [*row, Cell(percent(caps[group], 0) if group in caps else "", 0)] for group, row in rows.items()}
+    loud = {entry["group"] for entry in sensitivity["most_sensitive"]}
+    description = "Change of the loss or mAP with each share of the channels of each group removed"
+    return pictures("sensitivity", description, rows, partial(_paint, heads), loud=loud, head=True)
+
+
+def _rows(sensitivity: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """The square root of the harm is the depth: one ruinous cell would make all others look harmless."""
+    changes: dict[str, list[float | None]] = {}
+    for group, values in sensitivity["groups"].items():
+        known = map(finite, values)
+        changes[group] = [None if value is None else value - sensitivity["dense"] for value in known]
+    harms = {
+        group: [max(0.0, harm(sensitivity["measure"], change)) for change in row] for group, row in changes.items()
+    }
+    worst = max((value for row in harms.values() for value in row if math.isfinite(value)), default=0.0) or 1.0
+    digits = 3 if worst < 10 else 2
+    return {
+        group: [
+            Cell(signed(change, digits), DEEPEST * math.sqrt(min(value / worst, 1)))
+            for change, value in zip(row, harms[group], strict=True)
+        ]
+        for group, row in changes.items()
+    }
+
+
+def _paint(heads: Sequence[str], axes: Any, rows: Sequence[Sequence[Cell]], width_px: float) -> None:
+    longest = max(text_px(cell.text) for row in rows for cell in row)
+    size = min(FONT_PX, FONT_PX * width_px / len(heads) / (longest + 4))
+    for place, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            axes.barh(place, 0.96, 0.86, left=column + 0.02, color=(COLOURS["bad"], cell.depth), linewidth=0)
+            axes.text(
+                column + 0.5,
+                place,
+                cell.text,
+                fontsize=size,
+                ha="center",
+                va="center_baseline",
+                color=COLOURS["ink"],
+            )
+    axes.set_xlim(0, len(heads))
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_visible(True)
+    axes.xaxis.tick_top()
+    axes.set_xticks([column + 0.5 for column in range(len(heads))], heads, fontsize=FONT_PX)
+    axes.tick_params(axis="x", length=0)

@@ -1,0 +1,153 @@
+"""Every row measured, here and on other machines, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress.report import numbers as n
+from yolo_compress.report.gate import label
+from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
+
+Document = Mapping[str, Any]
+
+HERE = "this machine"
+STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # of a device, what decides its speed
+
+
+def place(row: Mapping[str, Any]) -> str:
+    return n.runtime(row["runtime"]) + (f" ({row['device']})" if row.get("device") else "")
+
+
+MODEL = (
+    Field(Column("Model", right=False), lambda row: str(row["model"])),
+    Field(Column("Precision", right=False), lambda row: str(row["precision"]).upper()),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Kept", "retention", n.percent, rank=1),
+)
+BENCH = (
+    Field(Column("Runtime", right=False), place),
+    *MODEL,
+    field("mAP50", "map50", n.fixed, rank=6),
+    field("p50 ms", "latency_p50_ms", n.three),
+    field("p90 ms", "latency_p90_ms", n.three, rank=5),
+    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("Speed-up", "speed_up", n.times, rank=1),
+    field("MiB", "size_mib", n.three, rank=2),
+    field("Smaller", "size_ratio", n.times, rank=3),
+    field("Ultralytics", "map50_95_ultralytics", n.fixed, rank=8),
+    Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
+)
+FILES = (
+    Field(Column("File", right=False), lambda row: f"{row['model']}/{str(row['file']).rpartition('/')[2]}"),
+    Field(Column("For", right=False), lambda row: n.runtime(row["runtime"])),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Kept", "retention", n.percent, rank=1),
+    field("mAP50", "map50", n.fixed, rank=6),
+    Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
+)
+DEVICES = (
+    Field(Column("Device", right=False), lambda row: str(row.get("device") or HERE)),
+    *MODEL,
+    field("p50 ms", "latency_p50_ms", n.three),
+    field("p90 ms", "latency_p90_ms", n.three, rank=4),
+    field("p99 ms", "latency_p99_ms", n.three, rank=5),
+    field("End to end p50 ms", "end_to_end_p50_ms", n.three, rank=2),
+    field("Frames/s", "fps", n.three, rank=3),
+    field("W", "power_w", n.three, rank=2),
+    field("mJ", "energy_mj_per_frame", n.three, rank=3),
+    field("Memory MiB", "memory_mib", n.whole, rank=4),
+    Field(Column("Runtime", right=False), lambda row: n.runtime(row["runtime"])),
+)
+
+
+def bench_table(document: Document) -> Table:
+    """Every row measured here, original above compressed within a runtime; what is missing once a runtime, with dashes."""
+    marks = _marks(document)
+    lines = [
+        Line(cells(BENCH, row), place(row), marks.get(row["id"], ""))
+        for row in document["rows"]
+        if row["status"] == "ok" and not row.get("device")
+    ]
+    for entry in document["missing"]:
+        if entry["device"]:
+            continue
+        precisions = ", ".join(name.upper() for name in entry["precisions"])
+        model = "both" if len(entry["models"]) > 1 else entry["models"][0]
+        dashes = [n.DASH] * (len(BENCH) - 4)
+        lines.append(Line((place(entry), model, precisions, *dashes, "missing"), place(entry), "missing"))
+    return Table("Bench", columns(BENCH), tuple(lines), _bench_notes(document))
+
+
+def files_table(document: Document) -> Table:
+    """The files that no engine here was built from; empty where there is none."""
+    marks = _marks(document)
+    rows = [row for row in document["rows"] if row["status"] == "untimed"]
+    lines = [Line(cells(FILES, row), mark=marks.get(row["id"], "")) for row in rows]
+    notes = [
+        "Simulated: ONNX Runtime computes the graph node by node, with its optimiser off: the codes and scales that are in the file. "
+        "What fused kernels of an engine round inside of themselves is not in it. No latency, since there is no engine."
+    ]
+    return Table("Files", columns(FILES), tuple(lines), (*notes, *_row_notes(rows)))
+
+
+def devices_table(document: Document) -> Table:
+    """The compressed model here and on every device added; empty where none was."""
+    if not document["devices"]:
+        return Table("Devices", columns(DEVICES), ())
+    marks = _marks(document)
+    rows = [
+        row
+        for row in document["rows"]
+        if row["status"] == "ok" and (row.get("device") or (row["model"] == "compressed" and row["runtime"] != "torch"))
+    ]
+    lines = [Line(cells(DEVICES, row), row.get("device") or HERE, marks.get(row["id"], "")) for row in rows]
+    notes = [
+        "Kept is against the original in FP32 here. mJ is the energy of one frame; a dash is what a device did not measure."
+    ]
+    return Table("Devices", columns(DEVICES), tuple(lines), tuple(notes + _row_notes(rows)))
+
+
+def device_lines(document: Document) -> list[tuple[str, bool, str]]:
+    """(device, whether its golden self-test passed, what it is and ran) of every device added."""
+    lines = []
+    for device in document["devices"]:
+        golden, about = device["golden"] or {}, device["about"]
+        libraries = device["libraries"] or {device["runtime"]: device["library"]}
+        parts = [f"{n.runtime(str(runtime))} {library}" for runtime, library in libraries.items()]
+        parts += [f"{key} {n.said(key, about[key])}" for key in STATE if about.get(key)]
+        parts += [f"power from {device['power_from']}"] if device["power_from"] else []
+        parts.append(f"bundle {device['bundle'].get('name')} version {device['bundle'].get('version')}")
+        if golden:
+            apart = f"boxes within {n.three(golden.get('worst_box_px'))} px, scores within {n.three(golden.get('worst_score'))}"
+            parts.append(f"golden images {'passed' if golden.get('passed') else 'FAILED'}: {apart}")
+        else:
+            parts.append("golden images not run")
+        lines.append((device["name"], bool(golden.get("passed")), " ".join("; ".join(parts).split())))
+    return lines
+
+
+def _marks(document: Document) -> dict[str, str]:
+    gate = document["gate"]
+    marks = {entry["id"]: "passed" if entry["passed"] else "failed" for entry in gate["judged"]}
+    return {**marks, gate["reference"]: "reference"}
+
+
+def _bench_notes(document: Document) -> tuple[str, ...]:
+    notes = [
+        "Kept is mAP50-95 as a share of the original's in FP32 (the reference row); speed-up (p50) and smaller are "
+        "against the original in FP32 on the same runtime. mAP by pycocotools; Ultralytics is mAP50-95 as "
+        "its own validator has it; executed is what the runtime made of the precision asked for."
+    ]
+    if (batch := document["environment"].get("batch", 1)) != 1:
+        notes.append(f"Latency is that of one inference of {batch} images.")
+    measured = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
+    return (*notes, *_row_notes(measured))
+
+
+def _row_notes(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    for note in dict.fromkeys(note for row in measured for note in row["notes"]):
+        names = [f"{row['model']} {label(row)}" for row in measured if note in row["notes"]]
+        notes.append(f"{note} ({'all rows' if len(names) == len(measured) else ', '.join(names)}).")
+    return notes

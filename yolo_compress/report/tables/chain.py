@@ -1,0 +1,118 @@
+"""The chain from the baseline to the engines, and what pruning cut, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yolo_compress.report import numbers as n
+from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
+
+Document = Mapping[str, Any]
+
+CHAIN = (
+    Field(Column("Stage", right=False), lambda line: str(line["name"])),
+    field("mAP50-95", "map50_95", n.fixed),
+    field("Delta", "delta_map50_95", n.signed, rank=1),
+    Field(
+        Column("95 % interval", rank=5),
+        lambda line: n.interval(line.get("map50_95_low"), line.get("map50_95_high"), n.fixed),
+    ),
+    Field(
+        Column("of the delta", rank=4), lambda line: n.interval(line.get("delta_low"), line.get("delta_high"), n.signed)
+    ),
+    field("Parameters", "parameters", n.millions, rank=2),
+    field("GFLOPs", "compute_gflops", n.three, rank=1),
+    field("MiB", "size_mib", n.three, rank=3),
+    field("p50 ms", "latency_p50_ms", n.three, rank=2),
+    field("p90 ms", "latency_p90_ms", n.three, rank=6),
+    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("mAP50", "map50", n.fixed, rank=8),
+    field("Epochs", "epochs", n.whole, rank=8),
+    field("Time", "seconds", n.duration, rank=8),
+)
+PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("Kept"))
+
+
+def chain_table(document: Document) -> Table:
+    """baseline -> sparsify -> prune -> distill -> qat, as far as the recipe goes, then the engines made of it here."""
+    lines = [
+        Line(cells(CHAIN, {**stage, "name": stage["stage"]}), mark="reference" if stage["stage"] == "baseline" else "")
+        for stage in document["chain"]
+    ]
+    engines = [
+        row
+        for row in document["rows"]
+        if row["model"] == "compressed"
+        and row["status"] == "ok"
+        and row["runtime"] != "torch"
+        and not row.get("device")
+    ]
+    base = next((n.finite(stage.get("map50_95")) for stage in document["chain"] if stage["stage"] == "baseline"), None)
+    if lines:
+        lines += [
+            Line(
+                cells(CHAIN, {**_against(row, base), "name": f"{n.runtime(row['runtime'])} {row['precision'].upper()}"})
+            )
+            for row in engines
+        ]
+    notes = [
+        "Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size. Latency is that of PyTorch for a stage."
+    ]
+    if any("map50_95_low" in line for line in (*document["chain"], *engines)):
+        notes.append(
+            "Intervals are 95 %, by bootstrap over the validation images; that of a delta draws the same images for both."
+        )
+    notes += [f"{stage['stage']} saw {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage]
+    return Table("Chain", columns(CHAIN), tuple(lines), tuple(notes))
+
+
+def _against(row: Mapping[str, Any], base: float | None) -> dict[str, Any]:
+    value = n.finite(row["map50_95"])
+    return {**row, "delta_map50_95": None if value is None or base is None else value - base}
+
+
+def pruning_table(document: Document) -> Table:
+    """What pruning cut, and mAP at each step of the recovery; a figure that the stage did not leave has no line."""
+    chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
+    place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
+    if not place:
+        return Table("Pruning", PRUNING, ())
+    before, after = chain[place - 1], chain[place]
+    lines = []
+    if "kept_flops" in after:
+        flops = [n.three(stage.get("compute_gflops")) for stage in (before, after)]
+        lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
+    steps = {
+        "map50_95_after_cut": "after the cut",
+        "map50_95_after_bn": "after re-estimating BatchNorm, before any training",
+    }
+    if after.get("epochs") != 0:
+        steps["map50_95"] = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
+    if "map50_95_after_cut" in after:
+        lines += [_map_line(step, before, after[key]) for key, step in steps.items() if key in after]
+    if "latency_measured_ms" in after:
+        name = (
+            f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three(after['latency_target_ms'])})"
+        )
+        lines.append(Line((name, n.DASH, n.three(after["latency_measured_ms"]), n.DASH)))
+    return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
+
+
+def _map_line(step: str, before: Mapping[str, Any], value: Any) -> Line:
+    own, now = n.finite(before.get("map50_95")), n.finite(value)
+    kept = None if own is None or now is None or own <= 0 else now / own
+    return Line((f"mAP50-95 {step}", n.fixed(own), n.fixed(now), n.percent(kept)))
+
+
+def _pruning_notes(document: Document, before: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [f"Before is the result of {before['stage']}."]
+    found = document["sensitivity"]
+    if found and found["most_sensitive"]:
+        what = "loss" if found["measure"] == "loss" else "mAP50-95"
+        most = ", ".join(
+            f"{entry['group']} ({'not a number' if entry['mean_change'] is None else n.signed(entry['mean_change'])})"
+            for entry in found["most_sensitive"]
+        )
+        notes.append(f"Most sensitive groups, by the mean change of {what} over the ratios: {most}.")
+    return tuple(notes)

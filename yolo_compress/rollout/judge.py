@@ -1,0 +1,390 @@
+"""Grey release: whether a canary B may see more robots, from what it said beside A of the same frames.
+
+A rule compares one quantity with its budget, by a test that may be looked at at any time (`sequential.py`). At each look:
+
+    abort    some rule is surely beyond its budget, or B is dead: A went on without it for as many frames and hours as evidence needs
+    advance  every rule is surely within its budget, on enough frames over enough time, and the later half of them agrees
+    hold     anything else: what is not known yet is no pass
+
+Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one that
+is beyond some budget advances with probability `ALPHA` at most. Each stage, and the time after the last, takes its evidence from frames
+of its own, and a fifth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
+
+Stamps are of the robot's clock, which may not be set yet when it starts. So time is counted from frame to frame, a gap by `PAUSE_S` at
+most, and frames from after now are left out.
+
+These levels are of the rules. Silence is no sample: a dead process, or a log of B that was handed in so much shorter than A's. A canary
+that falls out and comes back is held while it lacks more than `MAX_SILENT` of A's frames.
+
+What it cannot see: night, if it was day; and what both models miss, unless there are labels (`truth`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.rollout.bets import above, below, mean_bounds, quantile_bounds
+from yolo_compress.rollout.shadow_log import (
+    MAX_APART_S,
+    MAX_SKEW_S,
+    Frame,
+    Log,
+    Pairs,
+    matched,
+    pair,
+    partners,
+    unscored,
+)
+from yolo_compress.rollout.state import STAGES, State, step
+
+SCHEMA = 1
+ALPHA = 0.05
+SPACING_S = 1.0  # frames nearer than this show the same scene again and are no evidence of their own
+PAUSE_S = 60.0  # of a longer gap only this much counts: the robot was off, or its clock was set
+MAX_AHEAD_S = 86400.0  # how far a robot's clock may be ahead of this machine's
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What B may be worse by. Means over frames.
+
+    The defaults of the first three kinds of difference lie above what compressed nets of three small sets (BCCD, NEU-DET, digits) came
+    to against their originals: 0.07 to 0.17 in `disagreement`, up to 0.08 in `count` and 0.07 in `score` (benchmarks/disagreement.py).
+
+    Attributes:
+        problems: share of frames where B has a problem and A none, less the reverse.
+        disagreement: share of boxes, A's and B's, without a partner of their class at IoU 0.5.
+        count: boxes B has more or fewer, as share of the larger number.
+        score: points by which scores of partners differ.
+        p50_ratio, p99_ratio: of B's end-to-end milliseconds to A's.
+        recall: share of the labelled boxes that A finds and B does not, less the reverse; where there is truth.
+        frames: least number of pairs, `SPACING_S` apart.
+        hours: least time that they cover; a gap counts as a minute at most.
+    """
+
+    problems: float = 0.01
+    disagreement: float = 0.2
+    count: float = 0.1
+    score: float = 0.1
+    p50_ratio: float = 1.2
+    p99_ratio: float = 1.5
+    recall: float = 0.02
+    frames: int = 500
+    hours: float = 1.0
+
+
+def budgets(text: str | None) -> Budgets:
+    """Reads `disagreement:0.3,p99_ratio:2`; what is not named keeps its default.
+
+    Raises:
+        RecipeError: another name, or a value that cannot be one.
+    """
+    given: dict[str, Any] = {}
+    names = [field.name for field in fields(Budgets)]
+    for part in (text or "").split(",") if text else []:
+        name, _, value = part.strip().partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        inside = (
+            number >= 1 if name.endswith("_ratio") else number >= 0 if name in ("frames", "hours") else 0 < number < 1
+        )
+        if name not in names or name in given or not inside or not math.isfinite(number):
+            raise RecipeError(
+                f"command line: budgets: got {part.strip()!r}, expected NAME:NUMBER, each once, of {', '.join(names)} "
+                "(a ratio from 1, the others between 0 and 1, frames and hours from 0)"
+            )
+        given[name] = int(number) if name == "frames" else number
+    return replace(Budgets(), **given)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A quantity: what it is, its interval (at the level of an abort), and what is sure about its budget."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    budget: float
+    beyond: bool
+    within: bool
+    n: int
+
+
+def judge(
+    log_a: Log,
+    log_b: Log,
+    state: State,
+    allowed: Budgets = Budgets(),
+    truth: Mapping[str, np.ndarray] | None = None,
+    cap: float = 1.0,
+    now: float | None = None,
+) -> tuple[dict[str, Any], State]:
+    """Looks at the evidence of the present stage.
+
+    Args:
+        truth: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+        cap: the largest exposure this call may lead to.
+        now: unix seconds; default this machine's clock.
+
+    Returns:
+        The document (JSON types; NaN and infinity as null), and the state after it.
+
+    Raises:
+        DataError: not one frame in common, the logs were not written beside each other, or all frames of one are from after now.
+        RecipeError: A and B are the same model, or not those of the state.
+    """
+    _check_models(log_a, log_b, state)
+    now = time.time() if now is None else now
+    log_a, ahead_a = _until(log_a, now)
+    log_b, ahead_b = _until(log_b, now)
+    if state.since > now + MAX_AHEAD_S:  # by a frame from after now, which an earlier version took for evidence
+        state = replace(state, since=now)
+    pairs = _paired(log_a, log_b)
+    used = _spaced([match for match in pairs.frames if match[0].at > state.since])
+    rules = _rules(used, allowed, truth)
+    hours = _hours([a for a, _ in used])
+    silent = _silent_share(log_a, pairs.frames, state.since)
+    status, reasons = _verdict(rules, len(used), hours, silent, allowed)
+    dead = _dead(log_a, max(log_b.frames[-1].at - pairs.skew_s, state.since), allowed)
+    if dead:
+        status, reasons = "abort", [*(reasons if status == "abort" else []), dead]
+    after = step(state, status, used[-1][0].at if used else state.since, cap)
+    if status == "advance" and after == state:
+        whole = "B runs on every robot already, and is within its budgets"
+        status, reasons = "hold", [whole if state.status == "done" else f"the next stage is above the cap of {cap:.0%}"]
+    if state.status == "aborted":
+        status, reasons = "abort", ["aborted before; a new release begins with another version and another state file"]
+    if ahead_a or ahead_b:
+        reasons = [
+            *reasons,
+            f"{ahead_a} lines of A and {ahead_b} of B are from after now and left out: set the robot's clock",
+        ]
+    document = {
+        "schema": SCHEMA,
+        "a": dict(zip(("name", "version"), log_a.model, strict=True)),
+        "b": dict(zip(("name", "version"), log_b.model, strict=True)),
+        "verdict": {"status": status, "reasons": reasons},
+        "stage": STAGES[state.stage],
+        "exposure": after.exposure,
+        "release": after.status,
+        "evidence": {
+            "paired": len(pairs.frames),
+            "used": len(used),
+            "hours": round(hours, 3),
+            "silent_b": round(silent, 4),
+            "alone_a": pairs.alone_a,
+            "alone_b": pairs.alone_b,
+            "bad_lines": [log_a.bad, log_b.bad],
+            "ahead": [ahead_a, ahead_b],
+            "duplicates": [log_a.duplicates, log_b.duplicates],
+            "skew_s": round(pairs.skew_s, 3),
+        },
+        "rules": [_rule_json(rule) for rule in rules],
+        "settings": {"alpha": ALPHA, "stages": list(STAGES), "spacing_s": SPACING_S, "cap": cap, **asdict(allowed)},
+    }
+    return document, after
+
+
+def _check_models(log_a: Log, log_b: Log, state: State) -> None:
+    if log_a.model == log_b.model:
+        name, version = log_a.model
+        raise RecipeError(f"{log_a.path} and {log_b.path}: both of {name} version {version}; A and B have to differ")
+    if (log_a.model, log_b.model) != (state.a, state.b):
+        raise RecipeError(
+            f"the logs are of {log_a.model} and {log_b.model}, the release is of {state.a} and {state.b}; "
+            "another release needs another state file"
+        )
+
+
+def _until(log: Log, now: float) -> tuple[Log, int]:
+    """The log without the frames from after now, and how many those are."""
+    frames = tuple(frame for frame in log.frames if frame.at <= now + MAX_AHEAD_S)
+    if not frames:
+        raise DataError(
+            f"{log.path}: every line is from after now ({time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC by this machine's "
+            "clock); set the clock that is wrong, this machine's or the robot's"
+        )
+    return replace(log, frames=frames), len(log.frames) - len(frames)
+
+
+def _hours(frames: Sequence[Frame]) -> float:
+    """Time that the frames cover, in their order; a gap counts as `PAUSE_S` at most."""
+    gaps_s = (min(later.at - frame.at, PAUSE_S) for frame, later in pairwise(frames))
+    return sum(gaps_s) / 3600
+
+
+def _paired(log_a: Log, log_b: Log) -> Pairs:
+    pairs = pair(log_a.frames, log_b.frames)
+    if abs(pairs.skew_s) > MAX_SKEW_S:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: B says the same frame names {round(abs(pairs.skew_s), 2)} s "
+            f"{'later' if pairs.skew_s > 0 else 'earlier'} than A, {MAX_SKEW_S:g} s may be: not beside each other, or frame numbers of "
+            "two processes that started apart; run both on one robot, on frames whose names say what they are (stamps: ros2_node.py)"
+        )
+    if not pairs.frames:
+        raise DataError(
+            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
+            f"both models have to see the same frames beside each other, within {MAX_APART_S:g} s"
+        )
+    return pairs
+
+
+def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:
+    """Those at least `SPACING_S` after the one before; chosen by time alone, so that no outcome has a say."""
+    found: list[tuple[Frame, Frame]] = []
+    for match in pairs:
+        if not found or match[0].at - found[-1][0].at >= SPACING_S:
+            found.append(match)
+    return found
+
+
+def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float) -> float:
+    """Of A's frames, those that B says nothing of: a canary that is dead writes no problem."""
+    after = sum(frame.at > since for frame in log_a.frames)
+    return 1 - sum(one.at > since for one, _ in pairs) / after if after else 0.0
+
+
+def _dead(log_a: Log, last_b: float, allowed: Budgets) -> str | None:
+    """Why B counts as dead: the frames of A after B's last line would be evidence enough of a stage; shorter is a log on its way."""
+    lone = [a for a, _ in _spaced([(frame, frame) for frame in log_a.frames if frame.at > last_b + MAX_APART_S])]
+    hours = _hours(lone)
+    if len(lone) < max(allowed.frames, 1) or hours < allowed.hours:
+        return None
+    return (
+        f"B is silent: {len(lone)} of A's frames over {hours:.2f} hours come after its last line, "
+        f"{allowed.frames} over {allowed.hours:g} are enough"
+    )
+
+
+MAX_SILENT = 0.1  # a log that is still on its way, or a robot that was off; above it the pairs are no fair sample
+
+
+def _verdict(rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets) -> tuple[str, list[str]]:
+    beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
+    if beyond:
+        return "abort", beyond
+    lacks = []
+    if used < allowed.frames:
+        lacks.append(f"{used} frames {SPACING_S:g} s apart, {allowed.frames} needed")
+    if hours < allowed.hours:
+        lacks.append(f"{hours:.2f} hours, {allowed.hours:g} needed")
+    if silent > MAX_SILENT:
+        lacks.append(f"B has no line for {silent:.0%} of A's frames, {MAX_SILENT:.0%} may be")
+    lacks += [f"{rule.name} may be beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if not rule.within]
+    return ("hold", lacks) if lacks else ("advance", ["every rule is surely within its budget"])
+
+
+def _interval(rule: _Rule) -> str:
+    return f"{rule.value:.4g} in {rule.low:.4g} to {rule.high:.4g}, {rule.n} frames"
+
+
+def _rules(
+    used: Sequence[tuple[Frame, Frame]], allowed: Budgets, truth: Mapping[str, np.ndarray] | None
+) -> list[_Rule]:
+    both = [(a, b) for a, b in used if a.problem is None and b.problem is None]
+    paired = [partners(a, b) for a, b in both]
+    signed: dict[str, list[float]] = {
+        "problems": [float(b.problem is not None) - float(a.problem is not None) for a, b in used],
+        "count": [count_shift(a, b) for a, b in both],
+        "score": [score_shift(a, b, p) for (a, b), p in zip(both, paired, strict=True) if p],
+    }
+    one_sided = {"problems"}
+    if truth is not None:
+        labelled = [(a, b, truth[a.name]) for a, b in both if len(truth.get(a.name, ()))]
+        signed["recall"] = [_recall(boxes, a) - _recall(boxes, b) for a, b, boxes in labelled]
+        one_sided.add("recall")
+    share = [disagreement(a, b, p) for (a, b), p in zip(both, paired, strict=True)]
+    tests = 1 + 2 + sum(1 if name in one_sided else 2 for name in signed)
+    within = ALPHA / (len(STAGES) + 1)
+    beyond = within / tests
+    rules = [_of_mean("disagreement", np.array(share), (0.0, 1.0), allowed.disagreement, within, beyond, True)]
+    for name, values in signed.items():
+        budget = getattr(allowed, name)
+        rules.append(_of_mean(name, np.array(values), (-1.0, 1.0), budget, within, beyond, name in one_sided))
+    ms_a, ms_b = (np.array([match[side].ms for match in both]) for side in (0, 1))
+    for name, at in (("p50_ratio", 0.5), ("p99_ratio", 0.99)):
+        rules.append(_of_quantiles(name, ms_a, ms_b, at, getattr(allowed, name), within, beyond))
+    return rules
+
+
+def disagreement(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
+    """Share of the boxes of both that have no partner."""
+    boxes = len(a.boxes_N6) + len(b.boxes_N6)
+    return 1 - 2 * len(pairs) / boxes if boxes else 0.0
+
+
+def count_shift(a: Frame, b: Frame) -> float:
+    """Boxes that B has more (or, below 0, fewer), as share of the larger number."""
+    most = max(len(a.boxes_N6), len(b.boxes_N6))
+    return (len(b.boxes_N6) - len(a.boxes_N6)) / most if most else 0.0
+
+
+def score_shift(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
+    """Mean difference of the scores of partners, of which there is one at least."""
+    return float(np.mean([b.boxes_N6[j, 4] - a.boxes_N6[i, 4] for i, j in pairs]))
+
+
+def _recall(truth_N5: np.ndarray, frame: Frame) -> float:
+    return len(matched(truth_N5, unscored(frame))) / len(truth_N5)
+
+
+def _of_mean(
+    name: str,
+    values_T: np.ndarray,
+    span: tuple[float, float],
+    budget: float,
+    within: float,
+    beyond: float,
+    one_sided: bool,
+) -> _Rule:
+    """A mean that may be at most the budget; or from minus the budget to it."""
+    low, width = span[0], span[1] - span[0]
+    unit_T = (values_T - low) / width
+    upper, lower = (budget - low) / width, (-budget - low) / width
+    bad = above(unit_T, upper, beyond)
+    good = below(unit_T, upper, within)
+    if not one_sided:
+        bad = bad or above(1 - unit_T, 1 - lower, beyond)
+        good = good and below(1 - unit_T, 1 - lower, within)
+    least, most = mean_bounds(unit_T, beyond)
+    value = float(values_T.mean()) if len(values_T) else math.nan
+    lately = values_T[len(values_T) // 2 :]
+    good = good and all(mean <= budget and (one_sided or mean >= -budget) for mean in (value, float(lately.mean())))
+    return _Rule(name, value, low + width * least, low + width * most, budget, bad, good, len(values_T))
+
+
+def _of_quantiles(
+    name: str, ms_a: np.ndarray, ms_b: np.ndarray, share: float, budget: float, within: float, beyond: float
+) -> _Rule:
+    """The ratio of B's quantile to A's; each side's bound takes half of the level."""
+
+    def ratio(level: float) -> tuple[float, float]:
+        (low_a, high_a), (low_b, high_b) = (quantile_bounds(ms, share, level / 2) for ms in (ms_a, ms_b))
+        return max(low_b, 0.0) / high_a if high_a > 0 else 0.0, high_b / low_a if low_a > 0 else math.inf
+
+    low, high = ratio(beyond)
+    quantile: Callable[[np.ndarray], float] = lambda ms: float(np.quantile(ms, share)) if len(ms) else math.nan  # noqa: E731
+    value, lately = (
+        quantile(ms_b[start:]) / of_a if (of_a := quantile(ms_a[start:])) > 0 else math.nan
+        for start in (0, len(ms_a) // 2)
+    )
+    good = ratio(within)[1] <= budget and value <= budget and lately <= budget
+    return _Rule(name, value, low, high, budget, low > budget, good, len(ms_a))
+
+
+def _rule_json(rule: _Rule) -> dict[str, Any]:
+    numbers = {key: getattr(rule, key) for key in ("value", "low", "high")}
+    rounded = {key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()}
+    says = "beyond" if rule.beyond else "within" if rule.within else "open"
+    return {"name": rule.name, **rounded, "budget": rule.budget, "says": says, "n": rule.n}

@@ -1,0 +1,281 @@
+"""The Backend protocol, and the sidecar that vouches for an engine: one directory = engine files + `engine.json`.
+
+The sidecar holds what the engine was built from and by, and the sha256 of each file; `load_info` compares them before a
+byte is handed to an engine library's deserialiser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple
+
+import numpy as np
+
+from .. import json_text
+from ..errors import EngineError, LatencyError, RuntimeUnavailable
+from ..measure.device import cpu_model
+from .onnx_metadata import names_and_imgsz
+
+__all__ = [
+    "PRECISIONS",
+    "SIDECAR",
+    "Backend",
+    "EngineBackend",
+    "EngineError",
+    "EngineInfo",
+    "LatencyError",
+    "RuntimeUnavailable",
+]
+
+SIDECAR = "engine.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+class Backend(Protocol):
+    """One loaded engine. A context manager, because some hold device memory."""
+
+    @property
+    def names(self) -> Tuple[str, ...]:
+        """Class names, in the order of the output's score rows."""
+
+    @property
+    def precision(self) -> str:
+        """What was asked for: fp32, fp16 or int8."""
+
+    @property
+    def imgsz(self) -> Tuple[int, int]:
+        """Height and width of the input, px."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input: 3, RGB; or 1, grey."""
+
+    @property
+    def batch(self) -> Optional[int]:
+        """Images a call takes; None = any number."""
+
+    @property
+    def executed(self) -> str:
+        """In words, the arithmetic that the library really chose on this machine."""
+
+    def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
+        """float32 RGB (or grey) in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores.
+
+        With `copy=False` the output may be the library's own memory, which the next call overwrites.
+        """
+
+    def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
+        """A call without arguments that runs once on these images and returns when done.
+
+        What latency is taken on: copies between host and device memory are left out where the two differ.
+        """
+
+    def __enter__(self) -> "Backend": ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+
+class EngineBackend(Backend, Protocol):
+    """A backend of an engine library, which can time the nodes of its graph."""
+
+    def node_ms(self, runs: int) -> Dict[str, float]:
+        """Least milliseconds of each node over `runs` profiled inferences, by the library's name of the node.
+
+        Other work only ever makes a node slower, and may take the processor away at the same node of nearly every run: the
+        median of a node of 2 ms was then 40.
+        """
+
+    def __enter__(self) -> "EngineBackend": ...
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The sidecar. `files` maps relative names to {"sha256", "size"}; empty for a bare ONNX file."""
+
+    runtime: str
+    precision: str
+    imgsz: Tuple[int, int]
+    names: Tuple[str, ...]
+    onnx_sha256: str
+    library: str
+    files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    built_on: Dict[str, str] = field(default_factory=dict)
+    options: Dict[str, Any] = field(default_factory=dict)
+    schema: int = 1
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_onnx(
+    onnx: Path,
+    runtime: str,
+    precision: str,
+    library: str,
+    names: Optional[Sequence[str]] = None,
+    imgsz: Optional[Tuple[int, int]] = None,
+    options: Optional[Dict[str, Any]] = None,
+) -> EngineInfo:
+    """EngineInfo of an ONNX file that is about to be built or opened as it is; names and imgsz default to its metadata.
+
+    Raises:
+        EngineError: no such file, unknown precision, or no names and imgsz to be had.
+    """
+    if precision not in PRECISIONS:
+        raise EngineError(f"precision {precision!r}: one of {', '.join(PRECISIONS)} expected")
+    if not onnx.is_file():
+        raise EngineError(f"{onnx}: no such ONNX file; run export first")
+    if names is None or imgsz is None:
+        found_names, found_imgsz = names_and_imgsz(onnx)
+        names, imgsz = names or found_names, imgsz or found_imgsz
+    return EngineInfo(
+        runtime,
+        precision,
+        (int(imgsz[0]), int(imgsz[1])),
+        tuple(names),
+        sha256_file(onnx),
+        library,
+        built_on={"cpu": cpu_model(), "machine": platform.machine(), "system": platform.system()},
+        options=dict(options or {}),
+    )
+
+
+def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> EngineInfo:
+    """Hash the engine files and write the sidecar, last; returns the info with `files` filled in."""
+    hashed = {
+        name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size}
+        for name in sorted(files)
+    }
+    document = dict(asdict(info), files=hashed)
+    partial = directory / (SIDECAR + ".partial")
+    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, directory / SIDECAR)
+    return _from_json(document)
+
+
+def _from_json(document: Dict[str, Any]) -> EngineInfo:
+    height, width = document["imgsz"]
+    return EngineInfo(**dict(document, imgsz=(int(height), int(width)), names=tuple(document["names"])))
+
+
+def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
+    """Read the sidecar and verify every engine file against it.
+
+    Args:
+        directory: of the engine.
+        onnx_sha256: if given, the ONNX that the engine has to come from.
+
+    Raises:
+        EngineError: no or damaged sidecar, a file missing, altered or truncated, or another source ONNX.
+    """
+    sidecar = directory / SIDECAR
+    info = _read_sidecar(sidecar)
+    if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
+        raise EngineError(
+            f"{directory}: built from ONNX {info.onnx_sha256[:16]}, {onnx_sha256[:16]} expected; build the engine again"
+        )
+    for name, vouched in info.files.items():
+        path = directory / name
+        if Path(name).name != name or name == "..":
+            raise EngineError(f"{sidecar}: file name {name!r} leaves the directory; refused")
+        if not path.is_file():
+            raise EngineError(f"{path}: missing; build the engine again")
+        if path.stat().st_size != vouched["size"]:
+            raise EngineError(
+                f"{path}: {path.stat().st_size} bytes, {vouched['size']} expected (truncated?); build the engine again"
+            )
+        if sha256_file(path) != vouched["sha256"]:
+            raise EngineError(f"{path}: sha256 is not the one in {SIDECAR} (altered); not loaded, build it again")
+    return info
+
+
+def _read_sidecar(sidecar: Path) -> EngineInfo:
+    """The sidecar, if it has the form that `save_info` writes."""
+    try:
+        info = _from_json(json_text.read(sidecar))
+        formed = all(isinstance(vouched["sha256"], str) and vouched["size"] >= 0 for vouched in info.files.values())
+    except OSError as error:
+        raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{sidecar}: damaged ({error}); build the engine again") from error
+    if info.schema != 1 or not info.files or not formed or info.precision not in PRECISIONS:
+        raise EngineError(
+            f"{sidecar}: schema {info.schema}, precision {info.precision!r}, {len(info.files)} files; schema 1, one of "
+            f"{', '.join(PRECISIONS)} and some files expected; build the engine again"
+        )
+    return info
+
+
+def resolve(
+    path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
+) -> EngineInfo:
+    """Info of an engine directory (verified), or of a bare ONNX file where the runtime can open one.
+
+    Args:
+        engine_files: what the runtime is going to open; the sidecar has to vouch for each.
+
+    Raises:
+        EngineError: also if a directory holds another runtime's engine or another precision than `precision`.
+    """
+    if not path.is_dir():
+        return describe_onnx(path, runtime, precision or "fp32", library)
+    info = load_info(path)
+    if info.runtime != runtime:
+        raise EngineError(f"{path}: holds an engine of {info.runtime}, not of {runtime}")
+    unvouched = [name for name in engine_files if name not in info.files]
+    if unvouched:
+        raise EngineError(f"{path / SIDECAR}: does not vouch for {', '.join(unvouched)}; build the engine again")
+    if precision is not None and precision != info.precision:
+        raise EngineError(f"{path}: holds {info.precision}, {precision} was asked for; nothing is converted on loading")
+    return info
+
+
+def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
+    """Refuse an engine whose output [B, 4 + nc, A] contradicts its class names."""
+    if len(shape) != 3 or (isinstance(shape[1], int) and shape[1] >= 0 and shape[1] != 4 + len(info.names)):
+        raise EngineError(
+            f"{where}: output {list(shape)}, [batch, {4 + len(info.names)}, anchors] expected for "
+            f"{len(info.names)} classes; build it from the export of the same model (without NMS in the graph)"
+        )
+
+
+def check_channels(channels: Any, where: Path) -> int:
+    """Refuse an engine whose input is neither RGB nor grey."""
+    if channels not in (1, 3):
+        raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
+    return int(channels)
+
+
+def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
+    """The images as a contiguous array, or ValueError if their type or shape is not what the engine takes."""
+    batch = backend.batch
+    wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
+    shape = images_BCHW.shape
+    if images_BCHW.dtype != np.float32 or shape[1:] != wanted[1:] or (batch is not None and shape[0] != batch):
+        raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, float32 {list(wanted)} expected")
+    return np.ascontiguousarray(images_BCHW)
+
+
+def census_words(precision: str, counts: Dict[str, int]) -> str:
+    """What was executed, from the number of convolutions by arithmetic ({"fp32": 7, "int8": 57}); honest in words."""
+    total = sum(counts.values())
+    if not total:
+        return f"{precision} asked; no convolution could be read from the library's report"
+    ranked = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    if len(ranked) == 1 and ranked[0] == precision:
+        return precision
+    parts = ", ".join(f"{counts[kind]} {kind}" for kind in ranked)
+    if len(ranked) == 1:
+        return f"{ranked[0]} (all {total} convolutions; {precision} asked)"
+    return f"{ranked[0]} ({parts}; of {total} convolutions)"

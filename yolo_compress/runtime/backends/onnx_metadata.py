@@ -1,0 +1,89 @@
+"""Metadata of an ONNX file without the onnx package: walks the top-level protobuf fields and skips the graph."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, Tuple
+
+from ..errors import EngineError
+
+_METADATA_PROPS = 14  # ModelProto.metadata_props, repeated StringStringEntryProto{key = 1, value = 2}
+
+
+def _varint(data: memoryview, at: int) -> Tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("varint too long")
+
+
+def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
+    """(number, payload) of length-delimited fields; others are passed over."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            size, at = _varint(data, at)
+            if at + size > len(data):
+                raise ValueError("field runs past the end")
+            yield tag >> 3, data[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def metadata(path: Path) -> Dict[str, str]:
+    """`metadata_props` of an ONNX file.
+
+    Raises:
+        EngineError: the file cannot be read as ONNX (truncated, or something else).
+    """
+    try:
+        props = {}
+        for number, payload in _fields(memoryview(path.read_bytes())):
+            if number == _METADATA_PROPS:
+                entry = {key: bytes(value).decode("utf-8") for key, value in _fields(payload)}
+                props[entry[1]] = entry.get(2, "")
+        return props
+    except (ValueError, IndexError, KeyError) as error:
+        raise EngineError(f"{path}: not a readable ONNX file ({error}); export it again") from error
+
+
+def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
+    """Class names and input size (height, width), from the metadata that Ultralytics' loaders use too.
+
+    Raises:
+        EngineError: the file says nothing of the two.
+    """
+    props = metadata(path)
+    try:
+        named: Any = _literal(props["names"])
+        size: Any = _literal(props["imgsz"])
+        names = tuple(str(named[i]) for i in range(len(named)))
+        return names, (int(size[0]), int(size[1]))
+    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
+        raise EngineError(
+            f"{path}: no usable class names and imgsz in its metadata ({error!r}, keys {sorted(props)}); "
+            "pass names and imgsz, or export with this package or Ultralytics"
+        ) from error
+
+
+def _literal(text: str) -> Any:
+    """JSON or a Python literal: Ultralytics writes str(dict)."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)

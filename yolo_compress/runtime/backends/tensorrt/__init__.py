@@ -1,0 +1,1 @@
+"""TensorRT 8.5 to 11: build, run, its log, and CUDA memory."""

@@ -1,0 +1,159 @@
+"""`python3 detect.py SOURCE`: detections of an image, a folder, a video, a camera (its number) or a golden .npy, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import IO, Any, Callable, List, Optional, Sequence
+
+from ..detect.draw import line, write_picture
+from ..detect.sources import open_source
+from ..detect.stream import Found, open_pipeline
+from ..errors import SourceError
+from .common import HERE, Bundle, answer, engine_folder, guarded, opened, outside, positive, say
+
+SHADOW_SCHEMA = 1
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what becomes of a disk while a robot runs
+
+
+def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
+    """Detect until the source ends (or Ctrl-C) and return the exit code.
+
+    3: a picture could not be read, a camera was lost, or a video is cut short. 6: stdout or the shadow log could not be written.
+    """
+    parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
+    parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
+    parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
+    parser.add_argument(
+        "--engines", type=positive, help="of it that run at a time (default: one a processor, one on a GPU)"
+    )
+    parser.add_argument("--conf", type=_share, default=0.25, help="least score (default 0.25)")
+    parser.add_argument("--iou", type=_share, default=0.7, help="overlap above which the worse box goes (default 0.7)")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the pictures with their boxes there")
+    parser.add_argument("--shadow", type=Path, metavar="FILE", help="append a line a frame, for yolo-compress rollout")
+    parser.add_argument("--limit", type=positive, metavar="N", help="stop after so many pictures")
+    parser.add_argument("--quiet", action="store_true", help="no lines on stdout")
+    options = parser.parse_args(argv)
+    return guarded(lambda: _detect(opened(directory), options))
+
+
+def _detect(bundle: Bundle, options: Any) -> int:
+    for option, path in (("--shadow", options.shadow), ("--draw", options.draw)):
+        if path is not None:
+            outside(bundle, path, option)
+    engine = engine_folder(bundle, options.engine)
+    source = open_source(options.source)
+    engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open
+    say(f"{bundle.name} {bundle.version}, engine {engine.name}")
+    unreadable, first = 0, None
+    with ExitStack() as stack:
+        shadow = None if options.shadow is None else stack.enter_context(ShadowLog(options.shadow, bundle))
+        outlets = _outlets(bundle, options, shadow)
+        pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou, bundle.max_det))
+        stream = stack.enter_context(closing(pipeline(source.pictures)))
+        for number, found in enumerate(stream, 1):
+            for write in outlets:
+                write(found)
+            if found.problem is not None:
+                unreadable, first = unreadable + 1, first or found.problem
+            if number == options.limit:
+                break
+    if unreadable:
+        raise SourceError(f"{unreadable} pictures could not be read, the first: {first}")
+    if shadow is not None and shadow.lost:
+        raise OSError(errno.EIO, f"{shadow.lost} lines could not be written", str(shadow.path))
+    return 0
+
+
+def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> List[Callable[[Found], None]]:
+    """Where each picture goes."""
+    outlets: List[Callable[[Found], None]] = []
+    if not options.quiet:
+        outlets.append(lambda found: answer(line(found, bundle.names)))
+    if shadow is not None:
+        outlets.append(shadow.write)
+    if options.draw is not None:
+        options.draw.mkdir(parents=True, exist_ok=True)
+        outlets.append(lambda found: _draw(options.draw, bundle, found))
+    return outlets
+
+
+class ShadowLog:
+    """The file of --shadow, a context manager. A disk that cannot take a line is said once, and detection goes on.
+
+    Attributes:
+        lost: lines that could not be written; `rollout` sees them as silence.
+
+    Raises:
+        OSError: the file cannot be opened, for another reason than a full or broken disk.
+    """
+
+    def __init__(self, path: Path, bundle: Bundle) -> None:
+        self.path, self.lost = path, 0
+        self._bundle, self._torn = bundle, False
+        self._file: Optional[IO[bytes]] = None
+        try:
+            self._open()
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+
+    def write(self, found: Found) -> None:
+        """One line, on its way to the disk when this returns."""
+        line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
+        data = (("\n" if self._torn else "") + line).encode("utf-8")
+        try:
+            self._torn = (self._file or self._open()).write(data) < len(data)
+            problem = "the disk took a part of a line" if self._torn else None
+        except OSError as error:
+            problem = error.strerror
+        if problem is not None:
+            if not self.lost:
+                say(f"{self.path}: {problem}; detection goes on, these lines of the log are lost")
+            self.lost += 1
+
+    def _open(self) -> IO[bytes]:
+        self._file = open(str(self.path), "ab", buffering=0)
+        return self._file
+
+    def __enter__(self) -> "ShadowLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def shadow_line(found: Found, name: str, version: int, at: float) -> str:
+    """What `yolo-compress rollout` reads: boxes are x1, y1, x2, y2 in px of the frame, then score and class number."""
+    boxes = [
+        [round(side, 2) for side in row[:4]] + [round(row[4], 5), int(row[5])] for row in found.detections_N6.tolist()
+    ]
+    return json.dumps(
+        {
+            "schema": SHADOW_SCHEMA,
+            "frame": found.name,
+            "at": round(at, 6),
+            "model": {"name": name, "version": version},
+            "ms": round(found.ms, 3),
+            "detections": boxes,
+            "problem": found.problem,
+        }
+    )
+
+
+def _draw(folder: Path, bundle: Bundle, found: Found) -> None:
+    if found.image_HW3 is not None:
+        name = Path(found.name).name.replace("#", "-")
+        write_picture(folder / f"{name}.jpg", found.image_HW3, found.detections_N6, bundle.names)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value

@@ -1,0 +1,1 @@
+"""Latency, layer times, mAP, golden images, and the state of the device."""

@@ -1,0 +1,184 @@
+"""Latency of engines: warm-up, percentiles that their sample size allows, and rounds in turn with one process an engine.
+
+`python -m yolo_compress.runtime.measure.latency '{"engine": "DIR", "n": 1000}'` measures one engine and prints JSON; without an
+argument it serves `measure_in_turn`, one JSON line in, one out. Engines do not share a process because one library's waiting
+threads slow the next one by up to 40 %.
+
+A spec is a JSON object:
+  engine      directory of the engine
+  threads     of one inference; null = every usable processor
+  inputs      .npy file, float32 RGB [N, 3, H, W] in 0..1 (real images, letterboxed); null = noise, and the result says so
+  batch       images of one inference, where the engine takes any number; default 1
+  warmup_ms, warmup_n   both are reached before the first sample; default 200 ms and 50 (quick: 30 ms and 5)
+  quick       smaller warm-up, for tests and first looks
+  module      that serves it; default this one
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from ..backends.base import Backend
+from ..detect.pre import LUMA_3
+from ..engine import open_engine
+from .device import device_state, read_line
+from .interleaved import measure_in_turn
+
+__all__ = ["LEAST_SAMPLES", "Served", "main", "measure", "measure_in_turn", "open_spec", "percentiles"]
+
+# Smallest sample that a percentile is stated from: MLPerf Inference's early stopping needs this many queries at 99 %
+# confidence (https://github.com/mlcommons/inference_policies, appendix on early stopping).
+LEAST_SAMPLES = {50: 1, 90: 64, 95: 130, 99: 662}
+ROUND_WARMUP_MS, ROUND_WARMUP_N = 20.0, 5  # a process that idled a round has cold caches
+QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.02, 0.1, 2.0
+
+
+def measure(
+    call: Callable[[], Any], n: int, warmup_ms: float = 200.0, warmup_n: int = 50, calls: Optional[List] = None
+) -> np.ndarray:
+    """Time single calls, one after another.
+
+    Args:
+        call: one inference, returning when done.
+        n: samples.
+        warmup_ms, warmup_n: the warm-up goes on until both are reached.
+        calls: several bound calls to cycle through instead of `call`, for several input images.
+
+    Returns:
+        samples_n, ms.
+    """
+    turn = calls or [call]
+    begun, count = time.perf_counter(), 0
+    while count < warmup_n or (time.perf_counter() - begun) * 1e3 < warmup_ms:
+        turn[count % len(turn)]()
+        count += 1
+    samples = np.empty(n)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(n):
+            one = turn[i % len(turn)]
+            start = time.perf_counter()
+            one()
+            samples[i] = time.perf_counter() - start
+    finally:
+        if collecting:
+            gc.enable()
+    return samples * 1e3
+
+
+def percentiles(samples_ms: Sequence[float]) -> Dict[str, Optional[float]]:
+    """p50, p90, p95 and p99 in ms with `latency_n`; None where there are fewer samples than `LEAST_SAMPLES`."""
+    result: Dict[str, Optional[float]] = {}
+    for percent, least in LEAST_SAMPLES.items():
+        enough = len(samples_ms) >= least
+        result[f"latency_p{percent}_ms"] = float(np.percentile(samples_ms, percent)) if enough else None
+    result["latency_n"] = len(samples_ms)
+    return result
+
+
+class Served:
+    """An opened backend with its inputs bound, answering requests for rounds; what a child process holds."""
+
+    def __init__(self, backend: Backend, spec: Dict[str, Any]) -> None:
+        quick = bool(spec.get("quick", False))
+        self.backend, self.spec = backend, spec
+        self.warmup_ms = float(spec.get("warmup_ms", 30.0 if quick else 200.0))
+        self.warmup_n = int(spec.get("warmup_n", 5 if quick else 50))
+        self.calls = [
+            backend.bind(images) for images in _inputs(backend, spec.get("inputs"), int(spec.get("batch", 1)))
+        ]
+        self._warm = False
+
+    def about(self) -> Dict[str, Any]:
+        """What runs, and where."""
+        return {
+            "executed": self.backend.executed,
+            "precision": self.backend.precision,
+            "imgsz": list(self.backend.imgsz),
+            "threads": getattr(self.backend, "threads", None),
+            "input": self.spec.get("inputs") or "noise",
+            "images": len(self.calls),
+            "device": device_state(),
+        }
+
+    def one_round(self, n: int) -> Dict[str, Any]:
+        """n samples after a warm-up (long the first time), then silence: library threads no longer spin on return."""
+        warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
+        samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
+        self._warm = True
+        quiet = _wait_for_quiet()
+        return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": quiet, "memory_mib": peak_memory_mib()}
+
+
+def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.ndarray]:
+    """Batches to cycle through."""
+    size = backend.batch or batch
+    if file is None:
+        shape = (size, backend.channels) + tuple(backend.imgsz)
+        return [np.random.default_rng(0).random(shape, dtype=np.float32)]
+    images_NCHW = np.load(file, allow_pickle=False)
+    if images_NCHW.ndim != 4 or len(images_NCHW) < size:
+        raise ValueError(f"{file}: array {list(images_NCHW.shape)}, at least [{size}, 3, H, W] expected")
+    if backend.channels == 1:
+        share_311 = (LUMA_3 / np.float32(1 << 15)).astype(np.float32)[:, None, None]
+        images_NCHW = (images_NCHW * share_311).sum(axis=1, keepdims=True)
+    return [images_NCHW[start : start + size] for start in range(0, len(images_NCHW) - size + 1, size)]
+
+
+def peak_memory_mib() -> Optional[float]:
+    """The most that this process ever held of the machine's memory, libraries included; None where the kernel does not say."""
+    for text in (read_line("/proc/self/status") or "").splitlines():
+        if text.startswith("VmHWM:"):
+            return round(int(text.split()[1]) / 1024, 1)
+    return None
+
+
+def _wait_for_quiet() -> bool:
+    """Wait until this process uses less than a tenth of a processor; False if it does not within two seconds."""
+    limit = time.perf_counter() + QUIET_LIMIT_S
+    while time.perf_counter() < limit:
+        before = time.process_time()
+        time.sleep(QUIET_WINDOW_S)
+        if time.process_time() - before < QUIET_SHARE * QUIET_WINDOW_S:
+            return True
+    return False
+
+
+def open_spec(spec: Dict[str, Any]) -> Backend:
+    """Open the engine that a spec names."""
+    return open_engine(Path(spec["engine"]), threads=spec.get("threads"), onnx_sha256=spec.get("onnx_sha256"))
+
+
+def main(open_backend: Callable[[Dict[str, Any]], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
+    """Serve lines, or measure the spec given as argument; other packages pass their own `open_backend`.
+
+    File descriptor 1 is set aside first, so that nothing a library prints can break the protocol.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    spec = json.loads(arguments[0] if arguments else sys.stdin.readline())
+    with open_backend(spec) as backend:
+        served = Served(backend, spec)
+        if arguments:
+            result = dict(served.about(), **served.one_round(int(spec.get("n", 1000))))
+            result.update(percentiles(result["samples_ms"]))
+            print(json.dumps(result), file=replies, flush=True)
+            return 0
+        print(json.dumps(served.about()), file=replies, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(served.one_round(int(json.loads(line)["n"]))), file=replies, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

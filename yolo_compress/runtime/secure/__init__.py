@@ -1,0 +1,1 @@
+"""Sealed bundles: signature, unpacking, the two slots, and which engines were built here."""

@@ -1,0 +1,188 @@
+"""A bundle, folder or tar, into a new folder, before anything of it is trusted: plain files below the folder, and no more than so many.
+
+`tarfile` by itself would follow what the archive says; its filters are newer than Python 3.8. So each member is looked at here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Iterator, Set, Tuple
+
+from ..errors import naming
+from .seal import MADE_HERE, MANIFEST, BundleRefused
+
+MAX_BYTES = 2 << 30  # of all files; a YOLOv8x in three precisions takes 0.5 GiB
+MAX_FILES = 10000
+_READ = 1 << 20  # at a time; also the largest header of a tar that is read whole
+_MAX_DEPTH = 16
+
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
+
+_Member = Tuple[str, int, BinaryIO]
+
+
+def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> Path:
+    """Copy the files of a bundle and put every byte on the disk.
+
+    Args:
+        bundle: a folder, a `.tar` or a `.tar.gz`.
+        into: made here; must not exist.
+        max_bytes, max_files: more is refused, wherever it is noticed.
+
+    Returns:
+        The folder that holds the manifest: `into`, or the one folder in it.
+
+    Raises:
+        BundleRefused: absolute or `..` paths, links, devices, a file twice, too much, a damaged archive, or no manifest.
+        OSError: the disk said no, or there is no such bundle.
+    """
+    os.mkdir(str(into), 0o755)
+    if bundle.is_dir():
+        _write(_of_folder(bundle), into, bundle, max_bytes, max_files)
+    else:
+        archive = _opened(bundle, max_bytes)
+        try:
+            _write(_of_tar(archive, bundle, max_files), into, bundle, max_bytes, max_files)
+        except _DAMAGED as error:
+            raise BundleRefused(f"{bundle}: no whole tar ({error}); copy the bundle again") from error
+        finally:
+            archive.close()
+    entries = os.listdir(str(into))
+    root = into / entries[0] if MANIFEST not in entries and len(entries) == 1 else into
+    if not (root / MANIFEST).is_file():
+        raise BundleRefused(f"{bundle}: holds no {MANIFEST}; is it a bundle?")
+    for name in MADE_HERE:  # no manifest vouches for it, so it must not come from outside
+        if os.path.lexists(str(root / name)):
+            raise BundleRefused(f"{bundle}: holds {name!r}, which only the robot's own commands make; refused")
+    return root
+
+
+def _write(members: Iterator[_Member], into: Path, bundle: Path, max_bytes: int, max_files: int) -> None:
+    seen: Set[str] = set()
+    total = 0
+    for name, size, stream in members:
+        total += size
+        if name in seen:
+            raise BundleRefused(f"{bundle}: {name!r} is there twice; refused")
+        if total > max_bytes or len(seen) == max_files:
+            raise BundleRefused(f"{bundle}: more than {max_files} files or {max_bytes} bytes; refused")
+        seen.add(name)
+        path = into / name
+        try:
+            os.makedirs(str(path.parent), 0o755, exist_ok=True)
+            descriptor = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BundleRefused(f"{bundle}: {name!r} is a file and a folder at once; refused") from error
+        with naming(path), os.fdopen(descriptor, "wb") as out:
+            _copy(stream, out, size, f"{bundle}: {name!r}")
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
+    left = size
+    while left:
+        data = stream.read(min(_READ, left))
+        if not data:
+            raise BundleRefused(f"{what} ends after {size - left} of {size} bytes; copy the bundle again")
+        out.write(data)
+        left -= len(data)
+
+
+def _of_folder(bundle: Path) -> Iterator[_Member]:
+    """Plain files of a bundle in use, without the engines built in it; what else lies there is for `seal.verify` to judge."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        for entry in sorted(os.listdir(str(bundle / folder))):
+            name = folder + entry
+            mode = os.lstat(str(bundle / name)).st_mode
+            if name in MADE_HERE:
+                continue
+            if stat.S_ISDIR(mode) and name.count("/") < _MAX_DEPTH:
+                waiting.append(name + "/")
+            elif stat.S_ISREG(mode):
+                with open(str(bundle / name), "rb") as stream:
+                    yield name, os.fstat(stream.fileno()).st_size, stream
+            else:
+                raise BundleRefused(f"{bundle / name}: neither a plain file nor a folder; refused")
+
+
+def _of_tar(archive: tarfile.TarFile, bundle: Path, max_files: int) -> Iterator[_Member]:
+    for count, member in enumerate(archive):
+        name = member.name[2:] if member.name.startswith("./") else member.name  # `tar -C bundle .` says ./
+        parts = name.split("/")
+        if count > 4 * max_files:
+            raise BundleRefused(f"{bundle}: more than {count} entries; refused")
+        if member.isdir() and name == ".":
+            continue
+        plain = all(part not in ("", ".", "..") for part in parts) and len(parts) <= _MAX_DEPTH
+        if not plain or not name.isprintable() or "\\" in name:
+            raise BundleRefused(f"{bundle}: {member.name!r} is no plain path below the bundle; refused")
+        if member.isdir():
+            continue
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
+            raise BundleRefused(f"{bundle}: {member.name!r} is a link, a device or a sparse file; refused")
+        stream: Any = archive.extractfile(member)
+        yield name, member.size, stream
+
+
+def _opened(bundle: Path, max_bytes: int) -> tarfile.TarFile:
+    """A tar, plain or by gzip, that is read in pieces and not beyond its limit."""
+    raw = open(str(bundle), "rb")
+    zipped = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    limited = _Limited(gzip.GzipFile(fileobj=raw) if zipped else raw, max_bytes + (64 << 20), bundle, raw.close)
+    try:
+        return _Archive(fileobj=limited, mode="r")  # type: ignore[arg-type]
+    except BundleRefused:
+        raw.close()
+        raise
+    except _DAMAGED as error:
+        raw.close()
+        raise BundleRefused(f"{bundle}: no tar ({error}); a bundle is a folder, a .tar or a .tar.gz") from error
+
+
+class _Archive(tarfile.TarFile):
+    def close(self) -> None:
+        """Also the file, which `TarFile` leaves to the caller."""
+        super().close()
+        self.fileobj.close()  # type: ignore[union-attr]
+
+
+class _Limited:
+    """A file that gives no more than `_READ` bytes a call and none beyond `limit`: a header may claim any size."""
+
+    def __init__(self, stream: Any, limit: int, bundle: Path, close: Callable[[], None]) -> None:
+        self._stream, self._limit, self._bundle, self._close = stream, limit, bundle, close
+        self.name = str(bundle)
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes."""
+        if size < 0 or size > _READ:
+            raise BundleRefused(f"{self._bundle}: a header of {size} bytes; refused")
+        self._check(self._stream.tell() + size)
+        return bytes(self._stream.read(size))
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        """Forward skipping inflates, so it counts too."""
+        self._check(position)
+        return int(self._stream.seek(position, whence))
+
+    def tell(self) -> int:
+        """Bytes of the inflated archive so far."""
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        """Of the file."""
+        self._stream.close()
+        self._close()
+
+    def _check(self, position: int) -> None:
+        if position > self._limit:
+            raise BundleRefused(f"{self._bundle}: more than {self._limit} bytes unpacked; refused")

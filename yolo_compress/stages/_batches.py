@@ -1,0 +1,61 @@
+"""Un-augmented training images as tensors: what re-estimates BatchNorm and calibrates ranges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolo_compress import progress
+from yolo_compress.data.data_yaml import shown
+from yolo_compress.data.dataset import Sample, calibration_subset
+from yolo_compress.errors import DataError
+from yolo_compress.runtime.detect.pre import letterbox, read_image
+from yolo_compress.stages import Job
+from yolo_compress.store.artifact import atomic_write, fingerprint
+
+BATCH = 16
+
+
+def chosen(job: Job, count: int) -> list[Sample]:
+    """`count` training images chosen by the recipe's seed; all of them, with a line that says so, where there are fewer."""
+    found = calibration_subset(job.dataset.train, count, job.recipe.run.seed)
+    if len(found) < count:
+        progress.say(f"calibration: all {len(found)} training images, fewer than the {count} of calib_images")
+    return found
+
+
+def letterboxed(
+    samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
+) -> Iterator[Tensor]:
+    """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time.
+
+    Raises:
+        DataError: Every image is of one colour: ranges of them would clip every other image.
+    """
+    rest = (
+        len(samples) % batch == 1 and len(samples) > 1
+    )  # one image alone has no variance at 32 px: it joins the batch before
+    blank = bool(samples)
+    ends = [*range(batch, len(samples) - rest, batch), len(samples)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = samples[start:end]
+        pixels = [read_image(sample.image) for sample in part]
+        blank = blank and all(bool((image == image[0, 0]).all()) for image in pixels)
+        images = [letterbox(image, imgsz_hw, channels=channels)[0] for image in pixels]
+        yield torch.from_numpy(np.stack(images))
+    if blank:
+        raise DataError(
+            f"calibration: all {len(samples)} images are of one colour, such as {shown(samples[0].image)}; give images with "
+            "objects in the training split, or a higher calib_images"
+        )
+
+
+def write_list(job: Job, samples: Sequence[Sample]) -> str:
+    """Keep which images calibrated, by name and sha256, beside the result; returns the hash of the set."""
+    rows = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
+    atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
+    return fingerprint({"images": [row["sha256"] for row in rows]})

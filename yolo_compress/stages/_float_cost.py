@@ -1,0 +1,66 @@
+"""What a group of tensors costs in float: GFLOPs of its convolutions, or each layer's milliseconds in FP32 and in INT8."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import onnx
+from torch import nn
+
+from yolo_compress import progress
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.qdq import find_convs, insert_qdq
+from yolo_compress.prune import latency
+from yolo_compress.prune.cost import conv_shapes
+from yolo_compress.quant.plan import Plan
+from yolo_compress.quant.ranges import QuantState, fold
+from yolo_compress.runtime.measure.layer_times import LAYERS
+from yolo_compress.stages import Job
+from yolo_compress.store.artifact import atomic_write
+
+ASKED = "qat.sensitivity_price"
+Timed = Literal["onnxruntime", "openvino"]
+
+
+def check(price: Literal["gflops"] | Timed) -> None:
+    """Refuse a runtime that cannot run here.
+
+    Raises:
+        EnvironmentLacks: Names it, and what to install.
+    """
+    if price != "gflops":
+        latency.require(price, ASKED)
+
+
+def compute_gflops(model: nn.Module, placed: Plan, imgsz_hw: tuple[int, int]) -> dict[str, float]:
+    """GFLOPs of the convolutions that read each INT8 group of the plan."""
+    shapes = conv_shapes(model, imgsz_hw)
+    return {group.name: 2e-9 * sum(shapes[name].macs for name in group.convs) for group in placed.int8}
+
+
+def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: Timed) -> dict[str, tuple[float, float]]:
+    """Convolution -> its milliseconds in FP32 and in INT8 on this machine, activation included.
+
+    Both engines are of the whole net, in the form that `export` writes for the runtime, and take turns.
+
+    Raises:
+        EnvironmentLacks, CompressError: See `prune.latency.take_table`.
+    """
+    progress.say(f"qat: timing layers on {runtime} in FP32 and INT8")
+    folder = job.work / "layers"
+    folder.mkdir(exist_ok=True)
+    export_onnx(model, folder / "fp32.onnx", job.imgsz_hw, names=job.dataset.names)
+    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", fold(state, model), runtime)
+    shapes = conv_shapes(model, job.imgsz_hw)
+    macs = {name: shape.macs for name, shape in shapes.items()}
+    nodes = find_convs(onnx.load(str(folder / "fp32.onnx")).graph, state.weights)
+    described = {
+        "networks": [{"file": f"{name}.onnx", "precision": name, "macs": macs} for name in ("fp32", "int8")],
+        "nodes": latency.places(folder / "fp32.onnx", shapes),
+        "convs": {name: node.name for name, node in nodes.items()},
+        "imgsz": list(job.imgsz_hw),
+    }
+    atomic_write(folder / LAYERS, json.dumps(described) + "\n")
+    layers = latency.take_table(folder, runtime, "fp32", ASKED)["layers"]
+    return {name: (fp32, int8) for name, ((_, fp32), (_, int8)) in layers.items()}

@@ -1,0 +1,227 @@
+"""What `prune` will cut: budget, calibration statistics, importance, caps, and for milliseconds the network that was timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from yolo_compress import progress
+from yolo_compress.errors import RecipeError
+from yolo_compress.files.csv_text import csv_text
+from yolo_compress.prune import budget, latency, sensitivity
+from yolo_compress.prune.budget import Budget, Plan, choose
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import ConvShape, conv_shapes
+from yolo_compress.prune.criteria import find, scores
+from yolo_compress.prune.graph import Group, prunable
+from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.stages import Job
+from yolo_compress.stages._batches import chosen, letterboxed
+from yolo_compress.stages._model_score import WORTH
+from yolo_compress.stages._training import device
+from yolo_compress.store.artifact import atomic_write
+from yolo_compress.train import checkpoint, losses
+
+EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
+FORWARDS_PER_STEP = 2  # a training step costs three forward passes; reading, loss and reconstruction take one of them
+
+
+def dry_run(job: Job, weights: Path) -> dict[str, Any]:
+    """The plan for the checkpoint, as a `table` and as figures; nothing is trained.
+
+    Budgets in milliseconds are met by the table of layer times alone: only `prune` builds and times the network.
+    """
+    if job.config.kind != "channel":
+        raise RecipeError(f"prune.kind={job.config.kind} changes no width: there is no plan to show")
+    model = checkpoint.load_model(weights).to(device(job))
+    planner = Planner(job, model)
+    plan = planner.one_cut(model)
+    figures: dict[str, Any] = {
+        "widths": plan.widths,
+        "gflops": [2 * macs / 1e9 for macs in (plan.macs_before, plan.macs_after)],
+        "parameters": [plan.parameters_before, plan.parameters_after],
+    }
+    height, width = job.imgsz_hw
+    totals = [(f"GFLOPs at {height}x{width}", "gflops", ".3f"), ("parameters", "parameters", ",d")]
+    if planner.table is not None:
+        figures["expected_ms"] = [planner.table["whole_ms"], plan.cost]
+        totals.append((f"ms on {planner.table['runtime']}, by its layers", "expected_ms", ".2f"))
+    return {"table": _text(plan, figures, totals), **figures}
+
+
+def probe(job: Job, weights: Path, folder: Path) -> None:
+    """The checkpoint at several widths, for `runtime.measure.layer_times`."""
+    latency.write_probe(checkpoint.load_model(weights), folder, job.imgsz_hw, job.dataset.names, job.config.round_to)
+
+
+def _text(plan: Plan, figures: Mapping[str, Any], totals: Sequence[tuple[str, str, str]]) -> str:
+    lines = [f"{'group':<20} {'channels':>14} {'kept':>6}"]
+    for name, (before, after) in plan.widths.items():
+        lines.append(f"{name:<20} {before:>5} -> {after:>5} {after / before:>6.0%}")
+    lines.append("")
+    for title, key, form in totals:
+        before, after = figures[key]
+        lines.append(f"{title}: {before:{form}} -> {after:{form}} ({after / before:.1%})")
+    return "\n".join(lines)
+
+
+class Planner:
+    """Plans the cuts of one net, from dense to its budget."""
+
+    def __init__(self, job: Job, model: nn.Module) -> None:
+        self.job = job
+        self.config: PruneConfig = job.config
+        self.samples = chosen(job, self.config.calib_images)
+        self.dense = {group.name: group.width for group in prunable(model)}
+        self.shapes = conv_shapes(model, job.imgsz_hw)
+        self.table = self._table(model) if self.config.latency_ms is not None else None
+        self.budget = self._budget()
+        self.least: Mapping[str, int] = {}
+
+    def one_cut(self, model: nn.Module) -> Plan:
+        """What a single cut to the budget would take, by the table where it is milliseconds."""
+        groups = prunable(model)
+        importance = scores(self._evidence(model, groups), find(self.config.criterion))
+        return self._choose(model, groups, importance, self.shapes, self.budget)
+
+    def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, dict[str, Any]]:
+        """The plan of round `number`, what it was made from, and what of it belongs in the metrics.
+
+        What was measured is kept in `work`: a resumed run must continue with the widths that it started with.
+        """
+        groups = prunable(model)
+        evidence = self._evidence(model, groups)
+        importance = scores(evidence, find(self.config.criterion))
+        if number == 1 and self.config.sensitivity != "off":
+            self.least = self._sensitivity(model, evidence, importance, work)
+        choose_for = partial(self._choose, model, groups, importance, conv_shapes(model, self.job.imgsz_hw))
+        if self.table is None or number < self.config.rounds:
+            return choose_for(self._at(number / self.config.rounds)), evidence, {}
+        if self.config.latency_table is None:
+            plan, metrics = self._hit(model, choose_for, work)
+            return plan, evidence, metrics
+        plan = choose_for(self.budget)
+        return plan, evidence, {**self._asked(), "latency_expected_ms": plan.cost}
+
+    def _evidence(self, model: nn.Module, groups: Sequence[Group]) -> Evidence:
+        job = self.job
+        return Evidence(
+            model,
+            groups,
+            images=lambda: letterboxed(self.samples, job.imgsz_hw, job.dataset.channels),
+            losses=partial(losses.losses, dataset=job.dataset, samples=self.samples, imgsz_px=max(job.imgsz_hw)),
+            seed=job.recipe.run.seed,
+        )
+
+    def _choose(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        importance: Mapping[str, Tensor],
+        shapes: Mapping[str, ConvShape],
+        limit: Budget,
+    ) -> Plan:
+        """Floors are shares of the dense net's widths, whatever rounds took since."""
+        config = self.config
+        least = {name: max(self.least.get(name, 1), round(config.floor * width)) for name, width in self.dense.items()}
+        return choose(model, groups, importance, limit, config.round_to, shapes, config.floor, config.scope, least)
+
+    # --- budgets ------------------------------------------------------------------------------------------------------
+
+    def _budget(self) -> Budget:
+        knob, value = self.config.budget
+        if self.table is not None:
+            return budget.latency_ms(self.shapes, self.table, value)
+        make = budget.keep_flops if knob == "keep_flops" else budget.keep_params
+        return make(self.shapes, value)
+
+    def _at(self, part: float) -> Budget:
+        """The budget after this part of the rounds: equal factors from round to round."""
+        dense = float(self.table["whole_ms"]) if self.table else self.budget.unit
+        return replace(self.budget, target=dense * (self.budget.target / dense) ** part)
+
+    def _table(self, model: nn.Module) -> dict[str, Any]:
+        """Layer times: those given, or taken here once and kept."""
+        config, size = self.config, self.job.imgsz_hw
+        if config.latency_table is not None:
+            return latency.read_table(Path(config.latency_table), size)
+        kept = self.job.work / "latency.json"
+        if not kept.is_file():
+            progress.say(f"prune: timing layers on {config.latency_runtime} at {len(latency.WIDTHS)} widths")
+            latency.write_probe(model, self._probe, size, self.job.dataset.names, config.round_to)
+            table = latency.take_table(self._probe, config.latency_runtime, config.latency_precision)
+            atomic_write(kept, json.dumps(table) + "\n")
+        return latency.read_table(kept, size)
+
+    @property
+    def _probe(self) -> Path:
+        return self.job.work / "probe"
+
+    def _asked(self) -> dict[str, Any]:
+        assert self.table is not None
+        return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
+
+    def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, dict[str, Any]]:
+        """The plan whose finished network takes `latency_ms`; what was asked of the table for it is kept."""
+        assert self.table is not None and self.config.latency_ms is not None
+        planner = lambda ms: choose_for(replace(self.budget, target=ms))  # noqa: E731
+        kept = work / "asked.json"
+        if kept.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            return planner(found["asked_ms"]), found["metrics"]
+        config = self.config
+        rig = latency.Rig(
+            self.job.work, self.job.imgsz_hw, self.job.dataset.names, config.latency_runtime, config.latency_precision
+        )
+        dense = rig.built(self._probe / latency.DENSE, "dense")
+        table_ms = float(self.table["whole_ms"])
+        hit = latency.hit(model, planner, self.config.latency_ms, table_ms, rig, dense, progress.say)
+        metrics = {**self._asked(), "latency_measured_ms": hit.measured_ms, "latency_dense_ms": hit.dense_ms}
+        atomic_write(kept, json.dumps({"asked_ms": hit.asked_ms, "metrics": metrics}) + "\n")
+        return hit.plan, metrics
+
+    # --- sensitivity --------------------------------------------------------------------------------------------------
+
+    def _sensitivity(
+        self, model: nn.Module, evidence: Evidence, importance: Mapping[str, Tensor], work: Path
+    ) -> dict[str, int]:
+        """Least channels by what was measured; the measurement goes on where a killed run stopped."""
+        config, tied = self.config, sensitivity.ties(evidence.groups)
+        by_loss = config.sensitivity == "loss"
+        samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
+        value = partial(WORTH[config.sensitivity], self.job, samples)
+        kept = work / "sensitivity.json"
+        state = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"groups": {}}
+        if "dense" not in state:
+            state["dense"] = value(model)
+        with progress.bar("sensitivity", len(tied), "group", done=len(state["groups"])) as advance:
+
+            def save() -> None:
+                atomic_write(kept, json.dumps(state) + "\n")
+                advance(1)
+
+            moments = evidence.moments if config.reconstruct else None
+            sensitivity.measure(model, evidence.groups, importance, moments, value, state["groups"], save)
+        caps = sensitivity.caps(state["groups"], state["dense"], config.max_drop, higher_is_better=not by_loss)
+        found = {
+            "measure": config.sensitivity,
+            "dense": state["dense"],
+            "ratios": list(sensitivity.RATIOS),
+            "groups": state["groups"],
+            "caps": caps,
+            "images": len(samples),
+        }
+        atomic_write(self.job.out / "sensitivity.json", json.dumps(found) + "\n")
+        atomic_write(self.job.out / "sensitivity.csv", csv_text(sensitivity.rows(found)))
+        return sensitivity.least(evidence.groups, caps)
+
+    def _images(self, tied: int) -> int:
+        """How many images each measurement may look at within the time of `EPOCHS_OF_SENSITIVITY` training epochs."""
+        passes = EPOCHS_OF_SENSITIVITY * FORWARDS_PER_STEP * len(self.job.dataset.train)
+        return max(4, min(len(self.samples), passes // (1 + tied * len(sensitivity.RATIOS))))

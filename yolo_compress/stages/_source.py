@@ -1,0 +1,93 @@
+"""A model that is given, or trained from a checkpoint or from scratch: what `baseline` and `teacher` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from yolo_compress import progress
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import RecipeError
+from yolo_compress.nets.blocks import check_prunable
+from yolo_compress.recipe.recipe import SourceConfig
+from yolo_compress.stages import Job
+from yolo_compress.stages._training import finish, fit
+from yolo_compress.store.source_weights import find_weights
+from yolo_compress.train import checkpoint, transfer
+from yolo_compress.train.transfer import Taken
+
+STRIDES = [8, 16, 32]  # of a YOLOv8 detector; P2 and P6 variants have others
+
+
+def run(job: Job, what: str) -> dict[str, Any]:
+    """Take `weights`, or train from `pretrained` or from a random `model`."""
+    config: SourceConfig = job.config
+    model = start(config, job.dataset, job.recipe.run.seed, what, progress.say)
+    if config.weights is not None:
+        return {**finish(job, model), "epochs": 0}
+    return finish(job, fit(job, model, [], what, freeze=config.freeze))
+
+
+def start(
+    config: SourceConfig, dataset: Dataset, seed: int, what: str, say: Callable[[str], None] = lambda text: None
+) -> nn.Module:
+    """The model before any training.
+
+    Args:
+        config: Its section.
+        dataset: The classes and image channels that it must have.
+        seed: Seeds what no checkpoint gives.
+        what: `baseline` or `teacher`; a baseline must be made of blocks that can be compressed.
+        say: Takes a line about what came from a checkpoint.
+
+    Raises:
+        RecipeError: `weights` of other classes or another order; a checkpoint of other image channels or strides, of another
+            architecture, or of another task.
+    """
+    if config.model is not None:
+        return checkpoint.new_model(config.model, dataset.names, dataset.channels, seed)
+    key = f"{what}.{config.origin}={config.checkpoint}"
+    path = find_weights(str(config.checkpoint))
+    if config.pretrained is None:
+        model = checkpoint.load_model(path)
+        _check_classes(model, dataset, key, what)
+    else:
+        model, taken = transfer.load_pretrained(path, dataset.names, seed, config.detection_part)
+        say(_text(taken, key, what, dataset))
+    if (channels := checkpoint.image_channels(model)) != dataset.channels:
+        raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
+    strides = [int(stride) for stride in model.stride]
+    judged = what == "baseline" or config.pretrained is not None  # of a given teacher, `distill` says what differs
+    if judged and strides != STRIDES:
+        raise RecipeError(f"{key}: strides {strides}, expected {STRIDES}: only YOLOv8n, s, m, l and x are supported")
+    if what == "baseline":
+        try:
+            check_prunable(model)
+        except RecipeError as error:
+            raise RecipeError(f"{key}: {str(error).removeprefix('prune: ')}") from None
+    return model
+
+
+def _check_classes(model: nn.Module, dataset: Dataset, key: str, what: str) -> None:
+    try:
+        checkpoint.check_classes(model, dataset.names, key)
+    except RecipeError as error:
+        name = key.partition("=")[2]
+        raise RecipeError(f"{error}. To train it on the classes of the data set: {what}.pretrained={name}") from None
+
+
+def _text(taken: Taken, key: str, what: str, dataset: Dataset) -> str:
+    text = (
+        f"{what}: {taken.tensors} of {taken.of_tensors} tensors, {taken.parameters:,} of {taken.of_parameters:,} parameters "
+        f"from {key.partition('=')[2]}"
+    )
+    if taken.same:
+        return text + f"; it knows all these classes: {what}.weights would take it as it is, without training"
+    if len(taken.classes) == len(dataset.names):
+        return text + "; it knows all these classes, the class outputs are taken by name"
+    if not taken.classes:
+        return text + "; the class outputs start anew"
+    shown = ", ".join(taken.classes[:5]) + (f" and {len(taken.classes) - 5} more" if len(taken.classes) > 5 else "")
+    return text + f"; the class outputs start anew but for {shown}, which it knows"

@@ -1,0 +1,121 @@
+"""What the training stages share: the recipe's schedule, one training call, and what is measured and written after it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_compress.distill.hook import Teach
+from yolo_compress.distill.teacher import Frozen
+from yolo_compress.errors import EnvironmentLacks
+from yolo_compress.evaluate.accuracy import accuracy
+from yolo_compress.evaluate.stored_detections import keep
+from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.progress import bar, say
+from yolo_compress.prune import masks
+from yolo_compress.prune.cost import conv_macs, parameters
+from yolo_compress.recipe.recipe import TrainConfig
+from yolo_compress.runtime.limits import counted
+from yolo_compress.stages import Job
+from yolo_compress.train import checkpoint, trainer
+from yolo_compress.train.hook import TrainHook
+from yolo_compress.train.settings import TrainSettings
+
+CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
+# Of the net before pruning or rounding as teacher: YOLOv8n on BCCD keeps 0.618 of 0.614 (`prune recipe=bccd`).
+PARENT_CLASS_WEIGHT = 2.0
+PARENT_BOX_WEIGHT = 3.0
+PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
+
+
+def settings(job: Job, **changes: Any) -> TrainSettings:
+    """The section's schedule, with `changes` to fields of it, on the recipe's machine; training is square, at the longer side
+    of the input.
+    """
+    config: TrainConfig = job.config
+    schedule = {name: getattr(config, name) for name in TrainConfig.model_fields}
+    machine = job.recipe.run
+    return TrainSettings(
+        **({"class_gain": CLASS_GAIN} | schedule | changes),
+        imgsz_px=max(job.imgsz_hw),
+        seed=machine.seed,
+        device=machine.device,
+        workers=machine.workers,
+        threads=machine.threads,
+        val_every=machine.val_every,
+    )
+
+
+def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **changes: Any) -> nn.Module:
+    """Train `model` as the section says, with `changes`, and keep its results.csv; with no epochs the hooks see the model
+    and let go.
+    """
+    chosen = settings(job, **changes)
+    if chosen.epochs and chosen.device == "cpu" and torch.cuda.is_available():
+        say(f"{what}: trains on the CPU although there is a CUDA device; run.device=0 (make: DEVICE=0) trains there")
+    if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
+        hooks = [*hooks, masks.HoldZeros()]
+    trained = trainer.train(model, job.dataset, chosen, hooks, job.work, what)
+    if (job.work / "results.csv").is_file():
+        shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
+    return trained
+
+
+def parent(file: Path) -> Teach:
+    """The net that a stage started from, a `model.pt`, as its teacher: the hook of `teach_from_parent`.
+
+    The student is its teacher with fewer channels or coarser numbers: plain scores carry all there is, so no softening.
+    """
+    return Teach(
+        Frozen(checkpoint.load_model(file)),
+        feature_weight=PARENT_FEATURE_WEIGHT,
+        class_weight=PARENT_CLASS_WEIGHT,
+        box_weight=PARENT_BOX_WEIGHT,
+        temperature=1.0,
+    )
+
+
+def finish(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Write `model.pt` and return what every training stage states of its result."""
+    checkpoint.save_model(model, job.out / "model.pt", {"task": "detect", "imgsz": max(job.imgsz_hw)})
+    return {
+        **measure(job, model),
+        "parameters": parameters(model),
+        "compute_gflops": 2 * conv_macs(model, job.imgsz_hw) / 1e9,
+        "sparsity": masks.sparsity_of(model),
+        "size_mib": (job.out / "model.pt").stat().st_size / 2**20,
+        "epochs": getattr(job.config, "epochs", 0),
+    }
+
+
+def device(job: Job) -> str:
+    """Where torch computes outside training: the first of the recipe's devices.
+
+    Raises:
+        EnvironmentLacks: It is not there.
+    """
+    first = job.recipe.run.device.split(",")[0]
+    if first == "cpu":
+        return first
+    if int(first) >= torch.cuda.device_count():
+        raise EnvironmentLacks(
+            f"run.device={job.recipe.run.device}: torch {torch.__version__} sees no such GPU; use cpu"
+        )
+    return f"cuda:{first}"
+
+
+def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
+    """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
+    names, most = job.dataset.names, job.recipe.data.max_det
+    with (
+        TorchBackend(model, names, job.imgsz_hw, device=device(job)) as backend,
+        bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
+    ):
+        result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance, max_det=most)
+    keep(job.out / "detections.npy", result["detections"], counted(most))  # for the interval that the report states
+    return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

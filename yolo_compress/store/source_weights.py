@@ -1,0 +1,39 @@
+"""Source checkpoints: where they are looked for, and the error that says where to put one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from yolo_compress import home
+from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.files.strict_yaml import shown
+
+OFFICIAL = re.compile(r"yolov8[nsmlx]\.pt")  # what `fetch` knows
+
+
+def find_weights(name: str) -> Path:
+    """The checkpoint `name`: as given, in `home.weights()`, or in the folders of `YOLO_COMPRESS_WEIGHTS` (colon-separated).
+
+    Raises:
+        RecipeError: The path is there and is no readable file.
+        EnvironmentLacks: It is in none of the places.
+    """
+    folders = [home.weights(), *(Path(part) for part in os.environ.get("YOLO_COMPRESS_WEIGHTS", "").split(":") if part)]
+    for candidate in [Path(name), *(folder / name for folder in folders)]:
+        try:
+            if candidate.is_dir():
+                raise RecipeError(f"{shown(candidate)}: a folder, expected a checkpoint file")
+            if candidate.is_file():
+                with candidate.open("rb"):
+                    return candidate
+            if candidate.is_symlink():
+                raise RecipeError(f"{shown(candidate)}: a link that leads nowhere")
+        except OSError as error:
+            raise RecipeError(f"{shown(candidate)}: cannot be read ({error.strerror})") from error
+    fetch = f", or run `yolo-compress fetch {Path(name).name}` where there is a network"
+    raise EnvironmentLacks(
+        f"{shown(name)}: no such checkpoint here, in {folders[0]}/ or in YOLO_COMPRESS_WEIGHTS; "
+        f"put it into {folders[0]}/" + (fetch if OFFICIAL.fullmatch(Path(name).name) else "")
+    )

@@ -1,0 +1,106 @@
+"""Ultralytics' augmentations over images and labels that have passed our preflight; its caches are never read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from ultralytics.data.dataset import YOLODataset
+
+from yolo_compress.data.dataset import Sample
+from yolo_compress.nets.hardening import let_warnings_through
+
+let_warnings_through()
+
+RAM_CACHE_BYTES = 1 << 30  # decoded training images up to this size stay in memory; COCO does not fit, BCCD needs 50 MB
+
+
+class PreflightDataset(YOLODataset):
+    """A YOLODataset whose files and labels come from `data.load`, so both see the same images and boxes.
+
+    Ultralytics' own scan would drop what it dislikes with a warning, write `labels.cache` beside the data (shared by
+    concurrent runs, unpickled by the next) and read `.npy` files that nobody hashed.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, cache: bool, hyp: Any, **kwargs: Any) -> None:
+        self._samples = list(samples)
+        super().__init__(img_path="", task="detect", hyp=hyp, **kwargs)
+        self.npy_files = [Path(f"{file}.never") for file in self.im_files]
+        longest = self.imgsz if isinstance(self.imgsz, int) else max(self.imgsz)
+        decoded = sum(3 * longest * longest * min(s.width, s.height) / max(s.width, s.height) for s in samples)
+        if cache and decoded <= RAM_CACHE_BYTES:
+            self.cache = "ram"
+            for i in range(self.ni):
+                self.ims[i], self.im_hw0[i], self.im_hw[i] = self.load_image(i)
+            self.transforms = self.build_transforms(hyp=copy(hyp))  # mosaics from all images, not from a recent few
+
+    def get_img_files(self, img_path: str) -> list[str]:
+        return [str(sample.image) for sample in self._samples]
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        return [_label(sample) for sample in self._samples]
+
+    def load_image(self, i: int, **kwargs: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """As Ultralytics', but a cached image is handed out as a copy: its HSV augmentation works in place."""
+        image, original_hw, resized_hw = super().load_image(i, **kwargs)
+        return (image.copy() if self.cache == "ram" and self.augment else image), original_hw, resized_hw
+
+    def start_epoch(self) -> None:
+        """Forget what the last epoch left in the mosaic buffer, so that an epoch depends on its seed alone."""
+        if self.cache == "ram":
+            return
+        for i in self.buffer:
+            self.ims[i], self.im_hw0[i], self.im_hw[i] = None, None, None
+        self.buffer.clear()
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation per epoch that is a function of (seed, epoch) alone; ranks share it and take every world-th index.
+
+    Each `iter` is one epoch, counted here: a loader that prefetches starts the next one before the trainer says so.
+    """
+
+    def __init__(self, count: int, seed: int, *, rank: int = 0, world: int = 1) -> None:
+        self.count, self.seed, self.rank, self.world = count, seed, rank, world
+        self.next_epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.next_epoch]).permutation(self.count)
+        self.next_epoch += 1
+        padded = np.resize(order, len(self) * self.world)
+        return iter(padded[self.rank :: self.world].tolist())
+
+    def __len__(self) -> int:
+        return -(-self.count // self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Ultralytics under DDP; the epoch is counted in `__iter__`."""
+
+
+def _label(sample: Sample) -> dict[str, Any]:
+    boxes = np.asarray(sample.boxes, dtype=np.float32).reshape(-1, 5)
+    return {
+        "im_file": str(sample.image),
+        "shape": (sample.height, sample.width),
+        "cls": boxes[:, :1],
+        "bboxes": boxes[:, 1:],
+        "segments": [],
+        "keypoints": None,
+        "normalized": True,
+        "bbox_format": "xywh",
+    }
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seed python's, numpy's and torch's generators as a function of (seed, epoch)."""
+    import random
+
+    value = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)

@@ -1,0 +1,439 @@
+"""One training loop for every stage: Ultralytics' DetectionTrainer with our data, our hooks and an exact resume.
+
+`YOLO.train` rebuilds the net from its yaml and copies what fits, which silently un-prunes it; here the trainer gets the
+module itself. Randomness is a function of (seed, epoch), re-seeded at each epoch, so a run that was killed and resumed
+from `resume.pt` (float32 model, EMA, optimizer, scaler, hooks) gives the tensors of an uninterrupted one (CPU, no workers).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.engine import trainer as engine
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
+
+from yolo_compress import progress
+from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
+from yolo_compress.files.csv_text import csv_text
+from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.store.artifact import atomic_write
+from yolo_compress.train.checkpoint import check_finite, widths
+from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
+from yolo_compress.train.hook import TrainHook
+from yolo_compress.train.settings import TrainSettings
+
+MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
+LISTED_IMAGES = 3  # of a bad batch, in the message; all of them are in `BAD_BATCH`
+BAD_BATCH = "bad_batch.txt"
+WORKER_PATIENCE_S = 600  # for one batch: after that a data worker hangs
+AVERAGES = 3  # of BatchNorm, one after another, that fit into a run at least; so exp(-3) of the old statistics are left
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    settings: TrainSettings,
+    hooks: Sequence[TrainHook],
+    work: Path,
+    what: str,
+) -> nn.Module:
+    """Train `model` and return the EMA as a stock float32 module on the CPU, in evaluation mode.
+
+    Args:
+        model: Stock Ultralytics detector, changed in place; its widths survive.
+        dataset: Images and labels that passed the preflight.
+        settings: Schedule, augmentation and machine.
+        hooks: In the order of `TrainHook`'s docstring.
+        work: Folder for `resume.pt` and `results.csv`; a `resume.pt` of the same run in it is continued.
+        what: Name of the run in progress lines.
+
+    Raises:
+        NumericsError: NaN or infinity in the loss or the weights; the last good epoch stays in `resume.pt`.
+        CorruptArtifact: `resume.pt` does not fit this run.
+        EnvironmentLacks: The device is not there, its memory does not suffice, or a data worker was killed or hangs.
+    """
+    before = widths(model)
+    if settings.epochs == 0:
+        return _untrained(model, hooks, settings)
+    trainer = HookedTrainer(model, dataset, settings, hooks, work, what)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentLacks(f"{what}: out of memory at batch {settings.batch}: lower `batch` or `imgsz`") from error
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise EnvironmentLacks(
+            f"{what}: a data worker ended or hangs ({str(error).strip().splitlines()[0]}): give more memory, or a lower "
+            "run.workers (0: no workers); the same command continues"
+        ) from error
+    finally:
+        trainer.close()
+        for hook in hooks:
+            hook.on_end(unwrap_model(trainer.model))
+    ema = trainer.ema.ema
+    for hook in reversed(hooks):
+        hook.to_stock(ema)
+    ema = ema.cpu().float().eval()
+    if widths(ema) != before:
+        raise AssertionError(f"{what}: training changed the widths of the model")
+    check_finite(ema, what)
+    return ema
+
+
+def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSettings) -> nn.Module:
+    """No epochs: hooks see the model and let go of it (PTQ is QAT without training)."""
+    model = model.to("cpu" if settings.device == "cpu" else f"cuda:{settings.device.split(',')[0]}").eval()
+    for hook in hooks:
+        hook.on_model(model)
+    for hook in reversed(hooks):
+        hook.on_end(model)
+        hook.to_stock(model)
+    return model.cpu().float().eval()
+
+
+class HookedTrainer(DetectionTrainer):
+    """DetectionTrainer over a given module, with hooks, preflighted data, atomic saves and exact resume."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dataset: Dataset,
+        settings: TrainSettings,
+        hooks: Sequence[TrainHook],
+        work: Path,
+        what: str,
+    ) -> None:
+        self.hooks = list(hooks)
+        self.dataset = dataset
+        self.settings = settings
+        self.work = work
+        self.what = what
+        self.rows: list[dict[str, float]] = []
+        self.hook_rows: dict[str, float] = {}
+        self._bars: list[Any] = []
+        try:
+            super().__init__(overrides=settings.overrides(work))
+        except ValueError as error:  # ultralytics' own word for a missing CUDA device
+            if "CUDA" in str(error) or "device" in str(error):
+                raise EnvironmentLacks(f"run.device={settings.device}: {str(error).strip().splitlines()[0]}") from error
+            raise
+        if self.device.type == "cpu":  # ultralytics leaves one core idle
+            torch.set_num_threads(settings.threads or usable_cpus())
+            if settings.workers:
+                progress.say(
+                    f"run.workers={settings.workers} has no effect on a CPU: the training process loads the images"
+                )
+        self.model = module
+        for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_fit_epoch_end"):
+            self.add_callback(event, getattr(type(self), f"_{event}"))
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def get_dataset(self) -> dict[str, Any]:
+        names = dict(enumerate(self.dataset.names))
+        return {"train": "train", "val": "val", "names": names, "nc": len(names), "channels": self.dataset.channels}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> PreflightDataset:
+        samples: Sequence[Sample] = self.dataset.train if img_path == "train" else self.dataset.val
+        training = mode == "train"
+        return PreflightDataset(
+            samples,
+            cache=training,
+            imgsz=self.args.imgsz,
+            batch_size=batch,
+            augment=training,
+            hyp=self.args,
+            rect=not training,
+            stride=self.stride,
+            pad=0.0 if training else 0.5,
+            data=self.data,
+        )
+
+    def get_dataloader(
+        self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
+    ) -> InfiniteDataLoader:
+        if mode != "train":
+            return _impatient(super().get_dataloader(dataset_path, batch_size, rank, mode))
+        dataset = self.build_dataset(dataset_path, mode, batch_size)
+        sampler = EpochSampler(len(dataset), self.settings.seed, rank=max(rank, 0), world=max(self.world_size, 1))
+        sampler.next_epoch = self.start_epoch  # Ultralytics makes the loader anew where a batch did not fit into memory
+        on_gpu = self.device.type == "cuda"
+        workers = self.args.workers
+        return _impatient(
+            InfiniteDataLoader(
+                dataset=dataset,
+                batch_size=min(batch_size, len(dataset)),
+                sampler=sampler,
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                pin_memory=on_gpu,
+                collate_fn=dataset.collate_fn,
+                generator=torch.Generator().manual_seed(self.settings.seed),
+            )
+        )
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._images: list[str] = list(batch["im_file"])
+        return super().preprocess_batch(batch)
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    def setup_model(self) -> None:
+        module = self.model.to(self.device)
+        module.args = self.args
+        for hook in self.hooks:
+            hook.on_model(module)
+            hook.modules().to(self.device)
+        self.model = module
+
+    def _setup_train(self) -> None:
+        # check_amp would download a model to compare with; AMP is the recipe's decision here.
+        original, engine.check_amp = engine.check_amp, lambda model: True
+        try:
+            super()._setup_train()
+        finally:
+            engine.check_amp = original
+        if self.settings.bfloat16:  # without the scaler of gradients, which it does not need
+            self.amp = True
+        model = unwrap_model(self.model)
+        settle(model, len(self.train_loader) * self.epochs)  # after the EMA was copied, which keeps its momentum
+        self._criterion = _HookedCriterion(model, self.hooks)
+        model.criterion = self._criterion  # and the plain loss
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(model, *args, **kwargs)
+        for hook in self.hooks:
+            _scale_rates(optimizer, model, hook.rates(model))
+        extras = self._extra_parameters()
+        if extras:
+            optimizer.add_param_group(
+                {"params": extras, "lr": self.args.lr0, "weight_decay": 0.0, "param_group": "extra"}
+            )
+        return optimizer
+
+    def optimizer_step(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        extras = self._extra_parameters()
+        if self.world_size > 1:  # the extras live outside the DDP module
+            for parameter in extras:
+                if parameter.grad is not None:
+                    distributed.all_reduce(parameter.grad, op=distributed.ReduceOp.AVG)
+        for hook in self.hooks:
+            hook.before_step(unwrap_model(self.model))
+        torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *extras], max_norm=MAX_GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def _extra_parameters(self) -> list[nn.Parameter]:
+        return [parameter for hook in self.hooks for parameter in hook.modules().parameters()]
+
+    # --- saving and resuming ----------------------------------------------------------------------------------------
+
+    @property
+    def resume_file(self) -> Path:
+        return self.work / "resume.pt"
+
+    def save_model(self) -> bool:
+        """The state after this epoch, under one name, replaced atomically."""
+        state = {
+            "epoch": self.epoch,
+            "model": unwrap_model(self.model).state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "hooks": [{"modules": hook.modules().state_dict(), "state": hook.state_dict()} for hook in self.hooks],
+            "rows": self.rows,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        atomic_write(self.resume_file, buffer.getvalue())
+        return True
+
+    def resume_training(self, ckpt: Any) -> None:
+        if not self.resume_file.is_file():
+            return
+        try:
+            state = torch.load(self.resume_file, map_location=self.device, weights_only=True)
+            unwrap_model(self.model).load_state_dict(state["model"])
+            self.ema = ModelEMA(unwrap_model(self.model), updates=state["updates"])
+            self.ema.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            for hook, saved in zip(self.hooks, state["hooks"], strict=True):
+                hook.modules().load_state_dict(saved["modules"])
+                hook.load_state_dict(saved["state"])
+        except Exception as error:
+            raise CorruptArtifact(
+                f"{self.resume_file}: cannot be continued ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"delete {self.work.parent} to start this stage again"
+            ) from error
+        self.rows = list(state["rows"])
+        self.start_epoch = state["epoch"] + 1
+        self.train_loader.sampler.next_epoch = self.start_epoch
+        progress.say(f"{self.what}: resuming at epoch {self.start_epoch + 1}/{self.epochs}")
+
+    def _do_train(self) -> None:
+        """As Ultralytics', except that a run whose last epoch was saved before a kill has nothing left to do."""
+        if self.resume_file.is_file() and self.settings.epochs > 0:
+            done = torch.load(self.resume_file, map_location="cpu", weights_only=True)["epoch"] + 1 >= self.epochs
+            if done:
+                self._setup_train()
+                self._write_rows()
+                return
+        super()._do_train()
+
+    def validate(self) -> tuple[Any, Any]:
+        metrics, fitness = super().validate()
+        self._validated = True
+        return metrics, fitness
+
+    def save_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """results.csv, rewritten whole and atomically; figures of validation only in the epochs that had one."""
+        row: dict[str, float] = {"epoch": self.epoch + 1}
+        for name, value in {**metrics, **self.hook_rows}.items():
+            if name.startswith(("metrics/", "val/")) and not self._validated:
+                continue
+            row[name] = float(value)
+        self.rows.append(row)
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        atomic_write(self.csv, csv_text(self.rows))
+
+    def final_eval(self) -> None:
+        """Nothing: the last EMA is the result, and the stage measures it."""
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Runs once an epoch, before anything of it is saved. `_check_batch` has refused what is not finite."""
+        self.hook_rows.update(self._shares())
+        for hook in self.hooks:
+            self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
+        return False
+
+    def _check_batch(self) -> None:
+        """Stop at the first batch whose loss is NaN or infinite: the means of the epoch would be, and the weights are.
+
+        Raises:
+            NumericsError: Names the loss, the epoch and the images of the batch; all of them are in `BAD_BATCH`.
+        """
+        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one look at the device
+            return
+        bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
+        listing = self.work / BAD_BATCH
+        atomic_write(listing, "".join(f"{name}\n" for name in self._images))
+        first = ", ".join(Path(name).name for name in self._images[:LISTED_IMAGES])
+        more = f" and {rest} more" if (rest := len(self._images) - LISTED_IMAGES) > 0 else ""
+        kept = f"the state after epoch {self.epoch} is kept" if self.epoch else "no epoch was completed"
+        raise NumericsError(
+            f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {self.epoch + 1}; {kept}. Lower "
+            f"lr0 or the weight of that loss. The batch: {first}{more}, listed in {listing}"
+        )
+
+    def _shares(self) -> dict[str, float]:
+        """What each loss of a hook is of the total of this epoch, so that one that drowns the labels shows itself."""
+        means = {name: float(value) for name, value in self.tloss.items()}
+        own = [name for name in means if name not in self._criterion.base.loss_names]
+        total = sum(means.values())
+        if not own or total <= 0:
+            return {}
+        return {"train/total": total, **{f"share/{name}": means[name] / total for name in own}}
+
+    # --- progress ---------------------------------------------------------------------------------------------------
+
+    def _on_train_start(self) -> None:
+        self._enter(progress.bar(self.what, self.epochs, "epoch", done=self.start_epoch))
+
+    def _on_train_epoch_start(self) -> None:
+        seed_everything(self.settings.seed, self.epoch)
+        self.train_loader.dataset.start_epoch()
+        self._validated = False
+        self.hook_rows = {}
+        every = self.settings.val_every
+        self.args.val = bool(every) and (self.epoch + 1) % every == 0
+        for hook in self.hooks:
+            hook.on_epoch_start(self.epoch, self.epochs)
+        self._leave(to=1)
+        self._enter(progress.bar(f"epoch {self.epoch + 1}/{self.epochs}", len(self.train_loader), "batch"))
+
+    def _on_train_batch_end(self) -> None:
+        self._check_batch()
+        if RANK in {-1, 0}:
+            self._bars[-1][1](1, **{name: float(value) for name, value in self.tloss.items()})
+
+    def _on_fit_epoch_end(self) -> None:
+        self._leave(to=1)
+        if self._bars:
+            figures = {name: float(value) for name, value in (self.tloss or {}).items()} | self.hook_rows
+            if self._validated:
+                figures["map50_95"] = float(self.metrics.get("metrics/mAP50-95(B)", 0.0))
+            self._bars[0][1](1, **figures)
+
+    def _enter(self, manager: Any) -> None:
+        self._bars.append((manager, manager.__enter__()))
+
+    def _leave(self, to: int) -> None:
+        while len(self._bars) > to:
+            self._bars.pop()[0].__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Take the bars off the screen."""
+        self._leave(to=0)
+
+
+def _impatient(loader: InfiniteDataLoader) -> InfiniteDataLoader:
+    """The loader, which no longer waits for ever for a worker that hangs."""
+    if loader.num_workers:
+        loader.timeout = WORKER_PATIENCE_S
+    return loader
+
+
+def settle(model: nn.Module, steps: int) -> None:
+    """Let the statistics of BatchNorm follow the weights within the steps of a run, in place.
+
+    Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, as with a handful of images, a fifth of the
+    statistics are still those of the weights at the start, and each layer amplifies what the one before it is off by: a
+    YOLOv8n that had learnt eight images had mAP 0.00, with three averages in a run 0.60.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+            module.momentum = max(module.momentum, min(1.0, AVERAGES / steps))
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Move parameters into groups of their own, which differ from the old ones in the learning rate alone."""
+    factor = {id(model.get_parameter(name)): rate for name, rate in rates.items()}
+    for group in list(optimizer.param_groups):
+        for rate in sorted({factor[id(p)] for p in group["params"] if id(p) in factor}):
+            moved = [p for p in group["params"] if factor.get(id(p)) == rate]
+            group["params"] = [p for p in group["params"] if factor.get(id(p)) != rate]
+            optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * rate})
+
+
+class _HookedCriterion:
+    """The detector's own loss plus the hooks' named ones, each times the batch size as Ultralytics scales its terms."""
+
+    def __init__(self, model: nn.Module, hooks: Sequence[TrainHook]) -> None:
+        self.base = model.init_criterion()
+        self.hooks = hooks
+
+    def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, items = self.base(predictions, batch)
+        extras = {name: value for hook in self.hooks for name, value in hook.extra_loss(batch, predictions).items()}
+        if not extras:
+            return loss, items
+        stacked = torch.stack([value.reshape(()) for value in extras.values()]) * batch["img"].shape[0]
+        return torch.cat([loss.reshape(-1), stacked]), items | {name: value.detach() for name, value in extras.items()}

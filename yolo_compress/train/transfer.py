@@ -1,0 +1,143 @@
+"""Transfer: a detector of new classes that starts from the tensors of a checkpoint of any classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.modules import Detect
+from ultralytics.nn.tasks import DetectionModel, parse_model
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.train.checkpoint import check_loaded, dress, image_channels, load_any
+
+LAYERS = {"Conv", "C2f", "SPPF", "nn.Upsample", "torch.nn.Upsample", "Concat"}
+MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four levels has 29 and 6
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came from the checkpoint: tensors and parameters of those of the new model, classes known by name, and whether they
+    are all of the checkpoint's, in its order.
+    """
+
+    tensors: int
+    of_tensors: int
+    parameters: int
+    of_parameters: int
+    classes: tuple[str, ...]
+    same: bool
+
+
+def load_pretrained(
+    path: Path, names: Sequence[str], seed: int, detection_part: bool = False
+) -> tuple[DetectionModel, Taken]:
+    """A float32 detector of the classes `names` with every tensor of the checkpoint but the outputs of unknown classes.
+
+    The class branch keeps the checkpoint's width, as in Ultralytics' `DetectionModel.load`. Of its last convolutions, rows of
+    classes of the same name (case and outer blanks aside) are taken, the others start at random with the biases of
+    Ultralytics' `bias_init`.
+
+    Args:
+        path: Checkpoint of any classes.
+        names: Class names of the data set in index order.
+        seed: Seeds the outputs of new classes.
+        detection_part: Take backbone, neck, box and class branches of a segmentation, pose or oriented-box checkpoint.
+
+    Raises:
+        RecipeError: No detector, and `detection_part` was not asked for or cannot be had; see also `load_model`.
+        CorruptArtifact, NumericsError: See `load_model`.
+    """
+    model = load_any(path)
+    head = model.model[-1] if hasattr(model, "model") else model
+    if type(head) is not Detect and isinstance(head, Detect):
+        if not detection_part:
+            raise RecipeError(
+                f"{path}: a checkpoint for {getattr(model, 'task', None) or 'another task'} (head {type(head).__name__}), "
+                "expected a detector; set detection_part=true in the same section to take its detection part"
+            )
+        model = _detection_part(model, path)
+    check_loaded(model, path)
+    return _with_classes(model, names, seed)
+
+
+@torch.no_grad()
+def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tuple[DetectionModel, Taken]:
+    """Give the model, in place, class outputs for `names`."""
+    known = {str(name).strip().lower(): index for index, name in model.names.items()}
+    rows = {i: known[name.strip().lower()] for i, name in enumerate(names) if name.strip().lower() in known}
+    same = list(model.names.values()) == list(names)
+    head = model.model[-1]
+    old = [branch[-1] for branch in head.cv3]
+    boxes = [branch[-1].bias.detach().clone() for branch in head.cv2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for branch, conv in zip(head.cv3, old, strict=True):
+            branch[-1] = nn.Conv2d(conv.in_channels, len(names), 1)
+    head.nc, head.no = len(names), len(names) + 4 * head.reg_max
+    head.bias_init()  # of the classes; it also resets the boxes'
+    for branch, bias in zip(head.cv2, boxes, strict=True):
+        branch[-1].bias.copy_(bias)
+    for branch, conv in zip(head.cv3, old, strict=True):
+        for mine, theirs in rows.items():
+            branch[-1].weight[mine], branch[-1].bias[mine] = conv.weight[theirs], conv.bias[theirs]
+    if isinstance(getattr(model, "yaml", None), dict):
+        model.yaml["nc"] = len(names)
+    fresh = 0 if len(rows) == len(names) else 2 * head.nl
+    tensors = len(model.state_dict())
+    parameters = sum(p.numel() for p in model.parameters())
+    new = (len(names) - len(rows)) * sum(conv.in_channels + 1 for conv in old)
+    taken = Taken(tensors - fresh, tensors, parameters - new, parameters, tuple(names[i] for i in rows), same)
+    return dress(model, names), taken
+
+
+def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
+    """A plain detector of the checkpoint's own classes with the tensors of its detection branches.
+
+    The yaml of the checkpoint gives the layers. It is a file's, so only layers of YOLOv8 are built, and first without memory:
+    a net larger than the checkpoint's tensors has other shapes than they.
+    """
+    have = model.state_dict()
+    try:
+        yaml = _stock(model.yaml)
+        first, count = image_channels(model), len(model.names)
+        with torch.device("meta"):
+            want = nn.ModuleDict({"model": parse_model(deepcopy(yaml) | {"nc": count}, first, False)[0]}).state_dict()
+        missing = [name for name, tensor in want.items() if name not in have or have[name].shape != tensor.shape]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(want)} tensors do not fit a stock detector, the first is {missing[0]}"
+            )
+        part = DetectionModel(yaml, ch=first, nc=count, verbose=False).eval()
+    except Exception as error:  # Ultralytics raises anything at layers that do not fit together
+        raise RecipeError(f"{path}: its detection part cannot be taken: {error}") from error
+    part.load_state_dict({name: have[name] for name in want})
+    part.names = dict(model.names)
+    return part
+
+
+def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
+    """The layers of a yaml with the head of a detector, where all are YOLOv8's.
+
+    Raises:
+        ValueError: Others, or more of them than any YOLOv8 has.
+    """
+    rows = [*yaml["backbone"], *yaml["head"]]
+    for start, repeats, kind, arguments in rows[:-1]:
+        known = kind in LAYERS and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
+        if not known or any(item not in ("nearest", True, False) and not 1 <= item <= 5 for item in arguments[1:]):
+            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: no layer of YOLOv8")
+    if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
+        raise ValueError(f"{len(rows)} layers, more than any YOLOv8 has")
+    kept = {
+        key: yaml[key] for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels") if key in yaml
+    }
+    if any(not 0 < factor <= 4 for factor in [row for rows in kept.get("scales", {}).values() for row in rows[:2]]):
+        raise ValueError(f"scales {kept['scales']}: beyond those of YOLOv8")
+    head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], "Detect", ["nc"]]]
+    return deepcopy({**kept, "nc": 1, "backbone": yaml["backbone"], "head": head})
