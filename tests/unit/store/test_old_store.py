@@ -1,0 +1,33 @@
+"""A store that an earlier version wrote opens now: what it holds is whole, and a run takes it up instead of making it again."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+from tests.support.fake_chain import fake_chain, sound
+from yolo_compress import pipeline
+
+OLD = Path(__file__).parents[2] / "support" / "store_of_november"  # by `fake_chain`, 29 November 2026
+STAGES = ("baseline", "prune", "export")
+
+
+def test_a_store_of_an_earlier_version_is_whole_and_up_to_date(tmp_path: Path) -> None:
+    """A stage of a higher version, or with a knob more, runs again, as it must, and what follows it; the others must not."""
+    shutil.copytree(OLD, tmp_path / "weights", symlinks=True)
+    with fake_chain(tmp_path) as chain:
+        assert len(sound(chain.store)) == 3
+        recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
+        planned = pipeline.plan(recipe, dataset, "export")
+
+        def unchanged(stage: str) -> bool:
+            linked = chain.store.linked("r", stage)
+            assert linked is not None
+            old, new = linked.manifest.key, planned[stage].key
+            return old["version"] == new["version"] and set(old["config"]) == set(new["config"])
+
+        kept = list(itertools.takewhile(unchanged, STAGES))
+        assert kept, "the first stage has changed since: keep a store of today instead of this one"
+        chain.run(kept[-1])
+        assert chain.ran == []
