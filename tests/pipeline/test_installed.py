@@ -120,7 +120,7 @@ def test_digits_in_an_empty_folder(installed: Installed) -> None:
     said = installed("check", *few)
     drawn = "digits: drawing 600 training and 150 validation images of 128 px into datasets/digits"
     assert said.stderr.splitlines() == [drawn]
-    assert f"{installed.wheel}/yolo_compress/datasets/digits.yaml: 16 train, 8 val, 10 classes" in said.stdout
+    assert f"{installed.wheel}/yolo_compress/data/shipped/digits.yaml: 16 train, 8 val, 10 classes" in said.stdout
     said = installed("baseline", *few, "baseline.epochs=1", "baseline.close_mosaic=0", "baseline.warmup_epochs=0")
     answer = json.loads(said.stdout.splitlines()[-1])
     assert drawn not in said.stderr

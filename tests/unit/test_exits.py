@@ -175,7 +175,7 @@ from pathlib import Path
 import torch
 from yolo_compress.errors import StorageError
 from yolo_compress.evaluate import torch_latency
-from yolo_compress.export_onnx import save_torchscript
+from yolo_compress.export.float_onnx import save_torchscript
 net = torch.nn.Linear(100, 100)
 traced = torch.jit.trace(net, torch.zeros(1, 100))
 folder = Path(sys.argv[1])

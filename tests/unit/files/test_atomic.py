@@ -150,7 +150,7 @@ def test_require_free_looks_at_the_folder_to_come(tmp_path: Path) -> None:
 WRITER = """
 import resource, sys
 from pathlib import Path
-from yolo_compress.atomic import atomic_write
+from yolo_compress.files.atomic import atomic_write
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 atomic_write(Path(sys.argv[1]), b"new" * 5000)

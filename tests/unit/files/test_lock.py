@@ -20,7 +20,7 @@ from yolo_compress.files.lock import holder, lock
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
-from yolo_compress.lock import lock
+from yolo_compress.files.lock import lock
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 with lock(Path(sys.argv[1]), "prune of recipe bccd"):
     child = os.fork() if "fork" in sys.argv else 1
@@ -136,7 +136,7 @@ def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
 OTHER = """
 import sys
 from pathlib import Path
-from yolo_compress.lock import lock
+from yolo_compress.files.lock import lock
 with lock(Path(sys.argv[1]), "other", wait=False):
     pass
 """

@@ -403,7 +403,7 @@ FIRST_AT_ONCE = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from yolo_compress.runtime.openvino import OpenVINOBackend
+from yolo_compress.runtime.backends.openvino import OpenVINOBackend
 
 sys.setswitchinterval(1e-6)
 engines = [OpenVINOBackend(Path(sys.argv[1]), threads=1) for _ in range(2)]

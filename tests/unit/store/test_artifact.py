@@ -314,8 +314,8 @@ def test_manifest_round_trips(published) -> None:
 KILLED_STAGES = """
 import os, shutil, sys
 from pathlib import Path
-from yolo_compress import atomic
-from yolo_compress.artifact import Store, atomic_write, fingerprint
+from yolo_compress.files import atomic
+from yolo_compress.store.artifact import Store, atomic_write, fingerprint
 
 def stage(store):
     key = {"stage": "prune", "version": 3, "config": {"epochs": 2, "sizes": (1, 2)}, "inputs": {}}
@@ -458,7 +458,7 @@ def test_a_committed_partial_that_was_written_to_is_not_published(store: Store) 
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from yolo_compress.artifact import Store, fingerprint
+from yolo_compress.store.artifact import Store, fingerprint
 key = {"stage": "prune", "version": 3, "config": {"epochs": 2, "sizes": (1, 2)}, "inputs": {}}
 print("ready", flush=True)
 sys.stdin.readline()
