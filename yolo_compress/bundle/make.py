@@ -8,28 +8,31 @@ import shutil
 import tarfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment, home, pipeline, progress, runtime
 from yolo_compress.artifact import Artifact, Store
-from yolo_compress.atomic import fsync_directory, fsync_file, replace, storage_errors
+from yolo_compress.atomic import TEMPORARY, fsync_directory, fsync_file, replace, storage_errors
 from yolo_compress.bundle import golden, targets
 from yolo_compress.bundle.keys import read_seed
 from yolo_compress.bundle.launcher import launcher
 from yolo_compress.bundle.lean import lean
 from yolo_compress.bundle.signature import check_signatures
 from yolo_compress.data import Dataset
-from yolo_compress.errors import GateFailed, RecipeError
+from yolo_compress.errors import GateFailed, Locked, RecipeError, StorageError
 from yolo_compress.explain import got
 from yolo_compress.export_nms import NMS_SUFFIX
+from yolo_compress.lock import lock
 from yolo_compress.recipe import Recipe
 from yolo_compress.runtime.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.groundtruth import image_set
 from yolo_compress.runtime.sealed import seal
 
+PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`
+LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
 
@@ -120,11 +123,13 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     for stage in ("export", "engine"):
         store.verify(artifacts[stage])
     gate = _gate(report, asked)
-    partial = asked.out.parent / f".tmp-{secrets.token_hex(4)}-{asked.out.name[-40:]}"
+    _sweep(asked.out.parent)
+    partial = asked.out.parent / f"{PARTIAL}{secrets.token_hex(4)}-{asked.out.name[-40:]}"
     try:
         with storage_errors(asked.out):
             root = partial / asked.out.name.removesuffix(".gz").removesuffix(".tar")
             root.mkdir(parents=True)
+        with _marked(partial), storage_errors(asked.out):
             manifest = _fill(root, recipe, dataset, artifacts, gate, asked)
             size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
             _publish(root, partial, asked.out)
@@ -140,6 +145,21 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
         "size_mib": round(size / 2**20, 2),
         "files": len(manifest["files"]),
     }
+
+
+def _marked(partial: Path) -> AbstractContextManager[None]:
+    """Lock a folder in which a bundle is made, so that no other call removes it."""
+    return lock(partial / LOCK, "bundle", wait=False)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the unfinished bundles of killed calls: their locks are free."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.is_dir() and not left.is_symlink():
+            with suppress(Locked, StorageError):  # another call works there, or it belongs to another user
+                with _marked(left):
+                    pass
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _gate(report: Artifact, asked: Order) -> dict[str, Any]:
