@@ -1,7 +1,7 @@
 """A whole chain of fake stages that take milliseconds and resume, and a loop that kills its commands at random instants.
 
-`python tests/unit/fake_chain.py --kills 200` runs the loop; a test runs it with fewer kills. Each pass of a stage gives other
-bytes, as a training on a GPU does.
+`python -m tests.support.fake_chain --kills 200` runs the loop; a test runs it with fewer kills. Each pass of a stage gives other
+bytes, as a training on a GPU does. `fake_release.py` has the loop's bundles and robot.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from typing import Any
 import pytest
 
 from tests.support import report_case
+from tests.support.fake_release import KEY, Release, onnx_model, small_bundles, switch
 from yolo_compress import pipeline, stages
 from yolo_compress.cli.main import main
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe import recipe
 from yolo_compress.report.write import write
+from yolo_compress.runtime.secure.seal import KEY_VARIABLE
 from yolo_compress.store.artifact import Artifact, Store, atomic_write
 
 RECIPE = """
@@ -44,6 +46,7 @@ report: {}
 TRAINED = ("baseline", "prune")
 EPOCHS = 4
 FRESH = 16  # random bytes in each model
+MODEL = "compressed/fp32.onnx"  # in the artefact of `export`
 
 
 class Killed(BaseException):
@@ -116,10 +119,14 @@ class Chain:
             atomic_write(resume, json.dumps({"epoch": epoch, "of": of}))
         atomic_write(job.out / "model.pt", os.urandom(FRESH))
         atomic_write(job.out / "of.json", json.dumps(inputs))
+        if stage == "export":
+            (job.out / "compressed").mkdir()
+            atomic_write(job.out / MODEL, onnx_model(os.urandom(FRESH), job.imgsz_hw))
         if stage != "report":
             return {}
         atomic_write(job.out / "report.html", job.recipe.name)
-        return {"gate": {"passed": True}, "table": ""}
+        passed = job.config.min_retention < 1
+        return {"gate": {"passed": passed}, "verdict": {"line": "" if passed else "FAIL"}, "table": ""}
 
     def _add(self, job: Any) -> dict[str, Any]:
         write(report_case.whole(recipe=job.recipe.name), [], job.out)
@@ -173,35 +180,63 @@ COMMANDS = (
     ("gc",),
     ("gc", "recipe=r.yaml"),
     ("report", "recipe=r.yaml", "add=more.json", "out=shown"),
+    ("bundle", "recipe=r.yaml", f"key={KEY}", "version={next}", "out=bundles/{next}"),
+    ("bundle", "recipe=r.yaml", f"key={KEY}", "version={next}", "out=bundles/{next}.tar"),
+    ("bundle", "recipe=r.yaml", f"key={KEY}", "version={next}", "out=bundles/{next}.tar.gz", "target=triton"),
+    (
+        "bundle",
+        "recipe=r.yaml",
+        f"key={KEY}",
+        "version={next}",
+        "out=bundles/{next}",
+        "report.min_retention=1",
+        "force=true",
+    ),
+    ("bundle", "recipe=r.yaml", f"key={KEY}", "version={next}", "out=bundles/{last}", "force=true"),
+    ("switch.py", "install", "{shipped}", "--root={robot}"),
+    ("switch.py", "install", "{shipped}", "--root={robot}", "--force"),
+    ("switch.py", "rollback", "--root={robot}"),
+    ("switch.py", "switch", "--root={robot}"),
+    ("switch.py", "status", "--root={robot}"),
 )
+"""`Release.words` replaces the names in braces."""
 
 
 def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
-    """Start commands, kill each at a random instant, and check the store.
+    """Start commands, kill each at a random instant, and check the store, the bundles and the robot's slots.
+
+    Only commands that were still running count as killed. About half of them run again at once, to their end; the others
+    leave what the kill left to later commands.
 
     Returns:
-        How often each command was killed before it ended.
+        How often each command was killed.
     """
     dice, before, killed = random.Random(seed), dict[str, Artifact](), dict[str, int]()
     seconds = dict.fromkeys(COMMANDS, 0.2)
     write(report_case.whole(recipe="r"), [], Path("whole"))
-    for _ in range(kills):
-        words, epochs = dice.choice(COMMANDS), chain.saved()
-        started, child = time.monotonic(), os.fork()
-        if child == 0:
-            _child(words, chain.folder / "said.txt")
-        wait = dice.uniform(0, seconds[words])
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while time.monotonic() - started < wait and os.waitid(os.P_PID, child, ended) is None:
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
-            killed[" ".join(words)] = killed.get(" ".join(words), 0) + 1
-        else:
-            assert os.WEXITSTATUS(status) == 0, f"{words}: {(chain.folder / 'said.txt').read_text()}"
-            seconds[words] = 1.2 * (time.monotonic() - started)
-        before = check(chain, before, epochs)
+    with small_bundles(), pytest.MonkeyPatch.context() as patch:
+        release, exports = Release(chain.folder), set[str]()
+        patch.setenv(KEY_VARIABLE, f"{chain.folder / KEY}.pub")
+        while sum(killed.values()) < kills:
+            command = dice.choice(COMMANDS)
+            words, limit = release.words(command), dice.uniform(0, seconds[command])
+            for wait in (limit, None):
+                epochs, started = chain.saved(), time.monotonic()
+                expected = release.exit_code(words)
+                code = _run(words, chain.folder / "said.txt", wait, alone=dice.random() < 0.5)
+                assert code in (None, expected), (
+                    f"{words}: {code}, {expected} expected: {(chain.folder / 'said.txt').read_text()}"
+                )
+                before = check(chain, before, epochs)
+                exports |= {_sha256(one.file(MODEL)) for one in before.values() if one.stage == "export"}
+                release.check(words, code == 0, exports)
+                if code is not None:
+                    seconds[command] = 1.2 * (time.monotonic() - started)
+                    break
+                killed[" ".join(command)] = killed.get(" ".join(command), 0) + 1
+                seconds[command] *= 1.1  # on a slow machine it must end sometimes too
+                if dice.random() < 0.5:
+                    break
     chain.run("report")
     assert set(chain.states().values()) <= {"up to date", "left out"}, chain.states()
     assert main(["gc"]) == 0
@@ -209,11 +244,36 @@ def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
     return killed
 
 
+def _run(words: tuple[str, ...], said: Path, wait: float | None, alone: bool) -> int | None:
+    """Exit code of a command, or None if it was killed.
+
+    Args:
+        wait: Seconds until it is killed; None: it is left to its end.
+        alone: Kill only the command's own process, not those that it started.
+    """
+    started, child = time.monotonic(), os.fork()
+    if child == 0:
+        _child(words, said)
+    with contextlib.suppress(ProcessLookupError):
+        os.setpgid(child, child)
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while (wait is None or time.monotonic() - started < wait) and os.waitid(os.P_PID, child, ended) is None:
+        time.sleep(0.001)
+    (os.kill if alone else os.killpg)(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def _child(words: tuple[str, ...], said: Path) -> None:
     with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = 99
         try:
-            code = main(list(words))
+            os.setpgid(0, 0)
+            code = switch(words) if words[0] == "switch.py" else main(list(words))
         finally:
             file.flush()
             os._exit(code)

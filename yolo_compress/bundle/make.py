@@ -8,7 +8,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from yolo_compress.bundle.keys import read_seed
 from yolo_compress.bundle.launchers import launcher
 from yolo_compress.bundle.targets import registry
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import GateFailed, RecipeError
+from yolo_compress.errors import GateFailed, Locked, RecipeError, StorageError
 from yolo_compress.export.nms import NMS_SUFFIX
-from yolo_compress.files.atomic import fsync_directory, fsync_file, replace, storage_errors
+from yolo_compress.files.atomic import TEMPORARY, fsync_directory, fsync_file, replace, storage_errors
+from yolo_compress.files.lock import lock
 from yolo_compress.recipe.messages import got
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
@@ -30,6 +31,8 @@ from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.secure.seal import seal
 from yolo_compress.store.artifact import Artifact, Store
 
+PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`
+LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
 
@@ -119,11 +122,13 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     for stage in ("export", "engine"):
         store.verify(artifacts[stage])
     gate = _gate(report, asked)
-    partial = asked.out.parent / f".tmp-{secrets.token_hex(4)}-{asked.out.name[-40:]}"
+    _sweep(asked.out.parent)
+    partial = asked.out.parent / f"{PARTIAL}{secrets.token_hex(4)}-{asked.out.name[-40:]}"
     try:
         with storage_errors(asked.out):
             root = partial / asked.out.name.removesuffix(".gz").removesuffix(".tar")
             root.mkdir(parents=True)
+        with _marked(partial), storage_errors(asked.out):
             manifest = _fill(root, recipe, dataset, artifacts, gate, asked)
             size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
             _publish(root, partial, asked.out)
@@ -139,6 +144,21 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
         "size_mib": round(size / 2**20, 2),
         "files": len(manifest["files"]),
     }
+
+
+def _marked(partial: Path) -> AbstractContextManager[None]:
+    """Lock a folder in which a bundle is made, so that no other call removes it."""
+    return lock(partial / LOCK, "bundle", wait=False)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the unfinished bundles of killed calls: their locks are free."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.is_dir() and not left.is_symlink():
+            with suppress(Locked, StorageError):  # another call works there, or it belongs to another user
+                with _marked(left):
+                    pass
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _gate(report: Artifact, asked: Order) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -208,6 +210,35 @@ def test_a_tar_is_the_same_for_the_same_files_and_holds_them(
         assert {member.name.split("/")[0] for member in tar} == {"bundle"}
         assert {(member.uid, member.mtime, member.uname) for member in tar} == {(0, 0, "")}
     assert verify(unpack(out, tmp_path / "out"))["files"] == verify(bundle)["files"]
+
+
+@pytest.mark.fault(91)
+def test_only_unfinished_bundles_of_killed_calls_are_removed(tmp_path: Path) -> None:
+    left, used = tmp_path / f"{make.PARTIAL}0-a.tar", tmp_path / f"{make.PARTIAL}1-a.tar"
+    others = [tmp_path / name for name in ("a", ".tmp-0123abcd-a", "b.tar")]
+    for folder in (left / "a", used / "a", *others):
+        folder.mkdir(parents=True)
+    link = tmp_path / f"{make.PARTIAL}2-a.tar"
+    link.symlink_to(others[0])
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with make._marked(used):
+            os.write(tell, b"x")
+            time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
+    try:
+        make._sweep(tmp_path)
+        assert set(tmp_path.iterdir()) == {used, link, *others} and (used / "a").is_dir()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+    make._sweep(tmp_path)
+    assert set(tmp_path.iterdir()) == {link, *others}
+    make._sweep(tmp_path / "nowhere")
 
 
 def test_networks_that_cannot_take_each_others_place_are_no_bundle(bundle: Path, tmp_path: Path) -> None:
