@@ -181,7 +181,7 @@ class Release:
         shutil.rmtree(scratch, ignore_errors=True)
         assert manifest["version"] == _number(path.name)
         assert manifest["files"]["onnx/fp32.onnx"]["sha256"] in exports, f"{path}: a model of no export"
-        assert {"README.txt", "build.py", "runtime/sealed.py", "golden/golden.json"} <= set(manifest["files"])
+        assert {"README.txt", "build.py", "runtime/secure/seal.py", "golden/golden.json"} <= set(manifest["files"])
 
     def _check_robot(self, words: tuple[str, ...]) -> None:
         before, installs = self.ran, words[:2] == ("switch.py", "install")
