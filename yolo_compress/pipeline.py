@@ -23,9 +23,10 @@ from yolo_compress import environment, home, progress
 from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
+from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import sizing
 from yolo_compress.recipe.knobs import IMGSZ_STEP
-from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.store.artifact import Artifact, Store, explain, fingerprint, sha256_file
 from yolo_compress.store.manifest import BEGUN, WORK
 from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
@@ -59,7 +60,7 @@ STAGES: dict[str, Stage] = {
     "baseline": Stage(version=2, trains=True, checked=True),
     "teacher": Stage(stand_in="baseline", version=2, trains=True, checked=True),
     "sparsify": Stage(("baseline",), stand_in="baseline", version=2, trains=True),
-    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True),
+    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True, checked=True),
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=3, trains=True, checked=True),
     "qat": Stage(("distill",), stand_in="distill", version=5, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
@@ -269,16 +270,32 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     forced = last if again else None
     done = current(store, chain, but=forced)
     check(recipe, dataset, [stage for stage in chain if stage not in done])
+    name = _label(recipe, store)
     for stage in chain:
-        store.check_name(recipe.name, stage)
+        store.check_name(name, stage)
+    if _rank() == 0:
+        recipe_folder.claim(store.root, recipe)
     for stage, planned in chain.items():
         found = None if stage == forced else _published(store, planned, artifacts)
         if found:
             progress.say(f"{stage}: up to date")
-        artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store)
+        artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store, name)
         if _rank() == 0:
-            store.link(recipe.name, artifacts[stage])
+            store.link(name, artifacts[stage])
     return artifacts[last]
+
+
+def _label(recipe: Recipe, store: Store) -> str:
+    """See `recipe_folder.label`; says where it is not the recipe's name."""
+    name = recipe_folder.label(store.root, recipe)
+    if name != recipe.name:
+        other = recipe_folder.owner_of(store.root, recipe.name)
+        shown = other if other == SHIPPED else os.path.normpath(store.root / str(other))
+        progress.notice(
+            f"{store.root / recipe.name} leads to the results of another recipe of this name ({shown}); the results of this one "
+            f"are in {store.root / name}"
+        )
+    return name
 
 
 def _published(store: Store, planned: Planned, artifacts: Mapping[str, Artifact]) -> Artifact | None:
@@ -332,7 +349,7 @@ def _training_images(config: Any, dataset: Dataset) -> int:
 
 
 def _execute(
-    recipe: Recipe, planned: Planned, dataset: Dataset, artifacts: Mapping[str, Artifact], store: Store
+    recipe: Recipe, planned: Planned, dataset: Dataset, artifacts: Mapping[str, Artifact], store: Store, name: str
 ) -> Artifact:
     from yolo_compress.stages import Job  # torch-free, but only needed when something runs
 
@@ -359,7 +376,7 @@ def _execute(
     recheck(dataset)
     seconds = time.monotonic() - started
     artifact = store.publish(
-        stage, planned.fingerprint, planned.key, metrics, environment.describe(), seconds, contents, recipe.name
+        stage, planned.fingerprint, planned.key, metrics, environment.describe(), seconds, contents, name
     )
     progress.say(f"{stage}: done in {seconds:.0f} s -> {artifact.path}")
     return artifact
@@ -412,18 +429,22 @@ def report_over(
         `verdict`, `gate` and `table`, as the metrics of the stage.
 
     Raises:
-        CompressError: See `report.devices.add` and `run`.
+        CompressError: See `report.devices.read`, before any stage runs; `report.devices.add` and `run`.
     """
+    from yolo_compress.report import devices
     from yolo_compress.stages import Job, report
 
     store = store or Store(home.weights())
     store.check_outside(out, "out")
+    devices.read(files)  # before any training
     with store.lock(f"report of recipe {recipe.name}", wait):
         published = _run(recipe, "report", store, again=False)
         recipe, dataset = prepare(recipe, store)
         planned = plan(recipe, dataset, "report")
         artifacts = current(store, planned)
         inputs = {need: artifacts[source] for need, source in planned["report"].inputs.items()}
+        for artifact in (published, *inputs.values()):
+            store.verify(artifact)
         return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
 
 
@@ -482,6 +503,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     store = store or Store(home.weights())
     recipe, dataset = prepare(recipe, store)
     done: dict[str, Artifact] = {}
+    name = recipe_folder.label(store.root, recipe)
     for stage in STAGES:
         if getattr(recipe, stage) is None:
             try:
@@ -492,7 +514,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
         try:
             planned = plan(recipe, dataset, stage)[stage]
             found = store.find(stage, planned.fingerprint)
-            linked = store.linked(recipe.name, stage)
+            linked = store.linked(name, stage)
             partial = store.directory(stage, planned.fingerprint).with_suffix(".partial")
         except CompressError as error:
             yield Status(stage, "blocked", (str(error),))

@@ -214,6 +214,7 @@ def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
     dice, before, killed = random.Random(seed), dict[str, Artifact](), dict[str, int]()
     seconds = dict.fromkeys(COMMANDS, 0.2)
     write(report_case.whole(recipe="r"), [], Path("whole"))
+    Path("more.json").write_text(json.dumps({"schema": 1, "bundle": {}, "rows": []}))
     with small_bundles(), pytest.MonkeyPatch.context() as patch:
         release, exports = Release(chain.folder), set[str]()
         patch.setenv(KEY_VARIABLE, f"{chain.folder / KEY}.pub")

@@ -218,3 +218,15 @@ def test_numbers_without_end_and_folders_for_files(monkeypatch, capsys, tmp_path
 def test_a_camera_of_5000_digits_is_no_camera() -> None:
     with pytest.raises(SourceError, match="name too long"):
         open_source(LONG)
+
+
+@pytest.mark.fault(82)
+@pytest.mark.parametrize(
+    "words", ["", "--help", "--version", "help prune", "prune --help --all", "cfg recipe=digits", "check", "gc"]
+)
+def test_no_verb_ends_with_0_on_a_full_disk(tmp_path: Path, words: str) -> None:
+    command = [sys.executable, "-m", "yolo_compress", *words.split()]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, cwd=tmp_path, check=False)
+    assert done.returncode == 6
+    assert done.stderr.decode() == "error: cannot write stdout: No space left on device; the output is cut short\n"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
+import stat
 from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write, fsync_directory, storage_errors
+from yolo_compress.progress import notice
 from yolo_compress.runtime.secure import ed25519
 from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
 
@@ -60,7 +63,7 @@ def _write_seed(out: Path, seed: bytes) -> None:
 
 
 def read_seed(path: Path) -> bytes:
-    """The 32 bytes of a file that `keygen` wrote.
+    """The 32 bytes of a file that `keygen` wrote; says in a line where others than its owner can read or replace it.
 
     Raises:
         RecipeError: no such file, or no key in it.
@@ -69,8 +72,15 @@ def read_seed(path: Path) -> bytes:
         text = path.read_text(encoding="ascii").strip()
         if not text.startswith(PREFIX):
             raise ValueError("no private key (a public one signs nothing)")
-        return key_of(text[len(PREFIX) :])
+        seed = key_of(text[len(PREFIX) :])
+        mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         raise RecipeError(f"key={path}: {error.strerror}; make one with yolo-compress keygen out={path}") from error
     except ValueError as error:
         raise RecipeError(f"key={path}: {error}; make one with yolo-compress keygen out=FILE") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        notice(
+            f"{path}: others than its owner have access to this private key (mode {mode:o}), and could sign bundles with it; "
+            f"chmod 600 {shlex.quote(str(path))}"
+        )
+    return seed

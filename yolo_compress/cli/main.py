@@ -6,10 +6,12 @@ Progress and errors go to stderr. Stdout holds the answer: a table where there i
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -40,8 +42,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _check_outside_store(command: grammar.Command) -> None:
     """Refuse to write into an artefact, by whatever verb."""
-    from pathlib import Path
-
     from yolo_compress import home
     from yolo_compress.store.artifact import Store
 
@@ -100,17 +100,26 @@ def _stage(command: grammar.Command) -> int:
 
 def _report_over(recipe: Any, command: grammar.Command) -> int:
     """The report with the rows of other machines beside it, in a folder of its own."""
-    from pathlib import Path
+    from yolo_compress import home, pipeline
+    from yolo_compress.recipe import folder as recipe_folder
 
-    from yolo_compress import pipeline
-
-    out = Path(command.options.get("out", f"report-{recipe.name}"))
-    files = [Path(name) for name in command.options["add"].split(",") if name]
-    metrics = pipeline.report_over(recipe, files, out, wait=command.wait)
+    out = Path(command.options.get("out", f"report-{recipe_folder.label(home.weights(), recipe)}"))
+    metrics = pipeline.report_over(recipe, list(_files(command.options["add"])), out, wait=command.wait)
     result(metrics.pop("table"))
     result(f"report: {out / 'report.html'}")
     result(json.dumps({"recipe": recipe.name, "report": str(out / "report.html"), "metrics": metrics}))
     return 0 if metrics["gate"]["passed"] else 1
+
+
+def _files(text: str) -> Iterator[Path]:
+    """The files of a list with commas; where a file's name has commas itself, the longest name of a file that exists counts."""
+    parts = text.split(",")
+    while parts:
+        names = {count: ",".join(parts[:count]) for count in range(len(parts), 0, -1)}
+        count = next((count for count, name in names.items() if os.path.isfile(name)), 1)
+        if names[count]:
+            yield Path(names[count])
+        del parts[:count]
 
 
 def _dry_run(recipe: Any) -> int:
@@ -181,8 +190,6 @@ def _cfg(command: grammar.Command) -> int:
 
 
 def _lint(command: grammar.Command) -> int:
-    from pathlib import Path
-
     from yolo_compress.lint.isolated import check_apart
     from yolo_compress.lint.targets import DEFAULT
 
@@ -226,8 +233,6 @@ def _bundle(command: grammar.Command) -> int:
 
 
 def _keygen(command: grammar.Command) -> int:
-    from pathlib import Path
-
     from yolo_compress.bundle.keys import keygen
 
     made = keygen(Path(command.options["out"]))

@@ -131,7 +131,8 @@ VERBS = {
     "report": Verb("write report.html, .md and .json; exit code 1 when the gate fails", "The chain", (
         RECIPE, LOCK, FORCE,
         Option("add", "device.json[,more.json]", "Write another report that also shows these measurements of robots. The "
-               "published report stays as it is.", values="files that bench.py wrote on robots, or report.json of other recipes"),
+               "published report stays as it is. A file whose name has commas is taken as it is.",
+               values="files that bench.py wrote on robots, or report.json of other recipes"),
         Option("out", "FOLDER", "With add: folder of that report.", "report-RECIPE", "a folder"),
     )),
     "predict": Verb("detect objects in images, videos or a camera: a JSON line per image", "Use the result", (

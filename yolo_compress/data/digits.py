@@ -11,7 +11,6 @@ never more than `MAX_COVERED` of a digit's ink: every digit drawn is labelled an
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -28,6 +27,8 @@ from yolo_compress import progress
 from yolo_compress.errors import CompressError, RecipeError, StorageError
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.files.lock import lock
+from yolo_compress.runtime import json_text
+from yolo_compress.runtime.commands.common import Parser
 
 VERSION = 1  # goes up when the same parameters would give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
@@ -87,7 +88,7 @@ def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
 def is_complete(out: Path, parameters: dict[str, int]) -> bool:
     """Whether `out` was drawn with `parameters` and every file still has its bytes (0.1 s for 1,500 files)."""
     try:
-        record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
+        record: dict[str, Any] = json_text.read(out / RECORD)
         return record["parameters"] == parameters and all(
             hashlib.sha256((out / path).read_bytes()).hexdigest() == sha256 for path, sha256 in record["files"].items()
         )
@@ -201,17 +202,17 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Draw scenes of handwritten digits with their boxes.")
+    parser = Parser(description="Draw scenes of handwritten digits with their boxes.")
     parser.add_argument("out", type=Path)
     for name, default in (("train", 600), ("val", 150), ("imgsz", 128), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     try:
         draw(**vars(args))
+        progress.result(str(args.out))
     except CompressError as error:
         progress.notice(f"error: {error}")
         return error.exit_code
-    progress.result(str(args.out))
     return 0
 
 

@@ -180,9 +180,8 @@ def _check(net: nn.Module, placed: Plan, state: QuantState) -> None:
         )
 
 
-@contextmanager
-def _engine() -> Iterator[None]:
-    """Pack with the first of `ENGINES` that this torch has.
+def find_engine() -> str:
+    """The first of `ENGINES` that this torch has.
 
     Raises:
         EnvironmentLacks: It has none, or no quantised convolutions any more.
@@ -194,8 +193,15 @@ def _engine() -> Iterator[None]:
             f"INT8 TorchScript: torch {torch.__version__} has none of the engines {', '.join(ENGINES)} of quantised convolutions "
             f"(it has {', '.join(quantized.supported_engines)}); install another build, or set export.torchscript=false"
         )
+    return found[0]
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """Pack with the engine that `find_engine` gives."""
+    quantized, chosen = torch.backends.quantized, find_engine()
     before = quantized.engine
-    quantized.engine = found[0]
+    quantized.engine = chosen
     try:
         yield
     finally:

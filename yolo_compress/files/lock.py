@@ -19,6 +19,7 @@ from pathlib import Path
 from yolo_compress.errors import Locked
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.progress import notice
+from yolo_compress.runtime import json_text
 
 POLL_SECONDS = 0.2  # not a blocking flock: Python runs its signal handlers between two tries
 
@@ -97,7 +98,7 @@ def _describe(descriptor: int, what: str) -> None:
 def holder(path: Path) -> str:
     """Who holds (or last held) a lock, in words; the holder may be between taking the lock and writing its line."""
     try:
-        info = json.loads(path.read_text())
+        info = json_text.read(path)
         since = datetime.fromisoformat(info["since"])
         clock = since.strftime("%H:%M:%S" if since.date() == datetime.now().date() else "%Y-%m-%d %H:%M:%S")
         return f"pid {info['pid']} on host {info['host']} ({info['what']}, since {clock})"

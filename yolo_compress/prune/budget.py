@@ -145,12 +145,7 @@ def choose(
     def price(widths: np.ndarray) -> float:
         return budget.price(*layout.channels(widths))
 
-    smallest = price(np.array([tie.least for tie in ties]))
-    if smallest > budget.target:
-        raise RecipeError(
-            f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be reached; the smallest is "
-            f"{budget.of(smallest)} with prune.floor={floor}, prune.round_to={round_to} and the caps of prune.sensitivity, if any"
-        )
+    _check_reachable(ties, price, budget, round_to, floor)
     widths = _fill(_cut(_ranked(ties, scope), ties, price, budget.target), ties, price, budget.target)
     cost = price(widths)
     if budget.target - cost > TOLERANCE * budget.target:
@@ -169,6 +164,37 @@ def choose(
         parameters_after=int(count(*after)),
         cost=cost,
     )
+
+
+def check_reachable(
+    model: nn.Module,
+    groups: Sequence[Group],
+    budget: Budget,
+    round_to: int,
+    shapes: Mapping[str, ConvShape],
+    floor: float,
+    least: Mapping[str, int],
+) -> None:
+    """Refuse a budget that `choose` would refuse whatever the scores are, with the same arguments.
+
+    Raises:
+        RecipeError: A setting out of range, or a budget that cannot be reached; says the smallest.
+    """
+    _check_settings(round_to, floor, "global")
+    ties = _ties(model, groups, {group.name: torch.zeros(group.width) for group in groups}, round_to, floor, least)
+    layout = Widths(shapes, _members(groups, ties), [tie.width for tie in ties])
+    _check_reachable(ties, lambda widths: budget.price(*layout.channels(widths)), budget, round_to, floor)
+
+
+def _check_reachable(
+    ties: Sequence[_Tie], price: Callable[[np.ndarray], float], budget: Budget, round_to: int, floor: float
+) -> None:
+    smallest = price(np.array([tie.least for tie in ties]))
+    if smallest > budget.target:
+        raise RecipeError(
+            f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be reached; the smallest is "
+            f"{budget.of(smallest)} with prune.floor={floor}, prune.round_to={round_to} and the caps of prune.sensitivity, if any"
+        )
 
 
 def _macs(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, np.ndarray]) -> list[int]:

@@ -38,6 +38,15 @@ def _quiet_import() -> Iterator[None]:
         log.setLevel(level)
 
 
+def check_installed() -> None:
+    """Refuse an environment that cannot train in INT8.
+
+    Raises:
+        EnvironmentLacks: See `_modelopt`.
+    """
+    _modelopt()
+
+
 def _modelopt() -> ModuleType:
     """ModelOpt's quantised modules, imported on first use (seconds).
 

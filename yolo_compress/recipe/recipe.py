@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from .. import home
@@ -59,14 +59,26 @@ __all__ = [
 
 ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
 _COMMAND_LINE = "command line"
+SHIPPED = "shipped"  # the source of a recipe of the package
 
 
 class Recipe(Sections):
     """A whole recipe, as `load` gives it; it cannot be changed, `load` with other overrides gives another.
 
     Attributes:
+        source: The file, "shipped", or nothing where it was not loaded; two recipes that differ in it alone are equal.
         name, data, run, teacher, ...: see `Sections`; `options()` describes the knobs.
     """
+
+    _source: str = PrivateAttr("")
+
+    @property
+    def source(self) -> str:
+        """See `Attributes`."""
+        return self._source
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and dict(self) == dict(other)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -81,9 +93,11 @@ class Recipe(Sections):
             RecipeError: Sections that contradict each other.
         """
         try:
-            return Recipe.model_validate({**dict(self), **sections})
+            made = Recipe.model_validate({**dict(self), **sections})
         except ValidationError as error:
             raise RecipeError(f"recipe {self.name}: {error.errors()[0]['ctx']['error']}") from None
+        made._source = self._source
+        return made
 
     def dump(self) -> str:
         """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
@@ -108,7 +122,10 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
             each other. The message names file and line (or the command line), key, value and the values allowed.
         StorageError: the file is there but the system does not let us read it.
     """
-    return build(*_read(name_or_path), overrides)
+    document, name, source = _read(name_or_path)
+    recipe = build(document, name, overrides)
+    recipe._source = source
+    return recipe
 
 
 def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -167,20 +184,20 @@ def _shipped() -> Any:
     return resources.files(__package__) / "shipped"
 
 
-def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, str]:
-    """Finds and parses the file; gives it and the recipe's name."""
+def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, str, str]:
+    """Finds and parses the file; gives it, the recipe's name and its source."""
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and os.sep not in text and not text.lower().endswith((".yaml", ".yml")):
         if text not in names():
             hint = did_you_mean(text, names()) or f"; shipped are {', '.join(names())}"
             raise RecipeError(f"no recipe {got(text)}{hint} (a file is given with its .yaml)")
         content = (_shipped() / f"{text}.yaml").read_text(encoding="utf-8")
-        return strict_yaml.parse(content, f"recipes/{text}.yaml"), text
+        return strict_yaml.parse(content, f"recipes/{text}.yaml"), text, SHIPPED
     document = strict_yaml.load(text)
     name = Path(text).stem
     if not home.is_recipe_name(name):
         raise RecipeError(f"{document.source}: {got(name)} cannot be the name of a folder in weights/; rename the file")
-    return document, name
+    return document, name, os.path.realpath(text)
 
 
 def _sections(document: strict_yaml.Document) -> dict[str, Any]:

@@ -35,12 +35,8 @@ def add(document: Mapping[str, Any], files: Sequence[Path], onnx: Set[str] | Non
         StorageError: a file that cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])
-    rows, read = [dict(row) for row in document["rows"]], list[dict[str, Any]]()
-    for file in files:
-        found = _read(file)
-        if found in read:
-            raise RecipeError(f"add: {file} is given twice, perhaps under another name; a report shows each once")
-        read.append(found)
+    rows = [dict(row) for row in document["rows"]]
+    for file, found in read(files):
         if "bundle" in found:
             _check_model(file, found, document)
             if onnx is not None:
@@ -56,6 +52,23 @@ def add(document: Mapping[str, Any], files: Sequence[Path], onnx: Set[str] | Non
     bounds = [document["gate"][key] for key in ("min_retention", "max_latency_ms", "max_size_mib")]
     again = judged(identified([_bare(row) for row in rows]), *bounds)
     return dict(plain({**document, **again, "devices": devices, "references": references}))
+
+
+def read(files: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files with what they hold, before anything is compared with a report.
+
+    Raises:
+        CorruptArtifact: A file that is neither, or of another schema.
+        RecipeError: A file is given twice.
+        StorageError: A file cannot be read.
+    """
+    pairs: list[tuple[Path, dict[str, Any]]] = []
+    for file in files:
+        found = _read(file)
+        if any(found == earlier for _, earlier in pairs):
+            raise RecipeError(f"add: {file} is given twice, perhaps under another name; a report shows each once")
+        pairs.append((file, found))
+    return pairs
 
 
 def _read(file: Path) -> dict[str, Any]:

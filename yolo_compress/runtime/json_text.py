@@ -46,8 +46,17 @@ def read(path: Path, constant: Callable[[str], Any] = refuse) -> Any:
         ValueError: as `parse`.
         OSError: it cannot be read.
     """
+    return parse(content(path), constant)
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; of one that is too large, as many as `parse` refuses.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with open(str(path), "rb") as file:
-        return parse(file.read(MAX_BYTES + 1), constant)
+        return file.read(MAX_BYTES + 1)
 
 
 def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

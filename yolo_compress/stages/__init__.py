@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import CorruptArtifact
+from yolo_compress.files import strict_json
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.store.artifact import Artifact
 
@@ -36,3 +38,22 @@ class Job:
     def imgsz_hw(self) -> tuple[int, int]:
         """(height, width) in pixels of the network's input."""
         return self.recipe.data.imgsz_hw
+
+
+def resumed(file: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
+    """What an earlier, killed run of the stage kept in its `work`; None where it kept nothing yet.
+
+    Args:
+        keys: Entries that it must have, and their types.
+
+    Raises:
+        CorruptArtifact: The file is damaged.
+    """
+    if not file.is_file():
+        return None
+    hint = f"; delete {file} to measure again"
+    found = strict_json.load(file, CorruptArtifact, hint)
+    for key, kind in keys.items():
+        if not isinstance(found.get(key), kind):
+            raise CorruptArtifact(f"{file}: {key} is no {kind.__name__}{hint}")
+    return found

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from yolo_compress import progress
 from yolo_compress.data.data_yaml import shown
-from yolo_compress.data.dataset import Sample, calibration_subset
+from yolo_compress.data.dataset import Dataset, Sample, calibration_subset
 from yolo_compress.errors import DataError
+from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
 from yolo_compress.store.artifact import atomic_write, fingerprint
@@ -26,6 +27,34 @@ def chosen(job: Job, count: int) -> list[Sample]:
     if len(found) < count:
         progress.say(f"calibration: all {len(found)} training images, fewer than the {count} of calib_images")
     return found
+
+
+def check_calibration(recipe: Recipe, dataset: Dataset, section: str) -> None:
+    """Refuse, before any stage runs, calibration images that this section cannot use; reads them up to the first of two colours.
+
+    Raises:
+        DataError: See `letterboxed`; or mAP is measured on them, and all of them are background.
+    """
+    config = getattr(recipe, section)
+    found = calibration_subset(dataset.train, config.calib_images, recipe.run.seed)
+    if all(_one_colour(read_image(sample.image)) for sample in found):
+        raise _blank(found, f"{section}.calib_images")
+    if getattr(config, "sensitivity", "off") == "map50_95" and not any(sample.boxes for sample in found):
+        raise DataError(
+            f"{section}.sensitivity=map50_95: all {len(found)} calibration images are background, so mAP is undefined; set "
+            f"{section}.sensitivity=loss, or a higher {section}.calib_images"
+        )
+
+
+def _one_colour(image_HW3: np.ndarray) -> bool:
+    return bool((image_HW3 == image_HW3[0, 0]).all())
+
+
+def _blank(samples: Sequence[Sample], knob: str) -> DataError:
+    return DataError(
+        f"calibration: all {len(samples)} images are of one colour, such as {shown(samples[0].image)}; give images with "
+        f"objects in the training split, or a higher {knob}"
+    )
 
 
 def letterboxed(
@@ -44,14 +73,11 @@ def letterboxed(
     for start, end in zip([0, *ends], ends, strict=False):
         part = samples[start:end]
         pixels = [read_image(sample.image) for sample in part]
-        blank = blank and all(bool((image == image[0, 0]).all()) for image in pixels)
+        blank = blank and all(map(_one_colour, pixels))
         images = [letterbox(image, imgsz_hw, channels=channels)[0] for image in pixels]
         yield torch.from_numpy(np.stack(images))
     if blank:
-        raise DataError(
-            f"calibration: all {len(samples)} images are of one colour, such as {shown(samples[0].image)}; give images with "
-            "objects in the training split, or a higher calib_images"
-        )
+        raise _blank(samples, "calib_images")
 
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:

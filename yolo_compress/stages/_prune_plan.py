@@ -21,7 +21,7 @@ from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
-from yolo_compress.stages import Job
+from yolo_compress.stages import Job, resumed
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import device
@@ -71,6 +71,46 @@ def _text(plan: Plan, figures: Mapping[str, Any], totals: Sequence[tuple[str, st
     return "\n".join(lines)
 
 
+def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
+    """Refuse what `prune` would refuse whatever the weights come to be.
+
+    Milliseconds without a table are not judged: only timing tells.
+
+    Args:
+        config: Cuts channels.
+        model: What the chain starts from; training changes no width.
+        imgsz_hw: Of the input, px.
+
+    Raises:
+        RecipeError: No such criterion, a table of another model or image size, or a budget that cannot be reached.
+        EnvironmentLacks: No runtime to time layers on.
+        CorruptArtifact: The table of layer times is damaged.
+    """
+    find(config.criterion)
+    table = None
+    if config.latency_ms is not None:
+        if config.latency_table is None:
+            return latency.require(config.latency_runtime, "prune.latency_runtime")
+        table = latency.read_table(Path(config.latency_table), imgsz_hw)
+    groups, shapes = prunable(model), conv_shapes(model, imgsz_hw)
+    least = _floors(config, {group.name: group.width for group in groups})
+    budget.check_reachable(model, groups, _budget(config, shapes, table), config.round_to, shapes, config.floor, least)
+    return None
+
+
+def _floors(config: PruneConfig, dense: Mapping[str, int]) -> dict[str, int]:
+    """Channels that every group keeps at least; floors are shares of the dense net's widths, whatever rounds took since."""
+    return {name: max(1, round(config.floor * width)) for name, width in dense.items()}
+
+
+def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: Mapping[str, Any] | None) -> Budget:
+    knob, value = config.budget
+    if table is not None:
+        return budget.latency_ms(shapes, table, value)
+    make = budget.keep_flops if knob == "keep_flops" else budget.keep_params
+    return make(shapes, value)
+
+
 class Planner:
     """Plans the cuts of one net, from dense to its budget."""
 
@@ -81,7 +121,7 @@ class Planner:
         self.dense = {group.name: group.width for group in prunable(model)}
         self.shapes = conv_shapes(model, job.imgsz_hw)
         self.table = self._table(model) if self.config.latency_ms is not None else None
-        self.budget = self._budget()
+        self.budget = _budget(self.config, self.shapes, self.table)
         self.least: Mapping[str, int] = {}
 
     def one_cut(self, model: nn.Module) -> Plan:
@@ -127,19 +167,11 @@ class Planner:
         shapes: Mapping[str, ConvShape],
         limit: Budget,
     ) -> Plan:
-        """Floors are shares of the dense net's widths, whatever rounds took since."""
         config = self.config
-        least = {name: max(self.least.get(name, 1), round(config.floor * width)) for name, width in self.dense.items()}
+        least = {name: max(self.least.get(name, 1), floor) for name, floor in _floors(config, self.dense).items()}
         return choose(model, groups, importance, limit, config.round_to, shapes, config.floor, config.scope, least)
 
     # --- budgets ------------------------------------------------------------------------------------------------------
-
-    def _budget(self) -> Budget:
-        knob, value = self.config.budget
-        if self.table is not None:
-            return budget.latency_ms(self.shapes, self.table, value)
-        make = budget.keep_flops if knob == "keep_flops" else budget.keep_params
-        return make(self.shapes, value)
 
     def _at(self, part: float) -> Budget:
         """The budget after this part of the rounds: equal factors from round to round."""
@@ -172,8 +204,7 @@ class Planner:
         assert self.table is not None and self.config.latency_ms is not None
         planner = lambda ms: choose_for(replace(self.budget, target=ms))  # noqa: E731
         kept = work / "asked.json"
-        if kept.is_file():
-            found = json.loads(kept.read_text(encoding="utf-8"))
+        if found := resumed(kept, {"asked_ms": float, "metrics": dict}):
             return planner(found["asked_ms"]), found["metrics"]
         config = self.config
         rig = latency.Rig(
@@ -197,7 +228,7 @@ class Planner:
         samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
         value = partial(WORTH[config.sensitivity], self.job, samples)
         kept = work / "sensitivity.json"
-        state = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"groups": {}}
+        state = resumed(kept, {"groups": dict}) or {"groups": {}}
         if "dense" not in state:
             state["dense"] = value(model)
         with progress.bar("sensitivity", len(tied), "group", done=len(state["groups"])) as advance:

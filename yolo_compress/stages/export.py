@@ -21,7 +21,7 @@ from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.nms import NMS_SUFFIX, with_nms
 from yolo_compress.export.qdq import check_activation, insert_qdq
-from yolo_compress.export.torchscript import export_int8_torchscript
+from yolo_compress.export.torchscript import export_int8_torchscript, find_engine
 from yolo_compress.lint import check as lint
 from yolo_compress.lint.precision import HALF_QDQ_OPSET
 from yolo_compress.lint.shapes import SHAPES
@@ -33,7 +33,7 @@ from yolo_compress.recipe.recipe import ExportConfig, Recipe
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job, _source
-from yolo_compress.stages._batches import chosen, letterboxed, write_list
+from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
 from yolo_compress.store.artifact import Artifact
 from yolo_compress.train import checkpoint
 
@@ -79,13 +79,18 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, activations that the INT8 files cannot hold.
+    """Refuse, before any stage runs, activations that the INT8 files cannot hold, and images or a torch that cannot make them.
 
     Raises:
         RecipeError: See `qdq.check_activation`.
+        DataError: See `check_calibration`.
+        EnvironmentLacks: See `torchscript.find_engine`.
     """
     assert recipe.export is not None
     if "int8" in recipe.export.precisions:
+        check_calibration(recipe, dataset, "export")
+        if recipe.export.torchscript:
+            find_engine()
         model = _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         acts = {
             repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)

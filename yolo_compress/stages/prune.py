@@ -12,16 +12,16 @@ from typing import Any
 from torch import nn
 
 from yolo_compress import progress
-from yolo_compress.data.dataset import Sample
+from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
-from yolo_compress.recipe.recipe import PruneConfig
-from yolo_compress.stages import Job
-from yolo_compress.stages._batches import chosen, letterboxed
+from yolo_compress.recipe.recipe import PruneConfig, Recipe
+from yolo_compress.stages import Job, _prune_plan, _source
+from yolo_compress.stages._batches import check_calibration, chosen, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import device, finish, fit, measure, parent
 from yolo_compress.store.artifact import atomic_write
@@ -36,6 +36,21 @@ def run(job: Job) -> dict[str, Any]:
     model = checkpoint.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
     trained, metrics = _channels(job, model) if job.config.kind == "channel" else _zeros(job, model)
     return {**metrics, **finish(job, trained)}
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, calibration images that cannot be used, and what `plan.check` refuses.
+
+    Raises:
+        RecipeError, EnvironmentLacks, CorruptArtifact: See `plan.check`.
+        DataError: See `check_calibration`.
+    """
+    assert recipe.prune is not None
+    check_calibration(recipe, dataset, "prune")
+    if recipe.prune.kind == "channel":
+        _prune_plan.check(
+            recipe.prune, _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.data.imgsz_hw
+        )
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -66,15 +81,15 @@ def _part(job: Job, number: int) -> Job:
 
 def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> dict[str, Any]:
     """Remove channels from `model` in place, repair what needs no training, and say what is left of the dense net."""
-    plan, evidence, metrics = planner.cut(model, job.work, number)
+    cut, evidence, metrics = planner.cut(model, job.work, number)
     if job.config.reconstruct:
-        reconstruct(model, evidence.groups, plan.keep, evidence.moments)
-    prune(model, plan.keep)
-    widths = {name: (planner.dense[name], after) for name, (_, after) in plan.widths.items()}
-    macs = {name: (planner.shapes[name].macs, after) for name, (_, after) in plan.macs.items()}
+        reconstruct(model, evidence.groups, cut.keep, evidence.moments)
+    prune(model, cut.keep)
+    widths = {name: (planner.dense[name], after) for name, (_, after) in cut.widths.items()}
+    macs = {name: (planner.shapes[name].macs, after) for name, (_, after) in cut.macs.items()}
     atomic_write(job.out / "channels.json", json.dumps(widths) + "\n")
     atomic_write(job.out / "flops.json", json.dumps(macs) + "\n")
-    kept_flops = plan.macs_after / sum(before for before, _ in macs.values())
+    kept_flops = cut.macs_after / sum(before for before, _ in macs.values())
     progress.say(f"prune: {kept_flops:.1%} of the MACs kept")
     return {**metrics, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
 

@@ -15,12 +15,12 @@ from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.fakequant import FakeQuant, attach
+from yolo_compress.quant.fakequant import FakeQuant, attach, check_installed
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState
 from yolo_compress.recipe.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, _float_cost, _source
-from yolo_compress.stages._batches import chosen, letterboxed, write_list
+from yolo_compress.stages import Job, _float_cost, _source, resumed
+from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import finish, fit, measure, parent
 from yolo_compress.store.artifact import atomic_write
@@ -83,9 +83,12 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
     Raises:
         RecipeError: See `quant.plan.plan` and `_source.start`.
-        EnvironmentLacks: See `_float_cost.check`.
+        DataError: See `check_calibration`.
+        EnvironmentLacks: See `_float_cost.check` and `fakequant.check_installed`.
     """
     assert recipe.qat is not None
+    check_calibration(recipe, dataset, "qat")
+    check_installed()
     _float_cost.check(recipe.qat.sensitivity_price)
     plan(_source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
@@ -99,7 +102,7 @@ def _sensitivity(
     better = config.sensitivity == "map50_95"
     placed = plan(model, fixed)
     kept = job.work / "sensitivity.json"
-    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {"groups": {}}
+    found = resumed(kept, {"groups": dict}) or {"groups": {}}
     if "float" not in found:
         found["float"] = value(model)
     quantised = deepcopy(model)

@@ -35,6 +35,7 @@ from yolo_compress.files.atomic import (
     storage_errors,
 )
 from yolo_compress.files.lock import lock
+from yolo_compress.runtime import json_text
 from yolo_compress.store.fingerprint import canonical, explain, fingerprint
 from yolo_compress.store.manifest import (
     BEGUN,
@@ -343,7 +344,7 @@ def _commit(partial: Path, directory: Path) -> None:
 def _begun_from(partial: Path) -> dict[str, Any]:
     """`content` of the inputs that the `.partial` was begun from; of one that does not say, none."""
     try:
-        return dict(json.loads((partial / BEGUN).read_bytes()))
+        return dict(json_text.read(partial / BEGUN))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
 
@@ -356,7 +357,7 @@ def _can_continue(partial: Path) -> bool:
 def _is_damaged(path: Path) -> bool:
     """Whether there is no sound manifest. What cannot be read is not judged."""
     try:
-        Manifest.from_json((path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b"")
+        Manifest.from_json(json_text.content(path / MANIFEST) if (path / MANIFEST).is_file() else b"")
     except ValueError:
         return True
     except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from yolo_compress.errors import CorruptArtifact
+from yolo_compress.runtime import json_text
 from yolo_compress.store.fingerprint import canonical, fingerprint
 
 SCHEMA = 2
@@ -78,10 +79,7 @@ class Manifest:
         Raises:
             ValueError: no manifest, of another schema, not as written, or with a file name that leaves the folder.
         """
-        try:
-            return cls._from_content(json.loads(text))
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+        return cls._from_content(json_text.parse(text.encode() if isinstance(text, str) else text))
 
     @classmethod
     def _from_content(cls, content: Any) -> "Manifest":
@@ -168,7 +166,7 @@ def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -
     if not path.is_file():
         raise CorruptArtifact(f"{path} is missing{' or no file' if os.path.lexists(path) else ''}. {mend(directory)}")
     try:
-        manifest = Manifest.from_json(path.read_bytes())
+        manifest = Manifest.from_json(json_text.content(path))
     except ValueError as error:
         raise CorruptArtifact(f"{path} is no sound manifest: {error}. {mend(directory)}") from error
     for field, got, expected in (("stage", manifest.stage, stage), ("fingerprint", manifest.fingerprint, fingerprint)):

@@ -43,6 +43,9 @@ MODULES = re.compile(
 )
 ENUM = "torchvision.transforms.functional.InterpolationMode"
 METHOD = "builtins.getattr"
+WRAPPERS = re.compile(
+    r"torch\.nn\.parallel\.(\w+\.)?((?:Distributed)?DataParallel)"
+)  # they name their tensors module.NAME
 PATHS = {f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")}
 
 
@@ -67,7 +70,15 @@ class Note:
 
 
 class _Refused(Exception):
-    """Why the file is not loaded."""
+    """Why the file is not loaded, and what to do."""
+
+    remedy = "Download or export it again"
+
+
+class _Wrapped(_Refused):
+    """The model inside is whole: it was saved with what spread it over several GPUs."""
+
+    remedy = 'Where it was trained, save the model inside: torch.save({"model": model.module}, "FILE.pt")'
 
 
 @dataclass
@@ -94,8 +105,9 @@ def check(path: Path) -> set[str]:
         return names
     except (_Refused, zipfile.BadZipFile, ValueError, IndexError, KeyError, struct.error) as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
+        remedy = error.remedy if isinstance(error, _Refused) else _Refused.remedy
         raise CorruptArtifact(
-            f"{path}: not a loadable YOLO checkpoint ({first}); nothing in it was run. Download or export it again"
+            f"{path}: not a loadable YOLO checkpoint ({first}); nothing in it was run. {remedy}"
         ) from error
 
 
@@ -265,6 +277,8 @@ def _global(argument: str, reading: _Reading) -> Note:
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
     known = full in ITEM_BYTES or full in DTYPES or full in CALLS or MODULES.fullmatch(full)
+    if wrapper := WRAPPERS.fullmatch(full):
+        raise _Wrapped(f"its model is inside {wrapper[2]}")
     if not known:
         raise _Refused(f"{full!a}, which no YOLO checkpoint holds")
     reading.names.add(full)
@@ -475,5 +489,14 @@ def _check_root(root: Any) -> None:
     if root.content.get("modelopt"):
         raise _Refused("its weights belong to a quantised model of modelopt; give the checkpoint before that")
     found = root.content.get("ema") or root.content.get("model")
+    if any(_spread(one) for one in (root, found, root.content.get("state_dict"))):
+        raise _Wrapped("it holds no model, only tensors named module.NAME, as DataParallel names them")
     if not isinstance(found, Note) or found.kind != "object":
         raise _Refused("it holds no model, only tensors or settings; give the file that Ultralytics' training wrote")
+
+
+def _spread(value: Any) -> bool:
+    """Whether these are the tensors of a model inside DataParallel."""
+    if not isinstance(value, Note) or value.kind != "dict" or not value.content:
+        return False
+    return all(isinstance(key, str) and key.startswith("module.") for key in value.content)

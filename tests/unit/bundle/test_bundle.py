@@ -151,6 +151,25 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_seed(tmp_path / "other.key") != seed
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604, 0o660, 0o644])
+def test_a_private_key_that_others_can_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: int
+) -> None:
+    key = tmp_path / "my robot.key"
+    keygen(key)
+    assert capsys.readouterr().err == ""
+    key.chmod(mode)
+    Path(f"{key}.pub").unlink()
+    seed = make.order({"out": str(tmp_path / "b.tar"), "key": str(key)}).seed
+    said = capsys.readouterr().err
+    keygen(key)  # what was killed before the public key: it is said there too, and blocks nothing
+    assert capsys.readouterr().err == said and seed == read_seed(key)
+    if mode & 0o077:
+        assert said.count("\n") == 1 and f"(mode {mode:o})" in said and said.endswith(f"chmod 600 '{key}'\n")
+    else:
+        assert said == ""
+
+
 def test_keygen_that_was_killed_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = tmp_path / "robot.key"
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from yolo_compress.cli import grammar
 from yolo_compress.cli.grammar import Command, parse
+from yolo_compress.cli.main import _files
 from yolo_compress.cli.verbs import OPTIONS, VERBS, Option, Verb
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import recipe
@@ -183,3 +186,20 @@ def test_wrong_command_lines(argv: tuple[str, ...]) -> None:
     message = str(caught.value)
     assert message.startswith("command line: ") and WRONG[argv] in message and "\n" not in message
     assert caught.value.exit_code == 2
+
+
+def test_a_list_of_files_keeps_a_name_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json", "left,right.json", "left,right,b.json"):
+        Path(name).write_text("{}")
+    for text, names in {
+        "a.json": ["a.json"],
+        "a.json,b.json": ["a.json", "b.json"],
+        "left,right.json": ["left,right.json"],
+        "a.json,left,right.json,b.json": ["a.json", "left,right.json", "b.json"],
+        "left,right,b.json": ["left,right,b.json"],
+        "a.json,,gone,b.json,": ["a.json", "gone", "b.json"],
+        "x" * 300 + ",a.json": ["x" * 300, "a.json"],
+        "": [],
+    }.items():
+        assert list(map(str, _files(text))) == names

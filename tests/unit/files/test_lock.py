@@ -142,7 +142,7 @@ with lock(Path(sys.argv[1]), "other", wait=False):
 """
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\x00", "[" * 100_000, '{"pid": ' + "9" * 5000 + "}"])
 def test_an_unreadable_holder_is_still_waited_for(tmp_path: Path, text: str) -> None:
     path = tmp_path / ".lock"
     path.write_text(text)

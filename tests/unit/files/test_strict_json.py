@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
+from yolo_compress.data import digits
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.files import strict_json
 from yolo_compress.prune.latency import SCHEMA, read_table
 from yolo_compress.runtime import json_text
+from yolo_compress.runtime.backends import onnx_metadata
+from yolo_compress.runtime.errors import EngineError
+from yolo_compress.stages import resumed
+
+PLAIN = {
+    "data/cache.py", "evaluate/published.py", "lint/isolated.py", "prune/latency.py", "rollout/shadow_log.py",
+    "store/artifact.py", "store/fingerprint.py",
+}  # fmt: skip
 
 CASES = {
     "10 to the 400": (b'{"a": 1' + b"0" * 400 + b"}", "a whole number of 401 digits"),
@@ -63,3 +73,46 @@ def test_a_table_of_layer_times_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(CorruptArtifact, match=r"table\.json"):
         read_table(tmp_path / "table.json", (640, 640))
+
+
+@pytest.mark.parametrize("case", [*CASES, "another form"])
+def test_what_a_killed_stage_kept_is_read_as_strictly(case: str, tmp_path: Path) -> None:
+    data, says = CASES.get(case, (b'{"groups": [1]}', "groups is no dict"))
+    kept = tmp_path / "sensitivity.json"
+    assert resumed(kept, {"groups": dict}) is None
+    kept.write_bytes(data)
+    with pytest.raises(CorruptArtifact) as caught:
+        resumed(kept, {"groups": dict})
+    said = str(caught.value)
+    assert says in said and "\n" not in said and said.endswith(f"; delete {kept} to measure again")
+    kept.write_bytes(b'{"groups": {"a": [0.5]}}')
+    assert resumed(kept, {"groups": dict}) == {"groups": {"a": [0.5]}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_damaged_record_of_drawn_digits_is_none(case: str, tmp_path: Path) -> None:
+    (tmp_path / digits.RECORD).write_bytes(CASES[case][0])
+    assert not digits.is_complete(tmp_path, {"a": 1})
+
+
+def test_names_of_an_onnx_file_that_nest_too_deeply(tmp_path: Path) -> None:
+    net = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
+    )
+    onnx.helper.set_model_props(net, {"names": "[" * 100_000, "imgsz": "[64, 64]"})
+    onnx.save(net, str(tmp_path / "net.onnx"))
+    with pytest.raises(EngineError, match="no usable class names") as caught:
+        onnx_metadata.names_and_imgsz(tmp_path / "net.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file_is_read_by_plain_json() -> None:
+    """`json.loads` is for what this process or its child has just written, or what a manifest's hash vouches for."""
+    package = Path(strict_json.__file__).parents[1]
+    plain = {
+        f"{file.relative_to(package)}: {line.strip()}"
+        for file in package.rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if " json.load" in line.replace("(", " ") and ".file(" not in line and "runtime" not in file.parts
+    }
+    assert {row.partition(":")[0] for row in plain} == PLAIN, plain

@@ -1,6 +1,7 @@
 """Surgery: a pruned model computes what the dense one does with the same channels silenced, and is stock Ultralytics."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets.blocks import head_outputs
+from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.cost import conv_shapes
+from yolo_compress.prune.criteria import CRITERIA
 from yolo_compress.prune.graph import Group, Member, prunable, prune
 
 
@@ -84,6 +88,29 @@ def test_pruned_equals_silenced_dense_s():
 @pytest.mark.parametrize("size", ["m", "l"])
 def test_pruned_equals_silenced_dense_large(size):
     assert_oracle(size, nc=80, ch=3, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(34, 35)
+def test_yolov8x_pruned_by_gamma_equals_silenced_dense():
+    """The whole way of `prune`: scores of the gammas, a plan that keeps half the MACs, the cut. It takes 9 s and 2 GiB."""
+    model = lively("x", nc=2)
+    groups, shapes = prunable(model), conv_shapes(model, (64, 64))
+    scores = {group.name: CRITERIA["bn_gamma"](SimpleNamespace(model=model), group) for group in groups}
+    plan = choose(model, groups, scores, keep_flops(shapes, 0.5), 16, shapes)
+    dense = silenced(model, groups, plan.keep)
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, _ = dense(images)
+        del dense
+        prune(model, plan.keep)
+        got, _ = model(images)
+    assert (got - expected).abs().max() < 1e-9
+    assert 0.49 < sum(shape.macs for shape in conv_shapes(model, (64, 64)).values()) / plan.macs_before <= 0.5
+    for group in groups:  # no channel that went has a larger score than one that stayed
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[plan.keep[group.name]] = False
+        assert not gone.any() or scores[group.name][gone].max() <= scores[group.name][~gone].min()
 
 
 @pytest.fixture(scope="module")

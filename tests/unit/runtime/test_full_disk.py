@@ -204,3 +204,29 @@ def test_an_engine_of_openvino_is_whole(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 2 and all("openvino-fp32.partial/engine.xml: OpenVINO cannot write" in line for line in said)
     assert not (bundle / "engines" / "openvino-fp32.partial").exists()
+
+
+MODULES = ("commands.detect", "commands.build", "commands.bench", "commands.switch", "measure.layer_times")
+
+
+@pytest.mark.fault(82)
+@pytest.mark.parametrize("module", [*(f"runtime.{name}" for name in MODULES), "data.digits"])
+def test_help_on_a_full_disk_is_one_line(module: str) -> None:
+    words = ["install", "--help"] if module.endswith("switch") else ["--help"]
+    start = f"import sys; from yolo_compress.{module} import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (6, "error: <stdout>: No space left on device\n")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and "--help" in done.stdout and not done.stderr
+    assert done.stdout.endswith("\n") and not done.stdout.endswith("\n\n")
+
+
+def test_every_program_has_this_help() -> None:
+    """No file of the package but that one takes argparse's parser as it is."""
+    package = RUNTIME.parents[1]
+    bare = {
+        file.name for file in package.rglob("*.py") if "argparse.ArgumentParser" in file.read_text(encoding="utf-8")
+    }
+    assert bare == {"common.py"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_chain import Chain, Killed, fake_chain, kill_loop, sound
+from tests.unit.files.test_strict_json import CASES
 from yolo_compress import pipeline
 from yolo_compress.cli.main import main
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
@@ -274,7 +275,7 @@ def test_a_damaged_manifest_does_not_stop_gc(chain: Chain, damage, capsys: pytes
 def test_a_report_is_not_written_into_the_store(chain: Chain, out: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = chain.run("report")
     (chain.folder / "aside").symlink_to(chain.folder / "weights/r")
-    (chain.folder / "more.json").write_text("{}")
+    (chain.folder / "more.json").write_text(json.dumps({"schema": 1, "bundle": {}, "rows": []}))
     chain.ran = []
     assert main(["report", "recipe=r.yaml", "add=more.json", f"out={out.format(report.path)}"]) == 2
     assert "lies in the artefact store" in capsys.readouterr().err
@@ -319,10 +320,44 @@ def test_a_report_in_a_folder_of_the_user_does_not_write_through_links(chain: Ch
     report = chain.run("report")
     (chain.folder / "mine").mkdir()
     (chain.folder / "mine/report.html").symlink_to(report.file("report.html"))
-    (chain.folder / "more.json").write_text("{}")
+    (chain.folder / "more.json").write_text(json.dumps({"schema": 1, "bundle": {}, "rows": []}))
     pipeline.report_over(chain.recipe(), [Path("more.json")], Path("mine"), store=chain.store)
     chain.store.verify(report)
     assert "<html>" in (chain.folder / "mine/report.html").read_text()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("file", ["manifest.json", "work.json", ".lock", "model.pt"])
+def test_a_damaged_file_of_the_store_is_one_line(
+    chain: Chain, capsys: pytest.CaptureFixture[str], file: str, case: str
+) -> None:
+    """5 where a result is damaged; what only speeds a run up, or names the holder of a lock, is done again without it."""
+    if file == "work.json":
+        chain.run("baseline")
+        killed(chain, "prune", 2)
+        found = next(chain.store.folder.glob("prune-*.partial")) / file
+    else:
+        chain.run("report")
+        found = (chain.store.root if file == ".lock" else chain.store.linked("r", "baseline").path) / file
+    assert found.is_file()
+    found.write_bytes(CASES[case][0])
+    capsys.readouterr()
+    code = main([*(["prune", "force=true"] if file == "model.pt" else ["run"]), "recipe=r.yaml"])
+    lines = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in lines)
+    errors = [line for line in lines if line.startswith("error: ")]
+    if file in ("manifest.json", "model.pt"):
+        assert code == 5 and len(errors) == 1 and f"/{file} " in errors[0] and "rm -r " in errors[0]
+    else:
+        assert code == 0 and not errors
+
+
+def test_a_damaged_report_is_not_shown_with_others(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    report = chain.run("report")
+    (chain.folder / "more.json").write_text(json.dumps({"schema": 1, "bundle": {}, "rows": []}))
+    report.file("report.html").write_text("another")
+    assert main(["report", "recipe=r.yaml", "add=more.json", "out=mine"]) == 5
+    assert "report.html has 7 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("room", [0, 10_000])
@@ -331,7 +366,7 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
 ) -> None:
     chain.run("report")
     (chain.folder / "mine").mkdir()
-    (chain.folder / "more.json").write_text("{}")
+    (chain.folder / "more.json").write_text(json.dumps({"schema": 1, "bundle": {}, "rows": []}))
     (chain.folder / "mine/report.html").write_text("the one before")
     write = os.write
 

@@ -421,9 +421,12 @@ class Own(nn.Module):
 FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a state_dict": (lambda net: net.state_dict(), "it holds no model, only tensors or settings"),
     "a state_dict under model": (lambda net: {"model": net.state_dict()}, "it holds no model, only tensors or settings"),
+    "a model in DataParallel": (lambda net: {"model": nn.DataParallel(net)}, "its model is inside DataParallel"),
+    "DataParallel alone": (nn.DataParallel, "its model is inside DataParallel"),
+    "tensors of DataParallel": (lambda net: nn.DataParallel(net).state_dict(), "only tensors named module.NAME"),
+    "those under model": (lambda net: {"model": nn.DataParallel(net).state_dict()}, "only tensors named module.NAME"),
     "the bare module": (lambda net: net, "it holds no dictionary; save it with Ultralytics' model.save"),
     "a list of models": (lambda net: [net], "it holds no dictionary"),
-    "DataParallel": (lambda net: {"model": nn.DataParallel(net)}, ".DataParallel', which no YOLO checkpoint holds"),
     "own code": (lambda net: {"model": nn.Sequential(net, Own())}, f"'{Own.__module__}.Own', which no YOLO checkpoint holds"),
     "names in no order": (lambda net: {"model": _named(net, {0: "bolt", 2: "nut"})}, "not numbered from 0"),
     "names by text": (lambda net: {"model": _named(net, {"0": "bolt", "1": "nut"})}, "not numbered from 0"),
@@ -447,6 +450,20 @@ def test_another_form_is_refused_by_its_name(form: str, tmp_path: Path) -> None:
     with pytest.raises(CompressError) as caught:
         train_checkpoint.load_model(tmp_path / "m.pt")
     assert says in str(caught.value) and caught.value.exit_code in (2, 5)
+
+
+@pytest.mark.parametrize(
+    "form", [name for name, (_, says) in FORMS.items() if "DataParallel" in says or "module." in says]
+)
+def test_what_the_message_of_dataparallel_says_loads(form: str, tmp_path: Path) -> None:
+    net = train_checkpoint.new_model("yolov8n.yaml", ["bolt", "nut"], 3, 0)
+    torch.save(FORMS[form][0](net), tmp_path / "m.pt")
+    with pytest.raises(CorruptArtifact) as caught:
+        train_checkpoint.load_model(tmp_path / "m.pt")
+    remedy = str(caught.value).rpartition("save the model inside: ")[2]
+    exec(remedy.replace("FILE.pt", str(tmp_path / "other.pt")), {"torch": torch, "model": nn.DataParallel(net)})
+    loaded = train_checkpoint.load_model(tmp_path / "other.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in net.state_dict().items())
 
 
 def test_a_whole_yolo_object_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
+from yolo_compress.runtime import json_text
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
@@ -159,7 +160,7 @@ def _measured(text: str, folder: Path, name: str) -> Measured:
             f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
         )
     with suppress(ValueError):  # of a damaged one `read_artifact` says what is wrong
-        stage = Manifest.from_json((folder / MANIFEST).read_bytes()).stage
+        stage = Manifest.from_json(json_text.content(folder / MANIFEST)).stage
     if stage != "bench":
         raise RecipeError(
             f"{text}: an artefact of {stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"

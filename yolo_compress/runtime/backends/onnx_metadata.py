@@ -74,7 +74,7 @@ def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
         size: Any = _literal(props["imgsz"])
         names = tuple(str(named[i]) for i in range(len(named)))
         return names, (int(size[0]), int(size[1]))
-    except (KeyError, ValueError, SyntaxError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, SyntaxError, TypeError, IndexError, RecursionError, MemoryError) as error:
         raise EngineError(
             f"{path}: no usable class names and imgsz in its metadata ({error!r}, keys {sorted(props)}); "
             "pass names and imgsz, or export with this package or Ultralytics"

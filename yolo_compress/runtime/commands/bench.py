@@ -6,7 +6,6 @@ self-test fails: such an engine does not do what the workstation's did.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -36,6 +35,7 @@ from .common import (
     ENGINES,
     HERE,
     Bundle,
+    Parser,
     answer,
     built_engines,
     engine_folder,
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Measure, write device.json, print a table, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
+    parser = Parser(prog="bench.py", description=__doc__)
     parser.add_argument("--engine", action="append", help="in engines/, or a path (default: each that is there)")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"

@@ -5,7 +5,6 @@ TensorRT where it works; without it ONNX Runtime and OpenVINO, but not on a Jets
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from ..errors import EngineError, RuntimeUnavailable, naming
 from ..measure import jetson
 from ..secure import built_here
 from ..secure.seal import BundleRefused, written
-from .common import ENGINES, HERE, Bundle, answer, guarded, opened, outside, positive, say, trusted
+from .common import ENGINES, HERE, Bundle, Parser, answer, guarded, opened, outside, positive, say, trusted
 
 BUILT = "build.json"
 CPU_RUNTIMES = ("onnxruntime", "openvino")
@@ -31,7 +30,7 @@ CPU_RUNTIMES = ("onnxruntime", "openvino")
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Build, say what was built as one JSON line on stdout, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="build.py", description=__doc__)
+    parser = Parser(prog="build.py", description=__doc__)
     parser.add_argument("--runtime", choices=sorted(BACKENDS), action="append", help="default: what works here")
     parser.add_argument("--precision", choices=PRECISIONS, action="append", help="default: all of the bundle")
     parser.add_argument("--workspace-mib", type=positive, help="TensorRT's limit of scratch memory")

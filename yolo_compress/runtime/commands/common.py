@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
@@ -233,10 +234,19 @@ def mapping(manifest: Dict[str, Any], key: str, where: Path) -> Dict[str, Any]:
     return value
 
 
-def guarded(action: Callable[[], int]) -> int:
+class Parser(argparse.ArgumentParser):
+    """Of a command's options: help that stdout does not take is an error too (argparse would end with 0)."""
+
+    def print_help(self, file: Any = None) -> None:
+        code = guarded(lambda: answer(self.format_help().rstrip("\n")))
+        if code:
+            sys.exit(code)
+
+
+def guarded(action: Callable[[], Optional[int]]) -> int:
     """Exit code of a command: its own, or that of the error it ends with, which is said on stderr in one line."""
     try:
-        return action()
+        return action() or 0
     except RuntimeFailure as error:
         say(f"error: {error}")
         return error.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import time
@@ -14,7 +13,7 @@ from ..detect.draw import line, write_picture
 from ..detect.sources import open_source
 from ..detect.stream import Found, open_pipeline
 from ..errors import SourceError
-from .common import HERE, Bundle, answer, engine_folder, guarded, opened, outside, positive, say
+from .common import HERE, Bundle, Parser, answer, engine_folder, guarded, opened, outside, positive, say
 
 SHADOW_SCHEMA = 1
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what becomes of a disk while a robot runs
@@ -25,7 +24,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
     3: a picture could not be read, a camera was lost, or a video is cut short. 6: stdout or the shadow log could not be written.
     """
-    parser = argparse.ArgumentParser(prog="detect.py", description=__doc__)
+    parser = Parser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
     parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
     parser.add_argument(

@@ -22,7 +22,7 @@ from ..errors import EngineError, RuntimeFailure
 from ..secure.seal import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from ..secure.slots import NAMES, ROOT, ROOT_VARIABLE, Slots
 from ..secure.unpack import unpack
-from .common import answer, guarded, mapping
+from .common import Parser, answer, guarded, mapping
 
 BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large net takes an hour on a small Jetson
 
@@ -202,7 +202,7 @@ def status(slots: Slots) -> Dict[str, Any]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; the last line of stdout is one JSON document. Exit codes as the package's."""
-    parser = argparse.ArgumentParser(prog="switch.py", description="Install, roll back and show this robot's bundles.")
+    parser = Parser(prog="switch.py", description="Install, roll back and show this robot's bundles.")
     parser.add_argument("--root", default=os.environ.get(ROOT_VARIABLE, ROOT), help="folder of the slots (%(default)s)")
     commands = parser.add_subparsers(dest="command", metavar="install|status|rollback|switch")
     commands.required = True

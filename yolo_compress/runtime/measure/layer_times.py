@@ -20,8 +20,9 @@ import numpy as np
 
 from .. import json_text
 from ..backends.base import PRECISIONS
+from ..commands.common import Parser, answer, guarded
 from ..engine import BACKENDS, open_engine
-from ..errors import EngineError, RuntimeFailure, printable
+from ..errors import EngineError
 from .device import device_state
 from .latency import measure
 
@@ -153,18 +154,15 @@ def _require_apart(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table as one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runtime", choices=sorted(BACKENDS), required=True)
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
-    try:
-        print(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
-    except RuntimeFailure as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
-    return 0
+    return guarded(
+        lambda: answer(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
+    )
 
 
 if __name__ == "__main__":
