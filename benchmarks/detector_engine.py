@@ -26,7 +26,7 @@ def build(runtime: str, precision: str, weights: Path, dataset: Dataset, imgsz_p
     if precision == "int8":
         state = fold(ptq(model, partial(letterboxed, dataset.train[:CALIB_IMAGES], size)), model)
         onnx = out / "int8.onnx"
-        insert_qdq(out / "fp32.onnx", onnx, state, runtime)  # type: ignore[arg-type]
+        insert_qdq(out / "fp32.onnx", onnx, state, runtime)
     engine = out / "engine"
     BACKENDS[runtime].build(onnx, engine, precision)
     return engine

@@ -53,7 +53,7 @@ def ours(folder: Path, images: Sequence[Sample], args: argparse.Namespace) -> No
     export_onnx(model, folder / "fp32.onnx", size, names=tuple(model.names.values()))
     state = fold(ptq(model, partial(letterboxed, images, size), args.calibrator), model)
     for runtime, file in OURS.items():
-        insert_qdq(folder / "fp32.onnx", folder / file, state, runtime)  # type: ignore[arg-type]
+        insert_qdq(folder / "fp32.onnx", folder / file, state, runtime)
 
 
 def nncf_ptq(folder: Path, images: Sequence[Sample], args: argparse.Namespace) -> Path:

@@ -9,6 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from yolo_compress.runtime.registry import RUNTIMES
+
+ENGINE_PACKAGES = {row.name: row.package for row in RUNTIMES.values()}
 PACKAGES = (
     "yolo-compress",
     "torch",
@@ -17,12 +20,9 @@ PACKAGES = (
     "nvidia-modelopt",
     "onnx",
     "onnxsim",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
+    *ENGINE_PACKAGES.values(),
     "pycocotools",
 )
-ENGINE_PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 
 def version(package: str) -> str | None:

@@ -174,7 +174,7 @@ def test_export_lint_engine_and_nms(classes: int, tmp_path: Path) -> None:
     model, images = trained(classes), noise(2)
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=names(classes))
     state = fold(ptq(model, lambda: [images], "max"), model)
-    for runtime, target in (("tensorrt", "tensorrt-10.3"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
+    for runtime, target in (("tensorrt10", "tensorrt-10.3"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
         file = tmp_path / f"int8-{runtime}.onnx"
         insert_qdq(tmp_path / "fp32.onnx", file, state, runtime)
         report = check(file, target)

@@ -28,6 +28,7 @@ from yolo_compress.recipe.messages import got
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
+from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.runtime.secure.seal import seal
 from yolo_compress.store.artifact import Artifact, Store
 
@@ -36,7 +37,7 @@ LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
 
-Python 3.8 or newer, numpy, and TensorRT with cuda-python or pycuda (JetPack has them), or onnxruntime, or openvino.
+Python 3.8 or newer, numpy, and one of: {needs}.
 Image files need opencv-python or pillow, videos and cameras opencv-python. Nothing here uses the network.
 
   python3 build.py                     builds engines/ on this machine (--precision int8, --runtime ..., --workspace-mib N)
@@ -214,6 +215,7 @@ def _fill(
     }
     registry.write(asked.target, root, dict(about, version=asked.version))
     text = README.format(
+        needs=", or ".join(row.needs for row in reversed(RUNTIMES.values())),
         classes=len(dataset.names),
         height=height,
         width=width,

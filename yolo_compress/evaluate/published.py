@@ -21,12 +21,12 @@ from yolo_compress.export.float_onnx import quiet_trace
 from yolo_compress.export.nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
 from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.backends.ort import OrtBackend, open_session
-from yolo_compress.runtime.backends.tensorrt.build import strongly_typed
 from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.limits import MAX_DET
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.runtime.measure.golden import difference
+from yolo_compress.runtime.registry import int8_file
 
 NMS_PX, NMS_SCORE = 0.01, 1e-5  # float32 in another order
 
@@ -41,17 +41,16 @@ class For(NamedTuple):
 def made_for(file: str) -> For | None:
     """Runtime and precision of a published file by its name; None of what is no network, or is checked by `export` (NMS)."""
     path = PurePosixPath(file)
-    precision, _, form = path.stem.partition("-")
+    precision = path.stem.partition("-")[0]
     if path.suffix == ".torchscript":
         return For("torchscript", "int8" if precision == "int8" else "fp32")
     if path.suffix != ".onnx" or path.stem.endswith(NMS_SUFFIX):
         return None
-    if path.name == IMPLICIT:
-        return For("tensorrt-cache", precision)
-    if precision == "int8" and form in ("", "tensorrt11"):  # the one of both that suits the TensorRT here is "tensorrt"
-        newest, suits = form == "tensorrt11", strongly_typed()
-        return For("tensorrt" if newest == suits else form or "tensorrt10", precision)
-    return For(form if form in BACKENDS else "onnx", precision)
+    known = int8_file(path.stem)
+    if known is None:
+        return For("onnx", precision)
+    runtime, made = known
+    return For(runtime.name if BACKENDS[runtime.name].form() == made.form else made.form, precision)
 
 
 def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,15 +1,17 @@
 """INT8 as a float ONNX graph plus ranges: explicit QuantizeLinear and DequantizeLinear nodes, typed for the runtime.
 
-Every target gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0, in
+Every form gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0, in
 the bits that they were trained in), float bias, no change of opset. A tensor has one pair, behind the node that makes it, and
 every reader reads through it; so has what a pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the one
 scale of its inputs that pair moves no value, and says to any importer that the layer is INT8.
 
-* "tensorrt", "openvino": activations INT8, zero point 0. TensorRT takes no other zero point and no INT32 bias.
-* "tensorrt11": the same with scales that float16 holds exactly, since TensorRT 11 takes precision from the graph's types and
-  `half.to_fp16` gives everything between the codes that type; opset 19.
-* "onnxruntime": activations UINT8, zero point 128 (the same codes moved by 128). It fuses a convolution only with a
-  quantised output, so with `state.outputs` the outputs of convolutions and sigmoids are quantised, too.
+`runtime.registry.Int8File` says how the forms differ:
+
+* zero point 0, INT8 activations: TensorRT takes no other zero point and no INT32 bias. Zero point 128, UINT8 activations: the
+  same codes moved by 128.
+* half: scales that float16 holds exactly, since TensorRT 11 takes precision from the graph's types and `fp16.to_fp16` gives
+  everything between the codes that type; opset 19.
+* quantised outputs: with `state.outputs` the outputs of convolutions and sigmoids are quantised, too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -30,14 +31,9 @@ from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.export.float_onnx import MIN_OPSET, quiet_trace, write_metadata
 from yolo_compress.quant.plan import IMAGES
 from yolo_compress.quant.ranges import QMAX, QuantState
+from yolo_compress.runtime.registry import Int8File, qdq_forms
 
-Target = Literal["tensorrt", "tensorrt11", "onnxruntime", "openvino"]
-TARGETS: dict[Target, tuple[int, int]] = {  # element type and zero point of activations
-    "tensorrt": (TensorProto.INT8, 0),
-    "tensorrt11": (TensorProto.INT8, 0),
-    "onnxruntime": (TensorProto.UINT8, 128),
-    "openvino": (TensorProto.UINT8, 128),  # signed activations lose most of the mAP on AVX2 (0.613 -> 0.454)
-}
+FORMS = qdq_forms()
 # What activations are made of: one node (ReLU), or several that read nothing but the convolution and constants (SiLU, Mish, GELU).
 ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish",
@@ -74,7 +70,7 @@ class Pair:
         return replace(self, amax=float(_half_up(np.array(self.scale, np.float32))) * QMAX)
 
 
-def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -> Counts:
+def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Counts:
     """Write the INT8 form of a float graph.
 
     The counts are checked against the graph that was made.
@@ -83,15 +79,16 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
         float_onnx: What `export_onnx` wrote, opset 13 or more. Read only.
         out: File to write.
         state: Ranges with BatchNorm folded (`state.fold`), of the network in `float_onnx`.
-        target: Key of `TARGETS`.
+        form: Key of `FORMS`.
 
     Raises:
-        RecipeError: Unknown target.
+        RecipeError: Unknown form.
         CorruptArtifact: Graph and state do not belong together (a convolution is missing, has other channels, ...).
         CompressError: The graph made is not as planned.
     """
-    if target not in TARGETS:
-        raise RecipeError(f"Q/DQ target {target!r} is unknown; there are {', '.join(TARGETS)}")
+    if form not in FORMS:
+        raise RecipeError(f"Q/DQ form {form!r} is unknown; there are {', '.join(FORMS)}")
+    file = FORMS[form]
     if not state.folded:
         raise CorruptArtifact("quantiser state: BatchNorm is not folded into it; call fold() with the trained model")
     model = onnx.load(str(float_onnx))
@@ -100,14 +97,15 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
     if opset < MIN_OPSET:
         raise CorruptArtifact(f"{float_onnx}: opset {opset}, Q/DQ an output channel needs {MIN_OPSET}; export again")
     convs = find_convs(graph, state.convs)
-    dtype, zero_point = TARGETS[target]
     amax = tensor_ranges(graph, state)
-    pairs = {tensor: Pair(value, dtype, zero_point) for tensor, value in amax.items()}
-    if target == "tensorrt11":
+    pairs = {tensor: Pair(value, *_codes(file)) for tensor, value in amax.items()}
+    if file.half:
         pairs = {tensor: pair.half for tensor, pair in pairs.items()}
-    elsewhere = _inner_pairs(graph, convs, state, pairs) if target == "onnxruntime" and state.outputs else {}
+    elsewhere = (
+        _inner_pairs(graph, convs, state, pairs, _codes(file)) if file.quantised_outputs and state.outputs else {}
+    )
     for name, conv in convs.items():
-        quantise_weight(graph, name, conv, state.weights[name], state.weight_qmax, half=target == "tensorrt11")
+        quantise_weight(graph, name, conv, state.weights[name], state.weight_qmax, half=file.half)
     insert_pairs(graph, pairs | elsewhere)
     counts = Counts(len(convs), len(pairs), len(elsewhere))
     _check(graph, state.convs, counts, out)
@@ -115,6 +113,12 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, target: Target) -
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(out))
     return counts
+
+
+def _codes(file: Int8File) -> tuple[int, int]:
+    """Element type and zero point of a form's activations."""
+    assert file.zero_point is not None
+    return (TensorProto.UINT8 if file.zero_point else TensorProto.INT8), file.zero_point
 
 
 def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.NodeProto]:
@@ -315,10 +319,14 @@ def _make_pair(graph: onnx.GraphProto, pair: Pair, base: str) -> list[onnx.NodeP
 
 
 def _inner_pairs(
-    graph: onnx.GraphProto, convs: dict[str, onnx.NodeProto], state: QuantState, pairs: dict[str, Pair]
+    graph: onnx.GraphProto,
+    convs: dict[str, onnx.NodeProto],
+    state: QuantState,
+    pairs: dict[str, Pair],
+    codes: tuple[int, int],
 ) -> dict[str, Pair]:
     """Pairs inside of blocks, without which ONNX Runtime runs neither convolution nor SiLU in INT8."""
-    dtype, zero_point = TARGETS["onnxruntime"]
+    dtype, zero_point = codes
     readers = readers_of(graph)
     inner: dict[str, Pair] = {}
     for name, conv in convs.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from yolo_compress.lint.graph import Graph
-from yolo_compress.lint.targets import RUNTIMES, Runtime, Target
+from yolo_compress.lint.targets import RUNTIMES, Target
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -34,7 +34,7 @@ class Rule:
     consequence: str
     fix: str
     find: Callable[[Graph, Target], Hits]
-    runtimes: tuple[Runtime, ...] = RUNTIMES
+    runtimes: tuple[str, ...] = RUNTIMES
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.runtime import registry
 
-Runtime = Literal["tensorrt", "onnxruntime", "openvino"]
-RUNTIMES: tuple[Runtime, ...] = ("tensorrt", "onnxruntime", "openvino")
-TENSORRT: tuple[Runtime, ...] = ("tensorrt",)
-CPU: tuple[Runtime, ...] = ("onnxruntime", "openvino")
 DEFAULT = "tensorrt"
+RUNTIMES = registry.names()
+TENSORRT = (DEFAULT,)
+CPU = registry.names(gpu=False)
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Target:
     """
 
     name: str
-    runtime: Runtime
+    runtime: str
     about: str
     min_opset: int | None
     max_opset: int | None
@@ -43,7 +42,7 @@ class Target:
 # 24, 11.4 25); smallest of 10.x: the same file. ONNX Runtime 1.32 loads a Conv of 7 to 28 and refuses 30; OpenVINO
 # 2026.4 loads all of 6 to 30 and judges each operator by itself.
 _ROWS = (
-    Target("tensorrt", "tensorrt", "TensorRT 8.5 to 11.4, all of them", 9, 17, (8, 5), (11, 4)),
+    Target(DEFAULT, DEFAULT, registry.RUNTIMES[DEFAULT].about, *registry.RUNTIMES[DEFAULT].opsets, (8, 5), (11, 4)),
     Target("tensorrt-8.2", "tensorrt", "TensorRT 8.2, JetPack 4.6", 7, 13, (8, 2), (8, 2)),
     Target("tensorrt-8.5", "tensorrt", "TensorRT 8.5, JetPack 5.1", 7, 17, (8, 5), (8, 5)),
     Target("tensorrt-8.6", "tensorrt", "TensorRT 8.6, JetPack 6.0", 7, 17, (8, 6), (8, 6)),
@@ -59,8 +58,7 @@ _ROWS = (
     Target(
         "tensorrt-rtx", "tensorrt", "TensorRT-RTX, built here without a GPU", 9, 25, (11, 4), (11, 4), compiled=True
     ),
-    Target("onnxruntime", "onnxruntime", "ONNX Runtime 1.32, CPU", 7, 28),
-    Target("openvino", "openvino", "OpenVINO 2026.4, CPU", None, None),
+    *(Target(row.name, row.name, row.about, *row.opsets) for row in registry.RUNTIMES.values() if row.name != DEFAULT),
 )
 TARGETS = {row.name: row for row in _ROWS}
 

@@ -1,13 +1,13 @@
 """Whether a runtime adds products of 8-bit weights exactly on this processor: tried, not looked up.
 
-x86 without VNNI adds two products of codes in 16 bits and saturates in silence (`quant.state.WEIGHT_BITS`).
+x86 without VNNI adds two products of codes in 16 bits and saturates in silence (`quant.ranges.WEIGHT_BITS`).
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 
-CPU_RUNTIMES: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime", "openvino")
 CHANNELS, SIDE, ROWS = 64, 32, 5
 QMAX = 127
 MOST_APART = 0.02  # of the exact sum; saturation halves it

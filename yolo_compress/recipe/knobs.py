@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from ..files import strict_yaml
+from ..runtime import registry
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
 Precision = Literal["fp32", "fp16", "int8"]
-Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
+if TYPE_CHECKING:
+    Runtime = str
+    FloatCost = str
+else:
+    Runtime = Literal[registry.names()]
+    FloatCost = Literal[("gflops", *registry.names(gpu=False))]
 Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
 FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
 Calibrator = Literal["max", "percentile", "mse", "entropy"]

@@ -19,6 +19,7 @@ from .knobs import (
     Criterion,
     Epochs,
     FeatureLoss,
+    FloatCost,
     Lr0,
     Model,
     Mosaic,
@@ -455,7 +456,7 @@ class QatConfig(TrainConfig):
         "training.",
         when="Lower it for more mAP, raise it for more layers in INT8.",
         group="Precision", unit="fraction", gt=0, le=10)] = 0.01
-    sensitivity_price: Annotated[Literal["gflops", "onnxruntime", "openvino"], knob(
+    sensitivity_price: Annotated[FloatCost, knob(
         "With sensitivity: cost of a group in float. gflops: compute of its convolutions, the same on every machine. "
         "onnxruntime, openvino: milliseconds that its convolutions lose against INT8, measured on this machine.",
         when="Set the robot's runtime when the robot's CPU is like this one.",

@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from yolo_compress.runtime.registry import titles
+
 DASH = "\u2013"
 RUNTIMES = {
     "torch": "PyTorch",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-    "tensorrt10": "TensorRT 8 to 10",
-    "tensorrt11": "TensorRT 11",
-    "tensorrt-cache": "TensorRT with calibration cache",
+    **titles(),
     "torchscript": "TorchScript",
     "onnx": "ONNX",
 }

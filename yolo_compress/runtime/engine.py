@@ -1,15 +1,12 @@
-"""Runtimes by name; build and open engines without knowing which library is behind."""
+"""Build and open engines by the name of their runtime."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Container, Dict, Optional, Union
 
+from . import registry
 from .backends.base import EngineBackend, load_info
-from .backends.openvino import OpenVINOBackend
-from .backends.ort import OrtBackend
-from .backends.tensorrt.build import strongly_typed
-from .backends.tensorrt.run import TensorRTBackend
 from .errors import EngineError
 
 
@@ -34,11 +31,15 @@ def open_engine(
     info = load_info(directory, onnx_sha256)
     if info.runtime not in BACKENDS:
         raise EngineError(f"{directory}: of runtime {info.runtime!r}, one of {', '.join(BACKENDS)} expected")
-    if info.runtime == "tensorrt":
-        if threads is not None:
-            raise EngineError(f"{directory}: threads={threads} means nothing to a TensorRT engine; leave it out")
-        return TensorRTBackend(directory)
-    return BACKENDS[info.runtime](directory, threads=threads)
+    row = registry.RUNTIMES[info.runtime]
+    opened: EngineBackend
+    if not row.gpu:
+        opened = BACKENDS[info.runtime](directory, threads=threads)
+    elif threads is None:
+        opened = BACKENDS[info.runtime](directory)
+    else:
+        raise EngineError(f"{directory}: threads={threads} means nothing to a {row.title} engine; leave it out")
+    return opened
 
 
 def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
@@ -47,13 +48,10 @@ def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[s
     Args:
         stems: file names without `.onnx`.
     """
-    own = f"{runtime}11" if runtime == "tensorrt" and strongly_typed() else runtime
+    own = BACKENDS[runtime].form()
     return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)
 
 
-BACKENDS: Dict[str, Any] = {
-    "onnxruntime": OrtBackend,
-    "openvino": OpenVINOBackend,
-    "tensorrt": TensorRTBackend,
-}
-"""Each has `probe()` -> None or the install hint, `build(onnx, out, precision) -> files`, and opens a directory."""
+BACKENDS: Dict[str, Any] = {name: registry.backend(name) for name in registry.names()}
+"""Each has `probe()` -> None or the install hint, `form()` -> name of the INT8 form that it takes as it is installed here,
+`build(onnx, out, precision, **options) -> files`, and opens a directory."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
 
 import onnx
 from torch import nn
@@ -20,10 +19,9 @@ from yolo_compress.stages import Job
 from yolo_compress.store.artifact import atomic_write
 
 ASKED = "qat.sensitivity_price"
-Timed = Literal["onnxruntime", "openvino"]
 
 
-def check(price: Literal["gflops"] | Timed) -> None:
+def check(price: str) -> None:
     """Refuse a runtime that cannot run here.
 
     Raises:
@@ -39,7 +37,7 @@ def compute_gflops(model: nn.Module, placed: Plan, imgsz_hw: tuple[int, int]) ->
     return {group.name: 2e-9 * sum(shapes[name].macs for name in group.convs) for group in placed.int8}
 
 
-def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: Timed) -> dict[str, tuple[float, float]]:
+def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dict[str, tuple[float, float]]:
     """Convolution -> its milliseconds in FP32 and in INT8 on this machine, activation included.
 
     Both engines are of the whole net, in the form that `export` writes for the runtime, and take turns.

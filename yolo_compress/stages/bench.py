@@ -25,6 +25,7 @@ from yolo_compress.runtime.limits import counted
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
+from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.stages import Job
 from yolo_compress.store.artifact import Artifact, atomic_write
 from yolo_compress.train import checkpoint
@@ -106,7 +107,7 @@ def _open(job: Job, row: Mapping[str, Any]) -> Backend:
         return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw)
     if row["status"] == "untimed":
         return open_published(Path(row["open"]), row["precision"], job.work)
-    return open_engine(row["open"], threads=None if row["runtime"] == "tensorrt" else config.threads)
+    return open_engine(row["open"], threads=None if RUNTIMES[row["runtime"]].gpu else config.threads)
 
 
 def _torch(row: Mapping[str, Any]) -> nn.Module:
@@ -159,7 +160,7 @@ def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
             folder.mkdir(exist_ok=True)
             spec = torch_spec(_torch(row), job.dataset.names, job.imgsz_hw, folder, threads=threads, **options)
         else:
-            spec = {**options, "engine": row["open"], "threads": None if row["runtime"] == "tensorrt" else threads}
+            spec = {**options, "engine": row["open"], "threads": None if RUNTIMES[row["runtime"]].gpu else threads}
         specs.append(spec)
     per_round = -(-config.iterations // config.rounds)
     with bar("bench: latency", len(specs) * config.rounds, "round") as advance:

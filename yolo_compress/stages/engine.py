@@ -11,9 +11,10 @@ from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.quant.ranges import WEIGHT_BITS
-from yolo_compress.quant.saturation import CPU_RUNTIMES, saturates
+from yolo_compress.quant.saturation import saturates
 from yolo_compress.recipe.recipe import EngineConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
+from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
 from yolo_compress.store.artifact import atomic_write
 
@@ -91,7 +92,7 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
         return {}
     found: dict[str, str] = {
         runtime: f"INT8 on {runtime}: 8-bit weights saturate on this processor, which has no VNNI; set qat.weight_bits=7"
-        for runtime in CPU_RUNTIMES
+        for runtime in names(gpu=False)
         if runtime in missing and not missing[runtime] and saturates(runtime)
     }
     if found and recipe.engine.runtimes != "auto":
@@ -109,6 +110,6 @@ def _source(files: list[str], model: str, runtime: str, precision: str) -> str |
 def _build(job: Job, onnx: Path, runtime: str, precision: str, out: Path) -> float:
     """Build one engine and return the MiB of what has to be on the robot."""
     config: EngineConfig = job.config
-    options = {"workspace_mib": config.workspace_mib} if runtime == "tensorrt" else {}
+    options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
     files = BACKENDS[runtime].build(onnx, out, precision, **options)
     return sum(path.stat().st_size for path in files.values()) / 2**20

@@ -28,17 +28,16 @@ from yolo_compress.lint.shapes import SHAPES
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import WEIGHT_BITS, QuantState, fold
-from yolo_compress.quant.saturation import CPU_RUNTIMES
 from yolo_compress.recipe.recipe import ExportConfig, Recipe
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
+from yolo_compress.runtime.registry import qdq_forms
 from yolo_compress.stages import Job, _source
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
 from yolo_compress.store.artifact import Artifact
 from yolo_compress.train import checkpoint
 
 COMPARED_IMAGES = 16
-LINT_VERSION = "10.3"  # weakly typed, so floats between INT8 layers are no fault: FP16 is a flag there
 # On widths, batch and weight bits: of the model and the recipe, not of what is written here.
 ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
 # What float32 rounding may move: a net that detects well stays below a tenth of it; a wrong graph is off by whole pixels.
@@ -179,17 +178,17 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         bits = job.recipe.qat.weight_bits if job.recipe.qat else WEIGHT_BITS
         state = ptq(model, batches, config.calibrator, config.percentile, weight_bits=bits)
     folded = state if state.folded else fold(state, model)
-    counts = insert_qdq(floats, folder / "int8.onnx", folded, "tensorrt")
     whole = len(folded.activations) == len(plan(model).tensors)
-    _advise(_lint(folder / "int8.onnx", f"tensorrt-{LINT_VERSION}", whole), folder.name)
-    newer, codes = job.work / "opset19.onnx", job.work / "codes.onnx"
-    _onnx(job, model, newer, max(config.opset, HALF_QDQ_OPSET))
-    insert_qdq(newer, codes, folded, "tensorrt11")
-    to_fp16(codes, folder / "int8-tensorrt11.onnx", "int8")
-    _lint(folder / "int8-tensorrt11.onnx", "tensorrt-11.4", whole)
-    for runtime in CPU_RUNTIMES:
-        insert_qdq(floats, folder / f"int8-{runtime}.onnx", folded, runtime)
-        _advise(_lint(folder / f"int8-{runtime}.onnx", runtime, whole), f"{folder.name} on {runtime}")
+    for form, made in qdq_forms().items():
+        file = folder / f"{made.stem}.onnx"
+        if made.half:
+            newer, codes = job.work / "opset19.onnx", job.work / "codes.onnx"
+            _onnx(job, model, newer, max(config.opset, HALF_QDQ_OPSET))
+            counts = insert_qdq(newer, codes, folded, form)
+            to_fp16(codes, file, "int8")
+        else:
+            counts = insert_qdq(floats, file, folded, form)
+        _advise(_lint(file, made.lint, whole), f"{folder.name} on {made.title}")
     if config.torchscript:
         names, out = job.dataset.names, folder / "int8.torchscript"
         export_int8_torchscript(model, out, job.imgsz_hw, folded, names=names, batch=config.batch)

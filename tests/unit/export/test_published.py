@@ -12,13 +12,12 @@ from onnx import numpy_helper
 
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 from yolo_compress.errors import CompressError, CorruptArtifact
-from yolo_compress.evaluate import published
 from yolo_compress.evaluate.published import For, check_nms, made_for, open_published
 from yolo_compress.export.calibration_cache import CACHE, IMPLICIT, explicit, read_cache, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.nms import with_nms
-from yolo_compress.export.qdq import Target, insert_qdq
+from yolo_compress.export.qdq import insert_qdq
 from yolo_compress.export.torchscript import export_int8_torchscript
 from yolo_compress.quant import saturation
 from yolo_compress.quant.calibrate import ptq
@@ -40,9 +39,9 @@ def run(file: Path, precision: str, scratch: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [7, 8])
-@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+@pytest.mark.parametrize("target", ["tensorrt10", "openvino"])
 def test_a_file_computes_what_training_saw(
-    source: tuple[Path, QuantState], tmp_path: Path, target: Target, bits: int
+    source: tuple[Path, QuantState], tmp_path: Path, target: str, bits: int
 ) -> None:
     file, state, model = source[0], replace(source[1], weight_bits=bits), net().fuse(verbose=False)
     expected_float = run_torch(model, images(8, seed=3))
@@ -125,7 +124,7 @@ def test_whom_a_file_is_for() -> None:
 
 
 def test_where_tensorrt_11_is_installed_the_other_file_is_for_the_older_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "strongly_typed", lambda: True)
+    monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: True)
     assert made_for("compressed/int8-tensorrt11.onnx") == For("tensorrt", "int8")
     assert made_for("compressed/int8.onnx") == For("tensorrt10", "int8")
 

@@ -443,7 +443,7 @@ def build(folder: Path) -> Path:
     model = net()
     export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
     state = fold(ptq(model, lambda: [images(4)], "max"), model)
-    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt")
+    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt10")
     insert_qdq(folder / "fp32.onnx", folder / "int8-openvino.onnx", state, "openvino")
     return folder
 

@@ -27,7 +27,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 def exported(folder: Path, model: torch.nn.Module) -> Path:
     export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
     state = fold(ptq(model, lambda: [images(2)], "max"), model)
-    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt")
+    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt10")
     return folder / "int8.onnx"
 
 

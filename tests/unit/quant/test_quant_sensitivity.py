@@ -71,7 +71,7 @@ def test_the_graph_has_the_group_in_float_and_computes_what_torch_does(state: Qu
     left = [plan(model).group_of("model.4.cv2"), plan(model).group_of("images")]
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
     part = fold(state.without(left), model)
-    counts = insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", part, "tensorrt")
+    counts = insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", part, "tensorrt10")
     assert counts.convs == 57 - 4  # the first; and 5, 15.cv1, 18.cv1
     report = check(tmp_path / "int8.onnx", "tensorrt-10.3")
     assert report.count("error") == 0 and "mixed-readers" not in report.rules

@@ -328,12 +328,12 @@ def test_runtimes_that_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_form_of_the_network_that_a_runtime_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime"]
-    monkeypatch.setattr(engine, "strongly_typed", lambda: False)
+    monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: False)
     assert (
         engine.onnx_form(stems, "tensorrt", "int8") == "int8" and engine.onnx_form(stems, "openvino", "fp16") == "fp16"
     )
     assert engine.onnx_form(stems, "onnxruntime", "int8") == "int8-onnxruntime"
-    monkeypatch.setattr(engine, "strongly_typed", lambda: True)
+    monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: True)
     assert engine.onnx_form(stems, "tensorrt", "int8") == "int8-tensorrt11"
     assert engine.onnx_form(["fp32"], "tensorrt", "int8") is None
 

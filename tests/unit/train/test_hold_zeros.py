@@ -17,7 +17,7 @@ from tests.support.quant_net import NAMES, SIZE, images, net
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
-from yolo_compress.export.qdq import TARGETS, insert_qdq
+from yolo_compress.export.qdq import FORMS, insert_qdq
 from yolo_compress.prune.masks import HoldZeros, apply, two_four, unstructured
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant
@@ -126,10 +126,10 @@ def test_every_file_holds_true_zeros(tmp_path: Path, kind: str) -> None:
     export_onnx(model, floats, SIZE, names=NAMES)
     to_fp16(floats, tmp_path / "fp16.onnx")
     state = fold(ptq(model, lambda: [images(4)], "max"), model)
-    for target in TARGETS:
+    for target in FORMS:
         insert_qdq(floats, tmp_path / f"{target}.onnx", state, target)
     stored, halves = initializers(floats), initializers(tmp_path / "fp16.onnx")
-    codes = [initializers(tmp_path / f"{target}.onnx") for target in TARGETS]
+    codes = [initializers(tmp_path / f"{target}.onnx") for target in FORMS]
     for name, mask in masks.items():
         gone = ~mask.numpy()
         assert np.array_equal(stored[f"{name}.weight"] == 0, gone), f"{name}: folding makes no zeros and loses none"

@@ -131,6 +131,11 @@ class OpenVINOBackend:
         self._request = self._compiled = None
 
     @staticmethod
+    def form() -> str:
+        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        return "openvino"
+
+    @staticmethod
     def probe() -> Optional[str]:
         """None where this runtime works, else what to install."""
         try:

@@ -152,6 +152,11 @@ class OrtBackend:
         self._session = None
 
     @staticmethod
+    def form() -> str:
+        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        return "onnxruntime"
+
+    @staticmethod
     def probe() -> Optional[str]:
         """None where this runtime works, else what to install."""
         try:

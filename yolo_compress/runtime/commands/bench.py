@@ -18,6 +18,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .. import registry
 from ..backends.base import load_info, sha256_file
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
@@ -147,7 +148,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]
     for folder in folders:
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
-        with open_engine(folder, threads=None if info.runtime == "tensorrt" else plan.threads) as engine:
+        with open_engine(folder, threads=None if registry.RUNTIMES[info.runtime].gpu else plan.threads) as engine:
             test = golden.check(bundle.directory, engine, info.runtime, info.library)
             row: Dict[str, Any] = {"model": "compressed", "runtime": info.runtime, "precision": info.precision,
                                    "executed": engine.executed, "library": info.library, "golden": test}  # fmt: skip
@@ -264,7 +265,7 @@ def _latency(
                 "label": folder.name,
                 "engine": str(folder),
                 "inputs": file,
-                "threads": None if row["runtime"] == "tensorrt" else plan.threads,
+                "threads": None if registry.RUNTIMES[row["runtime"]].gpu else plan.threads,
             }
             for folder, row in zip(folders, rows)
         ]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from .. import json_text
+from .. import json_text, registry
 from ..backends.base import PRECISIONS, load_info, sha256_file
 from ..backends.tensorrt.build import TIMING_CACHE
 from ..backends.tensorrt.run import built_elsewhere
@@ -25,7 +25,6 @@ from ..secure.seal import BundleRefused, written
 from .common import ENGINES, HERE, Bundle, Parser, answer, guarded, opened, outside, positive, say, trusted
 
 BUILT = "build.json"
-CPU_RUNTIMES = ("onnxruntime", "openvino")
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
@@ -59,10 +58,10 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
-    """What was asked for, else TensorRT, else the runtimes of the CPU.
+    """What was asked for, else the runtime of the GPU, else the runtimes of the CPU.
 
     Raises:
-        RuntimeUnavailable: one that was asked for does not work here, a Jetson's TensorRT does not, or none does.
+        RuntimeUnavailable: one that was asked for does not work here, a Jetson's GPU has none, or none works.
     """
     wanted = list(dict.fromkeys(asked or BACKENDS))
     missing = {name: problem for name in wanted for problem in [BACKENDS[name].probe()] if problem is not None}
@@ -70,13 +69,14 @@ def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
         if missing:
             raise RuntimeUnavailable("; ".join(missing.values()), "or ask for another --runtime")
         return wanted
-    if "tensorrt" not in missing:
-        return ["tensorrt"]
+    found = [name for name in registry.names(gpu=True) if name not in missing]
+    if found:
+        return found[-1:]
     if "l4t" in jetson.state():
         raise RuntimeUnavailable(
             f"a Jetson without TensorRT: {missing['tensorrt']}", "or --runtime onnxruntime for its CPU"
         )
-    found = [name for name in CPU_RUNTIMES if name not in missing]
+    found = [name for name in registry.names(gpu=False) if name not in missing]
     if not found:
         raise RuntimeUnavailable("; ".join(missing.values()), "one of them is needed")
     return found
@@ -100,7 +100,9 @@ def build(
         EngineError: the bundle has no file of a precision, or a library refuses it.
         BundleRefused: an ONNX file changed after the bundle was verified.
     """
-    if (workspace_mib is not None or timing_cache is not None) and set(runtimes) != {"tensorrt"}:
+    if (workspace_mib is not None or timing_cache is not None) and not all(
+        _has_timing_cache(runtime) for runtime in runtimes
+    ):
         raise EngineError(f"--workspace-mib and --timing-cache are TensorRT's; {', '.join(runtimes)} asked for")
     force = (
         force or workspace_mib is not None or timing_cache is not None
@@ -122,7 +124,7 @@ def build(
                 continue
             say(f"{folder.name}: building from {bundle.onnx[stem]}")
             options: Dict[str, Any] = {}
-            if runtime == "tensorrt":
+            if _has_timing_cache(runtime):
                 last = folder / TIMING_CACHE
                 ours = last.is_file() and trusted(bundle, folder)
                 options = {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
@@ -164,6 +166,10 @@ def _build(
     return about
 
 
+def _has_timing_cache(runtime: str) -> bool:
+    return "timing_cache" in registry.RUNTIMES[runtime].build_options
+
+
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
     """The library's version of a whole engine of this ONNX by the library that is installed here, else None."""
     try:
@@ -171,7 +177,7 @@ def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Option
         library = json_text.read(folder / BUILT)["library"]
     except (EngineError, OSError, ValueError, KeyError, TypeError):
         return None  # absent, damaged, or of another ONNX: built anew
-    if runtime == "tensorrt" and built_elsewhere(info) is not None:
+    if registry.RUNTIMES[runtime].gpu and built_elsewhere(info) is not None:
         return None  # the robot's disk came from another
     if not trusted(bundle, folder):
         return None  # it came with the bundle

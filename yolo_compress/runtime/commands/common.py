@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple
 
+from .. import registry
 from ..errors import EngineError, RuntimeFailure, RuntimeUnavailable, printable
 from ..limits import MAX_DET
 from ..secure import built_here
@@ -169,10 +170,7 @@ def trusted(bundle: Bundle, engine: Path) -> bool:
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 
 
-PREFERENCE = (
-    ("tensorrt", "openvino", "onnxruntime"),
-    ("int8", "fp16", "fp32"),
-)  # the quicker first, as measured by bench.py
+PREFERENCE = (tuple(reversed(registry.names())), ("int8", "fp16", "fp32"))  # the fastest first, as measured by bench.py
 
 
 def _rank(name: str) -> Tuple[int, int, str]:

@@ -24,6 +24,7 @@ from ..engine import open_engine
 from ..errors import NotFinite, SourceError
 from ..limits import MAX_DET
 from ..measure.device import usable_cpus
+from ..registry import RUNTIMES
 from .detector import Detector
 from .pre import Canvas, UnreadableImage
 from .sources import Picture
@@ -197,7 +198,7 @@ def open_pipeline(
         EngineError: see `load_info`; nothing is deserialised then.
         RuntimeUnavailable: the library or device is missing.
     """
-    on_gpu = load_info(Path(engine)).runtime == "tensorrt"
+    on_gpu = RUNTIMES[load_info(Path(engine)).runtime].gpu
     count = engines or (1 if on_gpu else min(usable_cpus(), MAX_ENGINES))
     threads = None if on_gpu else max(usable_cpus() // count, 1)
     return Pipeline([partial(open_engine, engine, threads)] * count, conf, iou, max_det)

@@ -18,7 +18,7 @@ import numpy as np
 from ...errors import EngineError, RuntimeUnavailable
 from ..base import EngineInfo, census_words, check_channels, check_input, check_output, resolve
 from . import cuda
-from .build import build
+from .build import build, strongly_typed
 from .execution import Execution, Tensors
 from .library import ENGINE_FILE, GPU, RUNTIME, library
 from .log import logger, runtime
@@ -199,6 +199,11 @@ class TensorRTBackend:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+    @staticmethod
+    def form() -> str:
+        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        return "tensorrt11" if strongly_typed() else "tensorrt10"
 
     @staticmethod
     def probe() -> Optional[str]:

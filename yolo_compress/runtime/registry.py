@@ -1,0 +1,143 @@
+"""The runtimes, a row each. This is the only list of them.
+
+Help, recipe, check, lint targets, INT8 files, engines, bench, report, bundle and the robot's commands read it. A new runtime is
+a row here and a `Backend` in `backends/`; docs/extending.md has an example.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+
+class Int8File(NamedTuple):
+    """An INT8 file that `export` writes for a runtime.
+
+    Attributes:
+        stem: File name without `.onnx`.
+        form: Name of the form: a target of `export.qdq.insert_qdq`, and the row of the report where the runtime as it is
+            installed here takes another file of its own.
+        title: Of such a row.
+        lint: Target of `lint` that the file is checked against.
+        zero_point: Of activations: 0 (INT8 codes) or 128 (UINT8 codes). None: no Q/DQ; the scales lie in a file beside it.
+        quantised_outputs: The outputs of convolutions are quantised before the activation, too.
+        half: Floats between the codes are float16, and so are the scales.
+    """
+
+    stem: str
+    form: str
+    title: str
+    lint: str = ""
+    zero_point: Optional[int] = None
+    quantised_outputs: bool = False
+    half: bool = False
+
+
+class Runtime(NamedTuple):
+    """A runtime.
+
+    Attributes:
+        name: In recipes, options and engine folders (`onnxruntime-int8`).
+        title: In the report.
+        about: Version and device that lint's rules for it were checked with.
+        package: Distribution whose version goes into the fingerprint of `engine` and `bench`.
+        needs: What a robot has to have installed.
+        backend: `module:class` below `runtime/`, imported on use.
+        int8: INT8 files that `export` writes for it, or none.
+        gpu: Engines run on a GPU: they have no `threads`, and are of one device.
+        opsets: Smallest and largest ONNX operator set that it reads; None where no limit is known.
+        build_options: What `build` takes beside the model and the precision.
+    """
+
+    name: str
+    title: str
+    about: str
+    package: str
+    needs: str
+    backend: str
+    int8: Tuple[Int8File, ...] = ()
+    gpu: bool = False
+    opsets: Tuple[Optional[int], Optional[int]] = (None, None)
+    build_options: Tuple[str, ...] = ()
+
+
+# From the slowest to the fastest, as measured by bench.py: the last one that is there is the default of a robot.
+RUNTIMES: Dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime(
+            name="onnxruntime",
+            title="ONNX Runtime",
+            about="ONNX Runtime 1.32, CPU",
+            package="onnxruntime",
+            needs="onnxruntime",
+            backend="backends.ort:OrtBackend",
+            int8=(
+                # It fuses a convolution only with a quantised output.
+                Int8File("int8-onnxruntime", "onnxruntime", "ONNX Runtime", "onnxruntime", 128, quantised_outputs=True),
+            ),
+            opsets=(7, 28),
+        ),
+        Runtime(
+            name="openvino",
+            title="OpenVINO",
+            about="OpenVINO 2026.4, CPU",
+            package="openvino",
+            needs="openvino",
+            backend="backends.openvino:OpenVINOBackend",
+            # Signed activations lose most of the mAP on AVX2 (0.613 -> 0.454).
+            int8=(Int8File("int8-openvino", "openvino", "OpenVINO", "openvino", 128),),
+        ),
+        Runtime(
+            name="tensorrt",
+            title="TensorRT",
+            about="TensorRT 8.5 to 11.4, all of them",
+            package="tensorrt",
+            needs="TensorRT with cuda-python or pycuda (JetPack has them)",
+            backend="backends.tensorrt.run:TensorRTBackend",
+            int8=(
+                # Weakly typed: FP16 is a builder flag there, so floats between INT8 layers are no fault.
+                Int8File("int8", "tensorrt10", "TensorRT 8 to 10", "tensorrt-10.3", 0),
+                Int8File("int8-tensorrt11", "tensorrt11", "TensorRT 11", "tensorrt-11.4", 0, half=True),
+                Int8File("int8-implicit", "tensorrt-cache", "TensorRT with calibration cache"),
+            ),
+            gpu=True,
+            opsets=(9, 17),
+            build_options=("workspace_mib", "timing_cache"),
+        ),
+    )
+}
+
+
+def names(gpu: Optional[bool] = None) -> Tuple[str, ...]:
+    """Names of all runtimes, or of those that run on a GPU (True) or on the CPU (False)."""
+    return tuple(row.name for row in RUNTIMES.values() if gpu is None or row.gpu == gpu)
+
+
+def titles() -> Dict[str, str]:
+    """Runtime, or form of an INT8 file -> how a report writes it."""
+    found = {row.name: row.title for row in RUNTIMES.values()}
+    for row in RUNTIMES.values():
+        for file in row.int8:
+            found.setdefault(file.form, file.title)
+    return found
+
+
+def qdq_forms() -> Dict[str, Int8File]:
+    """Form -> its Q/DQ file."""
+    return {file.form: file for row in RUNTIMES.values() for file in row.int8 if file.zero_point is not None}
+
+
+def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
+    """The runtime and the row of an INT8 file, by its name without `.onnx`; None of other files."""
+    for row in RUNTIMES.values():
+        for file in row.int8:
+            if file.stem == stem:
+                return row, file
+    return None
+
+
+def backend(name: str) -> Any:
+    """The `Backend` class of a runtime. Its library is imported when an engine is built or opened, not here."""
+    module, _, attribute = RUNTIMES[name].backend.partition(":")
+    return getattr(import_module("." + module, __package__), attribute)
