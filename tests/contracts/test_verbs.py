@@ -11,11 +11,13 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.pages import ROOT, blocks
 from yolo_compress.cli import grammar, main, verbs
 from yolo_compress.cli.helptext import help_text
 from yolo_compress.cli.verbs import RECIPE, VERBS, Option, Verb, Words
 from yolo_compress.lint.targets import TARGETS
 from yolo_compress.progress import result
+from yolo_compress.train import checkpoint
 
 CLI = Path(verbs.__file__).parent
 # Modules of cli/ that carry out no verb by themselves.
@@ -103,6 +105,24 @@ def test_a_misspelt_verb_is_hinted_at(greet: Verb, capsys: pytest.CaptureFixture
     assert "unknown verb 'gret', did you mean greet?" in capsys.readouterr().err
     assert main.main(["help", "greet"]) == 0
     assert capsys.readouterr().out.startswith("yolo-compress greet: ")
+
+
+def test_the_example_of_the_docs_is_a_verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """Its row and its handler as docs/extending.md prints them."""
+    page = ROOT / "docs/extending.md"
+    (row_text,) = [block.text for block in blocks(page, "text") if block.text.startswith("Verb(")]
+    (code,) = [block.text for block in blocks(page, "python") if "def handle(command" in block.text]
+    row = eval(row_text.rstrip().rstrip(","), vars(verbs))
+    module = ModuleType("yolo_compress.cli.widths")
+    exec(code, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(VERBS, row.name, row)
+    checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", ["bolt", "nut"], 3, seed=0), tmp_path / "n.pt")
+    assert main.main(["widths", str(tmp_path / "n.pt"), "least=256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    deepest = ("7.conv", "8.cv1.conv", "8.cv2.conv", "9.cv2.conv", "21.cv1.conv", "21.cv2.conv")  # of YOLOv8n
+    assert json.loads(lines[-1]) == {f"model.{name}": 256 for name in deepest} and len(lines) == 7
+    assert f"\n  {row.name:<10}{row.help}\n" in help_text()
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -133,3 +133,60 @@ def test_every_page_has_what_can_be_run() -> None:
     languages = {block.language for page in PAGES for block in blocks(page)}
     assert languages <= {"sh", "console", "python", "yaml", "text"}
     assert sum(len(commands(page)) for page in PAGES) > 40
+
+
+TREE = ROOT / "docs/architecture.md"
+
+
+def tree() -> dict[str, bool]:
+    """Paths of the tree of architecture.md, relative to the checkout, and whether each is a folder."""
+    (block,) = blocks(TREE, "text")
+    found: dict[str, bool] = {}
+    folders: list[str] = []  # by depth
+    for line in block.text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for word in line.split():
+            if not (match := re.fullmatch(r"([\w.]+)(/|\.py)", word)):
+                break  # the description begins
+            path = "/".join([*folders[:depth], word.rstrip("/")])
+            assert path not in found, f"{path} stands there twice"
+            found[path] = match[2] == "/"
+            if match[2] == "/":
+                folders[depth:] = [word.rstrip("/")]
+    return found
+
+
+def test_the_tree_of_the_architecture_is_the_real_one() -> None:
+    for path, folder in tree().items():
+        assert (ROOT / path).is_dir() if folder else (ROOT / path).is_file(), path
+    packages = {file.parent.relative_to(ROOT).as_posix() for file in sources() if file.name == "__init__.py"}
+    tests = {
+        folder.relative_to(ROOT).as_posix() for folder in (ROOT / "tests").iterdir() if (folder / "x").parent.is_dir()
+    }
+    tests = {name for name in tests if not name.endswith("__pycache__")}
+    assert {path for path, folder in tree().items() if folder} >= packages | tests
+    top = {file.relative_to(ROOT).as_posix() for file in (ROOT / "yolo_compress").glob("*.py")}
+    assert tree().keys() >= top, "every module at the root of the package is described"
+
+
+@each_page
+def test_files_and_modules_named_exist(page: Path) -> None:
+    """`yolo_compress/...`, `tests/...` and `benchmarks/...` are files of the checkout; `yolo_compress.a.b` is a module or its name."""
+    for path in re.findall(
+        r"(?<![\w./-])((?:yolo_compress|tests|benchmarks|examples|scripts)/[\w./]*\w/?)", text(page)
+    ):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").is_file() or "<" in path, path
+    named = re.sub(
+        r"^```text\n.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL
+    )  # a text may name a file to be made
+    for dotted in re.findall(r"(?<![\w./-])(yolo_compress(?:\.[a-z_]\w*)+)", named):
+        parts = dotted.split(".")
+        there = [n for n in range(len(parts), 0, -1) if _module(parts[:n])]
+        assert there and there[0] >= len(parts) - 1, dotted
+        if there[0] < len(parts):
+            assert re.search(rf"\b{parts[-1]}\b", (_module(parts[:-1]) or ROOT).read_text(encoding="utf-8")), dotted
+
+
+def _module(parts: list[str]) -> Path | None:
+    place = ROOT.joinpath(*parts)
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
