@@ -18,22 +18,21 @@ from yolo_compress.runtime.errors import RuntimeFailure
 
 BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; the others as a shell gives them
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-STARTS_ANEW = {"init", "predict", "ab", "lint", "keygen", "rollout"}  # the other verbs continue what they find
 
 
-def explain(error: BaseException, verb: str) -> int:
+def explain(error: BaseException, continues: bool) -> int:
     """Say why a command ended.
 
     Args:
         error: What the verb raised.
-        verb: Its name, empty if the command line could not be read.
+        continues: Whether the same command, run again, continues where it stopped.
 
     Returns:
         The exit code. 0 only where the reader of our output went away, as `| head` does.
     """
     if isinstance(error, KeyboardInterrupt | Terminated):
         word, code = ("terminated", SIGTERM) if isinstance(error, Terminated) else ("interrupted", SIGINT)
-        notice(word if not verb or verb in STARTS_ANEW else f"{word}; the same command continues where it stopped")
+        notice(f"{word}; the same command continues where it stopped" if continues else word)
         return code
     if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
         return 0

@@ -25,8 +25,7 @@ from tests.fuzz.mutate import altered, json_bytes, json_lines, other_values
 from tests.fuzz.run import Call, Door
 from tests.support import lint_graphs, report_case
 from tests.support.noise_set import noise_set
-from yolo_compress.cli import main, rollout
-from yolo_compress.cli.verbs import OPTIONS, VERBS
+from yolo_compress.cli import main, rollout, verbs
 from yolo_compress.data import cache as filecache
 from yolo_compress.data import data_yaml as datayaml
 from yolo_compress.data import dataset
@@ -71,9 +70,9 @@ STOPPED = "digits cannot be drawn here"  # where a command would begin to work
 
 @st.composite
 def _command(draw: st.DrawFn) -> list[str]:
-    verb = draw(st.sampled_from([*VERBS, "nonsense", ""]))
-    knobs = [*recipe.options(), *recipe.SECTIONS, *OPTIONS]
-    own = [option.name for option in VERBS[verb].options] if verb in VERBS else ["x"]
+    verb = draw(st.sampled_from([*verbs.VERBS, "nonsense", ""]))
+    knobs = [*recipe.options(), *recipe.SECTIONS, *verbs.options()]
+    own = [option.name for option in verbs.VERBS[verb].options] if verb in verbs.VERBS else ["x"]
     word = st.sampled_from(WORDS) | st.text(max_size=4)
     names = st.sampled_from(own) if own else st.sampled_from(knobs)
     value = word | st.sampled_from([*recipe.names(), *TARGETS])
@@ -81,11 +80,10 @@ def _command(draw: st.DrawFn) -> list[str]:
     form = st.sampled_from(("{}={}", "--{}={}", "--{}"))
     said = st.lists(st.tuples(form, pair), max_size=2) | st.lists(st.tuples(form, pair) | word, max_size=5)
     words = [one if isinstance(one, str) else one[0].format(*one[1]) for one in draw(said)]
-    if verb in VERBS and VERBS[verb].words:
+    if verb in verbs.VERBS and verbs.VERBS[verb].words:
         words.append(draw(word))
-    needed = [
-        f"{name}={draw(value)}" for name in (VERBS[verb].needed if verb in VERBS else ()) if draw(st.integers(0, 3))
-    ]
+    needs = [option.name for option in verbs.VERBS[verb].options if option.needed] if verb in verbs.VERBS else []
+    needed = [f"{name}={draw(value)}" for name in needs if draw(st.integers(0, 3))]
     return [verb, *draw(st.permutations([*needed, *words]))]
 
 

@@ -108,7 +108,7 @@ def _ended(call: Call, value: Any) -> tuple[str, int]:
         except MemoryError as error:
             return f"memory at {_place(error)}", BUG
         except Exception as error:
-            code = explain(error, "cfg")
+            code = explain(error, True)
             if code == BUG:
                 text = "".join(traceback.format_exception(error)[-6:])
                 return f"{type(error).__name__} at {_place(error)}\n{text}", code

@@ -17,6 +17,8 @@ from yolo_compress.cli import grammar
 from yolo_compress.recipe import recipe
 
 README, DOCS = PAGES[0], PAGES[1:]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+each_text = pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FILES = ("html", "json", "md", "png", "py", "pt", "csv", "onnx", "pub", "key", "tar")  # `report.json` is no knob
 
@@ -31,7 +33,7 @@ def test_the_readme_is_one_screen_and_a_table_of_pages() -> None:
     assert linked == {f"docs/{page.name}" for page in DOCS}
 
 
-@each_page
+@each_text
 def test_lines_paragraphs_and_tables_are_short(page: Path) -> None:
     long = [f"{number}: {line}" for number, line in enumerate(text(page).splitlines(), 1) if len(line) > 120]
     assert not long
@@ -42,7 +44,7 @@ def test_lines_paragraphs_and_tables_are_short(page: Path) -> None:
             assert len(part) <= 20, part[0]
 
 
-@each_page
+@each_text
 def test_links_and_anchors_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
         if "://" in target:
@@ -68,6 +70,27 @@ def test_every_verb_and_recipe_is_documented() -> None:
     everything = "\n".join(map(text, PAGES))
     for name in [*grammar.VERBS, *recipe.names()]:
         assert re.search(rf"yolo-compress {name}\b|`{name}`", everything), name
+
+
+def test_the_changelog_has_the_usual_headings_in_order() -> None:
+    page = text(ROOT / "CHANGELOG.md")
+    headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
+    usual = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    versions = len(re.findall(r"^## \d", page, re.MULTILINE))
+    assert versions >= 1 and set(headings) <= set(usual)
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        inside = re.findall(r"^### (.*)$", part, re.MULTILINE)
+        assert inside == [name for name in usual if name in inside]
+
+
+def test_contributing_names_make_targets_that_exist() -> None:
+    """In CONTRIBUTING and the templates of issues and pull requests."""
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in (ROOT / "CONTRIBUTING.md", *(ROOT / ".github").rglob("*.md")):
+        named = {name for part in re.findall(r"`make ([a-z -]+)`", text(page)) for name in part.split()}
+        assert named <= targets, page.name
+        verbs = set(re.findall(r"yolo-compress ([a-z]+)", text(page)))
+        assert verbs <= set(grammar.VERBS), page.name
 
 
 def test_every_variable_is_documented_and_no_other() -> None:
@@ -133,3 +156,89 @@ def test_every_page_has_what_can_be_run() -> None:
     languages = {block.language for page in PAGES for block in blocks(page)}
     assert languages <= {"sh", "console", "python", "yaml", "text"}
     assert sum(len(commands(page)) for page in PAGES) > 40
+
+
+TREE = ROOT / "docs/architecture.md"
+
+
+def tree() -> dict[str, bool]:
+    """Paths of the tree of architecture.md, relative to the checkout, and whether each is a folder."""
+    (block,) = blocks(TREE, "text")
+    found: dict[str, bool] = {}
+    folders: list[str] = []  # by depth
+    for line in block.text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for word in line.split():
+            if not (match := re.fullmatch(r"([\w.]+)(/|\.py)", word)):
+                break  # the description begins
+            path = "/".join([*folders[:depth], word.rstrip("/")])
+            assert path not in found, f"{path} stands there twice"
+            found[path] = match[2] == "/"
+            if match[2] == "/":
+                folders[depth:] = [word.rstrip("/")]
+    return found
+
+
+def test_the_tree_of_the_architecture_is_the_real_one() -> None:
+    for path, folder in tree().items():
+        assert (ROOT / path).is_dir() if folder else (ROOT / path).is_file(), path
+    packages = {file.parent.relative_to(ROOT).as_posix() for file in sources() if file.name == "__init__.py"}
+    tests = {
+        folder.relative_to(ROOT).as_posix() for folder in (ROOT / "tests").iterdir() if (folder / "x").parent.is_dir()
+    }
+    tests = {name for name in tests if not name.endswith("__pycache__")}
+    assert {path for path, folder in tree().items() if folder} >= packages | tests
+    top = {file.relative_to(ROOT).as_posix() for file in (ROOT / "yolo_compress").glob("*.py")}
+    assert tree().keys() >= top, "every module at the root of the package is described"
+
+
+@each_text
+def test_files_and_modules_named_exist(page: Path) -> None:
+    """`yolo_compress/...`, `tests/...` and `benchmarks/...` are files of the checkout; `yolo_compress.a.b` is a module or its name."""
+    for path in re.findall(
+        r"(?<![\w./-])((?:yolo_compress|tests|benchmarks|examples|scripts)/[\w./]*\w/?)", text(page)
+    ):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").is_file() or "<" in path, path
+    named = re.sub(
+        r"^```text\n.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL
+    )  # a text may name a file to be made
+    for dotted in re.findall(r"(?<![\w./-])(yolo_compress(?:\.[a-z_]\w*)+)", named):
+        parts = dotted.split(".")
+        there = [n for n in range(len(parts), 0, -1) if _module(parts[:n])]
+        assert there and there[0] >= len(parts) - 1, dotted
+        if there[0] < len(parts):
+            assert re.search(rf"\b{parts[-1]}\b", (_module(parts[:-1]) or ROOT).read_text(encoding="utf-8")), dotted
+
+
+def _module(parts: list[str]) -> Path | None:
+    place = ROOT.joinpath(*parts)
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+def glossary() -> list[str]:
+    return re.findall(r"^\| (.+?) \| .+ \|$", text(ROOT / "docs/glossary.md"), re.MULTILINE)[1:]
+
+
+def test_the_glossary_is_sorted_and_its_words_are_used() -> None:
+    words = glossary()
+    assert len(words) > 50 and words == sorted(set(words), key=str.lower)
+    others = "\n".join(text(page).lower() for page in PAGES if page.name != "glossary.md")
+    unused = [one for word in words for one in word.split(", ") if one.lower() not in others]
+    assert not unused
+
+
+# Words that the glossary has another word for, or that say nothing: see "How we write" in docs/style.md.
+AVOIDED = r"\b(original|parent|dense|pictures?|vouch\w*|whom|nets?|amax|worth|said|told)\b"
+
+
+OLD_WORDS = ("report.md", "style.md")  # the first still has some, the second lists them
+
+
+@pytest.mark.parametrize(
+    "page", [one for one in [*PAGES, *OTHERS] if one.name not in OLD_WORDS], ids=lambda page: page.name
+)
+def test_one_word_a_thing(page: Path) -> None:
+    """In prose: names of folders, knobs and columns are as they are, and a network of computers is one."""
+    plain = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    found = [line.strip() for line in plain.splitlines() if re.search(AVOIDED, line)]
+    assert not found

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from yolo_compress import home, progress
+from yolo_compress.cli.grammar import Command
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, open_contender
@@ -41,6 +42,14 @@ class Settings:
     replicates: int = 1000
     seed: int = 0
     out: Path | None = None
+
+
+def handle(command: Command) -> int:
+    """Compare two models; exit code 1 unless b passes."""
+    document = run(settings(command.options))
+    progress.result(text(document))
+    progress.result(json.dumps(document))
+    return 0 if document["verdict"]["status"] == "pass" else 1
 
 
 def settings(options: Mapping[str, str]) -> Settings:

@@ -1,14 +1,44 @@
-"""What this machine can do, found without importing torch where the answer does not need it."""
+"""`yolo-compress check`: packages, devices and disk of this machine, and the data set."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from yolo_compress import environment, home
+from yolo_compress import environment, home, pipeline
+from yolo_compress.cli.grammar import Command
+from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
+from yolo_compress.progress import result
+from yolo_compress.store.artifact import Store
 from yolo_compress.store.resources import FREE_MIB
 
 NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
+
+
+def handle(command: Command) -> int:
+    """Print what this machine has, and what the data set holds if one is given.
+
+    Raises:
+        EnvironmentLacks: A package or disk space is missing. It is raised last, after everything is printed.
+    """
+    facts, lacks = machine()
+    for name, text in facts.items():
+        result(f"{name:<12} {text}")
+    document: dict[str, object] = {"machine": facts, "lacks": lacks}
+    if command.names_recipe:
+        recipe, dataset = pipeline.prepare(command.load(), Store(home.weights()))
+        counts = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
+        result(f"{'data':<12} {dataset.yaml}: {counts}")
+        for note in [*dataset.notes, *dataset.skipped]:
+            result(f"{'':<12} {note}")
+        document = {"recipe": recipe.name, "machine": facts, "data": dataset.digest, "lacks": lacks}
+    else:
+        result(f"{'data':<12} none given; data.yaml=my.yaml looks at it too")
+    result(json.dumps(document))
+    if lacks:
+        raise EnvironmentLacks("; ".join(lacks))
+    return 0
 
 
 def machine() -> tuple[dict[str, str], list[str]]:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from yolo_compress import home, progress
+from yolo_compress.cli.grammar import Command
 from yolo_compress.data.shipped import draw_digits
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.files.atomic import fsync_file, replace, require_free, storage_errors
@@ -118,6 +119,13 @@ COCO = {
     ),
 }
 MAX_MEMBERS = 300_000  # of an archive
+
+
+def handle(command: Command) -> int:
+    """Download each name; print its path."""
+    for name in command.words:
+        progress.result(str(fetch(name)))
+    return 0
 
 
 def fetch(name: str) -> Path:

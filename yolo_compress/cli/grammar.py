@@ -1,18 +1,20 @@
 """The grammar of the command line: `yolo-compress VERB [recipe=NAME|FILE] [section.key=value ...] [lock=fail] ...`.
 
-`key=value` is the form that users know from `yolo`; `--key value` and `--key=value` mean the same. Only words are taken
-apart here: values are read by `recipe.load`, and the verbs are carried out elsewhere.
+`key=value` is the form that users know from `yolo`; `--key value` and `--key=value` mean the same. This module splits
+words by the rows of `verbs`. `recipe.load` reads the values, and `cli/<verb>.py` carries out the verb.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError
 from ..recipe import recipe
 from ..recipe.messages import did_you_mean, got
-from .verbs import DEFAULT_RECIPE, OPTIONS, VERBS, usage
+from ..recipe.recipe import Recipe
+from . import verbs
+from .verbs import DEFAULT_RECIPE, VERBS, Option, Verb
 
 _WHERE = "command line"
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version"}
@@ -20,7 +22,7 @@ _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version
 
 @dataclass(frozen=True)
 class Command:
-    """A command line taken apart.
+    """A command line, split.
 
     Attributes:
         verb: a key of `VERBS`.
@@ -51,9 +53,22 @@ class Command:
         """Whether to do again what is up to date."""
         return self.options.get("force") == "true"
 
+    @property
+    def names_recipe(self) -> bool:
+        """Whether the command line chooses a recipe or sets a knob."""
+        return bool(self.overrides) or self.recipe != DEFAULT_RECIPE
+
+    def load(self) -> Recipe:
+        """Read the recipe with the overrides.
+
+        Raises:
+            RecipeError: A recipe or value that is not valid.
+        """
+        return recipe.load(self.recipe, self.overrides)
+
 
 def parse(argv: Sequence[str]) -> Command:
-    """Takes a command line apart.
+    """Split a command line into verb, options, overrides and words.
 
     Args:
         argv: the words after the program's name. None at all asks for help, and so does `--help` anywhere.
@@ -70,57 +85,61 @@ def parse(argv: Sequence[str]) -> Command:
         raise RecipeError(f"{_WHERE}: {got(odd[0])} holds a NUL character, which no name and no value has")
     name, rest = argv[0], argv[1:]
     if name not in VERBS:
-        raise RecipeError(_unknown_verb(name))
+        raise RecipeError(unknown_verb(name))
     if "--help" in rest or "-h" in rest:
         return Command("help", options={"all": "true"} if "--all" in rest else {}, words=(name,))
     verb, overrides, options, words = VERBS[name], list[tuple[str, str]](), dict[str, str](), list[str]()
-    for key, value in _pairs(name, rest):
+    everywhere = verbs.options()
+    for key, value in _pairs(verb, rest, everywhere):
         if not key:
             words.append(value)
-        elif verb.option(key) or (key in OPTIONS and key.partition(".")[0] not in recipe.SECTIONS):  # `engine` is both
-            _check_option(name, key, value, options)
+        elif verb.option(key) or (
+            key in everywhere and key.partition(".")[0] not in recipe.SECTIONS
+        ):  # `engine` is both
+            _check_option(verb, key, value, options)
             options[key] = value
         elif not verb.knobs:
-            raise RecipeError(f"{_WHERE}: {name} takes no {got(key)}; {usage(name)}")
+            raise RecipeError(f"{_WHERE}: {name} takes no {got(key)}; {verb.usage}")
         else:
-            recipe.check_key(key, _names(name))
+            recipe.check_key(key, _names(verb))
             if earlier := [given for knob, given in overrides if knob == key]:
                 raise RecipeError(f"{_WHERE}: {key} is given twice: {got(earlier[0])} and {got(value)}; give it once")
             overrides.append((key, value))
-    _check_words(name, words, options)
+    _check_whole(verb, words, options)
     return Command(name, options.pop("recipe", DEFAULT_RECIPE), tuple(overrides), options, tuple(words))
 
 
-def _pairs(name: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (key, value) of every argument, with an empty key for a bare word."""
+def _pairs(verb: Verb, words: Sequence[str], everywhere: Mapping[str, Option]) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of every argument, with an empty key for a bare word."""
     rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
+        option = everywhere.get(key)
         if equals:
             yield key, value
         elif not word.startswith("--"):
             yield "", word
-        elif key in OPTIONS and OPTIONS[key].switch and (not rest or rest[0] not in OPTIONS[key].choices):
+        elif option and option.switch and (not rest or rest[0] not in option.choices):
             yield key, "true"
         elif not rest or rest[0].startswith("--"):
-            if key not in OPTIONS and VERBS[name].knobs:
-                recipe.check_key(key, _names(name))
+            if option is None and verb.knobs:
+                recipe.check_key(key, _names(verb))
             raise RecipeError(f"{_WHERE}: {word} needs a value: {word} VALUE, or {key}=VALUE")
         else:
             yield key, rest.pop(0)
 
 
-def _names(verb: str) -> list[str]:
-    return [option.name for option in VERBS[verb].options]
+def _names(verb: Verb) -> list[str]:
+    return [option.name for option in verb.options]
 
 
-def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> None:
-    option = VERBS[name].option(key)
+def _check_option(verb: Verb, key: str, value: str, given: Mapping[str, str]) -> None:
+    option = verb.option(key)
     if option is None:
-        if VERBS[name].knobs and any(knob.endswith(f".{key}") for knob in recipe.options()):
-            recipe.check_key(key, _names(name))  # names the sections that have it
-        raise RecipeError(f"{_WHERE}: {name} takes no {key}; {usage(name)}")
+        if verb.knobs and any(knob.endswith(f".{key}") for knob in recipe.options()):
+            recipe.check_key(key, _names(verb))  # names the sections that have it
+        raise RecipeError(f"{_WHERE}: {verb.name} takes no {key}; {verb.usage}")
     if key in given:
         raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
     if not value:
@@ -129,29 +148,32 @@ def _check_option(name: str, key: str, value: str, given: dict[str, str]) -> Non
         raise RecipeError(f"{_WHERE}: {key}: got {got(value)}, expected {' or '.join(option.choices)}")
 
 
-def _check_words(name: str, words: list[str], options: dict[str, str]) -> None:
-    if absent := [option for option in VERBS[name].needed if option not in options]:
-        raise RecipeError(f"{_WHERE}: {name} needs {' and '.join(absent)}; {usage(name)}")
-    if name == "report" and "out" in options and "add" not in options:
-        raise RecipeError(f"{_WHERE}: out is the folder of the report that add writes; give add too; {usage(name)}")
-    if name == "fetch" and not words:
-        raise RecipeError(f"{_WHERE}: fetch needs a name; {usage(name)}")
-    if name == "lint" and len(words) != 1:
-        raise RecipeError(f"{_WHERE}: lint takes one file, got {len(words)}; {usage(name)}")
-    if name == "help" and words and words[0] not in (*VERBS, *recipe.SECTIONS):
-        raise RecipeError(_unknown_verb(words[0], recipe.SECTIONS))
-    if name == "help" and len(words) > 1:
-        raise RecipeError(f"{_WHERE}: {usage(name)}")
-    if words and not VERBS[name].words:
-        word = words[0]
-        if word in VERBS:
+def _check_whole(verb: Verb, words: Sequence[str], options: Mapping[str, str]) -> None:
+    """Check what no single argument shows: options and words that are missing, or that are too many."""
+    if absent := [option.name for option in verb.options if option.needed and option.name not in options]:
+        raise RecipeError(f"{_WHERE}: {verb.name} needs {' and '.join(absent)}; {verb.usage}")
+    for option in verb.options:
+        if option.requires and option.name in options and option.requires not in options:
+            raise RecipeError(f"{_WHERE}: {option.name} needs {option.requires}; give both or neither; {verb.usage}")
+    if verb.words is not None:
+        most = len(words) if verb.words.most is None else verb.words.most
+        if not verb.words.least <= len(words) <= most:
+            raise RecipeError(f"{_WHERE}: {verb.name} takes {verb.words.count}, got {len(words)}; {verb.usage}")
+    elif words:
+        if words[0] in VERBS:
             raise RecipeError(
-                f"{_WHERE}: expected one verb, got {name} and {word}; a stage also runs the stages it needs"
+                f"{_WHERE}: expected one verb, got {verb.name} and {words[0]}; a stage also runs the stages it needs"
             )
-        raise RecipeError(f"{_WHERE}: {got(word)} is out of place; expected key=value or --key value")
+        raise RecipeError(f"{_WHERE}: {got(words[0])} is out of place; expected key=value or --key value")
 
 
-def _unknown_verb(word: str, also: Iterable[str] = ()) -> str:
+def unknown_verb(word: str, also: Iterable[str] = ()) -> str:
+    """Give the message for a word that is no verb.
+
+    Args:
+        word: What stands where a verb is expected.
+        also: Other words that are allowed there.
+    """
     if "=" in word or word.startswith("--"):
         return f"{_WHERE}: the verb comes first, got {got(word)}; verbs are {', '.join(VERBS)}"
     hint = did_you_mean(word, [*VERBS, *also]) or "; verbs are " + ", ".join(VERBS)

@@ -1,4 +1,4 @@
-"""What `yolo-compress help` prints, made from the rows of `verbs` and the knobs of the recipe: no figure is written here."""
+"""`yolo-compress help`: made from the rows of `verbs` and the knobs of the recipe, so that no value is written twice."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 
+from ..errors import RecipeError
+from ..progress import result
 from ..recipe import recipe
 from ..recipe.knobs import GROUPS, words
 from ..recipe.messages import allowed, typed
-from .verbs import DEFAULT_RECIPE, HEADINGS, VERBS, Option, Verb, usage
+from .grammar import Command, unknown_verb
+from .verbs import DEFAULT_RECIPE, HEADINGS, VERBS, Option, Verb
 
 NARROWEST, WIDEST = 60, 100  # columns
 ADVANCED = GROUPS[-1]
@@ -30,6 +33,15 @@ MORE = """\
 yolo-compress help VERB       knobs and options of a verb, as in help prune
 yolo-compress help SECTION    knobs of a section of the recipe, as in help data
 yolo-compress help --all      all knobs of all sections"""
+
+
+def handle(command: Command) -> int:
+    """Print the help of the program, or that of a verb or section."""
+    name = command.words[0] if command.words else None
+    if name is not None and name not in VERBS and name not in recipe.SECTIONS:
+        raise RecipeError(unknown_verb(name, recipe.SECTIONS))
+    result(help_text(name, command.options.get("all") == "true"))
+    return 0
 
 
 def help_text(name: str | None = None, everything: bool = False, width: int | None = None) -> str:
@@ -66,7 +78,7 @@ def _of_name(name: str, everything: bool, width: int) -> Iterator[str]:
     verb = VERBS.get(name)
     if verb:
         yield _wrapped(f"yolo-compress {name}: {verb.help}", width)
-        yield _wrapped(usage(name), width, "  ")
+        yield _wrapped(verb.usage, width, "  ")
     if name in recipe.SECTIONS:
         yield from _of_section(name, everything, width)
     if verb:
@@ -100,7 +112,7 @@ def _knob(key: str, column: int, width: int) -> str:
 
 def _options(verb: Verb, width: int) -> Iterator[str]:
     """A block with an entry for each option; bare words and the recipe's knobs are one each."""
-    rows = [*([verb.words] if verb.words else []), *([ANY_KNOB] if verb.knobs else []), *verb.options]
+    rows = [*([verb.words.option] if verb.words else []), *([ANY_KNOB] if verb.knobs else []), *verb.options]
     column = max((len(row.name) for row in rows), default=0) + 4
     entries = []
     for row in rows:

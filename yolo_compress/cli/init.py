@@ -17,10 +17,13 @@ from torch import nn
 
 from yolo_compress import environment, home, pipeline
 from yolo_compress.cli import estimate
+from yolo_compress.cli.grammar import Command
+from yolo_compress.cli.init_targets import TARGETS
 from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.errors import RecipeError
 from yolo_compress.files import strict_yaml
 from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.progress import result
 from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe import recipe, sizing
 from yolo_compress.recipe.messages import did_you_mean, got
@@ -34,47 +37,6 @@ from yolo_compress.train import transfer
 COMMENT_COLUMN = 32
 WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
 REST_MINUTES = 4  # export, engines, bench and report
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the engine will run, and what that decides.
-
-    Attributes:
-        title: As the recipe names it.
-        round_to: Widths are multiples of this, and why.
-        weight_bits: `qat.weight_bits`, and why.
-        smallest_px: Network inputs smaller than this save no time worth having.
-        after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
-    """
-
-    title: str
-    round_to: sizing.Choice
-    weight_bits: sizing.Choice
-    smallest_px: int
-    after: tuple[str, ...]
-
-
-_BUNDLE = "yolo-compress bundle recipe={recipe} out={name}.tar"
-_LINT = "yolo-compress lint {weights}/{name}/export/compressed/int8.onnx target=tensorrt-"
-_TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
-_TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
-TARGETS: dict[str, Target] = {
-    "cpu": Target(
-        "a CPU",
-        sizing.Choice(16, "AVX-512 takes 16 channels at once"),
-        sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
-        320,
-        (_BUNDLE,),
-    ),
-    "gpu": Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,)),
-    "jetson-orin": Target(
-        "a Jetson Orin with JetPack 6", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}10.3", _BUNDLE)
-    ),
-    "jetson-xavier": Target(
-        "a Jetson Xavier with JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}8.5", _BUNDLE)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -98,6 +60,17 @@ class Facts:
     models: dict[str, nn.Module]
     device: str
     cores: int
+
+
+def handle(command: Command) -> int:
+    """Write the recipe; print it, and the commands that follow."""
+    made = run(order(command.options, command.overrides))
+    result(made.pop("text"))
+    result(f"written to {made['recipe']}; next:")
+    for line in made["next"]:
+        result(f"  {line}")
+    result(json.dumps(made))
+    return 0
 
 
 def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> Order:

@@ -1,7 +1,8 @@
-"""`yolo-compress predict`: pictures through the pipeline of `runtime`, a JSON line each, and what it came to."""
+"""`yolo-compress predict`: detect objects in images with an engine; a JSON line per image, and a summary."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from array import array
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress import progress
+from yolo_compress.cli.grammar import Command
 from yolo_compress.data.data_yaml import left_out
 from yolo_compress.errors import DataError, RecipeError, Terminated
+from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.recipe.messages import got
 from yolo_compress.runtime.backends.base import load_info
@@ -38,11 +41,24 @@ class Settings:
     engines: int | None = None
 
 
+def handle(command: Command) -> int:
+    """Detect in every image; print the summary as the last line."""
+    summary = run(settings(command.options))
+    progress.result(json.dumps(summary))
+    if ended := summary["ended_by"]:
+        done = summary["pictures"] + summary["unreadable"]
+        written = f"; their lines are in {summary['out']}" if summary["out"] else ""
+        progress.notice(f"{ended} after {done} images{written}; the remaining images were not processed")
+        return SIGINT if ended == "interrupted" else SIGTERM
+    complain(summary)
+    return 0
+
+
 def settings(options: Mapping[str, str]) -> Settings:
-    """Reads the options of the command line.
+    """Read the options of the command line.
 
     Raises:
-        RecipeError: a value that means nothing, or `draw` without a folder for the pictures.
+        RecipeError: a value that means nothing, or `draw` without a folder for the images.
     """
     out, draw = options.get("out"), options.get("draw") == "true"
     if draw and out is None:
@@ -79,11 +95,11 @@ def _count(options: Mapping[str, str]) -> int | None:
 
 
 def run(chosen: Settings) -> dict[str, Any]:
-    """Detects in every picture; Ctrl-C and SIGTERM end it with what there is by then, and so does a reader that left.
+    """Detect in every image. Ctrl-C, SIGTERM or a closed stdout end it early, with a summary of the images so far.
 
     Returns:
-        source, engine, pictures (read and detected in), unreadable and first_unreadable, detections (boxes), seconds, fps,
-        latency_p50_ms ... as `latency.percentiles`, ended_by ("interrupted", "terminated" or None), out.
+        source, engine, pictures (number of images that were processed), unreadable and first_unreadable, detections (boxes),
+        seconds, fps, latency_p50_ms ... as `latency.percentiles`, ended_by ("interrupted", "terminated" or None), out.
 
     Raises:
         SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
@@ -101,7 +117,7 @@ def run(chosen: Settings) -> dict[str, Any]:
     with (
         open_pipeline(chosen.engine, chosen.engines, chosen.conf, chosen.iou) as pipeline,
         _writer(chosen, names) as write,
-        progress.bar("predict", source.total or 0, "pictures") as advance,
+        progress.bar("predict", source.total or 0, "images") as advance,
         closing(pipeline(source.pictures)) as stream,
     ):
         start = time.perf_counter()
@@ -137,18 +153,18 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 
 def complain(summary: Mapping[str, Any]) -> None:
-    """Raises DataError where pictures could not be read; the others are done and written."""
+    """Raise DataError if images could not be read. The results of the others are written by then."""
     if summary["unreadable"]:
         read = summary["pictures"]
         raise DataError(
-            f"{summary['unreadable']} of {summary['unreadable'] + read} pictures could not be read, the first: "
+            f"{summary['unreadable']} of {summary['unreadable'] + read} images could not be read, the first: "
             f"{summary['first_unreadable']}"
         )
 
 
 @contextmanager
 def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], bool]]:
-    """What writes down one picture: its line, and the picture where `draw` says so. False: nobody reads it any more."""
+    """Yield a function that writes the line of an image, and the image itself with `draw`; it returns False once stdout is closed."""
     if chosen.out is None:
         yield lambda found: progress.result(line(found, names))
         return

@@ -8,13 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.files import strict_json
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.lock import lock
+from yolo_compress.progress import result
 from yolo_compress.recipe.messages import got
 from yolo_compress.rollout import judge, state
 from yolo_compress.rollout.shadow_log import read, read_truth
+
+
+def handle(command: Command) -> int:
+    """Judge a release; exit code 1 on abort."""
+    document = run(command.options, command.wait)
+    result(text(document))
+    result(json.dumps(document))
+    return 1 if document["verdict"]["status"] == "abort" else 0
 
 
 def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from yolo_compress.cli import grammar
+from yolo_compress.cli import grammar, helptext
 from yolo_compress.cli.grammar import Command, parse
-from yolo_compress.cli.main import _files
-from yolo_compress.cli.verbs import OPTIONS, VERBS, Option, Verb
+from yolo_compress.cli.stage import file_list
+from yolo_compress.cli.verbs import VERBS, Option, Verb
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import recipe
 
@@ -107,8 +107,9 @@ def test_every_section_has_a_help_of_its_own() -> None:
 def test_an_option_may_have_the_name_of_a_knob(monkeypatch: pytest.MonkeyPatch) -> None:
     """For its verb it is an option; for every other verb it is still the knob."""
     option = Option("data.yaml", "FILE", "Data set.", values="a file", needed=True)
-    monkeypatch.setitem(VERBS, "start", Verb("write a recipe", "The chain", (option,), knobs=False))
-    monkeypatch.setitem(OPTIONS, "data.yaml", option)
+    monkeypatch.setitem(
+        VERBS, "start", Verb("start", "write a recipe", "The chain", "none:none", (option,), knobs=False)
+    )
     assert parse(["start", "data.yaml=d.yaml"]) == Command("start", options={"data.yaml": "d.yaml"})
     assert parse(["run", "data.yaml=d.yaml"]).overrides == (("data.yaml", "d.yaml"),)
     assert parse(["run", "--data.yaml", "d.yaml"]).overrides == (("data.yaml", "d.yaml"),)
@@ -117,14 +118,14 @@ def test_an_option_may_have_the_name_of_a_knob(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_usage_follows_the_verb() -> None:
-    assert grammar.usage("fetch") == "usage: yolo-compress fetch NAME ..."
-    assert grammar.usage("help") == "usage: yolo-compress help [VERB|SECTION] [--all]"
-    assert grammar.usage("lint") == "usage: yolo-compress lint FILE.onnx [target=NAME]"
-    assert grammar.usage("predict") == (
+    assert VERBS["fetch"].usage == "usage: yolo-compress fetch NAME ..."
+    assert VERBS["help"].usage == "usage: yolo-compress help [VERB|SECTION] [--all]"
+    assert VERBS["lint"].usage == "usage: yolo-compress lint FILE.onnx [target=NAME]"
+    assert VERBS["predict"].usage == (
         "usage: yolo-compress predict source=IMAGE|FOLDER|VIDEO|CAMERA engine=FOLDER [out=FOLDER] [draw=true] "
         "[conf=0.25] [iou=0.7] [engines=N]"
     )
-    assert grammar.usage("status") == "usage: yolo-compress status [recipe=NAME|FILE] [section.key=value ...]"
+    assert VERBS["status"].usage == "usage: yolo-compress status [recipe=NAME|FILE] [section.key=value ...]"
 
 
 WRONG = {
@@ -132,12 +133,14 @@ WRONG = {
     ("xyzzy",): "unknown verb 'xyzzy'; verbs are init, run, teacher, baseline",
     ("recipe=digits", "prune"): "the verb comes first, got 'recipe=digits'",
     ("--recipe", "digits"): "the verb comes first, got '--recipe'",
-    ("help", "prnue"): "did you mean prune?",
-    ("help", "dat"): "did you mean data?",
     ("help", "prune", "--al"): "--al needs a value",
     ("prune", "--all"): "prune takes no all",
-    ("report", "out=r"): "out is the folder of the report that add writes; give add too; usage: yolo-compress report",
-    ("help", "prune", "qat"): "usage: yolo-compress help [VERB|SECTION] [--all]",
+    ("report", "out=r"): "out needs add; give both or neither; usage: yolo-compress report",
+    (
+        "help",
+        "prune",
+        "qat",
+    ): "help takes at most one verb or section, got 2; usage: yolo-compress help [VERB|SECTION] [--all]",
     ("run", "epoch=10"): "epoch: unknown key, did you mean epochs?",
     ("run", "--epoch", "10"): "epoch: unknown key, did you mean epochs?",
     ("run", "--epoch"): "epoch: unknown key, did you mean epochs?",
@@ -158,7 +161,7 @@ WRONG = {
     ("run", "--"): "unknown key",
     ("run", "--=1"): "out of place",
     ("status", "lock=fail"): "status takes no lock",
-    ("fetch",): "fetch needs a name; usage: yolo-compress fetch NAME",
+    ("fetch",): "fetch takes one or more names, got 0; usage: yolo-compress fetch NAME",
     ("fetch", "qat.epochs=1"): "fetch takes no 'qat.epochs'",
     ("fetch", "x.pt", "recipe=a"): "fetch takes no recipe",
     ("fetch", "x.pt", "force=true"): "fetch takes no force",
@@ -202,4 +205,10 @@ def test_a_list_of_files_keeps_a_name_with_commas(tmp_path: Path, monkeypatch: p
         "x" * 300 + ",a.json": ["x" * 300, "a.json"],
         "": [],
     }.items():
-        assert list(map(str, _files(text))) == names
+        assert list(map(str, file_list(text))) == names
+
+
+@pytest.mark.parametrize(("word", "meant"), [("prnue", "prune"), ("dat", "data")])
+def test_help_of_an_unknown_word_says_which_was_probably_meant(word: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"^command line: unknown verb '{word}', did you mean {meant}\\?$"):
+        helptext.handle(parse(["help", word]))

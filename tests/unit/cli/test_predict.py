@@ -54,7 +54,7 @@ def called(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, lis
 def test_lines_are_the_detectors(engine: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, (*lines, summary), err = called(capsys, f"source={folder}", f"engine={engine}", f"conf={CONF}", "engines=2")
     files = sorted(folder.iterdir())
-    assert code == 0 and [row["picture"] for row in lines] == list(map(str, files)) and "4/4 pictures" in err
+    assert code == 0 and [row["picture"] for row in lines] == list(map(str, files)) and "4/4 images" in err
     with open_engine(engine, threads=1) as backend:
         detector = Detector(backend, CONF, multi_label=False)
         for row, file in zip(lines, files, strict=True):
@@ -99,7 +99,7 @@ def test_a_corrupt_image_is_named_counted_and_an_error(
     assert code == 3 and summary["pictures"] == 2 and summary["unreadable"] == 2
     assert [row["picture"][-5:] for row in lines if "problem" in row] == ["1.png", "3.png"]
     assert "1.png: no image that opencv can decode" in summary["first_unreadable"]
-    assert "error: 2 of 4 pictures could not be read, the first: " in err and err.count("unreadable: ") == 2
+    assert "error: 2 of 4 images could not be read, the first: " in err and err.count("unreadable: ") == 2
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ def test_a_signal_ends_it_with_what_there_is_and_says_what_is_true(
     monkeypatch.setattr(predict, "line", line)
     got, (*lines, summary), err = called(capsys, f"source={folder}", f"engine={engine}")
     assert got == code and summary["ended_by"] == word and summary["pictures"] == len(lines) == 2
-    assert f"{word} after 2 pictures; the others were not looked at" in err and "continues" not in err
+    assert f"{word} after 2 images; the remaining images were not processed" in err and "continues" not in err
     out = folder.parent / "out"
     got, (summary,), err = called(capsys, f"source={folder}", f"engine={engine}", f"out={out}")
     assert got == code and summary["ended_by"] == word
-    assert f"{word} after 2 pictures; their lines are in {out}; " in err and "continues" not in err
+    assert f"{word} after 2 images; their lines are in {out}; " in err and "continues" not in err
     assert len((out / predict.LINES).read_text().splitlines()) == 2
 
 

@@ -224,8 +224,8 @@ def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
 def test_the_command_line() -> None:
     command = grammar.parse(["report", "recipe=bccd", "add=a.json,b.json", "out=folder"])
     assert command.options == {"add": "a.json,b.json", "out": "folder"} and command.overrides == ()
-    assert "[add=device.json[,more.json]] [out=FOLDER]" in grammar.usage("report")
-    with pytest.raises(RecipeError, match="out is the folder of the report that add writes; give add too"):
+    assert "[add=device.json[,more.json]] [out=FOLDER]" in grammar.VERBS["report"].usage
+    with pytest.raises(RecipeError, match="out needs add; give both or neither"):
         grammar.parse(["report", "out=folder"])
     with pytest.raises(RecipeError, match="bench takes no add"):
         grammar.parse(["bench", "add=a.json"])

@@ -1,0 +1,12 @@
+"""`yolo-compress cfg`: the whole recipe as YAML, with defaults and overrides."""
+
+from __future__ import annotations
+
+from yolo_compress.cli.grammar import Command
+from yolo_compress.progress import result
+
+
+def handle(command: Command) -> int:
+    """Print the recipe."""
+    result(command.load().dump().rstrip("\n"))
+    return 0

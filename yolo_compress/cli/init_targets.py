@@ -1,0 +1,48 @@
+"""The device classes that `yolo-compress init` writes a recipe for: one row each. Imports no torch, so that the help is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..recipe import sizing
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device class that the engine will run on, and the settings that follow from it.
+
+    Attributes:
+        title: As the head of the recipe names it.
+        round_to: Channel counts are multiples of this, and why.
+        weight_bits: `qat.weight_bits`, and why.
+        smallest_px: Smaller inputs of the model save no time that matters.
+        after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
+    """
+
+    title: str
+    round_to: sizing.Choice
+    weight_bits: sizing.Choice
+    smallest_px: int
+    after: tuple[str, ...]
+
+
+_BUNDLE = "yolo-compress bundle recipe={recipe} out={name}.tar"
+_LINT = "yolo-compress lint {weights}/{name}/export/compressed/int8.onnx target=tensorrt-"
+_TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
+_TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
+TARGETS: dict[str, Target] = {
+    "cpu": Target(
+        "a CPU",
+        sizing.Choice(16, "AVX-512 takes 16 channels at once"),
+        sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
+        320,
+        (_BUNDLE,),
+    ),
+    "gpu": Target("an NVIDIA GPU with TensorRT", _TENSOR_CORES, _TENSORRT_BITS, 640, (_BUNDLE,)),
+    "jetson-orin": Target(
+        "a Jetson Orin with JetPack 6", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}10.3", _BUNDLE)
+    ),
+    "jetson-xavier": Target(
+        "a Jetson Xavier with JetPack 5", _TENSOR_CORES, _TENSORRT_BITS, 640, (f"{_LINT}8.5", _BUNDLE)
+    ),
+}

@@ -1,0 +1,18 @@
+"""`yolo-compress keygen`: a private key that signs bundles, and the public key that robots check with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from yolo_compress.bundle.keys import keygen
+from yolo_compress.cli.grammar import Command
+from yolo_compress.progress import result
+
+
+def handle(command: Command) -> int:
+    """Write both keys; print where each belongs."""
+    made = keygen(Path(command.options["out"]))
+    result(f"on the robot: install {made['public_key']} as {made['pin_as']}; keep {made['key']} off every robot")
+    result(json.dumps(made))
+    return 0

@@ -1,0 +1,72 @@
+"""The stages as verbs: each runs what it needs first, and `run` goes up to the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from yolo_compress import home, pipeline
+from yolo_compress.cli.grammar import Command
+from yolo_compress.progress import result
+from yolo_compress.recipe import folder
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.report.summary import bench_text
+
+
+def handle(command: Command) -> int:
+    """Run a stage; exit code 1 if the report's gate fails."""
+    recipe = command.load()
+    if command.dry_run:
+        return _dry_run(recipe)
+    if "add" in command.options:
+        return _report_over(recipe, command)
+    target = "report" if command.verb == "run" else command.verb
+    artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
+    answer: dict[str, Any] = {
+        "recipe": recipe.name,
+        "stage": artifact.stage,
+        "artifact": str(artifact.path),
+        "fingerprint": artifact.fingerprint,
+        "metrics": {name: value for name, value in artifact.metrics.items() if name != "table"},
+    }
+    if target == "bench":
+        result(bench_text(recipe.name, artifact.metrics["rows"]))
+    if target == "report":
+        result(artifact.metrics["table"])
+        html = artifact.file("report.html")
+        result(f"report: {html}")
+        answer["report"] = str(html)
+    result(json.dumps(answer))
+    return 0 if artifact.metrics.get("gate", {}).get("passed", True) else 1
+
+
+def _dry_run(recipe: Recipe) -> int:
+    """Print the plan of `prune` for the artefacts that exist; write nothing."""
+    plan = pipeline.dry_run(recipe)
+    result(plan.pop("table"))
+    result(json.dumps({"recipe": recipe.name, **plan}))
+    return 0
+
+
+def _report_over(recipe: Recipe, command: Command) -> int:
+    """Write a second report that also shows the rows of other machines."""
+    out = Path(command.options.get("out", f"report-{folder.label(home.weights(), recipe)}"))
+    metrics = pipeline.report_over(recipe, list(file_list(command.options["add"])), out, wait=command.wait)
+    result(metrics.pop("table"))
+    result(f"report: {out / 'report.html'}")
+    result(json.dumps({"recipe": recipe.name, "report": str(out / "report.html"), "metrics": metrics}))
+    return 0 if metrics["gate"]["passed"] else 1
+
+
+def file_list(text: str) -> Iterator[Path]:
+    """Yield the files of a list with commas. Where a name has commas itself, the longest name of an existing file counts."""
+    parts = text.split(",")
+    while parts:
+        names = {count: ",".join(parts[:count]) for count in range(len(parts), 0, -1)}
+        count = next((count for count, name in names.items() if os.path.isfile(name)), 1)
+        if names[count]:
+            yield Path(names[count])
+        del parts[:count]

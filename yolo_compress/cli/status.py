@@ -1,0 +1,19 @@
+"""`yolo-compress status`: which stages are up to date, which are not, and why."""
+
+from __future__ import annotations
+
+import json
+
+from yolo_compress import pipeline
+from yolo_compress.cli.grammar import Command
+from yolo_compress.progress import result
+
+
+def handle(command: Command) -> int:
+    """Print a line a stage, and the reasons below it."""
+    recipe = command.load()
+    rows = list(pipeline.status(recipe))
+    for row in rows:
+        result(f"{row.stage:<9} {row.state}" + "".join(f"\n{'':<10}{line}" for line in row.why))
+    result(json.dumps({"recipe": recipe.name, "stages": {row.stage: row.state for row in rows}}))
+    return 0
