@@ -424,7 +424,7 @@ def report_over(
         planned = plan(recipe, dataset, "report")
         artifacts = current(store, planned)
         inputs = {need: artifacts[source] for need, source in planned["report"].inputs.items()}
-        return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
+        return dict(report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files))
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
