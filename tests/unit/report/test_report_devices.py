@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.report_case import EVIL, IMAGES, device, document, row, rows, whole
+from tests.support.report_case import EVIL, IMAGES, built, device, document, row, rows, whole
 from yolo_compress.cli import grammar
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.report import devices
 from yolo_compress.report.as_text import render_markdown, render_text
 from yolo_compress.report.charts.scatter import accuracy_over_latency
-from yolo_compress.report.document import build
 from yolo_compress.report.numbers import DASH
 from yolo_compress.report.tables.bench import bench_table, devices_table
 from yolo_compress.report.write import write
@@ -152,7 +151,7 @@ def test_other_networks_are_points_of_reference(tmp_path: Path) -> None:
 
 def test_a_failed_self_test_and_a_hostile_name_are_shown(tmp_path: Path) -> None:
     failed = device(device={"board": EVIL}, golden={"passed": False, "worst_box_px": 9.0, "worst_score": 0.5})
-    bare = build("bccd", [], rows(), {}, min_retention=0.9)
+    bare = built(rows(), recipe="bccd")
     html = write(devices.add(bare, [file(tmp_path, failed)]), [], tmp_path / "out")["html"].read_text("utf-8")
     assert "self-test not passed" in html and "golden images FAILED" in html and "<script" not in html
 
@@ -177,6 +176,40 @@ def test_a_robot_that_runs_another_model_is_refused(tmp_path: Path, change: dict
 def test_a_damaged_device_json_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(CorruptArtifact, match="expected a mapping|neither"):
         devices.add(published(), [file(tmp_path, {**device(), key: value})])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reason", [1]),
+        ("signature", 3),
+        ("precision", "int4"),
+        ("model", "another"),
+        ("status", "untimed"),
+        ("status", "done"),
+        ("runtime", None),
+    ],
+)
+def test_a_damaged_row_of_a_device_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    damaged = device()
+    damaged["rows"][0][key] = value
+    with pytest.raises(CorruptArtifact, match=rf"{key} of a row is .*expected"):
+        devices.add(published(), [file(tmp_path, damaged)])
+
+
+def test_a_device_names_no_row_of_the_report(tmp_path: Path) -> None:
+    forged = device()
+    forged["rows"][0] |= {"id": "original-torch-fp32", "retention": 1.0}
+    report = devices.add(published(), [file(tmp_path, forged)])
+    assert report["rows"] == devices.add(published(), [file(tmp_path, device())])["rows"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("precision", "int4"), ("status", [])])
+def test_a_damaged_row_of_another_report_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    theirs = published(recipe="yolov8s")
+    theirs["rows"][0][key] = value
+    with pytest.raises(CorruptArtifact, match=rf"{key} of a row is .*expected"):
+        devices.add(published(), [file(tmp_path, theirs, "report.json")])
 
 
 def bound(tmp_path: Path, **changes: Any) -> Path:
@@ -233,5 +266,5 @@ def test_the_command_line() -> None:
 
 def test_a_report_without_devices_says_nothing_of_them(tmp_path: Path) -> None:
     assert devices_table(document()).lines == ()
-    bare = build("x", [], rows(), {}, min_retention=0.9)
+    bare = built(rows())
     assert 'id="devices"' not in write(bare, [], tmp_path)["html"].read_text("utf-8")
