@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from ..choices import CRITERIA, FEATURE_LOSSES
 from ..files import strict_yaml
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
 Precision = Literal["fp32", "fp16", "int8"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
-Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
-FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
+if TYPE_CHECKING:  # a type checker cannot read a list of values from a table
+    Criterion = str
+    FeatureLoss = str
+else:
+    Criterion = Literal[tuple(CRITERIA)]
+    FeatureLoss = Literal[tuple(FEATURE_LOSSES)]
+OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
 Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`

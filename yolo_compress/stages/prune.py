@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from yolo_compress import progress
-from yolo_compress.data.dataset import Sample
+from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.files.csv_text import csv_text
-from yolo_compress.prune import masks
+from yolo_compress.prune import criteria, masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
-from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._prune_plan import Planner
@@ -36,6 +36,17 @@ def run(job: Job) -> dict[str, Any]:
     model = checkpoint.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
     trained, metrics = _channels(job, model) if job.config.kind == "channel" else _zeros(job, model)
     return {**metrics, **finish(job, trained)}
+
+
+def check(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse, before any stage runs, a criterion that is no function of evidence and group.
+
+    Raises:
+        RecipeError: See `criteria.find`.
+    """
+    assert recipe.prune is not None
+    if recipe.prune.kind == "channel":
+        criteria.find(recipe.prune.criterion)
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
