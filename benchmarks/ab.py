@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 
-from yolo_compress import environment
 from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.store import environment
 
 TRUTHS = 7  # an image, as in COCO's val2017
 SIDE = 640.0

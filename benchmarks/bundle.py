@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from yolo_compress import environment
+from yolo_compress.store import environment
 
 LOAD = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.engine import open_engine; open_engine(sys.argv[2])"
 

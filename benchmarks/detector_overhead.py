@@ -25,12 +25,12 @@ import numpy as np
 import yaml
 from detector_engine import build
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import load
 from yolo_compress.nets.hardening import harden
 from yolo_compress.runtime.backends.openvino import ENGINE_FILE, WEIGHTS_FILE, OpenVINOBackend
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import letterbox, read_image
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 
 CONF, IOU = 0.25, 0.7

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from trainer_overhead import HookedTrainer, timed
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import load
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.teacher import Frozen
+from yolo_compress.store import environment
 from yolo_compress.train import checkpoint
 from yolo_compress.train.trainer import TrainSettings
 

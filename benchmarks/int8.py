@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import Sample, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import mean_ap
@@ -40,6 +39,7 @@ from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint
 

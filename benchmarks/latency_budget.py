@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, load
+from yolo_compress import load
 from yolo_compress.prune.latency import Rig
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from uniform import uniform
 
-from yolo_compress import environment, load
+from yolo_compress import load
 from yolo_compress.data.dataset import calibration_subset
 from yolo_compress.data.dataset import load as load_data
 from yolo_compress.distill.hook import Teach
@@ -36,6 +36,7 @@ from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.recipe.recipe import TrainConfig
 from yolo_compress.stages._batches import letterboxed
 from yolo_compress.stages._training import PARENT_BOX_WEIGHT, PARENT_CLASS_WEIGHT, PARENT_FEATURE_WEIGHT
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint, trainer
 from yolo_compress.train.settings import TrainSettings

@@ -22,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import Dataset, Sample, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.runtime.engine import open_engine
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint
 

@@ -25,12 +25,12 @@ import cv2
 import numpy as np
 from detector_engine import build
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.sources import open_source
 from yolo_compress.runtime.detect.stream import Pipeline, open_pipeline
 from yolo_compress.runtime.engine import open_engine
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 
 CONF, IOU = 0.25, 0.7

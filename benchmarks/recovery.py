@@ -14,7 +14,8 @@ import json
 import statistics
 from typing import Any
 
-from yolo_compress import environment, load, run
+from yolo_compress import load, run
+from yolo_compress.store import environment
 
 STEPS = {"cut": "map50_95_after_cut", "re-estimated": "map50_95_after_bn", "trained": "map50_95"}
 

@@ -24,7 +24,6 @@ import onnxruntime
 import torch
 from torch import nn
 
-from yolo_compress import environment
 from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
@@ -36,6 +35,7 @@ from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.golden import difference
 from yolo_compress.stages._batches import letterboxed
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from trainer_overhead import copy_for_ultralytics
 
-from yolo_compress import environment, load, run
+from yolo_compress import load, run
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.data.dataset import load as load_data
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint
 

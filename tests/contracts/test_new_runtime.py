@@ -79,7 +79,7 @@ def test_help_check_and_recipe_offer_it(scratch: Path) -> None:
 
 PROGRAM = """
 import json
-from yolo_compress import environment
+from yolo_compress.store import environment
 from yolo_compress.bundle.make import README
 from yolo_compress.export.qdq import FORMS
 from yolo_compress.evaluate.published import made_for

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import environment, home, pipeline, progress, runtime
+from yolo_compress import home, pipeline, progress, runtime
 from yolo_compress.bundle import golden
 from yolo_compress.bundle.io_contract import check_signatures
 from yolo_compress.bundle.keys import read_seed
@@ -30,6 +30,7 @@ from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.store import environment
 from yolo_compress.store.artifact import Artifact, Store
 
 PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`

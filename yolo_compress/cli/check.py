@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from yolo_compress import environment, home, pipeline
+from yolo_compress import home, pipeline
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
 from yolo_compress.progress import result
+from yolo_compress.store import environment
 from yolo_compress.store.artifact import Store
 from yolo_compress.store.resources import FREE_MIB
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_compress import environment, home, pipeline
+from yolo_compress import home, pipeline
 from yolo_compress.cli import estimate
 from yolo_compress.cli.grammar import Command
 from yolo_compress.cli.init_targets import TARGETS
@@ -29,6 +29,7 @@ from yolo_compress.recipe import recipe, sizing
 from yolo_compress.recipe.messages import did_you_mean, got
 from yolo_compress.recipe.sections import QatConfig, SourceConfig
 from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.store import environment
 from yolo_compress.store.artifact import Store
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint as train_checkpoint

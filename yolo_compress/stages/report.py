@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from yolo_compress import environment
 from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.as_text import render_text
@@ -33,6 +32,7 @@ from yolo_compress.report.schema import (
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
+from yolo_compress.store import environment
 from yolo_compress.store.artifact import Artifact, atomic_write
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")

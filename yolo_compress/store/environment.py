@@ -64,7 +64,7 @@ def memory_bytes() -> int:
 
 def commit() -> str | None:
     """Commit of the checkout that runs, with `+` when it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
