@@ -48,7 +48,7 @@ MORE = (
     ),
     (r"yolo-compress bundle ", "force=true golden=1"),  # the gate: a chain this short finds next to nothing
     (r"yolo-compress ab ", "replicates=20"),
-    (r"runtime\.layers probe", "--threads 1"),
+    (r"layer_times probe", "--threads 1"),
     (r"python3 build\.py", "--runtime onnxruntime --precision int8"),
     (r"python3 bench\.py", "--engine onnxruntime-int8 --iterations 8"),
 )
@@ -58,8 +58,8 @@ NOT_RUN = {
     "make setup": "makes the environment that this runs in",
     "source .venv/bin/activate": "the same, for a shell",
     "yolo-compress fetch": "downloads; `fetch digits` draws 750 images",
-    "python3 slots/current/switch.py rollback": "there is no older bundle; tests/unit/test_switch.py has one",
-    "python3 digits/switch.py install": "builds all engines once more; tests/unit/test_switch.py does it",
+    "python3 slots/current/switch.py rollback": "there is no older bundle; tests/unit/runtime/test_switch.py has one",
+    "python3 digits/switch.py install": "builds all engines once more; tests/unit/runtime/test_switch.py does it",
     "python3 slots/current/switch.py status": "nothing was installed",
     "yolo-compress prune recipe=digits prune.latency_ms=": "the milliseconds are those of a machine",
     "yolo-compress run recipe=my-recipe.yaml": "minutes; of the same start, `prune` of the recipe `custom` is run",
@@ -71,7 +71,7 @@ NOT_RUN = {
     "yolo-compress run recipe=yolov8s-coco": "a GPU and some days",
     "yolo-compress prune recipe='yolov8s-coco'": "the same",
     "torchrun": "several GPUs",
-    "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/test_rtx.py does it",
+    "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/lint/test_rtx.py does it",
 }
 GATED = ("run", "report", "bundle", "ab")  # may end with 1: a chain this short may fail its gate
 

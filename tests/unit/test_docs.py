@@ -199,6 +199,8 @@ def test_files_and_modules_named_exist(page: Path) -> None:
         r"(?<![\w./-])((?:yolo_compress|tests|benchmarks|examples|scripts)/[\w./]*\w/?)", text(page)
     ):
         assert (ROOT / path).exists() or (ROOT / f"{path}.py").is_file() or "<" in path, path
+    tests = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"`(test_\w+)`", text(page))) <= tests
     named = re.sub(
         r"^```text\n.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL
     )  # a text may name a file to be made

@@ -1,4 +1,4 @@
-"""`yolo-compress ab`: is model B as good as model A? Both on the same images, or on what a bench kept of them."""
+"""`yolo-compress ab`: is model B as good as model A? Both run on the same images, or are read from a bench."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one call; `imgsz=None` is the size that an engine or a bench says."""
+    """Options of one call. `imgsz=None` takes the size of the engine or bench."""
 
     a: str
     b: str
@@ -53,10 +53,10 @@ def handle(command: Command) -> int:
 
 
 def settings(options: Mapping[str, str]) -> Settings:
-    """Reads the options of the command line.
+    """Read the options of the command line.
 
     Raises:
-        RecipeError: a value that means nothing, or no folder to write `out` into.
+        RecipeError: a value out of range, or an `out` whose folder does not exist.
     """
     out = Path(options["out"]) if "out" in options else None
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -98,11 +98,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(chosen: Settings) -> dict[str, Any]:
-    """The A/B document of `evaluate.ab.compare`, written to `out` if given.
+    """Compare both models; returns the A/B document of `evaluate.ab.document`, and writes it to `out` if given.
 
     Raises:
-        RecipeError: classes, sizes or image sets that differ, or a side that is none.
-        CompressError, EngineError, RuntimeUnavailable: what else a user can mend.
+        RecipeError: classes, sizes or image sets differ, or a side is no model.
+        CompressError, EngineError, RuntimeUnavailable: other errors that a user can mend.
     """
     with tempfile.TemporaryDirectory(prefix="yolo_compress_ab_") as folder:
         scratch = [Path(folder) / key for key in "ab"]
@@ -134,7 +134,7 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 
 def _data(name: str) -> Dataset:
-    """The data set; an image that cannot be used is left out of both models, and said."""
+    """Load the data set. An image that cannot be used is left out for both models and printed."""
     cache = home.weights() / ".cache" / "data.json" if home.weights().is_dir() else None
     data = load(name, on_bad="skip", allow_overlap=True, cache=cache)
     for note in [*data.skipped, *data.notes]:
@@ -150,14 +150,12 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Both taken in turn: here, or by one bench; else neither, and it is said."""
+    """Give the latencies of both, measured in turn here or by one bench. Otherwise print a notice and give None."""
     first, second = both
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):
         return first.rounds(), second.rounds()
     if isinstance(first, Measured) or isinstance(second, Measured):
-        progress.notice(
-            "latency: not compared; it takes one bench that measured both in turn, or two engines to run here"
-        )
+        progress.notice("latency: not compared; that needs one bench that measured both, or two engines that run here")
         return None, None
     inputs = scratch[0] / "inputs.npy"
     chosen = [data.val[i % len(data.val)] for i in range(LATENCY_IMAGES)]
@@ -174,7 +172,7 @@ def _latency(
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """The verdict, and the figures behind it as a small table."""
+    """Give the verdict, and its figures as a table."""
     conf, at, latency = document["settings"]["conf"], document["operating"], document["latency"]
     rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95 % interval")]
     for name, key in (("mAP50-95", "map50_95"), ("mAP50", "map50")):

@@ -35,7 +35,7 @@ def handle(command: Command) -> int:
             result(f"{'':<12} {note}")
         document = {"recipe": recipe.name, "machine": facts, "data": dataset.digest, "lacks": lacks}
     else:
-        result(f"{'data':<12} none given; data.yaml=my.yaml looks at it too")
+        result(f"{'data':<12} not checked; add data.yaml=my.yaml to check it too")
     result(json.dumps(document))
     if lacks:
         raise EnvironmentLacks("; ".join(lacks))
@@ -43,7 +43,7 @@ def handle(command: Command) -> int:
 
 
 def machine() -> tuple[dict[str, str], list[str]]:
-    """(facts by name as text, what is lacking, each with the remedy)."""
+    """Give facts by name as text, and a list of what is missing, each with the remedy."""
     lacks = [
         f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
         for name in NEEDED

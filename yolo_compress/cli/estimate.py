@@ -1,4 +1,4 @@
-"""How long the stages of a recipe will train on this machine, from a few training steps that are timed; nothing is changed."""
+"""Estimate how long the stages of a recipe will train on this machine, from a few timed training steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from yolo_compress.train import losses
 from yolo_compress.train.settings import multiplies_bfloat16
 
 TIMED_STEPS = 2
-FORWARD = 1 / 3  # of a training step: what a teacher, or a validated image, costs
-PRUNED_STEP = 0.65  # a step of a model of half of the MACs, of a dense one's
+FORWARD = 1 / 3  # of a training step: the cost of a teacher's forward pass, or of validating one image
+PRUNED_STEP = 0.65  # a step of a model with half of the MACs, as a share of the baseline's step
 OVERHEAD = 1.45  # augmentation, optimizer and EMA beside the step: 4.6 against 3.2 s an epoch (YOLOv8n, 55 images, 320 px, 2 cores)
 BFLOAT16_STEP = 0.63  # of a step in float32 (benchmarks/trainer_overhead.py --mixed)
 
 
 def seconds(chosen: Recipe, dataset: Dataset, models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Seconds of each stage that will train.
+    """Estimate the seconds of each stage that will train.
 
     Args:
         chosen: The recipe, without `auto`.
@@ -61,7 +61,7 @@ def _trained(chosen: Recipe, name: str) -> TrainConfig | None:
 
 
 def _step_seconds(chosen: Recipe, dataset: Dataset, model: nn.Module, batch: int) -> float:
-    """Seconds of a training step for one image: forward, loss and backward in float32, the fastest of those timed."""
+    """Time training steps (forward, loss, backward) in float32; returns the seconds per image of the fastest."""
     samples = [dataset.train[i % len(dataset.train)] for i in range(batch * TIMED_STEPS)]
     on_cpu = chosen.run.device == "cpu"
     taken, started = [], time.perf_counter()
@@ -75,8 +75,8 @@ def _step_seconds(chosen: Recipe, dataset: Dataset, model: nn.Module, batch: int
             started = time.perf_counter()
     except torch.OutOfMemoryError as error:
         raise EnvironmentLacks(
-            f"out of memory at {batch} images of {max(chosen.data.imgsz_hw)} px: give a lower baseline.batch, prune.batch and "
-            "distill.batch, or data.imgsz"
+            f"out of memory at {batch} images of {max(chosen.data.imgsz_hw)} px: set a lower baseline.batch, prune.batch and "
+            "distill.batch, or a lower data.imgsz"
         ) from error
     finally:
         model.cpu()

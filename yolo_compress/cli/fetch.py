@@ -1,7 +1,7 @@
-"""The only verb that uses the network: official weights, COCO, and the digits, which are drawn here.
+"""`yolo-compress fetch`, the only verb that uses the network: official weights, COCO, and the digits, which are drawn here.
 
-What is fetched is known by its size and, where that is published, by its sha256. It is downloaded under another name,
-continued where an earlier call stopped, unpacked beside its place, and has its name once it is whole.
+A download is checked by its size and, where that is published, by its sha256. It has a temporary name until it is whole, and
+continues where an earlier call stopped. An archive is unpacked into a temporary folder beside its place.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ WAIT_SECONDS = (30, 60)  # for a connection, and for the next bytes
 
 @dataclass(frozen=True)
 class Source:
-    """Something on the network.
+    """A file or archive on the network.
 
     Attributes:
-        url: where it is.
-        most: bytes of the download, or the most that they may be where the size is not published.
-        sha256: as the publisher states it; None where nobody does, and then the archive's own checksums have to do.
-        into: folder below `home.datasets()` that the archive is unpacked into; None for a file of `home.weights()`.
-        holds: folder below `home.datasets()` -> files that are in it once all is there.
-        unpacked: most bytes of what is in the archive.
+        url: its address.
+        most: size of the download in bytes; an upper limit where the size is not published.
+        sha256: as published; None where it is not published, and then only the archive's own checksums are checked.
+        into: folder below `home.datasets()` that the archive is unpacked into; None for a file in `home.weights()`.
+        holds: folder below `home.datasets()` -> number of files in it once the archive is unpacked.
+        unpacked: upper limit of the unpacked size in bytes.
     """
 
     url: str
@@ -56,13 +56,13 @@ class Source:
 
     @property
     def place(self) -> Path:
-        """Where it is looked for."""
+        """Its path once it is complete."""
         if self.into is None:
             return home.weights() / self.name
         return home.datasets() / next(iter(self.holds))
 
     def done(self) -> bool:
-        """Whether all of it is there; a folder with fewer files is what a killed call left."""
+        """Whether it is complete. A call that was killed leaves a folder with fewer files."""
         if self.into is None:
             return self.place.exists()
         return all(_files(home.datasets() / folder) >= count for folder, count in self.holds.items())
@@ -129,13 +129,13 @@ def handle(command: Command) -> int:
 
 
 def fetch(name: str) -> Path:
-    """Bring `yolov8{n,s,m,l,x}.pt`, `coco128`, `coco` or `digits` (drawn here, no network) to where recipes look.
+    """Fetch `yolov8{n,s,m,l,x}.pt`, `coco128`, `coco` or `digits` (drawn here, no network); returns its path.
 
     Raises:
-        RecipeError: Another name.
-        EnvironmentLacks: No network; says where to put the file.
-        CorruptArtifact: What came is not what is published, or an archive that is none. Nothing of it is left.
-        StorageError: The disk said no, or has too little room. What was downloaded is continued by the next call.
+        RecipeError: Any other name.
+        EnvironmentLacks: No network. The message says where to put the file.
+        CorruptArtifact: The download is not the published file, or not a valid archive. It is deleted.
+        StorageError: The disk is full or cannot be written. The next call continues the download.
     """
     if name == "digits":
         return draw_digits()
@@ -174,10 +174,10 @@ def _fetch(source: Source, folder: Path) -> None:
 
 
 def _say_other(source: Source) -> None:
-    """A file that is there is kept; it may be of an earlier release, or the user's own."""
+    """Print a notice if the existing file is not the published one. It may be of an earlier release, or the user's own."""
     if source.sha256 and source.into is None and (found := sha256_file(source.place)) != source.sha256:
         progress.notice(
-            f"{source.place} is there and is kept, but is not the file published today (sha256 {found[:12]}..., expected "
+            f"{source.place} exists and is used, but is not the file published today (sha256 {found[:12]}..., expected "
             f"{source.sha256[:12]}...); move it away to fetch that"
         )
 
@@ -190,7 +190,7 @@ def _files(folder: Path) -> int:
 
 
 def _download(source: Source, part: Path) -> None:
-    """The whole file as `part`, of the size and sha256 that are published."""
+    """Download the whole file as `part`, and check its size and sha256."""
     have = part.stat().st_size if part.is_file() else 0
     if have < source.most or not source.sha256:
         with _explained(source):
@@ -199,13 +199,13 @@ def _download(source: Source, part: Path) -> None:
     if source.sha256 and (found := sha256_file(part)) != source.sha256:
         part.unlink()
         raise CorruptArtifact(
-            f"{source.url}: its sha256 is {found}, published is {source.sha256}; deleted. Run the same command again, and if "
-            "it comes out so again, the file was changed on its way or by its publisher"
+            f"{source.url}: its sha256 is {found}, published is {source.sha256}; deleted. Run the same command again. If "
+            "it fails again, the file was changed on its way or by its publisher"
         )
 
 
 def _receive(source: Source, part: Path, have: int) -> None:
-    """Append what is missing; a server that does not continue is asked for all of it."""
+    """Append the missing bytes. If the server cannot continue, download the whole file."""
     import requests
 
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -234,7 +234,7 @@ def _receive(source: Source, part: Path, have: int) -> None:
 
 @contextmanager
 def _explained(source: Source) -> Iterator[None]:
-    """Errors of the network, in one line; those of the disk are the caller's."""
+    """Turn errors of the network into one line. Errors of the disk are left to the caller."""
     import requests
 
     try:
@@ -243,12 +243,12 @@ def _explained(source: Source) -> Iterator[None]:
         first = (str(error).splitlines() or [""])[0]
         raise EnvironmentLacks(
             f"{source.url} cannot be fetched ({type(error).__name__}: {first}); run the same command again, which continues, "
-            f"or fetch it where there is a network and put it at {source.place}"
+            f"or download it on another machine and put it at {source.place}"
         ) from error
 
 
 def _unpack(source: Source, archive: Path, into: Path) -> None:
-    """Plain files below `into`, no more bytes than expected; each has the checksum that the archive states."""
+    """Unpack into `into`: only plain files below it, and no more bytes than expected. Each checksum is checked."""
     try:
         with zipfile.ZipFile(archive) as opened:
             members = [member for member in opened.infolist() if not member.is_dir()]
@@ -264,7 +264,7 @@ def _unpack(source: Source, archive: Path, into: Path) -> None:
         shutil.rmtree(into, ignore_errors=True)
         archive.unlink()
         raise CorruptArtifact(
-            f"{source.url}: no whole archive ({error}); deleted, run the same command again"
+            f"{source.url}: the archive is incomplete or invalid ({error}); deleted, run the same command again"
         ) from error
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)
@@ -273,7 +273,7 @@ def _unpack(source: Source, archive: Path, into: Path) -> None:
 
 
 def _check(source: Source, members: list[Any]) -> None:
-    """Raises ValueError for an archive that would write elsewhere, or more than expected."""
+    """Raise ValueError for an archive that would write outside its folder, or more than expected."""
     names = [member.filename for member in members]
     if len(members) > MAX_MEMBERS or len(set(names)) < len(names):
         raise ValueError(f"{len(names)} files, expected {MAX_MEMBERS} at most, each once")
@@ -289,7 +289,7 @@ def _check(source: Source, members: list[Any]) -> None:
 
 
 def _merge(source: Path, target: Path) -> None:
-    """Move all that is in a folder into another: by one rename where nothing is in its place. What else is there stays."""
+    """Move the contents of a folder into another, which may hold other files: one rename each where the name is free."""
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
         place = target / entry.name

@@ -27,7 +27,7 @@ class Command:
     Attributes:
         verb: a key of `VERBS`.
         recipe: name or file of the recipe.
-        overrides: `(section.key, value)` in the order given, checked to be knobs of the recipe; values are still text.
+        overrides: `(section.key, value)` in the order given, each a knob of the recipe; values are still text.
         options: `lock`, `force`, `target`, ..., where given.
         words: the names after `fetch`, the file after `lint`, the verb after `help`.
     """
@@ -40,17 +40,17 @@ class Command:
 
     @property
     def wait(self) -> bool:
-        """Whether to wait for another run that holds the store."""
+        """Whether to wait for another run that uses the store."""
         return self.options.get("lock", "wait") == "wait"
 
     @property
     def dry_run(self) -> bool:
-        """Whether to show the plan alone."""
+        """Whether to show only the plan."""
         return self.options.get("dry_run") == "true"
 
     @property
     def force(self) -> bool:
-        """Whether to do again what is up to date."""
+        """Whether to run the stage again although it is up to date."""
         return self.options.get("force") == "true"
 
     @property

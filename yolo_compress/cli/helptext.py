@@ -45,7 +45,7 @@ def handle(command: Command) -> int:
 
 
 def help_text(name: str | None = None, everything: bool = False, width: int | None = None) -> str:
-    """Gives the help of a verb or section, or of the program.
+    """Give the help of a verb or section, or of the program.
 
     Args:
         name: key of `VERBS` or of `recipe.SECTIONS`; None for the program.
@@ -89,7 +89,7 @@ def _of_name(name: str, everything: bool, width: int) -> Iterator[str]:
 
 
 def _of_section(name: str, everything: bool, width: int) -> Iterator[str]:
-    """A line about the section, then a block for each group of its knobs."""
+    """Yield a line about the section, then a block for each group of its knobs."""
     yield _wrapped(f"Section {name} of the recipe. {' '.join((recipe.SECTIONS[name].__doc__ or '').split())}", width)
     keys = _knobs(name)
     column = max(map(len, keys)) + 4
@@ -111,7 +111,7 @@ def _knob(key: str, column: int, width: int) -> str:
 
 
 def _options(verb: Verb, width: int) -> Iterator[str]:
-    """A block with an entry for each option; bare words and the recipe's knobs are one each."""
+    """Yield a block with an entry for each option. Bare words are one entry, and so are the recipe's knobs."""
     rows = [*([verb.words.option] if verb.words else []), *([ANY_KNOB] if verb.knobs else []), *verb.options]
     column = max((len(row.name) for row in rows), default=0) + 4
     entries = []

@@ -1,4 +1,4 @@
-"""`yolo-compress init`: look at data, checkpoint and machine, and write a recipe whose every number has its reason. Trains nothing."""
+"""`yolo-compress init`: look at data, checkpoint and machine, and write a recipe with a reason for each number. Trains nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REST_MINUTES = 4  # export, engines, bench and report
 
 @dataclass(frozen=True)
 class Order:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     data: str
     weights: str
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found out."""
+    """What `look` found."""
 
     dataset: Dataset
     origins: dict[str, str]  # baseline and teacher -> weights or pretrained
@@ -75,10 +75,10 @@ def handle(command: Command) -> int:
 
 
 def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> Order:
-    """Read the command line.
+    """Read the options of the command line.
 
     Raises:
-        RecipeError: An unknown target, a recipe file of another suffix or one that exists.
+        RecipeError: An unknown target, or an `out` that exists or does not end in .yaml.
     """
     if (target := options.get("target", "cpu")) not in TARGETS:
         hint = did_you_mean(target, TARGETS) or f"; targets are {', '.join(TARGETS)}"
@@ -98,21 +98,22 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
 
 
 def run(asked: Order) -> dict[str, Any]:
-    """Write the recipe; returns `recipe` (file), `text` (of it), `minutes` by trained stage and `next` (commands).
+    """Write the recipe; returns `recipe` (its file), `text` (its content), `minutes` by stage and `next` (commands).
 
     Raises:
-        CompressError: What a run of the recipe would refuse: bad data, a checkpoint that does not fit; or the file cannot be
-            written.
+        CompressError: Bad data or a checkpoint that does not fit, as a run would refuse them; or the file cannot be written.
     """
     with storage_errors(asked.out), tempfile.TemporaryFile(dir=asked.out.parent):
-        pass  # learn now, not after minutes, whether the folder takes a file
+        pass  # fails now, not after minutes, if the folder cannot be written
     facts = look(asked)
     sections = compose(asked, facts)
     plain = {name: {knob: value for knob, value, _ in rows} for name, rows in sections.items()}
     document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
-    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))  # a knob as asked may be auto
+    sized = sizing.resolve(
+        chosen, len(facts.dataset.train), len(facts.dataset.names)
+    )  # a knob of the command line may be auto
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
@@ -127,7 +128,7 @@ def run(asked: Order) -> dict[str, Any]:
 
 
 def look(asked: Order) -> Facts:
-    """Data, checkpoints and machine.
+    """Look at data, checkpoints and machine.
 
     Raises:
         CompressError: See `run`.
@@ -150,7 +151,7 @@ def look(asked: Order) -> Facts:
 
 
 def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
-    """The model before training; what does not fit the data set is refused by `pipeline.check`."""
+    """Load the model before training. `pipeline.check` refuses it if it does not fit the data set."""
     if origin == "weights":
         return train_checkpoint.load_model(path)
     return transfer.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]
@@ -160,7 +161,7 @@ Section = list[tuple[str, Any, str]]  # knob, value, why
 
 
 def compose(asked: Order, facts: Facts) -> dict[str, Section]:
-    """The sections of the recipe, each knob with its value and reason; the command line's values replace ours."""
+    """Give the sections of the recipe: each knob with its value and reason, before the values of the command line."""
     dataset, target = facts.dataset, TARGETS[asked.target]
     images = len(dataset.train)
     sections: dict[str, Section] = {
@@ -204,7 +205,7 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
 def _as_asked(
     sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Section]:
-    """The sections with the command line's values in the place of ours; what those exclude, as another budget does, goes."""
+    """Put the values of the command line into the sections. Knobs that they exclude, such as another budget, are dropped."""
     asked = {key for key, _ in overrides}
     out = {}
     for name in recipe.SECTIONS:
@@ -230,7 +231,7 @@ def _source(stage: str, asked: Order, facts: Facts) -> Section:
 
 
 def _trained(stage: str, images: int, asked: Order) -> Section:
-    """The schedule of a stage by the number of images; where epochs are asked for, what follows from them does."""
+    """Give the schedule of a stage by the number of images, or by the epochs of the command line."""
     epochs = sizing.epochs(stage, images)
     given = dict(asked.overrides).get(f"{stage}.epochs", "")
     last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
@@ -288,7 +289,7 @@ def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, floa
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line of YAML."""
+    """Give a value as one line of YAML."""
     text = strict_yaml.dump({"": value}).partition(":")[2].strip()
     return text if "\n" not in text and not isinstance(value, list) else json.dumps(value, ensure_ascii=False)
 

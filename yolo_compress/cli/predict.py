@@ -30,7 +30,7 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one call; `out=None` writes the lines to stdout, `engines=None` is `open_pipeline`'s choice."""
+    """Options of one call. `out=None` writes to stdout; `engines=None` lets `open_pipeline` choose."""
 
     source: str
     engine: Path
@@ -58,7 +58,7 @@ def settings(options: Mapping[str, str]) -> Settings:
     """Read the options of the command line.
 
     Raises:
-        RecipeError: a value that means nothing, or `draw` without a folder for the images.
+        RecipeError: a value out of range, or `draw` without a folder for the images.
     """
     out, draw = options.get("out"), options.get("draw") == "true"
     if draw and out is None:
@@ -104,7 +104,7 @@ def run(chosen: Settings) -> dict[str, Any]:
     Raises:
         SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
         RecipeError: `out` holds the lines of an earlier call.
-        StorageError: the disk said no.
+        StorageError: the disk is full or cannot be written.
     """
     source = open_source(chosen.source)
     if Path(chosen.source).is_dir():
@@ -170,7 +170,7 @@ def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Foun
         return
     out, pictures = chosen.out, chosen.out / PICTURES
     if (out / LINES).exists():
-        raise RecipeError(f"{out / LINES}: is there already, from an earlier call; give another folder as out")
+        raise RecipeError(f"{out / LINES}: exists, from an earlier call; give another folder as out")
     with storage_errors(out):
         (pictures if chosen.draw else out).mkdir(parents=True, exist_ok=True)
         stream = open(out / LINES, "x", encoding="utf-8", buffering=1)  # noqa: SIM115

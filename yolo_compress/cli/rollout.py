@@ -1,4 +1,4 @@
-"""`yolo-compress rollout`: a look at a grey release, and the state file that carries it from look to look."""
+"""`yolo-compress rollout`: judge a staged rollout, and store its state in a file from call to call."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def handle(command: Command) -> int:
 
 
 def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
-    """Judges the logs that the command line names, and keeps the state if it names a file for that.
+    """Judge the logs of both models, and store the state if a file is given for it.
 
     Args:
-        options: a, b, and where given truth, stage, state, cap, budgets.
-        wait: for another call with the same state file.
+        options: a and b; optional truth, stage, state, cap, budgets.
+        wait: whether to wait for another call with the same state file.
 
     Returns:
         The document of `rollout.judge.judge`.
 
     Raises:
-        RecipeError, DataError, StorageError: see there.
-        Locked: another call holds the state file.
+        RecipeError, DataError, StorageError: a wrong option, a log that cannot be used, a state file that cannot be written.
+        Locked: another call uses the state file, and `wait` is false.
     """
     allowed, cap = judge.budgets(options.get("budgets")), _cap(options.get("cap", "1"))
     log_a, log_b = read(Path(options["a"])), read(Path(options["b"]))
@@ -84,7 +84,7 @@ def _load(path: Path) -> state.State | None:
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """For people: verdict and reasons first, then a line a rule."""
+    """Give the verdict and its reasons, then a table with a line for each rule."""
     verdict, a, b = document["verdict"], document["a"], document["b"]
     lines = [
         f"{verdict['status']} at {document['stage']:.0%}: {b['name']} version {b['version']} beside "

@@ -167,8 +167,8 @@ VERBS = {row.name: row for row in (
         DATA,
         Option("weights", "FILE.pt", "Checkpoint of the model to compress. One of the same classes is used as it is; from one of "
                "other classes the training starts.", values="a YOLOv8 checkpoint", needed=True),
-        Option("teacher", "FILE.pt", "Checkpoint of a larger model that teaches, likewise.", "none, the unpruned model teaches",
-               "a checkpoint"),
+        Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is used or trained by the same rule.",
+               "none, the unpruned model teaches", "a checkpoint"),
         Option("target", "NAME", "Where the engine will run: decides channel steps, weight bits and the least input size.", "cpu",
                one_of(INIT_TARGETS)),
         Option("out", "FILE.yaml", "Recipe to write.", "DATA-recipe.yaml", "a file .yaml that does not exist yet", writes=True),
@@ -248,7 +248,7 @@ VERBS = {row.name: row for row in (
     )),
     Verb("rollout", "judge a new model b by robot logs of a and b; exit code 1: abort", "Robots",
          "yolo_compress.cli.rollout:handle", (
-        Option("a", "LOG.jsonl", "Log of the present model.", values="a file that detect.py --shadow wrote", needed=True),
+        Option("a", "LOG.jsonl", "Log of the model in use.", values="a file that detect.py --shadow wrote", needed=True),
         Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="as a", needed=True),
         Option("truth", "LABELS.jsonl", "Labels of some of the images, so that missed objects count too.", "none", "a file"),
         Option("state", "FILE.json", "File that holds the state from call to call.", "none, each call starts anew", "a file",

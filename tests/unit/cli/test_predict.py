@@ -77,7 +77,7 @@ def test_lines_and_pictures_in_a_folder(engine: Path, folder: Path, capsys: pyte
     assert code == 0 and summary["out"] == str(out) and [row["width"] for row in lines] == [97, 96, 20, 120]
     assert sorted(file.name for file in (out / predict.PICTURES).iterdir()) == [f"{i}.png.jpg" for i in range(4)]
     code, nothing, err = called(capsys, *words)
-    assert code == 2 and not nothing and "is there already, from an earlier call" in err
+    assert code == 2 and not nothing and "exists, from an earlier call" in err
 
 
 def test_files_left_out_by_their_ending_are_counted(
