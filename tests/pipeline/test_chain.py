@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
+from tests.support.report_schema import validate
 from yolo_compress.evaluate.published import made_for
 from yolo_compress.pipeline import STAGES
 from yolo_compress.prune import masks
@@ -160,6 +161,7 @@ def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> 
     published = artifact(finished, "report")
     before = published.file("report.html").read_bytes()
     report = json.loads(published.file("report.json").read_text())
+    validate(report)
     measured = [row["id"] for row in report["rows"] if row["status"] == "ok"]
     assert set(report["latency_quantiles"]) == set(measured)
     assert {"a", "b", "shown_a", "shown_b", "conf"} == set(report["errors"])

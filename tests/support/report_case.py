@@ -42,6 +42,14 @@ def missing(model: str, precision: str, runtime: str = "tensorrt") -> dict[str, 
     return {"model": model, "runtime": runtime, "precision": precision, "status": "missing", "reason": HINT}
 
 
+def untimed(map50_95: float, **changes: Any) -> dict[str, Any]:
+    """An INT8 file that no engine here was built from."""
+    base = row("compressed", "tensorrt11", "int8", map50_95)
+    file = {"file": "compressed/int8-tensorrt11.onnx", "executed": "simulated, int8-tensorrt11.onnx node by node"}
+    known = {key: value for key, value in base.items() if not key.startswith("latency_") and key != "size_mib"}
+    return {**known, "status": "untimed", **file, **changes}
+
+
 def stage(name: str, map50_95: float | None, **changes: Any) -> dict[str, Any]:
     base = {
         "stage": name,
@@ -54,6 +62,7 @@ def stage(name: str, map50_95: float | None, **changes: Any) -> dict[str, Any]:
         "map50": 0.9,
         "seconds": 75.0,
         "epochs": 5,
+        "image_set": IMAGES,
     }
     return {**base, **changes}
 
@@ -103,7 +112,8 @@ def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes
         return {"name": name, "truths": truths, "a": a, "b": a + delta, **ends}
 
     def total(a: float, delta: float) -> dict[str, Any]:
-        return {key: value for key, value in part("", 0, a, delta).items() if key not in ("name", "truths")}
+        ends = {"interval_a": [a - 0.02, a + 0.02], "interval_b": [a + delta - 0.02, a + delta + 0.02]}
+        return {key: value for key, value in part("", 0, a, delta).items() if key not in ("name", "truths")} | ends
 
     side = {"recall": 0.9, "missed": 12, "false_positives": 30, "false_positives_per_image": 0.345}
     base = {

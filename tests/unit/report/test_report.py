@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.report_case import EVIL, HINT, IMAGES, ab, document, item, missing, row, rows, stage, whole
+from tests.support.report_case import EVIL, HINT, IMAGES, ab, document, item, missing, row, rows, stage, untimed, whole
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.report import numbers
 from yolo_compress.report.as_text import render_markdown, render_text
@@ -421,10 +421,7 @@ def test_an_image_of_any_shape_is_drawn(size: tuple[int, int]) -> None:
 
 
 def test_files_without_an_engine_have_a_table_of_their_own() -> None:
-    lacks = dict.fromkeys(("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "latency_n", "size_mib"))
-    simulated = row("compressed", "tensorrt11", "int8", 0.57, status="untimed", file="compressed/int8-tensorrt11.onnx",
-                    executed="simulated, int8-tensorrt11.onnx node by node", **lacks)  # fmt: skip
-    report = document([*rows(), simulated], 0.98)
+    report = document([*rows(), untimed(0.57)], 0.98)
     table = files_table(report)
     assert [line.cells[:4] for line in table.lines] == [
         ("compressed/int8-tensorrt11.onnx", "TensorRT 11", "0.570", "95.0 %")

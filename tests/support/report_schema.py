@@ -1,0 +1,16 @@
+"""Validates JSON against the types of `report.schema`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
+
+from yolo_compress.report.schema import Document
+
+
+def validate(content: Any, kind: Any = Document) -> None:
+    """Raises pydantic's ValidationError where a key is missing, of another type, or without a type."""
+    adapter = TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))
+    adapter.validate_json(json.dumps([content], allow_nan=False), strict=True)
