@@ -445,7 +445,7 @@ def report_over(
         inputs = {need: artifacts[source] for need, source in planned["report"].inputs.items()}
         for artifact in (published, *inputs.values()):
             store.verify(artifact)
-        return report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files)
+        return dict(report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files))
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from yolo_compress.report.document import build
+from yolo_compress.report.bench_rows import identified
+from yolo_compress.report.charts.gallery import Item
+from yolo_compress.report.document import Findings, build, unknown_data
+from yolo_compress.report.schema import Document
 
 EVIL = "<script>alert(1)</script>"
 IMAGES = "a1" * 32
@@ -78,28 +82,36 @@ def rows(value: float = 0.59, reference: float = 0.6) -> list[dict[str, Any]]:
     ]
 
 
-def document(bench: list[dict[str, Any]] | None = None, min_retention: float = 0.98, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
+def built(bench: list[dict[str, Any]], min_retention: float = 0.9, **findings: Any) -> Document:
+    """A document of these bench rows and nothing else but `findings`; `data` and `reproduce` may be given in part."""
+    if "data" in findings:
+        findings["data"] = {**unknown_data(), **findings["data"]}
+    if "reproduce" in findings:
+        findings["reproduce"] = {"recipe_yaml": None, "command": None, **findings["reproduce"]}
+    return build(Findings(**{"recipe": "x", **findings}, rows=identified(bench), min_retention=min_retention))
+
+
+def document(bench: list[dict[str, Any]] | None = None, min_retention: float = 0.98, **changes: Any) -> Document:
+    findings: dict[str, Any] = {
         "recipe": "bccd",
         "chain": [stage("baseline", 0.6), stage("prune", 0.55)],
-        "rows": rows() if bench is None else bench,
         "data": {"yaml": "bccd.yaml", "val_images": 87},
         "gammas": {"edges": [0.0, 0.1, 0.5, 1.0], "epochs": [[1, 5, 9], [6, 4, 5]]},
         "channels": {"model.10.conv": [64, 40], "model.2.cv1": [32, 32]},
     }
-    return build(**{**arguments, **changes}, min_retention=min_retention)
+    return built(rows() if bench is None else bench, min_retention, **{**findings, **changes})
 
 
-def item(name: str = "a.jpg", names: tuple[str, ...] = ("cell",)) -> dict[str, Any]:
-    image = np.full((96, 128, 3), 90, np.uint8)
-    return {
-        "image": image,
-        "name": name,
-        "names": names,
-        "truths": [(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)],
-        "detections_a": np.array([[48, 24, 80, 72, 0.9, 0], [0, 80, 9, 90, 0.1, 0]], float),
-        "detections_b": np.array([[49, 24, 80, 72, 0.8, 0], [100, 60, 120, 90, 0.5, 0]], float),
-    }
+def item(name: str = "a.jpg", names: tuple[str, ...] = ("cell",), **changes: Any) -> Item:
+    made = Item(
+        image=np.full((96, 128, 3), 90, np.uint8),
+        truths=[(0, 0.5, 0.5, 0.25, 0.5), (0, 0.1, 0.1, 0.1, 0.1)],
+        detections_a=np.array([[48, 24, 80, 72, 0.9, 0], [0, 80, 9, 90, 0.1, 0]], float),
+        detections_b=np.array([[49, 24, 80, 72, 0.8, 0], [100, 60, 120, 90, 0.5, 0]], float),
+        names=names,
+        name=name,
+    )
+    return replace(made, **changes)
 
 
 def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes: Any) -> dict[str, Any]:
@@ -199,7 +211,7 @@ PLACEMENT = [
 ]
 
 
-def whole(**changes: Any) -> dict[str, Any]:
+def whole(**changes: Any) -> Document:
     """A document with every section there is."""
     bench = rows()
     for line in bench[:4]:

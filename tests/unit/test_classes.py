@@ -283,7 +283,7 @@ def test_report_of_any_classes(classes: tuple[str, ...]) -> None:
         "notes": [f"val: no box of {classes[-1]}"],
     }
     document = report_case.document(ab=ab, data=data)
-    item = {**report_case.item(), "names": classes, "truths": [(len(classes) - 1, 0.5, 0.5, 0.25, 0.5)]}
+    item = report_case.item(names=classes, truths=[(len(classes) - 1, 0.5, 0.5, 0.25, 0.5)])
     page, text = html.render(document, gallery.draw([item])), as_text.render_markdown(document)
     assert "<script" not in page and "<script" not in text
     rows = [line for line in text.split("## By class")[1].splitlines() if line.startswith("| ")][2:]

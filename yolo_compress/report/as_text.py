@@ -9,12 +9,11 @@ from typing import Any
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.charts.quantised import quantisation_table, summary
+from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table, place
 from yolo_compress.report.tables.chain import chain_table, pruning_table
 from yolo_compress.report.tables.grid import Table
-
-Document = Mapping[str, Any]
 
 
 def missing_lines(document: Document) -> list[str]:
@@ -152,7 +151,7 @@ def provenance(document: Document) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in facts if value not in (None, "")]
 
 
-def _flat(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _flat(mapping: Mapping[str, object]) -> list[tuple[str, Any]]:
     """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
     return [(key, n.said(key, value)) for key, value in mapping.items()]
 

@@ -1,223 +1,42 @@
-"""The report as one JSON document (schema 3): every other form is drawn from it and from nothing else."""
+"""The report as one JSON document (`report.schema`): every other form is drawn from it and from nothing else."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from yolo_compress.errors import RecipeError
 from yolo_compress.report import stage_files
-from yolo_compress.report.gate import has_accuracy, judge, label, peer_row, reference_row, verdict
-from yolo_compress.report.numbers import RUNTIMES, finite
-
-SCHEMA = 3  # 3: rows of files without an engine ("untimed"), gate.timed, the test by image; 2: ab, errors, placement, devices
-MODELS = ("original", "compressed")
-PRECISIONS = ("fp32", "fp16", "int8")
-STATUSES = ("ok", "untimed", "missing")
-
-# MLPerf Inference's minimum of queries for a 99th percentile (its early-stopping rule).
-P99_MIN_N = 662
+from yolo_compress.report.bench_rows import missing, one_image_set, with_ratios
+from yolo_compress.report.gate import judge, verdict
+from yolo_compress.report.numbers import finite
+from yolo_compress.report.schema import (
+    AB,
+    SCHEMA,
+    BenchRow,
+    ChainStage,
+    DataFacts,
+    Document,
+    Environment,
+    ErrorTypes,
+    Gammas,
+    Gate,
+    Missing,
+    QuantisationFile,
+    Reproduce,
+    Row,
+    SensitivityFile,
+    StageFigures,
+    Tensor,
+    Verdict,
+)
 
 # Without these a figure cannot be repeated; what a run did not record is listed in the report by name.
 PROVENANCE = ("commit", "device", "versions", "imgsz_px", "batch", "warm_up")
 
-DATA: Mapping[str, Any] = {
-    "yaml": None,
-    "names": [],
-    "train_images": None,
-    "val_images": None,
-    "skipped": [],
-    "notes": [],
-    "digest": None,
-}
-
-
-def build(
-    recipe: str,
-    chain: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    data: Mapping[str, Any],
-    *,
-    min_retention: float,
-    max_latency_ms: float | None = None,
-    max_size_mib: float | None = None,
-    ab: Mapping[str, Any] | None = None,
-    gammas: Mapping[str, Any] | None = None,
-    channels: Mapping[str, Sequence[int]] | None = None,
-    flops: Mapping[str, Sequence[int]] | None = None,
-    sensitivity: Mapping[str, Any] | None = None,
-    recovery: Sequence[Sequence[float]] | None = None,
-    environment: Mapping[str, Any] | None = None,
-    reproduce: Mapping[str, Any] | None = None,
-    not_tested: Sequence[str] = (),
-    errors: Mapping[str, Any] | None = None,
-    latency_quantiles: Mapping[str, Sequence[float]] | None = None,
-    quantisation: Mapping[str, Any] | None = None,
-    placement: Sequence[Mapping[str, str]] = (),
-) -> dict[str, Any]:
-    """Checks the figures, judges the gate and returns the document; the inputs are left as they are.
-
-    Args:
-        recipe: its name.
-        chain: one mapping a stage, in order: `stage`, `fingerprint`, `status`, `parameters`, `compute_gflops`,
-            `size_mib`, `map50_95`, `map50`, `seconds`, `epochs` (None where there is none), optional `image_set`; of
-            prune, all optional, `kept_flops`, `map50_95_after_cut`, `map50_95_after_bn`, `latency_target_ms`,
-            `latency_measured_ms`, `latency_runtime`; optional `map50_95_low`, `map50_95_high` (95 % interval), `delta_low`,
-            `delta_high` (of the paired difference from the baseline).
-        rows: bench rows: `model`, `runtime`, `precision`, `status` ("ok", "untimed" or "missing"), `reason`, and for "ok"
-            `executed`, `map50_95`, `map50`, `map50_95_ultralytics`, `latency_p50_ms`, `latency_p90_ms`,
-            `latency_p99_ms`, `latency_n`, `size_mib`, `parameters`, `compute_gflops`, `image_set`; optional `device` and the
-            intervals of `chain`. An mAP of None was not measured: the row shows its latency and is not judged. "untimed" is a
-            `file` that no engine here was built from: it has all that "ok" has but latency and size.
-        data: `yaml`, `names`, `train_images`, `val_images`, `skipped` (findings), `notes`, `digest`; all
-            optional.
-        min_retention: share of the original's mAP50-95 that must be kept, 0 to 1.
-        max_latency_ms, max_size_mib: limits of the row that decides; None asks for nothing.
-        ab: the original in FP32 against that row, see `evaluate.ab.document.compare`.
-        gammas: `edges` (n + 1 floats) and `epochs` (one list of n counts an epoch).
-        channels: `{layer: [before, after]}`.
-        flops: `{convolution: [MACs before, MACs after]}` for one image.
-        sensitivity: `measure` ("loss" or "map50_95"), `dense` (its value of the unpruned net), `ratios` (shares of
-            channels removed, ascending), `groups` ({group: [value at each ratio]}), `caps` ({group: the largest share
-            that may go, or None}), `images` (how many it was measured on).
-        recovery: [epoch, mAP50-95] of the validated epochs of fine-tuning, by Ultralytics' validator.
-        environment: the keys of `PROVENANCE` and whatever else was recorded, nested mappings allowed.
-        reproduce: `recipe_yaml` (text) and `command`, both optional.
-        not_tested: sentences.
-        errors: `evaluate.tide.errors` of both, `a` and `b`, over all detections, and `shown_a`, `shown_b` of those with a score of
-            `conf` or more.
-        latency_quantiles: `{row id: [ms at 0, 1, ..., 100 % of its raw calls]}`.
-        quantisation: what `qat.sensitivity` left: `measure`, `float`, `int8`, `worst`, `then`, `left`, `images`, `groups`, `price`,
-            `compute_gflops` and, where the price was measured, `price_ms`.
-        placement: rows of `placement.csv`: `tensor`, `precision`, `group`, `why`.
-
-    Raises:
-        RecipeError: rows or stages measured over different image sets, a row given twice or with an unknown model,
-            precision or without an image set, malformed figures of a stage.
-    """
-    in_place = identified(rows)
-    image_set = _one_image_set(in_place, chain)
-    surroundings = dict(environment or {})
-    document = {
-        "schema": SCHEMA,
-        "recipe": recipe,
-        **judged(in_place, min_retention, max_latency_ms, max_size_mib),
-        "data": {**DATA, **data, "image_set": image_set},
-        "chain": _with_delta([_with_torch(stage, chain, in_place) for stage in chain]),
-        "not_tested": list(not_tested),
-        "not_recorded": [key for key in PROVENANCE if surroundings.get(key) in (None, "", {}, [])],
-        "gammas": stage_files.gammas(gammas),
-        "channels": stage_files.pairs("channels", channels),
-        "flops": stage_files.pairs("FLOPs", flops),
-        "sensitivity": stage_files.sensitivity(sensitivity),
-        "recovery": stage_files.recovery(recovery),
-        "ab": stage_files.ab(ab, image_set),
-        "errors": dict(errors) if errors else None,
-        "latency_quantiles": stage_files.quantiles(latency_quantiles, in_place),
-        "quantisation": stage_files.quantisation(quantisation),
-        "placement": [dict(row) for row in placement],
-        "devices": [],
-        "references": [],
-        "reproduce": {"recipe_yaml": None, "command": None, **(reproduce or {})},
-        "environment": surroundings,
-    }
-    return dict(plain(document))
-
-
-def judged(
-    rows: Sequence[Mapping[str, Any]],
-    min_retention: float,
-    max_latency_ms: float | None = None,
-    max_size_mib: float | None = None,
-) -> dict[str, Any]:
-    """What follows from the rows alone: `verdict`, `gate`, `rows` with their ratios and `missing`."""
-    gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
-    enriched = [_enrich(row, rows) for row in rows]
-    return {
-        "verdict": verdict(enriched, gate),
-        "gate": gate,
-        "rows": enriched,
-        "missing": _missing(rows),
-    }
-
-
-def identified(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with an id, by device, runtime, model and precision, so that what is compared stands together."""
-    runtimes = [*RUNTIMES, *sorted({str(row["runtime"]) for row in rows} - set(RUNTIMES))]
-    devices = list(dict.fromkeys(row.get("device") for row in rows))
-    named: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        for key, allowed in (("model", MODELS), ("precision", PRECISIONS), ("status", STATUSES)):
-            if row[key] not in allowed:
-                raise RecipeError(f"bench row has {key} {row[key]!r}, expected one of {', '.join(allowed)}")
-        parts = [row["model"], row["runtime"], row["precision"], *([row["device"]] if row.get("device") else [])]
-        identity = "-".join(parts)
-        if identity in named:
-            raise RecipeError(f"bench row {identity} is given twice; a report shows each once")
-        named[identity] = {"id": identity, **row}
-
-    def place(row: Mapping[str, Any]) -> tuple[int, ...]:
-        return (
-            devices.index(row.get("device")),
-            runtimes.index(row["runtime"]),
-            MODELS.index(row["model"]),
-            PRECISIONS.index(row["precision"]),
-        )
-
-    return sorted(named.values(), key=place)
-
-
-def _one_image_set(rows: Sequence[Mapping[str, Any]], chain: Sequence[Mapping[str, Any]]) -> str | None:
-    """The image set of every mAP in the report; two sets are two reports."""
-    where: dict[str, str] = {}
-    for row in rows:
-        if not has_accuracy(row):
-            continue
-        if not row.get("image_set"):
-            raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
-        where.setdefault(row["image_set"], f"{row['model']} {label(row)}")
-    for stage in chain:
-        if stage.get("image_set") and finite(stage.get("map50_95")) is not None:
-            where.setdefault(stage["image_set"], f"stage {stage['stage']}")
-    if len(where) > 1:
-        (first, at_first), (second, at_second) = list(where.items())[:2]
-        raise RecipeError(
-            f"metrics over different images are never put in one table: {at_first} over image set {first}, "
-            f"{at_second} over {second}; run bench again on one data yaml"
-        )
-    return next(iter(where), None)
-
-
-def _enrich(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    reference, peer = reference_row(rows), peer_row(rows, row)
-    enriched = {**row, "retention": None, "speed_up": None, "size_ratio": None, "notes": []}
-    if row["status"] == "missing":
-        return enriched
-    if reference is not None:
-        enriched["retention"] = _ratio(row["map50_95"], reference["map50_95"])
-    if row["map50_95"] is not None and finite(row["map50_95"]) is None:
-        enriched["notes"].append(f"mAP50-95 is not a number ({row['map50_95']})")
-    if row["status"] == "untimed":
-        return enriched
-    if peer is not None:
-        enriched["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
-        enriched["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
-    n = finite(row.get("latency_n")) or 0
-    if n < P99_MIN_N:
-        enriched["latency_p99_ms"] = None
-        if finite(row.get("latency_p50_ms")) is not None:
-            enriched["notes"].append(f"p99 withheld: n = {n:.0f}, at least {P99_MIN_N} needed")
-    return enriched
-
-
-def _ratio(top: Any, bottom: Any) -> float | None:
-    above, below = finite(top), finite(bottom)
-    return None if above is None or below is None or below <= 0 else above / below
-
-
-FLOAT = ("baseline", "sparsify", "prune", "distill")  # the last of them there is makes the compressed float model
+FLOAT = ("baseline", "sparsify", "prune", "distill")  # the last of them in a chain makes the compressed float model
 OF_TORCH = (
     "latency_p50_ms",
     "latency_p90_ms",
@@ -229,55 +48,147 @@ OF_TORCH = (
 )
 
 
-def _with_torch(
-    stage: Mapping[str, Any], chain: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Adds what bench measured of the stage's own model in PyTorch: the baseline and the compressed float model."""
-    floats = [other["stage"] for other in chain if other["stage"] in FLOAT]
-    models = {floats[-1]: "compressed", "baseline": "original"} if floats else {}
-    found = next(
-        (
-            _enrich(row, rows)
-            for row in rows
-            if (row["runtime"], row["model"], row["status"]) == ("torch", models.get(stage["stage"]), "ok")
-        ),
-        {},
-    )
-    return {**{key: found[key] for key in OF_TORCH if key in found}, **stage}
+def unknown_data() -> DataFacts:
+    """The dataset of a report that knows nothing of it."""
+    return {
+        "yaml": None,
+        "names": [],
+        "train_images": None,
+        "val_images": None,
+        "skipped": [],
+        "notes": [],
+        "digest": None,
+    }
 
 
-def _with_delta(chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `delta_map50_95` against the baseline; the teacher is another network and has none."""
+@dataclass(frozen=True)
+class Findings:
+    """What the stages and the bench found, before it is checked and judged. `report.schema` has the types and their units.
+
+    Attributes:
+        recipe: Its name.
+        rows: Bench rows from `identified`. An mAP of None was not measured: the row shows its latency and is not judged.
+        min_retention: Least share of the baseline's mAP50-95, 0 to 1.
+        max_latency_ms: Largest p50 latency of the row that decides; None: no limit.
+        max_size_mib: Largest size of that row's engine; None: no limit.
+        chain: The stages in the order of work.
+        data: The dataset.
+        ab: The baseline in FP32 against the row that decides.
+        errors: TIDE's error types of the same two.
+        latency_quantiles: By row id, ms within which 0, 1, ..., 100 % of the calls are done.
+        gammas: Histograms of sparse training.
+        channels: Output channels before and after pruning, by layer.
+        flops: MACs of one image before and after pruning, by convolution.
+        sensitivity: What pruning measured of each channel group.
+        recovery: (epoch, mAP50-95) of the validated epochs of fine-tuning after pruning.
+        quantisation: What `qat.sensitivity` measured of each group of tensors.
+        placement: Rows of `placement.csv`.
+        environment: What a repetition needs.
+        reproduce: Recipe and command.
+        not_tested: Sentences on what the reader should not assume.
+    """
+
+    recipe: str
+    rows: Sequence[BenchRow]
+    min_retention: float
+    max_latency_ms: float | None = None
+    max_size_mib: float | None = None
+    chain: Sequence[StageFigures] = ()
+    data: DataFacts = field(default_factory=unknown_data)
+    ab: AB | None = None
+    errors: ErrorTypes | None = None
+    latency_quantiles: Mapping[str, Sequence[float]] | None = None
+    gammas: Gammas | None = None
+    channels: Mapping[str, Sequence[int]] | None = None
+    flops: Mapping[str, Sequence[int]] | None = None
+    sensitivity: SensitivityFile | None = None
+    recovery: Sequence[Sequence[float]] | None = None
+    quantisation: QuantisationFile | None = None
+    placement: Sequence[Tensor] = ()
+    environment: Environment = field(default_factory=Environment)
+    reproduce: Reproduce = field(default_factory=lambda: Reproduce(recipe_yaml=None, command=None))
+    not_tested: Sequence[str] = ()
+
+
+def build(found: Findings) -> Document:
+    """Checks the findings, judges the gate and returns the document; the findings are left as they are.
+
+    Raises:
+        RecipeError: Rows or stages measured over different image sets, a row without an image set, or malformed
+            figures of a stage.
+    """
+    image_set = one_image_set(found.rows, found.chain)
+    judgement = judged(found.rows, found.min_retention, found.max_latency_ms, found.max_size_mib)
+    document: Document = {
+        "schema": SCHEMA,
+        "recipe": found.recipe,
+        **judgement,
+        "data": {**found.data, "image_set": image_set},
+        "chain": _chain(found.chain, judgement["rows"]),
+        "not_tested": list(found.not_tested),
+        "not_recorded": _not_recorded(found.environment),
+        "gammas": stage_files.gammas(found.gammas),
+        "channels": stage_files.pairs("channels", found.channels),
+        "flops": stage_files.pairs("FLOPs", found.flops),
+        "sensitivity": stage_files.sensitivity(found.sensitivity),
+        "recovery": stage_files.recovery(found.recovery),
+        "ab": stage_files.ab(found.ab, image_set),
+        "errors": found.errors,
+        "latency_quantiles": stage_files.quantiles(found.latency_quantiles, found.rows),
+        "quantisation": stage_files.quantisation(found.quantisation),
+        "placement": list(found.placement),
+        "devices": [],
+        "references": [],
+        "reproduce": found.reproduce,
+        "environment": found.environment,
+    }
+    return cast(Document, plain(document))
+
+
+class Judgement(TypedDict):
+    """The keys of a document that follow from the rows and the limits alone."""
+
+    verdict: Verdict
+    gate: Gate
+    rows: list[Row]
+    missing: list[Missing]
+
+
+def judged(
+    rows: Sequence[BenchRow], min_retention: float, max_latency_ms: float | None, max_size_mib: float | None
+) -> Judgement:
+    """What follows from the rows alone; see `gate.judge`."""
+    gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
+    shown = with_ratios(rows)
+    return {"verdict": verdict(shown, gate), "gate": gate, "rows": shown, "missing": missing(rows)}
+
+
+def _not_recorded(environment: Mapping[str, object]) -> list[str]:
+    return [key for key in PROVENANCE if environment.get(key) in (None, "", {}, [])]
+
+
+def _chain(chain: Sequence[StageFigures], rows: Sequence[Row]) -> list[ChainStage]:
+    """The stages with their difference from the baseline, and the torch latencies of the models that bench timed."""
     base = next((finite(stage.get("map50_95")) for stage in chain if stage["stage"] == "baseline"), None)
-    result = []
+    floats = [stage["stage"] for stage in chain if stage["stage"] in FLOAT]
+    models = {floats[-1]: "compressed", "baseline": "original"} if floats else {}
+    stages = []
     for stage in chain:
-        value = finite(stage.get("map50_95"))
-        own = stage["stage"] in ("baseline", "teacher") or value is None or base is None
-        result.append({**stage, "delta_map50_95": None if own or value is None or base is None else value - base})
-    return result
+        value, delta = finite(stage.get("map50_95")), None
+        if stage["stage"] not in ("baseline", "teacher") and value is not None and base is not None:
+            delta = value - base  # the teacher is another model and has none
+        timed = _torch_figures(models.get(stage["stage"]), rows)
+        stages.append(cast(ChainStage, {**timed, **stage, "delta_map50_95": delta}))
+    return stages
 
 
-def _missing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked for and not measured, one entry a runtime and reason."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _torch_figures(model: str | None, rows: Sequence[Row]) -> Mapping[str, object]:
+    """Latency and intervals that bench measured of a model in PyTorch; empty where it did not."""
     for row in rows:
-        if row["status"] == "missing":
-            reason = row.get("reason") or "no reason given"
-            key = (row.get("device"), row["runtime"], reason)
-            entry = groups.setdefault(
-                key,
-                {
-                    "runtime": row["runtime"],
-                    "models": [],
-                    "precisions": [],
-                    "reason": reason,
-                    "device": row.get("device"),
-                },
-            )
-            for name, value in (("models", row["model"]), ("precisions", row["precision"])):
-                if value not in entry[name]:
-                    entry[name].append(value)
-    return list(groups.values())
+        if (row["runtime"], row["model"], row["status"]) == ("torch", model, "ok"):
+            figures: Mapping[str, object] = row
+            return {key: figures[key] for key in OF_TORCH if key in figures}
+    return {}
 
 
 def plain(value: Any) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.as_text import gate_lines, missing_lines, provenance, untested_lines
+from yolo_compress.report.bench_rows import label, peer_row
 from yolo_compress.report.charts.curves import precision_over_recall, time_distribution
 from yolo_compress.report.charts.error_types import error_costs
 from yolo_compress.report.charts.forest import differences, left_out
@@ -26,13 +26,14 @@ from yolo_compress.report.charts.plots import (
 from yolo_compress.report.charts.quantised import gives_back, precisions, quantisation_table, summary
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.report.charts.sensitivity import sensitivity_curves
-from yolo_compress.report.gate import gain, label, peer_row
+from yolo_compress.report.gate import gain
+from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
 from yolo_compress.report.tables.chain import chain_table, pruning_table
 
 
-def render(document: Mapping[str, Any], gallery: Gallery) -> str:
+def render(document: Document, gallery: Gallery) -> str:
     """Everything that came from outside (names, files, findings, YAML) is escaped; only our own SVG is not."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -43,6 +44,7 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["signs"] = signs
+    ab = document["ab"]
     pictures = {
         "scatter": accuracy_over_latency(document),
         "gammas": gamma_histograms(document["gammas"]),
@@ -51,8 +53,8 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         "flops": flops_per_layer(document["flops"]),
         "convolutions": flops_per_convolution(document["flops"]),
         "sensitivity": sensitivity_curves(document["sensitivity"]),
-        "precision": precision_over_recall(document["ab"]),
-        "forest": differences(document["ab"]),
+        "precision": precision_over_recall(ab),
+        "forest": differences(ab),
         "errors": error_costs(document["errors"]),
         "times": time_distribution(document),
         "quantisation": gives_back(document["quantisation"]),
@@ -69,12 +71,12 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         files=files_table(document),
         devices=devices_table(document),
         device_lines=device_lines(document),
-        ab_figures=figures_table(document["ab"]),
+        ab_figures=figures_table(ab),
         ab_parts=[
-            parts_table(title, document["ab"][key] if document["ab"] else ())
-            for title, key in (("By size of object", "by_size"), ("By class", "by_class"))
+            parts_table("By size of object", ab["by_size"] if ab else ()),
+            parts_table("By class", ab["by_class"] if ab else ()),
         ],
-        classes_left_out=left_out(document["ab"]),
+        classes_left_out=left_out(ab),
         errors=errors_table(document["errors"]),
         quantisation=quantisation_table(document["quantisation"]),
         placement=summary(document["placement"]),
@@ -84,7 +86,7 @@ def render(document: Mapping[str, Any], gallery: Gallery) -> str:
         untested=untested_lines(document),
         provenance=provenance(document),
         bound=n.percent(document["gate"]["min_retention"]),
-        shown_score=n.plain(document["ab"]["settings"]["conf"] if document["ab"] else MIN_SCORE),
+        shown_score=n.plain(ab["settings"]["conf"] if ab else MIN_SCORE),
     )
     return page.replace("<!-- nav -->", _navigation(page), 1)
 
@@ -100,46 +102,56 @@ def signs(text: str) -> str:
     return re.sub(r"(?<=\d)x(?!\w)", "\u00d7", text.replace("->", "→"))
 
 
-def tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The deciding row in figures: what it is now, and what it was in FP32 on the same runtime; speed and size of the worst with a
-    latency."""
+class Tile(NamedTuple):
+    """A figure of the row that decides: now, in the baseline in FP32 on the same runtime, and what was gained."""
+
+    title: str
+    now: str
+    was: str
+    gain: str
+
+
+def tiles(document: Document) -> list[Tile]:
+    """mAP of the row that decides, then speed and size of the worst row with a latency."""
     rows = {row["id"]: row for row in document["rows"]}
     row = rows.get(document["verdict"]["row"] or "")
     if row is None:
         return []
     reference = rows.get(document["gate"]["reference"] or "")
-    shown = [
-        {
-            "title": "mAP50-95",
-            "now": n.fixed(row["map50_95"]),
-            "gain": f"{n.percent(row['retention'])} kept",
-            "was": n.fixed(reference["map50_95"] if reference else None),
-        }
-    ]
+    was = n.fixed(reference["map50_95"] if reference else None)
+    shown = [Tile("mAP50-95", n.fixed(row["map50_95"]), was, f"{n.percent(row['retention'])} kept")]
     row = rows.get(document["gate"]["timed"] or "", row)
     peer = peer_row(document["rows"], row)
-    for title, key, text, share in (
+    for title, key, write, gained in (
         ("Latency p50, ms", "latency_p50_ms", n.three, gain(row["speed_up"], "faster", "slower")),
         ("Size, MiB", "size_mib", n.three, gain(row["size_ratio"], "smaller", "larger")),
         ("Parameters", "parameters", n.millions, None),
         ("GFLOPs", "compute_gflops", n.three, None),
     ):
-        now, was = n.finite(row.get(key)), n.finite(peer.get(key)) if peer else None
-        if now is None:
+        after, before = n.finite(row.get(key)), n.finite(peer.get(key)) if peer else None
+        if after is None:
             continue
-        if share is None:
-            share = f"{n.percent(now / was, 0)} left" if was else ""
-        shown.append({"title": title, "now": text(now), "was": "" if was is None else text(was), "gain": share})
+        if gained is None:
+            gained = f"{n.percent(after / before, 0)} left" if before else ""
+        shown.append(Tile(title, write(after), "" if before is None else write(before), gained))
     return shown
 
 
-def _judged(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+class JudgedLine(NamedTuple):
+    """A judged row; `reason` is empty where its retention says why it failed."""
+
+    label: str
+    kept: str
+    passed: bool
+    reason: str
+
+
+def _judged(document: Document) -> list[JudgedLine]:
     rows = {row["id"]: row for row in document["rows"]}
-    gate = document["gate"]
-    result = []
-    for entry in gate["judged"]:
-        kept = n.DASH
-        if entry["retention"] is not None:
-            kept = n.percent_apart(entry["retention"], gate["min_retention"])[0]
-        result.append({**entry, "label": label(rows[entry["id"]]), "kept": kept})
-    return result
+    lines = []
+    for entry in document["gate"]["judged"]:
+        retention, kept, reason = entry["retention"], n.DASH, entry["reason"] or ""
+        if retention is not None:
+            kept, reason = n.percent_apart(retention, document["gate"]["min_retention"])[0], ""
+        lines.append(JudgedLine(label(rows[entry["id"]]), kept, entry["passed"], reason))
+    return lines

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+
+from yolo_compress.report.schema import Flip
 
 # Section of the gallery -> its title and what it shows, in the order of the page.
 SECTIONS = {
@@ -14,14 +16,14 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def choose(flips: Sequence[Mapping[str, int]], images: int, count: int, seed: int) -> list[tuple[str, int]]:
+def choose(flips: Sequence[Flip], images: int, count: int, seed: int) -> list[tuple[str, int]]:
     """(section, image) of at most `count` images a section; an image stands in the first section that it qualifies for.
 
     Args:
-        flips: `image`, `lost`, `gained` and `new_false_positives` of the images where the models differ.
-        images: how many there are.
-        count: of a section.
-        seed: of the random ones.
+        flips: Of the images where the models differ.
+        images: Number of validation images.
+        count: Images of a section.
+        seed: Of the random images.
     """
     lost = sorted(
         (flip for flip in flips if flip["lost"]), key=lambda flip: (-flip["lost"], flip["gained"], flip["image"])

@@ -1,4 +1,4 @@
-"""95 % intervals of every mAP of the report and of its difference from the original's, all by the same resampled images."""
+"""95 % intervals of every mAP of the report and of its difference from the baseline's, all by the same resampled images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
+from yolo_compress.report.schema import Interval
 from yolo_compress.runtime.limits import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import match
 
 REPLICATES = 400  # at most: the ends of an interval move by a tenth of its width from seed to seed
-
-Interval = dict[str, float | None]
 
 
 def intervals(

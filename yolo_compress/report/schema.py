@@ -213,7 +213,8 @@ class Check(TypedDict):
     reason: str | None  # null where it passed
 
 
-# Whether the retention reaches each of MLPerf Inference's accuracy targets, in per cent of FP32.
+# Whether the retention reaches each share of FP32, in per cent, in which MLPerf Inference states its targets
+# (https://github.com/mlcommons/inference_policies).
 Tiers = TypedDict("Tiers", {"95": bool, "99": bool, "99.9": bool})
 
 

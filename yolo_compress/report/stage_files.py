@@ -1,20 +1,33 @@
-"""What the stages left for the pictures, checked before it enters the document."""
+"""What the stages left for the charts, checked before it enters the document."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import get_args
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.report.numbers import finite
+from yolo_compress.report.schema import (
+    AB,
+    BenchRow,
+    Gammas,
+    Measure,
+    Quantisation,
+    QuantisationFile,
+    SensitiveGroup,
+    Sensitivity,
+    SensitivityFile,
+)
 
-MEASURES = ("loss", "map50_95")
-SENSITIVITY = ("measure", "dense", "ratios", "groups", "caps", "images")
+MEASURES = get_args(Measure)
+SENSITIVITY = tuple(SensitivityFile.__annotations__)
+FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
 MOST_SENSITIVE = 5
+AB_SCHEMA = 1
 
 
-def gammas(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def gammas(given: Gammas | None) -> Gammas | None:
     """Histograms by epoch."""
     if not given or not given["epochs"]:
         return None
@@ -22,7 +35,7 @@ def gammas(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     for epoch, counts in enumerate(given["epochs"]):
         if len(counts) != bins:
             raise RecipeError(f"gamma histogram of epoch {epoch} has {len(counts)} counts, expected {bins} (edges - 1)")
-    return dict(given)
+    return given
 
 
 def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
@@ -35,7 +48,7 @@ def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, lis
     return {layer: [int(pair[0]), int(pair[1])] for layer, pair in given.items()}
 
 
-def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float]] | None:
+def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]] | None:
     """mAP50-95 by epoch of fine-tuning."""
     if not given:
         return None
@@ -46,7 +59,7 @@ def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float]] | Non
     return [list(point) for point in given]
 
 
-def sensitivity(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
     """Adds `most_sensitive`: the groups whose loss of channels costs most, `mean_change` over the ratios, worst first."""
     if not given:
         return None
@@ -70,14 +83,14 @@ def sensitivity(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {**given, "most_sensitive": _most_sensitive(given)} if given["groups"] else None
 
 
-def harm(measure: str, change: float | None) -> float:
+def harm(measure: Measure, change: float | None) -> float:
     """How much worse a change is; what is not a number is worse than any that is."""
     if change is None:
         return math.inf
     return change if measure == "loss" else -change
 
 
-def _most_sensitive(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _most_sensitive(given: SensitivityFile) -> list[SensitiveGroup]:
     mean: dict[str, float | None] = {}
     for group, values in given["groups"].items():
         known = [value for value in map(finite, values) if value is not None]
@@ -87,11 +100,7 @@ def _most_sensitive(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"group": group, "mean_change": mean[group]} for group in ranking[:MOST_SENSITIVE]]
 
 
-AB_SCHEMA = 1
-FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
-
-
-def ab(given: Mapping[str, Any] | None, image_set: str | None) -> dict[str, Any] | None:
+def ab(given: AB | None, image_set: str | None) -> AB | None:
     """The A/B document, over the images of the report and no others."""
     if not given:
         return None
@@ -99,12 +108,10 @@ def ab(given: Mapping[str, Any] | None, image_set: str | None) -> dict[str, Any]
         raise RecipeError(f"the A/B document has schema {given['schema']}, expected {AB_SCHEMA}")
     if image_set and given["image_set"] != image_set:
         raise RecipeError(f"A/B was measured over image set {given['image_set']}, the rows over {image_set}")
-    return dict(given)
+    return given
 
 
-def quantiles(
-    given: Mapping[str, Sequence[float]] | None, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, list[float]] | None:
+def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchRow]) -> dict[str, list[float]] | None:
     """Milliseconds at every per cent of the raw calls, by row."""
     if not given:
         return None
@@ -117,7 +124,7 @@ def quantiles(
     return {name: list(values) for name, values in given.items()}
 
 
-def quantisation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def quantisation(given: QuantisationFile | None) -> Quantisation | None:
     """What each group of tensors gives back when it alone is left in float; adds `gives_back`, above 0 where it helps."""
     if not given or not given["groups"]:
         return None

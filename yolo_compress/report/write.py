@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.report import as_text, html
 from yolo_compress.report.charts import gallery
+from yolo_compress.report.schema import Document
 
 
-def write(document: Mapping[str, Any], gallery_items: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Path]:
+def write(document: Document, gallery_items: Sequence[gallery.Item], out: Path) -> dict[str, Path]:
     """Writes `report.html`, `report.md` and `report.json` into `out` (made if need be).
 
     Each file is replaced as a whole: a folder that a user names may hold the report of an earlier call.
 
     Args:
-        document: from `document.build`; gammas and channels are drawn from it.
-        gallery_items: as `gallery.draw` takes them; all are shown, none leaves the section out.
-        out: folder.
+        document: From `document.build`; the charts are drawn from it.
+        gallery_items: All are shown; none leaves the section out.
+        out: Folder.
 
     Returns:
         "html", "md" and "json" with their paths.
 
     Raises:
-        DataError: a gallery image that cannot be read.
-        StorageError: the folder cannot be written.
+        DataError: A gallery image that cannot be read.
+        StorageError: The folder cannot be written.
     """
     texts = {
         "html": html.render(document, gallery.draw(gallery_items, len(gallery_items))),

@@ -5,110 +5,144 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from yolo_compress import environment
 from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.as_text import render_text
-from yolo_compress.report.document import build, identified
-from yolo_compress.report.gate import judge, label, peer_row
+from yolo_compress.report.bench_rows import identified, label, peer_row
+from yolo_compress.report.charts.gallery import Item
+from yolo_compress.report.document import Findings, build
+from yolo_compress.report.gate import judge
 from yolo_compress.report.image_choice import choose
+from yolo_compress.report.schema import (
+    AB,
+    BenchRow,
+    Contender,
+    DataFacts,
+    Document,
+    Environment,
+    Gammas,
+    Gate,
+    StageFigures,
+    Verdict,
+)
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
 from yolo_compress.store.artifact import Artifact, atomic_write
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
+FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
+           "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
+           "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on")  # fmt: skip
 WIDTH = 120
 VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
 
 
-def run(job: Job) -> dict[str, Any]:
-    """report.html, report.md, report.json; `metrics["gate"]` holds the verdict and `metrics["table"]` the plain table."""
-    rows, chain = evidence.with_intervals(job, job.inputs["bench"].metrics["rows"], _chain(job))
+class Metrics(TypedDict):
+    """The metrics of a report.
+
+    Attributes:
+        table: The terminal form, for a terminal of `WIDTH` columns.
+    """
+
+    verdict: Verdict
+    gate: Gate
+    table: str
+
+
+def run(job: Job) -> Metrics:
+    """Writes report.html, report.md, report.json and, with an A/B comparison, ab.json."""
+    bench = job.inputs["bench"]
+    rows, chain = evidence.with_intervals(job, identified(bench.metrics["rows"]), _chain(job))
     ab = _ab(job, rows)
     rows = evidence.as_compared(rows, ab)
-    document = build(
-        job.recipe.name,
-        chain,
-        rows,
-        _data(job),
+    qat = job.inputs["qat"] if _own(job, "qat") else None
+    found = Findings(
+        recipe=job.recipe.name,
+        rows=rows,
         min_retention=job.config.min_retention,
         max_latency_ms=job.config.max_latency_ms,
         max_size_mib=job.config.max_size_mib,
+        chain=chain,
+        data=_data(job),
         ab=ab,
+        errors=evidence.error_types(job, rows),
+        latency_quantiles=evidence.latency_quantiles(bench),
         gammas=_gammas(job),
-        channels=_channels(job),
+        channels=_left(job, "channels.json"),
         flops=_left(job, "flops.json"),
         sensitivity=_left(job, "sensitivity.json"),
         recovery=_recovery(job),
+        quantisation=evidence.quantisation(qat) if qat else None,
+        placement=evidence.placement(qat) if qat else (),
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={shlex.quote(job.recipe.name)}"},
         not_tested=_not_tested(job, rows),
-        errors=evidence.error_types(job, rows),
-        latency_quantiles=evidence.latency_quantiles(job.inputs["bench"]),
-        quantisation=evidence.quantisation(job.inputs["qat"]) if _own(job, "qat") else None,
-        placement=evidence.placement(job.inputs["qat"]) if _own(job, "qat") else (),
     )
-    return _written(job, document)
+    return _written(job, build(found))
 
 
-def add(job: Job, published: Artifact, files: Sequence[Path]) -> dict[str, Any]:
+def add(job: Job, published: Artifact, files: Sequence[Path]) -> Metrics:
     """The published report once more, with what other machines measured (`report.devices.add`), into `job.out`."""
-    document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
-    exported = {vouched["sha256"] for vouched in job.inputs["export"].manifest.files.values()}
+    document: Document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
+    exported = {listed["sha256"] for listed in job.inputs["export"].manifest.files.values()}
     return _written(job, devices.add(document, files, exported))
 
 
-def _written(job: Job, document: dict[str, Any]) -> dict[str, Any]:
+def _written(job: Job, document: Document) -> Metrics:
     write(document, _gallery(job, document), job.out)
     if document["ab"] is not None:
         atomic_write(job.out / "ab.json", json.dumps(document["ab"], indent=1, allow_nan=False) + "\n")
     return {"verdict": document["verdict"], "gate": document["gate"], "table": render_text(document, WIDTH)}
 
 
-def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The original in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
+def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
+    """The baseline in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
     both = evidence.compared(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
+    baseline, compressed = both
+    pair = _timed_pair(rows, judge(rows, job.config.min_retention), baseline)
     latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
-    named = {row["id"]: row for row in identified(rows)}
-    gate = judge(list(named.values()), job.config.min_retention)
-    timed = (
-        named[gate["timed"]] if gate["timed"] else None
-    )  # of a row without a latency, the engine that the gate limits
-    peer = (timed and peer_row(list(named.values()), timed)) or both[
-        0
-    ]  # the same runtime, else it is runtimes that are compared
-    about_a, about_b, about_peer = (
-        {"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in (*both, peer)
-    )
+    latency_a, latency_b = (latency[row["id"]] for row in pair) if pair else (None, None)
     document = compare(
         evidence.truths(job),
-        evidence.detections(job, both[0]),
-        evidence.detections(job, both[1]),
+        evidence.detections(job, baseline),
+        evidence.detections(job, compressed),
         job.dataset.names,
         margin=job.config.ab_margin,
         conf=job.config.conf,
         max_det=job.recipe.data.max_det,
         replicates=job.config.ab_replicates,
         seed=job.recipe.run.seed,
-        latency_a=latency[peer["id"]] if timed else None,
-        latency_b=latency[timed["id"]] if timed else None,
-        about_a=about_a,
-        about_b=about_b,
+        latency_a=latency_a,
+        latency_b=latency_b,
+        about_a=_contender(baseline),
+        about_b=_contender(compressed),
         image_set=job.dataset.val_digest,
     )
-    if timed:
-        document["latency"] |= {
-            "a": about_peer,
-            "b": {"label": f"{timed['model']}, {label(timed)}", "row": timed["id"]},
-        }
-    return document
+    if pair:
+        document["latency"] |= {"a": _contender(pair[0]), "b": _contender(pair[1])}
+    return cast(AB, document)
+
+
+def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
+    """The rows whose latencies are compared: the engine that the gate limits, and the baseline on the same runtime.
+
+    The row that decides may be a file without an engine here, which has no latency. Without a baseline on the same runtime it
+    is runtimes that are compared.
+    """
+    timed = next((row for row in rows if row["id"] == gate["timed"]), None)
+    return None if timed is None else (peer_row(rows, timed) or baseline, timed)
+
+
+def _contender(row: BenchRow) -> Contender:
+    return {"label": f"{row['model']}, {label(row)}", "row": row["id"]}
 
 
 def _own(job: Job, stage: str) -> bool:
@@ -116,30 +150,26 @@ def _own(job: Job, stage: str) -> bool:
     return job.inputs[stage].stage == stage
 
 
-def _chain(job: Job) -> list[dict[str, Any]]:
+def _chain(job: Job) -> list[StageFigures]:
     chain = []
     for stage in CHAIN:
         if not _own(job, stage):
             continue
         artifact = job.inputs[stage]
         metrics = artifact.metrics
-        wanted = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
-                  "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
-                  "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on")  # fmt: skip
-        chain.append(
-            {
-                "stage": stage,
-                "fingerprint": artifact.fingerprint,
-                "status": "done",
-                "seconds": artifact.manifest.seconds,
-                "image_set": job.dataset.val_digest,
-                **{name: metrics[name] for name in wanted if name in metrics},
-            }
-        )
+        figures = {
+            "stage": stage,
+            "fingerprint": artifact.fingerprint,
+            "status": "done",
+            "seconds": artifact.manifest.seconds,
+            "image_set": job.dataset.val_digest,
+            **{name: metrics[name] for name in FIGURES if name in metrics},
+        }
+        chain.append(cast(StageFigures, figures))
     return chain
 
 
-def _data(job: Job) -> dict[str, Any]:
+def _data(job: Job) -> DataFacts:
     data = job.dataset
     return {
         "yaml": data.yaml.name,
@@ -152,7 +182,7 @@ def _data(job: Job) -> dict[str, Any]:
     }
 
 
-def _gammas(job: Job) -> dict[str, Any] | None:
+def _gammas(job: Job) -> Gammas | None:
     if not _own(job, "sparsify"):
         return None
     found = json.loads(job.inputs["sparsify"].file("gammas.json").read_text())
@@ -160,12 +190,8 @@ def _gammas(job: Job) -> dict[str, Any] | None:
     return {"edges": [found["bin_width"] * i for i in range(bins + 1)], "epochs": found["counts"]}
 
 
-def _channels(job: Job) -> dict[str, Any] | None:
-    return _left(job, "channels.json")
-
-
-def _left(job: Job, name: str) -> dict[str, Any] | None:
-    """What pruning left in `name`, where its settings make it leave that."""
+def _left(job: Job, name: str) -> Any:
+    """What pruning left in the JSON file `name`; None where its settings do not make it write one."""
     prune = job.inputs["prune"]
     return json.loads(prune.file(name).read_text()) if _own(job, "prune") and name in prune.manifest.files else None
 
@@ -179,7 +205,7 @@ def _recovery(job: Job) -> list[tuple[int, float]]:
     return [(int(row["epoch"]), float(row[VALIDATED])) for row in rows if row.get(VALIDATED)]
 
 
-def _environment(job: Job) -> dict[str, Any]:
+def _environment(job: Job) -> Environment:
     bench = job.inputs["bench"]
     recorded = bench.manifest.environment
     config = job.recipe.bench
@@ -197,22 +223,22 @@ def _environment(job: Job) -> dict[str, Any]:
     }
 
 
-def _not_tested(job: Job, rows: list[dict[str, Any]]) -> list[str]:
-    said = [
+def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
+    sentences = [
         "Latency is that of the engine alone: letterbox and NMS are not in it.",
         f"One training with one seed ({job.recipe.run.seed}): intervals are over the validation images, not over trainings.",
         "mAP is over the validation images alone: nothing is known of other cameras, light or objects.",
     ]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
-        said.append(
+        sentences.append(
             "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node; build and measure there before you deploy."
         )
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
-        said += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
-    return said
+        sentences += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
+    return sentences
 
 
-def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _gallery(job: Job, document: Document) -> list[Item]:
     """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
     both = evidence.compared(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
@@ -220,15 +246,15 @@ def _gallery(job: Job, document: Mapping[str, Any]) -> list[dict[str, Any]]:
     first, second = (evidence.detections(job, row) for row in both)
     flips = document["ab"]["flips"] if document["ab"] else ()
     return [
-        {
-            "section": section,
-            "image": job.dataset.val[index].image,
-            "name": job.dataset.val[index].name,
-            "truths": job.dataset.val[index].boxes,
-            "detections_a": first[index],
-            "detections_b": second[index],
-            "names": job.dataset.names,
-            "min_score": job.config.conf,
-        }
+        Item(
+            image=job.dataset.val[index].image,
+            truths=job.dataset.val[index].boxes,
+            detections_a=first[index],
+            detections_b=second[index],
+            names=job.dataset.names,
+            name=job.dataset.val[index].name,
+            section=section,
+            min_score=job.config.conf,
+        )
         for section, index in choose(flips, len(job.dataset.val), job.config.images, job.recipe.run.seed)
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from yolo_compress.report.document import build
+from tests.support.report_case import built
 from yolo_compress.report.gate import judge
 
 SIGNATURE = {"names": ["bolt", "nut"], "imgsz": [64, 96], "output": [6, 126]}
@@ -57,8 +57,7 @@ def test_what_takes_the_place_of_the_original_must_fit_there(key: str, value: li
 
 
 def test_the_verdict_line_names_every_failed_check() -> None:
-    line = build("r", [], [{k: v for k, v in r.items() if k != "id"} for r in rows(latency_p50_ms=6.0)], {},
-                 min_retention=0.9, max_latency_ms=5.5)["verdict"]["line"]  # fmt: skip
+    line = built(rows(latency_p50_ms=6.0), max_latency_ms=5.5)["verdict"]["line"]
     assert line.startswith(
         "FAIL: INT8 on OpenVINO keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 1.2x slower"
     )
@@ -99,8 +98,7 @@ def test_limits_are_for_what_has_a_latency() -> None:
 
 
 def test_the_verdict_names_the_file_and_the_speed_of_an_engine() -> None:
-    bench = [{k: v for k, v in r.items() if k != "id"} for r in [*rows(0.595, latency_p50_ms=2.5), untimed(0.59)]]
-    verdict = build("r", [], bench, {}, min_retention=0.9)["verdict"]
+    verdict = built([*rows(0.595, latency_p50_ms=2.5), untimed(0.59)])["verdict"]
     assert verdict["line"] == (
         "PASS: INT8 for TensorRT keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590); "
         "INT8 on OpenVINO is 2.0x faster, 4.0x smaller"

@@ -13,12 +13,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.report_case import EVIL, HINT, IMAGES, ab, document, item, missing, row, rows, stage, untimed, whole
+from tests.support.report_case import (
+    EVIL,
+    HINT,
+    IMAGES,
+    ab,
+    built,
+    document,
+    item,
+    missing,
+    row,
+    rows,
+    stage,
+    untimed,
+    whole,
+)
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.report import numbers
 from yolo_compress.report.as_text import render_markdown, render_text
 from yolo_compress.report.charts import gallery
-from yolo_compress.report.document import build
 from yolo_compress.report.gate import judge
 from yolo_compress.report.html import render, tiles
 from yolo_compress.report.tables.bench import bench_table, files_table
@@ -124,7 +137,7 @@ def test_the_verdict_line() -> None:
     slow[3].update(latency_p50_ms=40.0)
     report = document(slow, 0.99)
     assert report["verdict"]["line"].endswith("below the gate of 99.0 %; 2.0x slower, 4.0x smaller")
-    assert [tile["gain"] for tile in tiles(report)] == [
+    assert [tile.gain for tile in tiles(report)] == [
         "98.3 % kept",
         "2.0x slower",
         "4.0x smaller",
@@ -352,9 +365,9 @@ def test_a_report_with_next_to_nothing_still_stands(tmp_path: Path) -> None:
     bench = [row("original", "torch", "fp32", 0.6), row("compressed", "torch", "int8", float("nan"))]
     for entry in bench:
         entry["latency_p50_ms"] = None
-    page = Page(write(build("x", [], bench, {}, min_retention=0.9), [], tmp_path)["html"].read_text("utf-8"))
+    page = Page(write(built(bench), [], tmp_path)["html"].read_text("utf-8"))
     assert "svg" not in page.tags and "img" not in page.tags and "is not a number (nan)" in page.text
-    write(build("x", [], [], {}, min_retention=0.9), [], tmp_path)
+    write(built([]), [], tmp_path)
 
 
 def test_pictures_follow_the_network_and_the_theme(written: dict[str, Path]) -> None:
@@ -369,7 +382,7 @@ def test_pictures_follow_the_network_and_the_theme(written: dict[str, Path]) -> 
 
 def test_gallery_counts_found_missed_and_extra() -> None:
     pair = gallery.draw([item()]).pairs[0]
-    assert (pair.original.found, pair.original.missed, pair.original.extra) == (1, 1, 0), "0.1 is below the score shown"
+    assert (pair.baseline.found, pair.baseline.missed, pair.baseline.extra) == (1, 1, 0), "0.1 is below the score shown"
     assert (pair.compressed.found, pair.compressed.missed, pair.compressed.extra) == (1, 1, 1)
     assert (pair.compressed.lost, pair.compressed.new) == (0, 1)
 
@@ -380,8 +393,8 @@ def test_gallery_says_what_was_lost_and_what_is_new() -> None:
     b = np.array(
         [[101, 60, 120, 90, 0.5, 0], [0, 80, 20, 95, 0.4, 0]], float
     )  # the first false one is the original's too
-    pair = gallery.draw([{**item(), "truths": truths, "detections_a": a, "detections_b": b}]).pairs[0]
-    assert (pair.original.found, pair.original.extra, pair.original.lost, pair.original.new) == (1, 1, 0, 0)
+    pair = gallery.draw([item(truths=truths, detections_a=a, detections_b=b)]).pairs[0]
+    assert (pair.baseline.found, pair.baseline.extra, pair.baseline.lost, pair.baseline.new) == (1, 1, 0, 0)
     assert (pair.compressed.missed, pair.compressed.lost, pair.compressed.extra, pair.compressed.new) == (2, 1, 2, 1)
 
 
@@ -395,27 +408,30 @@ def test_a_truth_is_found_once_and_only_by_its_class() -> None:
 def test_gallery_reads_files_and_stays_in_its_budget(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    entry = {**item(), "image": tmp_path / "noise.png"}
+    entry = item("noise.png", image=tmp_path / "noise.png")
     drawn = gallery.draw([entry] * 13)
     assert len(drawn.pairs) == gallery.COUNT and (drawn.pairs[0].width, drawn.pairs[0].height) == (400, 300)
-    assert sum(len(p.uri) for pair in drawn.pairs for p in (pair.original, pair.compressed)) <= gallery.BUDGET_BYTES
+    assert (
+        sum(len(side.uri) for pair in drawn.pairs for side in (pair.baseline, pair.compressed)) <= gallery.BUDGET_BYTES
+    )
 
 
 def test_an_image_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     for name in ("bad.jpg", "absent.jpg"):
         with pytest.raises(DataError, match=name):
-            gallery.draw([{**item(), "image": tmp_path / name}])
+            gallery.draw([item(name, image=tmp_path / name)])
 
 
 @pytest.mark.parametrize("size", [(3000, 12), (5, 3000)])
 def test_an_image_of_any_shape_is_drawn(size: tuple[int, int]) -> None:
     boxes = np.array([[1, 1, 9, 4, 0.9, 0], [0, 0, 2, 2, 0.5, 0]], float)
-    item = {"image": np.zeros((*size, 3), np.uint8),
-            "name": "long", "truths": [(0, 0.5, 0.5, 1, 1)], "names": ["a name of some length"],
-            "detections_a": boxes, "detections_b": boxes[:1]}  # fmt: skip
-    (pair,) = gallery.draw([item]).pairs
-    data = base64.b64decode(pair.original.uri.partition(",")[2])
+    image, truths = np.zeros((*size, 3), np.uint8), [(0, 0.5, 0.5, 1, 1)]
+    long = item(
+        "long", ("a name of some length",), image=image, truths=truths, detections_a=boxes, detections_b=boxes[:1]
+    )
+    (pair,) = gallery.draw([long]).pairs
+    data = base64.b64decode(pair.baseline.uri.partition(",")[2])
     width, height = Image.open(io.BytesIO(data)).size
     assert width <= 480 and 1 <= height <= 4 * 480
 
@@ -432,7 +448,7 @@ def test_files_without_an_engine_have_a_table_of_their_own() -> None:
         "FAIL: INT8 for TensorRT 11 keeps 95.0 % of the baseline's mAP50-95 (0.600 -> 0.570), below the gate of 98.0 %; "
         "INT8 on OpenVINO is 2.5x faster, 4.0x smaller"
     )
-    assert [tile["title"] for tile in tiles(report)][:3] == ["mAP50-95", "Latency p50, ms", "Size, MiB"]
+    assert [tile.title for tile in tiles(report)][:3] == ["mAP50-95", "Latency p50, ms", "Size, MiB"]
     page, text = render(report, gallery.draw([], 0)), render_text(report, 160)
     assert '<h2 id="files">Files</h2>' in page and "compressed/int8-tensorrt11.onnx" in page
     assert "compressed/int8-tensorrt11.onnx" in text and "compressed/int8-tensorrt11.onnx" in render_markdown(report)

@@ -51,7 +51,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"yaml": EVIL, "val_images": 87, "skipped": [LONG], "notes": [EVIL]},
         chain=[stage("baseline", 0.6), stage("prune", 0.55)],
     )
-    images = [{**item(f"{LONG}.jpg", (EVIL, LONG)), "section": section} for section in ("lost", "invented", "random")]
+    images = [item(f"{LONG}.jpg", (EVIL, LONG), section=section) for section in ("lost", "invented", "random")]
     return write(devices.add(report, [folder / "device.json"]), images, folder)["html"]
 
 

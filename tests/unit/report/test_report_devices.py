@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.report_case import EVIL, IMAGES, device, document, row, rows, whole
+from tests.support.report_case import EVIL, IMAGES, built, device, document, row, rows, whole
 from yolo_compress.cli import grammar
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.report import devices
 from yolo_compress.report.as_text import render_markdown, render_text
 from yolo_compress.report.charts.scatter import accuracy_over_latency
-from yolo_compress.report.document import build
 from yolo_compress.report.numbers import DASH
 from yolo_compress.report.tables.bench import bench_table, devices_table
 from yolo_compress.report.write import write
@@ -152,7 +151,7 @@ def test_other_networks_are_points_of_reference(tmp_path: Path) -> None:
 
 def test_a_failed_self_test_and_a_hostile_name_are_shown(tmp_path: Path) -> None:
     failed = device(device={"board": EVIL}, golden={"passed": False, "worst_box_px": 9.0, "worst_score": 0.5})
-    bare = build("bccd", [], rows(), {}, min_retention=0.9)
+    bare = built(rows(), recipe="bccd")
     html = write(devices.add(bare, [file(tmp_path, failed)]), [], tmp_path / "out")["html"].read_text("utf-8")
     assert "self-test not passed" in html and "golden images FAILED" in html and "<script" not in html
 
@@ -233,5 +232,5 @@ def test_the_command_line() -> None:
 
 def test_a_report_without_devices_says_nothing_of_them(tmp_path: Path) -> None:
     assert devices_table(document()).lines == ()
-    bare = build("x", [], rows(), {}, min_retention=0.9)
+    bare = built(rows())
     assert 'id="devices"' not in write(bare, [], tmp_path)["html"].read_text("utf-8")

@@ -30,6 +30,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.stored_detections import keep
 from yolo_compress.report import evidence, numbers, stage_files
 from yolo_compress.report.as_text import render_markdown, render_text
+from yolo_compress.report.bench_rows import identified
 from yolo_compress.report.charts import gallery
 from yolo_compress.report.charts.curves import every_per_cent
 from yolo_compress.report.charts.forest import MOST, differences, left_out
@@ -194,7 +195,7 @@ def fake_job(folder: Path, found: list[np.ndarray], truths: list[np.ndarray], **
 def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> None:
     truths, found = scene(2, images=30)
     job = fake_job(tmp_path, found, truths)
-    bench = [row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]]
+    bench = identified([row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]])
     chain = [stage(name, 0.5) for name in ("baseline", "prune", "qat")]
     lines, stages = evidence.with_intervals(job, bench, chain)
     value = matched(truths, found, job.dataset.names)["map50_95"]
@@ -205,7 +206,7 @@ def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> N
     )
     assert "map50_95_low" not in stages[1] and stages[2]["delta_low"] == 0.0
     none = evidence.with_intervals(SimpleNamespace(**{**vars(job), "recipe": without_replicates(job)}), bench, chain)
-    assert none == ([dict(line) for line in bench], [dict(line) for line in chain])
+    assert none == (bench, chain)
 
 
 def test_where_ab_has_an_interval_the_row_shows_it() -> None:
@@ -228,8 +229,11 @@ def without_replicates(job: Any) -> Any:
 def test_error_types_and_pictures_are_of_the_row_that_decides(tmp_path: Path) -> None:
     truths, found = scene(3, images=10)
     job = fake_job(tmp_path, found, truths)
-    bench = [row("original", "torch", "fp32", 0.6), row("compressed", "openvino", "int8", 0.5),
-             row("compressed", "onnxruntime", "int8", 0.55), row("compressed", "tensorrt", "int8", 0.1, device="a robot")]  # fmt: skip
+    engines = [
+        row("compressed", runtime, "int8", value) for runtime, value in (("openvino", 0.5), ("onnxruntime", 0.55))
+    ]
+    robot = row("compressed", "tensorrt", "int8", 0.1, device="a robot")
+    bench = identified([row("original", "torch", "fp32", 0.6), *engines, robot])
     both = evidence.compared(bench, 0.9)
     assert both is not None and [line["id"] for line in both] == ["original-torch-fp32", "compressed-openvino-int8"]
     types = evidence.error_types(job, bench)
@@ -326,13 +330,13 @@ def test_the_gallery_shows_worst_losses_inventions_and_chance_once_each() -> Non
 
 
 def test_sections_of_the_gallery_in_the_order_of_the_page() -> None:
-    drawn = gallery.draw([{**item("b"), "section": "random"}, {**item("a"), "section": "lost", "min_score": 0.85}])
+    drawn = gallery.draw([item("b", section="random"), item("a", section="lost", min_score=0.85)])
     assert [(title, [pair.name for pair in pairs]) for title, _, pairs in drawn.sections()] == [
         ("Worst losses", ["a"]),
         ("Random images", ["b"]),
     ]
     lost = drawn.sections()[0][2][0]
-    assert (lost.original.found, lost.compressed.found, lost.compressed.extra) == (1, 0, 0), "0.8 and 0.5 are not shown"
+    assert (lost.baseline.found, lost.compressed.found, lost.compressed.extra) == (1, 0, 0), "0.8 and 0.5 are not shown"
 
 
 # forms

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.report_case import built
 from yolo_compress.errors import RecipeError
 from yolo_compress.report.as_text import pruning_table, render_markdown
 from yolo_compress.report.charts.by_layer import in_order
-from yolo_compress.report.document import build
 from yolo_compress.report.numbers import DASH
 from yolo_compress.report.write import write
 from yolo_compress.stages import report as stage
@@ -72,7 +72,7 @@ FILES = {
 
 def document(prune: dict[str, Any] | None = None, **figures: Any) -> dict[str, Any]:
     chain = [{"stage": "teacher", "map50_95": 0.7}, BASELINE, PRUNE if prune is None else prune]
-    return build("x", chain, [], {}, min_retention=0.9, **figures)
+    return built([], chain=chain, **figures)
 
 
 def drawn(folder: Path, description: str, **figures: Any) -> str:
@@ -108,7 +108,7 @@ def test_what_was_not_measured_has_no_line() -> None:
     untrained = pruning_table(document({**PRUNE, "epochs": 0}))
     assert "fine-tuning" not in str(untrained.lines) and len(untrained.lines) == 3
     assert pruning_table(document({"stage": "prune", "map50_95": 0.5})).lines == ()
-    assert pruning_table(build("x", [BASELINE], [], {}, min_retention=0.9)).lines == ()
+    assert pruning_table(built([], chain=[BASELINE])).lines == ()
 
 
 def test_pruning_is_a_section_of_both_forms(tmp_path: Path) -> None:

@@ -10,27 +10,31 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import RUNTIMES, fixed, runtime
+from yolo_compress.report.schema import AB, Document, Precision, Row
 
-DASHES: Mapping[str, Any] = {"fp32": "solid", "fp16": (0, (5, 2)), "int8": (0, (1, 1.4))}
+DASHES: Mapping[Precision, Any] = {"fp32": "solid", "fp16": (0, (5, 2)), "int8": (0, (1, 1.4))}
 
 
-def precision_over_recall(ab: Mapping[str, Any] | None) -> dict[str, str]:
+def precision_over_recall(ab: AB | None) -> dict[str, str]:
     """Both models at IoU 0.5, the mean over the classes at 101 recalls."""
     if not ab or not ab.get("pr"):
         return {}
     return {name: _precision(ab, name) for name in ("wide", "narrow")}
 
 
-def _precision(ab: Mapping[str, Any], variant: str) -> str:
+def _precision(ab: AB, variant: str) -> str:
     wide = variant == "wide"
     with style(f"precision-{variant}"):
         figure = blank(WIDE_PX if wide else NARROW_PX, 340 if wide else 300)
         axes = figure.add_subplot()
         axes.grid(True)
         recall = np.linspace(0, 1, 101)
-        for model, name, colour, width in (("a", "original", "before", 3.2), ("b", "compressed", "after", 1.6)):
-            label = f"{name}, mAP50 {fixed(ab['map50'][model])}"
-            axes.plot(recall, ab["pr"][model], color=COLOURS[colour], linewidth=width, label=label)
+        for name, map50, curve, colour, width in (
+            ("original", ab["map50"]["a"], ab["pr"]["a"], "before", 3.2),
+            ("compressed", ab["map50"]["b"], ab["pr"]["b"], "after", 1.6),
+        ):
+            label = f"{name}, mAP50 {fixed(map50)}"
+            axes.plot(recall, curve, color=COLOURS[colour], linewidth=width, label=label)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("recall")
@@ -45,7 +49,7 @@ def every_per_cent(samples_ms: Sequence[float]) -> list[float]:
     return [float(value) for value in np.maximum.accumulate(found)]
 
 
-def time_distribution(document: Mapping[str, Any]) -> dict[str, str]:
+def time_distribution(document: Document) -> dict[str, str]:
     """Share of the raw calls that took at most so long: a panel a runtime, a line a model and precision."""
     quantiles = document["latency_quantiles"] or {}
     rows = [row for row in document["rows"] if row["id"] in quantiles]
@@ -54,7 +58,7 @@ def time_distribution(document: Mapping[str, Any]) -> dict[str, str]:
     return {name: _times(rows, quantiles, name) for name in ("wide", "narrow")}
 
 
-def _times(rows: Sequence[Mapping[str, Any]], quantiles: Mapping[str, Sequence[float]], variant: str) -> str:
+def _times(rows: Sequence[Row], quantiles: Mapping[str, Sequence[float]], variant: str) -> str:
     wide = variant == "wide"
     known = [name for name in (*RUNTIMES, *sorted({row["runtime"] for row in rows} - set(RUNTIMES)))]
     panels = [name for name in known if any(row["runtime"] == name for row in rows)]
@@ -75,7 +79,7 @@ def _times(rows: Sequence[Mapping[str, Any]], quantiles: Mapping[str, Sequence[f
         return to_svg(figure, "Share of calls that took at most so long, by runtime, model and precision")
 
 
-def _panel(axes: Any, name: str, rows: Sequence[Mapping[str, Any]], quantiles: Mapping[str, Sequence[float]]) -> None:
+def _panel(axes: Any, name: str, rows: Sequence[Row], quantiles: Mapping[str, Sequence[float]]) -> None:
     axes.grid(True)
     axes.set_title(runtime(name), fontsize=12, color=COLOURS["ink"], loc="left", fontweight="bold")
     for row in rows:

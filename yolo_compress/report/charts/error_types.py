@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import percent, whole
+from yolo_compress.report.schema import ErrorTypes
 
 FONT_PX = 11
 
 
-def error_costs(errors: Mapping[str, Any] | None) -> dict[str, str]:
+def error_costs(errors: ErrorTypes | None) -> dict[str, str]:
     """What each type costs in AP50, a pair of bars a type, and how many errors of it one sees at the score shown."""
     if not errors:
         return {}
     return {name: _bars(errors, name) for name in ("wide", "narrow")}
 
 
-def rows(errors: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`name`, and `cost` and `count` (at the score shown) of both models."""
-    parts = zip(*(errors[key]["types"] for key in ("a", "b", "shown_a", "shown_b")), strict=True)
+class ErrorRow(NamedTuple):
+    """A type of error, of (baseline, compressed model): its costs over all detections and its counts at the score shown."""
+
+    name: str
+    costs: tuple[float, float]
+    counts: tuple[int, int]
+
+
+def rows(errors: ErrorTypes) -> list[ErrorRow]:
+    """One a type, in the order of the document."""
+    models = (errors["a"], errors["b"], errors["shown_a"], errors["shown_b"])
     return [
-        {"name": a["name"], "cost": (a["cost"], b["cost"]), "count": (shown_a["count"], shown_b["count"])}
-        for a, b, shown_a, shown_b in parts
+        ErrorRow(a["name"], (a["cost"], b["cost"]), (shown_a["count"], shown_b["count"]))
+        for a, b, shown_a, shown_b in zip(*(model["types"] for model in models), strict=True)
     ]
 
 
-def _bars(errors: Mapping[str, Any], variant: str) -> str:
+def _bars(errors: ErrorTypes, variant: str) -> str:
     wide = variant == "wide"
     lines = rows(errors)
-    longest = max(max(line["cost"]) for line in lines) or 0.01
+    longest = max(max(line.costs) for line in lines) or 0.01
     with style(f"errors-{variant}"):
         figure = blank(WIDE_PX if wide else NARROW_PX, 40 * len(lines) + 16)
         axes = figure.add_subplot()
         for place, line in enumerate(lines):
             for number, colour in enumerate(("before", "after")):
-                y, cost = place + (number - 0.5) * 0.38, line["cost"][number]
+                y, cost = place + (number - 0.5) * 0.38, line.costs[number]
                 axes.barh(
                     y,
                     cost,
@@ -46,7 +54,7 @@ def _bars(errors: Mapping[str, Any], variant: str) -> str:
                     linewidth=1,
                 )
                 axes.annotate(
-                    f"{percent(cost)}, {whole(line['count'][number])}",
+                    f"{percent(cost)}, {whole(line.counts[number])}",
                     (cost, y),
                     xytext=(5, 0),
                     textcoords="offset points",
@@ -54,7 +62,7 @@ def _bars(errors: Mapping[str, Any], variant: str) -> str:
                     fontsize=FONT_PX,
                     color=COLOURS["ink"],
                 )
-        axes.set_yticks(range(len(lines)), [line["name"] for line in lines], fontsize=FONT_PX + 1)
+        axes.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=FONT_PX + 1)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import finite, signed, whole
+from yolo_compress.report.schema import AB, Difference, Part
 
 ROW_PX = 22
 FONT_PX = 11
 MOST = 30  # classes; of more, those that lost most and those that gained most are drawn
 
 
-class Difference(NamedTuple):
+class ForestRow(NamedTuple):
     """B minus A in mAP50-95 (but the second, which is mAP50), None where there is none; `bold` for whole sets."""
 
     name: str
@@ -24,7 +25,7 @@ class Difference(NamedTuple):
     bold: bool
 
 
-def differences(ab: Mapping[str, Any] | None) -> dict[str, str]:
+def differences(ab: AB | None) -> dict[str, str]:
     """A forest plot of B minus A, with 95 % intervals and the margin that the verdict allows."""
     if not ab:
         return {}
@@ -32,41 +33,42 @@ def differences(ab: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: _forest(ab, lines, name) for name in ("wide", "narrow")}
 
 
-def left_out(ab: Mapping[str, Any] | None) -> int:
+def left_out(ab: AB | None) -> int:
     """How many classes the picture leaves out."""
     return max(0, len(_with_truths(ab["by_class"])) - MOST) if ab else 0
 
 
-def _with_truths(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _with_truths(parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if part["truths"] and finite(part["delta"]) is not None]
 
 
-def _lines(ab: Mapping[str, Any]) -> list[Difference | None]:
+def _lines(ab: AB) -> list[ForestRow | None]:
     """None is a gap between the parts."""
-    lines: list[Difference | None] = [
-        Difference(name, None, *_ends(ab[key]), True) for name, key in (("mAP50-95", "map50_95"), ("mAP50", "map50"))
+    lines: list[ForestRow | None] = [
+        ForestRow("mAP50-95", None, *_ends(ab["map50_95"]), True),
+        ForestRow("mAP50", None, *_ends(ab["map50"]), True),
     ]
     classes = _with_truths(ab["by_class"])
     if len(classes) > MOST:
-        by_delta = sorted(classes, key=lambda part: part["delta"])
+        by_delta = sorted(classes, key=lambda part: part["delta"] or 0.0)
         classes = [*by_delta[: MOST // 2], *by_delta[-(MOST // 2) :]]
     for parts in (_with_truths(ab["by_size"]), classes):
         if parts:
             lines.append(None)
         for part in parts:
-            lines.append(Difference(str(part["name"]), part["truths"], *_ends(part), False))
+            lines.append(ForestRow(str(part["name"]), part["truths"], *_ends(part), False))
     return lines
 
 
-def _ends(part: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+def _ends(part: Difference) -> tuple[float | None, float | None, float | None]:
     return finite(part["delta"]), finite(part["low"]), finite(part["high"])
 
 
-def _forest(ab: Mapping[str, Any], lines: Sequence[Difference | None], variant: str) -> str:
+def _forest(ab: AB, lines: Sequence[ForestRow | None], variant: str) -> str:
     wide = variant == "wide"
     known = [line for line in lines if line]
     values = [value for line in known for value in (line.delta, line.low, line.high) if value is not None]
-    margin = ab["settings"]["margin"] * ab["map50_95"]["a"]
+    margin = ab["settings"]["margin"] * (ab["map50_95"]["a"] or 0.0)
     reach = 1.08 * max([abs(value) for value in values] + [margin, 0.001])
     with style(f"forest-{variant}"):
         figure = blank(WIDE_PX if wide else NARROW_PX, ROW_PX * len(lines) + 62)
@@ -95,7 +97,7 @@ def _forest(ab: Mapping[str, Any], lines: Sequence[Difference | None], variant: 
         return to_svg(figure, "Difference of mAP between both models with 95 % intervals, whole, by size and by class")
 
 
-def _line(axes: Any, place: int, line: Difference, wide: bool) -> None:
+def _line(axes: Any, place: int, line: ForestRow, wide: bool) -> None:
     worse = line.high is not None and line.high < 0
     colour = COLOURS["bad" if worse else "after"]
     if line.low is not None and line.high is not None:

@@ -14,16 +14,17 @@ from matplotlib.ticker import MaxNLocator
 from yolo_compress.report.charts.by_layer import FONT_PX, in_order, pictures, text_px
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import finite, fixed, percent, three
+from yolo_compress.report.schema import Gammas
 
 
-def gamma_histograms(gammas: Mapping[str, Any] | None) -> dict[str, str]:
+def gamma_histograms(gammas: Gammas | None) -> dict[str, str]:
     """One ridge an epoch (at most 9, first and last always), with the share of gammas in the first bin beside it."""
     if not gammas:
         return {}
     return {name: _ridges(gammas, name) for name in ("wide", "narrow")}
 
 
-def _ridges(gammas: Mapping[str, Any], variant: str) -> str:
+def _ridges(gammas: Gammas, variant: str) -> str:
     wide = variant == "wide"
     edges = np.asarray(gammas["edges"], float)
     counts = np.asarray(gammas["epochs"], float)
@@ -105,13 +106,14 @@ def flops_per_convolution(flops: Mapping[str, Sequence[int]] | None) -> dict[str
     return _macs("convolutions", "MMACs of each convolution before and after pruning", flops or {})
 
 
-def recovery_curve(recovery: Sequence[Sequence[float]] | None) -> dict[str, str]:
+def recovery_curve(recovery: Sequence[Sequence[float | None]] | None) -> dict[str, str]:
     """mAP50-95 over the epochs of fine-tuning; one validated epoch makes no curve."""
-    points = [point for point in recovery or () if finite(point[1]) is not None]
+    pairs = [(finite(epoch), finite(value)) for epoch, value in recovery or ()]
+    points = [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
     return {name: _curve(points, name) for name in ("wide", "narrow")} if len(points) > 1 else {}
 
 
-def _curve(points: Sequence[Sequence[float]], variant: str) -> str:
+def _curve(points: Sequence[tuple[float, float]], variant: str) -> str:
     epochs, values = zip(*points, strict=True)
     with style(f"recovery-{variant}"):
         figure = blank(WIDE_PX if variant == "wide" else NARROW_PX, 240)

@@ -10,20 +10,19 @@ from yolo_compress.report.charts.by_layer import FONT_PX, in_order, pictures, te
 from yolo_compress.report.charts.plots import block_of
 from yolo_compress.report.charts.svg import COLOURS
 from yolo_compress.report.numbers import fixed, runtime, signed, three, whole
+from yolo_compress.report.schema import Quantisation, Tensor
 from yolo_compress.report.tables.grid import Column, Line, Table
-
-Placement = Sequence[Mapping[str, str]]
 
 COST_DIGITS = 3
 
 
-def price(quantisation: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+def price(quantisation: Quantisation) -> tuple[str, Mapping[str, float]]:
     """The unit of the price that `qat.sensitivity_price` set, and what each group costs in float."""
     gflops = quantisation["price"] == "gflops"
     return ("GFLOPs", quantisation["compute_gflops"]) if gflops else ("ms", quantisation["price_ms"])
 
 
-def gives_back(quantisation: Mapping[str, Any] | None) -> dict[str, str]:
+def gives_back(quantisation: Quantisation | None) -> dict[str, str]:
     """A bar a group of tensors: the rise of mAP, or the fall of the loss, with that group alone in float; at the edge its price."""
     if not quantisation:
         return {}
@@ -62,7 +61,7 @@ def gives_back(quantisation: Mapping[str, Any] | None) -> dict[str, str]:
     return pictures("quantisation", description, rows, paint, loud=set(quantisation["left"]), head=True)
 
 
-def precisions(placement: Placement) -> dict[str, str]:
+def precisions(placement: Sequence[Tensor]) -> dict[str, str]:
     """A row a block, a cell a tensor in the order of the network: filled for INT8, outlined for float."""
     blocks: dict[str, list[str]] = {}
     for row in placement:
@@ -81,7 +80,7 @@ def precisions(placement: Placement) -> dict[str, str]:
     return pictures("placement", "Precision of every tensor between two layers, by block", blocks, paint)
 
 
-def quantisation_table(quantisation: Mapping[str, Any] | None) -> Table:
+def quantisation_table(quantisation: Quantisation | None) -> Table:
     """The groups that stay in float, and those that give back most."""
     if not quantisation:
         return Table("INT8 sensitivity", (), ())
@@ -108,7 +107,7 @@ def quantisation_table(quantisation: Mapping[str, Any] | None) -> Table:
     return Table("INT8 sensitivity", columns, tuple(lines), (quantisation_note(quantisation),))
 
 
-def quantisation_note(quantisation: Mapping[str, Any]) -> str:
+def quantisation_note(quantisation: Quantisation) -> str:
     """What was measured, what was decided on it, and by which price."""
     what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
     left = quantisation["left"]
@@ -123,7 +122,7 @@ def quantisation_note(quantisation: Mapping[str, Any]) -> str:
     )
 
 
-def summary(placement: Placement) -> list[str]:
+def summary(placement: Sequence[Tensor]) -> list[str]:
     """How many tensors are INT8 and with how many scales, and why the others are not."""
     int8 = [row for row in placement if row["precision"] == "int8"]
     if not placement:

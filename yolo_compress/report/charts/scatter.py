@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,54 +14,75 @@ from matplotlib.transforms import Bbox
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import finite, percent, runtime
+from yolo_compress.report.schema import Document, Model, Precision, Reference, Row
 
-SHADES = {"original": "before", "compressed": "after", "reference": "muted"}
-MARKERS = {"fp32": "o", "fp16": "s", "int8": "^"}
+SHADES: dict[Model | Literal["reference"], str] = {"original": "before", "compressed": "after", "reference": "muted"}
+MARKERS: dict[Precision, str] = {"fp32": "o", "fp16": "s", "int8": "^"}
 
 
-def accuracy_over_latency(document: Mapping[str, Any]) -> dict[str, str]:
+class Point(NamedTuple):
+    """A mark of the chart; `recipe` is that of a point of reference."""
+
+    model: Model | Literal["reference"]
+    runtime: str
+    precision: Precision
+    latency_ms: float
+    map50_95: float
+    interval: tuple[float, float] | None
+    recipe: str = ""
+
+
+def accuracy_over_latency(document: Document) -> dict[str, str]:
     """mAP50-95 over p50 latency here, one mark a row and point of reference; empty where nothing has both figures."""
-    points = [
-        row
-        for row in [*document["rows"], *({**row, "model": "reference"} for row in document["references"])]
-        if row.get("status", "ok") == "ok"
-        and not row.get("device")
-        and finite(row["map50_95"]) is not None
-        and (finite(row.get("latency_p50_ms")) or 0) > 0
+    here = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
+    known = [
+        *(_point(row, row["model"]) for row in here),
+        *(_point(row, "reference") for row in document["references"]),
     ]
+    points = [point for point in known if point]
     if not points:
         return {}
     return {name: _scatter(document, points, name) for name in ("wide", "narrow")}
 
 
-def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], variant: str) -> str:
+def _point(row: Row | Reference, model: Model | Literal["reference"]) -> Point | None:
+    """None where mAP or latency is not known."""
+    latency_ms, map50_95 = finite(row.get("latency_p50_ms")), finite(row["map50_95"])
+    if map50_95 is None or latency_ms is None or latency_ms <= 0:
+        return None
+    low, high = finite(row.get("map50_95_low")), finite(row.get("map50_95_high"))
+    interval = None if low is None or high is None else (low, high)
+    recipe = str(row.get("name", ""))
+    return Point(model, row["runtime"], row["precision"], latency_ms, map50_95, interval, recipe)
+
+
+def _scatter(document: Document, points: Sequence[Point], variant: str) -> str:
     wide = variant == "wide"
     with style(f"scatter-{variant}"):
         figure = blank(WIDE_PX if wide else NARROW_PX, 430 if wide else 400)
         axes = figure.add_subplot()
         axes.grid(True)
         marks = []
-        for row in points:
-            x, y = row["latency_p50_ms"], row["map50_95"]
-            colour = COLOURS[SHADES[row["model"]]]
+        for point in points:
+            x, y = point.latency_ms, point.map50_95
+            colour = COLOURS[SHADES[point.model]]
             axes.plot(
                 [x],
                 [y],
-                MARKERS[row["precision"]],
+                MARKERS[point.precision],
                 markersize=9,
                 color=colour,
                 linestyle="none",
                 zorder=3,
-                markerfacecolor=COLOURS["paper"] if row["model"] == "original" else colour,
+                markerfacecolor=COLOURS["paper"] if point.model == "original" else colour,
                 markeredgewidth=1.8,
             )
-            if finite(row.get("map50_95_low")) is not None:
-                ends = [row["map50_95_low"], row["map50_95_high"]]
-                axes.plot([x, x], ends, color=colour, linewidth=1, alpha=0.45, zorder=1.5)
-            name = runtime(row["runtime"])
-            if row["model"] == "reference":
-                name = f"{row['name']}, {name}"
-            marks.append((x, y, f"{name} {row['precision'].upper()}" if wide else name, colour))
+            if point.interval:
+                axes.plot([x, x], point.interval, color=colour, linewidth=1, alpha=0.45, zorder=1.5)
+            name = runtime(point.runtime)
+            if point.model == "reference":
+                name = f"{point.recipe}, {name}"
+            marks.append((x, y, f"{name} {point.precision.upper()}" if wide else name, colour))
         _scales(axes, points)
         _gate_line(axes, document)
         axes.set_xlabel("latency p50, ms (lower is better)")
@@ -79,10 +100,10 @@ def _scatter(document: Mapping[str, Any], points: Sequence[Mapping[str, Any]], v
         return to_svg(figure, "mAP50-95 over latency, one mark for each model, runtime and precision")
 
 
-def _scales(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
+def _scales(axes: Any, points: Sequence[Point]) -> None:
     """Logarithmic time where the slowest takes more than four times the fastest; mAP zoomed to its range."""
-    xs = np.array([row["latency_p50_ms"] for row in points])
-    ys = np.array([end for row in points for end in _extent(row)])
+    xs = np.array([point.latency_ms for point in points])
+    ys = np.array([end for point in points for end in (point.map50_95, *(point.interval or ()))])
     pad = max(0.01, 0.08 * float(np.ptp(ys)))
     axes.set_ylim(ys.min() - pad, ys.max() + pad)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -98,13 +119,7 @@ def _scales(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.set_major_formatter(plain)
 
 
-def _extent(row: Mapping[str, Any]) -> list[float]:
-    """The mAP and the ends of its interval."""
-    ends = [finite(row.get(key)) for key in ("map50_95", "map50_95_low", "map50_95_high")]
-    return [end for end in ends if end is not None]
-
-
-def _gate_line(axes: Any, document: Mapping[str, Any]) -> None:
+def _gate_line(axes: Any, document: Document) -> None:
     gate = document["gate"]
     reference = next((row for row in document["rows"] if row["id"] == gate["reference"]), None)
     base = finite(reference["map50_95"]) if reference else None
@@ -127,10 +142,10 @@ def _gate_line(axes: Any, document: Mapping[str, Any]) -> None:
     )
 
 
-def _legend(points: Sequence[Mapping[str, Any]]) -> list[Line2D]:
+def _legend(points: Sequence[Point]) -> list[Line2D]:
     handles = []
     for model, colour in SHADES.items():
-        if any(row["model"] == model for row in points):
+        if any(point.model == model for point in points):
             face = COLOURS["paper"] if model == "original" else COLOURS[colour]
             handles.append(
                 Line2D(
@@ -146,7 +161,7 @@ def _legend(points: Sequence[Mapping[str, Any]]) -> list[Line2D]:
                 )
             )
     for precision, marker in MARKERS.items():
-        if any(row["precision"] == precision for row in points):
+        if any(point.precision == precision for point in points):
             handles.append(
                 Line2D(
                     [],

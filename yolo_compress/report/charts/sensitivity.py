@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from yolo_compress.report.charts.by_layer import FONT_PX, pictures, text_px
 from yolo_compress.report.charts.svg import COLOURS
 from yolo_compress.report.numbers import finite, percent, signed
+from yolo_compress.report.schema import Sensitivity
 from yolo_compress.report.stage_files import harm
 
 DEEPEST = 0.55  # opacity; the figure in the cell stays readable on it, in the light and in the dark
@@ -20,7 +21,7 @@ class Cell(NamedTuple):
     depth: float  # opacity of the warning colour
 
 
-def sensitivity_curves(sensitivity: Mapping[str, Any] | None) -> dict[str, str]:
+def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
     """Change of the loss or mAP against the unpruned net, deeper where it is worse, and the cap where one was set."""
     if not sensitivity:
         return {}
@@ -35,7 +36,7 @@ def sensitivity_curves(sensitivity: Mapping[str, Any] | None) -> dict[str, str]:
     return pictures("sensitivity", description, rows, partial(_paint, heads), loud=loud, head=True)
 
 
-def _rows(sensitivity: Mapping[str, Any]) -> dict[str, list[Cell]]:
+def _rows(sensitivity: Sensitivity) -> dict[str, list[Cell]]:
     """The square root of the harm is the depth: one ruinous cell would make all others look harmless."""
     changes: dict[str, list[float | None]] = {}
     for group, values in sensitivity["groups"].items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.charts.error_types import rows as error_rows
+from yolo_compress.report.schema import AB, Difference, ErrorTypes, Part
 from yolo_compress.report.tables.grid import Column, Line, Table
 
 FIGURES = (
@@ -26,34 +26,33 @@ ERRORS = (
 )
 
 
-def figures_table(ab: Mapping[str, Any] | None) -> Table:
+def figures_table(ab: AB | None) -> Table:
     """mAP, what one sees at the deployed threshold, and latency."""
     if not ab:
         return Table("A/B", FIGURES, ())
-    lines = [_difference(name, ab[key]) for name, key in (("mAP50-95", "map50_95"), ("mAP50", "map50"))]
+    lines = [_difference("mAP50-95", ab["map50_95"]), _difference("mAP50", ab["map50"])]
     at = ab["operating"]
     a, b, conf = at["a"], at["b"], n.plain(at["conf"])
-    for name, key, write in (
-        (f"Recall at score {conf}", "recall", n.percent),
-        (f"Missed at score {conf}", "missed", n.whole),
-        (f"False positives at score {conf}", "false_positives", n.whole),
-        ("False positives an image", "false_positives_per_image", n.fixed),
+    for name, of_a, of_b, write in (
+        (f"Recall at score {conf}", a["recall"], b["recall"], n.percent),
+        (f"Missed at score {conf}", a["missed"], b["missed"], n.whole),
+        (f"False positives at score {conf}", a["false_positives"], b["false_positives"], n.whole),
+        ("False positives an image", a["false_positives_per_image"], b["false_positives_per_image"], n.fixed),
     ):
-        change = n.change(a[key], b[key], write)
-        lines.append(Line((name, write(a[key]), write(b[key]), change, n.DASH)))
-    if latency := ab.get("latency"):
+        lines.append(Line((name, write(of_a), write(of_b), n.change(of_a, of_b, write), n.DASH)))
+    if latency := ab["latency"]:
         ends = n.interval(latency["low"], latency["high"], n.times)
         cells = (n.three(latency["a_p50_ms"]), n.three(latency["b_p50_ms"]), n.times(latency["ratio"]), ends)
         lines.append(Line(("Latency p50, ms (difference: ratio)", *cells)))
     return Table("A/B", FIGURES, tuple(lines), tuple(_notes(ab)))
 
 
-def _difference(name: str, part: Mapping[str, Any]) -> Line:
+def _difference(name: str, part: Difference) -> Line:
     ends = n.interval(part["low"], part["high"], n.signed)
     return Line((name, n.fixed(part["a"]), n.fixed(part["b"]), n.signed(part["delta"]), ends))
 
 
-def _notes(ab: Mapping[str, Any]) -> list[str]:
+def _notes(ab: AB) -> list[str]:
     settings, at = ab["settings"], ab["operating"]
     odd, found = at["mcnemar"], at["agreement"]
     notes = [
@@ -67,8 +66,9 @@ def _notes(ab: Mapping[str, Any]) -> list[str]:
         notes.append(f"At score {n.plain(threshold)} the compressed model has the original's recall.")
     else:
         notes.append("The compressed model has the original's recall at no score.")
-    if (other := (ab.get("latency") or {}).get("a")) and other["row"] != ab["a"].get("row"):
-        own = ab["latency"]["b"]
+    latency = ab["latency"]
+    if latency and (other := latency.get("a")) and other["row"] != ab["a"].get("row"):
+        own = latency["b"]
         whose = "the compressed model" if own["row"] == ab["b"].get("row") else own["label"]
         notes.append(f"Latency is that of {whose} against {other['label']}, which runs in the same place.")
     shift = at["score_shift"]
@@ -81,7 +81,7 @@ def _notes(ab: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def parts_table(title: str, parts: Sequence[Mapping[str, Any]]) -> Table:
+def parts_table(title: str, parts: Sequence[Part]) -> Table:
     """mAP50-95 by class or by size of object; those without any object are left out."""
     lines = []
     for part in parts:
@@ -91,10 +91,10 @@ def parts_table(title: str, parts: Sequence[Mapping[str, Any]]) -> Table:
     return Table(title, PARTS, tuple(lines))
 
 
-def errors_table(errors: Mapping[str, Any] | None) -> Table:
+def errors_table(errors: ErrorTypes | None) -> Table:
     """TIDE's types: the rise of AP50 if a type were mended, and how many one sees at the score shown."""
     lines = [
-        Line((line["name"], *map(n.percent, line["cost"]), *map(n.whole, line["count"])))
+        Line((line.name, *map(n.percent, line.costs), *map(n.whole, line.counts)))
         for line in (error_rows(errors) if errors else ())
     ]
     notes = (f"Seen: with a score above {n.plain(errors['conf'])}.",) if errors else ()

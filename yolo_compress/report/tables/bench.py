@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.gate import label
+from yolo_compress.report.bench_rows import label
+from yolo_compress.report.schema import Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
-
-Document = Mapping[str, Any]
 
 HERE = "this machine"
 STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # of a device, what decides its speed
 
 
-def place(row: Mapping[str, Any]) -> str:
-    return n.runtime(row["runtime"]) + (f" ({row['device']})" if row.get("device") else "")
+def place(row: Mapping[str, object]) -> str:
+    """The runtime, and in brackets the device."""
+    return n.runtime(str(row["runtime"])) + (f" ({row['device']})" if row.get("device") else "")
 
 
 MODEL = (
@@ -40,7 +39,7 @@ BENCH = (
 )
 FILES = (
     Field(Column("File", right=False), lambda row: f"{row['model']}/{str(row['file']).rpartition('/')[2]}"),
-    Field(Column("For", right=False), lambda row: n.runtime(row["runtime"])),
+    Field(Column("For", right=False), lambda row: n.runtime(str(row["runtime"]))),
     field("mAP50-95", "map50_95", n.fixed),
     field("Kept", "retention", n.percent, rank=1),
     field("mAP50", "map50", n.fixed, rank=6),
@@ -57,7 +56,7 @@ DEVICES = (
     field("W", "power_w", n.three, rank=2),
     field("mJ", "energy_mj_per_frame", n.three, rank=3),
     field("Memory MiB", "memory_mib", n.whole, rank=4),
-    Field(Column("Runtime", right=False), lambda row: n.runtime(row["runtime"])),
+    Field(Column("Runtime", right=False), lambda row: n.runtime(str(row["runtime"]))),
 )
 
 
@@ -113,8 +112,8 @@ def device_lines(document: Document) -> list[tuple[str, bool, str]]:
     lines = []
     for device in document["devices"]:
         golden, about = device["golden"] or {}, device["about"]
-        libraries = device["libraries"] or {device["runtime"]: device["library"]}
-        parts = [f"{n.runtime(str(runtime))} {library}" for runtime, library in libraries.items()]
+        libraries: Mapping[str, object] = device["libraries"] or {str(device["runtime"]): device["library"]}
+        parts = [f"{n.runtime(runtime)} {library}" for runtime, library in libraries.items()]
         parts += [f"{key} {n.said(key, about[key])}" for key in STATE if about.get(key)]
         parts += [f"power from {device['power_from']}"] if device["power_from"] else []
         parts.append(f"bundle {device['bundle'].get('name')} version {device['bundle'].get('version')}")
@@ -130,7 +129,7 @@ def device_lines(document: Document) -> list[tuple[str, bool, str]]:
 def _marks(document: Document) -> dict[str, str]:
     gate = document["gate"]
     marks = {entry["id"]: "passed" if entry["passed"] else "failed" for entry in gate["judged"]}
-    return {**marks, gate["reference"]: "reference"}
+    return {**marks, gate["reference"]: "reference"} if gate["reference"] else marks
 
 
 def _bench_notes(document: Document) -> tuple[str, ...]:
@@ -145,7 +144,7 @@ def _bench_notes(document: Document) -> tuple[str, ...]:
     return (*notes, *_row_notes(measured))
 
 
-def _row_notes(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+def _row_notes(measured: Sequence[Row]) -> list[str]:
     notes = []
     for note in dict.fromkeys(note for row in measured for note in row["notes"]):
         names = [f"{row['model']} {label(row)}" for row in measured if note in row["notes"]]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from yolo_compress.report import numbers as n
+from yolo_compress.report.schema import ChainStage, Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
-
-Document = Mapping[str, Any]
 
 CHAIN = (
     Field(Column("Stage", right=False), lambda line: str(line["name"])),
@@ -51,9 +47,7 @@ def chain_table(document: Document) -> Table:
     base = next((n.finite(stage.get("map50_95")) for stage in document["chain"] if stage["stage"] == "baseline"), None)
     if lines:
         lines += [
-            Line(
-                cells(CHAIN, {**_against(row, base), "name": f"{n.runtime(row['runtime'])} {row['precision'].upper()}"})
-            )
+            Line(cells(CHAIN, {**row, "delta_map50_95": _delta(row, base), "name": _engine_name(row)}))
             for row in engines
         ]
     notes = [
@@ -67,9 +61,13 @@ def chain_table(document: Document) -> Table:
     return Table("Chain", columns(CHAIN), tuple(lines), tuple(notes))
 
 
-def _against(row: Mapping[str, Any], base: float | None) -> dict[str, Any]:
+def _engine_name(row: Row) -> str:
+    return f"{n.runtime(row['runtime'])} {row['precision'].upper()}"
+
+
+def _delta(row: Row, base: float | None) -> float | None:
     value = n.finite(row["map50_95"])
-    return {**row, "delta_map50_95": None if value is None or base is None else value - base}
+    return None if value is None or base is None else value - base
 
 
 def pruning_table(document: Document) -> Table:
@@ -83,14 +81,14 @@ def pruning_table(document: Document) -> Table:
     if "kept_flops" in after:
         flops = [n.three(stage.get("compute_gflops")) for stage in (before, after)]
         lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
-    steps = {
-        "map50_95_after_cut": "after the cut",
-        "map50_95_after_bn": "after re-estimating BatchNorm, before any training",
-    }
-    if after.get("epochs") != 0:
-        steps["map50_95"] = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
     if "map50_95_after_cut" in after:
-        lines += [_map_line(step, before, after[key]) for key, step in steps.items() if key in after]
+        lines.append(_map_line("after the cut", before, after["map50_95_after_cut"]))
+        if "map50_95_after_bn" in after:
+            step = "after re-estimating BatchNorm, before any training"
+            lines.append(_map_line(step, before, after["map50_95_after_bn"]))
+        if after.get("epochs") != 0 and "map50_95" in after:
+            step = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
+            lines.append(_map_line(step, before, after["map50_95"]))
     if "latency_measured_ms" in after:
         name = (
             f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three(after['latency_target_ms'])})"
@@ -99,13 +97,13 @@ def pruning_table(document: Document) -> Table:
     return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
 
 
-def _map_line(step: str, before: Mapping[str, Any], value: Any) -> Line:
+def _map_line(step: str, before: ChainStage, value: float | None) -> Line:
     own, now = n.finite(before.get("map50_95")), n.finite(value)
     kept = None if own is None or now is None or own <= 0 else now / own
     return Line((f"mAP50-95 {step}", n.fixed(own), n.fixed(now), n.percent(kept)))
 
 
-def _pruning_notes(document: Document, before: Mapping[str, Any]) -> tuple[str, ...]:
+def _pruning_notes(document: Document, before: ChainStage) -> tuple[str, ...]:
     notes = [f"Before is the result of {before['stage']}."]
     found = document["sensitivity"]
     if found and found["most_sensitive"]:

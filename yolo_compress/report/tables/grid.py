@@ -21,7 +21,7 @@ class Field(NamedTuple):
     """A column, and how its cell is written of a row."""
 
     column: Column
-    write: Callable[[Mapping[str, Any]], str]
+    write: Callable[[Mapping[str, object]], str]
 
 
 def field(title: str, key: str, write: Callable[[Any], str], rank: int = 0) -> Field:
@@ -33,7 +33,7 @@ def columns(fields: Sequence[Field]) -> tuple[Column, ...]:
     return tuple(one.column for one in fields)
 
 
-def cells(fields: Sequence[Field], row: Mapping[str, Any]) -> tuple[str, ...]:
+def cells(fields: Sequence[Field], row: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(one.write(row) for one in fields)
 
 

@@ -1,0 +1,172 @@
+"""Bench rows: their ids and order, what each is compared with, and what the report adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard, TypeVar, cast, get_args
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.report.numbers import RUNTIMES, finite, runtime
+from yolo_compress.report.schema import (
+    BenchRow,
+    EvaluatedBenchRow,
+    MeasuredBenchRow,
+    Missing,
+    Model,
+    Precision,
+    Row,
+    StageFigures,
+    Status,
+)
+
+ALLOWED = {"model": get_args(Model), "precision": get_args(Precision), "status": get_args(Status)}
+
+# MLPerf Inference's minimum of queries for a 99th percentile (its early-stopping rule).
+P99_MIN_N = 662
+
+Form = TypeVar("Form", bound=Mapping[str, object])
+
+
+def identified(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
+    """Rows as bench or a device wrote them, each with its id, sorted so that what is compared stands together.
+
+    Args:
+        rows: As bench's metrics and `device.json` have them. Rows that have an id keep it.
+
+    Returns:
+        The rows by device, runtime, model and precision.
+
+    Raises:
+        RecipeError: A model, precision or status that does not exist, or a row that is there twice.
+    """
+    named: dict[str, BenchRow] = {}
+    for given in rows:
+        for key, allowed in ALLOWED.items():
+            if given[key] not in allowed:
+                raise RecipeError(f"bench row has {key} {given[key]!r}, expected one of {', '.join(allowed)}")
+        row = cast(BenchRow, given)
+        parts = [row["model"], row["runtime"], row["precision"], *([row["device"]] if row.get("device") else [])]
+        identity = "-".join(parts)
+        if identity in named:
+            raise RecipeError(f"bench row {identity} is given twice; a report shows each once")
+        named[identity] = cast(BenchRow, {"id": identity, **given})
+    runtimes = [*RUNTIMES, *sorted({row["runtime"] for row in named.values()} - set(RUNTIMES))]
+    devices = list(dict.fromkeys(row.get("device") for row in named.values()))
+
+    def place(row: BenchRow) -> tuple[int, ...]:
+        return (
+            devices.index(row.get("device")),
+            runtimes.index(row["runtime"]),
+            ALLOWED["model"].index(row["model"]),
+            ALLOWED["precision"].index(row["precision"]),
+        )
+
+    return sorted(named.values(), key=place)
+
+
+def with_keys(row: Form, keys: Mapping[str, object]) -> Form:
+    """A copy of a row or stage with more of the keys that its type has."""
+    return cast(Form, {**row, **keys})
+
+
+def label(row: BenchRow) -> str:
+    """Precision, runtime and device; of a file without an engine here, the runtime that it is for."""
+    device = f" on {row['device']}" if row.get("device") else ""
+    where = "for" if row["status"] == "untimed" else "on"
+    return f"{row['precision'].upper()} {where} {runtime(row['runtime'])}{device}"
+
+
+def has_accuracy(row: BenchRow) -> TypeGuard[EvaluatedBenchRow]:
+    """Whether its mAP was evaluated; of an "untimed" row nothing else was."""
+    return row["status"] in ("ok", "untimed") and row["map50_95"] is not None
+
+
+def reference_row(rows: Sequence[BenchRow]) -> MeasuredBenchRow | None:
+    """The row that every retention is relative to: the baseline in FP32 on this machine, by torch where that was measured."""
+    here = [row for row in rows if not row.get("device") and row["model"] == "original" and row["precision"] == "fp32"]
+    measured = [row for row in here if row["status"] == "ok"]
+    return next((row for row in measured if row["runtime"] == "torch"), measured[0] if measured else None)
+
+
+def peer_row(rows: Sequence[BenchRow], row: BenchRow) -> MeasuredBenchRow | None:
+    """The baseline in FP32 on the same runtime and device, which speed-up and size ratio are relative to."""
+    for other in rows:
+        same_place = other["runtime"] == row["runtime"] and other.get("device") == row.get("device")
+        if same_place and (other["model"], other["precision"]) == ("original", "fp32") and other["status"] == "ok":
+            return other
+    return None
+
+
+def one_image_set(rows: Sequence[BenchRow], chain: Sequence[StageFigures]) -> str | None:
+    """The image set of every mAP in the report.
+
+    Raises:
+        RecipeError: There are two, or a row with mAP does not name its image set.
+    """
+    where: dict[str, str] = {}
+    for row in rows:
+        if not has_accuracy(row):
+            continue
+        image_set = row.get("image_set")
+        if not image_set:
+            raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
+        where.setdefault(image_set, f"{row['model']} {label(row)}")
+    for stage in chain:
+        if stage.get("image_set") and finite(stage.get("map50_95")) is not None:
+            where.setdefault(stage["image_set"], f"stage {stage['stage']}")
+    if len(where) > 1:
+        (first, at_first), (second, at_second) = list(where.items())[:2]
+        raise RecipeError(
+            f"metrics over different images are never put in one table: {at_first} over image set {first}, "
+            f"{at_second} over {second}; run bench again on one data yaml"
+        )
+    return next(iter(where), None)
+
+
+def with_ratios(rows: Sequence[BenchRow]) -> list[Row]:
+    """The rows as the report shows them: retention, speed-up and size ratio, and what their figures do not carry withheld."""
+    return [_with_ratios(row, rows) for row in rows]
+
+
+def _with_ratios(row: BenchRow, rows: Sequence[BenchRow]) -> Row:
+    reference, peer = reference_row(rows), peer_row(rows, row)
+    notes: list[str] = []
+    added: dict[str, object] = {"retention": None, "speed_up": None, "size_ratio": None, "notes": notes}
+    if row["status"] != "missing":
+        if reference is not None:
+            added["retention"] = _ratio(row["map50_95"], reference["map50_95"])
+        if row["map50_95"] is not None and finite(row["map50_95"]) is None:
+            notes.append(f"mAP50-95 is not a number ({row['map50_95']})")
+    if row["status"] == "ok":
+        if peer is not None:
+            added["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
+            added["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
+        n = finite(row.get("latency_n")) or 0
+        if n < P99_MIN_N:
+            added["latency_p99_ms"] = None
+            if finite(row.get("latency_p50_ms")) is not None:
+                notes.append(f"p99 withheld: n = {n:.0f}, at least {P99_MIN_N} needed")
+    return cast(Row, {**row, **added})
+
+
+def _ratio(top: object, bottom: object) -> float | None:
+    above, below = finite(top), finite(bottom)
+    return None if above is None or below is None or below <= 0 else above / below
+
+
+def missing(rows: Sequence[BenchRow]) -> list[Missing]:
+    """What was asked for and not measured, one entry a runtime and reason."""
+    groups: dict[tuple[str | None, str, str], Missing] = {}
+    for row in rows:
+        if row["status"] != "missing":
+            continue
+        device, reason = row.get("device"), row.get("reason") or "no reason given"
+        entry = groups.setdefault(
+            (device, row["runtime"], reason),
+            {"runtime": row["runtime"], "models": [], "precisions": [], "reason": reason, "device": device},
+        )
+        if row["model"] not in entry["models"]:
+            entry["models"].append(row["model"])
+        if row["precision"] not in entry["precisions"]:
+            entry["precisions"].append(row["precision"])
+    return list(groups.values())
