@@ -9,6 +9,7 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.files import strict_json
+from yolo_compress.report.bench_rows import ALLOWED
 from yolo_compress.report.schema import SCHEMA, Json
 from yolo_compress.runtime.errors import printable
 
@@ -74,7 +75,7 @@ def _read(file: Path) -> DeviceFile | ReportFile:
     found = _content(file)
     _check_mappings(file, found)
     for row in found["rows"]:
-        _check_row(file, row)
+        _check_row(file, row, ("ok", "missing") if "bundle" in found else ALLOWED["status"])
     if "bundle" in found:
         return DeviceFile(found, found["bundle"], found.get("device") or {}, found["rows"])
     image_set = (found.get("data") or {}).get("image_set")
@@ -105,13 +106,19 @@ def _check_mappings(file: Path, found: dict[str, Any]) -> None:
         raise CorruptArtifact(f"add: {file}: bundle is {found['bundle']!r}, expected a mapping")
 
 
-def _check_row(file: Path, row: Any) -> None:
+def _check_row(file: Path, row: Any, statuses: Sequence[str]) -> None:
     if not isinstance(row, dict):
         raise CorruptArtifact(f"add: {file}: a row is {str(row)[:80]!r}, expected a mapping")
     if absent := [key for key in ROW if key not in row]:
         raise CorruptArtifact(f"add: {file}: a row lacks {', '.join(absent)}")
     if odd := [key for key in ROW if not isinstance(row[key], str)]:
         raise CorruptArtifact(f"add: {file}: {odd[0]} of a row is {row[odd[0]]!r}, expected text")
+    for key, allowed in {**ALLOWED, "status": statuses}.items():
+        if row[key] not in allowed:
+            raise CorruptArtifact(f"add: {file}: {key} of a row is {row[key]!r}, expected one of {', '.join(allowed)}")
+    for key, kind, expected in (("reason", str, "text"), ("signature", dict, "a mapping")):
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise CorruptArtifact(f"add: {file}: {key} of a row is {str(row[key])[:80]!r}, expected {expected} or null")
 
 
 def _seen(value: Any) -> Any:

@@ -114,7 +114,8 @@ def _rows(file: Path, found: DeviceFile, device: str, image_set: str | None) -> 
                 "measure there on the validation images of this recipe"
             )
         golden = row.get("golden") or found.content.get("golden")
-        rows.append({"map50_95": None, "map50": None, "executed": None, **row, "device": device, "golden": golden})
+        measured = {key: value for key, value in row.items() if key not in ADDED}
+        rows.append({"map50_95": None, "map50": None, "executed": None, **measured, "device": device, "golden": golden})
     return rows
 
 

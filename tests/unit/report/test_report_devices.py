@@ -178,6 +178,40 @@ def test_a_damaged_device_json_is_one_line(tmp_path: Path, key: str, value: Any)
         devices.add(published(), [file(tmp_path, {**device(), key: value})])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reason", [1]),
+        ("signature", 3),
+        ("precision", "int4"),
+        ("model", "another"),
+        ("status", "untimed"),
+        ("status", "done"),
+        ("runtime", None),
+    ],
+)
+def test_a_damaged_row_of_a_device_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    damaged = device()
+    damaged["rows"][0][key] = value
+    with pytest.raises(CorruptArtifact, match=rf"{key} of a row is .*expected"):
+        devices.add(published(), [file(tmp_path, damaged)])
+
+
+def test_a_device_names_no_row_of_the_report(tmp_path: Path) -> None:
+    forged = device()
+    forged["rows"][0] |= {"id": "original-torch-fp32", "retention": 1.0}
+    report = devices.add(published(), [file(tmp_path, forged)])
+    assert report["rows"] == devices.add(published(), [file(tmp_path, device())])["rows"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("precision", "int4"), ("status", [])])
+def test_a_damaged_row_of_another_report_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    theirs = published(recipe="yolov8s")
+    theirs["rows"][0][key] = value
+    with pytest.raises(CorruptArtifact, match=rf"{key} of a row is .*expected"):
+        devices.add(published(), [file(tmp_path, theirs, "report.json")])
+
+
 def bound(tmp_path: Path, **changes: Any) -> Path:
     """A device.json whose bundle held these ONNX files."""
     content = device()
