@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT)]
 
-import chromium  # noqa: E402  (from tests/unit)
+from tests.support import chromium  # noqa: E402  (from the checkout)
 
 WIDTH_PX = 1280
 # Removes all but the verdict and the chart; gives the height in px of what is left.

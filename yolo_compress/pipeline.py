@@ -432,14 +432,14 @@ def report_over(
         `verdict`, `gate` and `table`, as the metrics of the stage.
 
     Raises:
-        CompressError: See `report.devices.read`, before any stage runs; `report.devices.add` and `run`.
+        CompressError: See `report.device_files.read`, before any stage runs; `report.devices.add` and `run`.
     """
-    from yolo_compress.report import devices
+    from yolo_compress.report import device_files
     from yolo_compress.stages import Job, report
 
     store = store or Store(home.weights())
     store.check_outside(out, "out")
-    devices.read(files)  # before any training
+    device_files.read(files)  # before any training
     with store.lock(f"report of recipe {recipe.name}", wait):
         published = _run(recipe, "report", store, again=False)
         recipe, dataset = prepare(recipe, store)

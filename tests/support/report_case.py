@@ -130,7 +130,7 @@ def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes
     side = {"recall": 0.9, "missed": 12, "false_positives": 30, "false_positives_per_image": 0.345}
     base = {
         "schema": 1,
-        "a": {"label": "original, FP32 on PyTorch"},
+        "a": {"label": "baseline, FP32 on PyTorch"},
         "b": {"label": "compressed, INT8 on OpenVINO"},
         "images": 87,
         "image_set": IMAGES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -17,29 +18,29 @@ from yolo_compress.report.tables.grid import Table
 
 
 def missing_lines(document: Document) -> list[str]:
-    """What was asked for and not measured, with what would mend it."""
+    """What was asked for and not measured, with the reason."""
     return [
         f"{place(entry)} {', '.join(name.upper() for name in entry['precisions'])} "
-        f"({', '.join(entry['models'])}): {entry['reason']}"
+        f"({', '.join(map(n.model, entry['models']))}): {entry['reason']}"
         for entry in document["missing"]
     ]
 
 
 def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
-    """(passed, what) of what the deciding row had to keep to beside its mAP; MLPerf's tiers ask for nothing: None."""
+    """(passed, text) of each check beside mAP; passed is None for MLPerf's targets, which ask for nothing."""
     gate = document["gate"]
     lines: list[tuple[bool | None, str]] = []
     for check in gate["checks"]:
         if check["reason"]:
             met = check["reason"]
         elif check["name"] == "signature":
-            met = "takes and gives what the original does: classes, input and output"
+            met = "classes, input and output are those of the baseline"
         else:
-            met = f"{check['name']} {n.three(check['value'])}, at most {n.three(check['limit'])} asked"
+            met = f"{check['name']} {n.three(check['value'])}, limit {n.three(check['limit'])}"
         lines.append((check["passed"], met))
     if gate["tiers"]:
         tiers = [f"{name} % {'reached' if passed else 'not reached'}" for name, passed in gate["tiers"].items()]
-        lines.append((None, f"MLPerf's tiers of the mAP in FP32: {', '.join(tiers)}"))
+        lines.append((None, f"MLPerf's targets, in per cent of the mAP in FP32: {', '.join(tiers)}"))
     return lines
 
 
@@ -81,7 +82,7 @@ def _text_table(table: Table, width: int) -> str:
     ]
     rule = "-" * max(len(text) for text in texts)
     hidden = [column.title for i, column in enumerate(table.columns) if i not in keep]
-    note = [f"(not shown at this width: {', '.join(hidden)})"] if hidden else []
+    note = textwrap.wrap(f"(not shown at this width: {', '.join(hidden)})", width) if hidden else []
     return "\n".join([table.title, texts[0], rule, *texts[1:], *note])
 
 
@@ -91,8 +92,8 @@ def render_markdown(document: Document) -> str:
     parts = [f"# {_escape(document['recipe'])}", f"**{_escape(verdict['line'])}**"]
     bound = n.percent(gate["min_retention"])
     parts.append(
-        f"Gate: every judged row keeps at least {bound} of the original's mAP50-95 "
-        f"(`report.min_retention`): {'passed' if gate['passed'] else 'failed'}."
+        f"Gate {'passed' if gate['passed'] else 'failed'}: every judged row must have at least {bound} of the baseline's "
+        f"mAP50-95 in FP32 (`report.min_retention`); the worst decides."
     )
     if also := gate_lines(document):
         words = {True: "passed: ", False: "failed: ", None: ""}
@@ -153,7 +154,7 @@ def provenance(document: Document) -> list[tuple[str, str]]:
 
 def _flat(mapping: Mapping[str, object]) -> list[tuple[str, Any]]:
     """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
-    return [(key, n.said(key, value)) for key, value in mapping.items()]
+    return [(key, n.one_line(key, value)) for key, value in mapping.items()]
 
 
 def _markdown_table(table: Table) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard, TypeVar, cast, get_args
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report.numbers import RUNTIMES, finite, runtime
+from yolo_compress.report.numbers import RUNTIMES, finite, model, runtime
 from yolo_compress.report.schema import (
     BenchRow,
     EvaluatedBenchRow,
@@ -109,15 +109,17 @@ def one_image_set(rows: Sequence[BenchRow], chain: Sequence[StageFigures]) -> st
             continue
         image_set = row.get("image_set")
         if not image_set:
-            raise RecipeError(f"bench row {row['id']} does not say over which images it was measured (image_set)")
-        where.setdefault(image_set, f"{row['model']} {label(row)}")
+            raise RecipeError(
+                f"bench row {row['id']} has no image_set, the digest of the images that it was measured on"
+            )
+        where.setdefault(image_set, f"{model(row['model'])} {label(row)}")
     for stage in chain:
         if stage.get("image_set") and finite(stage.get("map50_95")) is not None:
             where.setdefault(stage["image_set"], f"stage {stage['stage']}")
     if len(where) > 1:
         (first, at_first), (second, at_second) = list(where.items())[:2]
         raise RecipeError(
-            f"metrics over different images are never put in one table: {at_first} over image set {first}, "
+            f"figures over different images cannot stand in one report: {at_first} is over image set {first}, "
             f"{at_second} over {second}; run bench again on one data yaml"
         )
     return next(iter(where), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_compress.errors import CorruptArtifact
+from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.files import strict_json
 from yolo_compress.report.bench_rows import ALLOWED
 from yolo_compress.report.schema import SCHEMA, Json
@@ -54,13 +54,24 @@ class ReportFile:
     rows: list[dict[str, Json]]
 
 
-def read(file: Path) -> DeviceFile | ReportFile:
-    """Reads a file of another machine. Control characters in its text become visible escapes.
+def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
+    """Each file with what it holds. Control characters in its text become visible escapes.
 
     Raises:
         CorruptArtifact: A file that is neither, of another schema, or with a key of another type.
+        RecipeError: A file is given twice.
         StorageError: A file that cannot be read.
     """
+    pairs: list[tuple[Path, DeviceFile | ReportFile]] = []
+    for file in files:
+        found = _read(file)
+        if any(found == earlier for _, earlier in pairs):
+            raise RecipeError(f"add: {file} is given twice, perhaps under another name; a report shows each once")
+        pairs.append((file, found))
+    return pairs
+
+
+def _read(file: Path) -> DeviceFile | ReportFile:
     found = _content(file)
     _check_mappings(file, found)
     for row in found["rows"]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report import device_files
 from yolo_compress.report.bench_rows import identified
-from yolo_compress.report.device_files import DeviceFile, ReportFile
+from yolo_compress.report.device_files import DeviceFile, ReportFile, read
 from yolo_compress.report.document import judged, plain
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import Device, Document, Json, Reference, Row
@@ -52,23 +51,6 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
     gate = document["gate"]
     again = judged(identified(rows), gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"])
     return cast(Document, plain({**document, **again, "devices": devices, "references": references}))
-
-
-def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
-    """The files with their content, before anything is compared with a report.
-
-    Raises:
-        CorruptArtifact: A file that is neither, or of another schema.
-        RecipeError: A file is given twice.
-        StorageError: A file cannot be read.
-    """
-    pairs: list[tuple[Path, DeviceFile | ReportFile]] = []
-    for file in files:
-        found = device_files.read(file)
-        if any(found == earlier for _, earlier in pairs):
-            raise RecipeError(f"add: {file} is given twice, perhaps under another name; a report shows each once")
-        pairs.append((file, found))
-    return pairs
 
 
 def _check_once(what: str, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the compressed model keeps enough of the original's mAP within its limits, and the one line that says so."""
+"""Whether the compressed model keeps enough of the baseline's mAP within its limits, and the one line that says so."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def judge(
         "reason": None,
     }
     if reference is None:
-        gate["reason"] = "no FP32 row of the original model was measured, so there is nothing to compare with"
+        gate["reason"] = "no FP32 row of the baseline was measured, so there is nothing to compare with"
     elif not candidates:
         gate["reason"] = f"no {'INT8 row' if int8 else 'row'} of the compressed model was measured"
     else:
@@ -129,7 +129,7 @@ def _same_signature(row: EvaluatedBenchRow, reference: MeasuredBenchRow) -> list
         return []
     given: Mapping[str, object] = value
     apart = [f"{key} {given.get(key)}, not {wanted}" for key, wanted in limit.items() if given.get(key) != wanted]
-    reason = f"{label(row)} does not fit where the original does: {'; '.join(apart)}" if apart else None
+    reason = f"{label(row)} does not fit where the baseline does: {'; '.join(apart)}" if apart else None
     return [{"name": "signature", "limit": limit, "value": value, "passed": not apart, "reason": reason}]
 
 

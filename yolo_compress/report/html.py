@@ -1,4 +1,4 @@
-"""The document, the pictures and the gallery as one HTML file that loads nothing and runs nothing."""
+"""The document, the charts and the gallery as one HTML file that loads nothing and runs nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def render(document: Document, gallery: Gallery) -> str:
     )
     environment.filters["signs"] = signs
     ab = document["ab"]
-    pictures = {
+    charts = {
         "scatter": accuracy_over_latency(document),
         "gammas": gamma_histograms(document["gammas"]),
         "channels": channels_kept(document["channels"]),
@@ -80,7 +80,7 @@ def render(document: Document, gallery: Gallery) -> str:
         errors=errors_table(document["errors"]),
         quantisation=quantisation_table(document["quantisation"]),
         placement=summary(document["placement"]),
-        pictures={name: {size: Markup(svg) for size, svg in both.items()} for name, both in pictures.items()},
+        charts={name: {size: Markup(svg) for size, svg in both.items()} for name, both in charts.items()},
         gallery=gallery,
         missing=missing_lines(document),
         untested=untested_lines(document),
@@ -103,7 +103,7 @@ def signs(text: str) -> str:
 
 
 class Tile(NamedTuple):
-    """A figure of the row that decides: now, in the baseline in FP32 on the same runtime, and what was gained."""
+    """A figure of the row that decides, that of the baseline in FP32 on the same runtime, and their ratio."""
 
     title: str
     now: str
@@ -119,7 +119,7 @@ def tiles(document: Document) -> list[Tile]:
         return []
     reference = rows.get(document["gate"]["reference"] or "")
     was = n.fixed(reference["map50_95"] if reference else None)
-    shown = [Tile("mAP50-95", n.fixed(row["map50_95"]), was, f"{n.percent(row['retention'])} kept")]
+    shown = [Tile("mAP50-95", n.fixed(row["map50_95"]), was, n.percent(row["retention"]))]
     row = rows.get(document["gate"]["timed"] or "", row)
     peer = peer_row(document["rows"], row)
     for title, key, write, gained in (
@@ -132,7 +132,7 @@ def tiles(document: Document) -> list[Tile]:
         if after is None:
             continue
         if gained is None:
-            gained = f"{n.percent(after / before, 0)} left" if before else ""
+            gained = n.percent(after / before, 0) if before else ""
         shown.append(Tile(title, write(after), "" if before is None else write(before), gained))
     return shown
 
@@ -141,7 +141,7 @@ class JudgedLine(NamedTuple):
     """A judged row; `reason` is empty where its retention says why it failed."""
 
     label: str
-    kept: str
+    retention: str
     passed: bool
     reason: str
 
@@ -150,8 +150,8 @@ def _judged(document: Document) -> list[JudgedLine]:
     rows = {row["id"]: row for row in document["rows"]}
     lines = []
     for entry in document["gate"]["judged"]:
-        retention, kept, reason = entry["retention"], n.DASH, entry["reason"] or ""
+        retention, text, reason = entry["retention"], n.DASH, entry["reason"] or ""
         if retention is not None:
-            kept, reason = n.percent_apart(retention, document["gate"]["min_retention"])[0], ""
-        lines.append(JudgedLine(label(rows[entry["id"]]), kept, entry["passed"], reason))
+            text, reason = n.percent_apart(retention, document["gate"]["min_retention"])[0], ""
+        lines.append(JudgedLine(label(rows[entry["id"]]), text, entry["passed"], reason))
     return lines

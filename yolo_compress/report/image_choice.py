@@ -1,4 +1,4 @@
-"""Which validation images the gallery shows: where the compressed model lost most, what it invented, and some at random."""
+"""Which validation images the gallery shows: the most lost objects, the most new false positives, and some at random."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from yolo_compress.report.schema import Flip
 
 # Section of the gallery -> its title and what it shows, in the order of the page.
 SECTIONS = {
-    "lost": ("Worst losses", "Images where the compressed model lost most objects that the original found."),
-    "invented": ("New false positives", "Detections of the compressed model that match no object, where the original had fewer."),
-    "random": ("Random images", "Drawn with the recipe's seed from all the others: neither good nor bad ones on purpose."),
+    "lost": ("Worst losses", "Images with most objects that only the baseline finds."),
+    "invented": ("New false positives", "Images with detections of the compressed model alone that match no object."),
+    "random": ("Random images", "Drawn from all other images with the recipe's seed."),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from yolo_compress.runtime.registry import titles
 
 DASH = "\u2013"
+MODELS = {"original": "baseline", "compressed": "compressed"}  # as JSON has them -> as people read them
 RUNTIMES = {
     "torch": "PyTorch",
     **titles(),
@@ -95,7 +96,13 @@ def duration(value: Any) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
+def model(name: str) -> str:
+    """A model of a bench row as people read it."""
+    return MODELS.get(name, name)
+
+
 def runtime(name: str) -> str:
+    """A runtime as people read it."""
     return RUNTIMES.get(name, name)
 
 
@@ -118,10 +125,10 @@ def probability(value: Any) -> str:
     return DASH if number is None else "under 0.001" if number < 0.001 else f"{number:.3f}"
 
 
-def said(key: str, value: Any) -> Any:
-    """What a record holds, in one line: mappings and lists are spelled out."""
+def one_line(key: str, value: Any) -> Any:
+    """A value of the environment on one line: mappings and lists are spelled out."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {said(name, item)}" for name, item in value.items())
+        return "; ".join(f"{name} {one_line(name, item)}" for name, item in value.items())
     if isinstance(value, list):
         return (" x " if key.startswith("imgsz") else ", ").join(map(str, value))
     return value

@@ -68,7 +68,9 @@ def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
     if given["measure"] not in MEASURES:
         raise RecipeError(f"sensitivity is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")
     if finite(given["dense"]) is None:
-        raise RecipeError(f"sensitivity: the unpruned net has {given['measure']} {given['dense']}, expected a number")
+        raise RecipeError(
+            f"sensitivity: the model before pruning has {given['measure']} {given['dense']}, expected a number"
+        )
     ratios = list(given["ratios"])
     if not ratios or ratios != sorted(set(ratios)) or not 0 < ratios[0] <= ratios[-1] < 1:
         raise RecipeError(f"sensitivity has ratios {ratios}, expected shares between 0 and 1, ascending")

@@ -1,4 +1,4 @@
-"""What the runtimes make of zeros among the weights, so that nobody takes a sparse model for a faster one."""
+"""What each runtime does with zeros among the weights: a sparse model is not a faster one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def zeros_note(kind: str, sparsity: float) -> list[str]:
 
     Args:
         kind: `unstructured` or `two_four`.
-        sparsity: share of exact zeros in the convolution weights.
+        sparsity: Share of exact zeros in the convolution weights.
 
     Sources: ONNX Runtime turns sparse initialisers into dense ones at load (microsoft/onnxruntime #5578); OpenVINO documents
     `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX; TensorRT's developer guide, "Sparsity". The two

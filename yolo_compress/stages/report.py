@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from yolo_compress.evaluate.ab.document import compare
-from yolo_compress.report import devices, evidence
+from yolo_compress.report import devices, evidence, numbers
 from yolo_compress.report.as_text import render_text
 from yolo_compress.report.bench_rows import identified, label, peer_row
 from yolo_compress.report.charts.gallery import Item
@@ -142,7 +142,7 @@ def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tup
 
 
 def _contender(row: BenchRow) -> Contender:
-    return {"label": f"{row['model']}, {label(row)}", "row": row["id"]}
+    return {"label": f"{numbers.model(row['model'])}, {label(row)}", "row": row["id"]}
 
 
 def _own(job: Job, stage: str) -> bool:
@@ -225,13 +225,14 @@ def _environment(job: Job) -> Environment:
 
 def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
     sentences = [
-        "Latency is that of the engine alone: letterbox and NMS are not in it.",
-        f"One training with one seed ({job.recipe.run.seed}): intervals are over the validation images, not over trainings.",
-        "mAP is over the validation images alone: nothing is known of other cameras, light or objects.",
+        "Latency is that of the engine alone, without letterbox and NMS.",
+        f"One training with one seed ({job.recipe.run.seed}): the intervals cover the choice of validation images, not of the seed.",
+        "mAP holds for the validation images: other cameras, light or objects were not tested.",
     ]
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         sentences.append(
-            "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node; build and measure there before you deploy."
+            "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node. "
+            "Build and measure on the robot before you deploy."
         )
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
         sentences += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])

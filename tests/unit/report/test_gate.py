@@ -52,7 +52,7 @@ def test_a_limit_on_what_was_not_measured_fails() -> None:
 @pytest.mark.parametrize(("key", "value"), [("names", ["nut", "bolt"]), ("imgsz", [96, 64]), ("output", [6, 84])])
 def test_what_takes_the_place_of_the_original_must_fit_there(key: str, value: list[Any]) -> None:
     found = judge(rows(signature={**SIGNATURE, key: value}), 0.9)
-    assert not found["passed"] and f"does not fit where the original does: {key} {value}, not" in found["reason"]
+    assert not found["passed"] and f"does not fit where the baseline does: {key} {value}, not" in found["reason"]
     assert judge(rows(signature=None), 0.9)["checks"] == [], "not recorded by another device: not judged"
 
 

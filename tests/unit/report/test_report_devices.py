@@ -40,9 +40,11 @@ def test_a_robot_stands_beside_this_machine(tmp_path: Path) -> None:
         ("NVIDIA Jetson Orin Nano", "FP16"), ("NVIDIA Jetson Orin Nano", "INT8"),
     }  # fmt: skip
     int8 = found["NVIDIA Jetson Orin Nano", "INT8"]
-    assert int8["mAP50-95"] == "0.588" and int8["Kept"] == "98.0 %" and int8["W"] == "7.50" and int8["mJ"] == "50.0"
+    assert (
+        int8["mAP50-95"] == "0.588" and int8["Retention"] == "98.0 %" and int8["W"] == "7.50" and int8["mJ"] == "50.0"
+    )
     timed = found["NVIDIA Jetson Orin Nano", "FP16"]
-    assert timed["mAP50-95"] == timed["Kept"] == DASH and timed["p50 ms"] == "3.00", "no mAP: latency only"
+    assert timed["mAP50-95"] == timed["Retention"] == DASH and timed["p50 ms"] == "3.00", "no mAP: latency only"
     assert not any(line.group.startswith("TensorRT (") for line in bench_table(report).lines), (
         "the bench is of this machine"
     )

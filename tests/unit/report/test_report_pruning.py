@@ -179,7 +179,7 @@ def test_only_harm_is_coloured_by_its_square_root_and_the_worst_is_the_deepest(
     ("changes", "message"),
     [
         ({"measure": "map50"}, "is of 'map50', expected one of loss, map50_95"),
-        ({"dense": float("nan")}, "the unpruned net has loss nan"),
+        ({"dense": float("nan")}, "the model before pruning has loss nan"),
         ({"ratios": [0.5, 0.25, 0.75]}, r"ratios \[0.5, 0.25, 0.75\]"),
         ({"ratios": []}, r"ratios \[\]"),
         ({"ratios": [0.5, 0.75, 1.0]}, "shares between 0 and 1"),

@@ -1,4 +1,4 @@
-"""Pictures with a row a layer or group, in the network's order: what bars and heat maps have in common."""
+"""Charts with a row a layer or group, in the model's order: what bars and heat maps have in common."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text_px(text: str) -> float:
     return 0.62 * FONT_PX * len(text)
 
 
-def pictures(
+def charts(
     name: str,
     description: str,
     rows: Mapping[str, Row],

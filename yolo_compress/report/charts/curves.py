@@ -30,7 +30,7 @@ def _precision(ab: AB, variant: str) -> str:
         axes.grid(True)
         recall = np.linspace(0, 1, 101)
         for name, map50, curve, colour, width in (
-            ("original", ab["map50"]["a"], ab["pr"]["a"], "before", 3.2),
+            ("baseline", ab["map50"]["a"], ab["pr"]["a"], "before", 3.2),
             ("compressed", ab["map50"]["b"], ab["pr"]["b"], "after", 1.6),
         ):
             label = f"{name}, mAP50 {fixed(map50)}"
@@ -73,7 +73,7 @@ def _times(rows: Sequence[Row], quantiles: Mapping[str, Sequence[float]], varian
                 continue
             _panel(axes, panels[place], [row for row in rows if row["runtime"] == panels[place]], quantiles)
             if place % across == 0:
-                axes.set_ylabel("calls within")
+                axes.set_ylabel("share of calls")
             if place + across >= len(panels):
                 axes.set_xlabel("latency, ms")
         return to_svg(figure, "Share of calls that took at most so long, by runtime, model and precision")

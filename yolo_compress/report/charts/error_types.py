@@ -68,4 +68,4 @@ def _bars(errors: ErrorTypes, variant: str) -> str:
         axes.spines["bottom"].set_visible(False)
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.set_xlim(0, longest * (1.15 if wide else 1.5))
-        return to_svg(figure, "What each type of error costs in AP50, original and compressed model")
+        return to_svg(figure, "What each type of error costs in AP50, baseline and compressed model")

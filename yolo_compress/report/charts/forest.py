@@ -34,7 +34,7 @@ def differences(ab: AB | None) -> dict[str, str]:
 
 
 def left_out(ab: AB | None) -> int:
-    """How many classes the picture leaves out."""
+    """How many classes the chart leaves out."""
     return max(0, len(_with_truths(ab["by_class"])) - MOST) if ab else 0
 
 
@@ -93,7 +93,7 @@ def _forest(ab: AB, lines: Sequence[ForestRow | None], variant: str) -> str:
         axes.set_xlim(-reach, reach)
         axes.locator_params(axis="x", nbins=7 if wide else 4)
         axes.grid(True, axis="x")
-        axes.set_xlabel("compressed minus original")
+        axes.set_xlabel("compressed minus baseline")
         return to_svg(figure, "Difference of mAP between both models with 95 % intervals, whole, by size and by class")
 
 

@@ -1,6 +1,6 @@
 """What the stages did: gammas over the epochs, channels and FLOPs before and after, mAP while fine-tuning.
 
-Each picture comes `wide` (desktop) and `narrow` (phone), because a chart scaled down to 390 px cannot be read.
+Each chart comes `wide` (desktop) and `narrow` (phone), because a chart scaled down to 390 px cannot be read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from yolo_compress.report.charts.by_layer import FONT_PX, in_order, pictures, text_px
+from yolo_compress.report.charts.by_layer import FONT_PX, charts, in_order, text_px
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import finite, fixed, percent, three
 from yolo_compress.report.schema import Gammas
@@ -88,7 +88,7 @@ def _ridges(gammas: Gammas, variant: str) -> str:
 
 
 def channels_kept(channels: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
-    """A bar a layer, before as outline, after filled, in the network's order."""
+    """A bar a layer, before as outline, after filled, in the model's order."""
     bars = {
         layer: Bar(before, after, f"{before} → {after}" if before != after else f"{before}")
         for layer, (before, after) in (channels or {}).items()
@@ -97,7 +97,7 @@ def channels_kept(channels: Mapping[str, Sequence[int]] | None) -> dict[str, str
 
 
 def flops_per_layer(flops: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
-    """MACs before and after, a bar a block of the network; the head, which is the last, a bar a branch."""
+    """MACs before and after, a bar a block of the model; the head, which is the last, a bar a branch."""
     return _macs("flops", "MMACs of each block before and after pruning", _by_block(flops or {}))
 
 
@@ -195,4 +195,4 @@ def _bars(name: str, description: str, bars: Mapping[str, Bar]) -> dict[str, str
         fits = (max(bar.before, bar.after) / max(0.2, 1 - (text_px(bar.label) + 8) / width_px) for bar in bars.values())
         axes.set_xlim(0, max(fits) or 1)
 
-    return pictures(name, description, bars, paint)
+    return charts(name, description, bars, paint)

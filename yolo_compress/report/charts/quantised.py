@@ -1,4 +1,4 @@
-"""Which tensors are INT8 and which are not, and what each group of them gives back when it alone is left in float."""
+"""Which tensors are INT8 and which are float, and the gain and the price of each group in float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from yolo_compress.report.charts.by_layer import FONT_PX, in_order, pictures, text_px
+from yolo_compress.report.charts.by_layer import FONT_PX, charts, in_order, text_px
 from yolo_compress.report.charts.plots import block_of
 from yolo_compress.report.charts.svg import COLOURS
 from yolo_compress.report.numbers import fixed, runtime, signed, three, whole
@@ -17,7 +17,7 @@ COST_DIGITS = 3
 
 
 def price(quantisation: Quantisation) -> tuple[str, Mapping[str, float]]:
-    """The unit of the price that `qat.sensitivity_price` set, and what each group costs in float."""
+    """The unit of `qat.sensitivity_price`, and the price of each group in float."""
     gflops = quantisation["price"] == "gflops"
     return ("GFLOPs", quantisation["compute_gflops"]) if gflops else ("ms", quantisation["price_ms"])
 
@@ -57,12 +57,12 @@ def gives_back(quantisation: Quantisation | None) -> dict[str, str]:
         at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
         axes.text(1, place, text, **at, fontsize=FONT_PX, color=COLOURS["muted"])
 
-    description = "What each group of tensors gives back when it alone is left in float, and what that costs"
-    return pictures("quantisation", description, rows, paint, loud=set(quantisation["left"]), head=True)
+    description = "Gain and price of each group of tensors when it alone is in float"
+    return charts("quantisation", description, rows, paint, loud=set(quantisation["left"]), head=True)
 
 
 def precisions(placement: Sequence[Tensor]) -> dict[str, str]:
-    """A row a block, a cell a tensor in the order of the network: filled for INT8, outlined for float."""
+    """A row a block, a cell a tensor in the order of the model: filled for INT8, outlined for float."""
     blocks: dict[str, list[str]] = {}
     for row in placement:
         blocks.setdefault(block_of(row["tensor"]), []).append(row["precision"])
@@ -77,20 +77,20 @@ def precisions(placement: Sequence[Tensor]) -> dict[str, str]:
         axes.set_xlim(0, max(most, width_px / 18))
         axes.spines["left"].set_visible(False)
 
-    return pictures("placement", "Precision of every tensor between two layers, by block", blocks, paint)
+    return charts("placement", "Precision of every tensor between two layers, by block", blocks, paint)
 
 
 def quantisation_table(quantisation: Quantisation | None) -> Table:
-    """The groups that stay in float, and those that give back most."""
+    """The groups that stay in float, and those with the largest gain."""
     if not quantisation:
         return Table("INT8 sensitivity", (), ())
     gains, left = quantisation["gives_back"], quantisation["left"]
     unit, costs = price(quantisation)
     columns = (
         Column("Group of tensors", right=False),
-        Column("Gives back"),
+        Column("Gain"),
         Column(f"Price, {unit}"),
-        Column("Stays", right=False),
+        Column("Precision", right=False),
     )
     ranked = sorted(gains, key=lambda group: (group not in left, -gains[group]))[: max(5, len(left))]
     lines = [
@@ -108,17 +108,17 @@ def quantisation_table(quantisation: Quantisation | None) -> Table:
 
 
 def quantisation_note(quantisation: Quantisation) -> str:
-    """What was measured, what was decided on it, and by which price."""
+    """The measure in float, in INT8 and as decided, and what the price means."""
     what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
     left = quantisation["left"]
     unit, costs = price(quantisation)
-    lost = f"that its convolutions lose against INT8 on {runtime(quantisation['price'])}"
+    ms = f"the ms that its convolutions take longer than in INT8 on {runtime(quantisation['price'])}"
     return (
         f"{what} on {whole(quantisation['images'])} calibration images: {fixed(quantisation['float'], 4)} in float, "
         f"{fixed(quantisation['int8'], 4)} in INT8, {fixed(quantisation['then'], 4)} with "
-        f"{', '.join(left) if left else 'no group'} left in float; {fixed(quantisation['worst'], 4)} was asked. "
-        f"The price of a group is the {unit} {lost if unit == 'ms' else 'of its convolutions'}; "
-        f"{three(sum(costs[group] for group in left))} in all was paid."
+        f"{', '.join(left) if left else 'no group'} in float; required: {fixed(quantisation['worst'], 4)}. "
+        f"The price of a group is {ms if unit == 'ms' else f'the {unit} of its convolutions'}; "
+        f"the groups in float cost {three(sum(costs[group] for group in left))} in all."
     )
 
 

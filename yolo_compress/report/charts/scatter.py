@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
-from yolo_compress.report.numbers import finite, percent, runtime
+from yolo_compress.report.numbers import MODELS, finite, percent, runtime
 from yolo_compress.report.schema import Document, Model, Precision, Reference, Row
 
 SHADES: dict[Model | Literal["reference"], str] = {"original": "before", "compressed": "after", "reference": "muted"}
@@ -154,7 +154,7 @@ def _legend(points: Sequence[Point]) -> list[Line2D]:
                     marker="o",
                     linestyle="none",
                     color=COLOURS[colour],
-                    label=model,
+                    label=MODELS.get(model, model),
                     markerfacecolor=face,
                     markersize=8,
                     markeredgewidth=1.8,

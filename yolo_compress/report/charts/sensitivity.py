@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from yolo_compress.report.charts.by_layer import FONT_PX, pictures, text_px
+from yolo_compress.report.charts.by_layer import FONT_PX, charts, text_px
 from yolo_compress.report.charts.svg import COLOURS
 from yolo_compress.report.numbers import finite, percent, signed
 from yolo_compress.report.schema import Sensitivity
@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
 
 def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
-    """Change of the loss or mAP against the unpruned net, deeper where it is worse, and the cap where one was set."""
+    """Change of the loss or mAP against the model before pruning, deeper where it is worse, and the cap where one was set."""
     if not sensitivity:
         return {}
     rows = _rows(sensitivity)
@@ -33,7 +33,7 @@ def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
         rows = {group: [*row, Cell(percent(caps[group], 0) if group in caps else "", 0)] for group, row in rows.items()}
     loud = {entry["group"] for entry in sensitivity["most_sensitive"]}
     description = "Change of the loss or mAP with each share of the channels of each group removed"
-    return pictures("sensitivity", description, rows, partial(_paint, heads), loud=loud, head=True)
+    return charts("sensitivity", description, rows, partial(_paint, heads), loud=loud, head=True)
 
 
 def _rows(sensitivity: Sensitivity) -> dict[str, list[Cell]]:

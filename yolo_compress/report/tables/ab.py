@@ -1,4 +1,4 @@
-"""The compressed model against the original on the same images, as tables."""
+"""The compressed model against the baseline on the same images, as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yolo_compress.report.tables.grid import Column, Line, Table
 
 FIGURES = (
     Column("Figure", right=False),
-    Column("Original"),
+    Column("Baseline"),
     Column("Compressed"),
     Column("Difference"),
     Column("95 % interval", rank=1),
@@ -19,10 +19,10 @@ FIGURES = (
 PARTS = (Column("Part", right=False), Column("Objects"), *FIGURES[1:])
 ERRORS = (
     Column("Type", right=False),
-    Column("Original costs"),
-    Column("Compressed costs"),
-    Column("Original, seen"),
-    Column("Compressed, seen"),
+    Column("Cost, baseline"),
+    Column("Cost, compressed"),
+    Column("Count, baseline"),
+    Column("Count, compressed"),
 )
 
 
@@ -56,27 +56,25 @@ def _notes(ab: AB) -> list[str]:
     settings, at = ab["settings"], ab["operating"]
     odd, found = at["mcnemar"], at["agreement"]
     notes = [
-        f"A is {ab['a']['label']}, B is {ab['b']['label']}; {n.whole(settings['replicates'])} bootstrap replicates of the "
-        f"{n.whole(ab['images'])} images, both models on the same ones, seed {settings['seed']}; margin "
-        f"{n.percent(settings['margin'])} of the original's mAP50-95.",
-        f"Of the objects, {n.whole(odd['a_only'])} were found by the original alone and {n.whole(odd['b_only'])} by the "
-        f"compressed model alone, in {n.whole(odd['images'])} images (McNemar's test by image, p = {n.probability(odd['p'])}).",
+        f"A is {ab['a']['label']}; B is {ab['b']['label']}. Intervals are from {n.whole(settings['replicates'])} bootstrap "
+        f"resamples of the {n.whole(ab['images'])} images, the same for both models, seed {settings['seed']}. The margin is "
+        f"{n.percent(settings['margin'])} of the baseline's mAP50-95.",
+        f"The baseline alone finds {n.whole(odd['a_only'])} objects and the compressed model alone {n.whole(odd['b_only'])}, "
+        f"in {n.whole(odd['images'])} images (McNemar's test by image, p = {n.probability(odd['p'])}).",
     ]
     if (threshold := n.finite(at.get("threshold_b"))) is not None:
-        notes.append(f"At score {n.plain(threshold)} the compressed model has the original's recall.")
+        notes.append(f"At score {n.plain(threshold)} the compressed model has the baseline's recall.")
     else:
-        notes.append("The compressed model has the original's recall at no score.")
+        notes.append("The compressed model has the baseline's recall at no score.")
     latency = ab["latency"]
     if latency and (other := latency.get("a")) and other["row"] != ab["a"].get("row"):
-        own = latency["b"]
-        whose = "the compressed model" if own["row"] == ab["b"].get("row") else own["label"]
-        notes.append(f"Latency is that of {whose} against {other['label']}, which runs in the same place.")
+        notes.append(f"Latency is that of {latency['b']['label']}, and of {other['label']} on the same runtime.")
     shift = at["score_shift"]
     if found["matched"]:
         notes.append(
-            f"{n.whole(found['matched'])} detections are shared (same class, IoU of 0.5 or more): their boxes overlap with an "
-            f"IoU of {n.fixed(found['median_iou'])} in the median and {n.fixed(found['p05_iou'])} at 5 %; their scores moved by "
-            f"{n.signed(shift['median'])} in the median, 80 % of them by {n.signed(shift['p10'])} to {n.signed(shift['p90'])}."
+            f"{n.whole(found['matched'])} detections are in both models (same class, IoU of 0.5 or more). The median IoU of their "
+            f"boxes is {n.fixed(found['median_iou'])}, the 5th percentile {n.fixed(found['p05_iou'])}. The median change of score is "
+            f"{n.signed(shift['median'])}; 80 % of the changes are from {n.signed(shift['p10'])} to {n.signed(shift['p90'])}."
         )
     return notes
 
@@ -97,5 +95,9 @@ def errors_table(errors: ErrorTypes | None) -> Table:
         Line((line.name, *map(n.percent, line.costs), *map(n.whole, line.counts)))
         for line in (error_rows(errors) if errors else ())
     ]
-    notes = (f"Seen: with a score above {n.plain(errors['conf'])}.",) if errors else ()
+    notes = (
+        (f"Costs are over all detections; counts are of those with a score above {n.plain(errors['conf'])}.",)
+        if errors
+        else ()
+    )
     return Table("Error types", ERRORS, tuple(lines), notes)

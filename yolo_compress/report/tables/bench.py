@@ -19,10 +19,10 @@ def place(row: Mapping[str, object]) -> str:
 
 
 MODEL = (
-    Field(Column("Model", right=False), lambda row: str(row["model"])),
+    Field(Column("Model", right=False), lambda row: n.model(str(row["model"]))),
     Field(Column("Precision", right=False), lambda row: str(row["precision"]).upper()),
     field("mAP50-95", "map50_95", n.fixed),
-    field("Kept", "retention", n.percent, rank=1),
+    field("Retention", "retention", n.percent, rank=1),
 )
 BENCH = (
     Field(Column("Runtime", right=False), place),
@@ -33,7 +33,7 @@ BENCH = (
     field("p99 ms", "latency_p99_ms", n.three, rank=7),
     field("Speed-up", "speed_up", n.times, rank=1),
     field("MiB", "size_mib", n.three, rank=2),
-    field("Smaller", "size_ratio", n.times, rank=3),
+    field("Size ratio", "size_ratio", n.times, rank=3),
     field("Ultralytics", "map50_95_ultralytics", n.fixed, rank=8),
     Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
 )
@@ -41,7 +41,7 @@ FILES = (
     Field(Column("File", right=False), lambda row: f"{row['model']}/{str(row['file']).rpartition('/')[2]}"),
     Field(Column("For", right=False), lambda row: n.runtime(str(row["runtime"]))),
     field("mAP50-95", "map50_95", n.fixed),
-    field("Kept", "retention", n.percent, rank=1),
+    field("Retention", "retention", n.percent, rank=1),
     field("mAP50", "map50", n.fixed, rank=6),
     Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
 )
@@ -52,7 +52,7 @@ DEVICES = (
     field("p90 ms", "latency_p90_ms", n.three, rank=4),
     field("p99 ms", "latency_p99_ms", n.three, rank=5),
     field("End to end p50 ms", "end_to_end_p50_ms", n.three, rank=2),
-    field("Frames/s", "fps", n.three, rank=3),
+    field("Images/s", "fps", n.three, rank=3),
     field("W", "power_w", n.three, rank=2),
     field("mJ", "energy_mj_per_frame", n.three, rank=3),
     field("Memory MiB", "memory_mib", n.whole, rank=4),
@@ -61,7 +61,7 @@ DEVICES = (
 
 
 def bench_table(document: Document) -> Table:
-    """Every row measured here, original above compressed within a runtime; what is missing once a runtime, with dashes."""
+    """Every row measured here, baseline above compressed within a runtime; what is missing once a runtime, with dashes."""
     marks = _marks(document)
     lines = [
         Line(cells(BENCH, row), place(row), marks.get(row["id"], ""))
@@ -72,7 +72,7 @@ def bench_table(document: Document) -> Table:
         if entry["device"]:
             continue
         precisions = ", ".join(name.upper() for name in entry["precisions"])
-        model = "both" if len(entry["models"]) > 1 else entry["models"][0]
+        model = "both" if len(entry["models"]) > 1 else n.model(entry["models"][0])
         dashes = [n.DASH] * (len(BENCH) - 4)
         lines.append(Line((place(entry), model, precisions, *dashes, "missing"), place(entry), "missing"))
     return Table("Bench", columns(BENCH), tuple(lines), _bench_notes(document))
@@ -84,8 +84,8 @@ def files_table(document: Document) -> Table:
     rows = [row for row in document["rows"] if row["status"] == "untimed"]
     lines = [Line(cells(FILES, row), mark=marks.get(row["id"], "")) for row in rows]
     notes = [
-        "Simulated: ONNX Runtime computes the graph node by node, with its optimiser off: the codes and scales that are in the file. "
-        "What fused kernels of an engine round inside of themselves is not in it. No latency, since there is no engine."
+        "Simulated: ONNX Runtime computes the graph node by node, without optimisation, from the weights and scales in the file. "
+        "An engine may round otherwise inside its fused kernels. There is no latency, since there is no engine."
     ]
     return Table("Files", columns(FILES), tuple(lines), (*notes, *_row_notes(rows)))
 
@@ -102,7 +102,8 @@ def devices_table(document: Document) -> Table:
     ]
     lines = [Line(cells(DEVICES, row), row.get("device") or HERE, marks.get(row["id"], "")) for row in rows]
     notes = [
-        "Kept is against the original in FP32 here. mJ is the energy of one frame; a dash is what a device did not measure."
+        "Retention is mAP50-95 / mAP50-95 of the baseline in FP32 on this machine. mJ is the energy of one image. "
+        "A dash: the device did not measure it."
     ]
     return Table("Devices", columns(DEVICES), tuple(lines), tuple(notes + _row_notes(rows)))
 
@@ -114,7 +115,7 @@ def device_lines(document: Document) -> list[tuple[str, bool, str]]:
         golden, about = device["golden"] or {}, device["about"]
         libraries: Mapping[str, object] = device["libraries"] or {str(device["runtime"]): device["library"]}
         parts = [f"{n.runtime(runtime)} {library}" for runtime, library in libraries.items()]
-        parts += [f"{key} {n.said(key, about[key])}" for key in STATE if about.get(key)]
+        parts += [f"{key} {n.one_line(key, about[key])}" for key in STATE if about.get(key)]
         parts += [f"power from {device['power_from']}"] if device["power_from"] else []
         parts.append(f"bundle {device['bundle'].get('name')} version {device['bundle'].get('version')}")
         if golden:
@@ -134,12 +135,12 @@ def _marks(document: Document) -> dict[str, str]:
 
 def _bench_notes(document: Document) -> tuple[str, ...]:
     notes = [
-        "Kept is mAP50-95 as a share of the original's in FP32 (the reference row); speed-up (p50) and smaller are "
-        "against the original in FP32 on the same runtime. mAP by pycocotools; Ultralytics is mAP50-95 as "
-        "its own validator has it; executed is what the runtime made of the precision asked for."
+        "Retention is mAP50-95 / mAP50-95 of the reference row, the baseline in FP32. Speed-up (p50) and size ratio are "
+        "relative to the baseline in FP32 on the same runtime. mAP is by pycocotools; the column Ultralytics is mAP50-95 by "
+        "its own validator. Executed is the precision that the runtime really computed in."
     ]
     if (batch := document["environment"].get("batch", 1)) != 1:
-        notes.append(f"Latency is that of one inference of {batch} images.")
+        notes.append(f"Latency is of one inference of {batch} images.")
     measured = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
     return (*notes, *_row_notes(measured))
 
@@ -147,6 +148,6 @@ def _bench_notes(document: Document) -> tuple[str, ...]:
 def _row_notes(measured: Sequence[Row]) -> list[str]:
     notes = []
     for note in dict.fromkeys(note for row in measured for note in row["notes"]):
-        names = [f"{row['model']} {label(row)}" for row in measured if note in row["notes"]]
+        names = [f"{n.model(row['model'])} {label(row)}" for row in measured if note in row["notes"]]
         notes.append(f"{note} ({'all rows' if len(names) == len(measured) else ', '.join(names)}).")
     return notes

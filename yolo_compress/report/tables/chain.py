@@ -1,4 +1,4 @@
-"""The chain from the baseline to the engines, and what pruning cut, as tables."""
+"""The chain from the baseline to the engines, and what pruning removed, as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ CHAIN = (
         lambda line: n.interval(line.get("map50_95_low"), line.get("map50_95_high"), n.fixed),
     ),
     Field(
-        Column("of the delta", rank=4), lambda line: n.interval(line.get("delta_low"), line.get("delta_high"), n.signed)
+        Column("Delta interval", rank=4),
+        lambda line: n.interval(line.get("delta_low"), line.get("delta_high"), n.signed),
     ),
     field("Parameters", "parameters", n.millions, rank=2),
     field("GFLOPs", "compute_gflops", n.three, rank=1),
@@ -27,7 +28,7 @@ CHAIN = (
     field("Epochs", "epochs", n.whole, rank=8),
     field("Time", "seconds", n.duration, rank=8),
 )
-PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("Kept"))
+PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("After / before"))
 
 
 def chain_table(document: Document) -> Table:
@@ -51,13 +52,16 @@ def chain_table(document: Document) -> Table:
             for row in engines
         ]
     notes = [
-        "Delta is against the baseline. GFLOPs are 2 x GMACs at the stated image size. Latency is that of PyTorch for a stage."
+        "Delta is the difference from the baseline. GFLOPs are 2 x GMACs of one image. "
+        "The latency of a stage is that of its model in PyTorch."
     ]
     if any("map50_95_low" in line for line in (*document["chain"], *engines)):
         notes.append(
-            "Intervals are 95 %, by bootstrap over the validation images; that of a delta draws the same images for both."
+            "Intervals are 95 %, by bootstrap over the validation images; for a delta, both models see the same images."
         )
-    notes += [f"{stage['stage']} saw {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage]
+    notes += [
+        f"{stage['stage']} trained on {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage
+    ]
     return Table("Chain", columns(CHAIN), tuple(lines), tuple(notes))
 
 
@@ -71,7 +75,7 @@ def _delta(row: Row, base: float | None) -> float | None:
 
 
 def pruning_table(document: Document) -> Table:
-    """What pruning cut, and mAP at each step of the recovery; a figure that the stage did not leave has no line."""
+    """What pruning removed, and mAP at each step of the recovery; a figure that was not measured has no line."""
     chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
     place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
     if not place:
