@@ -109,7 +109,7 @@ def command_line(folder: Path) -> Made:
             stack.enter_context(mock.patch.object(datasets, "draw_digits", stopped))
             stack.enter_context(mock.patch("yolo_compress.train.trainer.train", stopped))
             stack.enter_context(mock.patch("yolo_compress.cli.fetch.fetch", stopped))
-            stack.enter_context(mock.patch.object(isolated, "check_apart", here))
+            stack.enter_context(mock.patch.object(isolated, "check_isolated", here))
             os.chdir(folder)
             return main.main(words)
 

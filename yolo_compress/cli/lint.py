@@ -13,7 +13,7 @@ from yolo_compress.progress import result
 
 def handle(command: Command) -> int:
     """Print the findings; exit code 1 if one of them is an error."""
-    text, document = isolated.check_apart(Path(command.words[0]), command.options.get("target", DEFAULT))
+    text, document = isolated.check_isolated(Path(command.words[0]), command.options.get("target", DEFAULT))
     result(text)
     result(json.dumps(document))
     return 1 if document["error"] else 0

@@ -1,5 +1,5 @@
-"""Faults of any ONNX file before an engine is built from it. Needs onnx and numpy, neither torch nor ultralytics.
+"""Check any ONNX file before an engine is built from it. Needs onnx and numpy, neither torch nor ultralytics.
 
-`check.check(file, target)` is the door; a rule is a row of the table at the bottom of `codes`, `scales`, `placement`,
-`shapes`, `precision` or `operators`.
+The entry point is `check.check(file, target)`. A rule is a row of the table at the bottom of `codes`, `scales`, `placement`,
+`shapes`, `precision`, `operators` or `compiler`.
 """

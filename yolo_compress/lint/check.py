@@ -1,4 +1,4 @@
-"""Run the table of rules over a file, and say what was found."""
+"""Check an ONNX file against all rules and report the findings."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from yolo_compress.lint.graph import Graph
 from yolo_compress.lint.node import DQ, Q
 from yolo_compress.lint.operators import OPERATORS
 from yolo_compress.lint.placement import PLACEMENT
-from yolo_compress.lint.precision import HALVES
+from yolo_compress.lint.precision import PRECISION
 from yolo_compress.lint.rule import SEVERITIES, Finding, Rule
 from yolo_compress.lint.scales import SCALES
 from yolo_compress.lint.shapes import SHAPES
 from yolo_compress.lint.targets import DEFAULT, Target, target
 
-RULES: dict[str, Rule] = {row.id: row for row in (*OPERATORS, *CODES, *SCALES, *PLACEMENT, *SHAPES, *HALVES, *COMPILED)}
-SHOWN = 8  # lines a rule in the text; the JSON holds all
+RULES: dict[str, Rule] = {
+    row.id: row for row in (*OPERATORS, *CODES, *SCALES, *PLACEMENT, *SHAPES, *PRECISION, *COMPILED)
+}
+SHOWN = 8  # findings per rule in the text report; the JSON lists all
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a file holds and what is wrong with it.
+    """Result of a check.
 
     Attributes:
-        file: as given.
-        target: name of the target.
-        facts: opset and counts of nodes.
-        findings: errors first, then in the order of the table and of the graph.
+        file: path of the ONNX file, as the caller gave it.
+        target: runtime and versions that the file was checked against.
+        facts: opset and node counts, see `facts`.
+        findings: sorted by severity, then by rule, then by position in the graph.
     """
 
     file: str
@@ -41,16 +43,16 @@ class Report:
     findings: tuple[Finding, ...]
 
     def count(self, severity: str) -> int:
-        """Findings of a severity."""
+        """Return the number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
     @property
     def rules(self) -> dict[str, int]:
-        """Findings a rule."""
+        """Number of findings per rule id."""
         return dict(Counter(finding.rule for finding in self.findings))
 
     def text(self) -> str:
-        """Lines for people: a head a rule with count, consequence and fix, then its places."""
+        """Return the report as text. Each rule has its count, consequence and fix, followed by its findings."""
         facts = self.facts
         lines = [
             f"{self.file}: opset {facts['opset']}; {facts['convs']} convolutions, {facts['int8_convs']} of them in INT8; "
@@ -66,7 +68,7 @@ class Report:
         return "\n".join([*lines, "", counts])
 
     def as_json(self) -> dict[str, Any]:
-        """The same as one document, with every finding."""
+        """Return the report as a JSON document with every finding."""
         return {
             "file": self.file,
             "target": self.target.name,
@@ -82,15 +84,16 @@ def _counted(count: int, word: str) -> str:
 
 
 def check(file: Path, name: str = DEFAULT) -> Report:
-    """Look for everything that the table knows.
+    """Check an ONNX file against every rule that applies to a target.
 
     Args:
-        file: Any ONNX file. Read only.
+        file: Any ONNX file. It is only read.
         name: Key of `targets.TARGETS`.
 
     Raises:
-        RecipeError: Unknown target.
-        EnvironmentLacks, StorageError, CorruptArtifact: As `load.read`; or the target is built and its library is not here.
+        RecipeError: The target is unknown.
+        EnvironmentLacks: There is no such file, or the target needs a library that is not installed.
+        StorageError, CorruptArtifact: See `load.read`.
     """
     row = target(name)
     graph = load.read(file)
@@ -98,7 +101,7 @@ def check(file: Path, name: str = DEFAULT) -> Report:
 
 
 def findings(graph: Graph, row: Target) -> tuple[Finding, ...]:
-    """Of a graph in memory."""
+    """Return the findings for a loaded graph, sorted by severity."""
     found = [
         Finding(rule.id, rule.severity, node, what, rule.consequence, rule.fix)
         for rule in RULES.values()
@@ -109,7 +112,7 @@ def findings(graph: Graph, row: Target) -> tuple[Finding, ...]:
 
 
 def facts(graph: Graph) -> dict[str, int]:
-    """Opset and counts."""
+    """Return the opset and the numbers of convolutions, INT8 convolutions, Q nodes and DQ nodes."""
     kinds = Counter(node.op_type for node in graph.nodes)
     convs = [node for node in graph.nodes if node.op_type in ("Conv", "ConvTranspose")]
     return {

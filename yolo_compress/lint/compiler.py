@@ -1,4 +1,4 @@
-"""What NVIDIA's own compiler says, for the target that can be built on any x86 machine: TensorRT-RTX."""
+"""Rules that build the file with TensorRT-RTX, NVIDIA's compiler that runs on any x86 machine without a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from yolo_compress.lint.targets import TENSORRT, Target
 
 
 @lru_cache(maxsize=1)
-def _built(graph: Graph) -> tuple[Layer, ...] | str:
-    """The layers, or why there are none."""
+def _compiled_layers(graph: Graph) -> tuple[Layer, ...] | str:
+    """Return the layers of the engine, or the error message if the build failed."""
     try:
         return tuple(compile_layers(Path(graph.source)))
     except EnvironmentLacks:
@@ -25,21 +25,21 @@ def _built(graph: Graph) -> tuple[Layer, ...] | str:
 
 
 def refused(graph: Graph, target: Target) -> Hits:
-    built = _built(graph) if target.compiled else ()
+    built = _compiled_layers(graph) if target.compiled else ()
     if isinstance(built, str):
         yield WHOLE, built.partition(": ")[2]
 
 
-def compiled_in_float(graph: Graph, target: Target) -> Hits:
-    """Convolutions and pools that read codes in the graph and not in the engine."""
-    built = _built(graph) if target.compiled else ()
+def float_kernels(graph: Graph, target: Target) -> Hits:
+    """Find convolutions and pools that read INT8 in the ONNX graph but float in the engine."""
+    built = _compiled_layers(graph) if target.compiled else ()
     if isinstance(built, str):
         return
     kinds = {"Conv": CONVOLUTION, "MaxPool": POOL}
     for node in graph.nodes:
         kernels = [layer for layer in built if layer.kind == kinds.get(node.op_type) and name_of(node) in layer.onnx]
         types = {kind for layer in kernels for kind in layer.inputs}
-        if kernels and graph.codes_of(node.input[0]) is not None and types != {"Int8"}:
+        if kernels and graph.params_of(node.input[0]) is not None and types != {"Int8"}:
             yield name_of(node), f"reads {', '.join(sorted(types))}"
 
 
@@ -47,17 +47,17 @@ COMPILED = (
     Rule(
         "rtx-refused",
         "error",
-        "TensorRT-RTX does not build it; TensorRT has the same importer.",
-        "See its words.",
+        "TensorRT-RTX cannot build the file. TensorRT uses the same ONNX importer.",
+        "See the compiler's message.",
         refused,
         TENSORRT,
     ),
     Rule(
         "rtx-float",
         "warning",
-        "NVIDIA's compiler runs the layer in float although its input is INT8: the codes are converted back first.",
+        "NVIDIA's compiler converts the INT8 input back to float and runs the layer in float.",
         "Compare the types and scales around the layer with those of its neighbours.",
-        compiled_in_float,
+        float_kernels,
         TENSORRT,
     ),
 )

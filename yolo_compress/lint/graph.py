@@ -1,4 +1,4 @@
-"""A view of an ONNX graph for rules: who makes and reads a tensor, what is constant, where codes come from and go to."""
+"""Queries on an ONNX graph for the rules: producers, readers and constants, and which tensors are INT8."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from yolo_compress.errors import CorruptArtifact
-from yolo_compress.lint.node import DQ, Codes, Q, attribute, constant_of, name_of
+from yolo_compress.lint.node import DQ, Q, QuantParams, attribute, constant_of, name_of
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
-# They move or select values and compute none, so that TensorRT carries a DQ forward and a Q backward through them.
-# Resize and Upsample only in mode nearest.
-CARRIES = frozenset(
+# These operators move or select values and compute none. TensorRT moves a DQ forward and a Q backward through them.
+# Resize and Upsample do so only in mode nearest.
+FORWARDING_OPS = frozenset(
     {
         "MaxPool",
         "Concat",
@@ -30,21 +30,23 @@ CARRIES = frozenset(
         "Flatten",
     }
 )
-ROUNDED_BIN = 0.1  # of a bin: INT8 codes of the weights 0 to 15 are off by 0.06 at most
+ROUNDED_BIN = 0.1  # tolerance in bins: the weights 0 to 15 as INT8 differ by at most 0.06
 
 
 class Graph:
-    """See the head of the file.
+    """An ONNX graph with indexes of its tensors and nodes.
 
     Attributes:
-        model: the model; graphs inside nodes (If, Loop) are not looked at.
-        source: name of the file, for errors.
-        contradiction: why types and shapes could not be inferred, None if they could.
-        opset: version of ONNX's own operators.
-        nodes: without Constant, in order.
-        inputs: true inputs, without initializers.
-        outputs: names.
-        types, shapes: element type and shape of a tensor, where known; an open dimension is None.
+        model: the ONNX model; graphs inside nodes (If, Loop) are not examined.
+        source: file name for error messages.
+        contradiction: error of the type and shape inference, None if it succeeded.
+        opset: version of the standard ONNX operator set.
+        nodes: all nodes except Constant, in the order of the file.
+        inputs: graph inputs without initializers.
+        outputs: names of the graph outputs.
+        types: element type of each tensor for which it is known.
+        shapes: shape of each tensor for which it is known; a dynamic dimension is None.
+        producer: the node that computes each tensor.
     """
 
     def __init__(self, model: onnx.ModelProto, source: str = "graph", contradiction: str | None = None) -> None:
@@ -69,28 +71,28 @@ class Graph:
             if tensor.HasField("shape"):
                 dims = (dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
                 self.shapes.setdefault(info.name, tuple(dims))
-        self.maker: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output if name}
+        self.producer: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output if name}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
             for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append(node)
         self._values: dict[str, np.ndarray] = {}
         self._sources: dict[str, str] = {}
-        for node in self.nodes:  # a node stands behind those that make its inputs
-            if self._transparent(node):
+        for node in self.nodes:  # in topological order, so the producers of its inputs come first
+            if self._is_noop(node):
                 self._sources[node.output[0]] = self.source_of(node.input[0])
 
     # Names and constants
 
     def label(self, tensor: str) -> str:
-        """Name of the node that makes a tensor, or of the tensor."""
-        return name_of(self.maker[tensor]) if tensor in self.maker else tensor
+        """Return the name of the node that computes a tensor, or the tensor's name if no node does."""
+        return name_of(self.producer[tensor]) if tensor in self.producer else tensor
 
     def value(self, tensor: str) -> np.ndarray | None:
-        """A stored tensor, None if it is computed.
+        """Return the value of a stored tensor, None if the tensor is computed.
 
         Raises:
-            CorruptArtifact: Its bytes do not fit its shape and type.
+            CorruptArtifact: The stored bytes do not match the shape and type.
         """
         tensor = self.source_of(tensor)
         if tensor not in self._constants:
@@ -103,85 +105,88 @@ class Graph:
         return self._values[tensor]
 
     def constants(self) -> Iterator[tuple[str, int]]:
-        """(name, element type) of every stored tensor."""
+        """Yield (name, element type) of every stored tensor."""
         for name, item in self._constants.items():
             yield name, item.data_type
 
     def is_constant(self, tensor: str) -> bool:
-        """Stored, or made from stored codes or weights by Q and DQ alone."""
+        """Return whether a tensor is stored, or follows from a stored tensor by Q and DQ nodes alone."""
         while True:
             tensor = self.source_of(tensor)
             if tensor in self._constants:
                 return True
-            node = self.maker.get(tensor)
+            node = self.producer.get(tensor)
             if node is None or node.op_type not in (Q, DQ):
                 return False
             tensor = node.input[0]
 
     # One step
 
-    def _transparent(self, node: NodeProto) -> bool:
-        """Identity, and casts to the type that is there (ModelOpt's exporter leaves them behind its Q/DQ)."""
+    def _is_noop(self, node: NodeProto) -> bool:
+        """Return whether a node is Identity or a Cast to the same type. ModelOpt's exporter adds such casts after Q/DQ."""
         if node.op_type == "Cast":
             kind = self.types.get(node.input[0])
             return kind is not None and kind == attribute(node, "to", 0)
         return node.op_type == "Identity"
 
     def source_of(self, tensor: str) -> str:
-        """The tensor without the nodes that do nothing."""
+        """Return the tensor before any Identity nodes and casts to the same type."""
         return self._sources.get(tensor, tensor)
 
     def readers(self, tensor: str) -> list[tuple[NodeProto | None, str]]:
-        """(node, name under which it reads), past the nodes that do nothing; node None is an output of the graph."""
+        """Return (node, input name) of each reader of a tensor, looking through Identity and no-op casts.
+
+        The node is None where the tensor is an output of the graph.
+        """
         found: list[tuple[NodeProto | None, str]] = []
         stack: list[tuple[NodeProto | None, str]] = [(None, tensor)]
         while stack:
             node, name = stack.pop()
-            if node is not None and not self._transparent(node):
+            if node is not None and not self._is_noop(node):
                 found.append((node, name))
                 continue
-            made = name if node is None else node.output[0]
-            if made in self.outputs:
-                found.append((None, made))
-            stack += [(reader, made) for reader in reversed(self._readers.get(made, []))]
+            current = name if node is None else node.output[0]
+            if current in self.outputs:
+                found.append((None, current))
+            stack += [(reader, current) for reader in reversed(self._readers.get(current, []))]
         return found
 
-    def carried(self, node: NodeProto, through: Iterable[str] = CARRIES) -> list[str]:
-        """The inputs whose values a node passes on unchanged; empty if it computes."""
-        if node.op_type not in through or node.op_type not in CARRIES:
+    def forwarded_inputs(self, node: NodeProto, through: Iterable[str] = FORWARDING_OPS) -> list[str]:
+        """Return the inputs whose values a node forwards unchanged, empty if it computes new values."""
+        if node.op_type not in through or node.op_type not in FORWARDING_OPS:
             return []
         if node.op_type in ("Resize", "Upsample") and attribute(node, "mode", b"nearest") != b"nearest":
             return []
         inputs = node.input if node.op_type == "Concat" else node.input[:1]
-        return [name for name in inputs if not self.is_constant(name) or self.codes_of(name)]
+        return [name for name in inputs if not self.is_constant(name) or self.params_of(name)]
 
     # Quantisation
 
-    def codes(self, node: NodeProto) -> Codes:
-        """Reads a Q or DQ node."""
+    def params(self, node: NodeProto) -> QuantParams:
+        """Return the quantisation parameters of a Q or DQ node."""
         scale = self.value(node.input[1])
         has_zero = len(node.input) > 2 and bool(node.input[2])
         zero = self.value(node.input[2]) if has_zero else np.zeros(1, np.int8)
-        coded = node.input[0] if node.op_type == DQ else node.output[0]
-        kind = self.types.get(self.source_of(node.input[2])) if has_zero else self.types.get(coded)
-        if not kind:  # the standard: UINT8 where nothing says otherwise
+        quantized = node.input[0] if node.op_type == DQ else node.output[0]
+        kind = self.types.get(self.source_of(node.input[2])) if has_zero else self.types.get(quantized)
+        if not kind:  # UINT8 is the default of the ONNX standard
             kind = int(attribute(node, "output_dtype", 0)) or TensorProto.UINT8
         scale_type = self.types.get(self.source_of(node.input[1]), TensorProto.FLOAT)
-        return Codes(node, scale, zero, int(kind), int(attribute(node, "axis", 1)), scale_type)
+        return QuantParams(node, scale, zero, int(kind), int(attribute(node, "axis", 1)), scale_type)
 
-    def codes_of(self, tensor: str) -> Codes | None:
-        """Of the DQ node that makes a tensor, None if another node does."""
-        node = self.maker.get(self.source_of(tensor))
-        return self.codes(node) if node is not None and node.op_type == DQ else None
+    def params_of(self, tensor: str) -> QuantParams | None:
+        """Return the parameters of the DQ node that computes a tensor, None if it is not computed by DQ."""
+        node = self.producer.get(self.source_of(tensor))
+        return self.params(node) if node is not None and node.op_type == DQ else None
 
-    def quantizers(self, op: str = Q) -> Iterator[Codes]:
-        """Q (or DQ) nodes of features; those of weights and biases are left out."""
+    def quantizers(self, op: str = Q) -> Iterator[QuantParams]:
+        """Yield the parameters of the Q (or DQ) nodes of activations, without those of weights and biases."""
         for node in self.nodes:
             if node.op_type == op and not self.is_constant(node.input[0]):
-                yield self.codes(node)
+                yield self.params(node)
 
-    def origins(self, tensor: str, through: Iterable[str] = CARRIES) -> list[str]:
-        """Tensors whose values arrive, walking back through nodes that pass values on."""
+    def origins(self, tensor: str, through: Iterable[str] = FORWARDING_OPS) -> list[str]:
+        """Return the tensors whose values reach this tensor, looking back through nodes that forward values."""
         found: dict[str, None] = {}
         seen: set[str] = set()
         stack = [tensor]
@@ -190,21 +195,27 @@ class Graph:
             if name in seen:
                 continue
             seen.add(name)
-            node = self.maker.get(name)
-            carried = self.carried(node, through) if node is not None else []
-            stack += reversed(carried)
-            if not carried:
+            node = self.producer.get(name)
+            forwarded_inputs = self.forwarded_inputs(node, through) if node is not None else []
+            stack += reversed(forwarded_inputs)
+            if not forwarded_inputs:
                 found[name] = None
         return list(found)
 
-    def ends(self, tensor: str, through: Iterable[str] = CARRIES, also: Iterable[str] = ()) -> list[NodeProto | None]:
-        """Nodes that read the values of a tensor, walking on through nodes that pass values on and those of `also`."""
+    def final_readers(
+        self, tensor: str, through: Iterable[str] = FORWARDING_OPS, also: Iterable[str] = ()
+    ) -> list[NodeProto | None]:
+        """Return the nodes that read the values of a tensor, looking through nodes that forward values.
+
+        Args:
+            also: Further operators to look through.
+        """
         found: list[NodeProto | None] = []
         seen: set[str] = set()
         stack = [tensor]
         while stack:
             for node, name in self.readers(stack.pop()):
-                if node is not None and (name in self.carried(node, through) or node.op_type in also):
+                if node is not None and (name in self.forwarded_inputs(node, through) or node.op_type in also):
                     if node.output[0] not in seen:
                         seen.add(node.output[0])
                         stack += node.output
@@ -213,22 +224,22 @@ class Graph:
         return found
 
     def arrives_int8(self, tensor: str) -> bool:
-        """Whether all that arrives was dequantised, so that the reader can have codes."""
-        return all(self.codes_of(name) is not None for name in self.origins(tensor))
+        """Return whether all values of a tensor come from DQ nodes, so its reader can run in INT8."""
+        return all(self.params_of(name) is not None for name in self.origins(tensor))
 
     def is_int8(self, node: NodeProto) -> bool:
-        """Whether a node with weights has both of its operands as codes."""
-        return self.codes_of(node.input[1]) is not None and self.arrives_int8(node.input[0])
+        """Return whether both input and weight of a layer are INT8."""
+        return self.params_of(node.input[1]) is not None and self.arrives_int8(node.input[0])
 
     def weight(self, node: NodeProto) -> str:
-        """The stored weight, or its codes, of a node with weights; the operand itself where it is computed."""
+        """Return the name of a layer's stored weight, float or integer, or of its second input if that is computed."""
         name = self.source_of(node.input[1])
-        while name in self.maker and self.maker[name].op_type in (Q, DQ):
-            name = self.source_of(self.maker[name].input[0])
+        while name in self.producer and self.producer[name].op_type in (Q, DQ):
+            name = self.source_of(self.producer[name].input[0])
         return name
 
     def channels(self, node: NodeProto) -> tuple[int, int] | None:
-        """(in, out) channels of a Conv or ConvTranspose, None where the weight's shape is not known."""
+        """Return (input, output) channels of a Conv or ConvTranspose, None if the shape of the weight is unknown."""
         shape = self.shapes.get(self.weight(node))
         if not shape or len(shape) < 3 or shape[0] is None or shape[1] is None:
             return None
@@ -239,9 +250,9 @@ class Graph:
 
     @cached_property
     def before_layers(self) -> set[str]:
-        """Tensors that a layer with weights reads, at once or later; DFL is no such layer.
+        """Tensors from which a layer with weights (except DFL) is computed, directly or indirectly.
 
-        What is not among them is the tail: what the head's output convolutions make, DFL, decode.
+        All other tensors belong to the end of the model: outputs of the head's last convolutions, DFL, decode.
         """
         found: set[str] = set()
         for node in reversed(self.nodes):
@@ -250,14 +261,14 @@ class Graph:
         return found
 
     def _is_layer(self, node: NodeProto) -> bool:
-        """Whether a node has weights that are learnt."""
+        """Return whether a node has trained weights."""
         product = node.op_type == "MatMul" and self.is_constant(node.input[1])
         return (product or node.op_type in WEIGHTED) and not self.is_dfl(node)
 
     def is_dfl(self, node: NodeProto) -> bool:
-        """Whether a node is DFL: of a softmax over bins it takes the sum weighted 0, 1, 2, ... (of quantised weights, the codes).
+        """Return whether a node is DFL: its input is a softmax over bins and its weights are 0, 1, 2, ... or their INT8 values.
 
-        The number of output channels says nothing: a class convolution of one class has one, too.
+        One output channel is no proof: the class convolution of a model with one class has one, too.
         """
         bins_N = self.value(self.weight(node))
         if bins_N is None or bins_N.size < 2 or bins_N.size != max(bins_N.shape):
@@ -266,26 +277,26 @@ class Graph:
         step = (bins_N[-1] - bins_N[0]) / (len(bins_N) - 1)
         if not step > 0 or np.abs((bins_N - bins_N[0]) / step - np.arange(len(bins_N))).max() > ROUNDED_BIN:
             return False
-        maker = self.maker.get(self.bare(node.input[0]))
-        while maker is not None and maker.op_type in CARRIES:
-            maker = self.maker.get(self.bare(maker.input[0]))
-        return maker is not None and maker.op_type == "Softmax"
+        producer = self.producer.get(self.before_qdq(node.input[0]))
+        while producer is not None and producer.op_type in FORWARDING_OPS:
+            producer = self.producer.get(self.before_qdq(producer.input[0]))
+        return producer is not None and producer.op_type == "Softmax"
 
     def upstream(self, tensor: str) -> set[str]:
-        """Every tensor that a tensor is computed from."""
+        """Return every tensor from which a tensor is computed, directly or indirectly."""
         seen: set[str] = set()
         stack = [tensor]
         while stack:
-            node = self.maker.get(stack.pop())
+            node = self.producer.get(stack.pop())
             for name in node.input if node is not None else ():
                 if name not in seen:
                     seen.add(name)
                     stack.append(name)
         return seen
 
-    def bare(self, tensor: str) -> str:
-        """The tensor behind Q/DQ pairs and casts."""
+    def before_qdq(self, tensor: str) -> str:
+        """Return the tensor before any Q, DQ and Cast nodes."""
         tensor = self.source_of(tensor)
-        while tensor in self.maker and self.maker[tensor].op_type in (Q, DQ, "Cast"):
-            tensor = self.source_of(self.maker[tensor].input[0])
+        while tensor in self.producer and self.producer[tensor].op_type in (Q, DQ, "Cast"):
+            tensor = self.source_of(self.producer[tensor].input[0])
         return tensor

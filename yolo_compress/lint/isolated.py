@@ -1,6 +1,6 @@
-"""A file of others is looked at in a process of its own, with limits on time and memory, and without a crash of ours.
+"""Check an untrusted ONNX file in a child process with limits on time and memory.
 
-onnx and protobuf are C++ and read what they are given: a file may take their memory, their time, or the process itself.
+onnx and protobuf are C++ libraries. A malicious file can exhaust memory or time, or crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -18,57 +18,61 @@ from yolo_compress import errors, exits
 from yolo_compress.errors import CompressError, CorruptArtifact
 
 SECONDS = 60  # YOLOv8x takes 3 s
-MEMORY_MIB = 4096  # and 12 bytes for each of the file's; YOLOv8x, of 270 MB, takes 1.5 GB
-COMPILER = ("tensorrt-rtx",)  # targets that a library builds: minutes, and addresses for a GPU's memory
+MEMORY_MIB = 4096  # plus 12 bytes per byte of the file; YOLOv8x, of 270 MB, takes 1.5 GB
+COMPILER = ("tensorrt-rtx",)  # no limits for these targets: a build takes minutes and reserves addresses for GPU memory
 
 
-def check_apart(file: Path, target: str) -> tuple[str, dict[str, Any]]:
-    """`check.check` in a process of its own.
+def check_isolated(file: Path, target: str) -> tuple[str, dict[str, Any]]:
+    """Run `check.check` in a child process.
 
     Returns:
-        The report as text and as JSON document.
+        The report as text and as a JSON document.
 
     Raises:
-        CompressError: As `check`.
-        CorruptArtifact: Also a file that took more than SECONDS or the memory, or ended the process.
+        CompressError: See `check.check`.
+        CorruptArtifact: Also if the child exceeded its time or memory limit, or crashed.
     """
-    answer = _asked(file, target)
+    answer = _run_child(file, target)
     return answer["text"], answer["document"]
 
 
 def guard(file: Path) -> None:
-    """Raises CorruptArtifact where an ONNX file is not one that a library of this process may be given."""
-    _asked(file, "")
+    """Raise CorruptArtifact if an ONNX file is not safe to load in this process."""
+    _run_child(file, "")
 
 
-def _asked(file: Path, target: str) -> dict[str, Any]:
+def _run_child(file: Path, target: str) -> dict[str, Any]:
     limit = None if target in COMPILER else SECONDS
     words = [sys.executable, "-m", __name__, str(file), target]
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, timeout=limit, env={**os.environ, **_path()})
+        done = subprocess.run(words, stdout=subprocess.PIPE, timeout=limit, env={**os.environ, **_import_path()})
     except subprocess.TimeoutExpired as error:
         raise CorruptArtifact(
-            f"{file}: looking at it took more than {SECONDS} s; no detector does: do not use it"
+            f"{file}: the check took more than {SECONDS} s, which no detector needs; do not use the file"
         ) from error
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise CorruptArtifact(f"{file}: the ONNX library crashed over it ({name}); do not use it")
-    if done.returncode:  # a bug, whose traceback is on stderr by now
-        raise RuntimeError(f"{file}: the process that looked at it ended with {done.returncode}")
+        raise CorruptArtifact(f"{file}: the ONNX library crashed while reading it ({name}); do not use the file")
+    if done.returncode:  # a bug; the child has written its traceback to stderr
+        raise RuntimeError(f"{file}: the process that checked it ended with exit code {done.returncode}")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise getattr(errors, answer["error"], CompressError)(answer["message"])
     return dict(answer)
 
 
-def _path() -> dict[str, str]:
-    """This package is found wherever the child starts."""
+def _import_path() -> dict[str, str]:
+    """Return a PYTHONPATH with which the child imports this package from any folder."""
     root = str(Path(__file__).resolve().parents[2])
     return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
 
 
 def main(words: list[str]) -> int:
-    """The child: `FILE TARGET`, one JSON document on stdout."""
+    """Check one file in the child process and print the answer as JSON on stdout.
+
+    Args:
+        words: Path of the file, and name of the target; with an empty name the file is only read.
+    """
     file, target = Path(words[0]), words[1]
     limit = (MEMORY_MIB << 20) + 12 * (file.stat().st_size if file.is_file() else 0)
     if target not in COMPILER:
@@ -87,7 +91,7 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         return exits.SIGINT
     except MemoryError:
-        text = f"{file}: looking at it took more than {limit >> 20} MiB; no detector does: do not use it"
+        text = f"{file}: the check took more than {limit >> 20} MiB, which no detector needs; do not use the file"
         answer = {"error": CorruptArtifact.__name__, "message": text}
     print(json.dumps(answer))
     return 0

@@ -1,4 +1,4 @@
-"""What rules read off a single node: attributes, constants, and the codes of a Q or DQ."""
+"""Read a single ONNX node: name, attributes, constant value, and parameters of Q and DQ."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
 
 @dataclass(frozen=True)
-class Codes:
-    """What a Q or DQ node does.
+class QuantParams:
+    """Quantisation parameters of a Q or DQ node.
 
     Attributes:
-        node: the node.
-        scale: its scale, None where it is computed, not stored.
-        zero: its zero point; zeros where it is left out, None where it is computed.
-        type: element type of the codes (`onnx.TensorProto`).
-        axis: of the channels, where there is more than one scale.
+        scale: scalar or one value per channel; None if computed in the graph instead of stored.
+        zero: zero point, shaped like the scale; zeros if the node has none, None if computed in the graph.
+        type: element type of the quantised tensor (`onnx.TensorProto`).
+        axis: axis of the channels, used only with more than one scale.
         scale_type: element type of the scale.
     """
 
@@ -35,7 +34,7 @@ class Codes:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for nodes whose codes mean the same; a computed scale equals itself only."""
+        """Key that is equal for nodes with equal parameters. A computed scale equals only itself."""
         if self.scale is None or self.zero is None:
             return (tuple(self.node.input[1:]), self.type)
         axis = self.axis if self.scale.size > 1 else 0
@@ -44,7 +43,7 @@ class Codes:
 
     @property
     def text(self) -> str:
-        """Scale and zero point, short."""
+        """Scale and zero point as short text."""
         if self.scale is None or self.zero is None:
             return "computed scale"
         if self.scale.size != 1:
@@ -54,15 +53,15 @@ class Codes:
 
 
 def name_of(node: NodeProto) -> str:
-    """A node's name, or what it makes where it has none."""
+    """Return the name of a node, or its operator and outputs if it has no name."""
     return node.name or f"{node.op_type} -> {', '.join(node.output)}"
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """An attribute of a node.
+    """Return an attribute of a node, or the default if the node does not have it.
 
     Raises:
-        CorruptArtifact: It is of another type than the default.
+        CorruptArtifact: The attribute does not have the type of the default.
     """
     for item in node.attribute:
         if item.name == name:
@@ -77,7 +76,7 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 
 def constant_of(node: NodeProto) -> TensorProto:
-    """The tensor of a Constant node, in whichever form it is written."""
+    """Return the tensor of a Constant node, from any of its attribute forms."""
     item = node.attribute[0]
     if item.type == AttributeProto.TENSOR:
         return item.t

@@ -1,4 +1,4 @@
-"""Rules on operator sets, on operators that a target lacks, and on what a DLA cannot run."""
+"""Rules on operator sets, on operators that a target lacks, and on layers that a DLA cannot run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yolo_compress.lint.node import DQ, Q, attribute, name_of
 from yolo_compress.lint.rule import WHOLE, Hits, Rule
 from yolo_compress.lint.targets import TENSORRT, Target
 
-QDQ_OPSET = 13  # the first with a scale a channel, and the one TensorRT documents
+QDQ_OPSET = 13  # the first with scales per channel, and the minimum that TensorRT documents
 INTEGER_OPS = {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
 TENSORRT_OPS = {"EfficientNMS_TRT", "EfficientNMS_ONNX_TRT", "BatchedNMSDynamic_TRT"}
 BODIES = {"If", "Loop", "Scan"}
@@ -34,14 +34,14 @@ def opset(graph: Graph, target: Target) -> Hits:
 
 
 def checker(graph: Graph, target: Target) -> Hits:
-    """What onnx itself says; an operator that it does not know is `operator`'s business."""
+    """Report the first error of onnx's own checker. Unknown operators are left to the rule `operator`."""
     if graph.contradiction:
         yield WHOLE, graph.contradiction
         return
     try:
         onnx.checker.check_model(graph.model)
     except UnicodeDecodeError:
-        yield WHOLE, "a text in it is not UTF-8"
+        yield WHOLE, "a string in the file is not UTF-8"
     except onnx.checker.ValidationError as error:
         text = str(error).strip().splitlines()[0]
         if "No Op registered" not in text and "No schema registered" not in text:
@@ -50,13 +50,13 @@ def checker(graph: Graph, target: Target) -> Hits:
 
 def missing_operators(graph: Graph, target: Target) -> Hits:
     for node in graph.nodes:
-        if reason := _missing(graph, node, target):
+        if reason := _missing_reason(graph, node, target):
             yield name_of(node), reason
 
 
-def _missing(graph: Graph, node: NodeProto, target: Target) -> str | None:
+def _missing_reason(graph: Graph, node: NodeProto, target: Target) -> str | None:
     if target.runtime != "tensorrt":
-        return f"{node.op_type} is TensorRT's own" if node.op_type in TENSORRT_OPS else None
+        return f"{node.op_type} exists only in TensorRT" if node.op_type in TENSORRT_OPS else None
     if node.op_type in INTEGER_OPS or node.domain == "com.microsoft":
         return f"{node.op_type} is ONNX Runtime's form of INT8, not Q/DQ"
     if node.op_type == "EfficientNMS_ONNX_TRT" and target.highest >= (10, 16):
@@ -64,7 +64,7 @@ def _missing(graph: Graph, node: NodeProto, target: Target) -> str | None:
     if target.lowest < (8, 4) and node.op_type == "Mod":
         return "Mod is not in TensorRT 8.2"
     if target.lowest < (8, 4) and node.op_type == "TopK" and not graph.is_constant(node.input[1]):
-        return "TensorRT 8.2 wants K of TopK stored in the file"
+        return "TensorRT 8.2 requires that K of TopK is stored in the file"
     return None
 
 
@@ -77,31 +77,31 @@ def deprecated_operators(graph: Graph, target: Target) -> Hits:
 def bodies(graph: Graph, target: Target) -> Hits:
     for node in graph.nodes:
         if node.op_type in BODIES:
-            yield name_of(node), f"the graph inside {node.op_type} was not looked at"
+            yield name_of(node), f"the graph inside {node.op_type} was not checked"
 
 
-def unfit_for_dla(graph: Graph, target: Target) -> Hits:
+def layers_off_dla(graph: Graph, target: Target) -> Hits:
     for node in graph.nodes if target.dla else ():
-        reason = None if node.op_type in (Q, DQ) else _unfit(graph, node)
+        reason = None if node.op_type in (Q, DQ) else _dla_obstacle(graph, node)
         if reason:
             yield name_of(node), reason
 
 
-def _unfit(graph: Graph, node: NodeProto) -> str | None:
+def _dla_obstacle(graph: Graph, node: NodeProto) -> str | None:
     if node.op_type in ("Identity", "Cast", "Dropout"):
         return None
     if node.op_type not in DLA_OPS:
         return f"{node.op_type} has no DLA layer"
     shape = graph.shapes.get(node.output[0])
     if shape is not None and len(shape) != 4:
-        return f"{node.op_type} of {len(shape)} dimensions, a DLA takes 4"
+        return f"{node.op_type} of {len(shape)} dimensions, a DLA supports only 4"
     if node.op_type == "Concat" and attribute(node, "axis", 1) not in (1, -3):
-        return f"Concat along axis {attribute(node, 'axis', 1)}, a DLA joins channels only"
+        return f"Concat along axis {attribute(node, 'axis', 1)}, a DLA supports only the channel axis"
     if node.op_type in ("Conv", "ConvTranspose"):
         kernel = (graph.shapes.get(graph.weight(node)) or (0, 0, 1, 1))[2:]
         largest = max((size or 1 for size in kernel), default=1), max(attribute(node, "strides", [1]), default=1)
         if largest[0] > DLA_KERNEL or largest[1] > DLA_STRIDE:
-            return f"kernel or stride beyond {DLA_KERNEL} and {DLA_STRIDE}"
+            return f"kernel over {DLA_KERNEL} or stride over {DLA_STRIDE}"
     if node.op_type == "ConvTranspose" and (
         attribute(node, "group", 1) > 1
         or max(attribute(node, "dilations", [1]), default=1) > 1
@@ -111,7 +111,7 @@ def _unfit(graph: Graph, node: NodeProto) -> str | None:
     return None
 
 
-def pairs_on_old_dla(graph: Graph, target: Target) -> Hits:
+def qdq_on_old_dla(graph: Graph, target: Target) -> Hits:
     if target.dla and target.lowest < (10, 0):
         count = sum(node.op_type in (Q, DQ) for node in graph.nodes)
         if count:
@@ -122,53 +122,53 @@ OPERATORS = (
     Rule(
         "opset",
         "error",
-        "The parser refuses the file, or an operator of it.",
-        "Export with another opset; 17 fits JetPack 5 to 7, 13 JetPack 4.6; here: export.opset.",
+        "The parser refuses the file or one of its operators.",
+        "Export with another opset: 17 for JetPack 5 to 7, 13 for JetPack 4.6; here: export.opset.",
         opset,
     ),
     Rule(
         "checker",
         "error",
-        "The file is not valid ONNX; what a runtime makes of it is chance.",
-        "Export again with a current exporter, or report it there.",
+        "The file is not valid ONNX. Runtimes may refuse it or compute wrong results.",
+        "Export again with a current exporter, or report the error to its developers.",
         checker,
     ),
     Rule(
         "operator",
         "error",
         "The parser refuses the file.",
-        "Export Q/DQ instead of ONNX Runtime's operators; leave NMS out of the graph, or as NonMaxSuppression.",
+        "Export Q/DQ instead of ONNX Runtime's operators. Leave NMS out of the graph, or use NonMaxSuppression.",
         missing_operators,
     ),
     Rule(
         "operator-deprecated",
         "warning",
         "A later TensorRT will refuse the file.",
-        "Leave NMS out of the graph, or as ONNX's NonMaxSuppression (INMSLayer).",
+        "Leave NMS out of the graph, or use ONNX's NonMaxSuppression (INMSLayer).",
         deprecated_operators,
         TENSORRT,
     ),
     Rule(
         "body",
         "info",
-        "Faults inside are not reported.",
-        "Export without control flow, as a detector of fixed size needs none.",
+        "Faults inside this graph are not reported.",
+        "Export without control flow; a detector with a fixed image size needs none.",
         bodies,
     ),
     Rule(
         "dla-layer",
         "warning",
-        "The layer falls back to the GPU without a word; each change of device costs a copy, and 16 loadables are the most.",
-        "Cut the graph before the head's decode and decode on the CPU or GPU.",
-        unfit_for_dla,
+        "The layer silently falls back to the GPU. Each change of device costs a copy, and a DLA holds at most 16 loadables.",
+        "End the graph before the decode of the head, and decode on the CPU or GPU.",
+        layers_off_dla,
         TENSORRT,
     ),
     Rule(
         "dla-qdq",
         "error",
         "Up to TensorRT 8.6 the DLA does not support explicit quantisation.",
-        "Give it the float graph and a calibration cache.",
-        pairs_on_old_dla,
+        "Use the float graph and a calibration cache.",
+        qdq_on_old_dla,
         TENSORRT,
     ),
 )

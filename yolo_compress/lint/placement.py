@@ -1,7 +1,7 @@
-"""Rules on where Q and DQ are, and are not.
+"""Rules on missing and misplaced Q/DQ nodes.
 
-NVIDIA's rules for Q/DQ placement: quantise all inputs of weighted layers, and the residual input of a skip connection; be
-conservative elsewhere. A graph that does only the first is slower than FP16 (ultralytics #26159, NVIDIA/TensorRT #3038).
+NVIDIA's recommendations: quantise all inputs of layers with weights and the residual input of skip connections, and be
+conservative elsewhere. Without the residual inputs INT8 is slower than FP16 (ultralytics #26159, NVIDIA/TensorRT #3038).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from yolo_compress.lint.graph import CARRIES, WEIGHTED, Graph
+from yolo_compress.lint.graph import FORWARDING_OPS, WEIGHTED, Graph
 from yolo_compress.lint.node import DQ, Q, name_of
 from yolo_compress.lint.rule import Hits, Rule
 from yolo_compress.lint.targets import Target
@@ -18,18 +18,18 @@ from yolo_compress.lint.targets import Target
 POOLS = ("MaxPool", "Resize", "Upsample")
 
 
-def _feeds_codes(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Q reads what comes out, past other adds and layers that pass values on: the node lies among INT8 layers."""
-    ends = graph.ends(node.output[0], also=("Add",))
+def _feeds_int8(graph: Graph, node: NodeProto) -> bool:
+    """Return whether a Q reads the node's output, looking through adds and layers that forward values."""
+    ends = graph.final_readers(node.output[0], also=("Add",))
     return any(end is not None and end.op_type == Q for end in ends)
 
 
 def float_adds(graph: Graph, target: Target) -> Hits:
-    """Adds of two features, one of which (the residual one, where it can be told) is to arrive as codes."""
+    """Find sums before INT8 layers whose residual input is float. If neither input is residual, one must be INT8."""
     for node in graph.nodes:
         if node.op_type != "Add" or any(graph.is_constant(name) for name in node.input):
             continue
-        if not _feeds_codes(graph, node):
+        if not _feeds_int8(graph, node):
             continue
         residual = _residual(graph, node)
         if residual and not graph.arrives_int8(residual):
@@ -39,72 +39,75 @@ def float_adds(graph: Graph, target: Target) -> Hits:
 
 
 def _residual(graph: Graph, node: NodeProto) -> str | None:
-    """The input from which the other one is computed."""
+    """Return the input from which the other input is computed, None if there is none."""
     for residual, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
-        if graph.bare(residual) in graph.upstream(other):
+        if graph.before_qdq(residual) in graph.upstream(other):
             return residual
     return None
 
 
 def float_concats(graph: Graph, target: Target) -> Hits:
     for node in graph.nodes:
-        if node.op_type == "Concat" and _feeds_codes(graph, node):
+        if node.op_type == "Concat" and _feeds_int8(graph, node):
             features = [name for name in node.input if not graph.is_constant(name)]
             floats = [name for name in features if not graph.arrives_int8(name)]
             if floats:
-                yield name_of(node), f"{len(floats)} of {len(features)} inputs are float: {_short(floats)}"
+                yield name_of(node), f"{len(floats)} of {len(features)} inputs are float: {_shortened(floats)}"
 
 
 def float_pools(graph: Graph, target: Target) -> Hits:
     for node in graph.nodes:
-        among = node.op_type in POOLS and graph.carried(node) and _feeds_codes(graph, node)
-        if among and not graph.arrives_int8(node.input[0]):
+        before_int8 = node.op_type in POOLS and graph.forwarded_inputs(node) and _feeds_int8(graph, node)
+        if before_int8 and not graph.arrives_int8(node.input[0]):
             yield name_of(node), f"its input {node.input[0]} is float"
 
 
 def mixed_readers(graph: Graph, target: Target) -> Hits:
-    """Float tensors that one reader quantises and another reads as they are."""
-    for tensor in (*(item.name for item in graph.inputs), *graph.maker):
-        if graph.source_of(tensor) != tensor or graph.codes_of(tensor) is not None:
+    """Find float tensors that one reader quantises and another reads in float."""
+    for tensor in (*(item.name for item in graph.inputs), *graph.producer):
+        if graph.source_of(tensor) != tensor or graph.params_of(tensor) is not None:
             continue
         readers = [node for node, _ in graph.readers(tensor)]
         others = [
             name_of(node) if node is not None else "output" for node in readers if node is None or node.op_type != Q
         ]
         if others and len(others) < len(readers):
-            yield graph.label(tensor), f"{tensor}: read as codes, and as float by {_short(others)}"
+            yield graph.label(tensor), f"{tensor}: read as INT8, and as float by {_shortened(others)}"
 
 
 def one_sided_layers(graph: Graph, target: Target) -> Hits:
     for node in _weighted(graph):
-        feature, weight = graph.arrives_int8(node.input[0]), graph.codes_of(node.input[1]) is not None
+        feature, weight = graph.arrives_int8(node.input[0]), graph.params_of(node.input[1]) is not None
         if feature != weight:
-            there, lacks = ("input", "weight") if feature else ("weight", "input")
-            yield name_of(node), f"the {there} is quantised, the {lacks} is not"
+            quantised, in_float = ("input", "weight") if feature else ("weight", "input")
+            yield name_of(node), f"the {quantised} is quantised, the {in_float} is not"
 
 
 def int8_tails(graph: Graph, target: Target) -> Hits:
-    """Convolutions that no layer with weights follows; DFL does not count as following."""
+    """Find INT8 convolutions that no other layer with weights follows, not counting DFL."""
     for node in _weighted(graph):
         if node.op_type != "Gemm" and graph.is_int8(node) and node.output[0] not in graph.before_layers:
             yield name_of(node), "an output convolution computes in INT8"
 
 
 def quantised_outputs(graph: Graph, target: Target) -> Hits:
-    """Outputs that join several things and are codes as a whole."""
+    """Find outputs that concatenate several tensors and quantise them with one scale."""
     for output, trail, joint in joined_outputs(graph):
         if any(node.op_type in (Q, DQ) for node in trail):
-            yield name_of(joint), f"output {output} is quantised with one scale behind a concat"
+            yield name_of(joint), f"output {output} is quantised with one scale after a concat"
 
 
 def joined_outputs(graph: Graph) -> Iterator[tuple[str, list[NodeProto], NodeProto]]:
-    """(output, nodes before it that only pass on, cast or quantise, the Concat before those)."""
+    """Yield (output, the nodes after the last Concat, that Concat) for each output that concatenates tensors.
+
+    The nodes after the Concat only forward, cast or quantise values.
+    """
     for output in graph.outputs:
         trail: list[NodeProto] = []
-        node = graph.maker.get(output)
-        while node is not None and node.op_type in (CARRIES - {"Concat"}) | {Q, DQ, "Cast", "Identity"}:
+        node = graph.producer.get(output)
+        while node is not None and node.op_type in (FORWARDING_OPS - {"Concat"}) | {Q, DQ, "Cast", "Identity"}:
             trail.append(node)
-            node = graph.maker.get(node.input[0])
+            node = graph.producer.get(node.input[0])
         if node is not None and node.op_type == "Concat":
             yield output, trail, node
 
@@ -113,7 +116,7 @@ def _weighted(graph: Graph) -> list[NodeProto]:
     return [node for node in graph.nodes if node.op_type in WEIGHTED]
 
 
-def _short(names: list[str], most: int = 3) -> str:
+def _shortened(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -122,42 +125,42 @@ PLACEMENT = (
         "add-float",
         "warning",
         "The residual sum runs in float between INT8 layers, and the tensor is stored in both precisions.",
-        "Q and DQ on the residual input, with the scale of the convolution that reads the same tensor.",
+        "Put Q and DQ on the residual input, with the scale of the convolution that reads the same tensor.",
         float_adds,
     ),
     Rule(
         "concat-float",
         "warning",
-        "The concat copies float tensors, four times the bytes, and its readers quantise them again.",
-        "Q and DQ on every input of the concat, all with the scale of its reader.",
+        "The concat copies float tensors, four times the bytes of INT8, and its readers quantise them again.",
+        "Put Q and DQ on every input of the concat, all with the scale of its reader.",
         float_concats,
     ),
     Rule(
         "pool-float",
         "warning",
         "The pool or upsampling moves float tensors between INT8 layers.",
-        "Q and DQ on its input, with the scale of what reads its output.",
+        "Put Q and DQ on its input, with the scale of the layer that reads its output.",
         float_pools,
     ),
     Rule(
         "mixed-readers",
         "warning",
-        "The tensor is written twice, as INT8 and as float, which is why naive INT8 engines are slower than FP16.",
-        "Let every reader read through the same Q and DQ.",
+        "The tensor is written twice, as INT8 and as float. This is why naive INT8 engines are slower than FP16.",
+        "Let every reader use the same Q and DQ.",
         mixed_readers,
     ),
     Rule(
         "one-sided",
         "warning",
-        "The layer runs in float and pays for the conversion as well.",
-        "Quantise input and weight, or neither.",
+        "The layer runs in float and the conversion costs extra time.",
+        "Quantise both input and weight, or neither.",
         one_sided_layers,
     ),
     Rule(
         "head-int8",
         "warning",
-        "Boxes and logits leave with the resolution of one INT8 step.",
-        "Leave the head's output convolutions in float; they are some per cent of the MACs.",
+        "Boxes and logits are rounded to INT8.",
+        "Leave the head's output convolutions in float; they are a few per cent of the MACs.",
         int8_tails,
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Rules on FP16 and BF16, and on who decides precision: builder flags up to TensorRT 10, the graph's types from 11 on."""
+"""Rules on FP16 and BF16. Up to TensorRT 10 builder flags set the precision, from 11 on the types in the graph."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from yolo_compress.lint.targets import TENSORRT, Target
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 FP16_MAX = 65504.0
-HALF_QDQ_OPSET = 19  # the first QuantizeLinear and DequantizeLinear that take float16 and bfloat16
+HALF_QDQ_OPSET = 19  # the first opset whose Q and DQ accept float16 and bfloat16
 BF16_TENSORRT = (10, 0)
-STRONGLY_TYPED = (11, 0)  # no precision flags from here on
+STRONGLY_TYPED = (11, 0)  # first TensorRT without precision flags
 
 
 def half_typed_pairs(graph: Graph, target: Target) -> Hits:
     if graph.opset < HALF_QDQ_OPSET:
         for node in graph.nodes:
-            if node.op_type in (Q, DQ) and graph.codes(node).scale_type in (FLOAT16, BFLOAT16):
-                yield name_of(node), f"half-typed at opset {graph.opset}"
+            if node.op_type in (Q, DQ) and graph.params(node).scale_type in (FLOAT16, BFLOAT16):
+                yield name_of(node), f"half precision at opset {graph.opset}"
 
 
 def bfloat16(graph: Graph, target: Target) -> Hits:
-    """ONNX Runtime 1.32 has no bfloat16 convolution on CPUs (NOT_IMPLEMENTED); OpenVINO has."""
+    """Find bfloat16 layers. ONNX Runtime 1.32 has no bfloat16 convolution on CPUs (NOT_IMPLEMENTED), OpenVINO has one."""
     if target.runtime == "openvino" or (target.runtime == "tensorrt" and target.lowest >= BF16_TENSORRT):
         return
     for node in graph.nodes:
@@ -44,7 +44,7 @@ def infinite_weights(graph: Graph, target: Target) -> Hits:
 
 
 def weights_beyond_half(graph: Graph, target: Target) -> Hits:
-    """Up to TensorRT 10 the FP16 flag halves float32 weights while building."""
+    """Find float32 weights beyond the FP16 range. Up to TensorRT 10 the FP16 flag converts them during the build."""
     if target.lowest >= STRONGLY_TYPED:
         return
     for node in graph.nodes:
@@ -63,21 +63,21 @@ def half_boxes(graph: Graph, target: Target) -> Hits:
 
 
 def float_between(graph: Graph, target: Target) -> Hits:
-    """INT8 convolutions whose outputs, and so all between them, are float32 by type."""
+    """Find INT8 layers with float32 outputs: the layers between them then run in float32."""
     if target.highest < STRONGLY_TYPED:
         return
     convs = [node for node in graph.nodes if node.op_type in WEIGHTED and graph.is_int8(node)]
     floats = [node for node in convs if graph.types.get(node.output[0]) == FLOAT]
     if floats:
-        yield WHOLE, f"{len(floats)} of {len(convs)} INT8 layers give float32"
+        yield WHOLE, f"{len(floats)} of {len(convs)} INT8 layers have float32 outputs"
 
 
-HALVES = (
+PRECISION = (
     Rule(
         "half-qdq",
         "error",
-        "The file is not valid ONNX: Q and DQ of half precision exist from opset 19 on; parsers refuse it.",
-        "Export with opset 19 or more (TensorRT 10 and later), or type Q and DQ float32.",
+        "Parsers refuse the file: Q and DQ in half precision require opset 19.",
+        "Export with opset 19 or later (TensorRT 10 and later), or use float32 for Q and DQ.",
         half_typed_pairs,
     ),
     Rule(
@@ -90,30 +90,30 @@ HALVES = (
     Rule(
         "half-infinite",
         "error",
-        "A weight overflowed when it was halved; the outputs are infinity or NaN.",
-        "Keep that layer in float32, or rescale it; here: export refuses to write such a file.",
+        "A weight overflowed in half precision; the outputs are infinity or NaN.",
+        "Leave that layer in float32, or rescale it; here: export refuses to write such a file.",
         infinite_weights,
     ),
     Rule(
         "half-range",
         "warning",
-        "With the FP16 flag (beside INT8, or for FP16) TensorRT up to 10 turns the weight into infinity.",
-        "Keep that layer in float32 (layer precision), or rescale it.",
+        "With the FP16 flag (alone or together with INT8) TensorRT up to 10 turns the weight into infinity.",
+        "Leave that layer in float32 (layer precision), or rescale it.",
         weights_beyond_half,
         TENSORRT,
     ),
     Rule(
         "half-boxes",
         "warning",
-        "float16 has steps of 0.5 from 512 on: boxes move by up to a quarter of a pixel.",
+        "float16 has steps of 0.5 above 512, so boxes move by up to a quarter of a pixel.",
         "Cast to float32 before the decode; here: fp16.onnx does.",
         half_boxes,
     ),
     Rule(
         "float-between",
         "warning",
-        "TensorRT 11 has no precision flags: what lies between INT8 layers runs in FP32. Up to 10 set FP16 beside INT8.",
-        "For 11 type the float parts float16, at opset 19 or more.",
+        "TensorRT 11 has no precision flags, so the layers between INT8 layers run in FP32.",
+        "For TensorRT 11 export the float layers as float16, at opset 19 or later. Up to 10 set the flags INT8 and FP16.",
         float_between,
         TENSORRT,
     ),

@@ -1,7 +1,7 @@
-"""What NVIDIA's compiler makes of an ONNX file, without a GPU: TensorRT for RTX builds ahead of time on a CPU.
+"""Compile an ONNX file with TensorRT for RTX, which builds ahead of time on a CPU, and list the kernels.
 
-Same ONNX importer as TensorRT's (its messages name the same sources) and strongly typed as TensorRT 11, so an INT8 layer here is one
-that the Q/DQ nodes ask for. Kernels and times are those of RTX cards and say nothing about TensorRT's on a Jetson.
+It has the ONNX importer of TensorRT (its messages name the same source files) and is strongly typed like TensorRT 11. A layer
+is therefore INT8 only where Q/DQ nodes request it. Kernels and times hold for RTX cards, not for TensorRT on a Jetson.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAST_VERSION = (
     7,
     1,
 )  # 1.4 to 1.6 parse INT8 convolutions and then fail: CHECK(dtype == Float || Half || BF16 || FP8)
-CAPABILITY = "SM86"  # an Ampere, as Orin is; Orin's own SM87 is not offered
+CAPABILITY = "SM86"  # Ampere, like Orin; the library does not offer Orin's own SM87
 CONVOLUTION, POOL = "correlation", "maxpool"  # kinds of `Layer`
 _KIND = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), ")
 _DATATYPE = re.compile(r"Datatype: (\w+)")
@@ -30,9 +30,9 @@ class Layer:
     """A kernel of the built engine.
 
     Attributes:
-        kind: the compiler's; "correlation" is a convolution, "maxpool" a pool, "kgen" a generated pointwise kernel.
-        inputs, outputs: element types, as "Int8", "Half", "Float".
-        onnx: names of the nodes that went into it.
+        kind: the compiler's name of the kind: "correlation" is a convolution, "kgen" a generated pointwise kernel.
+        inputs, outputs: element types, for example "Int8", "Half" or "Float".
+        onnx: names of the ONNX nodes that the kernel computes.
     """
 
     name: str
@@ -47,28 +47,28 @@ def _library() -> Any:
     try:
         import tensorrt_rtx
     except (ImportError, OSError) as error:
-        raise EnvironmentLacks(f"tensorrt_rtx does not import ({error}); {hint}") from error
+        raise EnvironmentLacks(f"tensorrt_rtx cannot be imported ({error}); {hint}") from error
     version = tuple(int(part) for part in re.findall(r"\d+", tensorrt_rtx.__version__)[:3])
     if version < LEAST_VERSION:
-        raise EnvironmentLacks(f"TensorRT-RTX {tensorrt_rtx.__version__} compiles no INT8 convolution; {hint}")
+        raise EnvironmentLacks(f"TensorRT-RTX {tensorrt_rtx.__version__} cannot compile INT8 convolutions; {hint}")
     return tensorrt_rtx
 
 
 def version() -> str:
-    """Of the library."""
+    """Return the version of TensorRT-RTX."""
     return str(_library().__version__)
 
 
 def compile_layers(onnx: Path, capability: str = CAPABILITY) -> list[Layer]:
-    """Build the file and list the kernels, in the order of execution; the engine is thrown away.
+    """Build an engine and return its kernels in the order of execution. The engine is discarded.
 
     Args:
-        onnx: With fixed shapes.
+        onnx: ONNX file with fixed shapes.
         capability: Name in `tensorrt_rtx.ComputeCapability`.
 
     Raises:
         EnvironmentLacks: TensorRT-RTX 1.7.1 or later is not installed.
-        CompressError: It does not take the file; carries its words.
+        CompressError: The build failed. The message contains the compiler's error.
     """
     trt = _library()
     lines: list[str] = []
@@ -98,12 +98,14 @@ def compile_layers(onnx: Path, capability: str = CAPABILITY) -> list[Layer]:
         raise CompressError(f"{onnx}: TensorRT-RTX {trt.__version__} cannot build it: {'; '.join(errors[:2]).strip()}")
     layers = [layer for layer in map(_layer, lines) if layer is not None]
     if not layers:
-        raise CompressError(f"{onnx}: TensorRT-RTX {trt.__version__} wrote no layer into its build log")
+        raise CompressError(
+            f"{onnx}: TensorRT-RTX {trt.__version__} lists no layer in its build log; report this as a bug"
+        )
     return layers
 
 
 def _layer(line: str) -> Layer | None:
-    """A layer of the build log, None for any other line."""
+    """Parse a line of the build log. Return None if it does not describe a layer."""
     match = _KIND.match(line)
     if match is None:
         return None

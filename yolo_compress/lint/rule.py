@@ -1,4 +1,4 @@
-"""What a rule and a finding are."""
+"""Types of rules and findings."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from yolo_compress.lint.targets import RUNTIMES, Target
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
-Hits = Iterator[tuple[str, str]]  # (node, or tensor where no node makes it; what is there)
+Hits = Iterator[tuple[str, str]]  # (name of the node or tensor, description of the fault)
 WHOLE = "graph"  # the node of a hit that concerns the whole file
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table.
+    """A rule that `check` applies to a graph.
 
     Attributes:
-        id: short, stable; users grep for it.
-        severity: "error": the target refuses the file or computes something else; "warning": slower or less accurate than
-            it has to be; "info": worth knowing, nothing need be done.
-        consequence: what happens if nothing is done.
-        fix: what to do.
-        find: yields the places.
-        runtimes: where it applies.
+        id: short, stable name; users search for it.
+        severity: "error": the target refuses the file or computes wrong results; "warning": the model is slower or less
+            accurate than necessary; "info": no action is necessary.
+        consequence: what happens if the fault stays.
+        fix: how to remove the fault.
+        find: yields each place with the fault.
+        runtimes: runtimes for which the rule applies.
     """
 
     id: str
@@ -39,7 +39,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """One place where one rule fires."""
+    """One fault at one place.
+
+    Attributes:
+        rule: id of the rule.
+        node: name of the node or tensor, or WHOLE.
+        what: description of the fault at this place.
+    """
 
     rule: str
     severity: Severity

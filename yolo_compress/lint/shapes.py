@@ -1,4 +1,4 @@
-"""Rules on shapes: channel counts that kernels want, and dimensions that are open."""
+"""Rules on shapes: channel counts that are inefficient, and dynamic dimensions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from yolo_compress.lint.rule import Hits, Rule
 from yolo_compress.lint.targets import TENSORRT, Target
 
 
-def _counts(graph: Graph, node: NodeProto) -> dict[str, int]:
-    """Channel counts that somebody chose: not those of the image, nor of the head's outputs (classes)."""
+def _prunable_channels(graph: Graph, node: NodeProto) -> dict[str, int]:
+    """Return the channel counts ("in", "out") that pruning can change, without image channels and outputs of the head."""
     channels = graph.channels(node)
     if channels is None:
         return {}
     counts = {}
-    if graph.bare(node.input[0]) not in {item.name for item in graph.inputs}:
+    if graph.before_qdq(node.input[0]) not in {item.name for item in graph.inputs}:
         counts["in"] = channels[0]
     if node.output[0] in graph.before_layers:
         counts["out"] = channels[1]
@@ -24,10 +24,13 @@ def _counts(graph: Graph, node: NodeProto) -> dict[str, int]:
 
 
 def _not_multiples(graph: Graph, multiple: int, int8_only: bool) -> Hits:
-    """Convolutions with a count that is a multiple of the half of `multiple` (or anything, at 8), but not of `multiple`."""
+    """Find convolutions with a channel count that is not a multiple of `multiple`.
+
+    Above 8 a convolution is left to the rule for half of `multiple` if it already breaks that rule.
+    """
     for node in graph.nodes:
         if node.op_type in ("Conv", "ConvTranspose") and (not int8_only or graph.is_int8(node)):
-            counts = _counts(graph, node)
+            counts = _prunable_channels(graph, node)
             coarser = multiple > 8 and any(count % (multiple // 2) for count in counts.values())
             odd = [f"{count} {side}" for side, count in counts.items() if count % multiple]
             if odd and not coarser:
@@ -50,14 +53,14 @@ def open_batches(graph: Graph, target: Target) -> Hits:
     for item in graph.inputs:
         shape = graph.shapes.get(item.name, ())
         if shape and shape[0] is None and None not in shape[1:]:
-            yield item.name, f"input {_shown(shape)}"
+            yield item.name, f"input {_shape_text(shape)}"
 
 
 def open_sizes(graph: Graph, target: Target) -> Hits:
     for item in graph.inputs:
         shape = graph.shapes.get(item.name)
         if shape is None or None in shape[1:]:
-            yield item.name, f"input {_shown(shape)}"
+            yield item.name, f"input {_shape_text(shape)}"
 
 
 def open_on_dla(graph: Graph, target: Target) -> Hits:
@@ -66,7 +69,7 @@ def open_on_dla(graph: Graph, target: Target) -> Hits:
         yield from open_sizes(graph, target)
 
 
-def _shown(shape: tuple[int | None, ...] | None) -> str:
+def _shape_text(shape: tuple[int | None, ...] | None) -> str:
     return "of unknown rank" if shape is None else "x".join("?" if size is None else str(size) for size in shape)
 
 
@@ -74,37 +77,37 @@ SHAPES = (
     Rule(
         "channels-8",
         "warning",
-        "Channels are padded to the next multiple of 8 by kernels for tensor cores and vector units, or a slow kernel is taken.",
-        "Prune to multiples of 8 at least; here: prune.round_to.",
+        "Kernels for tensor cores and vector units pad the channels to a multiple of 8, or a slower kernel runs.",
+        "Prune to multiples of 8 or more; here: prune.round_to.",
         not_8,
     ),
     Rule(
         "channels-16",
         "info",
-        "AVX-512 computes 16 channels at a time, INT8 tensor cores 16 or 32: a layer of 24 costs what one of 32 costs.",
-        "prune.round_to=16.",
+        "AVX-512 computes 16 channels at a time, INT8 tensor cores 16 or 32. A layer of 24 channels costs as much as 32.",
+        "Set prune.round_to=16.",
         not_16,
     ),
     Rule(
         "channels-32",
         "info",
         "TensorRT's fastest INT8 layout (NC/32HW32) pads to 32 channels.",
-        "prune.round_to=32, if its mAP is as good.",
+        "Set prune.round_to=32 if the mAP does not suffer.",
         not_32,
         TENSORRT,
     ),
     Rule(
         "dynamic-batch",
         "warning",
-        'Without a profile TensorRT builds nothing: "no optimization profile has been defined".',
-        "Export a fixed batch; or give a profile (trtexec --minShapes --optShapes --maxShapes; `engine` here makes one).",
+        'TensorRT refuses to build without a profile: "no optimization profile has been defined".',
+        "Export a fixed batch, or give a profile (trtexec --minShapes --optShapes --maxShapes). `engine` here makes one.",
         open_batches,
         TENSORRT,
     ),
     Rule(
         "dynamic-size",
         "error",
-        "`engine` here refuses an open image size, trtexec needs a profile, and kernels are tuned for one size of it.",
+        "`engine` here refuses a dynamic image size. trtexec needs a profile and tunes its kernels for one size only.",
         "Export with a fixed imgsz (Ultralytics: dynamic=False).",
         open_sizes,
         TENSORRT,
@@ -112,7 +115,7 @@ SHAPES = (
     Rule(
         "dla-dynamic",
         "error",
-        "The DLA takes fixed shapes only.",
+        "The DLA supports only fixed shapes.",
         "Export a fixed batch and imgsz.",
         open_on_dla,
         TENSORRT,

@@ -1,4 +1,4 @@
-"""What a graph is checked against: runtimes, and TensorRT by version."""
+"""Targets of the check: runtimes, and versions of TensorRT."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CPU = registry.names(gpu=False)
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime that is to take the file.
+    """A runtime, or versions of one, that must accept the ONNX file.
 
     Attributes:
         name: key of `TARGETS`.
-        runtime: which rules apply.
-        about: versions and devices, for people.
-        min_opset, max_opset: the operator sets it reads; None: no limit is known.
-        lowest, highest: TensorRT versions (major, minor) that must take it; (0, 0) for other runtimes.
-        dla: the deep learning accelerator of an Orin or Xavier, not its GPU.
-        compiled: whether the file is also built, by the library itself.
+        runtime: name of the runtime; it selects the rules.
+        about: versions and devices as text for the report.
+        min_opset, max_opset: range of supported opsets; None if no limit is known.
+        lowest, highest: range of TensorRT versions (major, minor); (0, 0) for other runtimes.
+        dla: the target is the deep learning accelerator of an Orin or Xavier, not its GPU.
+        compiled: the check also builds the file with the runtime's own library.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Target:
     compiled: bool = False
 
 
-# Largest opsets: operators.md of onnx-tensorrt at each release (8.2 13, 8.4 to 8.6 17, 10.0 to 10.3 20, 10.9 22, 10.13 on
-# 24, 11.4 25); smallest of 10.x: the same file. ONNX Runtime 1.32 loads a Conv of 7 to 28 and refuses 30; OpenVINO
-# 2026.4 loads all of 6 to 30 and judges each operator by itself.
+# Opset limits of TensorRT: operators.md of onnx-tensorrt at each release. The largest are 13 for 8.2, 17 for 8.4 to 8.6,
+# 20 for 10.0 to 10.3, 22 for 10.9, 24 from 10.13 on and 25 for 11.4. ONNX Runtime 1.32 loads a Conv of opset 7 to 28 and
+# refuses 30. OpenVINO 2026.4 loads opsets 6 to 30 and checks each operator separately.
 _ROWS = (
     Target(DEFAULT, DEFAULT, registry.RUNTIMES[DEFAULT].about, *registry.RUNTIMES[DEFAULT].opsets, (8, 5), (11, 4)),
     Target("tensorrt-8.2", "tensorrt", "TensorRT 8.2, JetPack 4.6", 7, 13, (8, 2), (8, 2)),
@@ -64,10 +64,10 @@ TARGETS = {row.name: row for row in _ROWS}
 
 
 def target(name: str) -> Target:
-    """The row of a name.
+    """Return the target with this name.
 
     Raises:
-        RecipeError: No such target.
+        RecipeError: The name is unknown.
     """
     if name not in TARGETS:
         raise RecipeError(f"lint target={name}: unknown, expected one of {', '.join(TARGETS)}")

@@ -1,4 +1,4 @@
-"""Each rule of lint fires on a graph made for it and is silent on its twin; on whole networks the counts are those known."""
+"""Each rule of lint finds the fault in a graph built for it and nothing in the corrected graph. Counts on real models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ F16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 
 
 def sound(opset: int = 17, size: tuple = (1, 3, 32, 32), **pair: object) -> Net:
-    """Two INT8 convolutions and a float head, nothing wrong for TensorRT up to 10; `pair` changes the second Q/DQ."""
+    """Two INT8 convolutions and a float head, without faults for TensorRT up to 10; `pair` changes the second Q/DQ."""
     net = Net(opset, size)
     return net.head(net.int8_conv(net.pair(net.stem(), **pair), "second"))
 
@@ -40,7 +40,7 @@ def second(**weight: object) -> Net:
     return net.head(net.int8_conv(net.pair(net.stem()), "second", **weight))
 
 
-# One function a graph, named after what is wrong or right in it.
+# One function per graph, named after its fault.
 
 
 def bias(quantised: bool) -> Net:
@@ -95,7 +95,7 @@ def weight_in_float() -> Net:
 
 
 def joined(left: float, right: float, out: float) -> Net:
-    """Two INT8 branches, a concat of codes, an INT8 convolution."""
+    """Two INT8 branches, an INT8 concat, an INT8 convolution."""
     net = Net()
     a = net.int8_conv(net.pair(net.stem()), "a")
     b = net.int8_conv("feature_DQ", "b")
@@ -104,7 +104,7 @@ def joined(left: float, right: float, out: float) -> Net:
 
 
 def residual(how: str, scale: float = 0.1) -> Net:
-    """x + conv(x): "float", "residual" (as NVIDIA wants it), "branch" (the wrong side), "both"."""
+    """x + conv(x), with Q/DQ on no input ("float"), on x ("residual", as NVIDIA recommends), on conv(x) ("branch"), on both."""
     net = Net()
     x = net.pair(net.stem())
     branch = net.int8_conv(x, "branch")
@@ -115,7 +115,7 @@ def residual(how: str, scale: float = 0.1) -> Net:
 
 
 def parallel(quantised: bool) -> Net:
-    """conv(x) + conv(x): neither side is the residual one."""
+    """conv(x) + conv(x): neither input is residual."""
     net = Net()
     a = net.int8_conv(net.pair(net.stem()), "a")
     b = net.int8_conv("feature_DQ", "b")
@@ -141,7 +141,7 @@ def pooled(before: float | None, after: float = 0.1, op: str = "MaxPool") -> Net
 
 
 def read_by_relu(through: bool) -> Net:
-    """A float tensor that Q reads, and a Relu: as it is, or through the pair."""
+    """A float tensor that a Q reads; a Relu reads it directly or after the DQ."""
     net = Net()
     x = net.pair(net.stem())
     net.op("Relu", [x if through else "feature"], "relu")
@@ -167,7 +167,7 @@ def int8_head() -> Net:
 
 
 def decode(kind: str) -> Net:
-    """Boxes and scores joined: "plain", "quantised" as one, "half", "half, decoded in float"."""
+    """Concat of boxes and scores in float, quantised, in half precision, or half precision with a float concat."""
     net = Net(type=F16 if kind.startswith("half") else TensorProto.FLOAT)
     x = net.conv("images", "stem", into=3)
     boxes, scores = net.conv(x, "boxes", out=4), net.conv(x, "scores", out=5)
@@ -202,13 +202,13 @@ def plain(type: int = TensorProto.FLOAT, weight: float = 0.5, opset: int = 17) -
     net = Net(opset, type=type)
     kind = {F16: np.float16}.get(type, np.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the overflow is what is wanted
+        warnings.simplefilter("ignore", RuntimeWarning)  # the overflow is intended
         net.constant("w", np.full((5, 3, 1, 1), weight), kind, type=type)
     return net.ends(net.conv("images", "head", weight="w"))
 
 
 def half_between() -> Net:
-    """INT8 convolution whose output is float16 by type, at opset 19."""
+    """INT8 convolution with a float16 output, at opset 19."""
     net = Net(19, type=F16)
     net.constant("s", 0.1, np.float16)
     net.constant("z", 0, np.int8)
@@ -272,7 +272,7 @@ def weight_in_float_of(code: int) -> Net:
 
 T = "tensorrt"
 Row = tuple[Callable[[], Net], Callable[[], Net], str, list[str]]
-# rule -> graph with the fault, the same without, target, nodes found
+# rule -> graph with the fault, the same graph without it, target, expected nodes
 CASES: dict[str, list[Row]] = {
     "zero-point": [
         (lambda: sound(zero=3), sound, T, ["feature_Q", "feature_DQ"]),
@@ -331,7 +331,7 @@ CASES: dict[str, list[Row]] = {
     "output-int8": [(lambda: decode("quantised"), lambda: decode("plain"), "openvino", ["output0"])],
     "channels-8": [(lambda: wide(32, 28), lambda: wide(24, 8), T, ["second", "head"])],
     "channels-16": [
-        (lambda: wide(32, 24), lambda: wide(48, 16), T, ["second"]),  # its reader computes in float
+        (lambda: wide(32, 24), lambda: wide(48, 16), T, ["second"]),  # the head reads it in float
         (lambda: wide(32, 24), lambda: wide(48, 16), "openvino", ["second", "head"]),
     ],
     "channels-32": [(lambda: wide(32, 48), lambda: wide(32, 64), T, ["second"])],
@@ -401,7 +401,7 @@ def test_every_rule_has_a_case_and_says_what_to_do() -> None:
         assert rule.consequence.endswith(".") and rule.fix.endswith(".") and set(rule.runtimes) <= set(RUNTIMES)
 
 
-def test_what_onnx_does_not_know_is_no_fault_of_the_file(tmp_path: Path) -> None:
+def test_an_operator_unknown_to_onnx_is_no_checker_error(tmp_path: Path) -> None:
     assert found(with_op("EfficientNMS_TRT"), "tensorrt-10.3", tmp_path) == {}
 
 
@@ -417,8 +417,8 @@ def test_a_sound_graph_and_a_float_one_are_sound_for_every_target(name: str, tmp
     assert found(plain(opset=13), name, tmp_path) == {}
 
 
-def test_nodes_that_do_nothing_are_seen_through(tmp_path: Path) -> None:
-    """ModelOpt's exporter leaves casts of float to float, torch's an Identity for each shared constant."""
+def test_rules_look_through_identity_and_noop_casts(tmp_path: Path) -> None:
+    """ModelOpt's exporter adds casts of float to float, torch's adds an Identity for each shared constant."""
     net = Net()
     x = net.op("Cast", [net.pair(net.stem())], "cast", to=1)
     shared = net.op("Identity", [net.constant("s", np.float32(0.1))], "same")
@@ -429,7 +429,7 @@ def test_nodes_that_do_nothing_are_seen_through(tmp_path: Path) -> None:
     assert report.findings == () and report.facts["int8_convs"] == 3
 
 
-# Whole networks
+# Real models
 
 
 def build(folder: Path) -> Path:
@@ -462,7 +462,7 @@ CONCATS = [f"/model.{block}/Concat" for block in (2, 4, 6, 8, 9, 11, 12, 14, 15,
 POOLS = ["/model.9/m/MaxPool", "/model.9/m_1/MaxPool", "/model.9/m_2/MaxPool", "/model.10/Resize", "/model.13/Resize"]
 
 
-def test_our_float_graph_has_nothing(ours: Path) -> None:
+def test_our_float_graph_has_no_findings(ours: Path) -> None:
     for name in TARGETS:
         if name != "tensorrt-8.2":
             rules = check(ours / "fp32.onnx", name).rules
@@ -470,7 +470,7 @@ def test_our_float_graph_has_nothing(ours: Path) -> None:
     assert check(ours / "fp32.onnx", "tensorrt-8.2").rules == {"opset": 1}
 
 
-def test_our_half_graph_has_nothing(ours: Path, tmp_path: Path) -> None:
+def test_our_half_graph_has_no_findings(ours: Path, tmp_path: Path) -> None:
     from yolo_compress.export.fp16 import to_fp16
 
     to_fp16(ours / "fp32.onnx", tmp_path / "fp16.onnx")
@@ -503,7 +503,7 @@ def test_a_form_for_one_runtime_is_wrong_for_another(ours: Path) -> None:
 
 
 def test_pruned_widths_are_seen(ours: Path, tmp_path: Path) -> None:
-    """A convolution of 25 channels in the middle of ours."""
+    """A convolution of 13 channels in the middle of our graph."""
     model = onnx.load(str(ours / "fp32.onnx"))
     kept = {"model.2.m.0.cv1.conv.weight": 0, "model.2.m.0.cv1.conv.bias": 0, "model.2.m.0.cv2.conv.weight": 1}
     for item in model.graph.initializer:
@@ -520,7 +520,7 @@ def test_pruned_widths_are_seen(ours: Path, tmp_path: Path) -> None:
 
 
 def test_ultralytics_int8_onnx_export(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`yolo export format=onnx quantize=8` hands its float graph to this function."""
+    """`yolo export format=onnx quantize=8` quantises its float graph with this function."""
     from ultralytics.utils.export.onnx import onnx_int8_quantize
 
     from tests.support.quant_net import images
@@ -543,8 +543,8 @@ def test_ultralytics_int8_onnx_export(ours: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_ultralytics_qat_export(tmp_path: Path) -> None:
-    """`yolo train quantize=8` prepares with this function and exports with the other: 0 of 6 adds, 0 of 13 concats, and
-    15 tensors read both as codes and as float (YOLOv8s has the same layers)."""
+    """`yolo train quantize=8` uses these two functions. It quantises 0 of 6 adds and 0 of 13 concats, and 15 tensors are
+    read both as INT8 and as float (YOLOv8s has the same layers)."""
     from ultralytics.utils.export.engine import torch2onnx
     from ultralytics.utils.torch_utils import prepare_qat
 
@@ -618,7 +618,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("{") == 0
 
 
-# Files that are not what they say
+# Damaged and malicious files
 
 
 def refused(file: Path, says: str, error: type[Exception] = CorruptArtifact) -> None:
@@ -641,14 +641,14 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(29)
-def test_graphs_that_do_not_hold_together(tmp_path: Path) -> None:
+def test_inconsistent_graphs_are_refused(tmp_path: Path) -> None:
     net = sound()
     net.nodes.reverse()
-    refused(net.save(tmp_path / "net.onnx"), "which no node before it makes")
+    refused(net.save(tmp_path / "net.onnx"), "which no earlier node computes")
     net = sound()
     net.nodes.append(net.nodes[-1])
-    refused(net.save(tmp_path / "net.onnx"), "made twice")
-    refused(sound().ends("nowhere").save(tmp_path / "net.onnx"), "no node makes the output nowhere")
+    refused(net.save(tmp_path / "net.onnx"), "computed twice")
+    refused(sound().ends("nowhere").save(tmp_path / "net.onnx"), "no node computes the output nowhere")
     model = sound().model()
     next(item for item in model.graph.initializer if item.name == "feature_scale").raw_data = b"\0"
     onnx.save(model, str(tmp_path / "net.onnx"))
@@ -658,7 +658,7 @@ def test_graphs_that_do_not_hold_together(tmp_path: Path) -> None:
 def test_malformed_nodes(tmp_path: Path) -> None:
     net = sound()
     del net.nodes[0].input[1:]
-    refused(net.save(tmp_path / "net.onnx"), " has 1 inputs, 1 outputs: too few")
+    refused(net.save(tmp_path / "net.onnx"), " has 1 inputs and 1 outputs, too few")
     net = second()
     next(node for node in net.nodes if node.name == "second_w_DQ").attribute[0].CopyFrom(
         helper.make_attribute("axis", "one")
@@ -701,7 +701,7 @@ def test_external_data(tmp_path: Path) -> None:
     assert set(check(external(folder, "weights.bin")).rules) == {"float-between"}
     for outside in ("../secret.bin", str(tmp_path / "secret.bin"), "link.bin", "sub/../../secret.bin"):
         refused(external(folder, outside), "outside the model's folder")
-    refused(external(folder, "gone.bin"), "'gone.bin', which is not there")
+    refused(external(folder, "gone.bin"), "'gone.bin', which does not exist")
     refused(external(folder, "weights.bin", 10_000), "up to byte 10000, but that file has 640")
 
 
@@ -715,11 +715,11 @@ def test_lint_needs_onnx_and_numpy_only(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0"
 
 
-# Files that ask for more than a detector does
+# Files that need more time or memory than a detector
 
 
 def calling(calls: list[list[str]]) -> onnx.ModelProto:
-    """A model of functions F0, F1, ..., each of which calls these others."""
+    """A model with functions F0, F1, ...; `calls` lists the functions or operators that each one calls."""
     sets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
     functions = []
     for number, called in enumerate(calls):
@@ -739,10 +739,10 @@ def test_functions_that_double_or_call_themselves(tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     doubling = [[f"F{i + 1}"] * 2 for i in range(22)] + [["Relu", "Relu"]]
     for calls, says in (
-        (doubling, "more than 100000 nodes, functions taken in"),
+        (doubling, "more than 100000 nodes with functions inlined"),
         ([["F0"]], "function F0 calls itself"),
         ([["F1"], ["Relu", "F0"]], "function F0 calls itself"),
-        ([[f"F{i + 1}"] for i in range(80)] + [["Relu"]], "or too many others in turn"),
+        ([[f"F{i + 1}"] for i in range(80)] + [["Relu"]], "or calls are nested more than 50 deep"),
     ):
         onnx.save(calling(calls), str(file))
         refused(file, says)
@@ -768,13 +768,13 @@ def test_a_chain_of_nodes_that_do_nothing_is_walked_without_recursion(tmp_path: 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("offset", "-4", "lies at no place"),
-        ("length", "-8", "lies at no place"),
-        ("offset", "abc", "lies at no place"),
+        ("offset", "-4", "has an invalid location"),
+        ("length", "-8", "has an invalid location"),
+        ("offset", "abc", "has an invalid location"),
         ("offset", str(1 << 62), "but that file has 640"),
     ],
 )
-def test_external_data_at_no_place(tmp_path: Path, key: str, value: str, says: str) -> None:
+def test_external_data_at_an_invalid_location(tmp_path: Path, key: str, value: str, says: str) -> None:
     file = external(tmp_path, "weights.bin")
     model = onnx.load(str(file), load_external_data=False)
     tensor = next(item for item in model.graph.initializer if item.name == "head_w")
@@ -793,7 +793,10 @@ def test_a_file_that_takes_too_long_or_ends_its_process(
     slow = tmp_path / "python"
     monkeypatch.setattr(isolated.sys, "executable", str(slow))
     monkeypatch.setattr(isolated, "SECONDS", 0.2)
-    for script, says in (("exec sleep 30", "took more than 0.2 s"), ("kill -SEGV $$", "crashed over it (SIGSEGV)")):
+    for script, says in (
+        ("exec sleep 30", "took more than 0.2 s"),
+        ("kill -SEGV $$", "crashed while reading it (SIGSEGV)"),
+    ):
         slow.write_text(f"#!/bin/sh\n{script}\n")
         slow.chmod(0o755)
         assert main(["lint", str(file)]) == 5
@@ -802,7 +805,7 @@ def test_a_file_that_takes_too_long_or_ends_its_process(
 
 @pytest.mark.fault(29)
 def test_a_file_that_takes_too_much_memory(tmp_path: Path) -> None:
-    """A limit of its own for the child, reached by reading the file alone."""
+    """Reading the file already exceeds the memory limit of the child."""
     file = tmp_path / "net.onnx"
     with file.open("wb") as sparse:
         sparse.truncate(400 << 20)
@@ -815,7 +818,7 @@ def test_a_file_that_takes_too_much_memory(tmp_path: Path) -> None:
     assert answer["error"] == "CorruptArtifact" and "took more than 500 MiB" in answer["message"]
 
 
-def test_another_models_file_is_looked_at_before_ab_runs_it(tmp_path: Path) -> None:
+def test_ab_checks_the_other_model_before_it_runs_it(tmp_path: Path) -> None:
     onnx.save(calling([["F0"]]), str(tmp_path / "net.onnx"))
     with pytest.raises(CorruptArtifact, match="calls itself"):
         open_contender(str(tmp_path / "net.onnx"), tmp_path)

@@ -1,4 +1,4 @@
-"""The INT8 graph through NVIDIA's own importer and compiler: what was planned in INT8 is INT8 in the engine."""
+"""NVIDIA's importer and compiler run every layer in INT8 that the plan places in INT8."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_int8_as_planned(file: Path, model: torch.nn.Module) -> None:
     assert len(pools) == 3 and all({*layer.inputs, *layer.outputs} == {"Int8"} for layer in pools)
     sums = [layer for layer in layers if any(name.endswith("/Add") and "/m." in name for name in layer.onnx)]
     assert len(sums) == sum(joined.endswith("(sum)") for group in placed.int8 for joined in group.joins)
-    for layer in sums:  # the residual arrives as codes, the convolution beside it in float; codes leave
+    for layer in sums:  # the residual input is INT8, the other input float, the output INT8
         assert "Int8" in layer.inputs and set(layer.outputs) == {"Int8"}, layer.name
 
 
@@ -62,7 +62,7 @@ def test_every_planned_convolution_pool_and_sum_is_int8(tmp_path: Path) -> None:
     assert not {"rtx-refused", "rtx-float"} & set(report.rules)
 
 
-def test_half_typed_it_leaves_nothing_in_float32_but_the_decoding(tmp_path: Path) -> None:
+def test_an_int8_graph_in_half_precision_has_no_float32_convolution(tmp_path: Path) -> None:
     model = net()
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES, opset=19)
     state = fold(ptq(model, lambda: [images(2)], "max"), model)
@@ -86,7 +86,7 @@ def test_larger_nets_too(tmp_path: Path, size: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_it_does_not_take_is_an_error_with_its_words(tmp_path: Path) -> None:
+def test_an_error_of_the_compiler_is_reported_with_its_message(tmp_path: Path) -> None:
     model = net()
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
     state = fold(ptq(model, lambda: [images(2)], "max"), model)
@@ -101,10 +101,10 @@ def test_without_the_library_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch)
     import tensorrt_rtx as library
 
     monkeypatch.setattr(library, "__version__", "1.6.0")
-    with pytest.raises(EnvironmentLacks, match=r"1\.6\.0 compiles no INT8 convolution; pip install"):
+    with pytest.raises(EnvironmentLacks, match=r"1\.6\.0 cannot compile INT8 convolutions; pip install"):
         compile_layers(Path("any.onnx"))
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(EnvironmentLacks, match="does not import"):
+    with pytest.raises(EnvironmentLacks, match="cannot be imported"):
         rtx.version()
 
 
