@@ -1,7 +1,7 @@
-"""Criteria of pruning and feature losses of distillation: a row each, and functions of a user's own as `file.py:function`.
+"""Tables of the pruning criteria and feature losses, and the loader for a user's own function (`file.py:function`).
 
-A new one is a function and a row here: recipe, help and stages read these tables. No heavy package is imported until a function is
-asked for.
+To add one, write the function and add a row here. Recipe, help and stages read these tables. torch is imported only when `find`
+loads a function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
     Attributes:
         where: "module:name" of its function.
-        text: What help says of it; neighbours with the same text share the sentence.
+        text: Its explanation in the help. Neighbouring rows with the same text share one sentence.
     """
 
     where: str
@@ -35,55 +35,55 @@ CRITERIA: dict[str, Choice] = {
         "yolo_compress.prune.obs:obs",
         "output error of the next layers after the remaining channels are refitted (Optimal Brain Surgeon)",
     ),
-    "bn_gamma": Choice("yolo_compress.prune.criteria:bn_gamma", "size of the BatchNorm gammas"),
-    "l1": Choice("yolo_compress.prune.criteria:l1", "from the weights"),
-    "l2": Choice("yolo_compress.prune.criteria:l2", "from the weights"),
-    "fpgm": Choice("yolo_compress.prune.criteria:fpgm", "from the weights"),
-    "lamp": Choice("yolo_compress.prune.criteria:lamp", "from the weights"),
-    "taylor": Choice("yolo_compress.prune.criteria:taylor", "change of the loss"),
-    "hessian": Choice("yolo_compress.prune.criteria:hessian", "change of the loss"),
-    "activation": Choice("yolo_compress.prune.criteria:activation", "how much activations vary"),
-    "random": Choice("yolo_compress.prune.criteria:random", "for comparison"),
+    "bn_gamma": Choice("yolo_compress.prune.criteria:bn_gamma", "mean |gamma| of its BatchNorms"),
+    "l1": Choice("yolo_compress.prune.criteria:l1", "computed from the weights"),
+    "l2": Choice("yolo_compress.prune.criteria:l2", "computed from the weights"),
+    "fpgm": Choice("yolo_compress.prune.criteria:fpgm", "computed from the weights"),
+    "lamp": Choice("yolo_compress.prune.criteria:lamp", "computed from the weights"),
+    "taylor": Choice("yolo_compress.prune.criteria:taylor", "estimated change of the loss"),
+    "hessian": Choice("yolo_compress.prune.criteria:hessian", "estimated change of the loss"),
+    "activation": Choice("yolo_compress.prune.criteria:activation", "standard deviation of the activations"),
+    "random": Choice("yolo_compress.prune.criteria:random", "random numbers, for comparison"),
 }
 FEATURE_LOSSES: dict[str, Choice] = {
     "weighted_l2": Choice("yolo_compress.distill.feature:weighted_l2", "as in Ultralytics"),
     "fitnet": Choice("yolo_compress.distill.feature:l2", "L2 (arXiv 1412.6550)"),
-    "cwd": Choice("yolo_compress.distill.feature:channel_wise", "2011.13256"),
-    "pkd": Choice("yolo_compress.distill.feature:pearson", "2207.02039"),
-    "mgd": Choice("yolo_compress.distill.feature:MGD", "2205.01529"),
-    "attention": Choice("yolo_compress.distill.feature:ATTENTION", "1612.03928"),
-    "relation": Choice("yolo_compress.distill.feature:RELATION", "Gram matrix over a batch, 1907.09682"),
+    "cwd": Choice("yolo_compress.distill.feature:channel_wise", "arXiv 2011.13256"),
+    "pkd": Choice("yolo_compress.distill.feature:pearson", "arXiv 2207.02039"),
+    "mgd": Choice("yolo_compress.distill.feature:MGD", "arXiv 2205.01529"),
+    "attention": Choice("yolo_compress.distill.feature:ATTENTION", "arXiv 1612.03928"),
+    "relation": Choice("yolo_compress.distill.feature:RELATION", "Gram matrix over a batch (arXiv 1907.09682)"),
 }
 OWN = ("criterion", "feature_loss")  # knobs that also take file.py:function
 
 
 def described(rows: Mapping[str, Choice]) -> str:
-    """The sentences of the help: `obs: output error of .... l1, l2: from the weights. ... file.py:function: your own.`"""
+    """Return the sentences of the help: `obs: output error of .... l1, l2: computed from the weights. ...`"""
     shared = groupby(rows.items(), key=lambda row: row[1].text)
     parts = [f"{', '.join(name for name, _ in group)}: {text}." for text, group in shared]
-    return " ".join([*parts, "file.py:function: your own."])
+    return " ".join([*parts, "file.py:function: a function of your own."])
 
 
 def allowed(rows: Mapping[str, Choice]) -> str:
-    """The values of the knob: `one of obs, bn_gamma, ..., or file.py:function`."""
+    """Return the allowed values of the knob: `one of obs, bn_gamma, ..., or file.py:function`."""
     return f"one of {', '.join(rows)}, or file.py:function"
 
 
 def is_own(value: str) -> bool:
-    """Whether a value names a function of the user's own."""
+    """Return whether a value names a function in a file of the user."""
     return ":" in value
 
 
 def find(rows: Mapping[str, Choice], value: str, knob: str) -> Any:
-    """The function, or other object, that a value of a knob names; imports its module.
+    """Import and return the function, or other object, that the value of a knob names.
 
     Args:
         rows: `CRITERIA` or `FEATURE_LOSSES`.
         value: A key of `rows`, or `file.py:function`.
-        knob: For errors: "prune.criterion".
+        knob: Name of the knob for error messages, such as "prune.criterion".
 
     Raises:
-        RecipeError: No such name, file or function, or the file cannot be imported; names the line.
+        RecipeError: The name, file or function does not exist, or the file cannot be imported. The message has the line.
     """
     if value in rows:
         module, _, name = rows[value].where.partition(":")
@@ -91,7 +91,7 @@ def find(rows: Mapping[str, Choice], value: str, knob: str) -> Any:
     path, _, name = value.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path) if path.endswith(".py") else None
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise RecipeError(f"{knob}: no file {path!r}; a function of your own is given as file.py:function")
+        raise RecipeError(f"{knob}: no file {path!r}; write a function of your own as file.py:function")
     own = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(own)
@@ -103,10 +103,10 @@ def find(rows: Mapping[str, Choice], value: str, knob: str) -> Any:
 
 
 def check_signature(function: Any, parameters: Sequence[str], value: str, knob: str) -> None:
-    """Check that a function can be called with these arguments, by position.
+    """Check that a function can be called with these positional arguments.
 
     Raises:
-        RecipeError: It is no function, or takes others; says what it takes.
+        RecipeError: `function` is not callable, or takes other arguments.
     """
     if not callable(function):
         raise RecipeError(f"{knob}: {value} is a {type(function).__name__}, expected a function")
@@ -119,7 +119,12 @@ def check_signature(function: Any, parameters: Sequence[str], value: str, knob: 
 
 
 def blame(error: BaseException, path: str) -> str:
-    """What a user's file raised, with its last line that took part."""
+    """Return the type and first line of an error, with the last line of the user's file in its traceback.
+
+    Args:
+        error: What the user's file raised.
+        path: The user's file.
+    """
     line = error.lineno if isinstance(error, SyntaxError) else None
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).name == Path(path).name:

@@ -258,7 +258,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_row_is_a_value_of_the_knob_and_is_in_the_help(own: Path) -> None:
-    """In a process of its own, as of someone who adds the row to the file."""
+    """Run in another process, like a user who adds the row to the file."""
     path = os.pathsep.join([str(PACKAGE.parent), str(own)])
     done = subprocess.run(
         [sys.executable, "-c", WITH_ROWS],
@@ -267,12 +267,13 @@ def test_a_row_is_a_value_of_the_knob_and_is_in_the_help(own: Path) -> None:
         text=True,
         timeout=120,
     )
-    said = " ".join(done.stdout.split())
-    assert said.startswith("last_first absolute"), done.stderr
-    assert "activation, random, last_first, or file.py:function" in said
-    assert "attention, relation, absolute, or file.py:function" in said
-    assert "random: for comparison. last_first: the last channel goes first. file.py:function: your own." in said
-    assert "1907.09682. absolute: absolute difference. file.py:function: your own." in said
+    stdout = " ".join(done.stdout.split())
+    assert stdout.startswith("last_first absolute"), done.stderr
+    assert "activation, random, last_first, or file.py:function" in stdout
+    assert "attention, relation, absolute, or file.py:function" in stdout
+    own_function = "file.py:function: a function of your own."
+    assert f"for comparison. last_first: the last channel goes first. {own_function}" in stdout
+    assert f"1907.09682). absolute: absolute difference. {own_function}" in stdout
     assert "got 'another', expected one of obs, bn_gamma" in done.stderr and "random, last_first, or" in done.stderr
 
 

@@ -106,7 +106,7 @@ def test_bad_recipe_files(shop: Shop, text: str) -> None:
 
 @pytest.mark.fault(7)
 def test_distilling_from_oneself(shop: Shop) -> None:
-    shop.fails(2, "distill", shop.recipe(distill={}), says="the same net")
+    shop.fails(2, "distill", shop.recipe(distill={}), says="the same model")
 
 
 @pytest.mark.fault(7, 79)

@@ -1,1 +1,1 @@
-"""The recipe of a run: its sections and knobs, how a file is read, and the checks that need no data."""
+"""The recipe: sections and knobs, the reader of recipe files, and the checks that need no data."""

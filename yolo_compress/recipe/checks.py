@@ -1,4 +1,4 @@
-"""What cannot work although every knob of a recipe by itself is right: found before any work, said with what to do."""
+"""Checks across sections: valid settings that cannot work together. They run before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .knobs import number
 from .sections import DistillConfig, PruneConfig, Section, Sections, SourceConfig
 
 SAME_NET = (
-    "distill: teacher and student are the same net, so there is nothing to learn: "
+    "distill: teacher and student are the same model, so there is nothing to learn: "
     "give another teacher.weights, add a section prune, or set distill=null"
 )
 
@@ -22,23 +22,26 @@ _MAKE = {
 
 
 def contradictions(recipe: Sections) -> Iterator[str]:
-    """Gives what cannot work although every knob by itself is right."""
+    """Yield an error message for each combination of settings that cannot work."""
     for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
         if getattr(recipe, name) and not getattr(recipe, needed):
             yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"
     for name, source in (("baseline", recipe.baseline), ("teacher", recipe.teacher)):
         if source:
-            yield from _of_source(name, source)
+            yield from _check_source(name, source)
     if recipe.distill:
-        yield from _of_distill(recipe, recipe.distill)
+        yield from _check_distill(recipe, recipe.distill)
     if recipe.prune:
-        yield from _of_prune(recipe.prune)
+        yield from _check_prune(recipe.prune)
     if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.export and recipe.export.nms and (recipe.export.batch != 1 or recipe.export.dynamic_batch):
-        yield "export.nms takes a batch of 1: leave export.batch and export.dynamic_batch out"
+        yield "export.nms needs a batch of 1: leave export.batch and export.dynamic_batch out"
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
-        yield f"bench.iterations={recipe.bench.iterations} cannot be shared by bench.rounds={recipe.bench.rounds}"
+        yield (
+            f"bench.iterations={recipe.bench.iterations} is less than bench.rounds={recipe.bench.rounds}: "
+            "give each round an iteration at least"
+        )
     for knob in ("max_drop", "sensitivity_price"):
         if recipe.qat and recipe.qat.sensitivity == "off" and getattr(recipe.qat, knob) != _default(recipe.qat, knob):
             yield f"qat.{knob} has no effect with qat.sensitivity=off: set qat.sensitivity=loss or map50_95"
@@ -52,25 +55,25 @@ def contradictions(recipe: Sections) -> Iterator[str]:
             )
 
 
-def _of_source(name: str, source: SourceConfig) -> Iterator[str]:
+def _check_source(name: str, source: SourceConfig) -> Iterator[str]:
     given = [f"{name}.{knob}" for knob in source.ORIGINS if getattr(source, knob) is not None]
     if not given:
         yield (
             f"{name}: nothing to start from; give {name}.pretrained (a checkpoint of any classes, such as yolov8s.pt; with make: "
-            f"{_MAKE[name][0]}=), {name}.weights (a finished detector of these classes; {_MAKE[name][1]}=) or {name}.model "
-            "(yolov8n.yaml, ...: from scratch)"
+            f"{_MAKE[name][0]}=), {name}.weights (a trained detector of these classes; with make: {_MAKE[name][1]}=) or "
+            f"{name}.model (an architecture, such as yolov8n.yaml, trained from random weights)"
         )
     if len(given) > 1:
-        yield f"{' and '.join(given)} exclude each other: a model has one start; set the others to null"
+        yield f"{' and '.join(given)} exclude each other: keep one, and set the others to null"
     for knob in ("detection_part", "freeze"):
         if source.pretrained is None and getattr(source, knob) != _default(source, knob):
             yield f"{name}.{knob} has no effect without {name}.pretrained: leave it out"
 
 
-def _of_prune(prune: PruneConfig) -> Iterator[str]:
+def _check_prune(prune: PruneConfig) -> Iterator[str]:
     budgets = [f"prune.{knob}" for knob in prune.BUDGETS if getattr(prune, knob) is not None]
     if len(budgets) > 1:
-        yield f"{' and '.join(budgets)} are both given: a net has one budget; set the others to null"
+        yield f"{' and '.join(budgets)} are both given: keep one budget, and set the others to null"
     for knob in prune.idle(prune.kind):
         if getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob}={getattr(prune, knob)} has no effect with prune.kind={prune.kind}: leave it out"
@@ -78,19 +81,19 @@ def _of_prune(prune: PruneConfig) -> Iterator[str]:
         yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
     for knob in ("latency_runtime", "latency_precision", "latency_table"):
         if prune.latency_ms is None and getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob} has no effect without prune.latency_ms"
+            yield f"prune.{knob} has no effect without prune.latency_ms: leave it out"
         elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob} has no effect with prune.latency_table, which says what it was taken on"
+            yield f"prune.{knob} has no effect with prune.latency_table, which names its own runtime and precision: leave it out"
     if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
-        yield f"prune.epochs={prune.epochs} cannot be shared by prune.rounds={prune.rounds}"
+        yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round an epoch at least"
 
 
-def _of_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:
+def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:
     if (
         distill.teacher != "self"
         and not recipe.prune
         and not recipe.sparsify
-        and _same_net(recipe.teacher, recipe.baseline)
+        and _same_model(recipe.teacher, recipe.baseline)
     ):
         yield SAME_NET
     if distill.teacher == "self" and recipe.teacher:
@@ -105,36 +108,36 @@ def _of_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:
         if not distill.feature_weight and getattr(distill, knob) != _default(distill, knob):
             yield f"distill.{knob} has no effect with distill.feature_weight=0: leave it out"
     if distill.feature_weight and distill.feature_loss == "relation" and distill.batch == 1:
-        yield "distill.feature_loss=relation compares the images of a batch: distill.batch=1 is too few"
+        yield "distill.feature_loss=relation compares the images of a batch: distill.batch=1 is too small"
     if distill.images and distill.data_free:
         yield "distill.images and distill.data_free are both given: set one of them to null"
     if not distill.labelled and distill.alpha != _default(distill, "alpha"):
         yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
     if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
-        yield "distill.data_free_steps has no effect without distill.data_free"
-    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else this is checked once they are
+        yield "distill.data_free_steps has no effect without distill.data_free: leave it out"
+    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else `sizing.resolve` checks the recipe again
     if distill.off_without_mosaic and known and not 0 < number(distill.close_mosaic) < number(distill.epochs):
         yield (
-            f"distill.off_without_mosaic=true leaves the last distill.close_mosaic={distill.close_mosaic} of "
-            f"{distill.epochs} epochs to the labels; close_mosaic must be from 1 to {number(distill.epochs) - 1} then"
+            f"distill.off_without_mosaic=true trains the last distill.close_mosaic={distill.close_mosaic} of "
+            f"{distill.epochs} epochs on labels alone: set close_mosaic from 1 to {number(distill.epochs) - 1}"
         )
     if distill.off_without_mosaic and not distill.labelled:
-        yield "distill.off_without_mosaic=true leaves epochs to the labels, and there are none: set it to false"
+        yield "distill.off_without_mosaic=true trains epochs on labels alone, and there are no labels: set it to false"
 
 
 def _default(section: Section, knob: str) -> Any:
     return type(section).model_fields[knob].default
 
 
-def _same_net(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
-    """Says whether the teacher is the baseline: none given, the same file, or trained alike from scratch."""
+def _same_model(teacher: SourceConfig | None, baseline: SourceConfig) -> bool:
+    """Return whether teacher and baseline are the same model: no teacher, the same settings, or the same file."""
     if teacher is None or teacher == baseline:
         return True
     if teacher.weights is None or baseline.weights is None:
-        return False  # trained with settings that differ, or one of them is not trained
+        return False  # at least one is trained, and the settings differ
     folder = os.path.normpath(home.weights()) + os.sep
     names = {os.path.normpath(weights).removeprefix(folder) for weights in (teacher.weights, baseline.weights)}
     try:
         return len(names) == 1 or os.path.samefile(teacher.weights, baseline.weights)
-    except (OSError, ValueError):  # not both there; the stages that read them say so
+    except (OSError, ValueError):  # a file is missing; the stage that reads it reports that
         return False

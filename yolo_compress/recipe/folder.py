@@ -1,6 +1,7 @@
-"""Which folder of `weights/` leads to a recipe's results: that of its name, unless another file of that name has it.
+"""The folder `weights/NAME` with the links to a recipe's results, and what happens if two recipe files have one name.
 
-The folder notes its recipe file in `.recipe`, relative to `weights/`, so that it stays true when the working folder moves.
+The file `.recipe` in the folder has the path of its recipe file, relative to `weights/`. So it stays valid when the working
+folder moves.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ OWNER = ".recipe"
 
 
 def label(root: Path, recipe: Recipe) -> str:
-    """Name of the folder: the recipe's, or with a hash of the file's place where the folder is of another file, still there.
+    """Return the name of the recipe's folder: the name of the recipe, or that name and a hash of the file's path.
 
-    So results of one recipe are never shown as those of another.
+    The hash is added if the folder belongs to another recipe file that still exists. So results of one recipe are never
+    shown as those of another.
     """
     if not recipe.source:
         return recipe.name
-    place, owner = _place(root, recipe), owner_of(root, recipe.name)
-    if owner in (None, place):
+    path, owner = _relative_path(root, recipe), owner_of(root, recipe.name)
+    if owner in (None, path):
         return recipe.name
-    own = f"{recipe.name}~{hashlib.sha256(place.encode()).hexdigest()[:6]}"
+    hashed = f"{recipe.name}~{hashlib.sha256(path.encode()).hexdigest()[:6]}"
     moved = owner != SHIPPED and not os.path.exists(root / str(owner))
-    return recipe.name if moved and not (root / own).is_dir() else own
+    return recipe.name if moved and not (root / hashed).is_dir() else hashed
 
 
 def owner_of(root: Path, name: str) -> str | None:
-    """The recipe file, relative to the root, that the folder is of; None where it does not say."""
+    """Return the recipe file of a folder, relative to the root; None if the folder has no readable `.recipe`."""
     try:
         return (root / name / OWNER).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
     except OSError:
@@ -39,17 +41,17 @@ def owner_of(root: Path, name: str) -> str | None:
 
 
 def claim(root: Path, recipe: Recipe) -> None:
-    """Note in the recipe's folder that it is the recipe's.
+    """Write the path of the recipe file into the recipe's folder.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     folder = root / label(root, recipe)
-    if recipe.source and owner_of(root, folder.name) != _place(root, recipe):
+    if recipe.source and owner_of(root, folder.name) != _relative_path(root, recipe):
         with storage_errors(folder, "write"):
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(folder / OWNER, _place(root, recipe) + "\n")
+            atomic_write(folder / OWNER, _relative_path(root, recipe) + "\n")
 
 
-def _place(root: Path, recipe: Recipe) -> str:
+def _relative_path(root: Path, recipe: Recipe) -> str:
     return SHIPPED if recipe.source == SHIPPED else os.path.relpath(recipe.source, os.path.realpath(root))

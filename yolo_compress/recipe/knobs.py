@@ -1,4 +1,4 @@
-"""What a knob is: its help, its limits and the forms of its value; and the knobs that several sections share."""
+"""Definition of a knob: its help, its limits and the accepted forms of its value. Also the knobs that several sections share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runtime import registry
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
 Precision = Literal["fp32", "fp16", "int8"]
-if TYPE_CHECKING:  # a type checker cannot read a list of values from a table
+if TYPE_CHECKING:  # a type checker cannot read the values of a Literal from a table
     Runtime = str
     FloatCost = str
     Criterion = str
@@ -33,7 +33,11 @@ Auto = Literal["auto"]  # from the number of training images, by the rules of `s
 
 
 def imgsz_value(value: Any) -> Any:
-    """Brings `640`, `[384, 640]` and `384,640` to one form: an int for a square, (height, width) otherwise."""
+    """Return an int for a square size, else (height, width). Takes `640`, `[384, 640]` and `384,640`.
+
+    Raises:
+        ValueError: The value is not one or two multiples of 32 within the limits.
+    """
     given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     sides: list[Any] = [strict_yaml.resolve(side.strip()) if isinstance(side, str) else side for side in given]
     if len(sides) not in (1, 2) or not all(type(side) in (int, float) and math.isfinite(side) for side in sides):
@@ -47,7 +51,11 @@ def imgsz_value(value: Any) -> Any:
 
 
 def device_value(value: Any) -> Any:
-    """Makes the YAML number `0` the device "0"; refuses what is neither cpu nor CUDA indices."""
+    """Return the device as text: the YAML number `0` becomes "0".
+
+    Raises:
+        ValueError: The value is neither cpu nor a list of different CUDA indices.
+    """
     text = str(value) if type(value) is int else value
     indices = text.split(",") if isinstance(text, str) else []
     if text != "cpu" and (not all(re.fullmatch("[0-9]{1,3}", i) for i in indices) or len(set(indices)) < len(indices)):
@@ -55,8 +63,12 @@ def device_value(value: Any) -> Any:
     return text
 
 
-def several(value: Any) -> Any:
-    """Makes a list, or the command line's `fp32,int8`, a tuple without repeats."""
+def as_tuple(value: Any) -> Any:
+    """Return a list, or the command line's `fp32,int8`, as a tuple. Other values are returned as they are.
+
+    Raises:
+        ValueError: An item is repeated.
+    """
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not items:
         return value
@@ -67,11 +79,12 @@ def several(value: Any) -> Any:
 
 
 def runtimes_value(value: Any) -> Any:
-    return value if value == "auto" else several(value)
+    """Return "auto", or the runtimes as a tuple."""
+    return value if value == "auto" else as_tuple(value)
 
 
 def number(value: int | Auto) -> int:
-    """The value of a knob after `sizing.resolve`, which leaves no `auto`."""
+    """Return the value of a knob as an int. Call it after `sizing.resolve`, which replaces every `auto`."""
     assert value != "auto"
     return value
 
@@ -84,31 +97,31 @@ GROUPS: tuple[Group, ...] = get_args(Group)  # the order in which the help shows
 
 
 class Words(NamedTuple):
-    """What the help says of a knob beside its default and the values it takes."""
+    """Help of a knob, without its default and allowed values."""
 
-    text: str  # what it does
+    text: str  # what the knob does
     when: str  # when to change it
     group: Group
-    unit: str  # empty where values have none
+    unit: str  # empty if the values have no unit
 
 
 def knob(text: str, *, when: str, group: Group, unit: str = "", allowed: str | None = None, **limits: Any) -> Any:
-    """Documents a knob and sets its limits.
+    """Return a pydantic field with the help and limits of a knob.
 
     Args:
-        text: what it does, in sentences.
-        when: when to change it, one sentence of at most 100 characters.
-        group: heading of the help under which it stands; `Advanced` is shown by `--all` alone.
-        unit: of its values, such as px or images.
-        allowed: the values it takes, where type and limits do not tell.
-        limits: of pydantic's `Field`: ge, gt, le, lt, pattern.
+        text: What the knob does, in sentences.
+        when: When to change it, in one sentence of at most 100 characters.
+        group: Heading in the help. Only `help --all` shows the group `Advanced`.
+        unit: Unit of the values, such as px or images.
+        allowed: Description of the allowed values. Without it, help describes them by type and limits.
+        limits: Limits for pydantic's `Field`: ge, gt, le, lt, pattern.
     """
     extra: Any = {"when": when, "group": group, "unit": unit} | ({"allowed": allowed} if allowed else {})
     return Field(description=text, json_schema_extra=extra, **limits)
 
 
 def words(field: FieldInfo) -> Words:
-    """Gives what the help says of a knob: `knob`'s arguments."""
+    """Return the help of a knob: the arguments that were given to `knob`."""
     extra: Any = field.json_schema_extra
     return Words(field.description or "", extra["when"], extra["group"], extra["unit"])
 
@@ -116,17 +129,17 @@ def words(field: FieldInfo) -> Words:
 # Knobs that several stages share, each with its own default.
 # Packed by hand: a few lines a knob instead of a dozen.
 # fmt: off
-TEXT = r"(?s)\S.*"  # a name is not blank
+TEXT = r"(?s)\S.*"  # not blank
 Epochs = Annotated[Annotated[int, Field(ge=0, le=100_000)] | Auto, knob(
-    "Passes over the training images. 0: nothing is trained. auto: by the number of training images.",
+    "Passes over the training images. 0: no training. auto: chosen by the number of training images.",
     when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
     group="Training", unit="epochs")]
 SomeEpochs = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Auto, knob(
-    "Passes over the training images. auto: by the number of training images.",
+    "Passes over the training images. auto: chosen by the number of training images.",
     when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
     group="Training", unit="epochs")]
 Batch = Annotated[Annotated[int, Field(ge=1, le=4096)] | Auto, knob(
-    "Images in one training step. The optimizer steps after every batch. auto: by the number of training images.",
+    "Images in one training step. The optimizer steps after every batch. auto: chosen by the number of training images.",
     when="Lower it when memory runs out, and lower lr0 with it.",
     group="Training", unit="images")]
 Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
@@ -134,20 +147,20 @@ Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
     when="Set SGD for long trainings on large data sets, with lr0=0.01 and momentum=0.937.",
     group="Advanced")]
 Lr0 = Annotated[float, knob(
-    "Learning rate after warm-up, the highest of the training.",
+    "Learning rate after warm-up, which is the highest of the training.",
     when="Lower it when the loss jumps or becomes NaN. SGD takes about ten times the rate of AdamW.",
     group="Training", gt=0, le=1)]
 SourceOptimizer = Annotated[Literal["SGD", "AdamW", "Adam", "MuSGD"] | Auto, knob(
-    "Optimizer of the training. auto: as Ultralytics, AdamW up to 10,000 steps of 64 images, MuSGD for a longer training.",
+    "Optimizer of the training. auto: the choice of Ultralytics, AdamW up to 10,000 steps of 64 images, MuSGD above.",
     when="Set it only to repeat a training that used another one.",
     group="Advanced")]
 SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
-    "Learning rate after warm-up, the highest of the training. auto: as Ultralytics, 0.002 * 5 / (4 + classes) for "
-    "AdamW and Adam, 0.01 for SGD and MuSGD.",
+    "Learning rate after warm-up, which is the highest of the training. auto: the choice of Ultralytics, "
+    "0.002 * 5 / (4 + classes) for AdamW and Adam, 0.01 for SGD and MuSGD.",
     when="Lower it when the loss jumps or becomes NaN.",
     group="Training")]
 WarmupEpochs = Annotated[float, knob(
-    "Epochs during which the learning rate rises to lr0. Fractions are allowed.",
+    "Number of first epochs during which the learning rate rises to lr0. Fractions are allowed.",
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(
@@ -159,36 +172,35 @@ Mosaic = Annotated[float, knob(
     when="Lower it (0.5) in short trainings, so that more images look as they do in validation.",
     group="Training", unit="fraction", ge=0, le=1)]
 CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
-    "Number of epochs at the end of the training that see whole images, without mosaic. auto: a fifth of the epochs, at "
-    "most 10.",
+    "Number of epochs without mosaic at the end of the training. auto: a fifth of the epochs, at most 10.",
     when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
     group="Training", unit="epochs")]
 Weights = Annotated[str | None, knob(
-    "Finished detector of the classes of the data set, used as it is, without training. It is looked up as given, then in "
+    "Checkpoint of a detector of the classes of the data set, used without training. It is looked up as given, then in "
     "weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Excludes pretrained and model.",
     when="Give it when you have a trained detector of the classes of your data set.",
     group="Model", pattern=TEXT)]
 Pretrained = Annotated[str | None, knob(
-    "Checkpoint of any classes from which the training starts. Every tensor is taken but the outputs of classes that the "
-    "checkpoint does not know. It is looked up like weights. Excludes weights and model.",
-    when="Give it, such as yolov8s.pt, when no detector of your classes is trained yet.",
+    "Checkpoint of any classes from which the training starts. All its tensors are used, except for the outputs of "
+    "classes that it does not have. It is looked up like weights. Excludes weights and model.",
+    when="Give it, such as yolov8s.pt, when you have no trained detector of your classes.",
     group="Model", pattern=TEXT)]
 Model = Annotated[Scratch | None, knob(
-    "Architecture that is trained from random weights. Excludes weights and pretrained.",
+    "Architecture to train from random weights. Excludes weights and pretrained.",
     when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
     group="Model")]
 CalibImages = Annotated[int, knob(
-    "Training images, without augmentation, from which the INT8 scales are calibrated.",
+    "Number of training images, without augmentation, from which the INT8 scales are calibrated.",
     when="Raise it when there are many classes or varied scenes, such as 512 for COCO.",
     group="Calibration", unit="images", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob(
-    "How calibration chooses a scale from the values of a tensor. max: the largest value fits. percentile: a "
-    "percentage of the values fits. mse: least squared error of rounding and clipping. entropy: least "
+    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: a given "
+    "percentage of the values is not clipped. mse: least squared error of rounding and clipping. entropy: least "
     "Kullback-Leibler divergence.",
     when="Try another one when INT8 loses mAP and FP16 does not.",
     group="Calibration")]
 Percentile = Annotated[float, knob(
-    "Percentage of the values of a tensor that its scale covers. For calibrator=percentile only.",
+    "Percentage of the values of a tensor that are not clipped. For calibrator=percentile only.",
     when="Lower it when a few very large values make the scale too coarse.",
     group="Advanced", unit="percent", gt=50, le=100)]
 Threads = Annotated[int | None, knob(

@@ -1,4 +1,4 @@
-"""Words for what is wrong with a recipe or a command line: the value got, the values allowed, the word meant."""
+"""Parts of error messages about a recipe or command line: the wrong value, the allowed values, the nearest known word."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Gives the known word that is most like a mistyped one, None when none is near."""
+    """Return the known word most similar to a mistyped word; None if no word is similar."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return near[0] if near else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Gives `, did you mean WORD?`, or nothing when no known word is near."""
+    """Return `, did you mean WORD?`, or "" if no known word is similar."""
     near = nearest(word, known)
     return f", did you mean {near}?" if near else ""
 
 
 def got(value: object) -> str:
-    """Gives a value as a message shows it: YAML's words, on one line, cut to 80 characters."""
+    """Return a value as error messages show it: in YAML, on one line, cut to 80 characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -39,7 +39,7 @@ def got(value: object) -> str:
 
 
 def typed(value: object) -> str:
-    """Gives a value as the command line takes it: `null`, `true`, `0.5`, `fp32,int8`."""
+    """Return a value as one types it on the command line: `null`, `true`, `0.5`, `fp32,int8`."""
     if isinstance(value, tuple):
         return ",".join(typed(item) for item in value)
     if value is None or isinstance(value, bool):
@@ -48,7 +48,7 @@ def typed(value: object) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Gives the values a knob takes, from its type and limits: `a number > 0 and < 1`, `one of fp32, fp16, int8`."""
+    """Return the allowed values of a knob, from its type and limits: `a number > 0 and < 1`, `one of fp32, fp16`."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "allowed" in extra:
         return str(extra["allowed"])
@@ -57,12 +57,12 @@ def allowed(field: FieldInfo) -> str:
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Says whether any text is a value of the knob, so that the command line's word is taken as it stands."""
+    """Return whether the knob takes any text. Its value on the command line is then not parsed as YAML."""
     return {kind for kind, _ in _members(field.annotation, ())} - {type(None)} == {str}
 
 
 def _alternatives(kind: Any, limits: Iterable[Any]) -> list[str]:
-    """Gives a phrase for each alternative of a type: single words such as auto first, null last."""
+    """Return a phrase for each member of a union: single words such as auto first, null last."""
     words, phrases, null = list[str](), list[str](), list[str]()
     for part, own in _members(kind, limits):
         if part is type(None):
@@ -78,14 +78,14 @@ def _alternatives(kind: Any, limits: Iterable[Any]) -> list[str]:
 
 
 def _limited(limits: Iterable[Any]) -> str:
-    """Gives ` >= 1 and < 8`."""
-    found = {name: getattr(item, name) for item in limits for name, _ in _SIGNS if hasattr(item, name)}
-    text = " and ".join(f"{sign} {typed(found[name])}" for name, sign in _SIGNS if name in found)
+    """Return limits as text, such as ` >= 1 and < 8`."""
+    values = {name: getattr(item, name) for item in limits for name, _ in _SIGNS if hasattr(item, name)}
+    text = " and ".join(f"{sign} {typed(values[name])}" for name, sign in _SIGNS if name in values)
     return f" {text}" if text else ""
 
 
 def _members(kind: Any, limits: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yields the members of a union, each with the limits that hold for it; looks inside `Annotated`."""
+    """Yield (member, its limits) for each member of a union, also inside `Annotated`. Another type has one member."""
     if get_origin(kind) is Annotated:
         inner, *notes = get_args(kind)
         own = [item for note in notes for item in (note.metadata if isinstance(note, FieldInfo) else [note])]

@@ -1,7 +1,7 @@
-"""The recipe: a YAML file with one section a stage, read strictly and checked as a whole before any work.
+"""Reader of recipes: YAML files with one section for each stage, checked as a whole before any work.
 
-A stage whose section is absent (or null) passes its input through; an empty one (`distill: {}`) takes the defaults.
-The order of work is fixed by the pipeline, not by the file. Nothing here imports torch: `status` answers in a second.
+A stage whose section is absent or null passes its input on. An empty section (`distill: {}`) uses the defaults.
+The pipeline sets the order of the stages, not the file. Nothing here imports torch, so `status` answers within a second.
 """
 
 from __future__ import annotations
@@ -59,22 +59,21 @@ __all__ = [
 
 ALWAYS = ("data", "run", "baseline")  # sections that cannot be left out
 _COMMAND_LINE = "command line"
-SHIPPED = "shipped"  # the source of a recipe of the package
+SHIPPED = "shipped"  # `Recipe.source` of a recipe of the package
 
 
 class Recipe(Sections):
-    """A whole recipe, as `load` gives it; it cannot be changed, `load` with other overrides gives another.
+    """A whole checked recipe, as `load` returns it. It is immutable.
 
     Attributes:
-        source: The file, "shipped", or nothing where it was not loaded; two recipes that differ in it alone are equal.
-        name, data, run, teacher, ...: see `Sections`; `options()` describes the knobs.
+        name, data, run, teacher, ...: See `Sections`; `options()` describes the knobs.
     """
 
     _source: str = PrivateAttr("")
 
     @property
     def source(self) -> str:
-        """See `Attributes`."""
+        """Path of the recipe file, "shipped", or "" if the recipe was not loaded. `==` ignores it."""
         return self._source
 
     def __eq__(self, other: object) -> bool:
@@ -87,10 +86,10 @@ class Recipe(Sections):
         return self
 
     def replaced(self, sections: Mapping[str, Section]) -> Recipe:
-        """This recipe with other sections in the place of its own, checked as a whole.
+        """Return a copy with some sections replaced, checked as a whole.
 
         Raises:
-            RecipeError: Sections that contradict each other.
+            RecipeError: The sections cannot work together.
         """
         try:
             made = Recipe.model_validate({**dict(self), **sections})
@@ -100,27 +99,28 @@ class Recipe(Sections):
         return made
 
     def dump(self) -> str:
-        """Gives the effective recipe as YAML; `load` reads it back equal from a file of the recipe's name."""
+        """Return the effective recipe as YAML. `load` reads an equal recipe from it, if the file has the recipe's name."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
 
 
 def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Reads a recipe and applies the overrides of the command line, in order; the last one of a key wins.
+    """Read a recipe and apply the overrides of the command line in order. The last override of a key wins.
 
     Args:
-        name_or_path: a shipped recipe's name (`names()`), or a file: whatever has a folder or ends in .yaml or .yml.
-        overrides: `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists; a knob that takes any text (a
-            path, a device) takes the word as it stands, so `run.device=0` is "0"; `null` empties a knob that may be
-            empty. An override in a section that the recipe lacks creates that section with its defaults.
-            `("sparsify", "null")` drops a section.
+        name_or_path: Name of a shipped recipe (`names()`), or a file: a path with a folder, or one in .yaml or .yml.
+        overrides: Pairs such as `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists. For a knob that
+            takes any text (a path, a device) the value is not parsed, so `run.device=0` is "0". `null` clears a knob
+            that may be null. An override for a section that the recipe does not have adds this section with its
+            defaults. `("sparsify", "null")` drops a section.
 
     Returns:
-        The recipe, checked as a whole; data and weights are not looked at yet.
+        The recipe, checked as a whole. Data and weights are not read yet.
 
     Raises:
-        RecipeError: no such recipe, not strict YAML, an unknown key, a value out of range, or stages that contradict
-            each other. The message names file and line (or the command line), key, value and the values allowed.
-        StorageError: the file is there but the system does not let us read it.
+        RecipeError: The recipe does not exist, is not strict YAML, or has an unknown key, a value out of range or
+            sections that cannot work together. The message has the file and line (or "command line"), the key, the
+            value and the allowed values.
+        StorageError: The file exists but cannot be read.
     """
     document, name, source = _read(name_or_path)
     recipe = build(document, name, overrides)
@@ -129,7 +129,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
 
 
 def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """The recipe that a document holds; `load` says the rest.
+    """Return the recipe of a parsed document. Overrides and errors are those of `load`.
 
     Raises:
         RecipeError: See `load`.
@@ -137,16 +137,16 @@ def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[s
     raw = _sections(document)
     for key, text in overrides:
         _override(raw, key, text)
-    _one_kind(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
-    _one_kind(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
-    _one_of(raw, "prune", PruneConfig.BUDGETS, {key: text for key, text in overrides})
+    _drop_idle(raw, "prune", "kind", PruneConfig, {key: text for key, text in overrides})
+    _drop_idle(raw, "distill", "teacher", DistillConfig, {key: text for key, text in overrides})
+    _drop_alternatives(raw, "prune", PruneConfig.BUDGETS, {key: text for key, text in overrides})
     for source in ("baseline", "teacher"):
-        _one_of(raw, source, SourceConfig.ORIGINS, {key: text for key, text in overrides})
+        _drop_alternatives(raw, source, SourceConfig.ORIGINS, {key: text for key, text in overrides})
     try:
         recipe = Recipe.model_validate({**raw, "name": name})
     except ValidationError as error:
         raise RecipeError(
-            "\n".join(_explained(error, raw, document, {tuple(key.split(".")) for key, _ in overrides}))
+            "\n".join(_error_lines(error, raw, document, {tuple(key.split(".")) for key, _ in overrides}))
         ) from None
     for key, _ in overrides:
         _refuse_idle(recipe, *key.partition(".")[::2])
@@ -154,24 +154,24 @@ def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[s
 
 
 def names() -> list[str]:
-    """Gives the names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
 
 
 def options() -> dict[str, FieldInfo]:
-    """Gives every knob by its dotted name, with type, default, limits and description, in the order of the recipe."""
+    """Return every knob by its dotted name, in the order of the recipe. The fields have type, default, limits and help."""
     return {f"{name}.{key}": field for name, kind in SECTIONS.items() for key, field in kind.model_fields.items()}
 
 
 def check_key(key: str, also: Iterable[str] = ()) -> None:
-    """Checks the left side of `section.key=value`.
+    """Check the left side of `section.key=value`.
 
     Args:
-        key: a dotted knob, or a section.
-        also: other words that the caller takes, named in "did you mean".
+        key: A dotted knob, or a section.
+        also: Other words that the caller accepts, for "did you mean".
 
     Raises:
-        RecipeError: there is no such knob; says which one was probably meant.
+        RecipeError: The knob or section does not exist. The message suggests the most similar name.
     """
     section, dot, knob = key.partition(".")
     if section not in SECTIONS:
@@ -185,12 +185,12 @@ def _shipped() -> Any:
 
 
 def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, str, str]:
-    """Finds and parses the file; gives it, the recipe's name and its source."""
+    """Find and parse a recipe file. Return the document, the recipe's name and `Recipe.source`."""
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and os.sep not in text and not text.lower().endswith((".yaml", ".yml")):
         if text not in names():
             hint = did_you_mean(text, names()) or f"; shipped are {', '.join(names())}"
-            raise RecipeError(f"no recipe {got(text)}{hint} (a file is given with its .yaml)")
+            raise RecipeError(f"no recipe {got(text)}{hint} (a file name ends in .yaml)")
         content = (_shipped() / f"{text}.yaml").read_text(encoding="utf-8")
         return strict_yaml.parse(content, f"recipes/{text}.yaml"), text, SHIPPED
     document = strict_yaml.load(text)
@@ -201,7 +201,11 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[strict_yaml.Document, s
 
 
 def _sections(document: strict_yaml.Document) -> dict[str, Any]:
-    """Gives the sections of the file that are not null; refuses unknown and blank ones."""
+    """Return the sections of the file that are not null.
+
+    Raises:
+        RecipeError: A section is unknown, or is empty after its colon.
+    """
     for key in document.data:
         if key not in SECTIONS:
             raise RecipeError(f"{document.where((key,))}: {_unknown_section(str(key))}")
@@ -213,6 +217,7 @@ def _sections(document: strict_yaml.Document) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], key: str, text: str) -> None:
+    """Apply one override to `raw`, in place."""
     check_key(key)
     section, dot, knob = key.partition(".")
     if not dot:
@@ -231,25 +236,25 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
     word = None if text == "null" else text
     value = word if takes_text(field) else strict_yaml.value(text, f"{_COMMAND_LINE}: {key}")
     if not isinstance(raw.get(section, {}), dict):
-        return  # the file has no mapping there: validation says so, with its line
+        return  # the section is not a mapping: validation reports it, with its line
     raw[section] = {**raw.get(section, {}), knob: value}
 
 
-def _one_of(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
-    """Of knobs that exclude each other, one on the command line replaces the file's."""
+def _drop_alternatives(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
+    """If the command line sets one of `knobs`, which exclude each other, clear the others in `raw`."""
     given = {knob: overridden.get(f"{section}.{knob}") for knob in knobs}
     if isinstance(raw.get(section), dict) and any(text not in (None, "null") for text in given.values()):
         raw[section] = {**raw[section], **{knob: None for knob, text in given.items() if text is None}}
 
 
-def _one_kind(
+def _drop_idle(
     raw: dict[str, Any],
     section: str,
     knob: str,
     config: type[PruneConfig | DistillConfig],
     overridden: Mapping[str, str],
 ) -> None:
-    """A `prune.kind` or `distill.teacher` on the command line overrides the file's; knobs that it does not use are dropped."""
+    """If the command line sets `prune.kind` or `distill.teacher`, drop the file's knobs that the new value does not use."""
     kind = overridden.get(f"{section}.{knob}", "")
     if isinstance(raw.get(section), dict) and kind in get_args(config.model_fields[knob].annotation):
         idle = {name for name in config.idle(kind) if f"{section}.{name}" not in overridden}
@@ -257,7 +262,7 @@ def _one_kind(
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
-    """Refuses a training knob of a model that is not trained. In the file it is allowed, for when the model is trained."""
+    """Raise if the command line sets a training knob of a model that is not trained. A file may have such knobs."""
     source = getattr(recipe, section)
     if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
         raise RecipeError(
@@ -266,20 +271,20 @@ def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
         )
 
 
-def _explained(
+def _error_lines(
     error: ValidationError,
     raw: dict[str, Any],
     document: strict_yaml.Document,
     overridden: set[tuple[str, ...]],
 ) -> Iterator[str]:
-    """Gives a line for each wrong key: where, which, the value got, the values allowed."""
+    """Yield one line for each wrong key: its place, the key, its value and the allowed values."""
     seen = set()
     for item in error.errors(include_url=False):
-        path = tuple(str(part) for part in item["loc"][:2])  # deeper parts are list items and branches of a union
+        path = tuple(str(part) for part in item["loc"][:2])  # deeper parts are list items and members of a union
         if path in seen:
             continue
         seen.add(path)
-        if not path:  # a contradiction between stages
+        if not path:  # sections that cannot work together
             yield f"{document.source}: {item['ctx']['error']}"
             continue
         where = _COMMAND_LINE if path in overridden else document.where(path)
@@ -287,6 +292,7 @@ def _explained(
 
 
 def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
+    """Return the message for one error of pydantic, without its place."""
     section, name = path[0], ".".join(path)
     if item["type"] in ("extra_forbidden", "invalid_key"):
         return _unknown_knob(section, path[1])
@@ -294,7 +300,7 @@ def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
         return "data.yaml is not given: add data.yaml=my.yaml (with make: DATA=my.yaml)"
     if item["type"] == "missing":
         need = f"; expected {allowed(options()[name])}" if len(path) == 2 else ""
-        return f"{name}: is missing and has no default{need}"
+        return f"{name} is missing and has no default{need}"
     if len(path) == 1:
         return f"{name}: got {got(raw[section])}, expected a section (key: value)"
     value = got(raw[section].get(path[1]))
@@ -304,7 +310,7 @@ def _problem(item: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
 
 
 def _unknown_section(word: str, also: Iterable[str] = ()) -> str:
-    """Names what was meant: a section, one of the caller's words, or a knob written without its section."""
+    """Return the message for an unknown section, with the most similar section, word of the caller, or knob."""
     section, _, knob = word.partition(".")
     owners: dict[str, list[str]] = {}
     for name in options():

@@ -1,6 +1,6 @@
-"""The sections of a recipe: every knob of the chain, typed, limited and documented here, once.
+"""The sections of a recipe: type, limits, default and help of every knob.
 
-Every knob of a stage has a default, so that `distill: {}` is a section; only `data.yaml` must be given.
+Every knob of a stage has a default, so `distill: {}` is a complete section. Only `data.yaml` is required.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .knobs import (
     Threads,
     WarmupEpochs,
     Weights,
+    as_tuple,
     device_value,
     imgsz_value,
     knob,
     runtimes_value,
-    several,
 )
 
 
@@ -49,7 +49,7 @@ from .knobs import (
 class Section(BaseModel):
     """Base of all sections: frozen, strict types, no unknown keys, no NaN or infinity."""
 
-    # defer_build: schemas are made when a recipe is read, not when the package is imported
+    # defer_build: pydantic builds the schemas when a recipe is read, not when the package is imported
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
@@ -58,7 +58,7 @@ class DataConfig(Section):
 
     yaml: Annotated[str, knob(
         "Data set file (YAML) with the folders of the images and the class names. It is looked up as given, then in "
-        "datasets/, then in the folders of YOLO_COMPRESS_DATA, then among the shipped ones.",
+        "datasets/, then in the folders of YOLO_COMPRESS_DATA, then among the shipped files.",
         when="Give the file of your own data set.",
         group="Data", pattern=TEXT)]
     imgsz: Annotated[int | tuple[int, int], BeforeValidator(imgsz_value), knob(
@@ -66,8 +66,8 @@ class DataConfig(Section):
         when="Raise it for small objects, lower it for speed. A checkpoint works best at its training size.",
         group="Data", unit="px", allowed="one side or height,width, multiples of 32 from 32 to 4096")] = 640
     on_bad: Annotated[Literal["error", "skip"], knob(
-        "At an unreadable image or a wrong label: error stops before any training, skip leaves the image out for "
-        "every model.",
+        "What to do with an unreadable image or a wrong label. error: stop before any training. skip: leave the image "
+        "out for every model.",
         when="Set skip when you cannot repair the data set.",
         group="Data")] = "error"
     allow_overlap: Annotated[bool, knob(
@@ -75,12 +75,12 @@ class DataConfig(Section):
         when="Set true only if you know why: the mAP is then too high.",
         group="Data")] = False
     max_unlabelled: Annotated[float, knob(
-        "Largest fraction of a split's images that may have no label file. They count as background.",
-        when="Raise it when more images than that really show no object.",
+        "Largest fraction of the images of a split that may have no label file. These images count as background.",
+        when="Raise it when your data set has more images without objects.",
         group="Data", unit="fraction", ge=0, le=1)] = 0.3
     max_det: Annotated[int, knob(
-        "Detections that NMS keeps in an image, here and on the robot. mAP counts 100 of a class in an image, as COCO does; above "
-        "300 it counts as many.",
+        "Largest number of detections that NMS keeps in an image, here and on the robot. mAP counts at most 100 detections of "
+        "a class in an image, as COCO does. With more than 300 here, it counts up to this number.",
         when="Raise it when an image may hold more objects.",
         group="Data", unit="detections", ge=1, le=100_000)] = 300
     limit_train: Annotated[int | None, knob(
@@ -99,7 +99,7 @@ class DataConfig(Section):
 
 
 class RunConfig(Section):
-    """The machine, and the seed. Only `seed` changes results, so only it is part of a stage's fingerprint."""
+    """Settings of the machine, and the seed. Only `seed` changes results, so only it is part of a stage's fingerprint."""
 
     MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
 
@@ -120,8 +120,8 @@ class RunConfig(Section):
         when="Lower it when other programs need the processors.",
         group="Machine", unit="threads", ge=1, le=1024)] = None
     val_every: Annotated[int, knob(
-        "Epochs between two validations during a training, for the curve in results.csv. 0: the last epoch only. It "
-        "does not change the weights.",
+        "Epochs between two validations during a training, for the curve in results.csv. 0: the last epoch only. "
+        "Validation does not change the weights.",
         when="Lower it for a finer curve; raise it when validation takes too long.",
         group="Training", unit="epochs", ge=0, le=100_000)] = 10
 
@@ -166,31 +166,33 @@ class TrainConfig(Section):
         when="Set 0.5 when images have no up and down, as under a microscope or from the air.",
         group="Training", unit="fraction", ge=0, le=1)] = 0.0
     amp: Annotated[bool, knob(
-        "Mixed precision in training: float16 on CUDA, bfloat16 on a CPU with AMX, where it is faster (not in qat). "
-        "No effect on other CPUs.",
+        "Mixed precision in training: float16 on CUDA, bfloat16 on a CPU with AMX. No effect on other CPUs, nor in "
+        "qat on any CPU.",
         when="Set false when the loss becomes NaN.",
         group="Advanced")] = True
 
 
 class SourceConfig(TrainConfig):
-    """The teacher and the baseline: a finished detector (`weights`), or one trained from a checkpoint of any classes
-    (`pretrained`) or from scratch (`model`). Exactly one of the three is given; training is as Ultralytics' own.
+    """The teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
+
+    `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights.
+    The defaults of the training are those of Ultralytics.
     """
 
     weights: Weights = None
     pretrained: Pretrained = None
     model: Model = None
     detection_part: Annotated[bool, knob(
-        "Take the detection part of a segmentation, pose or oriented-box checkpoint. For pretrained only.",
+        "Start from the detection part of a segmentation, pose or oriented-box checkpoint. For pretrained only.",
         when="Set true when there is no checkpoint of a detector to start from.",
         group="Model")] = False
     freeze: Annotated[int, knob(
-        "Number of first layers that keep the tensors of the checkpoint: 10 is the backbone, 0 trains all. For "
-        "pretrained only.",
+        "Number of layers, from the first, that stay as in the checkpoint. 10: the backbone. 0: all layers are "
+        "trained. For pretrained only.",
         when="Set 10 when there are very few images, or to train faster.",
         group="Model", unit="layers", ge=0, le=21)] = 0
     epochs: Epochs = 100
-    optimizer: SourceOptimizer = "auto"  # type: ignore[assignment]  # a wider choice than that of fine-tuning
+    optimizer: SourceOptimizer = "auto"  # type: ignore[assignment]  # allows more values than fine-tuning
     lr0: SourceLr0 = "auto"  # type: ignore[assignment]
     warmup_epochs: WarmupEpochs = 3.0
     cosine: Cosine = False
@@ -200,12 +202,12 @@ class SourceConfig(TrainConfig):
 
     @property
     def origin(self) -> str:
-        """Which of `ORIGINS` is given."""
+        """Name of the knob of `ORIGINS` that is set."""
         return next(name for name in self.ORIGINS if getattr(self, name) is not None)
 
     @property
     def checkpoint(self) -> str | None:
-        """The checkpoint that is read, if one is."""
+        """File of the checkpoint to read; None for a training from random weights."""
         return self.weights or self.pretrained
 
 
@@ -213,10 +215,10 @@ class SparsifyConfig(TrainConfig):
     """Sparse training: a penalty in the loss makes unimportant channels small, so that they can be pruned."""
 
     penalty: Annotated[Literal["l1", "polarization", "group_lasso"], knob(
-        "What is made small. l1: all BatchNorm gammas (Network Slimming, arXiv 1708.06519). polarization: the gammas "
-        "below the mean of their channel group, so that the large ones stay large (after Zhuang et al., NeurIPS "
-        "2020). group_lasso: all weights that leave together with a channel, as one norm (DepGraph, arXiv "
-        "2301.12900).",
+        "What the penalty makes small. l1: all BatchNorm gammas (Network Slimming, arXiv 1708.06519). polarization: "
+        "the gammas below the mean of their channel group, so that large gammas stay large (after Zhuang et al., "
+        "NeurIPS 2020). group_lasso: the norm of all weights that are removed together with a channel (DepGraph, "
+        "arXiv 2301.12900).",
         when="Set l1 for long trainings with SGD; in short ones it lowers all gammas alike.",
         group="Penalty")] = "polarization"
     l1: Annotated[float, knob(
@@ -224,28 +226,28 @@ class SparsifyConfig(TrainConfig):
         when="Lower it when mAP falls too far; raise it when too few gammas become small.",
         group="Penalty", unit="factor", gt=0, le=1)] = 0.1
     lambda_scale: Annotated[Literal["uniform", "macs"], knob(
-        "Lambda of a channel group. uniform: the same for all. macs: in proportion to the multiply-accumulates (MACs) "
-        "of one of its channels, 1 on average.",
+        "Factor on lambda for each channel group. uniform: 1 for all. macs: proportional to the multiply-accumulates "
+        "(MACs) of one channel of the group, 1 on average.",
         when="Set macs when compute matters more than the number of parameters.",
         group="Advanced")] = "uniform"
     gamma_lr_scale: Annotated[float, knob(
-        "Learning rate of the gammas, as a multiple of lr0. A step of Adam is at most the learning rate, so that "
-        "gammas near 1 hardly move in a short training.",
+        "Learning rate of the gammas, as a multiple of lr0. Adam changes a weight by about the learning rate in a "
+        "step, so with 1 a short training hardly changes gammas near 1.",
         when="Set 1 for SGD and for long trainings.",
         group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
     ramp_epochs: Annotated[float, knob(
-        "Epochs during which lambda rises from 0.",
+        "Number of first epochs during which lambda rises from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
 
 
 class PruneConfig(TrainConfig):
-    """Removal of channels to meet a budget, or zeros among the weights; then fine-tuning (`epochs: 0`: none)."""
+    """Remove channels to meet a budget, or set weights to 0. Then fine-tune, unless `epochs` is 0."""
 
     kind: Annotated[Literal["channel", "unstructured", "two_four"], knob(
-        "What is removed. channel: whole channels; layers become narrower, and faster on every runtime. unstructured: "
-        "single weights become 0. two_four: 2 of every 4 weights become 0, which Sparse Tensor Cores skip.",
+        "What is removed. channel: whole channels, so layers become narrower, and faster on every runtime. "
+        "unstructured: single weights become 0. two_four: 2 of every 4 weights become 0; Sparse Tensor Cores skip them.",
         when="Change it only when the robot's runtime gains from zeros among the weights.",
         group="Criterion")] = "channel"
     sparsity: Annotated[float, knob(
@@ -257,13 +259,13 @@ class PruneConfig(TrainConfig):
         when="Set bn_gamma after sparsify with penalty l1 or polarization.",
         group="Criterion", allowed=allowed(CRITERIA))] = "obs"
     scope: Annotated[Literal["global", "local", "isomorphic"], knob(
-        "Which channels are ranked together. local: those of one group. global: those of all groups. isomorphic: "
-        "those of groups with the same structure (arXiv 2407.04616).",
+        "Which channels are ranked together. local: the channels of one channel group. global: those of all groups. "
+        "isomorphic: those of groups with the same structure (arXiv 2407.04616).",
         when="Try global or isomorphic when you want some layers to lose more channels than others.",
         group="Advanced")] = "local"
     keep_flops: Annotated[float | None, knob(
-        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. 0.5 where no budget is "
-        "given.",
+        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. Without any budget, "
+        "0.5 applies.",
         when="Lower it for more speed, raise it for more mAP.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     keep_params: Annotated[float | None, knob(
@@ -271,8 +273,8 @@ class PruneConfig(TrainConfig):
         when="Set it instead of keep_flops when file size or memory is the limit.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     latency_ms: Annotated[float | None, knob(
-        "Budget: latency of one inference. The pruned model is built and timed on this machine until it is within 5 "
-        "%.",
+        "Budget: latency of one inference. The pruned model is built and timed on this machine until its latency is "
+        "within 5 % of this.",
         when="Set it instead of keep_flops when you know the time that an image may take.",
         group="Budget", unit="ms", gt=0, le=1e5)] = None
     latency_runtime: Annotated[Runtime, knob(
@@ -284,13 +286,13 @@ class PruneConfig(TrainConfig):
         when="With latency_ms: set fp16 when the robot's runtime computes in FP16.",
         group="Advanced")] = "fp32"
     latency_table: Annotated[str | None, knob(
-        "File with layer times from another machine (`yolo-compress probe` writes what to time). latency_ms is then "
-        "met according to this table; nothing is timed here.",
+        "File with layer times from another machine; `yolo-compress probe` writes the layers to time there. "
+        "latency_ms is then met according to this table, and nothing is timed here.",
         when="Set it when the robot is another machine than this one.",
         group="Budget", pattern=TEXT)] = None
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
-        "Measure how far the loss rises, or mAP falls, when one channel group alone is pruned, and limit what each "
-        "group may lose (max_drop). loss takes about as long as two epochs.",
+        "Prune one channel group at a time, and measure how far the loss rises or mAP falls. max_drop then limits "
+        "what each group may lose. loss takes about as long as two epochs.",
         when="Set loss when mAP after pruning is too low.",
         group="Criterion")] = "off"
     max_drop: Annotated[float, knob(
@@ -298,7 +300,7 @@ class PruneConfig(TrainConfig):
         when="Lower it to protect sensitive layers; raise it when the budget cannot be reached.",
         group="Criterion", unit="fraction", gt=0, le=10)] = 0.1
     rounds: Annotated[int, knob(
-        "Number of pruning steps to the budget, each with fine-tuning after it. They share the epochs.",
+        "Number of pruning steps until the budget is met, each followed by fine-tuning. They share the epochs.",
         when="Raise it (2 to 4) when much is removed and there are many epochs.",
         group="Training", unit="rounds", ge=1, le=100)] = 1
     round_to: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], knob(
@@ -307,17 +309,17 @@ class PruneConfig(TrainConfig):
         when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
         group="Budget", unit="channels")] = 16
     floor: Annotated[float, knob(
-        "Fraction of its channels that every group keeps at least.",
+        "Smallest fraction of its channels that each channel group keeps.",
         when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
     reconstruct: Annotated[bool, knob(
-        "Before any training, refit the weights of the remaining channels to replace the removed ones (least squares, "
-        "arXiv 1707.06168).",
+        "Before any training, refit the weights of the remaining channels by least squares, so that they replace the "
+        "removed ones (arXiv 1707.06168).",
         when="Set false only to measure what it gains.",
         group="Advanced")] = True
     calib_images: Annotated[int, knob(
-        "Training images that the criterion, reconstruct and the new BatchNorm statistics use.",
-        when="Raise it when scenes vary much; the time of planning grows with it.",
+        "Number of training images for the criterion, for reconstruct and for the new BatchNorm statistics.",
+        when="Raise it when scenes vary much; pruning then takes longer.",
         group="Advanced", unit="images", ge=1)] = 96
     teach_from_parent: Annotated[bool, knob(
         "During fine-tuning, also distil from the model before pruning.",
@@ -326,7 +328,7 @@ class PruneConfig(TrainConfig):
     epochs: Epochs = 40
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
-    MASKS: ClassVar[dict[str, frozenset[str]]] = {  # kinds that make zeros, and the knobs of this section that they use
+    MASKS: ClassVar[dict[str, frozenset[str]]] = {  # the kinds that make zeros, each with the knobs of this section that it uses
         "unstructured": frozenset({"sparsity", "scope"}),
         "two_four": frozenset(),
     }
@@ -341,7 +343,7 @@ class PruneConfig(TrainConfig):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """The knob that sets the budget, and its value."""
+        """(knob that sets the budget, its value); keep_flops 0.5 where none is set."""
         given = [(knob, getattr(self, knob)) for knob in self.BUDGETS if getattr(self, knob) is not None]
         return given[0] if given else ("keep_flops", 0.5)
 
@@ -350,8 +352,9 @@ class DistillConfig(TrainConfig):
     """Distillation from the teacher, or from the baseline where the recipe has no teacher."""
 
     teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
-        "frozen: the model of the section teacher, unchanged. mutual: it is trained too, from the labels and the "
-        "student (arXiv 1706.00384). self: the student's own deep layers teach its shallow ones.",
+        "What the student learns from. frozen: the model of the section teacher, unchanged. mutual: the same model, "
+        "trained too, from the labels and the student (arXiv 1706.00384). self: the student's deep layers teach its "
+        "shallow layers.",
         when="Try mutual or self when there is no larger teacher.",
         group="Teacher")] = "frozen"
     images: Annotated[str | None, knob(
@@ -360,18 +363,18 @@ class DistillConfig(TrainConfig):
         when="Set it when you have many images without labels.",
         group="Teacher", pattern=TEXT)] = None
     data_free: Annotated[int | None, knob(
-        "Number of images to make from the teacher's BatchNorm statistics (arXiv 1912.08795). They are used in place "
-        "of the training images.",
+        "Number of images to generate from the teacher's BatchNorm statistics (arXiv 1912.08795). They are used in "
+        "place of the training images.",
         when="Set it (64) when there are no training images.",
         group="Advanced", unit="images", ge=1, le=100_000)] = None
     data_free_steps: Annotated[int, knob(
-        "With data_free: optimizer steps to make an image.",
-        when="Raise it when the images made look like noise.",
+        "With data_free: optimizer steps to generate an image.",
+        when="Raise it when the generated images look like noise.",
         group="Advanced", unit="steps", ge=1, le=100_000)] = 300
 
     temperature: Annotated[float, knob(
-        "Divides the class logits of teacher and student before they are compared (arXiv 1503.02531). 2 lifts a logit "
-        "of -6 from a score of 0.002 to 0.05; with more, background outweighs the objects.",
+        "Divides the class logits of teacher and student before they are compared (arXiv 1503.02531). At 2, the score "
+        "of a logit of -6 rises from 0.002 to 0.05. Above 2, background outweighs the objects.",
         when="Set 1 when the teacher is the baseline itself.",
         group="Loss", unit="factor", ge=1, le=100)] = 2.0
     alpha: Annotated[float, knob(
@@ -383,33 +386,33 @@ class DistillConfig(TrainConfig):
         when="Raise it when the teacher is much better than the student.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     feature_weight: Annotated[float, knob(
-        "Weight of the feature loss. 0: none. weighted_l2 at 6, as in Ultralytics' `dis`, outweighs the labels of a "
-        "pruned student.",
-        when="Set it anew with feature_loss: about 0.2 for pkd, 80 for relation.",
+        "Weight of the feature loss. 0: none. Ultralytics' `dis` gives weighted_l2 a weight of 6, which outweighs the "
+        "labels when the student is pruned.",
+        when="Change it together with feature_loss: about 0.2 for pkd, 80 for relation.",
         group="Loss", unit="factor", ge=0, le=1000)] = 0.3
     box_weight: Annotated[float, knob(
-        "Weight of the loss over the distributions of box sides (arXiv 2102.12252). 0: none.",
-        when="Raise it (3) when boxes are found but do not fit well.",
+        "Weight of the loss between the distributions of box sides of student and teacher (arXiv 2102.12252). 0: none.",
+        when="Raise it (3) when objects are found but their boxes do not fit well.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     iou_weight: Annotated[float, knob(
         "Weight of 1 - IoU between the decoded boxes of student and teacher. 0: none. PP-YOLOE uses 2.5, with 1.0 for "
         "classes and 0.5 for distributions.",
-        when="Set it when boxes are found but do not fit well, and box_weight does not help.",
+        when="Set it when boxes do not fit well and box_weight does not help.",
         group="Advanced", unit="factor", ge=0, le=1000)] = 0.0
     feature_loss: Annotated[FeatureLoss | OwnFunction, knob(
         f"Loss between feature maps of student and teacher, weighted by feature_weight. {described(FEATURE_LOSSES)}",
-        when="Try another one when weighted_l2 gains nothing, and set feature_weight with it.",
+        when="Try another one when weighted_l2 gains nothing, and change feature_weight with it.",
         group="Loss", allowed=allowed(FEATURE_LOSSES))] = "weighted_l2"
     layers: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None, BeforeValidator(several), knob(
-        "Layers that feature_loss compares. null: the feature maps that enter Detect; for teacher=self, the maps of "
-        "the backbone with those.",
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None, BeforeValidator(as_tuple), knob(
+        "Layers that feature_loss compares. null: the feature maps that enter Detect. With teacher=self, null compares "
+        "these maps with those of the backbone.",
         when="Set it to compare other layers, or when the teacher's layers have other names.",
         group="Advanced",
         allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
     )] = None
     ramp_epochs: Annotated[float, knob(
-        "Epochs during which the weights of all distillation losses rise from 0.",
+        "Number of first epochs during which the weights of all distillation losses rise from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
     off_without_mosaic: Annotated[bool, knob(
@@ -429,7 +432,7 @@ class DistillConfig(TrainConfig):
 
     @property
     def labelled(self) -> bool:
-        """Whether the training images come with labels."""
+        """Whether the student trains on images with labels."""
         return self.images is None and self.data_free is None
 
 
@@ -444,22 +447,22 @@ class QatConfig(TrainConfig):
         when="Set 8 when the robot runs TensorRT, or every CPU it may run on has VNNI.",
         group="Precision", unit="bits")] = 7
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
-        "Measure the model on the calibration images with each group of tensors in float alone. Then keep the "
+        "Measure the model on the calibration images with one group of tensors in float at a time. Then keep the "
         "cheapest set of groups in float for which the loss or mAP stays within max_drop.",
         when="Set loss when INT8 loses too much mAP.",
         group="Precision")] = "off"
     max_drop: Annotated[float, knob(
-        "With sensitivity: fraction of the float model's value by which the loss may rise, or mAP fall, before "
-        "training.",
+        "With sensitivity: how far the loss may rise, or mAP fall, before training, as a fraction of the float "
+        "model's value.",
         when="Lower it for more mAP, raise it for more layers in INT8.",
         group="Precision", unit="fraction", gt=0, le=10)] = 0.01
     sensitivity_price: Annotated[FloatCost, knob(
         "With sensitivity: cost of a group in float. gflops: compute of its convolutions, the same on every machine. "
-        "onnxruntime, openvino: milliseconds that its convolutions lose against INT8, measured on this machine.",
+        "onnxruntime, openvino: extra milliseconds of its convolutions compared with INT8, measured on this machine.",
         when="Set the robot's runtime when the robot's CPU is like this one.",
         group="Advanced")] = "gflops"
     float_groups: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None, BeforeValidator(several), knob(
+        tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None, BeforeValidator(as_tuple), knob(
         "Groups of tensors that stay in float, by their names in placement.csv.",
         when="Set it when you know which layers lose mAP in INT8.",
         group="Advanced", allowed="null or a list of names, as in model.2.cv1,model.4.cv2")] = None
@@ -481,42 +484,42 @@ class QatConfig(TrainConfig):
 class ExportConfig(Section):
     """ONNX and TorchScript files.
 
-    The calibration here is for the INT8 files of the baseline, which is not trained for INT8. That of the compressed model
-    is in the section qat.
+    The calibration knobs here are for the INT8 files of the baseline, which has no QAT. The section qat has those of
+    the compressed model.
     """
 
-    precisions: Annotated[tuple[Precision, ...], BeforeValidator(several), knob(
+    precisions: Annotated[tuple[Precision, ...], BeforeValidator(as_tuple), knob(
         "Precisions of the ONNX files.",
-        when="Leave out what no robot of yours uses.",
+        when="Leave out precisions that none of your robots uses.",
         group="Files")] = ("fp32", "fp16", "int8")
     opset: Annotated[int, knob(
         "ONNX opset. Per-channel Q/DQ needs 13.",
-        when="Set what the robot's runtime reads; `yolo-compress lint FILE target=...` checks it.",
+        when="Set an opset that the robot's runtime reads; `yolo-compress lint FILE target=...` checks it.",
         group="Advanced", ge=13, le=20)] = 17
     batch: Annotated[int, knob(
         "Images in one inference.",
-        when="Raise it when several cameras share one inference.",
+        when="Raise it when as_tuple cameras share one inference.",
         group="Files", unit="images", ge=1, le=4096)] = 1
     dynamic_batch: Annotated[bool, knob(
-        "Leave the number of images in one inference open.",
-        when="Set true when the number changes from inference to inference.",
+        "Write files that take any number of images in one inference.",
+        when="Set true when the number of images changes from inference to inference.",
         group="Files")] = False
     simplify: Annotated[bool, knob(
         "Simplify the ONNX graph with onnxsim, then compare its outputs with torch again.",
         when="Set false when onnxsim fails.",
         group="Advanced")] = True
     torchscript: Annotated[bool, knob(
-        "Also write TorchScript. With int8 among the precisions also int8.torchscript, for torch on a CPU.",
-        when="Set false when nothing of yours loads TorchScript.",
+        "Also write TorchScript files. If the precisions include int8, this adds int8.torchscript, for torch on a CPU.",
+        when="Set false when none of your programs loads TorchScript.",
         group="Files")] = True
     nms: Annotated[bool, knob(
-        "Write each ONNX file a second time, as NAME-nms.onnx, with non-maximum suppression (NMS) in the graph: boxes "
-        "with a score of at least 0.25, IoU 0.7, at most 300 boxes.",
+        "Write each ONNX file a second time, as NAME-nms.onnx, with non-maximum suppression (NMS) in the graph: score "
+        "at least 0.25, IoU 0.7, at most 300 boxes.",
         when="Set true when your program has no NMS of its own.",
         group="Files")] = False
     calibration_cache: Annotated[bool, knob(
-        "Also write int8-implicit.onnx and int8-implicit.cache, the same scales without Q/DQ, for TensorRT 8 and 10 "
-        "and for the DLA. Never run on a device.",
+        "Also write int8-implicit.onnx and int8-implicit.cache: the same scales without Q/DQ, for TensorRT 8 and 10 "
+        "and for the DLA. Not tested on a device yet.",
         when="Set true for the DLA of a Jetson Orin or Xavier.",
         group="Advanced")] = False
     calib_images: CalibImages = 128
@@ -542,10 +545,10 @@ class BenchConfig(Section):
 
     warmup: Annotated[int, knob(
         "Inferences of each engine, in each round, before timing starts.",
-        when="Raise it when the clock of the processor needs longer to rise.",
+        when="Raise it when the processor takes longer to reach its full clock rate.",
         group="Measurement", unit="inferences", ge=0, le=1_000_000)] = 50
     iterations: Annotated[int, knob(
-        "Timed inferences of each engine, over all rounds. p99 needs 662.",
+        "Timed inferences of each engine, over all rounds. p99 needs at least 662.",
         when="Lower it for a quick look, raise it for a p99 that varies less.",
         group="Measurement", unit="inferences", ge=1, le=10_000_000)] = 700
     rounds: Annotated[int, knob(
@@ -558,7 +561,7 @@ class BenchConfig(Section):
 class ReportConfig(Section):
     """The report and its gate.
 
-    The gate judges the compressed engine with the lowest mAP50-95, of those in INT8 if there are any.
+    The gate judges the compressed engine with the lowest mAP50-95. If there are INT8 engines, it judges only these.
     """
 
     min_retention: Annotated[float, knob(
@@ -575,7 +578,7 @@ class ReportConfig(Section):
         when="Set it when the robot's storage is small.",
         group="Gate", unit="MiB", gt=0, le=1e6)] = None
     ab_margin: Annotated[float, knob(
-        "A/B comparison: fraction of the baseline's mAP50-95 that may be lost for the verdict pass.",
+        "A/B comparison: largest loss of mAP50-95 for the verdict pass, as a fraction of the baseline's mAP50-95.",
         when="Raise it when the validation images are too few for a verdict.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.01
     ab_replicates: Annotated[int, knob(
@@ -587,16 +590,16 @@ class ReportConfig(Section):
         when="Set the threshold that your program uses.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.25
     images: Annotated[int, knob(
-        "Validation images in the report of each kind: largest losses, new false positives, random.",
+        "Number of validation images in the report for each of three kinds: largest losses, new false positives, random.",
         when="Set 0 for a small file.",
         group="Comparison", unit="images", ge=0, le=1000)] = 12
 
 
 class Sections(Section):
-    """All sections of a recipe, each checked by itself.
+    """All sections of a recipe. This class checks each section alone; `Recipe` also checks them together.
 
     Attributes:
-        name: Name of the file; `weights/<name>/<stage>` lead to its artefacts.
+        name: Name of the recipe file; the links `weights/<name>/<stage>` lead to its artefacts.
         data, run, teacher, ...: One section each. A stage whose section is None is left out.
     """
 

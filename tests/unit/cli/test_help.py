@@ -26,7 +26,7 @@ NAMES = [*VERBS, *(name for name in recipe.SECTIONS if name not in VERBS)]
 
 
 class Entry(NamedTuple):
-    """What the help prints of a knob or option."""
+    """Entry of a knob or option in the help."""
 
     facts: str  # default, values, unit
     text: str

@@ -110,7 +110,7 @@ def test_a_teacher_of_nan_or_cut_short(shop: Path) -> None:
 
 def test_a_teacher_that_is_a_copy_of_the_student(shop: Path) -> None:
     (shop / "teacher.pt").write_bytes((shop / "student.pt").read_bytes())
-    with pytest.raises(RecipeError, match="teacher and student are the same net"):
+    with pytest.raises(RecipeError, match="teacher and student are the same model"):
         check()
     check(prune={})  # what is pruned has something to learn
 

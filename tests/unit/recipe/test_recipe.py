@@ -1,4 +1,4 @@
-"""The recipe: shipped files, overrides, and every wrong value named with place, key, value and what is allowed."""
+"""Recipes: shipped files, overrides, and errors that name place, key, value and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yolo_compress.pipeline import plan
 from yolo_compress.recipe import recipe
 
 SHIPPED = ["bccd", "custom", "digits", "neu_det", "yolov8s-coco"]
-NEEDED = {"custom": ["data.yaml=d.yaml", "baseline.pretrained=yolov8n.pt"]}  # what a shipped recipe leaves to its user
+NEEDED = {"custom": ["data.yaml=d.yaml", "baseline.pretrained=yolov8n.pt"]}  # knobs that the user has to set
 MINIMAL = "data: {yaml: d.yaml}\nbaseline: {weights: a.pt}\n"
 TRAIN = (
     "epochs batch optimizer lr0 lrf momentum weight_decay warmup_epochs cosine "
@@ -58,7 +58,7 @@ def refusal(*overrides: str, name: str = "digits") -> str:
 
 
 def test_options_are_frozen() -> None:
-    """A knob is forever: whoever adds or renames one does it here too, and in the CHANGELOG."""
+    """Users depend on the names of knobs. Add or rename a knob here too, and in the CHANGELOG."""
     assert list(recipe.options()) == [f"{name}.{key}" for name, keys in FROZEN.items() for key in keys.split()]
 
 
@@ -117,15 +117,15 @@ def test_overrides_create_drop_and_replace() -> None:
     assert loaded.prune is not None and loaded.prune.keep_flops == 0.7 and loaded.prune.criterion == "bn_gamma"
 
 
-def test_a_budget_of_the_command_line_takes_the_place_of_the_files() -> None:
+def test_a_budget_on_the_command_line_overrides_the_files() -> None:
     assert recipe.load("bccd").prune.budget == ("keep_flops", 0.5)
     assert recipe.load("bccd", pairs("prune.latency_ms=8")).prune.budget == ("latency_ms", 8.0)
     assert recipe.load("bccd", pairs("prune.keep_params=0.4")).prune.budget == ("keep_params", 0.4)
     assert recipe.PruneConfig().budget == ("keep_flops", 0.5)
 
 
-def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
-    """The recipe's budget is of channels; another kind has none."""
+def test_a_kind_on_the_command_line_overrides_the_files(tmp_path: Path) -> None:
+    """The recipe's budget is for channel pruning. Other kinds have no budget, so it is dropped."""
     loaded = recipe.load("bccd", pairs("prune.kind=unstructured", "prune.sparsity=0.7", "prune.scope=global"))
     assert loaded.prune is not None and (loaded.prune.kind, loaded.prune.sparsity) == ("unstructured", 0.7)
     assert loaded.prune.keep_flops is None and loaded.prune.epochs == 40
@@ -157,14 +157,14 @@ def test_a_kind_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
         ),
         (("prune.kind=unstructured", "prune.scope=isomorphic"), "prune.kind=unstructured takes global or local"),
         (("prune.kind=two_four", "prune.rounds=2"), "prune.rounds=2 has no effect with prune.kind=two_four"),
-        (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 cannot be shared by prune.rounds=5"),
+        (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 is less than prune.rounds=5"),
     ],
 )
 def test_contradictions_of_prune(overrides: tuple[str, ...], message: str) -> None:
     assert message in refusal(*overrides, name="bccd")
 
 
-def test_the_price_of_a_group_in_float_is_flops_or_a_runtime_that_is_known() -> None:
+def test_sensitivity_price_takes_gflops_or_a_cpu_runtime() -> None:
     assert "expected one of gflops, onnxruntime, openvino" in refusal(
         "qat.sensitivity=loss", "qat.sensitivity_price=tensorrt"
     )
@@ -172,8 +172,8 @@ def test_the_price_of_a_group_in_float_is_flops_or_a_runtime_that_is_known() -> 
     assert "qat.max_drop has no effect with qat.sensitivity=off" in refusal("qat.max_drop=0.5")
 
 
-def test_a_measured_choice_belongs_to_this_machine() -> None:
-    """What decides by milliseconds has the machine in its key; what does not is the same on any other."""
+def test_a_stage_that_measures_time_has_the_machine_in_its_key() -> None:
+    """The results of the other stages are the same on every machine."""
     data: Any = SimpleNamespace(digest="d")
 
     def measured(stage: str, *overrides: str) -> bool:
@@ -188,8 +188,8 @@ def test_a_measured_choice_belongs_to_this_machine() -> None:
     assert len(set(keys)) == 3
 
 
-def test_a_teacher_of_the_command_line_takes_the_place_of_the_files_knobs_for_another() -> None:
-    """The recipe's box weight and temperature are those of a head; the student itself has none."""
+def test_a_teacher_on_the_command_line_drops_the_files_knobs_that_it_does_not_use() -> None:
+    """The recipe's box weight and temperature compare detection heads; distill.teacher=self does not."""
     loaded = recipe.load("bccd", pairs("distill.teacher=self", "distill.layers=model.4=model.15,model.9=model.21"))
     assert loaded.distill is not None and loaded.distill.box_weight == 1.0 and loaded.distill.epochs == 12
     assert loaded.distill.layers == ("model.4=model.15", "model.9=model.21")
@@ -203,7 +203,7 @@ def test_device_is_text(word: str) -> None:
     assert recipe.load("digits", pairs(f"run.device={word}")).run.device == word
 
 
-def test_text_is_taken_as_it_stands() -> None:
+def test_text_is_not_parsed() -> None:
     for word in ("true", "1e-4", "[a", "-x.pt", "a: b", "'q'", "null.pt", "~"):
         assert recipe.load("digits", pairs(f"baseline.weights={word}")).baseline.weights == word
     assert recipe.load("bccd", pairs("baseline.weights=null", "baseline.model=yolov8n.yaml")).baseline.weights is None
@@ -306,7 +306,7 @@ def test_wrong_files(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_sections_and_keys(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"mine.yaml: baseline: is missing and has no default"):
+    with pytest.raises(RecipeError, match=r"mine.yaml: baseline is missing and has no default"):
         load(tmp_path, "data: {yaml: a}\n")
     with pytest.raises(RecipeError, match=r"mine.yaml:1: data.yaml is not given: add data.yaml=my.yaml"):
         load(tmp_path, "data: {imgsz: 32}\nbaseline: {}\n")
@@ -327,8 +327,8 @@ CONTRADICTIONS = {
     ("export=null",): "engine needs the section export: add export: {}, or leave engine out too (engine=null)",
     ("engine=null",): "bench needs the section engine",
     ("bench=null",): "report needs the section bench",
-    ("prune=null", "sparsify=null"): "distill: teacher and student are the same net",
-    ("prune=null", "sparsify=null", "baseline.weights=b.pt", "teacher.weights=./weights/b.pt"): "are the same net",
+    ("prune=null", "sparsify=null"): "distill: teacher and student are the same model",
+    ("prune=null", "sparsify=null", "baseline.weights=b.pt", "teacher.weights=./weights/b.pt"): "are the same model",
     ("distill.logit_weight=0", "distill.feature_weight=0", "distill.box_weight=0"): (
         "distill.box_weight, distill.iou_weight: all 0, so nothing is distilled; set distill=null"
     ),
@@ -350,14 +350,17 @@ CONTRADICTIONS = {
         "distill.feature_weight=0",
         "distill.layers=model.15",
     ): "distill.layers has no effect with distill.feature_weight=0",
-    ("distill.feature_loss=relation", "distill.batch=1"): "compares the images of a batch: distill.batch=1 is too few",
+    (
+        "distill.feature_loss=relation",
+        "distill.batch=1",
+    ): "compares the images of a batch: distill.batch=1 is too small",
     ("distill.images=folder", "distill.data_free=8"): "distill.images and distill.data_free are both given",
     ("distill.images=folder", "distill.alpha=0.9"): "distill.alpha=0.9 has no effect without labels",
     ("distill.data_free_steps=8",): "distill.data_free_steps has no effect without distill.data_free",
-    ("distill.off_without_mosaic=true", "distill.close_mosaic=0"): "close_mosaic must be from 1 to 5 then",
-    ("distill.off_without_mosaic=true", "distill.images=folder"): "leaves epochs to the labels, and there are none",
+    ("distill.off_without_mosaic=true", "distill.close_mosaic=0"): "set close_mosaic from 1 to 5",
+    ("distill.off_without_mosaic=true", "distill.images=folder"): "and there are no labels: set it to false",
     ("export.dynamic_batch=true", "export.batch=4"): "export.batch=4 has no effect with export.dynamic_batch=true",
-    ("bench.iterations=2",): "bench.iterations=2 cannot be shared by bench.rounds=3",
+    ("bench.iterations=2",): "bench.iterations=2 is less than bench.rounds=3",
     ("qat.calibrator=max", "qat.percentile=99"): "qat.percentile=99.0 has no effect with qat.calibrator=max",
     ("export.calibrator=max", "export.percentile=99"): "export.percentile=99.0 has no effect",
     (
@@ -381,7 +384,7 @@ def test_contradictions(overrides: tuple[str, ...]) -> None:
     assert CONTRADICTIONS[overrides] in refusal(*overrides)
 
 
-def test_what_is_no_contradiction() -> None:
+def test_valid_combinations() -> None:
     recipe.load("digits", pairs("qat=null", "export.precisions=fp32,fp16"))
     recipe.load("digits", pairs("qat.calibrator=percentile", "qat.percentile=99.9", "qat.epochs=0"))
     recipe.load("digits", pairs("prune=null", "sparsify=null", "teacher.weights=a.pt", "baseline.weights=b.pt"))
@@ -394,11 +397,11 @@ def test_teacher_is_the_student_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"")
     (tmp_path / "b.pt").symlink_to(tmp_path / "a.pt")
     files = (f"teacher.weights={tmp_path}/a.pt", f"baseline.weights={tmp_path}/b.pt")
-    assert "are the same net" in refusal("prune=null", "sparsify=null", *files)
+    assert "are the same model" in refusal("prune=null", "sparsify=null", *files)
 
 
 def test_unknown_recipe() -> None:
-    assert refusal(name="digit") == "no recipe 'digit', did you mean digits? (a file is given with its .yaml)"
+    assert refusal(name="digit") == "no recipe 'digit', did you mean digits? (a file name ends in .yaml)"
     assert "shipped are bccd, custom, digits, neu_det, yolov8s-coco" in refusal(name="xyzzy")
     assert "gone.yaml: no such file" in refusal(name="gone.yaml")
     assert "no recipe ''" in refusal(name="")

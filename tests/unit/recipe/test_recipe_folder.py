@@ -1,4 +1,4 @@
-"""Two recipe files of one name: each has its own folder of links, wherever they lie and whoever comes first."""
+"""Two recipe files with one name: each has its own folder of links, in any order and at any path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chain(tmp_path: Path) -> Iterator[Chain]:
 
 
 def run(folder: str, epochs: int, target: str = "report") -> Artifact:
-    """A target of `folder/r.yaml`, which differs from others in its epochs."""
+    """Write `folder/r.yaml` with this number of epochs, and run it up to `target`."""
     Path(folder).mkdir(exist_ok=True)
     Path(folder, "r.yaml").write_text(RECIPE.replace("prune: {epochs: 2}", f"prune: {{epochs: {epochs}}}"))
     return pipeline.run(recipe.load(Path(folder, "r.yaml")), target)
@@ -40,8 +40,8 @@ def test_each_of_two_files_of_one_name_has_its_own_links(chain: Chain, capsys: p
     capsys.readouterr()
     second = run("b", 3, "prune")
     name = recipe_folder.label(Path("weights"), recipe.load(Path("b/r.yaml")))
-    said = [line for line in capsys.readouterr().err.splitlines() if "another recipe" in line]
-    assert said == [
+    messages = [line for line in capsys.readouterr().err.splitlines() if "another recipe" in line]
+    assert messages == [
         "weights/r leads to the results of another recipe of this name (a/r.yaml); the results of this one are in "
         f"weights/{name}"
     ]
@@ -71,7 +71,7 @@ def test_a_file_that_moved_keeps_its_folder(chain: Chain, capsys: pytest.Capture
     run("b", 3, "baseline")
     shutil.rmtree("moved")
     assert recipe_folder.label(Path("weights"), recipe.load(Path("b/r.yaml"))) != "r", (
-        "what another showed stays the other's"
+        "a folder with results of another recipe stays that recipe's"
     )
 
 
@@ -87,7 +87,7 @@ def test_the_working_folder_can_move(tmp_path: Path, monkeypatch: pytest.MonkeyP
         recipe_folder.claim(Path("weights"), here)
 
 
-def test_where_it_came_from_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+def test_recipes_from_different_files_can_be_equal(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "r.yaml").write_text(RECIPE)

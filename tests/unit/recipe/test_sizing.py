@@ -1,4 +1,4 @@
-"""Sizes by the number of images: Ultralytics' own choices where they are said to be, and nothing left open."""
+"""Values for `auto` by the number of images: equal to Ultralytics' where the help says so, and no `auto` remains."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def model() -> nn.Module:
     return checkpoint.new_model("yolov8n.yaml", ["x"], 3, seed=0)
 
 
-def theirs(classes: int, iterations: int) -> tuple[str, float]:
-    """What `optimizer=auto` becomes in Ultralytics."""
+def ultralytics_choice(classes: int, iterations: int) -> tuple[str, float]:
+    """Optimizer and learning rate that Ultralytics chooses with `optimizer=auto`."""
     trainer = SimpleNamespace(data={"nc": classes}, args=SimpleNamespace(lr0=0.01))
     DetectionTrainer.build_optimizer(trainer, model(), "auto", iterations=iterations)
     return trainer.args.optimizer, trainer.args.lr0
@@ -35,7 +35,7 @@ def theirs(classes: int, iterations: int) -> tuple[str, float]:
 @pytest.mark.parametrize(("images", "epochs"), [(70, 100), (6_400, 100), (6_401, 100), (118_287, 20)])
 def test_optimizer_and_rate_are_those_of_ultralytics(classes: int, images: int, epochs: int) -> None:
     optimizer = sizing.optimizer(images, epochs).value
-    assert (optimizer, sizing.lr0(optimizer, classes).value) == theirs(classes, -(-images // 64) * epochs)
+    assert (optimizer, sizing.lr0(optimizer, classes).value) == ultralytics_choice(classes, -(-images // 64) * epochs)
 
 
 def test_epochs_fall_with_the_fourth_root_of_the_images() -> None:
@@ -56,7 +56,7 @@ def test_every_auto_becomes_a_valid_number(images: int) -> None:
     assert sizing.resolve(chosen, 7, 7) == chosen
 
 
-def test_what_is_given_stays() -> None:
+def test_given_values_stay() -> None:
     given = [("baseline.epochs", "3"), ("baseline.lr0", "0.004"), ("baseline.optimizer", "SGD"), ("prune.batch", "5")]
     chosen = sizing.resolve(recipe.load("custom", [*CUSTOM, *given]), 1000, 3)
     assert (chosen.baseline.epochs, chosen.baseline.lr0, chosen.baseline.optimizer) == (3, 0.004, "SGD")
@@ -64,19 +64,19 @@ def test_what_is_given_stays() -> None:
     assert sizing.resolve(recipe.load("custom", [*CUSTOM, ("baseline.optimizer", "SGD")]), 9, 3).baseline.lr0 == 0.01
 
 
-def test_a_contradiction_that_shows_once_the_numbers_are_known() -> None:
+def test_values_that_replace_auto_are_checked_together() -> None:
     chosen = recipe.load("custom", [*CUSTOM, ("distill.off_without_mosaic", "true"), ("distill.close_mosaic", "9")])
     assert sizing.resolve(chosen, 100, 3).distill is not None
-    with pytest.raises(RecipeError, match="recipe custom: distill.off_without_mosaic=true leaves the last"):
+    with pytest.raises(RecipeError, match="recipe custom: distill.off_without_mosaic=true trains the last"):
         sizing.resolve(chosen, 100_000, 3)
-    with pytest.raises(RecipeError, match=r"prune\.epochs=20 cannot be shared by prune\.rounds=21"):
+    with pytest.raises(RecipeError, match=r"prune\.epochs=20 is less than prune\.rounds=21"):
         sizing.resolve(recipe.load("custom", [*CUSTOM, ("prune.rounds", "21")]), 100_000, 3)
 
 
 @dataclass(frozen=True)
 class Case:
     size: tuple[int, int]
-    share: float  # of the sides of the image that each side of an object has
+    share: float  # side of an object divided by the side of the image
     smallest: int
     expected: int
     why: str
@@ -88,18 +88,18 @@ class Case:
         Case((640, 640), 0.5, 320, 320, "smaller than 160 px"),
         Case((640, 640), 0.05, 320, 320, "smaller than 16 px"),
         Case((1920, 1920), 0.02, 320, 800, "smaller than 16 px"),
-        Case((200, 200), 0.3, 320, 224, "images are no larger"),
+        Case((200, 200), 0.3, 320, 224, "images are not larger"),
         Case((6000, 6000), 0.002, 640, 1280, "consider tiles"),
-        Case((20, 20), 0.5, 320, 32, "images are no larger"),
+        Case((20, 20), 0.5, 320, 32, "images are not larger"),
     ],
 )
-def test_the_input_shows_small_objects_and_enlarges_nothing(case: Case) -> None:
+def test_input_size_suits_small_objects_and_enlarges_no_image(case: Case) -> None:
     boxes = ((0, 0.5, 0.5, case.share, case.share),) * 5
     choice = sizing.imgsz([Sample(Path("a.jpg"), *case.size, boxes, "")], case.smallest)
     assert choice.value == case.expected and case.why in choice.why
 
 
-def test_what_auto_became_is_one_line() -> None:
+def test_the_values_that_replace_auto_are_in_one_line() -> None:
     asked = recipe.load("custom", [*CUSTOM, ("prune.batch", "5")])
     text = sizing.said(asked, resolved := sizing.resolve(asked, 1000, 3))
     assert text is not None and text.startswith("auto: baseline epochs=56 batch=16 optimizer=AdamW")
@@ -107,7 +107,7 @@ def test_what_auto_became_is_one_line() -> None:
     assert sizing.said(resolved, resolved) is None
 
 
-def test_the_gate_asks_for_no_more_than_the_images_can_show() -> None:
+def test_the_gate_is_lower_with_few_validation_images() -> None:
     assert [sizing.min_retention(n).value for n in (1, 49, 50, 87, 5000)] == [0.95, 0.95, 0.98, 0.98, 0.98]
     assert "on 87 validation images equally good models differ by about 1 %" in sizing.min_retention(87).why
     assert "about 2 %: 0.98 would judge chance" in sizing.min_retention(20).why
