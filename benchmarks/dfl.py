@@ -1,4 +1,4 @@
-"""DFL as Ultralytics exports it (a convolution of a softmax) against `export_onnx.Expectation`, in turn, on both runtimes.
+"""DFL as Ultralytics exports it (a convolution of a softmax) against `nets.detect.Expectation`, in turn, on both runtimes.
 
     python benchmarks/dfl.py --anchors 2100      # 2100: YOLOv8 at 320 px; 8400: at 640
 
@@ -21,7 +21,7 @@ import torch
 from ultralytics.nn.modules import DFL
 
 from yolo_compress import environment
-from yolo_compress.export.float_onnx import Expectation
+from yolo_compress.nets.detect import Expectation
 
 
 def opened(file: Path, threads: int, x: np.ndarray) -> dict[str, tuple[Callable[[], Any], Callable[[], np.ndarray]]]:

@@ -37,9 +37,10 @@ from yolo_compress import environment, home, run
 from yolo_compress.data.dataset import load as load_data
 from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.hook import Teach
-from yolo_compress.distill.taps import Taps, detect_inputs, split_pairs
+from yolo_compress.distill.taps import Taps, split_pairs
 from yolo_compress.distill.teacher import Frozen
 from yolo_compress.files.atomic import storage_errors
+from yolo_compress.nets import detect
 from yolo_compress.pipeline import prepare, provider
 from yolo_compress.recipe.recipe import DistillConfig, TrainConfig, load
 from yolo_compress.stages import Job, distill
@@ -194,7 +195,7 @@ def aligners(args: argparse.Namespace) -> None:
     )
     samples = dataset.train[: 2 * args.batch]
     seen, unseen = (torch.cat(list(letterboxed(part, size))) for part in (samples[: args.batch], samples[args.batch :]))
-    pairs = split_pairs(args.layers) if args.layers else [(name, name) for name in detect_inputs(student)]
+    pairs = split_pairs(args.layers) if args.layers else [(name, name) for name in detect.inputs(student)]
     first, second = (maps_of(student, teacher, pairs, images_BCHW) for images_BCHW in (seen, unseen))
     rows = []
     print("| layer | channels | identity | started |\n|---|---|---|---|")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.nets.eval_mode import evaluating
 
 PROBE_CELLS = 2  # cells of the coarsest level in the images that a net is sized with
@@ -50,11 +51,6 @@ class Taps:
         self._handles, self._caught = [], {}
 
 
-def detect_inputs(net: nn.Module) -> list[str]:
-    """Names of the layers whose maps enter Detect."""
-    return [f"model.{index}" for index in net.model[-1].f]  # type: ignore[index,union-attr]
-
-
 def split_pairs(layers: Sequence[str]) -> list[tuple[str, str]]:
     """`model.15` and `model.18=model.21` as (student's layer, teacher's layer)."""
     return [(student, teacher or student) for student, _, teacher in (layer.partition("=") for layer in layers)]
@@ -83,8 +79,7 @@ def map_shapes(net: nn.Module, names: Sequence[str], who: str) -> list[tuple[int
     side = PROBE_CELLS * int(net.stride.max())  # type: ignore[operator,union-attr]
     taps = Taps(names)
     with evaluating(net), torch.no_grad():
-        # the flag of Detect alone: it returns raw outputs and does not remember the anchors of this image
-        net.model[-1].training = True  # type: ignore[index,union-attr]
+        detect.give_raw(net)  # it then remembers no anchors of this image
         taps.attach(net)
         try:
             net(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))

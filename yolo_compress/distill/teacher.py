@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.distill.checks import prove_frozen, same_weights
-from yolo_compress.distill.taps import detect_inputs, split_pairs
+from yolo_compress.distill.taps import split_pairs
 from yolo_compress.errors import RecipeError
-
-# Backbone layers of YOLOv8 (n to x are laid out alike) and the Detect inputs of the same stride, 8, 16 and 32.
-DEEP_TO_SHALLOW = ("model.4=model.15", "model.6=model.18", "model.9=model.21")
+from yolo_compress.nets import detect
+from yolo_compress.nets.families import family_of
 
 Pull = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]  # (learner's, other's) head outputs -> loss
 
@@ -41,9 +40,9 @@ class Source(ABC):
         """Raw outputs of the head, `scores` and `boxes`, without gradient; `predictions` are the student's."""
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        """(student's, own) layers that are compared; where none are named, the maps that enter Detect."""
+        """(student's, own) layers that are compared; where none are named, the maps that enter the head."""
         return (
-            split_pairs(layers) if layers else list(zip(detect_inputs(student), detect_inputs(self.net), strict=True))
+            split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
 
     def prove(self, outputs: Mapping[str, Tensor]) -> None:
@@ -71,8 +70,7 @@ class Frozen(Source):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
-        # The flag of Detect alone: it returns raw outputs instead of decoding boxes that nobody asked for.
-        self.net.model[-1].training = True  # type: ignore[index,union-attr]
+        detect.give_raw(self.net)
         self._halved = False
 
     def on_model(self, student: nn.Module) -> None:
@@ -105,7 +103,7 @@ class Peer(Source):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.requires_grad_(True)
-        self.net.model[-1].dfl.requires_grad_(False)  # type: ignore[index,union-attr]  # bins are counted, not learnt
+        detect.freeze_constants(self.net)
 
     def on_model(self, student: nn.Module) -> None:
         check_pair(student, self.net)
@@ -130,7 +128,7 @@ class Peer(Source):
 class Own(Source):
     """The student itself: its deep layers teach its shallow ones (self-distillation, after arXiv 1905.08094).
 
-    The maps that enter Detect teach those of the backbone at the same stride; a head has no deeper one, so there are
+    The maps that enter the head teach those of the backbone at the same stride; a head has no deeper one, so there are
     no head terms.
     """
 
@@ -138,7 +136,7 @@ class Own(Source):
         self.net = student
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        chosen = split_pairs(layers or DEEP_TO_SHALLOW)
+        chosen = split_pairs(layers or family_of(student, "distill").deep_to_shallow)
         if alone := [shallow for shallow, deep in chosen if shallow == deep]:
             raise RecipeError(f"distill.layers: {alone[0]} cannot teach itself; give SHALLOW=DEEP")
         return chosen
@@ -153,13 +151,10 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raises RecipeError when a teacher cannot teach this student; names what differs."""
-    own, other = student.model[-1], teacher.model[-1]  # type: ignore[index]
-    facts = {
-        "classes": (list(student.names.values()), list(teacher.names.values())),  # type: ignore[union-attr,operator]
-        "levels": (own.nl, other.nl),
-        "strides": (own.stride.tolist(), other.stride.tolist()),
-        "bins of a box side": (own.reg_max, other.reg_max),
-    }
-    for what, (mine, yours) in facts.items():
-        if mine != yours:
-            raise RecipeError(f"teacher and student differ in {what}: student {mine}, teacher {yours}")
+    own, other = (
+        {"classes": list(model.names.values()), **detect.facts(model)}  # type: ignore[union-attr,operator]
+        for model in (student, teacher)
+    )
+    for what, mine in own.items():
+        if mine != other[what]:
+            raise RecipeError(f"teacher and student differ in {what}: student {mine}, teacher {other[what]}")

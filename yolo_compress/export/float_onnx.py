@@ -21,28 +21,11 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.errors import CompressError, NumericsError, RecipeError
 from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.nets import detect
+from yolo_compress.nets.families import family_of
 
 MIN_OPSET = 13  # the first with DequantizeLinear an output channel
 MAX_IR_VERSION = 10  # what ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 read
-
-
-class Expectation(nn.Module):
-    """Ultralytics' DFL, the expectation of a softmax over `reg_max` bins, as two sums over one exponential.
-
-    Same function as its convolution of the softmax, which ONNX Runtime runs many times slower (`benchmarks/dfl.py`):
-    a fixed cost that no pruning takes away.
-    """
-
-    def __init__(self, reg_max: int) -> None:
-        super().__init__()
-        self.register_buffer("sums", torch.stack([torch.arange(reg_max, dtype=torch.float32), torch.ones(reg_max)]))
-
-    def forward(self, sides_BNA: torch.Tensor) -> torch.Tensor:
-        """sides_B(4*reg_max)A to sides_B4A, in strides."""
-        batch, channels, anchors = sides_BNA.shape
-        bins = sides_BNA.view(batch, 4, channels // 4, anchors)
-        weighted = self.sums @ (bins - bins.amax(2, keepdim=True)).exp()
-        return weighted[:, :, 0] / weighted[:, :, 1]
 
 
 def export_onnx(
@@ -144,29 +127,26 @@ def prepare(
 ) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
     """A fused copy in export mode, its example input and Ultralytics' metadata."""
     net: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    head, stride = net.model[-1], int(max(net.stride))
+    family = family_of(net, "export")
+    classes, stride = net.model[-1].nc, int(max(net.stride))
     height, width = imgsz_hw
     if height <= 0 or width <= 0 or height % stride or width % stride:
         raise RecipeError(f"export size {height}x{width} (height x width): expected multiples of the stride {stride}")
-    if len(names) != head.nc:
-        raise RecipeError(f"export: {len(names)} class names for a head of {head.nc} classes")
+    if len(names) != classes:
+        raise RecipeError(f"export: {len(names)} class names for a head of {classes} classes")
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"export: {name} holds NaN or infinity; the checkpoint is broken, train again")
     net.fuse(verbose=False)
-    head.dfl = Expectation(head.reg_max)
-    # As ultralytics/engine/exporter.py (8.4.190) sets a detector up: the head returns one tensor, a C2f splits by sizes.
-    head.export, head.format, head.dynamic, head.shape = True, kind, False, None
-    for module in net.modules():
-        if type(module).__name__ == "C2f":
-            module.forward = module.forward_split
+    detect.for_export(net, kind)
+    family.for_export(net)
     channels = int(net.yaml.get("channels", 3))
     images = torch.zeros(batch, channels, height, width)
     with torch.no_grad():
         shape = tuple(net(images).shape)  # also makes the anchors, which must be constants of the trace
     anchors = sum((height // int(s)) * (width // int(s)) for s in net.stride)
-    if shape != (batch, 4 + head.nc, anchors):
-        raise CompressError(f"export: the model returns {shape}, expected {(batch, 4 + head.nc, anchors)}")
+    if shape != (batch, 4 + classes, anchors):
+        raise CompressError(f"export: the model returns {shape}, expected {(batch, 4 + classes, anchors)}")
     metadata = {
         "description": "YOLO detector, exported by yolo_compress",
         "author": "Ultralytics",
@@ -174,7 +154,7 @@ def prepare(
         "docs": "https://docs.ultralytics.com",
         "stride": stride,
         "task": "detect",
-        "head": "Detect",
+        "head": detect.NAME,
         "batch": batch,
         "imgsz": [height, width],
         "names": dict(enumerate(names)),

@@ -194,20 +194,23 @@ def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]
 def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     """The ONNX tensor of each tensor of `state`, with its amax."""
     readers = readers_of(graph)
-    stored = {node.input[1] for node in graph.node if node.op_type == "Conv"}
-    sums = [
-        name for name in state.activations if f"{name}.cv2.conv.weight" in stored and f"{name}.cv2" in state.activations
-    ]
-    sums = [name for name in sums if f"{name}.conv.weight" not in stored]
+    sums = {name: last for name in state.activations if (last := _end_of_branch(graph, name, state))}
     blocks = [name for name in state.activations if name not in (IMAGES, *sums)]
     convs = find_convs(graph, [f"{name}.conv" for name in blocks])
     made = {name: activated(graph, convs[f"{name}.conv"])[0] for name in blocks} | {IMAGES: graph.input[0].name}
-    for name in sums:
-        adds = [node.output[0] for node in readers.get(made[f"{name}.cv2"], ()) if node.op_type == "Add"]
+    for name, last in sums.items():
+        adds = [node.output[0] for node in readers.get(made[last], ()) if node.op_type == "Add"]
         if len(adds) != 1:
-            raise CorruptArtifact(f"{name}: {len(adds)} sums of the ONNX graph read {name}.cv2, expected 1")
+            raise CorruptArtifact(f"{name}: {len(adds)} sums of the ONNX graph read {last}, expected 1")
         made[name] = adds[0]
     return {made[name]: amax for name, amax in state.activations.items()}
+
+
+def _end_of_branch(graph: onnx.GraphProto, name: str, state: QuantState) -> str:
+    """The last block inside the module `name` that makes a tensor of `state`, where the module is a sum; "" for a block."""
+    blocks = [node.input[1].removesuffix(".conv.weight") for node in graph.node if node.op_type == "Conv"]
+    inside = [block for block in blocks if block.startswith(f"{name}.") and block in state.activations]
+    return inside[-1] if inside and name not in blocks else ""
 
 
 def activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str, set[str]]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks
 from yolo_compress.export.float_onnx import prepare, quiet_trace, save_torchscript
-from yolo_compress.quant.plan import IMAGES, Plan, is_sum, plan
+from yolo_compress.quant.plan import IMAGES, Plan, plan
 from yolo_compress.quant.ranges import QMAX, QuantState
 
 ZERO_POINT = 128
@@ -84,14 +84,18 @@ class CodedConv(nn.Module):
 
 
 class CodedSum(nn.Module):
-    """A bottleneck with shortcut from codes to codes."""
+    """A block with shortcut from codes to codes; its children `branch`, one after the other, are the branch."""
 
-    def __init__(self, bottleneck: nn.Module, amax: float) -> None:
+    def __init__(self, block: nn.Module, branch: Sequence[str], amax: float) -> None:
         super().__init__()
-        self.cv1, self.cv2, self.scale = bottleneck.cv1, bottleneck.cv2, amax / QMAX
+        self.branch, self.scale = tuple(branch), amax / QMAX
+        for name in branch:
+            self.add_module(name, block.get_submodule(name))
 
     def forward(self, codes_BCHW: Tensor) -> Tensor:
-        branch_BCHW = self.cv2(self.cv1(codes_BCHW))
+        branch_BCHW = codes_BCHW
+        for name in self.branch:
+            branch_BCHW = self.get_submodule(name)(branch_BCHW)
         sum_BCHW: Tensor = torch.ops.quantized.add(codes_BCHW, branch_BCHW, self.scale, ZERO_POINT)
         return sum_BCHW
 
@@ -147,10 +151,10 @@ def to_codes(net: nn.Module, state: QuantState) -> None:
         if before or after:
             block.act = nn.Sequential(*before, block.act, *after)
     for name in state.activations:
-        module = net if name == IMAGES else net.get_submodule(name)
-        if is_sum(module):
+        if name in placed.sums:
             parent, _, child = name.rpartition(".")
-            setattr(net.get_submodule(parent), child, CodedSum(module, state.activations[name]))
+            coded = CodedSum(net.get_submodule(name), placed.sums[name], state.activations[name])
+            setattr(net.get_submodule(parent), child, coded)
 
 
 def _check(net: nn.Module, placed: Plan, state: QuantState) -> None:

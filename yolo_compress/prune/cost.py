@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets.conv import norm_after
 from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
 
@@ -54,8 +55,7 @@ def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvSh
         pixels = output_BCHW.shape[-2] * output_BCHW.shape[-1]
         kernel = conv.kernel_size[0] * conv.kernel_size[1]
         previous = shapes[name].area if name in shapes else 0  # a convolution that runs twice costs twice
-        norm = modules.get(f"{name.removesuffix('conv')}bn") if name.endswith("conv") else None
-        own = (conv.bias is not None) + 2 * isinstance(norm, nn.BatchNorm2d)
+        own = (conv.bias is not None) + 2 * isinstance(norm_after(modules, name), nn.BatchNorm2d)
         area = previous + kernel * pixels // conv.groups
         shapes[name] = ConvShape(area, kernel // conv.groups, own, conv.out_channels, conv.in_channels)
 
@@ -95,7 +95,7 @@ def macs_price(shapes: Mapping[str, ConvShape]) -> Price:
 
 
 def parameters_price(shapes: Mapping[str, ConvShape]) -> Price:
-    """Parameters of convolutions and their BatchNorms: all there are in a YOLOv8 detector."""
+    """Parameters of convolutions and their BatchNorms: all there are in a supported detector."""
     kernel_N = np.array([shape.kernel for shape in shapes.values()], dtype=np.int64)
     own_N = np.array([shape.own for shape in shapes.values()], dtype=np.int64)
     return lambda out_N, in_N: int((kernel_N * out_N * in_N + own_N * out_N).sum())

@@ -1,8 +1,8 @@
 """Which channels go together, and the surgery that removes them; the one door to torch_pruning (1.6.1).
 
-DepGraph (Fang et al., arXiv 2301.12900) traces a weightless copy of the model in the split-C2f view and says which slices of
-which convolutions and BatchNorms share a channel. Groups are then written in the names of the stock model, a C2f half being a slice
-of `cv1` at an offset, so importance, budget and surgery work on stock classes and never convert the real model.
+DepGraph (Fang et al., arXiv 2301.12900) traces a weightless copy of the model in the split view of its family and says which
+slices of which convolutions and BatchNorms share a channel. Groups are then written in the names of the stock model, a part of a
+block being a slice of it at an offset, so importance, budget and surgery work on stock classes and never convert the real model.
 The surgery is one index_select a tensor: DepGraph's own rebuilds every tensor once a group and forgets `requires_grad`.
 """
 
@@ -17,7 +17,9 @@ import torch_pruning
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets import blocks
+from yolo_compress.nets import detect, families
+from yolo_compress.nets.conv import keep_channels
+from yolo_compress.nets.family import Part
 from yolo_compress.nets.meta_copy import blank_images, shadow
 
 _TRACE_HW = (64, 64)  # two pixels at stride 32: the smallest image on which no concat partner degenerates to 1 x 1
@@ -39,7 +41,7 @@ class Group:
     Attributes:
         name: the first convolution that writes these channels, in the split view (`model.1`, `model.2.cv1a`, `model.22.cv2.0.1`).
         width: channels.
-        tie: groups of one tie keep equally many channels, though not the same ones: the two halves of a C2f. Else the name.
+        tie: groups of one tie keep equally many channels, though not the same ones: the parts of a block. Else the name.
         members: names of modules of the stock model; writers and readers of the channels and their BatchNorms.
     """
 
@@ -60,19 +62,19 @@ class Group:
 
 @torch.inference_mode(False)  # tensors made in inference mode, the caller's or not, cannot be traced or trained
 def prunable(model: nn.Module) -> list[Group]:
-    """Groups of every channel of a YOLOv8 detection model that can go, in order of execution; `model` is not changed.
+    """Groups of every channel of a supported model that can go, in order of execution; `model` is not changed.
 
-    That is all but the images' channels, the last convolution of each Detect branch and DFL.
+    That is all but the images' channels and the outputs of the model (`Family.outputs`).
 
     Raises:
-        RecipeError, NumericsError: see `blocks.check_prunable`.
+        RecipeError, NumericsError: see `families.check_prunable`.
     """
-    blocks.check_prunable(model)
-    halves = {name: block.cv1.conv.out_channels // 2 for name, block in blocks.c2f_blocks(model)}
-    split = blocks.split_c2f(shadow(model))
+    family = families.check_prunable(model)
+    parts = family.parts(model)
+    split = family.split(shadow(model))
     graph = _traced(split)
     names = {module: name for name, module in split.named_modules()}
-    outputs = set(blocks.head_outputs(model))
+    outputs = set(family.outputs(model))
     groups: list[Group] = []
     seen: set[str] = set()
     for name, module in split.named_modules():
@@ -82,10 +84,8 @@ def prunable(model: nn.Module) -> list[Group]:
         members = _members(found, names, graph)
         seen.update(member.module for member in members if member.role == "out")
         if seen & outputs:
-            raise RecipeError(
-                f"prune: the channels of {name} are outputs of the model; only stock YOLOv8 wiring is supported"
-            )
-        groups.append(_group(name.removesuffix(".conv"), module.out_channels, members, halves))
+            raise RecipeError(f"prune: the channels of {name} are outputs of the model; only stock wiring is supported")
+        groups.append(_group(name.removesuffix(".conv"), module.out_channels, members, parts))
     return groups
 
 
@@ -100,8 +100,8 @@ def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         keep: group name -> ascending indices of the channels kept; groups that are not named keep all.
 
     Raises:
-        RecipeError: an unknown group, an empty, unsorted or out-of-range keep-list, C2f halves of different counts.
-        NumericsError: see `blocks.check_prunable`.
+        RecipeError: an unknown group, an empty, unsorted or out-of-range keep-list, different counts in parts of a block.
+        NumericsError: see `families.check_prunable`.
     """
     groups = prunable(model)
     check_keep(groups, keep)
@@ -116,8 +116,8 @@ def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     for name, module in list(model.named_modules()):
         out, inputs = removed.get((name, False)), removed.get((name, True))
         if out is not None or inputs is not None:
-            blocks.keep_channels(module, _complement(out, module.weight, 0), _complement(inputs, module.weight, 1))
-    blocks.refresh_attributes(model)
+            keep_channels(module, _complement(out, module.weight, 0), _complement(inputs, module.weight, 1))
+    families.refresh_attributes(model, families.family_of(model, "prune"))
 
 
 def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
@@ -141,7 +141,7 @@ def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
         first, expected = counts.setdefault(group.tie, (group.name, count))
         if count != expected:
             raise RecipeError(
-                f"prune: {first} keeps {expected} and {group.name} {count} channels; C2f halves need equal counts"
+                f"prune: {first} keeps {expected} and {group.name} {count} channels; parts of a block need equal counts"
             )
 
 
@@ -150,20 +150,13 @@ def _traced(split: nn.Module) -> torch_pruning.DependencyGraph:
         return torch_pruning.DependencyGraph().build_dependency(
             split,
             blank_images(split, _TRACE_HW),
-            forward_fn=_raw_outputs,
+            forward_fn=detect.raw_outputs,  # decoding would mix the output channels into anchors
             unwrapped_parameters=[],
             customized_pruners={},
             ignored_layers=[],
             ignored_params=[],
             verbose=False,
         )
-
-
-def _raw_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Boxes and scores before decoding: in evaluation mode the head would mix its output channels into anchors."""
-    model.model[-1].train()
-    raw = model(images)
-    return [raw["boxes"], raw["scores"]]
 
 
 def _members(
@@ -185,25 +178,24 @@ def _members(
             runs.setdefault(index - root, []).append(root)
         for offset, roots in sorted(runs.items()):
             if sorted(roots) != list(range(width)):
-                raise RecipeError(f"prune: {names[module]} shares only some channels of a group; not YOLOv8 wiring")
+                raise RecipeError(f"prune: {names[module]} shares only some channels of a group; not stock wiring")
             members.append(Member(names[module], role, offset))
     return members
 
 
-def _group(name: str, width: int, members: Iterable[Member], halves: Mapping[str, int]) -> Group:
-    block, _, half = name.rpartition(".")
-    tie = f"{block}.cv1" if block in halves and half in ("cv1a", "cv1b") else name
-    stock = dict.fromkeys(_stock(member, halves) for member in members)  # both halves read the same input: one member
+def _group(name: str, width: int, members: Iterable[Member], parts: Mapping[str, Part]) -> Group:
+    tie = parts[name].stock if name in parts else name
+    stock = dict.fromkeys(_stock(member, parts) for member in members)  # all parts read the same input: one member
     return Group(name, width, tie, tuple(stock))
 
 
-def _stock(member: Member, halves: Mapping[str, int]) -> Member:
+def _stock(member: Member, parts: Mapping[str, Part]) -> Member:
     """A member of the split view in the names of the stock model."""
-    block, _, rest = member.module.rpartition(".cv1")
-    if block not in halves or rest not in ("a.conv", "a.bn", "b.conv", "b.bn"):
+    block, _, module = member.module.rpartition(".")
+    if block not in parts:
         return member
-    shift = halves[block] if rest[0] == "b" and member.role != "in" else 0
-    return Member(f"{block}.cv1{rest[1:]}", member.role, member.offset + shift)
+    shift = parts[block].offset if member.role != "in" else 0
+    return Member(f"{parts[block].stock}.{module}", member.role, member.offset + shift)
 
 
 def _complement(removed: list[Tensor] | None, weight: Tensor, dim: int) -> Tensor | None:

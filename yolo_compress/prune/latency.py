@@ -27,6 +27,7 @@ from torch import nn
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.files import strict_json
+from yolo_compress.nets import detect
 from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.graph import Group, prunable, prune
@@ -86,9 +87,9 @@ def places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, st
         name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
         if name in convs:
             found[name] = node.name.removesuffix("conv/Conv")
-    for name in convs:  # DFL is exported as sums, under its own name
-        if name.endswith(".dfl.conv"):
-            found[name] = f"/{name.removesuffix('.dfl.conv')}/dfl/"
+    for name in convs:
+        if place := detect.exported_place(name):
+            found[name] = place
     missing = [name for name in convs if name not in found]
     if missing:
         raise CompressError(f"{file}: no node computes {missing[0]}; the layer times cannot be told apart")

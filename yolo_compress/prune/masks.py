@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets.blocks import check_prunable, head_outputs
+from yolo_compress.nets import detect
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.train.hook import TrainHook
 
 Scope = Literal["global", "local"]
@@ -25,10 +26,9 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """What is made sparse: all convolutions but the one that reads the images, the outputs of the head and DFL.
 
     Raises:
-        RecipeError, NumericsError: see `blocks.check_prunable`.
+        RecipeError, NumericsError: see `families.check_prunable`.
     """
-    check_prunable(model)
-    kept_dense = set(head_outputs(model))
+    kept_dense = set(check_prunable(model).outputs(model))
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     first = next(iter(convs))
     return {name: conv for name, conv in convs.items() if name not in kept_dense and name != first}
@@ -127,8 +127,9 @@ class HoldZeros(TrainHook):
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:
     """Of all convolutions but DFL, whose constant weights 0, 1, 2, ... start with a zero."""
+    constants = detect.constants(model)
     convs = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return [conv.weight for name, conv in convs if not name.endswith("dfl.conv")]
+    return [conv.weight for name, conv in convs if name not in constants]
 
 
 def _without_smallest(values_N: Tensor, share: float) -> Tensor:

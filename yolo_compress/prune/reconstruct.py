@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from yolo_compress.nets.conv import norm_after
 from yolo_compress.prune.calibration_stats import Moments
 from yolo_compress.prune.graph import Group, check_keep
 
@@ -51,8 +52,7 @@ def reconstruct(
         for member in group.having("in"):
             removed.setdefault(member.module, []).append(mask.nonzero().flatten() + member.offset)
     for name, parts in removed.items():
-        norm = modules.get(f"{name.removesuffix('conv')}bn")
-        _reconstruct(modules[name], norm, torch.cat(parts), moments[name])
+        _reconstruct(modules[name], norm_after(modules, name), torch.cat(parts), moments[name])
 
 
 def _reconstruct(conv: nn.Module, norm: nn.Module | None, gone_R: Tensor, own: Moments) -> None:

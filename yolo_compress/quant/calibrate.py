@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import DataError, NumericsError, RecipeError
+from yolo_compress.nets.conv import norm_after
 from yolo_compress.nets.eval_mode import evaluating
 from yolo_compress.quant.plan import IMAGES, Plan, plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX, WEIGHT_BITS, QuantState
@@ -130,7 +131,7 @@ def ptq(
     left: Collection[str] = (),
     weight_bits: int = WEIGHT_BITS,
 ) -> QuantState:
-    """Post-training quantisation: the ranges of everything that `placement.plan` puts into INT8, without training.
+    """Post-training quantisation: the ranges of everything that `quant.plan.plan` puts into INT8, without training.
 
     Args:
         model: A detector. In evaluation mode during the call; not changed.
@@ -192,8 +193,8 @@ def _observe(
         if name != IMAGES
     ]
     for name, seen in outputs.items():
-        bn = f"{name.removesuffix('conv')}bn"  # what follows a convolution before its activation
-        handles.append(modules[bn if bn in modules else name].register_forward_hook(_output_hook(name, seen, bins)))
+        last = norm_after(modules, name) or modules[name]  # before the activation
+        handles.append(last.register_forward_hook(_output_hook(name, seen, bins)))
     weight = next(model.parameters())
     count = 0
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
 from yolo_compress.quant.learned import LearnedRange
-from yolo_compress.quant.plan import IMAGES, Group, Plan, is_sum, plan
+from yolo_compress.quant.plan import IMAGES, Group, Plan, plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QuantState
 from yolo_compress.train.hook import TrainHook
 
@@ -105,18 +105,30 @@ class QuantisedOutput(nn.Module):
 
 
 class QuantisedSum(nn.Module):
-    """A bottleneck with shortcut, and the quantiser of its sum; the same parameters under the same names."""
+    """A block with shortcut, and the quantiser of its sum; the same parameters under the same names.
 
-    add = True
+    Args:
+        block: Computes `x + branch(x)`.
+        branch: Names of its children whose chain is the branch.
+        quantizer: Of the sum.
+    """
 
-    def __init__(self, bottleneck: nn.Module, quantizer: nn.Module) -> None:
+    add = True  # the shortcut, as the wiring of the family asks the stock block
+
+    def __init__(self, block: nn.Module, branch: Sequence[str], quantizer: nn.Module) -> None:
         super().__init__()
-        self.cv1, self.cv2, self.quantizer = bottleneck.cv1, bottleneck.cv2, quantizer
-        self.__dict__["stock"] = bottleneck  # what `detach` puts back; no module of this one
-        self.training = bottleneck.training
+        self.branch = tuple(branch)
+        for name in branch:
+            self.add_module(name, block.get_submodule(name))
+        self.quantizer = quantizer
+        self.__dict__["stock"] = block  # what `detach` puts back; no module of this one
+        self.training = block.training
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        codes_BCHW: Tensor = self.quantizer(x_BCHW + self.cv2(self.cv1(x_BCHW)))
+        branch_BCHW = x_BCHW
+        for name in self.branch:
+            branch_BCHW = self.get_submodule(name)(branch_BCHW)
+        codes_BCHW: Tensor = self.quantizer(x_BCHW + branch_BCHW)
         return codes_BCHW
 
 
@@ -177,9 +189,9 @@ def _put(model: nn.Module, placed: Plan, tensor: str, quantizer: nn.Module) -> N
             model.get_submodule(name).input_quantizer = quantizer
         return
     module = model.get_submodule(tensor)
-    if is_sum(module):
+    if tensor in placed.sums:
         parent, _, child = tensor.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantisedSum(module, quantizer))
+        setattr(model.get_submodule(parent), child, QuantisedSum(module, placed.sums[tensor], quantizer))
     else:
         module.act = QuantisedOutput(module.act, quantizer)
 
@@ -225,7 +237,8 @@ def detach(model: nn.Module) -> None:
                 setattr(module, name, child.act)
             elif isinstance(child, QuantisedSum):
                 stock = child.stock
-                stock.cv1, stock.cv2 = child.cv1, child.cv2
+                for part in child.branch:
+                    setattr(stock, part, child.get_submodule(part))
                 setattr(module, name, stock.train(child.training))
 
 

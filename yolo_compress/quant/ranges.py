@@ -18,6 +18,7 @@ from torch import nn
 
 from yolo_compress.errors import CorruptArtifact, NumericsError
 from yolo_compress.files import strict_json
+from yolo_compress.nets.conv import norm_after
 from yolo_compress.quant.plan import Group
 
 VERSION = 3  # 3: weight_bits
@@ -147,7 +148,7 @@ def fold(state: QuantState, model: nn.Module) -> QuantState:
     modules = dict(model.named_modules())
     weights = {}
     for name, amax_C in state.weights.items():
-        bn = modules.get(f"{name.rpartition('.')[0]}.bn") if name.endswith(".conv") else None
+        bn = norm_after(modules, name)
         amax = torch.tensor(amax_C, dtype=torch.float32)
         conv = modules.get(name)
         if not isinstance(conv, nn.Conv2d) or conv.out_channels != len(amax_C):

@@ -27,7 +27,7 @@ def measure(
 
     Args:
         model: Attached (`fakequant.attach`); changed while it is measured, as it was afterwards.
-        placed: `placement.plan(model)`.
+        placed: `quant.plan.plan(model)`.
         value: A loss (lower is better) or mAP (higher is better) of the model as it is.
         done: Groups measured before; the new ones are added to it.
         after_each: Called after each group, to save `done` and show progress.
@@ -51,7 +51,7 @@ def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[
     """Milliseconds that each INT8 group costs in float: what the convolutions that read it take longer then.
 
     Args:
-        placed: `placement.plan(model)`.
+        placed: `quant.plan.plan(model)`.
         layer_ms: Convolution -> (in FP32, in INT8), each with its activation, from engines of the whole net.
 
     Returns:

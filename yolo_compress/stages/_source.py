@@ -10,15 +10,13 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets.blocks import check_prunable
+from yolo_compress.nets.families import check_prunable, strides
 from yolo_compress.recipe.recipe import SourceConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import finish, fit
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint, transfer
 from yolo_compress.train.transfer import Taken
-
-STRIDES = [8, 16, 32]  # of a YOLOv8 detector; P2 and P6 variants have others
 
 
 def run(job: Job, what: str) -> dict[str, Any]:
@@ -58,10 +56,11 @@ def start(
         say(_text(taken, key, what, dataset))
     if (channels := checkpoint.image_channels(model)) != dataset.channels:
         raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
-    strides = [int(stride) for stride in model.stride]
+    own, supported = [int(stride) for stride in model.stride], strides()  # P2 and P6 variants have others
     judged = what == "baseline" or config.pretrained is not None  # of a given teacher, `distill` says what differs
-    if judged and strides != STRIDES:
-        raise RecipeError(f"{key}: strides {strides}, expected {STRIDES}: only YOLOv8n, s, m, l and x are supported")
+    if judged and own not in supported:
+        expected = " or ".join(map(str, supported))
+        raise RecipeError(f"{key}: strides {own}, expected {expected}: only YOLOv8n, s, m, l and x are supported")
     if what == "baseline":
         try:
             check_prunable(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,13 @@ from torch import nn
 from torch.nn.modules.utils import _pair as pair
 from ultralytics import __version__
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import ROOT, YAML, IterableSimpleNamespace
 from ultralytics.utils.loss import E2EDetectLoss
 
 from yolo_compress.errors import CompressError, CorruptArtifact, NumericsError, RecipeError
 from yolo_compress.files.atomic import storage_errors
+from yolo_compress.nets import detect, families
 from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import pickled
 
@@ -53,11 +52,8 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
 
 def _architecture(yaml: str) -> dict[str, Any]:
     """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
-    name = re.fullmatch(r"yolov8([nsmlx])([\w-]*)\.yaml", yaml)
-    if name is None:
-        raise RecipeError(f"model: got {yaml!r}, expected yolov8n.yaml to yolov8x.yaml")
-    layers = YAML.load(ROOT / "cfg" / "models" / "v8" / f"yolov8{name[2]}.yaml")
-    return {**layers, "scale": name[1], "yaml_file": yaml}
+    file, scale = families.yaml_file(yaml, ROOT / "cfg" / "models")
+    return {**YAML.load(file), "scale": scale, "yaml_file": yaml}
 
 
 def load_model(path: Path) -> DetectionModel:
@@ -179,7 +175,7 @@ def check_loaded(model: nn.Module, path: Path) -> None:
     """
     layers = getattr(model, "model", None)
     last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else model
-    if type(model) is not DetectionModel or type(last) is not Detect:
+    if type(model) is not DetectionModel or not detect.is_detect(last):
         raise RecipeError(
             f"{path}: the head is {type(last).__name__}, expected Detect: only YOLOv8 detectors can be compressed"
         )

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel, parse_model
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets import detect, families
 from yolo_compress.train.checkpoint import check_loaded, dress, image_channels, load_any
 
-LAYERS = {"Conv", "C2f", "SPPF", "nn.Upsample", "torch.nn.Upsample", "Concat"}
 MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four levels has 29 and 6
 
 
@@ -55,7 +54,7 @@ def load_pretrained(
     """
     model = load_any(path)
     head = model.model[-1] if hasattr(model, "model") else model
-    if type(head) is not Detect and isinstance(head, Detect):
+    if detect.extends_detect(head):
         if not detection_part:
             raise RecipeError(
                 f"{path}: a checkpoint for {getattr(model, 'task', None) or 'another task'} (head {type(head).__name__}), "
@@ -73,17 +72,17 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
     rows = {i: known[name.strip().lower()] for i, name in enumerate(names) if name.strip().lower() in known}
     same = list(model.names.values()) == list(names)
     head = model.model[-1]
-    old = [branch[-1] for branch in head.cv3]
-    boxes = [branch[-1].bias.detach().clone() for branch in head.cv2]
+    old = [branch[-1] for branch in detect.class_branches(model)]
+    boxes = [branch[-1].bias.detach().clone() for branch in detect.box_branches(model)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for branch, conv in zip(head.cv3, old, strict=True):
+        for branch, conv in zip(detect.class_branches(model), old, strict=True):
             branch[-1] = nn.Conv2d(conv.in_channels, len(names), 1)
     head.nc, head.no = len(names), len(names) + 4 * head.reg_max
     head.bias_init()  # of the classes; it also resets the boxes'
-    for branch, bias in zip(head.cv2, boxes, strict=True):
+    for branch, bias in zip(detect.box_branches(model), boxes, strict=True):
         branch[-1].bias.copy_(bias)
-    for branch, conv in zip(head.cv3, old, strict=True):
+    for branch, conv in zip(detect.class_branches(model), old, strict=True):
         for mine, theirs in rows.items():
             branch[-1].weight[mine], branch[-1].bias[mine] = conv.weight[theirs], conv.bias[theirs]
     if isinstance(getattr(model, "yaml", None), dict):
@@ -129,7 +128,7 @@ def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
     """
     rows = [*yaml["backbone"], *yaml["head"]]
     for start, repeats, kind, arguments in rows[:-1]:
-        known = kind in LAYERS and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
+        known = kind in families.yaml_layers() and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
         if not known or any(item not in ("nearest", True, False) and not 1 <= item <= 5 for item in arguments[1:]):
             raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: no layer of YOLOv8")
     if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
@@ -139,5 +138,5 @@ def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
     }
     if any(not 0 < factor <= 4 for factor in [row for rows in kept.get("scales", {}).values() for row in rows[:2]]):
         raise ValueError(f"scales {kept['scales']}: beyond those of YOLOv8")
-    head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], "Detect", ["nc"]]]
+    head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], detect.NAME, ["nc"]]]
     return deepcopy({**kept, "nc": 1, "backbone": yaml["backbone"], "head": head})

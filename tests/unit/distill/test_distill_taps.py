@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from yolo_compress.distill.hook import Teach
-from yolo_compress.distill.taps import Taps, detect_inputs, map_shapes, matched_widths, split_pairs
-from yolo_compress.distill.teacher import DEEP_TO_SHALLOW, Frozen
+from yolo_compress.distill.taps import Taps, map_shapes, matched_widths, split_pairs
+from yolo_compress.distill.teacher import Frozen
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets import detect
+from yolo_compress.nets.families import family_of
 from yolo_compress.train import checkpoint
 
 NAMES = ["a", "b"]
@@ -33,7 +35,7 @@ def hooks_of(net: nn.Module) -> int:
 
 
 def test_the_maps_of_the_detect_inputs_are_those_that_detect_returns(nano: nn.Module) -> None:
-    taps = Taps(detect_inputs(nano))
+    taps = Taps(detect.inputs(nano))
     taps.attach(nano)
     predictions = nano.train()(IMAGES)
     assert all(a is b for a, b in zip(taps.take(), predictions["feats"], strict=True))
@@ -60,7 +62,7 @@ def test_widths_are_measured_and_the_net_stays_as_it_was(nano: nn.Module, small:
 @pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolov8m.yaml"])
 def test_deep_and_shallow_layers_have_the_same_stride(yaml: str) -> None:
     net = checkpoint.new_model(yaml, NAMES, 3, 0)
-    assert len(matched_widths(net, net, split_pairs(DEEP_TO_SHALLOW))) == 3
+    assert len(matched_widths(net, net, split_pairs(family_of(net, "distill").deep_to_shallow))) == 3
 
 
 def test_what_cannot_be_paired_names_both(nano: nn.Module, small: nn.Module) -> None:

@@ -13,8 +13,9 @@ from ultralytics.nn.modules import DFL
 from tests.support.given import find
 from tests.support.quant_net import NAMES, SIZE, images, net, run_onnx, run_torch
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.export.float_onnx import Expectation, export_onnx, export_torchscript
+from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.qdq import find_convs
+from yolo_compress.nets.detect import Expectation
 from yolo_compress.quant.plan import plan
 
 

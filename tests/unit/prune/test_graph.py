@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.nets.blocks import head_outputs
+from yolo_compress.nets.detect import outputs as head_outputs
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import CRITERIA

@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 from tests.unit.prune.test_graph import lively
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import export_onnx
-from yolo_compress.nets.blocks import head_outputs
+from yolo_compress.nets.detect import outputs as head_outputs
 from yolo_compress.prune import masks
 from yolo_compress.prune.masks import HoldZeros, convolutions, sparsity_of, two_four, unstructured
 

@@ -7,7 +7,9 @@ from ultralytics.nn.modules import C2f
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.nets.blocks import SplitC2f, check_prunable, keep_channels, merge_c2f, split_c2f
+from yolo_compress.nets.conv import keep_channels
+from yolo_compress.nets.families import check_prunable
+from yolo_compress.nets.yolov8 import SplitC2f, merge_c2f, split_c2f
 
 
 @pytest.fixture(scope="module")

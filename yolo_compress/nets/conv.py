@@ -1,0 +1,111 @@
+"""Ultralytics' Conv block (`conv`, `bn`, `act`), the brick of every family: checks of it, and selection of its channels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules import Conv
+
+from yolo_compress.errors import RecipeError
+
+
+def norm_after(modules: Mapping[str, nn.Module], conv: str) -> nn.Module | None:
+    """The BatchNorm that follows the convolution named `conv`; None for a bare convolution and in a fused model."""
+    return modules.get(f"{conv.removesuffix('conv')}bn") if conv.endswith("conv") else None
+
+
+def check_conv(name: str, block: nn.Module) -> None:
+    """Check that a block is a stock Conv whose channels can be selected.
+
+    Raises:
+        RecipeError: Another kind of block, or one that is fused, quantised, wrapped or grouped; names it.
+    """
+    if type(block) is not Conv:
+        raise RecipeError(f"prune: {name} is a {type(block).__name__}, expected Conv")
+    norm = getattr(block, "bn", None)
+    if norm is None:
+        raise RecipeError(
+            f"prune: {name} has no BatchNorm (a fused or deployed model); give the checkpoint as it was trained"
+        )
+    if type(norm) is not nn.BatchNorm2d or not norm.affine or not norm.track_running_stats:
+        raise RecipeError(
+            f"prune: {name}.bn is a {type(norm).__name__}, expected BatchNorm2d with gamma, beta and statistics"
+        )
+    check_conv2d(f"{name}.conv", block.conv)
+
+
+def check_conv2d(name: str, conv: nn.Module) -> None:
+    """Check that a convolution is a plain one without groups.
+
+    Raises:
+        RecipeError: It is not; names it.
+    """
+    if type(conv) is not nn.Conv2d:
+        raise RecipeError(
+            f"prune: {name} is a {type(conv).__name__}, expected a plain Conv2d; prune before QAT or wrapping"
+        )
+    if conv.groups != 1:
+        raise RecipeError(f"prune: {name} is a grouped convolution (groups={conv.groups}), expected groups=1")
+
+
+def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None = None) -> None:
+    """Keep the listed channels of a Conv2d (groups=1) or BatchNorm2d, in place; gradients are dropped.
+
+    Args:
+        module: The convolution or normalisation.
+        out_K: Indices of output channels (of features for BatchNorm2d); None keeps all.
+        in_K: Indices of input channels; None keeps all.
+    """
+    if isinstance(module, nn.Conv2d):
+        if out_K is not None:
+            module.weight = _selected(module.weight, 0, out_K)
+            if module.bias is not None:
+                module.bias = _selected(module.bias, 0, out_K)
+            module.out_channels = module.weight.shape[0]
+        if in_K is not None:
+            module.weight = _selected(module.weight, 1, in_K)
+            module.in_channels = module.weight.shape[1]
+    elif isinstance(module, nn.BatchNorm2d):
+        if out_K is not None:
+            module.weight, module.bias = _selected(module.weight, 0, out_K), _selected(module.bias, 0, out_K)
+            index = out_K.to(module.weight.device)
+            module.running_mean = module.running_mean.index_select(0, index)
+            module.running_var = module.running_var.index_select(0, index)
+            module.num_features = module.weight.shape[0]
+    else:
+        raise TypeError(f"expected Conv2d or BatchNorm2d, got {type(module).__name__}")
+
+
+def rows(conv: Conv, index_K: Tensor) -> Conv:
+    """A copy of a Conv block with some of its output channels; BatchNorm settings, flags and dtype stay.
+
+    The activation stays shared: stock models have one module for all (`Conv.default_act`), which holds no tensors.
+    """
+    part = copy.deepcopy(conv, {id(conv.act): conv.act})
+    keep_channels(part.conv, index_K)
+    keep_channels(part.bn, index_K)
+    return part
+
+
+def joined(first: Conv, second: Conv) -> Conv:
+    """One Conv block with the output channels of two that read the same input: the inverse of two `rows`."""
+    whole = copy.deepcopy(first, {id(first.act): first.act})
+    whole.conv.weight = _concatenated(first.conv.weight, second.conv.weight)
+    whole.conv.out_channels = whole.bn.num_features = first.conv.out_channels + second.conv.out_channels
+    whole.bn.weight = _concatenated(first.bn.weight, second.bn.weight)
+    whole.bn.bias = _concatenated(first.bn.bias, second.bn.bias)
+    whole.bn.running_mean = torch.cat([first.bn.running_mean, second.bn.running_mean])
+    whole.bn.running_var = torch.cat([first.bn.running_var, second.bn.running_var])
+    return whole
+
+
+def _selected(parameter: nn.Parameter, dim: int, index_K: Tensor) -> nn.Parameter:
+    chosen = parameter.detach().index_select(dim, index_K.to(parameter.device))
+    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+
+
+def _concatenated(first: nn.Parameter, second: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.cat([first.detach(), second.detach()]), requires_grad=first.requires_grad)
