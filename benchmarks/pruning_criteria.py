@@ -18,6 +18,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from yolo_compress import environment
+from yolo_compress.choices import CRITERIA
 from yolo_compress.data.dataset import Dataset, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
@@ -25,7 +26,7 @@ from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.cost import conv_shapes, parameters
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe.recipe import PruneConfig
@@ -115,7 +116,7 @@ def main() -> None:
             seed=seed,
         )
         for criterion in args.criteria:
-            importance = scores(evidence, CRITERIA[criterion])
+            importance = scores(evidence, find(criterion))
             for scope in args.scopes:
                 plain, rebuilt = (
                     measured(dense, dataset, importance, evidence, scope, rebuilt, args) for rebuilt in (False, True)

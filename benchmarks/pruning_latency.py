@@ -29,7 +29,7 @@ from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.cost import conv_macs, conv_shapes
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.runtime.engine import BACKENDS
@@ -62,7 +62,7 @@ def pruned(dense: nn.Module, dataset: Dataset, scope: str, round_to: int, args: 
     evidence = Evidence(net, groups, images=partial(letterboxed, samples, size))
     shapes = conv_shapes(net, size)
     limit = keep_flops(shapes, args.keep_flops)
-    plan = choose(net, groups, scores(evidence, CRITERIA["obs"]), limit, round_to, shapes, scope=scope)
+    plan = choose(net, groups, scores(evidence, find("obs")), limit, round_to, shapes, scope=scope)
     reconstruct(net, groups, plan.keep, evidence.moments)
     prune(net, plan.keep)
     reestimate_batchnorm(net, letterboxed(samples, size))

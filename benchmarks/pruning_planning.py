@@ -22,7 +22,7 @@ from yolo_compress import environment
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.cost import conv_shapes
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
 
@@ -53,7 +53,7 @@ def main() -> None:
             _ = evidence.moments
     criterion = "obs" if images else "bn_gamma"
     with timed(f"criterion {criterion}"):
-        importance = scores(evidence, CRITERIA[criterion])
+        importance = scores(evidence, find(criterion))
     with timed("plan"):
         shapes = conv_shapes(model, size)
         plan = choose(model, groups, importance, keep_flops(shapes, args.keep_flops), 16, shapes)

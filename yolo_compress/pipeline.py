@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress import environment, home, progress
+from yolo_compress.choices import OWN
 from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
@@ -163,11 +164,12 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
         return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
     if config.get("pretrained") is not None:
         config["pretrained"] = {"sha256": sha256_file(find_weights(config["pretrained"]))}
-    criterion, _, function = str(config.get("criterion", "")).rpartition(":")
-    if criterion:  # a user's own, `file.py:function`
-        if not Path(criterion).is_file():
-            raise RecipeError(f"{stage}.criterion: no file {criterion!r}")
-        config["criterion"] = {"sha256": sha256_file(Path(criterion)), "function": function}
+    for knob in OWN:
+        file, _, function = str(config.get(knob, "")).rpartition(":")
+        if file:  # a user's own, `file.py:function`
+            if not Path(file).is_file():
+                raise RecipeError(f"{stage}.{knob}: no file {file!r}")
+            config[knob] = {"sha256": sha256_file(Path(file)), "function": function}
     if (table := config.get("latency_table")) is not None:
         if not Path(table).is_file():
             raise RecipeError(f"{stage}.latency_table: no file {table!r}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,8 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.support.quant_net import NAMES, images, run_onnx, run_torch
+from yolo_compress import choices
+from yolo_compress.distill import feature
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.qdq import insert_qdq
@@ -24,6 +29,11 @@ from yolo_compress.nets.conv import check_conv
 from yolo_compress.nets.family import Layer
 from yolo_compress.nets.flow import Flow
 from yolo_compress.nets.yolov8 import YOLOV8
+from yolo_compress.prune import criteria
+from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.cost import conv_macs, conv_shapes
+from yolo_compress.prune.criteria import scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach, detach
@@ -205,3 +215,87 @@ def test_a_registered_family_is_quantised_and_exported(tmp_path: Path) -> None:
     assert abs(run_onnx(tmp_path / "int8.onnx", batch) - rounded).mean() < 0.1 * error
     script = torch.jit.load(tmp_path / "int8.torchscript")(batch).numpy()
     assert abs(script - floats).mean() < 2 * error, "it rounds the outputs of convolutions, too"
+
+
+# --- a criterion, a feature loss ----------------------------------------------------------------------------------------
+
+OWN = """import torch
+
+
+def last_first(evidence, group):
+    return torch.arange(group.width, 0, -1.0)
+
+
+def absolute(student_BCHW, teacher_BCHW, weight_B1HW):
+    return (student_BCHW - teacher_BCHW).abs().mean()
+"""
+WITH_ROWS = """
+from yolo_compress import choices
+choices.CRITERIA["last_first"] = choices.Choice("own_of_a_test:last_first", "the last channel goes first")
+choices.FEATURE_LOSSES["absolute"] = choices.Choice("own_of_a_test:absolute", "absolute difference")
+from yolo_compress.cli.main import main
+from yolo_compress.recipe import recipe
+loaded = recipe.load("digits", [("prune.criterion", "last_first"), ("distill.feature_loss", "absolute")])
+print(loaded.prune.criterion, loaded.distill.feature_loss)
+for verb in ("prune", "distill"):
+    main(["help", verb])
+main(["cfg", "recipe=digits", "prune.criterion=another"])
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module that can be imported by its name, with a criterion and a feature loss."""
+    (tmp_path / "own_of_a_test.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(choices.CRITERIA, "last_first", choices.Choice("own_of_a_test:last_first", "a test's"))
+    monkeypatch.setitem(choices.FEATURE_LOSSES, "absolute", choices.Choice("own_of_a_test:absolute", "a test's"))
+    yield tmp_path
+    sys.modules.pop("own_of_a_test", None)
+
+
+def test_a_row_is_a_value_of_the_knob_and_is_in_the_help(own: Path) -> None:
+    """In a process of its own, as of someone who adds the row to the file."""
+    path = os.pathsep.join([str(PACKAGE.parent), str(own)])
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_ROWS],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = " ".join(done.stdout.split())
+    assert said.startswith("last_first absolute"), done.stderr
+    assert "activation, random, last_first, or file.py:function" in said
+    assert "attention, relation, absolute, or file.py:function" in said
+    assert "random: for comparison. last_first: the last channel goes first. file.py:function: your own." in said
+    assert "1907.09682. absolute: absolute difference. file.py:function: your own." in said
+    assert "got 'another', expected one of obs, bn_gamma" in done.stderr and "random, last_first, or" in done.stderr
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_criterion_of_a_row_and_one_of_a_file_decide_what_is_pruned(own: Path) -> None:
+    for name in ("last_first", f"{own}/own_of_a_test.py:last_first"):
+        model = twins()
+        groups, shapes = prunable(model), conv_shapes(model, (64, 64))
+        importance = scores(Evidence(model, groups), criteria.find(name))
+        keep = choose(model, groups, importance, keep_flops(shapes, 0.5), 1, shapes).keep
+        assert any(len(stays) < group.width for group in groups for stays in [keep.get(group.name, ())])
+        assert all(stays.tolist() == list(range(len(stays))) for stays in keep.values()), "the first channels stay"
+        prune(model, keep)
+        assert conv_macs(model, (64, 64)) < 0.55 * conv_macs(twins(), (64, 64))
+
+
+def test_a_feature_loss_of_a_row_and_one_of_a_file_are_the_same_term(own: Path) -> None:
+    student, teacher, weight = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4)
+    expected = float((student - teacher).abs().mean())
+    for name in ("absolute", f"{own}/own_of_a_test.py:absolute"):
+        loss = feature.find(name)
+        assert float(loss.distance(student, teacher, weight)) == pytest.approx(expected)
+        assert isinstance(loss.adapter(3, 3), feature.Aligner)
+
+
+@pytest.mark.parametrize("row", [*choices.CRITERIA.items(), *choices.FEATURE_LOSSES.items()], ids=lambda row: row[0])
+def test_every_row_leads_to_its_function(row: tuple[str, choices.Choice]) -> None:
+    find = criteria.find if row[0] in choices.CRITERIA else feature.find
+    assert find(row[0])

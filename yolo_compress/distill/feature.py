@@ -2,7 +2,7 @@
 
 A loss is a pure function `distance(student_BCHW, teacher_BCHW, weight_B1HW)`, a scalar with the gradient in the student
 alone; `weight_B1HW` says how sure the teacher is that something is there, and most losses do without. The student's map comes
-through an adapter, trained along and dropped with the teacher. `FEATURE_LOSSES` at the bottom pairs the two.
+through an adapter, trained along and dropped with the teacher: a `FeatureLoss` pairs the two. `choices.FEATURE_LOSSES` names them.
 
 Shapes: feat_BCHW, weight_B1HW; Q is the H x W locations in a row.
 """
@@ -17,6 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolo_compress import choices
+from yolo_compress.errors import RecipeError
+
+KNOB = "distill.feature_loss"
 EPSILON = 1e-9  # keeps an image set without any teacher score finite
 FLAT = 1e-6  # under the standard deviation of any map that says something, above the rounding of one that does not
 MASKED = 0.65  # of the locations: MGD's share for one-stage detectors (arXiv 2205.01529)
@@ -187,12 +191,41 @@ class FeatureLoss(NamedTuple):
     adapter: Callable[[int, int], nn.Module] = Aligner
 
 
-FEATURE_LOSSES: dict[str, FeatureLoss] = {
-    "weighted_l2": FeatureLoss(weighted_l2),
-    "fitnet": FeatureLoss(l2),
-    "cwd": FeatureLoss(channel_wise),
-    "pkd": FeatureLoss(pearson),
-    "mgd": FeatureLoss(l2, _generating),
-    "attention": FeatureLoss(attention, _as_it_is),
-    "relation": FeatureLoss(relation, _as_it_is),
-}
+MGD = FeatureLoss(l2, _generating)
+ATTENTION = FeatureLoss(attention, _as_it_is)
+RELATION = FeatureLoss(relation, _as_it_is)
+
+
+def find(name: str) -> FeatureLoss:
+    """A feature loss by its name in `choices.FEATURE_LOSSES`, or a user's own as `file.py:function`, which is tried on small maps.
+
+    A function is a distance, and the student's maps reach it through an `Aligner`; a `FeatureLoss` brings its own adapter.
+
+    Raises:
+        RecipeError: No such name, file or function, no function of `(student_BCHW, teacher_BCHW, weight_B1HW)`, or what it
+            returns is no finite scalar with a gradient to the student.
+    """
+    found = choices.find(choices.FEATURE_LOSSES, name, KNOB)
+    loss = found if isinstance(found, FeatureLoss) else FeatureLoss(found)
+    choices.check_signature(loss.distance, ("student_BCHW", "teacher_BCHW", "weight_B1HW"), name, KNOB)
+    if choices.is_own(name):
+        _try(loss, name)
+    return loss
+
+
+def _try(loss: FeatureLoss, name: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student_BCHW, teacher_BCHW = torch.rand(2, 4, 4, 6, requires_grad=True), torch.rand(2, 3, 4, 6)
+        try:
+            value = loss.distance(loss.adapter(4, 3)(student_BCHW), teacher_BCHW, torch.rand(2, 1, 4, 6))
+        except Exception as error:  # whatever the user's function raises
+            said = choices.blame(error, name.rpartition(":")[0])
+            raise RecipeError(f"{KNOB}: {name} fails on a map of shape {tuple(teacher_BCHW.shape)}: {said}") from error
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise RecipeError(f"{KNOB}: {name} returns {got}, expected a scalar tensor; average over the images")
+    if not bool(torch.isfinite(value)):
+        raise RecipeError(f"{KNOB}: {name} returns {float(value.detach())} for maps of numbers from 0 to 1")
+    if not value.requires_grad:
+        raise RecipeError(f"{KNOB}: {name} has no gradient to the student's map; compute with torch, without detach")

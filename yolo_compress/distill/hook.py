@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolo_compress.distill.checks import prove, prove_heard, same_weights
-from yolo_compress.distill.feature import FEATURE_LOSSES, Aligner
+from yolo_compress.distill.feature import Aligner
+from yolo_compress.distill.feature import find as find_feature_loss
 from yolo_compress.distill.logits import head_terms, teacher_weight
 from yolo_compress.distill.taps import Taps, matched_widths
 from yolo_compress.distill.teacher import Source
@@ -31,7 +32,7 @@ class Teach(TrainHook):
         box_weight: Weight of `kd_box`; 0 leaves it out.
         iou_weight: Weight of `kd_iou`; 0 leaves it out.
         temperature: T of the soft class labels; box sides are taken as they are (T = 1).
-        feature_loss: A key of `FEATURE_LOSSES`.
+        feature_loss: A name of `choices.FEATURE_LOSSES`, or `file.py:function`.
         layers: Layers compared by `kd_feature`, `NAME` or `STUDENT=TEACHER`; None: those of the source.
         ramp_epochs: All weights rise linearly from `1 / ramp_epochs` of themselves in the first epoch; 0 starts at once.
         off_epochs: Last epochs without any term (the source does not run either).
@@ -60,7 +61,7 @@ class Teach(TrainHook):
             "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
         }  # fmt: skip
         self.temperature = temperature
-        self.feature = FEATURE_LOSSES[feature_loss]
+        self.feature = find_feature_loss(feature_loss)
         self.layers = layers
         self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
         self.extras = nn.ModuleDict()

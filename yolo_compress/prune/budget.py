@@ -248,10 +248,9 @@ def _ties(
     tied: dict[str, list[Group]] = {}
     for group in groups:
         score_C = scores[group.name]
-        if score_C.shape != (group.width,):
-            raise RecipeError(
-                f"prune: criterion gave {tuple(score_C.shape)} scores for {group.name}, expected ({group.width},)"
-            )
+        if not isinstance(score_C, Tensor) or score_C.shape != (group.width,):  # of a user's own criterion
+            got = tuple(score_C.shape) if isinstance(score_C, Tensor) else type(score_C).__name__
+            raise RecipeError(f"prune: criterion gave {got} scores for {group.name}, expected ({group.width},)")
         if not bool(torch.isfinite(score_C).all()):
             raise NumericsError(f"prune: importance of {group.name} is NaN or infinite")
         tied.setdefault(group.tie, []).append(group)

@@ -3,25 +3,25 @@
 A criterion takes the evidence (the model and what images say about it) and a group, and returns `importance_C`, one non-negative
 float32 score a channel, on the CPU. But for `obs`, whose scores are errors and comparable as they are, scores are divided by the
 group's mean: magnitudes differ by layer for reasons that have nothing to do with importance (fan-in, resolution), and a global
-ranking of raw ones empties the early layers. Equal scores are left equal: the budget breaks ties by position.
+ranking of raw ones empties the early layers. Equal scores are left equal: the budget breaks ties by position. `choices.CRITERIA`
+names them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress import choices
+from yolo_compress.errors import NumericsError
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
-from yolo_compress.prune.obs import obs
 
 Criterion = Callable[[Evidence, Group], Tensor]
+KNOB = "prune.criterion"
 
 
 def bn_gamma(evidence: Evidence, group: Group) -> Tensor:
@@ -116,23 +116,14 @@ def scores(evidence: Evidence, criterion: Criterion) -> dict[str, Tensor]:
 
 
 def find(name: str) -> Criterion:
-    """A criterion by its name in `CRITERIA`, or a user's own as `file.py:function`.
+    """A criterion by its name in `choices.CRITERIA`, or a user's own as `file.py:function`.
 
     Raises:
-        RecipeError: no such name, file or function; what the file itself raises when it is imported passes through.
+        RecipeError: No such name, file or function, or it is no function of `(evidence, group)`.
     """
-    if name in CRITERIA:
-        return CRITERIA[name]
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path) if path.endswith(".py") else None
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise RecipeError(f"prune.criterion: no file {path!r}; a criterion of your own is given as file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    own = getattr(module, function, None)
-    if not callable(own):
-        raise RecipeError(f"prune.criterion: {path} has no function {function!r}")
-    return own
+    criterion: Criterion = choices.find(choices.CRITERIA, name, KNOB)
+    choices.check_signature(criterion, ("evidence", "group"), name, KNOB)
+    return criterion
 
 
 def _of_filters(model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]) -> Tensor:
@@ -175,17 +166,3 @@ def _finite(score_C: Tensor, module: str, what: str) -> Tensor:
     if len(bad):
         raise NumericsError(f"prune: {what} of {module} is NaN or infinite in {len(bad)} of {len(score_C)} channels")
     return score_C
-
-
-CRITERIA: dict[str, Criterion] = {
-    "obs": obs,
-    "bn_gamma": bn_gamma,
-    "l1": l1,
-    "l2": l2,
-    "fpgm": fpgm,
-    "lamp": lamp,
-    "taylor": taylor,
-    "hessian": hessian,
-    "activation": activation,
-    "random": random,
-}

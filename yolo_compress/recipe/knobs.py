@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from ..choices import CRITERIA, FEATURE_LOSSES
 from ..files import strict_yaml
 from ..runtime import registry
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
 Precision = Literal["fp32", "fp16", "int8"]
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a type checker cannot read a list of values from a table
     Runtime = str
     FloatCost = str
+    Criterion = str
+    FeatureLoss = str
 else:
     Runtime = Literal[registry.names()]
     FloatCost = Literal[("gflops", *registry.names(gpu=False))]
-Criterion = Literal["obs", "bn_gamma", "l1", "l2", "fpgm", "lamp", "taylor", "hessian", "activation", "random"]
-FeatureLoss = Literal["weighted_l2", "fitnet", "cwd", "pkd", "mgd", "attention", "relation"]
+    Criterion = Literal[tuple(CRITERIA)]
+    FeatureLoss = Literal[tuple(FEATURE_LOSSES)]
+OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
 Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`

@@ -5,10 +5,11 @@ Every knob of a stage has a default, so that `distill: {}` is a section; only `d
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knobs import (
     TEXT,
     Batch,
@@ -24,6 +25,7 @@ from .knobs import (
     Model,
     Mosaic,
     Optimizer,
+    OwnFunction,
     Percentile,
     Precision,
     Pretrained,
@@ -250,13 +252,10 @@ class PruneConfig(TrainConfig):
         "Fraction of the weights that become 0. For kind=unstructured only.",
         when="Raise it until mAP falls too far.",
         group="Advanced", unit="fraction", gt=0, lt=1)] = 0.5
-    criterion: Annotated[Criterion | Annotated[str, Field(pattern=r"\.py:\w+$")], knob(
-        "Importance of a channel group; the least important are removed. obs: output error of the next layers after "
-        "the remaining channels are refitted (Optimal Brain Surgeon). bn_gamma: size of the BatchNorm gammas. l1, l2, "
-        "fpgm, lamp: from the weights. taylor, hessian: change of the loss. activation: how much activations vary. "
-        "random: for comparison. file.py:function: your own.",
+    criterion: Annotated[Criterion | OwnFunction, knob(
+        f"Importance of a channel group; the least important are removed. {described(CRITERIA)}",
         when="Set bn_gamma after sparsify with penalty l1 or polarization.",
-        group="Criterion", allowed=f"one of {', '.join(get_args(Criterion))}, or file.py:function")] = "obs"
+        group="Criterion", allowed=allowed(CRITERIA))] = "obs"
     scope: Annotated[Literal["global", "local", "isomorphic"], knob(
         "Which channels are ranked together. local: those of one group. global: those of all groups. isomorphic: "
         "those of groups with the same structure (arXiv 2407.04616).",
@@ -397,12 +396,10 @@ class DistillConfig(TrainConfig):
         "classes and 0.5 for distributions.",
         when="Set it when boxes are found but do not fit well, and box_weight does not help.",
         group="Advanced", unit="factor", ge=0, le=1000)] = 0.0
-    feature_loss: Annotated[FeatureLoss, knob(
-        "Loss between feature maps of student and teacher, weighted by feature_weight. weighted_l2: as in "
-        "Ultralytics. fitnet: L2 (arXiv 1412.6550). cwd: 2011.13256. pkd: 2207.02039. mgd: 2205.01529. attention: "
-        "1612.03928. relation: Gram matrix over a batch, 1907.09682.",
+    feature_loss: Annotated[FeatureLoss | OwnFunction, knob(
+        f"Loss between feature maps of student and teacher, weighted by feature_weight. {described(FEATURE_LOSSES)}",
         when="Try another one when weighted_l2 gains nothing, and set feature_weight with it.",
-        group="Loss")] = "weighted_l2"
+        group="Loss", allowed=allowed(FEATURE_LOSSES))] = "weighted_l2"
     layers: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None, BeforeValidator(several), knob(
         "Layers that feature_loss compares. null: the feature maps that enter Detect; for teacher=self, the maps of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -229,6 +230,20 @@ def test_the_proof_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         hook.extra_loss(batch(), student(batch()["img"]))
     assert proven == [["kd_feature", "kd_class", "kd_box", "kd_iou"]]
+
+
+def test_a_feature_loss_of_ones_own_is_the_term(tmp_path: Path) -> None:
+    """Twice the L2 distance is twice the term."""
+    (tmp_path / "own.py").write_text(
+        "def twice(student, teacher, weight):\n    return 2 * (student - teacher).square().mean()\n"
+    )
+    terms = []
+    for name in ("fitnet", f"{tmp_path}/own.py:twice"):
+        student = model(1).eval()
+        hook = started(student, model(0), feature_loss=name)
+        student.train()
+        terms.append(float(hook.extra_loss(batch(), student(batch()["img"]))["kd_feature"].detach()))
+    assert terms[1] == pytest.approx(2 * terms[0], rel=1e-5) and terms[0] > 0
 
 
 def test_a_relation_of_one_image_is_refused_at_the_first_batch() -> None:

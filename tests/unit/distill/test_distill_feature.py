@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from yolo_compress.distill.feature import FEATURE_LOSSES, MASKED, Aligner, Generator
-from yolo_compress.recipe.knobs import FeatureLoss
+from yolo_compress.choices import FEATURE_LOSSES
+from yolo_compress.distill.feature import MASKED, Aligner, Generator, find
+from yolo_compress.errors import RecipeError
 
 PURE = [name for name in FEATURE_LOSSES if name != "mgd"]
 
@@ -22,11 +23,7 @@ def maps(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def distance(name: str, student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> float:
-    return float(FEATURE_LOSSES[name].distance(student, teacher, weight))
-
-
-def test_the_recipe_knows_them_all() -> None:
-    assert list(get_args(FeatureLoss)) == list(FEATURE_LOSSES)
+    return float(find(name).distance(student, teacher, weight))
 
 
 @pytest.mark.parametrize("name", FEATURE_LOSSES)
@@ -40,7 +37,7 @@ def test_zero_for_equal_maps_and_positive_otherwise(name: str) -> None:
 def test_gradient_goes_to_the_student_and_its_adapter(name: str) -> None:
     student, teacher, weight = (tensor.float() for tensor in maps())
     student.requires_grad_()
-    loss = FEATURE_LOSSES[name]
+    loss = find(name)
     adapter = loss.adapter(4, 4)
     loss.distance(adapter(student), teacher, weight).backward()
     assert student.grad is not None and bool(student.grad.any()) and teacher.grad is None
@@ -51,9 +48,7 @@ def test_gradient_goes_to_the_student_and_its_adapter(name: str) -> None:
 def test_equal_maps_through_a_fresh_adapter_are_still_equal(name: str) -> None:
     _, teacher, weight = (tensor.float() for tensor in maps())
     with torch.no_grad():
-        assert distance(name, FEATURE_LOSSES[name].adapter(4, 4)(teacher), teacher, weight) == pytest.approx(
-            0, abs=1e-6
-        )
+        assert distance(name, find(name).adapter(4, 4)(teacher), teacher, weight) == pytest.approx(0, abs=1e-6)
 
 
 def test_fitnet_is_the_mean_squared_difference() -> None:
@@ -167,15 +162,66 @@ def test_mgd_rebuilds_from_what_the_mask_leaves() -> None:
 
 def test_mgds_generator_is_trained() -> None:
     torch.manual_seed(0)
-    adapter, teacher = FEATURE_LOSSES["mgd"].adapter(2, 3), torch.rand(4, 3, 6, 6)
+    adapter, teacher = find("mgd").adapter(2, 3), torch.rand(4, 3, 6, 6)
     student = torch.rand(4, 2, 6, 6)
     optimizer = torch.optim.Adam(adapter.parameters(), 1e-2)
     means = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = FEATURE_LOSSES["mgd"].distance(adapter(student), teacher, torch.ones(4, 1, 6, 6))
+        loss = find("mgd").distance(adapter(student), teacher, torch.ones(4, 1, 6, 6))
         loss.backward()
         optimizer.step()
         means.append(float(loss.detach()))
     assert np.mean(means[-5:]) < 0.5 * np.mean(means[:5])
     assert sum(isinstance(module, nn.Conv2d) for module in adapter.modules()) == 3
+
+
+HEAD = "import torch\n\n\ndef mine(student_BCHW, teacher_BCHW, weight_B1HW):\n    "
+
+
+def test_a_loss_of_ones_own_comes_through_an_aligner(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(HEAD + "return (student_BCHW - teacher_BCHW).abs().mean()\n")
+    torch.manual_seed(3)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    loss = find(f"{tmp_path}/own.py:mine")
+    assert torch.equal(torch.rand(1), after), "trying it draws nothing from the training's generator"
+    student, teacher, weight = maps()
+    assert float(loss.distance(student, teacher, weight)) == pytest.approx(float((student - teacher).abs().mean()))
+    assert isinstance(loss.adapter(2, 3), Aligner)
+
+
+def test_a_loss_of_ones_own_may_bring_its_adapter(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\nfrom yolo_compress.distill.feature import FeatureLoss, l2\n\n"
+        "mine = FeatureLoss(l2, lambda student, teacher: nn.Conv2d(student, teacher, 3, padding=1))\n"
+    )
+    assert find(f"{tmp_path}/own.py:mine").adapter(2, 3).kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "def mine(student, teacher): ...",
+            r"takes \(student, teacher\), expected a function of \(student_BCHW, teacher",
+        ),
+        ("mine = 3", "is a int, expected a function"),
+        (
+            HEAD + "return (student_BCHW - teacher_BCHW).square().mean((1, 2, 3))",
+            r"a tensor of shape \(2,\), expected a scalar",
+        ),
+        (HEAD + "return 1.0", "returns a float, expected a scalar tensor"),
+        (HEAD + "return (student_BCHW - 2).sqrt().mean()", "returns nan"),
+        (HEAD + "return student_BCHW.detach().mean()", "no gradient to the student"),
+        (
+            HEAD + "return student_BCHW @ weight_B1HW",
+            r"fails on a map of shape \(2, 3, 4, 6\): RuntimeError: .* \(line 5\)",
+        ),
+        ("import nothing_of_the_kind", r"cannot be imported: ModuleNotFoundError: .* \(line 1\)"),
+    ],
+)
+def test_what_is_no_feature_loss_is_refused_with_what_is_expected(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own.py").write_text(text + "\n")
+    with pytest.raises(RecipeError, match=rf"^distill\.feature_loss: .*own\.py.*{said}"):
+        find(f"{tmp_path}/own.py:mine")

@@ -120,6 +120,22 @@ def test_layers_that_do_not_fit(shop: Path) -> None:
         check(distill={"layers": ["model.15=model.18"]})
 
 
+def test_a_feature_loss_of_ones_own_is_tried_and_is_in_the_fingerprint(shop: Path) -> None:
+    mine = {"epochs": 1, "batch": 2, "close_mosaic": 0, "feature_loss": "mine.py:mine"}
+    with pytest.raises(RecipeError, match="distill.feature_loss: no file 'mine.py'"):
+        plan(chosen(distill=mine), load("set.yaml"), "distill")
+    seen = []
+    for body in ("(student - teacher).abs().mean()", "(student - teacher).square().mean()", "student - teacher"):
+        (shop / "mine.py").write_text(f"def mine(student, teacher, weight):\n    return {body}\n")
+        seen.append(plan(chosen(distill=mine), load("set.yaml"), "distill")["distill"])
+        assert seen[-1].key["config"]["feature_loss"].keys() == {"sha256", "function"}
+        if len(seen) < 3:
+            check(distill=mine)
+    assert len({planned.fingerprint for planned in seen}) == 3
+    with pytest.raises(RecipeError, match="distill.feature_loss: mine.py:mine returns a tensor of shape"):
+        check(distill=mine)
+
+
 @pytest.mark.fault(79)
 def test_nothing_runs_before_the_check(shop: Path) -> None:
     """Hours of pruning must not pass before a teacher is found not to fit."""

@@ -14,7 +14,7 @@ from yolo_compress.prune import budget
 from yolo_compress.prune.budget import TOLERANCE, choose
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.cost import conv_macs, conv_shapes, parameters
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable, prune
 
 HW = (96, 160)  # not square: height and width must not be mixed up
@@ -30,7 +30,7 @@ class Case:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.1, 2.0)
         self.groups = prunable(self.model)
-        self.scores = scores(Evidence(self.model, self.groups), CRITERIA["bn_gamma"])
+        self.scores = scores(Evidence(self.model, self.groups), find("bn_gamma"))
 
     def choose(self, keep_flops, round_to=8, scores=None, **options):
         shapes = conv_shapes(self.model, HW)
@@ -106,7 +106,7 @@ def test_a_pruned_model_has_a_budget_of_its_own(cases):
     case.model = copy.deepcopy(case.model)
     prune(case.model, case.choose(0.6).keep)
     case.groups = prunable(case.model)
-    case.scores = scores(Evidence(case.model, case.groups), CRITERIA["l2"])
+    case.scores = scores(Evidence(case.model, case.groups), find("l2"))
     plan = case.choose(0.8)
     assert plan.macs_before == conv_macs(case.model, HW)
     assert 0.8 * (1 - TOLERANCE) <= plan.kept_flops <= 0.8

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_compress.choices import CRITERIA
 from yolo_compress.errors import DataError, NumericsError
 from yolo_compress.prune.calibration_stats import Evidence, input_moments
-from yolo_compress.prune.criteria import CRITERIA, scores
+from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, Member, prunable
 from yolo_compress.prune.obs import obs
 from yolo_compress.prune.reconstruct import RIDGE, reconstruct
@@ -153,7 +154,7 @@ def test_every_criterion_scores_every_group_of_a_detector(name):
         outputs = model(images)[1]
         yield outputs["boxes"].square().mean() + outputs["scores"].square().mean()
 
-    got = scores(Evidence(model, groups, lambda: [images], losses), CRITERIA[name])
+    got = scores(Evidence(model, groups, lambda: [images], losses), find(name))
     assert list(got) == [group.name for group in groups]
     for group in groups:
         score_C = got[group.name]

@@ -1,16 +1,13 @@
 """Importance scores by hand on a group of two writers and two BatchNorms."""
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import nn
 
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.calibration_stats import Evidence
-from yolo_compress.prune.criteria import CRITERIA, bn_gamma, find, fpgm, l1, l2, lamp, random, scores
+from yolo_compress.prune.criteria import bn_gamma, find, fpgm, l1, l2, lamp, random, scores
 from yolo_compress.prune.graph import Group, Member
-from yolo_compress.recipe.knobs import Criterion
 
 GROUP = Group(
     "a",
@@ -58,7 +55,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_scores_by_hand(model, name):
-    got = CRITERIA[name](Evidence(model, [GROUP]), GROUP)
+    got = find(name)(Evidence(model, [GROUP]), GROUP)
     assert got.dtype is torch.float32 and not got.requires_grad
     assert got.tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
 
@@ -68,12 +65,12 @@ def test_scores_do_not_depend_on_the_scale_of_a_layer(model, name):
     with torch.no_grad():
         for layer in ("a", "a_bn"):
             model[layer].weight.mul_(-1000)
-    assert CRITERIA[name](Evidence(model, [GROUP]), GROUP).tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
+    assert find(name)(Evidence(model, [GROUP]), GROUP).tolist() == pytest.approx(EXPECTED[name], rel=1e-6)
 
 
 def test_half_precision_gives_the_same_scores(model):
     for name, expected in EXPECTED.items():
-        assert CRITERIA[name](Evidence(model.half(), [GROUP]), GROUP).tolist() == pytest.approx(expected, rel=1e-6)
+        assert find(name)(Evidence(model.half(), [GROUP]), GROUP).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_dead_member_leaves_the_choice_to_the_others(model):
@@ -113,10 +110,6 @@ def test_scores_are_by_group(model):
     assert got["c"].tolist() == [7 / 4, 1 / 4]
 
 
-def test_the_recipe_knows_the_same_criteria():
-    assert set(CRITERIA) == set(get_args(Criterion))
-
-
 def test_a_criterion_of_ones_own(model, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import torch\n\n\ndef last(evidence, group):\n    return torch.arange(float(group.width))\n")
@@ -125,3 +118,19 @@ def test_a_criterion_of_ones_own(model, tmp_path):
     for name, said in ((f"{file}:first", "no function 'first'"), (f"{file}x.py:last", "no file"), ("l3", "no file")):
         with pytest.raises(RecipeError, match=said):
             find(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def mine(group): ...", r"mine takes \(group\), expected a function of \(evidence, group\)"),
+        ("def mine(evidence, group, *, power): ...", r"takes \(evidence, group, \*, power\), expected"),
+        ("mine = 3", "mine is a int, expected a function"),
+        ("import torch\n\nmine = torch.nothing", r"cannot be imported: AttributeError: .*'nothing' \(line 3\)"),
+        ("def mine(evidence, group)\n    pass", r"cannot be imported: SyntaxError: .* \(line 1\)"),
+    ],
+)
+def test_what_is_no_criterion_is_refused_with_what_is_expected(tmp_path, text, said):
+    (tmp_path / "own.py").write_text(text + "\n")
+    with pytest.raises(RecipeError, match=rf"^prune\.criterion: .*own\.py.*{said}"):
+        find(f"{tmp_path}/own.py:mine")

@@ -14,7 +14,7 @@ from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets.detect import outputs as head_outputs
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.cost import conv_shapes
-from yolo_compress.prune.criteria import CRITERIA
+from yolo_compress.prune.criteria import find
 from yolo_compress.prune.graph import Group, Member, prunable, prune
 
 
@@ -96,7 +96,7 @@ def test_yolov8x_pruned_by_gamma_equals_silenced_dense():
     """The whole way of `prune`: scores of the gammas, a plan that keeps half the MACs, the cut. It takes 9 s and 2 GiB."""
     model = lively("x", nc=2)
     groups, shapes = prunable(model), conv_shapes(model, (64, 64))
-    scores = {group.name: CRITERIA["bn_gamma"](SimpleNamespace(model=model), group) for group in groups}
+    scores = {group.name: find("bn_gamma")(SimpleNamespace(model=model), group) for group in groups}
     plan = choose(model, groups, scores, keep_flops(shapes, 0.5), 16, shapes)
     dense = silenced(model, groups, plan.keep)
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,128 @@
+"""Criteria of pruning and feature losses of distillation: a row each, and functions of a user's own as `file.py:function`.
+
+A new one is a function and a row here: recipe, help and stages read these tables. No heavy package is imported until a function is
+asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from yolo_compress.errors import RecipeError
+
+
+class Choice(NamedTuple):
+    """One value of a knob.
+
+    Attributes:
+        where: "module:name" of its function.
+        text: What help says of it; neighbours with the same text share the sentence.
+    """
+
+    where: str
+    text: str
+
+
+CRITERIA: dict[str, Choice] = {
+    "obs": Choice(
+        "yolo_compress.prune.obs:obs",
+        "output error of the next layers after the remaining channels are refitted (Optimal Brain Surgeon)",
+    ),
+    "bn_gamma": Choice("yolo_compress.prune.criteria:bn_gamma", "size of the BatchNorm gammas"),
+    "l1": Choice("yolo_compress.prune.criteria:l1", "from the weights"),
+    "l2": Choice("yolo_compress.prune.criteria:l2", "from the weights"),
+    "fpgm": Choice("yolo_compress.prune.criteria:fpgm", "from the weights"),
+    "lamp": Choice("yolo_compress.prune.criteria:lamp", "from the weights"),
+    "taylor": Choice("yolo_compress.prune.criteria:taylor", "change of the loss"),
+    "hessian": Choice("yolo_compress.prune.criteria:hessian", "change of the loss"),
+    "activation": Choice("yolo_compress.prune.criteria:activation", "how much activations vary"),
+    "random": Choice("yolo_compress.prune.criteria:random", "for comparison"),
+}
+FEATURE_LOSSES: dict[str, Choice] = {
+    "weighted_l2": Choice("yolo_compress.distill.feature:weighted_l2", "as in Ultralytics"),
+    "fitnet": Choice("yolo_compress.distill.feature:l2", "L2 (arXiv 1412.6550)"),
+    "cwd": Choice("yolo_compress.distill.feature:channel_wise", "2011.13256"),
+    "pkd": Choice("yolo_compress.distill.feature:pearson", "2207.02039"),
+    "mgd": Choice("yolo_compress.distill.feature:MGD", "2205.01529"),
+    "attention": Choice("yolo_compress.distill.feature:ATTENTION", "1612.03928"),
+    "relation": Choice("yolo_compress.distill.feature:RELATION", "Gram matrix over a batch, 1907.09682"),
+}
+OWN = ("criterion", "feature_loss")  # knobs that also take file.py:function
+
+
+def described(rows: Mapping[str, Choice]) -> str:
+    """The sentences of the help: `obs: output error of .... l1, l2: from the weights. ... file.py:function: your own.`"""
+    shared = groupby(rows.items(), key=lambda row: row[1].text)
+    parts = [f"{', '.join(name for name, _ in group)}: {text}." for text, group in shared]
+    return " ".join([*parts, "file.py:function: your own."])
+
+
+def allowed(rows: Mapping[str, Choice]) -> str:
+    """The values of the knob: `one of obs, bn_gamma, ..., or file.py:function`."""
+    return f"one of {', '.join(rows)}, or file.py:function"
+
+
+def is_own(value: str) -> bool:
+    """Whether a value names a function of the user's own."""
+    return ":" in value
+
+
+def find(rows: Mapping[str, Choice], value: str, knob: str) -> Any:
+    """The function, or other object, that a value of a knob names; imports its module.
+
+    Args:
+        rows: `CRITERIA` or `FEATURE_LOSSES`.
+        value: A key of `rows`, or `file.py:function`.
+        knob: For errors: "prune.criterion".
+
+    Raises:
+        RecipeError: No such name, file or function, or the file cannot be imported; names the line.
+    """
+    if value in rows:
+        module, _, name = rows[value].where.partition(":")
+        return getattr(importlib.import_module(module), name)
+    path, _, name = value.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path) if path.endswith(".py") else None
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise RecipeError(f"{knob}: no file {path!r}; a function of your own is given as file.py:function")
+    own = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(own)
+    except Exception as error:  # whatever the user's file raises
+        raise RecipeError(f"{knob}: {path} cannot be imported: {blame(error, path)}") from error
+    if not hasattr(own, name):
+        raise RecipeError(f"{knob}: {path} has no function {name!r}")
+    return getattr(own, name)
+
+
+def check_signature(function: Any, parameters: Sequence[str], value: str, knob: str) -> None:
+    """Check that a function can be called with these arguments, by position.
+
+    Raises:
+        RecipeError: It is no function, or takes others; says what it takes.
+    """
+    if not callable(function):
+        raise RecipeError(f"{knob}: {value} is a {type(function).__name__}, expected a function")
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        expected = f"({', '.join(parameters)})"
+        raise RecipeError(f"{knob}: {value} takes {signature}, expected a function of {expected}") from None
+
+
+def blame(error: BaseException, path: str) -> str:
+    """What a user's file raised, with its last line that took part."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).name == Path(path).name:
+            line = frame.lineno
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" + (f" (line {line})" if line else "")
