@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
+from tests.support.pages import blocks
 from tests.support.quant_net import NAMES, images, run_onnx, run_torch
 from yolo_compress import choices
 from yolo_compress.distill import feature
@@ -40,7 +42,8 @@ from yolo_compress.quant.fakequant import attach, detach
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import fold
 
-PACKAGE = Path(__file__).resolve().parents[2] / "yolo_compress"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE, PAGE = ROOT / "yolo_compress", ROOT / "docs/extending.md"
 
 # --- a family -----------------------------------------------------------------------------------------------------------
 
@@ -299,3 +302,24 @@ def test_a_feature_loss_of_a_row_and_one_of_a_file_are_the_same_term(own: Path) 
 def test_every_row_leads_to_its_function(row: tuple[str, choices.Choice]) -> None:
     find = criteria.find if row[0] in choices.CRITERIA else feature.find
     assert find(row[0])
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion, loss, family = (block.text for block in blocks(PAGE, "python"))
+    (tmp_path / "mine.py").write_text(criterion + "\n\n" + loss)
+    said: dict[str, Any] = {}
+    exec(family, said)
+    monkeypatch.setitem(families.FAMILIES, "twins", replace(TWINS, layers={**TWINS.layers, Twin: said["TWIN"]}))
+    model = twins()
+    groups = {group.name: group for group in prunable(model)}
+    assert plan(model).group_of("model.2.short").joins == ("model.2.short (sum)",)
+    got = criteria.find(f"{tmp_path}/mine.py:spread")(Evidence(model, list(groups.values())), groups["model.0"])
+    assert torch.allclose(got, model.model[0].conv.weight.detach().flatten(1).std(1))
+    taken = feature.find(f"{tmp_path}/mine.py:absolute")
+    student, teacher, weight = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
+    weight[:, :, 1] = 1.0
+    expected = (student - teacher).abs()[:, :, 1].mean()
+    assert torch.allclose(taken.distance(student, teacher, weight), expected)
