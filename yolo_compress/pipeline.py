@@ -27,10 +27,11 @@ from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import sizing
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
-from yolo_compress.store.artifact import Artifact, Store, explain, fingerprint, sha256_file
-from yolo_compress.store.manifest import BEGUN, WORK
+from yolo_compress.store.fingerprint import explain, fingerprint
+from yolo_compress.store.manifest import BEGUN, WORK, Artifact, sha256_file
 from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
 from yolo_compress.store.source_weights import find_weights
+from yolo_compress.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
 from yolo_compress.evaluate.published import made_for
 from yolo_compress.pipeline import STAGES
 from yolo_compress.prune import masks
-from yolo_compress.store.artifact import Store
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

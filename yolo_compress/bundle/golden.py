@@ -25,7 +25,7 @@ from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.measure.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 MEASURED_IMAGES = 32
 CONF, IOU = 0.25, 0.7

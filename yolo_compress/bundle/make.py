@@ -30,7 +30,8 @@ from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.runtime.secure.seal import seal
-from yolo_compress.store.artifact import Artifact, Store
+from yolo_compress.store.manifest import Artifact
+from yolo_compress.store.store import Store
 
 PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`
 LOCK = "lock"  # file in that folder, locked while a process works there

@@ -43,7 +43,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _check_outside_store(command: grammar.Command) -> None:
     """Refuse to write into an artefact, by whatever verb."""
     from yolo_compress import home
-    from yolo_compress.store.artifact import Store
+    from yolo_compress.store.store import Store
 
     for option in WRITTEN & command.options.keys():
         Store(home.weights()).check_outside(Path(command.options[option]), option)
@@ -159,7 +159,7 @@ def _status(command: grammar.Command) -> int:
 def _check(command: grammar.Command) -> int:
     from yolo_compress import home, pipeline
     from yolo_compress.cli import check
-    from yolo_compress.store.artifact import Store
+    from yolo_compress.store.store import Store
 
     machine, lacks = check.machine()
     for name, text in machine.items():
@@ -261,13 +261,14 @@ def _fetch(command: grammar.Command) -> int:
 def _gc(command: grammar.Command) -> int:
     """Drop artefacts that neither the recipe given nor a friendly name refers to, and nothing that can be continued."""
     from yolo_compress import home, pipeline
-    from yolo_compress.store.artifact import Store
+    from yolo_compress.store import collect
+    from yolo_compress.store.store import Store
 
     store = Store(home.weights())
     recipe = _load(command) if _recipe_given(command) else None
     with store.lock("gc", command.wait):
-        removed = store.gc(pipeline.referred(store, recipe))
-        interrupted = store.interrupted()
+        removed = collect.gc(store, pipeline.referred(store, recipe))
+        interrupted = collect.interrupted(store)
     for path in removed:
         result(f"removed {path}")
     for path, size in interrupted.items():

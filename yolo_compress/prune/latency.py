@@ -27,13 +27,13 @@ from torch import nn
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.files import strict_json
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA
-from yolo_compress.store.artifact import atomic_write
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DENSE = "100.onnx"  # the first of them

@@ -19,7 +19,7 @@ from yolo_compress.report.document import identified
 from yolo_compress.report.gate import has_accuracy, judge, reference_row
 from yolo_compress.report.intervals import REPLICATES, Interval, intervals
 from yolo_compress.runtime.limits import counted
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage
 

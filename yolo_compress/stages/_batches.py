@@ -13,10 +13,11 @@ from yolo_compress import progress
 from yolo_compress.data.data_yaml import shown
 from yolo_compress.data.dataset import Dataset, Sample, calibration_subset
 from yolo_compress.errors import DataError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import atomic_write, fingerprint
+from yolo_compress.store.fingerprint import fingerprint
 
 BATCH = 16
 

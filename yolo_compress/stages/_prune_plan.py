@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from yolo_compress import progress
 from yolo_compress.errors import RecipeError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import budget, latency, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
@@ -25,7 +26,6 @@ from yolo_compress.stages import Job, resumed
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import device
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import checkpoint, losses
 
 EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time

@@ -16,6 +16,7 @@ from yolo_compress.evaluate.stored_detections import keep, row_name
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.recipe.recipe import BenchConfig
 from yolo_compress.runtime.backends.base import Backend
@@ -27,7 +28,7 @@ from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import Artifact, atomic_write
+from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through

@@ -10,13 +10,13 @@ from typing import Any
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
 from yolo_compress.recipe.recipe import EngineConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import atomic_write
 
 MODELS = ("original", "compressed")
 

@@ -34,7 +34,7 @@ from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
 from yolo_compress.stages import Job, _source
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
 COMPARED_IMAGES = 16

@@ -13,6 +13,7 @@ from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
@@ -24,7 +25,6 @@ from yolo_compress.stages import Job, _prune_plan, _source
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import device, finish, fit, measure, parent
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import checkpoint
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
@@ -23,7 +24,6 @@ from yolo_compress.stages import Job, _float_cost, _source, resumed
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import finish, fit, measure, parent
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import checkpoint
 from yolo_compress.train.hook import TrainHook
 

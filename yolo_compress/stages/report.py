@@ -11,6 +11,7 @@ from typing import Any
 
 from yolo_compress import environment
 from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.as_text import render_text
 from yolo_compress.report.document import build, identified
@@ -19,7 +20,7 @@ from yolo_compress.report.image_choice import choose
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import Artifact, atomic_write
+from yolo_compress.store.manifest import Artifact
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 WIDTH = 120

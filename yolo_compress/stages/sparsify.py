@@ -9,6 +9,7 @@ from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.errors import NumericsError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.penalty import PENALTIES, macs_scale
@@ -17,7 +18,6 @@ from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._training import finish, fit
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import checkpoint
 
 REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # what `prune` takes for the same purpose

@@ -27,8 +27,7 @@ from ultralytics.utils import ROOT, YAML, IterableSimpleNamespace
 from ultralytics.utils.loss import E2EDetectLoss
 
 from yolo_compress.errors import CompressError, CorruptArtifact, NumericsError, RecipeError
-from yolo_compress.files.atomic import storage_errors
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.train import pickled
 
 MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; YOLOv8 has 5 at most

@@ -23,9 +23,9 @@ from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.runtime.measure.device import usable_cpus
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train.checkpoint import check_finite, widths
 from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
 from yolo_compress.train.hook import TrainHook

@@ -21,7 +21,8 @@ from yolo_compress.pipeline import run as run_pipeline
 from yolo_compress.recipe import recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._inverted_images import inverted
-from yolo_compress.store.artifact import Artifact, Store
+from yolo_compress.store.manifest import Artifact
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint, trainer
 from yolo_compress.train.settings import TrainSettings
 
