@@ -127,8 +127,9 @@ def _dry_run(recipe: Any) -> int:
     from yolo_compress import pipeline
 
     plan = pipeline.dry_run(recipe)
-    result(plan.pop("table"))
-    result(json.dumps({"recipe": recipe.name, **plan}))
+    result(plan["table"])
+    figures = {name: value for name, value in plan.items() if name != "table"}
+    result(json.dumps({"recipe": recipe.name, **figures}))
     return 0
 
 

@@ -14,10 +14,11 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.messages import got
 from yolo_compress.rollout import judge, state
+from yolo_compress.rollout.schema import Document
 from yolo_compress.rollout.shadow_log import read, read_truth
 
 
-def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
+def run(options: Mapping[str, str], wait: bool = True) -> Document:
     """Judges the logs that the command line names, and keeps the state if it names a file for that.
 
     Args:

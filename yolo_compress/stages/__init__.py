@@ -1,4 +1,4 @@
-"""One file a stage: `run(job) -> metrics`. A stage knows nothing of caching, make or the command line."""
+"""One file a stage: `run(job) -> metrics`, typed in `metrics.py`. A stage knows nothing of caching, make or the command line."""
 
 from __future__ import annotations
 

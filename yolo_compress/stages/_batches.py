@@ -17,6 +17,7 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
+from yolo_compress.stages.files import CalibrationImage
 from yolo_compress.store.fingerprint import fingerprint
 
 BATCH = 16
@@ -83,6 +84,6 @@ def letterboxed(
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:
     """Keep which images calibrated, by name and sha256, beside the result; returns the hash of the set."""
-    rows = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
+    rows: list[CalibrationImage] = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
     atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
     return fingerprint({"images": [row["sha256"] for row in rows]})

@@ -11,6 +11,7 @@ from typing import Any
 
 from yolo_compress import environment
 from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.schema import Side
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.report import devices, evidence
 from yolo_compress.report.as_text import render_text
@@ -85,10 +86,8 @@ def _ab(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     peer = (timed and peer_row(list(named.values()), timed)) or both[
         0
     ]  # the same runtime, else it is runtimes that are compared
-    about_a, about_b, about_peer = (
-        {"label": f"{row['model']}, {label(row)}", "row": row["id"]} for row in (*both, peer)
-    )
-    document = compare(
+    about_a, about_b, about_peer = (Side(label=f"{row['model']}, {label(row)}", row=row["id"]) for row in (*both, peer))
+    document: Any = compare(
         evidence.truths(job),
         evidence.detections(job, both[0]),
         evidence.detections(job, both[1]),

@@ -8,24 +8,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from typing_extensions import TypedDict
-
 from yolo_compress.environment import Environment
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime import json_text
+from yolo_compress.runtime.files import FileEntry
 from yolo_compress.store.fingerprint import canonical, fingerprint
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
 WORK = "work"
 BEGUN = "work.json"  # beside `work`: the content of the inputs that it was begun from
-
-
-class FileEntry(TypedDict):
-    """What a manifest says of a payload file."""
-
-    sha256: str  # hex
-    size: int  # bytes
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from yolo_compress.files.atomic import (
     storage_errors,
 )
 from yolo_compress.files.lock import lock
+from yolo_compress.runtime.files import FileEntry
 from yolo_compress.store.entries import delete, entry_of, partial_of, to_trash
 from yolo_compress.store.manifest import (
     BEGUN,
     MANIFEST,
     WORK,
-    FileEntry,
     payload,
     read_artifact,
     sha256_file,

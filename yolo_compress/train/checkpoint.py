@@ -50,7 +50,7 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
     return dress(model, names)
 
 
-def _architecture(yaml: str) -> dict[str, Any]:
+def _architecture(yaml: str) -> dict[str, object]:
     """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
     name = re.fullmatch(r"yolov8([nsmlx])([\w-]*)\.yaml", yaml)
     if name is None:
@@ -111,7 +111,7 @@ def load_any(path: Path) -> nn.Module:
 
 
 _NUMPY_TYPES = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1")]
-_ALIASES: dict[str, Any] = {  # names of older versions, and those of no class
+_ALIASES: dict[str, object] = {  # names of older versions, and those of no class
     "ultralytics.yolo.utils.IterableSimpleNamespace": IterableSimpleNamespace,
     "ultralytics.nn.modules.block.Silence": nn.Identity,  # YOLOv9e
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
@@ -221,7 +221,7 @@ def check_finite(model: nn.Module, where: str) -> None:
             raise NumericsError(f"{where}: {name} is negative; the checkpoint is not usable")
 
 
-def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | None = None) -> None:
+def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | None = None) -> None:
     """Write a float32 checkpoint that any `ultralytics` loads, also under `ULTRALYTICS_SAFE_LOAD=1`.
 
     Widths live in the pickled modules, so a pruned net keeps them; paths, git origin and host never enter the file.
