@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def said(asked: Recipe, resolved: Recipe) -> str | None:
 
 def _numbers(stage: str, values: dict[str, Any], images: int, classes: int) -> dict[str, Any]:
     """What the knobs of one section become; later rules read the results of earlier ones."""
-    rules = {
+    rules: dict[str, Callable[[], Choice]] = {
         "epochs": lambda: epochs(stage, images),
         "batch": lambda: batch(images),
         "close_mosaic": lambda: close_mosaic(values["epochs"]),
