@@ -54,7 +54,7 @@ def outputs(model: Any) -> list[str]:
     return [*(f"{name}.{branch}.{i}.2" for branch in BRANCHES for i in range(head.nl)), f"{name}.dfl.conv"]
 
 
-def facts(model: Any) -> dict[str, Any]:
+def facts(model: Any) -> dict[str, object]:
     """What two heads must have in common so that one can teach the other."""
     head = model.model[-1]
     return {"levels": head.nl, "strides": head.stride.tolist(), "bins of a box side": head.reg_max}
