@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
-from yolo_compress.quant.learned import LearnedRange
+from yolo_compress.quant.learned import LOGARITHM, LearnedRange
 from yolo_compress.quant.plan import IMAGES, Group, Plan, plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QuantState
 from yolo_compress.train.hook import TrainHook
@@ -298,6 +298,10 @@ class FakeQuant(TrainHook):
             self.state = self._calibrate(model)
         attach(model, self.state, self.learned)
         self._model = model
+
+    def undecayed(self, model: nn.Module) -> list[str]:
+        """Learned ranges: a decay of the logarithm of a range would pull every range towards 1."""
+        return [name for name, _ in model.named_parameters() if name.endswith(LOGARITHM)]
 
     def to_stock(self, model: nn.Module) -> None:
         """Reads the ranges into `state`, then detaches."""

@@ -27,6 +27,7 @@ from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.stages import Job
+from yolo_compress.stages._training import device
 from yolo_compress.store.artifact import Artifact, atomic_write
 from yolo_compress.train import checkpoint
 
@@ -104,7 +105,7 @@ def _row(model: str, runtime: str, precision: str, source: Artifact, file: str |
 def _open(job: Job, row: Mapping[str, Any]) -> Backend:
     config: BenchConfig = job.config
     if row["runtime"] == "torch":
-        return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw)
+        return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw, device=device(job))
     if row["status"] == "untimed":
         return open_published(Path(row["open"]), row["precision"], job.work)
     return open_engine(row["open"], threads=None if RUNTIMES[row["runtime"]].gpu else config.threads)
@@ -158,7 +159,9 @@ def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
         if row["runtime"] == "torch":
             folder = job.work / row["model"]
             folder.mkdir(exist_ok=True)
-            spec = torch_spec(_torch(row), job.dataset.names, job.imgsz_hw, folder, threads=threads, **options)
+            spec = torch_spec(
+                _torch(row), job.dataset.names, job.imgsz_hw, folder, device=device(job), threads=threads, **options
+            )
         else:
             spec = {**options, "engine": row["open"], "threads": None if RUNTIMES[row["runtime"]].gpu else threads}
         specs.append(spec)
