@@ -43,12 +43,8 @@ def launched() -> bool:
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    if not text.isdigit():
-        raise EnvironmentLacks(f"the environment has {name}={text!r}, expected a number as torchrun sets it")
-    return int(text)
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default  # `check_environment` refuses what is no number
 
 
 def check_environment() -> None:
@@ -59,6 +55,11 @@ def check_environment() -> None:
     Raises:
         EnvironmentLacks: See above.
     """
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdigit():
+            raise EnvironmentLacks(
+                f"the environment has {name}={os.environ[name]!r}, expected a number as torchrun sets it"
+            )
     if not several():
         for name in ("RANK", "LOCAL_RANK"):
             if _number(name, 0) > 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 
+from yolo_compress import ranks
 from yolo_compress.cli import grammar, processes
 from yolo_compress.cli.verbs import STAGE, VERBS, Verb
 from yolo_compress.errors import Terminated
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         return handler(verb)(command)
     except (Exception, KeyboardInterrupt, Terminated) as error:
+        if ranks.several():  # a launcher that ends all ranks would interrupt one that is about to end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return explain(error, continues)
 
 
