@@ -9,7 +9,7 @@ import os
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 
-LAUNCHED = "YOLO_COMPRESS_LAUNCHED"  # set in ranks that a command line of ours has started: it says how they ended
+RUN = "yolo-compress-"  # starts the name of runs that a command line of ours has started: it says how their ranks ended
 
 
 def rank() -> int:
@@ -38,8 +38,8 @@ def several() -> bool:
 
 
 def launched() -> bool:
-    """Whether a command line of ours started this rank, see `LAUNCHED`."""
-    return several() and LAUNCHED in os.environ
+    """Whether a command line of ours started this rank, see `RUN`."""
+    return several() and os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN)
 
 
 def _number(name: str, default: int) -> int:

@@ -23,6 +23,8 @@ from tests.support.small_training import model, settings, small_set
 from yolo_compress import ranks
 from yolo_compress.cli import processes
 from yolo_compress.cli.main import main
+from yolo_compress.distill.hook import Teach
+from yolo_compress.distill.teacher import Frozen
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.train import trainer
 from yolo_compress.train.trainer import HookedTrainer
@@ -123,6 +125,19 @@ def test_a_torchrun_of_one_process_is_no_distributed_run(monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     ranks.check_environment()
     assert "RANK" not in os.environ and not ranks.several()
+
+
+def test_hooks_travel_to_other_ranks_with_a_feature_loss_of_a_file(tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "def far(student_BCHW, teacher_BCHW, weight_B1HW):\n    return (student_BCHW - teacher_BCHW).abs().mean()\n"
+    )
+    hook = Teach(Frozen(model()), feature_weight=1.0, class_weight=0.0, feature_loss=f"{own}:far")
+    torch.save(hook, tmp_path / "sent")
+    received = torch.load(tmp_path / "sent", weights_only=False)
+    maps = torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3)
+    assert float(received.feature.distance(*maps)) == 1.0
+    assert received.weights == hook.weights
 
 
 @pytest.mark.slow

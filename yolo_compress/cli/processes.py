@@ -61,14 +61,13 @@ def launch(words: Sequence[str], count: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # our line says how a rank ended
-    os.environ[ranks.LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
+            run_id=ranks.RUN + uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
@@ -80,8 +79,6 @@ def launch(words: Sequence[str], count: int) -> int:
             return _ended(error.failures)
         except SignalException as error:
             raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
-        finally:
-            del os.environ[ranks.LAUNCHED]
     return 0
 
 

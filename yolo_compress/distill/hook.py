@@ -61,7 +61,7 @@ class Teach(TrainHook):
             "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
         }  # fmt: skip
         self.temperature = temperature
-        self.feature = find_feature_loss(feature_loss)
+        self.feature_loss, self.feature = feature_loss, find_feature_loss(feature_loss)
         self.layers = layers
         self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
         self.extras = nn.ModuleDict()
@@ -69,6 +69,14 @@ class Teach(TrainHook):
         self._taps: list[Taps] = []  # of the student, of the source
         self._scale = 1.0
         self._proven = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other ranks: a feature loss of a user's own file goes by its name."""
+        return {**vars(self), "feature": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.feature = find_feature_loss(self.feature_loss)
 
     # --- the hook ---------------------------------------------------------------------------------------------------
 
