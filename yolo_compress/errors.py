@@ -35,6 +35,10 @@ class EnvironmentLacks(CompressError):
     exit_code = 4
 
 
+class LostRank(EnvironmentLacks):
+    """Another process of a distributed run ended, which that process, or whoever started it, explains."""
+
+
 class CorruptArtifact(CompressError):
     """A checkpoint, engine or artefact whose bytes are not what was vouched for, or cannot be trusted."""
 

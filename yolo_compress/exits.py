@@ -10,8 +10,8 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from yolo_compress import __version__, home
-from yolo_compress.errors import CompressError, EnvironmentLacks, Terminated
+from yolo_compress import __version__, home, ranks
+from yolo_compress.errors import CompressError, EnvironmentLacks, LostRank, Terminated
 from yolo_compress.files.atomic import free_mib, storage_error
 from yolo_compress.progress import notice
 from yolo_compress.runtime.errors import RuntimeFailure
@@ -30,6 +30,8 @@ def explain(error: BaseException, continues: bool) -> int:
     Returns:
         The exit code. 0 only where the reader of our output went away, as `| head` does.
     """
+    if ranks.several() and isinstance(error, KeyboardInterrupt | Terminated | LostRank) and _explained():
+        return SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", SIGTERM)
     if isinstance(error, KeyboardInterrupt | Terminated):
         word, code = ("terminated", SIGTERM) if isinstance(error, Terminated) else ("interrupted", SIGINT)
         notice(f"{word}; the same command continues where it stopped" if continues else word)
@@ -44,8 +46,13 @@ def explain(error: BaseException, continues: bool) -> int:
             "yolo-compress, with the command and the lines above"
         )
         return BUG
-    notice(f"error: {meant}")
+    notice(f"error: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{meant}")
     return meant.exit_code
+
+
+def _explained() -> bool:
+    """Whether another process says why this rank ends: the one that started it, or the first rank on this machine."""
+    return ranks.launched() or ranks.local_rank() > 0
 
 
 def _machine(error: BaseException) -> CompressError | None:

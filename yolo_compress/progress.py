@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from yolo_compress import ranks
 from yolo_compress.errors import StorageError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator
 
 
 def _silent() -> bool:
-    return os.environ.get("YOLO_COMPRESS_PROGRESS", "").lower() == "off"
+    return os.environ.get("YOLO_COMPRESS_PROGRESS", "").lower() == "off" or ranks.rank() > 0
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -20,7 +20,6 @@ from ultralytics.nn.tasks import DetectionModel
 
 from tests.support.pages import blocks
 from tests.support.quant_net import NAMES, images, run_onnx, run_torch
-from yolo_compress import choices
 from yolo_compress.distill import feature
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import export_onnx
@@ -41,6 +40,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach, detach
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import fold
+from yolo_compress.recipe import choices
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, PAGE = ROOT / "yolo_compress", ROOT / "docs/extending.md"
@@ -233,7 +233,7 @@ def absolute(student_BCHW, teacher_BCHW, weight_B1HW):
     return (student_BCHW - teacher_BCHW).abs().mean()
 """
 WITH_ROWS = """
-from yolo_compress import choices
+from yolo_compress.recipe import choices
 choices.CRITERIA["last_first"] = choices.Choice("own_of_a_test:last_first", "the last channel goes first")
 choices.FEATURE_LOSSES["absolute"] = choices.Choice("own_of_a_test:absolute", "absolute difference")
 from yolo_compress.cli.main import main

@@ -57,7 +57,8 @@ FORBIDDEN = {
     "pipeline": {"cli"},
     "stages": {"cli", "pipeline"},
 }
-ANYWHERE = {"yolo_compress.train.hook"}  # the protocol of hooks; the methods implement it
+# The protocol of hooks, which methods implement; the tables of their criteria and losses, which the recipe offers.
+ANYWHERE = {"yolo_compress.train.hook", "yolo_compress.recipe.choices"}
 STANDARD = set(sys.stdlib_module_names)
 RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography"}
 ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # of the robot's own installation, for its node alone

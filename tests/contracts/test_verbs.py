@@ -21,7 +21,7 @@ from yolo_compress.train import checkpoint
 
 CLI = Path(verbs.__file__).parent
 # Modules of cli/ that carry out no verb by themselves.
-PARTS = {"__init__", "estimate", "grammar", "init_targets", "main", "verbs"}
+PARTS = {"__init__", "estimate", "grammar", "init_targets", "main", "processes", "verbs"}
 
 
 @pytest.fixture

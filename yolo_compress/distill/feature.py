@@ -17,12 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_compress import choices
 from yolo_compress.errors import RecipeError
+from yolo_compress.recipe import choices
 
 KNOB = "distill.feature_loss"
 EPSILON = 1e-9  # keeps an image set without any teacher score finite
 FLAT = 1e-6  # under the standard deviation of any map that says something, above the rounding of one that does not
+MOMENT_BYTES = 256 << 20  # of float64 at once where the aligners start; batch 32 at 640 px would take 1.4 GiB
 MASKED = 0.65  # of the locations: MGD's share for one-stage detectors (arXiv 2205.01529)
 
 
@@ -138,15 +139,13 @@ class Aligner(nn.Conv2d):
         """
         if bool(self.started):
             return
-        own_NC = student_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
-        left_ND = teacher_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
-        left_ND = left_ND - (own_NC @ self.weight.double().flatten(1).T + self.bias.double())  # type: ignore[union-attr]
-        moments = torch.cat([own_NC, own_NC.new_ones(len(own_NC), 1)], dim=1).T @ torch.cat(
-            [own_NC, left_ND, own_NC.new_ones(len(own_NC), 1)], dim=1
-        )
+        row_bytes = 8 * (2 * student_BCHW.shape[1] + 3 * teacher_BCHW.shape[1] + 2)
+        images = max(1, MOMENT_BYTES // (row_bytes * student_BCHW[0, 0].numel()))
+        moments = sum(map(self._moments, student_BCHW.split(images), teacher_BCHW.split(images)))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
-        width, n = own_NC.shape[1], moments[-1, -1]
+        assert isinstance(moments, Tensor)
+        width, n = student_BCHW.shape[1], moments[-1, -1]
         moments = moments / n
         mean_C, mean_D = moments[-1, :width], moments[-1, width:-1]
         covariance_CC = moments[:-1, :width] - torch.outer(mean_C, mean_C)
@@ -157,6 +156,14 @@ class Aligner(nn.Conv2d):
         self.weight += added_CD.T.to(self.weight).view_as(self.weight)
         self.bias += (mean_D - mean_C @ added_CD).to(self.weight)  # type: ignore[operator]
         self.started.fill_(True)
+
+    def _moments(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+        """Sums over N locations of (own, 1) times (own, what the identity leaves of the teacher's, 1), in float64."""
+        own_NC = student_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
+        left_ND = teacher_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
+        left_ND = left_ND - (own_NC @ self.weight.double().flatten(1).T + self.bias.double())  # type: ignore[union-attr]
+        ones_N1 = own_NC.new_ones(len(own_NC), 1)
+        return torch.cat([own_NC, ones_N1], dim=1).T @ torch.cat([own_NC, left_ND, ones_N1], dim=1)
 
 
 class Generator(nn.Module):

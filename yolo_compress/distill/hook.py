@@ -61,7 +61,7 @@ class Teach(TrainHook):
             "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
         }  # fmt: skip
         self.temperature = temperature
-        self.feature = find_feature_loss(feature_loss)
+        self.feature_loss, self.feature = feature_loss, find_feature_loss(feature_loss)
         self.layers = layers
         self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
         self.extras = nn.ModuleDict()
@@ -69,6 +69,14 @@ class Teach(TrainHook):
         self._taps: list[Taps] = []  # of the student, of the source
         self._scale = 1.0
         self._proven = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other ranks: a feature loss of a user's own file goes by its name."""
+        return {**vars(self), "feature": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.feature = find_feature_loss(self.feature_loss)
 
     # --- the hook ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +110,8 @@ class Teach(TrainHook):
         if self._taps:
             levels = _as_maps(teacher_weight(taught["scores"].float()), predictions["feats"])
             terms["kd_feature"] = self._features(own, self._taps[1].take(), levels)
-        terms |= head_terms(predictions, taught, self.weights, self.temperature)
+        with in_float32(batch["img"]):
+            terms |= head_terms(predictions, taught, self.weights, self.temperature)
         if not self._proven:
             self._prove(terms, [*own, predictions["scores"], predictions["boxes"]], taught)
         losses = {name: self.weights[name] * self._scale * term for name, term in terms.items()}
@@ -128,14 +137,17 @@ class Teach(TrainHook):
             for part in adapter.modules():
                 if isinstance(part, Aligner):
                     part.start(own, other)
-            terms.append(
-                self.feature.distance(adapter(own).float(), other.detach().float(), _fitting(levels_B1HW, other))
-            )
+            adapted = adapter(own)
+            with in_float32(own):
+                terms.append(
+                    self.feature.distance(adapted.float(), other.detach().float(), _fitting(levels_B1HW, other))
+                )
         return torch.stack(terms).sum()
 
     def _pull(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
         """The weighted head terms of a source that learns."""
-        terms = head_terms(learner, other, self.weights, self.temperature)
+        with in_float32(learner["scores"]):
+            terms = head_terms(learner, other, self.weights, self.temperature)
         weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
         return torch.stack(weighted).sum() if weighted else learner["scores"].new_zeros(())
 
@@ -144,6 +156,11 @@ class Teach(TrainHook):
         prove(terms, student, same=net is not self.student and same_weights(self.student, net))
         self.source.prove(taught)
         self._proven = True
+
+
+def in_float32(like: Tensor) -> torch.autocast:
+    """No half precision inside: sums over a map of P3 pass 65,504, the largest float16, and a matrix product casts to it."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _as_maps(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:

@@ -15,10 +15,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from yolo_compress import choices
 from yolo_compress.errors import NumericsError
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
+from yolo_compress.recipe import choices
 
 Criterion = Callable[[Evidence, Group], Tensor]
 KNOB = "prune.criterion"

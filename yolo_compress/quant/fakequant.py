@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
-from yolo_compress.quant.learned import LearnedRange
+from yolo_compress.quant.fixed import FixedRange
+from yolo_compress.quant.learned import LOGARITHM, LearnedRange
 from yolo_compress.quant.plan import IMAGES, Group, Plan, plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QuantState
 from yolo_compress.train.hook import TrainHook
 
 ACTIVATION_BITS = 8
-BACKEND = "yolo_compress"  # name under which ModelOpt's quantisers find `_fake_quantise`
 
 
 @contextmanager
@@ -56,40 +56,10 @@ def _modelopt() -> ModuleType:
     try:
         with _quiet_import():
             import modelopt.torch.quantization.nn as quant_nn
-            from modelopt.torch.quantization.nn.modules import tensor_quantizer
     except ImportError as error:
         hint = "pip install nvidia-modelopt huggingface_hub"
         raise EnvironmentLacks(f"INT8 training needs ModelOpt: {error}; {hint}") from error
-    if BACKEND not in tensor_quantizer._QUANT_FUNCTIONAL_BACKENDS:
-        tensor_quantizer.register_quant_backend(BACKEND, _fake_quantise)
     return quant_nn
-
-
-class _Rounding(torch.autograd.Function):
-    """ModelOpt 0.47's formula, value for value, with one new tensor instead of three; gradients pass straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, low: float, high: float) -> Tensor:
-        scale = torch.full_like(amax, high) / amax
-        return (x.float() * scale).round_().clamp_(low, high).div_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradients[0], None, None, None
-
-
-def _fake_quantise(x: Tensor, quantizer: Any) -> Tensor:
-    """As ModelOpt's quantiser does; on CUDA by its own kernel."""
-    if x.is_cuda:
-        quantizer.backend = None
-        try:
-            kernel: Tensor = quantizer._fake_quantize(x)
-            return kernel
-        finally:
-            quantizer.backend = BACKEND
-    high = 2.0 ** (quantizer.num_bits - 1) - 1
-    rounded: Tensor = _Rounding.apply(x, quantizer.amax, -high if quantizer.narrow_range else -high - 1, high)
-    return rounded
 
 
 class QuantisedOutput(nn.Module):
@@ -146,7 +116,7 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
             gives tensors that have to share a scale different ones.
         EnvironmentLacks: ModelOpt is not installed.
     """
-    quant_nn = _modelopt()
+    quant_nn, quantiser = _modelopt(), LearnedRange if learned else FixedRange
     modules: dict[str, Any] = dict(model.named_modules())
     for name, amax_C in state.weights.items():
         conv: Any = modules.get(name)
@@ -162,23 +132,16 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
         quant_nn.QuantModuleRegistry.convert(conv)
         conv.input_quantizer.disable()
         # As many codes below 0 as above: a BatchNorm with negative gamma then folds without moving any code.
-        conv.weight_quantizer._narrow_range = True
-        conv.weight_quantizer.num_bits = state.weight_bits
-        conv.weight_quantizer.backend = BACKEND
-        conv.weight_quantizer.amax = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
-        if learned:
-            conv.weight_quantizer = LearnedRange(conv.weight_quantizer.amax, state.weight_bits, narrow_range=True)
+        amax_O111 = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
+        conv.weight_quantizer = quantiser(amax_O111, state.weight_bits, narrow_range=True)
     for group in placed.groups:
         amax = {state.activations[tensor] for tensor in group.tensors if tensor in state.activations}
         if not amax:
             continue
         if len(amax) > 1 or not all(tensor in state.activations for tensor in group.tensors):
             raise CorruptArtifact(f"quantiser state: {', '.join(group.tensors)} have to share a scale")
-        quantizer = quant_nn.TensorQuantizer()
-        quantizer.backend = BACKEND
-        quantizer.amax = torch.tensor(amax.pop()).to(next(model.parameters()).device)
-        if learned:
-            quantizer = LearnedRange(quantizer.amax, ACTIVATION_BITS, narrow_range=False)
+        scale = torch.tensor(amax.pop()).to(next(model.parameters()).device)
+        quantizer = quantiser(scale, ACTIVATION_BITS, narrow_range=False)
         for tensor in group.tensors:
             _put(model, placed, tensor, quantizer)
 
@@ -298,6 +261,10 @@ class FakeQuant(TrainHook):
             self.state = self._calibrate(model)
         attach(model, self.state, self.learned)
         self._model = model
+
+    def undecayed(self, model: nn.Module) -> list[str]:
+        """Learned ranges: a decay of the logarithm of a range would pull every range towards 1."""
+        return [name for name, _ in model.named_parameters() if name.endswith(LOGARITHM)]
 
     def to_stock(self, model: nn.Module) -> None:
         """Reads the ranges into `state`, then detaches."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from yolo_compress.quant.ranges import AMAX_FLOOR
 
+LOGARITHM = "log_amax"  # the parameter's name
+
 
 class LearnedRange(nn.Module):
     """Learned step size quantisation, LSQ (Esser et al., arXiv 1902.08153), in the place of a quantiser with a fixed range.

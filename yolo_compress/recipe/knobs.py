@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from ..choices import CRITERIA, FEATURE_LOSSES
 from ..files import strict_yaml
 from ..runtime import registry
+from .choices import CRITERIA, FEATURE_LOSSES
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..choices import CRITERIA, FEATURE_LOSSES, allowed, described
+from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knobs import (
     TEXT,
     Batch,

@@ -15,7 +15,6 @@ from yolo_compress.distill.inversion import invert
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.stages import Job
-from yolo_compress.stages._training import device
 
 FOLDER = "inverted"
 
@@ -30,9 +29,8 @@ def inverted(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Samp
         return all(files[number].is_file() for number in numbers)
 
     done = sum(file.is_file() for file in files)
-    where = teacher.to(device(job))
     with bar("invert the teacher", count, "image", done=done) as advance:
-        made = invert(where, count, job.imgsz_hw, steps=steps, seed=job.recipe.run.seed, skip=there)
+        made = invert(teacher, count, job.imgsz_hw, steps=steps, seed=job.recipe.run.seed, skip=there)
         for numbers, images_B3HW in made:
             for number, image_3HW in zip(numbers, images_B3HW.cpu(), strict=True):
                 pixels_HW3 = (image_3HW * 255).round().byte().permute(1, 2, 0).numpy()

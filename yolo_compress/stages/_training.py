@@ -52,16 +52,21 @@ def settings(job: Job, **changes: Any) -> TrainSettings:
     )
 
 
+def model_of(job: Job, need: str) -> nn.Module:
+    """The model of an input, where torch computes: with `fit`, the only places that put a model of the chain on its device."""
+    return checkpoint.load_model(job.inputs[need].file("model.pt")).to(device(job))
+
+
 def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **changes: Any) -> nn.Module:
     """Train `model` as the section says, with `changes`, and keep its results.csv; with no epochs the hooks see the model
-    and let go.
+    and let go. The result is on the device of `model_of`.
     """
     chosen = settings(job, **changes)
     if chosen.epochs and chosen.device == "cpu" and torch.cuda.is_available():
         say(f"{what}: trains on the CPU although there is a CUDA device; run.device=0 (make: DEVICE=0) trains there")
     if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
         hooks = [*hooks, masks.HoldZeros()]
-    trained = trainer.train(model, job.dataset, chosen, hooks, job.work, what)
+    trained = trainer.train(model, job.dataset, chosen, hooks, job.work, what).to(device(job))
     if (job.work / "results.csv").is_file():
         shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
     return trained

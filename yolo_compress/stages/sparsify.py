@@ -16,16 +16,15 @@ from yolo_compress.prune.sparsify import SparseTraining, collapsed, masses, verd
 from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._batches import chosen, letterboxed
-from yolo_compress.stages._training import finish, fit
+from yolo_compress.stages._training import finish, fit, model_of
 from yolo_compress.stages.metrics import ModelMetrics, SparsifyMetrics, of_model
-from yolo_compress.train import checkpoint
 
 REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # what `prune` takes for the same purpose
 
 
 def run(job: Job) -> SparsifyMetrics:
     """`model.pt` with sparse gammas, `gammas.json`, their histogram before training and after each epoch, and their mass."""
-    model = checkpoint.load_model(job.inputs["baseline"].file("model.pt"))
+    model = model_of(job, "baseline")
     before = masses(model)
     hook = penalised(job, model)
     trained = fit(job, model, [hook], "sparsify")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_compress.choices import FEATURE_LOSSES
 from yolo_compress.distill.feature import MASKED, Aligner, Generator, find
 from yolo_compress.errors import RecipeError
+from yolo_compress.recipe.choices import FEATURE_LOSSES
 
 PURE = [name for name in FEATURE_LOSSES if name != "mgd"]
 

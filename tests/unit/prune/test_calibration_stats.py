@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_compress.choices import CRITERIA
 from yolo_compress.errors import DataError, NumericsError
 from yolo_compress.prune.calibration_stats import Evidence, input_moments
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, Member, prunable
 from yolo_compress.prune.obs import obs
 from yolo_compress.prune.reconstruct import RIDGE, reconstruct
+from yolo_compress.recipe.choices import CRITERIA
 
 WIDTH = 6
 GROUP = Group("writer", WIDTH, "writer", (Member("0", "out", 0), Member("1", "norm", 0), Member("2", "in", 0)))
