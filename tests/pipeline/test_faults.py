@@ -481,7 +481,7 @@ def test_each_penalty_trains_and_says_what_it_did(shop: Shop, penalty: str) -> N
     assert metrics["gamma_mass_under_cut_before"] == {"25": 0.25, "50": 0.5, "75": 0.75}
     assert metrics["gamma_mass_under_cut_after"] == pytest.approx({"25": 0.25, "50": 0.5, "75": 0.75}, abs=1e-3)
     assert "% of channels: before 25.0%, 50.0%, 75.0%; after" in captured.err
-    assert "lambda did little: raise sparsify.l1" in captured.err
+    assert "lambda had little effect: raise sparsify.l1" in captured.err
 
 
 @pytest.mark.fault(36)
