@@ -86,8 +86,8 @@ def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
     stored = {item.name: item for item in model.graph.initializer}
     for name, conv in find_convs(model.graph, state.convs).items():
         weight = numpy_helper.to_array(stored[conv.input[1]])
-        codes, scale_C = int8_weight(weight, state.weights[name], state.weight_qmax)
-        rounded = codes.astype(np.float32) * scale_C.reshape(-1, 1, 1, 1)
+        int8_values, scale_C = int8_weight(weight, state.weights[name], state.weight_qmax)
+        rounded = int8_values.astype(np.float32) * scale_C.reshape(-1, 1, 1, 1)
         stored[conv.input[1]].CopyFrom(numpy_helper.from_array(rounded, conv.input[1]))
     onnx.save(model, str(out))
     write_cache(out, out.with_name(CACHE), state)

@@ -181,9 +181,8 @@ def _simplify(graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
         ) from error
     if not same:
         raise CompressError(f"{out}: onnxsim {onnxsim.__version__} changed the outputs; set export.simplify=false")
-    if rewritten := _weight_names(graph) - _weight_names(
-        simplified
-    ):  # a factor of the activation (as in GELU) became part of the next weight
+    # onnxsim can make a factor of the activation (as in GELU) part of the next weight
+    if rewritten := _weight_names(graph) - _weight_names(simplified):
         progress.say(
             f"export: {out.name} is not simplified: onnxsim rewrites {len(rewritten)} weights, such as {min(rewritten)}"
         )

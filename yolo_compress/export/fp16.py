@@ -62,9 +62,8 @@ def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
     for node in graph.node:
         if node.name not in tail:
             for index, name in enumerate(node.input):
-                if name in floats and not (
-                    node.op_type == "Resize" and index > 0
-                ):  # roi and scales of Resize must be float32
+                # roi and scales of Resize must be float32
+                if name in floats and not (node.op_type == "Resize" and index > 0):
                     if name not in halves:
                         halves[name] = f"{name}_fp16"
                         graph.initializer.append(_to_half(floats[name], halves[name], float_onnx))

@@ -41,12 +41,8 @@ ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish",
     "Mul", "Neg", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sub", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
-FORWARDING = {
-    "MaxPool",
-    "Resize",
-    "Split",
-    "Concat",
-}  # layers that only move values, so INT8 inputs give INT8 outputs of the same scale
+# Layers that only move values, so INT8 inputs give INT8 outputs of the same scale.
+FORWARDING = {"MaxPool", "Resize", "Split", "Concat"}
 
 
 @dataclass(frozen=True)
@@ -192,9 +188,13 @@ def quantise_weight(
     weight = numpy_helper.to_array(stored)
     if len(weight) != len(amax_C):
         raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(amax_C)} in the state")
-    codes, scale_C = int8_weight(weight, amax_C, qmax)
+    int8_values, scale_C = int8_weight(weight, amax_C, qmax)
     scale_C = _round_up_to_half(scale_C) if half else scale_C
-    parts: dict[str, np.ndarray] = {"quantized": codes, "scale": scale_C, "zero_point": np.zeros(len(scale_C), np.int8)}
+    parts: dict[str, np.ndarray] = {
+        "quantized": int8_values,
+        "scale": scale_C,
+        "zero_point": np.zeros(len(scale_C), np.int8),
+    }
     graph.initializer.remove(stored)
     graph.initializer.extend(numpy_helper.from_array(array, f"{name}.weight_{key}") for key, array in parts.items())
     inputs = [f"{name}.weight_{key}" for key in parts]
@@ -206,8 +206,8 @@ def quantise_weight(
 def int8_weight(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the INT8 values of a weight, rounded as in training (`fakequant`), and the scale of each output channel."""
     amax = np.asarray(amax_C, np.float32)
-    codes = np.rint(weight * (np.float32(qmax) / amax).reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
-    return codes, amax / np.float32(qmax)
+    int8_values = np.rint(weight * (np.float32(qmax) / amax).reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
+    return int8_values, amax / np.float32(qmax)
 
 
 def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
@@ -357,10 +357,10 @@ def _pairs_in_blocks(
     convs: dict[str, onnx.NodeProto],
     state: QuantState,
     pairs: dict[str, Pair],
-    codes: tuple[int, int],
+    activation_type: tuple[int, int],
 ) -> dict[str, Pair]:
     """Return pairs for tensors inside blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8."""
-    dtype, zero_point = codes
+    dtype, zero_point = activation_type
     readers = readers_of(graph)
     inner: dict[str, Pair] = {}
     for name, conv in convs.items():
@@ -369,7 +369,7 @@ def _pairs_in_blocks(
             inner[made] = Pair(state.outputs[name], dtype, zero_point)
         for node in readers.get(made, ()):
             if node.op_type == "Sigmoid" and node.output[0] not in pairs and activation_output(graph, conv)[0] in pairs:
-                # A sigmoid is always between 0 and 1, so all 256 values start at 0.
+                # A sigmoid is between 0 and 1. With zero point 0 it uses all 256 values.
                 inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
     return inner
 

@@ -120,9 +120,7 @@ def _entropy(histogram: Histogram, percentile: float) -> float:
 
 
 LEVELS = QMAX + 1  # number of absolute INT8 values
-LEAST_BINS = (
-    128  # smallest range: with fewer bins several levels would share one (as in pytorch-quantization and ModelOpt)
-)
+LEAST_BINS = 128  # smallest range, one bin per level (as in pytorch-quantization and ModelOpt)
 SMOOTHING = 1e-4  # share of a uniform distribution, as in MXNet and ONNX Runtime
 
 CALIBRATORS: dict[str, Callable[[Histogram, float], float]] = {

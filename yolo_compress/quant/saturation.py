@@ -61,10 +61,10 @@ def _largest_values_model() -> onnx.ModelProto:
         return add("DequantizeLinear", [add("QuantizeLinear", [name, *pair], f"{name}_Q"), *pair], f"{name}_DQ")
 
     def conv(read: str, name: str, in_channels: int, out: int) -> str:
-        codes = constant(f"{name}_w", np.full((out, in_channels, 1, 1), QMAX, np.int8))
+        int8_values = constant(f"{name}_w", np.full((out, in_channels, 1, 1), QMAX, np.int8))
         scale = constant(f"{name}_w_scale", np.full(out, 1 / (QMAX * in_channels), np.float32))
         zero = constant(f"{name}_w_zero", np.zeros(out, np.int8))
-        weight = add("DequantizeLinear", [codes, scale, zero], f"{name}_w_DQ", axis=0)
+        weight = add("DequantizeLinear", [int8_values, scale, zero], f"{name}_w_DQ", axis=0)
         bias = constant(f"{name}_bias", np.zeros(out, np.float32))
         return quantised(add("Conv", [read, weight, bias], name, kernel_shape=[1, 1]))
 
