@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 VARIABLE = "YOLO_COMPRESS_HOME"
-_RECIPE_NAME = re.compile(
-    r"(?!store\Z)[^\W_][^/\\]*"
-)  # weights/NAME has the links of a recipe, weights/store all artefacts
+# weights/NAME has the links of a recipe, weights/store all artefacts
+_RECIPE_NAME = re.compile(r"(?!store\Z)[^\W_][^/\\]*")
 
 
 def weights() -> Path:

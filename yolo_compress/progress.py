@@ -23,9 +23,8 @@ PLAIN_SECONDS = 10.0  # so that the log of a long training stays short
 PLAIN_PARTS = 10
 REFRESH_PER_SECOND = 2  # each refresh takes some milliseconds of CPU: at 2 Hz well under 1 % of a training
 
-_CONTROL = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]"
-)  # control characters C0 and C1, and changes of the writing direction
+# control characters C0 and C1, and changes of the writing direction
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 _open_bars: list["_PlainBar"] = []
 _live: "Progress | None" = None
@@ -33,7 +32,7 @@ _last_line = 0.0  # monotonic time of the last plain line of any bar
 
 
 def say(text: str) -> None:
-    """Write one line to stderr, above the bars if there are any. Progress off silences it."""
+    """Write one line to stderr, above the bars if there are any. Write nothing if progress is off."""
     if not _silent():
         notice(text)
 

@@ -239,9 +239,8 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
     findings: list[str] = []
     others: list[str] = []
     for entry in data.train if split == "train" else data.val:
-        path = Path(
-            os.path.normpath(data.root / entry)
-        )  # links are not resolved: labels are next to the link, not next to its target
+        # Links are not resolved: labels are next to the link, not next to its target.
+        path = Path(os.path.normpath(data.root / entry))
         if os.path.isdir(path):
             items: Iterator[Listed | str] = _folder(data.root, path, others)
         elif os.path.isfile(path):

@@ -121,13 +121,13 @@ def load(
         raise _failure(data, findings, "fix them, or set data.on_bad=skip to leave these images out of every model")
     notes += dict.fromkeys(note for result in read for note in result.notes)
 
-    kept = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
-    samples = [tuple(r.sample for r in split if r.sample) for split in kept]
-    for split, results, images, limit in zip(("train", "val"), kept, samples, (limit_train, limit_val), strict=True):
+    used = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
+    samples = [tuple(r.sample for r in split if r.sample) for split in used]
+    for split, results, images, limit in zip(("train", "val"), used, samples, (limit_train, limit_val), strict=True):
         notes += _check_split(data, split, results, images, findings, limit, max_unlabelled, max_det)
     notes += _overlap(data, *samples, allow=allow_overlap)
     train_digest, val_digest = (_digest(split, data) for split in samples)
-    files = {state.path: state for split in kept for result in split for state in result.files}
+    files = {state.path: state for split in used for result in split for state in result.files}
     return Dataset(
         yaml=data.file,
         names=data.names,

@@ -48,7 +48,9 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
         StorageError: `out` exists and was not drawn by this function, or the file system fails.
     """
     if min(train, val) < 1 or imgsz < 64:
-        raise RecipeError(f"digits: need at least one scene a split and 64 px, got {train}, {val}, {imgsz}")
+        raise RecipeError(
+            f"digits: got train={train}, val={val}, imgsz={imgsz}, expected at least one scene in each split and 64 px"
+        )
     parameters = {"version": VERSION, "train": train, "val": val, "imgsz": imgsz, "seed": seed}
     if is_complete(out, parameters):
         return
@@ -56,7 +58,7 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
         if is_complete(out, parameters):  # another process drew it meanwhile
             return
         if out.exists() and not (out / RECORD).is_file() and any(out.iterdir()):
-            raise StorageError(f"{out} has no {RECORD}: not drawn by this program, move it away")
+            raise StorageError(f"{out} has no {RECORD}, so this program did not draw it: move it away")
         progress.say(f"digits: drawing {train} training and {val} validation images of {imgsz} px into {out}")
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -167,13 +169,10 @@ def _stamp(rng: np.random.Generator, scan: np.ndarray, imgsz: int) -> np.ndarray
     """Draw one scan at a random place of an empty layer (H, W) 0..1: 17 to 38 % of its side, rotated by up to 25 degrees."""
     height = rng.uniform(0.17, 0.38) * imgsz
     size = (round(height * rng.uniform(0.75, 1.05)), round(height))
-    framed = Image.fromarray(
-        np.pad(scan, 1).astype(np.float32)
-    )  # a blank border, so that the edges of the ink fade out
+    framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a blank border, so that the ink fades out
     glyph = framed.resize(size, Image.Resampling.BICUBIC)
-    glyph = glyph.rotate(
-        rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True
-    )  # 25 degrees, so that 6 and 9 stay different
+    # at most 25 degrees, so that 6 and 9 stay different
+    glyph = glyph.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
     alpha = np.clip(np.asarray(glyph) * 1.3, 0, 1)
     rows, columns = np.flatnonzero((alpha >= INK).any(1)), np.flatnonzero((alpha >= INK).any(0))
     alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 FORMATS = frozenset({"AVIF", "BMP", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP"})
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"})  # photographs of some phones
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
-UPRIGHT_ONLY = frozenset(
-    {"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"}
-)  # not all versions of OpenCV apply the EXIF orientation of these
+UPRIGHT_ONLY = frozenset({"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"})  # not every OpenCV applies their EXIF orientation
 MIN_SIDE_PX = 10  # Ultralytics drops smaller images
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk and its checksum
 MAX_PIXELS = 100_000_000  # 300 MB decoded; larger images are decompression bombs, or need tiles

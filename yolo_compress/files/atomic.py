@@ -21,10 +21,7 @@ TEMPORARY = ".tmp-"  # a prefix, because some libraries choose the format by the
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_MIB = 1.0  # with less free space, a failed write of a library counts as a full disk
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_NO_DIRECTORY_FSYNC = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-)  # some FUSE and SMB mounts cannot do it; an error would not help
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # some FUSE and SMB mounts cannot do it; an error would not help
 
 _points_passed = 0
 

@@ -167,7 +167,7 @@ class _Dumper(yaml.SafeDumper):
     def text(self, data: str) -> yaml.ScalarNode:
         style = "'" if resolve(data) != data else None
         if not data.isprintable():
-            style = '"'  # escapes the text; otherwise PyYAML writes U+0085 so that it reads it back as a space
+            style = '"'  # escapes the text, because PyYAML reads its own unescaped U+0085 back as a space
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 

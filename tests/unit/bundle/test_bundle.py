@@ -33,7 +33,7 @@ from yolo_compress.runtime.secure import ed25519
 from yolo_compress.runtime.secure.seal import verify
 from yolo_compress.runtime.secure.unpack import unpack
 
-BESIDE_KIB = 300  # all of a bundle but networks and golden inputs
+CODE_KIB = 300  # size limit of a bundle without models and golden images
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_without_models_and_golden_images_is_small(bundle: Path) -> None:
     files = [file for file in bundle.rglob("*") if file.is_file() and file.parent.name not in ("onnx", "golden")]
-    assert sum(file.stat().st_size for file in files) + len(make.README) <= (BESIDE_KIB - 2) * 1024, (
+    assert sum(file.stat().st_size for file in files) + len(make.README) <= (CODE_KIB - 2) * 1024, (
         "2 for a target's own"
     )
 
@@ -162,7 +162,7 @@ def test_a_private_key_that_others_can_read_gives_a_warning(
     Path(f"{key}.pub").unlink()
     seed = make.order({"out": str(tmp_path / "b.tar"), "key": str(key)}).seed
     said = capsys.readouterr().err
-    keygen(key)  # what was killed before the public key: it is said there too, and blocks nothing
+    keygen(key)  # an earlier keygen was killed before it wrote the public key; the warning does not stop this one
     assert capsys.readouterr().err == said and seed == read_seed(key)
     if mode & 0o077:
         assert said.count("\n") == 1 and f"(mode {mode:o})" in said and said.endswith(f"chmod 600 '{key}'\n")
@@ -188,7 +188,7 @@ def test_a_key_that_could_not_be_written_leaves_no_file(tmp_path: Path) -> None:
     with files_of_at_most(10), pytest.raises(StorageError, match=r"robot\.key: File too large"):
         keygen(tmp_path / "robot.key")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "robot.key").write_text("seed:12")  # the power went
+    (tmp_path / "robot.key").write_text("seed:12")  # cut short, as after a power cut
     with pytest.raises(RecipeError, match=r"is no private key; delete it"):
         keygen(tmp_path / "robot.key")
 

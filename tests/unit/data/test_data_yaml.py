@@ -157,7 +157,7 @@ def test_counts_that_are_not_numbers_in_range(root: Path, line: str, says: str) 
 
 
 @pytest.mark.parametrize("where", ["path", "train", "list"])
-def test_a_name_that_no_file_can_have_is_a_finding_of_its_line(root: Path, where: str) -> None:
+def test_an_invalid_file_name_in_a_list_is_a_finding_with_its_line(root: Path, where: str) -> None:
     """Earlier, it was exit code 6, as for a full disk, and on_bad=skip did not leave it out."""
     long = "x" * 300 + ".png"
     if where == "list":

@@ -237,7 +237,7 @@ def test_digest_does_not_depend_on_row_order_or_spelling(root: Path) -> None:
     assert load("set/data.yaml").digest == first.digest
 
 
-def test_cached_load_reads_nothing_again_but_what_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_load_reads_only_files_that_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = root.parent / "sub/cache.json"
     first = load("set/data.yaml", cache=cache)
     opened: list[str] = []
@@ -335,9 +335,8 @@ def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None
     for number in range(100_000):
         os.close(os.open(root / f"images/train/{number:06d}.png", os.O_CREAT | os.O_WRONLY))
     there = sorted(path.name for path in (root / "images/train").iterdir())
-    for seed, name in enumerate(
-        there[i * len(there) // 16] for i in range(16)
-    ):  # the images that `limit_train` chooses
+    chosen = (there[i * len(there) // 16] for i in range(16))  # as `limit_train` does
+    for seed, name in enumerate(chosen):
         (root / "images/train" / name).write_bytes(encoded(100 + seed))
         (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
     started = time.process_time()
@@ -378,7 +377,7 @@ def test_loading_imports_neither_torch_nor_ultralytics() -> None:
     assert out.stdout.strip() == "set()"
 
 
-def test_a_link_to_a_folder_of_images_has_its_labels_beside_the_link(root: Path) -> None:
+def test_a_link_to_a_folder_of_images_has_its_labels_next_to_the_link(root: Path) -> None:
     """Ultralytics does the same. Next to the link's target there may be labels of another data set."""
     plain = load("set/data.yaml")
     shutil.move(root / "images/train", root.parent / "elsewhere")

@@ -81,7 +81,7 @@ def test_foreign_folder_is_never_deleted(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.jpg").write_text("mine")
     assert digits.main([str(tmp_path / "mine"), "--train", "1", "--val", "1"]) == StorageError.exit_code
-    assert "not drawn by this program" in capsys.readouterr().err
+    assert "this program did not draw it" in capsys.readouterr().err
     assert (tmp_path / "mine/photo.jpg").read_text() == "mine"
 
 

@@ -95,9 +95,8 @@ def test_a_forked_worker_does_not_hold_the_lock_after_its_parent_ended(tmp_path:
         process.wait(20)
         try:
             os.kill(child, 0)  # still there
-            with lock(
-                path, "next"
-            ):  # the child closes the lock in its first instruction; this waits for that, not for the child's end
+            # The child closes the lock in its first instruction. This waits for that, not for the child's end.
+            with lock(path, "next"):
                 os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)

@@ -127,7 +127,7 @@ def test_a_log_is_read_in_any_order_once(tmp_path: Path) -> None:
     assert log.frames[0].boxes_N6.tolist() == [BOX]
 
 
-def test_what_detect_writes_is_what_is_read(tmp_path: Path) -> None:
+def test_lines_of_detect_are_read_back(tmp_path: Path) -> None:
     boxes_N6 = np.array([[1.5, 2, 30, 40.25, 0.5, 2]], np.float32)
     found = [Found("a.png", None, boxes_N6, None, 12.5), Found("b.png", None, boxes_N6[:0], "cannot be decoded", 1.0)]
     log = read(written(tmp_path / "a", [shadow_line(one, "net", 3, 1e9 + i) for i, one in enumerate(found)]))
@@ -385,7 +385,7 @@ NOW = 1.8e9
 
 
 @pytest.mark.fault(84)
-def test_a_start_without_a_clock_is_no_evidence_of_time() -> None:
+def test_frames_before_the_clock_is_set_add_no_hours() -> None:
     """Three frames of 1970 and 0.7 hours of 2024 count as 0.7 hours and one minute for the gap."""
     stamps = [100.0, 101.0, 102.0, *(1.7e9 + i for i in range(2500))]
     document = verdict(stamped(stamps), allowed=Budgets(), now=NOW)
