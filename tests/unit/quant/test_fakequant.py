@@ -274,7 +274,7 @@ def test_state_survives_json_and_refuses_nonsense(state: QuantState, tmp_path: P
         state.dumps().replace('"weight_bits": 8', '"weight_bits": 4'),
     ):
         (tmp_path / "quant.json").write_text(broken)
-        with pytest.raises(CorruptArtifact, match="quantiser state|no JSON that can be used|expected a mapping"):
+        with pytest.raises(CorruptArtifact, match="quantiser state|not usable JSON|expected a mapping"):
             QuantState.load(tmp_path / "quant.json")
     for amax in (0.0, float("nan"), float("inf"), -1.0):
         with pytest.raises(NumericsError, match=r"model\.0 "):
