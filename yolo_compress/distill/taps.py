@@ -79,7 +79,7 @@ def map_shapes(net: nn.Module, names: Sequence[str], who: str) -> list[tuple[int
     side = PROBE_CELLS * int(net.stride.max())  # type: ignore[operator,union-attr]
     taps = Taps(names)
     with evaluating(net), torch.no_grad():
-        detect.give_raw(net)  # it then remembers no anchors of this image
+        detect.return_raw_outputs(net)  # it then remembers no anchors of this image
         taps.attach(net)
         try:
             net(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))

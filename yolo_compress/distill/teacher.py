@@ -70,7 +70,7 @@ class Frozen(Source):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
-        detect.give_raw(self.net)
+        detect.return_raw_outputs(self.net)
         self._halved = False
 
     def on_model(self, student: nn.Module) -> None:
@@ -152,7 +152,7 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raises RecipeError when a teacher cannot teach this student; names what differs."""
     own, other = (
-        {"classes": list(model.names.values()), **detect.facts(model)}  # type: ignore[union-attr,operator]
+        {"classes": list(model.names.values()), **detect.output_layout(model)}  # type: ignore[union-attr,operator]
         for model in (student, teacher)
     )
     for what, mine in own.items():

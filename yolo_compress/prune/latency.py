@@ -88,7 +88,7 @@ def places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, st
         if name in convs:
             found[name] = node.name.removesuffix("conv/Conv")
     for name in convs:
-        if place := detect.exported_place(name):
+        if place := detect.exported_prefix(name):
             found[name] = place
     missing = [name for name in convs if name not in found]
     if missing:
