@@ -13,7 +13,7 @@ from yolo_compress.errors import RecipeError
 
 
 def norm_after(modules: Mapping[str, nn.Module], conv: str) -> nn.Module | None:
-    """Return the BatchNorm that follows the convolution named `conv`, or None if it has none or is fused.
+    """Return the BatchNorm that follows the convolution named `conv`, or None if there is none or it was fused.
 
     Args:
         modules: Modules of the model by name.

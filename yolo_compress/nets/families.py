@@ -19,7 +19,7 @@ FAMILIES: dict[str, Family] = {"yolov8": YOLOV8}
 
 
 def family_of(model: nn.Module, doing: str) -> Family:
-    """Return the family of a model, which follows from the classes of its layers.
+    """Find the family of a model by the classes of its layers.
 
     Args:
         model: Stock model; may be pruned, fused or fake-quantised.

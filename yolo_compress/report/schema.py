@@ -162,8 +162,8 @@ class _Ratios(TypedDict):
     """Keys that the report adds to every bench row."""
 
     retention: float | None  # map50_95 / map50_95 of the gate's reference
-    speed_up: float | None  # p50 latency of the baseline in FP32 on the same runtime and device / this one's
-    size_ratio: float | None  # size of the baseline in FP32 on the same runtime and device / this one's
+    speed_up: float | None  # p50 latency of the FP32 baseline on the same runtime and device / p50 latency of this row
+    size_ratio: float | None  # size of the FP32 baseline on the same runtime and device / size of this row
     notes: list[str]  # remarks on the figures of this row
 
 

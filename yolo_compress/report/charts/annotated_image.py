@@ -83,7 +83,7 @@ def class_name(names: Sequence[str], cls: int) -> str:
 
 
 def _resized(image: NDArray[Any], scale: float) -> Image.Image:
-    """Resize the image. At integer factors of 2 or more pixels stay sharp; at all other factors they are interpolated."""
+    """Resize the image. Integer factors of 2 or more repeat pixels, which shows what the model saw; others interpolate."""
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     method = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(image, np.uint8)).resize(size, method)
