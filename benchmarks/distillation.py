@@ -39,7 +39,7 @@ from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.taps import Taps, split_pairs
 from yolo_compress.distill.teacher import Frozen
-from yolo_compress.files.atomic import storage_errors
+from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.pipeline import prepare, provider
 from yolo_compress.recipe.recipe import DistillConfig, TrainConfig, load
@@ -47,8 +47,9 @@ from yolo_compress.stages import Job, distill
 from yolo_compress.stages._batches import letterboxed
 from yolo_compress.stages._training import finish, fit
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Store, atomic_write, fingerprint
+from yolo_compress.store.fingerprint import fingerprint
 from yolo_compress.store.source_weights import find_weights
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 from yolo_compress.train.settings import TrainSettings
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from yolo_compress.recipe.recipe import Recipe, load
     from yolo_compress.runtime.detect.detector import Detector
     from yolo_compress.runtime.engine import open_engine
-    from yolo_compress.store.artifact import Artifact
+    from yolo_compress.store.manifest import Artifact
 
 __version__ = "0.1.0"
 __all__ = ["Artifact", "Detector", "Recipe", "__version__", "load", "open_engine", "run"]
 _MODULES = {
-    "Artifact": "store.artifact",
+    "Artifact": "store.manifest",
     "Detector": "runtime.detect.detector",
     "Recipe": "recipe.recipe",
     "load": "recipe.recipe",

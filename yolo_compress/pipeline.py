@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from yolo_compress import home, progress
 from yolo_compress.choices import OWN
@@ -29,10 +29,14 @@ from yolo_compress.recipe import sizing
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Artifact, Store, explain, fingerprint, sha256_file
-from yolo_compress.store.manifest import BEGUN, WORK
+from yolo_compress.store.fingerprint import explain, fingerprint
+from yolo_compress.store.manifest import BEGUN, WORK, Artifact, sha256_file
 from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
 from yolo_compress.store.source_weights import find_weights
+from yolo_compress.store.store import Store
+
+if TYPE_CHECKING:
+    from yolo_compress.stages._prune_plan import DryRun
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,35 @@ STAGES: dict[str, Stage] = {
 SAID = 10  # findings and notes of the data that a run says
 
 
+class DataKey(TypedDict):
+    digest: str  # of all images and labels
+    imgsz: list[int]  # [height, width] of the input, px
+
+
+class MachineKey(TypedDict):
+    cpu: str  # name of the processor
+    libraries: dict[str, str | None]  # runtime -> installed version
+
+
+class Key(TypedDict):
+    """What decides the result of a stage; its hash is the fingerprint."""
+
+    stage: str
+    version: int  # of the stage
+    config: dict[str, object]  # see `_config`
+    inputs: dict[str, str]  # need -> fingerprint
+    data: DataKey
+    seed: int
+    machine: NotRequired[MachineKey]  # absent where this machine decides nothing
+    recipe: NotRequired[dict[str, object]]  # of `report` alone, which shows it
+
+
 @dataclass(frozen=True)
 class Planned:
     """A stage of a recipe with everything that decides its result."""
 
     stage: str
-    key: dict[str, Any]
+    key: Key
     inputs: dict[str, str]  # need -> the stage that provides it in this recipe
 
     @property
@@ -127,7 +154,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
         inputs = {need: provider(recipe, need) for need in row.needs}
         for source in inputs.values():
             visit(source)
-        key = {
+        key: Key = {
             "stage": stage,
             "version": row.version,
             "config": _config(recipe, stage, dataset),
@@ -158,7 +185,7 @@ def _measures_here(recipe: Recipe, stage: str) -> bool:
     return bool(stage == "qat" and qat and qat.sensitivity != "off" and qat.sensitivity_price != "gflops")
 
 
-def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, Any]:
+def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
     """The section as it counts: given files by their bytes, and with given weights nothing of how one would train."""
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
@@ -188,21 +215,21 @@ def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
     data = recipe.data
-    shared: dict[str, Any] = {
-        "on_bad": data.on_bad,
-        "allow_overlap": data.allow_overlap,
-        "cache": store.root / ".cache" / "data.json",
-    }
+    cache = store.root / ".cache" / "data.json"
     dataset = load(
         data.yaml,
         limit_train=data.limit_train,
         limit_val=data.limit_val,
         max_unlabelled=data.max_unlabelled,
         max_det=data.max_det,
-        **shared,
+        on_bad=data.on_bad,
+        allow_overlap=data.allow_overlap,
+        cache=cache,
     )
     if recipe.distill and recipe.distill.images is not None:
-        dataset = with_unlabelled(dataset, recipe.distill.images, **shared)
+        dataset = with_unlabelled(
+            dataset, recipe.distill.images, on_bad=data.on_bad, allow_overlap=data.allow_overlap, cache=cache
+        )
     if dataset.skipped:
         progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
         for finding in dataset.skipped[:SAID]:
@@ -451,14 +478,15 @@ def report_over(
         return dict(report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files))
 
 
-def dry_run(recipe: Recipe, store: Store | None = None) -> dict[str, Any]:
-    """What `prune` would do: `table` (text), widths, MACs, parameters and, where measured, milliseconds.
+def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
+    """What `prune` would do.
 
     Raises:
         RecipeError: See `_planning`.
     """
     with _planning(recipe, store or Store(home.weights())) as (job, weights):
-        return dict(importlib.import_module("yolo_compress.stages._prune_plan").dry_run(job, weights))
+        shown: DryRun = importlib.import_module("yolo_compress.stages._prune_plan").dry_run(job, weights)
+        return shown
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:

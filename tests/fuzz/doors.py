@@ -50,8 +50,8 @@ from yolo_compress.runtime.measure import golden, groundtruth, layer_times
 from yolo_compress.runtime.secure.seal import seal
 from yolo_compress.runtime.secure.slots import Slots
 from yolo_compress.store import fingerprint
-from yolo_compress.store.artifact import Store
 from yolo_compress.store.manifest import read_artifact, verify_payload
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint as train_checkpoint
 from yolo_compress.train.checkpoint import dress
 

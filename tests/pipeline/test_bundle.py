@@ -15,15 +15,16 @@ import pytest
 import yaml
 
 from tests.pipeline.conftest import Bench
+from tests.support.typed import validate
 from tests.unit.runtime.test_commands import BARE
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.evaluate.coco import mean_ap
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.measure.golden import detections, difference
-from yolo_compress.runtime.secure.seal import verify
-from yolo_compress.store.artifact import Store
+from yolo_compress.runtime.measure.golden import Golden, detections, difference
+from yolo_compress.runtime.secure.seal import Manifest, verify
+from yolo_compress.store.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = ("onnxruntime-fp32", "onnxruntime-int8")
@@ -64,6 +65,7 @@ def compare(python: str | Path, chain: Bench, bundle: Path, tmp_path: Path) -> N
         for test in json.loads(robot(python, bundle, "bench.py", "--golden").splitlines()[-1])["golden"].values()
     )
     golden = json.loads((bundle / "golden/golden.json").read_text())
+    validate(golden, Golden)
     data = images_of(chain)
     images = [sample.image for sample in (*data.train, *data.val)]
     (tmp_path / "images").mkdir()
@@ -99,6 +101,7 @@ def compare(python: str | Path, chain: Bench, bundle: Path, tmp_path: Path) -> N
 def test_as_on_a_robot(chain: Bench, bundle: Path, tmp_path: Path) -> None:
     compare(sys.executable, chain, bundle, tmp_path)
     manifest = verify(bundle)
+    validate(manifest, Manifest)
     assert set(manifest["onnx"]) == {
         "fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime", "int8-openvino",
     }  # fmt: skip

@@ -14,13 +14,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
-from tests.support.report_schema import validate
+from tests.support.stage_schema import METRICS, check
+from tests.support.typed import validate
 from yolo_compress.evaluate.published import made_for
 from yolo_compress.pipeline import STAGES
 from yolo_compress.prune import masks
-from yolo_compress.store.artifact import Store
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,6 +33,26 @@ def artifact(bench: Bench, stage: str, name: str = "tiny"):
     found = Store(bench.folder / "weights").linked(name, stage)
     assert found is not None, stage
     return found
+
+
+def test_metrics_and_files_are_of_their_types(chain: Bench) -> None:
+    found = {stage: check(artifact(chain, stage)) for stage in STAGES if stage != "teacher"}
+    assert {stage: files for stage, files in found.items() if files} == {
+        "prune": {"channels.json", "flops.json"},
+        "qat": {"calibration.json"},
+        "export": {"calibration.json"},
+        "engine": {"engines.json"},
+        "bench": {"latency.json"},
+    }
+
+
+def test_a_key_without_a_type_is_found(finished: Bench) -> None:
+    for stage, kind in METRICS.items():
+        if stage != "teacher":
+            metrics = artifact(finished, stage).metrics
+            for wrong in ({**metrics, "new": 1}, dict(list(metrics.items())[1:])):
+                with pytest.raises(ValidationError):
+                    validate(wrong, kind)
 
 
 def test_every_stage_published_and_vouched_for(finished: Bench) -> None:
@@ -299,6 +321,7 @@ def test_zeros_are_held_through_the_chain_and_the_report_is_honest_about_them(fi
         model = checkpoint.load_model(found.file("model.pt"))
         zeros[stage] = {name: model.get_submodule(name).weight == 0 for name in masks.convolutions(model)}
         assert found.metrics["sparsity"] > 0.49, stage
+        check(found)
     assert all(float(part.float().mean()) == 0.5 for part in zeros["prune"].values())
     for stage in ("distill", "qat"):
         assert all(torch.equal(part, zeros["prune"][name]) for name, part in zeros[stage].items()), stage
@@ -335,6 +358,8 @@ def test_groups_that_int8_hurts_stay_in_float_down_to_the_files(finished: Bench)
     )
     exported = json.loads(finished.run("export", finished.namesake("groups"), *knobs).stdout.splitlines()[-1])
     quantised = artifact(finished, "qat", "groups")
+    assert check(quantised) >= {"sensitivity.json"}
+    check(artifact(finished, "export", "groups"))
     found = json.loads(quantised.file("sensitivity.json").read_text())
     placed = list(csv.DictReader(quantised.file("placement.csv").read_text().splitlines()))
     left = {row["group"] for row in placed if "as asked" in row["why"]}
@@ -391,6 +416,7 @@ def test_rounds_with_sensitivity_meet_the_budget_and_keep_their_tables(finished:
     macs = json.loads(pruned.file("flops.json").read_text())
     shares = [sum(pair[side] for pair in macs.values()) for side in (0, 1)]
     assert shares[1] / shares[0] == pytest.approx(pruned.metrics["kept_flops"])
+    assert check(pruned) >= {"sensitivity.json"}
     found = json.loads(pruned.file("sensitivity.json").read_text())
     assert set(found["groups"]) == set(found["caps"]) and len(found["groups"]) > 40
     assert pruned.file("sensitivity.csv").read_text().count("\n") == 2 + len(found["groups"])

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 
 from yolo_compress.cli.main import main
-from yolo_compress.store.artifact import Store
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from tests.pipeline.conftest import Bench, prepare, recipe
 from yolo_compress.files.lock import lock
-from yolo_compress.store.artifact import Store
+from yolo_compress.store.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGE = {

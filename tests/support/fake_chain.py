@@ -29,10 +29,12 @@ from tests.support.fake_release import KEY, Release, onnx_model, small_bundles, 
 from yolo_compress import pipeline, stages
 from yolo_compress.cli.main import main
 from yolo_compress.data.dataset import Dataset
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe import recipe
 from yolo_compress.report.write import write
 from yolo_compress.runtime.secure.seal import KEY_VARIABLE
-from yolo_compress.store.artifact import Artifact, Store, atomic_write
+from yolo_compress.store.manifest import Artifact
+from yolo_compress.store.store import Store
 
 RECIPE = """
 data: {yaml: x.yaml}

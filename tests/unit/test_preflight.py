@@ -20,7 +20,7 @@ from yolo_compress.quant import fakequant
 from yolo_compress.recipe import recipe
 from yolo_compress.runtime.measure.layer_times import SCHEMA
 from yolo_compress.stages import _batches, _prune_plan
-from yolo_compress.store.artifact import Store
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
 TRAIN = 4

@@ -14,18 +14,30 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, open_engine
-from yolo_compress.runtime.measure.golden import FILE, MOST, SAME, SCHEMA, Difference, detections, difference
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.runtime.measure.golden import (
+    FILE,
+    MOST,
+    SAME,
+    SCHEMA,
+    Difference,
+    EngineOf,
+    Golden,
+    Tolerance,
+    detections,
+    difference,
+)
+from yolo_compress.runtime.secure.seal import GoldenAbout
+from yolo_compress.store.manifest import Artifact
 
 MEASURED_IMAGES = 32
 CONF, IOU = 0.25, 0.7
@@ -42,7 +54,7 @@ ABOUT = (
 Found = list[np.ndarray]
 
 
-def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> dict[str, Any]:
+def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
     """Write images and `golden.json` into `folder`; gives what the manifest says of them.
 
     Raises:
@@ -64,7 +76,7 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
             "would pass an engine that finds nothing; train it for longer, or check the validation images"
         )
     tolerances, differences = tolerate(measured, conf, boxes)
-    document = {
+    document: Golden = {
         "schema": SCHEMA,
         "conf": conf,
         "floor": conf * FLOOR,
@@ -86,13 +98,13 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
 
 def _detected(
     export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
-) -> tuple[dict[str, Found], dict[str, dict[str, str]]]:
+) -> tuple[dict[str, Found], dict[str, EngineOf]]:
     """Detections, arithmetic and library of each engine of the compressed net, by `runtime-precision`.
 
     Of INT8 on a runtime that is not here, those of its file, node by node.
     """
-    found, about = dict[str, Found](), dict[str, dict[str, str]]()
-    for row in json.loads(engines.file("engines.json").read_text()):
+    found, about = dict[str, Found](), dict[str, EngineOf]()
+    for row in engine_rows(engines):
         if row["model"] == "compressed" and not row["reason"]:
             key = f"{row['runtime']}-{row['precision']}"
             with open_engine(engines.path / row["folder"]) as engine:
@@ -118,7 +130,9 @@ def confidence(found: Found, count: int) -> float:
     return min(CONF, float(scores[min(count, len(scores)) - 1])) if len(scores) else CONF
 
 
-def tolerate(found: Mapping[str, Found], conf: float, boxes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def tolerate(
+    found: Mapping[str, Found], conf: float, boxes: int
+) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
     """Tolerances by precision, and the measured differences that they come from, by pair of engines.
 
     Args:
@@ -126,8 +140,8 @@ def tolerate(found: Mapping[str, Found], conf: float, boxes: int) -> tuple[dict[
         boxes: above `conf` in the golden images; what `unmatched` is a share of.
     """
     precisions = {key: key.rpartition("-")[2] for key in found}
-    tolerances: dict[str, Any] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
-    differences = dict[str, Any]()
+    tolerances: dict[str, Tolerance] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
+    differences = dict[str, dict[str, float]]()
     for precision in sorted(set(precisions.values())):
         own = [key for key in found if precisions[key] == precision]
         peers = [key for key in found if precisions[key] in (precision, "fp32")]

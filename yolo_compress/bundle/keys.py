@@ -7,7 +7,7 @@ import secrets
 import shlex
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write, fsync_directory, storage_errors
@@ -18,7 +18,15 @@ from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
 PREFIX = "seed:"  # so that neither half is taken for the other: both are 32 bytes
 
 
-def keygen(out: Path) -> dict[str, Any]:
+class Keys(TypedDict):
+    """What `keygen` prints."""
+
+    key: str  # file of the private half, which stays here
+    public_key: str  # file of the public half
+    pin_as: str  # where a robot looks for it
+
+
+def keygen(out: Path) -> Keys:
     """Write a new seed to `out`, readable by its owner alone, and the public key beside it.
 
     A call that was killed between the two is repeated: a seed without its public key gets it.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from yolo_compress import home, pipeline, progress, runtime
 from yolo_compress.bundle import golden
@@ -29,9 +29,10 @@ from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.registry import RUNTIMES
-from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.runtime.secure.seal import About, Manifest, seal
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Artifact, Store
+from yolo_compress.store.manifest import Artifact
+from yolo_compress.store.store import Store
 
 PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`
 LOCK = "lock"  # file in that folder, locked while a process works there
@@ -106,11 +107,21 @@ def _count(options: Mapping[str, str], key: str, default: int) -> int:
     return int(text)
 
 
-def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool = True) -> dict[str, Any]:
-    """Bring the chain up to date, check its gate, and write the bundle under a temporary name first.
+class Made(TypedDict):
+    """What `bundle` prints."""
 
-    Returns:
-        bundle (path), name, version, target, signed, gate, size_mib, files (count).
+    bundle: str  # path
+    name: str  # of the recipe
+    version: int
+    target: str
+    signed: bool
+    gate: Mapping[str, object]  # as the manifest has it
+    size_mib: float
+    files: int  # that the manifest lists
+
+
+def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool = True) -> Made:
+    """Bring the chain up to date, check its gate, and write the bundle under a temporary name first.
 
     Raises:
         GateFailed: and not `force`; nothing is written.
@@ -163,7 +174,7 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _gate(report: Artifact, asked: Order) -> dict[str, Any]:
+def _gate(report: Artifact, asked: Order) -> dict[str, object]:
     """The report's gate as the manifest has it.
 
     Raises:
@@ -185,9 +196,9 @@ def _fill(
     recipe: Recipe,
     dataset: Dataset,
     artifacts: Mapping[str, Artifact],
-    gate: Mapping[str, Any],
+    gate: Mapping[str, object],
     asked: Order,
-) -> dict[str, Any]:
+) -> Manifest:
     """Everything into the folder, the manifest last."""
     onnx = _networks(root, artifacts["export"])
     height, width = recipe.data.imgsz_hw
@@ -195,7 +206,7 @@ def _fill(
     code(root)
     (root / "labels.txt").write_text("".join(f"{name}\n" for name in dataset.names), encoding="utf-8")
     progress.say(f"bundle: {asked.golden} golden images, their detections by every engine here")
-    about: dict[str, Any] = {
+    about: About = {
         "name": recipe.name,
         "target": asked.target,
         "names": list(dataset.names),
@@ -214,7 +225,7 @@ def _fill(
         },
         "recipe_fingerprint": artifacts["report"].fingerprint,
     }
-    registry.write(asked.target, root, dict(about, version=asked.version))
+    registry.write(asked.target, root, {**about, "version": asked.version})
     text = README.format(
         needs=", or ".join(row.needs for row in reversed(RUNTIMES.values())),
         classes=len(dataset.names),

@@ -18,12 +18,14 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, open_contender
 from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.recipe.messages import got
 from yolo_compress.report.numbers import fixed, signed, three_digits, times
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
+from yolo_compress.runtime.measure.messages import Spec
 
 ROUNDS, SAMPLES = 4, 50  # of each engine; an even number of rounds cancels drift
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through
@@ -97,7 +99,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def run(chosen: Settings) -> dict[str, Any]:
+def run(chosen: Settings) -> AB:
     """Compare both models; returns the A/B document of `evaluate.ab.document`, and writes it to `out` if given.
 
     Raises:
@@ -162,7 +164,7 @@ def _latency(
     images = np.stack([letterbox(read_image(sample.image), imgsz)[0] for sample in chosen])
     with storage_errors(inputs):
         np.save(inputs, images)
-    specs = [
+    specs: list[Spec] = [
         {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
         for side, path in zip((first, second), scratch, strict=True)
     ]

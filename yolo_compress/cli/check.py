@@ -11,8 +11,8 @@ from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
 from yolo_compress.progress import result
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Store
 from yolo_compress.store.resources import FREE_MIB
+from yolo_compress.store.store import Store
 
 NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
 

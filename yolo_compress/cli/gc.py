@@ -9,7 +9,8 @@ from pathlib import Path
 from yolo_compress import home, pipeline
 from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
-from yolo_compress.store.artifact import Store
+from yolo_compress.store import collect
+from yolo_compress.store.store import Store
 
 
 def handle(command: Command) -> int:
@@ -17,8 +18,8 @@ def handle(command: Command) -> int:
     store = Store(home.weights())
     recipe = command.load() if command.names_recipe else None
     with store.lock("gc", command.wait):
-        removed = store.gc(pipeline.referred(store, recipe))
-        interrupted = store.interrupted()
+        removed = collect.gc(store, pipeline.referred(store, recipe))
+        interrupted = collect.interrupted(store)
     for path in removed:
         result(f"removed {path}")
     for path, size in interrupted.items():

@@ -30,8 +30,8 @@ from yolo_compress.recipe.messages import did_you_mean, got
 from yolo_compress.recipe.sections import QatConfig, SourceConfig
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Store
 from yolo_compress.store.source_weights import find_weights
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint as train_checkpoint
 from yolo_compress.train import transfer
 

@@ -52,7 +52,7 @@ def _check_outside_store(verb: Verb, command: grammar.Command) -> None:
     from pathlib import Path
 
     from yolo_compress import home
-    from yolo_compress.store.artifact import Store
+    from yolo_compress.store.store import Store
 
     for name in written:
         Store(home.weights()).check_outside(Path(command.options[name]), name)

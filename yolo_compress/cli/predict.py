@@ -146,7 +146,10 @@ def run(chosen: Settings) -> dict[str, Any]:
         "detections": boxes,
         "seconds": round(seconds, 3),
         "fps": round(pictures / seconds, 2),
-        **{key: value and round(value, 3) for key, value in percentiles(latencies_ms).items()},
+        **{
+            key: round(value, 3) if isinstance(value, float) else value
+            for key, value in percentiles(latencies_ms).items()
+        },
         "ended_by": ended_by,
         "out": None if chosen.out is None else str(chosen.out),
     }

@@ -16,6 +16,7 @@ from yolo_compress.files.lock import lock
 from yolo_compress.progress import result
 from yolo_compress.recipe.messages import got
 from yolo_compress.rollout import judge, state
+from yolo_compress.rollout.schema import Document
 from yolo_compress.rollout.shadow_log import read, read_truth
 
 
@@ -27,7 +28,7 @@ def handle(command: Command) -> int:
     return 1 if document["verdict"]["status"] == "abort" else 0
 
 
-def run(options: Mapping[str, str], wait: bool = True) -> dict[str, Any]:
+def run(options: Mapping[str, str], wait: bool = True) -> Document:
     """Judge the logs of both models, and store the state if a file is given for it.
 
     Args:

@@ -46,8 +46,8 @@ def handle(command: Command) -> int:
 def _dry_run(recipe: Recipe) -> int:
     """Print the plan of `prune` for the artefacts that exist; write nothing."""
     plan = pipeline.dry_run(recipe)
-    result(plan.pop("table"))
-    result(json.dumps({"recipe": recipe.name, **plan}))
+    result(plan["table"])
+    result(json.dumps({"recipe": recipe.name, **{key: value for key, value in plan.items() if key != "table"}}))
     return 0
 
 

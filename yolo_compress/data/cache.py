@@ -78,7 +78,7 @@ class FileCache:
         """
         if self.file is None or not self.changed:
             return
-        from yolo_compress.store.artifact import atomic_write
+        from yolo_compress.files.atomic import atomic_write
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.file, json.dumps({"version": VERSION, "files": self.entries}, separators=(",", ":")))

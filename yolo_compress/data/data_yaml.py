@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from yolo_compress import home
 from yolo_compress.data import shipped as datasets
@@ -149,7 +149,7 @@ def read_yaml(file: Path) -> DataYaml:
     return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
 
 
-def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
+def _names(values: Mapping[str, object], bad: _Bad) -> tuple[str, ...]:
     names, count = values.get("names"), values.get("nc")
     if count is not None and not (type(count) is int and 1 <= count <= MAX_CLASSES):
         raise bad("nc", f"nc must be a whole number from 1 to {MAX_CLASSES}, not {count!r}")
@@ -177,7 +177,7 @@ def _names(values: dict[str, Any], bad: _Bad) -> tuple[str, ...]:
     return texts
 
 
-def _root(file: Path, values: dict[str, Any], bad: _Bad) -> Path:
+def _root(file: Path, values: Mapping[str, object], bad: _Bad) -> Path:
     """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`.
 
     That of a shipped yaml is never looked for in the folder of the code.

@@ -18,6 +18,7 @@ from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
 from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.measure.coco_map import MeanAP
 
 DYNAMIC_BATCH = 4  # images a call where the backend takes any number
 
@@ -27,6 +28,15 @@ class ImageTruth(Truth, Protocol):
 
     @property
     def image(self) -> Path: ...
+
+
+class Accuracy(MeanAP):
+    """The AP of a backend, and what it was taken from."""
+
+    images: int
+    image_set: str | None  # digest of the samples, as given
+    executed: str  # the arithmetic that the runtime chose, in words
+    detections: list[np.ndarray]  # N6 an image, px of the original image
 
 
 def accuracy(
@@ -39,7 +49,7 @@ def accuracy(
     image_set: str | None = None,
     workers: int = 0,
     max_det: int = MAX_DET,
-) -> dict[str, Any]:
+) -> Accuracy:
     """Run the backend over the images and evaluate its detections.
 
     Args:
@@ -51,10 +61,6 @@ def accuracy(
         image_set: digest of the samples, put into the result.
         max_det: detections of an image that NMS keeps; see `runtime.limits.counted` for what mAP counts of them.
         workers: threads that read images ahead; 0 reads in turn.
-
-    Returns:
-        what `coco.mean_ap` returns, and images (count), image_set, executed, detections (list of N6 arrays in px of the
-        original images).
 
     Raises:
         RecipeError: backend and data set differ in classes or size.

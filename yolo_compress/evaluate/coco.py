@@ -16,6 +16,7 @@ import numpy as np
 
 from yolo_compress.errors import DataError
 from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.measure.coco_map import MeanAP
 
 
 class Truth(Protocol):
@@ -42,7 +43,7 @@ def absolute_boxes(truth: Truth) -> np.ndarray:
 
 def mean_ap(
     truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
-) -> dict[str, Any]:
+) -> MeanAP:
     """COCO's box AP over all areas, areas taken from the boxes.
 
     Args:
@@ -52,8 +53,7 @@ def mean_ap(
         most: detections of a class in an image that count, best first.
 
     Returns:
-        map50_95 and map50 (fractions, mean over the classes that have ground truth), per_class and per_class_50
-        ({name: AP, or None where there is no ground truth}), counts ({name: boxes}). No detections at all is 0.0.
+        The AP; without any detections it is 0.0.
 
     Raises:
         DataError: no ground truth at all, names that repeat, or a class out of range.
@@ -100,7 +100,7 @@ def _coco(rows: Sequence[np.ndarray], classes: int) -> Any:
     """A COCO object of rows (xyxy, score, class) per image."""
     from pycocotools.coco import COCO
 
-    annotations: list[dict[str, Any]] = []
+    annotations: list[dict[str, object]] = []
     for image, boxes_N6 in enumerate(rows):
         for x1, y1, x2, y2, score, label in np.asarray(boxes_N6, np.float64).reshape(-1, 6).tolist():
             annotations.append(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
 from yolo_compress.errors import CompressError
+from yolo_compress.evaluate.rows import Precision
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.calibration_cache import IMPLICIT, explicit
 from yolo_compress.export.float_onnx import quiet_trace
@@ -35,13 +36,13 @@ class For(NamedTuple):
     """Whom a file is for."""
 
     runtime: str
-    precision: str
+    precision: Precision
 
 
 def made_for(file: str) -> For | None:
     """Runtime and precision of a published file by its name; None of what is no network, or is checked by `export` (NMS)."""
     path = PurePosixPath(file)
-    precision = path.stem.partition("-")[0]
+    precision = cast(Precision, path.stem.partition("-")[0])
     if path.suffix == ".torchscript":
         return For("torchscript", "int8" if precision == "int8" else "fp32")
     if path.suffix != ".onnx" or path.stem.endswith(NMS_SUFFIX):

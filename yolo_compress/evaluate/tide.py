@@ -19,9 +19,10 @@ Shape suffixes: N detections of an image, G its truths, D all detections, T all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from yolo_compress.errors import DataError
 from yolo_compress.runtime.limits import MAX_DETECTIONS
@@ -31,6 +32,26 @@ FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
 RECALLS_R = np.linspace(0, 1, 101)  # COCO's
 RIGHT = -1  # the type of a detection that matched
 CLS, LOC, BOTH, DUP, BKG = range(5)
+
+
+class ErrorSum(TypedDict):
+    count: int
+    cost: float  # rise of AP50 if these errors were mended, at least 0
+
+
+class ErrorType(ErrorSum):
+    name: str  # one of `TYPES`
+
+
+class ModelErrors(TypedDict):
+    """The errors in one model's detections."""
+
+    ap50: float  # a fraction, mean over the classes with objects
+    truths: int  # objects
+    detections: int
+    types: list[ErrorType]  # in the order of `TYPES`
+    false_positives: ErrorSum  # all false detections
+    false_negatives: ErrorSum  # all objects not found
 
 
 class _Judged(NamedTuple):
@@ -44,20 +65,13 @@ class _Judged(NamedTuple):
     matched_T: np.ndarray
 
 
-def errors(
-    truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS
-) -> dict[str, Any]:
+def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> ModelErrors:
     """Count the errors of each type and say what each type costs.
 
     Args:
         truths: one G5 array an image: class, x1, y1, x2, y2 in px.
         detections: one N6 array an image, in the same order: x1, y1, x2, y2, score, class.
         most: detections of an image that count, best first.
-
-    Returns:
-        ap50 (fraction, mean over the classes that have truths), truths and detections (counts), and types, in the order of
-        `TYPES`: name, count, cost (rise of AP50 if mended, at least 0); the same for all false detections (false_positives) and
-        all truths not found (false_negatives).
 
     Raises:
         DataError: no truth at all.
@@ -77,7 +91,7 @@ def errors(
     def cost(score_D: np.ndarray, class_D: np.ndarray, right_D: np.ndarray, class_T: np.ndarray) -> float:
         return max(0.0, _ap(score_D, class_D, right_D, class_T, found.class_T) - base)
 
-    types = []
+    types: list[ErrorType] = []
     for number, name in enumerate(TYPES[:-1]):
         of_type_D = found.type_D == number
         mended_D = of_type_D & best_D  # false for the types that only go

@@ -10,7 +10,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,20 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets.hardening import harden
 from yolo_compress.runtime.backends.base import EngineError, sha256_file
 from yolo_compress.runtime.measure.latency import main
+from yolo_compress.runtime.measure.messages import Spec
 
 MODULE = "yolo_compress.evaluate.torch_latency"
+
+
+class TorchSpec(Spec, total=False):
+    """A latency spec, and the module that it is of."""
+
+    checkpoint: str  # file that holds the pickled module
+    sha256: str  # of that file, hex
+    names: list[str]  # class names in the order of their index
+    imgsz: list[int]  # [height, width] of the input, px
+    device: str  # "cpu", "cuda:0"
+    precision: str
 
 
 def spec(
@@ -33,7 +45,7 @@ def spec(
     precision: str = "fp32",
     threads: int | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> TorchSpec:
     """Pickle the whole module into `directory` (scratch, removed by the caller) and describe it.
 
     Args:
@@ -43,8 +55,7 @@ def spec(
     buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (2.14: c10::Error in a destructor)
     torch.save(module, buffer)
     atomic_write(file, buffer.getvalue())
-    return {
-        **options,
+    own: TorchSpec = {
         "module": MODULE,
         "checkpoint": str(file),
         "sha256": sha256_file(file),
@@ -54,9 +65,10 @@ def spec(
         "precision": precision,
         "threads": threads,
     }
+    return cast(TorchSpec, {**options, **own})
 
 
-def open_spec(described: dict[str, Any]) -> TorchBackend:
+def open_spec(described: TorchSpec) -> TorchBackend:
     """Unpickle what `spec` wrote, after its hash was compared: a pickle runs code."""
     file = Path(described["checkpoint"])
     if sha256_file(file) != described["sha256"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -19,10 +19,14 @@ from yolo_compress.evaluate.coco import Truth, absolute_boxes
 from yolo_compress.nets.hardening import harden
 
 
-def ultralytics_ap(
-    truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]
-) -> dict[str, float | dict[str, float | None]]:
-    """map50_95, map50 and per_class (None without ground truth); arguments as in `coco.mean_ap`.
+class UltralyticsAP(TypedDict):
+    map50_95: float  # mean over the classes with ground truth, as `map50`
+    map50: float
+    per_class: dict[str, float | None]  # map50_95 by class name; null without ground truth
+
+
+def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]) -> UltralyticsAP:
+    """AP as Ultralytics' validator computes it; arguments as in `coco.mean_ap`.
 
     Raises:
         DataError: no ground truth at all.

@@ -54,7 +54,7 @@ def outputs(model: Any) -> list[str]:
     return [*(f"{name}.{branch}.{i}.2" for branch in BRANCHES for i in range(head.nl)), f"{name}.dfl.conv"]
 
 
-def output_layout(model: Any) -> dict[str, Any]:
+def output_layout(model: Any) -> dict[str, object]:
     """Return the properties of the head that must be equal in student and teacher."""
     head = model.model[-1]
     return {"levels": head.nl, "strides": head.stride.tolist(), "bins of a box side": head.reg_max}

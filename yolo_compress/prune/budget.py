@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.cost import ConvShape, Price, Widths, latency_price, macs_price, parameters_price
 from yolo_compress.prune.graph import Group
+from yolo_compress.runtime.measure.layer_times import LayerTable
 
 Scope = Literal["global", "local", "isomorphic"]
 
@@ -51,7 +52,7 @@ def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
     return _share("keep_params", shapes, parameters_price, share)
 
 
-def latency_ms(shapes: Mapping[str, ConvShape], table: Mapping[str, Any], limit: float) -> Budget:
+def latency_ms(shapes: Mapping[str, ConvShape], table: LayerTable, limit: float) -> Budget:
     """Milliseconds by `cost.latency_price`."""
     dense = float(table["whole_ms"])
     if not 0 < limit < dense:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import norm_after
 from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
+from yolo_compress.runtime.measure.layer_times import LayerTable
 
 Price = Callable[[np.ndarray, np.ndarray], float]  # of out_N and in_N, channels of the N convolutions
 
@@ -101,7 +101,7 @@ def parameters_price(shapes: Mapping[str, ConvShape]) -> Price:
     return lambda out_N, in_N: int((kernel_N * out_N * in_N + own_N * out_N).sum())
 
 
-def latency_price(shapes: Mapping[str, ConvShape], table: Mapping[str, Any]) -> Price:
+def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
     """Milliseconds of one inference, from the times of each layer at several widths (`runtime.measure.layer_times`).
 
     The time of a convolution with its activation is read off its own curve, piecewise linear in its MACs; what is no

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -27,14 +27,15 @@ from torch import nn
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.files import strict_json
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets import detect
 from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
-from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA, LayerTable
+from yolo_compress.runtime.measure.messages import Spec
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DENSE = "100.onnx"  # the first of them
@@ -96,7 +97,7 @@ def places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, st
     return found
 
 
-def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.latency_runtime") -> dict[str, Any]:
+def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.latency_runtime") -> LayerTable:
     """Time the layers of a probe here, in a process of its own.
 
     Args:
@@ -115,7 +116,8 @@ def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.l
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompressError(f"{asked}={runtime}: timing the layers failed:\n{done.stderr.strip()[-2000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    table: LayerTable = json.loads(done.stdout.strip().splitlines()[-1])
+    return table
 
 
 def require(runtime: str, asked: str) -> None:
@@ -129,7 +131,7 @@ def require(runtime: str, asked: str) -> None:
         raise EnvironmentLacks(f"{asked}={runtime}: {lacking}")
 
 
-def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
+def read_table(file: Path, imgsz_hw: tuple[int, int]) -> LayerTable:
     """A table taken on the robot.
 
     Raises:
@@ -152,7 +154,7 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> dict[str, Any]:
         raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times of schema {SCHEMA}")
     if table["imgsz"] != list(imgsz_hw):
         raise RecipeError(f"prune.latency_table: {file} was taken at {table['imgsz']}, the recipe has {list(imgsz_hw)}")
-    return dict(table)
+    return cast(LayerTable, table)
 
 
 def _number(value: Any) -> bool:
@@ -188,7 +190,7 @@ class Rig:
 
     def compare(self, engine: Path, dense: Path) -> Comparison:
         """Time `engine` and `dense` in turn, each launch in processes of its own, until their ratio is known."""
-        specs = [{"label": path.name, "engine": str(path)} for path in (engine, dense)]
+        specs: list[Spec] = [{"label": path.name, "engine": str(path)} for path in (engine, dense)]
         least, most = LAUNCHES
         ratios: list[float] = []
         dense_ms = np.inf
@@ -201,7 +203,7 @@ class Rig:
 
     def quietest(self, engine: Path) -> float:
         """Milliseconds of `engine` alone: the lowest of the medians of rounds, as other work only ever makes one slower."""
-        spec = {"label": engine.name, "engine": str(engine)}
+        spec: Spec = {"label": engine.name, "engine": str(engine)}
         launches = [measure_in_turn([spec], ROUNDS, SAMPLES)[0]["rounds_ms"] for _ in range(LAUNCHES[0])]
         return min(float(np.median(taken)) for rounds in launches for taken in rounds)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ def said(asked: Recipe, resolved: Recipe) -> str | None:
 
 def _chosen_values(stage: str, values: dict[str, Any], images: int, classes: int) -> dict[str, Any]:
     """Return the values of the knobs of one section that may be `auto`. Later rules use the results of earlier ones."""
-    rules = {
+    rules: dict[str, Callable[[], Choice]] = {
         "epochs": lambda: epochs(stage, images),
         "batch": lambda: batch(images),
         "close_mosaic": lambda: close_mosaic(values["epochs"]),

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.report import stage_files
 from yolo_compress.report.bench_rows import missing, one_image_set, with_ratios
 from yolo_compress.report.gate import judge, verdict
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import (
-    AB,
     SCHEMA,
     BenchRow,
     ChainStage,

@@ -11,6 +11,7 @@ import numpy as np
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.evaluate import tide
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.stored_detections import kept
 from yolo_compress.recipe.recipe import Recipe
@@ -19,7 +20,6 @@ from yolo_compress.report.charts.curves import every_per_cent
 from yolo_compress.report.gate import judge
 from yolo_compress.report.intervals import REPLICATES, intervals
 from yolo_compress.report.schema import (
-    AB,
     BenchRow,
     ErrorTypes,
     Interval,
@@ -29,7 +29,7 @@ from yolo_compress.report.schema import (
     Tensor,
 )
 from yolo_compress.runtime.limits import counted
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from yolo_compress.report.schema import Flip
+from yolo_compress.evaluate.ab.schema import Flip
 
 # Section of the gallery -> title and description, in the order of the page.
 SECTIONS = {

@@ -16,6 +16,9 @@ from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing's own from Python 3.12 on
 
+from yolo_compress.evaluate.ab.schema import AB
+from yolo_compress.evaluate.rows import Signature
+
 # New in 3: rows of files without an engine ("untimed"), gate.timed, McNemar's test by image.
 # New in 2: ab, errors, placement, devices.
 SCHEMA: Final = 3
@@ -39,14 +42,6 @@ class Interval(TypedDict, total=False):
     # Ends for the paired difference in map50_95 from the baseline; absent for the baseline itself.
     delta_low: float | None
     delta_high: float | None
-
-
-class Signature(TypedDict):
-    """Classes, input and output of a model."""
-
-    names: list[str]  # class names in the order of their index
-    imgsz: list[int]  # [height, width] of the input, px
-    output: list[int]  # shape of the output for one image
 
 
 class _Subject(TypedDict):
@@ -342,137 +337,6 @@ class Tensor(TypedDict):
     precision: str  # "int8" or "float"
     group: str  # tensors of a group share one scale
     why: str  # reason for its precision
-
-
-# A/B comparison of the baseline (A) with the compressed model (B), from `evaluate.ab.document.compare`
-
-
-class Contender(TypedDict):
-    label: str
-    row: NotRequired[str]  # id of its bench row; absent in a document of the command `ab`
-
-
-class Settings(TypedDict):
-    margin: float  # share of A's map50_95 that B may lose
-    conf: float  # only detections with a higher score are shown
-    replicates: int  # number of bootstrap resamples
-    seed: int
-    iou: float  # least IoU at which a detection finds an object
-
-
-class ABVerdict(TypedDict):
-    status: Literal["pass", "fail", "inconclusive"]
-    line: str
-    smallest_difference: float | None  # smallest mAP50-95 difference that these images can show; null: no interval
-
-
-class Difference(TypedDict):
-    """mAP of both models and their difference; all null if there is no object."""
-
-    a: float | None
-    b: float | None
-    delta: float | None  # b - a
-    low: float | None  # ends of the interval of delta
-    high: float | None
-
-
-class Total(Difference):
-    interval_a: list[float | None]  # [low, high] of a
-    interval_b: list[float | None]
-
-
-class Part(Difference):
-    name: str  # class name, or "small", "medium" or "large"
-    truths: int  # number of objects
-
-
-class Shown(TypedDict):
-    """Figures of one model for detections with a score above `conf`."""
-
-    recall: float
-    missed: int  # number of objects that no detection finds
-    false_positives: int
-    false_positives_per_image: float
-
-
-class McNemar(TypedDict):
-    a_only: int  # number of objects that only A finds
-    b_only: int
-    images: int  # number of images on which the models differ
-    p: float  # p-value of McNemar's exact test by image
-
-
-class ScoreShift(TypedDict):
-    """Score of B minus score of A, over the matched detections; null if there are none."""
-
-    median: float | None
-    p10: float | None
-    p90: float | None
-
-
-class Agreement(TypedDict):
-    matched: int  # number of detections that both models have
-    median_iou: float | None
-    p05_iou: float | None
-
-
-class Operating(TypedDict):
-    """Both models at the score threshold of deployment."""
-
-    conf: float
-    a: Shown
-    b: Shown
-    mcnemar: McNemar
-    threshold_b: float | None  # score threshold at which B has the recall of A; null if there is none
-    score_shift: ScoreShift
-    agreement: Agreement
-
-
-class Flip(TypedDict):
-    """An image on which the models differ."""
-
-    image: int  # index in the validation images
-    lost: int  # number of objects that only A finds
-    gained: int  # number of objects that only B finds
-    new_false_positives: int  # number of false positives that only B has
-
-
-class PrecisionCurves(TypedDict):
-    """Precision at IoU 0.5 and recall 0, 0.01, ..., 1, as mean over the classes."""
-
-    a: list[float]
-    b: list[float]
-
-
-class LatencyRatio(TypedDict):
-    a_p50_ms: float
-    b_p50_ms: float
-    ratio: float  # latency of A / latency of B; above 1 B is faster
-    low: float | None  # ends of the interval of the ratio
-    high: float | None
-    a: NotRequired[Contender]  # row that was timed; absent in a document of the command `ab`
-    b: NotRequired[Contender]
-
-
-class AB(TypedDict):
-    """Comparison of A and B, schema 1."""
-
-    schema: int
-    a: Contender
-    b: Contender
-    images: int
-    image_set: str | None
-    classes: list[str]
-    settings: Settings
-    verdict: ABVerdict
-    map50_95: Total
-    map50: Total
-    by_class: list[Part]
-    by_size: list[Part]
-    operating: Operating
-    flips: list[Flip]
-    pr: PrecisionCurves
-    latency: LatencyRatio | None
 
 
 # Error types

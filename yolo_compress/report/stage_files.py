@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import (
-    AB,
     BenchRow,
     Gammas,
     Measure,

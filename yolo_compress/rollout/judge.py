@@ -32,6 +32,7 @@ import numpy as np
 
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.rollout.bets import above, below, mean_bounds, quantile_bounds
+from yolo_compress.rollout.schema import Document, Rule, Status
 from yolo_compress.rollout.shadow_log import (
     MAX_APART_S,
     MAX_SKEW_S,
@@ -129,7 +130,7 @@ def judge(
     truth: Mapping[str, np.ndarray] | None = None,
     cap: float = 1.0,
     now: float | None = None,
-) -> tuple[dict[str, Any], State]:
+) -> tuple[Document, State]:
     """Looks at the evidence of the present stage.
 
     Args:
@@ -138,7 +139,7 @@ def judge(
         now: unix seconds; default this machine's clock.
 
     Returns:
-        The document (JSON types; NaN and infinity as null), and the state after it.
+        The document, and the state after it.
 
     Raises:
         DataError: not one frame in common, the logs were not written beside each other, or all frames of one are from after now.
@@ -170,10 +171,10 @@ def judge(
             *reasons,
             f"{ahead_a} lines of A and {ahead_b} of B are from after now and left out: set the robot's clock",
         ]
-    document = {
+    document: Document = {
         "schema": SCHEMA,
-        "a": dict(zip(("name", "version"), log_a.model, strict=True)),
-        "b": dict(zip(("name", "version"), log_b.model, strict=True)),
+        "a": {"name": log_a.model[0], "version": log_a.model[1]},
+        "b": {"name": log_b.model[0], "version": log_b.model[1]},
         "verdict": {"status": status, "reasons": reasons},
         "stage": STAGES[state.stage],
         "exposure": after.exposure,
@@ -270,7 +271,9 @@ def _dead(log_a: Log, last_b: float, allowed: Budgets) -> str | None:
 MAX_SILENT = 0.1  # a log that is still on its way, or a robot that was off; above it the pairs are no fair sample
 
 
-def _verdict(rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets) -> tuple[str, list[str]]:
+def _verdict(
+    rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets
+) -> tuple[Status, list[str]]:
     beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
     if beyond:
         return "abort", beyond
@@ -383,8 +386,14 @@ def _of_quantiles(
     return _Rule(name, value, low, high, budget, low > budget, good, len(ms_a))
 
 
-def _rule_json(rule: _Rule) -> dict[str, Any]:
-    numbers = {key: getattr(rule, key) for key in ("value", "low", "high")}
-    rounded = {key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()}
-    says = "beyond" if rule.beyond else "within" if rule.within else "open"
-    return {"name": rule.name, **rounded, "budget": rule.budget, "says": says, "n": rule.n}
+def _rule_json(rule: _Rule) -> Rule:
+    value, low, high = (round(one, 6) if math.isfinite(one) else None for one in (rule.value, rule.low, rule.high))
+    return {
+        "name": rule.name,
+        "value": value,
+        "low": low,
+        "high": high,
+        "budget": rule.budget,
+        "says": "beyond" if rule.beyond else "within" if rule.within else "open",
+        "n": rule.n,
+    }

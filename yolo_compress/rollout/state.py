@@ -9,10 +9,11 @@ Pure: what decides is in rollout.py, who writes it down in yolo_compress/cli/rol
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yolo_compress.errors import DataError, RecipeError
+from yolo_compress.rollout.schema import StateFile
 
 SCHEMA = 1
 STAGES = (0.01, 0.05, 0.25, 1.0)  # shares of the robots that run B
@@ -56,9 +57,16 @@ def stage_of(text: str) -> int:
     return found
 
 
-def state_json(state: State) -> dict[str, Any]:
+def state_json(state: State) -> StateFile:
     """As the state file holds it."""
-    return {"schema": SCHEMA, **asdict(state), "since": None if state.since == -math.inf else state.since}
+    return {
+        "schema": SCHEMA,
+        "a": state.a,
+        "b": state.b,
+        "status": state.status,
+        "stage": state.stage,
+        "since": None if state.since == -math.inf else state.since,
+    }
 
 
 def state_from(document: Any, where: str) -> State:

@@ -1,4 +1,4 @@
-"""One file a stage: `run(job) -> metrics`. A stage knows nothing of caching, make or the command line."""
+"""One file a stage: `run(job) -> metrics`, typed in `metrics.py`. A stage knows nothing of caching, make or the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.files import strict_json
 from yolo_compress.recipe.recipe import Recipe
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 
 @dataclass(frozen=True)

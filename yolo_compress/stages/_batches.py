@@ -13,10 +13,12 @@ from yolo_compress import progress
 from yolo_compress.data.data_yaml import shown
 from yolo_compress.data.dataset import Dataset, Sample, calibration_subset
 from yolo_compress.errors import DataError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import atomic_write, fingerprint
+from yolo_compress.stages.files import CalibrationImage
+from yolo_compress.store.fingerprint import fingerprint
 
 BATCH = 16
 
@@ -82,6 +84,6 @@ def letterboxed(
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:
     """Keep which images calibrated, by name and sha256, beside the result; returns the hash of the set."""
-    rows = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
+    rows: list[CalibrationImage] = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
     atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
     return fingerprint({"images": [row["sha256"] for row in rows]})

@@ -10,13 +10,13 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.qdq import find_convs, insert_qdq
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.prune import latency
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.quant.plan import Plan
 from yolo_compress.quant.ranges import QuantState, fold
 from yolo_compress.runtime.measure.layer_times import LAYERS
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import atomic_write
 
 ASKED = "qat.sensitivity_price"
 

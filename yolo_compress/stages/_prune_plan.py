@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from torch import Tensor, nn
 
 from yolo_compress import progress
 from yolo_compress.errors import RecipeError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import budget, latency, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
@@ -21,18 +22,30 @@ from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import Job, resumed
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import device
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.stages.files import AskedMs, PruneSensitivity, PruneSensitivityBegun
+from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 
 EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
 FORWARDS_PER_STEP = 2  # a training step costs three forward passes; reading, loss and reconstruction take one of them
 
 
-def dry_run(job: Job, weights: Path) -> dict[str, Any]:
+class DryRun(TypedDict):
+    """What `prune` would do; [before, after]."""
+
+    table: str  # for people
+    widths: dict[str, tuple[int, int]]  # group -> channels
+    gflops: list[float]  # of one image
+    parameters: list[int]
+    expected_ms: NotRequired[list[float]]  # by the table of layer times; absent where the budget is no latency
+
+
+def dry_run(job: Job, weights: Path) -> DryRun:
     """The plan for the checkpoint, as a `table` and as figures; nothing is trained.
 
     Budgets in milliseconds are met by the table of layer times alone: only `prune` builds and times the network.
@@ -42,17 +55,21 @@ def dry_run(job: Job, weights: Path) -> dict[str, Any]:
     model = checkpoint.load_model(weights).to(device(job))
     planner = Planner(job, model)
     plan = planner.one_cut(model)
-    figures: dict[str, Any] = {
-        "widths": plan.widths,
-        "gflops": [2 * macs / 1e9 for macs in (plan.macs_before, plan.macs_after)],
-        "parameters": [plan.parameters_before, plan.parameters_after],
-    }
+    gflops = [2 * macs / 1e9 for macs in (plan.macs_before, plan.macs_after)]
+    parameters = [plan.parameters_before, plan.parameters_after]
     height, width = job.imgsz_hw
-    totals = [(f"GFLOPs at {height}x{width}", "gflops", ".3f"), ("parameters", "parameters", ",d")]
-    if planner.table is not None:
-        figures["expected_ms"] = [planner.table["whole_ms"], plan.cost]
-        totals.append((f"ms on {planner.table['runtime']}, by its layers", "expected_ms", ".2f"))
-    return {"table": _text(plan, figures, totals), **figures}
+    totals = [_total(f"GFLOPs at {height}x{width}", gflops, ".3f"), _total("parameters", parameters, ",d")]
+    if planner.table is None:
+        return {"table": _text(plan, totals), "widths": plan.widths, "gflops": gflops, "parameters": parameters}
+    expected = [planner.table["whole_ms"], plan.cost]
+    totals.append(_total(f"ms on {planner.table['runtime']}, by its layers", expected, ".2f"))
+    return {
+        "table": _text(plan, totals),
+        "widths": plan.widths,
+        "gflops": gflops,
+        "parameters": parameters,
+        "expected_ms": expected,
+    }
 
 
 def probe(job: Job, weights: Path, folder: Path) -> None:
@@ -60,15 +77,16 @@ def probe(job: Job, weights: Path, folder: Path) -> None:
     latency.write_probe(checkpoint.load_model(weights), folder, job.imgsz_hw, job.dataset.names, job.config.round_to)
 
 
-def _text(plan: Plan, figures: Mapping[str, Any], totals: Sequence[tuple[str, str, str]]) -> str:
+def _text(plan: Plan, totals: Sequence[str]) -> str:
     lines = [f"{'group':<20} {'channels':>14} {'kept':>6}"]
     for name, (before, after) in plan.widths.items():
         lines.append(f"{name:<20} {before:>5} -> {after:>5} {after / before:>6.0%}")
-    lines.append("")
-    for title, key, form in totals:
-        before, after = figures[key]
-        lines.append(f"{title}: {before:{form}} -> {after:{form}} ({after / before:.1%})")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *totals])
+
+
+def _total(title: str, both: Sequence[float], form: str) -> str:
+    before, after = both
+    return f"{title}: {before:{form}} -> {after:{form}} ({after / before:.1%})"
 
 
 def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
@@ -103,7 +121,7 @@ def _floors(config: PruneConfig, dense: Mapping[str, int]) -> dict[str, int]:
     return {name: max(1, round(config.floor * width)) for name, width in dense.items()}
 
 
-def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: Mapping[str, Any] | None) -> Budget:
+def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: LayerTable | None) -> Budget:
     knob, value = config.budget
     if table is not None:
         return budget.latency_ms(shapes, table, value)
@@ -130,7 +148,7 @@ class Planner:
         importance = scores(self._evidence(model, groups), find(self.config.criterion))
         return self._choose(model, groups, importance, self.shapes, self.budget)
 
-    def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, dict[str, Any]]:
+    def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, LatencyBudget]:
         """The plan of round `number`, what it was made from, and what of it belongs in the metrics.
 
         What was measured is kept in `work`: a resumed run must continue with the widths that it started with.
@@ -178,7 +196,7 @@ class Planner:
         dense = float(self.table["whole_ms"]) if self.table else self.budget.unit
         return replace(self.budget, target=dense * (self.budget.target / dense) ** part)
 
-    def _table(self, model: nn.Module) -> dict[str, Any]:
+    def _table(self, model: nn.Module) -> LayerTable:
         """Layer times: those given, or taken here once and kept."""
         config, size = self.config, self.job.imgsz_hw
         if config.latency_table is not None:
@@ -195,11 +213,11 @@ class Planner:
     def _probe(self) -> Path:
         return self.job.work / "probe"
 
-    def _asked(self) -> dict[str, Any]:
-        assert self.table is not None
+    def _asked(self) -> LatencyBudget:
+        assert self.table is not None and self.config.latency_ms is not None
         return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
 
-    def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, dict[str, Any]]:
+    def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, LatencyBudget]:
         """The plan whose finished network takes `latency_ms`; what was asked of the table for it is kept."""
         assert self.table is not None and self.config.latency_ms is not None
         planner = lambda ms: choose_for(replace(self.budget, target=ms))  # noqa: E731
@@ -213,8 +231,13 @@ class Planner:
         dense = rig.built(self._probe / latency.DENSE, "dense")
         table_ms = float(self.table["whole_ms"])
         hit = latency.hit(model, planner, self.config.latency_ms, table_ms, rig, dense, progress.say)
-        metrics = {**self._asked(), "latency_measured_ms": hit.measured_ms, "latency_dense_ms": hit.dense_ms}
-        atomic_write(kept, json.dumps({"asked_ms": hit.asked_ms, "metrics": metrics}) + "\n")
+        metrics: LatencyBudget = {
+            **self._asked(),
+            "latency_measured_ms": hit.measured_ms,
+            "latency_dense_ms": hit.dense_ms,
+        }
+        asked: AskedMs = {"asked_ms": hit.asked_ms, "metrics": metrics}
+        atomic_write(kept, json.dumps(asked) + "\n")
         return hit.plan, metrics
 
     # --- sensitivity --------------------------------------------------------------------------------------------------
@@ -228,7 +251,7 @@ class Planner:
         samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
         value = partial(WORTH[config.sensitivity], self.job, samples)
         kept = work / "sensitivity.json"
-        state = resumed(kept, {"groups": dict}) or {"groups": {}}
+        state: PruneSensitivityBegun = cast(PruneSensitivityBegun, resumed(kept, {"groups": dict})) or {"groups": {}}
         if "dense" not in state:
             state["dense"] = value(model)
         with progress.bar("sensitivity", len(tied), "group", done=len(state["groups"])) as advance:
@@ -240,8 +263,8 @@ class Planner:
             moments = evidence.moments if config.reconstruct else None
             sensitivity.measure(model, evidence.groups, importance, moments, value, state["groups"], save)
         caps = sensitivity.caps(state["groups"], state["dense"], config.max_drop, higher_is_better=not by_loss)
-        found = {
-            "measure": config.sensitivity,
+        found: PruneSensitivity = {
+            "measure": "loss" if by_loss else "map50_95",
             "dense": state["dense"],
             "ratios": list(sensitivity.RATIOS),
             "groups": state["groups"],

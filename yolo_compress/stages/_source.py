@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -14,12 +13,13 @@ from yolo_compress.nets.families import check_prunable, strides
 from yolo_compress.recipe.recipe import SourceConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import finish, fit
+from yolo_compress.stages.metrics import ModelMetrics
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint, transfer
 from yolo_compress.train.transfer import Taken
 
 
-def run(job: Job, what: str) -> dict[str, Any]:
+def run(job: Job, what: str) -> ModelMetrics:
     """Take `weights`, or train from `pretrained` or from a random `model`."""
     config: SourceConfig = job.config
     model = start(config, job.dataset, job.recipe.run.seed, what, progress.say)

@@ -22,6 +22,7 @@ from yolo_compress.prune.cost import conv_macs, parameters
 from yolo_compress.recipe.recipe import TrainConfig
 from yolo_compress.runtime.limits import counted
 from yolo_compress.stages import Job
+from yolo_compress.stages.metrics import ModelMetrics, Validated
 from yolo_compress.train import checkpoint, trainer
 from yolo_compress.train.hook import TrainHook
 from yolo_compress.train.settings import TrainSettings
@@ -80,7 +81,7 @@ def parent(file: Path) -> Teach:
     )
 
 
-def finish(job: Job, model: nn.Module) -> dict[str, Any]:
+def finish(job: Job, model: nn.Module) -> ModelMetrics:
     """Write `model.pt` and return what every training stage states of its result."""
     checkpoint.save_model(model, job.out / "model.pt", {"task": "detect", "imgsz": max(job.imgsz_hw)})
     return {
@@ -109,7 +110,7 @@ def device(job: Job) -> str:
     return f"cuda:{first}"
 
 
-def measure(job: Job, model: nn.Module, what: str = "") -> dict[str, float]:
+def measure(job: Job, model: nn.Module, what: str = "") -> Validated:
     """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
     names, most = job.dataset.names, job.recipe.data.max_det
     with (

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import numpy as np
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.rows import (
+    Accuracy,
+    BenchRow,
+    Latency,
+    Model,
+    Precision,
+    Signature,
+    Subject,
+    engine_rows,
+)
 from yolo_compress.evaluate.stored_detections import keep, row_name
 from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.evaluate.torch_latency import TorchSpec
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.recipe.recipe import BenchConfig
 from yolo_compress.runtime.backends.base import Backend
@@ -25,102 +38,137 @@ from yolo_compress.runtime.limits import counted
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
+from yolo_compress.runtime.measure.messages import Spec
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import Artifact, atomic_write
+from yolo_compress.stages.metrics import BenchMetrics, of_model
+from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
 LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 
-def run(job: Job) -> dict[str, Any]:
+Status = Literal["ok", "untimed", "missing"]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A row before anything is measured.
+
+    Attributes:
+        path: What a process of its own can open; None where there is nothing.
+        size_mib: Of the engine; None where none is timed.
+    """
+
+    subject: Subject
+    status: Status = "ok"
+    path: str | None = None
+    size_mib: float | None = None
+
+    @property
+    def name(self) -> str:
+        """See `row_name`."""
+        return row_name(self.subject)
+
+
+def run(job: Job) -> BenchMetrics:
     """`metrics["rows"]`: one a model, runtime and precision; raw latencies and detections are kept beside."""
-    rows = _with_published(job, _rows(job))
-    evaluated = [row for row in rows if row["status"] != "missing"]
+    candidates = _with_published(job, _candidates(job))
+    evaluated = [one for one in candidates if one.status != "missing"]
     (job.out / "detections").mkdir()
     with bar("bench: mAP", len(evaluated) * len(job.dataset.val), "image") as advance:
-        for row in evaluated:
-            row |= _accuracy(job, row, advance)
-    _latency(job, [row for row in rows if row["status"] == "ok"])
-    for row in rows:
-        row.pop("open", None)
+        accuracies = {one.name: _accuracy(job, one, advance) for one in evaluated}
+    latencies = _latency(job, [one for one in candidates if one.status == "ok"])
+    rows = [_row(one, accuracies.get(one.name), latencies.get(one.name)) for one in candidates]
     return {"rows": rows, "images": len(job.dataset.val), "device": device_state()}
 
 
-def _rows(job: Job) -> list[dict[str, Any]]:
-    """Torch FP32 of both models, then the engines; `open` is the path that a process of its own can open."""
+def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None) -> BenchRow:
+    """A row of the metrics."""
+    if found is None:
+        return {**candidate.subject, "status": "missing"}
+    if latency is None or candidate.size_mib is None:
+        return {**candidate.subject, **found, "status": "untimed"}
+    return {**candidate.subject, **found, **latency, "status": "ok", "size_mib": candidate.size_mib}
+
+
+def _candidates(job: Job) -> list[_Candidate]:
+    """Torch FP32 of both models, then the engines."""
     sources = _sources(job)
-    rows = [
-        {
-            **_row(name, "torch", "fp32", source),
-            "open": str(source.file("model.pt")),
-            "size_mib": source.file("model.pt").stat().st_size / 2**20,
-        }
+    found = [
+        _Candidate(
+            _subject(name, "torch", "fp32", source),
+            path=str(source.file("model.pt")),
+            size_mib=source.file("model.pt").stat().st_size / 2**20,
+        )
         for name, source in sources.items()
     ]
     engines = job.inputs["engine"]
-    for built in json.loads(engines.file("engines.json").read_text()):
-        row = _row(built["model"], built["runtime"], built["precision"], sources[built["model"]], built["source"])
+    for built in engine_rows(engines):
+        model = built["model"]
+        subject = _subject(model, built["runtime"], built["precision"], sources[model], built["source"])
         if built["reason"]:
-            row |= {"status": "missing", "reason": built["reason"]}
+            subject["reason"] = built["reason"]
+            found.append(_Candidate(subject, "missing"))
         else:
-            row |= {"open": str(engines.path / built["folder"]), "size_mib": built["size_mib"]}
-        rows.append(row)
-    return rows
+            found.append(_Candidate(subject, "ok", str(engines.path / built["folder"]), built["size_mib"]))
+    return found
 
 
-def _with_published(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
     """And one row a file of `export` that no engine here was built from, "untimed": it is evaluated, its speed is not known here."""
     export = job.inputs["export"]
     sources = _sources(job)
-    built = {row["file"] for row in rows if row["status"] == "ok"}
-    named = {row_name(row): row for row in rows}
+    built = {one.subject["file"] for one in candidates if one.status == "ok"}
+    named = {one.name: one for one in candidates}
     for file in sorted(set(export.manifest.files) - built):
         if target := made_for(file):
-            model = file.partition("/")[0]
-            row = _row(model, target.runtime, target.precision, sources[model], file)
-            reason = named.get(row_name(row), row)["reason"]  # why there is no engine of it, where one was asked for
-            named[row_name(row)] = row | {"status": "untimed", "reason": reason, "open": str(export.file(file))}
+            model = cast(Model, file.partition("/")[0])
+            subject = _subject(model, target.runtime, target.precision, sources[model], file)
+            if asked := named.get(row_name(subject)):
+                subject["reason"] = asked.subject["reason"]  # why there is no engine of it, where one was asked for
+            named[row_name(subject)] = _Candidate(subject, "untimed", str(export.file(file)))
     return list(named.values())
 
 
-def _sources(job: Job) -> dict[str, Artifact]:
+def _sources(job: Job) -> dict[Model, Artifact]:
     return {"original": job.inputs["baseline"], "compressed": job.inputs["distill"]}
 
 
-def _row(model: str, runtime: str, precision: str, source: Artifact, file: str | None = None) -> dict[str, Any]:
+def _subject(model: Model, runtime: str, precision: Precision, source: Artifact, file: str | None = None) -> Subject:
+    metrics = of_model(source)
     return {
         "model": model,
         "runtime": runtime,
         "precision": precision,
         "file": file,
-        "status": "ok",
         "reason": None,
-        "parameters": source.metrics["parameters"],
-        "compute_gflops": source.metrics["compute_gflops"],
+        "parameters": metrics["parameters"],
+        "compute_gflops": metrics["compute_gflops"],
     }
 
 
-def _open(job: Job, row: Mapping[str, Any]) -> Backend:
+def _open(job: Job, candidate: _Candidate) -> Backend:
     config: BenchConfig = job.config
-    if row["runtime"] == "torch":
-        return TorchBackend(_torch(row), job.dataset.names, job.imgsz_hw)
-    if row["status"] == "untimed":
-        return open_published(Path(row["open"]), row["precision"], job.work)
-    return open_engine(row["open"], threads=None if RUNTIMES[row["runtime"]].gpu else config.threads)
+    subject, path = candidate.subject, str(candidate.path)
+    if subject["runtime"] == "torch":
+        return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw)
+    if candidate.status == "untimed":
+        return open_published(Path(path), subject["precision"], job.work)
+    return open_engine(path, threads=None if RUNTIMES[subject["runtime"]].gpu else config.threads)
 
 
-def _torch(row: Mapping[str, Any]) -> nn.Module:
-    """The torch net as Ultralytics runs it: BatchNorm folded into the convolutions."""
-    return checkpoint.load_model(Path(row["open"])).fuse(verbose=False)
+def _torch(path: str) -> nn.Module:
+    """The torch model as Ultralytics runs it: BatchNorm folded into the convolutions."""
+    return checkpoint.load_model(Path(path)).fuse(verbose=False)
 
 
-def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
+def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -> Accuracy:
     names, samples = job.dataset.names, job.dataset.val
-    with _open(job, row) as backend:
+    with _open(job, candidate) as backend:
         found = accuracy(backend, samples, names, job.imgsz_hw, progress=advance, max_det=job.recipe.data.max_det)
         executed, signature = backend.executed, _signature(backend)
-    keep(job.out / "detections" / f"{row_name(row)}.npy", found["detections"], counted(job.recipe.data.max_det))
+    keep(job.out / "detections" / f"{candidate.name}.npy", found["detections"], counted(job.recipe.data.max_det))
     return {
         "executed": executed,
         "map50_95": found["map50_95"],
@@ -132,14 +180,14 @@ def _accuracy(job: Job, row: Mapping[str, Any], advance: Any) -> dict[str, Any]:
     }
 
 
-def _signature(backend: Backend) -> dict[str, Any]:
+def _signature(backend: Backend) -> Signature:
     """What the network takes and gives: classes, input in px, output of one image."""
     blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 
 
-def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
-    """One process an engine, in turn, on real images; percentiles are withheld where n does not carry them."""
+def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
+    """By row: one process an engine, in turn, on real images; percentiles are withheld where n does not carry them."""
     config: BenchConfig = job.config
     inputs = job.work / "inputs.npy"
     batch = job.recipe.export.batch if job.recipe.export else 1
@@ -147,26 +195,30 @@ def _latency(job: Job, rows: list[dict[str, Any]]) -> None:
     images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:count]]
     np.save(inputs, np.stack([images[index % len(images)] for index in range(count)]))
     threads = config.threads
-    specs = []
-    for row in rows:
-        options: dict[str, Any] = {
-            "label": row_name(row),
-            "inputs": str(inputs),
-            "warmup_n": config.warmup,
-            "batch": batch,
-        }
-        if row["runtime"] == "torch":
-            folder = job.work / row["model"]
+    specs: list[Spec] = []
+    for one in candidates:
+        options: Spec = {"label": one.name, "inputs": str(inputs), "warmup_n": config.warmup, "batch": batch}
+        path, runtime = str(one.path), one.subject["runtime"]
+        if runtime == "torch":
+            folder = job.work / one.subject["model"]
             folder.mkdir(exist_ok=True)
-            spec = torch_spec(_torch(row), job.dataset.names, job.imgsz_hw, folder, threads=threads, **options)
+            described: TorchSpec = {
+                **torch_spec(_torch(path), job.dataset.names, job.imgsz_hw, folder, threads=threads),
+                **options,
+            }
+            specs.append(described)
         else:
-            spec = {**options, "engine": row["open"], "threads": None if RUNTIMES[row["runtime"]].gpu else threads}
-        specs.append(spec)
+            specs.append({**options, "engine": path, "threads": None if RUNTIMES[runtime].gpu else threads})
     per_round = -(-config.iterations // config.rounds)
     with bar("bench: latency", len(specs) * config.rounds, "round") as advance:
         results = measure_in_turn(specs, config.rounds, per_round, progress=advance)
-    for row, result in zip(rows, results, strict=True):
-        samples = result["samples_ms"][: config.iterations]
-        row |= percentiles(samples) | {"threads": result["threads"], "latency_quiet": result["quiet"]}
-    raw = {spec["label"]: result["rounds_ms"] for spec, result in zip(specs, results, strict=True)}
+    raw = {one.name: result["rounds_ms"] for one, result in zip(candidates, results, strict=True)}
     atomic_write(job.out / "latency.json", json.dumps(raw) + "\n")
+    return {
+        one.name: {
+            **percentiles(result["samples_ms"][: config.iterations]),
+            "latency_quiet": result["quiet"],
+            "threads": result["threads"],
+        }
+        for one, result in zip(candidates, results, strict=True)
+    }

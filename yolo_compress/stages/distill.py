@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -19,10 +18,11 @@ from yolo_compress.recipe.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, _source
 from yolo_compress.stages._inverted_images import inverted
 from yolo_compress.stages._training import CLASS_GAIN, finish, fit
+from yolo_compress.stages.metrics import DistillMetrics, of_model
 from yolo_compress.train import checkpoint
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> DistillMetrics:
     """`model.pt` of the student after distillation; without labels `trained_on` says what it saw and how far that carried.
 
     Hinton's alpha shares the class term: (1 - alpha) of the hard labels' loss, alpha of the soft ones'.
@@ -33,9 +33,8 @@ def run(job: Job) -> dict[str, Any]:
     if config.labelled:
         soft = config.teacher != "self" and config.logit_weight
         hard_share = 1.0 - config.alpha if soft else 1.0
-        return finish(
-            job, fit(job, student, [teaching(config, teacher)], "distill", class_gain=CLASS_GAIN * hard_share)
-        )
+        trained = fit(job, student, [teaching(config, teacher)], "distill", class_gain=CLASS_GAIN * hard_share)
+        return {**finish(job, trained)}
     if config.data_free is not None:
         samples, what = (
             inverted(job, teacher, config.data_free, config.data_free_steps),
@@ -47,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
     # without boxes only the class term of the labels is not 0: it would call everything background
     trained = fit(told, student, [teaching(config, teacher)], "distill", class_gain=0.0)
     metrics = finish(job, trained)
-    before = job.inputs["prune"].metrics["map50_95"]
+    before = of_model(job.inputs["prune"])["map50_95"]
     said = f"{len(samples)} {what}, no label: mAP50-95 {before:.3f} before, {metrics['map50_95']:.3f} after"
     progress.say(f"distill: trained on {said}")
     return {**metrics, "trained_on": said}

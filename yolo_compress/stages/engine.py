@@ -5,37 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
 from yolo_compress.recipe.recipe import EngineConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.stages.metrics import EngineMetrics
 
-MODELS = ("original", "compressed")
+MODELS: tuple[Model, ...] = ("original", "compressed")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> EngineMetrics:
     """Folders `<model>/<runtime>-<precision>` and `engines.json`, the rows that `bench` measures."""
     config: EngineConfig = job.config
     export = job.inputs["export"]
     missing = _missing(config)
     saturated = _saturated(job.recipe, missing)
-    rows = []
+    rows: list[EngineRow] = []
     for runtime in missing:
         for model in MODELS:
-            for precision in ("fp32", "fp16", "int8"):
+            for precision in PRECISIONS:
                 source = _source(list(export.manifest.files), model, runtime, precision)
                 if source is None:
                     continue
                 reason = missing[runtime] or (saturated.get(runtime) if precision == "int8" else None)
-                row: dict[str, Any] = {
+                row: EngineRow = {
                     "model": model,
                     "runtime": runtime,
                     "precision": precision,
@@ -52,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
                 rows.append(row)
     for hint in filter(None, [*missing.values(), *saturated.values()]):
         progress.say(f"engine: left out: {hint}")
-    atomic_write(job.out / "engines.json", json.dumps(rows, indent=1) + "\n")
+    atomic_write(job.out / ENGINES, json.dumps(rows, indent=1) + "\n")
     return {"engines": sum("folder" in row for row in rows), "missing": sum("folder" not in row for row in rows)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -34,7 +33,8 @@ from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
 from yolo_compress.stages import Job, _source
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
+from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
 COMPARED_IMAGES = 16
@@ -47,34 +47,15 @@ MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 MAX_ROUNDINGS = 10
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> ExportMetrics:
     """Folders `original` and `compressed` with `fp32.onnx`, `fp16.onnx`, `int8.onnx` its per-runtime forms, and TorchScript.
 
     The original's INT8 is PTQ; the compressed net's has the ranges of `qat`, or PTQ where the recipe leaves qat out.
     """
-    config: ExportConfig = job.config
-    metrics: dict[str, Any] = {}
-    for name, origin, ranges in (
-        ("original", job.inputs["baseline"], None),
-        ("compressed", job.inputs["distill"], job.inputs["qat"]),
-    ):
-        folder = job.out / name
-        folder.mkdir()
-        model = checkpoint.load_model(origin.file("model.pt"))
-        metrics[name] = _float_files(job, model, folder)
-        if "int8" in config.precisions:
-            metrics[name] |= _int8_files(job, model, ranges, folder)
-        if "fp32" not in config.precisions:
-            (folder / "fp32.onnx").unlink()
-        if config.nms:
-            images, boxes = _compared_images(job), 0
-            for file in sorted(folder.glob("*.onnx")):
-                made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
-                with_nms(file, made, max_det=job.recipe.data.max_det)
-                boxes += check_nms(made, file, images, job.recipe.data.max_det)
-            metrics[name] |= {"nms_images": len(images), "nms_boxes": boxes}
-        progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    return metrics
+    return {
+        "original": _export(job, "original", job.inputs["baseline"], None),
+        "compressed": _export(job, "compressed", job.inputs["distill"], job.inputs["qat"]),
+    }
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
@@ -98,7 +79,34 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
             check_activation(deepcopy(act), recipe.export.opset)
 
 
-def _float_files(job: Job, model: nn.Module, folder: Path) -> dict[str, Any]:
+def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:
+    """All files of one model, into the folder `name`."""
+    config: ExportConfig = job.config
+    folder = job.out / name
+    folder.mkdir()
+    model = checkpoint.load_model(origin.file("model.pt"))
+    made: ExportedModel = {**_float_files(job, model, folder)}
+    if "int8" in config.precisions:
+        made |= _int8_files(job, model, ranges, folder)
+    if "fp32" not in config.precisions:
+        (folder / "fp32.onnx").unlink()
+    if config.nms:
+        made |= _nms_files(job, folder)
+    progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return made
+
+
+def _nms_files(job: Job, folder: Path) -> NmsFiles:
+    """Each ONNX file once more, with NMS in its graph."""
+    images, boxes = _compared_images(job), 0
+    for file in sorted(folder.glob("*.onnx")):
+        made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
+        with_nms(file, made, max_det=job.recipe.data.max_det)
+        boxes += check_nms(made, file, images, job.recipe.data.max_det)
+    return {"nms_images": len(images), "nms_boxes": boxes}
+
+
+def _float_files(job: Job, model: nn.Module, folder: Path) -> FloatFiles:
     config: ExportConfig = job.config
     _onnx(job, model, folder / "fp32.onnx")
     difference = _compare(job, model, folder / "fp32.onnx")
@@ -160,7 +168,7 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
     return difference
 
 
-def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> dict[str, Any]:
+def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> Int8Files:
     """Q/DQ files and INT8 TorchScript: QAT weights and ranges where there are some, PTQ of `model` otherwise."""
     config: ExportConfig = job.config
     floats = folder / "fp32.onnx"

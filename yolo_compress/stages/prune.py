@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
@@ -24,18 +25,21 @@ from yolo_compress.stages import Job, _prune_plan, _source
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import device, finish, fit, measure, parent
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed
 from yolo_compress.train import checkpoint
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> PruneMetrics:
     """`model.pt` of stock classes with fewer channels, `channels.json`, `flops.json`, and mAP at each step of the recovery.
 
     With `prune.sensitivity` also `sensitivity.json` and `sensitivity.csv`.
     """
     model = checkpoint.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
-    trained, metrics = _channels(job, model) if job.config.kind == "channel" else _zeros(job, model)
-    return {**metrics, **finish(job, trained)}
+    if job.config.kind == "channel":
+        trained, cut = _channels(job, model)
+        return {**cut, **finish(job, trained)}
+    trained, zeroed = _zeros(job, model)
+    return {**zeroed, **finish(job, trained)}
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
@@ -53,20 +57,19 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         )
 
 
-def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
     """Fewer channels, in one cut or in rounds."""
     rounds = job.config.rounds
     planner = Planner(job, model)
     curve: list[dict[str, object]] = []
-    metrics: dict[str, Any] = {}
     for number in range(1, rounds + 1):
         part, what = (job, "prune") if rounds == 1 else (_part(job, number), f"prune {number}/{rounds}")
-        metrics = _cut(part, model, planner, number)
+        cut = _cut(part, model, planner, number)
         model = _tuned(part, model, what)
         curve += _rows(part.out / "results.csv", len(curve))
     if rounds > 1 and curve:
         atomic_write(job.out / "results.csv", csv_text(curve))
-    return model, metrics
+    return model, cut
 
 
 def _part(job: Job, number: int) -> Job:
@@ -79,9 +82,9 @@ def _part(job: Job, number: int) -> Job:
     return replace(job, config=config.model_copy(update={"epochs": epochs}), work=work)
 
 
-def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> dict[str, Any]:
+def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
     """Remove channels from `model` in place, repair what needs no training, and say what is left of the dense net."""
-    cut, evidence, metrics = planner.cut(model, job.work, number)
+    cut, evidence, budget = planner.cut(model, job.work, number)
     if job.config.reconstruct:
         reconstruct(model, evidence.groups, cut.keep, evidence.moments)
     prune(model, cut.keep)
@@ -91,10 +94,10 @@ def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> dict[str,
     atomic_write(job.out / "flops.json", json.dumps(macs) + "\n")
     kept_flops = cut.macs_after / sum(before for before, _ in macs.values())
     progress.say(f"prune: {kept_flops:.1%} of the MACs kept")
-    return {**metrics, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
+    return {**budget, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
 
 
-def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:
     """Zeros by magnitude, held through fine-tuning; no budget applies, as no width changes."""
     config: PruneConfig = job.config
     if config.kind == "two_four":
@@ -104,11 +107,12 @@ def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     masks.apply(model, found)
     dense = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(found)
     progress.say(f"prune: {masks.sparsity_of(model):.1%} of the weights are zero; {dense} convolutions stay dense")
-    metrics = {"kind": config.kind, **_repaired(job, model, chosen(job, config.calib_images))}
+    kind: Literal["unstructured", "two_four"] = "two_four" if config.kind == "two_four" else "unstructured"
+    metrics: Zeroed = {"kind": kind, **_repaired(job, model, chosen(job, config.calib_images))}
     return _tuned(job, model, "prune"), metrics
 
 
-def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
+def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired:
     """mAP as cut, and after BatchNorm was re-estimated, in place."""
     cut = measure(job, model, "after the cut")["map50_95"]
     reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw, job.dataset.channels))

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import cast
 
 from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.quant import sensitivity
 from yolo_compress.quant.calibrate import ptq
@@ -23,14 +24,15 @@ from yolo_compress.stages import Job, _float_cost, _source, resumed
 from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
 from yolo_compress.stages._model_score import WORTH
 from yolo_compress.stages._training import finish, fit, measure, parent
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.stages.files import QatSensitivity
+from yolo_compress.stages.metrics import QatMetrics, Sensitive
 from yolo_compress.train import checkpoint
 from yolo_compress.train.hook import TrainHook
 
 PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> QatMetrics:
     """`model.pt` of stock classes, and `quant.json` with the ranges that belong to it; mAP is that of the quantised net.
 
     `placement.csv` says of each tensor whether it is INT8, with which it shares its scale, and why.
@@ -45,7 +47,8 @@ def run(job: Job) -> dict[str, Any]:
         percentile=config.percentile,
         weight_bits=config.weight_bits,
     )
-    left, metrics = config.float_groups or (), dict[str, Any]()
+    left = config.float_groups or ()
+    metrics: Sensitive = {}
     state = None  # calibrated by the hook, unless it is known already
     if config.sensitivity != "off":
         state = calibrated(model, left=left)
@@ -95,14 +98,14 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
-) -> tuple[tuple[str, ...], dict[str, Any]]:
+) -> tuple[tuple[str, ...], Sensitive]:
     """Groups that have to be left in float beside those of the recipe; a killed measurement goes on where it stopped."""
     config: QatConfig = job.config
     value = partial(WORTH[config.sensitivity], job, images)
     better = config.sensitivity == "map50_95"
     placed = plan(model, fixed)
     kept = job.work / "sensitivity.json"
-    found = resumed(kept, {"groups": dict}) or {"groups": {}}
+    found: QatSensitivity = cast(QatSensitivity, resumed(kept, {"groups": dict})) or {"groups": {}}
     if "float" not in found:
         found["float"] = value(model)
     quantised = deepcopy(model)
@@ -124,17 +127,25 @@ def _sensitivity(
         costs = found["price_ms"] = sensitivity.price_ms(placed, found["layer_ms"])
     worst = found["float"] * (1 - config.max_drop if better else 1 + config.max_drop)
     left, then = sensitivity.choose(quantised, placed, alone, costs, value, found["int8"], worst, better)
-    found |= {"measure": config.sensitivity, "images": len(images), "worst": worst, "left": list(left), "then": then}
-    found["price"] = config.sensitivity_price
+    found |= {
+        "measure": "map50_95" if better else "loss",
+        "images": len(images),
+        "worst": worst,
+        "left": list(left),
+        "then": then,
+        "price": config.sensitivity_price,
+    }
     atomic_write(job.out / "sensitivity.json", json.dumps(found) + "\n")
     atomic_write(job.out / "sensitivity.csv", csv_text(sensitivity.rows(found)))
     enough = then >= worst if better else then <= worst
-    paid = {"float_price_ms": sum(costs[name] for name in left)} if "price_ms" in found else {}
+    metrics: Sensitive = {"sensitivity_enough": enough}
+    if "price_ms" in found:
+        metrics["float_price_ms"] = sum(costs[name] for name in left)
     progress.say(
         f"qat: {config.sensitivity} {found['float']:.4f} in float, {found['int8']:.4f} in INT8, {then:.4f} with "
         f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}"
-        + "".join(f", {ms:.3f} ms on {config.sensitivity_price}" for ms in paid.values())
+        + (f", {metrics['float_price_ms']:.3f} ms on {config.sensitivity_price}" if "float_price_ms" in metrics else "")
         + "); "
         + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
     )
-    return left, {"sensitivity_enough": enough, **paid}
+    return left, metrics

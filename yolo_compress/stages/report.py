@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.schema import AB, Side
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.report import devices, evidence, numbers
 from yolo_compress.report.as_text import render_text
 from yolo_compress.report.bench_rows import label, peer_row, with_ids
@@ -17,23 +19,12 @@ from yolo_compress.report.charts.gallery import Item
 from yolo_compress.report.document import Findings, build
 from yolo_compress.report.gate import judge
 from yolo_compress.report.image_choice import choose
-from yolo_compress.report.schema import (
-    AB,
-    BenchRow,
-    Contender,
-    DataFacts,
-    Document,
-    Environment,
-    Gammas,
-    Gate,
-    StageFigures,
-    Verdict,
-)
+from yolo_compress.report.schema import BenchRow, DataFacts, Document, Environment, Gammas, Gate, StageFigures, Verdict
 from yolo_compress.report.write import write
 from yolo_compress.report.zeros import zeros_note
 from yolo_compress.stages import Job
 from yolo_compress.store import environment
-from yolo_compress.store.artifact import Artifact, atomic_write
+from yolo_compress.store.manifest import Artifact
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
@@ -126,9 +117,9 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
         about_b=_contender(compressed),
         image_set=job.dataset.val_digest,
     )
-    if pair:
-        document["latency"] |= {"a": _contender(pair[0]), "b": _contender(pair[1])}
-    return cast(AB, document)
+    if pair and document["latency"] is not None:
+        document["latency"]["a"], document["latency"]["b"] = _contender(pair[0]), _contender(pair[1])
+    return document
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
@@ -141,7 +132,7 @@ def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tup
     return None if timed is None else (peer_row(rows, timed) or baseline, timed)
 
 
-def _contender(row: BenchRow) -> Contender:
+def _contender(row: BenchRow) -> Side:
     return {"label": f"{numbers.model(row['model'])}, {label(row)}", "row": row["id"]}
 
 
@@ -213,7 +204,7 @@ def _environment(job: Job) -> Environment:
     return {
         "commit": recorded.get("commit") or "not a checkout",
         "device": bench.metrics["device"],
-        "versions": recorded.get("packages", {}) | {"python": recorded.get("python")},
+        "versions": {**recorded.get("packages", {}), "python": recorded.get("python")},
         "imgsz_px": list(job.imgsz_hw),
         "batch": job.recipe.export.batch if job.recipe.export else 1,
         "warm_up": f"{config.warmup} calls",

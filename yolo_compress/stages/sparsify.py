@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.errors import NumericsError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.penalty import PENALTIES, macs_scale
@@ -17,13 +17,13 @@ from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._batches import chosen, letterboxed
 from yolo_compress.stages._training import finish, fit
-from yolo_compress.store.artifact import atomic_write
+from yolo_compress.stages.metrics import ModelMetrics, SparsifyMetrics, of_model
 from yolo_compress.train import checkpoint
 
 REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # what `prune` takes for the same purpose
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> SparsifyMetrics:
     """`model.pt` with sparse gammas, `gammas.json`, their histogram before training and after each epoch, and their mass."""
     model = checkpoint.load_model(job.inputs["baseline"].file("model.pt"))
     before = masses(model)
@@ -35,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     return {**finished(job, trained), "gamma_mass_under_cut_before": before, "gamma_mass_under_cut_after": after}
 
 
-def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
+def finished(job: Job, trained: nn.Module) -> ModelMetrics:
     """Write and measure; where the net seems to have collapsed, first let BatchNorm's averages catch up with the gammas.
 
     They follow over some 33 steps (momentum 0.03), and the EMA delays them: a few fast steps leave a healthy net that finds
@@ -44,7 +44,7 @@ def finished(job: Job, trained: nn.Module) -> dict[str, Any]:
     Raises:
         NumericsError: the net finds next to nothing with fresh statistics too.
     """
-    before = job.inputs["baseline"].metrics["map50_95"]
+    before = of_model(job.inputs["baseline"])["map50_95"]
     metrics = finish(job, trained)
     if not collapsed(before, stale := metrics["map50_95"]):
         return metrics

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.stages import Job, _source
+from yolo_compress.stages.metrics import ModelMetrics
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> ModelMetrics:
     """`model.pt` of the teacher."""
     return _source.run(job, "teacher")
 

@@ -7,7 +7,8 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from yolo_compress.runtime.registry import RUNTIMES
 
@@ -25,6 +26,18 @@ PACKAGES = (
 )
 
 
+class Environment(TypedDict, total=False):
+    """What `describe` gives; a manifest of an earlier version may lack a key. Null: not known."""
+
+    python: str  # version
+    platform: str  # "Linux x86_64"
+    cpu: str  # name of the processor
+    cores: int | None
+    memory_gib: float
+    commit: str | None  # as `commit` gives it
+    packages: dict[str, str]  # distribution -> version, of those of `PACKAGES` that are installed
+
+
 def version(package: str) -> str | None:
     """Installed version of a distribution, or None."""
     try:
@@ -33,7 +46,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def describe() -> dict[str, Any]:
+def describe() -> Environment:
     """Versions, processor and operating system, for manifests and the report; no user, host or path."""
     return {
         "python": platform.python_version(),

@@ -33,12 +33,17 @@ def _refuse_unhashable(value: Any, where: str) -> None:
         raise ValueError(f"{where or 'the value'} is {value}, and JSON has finite numbers only")
 
 
-def fingerprint(key: Mapping[str, Any]) -> str:
+def plain(value: Mapping[str, object]) -> dict[str, Any]:
+    """A JSON copy: tuples become lists, as they will be when a manifest is read back."""
+    return dict(json.loads(canonical(value)))
+
+
+def fingerprint(key: Mapping[str, object]) -> str:
     """SHA-256 (64 hex digits) of the canonical form."""
     return hashlib.sha256(canonical(key).encode()).hexdigest()
 
 
-def explain(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+def explain(new: Mapping[str, object], old: Mapping[str, object]) -> list[str]:
     """What differs between two keys, one line a field, old value first: `qat.epochs: 5 -> 10`.
 
     The fields of `config` carry the stage's name, as they do in a recipe and on the command line.
@@ -52,7 +57,7 @@ def explain(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(key: Mapping[str, Any], stage: str) -> dict[str, str]:
+def _flatten(key: Mapping[str, object], stage: str) -> dict[str, str]:
     """Leaves by dotted path, as canonical JSON: True and 1, or 1 and 1.0, differ here as they do in the hash."""
     leaves: dict[str, str] = {}
 

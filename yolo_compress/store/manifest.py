@@ -10,6 +10,8 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime import json_text
+from yolo_compress.runtime.files import FileEntry
+from yolo_compress.store.environment import Environment
 from yolo_compress.store.fingerprint import canonical, fingerprint
 
 SCHEMA = 2
@@ -18,30 +20,12 @@ WORK = "work"
 BEGUN = "work.json"  # beside `work`: the content of the inputs that it was begun from
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file of any size, read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def is_inside(name: str) -> bool:
-    """Whether a manifest's file name stays inside its folder, in the one spelling `publish` would give it."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts)
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and "\0" not in name
-    )
-
-
 @dataclass(frozen=True)
 class Manifest:
     """The record that makes a directory an artefact.
 
-    `key` is the mapping that was hashed to `fingerprint`; `files` maps each payload file (relative, `/`) to its
-    `sha256` and `size` in bytes; `inputs` maps each input's name in the key to the `content` of the artefact that was
+    `key` is the mapping that was hashed to `fingerprint`; `files` maps each payload file (relative, `/`) to
+    its entry; `inputs` maps each input's name in the key to the `content` of the artefact that was
     read; `seconds` is the time the stage took; `created` is ISO 8601 in UTC, for people only.
     """
 
@@ -51,9 +35,9 @@ class Manifest:
     fingerprint: str
     key: dict[str, Any]
     inputs: dict[str, str]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     metrics: dict[str, Any]
-    environment: dict[str, Any]
+    environment: Environment
     seconds: float
     created: str
 
@@ -156,11 +140,6 @@ class Artifact:
         return self.path / name
 
 
-def mend(path: Path) -> str:
-    quoted = "'" + str(path).replace("'", "'\"'\"'") + "'"
-    return f"Delete it (rm -r {quoted}) and run the same command again; `yolo-compress gc` drops what no recipe needs"
-
-
 def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
     path = directory / MANIFEST
     if not path.is_file():
@@ -173,6 +152,22 @@ def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -
         if expected is not None and got != expected:
             raise CorruptArtifact(f"{path}: {field} is {got}, its place is that of {expected}. {mend(directory)}")
     return Artifact(directory, manifest)
+
+
+def verify_payload(artifact: Artifact, there: set[str]) -> None:
+    for name, entry in artifact.manifest.files.items():
+        path = artifact.path / name
+        if name not in there or path.is_symlink() or not path.is_file():
+            fault = "is missing or no regular file"
+        elif (size := path.stat().st_size) != entry["size"]:
+            fault = f"has {size} bytes, its manifest says {entry['size']}"
+        elif (found := sha256_file(path)) != entry["sha256"]:
+            fault = f"has SHA-256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
+        else:
+            continue
+        raise CorruptArtifact(f"{path} {fault}. {mend(artifact.path)}")
+    if extra := sorted(there - artifact.manifest.files.keys()):
+        raise CorruptArtifact(f"{artifact.path / extra[0]} is not listed in the manifest. {mend(artifact.path)}")
 
 
 def payload(directory: Path, without_work: bool = False) -> Iterator[str]:
@@ -191,17 +186,24 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def verify_payload(artifact: Artifact, there: set[str]) -> None:
-    for name, entry in artifact.manifest.files.items():
-        path = artifact.path / name
-        if name not in there or path.is_symlink() or not path.is_file():
-            fault = "is missing or no regular file"
-        elif (size := path.stat().st_size) != entry["size"]:
-            fault = f"has {size} bytes, its manifest says {entry['size']}"
-        elif (found := sha256_file(path)) != entry["sha256"]:
-            fault = f"has SHA-256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
-        else:
-            continue
-        raise CorruptArtifact(f"{path} {fault}. {mend(artifact.path)}")
-    if extra := sorted(there - artifact.manifest.files.keys()):
-        raise CorruptArtifact(f"{artifact.path / extra[0]} is not listed in the manifest. {mend(artifact.path)}")
+def mend(path: Path) -> str:
+    quoted = "'" + str(path).replace("'", "'\"'\"'") + "'"
+    return f"Delete it (rm -r {quoted}) and run the same command again; `yolo-compress gc` drops what no recipe needs"
+
+
+def is_inside(name: str) -> bool:
+    """Whether a manifest's file name stays inside its folder, in the one spelling `publish` would give it."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+        and "\0" not in name
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file of any size, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

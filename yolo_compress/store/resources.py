@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from yolo_compress.errors import EnvironmentLacks
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.source_weights import find_weights
 
 FREE_MIB = 512  # no stage starts on a disk with less

@@ -25,9 +25,8 @@ from ultralytics.utils import ROOT, YAML, IterableSimpleNamespace
 from ultralytics.utils.loss import E2EDetectLoss
 
 from yolo_compress.errors import CompressError, CorruptArtifact, NumericsError, RecipeError
-from yolo_compress.files.atomic import storage_errors
+from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect, families
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train import pickled
 
 MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; YOLOv8 has 5 at most
@@ -50,7 +49,7 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
     return dress(model, names)
 
 
-def _architecture(yaml: str) -> dict[str, Any]:
+def _architecture(yaml: str) -> dict[str, object]:
     """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
     file, scale = families.yaml_file(yaml, ROOT / "cfg" / "models")
     return {**YAML.load(file), "scale": scale, "yaml_file": yaml}
@@ -108,7 +107,7 @@ def load_any(path: Path) -> nn.Module:
 
 
 _NUMPY_TYPES = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1")]
-_ALIASES: dict[str, Any] = {  # names of older versions, and those of no class
+_ALIASES: dict[str, object] = {  # names of older versions, and those of no class
     "ultralytics.yolo.utils.IterableSimpleNamespace": IterableSimpleNamespace,
     "ultralytics.nn.modules.block.Silence": nn.Identity,  # YOLOv9e
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
@@ -218,7 +217,7 @@ def check_finite(model: nn.Module, where: str) -> None:
             raise NumericsError(f"{where}: {name} is negative; the checkpoint is not usable")
 
 
-def save_model(model: nn.Module, path: Path, train_args: Mapping[str, Any] | None = None) -> None:
+def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | None = None) -> None:
     """Write a float32 checkpoint that any `ultralytics` loads, also under `ULTRALYTICS_SAFE_LOAD=1`.
 
     Widths live in the pickled modules, so a pruned net keeps them; paths, git origin and host never enter the file.

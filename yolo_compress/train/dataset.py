@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class PreflightDataset(YOLODataset):
     def get_img_files(self, img_path: str) -> list[str]:
         return [str(sample.image) for sample in self._samples]
 
-    def get_labels(self) -> list[dict[str, Any]]:
+    def get_labels(self) -> list[Label]:
         return [_label(sample) for sample in self._samples]
 
     def load_image(self, i: int, **kwargs: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
@@ -82,7 +82,20 @@ class EpochSampler(Sampler[int]):
         """Called by Ultralytics under DDP; the epoch is counted in `__iter__`."""
 
 
-def _label(sample: Sample) -> dict[str, Any]:
+class Label(TypedDict):
+    """An image and its boxes, as Ultralytics' dataset keeps them."""
+
+    im_file: str
+    shape: tuple[int, int]  # (height, width), px
+    cls: np.ndarray  # classes_N1
+    bboxes: np.ndarray  # boxes_N4, `bbox_format`, 0 to 1
+    segments: list[np.ndarray]
+    keypoints: np.ndarray | None
+    normalized: bool
+    bbox_format: str
+
+
+def _label(sample: Sample) -> Label:
     boxes = np.asarray(sample.boxes, dtype=np.float32).reshape(-1, 5)
     return {
         "im_file": str(sample.image),

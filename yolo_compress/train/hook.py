@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
+
+
+class Batch(TypedDict):
+    """A batch of Ultralytics' loader, as far as hooks read it; it has other keys too."""
+
+    img: Tensor  # images_BCHW, RGB or grey float32 in 0..1
+    cls: Tensor  # classes_N1 of all boxes of the batch
+    bboxes: Tensor  # boxes_N4: centre x, centre y, width, height, 0 to 1
+    batch_idx: Tensor  # index_N of the image of each box
+    im_file: list[str]  # files of the images
 
 
 class TrainHook:
@@ -51,7 +61,7 @@ class TrainHook:
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         """`epoch` counts from 0."""
 
-    def extra_loss(self, batch: Mapping[str, Any], predictions: Any) -> dict[str, Tensor]:
+    def extra_loss(self, batch: Batch, predictions: Any) -> dict[str, Tensor]:
         """Named scalar losses of this batch; `predictions` is what the student's head returned in training mode."""
         return {}
 
@@ -68,9 +78,9 @@ class TrainHook:
     def to_stock(self, model: nn.Module) -> None:
         """Turn what `on_model` changed in `model` (the EMA at the end) back into stock classes, in place."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What resume needs beyond `modules()`: tensors and plain values only."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Inverse of `state_dict`, called after `on_model`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,7 +51,7 @@ class TrainSettings:
         """Whether mixed precision is bfloat16, on a CPU that is made for it."""
         return self.amp and self.device == "cpu" and multiplies_bfloat16()
 
-    def overrides(self, work: Path) -> dict[str, Any]:
+    def overrides(self, work: Path) -> dict[str, object]:
         """Ultralytics' argument names; the optimizer steps on every batch (`nbs` = `batch`)."""
         return {
             "task": "detect",

@@ -23,12 +23,12 @@ from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.runtime.measure.device import usable_cpus
-from yolo_compress.store.artifact import atomic_write
 from yolo_compress.train.checkpoint import check_finite, widths
 from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
-from yolo_compress.train.hook import TrainHook
+from yolo_compress.train.hook import Batch, TrainHook
 from yolo_compress.train.settings import TrainSettings
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
@@ -139,7 +139,7 @@ class HookedTrainer(DetectionTrainer):
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def get_dataset(self) -> dict[str, Any]:
+    def get_dataset(self) -> dict[str, object]:
         names = dict(enumerate(self.dataset.names))
         return {"train": "train", "val": "val", "names": names, "nc": len(names), "channels": self.dataset.channels}
 
@@ -301,7 +301,7 @@ class HookedTrainer(DetectionTrainer):
         self._validated = True
         return metrics, fitness
 
-    def save_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def save_metrics(self, metrics: Mapping[str, float]) -> None:
         """results.csv, rewritten whole and atomically; figures of validation only in the epochs that had one."""
         row: dict[str, float] = {"epoch": self.epoch + 1}
         for name, value in {**metrics, **self.hook_rows}.items():
@@ -430,7 +430,7 @@ class _HookedCriterion:
         self.base = model.init_criterion()
         self.hooks = hooks
 
-    def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, predictions: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, items = self.base(predictions, batch)
         extras = {name: value for hook in self.hooks for name, value in hook.extra_loss(batch, predictions).items()}
         if not extras:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.typed import validate
 from yolo_compress.bundle import golden as making
 from yolo_compress.bundle.golden import BOX_PX, SCORE, confidence, tolerate
 from yolo_compress.errors import DataError
@@ -168,6 +169,7 @@ def bundle(tmp_path: Path) -> Path:
 def test_an_engine_is_held_to_its_own_expectation_or_to_that_of_its_precision(bundle: Path) -> None:
     engine: Any = Fixed()
     own = golden.check(bundle, engine, "onnxruntime", "1")
+    validate(own, golden.SelfTest)
     assert own["passed"] and own["against"] == "onnxruntime-fp32" and own["tolerance"]["box_px"] == 0.5
     assert own["compared"] == 3 and own["worst_box_px"] < 1e-5 and own["reason"] is None
     assert golden.check(bundle, engine, "tensorrt", "1")["tolerance"]["box_px"] == 2.0

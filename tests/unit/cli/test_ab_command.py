@@ -20,7 +20,8 @@ from yolo_compress.evaluate.stored_detections import keep
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.measure.coco_map import mean_ap
-from yolo_compress.store.artifact import Store, fingerprint
+from yolo_compress.store.fingerprint import fingerprint
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
 NAMES, IMGSZ = ("bolt", "nut"), (64, 96)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.support.noise_set import draw, noise_set
+from tests.support.typed import validate
 from yolo_compress.data.dataset import BadData, Dataset, load, with_unlabelled
 from yolo_compress.distill.inversion import BATCH, _Misfit, invert, total_variation
 from yolo_compress.distill.teacher import Frozen, Own, Peer
@@ -21,7 +22,9 @@ from yolo_compress.pipeline import run as run_pipeline
 from yolo_compress.recipe import recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._inverted_images import inverted
-from yolo_compress.store.artifact import Artifact, Store
+from yolo_compress.stages.metrics import DistillMetrics
+from yolo_compress.store.manifest import Artifact
+from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint, trainer
 from yolo_compress.train.settings import TrainSettings
 
@@ -220,6 +223,7 @@ def test_without_labels_the_labels_terms_are_zero_and_the_result_says_so(shop: P
     draw(shop / "free", 3, seed=9)
     dataset = with_unlabelled(load("set.yaml"), "free")
     metrics = distill.run(job(shop, {"images": "free"}, dataset))
+    validate(metrics, DistillMetrics)
     assert metrics["trained_on"].startswith("3 images without labels, no label: mAP50-95 0.000 before, ")
     header, row = (line.split(",") for line in (shop / "out" / "results.csv").read_text().splitlines())
     values = dict(zip(header, row, strict=True))
@@ -229,6 +233,7 @@ def test_without_labels_the_labels_terms_are_zero_and_the_result_says_so(shop: P
 
 def test_without_data_the_images_are_made_kept_and_named(shop: Path) -> None:
     metrics = distill.run(job(shop, {"data_free": 2, "data_free_steps": 2}, load("set.yaml")))
+    validate(metrics, DistillMetrics)
     assert metrics["trained_on"].startswith("2 images inverted from the teacher, no label: mAP50-95 0.000 before, ")
     files = sorted(path.name for path in (shop / "out" / "inverted").iterdir())
     assert files == ["000000.png", "000001.png"]

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 
 from tests.support.matching_scenes import NAMES, Scene, by_pycocotools, scene
 from tests.support.matching_scenes import drawn as drawn_scenes
+from tests.support.typed import validate
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate import bootstrap
 from yolo_compress.evaluate.ab.document import compare, verdict
 from yolo_compress.evaluate.ab.latency_ratio import latency_ratio
 from yolo_compress.evaluate.ab.operating_point import mcnemar
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
 from yolo_compress.runtime.measure.coco_map import AREAS, RECALLS_R, match
 
@@ -163,6 +165,7 @@ def test_the_document_is_json_repeats_itself_and_depends_on_its_seed() -> None:
     truths = [rows[rows[:, 0] != 2] for rows in truths]  # a class without truths
     first, second = (compare(truths, found, worse(found), NAMES, replicates=60) for _ in range(2))
     text = json.dumps(first, allow_nan=False)
+    validate(first, AB)
     assert text == json.dumps(second, allow_nan=False)
     other = compare(truths, found, worse(found), NAMES, replicates=60, seed=1)
     assert other["map50_95"]["low"] != first["map50_95"]["low"]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.typed import validate
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.coco import mean_ap
-from yolo_compress.evaluate.tide import TYPES, errors
+from yolo_compress.evaluate.tide import TYPES, ModelErrors, errors
 from yolo_compress.runtime.limits import MAX_DETECTIONS
 
 TRUTH = [0, 0, 0, 100, 100]  # class, xyxy
@@ -129,6 +130,7 @@ def test_ap50_is_that_of_pycocotools(seed: int) -> None:
     truths, detections = random_set(seed)
     expected = mean_ap([Sample(t) for t in truths], detections, ["a", "b", "c"])["map50"]
     found = errors(truths, detections)
+    validate(found, ModelErrors)
     assert found["ap50"] == pytest.approx(expected, abs=1e-12)
     by_name = {entry["name"]: entry["count"] for entry in found["types"]}
     wrong = sum(by_name[name] for name in TYPES if name != "missed")

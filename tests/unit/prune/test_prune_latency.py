@@ -8,13 +8,14 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
+from tests.support.typed import validate
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.prune import latency
 from yolo_compress.prune.budget import choose, latency_ms
 from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.graph import prunable
 from yolo_compress.runtime.errors import EngineError
-from yolo_compress.runtime.measure.layer_times import LAYERS, _by_layer, _in_turn, _require_apart, take
+from yolo_compress.runtime.measure.layer_times import LAYERS, LayerTable, _by_layer, _in_turn, _require_apart, take
 
 HW = (64, 64)
 
@@ -186,6 +187,7 @@ def test_a_table_times_every_layer(nano, probe, runtime, monkeypatch):
     for name, value in (("PROFILED_RUNS", 3), ("TIMED_RUNS", 3), ("ROUNDS", 1)):
         monkeypatch.setattr(f"yolo_compress.runtime.measure.layer_times.{name}", value)
     table = take(probe, runtime, "fp32", threads=1)
+    validate(table, LayerTable)
     shapes = conv_shapes(nano, HW)
     timed = [name for name in shapes if all(ms > 0 for _, ms in table["layers"][name])]
     assert len(timed) >= 0.9 * len(shapes)  # a library may fuse a small layer into another

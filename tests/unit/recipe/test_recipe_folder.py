@@ -13,7 +13,7 @@ from yolo_compress import pipeline
 from yolo_compress.cli.main import main
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import recipe
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from yolo_compress.report.charts.by_layer import in_order
 from yolo_compress.report.numbers import DASH
 from yolo_compress.report.write import write
 from yolo_compress.stages import report as stage
-from yolo_compress.store.artifact import Artifact
-from yolo_compress.store.manifest import Manifest
+from yolo_compress.store.manifest import Artifact, Manifest
 
 # Two blocks and a head of two branches, not in the order of the model.
 FLOPS = {

@@ -101,4 +101,7 @@ def test_the_comparison_of_two_models_is_as_typed(timed: bool) -> None:
     names = (*NAMES, "a class without objects")
     validate(compare(truths, found, found[::-1], names, replicates=5, latency_a=latency, latency_b=latency), schema.AB)
     nothing = [boxes_N6[:0] for boxes_N6 in found]
-    validate(compare(truths, nothing, nothing, names, replicates=5, image_set="i", about_a={"row": "r"}), schema.AB)
+    validate(
+        compare(truths, nothing, nothing, names, replicates=5, image_set="i", about_a={"label": "a", "row": "r"}),
+        schema.AB,
+    )

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.typed import validate
 from yolo_compress.cli import helptext
 from yolo_compress.cli.main import main
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.rollout import state as release
 from yolo_compress.rollout.bets import above, below, log_wealth, mean_bounds, quantile_bounds
 from yolo_compress.rollout.judge import ALPHA, Budgets, judge
+from yolo_compress.rollout.schema import Document, StateFile
 from yolo_compress.rollout.shadow_log import MAX_SKEW_S, Frame, Log, matched, pair, read, read_truth
 from yolo_compress.rollout.state import STAGES, State, step
 from yolo_compress.runtime.commands.detect import shadow_line
@@ -305,6 +307,8 @@ def test_a_dead_canary_is_aborted(state: State) -> None:
     """No line says so: A's go on for the frames and the hours that evidence needs, and B's do not."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
     document, after = judge(log_a, log_of(log_b.frames[:1500], B), state, QUICK)
+    validate(document, Document)
+    validate(release.state_json(after), StateFile)
     assert (document["verdict"]["status"], document["exposure"], after.status) == ("abort", 0, "aborted")
     assert document["verdict"]["reasons"] == [
         "B is silent: 499 of A's frames over 0.14 hours come after its last line, 100 over 0.01 are enough"

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.support.bundled import CONF, NAMES, make_bundle, pictures
+from tests.support.typed import validate
 from tests.unit.runtime.test_sources import Capture
 from yolo_compress.runtime import engine
 from yolo_compress.runtime.backends.base import load_info, save_info
@@ -423,7 +424,11 @@ def test_bench_writes_device_json(
     monkeypatch.setattr(bench, "END_TO_END", 70)
     assert bench.main(["--data", str(tmp_path / "val"), "--iterations", "80"], bundle) == 0
     document = json.loads((bundle / "device.json").read_text())
-    row = document["rows"][0]
+    row, *others = document["rows"]
+    validate({**document, "rows": [row]}, bench.Document)
+    for one in others:  # every other key is there, as null
+        assert set(one) == set(row)
+        validate({key: value for key, value in one.items() if value is not None}, bench.MissingRow)
     assert document["schema"] == 1 and document["bundle"]["version"] == 3 and document["golden"]["passed"]
     assert (row["model"], row["runtime"], row["precision"], row["executed"]) == (
         "compressed",

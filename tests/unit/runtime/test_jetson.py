@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.typed import validate
 from yolo_compress.runtime.measure import jetson
 from yolo_compress.runtime.measure.jetson import Meter, clocks, rail_watts, rails, tegrastats_watts
 
@@ -97,6 +98,7 @@ def test_clocks(tmp_path: Path) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text + "\n")
     wanted = {"gpu_hz": 306000000, "gpu_max_hz": 918000000, "cpu_khz": 729600, "emc_hz": 2133000000}
+    validate(jetson.state(tmp_path), jetson.JetsonState)
     assert clocks(tmp_path) == wanted and jetson.state(tmp_path)["clocks"] == wanted
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.typed import validate
 from yolo_compress.evaluate import torch_latency
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.errors import EngineError, LatencyError
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import Served, _inputs, measure, percentiles
+from yolo_compress.runtime.measure.messages import Measured
 from yolo_compress.train import checkpoint
 
 NAMES = ("bolt", "nut")
@@ -237,6 +239,7 @@ def test_an_engine_and_torch_in_turn(model: Any, tmp_path: Path) -> None:
         torch_latency.spec(model, NAMES, IMGSZ, tmp_path, threads=1, label="torch", **options),
     ]
     for result in measure_in_turn(described, 2, 5):
+        validate(result, Measured)
         assert len(result["samples_ms"]) == 10 and min(result["samples_ms"]) > 0
         assert (result["executed"], result["threads"], result["images"]) == ("fp32", 1, 2)
         assert result["imgsz"] == list(IMGSZ)

@@ -29,8 +29,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.support.typed import validate
 from yolo_compress.runtime.commands import switch as robot_switch
-from yolo_compress.runtime.commands.switch import Unhealthy, install, rollback, status, switch
+from yolo_compress.runtime.commands.switch import Status, Unhealthy, install, rollback, status, switch
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.secure import ed25519, seal
 from yolo_compress.runtime.secure.seal import BundleRefused
@@ -151,6 +152,7 @@ def test_one_key_of_two_products_installs_neither_over_the_other(tmp_path: Path)
     mower = make_bundle(tmp_path / "mower", 101, name="lawnmower")
     with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* runs 'forklift'; .* another --root"):
         put(slots, mower, build=lambda slot: pytest.fail("it was run"))
+    validate(status(slots), Status)
     assert running(slots) == 100 and status(slots)["slots"]["b"] is None
     assert put(Slots(tmp_path / "other"), mower)["version"] == 101
     assert put(slots, make_bundle(tmp_path / "next", 101, name="forklift"))["version"] == 101

@@ -16,7 +16,7 @@ from tests.unit.files.test_strict_json import CASES
 from yolo_compress import pipeline
 from yolo_compress.cli.main import main
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
-from yolo_compress.store.artifact import Artifact
+from yolo_compress.store.manifest import Artifact
 
 STALE = {"export", "engine", "bench", "report"}
 

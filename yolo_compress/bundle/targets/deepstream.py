@@ -8,9 +8,7 @@ outputs: they would draw wrong boxes. Our networks give [4 + nc, A], so a few no
 from __future__ import annotations
 
 import configparser
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +18,7 @@ from yolo_compress.bundle.network_io import Network, read, require
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.published import literal
 from yolo_compress.runtime.limits import MAX_DET
+from yolo_compress.runtime.secure.seal import Versioned
 
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
@@ -46,7 +45,7 @@ _INT8 = """# INT8: nvinfer's own INT8 mode wants a calibrator, and this network 
 """
 
 
-def write(directory: Path, network: Network, about: Mapping[str, Any], precision: str) -> list[str]:
+def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
     """The graph in the parser's layout (and that of INT8, where there is one), nvinfer's configuration, the labels.
 
     Raises:
@@ -134,7 +133,7 @@ def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
         )
 
 
-def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
+def check(directory: Path, network: Network, about: Versioned) -> None:
     """Reads configuration, labels and graphs back and compares them; the graphs also in what they compute of an image.
 
     Raises:

@@ -7,14 +7,13 @@ says otherwise, which NVIDIA's own launch files leave out: with fewer it would r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from yolo_compress.bundle.network_io import Network, require
 from yolo_compress.errors import RecipeError
+from yolo_compress.runtime.secure.seal import Versioned
 
 FOLDER = "isaac_ros"
 PARAMETERS, LAUNCH = "parameters.yaml", "yolov8.launch.py"
@@ -95,7 +94,7 @@ def generate_launch_description():
 '''
 
 
-def write(directory: Path, network: Network, about: Mapping[str, Any], precision: str) -> list[str]:
+def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
     """Parameters of the two nodes, and the launch file that starts them.
 
     Raises:
@@ -143,7 +142,7 @@ def _check_contract(network: Network, classes: int) -> None:
         raise RecipeError(f"target isaac_ros: {network.path.name} has NMS in its graph, which the decoder does itself")
 
 
-def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
+def check(directory: Path, network: Network, about: Versioned) -> None:
     """Reads the parameters back and compares them with the network.
 
     Raises:

@@ -5,16 +5,15 @@ None of the three servers has run on what is written here: it follows their sour
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from yolo_compress.bundle.launchers import launcher
 from yolo_compress.bundle.network_io import read
 from yolo_compress.bundle.targets import deepstream, isaac_ros, triton
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.messages import got
+from yolo_compress.runtime.secure.seal import Versioned
 
 TARGETS: dict[str, ModuleType | None] = {
     "plain": None,
@@ -26,7 +25,7 @@ TARGETS: dict[str, ModuleType | None] = {
 ROS2_NODE = "ros2_node.py"
 
 
-def write(target: str, directory: Path, about: Mapping[str, Any]) -> list[str]:
+def write(target: str, directory: Path, about: Versioned) -> list[str]:
     """Writes a target's files into a bundle that is being filled, and checks them.
 
     Args:
@@ -55,7 +54,7 @@ def write(target: str, directory: Path, about: Mapping[str, Any]) -> list[str]:
     return [ROS2_NODE, *files]
 
 
-def check(target: str, directory: Path, about: Mapping[str, Any]) -> None:
+def check(target: str, directory: Path, about: Versioned) -> None:
     """Compares a target's files with the networks of the bundle.
 
     Raises:

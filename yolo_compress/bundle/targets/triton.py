@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from yolo_compress.bundle.network_io import Network, Tensor, read, require
 from yolo_compress.runtime.backends.base import sha256_file
+from yolo_compress.runtime.secure.seal import Versioned
 
 REPOSITORY = "triton/model_repository"
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
@@ -44,12 +44,12 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 """
 
 
-def model_name(about: Mapping[str, Any]) -> str:
+def model_name(about: Versioned) -> str:
     """The recipe's name as a folder's."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(about["name"])) or "model"
 
 
-def write(directory: Path, network: Network, about: Mapping[str, Any], precision: str) -> list[str]:
+def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
     """The repository."""
     name, version = model_name(about), str(about["version"])
     folder = directory / REPOSITORY / name
@@ -76,7 +76,7 @@ def _dims(tensor: Tensor, batch: int) -> list[str]:
     return [str(side) for side in (tensor.shape if batch > 0 else tensor.shape[1:])]
 
 
-def check(directory: Path, network: Network, about: Mapping[str, Any]) -> None:
+def check(directory: Path, network: Network, about: Versioned) -> None:
     """Reads the configuration back and compares it with the ONNX beside it, and that with the network.
 
     Raises:

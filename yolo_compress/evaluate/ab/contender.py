@@ -21,6 +21,7 @@ from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import absolute_boxes
+from yolo_compress.evaluate.rows import MeasuredBenchRow, bench_rows
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
 from yolo_compress.runtime import json_text
@@ -28,6 +29,7 @@ from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.coco_map import mean_ap
+from yolo_compress.runtime.measure.messages import Spec
 from yolo_compress.store.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
 
 Progress = Callable[[int], Any]
@@ -52,7 +54,7 @@ class Engine:
             found = accuracy(backend, data.val, data.names, imgsz, progress)
         return found["detections"], found["executed"]
 
-    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> dict[str, Any]:
+    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> Spec:
         """For `measure_in_turn`."""
         return {"engine": str(self.folder)}
 
@@ -82,7 +84,7 @@ class Checkpoint:
             found = accuracy(backend, data.val, data.names, imgsz, progress)
         return found["detections"], f"{found['executed']} (torch)"
 
-    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> dict[str, Any]:
+    def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> Spec:
         """For `measure_in_turn`."""
         from yolo_compress.evaluate.torch_latency import spec
 
@@ -95,7 +97,7 @@ class Measured:
 
     label: str
     bench: Artifact
-    row: dict[str, Any]
+    row: MeasuredBenchRow
     runs: bool = False
 
     @property
@@ -167,12 +169,13 @@ def _measured(text: str, folder: Path, name: str) -> Measured:
         )
     bench = read_artifact(folder, "bench")
     verify_payload(bench, set(payload(folder)))
-    rows = {row_name(row): row for row in bench.metrics["rows"]}
+    rows = {row_name(row): row for row in bench_rows(bench)}
     if name not in rows:
         raise RecipeError(f"{text}: which row of the bench? {', '.join(f'{folder}:{row}' for row in rows)}")
-    if rows[name]["status"] != "ok":
-        raise RecipeError(f"{text}: was not measured: {rows[name]['reason']}")
-    return Measured(text, bench, rows[name])
+    row = rows[name]
+    if row["status"] != "ok":
+        raise RecipeError(f"{text}: was not measured: {row['reason']}")
+    return Measured(text, bench, row)
 
 
 def one_size(both: Sequence[Contender], asked: Size | None) -> Size:

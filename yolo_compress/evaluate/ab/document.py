@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate.ab.latency_ratio import Rounds, latency_ratio
 from yolo_compress.evaluate.ab.operating_point import IOU, operating
+from yolo_compress.evaluate.ab.schema import AB, ABVerdict, Difference, Part, Side, Total
 from yolo_compress.evaluate.bootstrap import Replicates, interval, over_classes, replicate, resamples
 from yolo_compress.runtime.limits import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import AREAS, match, precision
@@ -32,10 +33,10 @@ def compare(
     seed: int = 0,
     latency_a: Rounds | None = None,
     latency_b: Rounds | None = None,
-    about_a: Mapping[str, Any] | None = None,
-    about_b: Mapping[str, Any] | None = None,
+    about_a: Side | None = None,
+    about_b: Side | None = None,
     image_set: str | None = None,
-) -> dict[str, Any]:
+) -> AB:
     """Compare two models' detections of the same images.
 
     Args:
@@ -48,13 +49,8 @@ def compare(
         seed: of the bootstrap.
         max_det: detections of an image that NMS kept in both.
         latency_a, latency_b: ms of single inferences by round, both taken in turn; or neither.
-        about_a, about_b: what the document says of each; `label` among it.
+        about_a, about_b: what the document says of each; by default the labels A and B.
         image_set: digest of the images.
-
-    Returns:
-        JSON types: schema, a, b, images, image_set, classes, settings, verdict, map50_95, map50, by_class, by_size, operating,
-        flips, pr (101 precisions at IoU 0.5, mean over the classes), latency. What does not exist is None: the figures of a
-        class without truths, an interval that no replicate gives.
 
     Raises:
         DataError: no ground truth at all, or a truth of a class without a name.
@@ -78,10 +74,10 @@ def compare(
     drawn = replicate(models, resamples(len(truths), replicates, seed))
     at_threshold, flips = operating(truths, detections_a, detections_b, models[1], conf, counted(max_det))
     map50_95 = _total(points, drawn, "ap50_95")
-    document = {
+    document: AB = {
         "schema": SCHEMA,
-        "a": {"label": "A", **(about_a or {})},
-        "b": {"label": "B", **(about_b or {})},
+        "a": {**about_a} if about_a else {"label": "A"},
+        "b": {**about_b} if about_b else {"label": "B"},
         "images": len(truths),
         "image_set": image_set,
         "classes": list(names),
@@ -93,7 +89,7 @@ def compare(
         "by_size": _by_size(points, drawn, models[0].counted_AN),
         "operating": at_threshold,
         "flips": flips,
-        "pr": {key: _curve(precision(model)[0]) for key, model in zip("ab", models, strict=True)},
+        "pr": {"a": _curve(precision(models[0])[0]), "b": _curve(precision(models[1])[0])},
         "latency": None,
     }
     if latency_a is not None and latency_b is not None:
@@ -101,21 +97,24 @@ def compare(
     return document
 
 
-def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str, Any]:
+def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
     """Pass where the whole interval of the difference lies above -margin x A's mAP, fail where it lies below, else neither.
 
     Args:
-        map50_95: a, b, delta, low, high.
+        map50_95: of all classes; there are objects.
         margin: share of A's mAP that B may lose.
         images: with objects; under MIN_IMAGES nothing is decided.
 
     Returns:
-        status ("pass", "fail" or "inconclusive"), line, smallest_difference: half the width of the interval, which is the
-        smallest true difference that would stand out from these images.
+        The verdict. `smallest_difference` is half the width of the interval, which is the smallest true difference that would
+        stand out from these images.
     """
-    a, b, delta, low, high = (map50_95[key] for key in ("a", "b", "delta", "low", "high"))
+    a, b, delta = map50_95["a"], map50_95["b"], map50_95["delta"]
+    low, high = map50_95["low"], map50_95["high"]
+    assert a is not None and b is not None and delta is not None
     bound = -margin * a
-    status, enough = "inconclusive", images >= MIN_IMAGES
+    status: Literal["pass", "fail", "inconclusive"] = "inconclusive"
+    enough = images >= MIN_IMAGES
     if not enough:
         pass
     elif low is not None and low > bound:
@@ -130,7 +129,7 @@ def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str
     line = f"{status.upper()}: {what}: {a:.3f} -> {b:.3f}, {delta:+.4f}"
     if not enough:
         line += f"; {images} image{'s' * (images != 1)} with objects, {MIN_IMAGES} are the least that an interval is taken from"
-    if low is None or not enough:
+    if low is None or high is None or not enough:
         return {"status": status, "line": line, "smallest_difference": None}
     smallest = (high - low) / 2
     line += f" (95 % {low:+.4f} to {high:+.4f}, bound {bound:+.4f})"
@@ -138,7 +137,7 @@ def verdict(map50_95: Mapping[str, Any], margin: float, images: int) -> dict[str
     return {"status": status, "line": line, "smallest_difference": smallest}
 
 
-def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str) -> dict[str, Any]:
+def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str) -> Total:
     """mAP over all areas, mean over the classes that have truths; with the interval of each model too."""
 
     def over(model: Replicates) -> np.ndarray:
@@ -149,17 +148,17 @@ def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str)
     return {**found, "interval_a": list(interval(a)), "interval_b": list(interval(b))}
 
 
-def _difference(a: float, b: float, drawn_a_R: np.ndarray, drawn_b_R: np.ndarray) -> dict[str, Any]:
+def _difference(a: float, b: float, drawn_a_R: np.ndarray, drawn_b_R: np.ndarray) -> Difference:
     """B less A, and its interval; None throughout where there is no truth."""
     if not np.isfinite(a):
-        return dict.fromkeys(("a", "b", "delta", "low", "high"))
+        return {"a": None, "b": None, "delta": None, "low": None, "high": None}
     low, high = interval(drawn_b_R - drawn_a_R)
     return {"a": float(a), "b": float(b), "delta": float(b - a), "low": low, "high": high}
 
 
 def _by_class(
     points: Sequence[Replicates], drawn: Sequence[Replicates], names: Sequence[str], truths_K: np.ndarray
-) -> list[dict[str, Any]]:
+) -> list[Part]:
     return [
         {
             "name": name,
@@ -175,8 +174,8 @@ def _by_class(
     ]
 
 
-def _by_size(points: Sequence[Replicates], drawn: Sequence[Replicates], counted_AN: np.ndarray) -> list[dict[str, Any]]:
-    out = []
+def _by_size(points: Sequence[Replicates], drawn: Sequence[Replicates], counted_AN: np.ndarray) -> list[Part]:
+    out: list[Part] = []
     for name in SIZES:
         a = list(AREAS).index(name)
         at = [over_classes(model.ap50_95_RAK[:, a]) for model in (*points, *drawn)]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from yolo_compress.evaluate.ab.schema import LatencyRatio
 from yolo_compress.evaluate.bootstrap import interval
 
 Rounds = Sequence[Sequence[float]]  # samples of one inference in ms, a list a round
 
 
-def latency_ratio(rounds_a: Rounds, rounds_b: Rounds, replicates: int, seed: int) -> dict[str, Any]:
+def latency_ratio(rounds_a: Rounds, rounds_b: Rounds, replicates: int, seed: int) -> LatencyRatio:
     """Bootstrap of the ratio of medians, in two steps: rounds (the same of both, as they share the machine's mood), then samples.
-
-    Returns:
-        a_p50_ms, b_p50_ms, ratio (A over B: above 1 B is the faster), low and high of its interval.
 
     Raises:
         ValueError: not as many rounds of one as of the other, or a round without samples.

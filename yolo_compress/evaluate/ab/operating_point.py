@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from yolo_compress.evaluate.ab.schema import Flip, McNemar, Operating, Shown
 from yolo_compress.runtime.measure.coco_map import IOUS_T, Matches, box_iou, match, sized
 
 IOU = float(IOUS_T[0])
@@ -42,7 +42,7 @@ class _Model:
             wrong[image][row] = True
         return cls(shown, found_N, wrong)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Shown:
         false = sum(int(wrong.sum()) for wrong in self.wrong)
         return {
             "recall": float(self.found_N.mean()),
@@ -59,7 +59,7 @@ def operating(
     all_b: Matches,
     conf: float,
     most: int,
-) -> tuple[dict[str, Any], list[dict[str, int]]]:
+) -> tuple[Operating, list[Flip]]:
     """The sections `operating` and `flips` of the A/B document.
 
     Args:
@@ -69,16 +69,15 @@ def operating(
         most: detections of a class in an image that count.
 
     Returns:
-        operating: conf; recall, missed, false_positives and those an image of a and b; mcnemar; threshold_b, with which B finds
-        as many truths as A (None where none does); score_shift (B less A) and agreement of paired detections. flips: the
-        images where B lost or gained a truth or shows something wrong that A does not, most lost first.
+        Both models at `conf`; and the images where B lost or gained a truth or shows something wrong that A does not, most lost
+        first.
     """
     a, b = (_Model.at(truths, rows, all_b.classes, conf, most) for rows in (detections_a, detections_b))
     a_only_N, b_only_N = a.found_N & ~b.found_N, b.found_N & ~a.found_N
     paired, new = _paired(a, b, all_b.classes, most)
     shift_D = paired["score_b"] - paired["score_a"]
     lost_I, gained_I = (np.bincount(all_b.image_N[only_N], minlength=all_b.images) for only_N in (a_only_N, b_only_N))
-    section = {
+    section: Operating = {
         "conf": conf,
         "a": a.figures(),
         "b": b.figures(),
@@ -91,7 +90,7 @@ def operating(
             "p05_iou": _share(paired["iou"], 5),
         },
     }
-    flips = [
+    flips: list[Flip] = [
         {"image": i, "lost": int(lost_I[i]), "gained": int(gained_I[i]), "new_false_positives": int(new[i])}
         for i in range(all_b.images)
         if lost_I[i] or gained_I[i] or new[i]
@@ -99,7 +98,7 @@ def operating(
     return section, sorted(flips, key=lambda flip: (-flip["lost"], -flip["new_false_positives"], flip["image"]))
 
 
-def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> dict[str, Any]:
+def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
     """Exact test of whether truths that one model alone finds are A's as often as B's; each image counts as one observation.
 
     Errors come by image (a dark one loses all of its objects), so a test over boxes calls equal models different. Here each
@@ -108,9 +107,6 @@ def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> dict[str, Any]:
 
     Args:
         a_only_I, b_only_I: truths of each image that one model alone finds.
-
-    Returns:
-        a_only, b_only (sums), images (those that differ), p.
     """
     difference_I = np.asarray(a_only_I, np.int64) - np.asarray(b_only_I, np.int64)
     sizes = np.abs(difference_I[difference_I != 0])

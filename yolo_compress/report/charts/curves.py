@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
+from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import RUNTIMES, fixed, runtime
-from yolo_compress.report.schema import AB, Document, Precision, Row
+from yolo_compress.report.schema import Document, Precision, Row
 
 DASHES: Mapping[Precision, Any] = {"fp32": "solid", "fp16": (0, (5, 2)), "int8": (0, (1, 1.4))}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from yolo_compress.evaluate.ab.schema import AB, Difference, Part
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.report.numbers import finite, integer, signed
-from yolo_compress.report.schema import AB, Difference, Part
 
 ROW_PX = 22
 FONT_PX = 11

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from yolo_compress.evaluate.ab.schema import AB, Difference, Part
 from yolo_compress.report import numbers as n
 from yolo_compress.report.charts.error_types import rows as error_rows
-from yolo_compress.report.schema import AB, Difference, ErrorTypes, Part
+from yolo_compress.report.schema import ErrorTypes
 from yolo_compress.report.tables.grid import Column, Line, Table
 
 FIGURES = (

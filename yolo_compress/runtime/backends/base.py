@@ -12,12 +12,13 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 
 from .. import json_text
 from ..errors import EngineError, LatencyError, RuntimeUnavailable
+from ..files import FileEntry
 from ..measure.device import cpu_model
 from .onnx_metadata import names_and_imgsz
 
@@ -34,6 +35,7 @@ __all__ = [
 
 SIDECAR = "engine.json"
 PRECISIONS = ("fp32", "fp16", "int8")
+Options = Dict[str, Union[bool, int, float, str, None]]  # of a build, as the sidecar keeps them
 
 
 class Backend(Protocol):
@@ -95,7 +97,7 @@ class EngineBackend(Backend, Protocol):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The sidecar. `files` maps relative names to {"sha256", "size"}; empty for a bare ONNX file."""
+    """The sidecar. `files` has the entry of each file by its name; it is empty for a bare ONNX file."""
 
     runtime: str
     precision: str
@@ -103,9 +105,9 @@ class EngineInfo:
     names: Tuple[str, ...]
     onnx_sha256: str
     library: str
-    files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    files: Dict[str, FileEntry] = field(default_factory=dict)
     built_on: Dict[str, str] = field(default_factory=dict)
-    options: Dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     schema: int = 1
 
 
@@ -125,7 +127,7 @@ def describe_onnx(
     library: str,
     names: Optional[Sequence[str]] = None,
     imgsz: Optional[Tuple[int, int]] = None,
-    options: Optional[Dict[str, Any]] = None,
+    options: Optional[Options] = None,
 ) -> EngineInfo:
     """EngineInfo of an ONNX file that is about to be built or opened as it is; names and imgsz default to its metadata.
 
@@ -153,7 +155,7 @@ def describe_onnx(
 
 def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> EngineInfo:
     """Hash the engine files and write the sidecar, last; returns the info with `files` filled in."""
-    hashed = {
+    hashed: Dict[str, FileEntry] = {
         name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size}
         for name in sorted(files)
     }
@@ -164,7 +166,7 @@ def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> Engine
     return _from_json(document)
 
 
-def _from_json(document: Dict[str, Any]) -> EngineInfo:
+def _from_json(document: Any) -> EngineInfo:
     height, width = document["imgsz"]
     return EngineInfo(**dict(document, imgsz=(int(height), int(width)), names=tuple(document["names"])))
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 
@@ -25,6 +25,19 @@ OPTIMISATION = {
 }
 _KERNEL = "_kernel_time"  # how the profile marks the time of a node itself
 _ARITHMETIC = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
+
+
+class _Node(TypedDict, total=False):
+    op_name: str
+    input_type_shape: List[Dict[str, List[int]]]  # of each input: its type -> its shape
+
+
+class _Kernel(TypedDict):
+    """What the profile says of one run of a node."""
+
+    name: str  # ends in `_KERNEL`
+    dur: float  # microseconds
+    args: _Node
 
 
 def _library() -> Any:
@@ -132,7 +145,7 @@ class OrtBackend:
             samples.setdefault(event["name"][: -len(_KERNEL)], []).append(event["dur"] / 1e3)
         return {name: min(values) for name, values in samples.items()}
 
-    def _profile(self, runs: int) -> List[Dict[str, Any]]:
+    def _profile(self, runs: int) -> List[_Kernel]:
         """Kernel events of `runs` inferences on a blank image, in a session of its own."""
         folder = tempfile.mkdtemp(prefix="yolo_compress_profile_")
         try:

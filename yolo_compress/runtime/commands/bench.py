@@ -14,12 +14,12 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, TypedDict, Union, cast
 
 import numpy as np
 
 from .. import registry
-from ..backends.base import load_info, sha256_file
+from ..backends.base import Backend, load_info, sha256_file
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
 from ..detect.sources import Picture
@@ -30,12 +30,14 @@ from ..measure import golden, jetson
 from ..measure.groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from ..measure.interleaved import measure_in_turn
 from ..measure.latency import measure, percentiles
+from ..measure.messages import Measured, Percentiles, Spec
 from ..secure.seal import written
 from .build import choose_runtimes
 from .common import (
     ENGINES,
     HERE,
     Bundle,
+    BundleId,
     Parser,
     answer,
     built_engines,
@@ -54,6 +56,109 @@ ROUNDS = 4  # even, see interleaved.py
 END_TO_END = 200  # calls from a decoded image to its detections
 THROUGHPUT_S, IDLE_S = 5.0, 10.0
 WARMUP_MS, WARMUP_N = 200.0, 10
+
+
+class Subject(TypedDict):
+    """Which engine a row is of, and whether it does what the workstation's did."""
+
+    model: str  # "compressed"
+    runtime: str
+    precision: str  # as asked for
+    executed: str  # the arithmetic that the library chose, in words
+    library: str  # version of the runtime
+    golden: golden.SelfTest
+
+
+class _Ap(TypedDict):
+    map50_95: Optional[float]  # a fraction; null without --data, as `map50` and `images`
+    map50: Optional[float]
+    images: Optional[int]
+
+
+class Accuracy(_Ap, total=False):
+    """Over the images of --data."""
+
+    per_class: Dict[str, Optional[float]]  # map50_95 by class name; absent without --data
+
+
+class EndToEnd(TypedDict):
+    """From a decoded image to its detections, one after another; a percentile is null where there are too few calls."""
+
+    end_to_end_p50_ms: Optional[float]
+    end_to_end_p90_ms: Optional[float]
+    end_to_end_p95_ms: Optional[float]
+    end_to_end_p99_ms: Optional[float]
+    end_to_end_n: int  # timed calls
+
+
+class Alone(Percentiles):
+    """The engine alone, in a process of its own."""
+
+    memory_mib: Optional[float]  # of that process
+    threads: Optional[int]  # of one inference on a CPU
+    latency_quiet: bool  # whether the machine was idle before each round
+
+
+class Power(TypedDict):
+    """Null where there is no power meter."""
+
+    power_w: Optional[float]  # under the pipeline's full load
+    energy_mj_per_frame: Optional[float]  # mJ of an image under that load
+
+
+class _Rest(TypedDict):
+    status: Literal["ok"]
+    reason: Optional[str]
+    image_set: Optional[str]  # digest of the images of --data and their boxes
+    fps: float  # decoded images a second, several at the same time
+    idle_w: Optional[float]
+
+
+class MeasuredRow(Subject, Accuracy, EndToEnd, Alone, Power, _Rest):
+    """A row of device.json: an engine that was measured."""
+
+
+class MissingRow(TypedDict):
+    """A row of device.json: a runtime without an engine. Every other key of `MeasuredRow` is there, as null."""
+
+    model: str  # "compressed"
+    runtime: str
+    precision: str
+    status: Literal["missing"]
+    reason: str
+
+
+class Worst(TypedDict):
+    """The self-tests of all engines."""
+
+    passed: bool
+    worst_box_px: float
+    worst_score: float
+
+
+class Document(TypedDict):
+    """device.json."""
+
+    schema: int
+    bundle: BundleId
+    device: jetson.JetsonState
+    runtime: str  # of the first row
+    library: str  # version of that
+    libraries: Dict[str, str]  # runtime -> version
+    names: List[str]  # class names in the order of their index
+    imgsz: List[int]  # [height, width] of the input, px
+    power_from: Optional[str]  # the meter of `power_w`
+    rows: List[Union[MeasuredRow, MissingRow]]
+    golden: Worst
+
+
+class _Opened(NamedTuple):
+    """What was measured while an engine was open, and with the pipeline after that."""
+
+    subject: Subject
+    accuracy: Accuracy
+    end_to_end: EndToEnd
+    fps: float
 
 
 class Plan(NamedTuple):
@@ -130,12 +235,12 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
         info = load_info(folder)
         with open_engine(folder) as engine:
             tested[folder.name] = test = golden.check(bundle.directory, engine, info.runtime, info.library)
-        say(f"{folder.name}: golden images {'passed' if test['passed'] else 'FAILED: ' + test['reason']}")
+        say(f"{folder.name}: golden images {'passed' if test['reason'] is None else 'FAILED: ' + test['reason']}")
     answer(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
 
 
-def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]:
+def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
     """Everything of every engine: the document of device.json.
 
     Raises:
@@ -144,24 +249,34 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]
     images = golden.load(bundle.directory)[1]
     meter = jetson.Meter()
     idle_w = meter.idle(IDLE_S)
-    rows, digest, tested = [], None, []
+    engines: List[_Opened] = []
     for folder in folders:
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
         with open_engine(folder, threads=None if registry.RUNTIMES[info.runtime].gpu else plan.threads) as engine:
             test = golden.check(bundle.directory, engine, info.runtime, info.library)
-            row: Dict[str, Any] = {"model": "compressed", "runtime": info.runtime, "precision": info.precision,
-                                   "executed": engine.executed, "library": info.library, "golden": test}  # fmt: skip
-            accuracy: Dict[str, Any] = {"map50_95": None, "map50": None, "images": None}
+            subject: Subject = {
+                "model": "compressed",
+                "runtime": info.runtime,
+                "precision": info.precision,
+                "executed": engine.executed,
+                "library": info.library,
+                "golden": test,
+            }
+            accuracy: Accuracy = {"map50_95": None, "map50": None, "images": None}
             if plan.labelled is not None:
-                accuracy, digest = mean_ap(engine, plan.labelled, bundle), digest or _digest(bundle, plan.labelled)
-            row.update(accuracy, image_set=digest, **_end_to_end(engine, images))
-        tested.append(test)
-        rows.append(dict(row, fps=throughput(folder, images), status="ok", reason=None))
-    _latency(bundle, folders, plan, images, rows)
-    for folder, row in zip(folders, rows):
-        row.update(_power(folder, plan, meter, images), idle_w=idle_w)
+                accuracy = mean_ap(engine, plan.labelled, bundle)
+            end_to_end = _end_to_end(engine, images)
+        engines.append(_Opened(subject, accuracy, end_to_end, throughput(folder, images)))
+    digest = None if plan.labelled is None else _digest(bundle, plan.labelled)
+    rows: List[MeasuredRow] = []
+    for folder, one, alone in zip(folders, engines, _latency(bundle, folders, plan, images, engines)):
+        rest: _Rest = {"status": "ok", "reason": None, "image_set": digest, "fps": one.fps, "idle_w": idle_w}
+        power = _power(folder, plan, meter, images)
+        rows.append({**one.subject, **one.accuracy, **one.end_to_end, **alone, **power, **rest})
+    tested = [one.subject["golden"] for one in engines]
     libraries = {row["runtime"]: row["library"] for row in rows}
+    missing = [_missing(bundle, name, rows) for name in sorted(set(BACKENDS) - set(libraries))]
     return {
         "schema": SCHEMA,
         "bundle": bundle.about(),
@@ -172,7 +287,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]
         "names": list(bundle.names),
         "imgsz": list(bundle.imgsz),
         "power_from": meter.source,
-        "rows": rows + [_missing(bundle, name, rows) for name in sorted(set(BACKENDS) - set(libraries))],
+        "rows": [*rows, *missing],
         "golden": {
             "passed": all(test["passed"] for test in tested),
             "worst_box_px": max(test["worst_box_px"] for test in tested),
@@ -181,7 +296,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Dict[str, Any]
     }
 
 
-def mean_ap(engine: Any, labelled: Sequence[Labelled], bundle: Bundle) -> Dict[str, Any]:
+def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Accuracy:
     """mAP of an engine as the workstation takes it: score 0.001, NMS at 0.7, COCO's AP.
 
     Raises:
@@ -220,12 +335,19 @@ def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
     return str(known.get("digest", content)) if content == known.get("content") else content
 
 
-def _end_to_end(engine: Any, images: Sequence[np.ndarray]) -> Dict[str, Any]:
+def _end_to_end(engine: Backend, images: Sequence[np.ndarray]) -> EndToEnd:
     """From a decoded image to its detections, one after another."""
     detector = Detector(engine, 0.25, multi_label=False)
     calls = [lambda image=image: detector(image) for image in images]
     samples = measure(calls[0], END_TO_END, WARMUP_MS, WARMUP_N, calls)
-    return {f"end_to_end_{key[8:]}": value for key, value in percentiles(samples.tolist()).items()}
+    taken = percentiles(samples.tolist())
+    return {
+        "end_to_end_p50_ms": taken["latency_p50_ms"],
+        "end_to_end_p90_ms": taken["latency_p90_ms"],
+        "end_to_end_p95_ms": taken["latency_p95_ms"],
+        "end_to_end_p99_ms": taken["latency_p99_ms"],
+        "end_to_end_n": taken["latency_n"],
+    }
 
 
 def throughput(
@@ -253,29 +375,36 @@ def throughput(
 
 
 def _latency(
-    bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], rows: Sequence[Dict[str, Any]]
-) -> None:
+    bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], engines: Sequence[_Opened]
+) -> List[Alone]:
     """Engines alone, each in a process of its own, in turn; and the memory of those processes."""
     say(f"latency: {plan.iterations} calls an engine, in {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         file = os.path.join(scratch, "inputs.npy")
         np.save(file, np.stack([letterbox(image, bundle.imgsz)[0] for image in images]))
-        specs = [
+        specs: List[Spec] = [
             {
                 "label": folder.name,
                 "engine": str(folder),
                 "inputs": file,
-                "threads": None if registry.RUNTIMES[row["runtime"]].gpu else plan.threads,
+                "threads": None if registry.RUNTIMES[one.subject["runtime"]].gpu else plan.threads,
             }
-            for folder, row in zip(folders, rows)
+            for folder, one in zip(folders, engines)
         ]
         results = measure_in_turn(specs, ROUNDS, -(-plan.iterations // ROUNDS))
-    for row, result in zip(rows, results):
-        row.update(percentiles(result["samples_ms"][: plan.iterations]), memory_mib=result["memory_mib"])
-        row.update(threads=result["threads"], latency_quiet=result["quiet"])
+    return [_alone(result, plan.iterations) for result in results]
 
 
-def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.ndarray]) -> Dict[str, Any]:
+def _alone(result: Measured, iterations: int) -> Alone:
+    return {
+        **percentiles(result["samples_ms"][:iterations]),
+        "memory_mib": result["memory_mib"],
+        "threads": result["threads"],
+        "latency_quiet": result["quiet"],
+    }
+
+
+def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.ndarray]) -> Power:
     """Watts under the pipeline's full load, and what a frame of it takes; None where nothing can be measured."""
     if meter.source is None:
         return {"power_w": None, "energy_mj_per_frame": None}
@@ -285,13 +414,18 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
     return {"power_w": watts, "energy_mj_per_frame": None if watts is None else watts / fps * 1e3}
 
 
-def _missing(bundle: Bundle, runtime: str, rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+def _missing(bundle: Bundle, runtime: str, rows: Sequence[MeasuredRow]) -> MissingRow:
     """A row for the report: this runtime was not measured here, and why."""
-    empty = {key: None for key in rows[0]}
+    empty: Dict[str, object] = {key: None for key in rows[0]}
     reason = BACKENDS[runtime].probe() or "no engine of it was built here (build.py --runtime)"
-    return dict(
-        empty, model="compressed", runtime=runtime, precision=bundle.precisions[-1], status="missing", reason=reason
-    )
+    own: MissingRow = {
+        "model": "compressed",
+        "runtime": runtime,
+        "precision": bundle.precisions[-1],
+        "status": "missing",
+        "reason": reason,
+    }
+    return cast(MissingRow, dict(empty, **own))
 
 
 def _engines(bundle: Bundle, asked: Optional[Sequence[str]]) -> List[Path]:
@@ -325,23 +459,25 @@ def _require_writable(out: Path) -> None:
         ) from error
 
 
-def table(document: Dict[str, Any]) -> str:
+def table(document: Document) -> str:
     """The rows for people."""
     heads = ("engine", "mAP50-95", "p50 ms", "p99 ms", "all p50 ms", "fps", "MiB", "W", "mJ", "golden")
-    keys = (
-        "map50_95",
-        "latency_p50_ms",
-        "latency_p99_ms",
-        "end_to_end_p50_ms",
-        "fps",
-        "memory_mib",
-        "power_w",
-        "energy_mj_per_frame",
-    )
     lines: List[Tuple[str, ...]] = [heads]
     for row in document["rows"]:
         if row["status"] == "ok":
-            figures = tuple("-" if row[key] is None else f"{row[key]:.4g}" for key in keys)
+            figures = tuple(
+                "-" if value is None else f"{value:.4g}"
+                for value in (
+                    row["map50_95"],
+                    row["latency_p50_ms"],
+                    row["latency_p99_ms"],
+                    row["end_to_end_p50_ms"],
+                    row["fps"],
+                    row["memory_mib"],
+                    row["power_w"],
+                    row["energy_mj_per_frame"],
+                )
+            )
             verdict = "passed" if row["golden"]["passed"] else f"FAILED: {row['golden']['reason']}"
             lines.append((f"{row['runtime']}-{row['precision']}",) + figures + (verdict,))
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(heads) - 1)] + [0]

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence, TypedDict
 
 from .. import json_text, registry
 from ..backends.base import PRECISIONS, load_info, sha256_file
@@ -25,6 +25,25 @@ from ..secure.seal import BundleRefused, written
 from .common import ENGINES, HERE, Bundle, Parser, answer, guarded, opened, outside, positive, say, trusted
 
 BUILT = "build.json"
+
+
+class BuildOptions(TypedDict, total=False):
+    """What `--workspace-mib` and `--timing-cache` ask of TensorRT; None: nothing."""
+
+    workspace_mib: Optional[int]
+    timing_cache: Optional[Path]
+
+
+class _Made(TypedDict):
+    library: str  # version
+    seconds: Optional[float]  # that it took; null where it was up to date
+
+
+class Built(_Made):
+    """An engine, as `build.py` prints it."""
+
+    engine: str  # name of its folder
+    onnx: str  # file in the bundle
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
@@ -90,11 +109,8 @@ def build(
     workspace_mib: Optional[int] = None,
     timing_cache: Optional[Path] = None,
     force: bool = False,
-) -> List[Dict[str, Any]]:
+) -> List[Built]:
     """One folder a runtime and precision in `out`; an engine that is up to date stays unless `force`.
-
-    Returns:
-        One row an engine: engine (folder name), onnx, library, seconds (None where it was up to date).
 
     Raises:
         EngineError: the bundle has no file of a precision, or a library refuses it.
@@ -107,7 +123,7 @@ def build(
     force = (
         force or workspace_mib is not None or timing_cache is not None
     )  # what is there may have been built without them
-    rows = []
+    rows: List[Built] = []
     for runtime in runtimes:
         for precision in dict.fromkeys(precisions):
             stem = bundle.form(runtime, precision)
@@ -116,25 +132,23 @@ def build(
                     f"{bundle.directory}: no {precision} ONNX for {runtime}; it has {sorted(bundle.onnx)}"
                 )
             folder = out / f"{runtime}-{precision}"
-            row = {"engine": folder.name, "onnx": bundle.onnx[stem]}
             library = None if force else _up_to_date(folder, bundle, stem, runtime)
             if library is not None:
                 say(f"{folder.name}: up to date")
-                rows.append(dict(row, library=library, seconds=None))
+                rows.append({"engine": folder.name, "onnx": bundle.onnx[stem], "library": library, "seconds": None})
                 continue
             say(f"{folder.name}: building from {bundle.onnx[stem]}")
-            options: Dict[str, Any] = {}
+            options: BuildOptions = {}
             if _has_timing_cache(runtime):
                 last = folder / TIMING_CACHE
                 ours = last.is_file() and trusted(bundle, folder)
                 options = {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
-            rows.append(dict(row, **_build(bundle, stem, runtime, precision, folder, options)))
+            made = _build(bundle, stem, runtime, precision, folder, options)
+            rows.append({"engine": folder.name, "onnx": bundle.onnx[stem], **made})
     return rows
 
 
-def _build(
-    bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path, options: Dict[str, Any]
-) -> Dict[str, Any]:
+def _build(bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path, options: BuildOptions) -> _Made:
     """Build beside, then take the place of what was there."""
     onnx = bundle.directory / bundle.onnx[stem]
     if sha256_file(onnx) != bundle.onnx_sha256(stem):
@@ -148,11 +162,11 @@ def _build(
         with naming(partial):
             BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
             info = load_info(partial, bundle.onnx_sha256(stem))
-            about = {"library": info.library, "seconds": round(time.time() - start, 1)}
-            options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+            made: _Made = {"library": info.library, "seconds": round(time.time() - start, 1)}
+            given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
             document = dict(
-                about, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision, onnx=bundle.onnx[stem],
-                onnx_sha256=info.onnx_sha256, options=options, device=before, clocks_after=jetson.clocks(), at=round(start),
+                made, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision, onnx=bundle.onnx[stem],
+                onnx_sha256=info.onnx_sha256, options=given, device=before, clocks_after=jetson.clocks(), at=round(start),
             )  # fmt: skip
             written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
         built_here.record(partial, needed=not trusted(bundle, partial))
@@ -163,7 +177,7 @@ def _build(
         os.replace(str(folder), str(old))
     os.replace(str(partial), str(folder))
     shutil.rmtree(str(old), ignore_errors=True)
-    return about
+    return made
 
 
 def _has_timing_cache(runtime: str) -> bool:

@@ -8,18 +8,28 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, TextIO, Tuple, TypedDict
 
 from .. import registry
 from ..errors import EngineError, RuntimeFailure, RuntimeUnavailable, printable
 from ..limits import MAX_DET
 from ..secure import built_here
-from ..secure.seal import MADE_HERE, MANIFEST, BundleRefused, pinned_key, verify
+from ..secure.seal import MADE_HERE, MANIFEST, About, BundleRefused, Manifest, pinned_key, verify
 from ..secure.slots import ROOT, ROOT_VARIABLE, Slots
 
 HERE = Path(__file__).resolve().parents[2]  # the bundle that this file was copied into
 ENGINES = "engines"
 STORAGE, INTERRUPTED = 6, 130  # exit codes
+
+
+class BundleId(TypedDict):
+    """Which bundle a result is of, and which model."""
+
+    name: str
+    version: int
+    manifest_sha256: str
+    recipe_fingerprint: Optional[str]
+    onnx: Dict[str, str]  # stem of each ONNX file -> its SHA-256
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Bundle:
     """
 
     directory: Path
-    manifest: Dict[str, Any]
+    manifest: Manifest
     name: str
     version: int
     names: Tuple[str, ...]
@@ -61,8 +71,8 @@ class Bundle:
         """Those that the bundle has files of."""
         return tuple(p for p in ("fp32", "fp16", "int8") if any(stem.split("-")[0] == p for stem in self.onnx))
 
-    def about(self) -> Dict[str, Any]:
-        """Which bundle a result is of, and which model: the SHA-256 of its ONNX files."""
+    def about(self) -> BundleId:
+        """For a document that says what it is of."""
         return {
             "name": self.name,
             "version": self.version,
@@ -72,7 +82,7 @@ class Bundle:
         }
 
 
-def max_det(manifest: Dict[str, Any]) -> int:
+def max_det(manifest: About) -> int:
     """Detections of an image that NMS keeps; ValueError where the manifest says no such number."""
     value = manifest.get("max_det", MAX_DET)
     if type(value) is not int or value < 1:
@@ -220,7 +230,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def mapping(manifest: Dict[str, Any], key: str, where: Path) -> Dict[str, Any]:
+def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[str, object]:
     """What the manifest says under a key that may be missing.
 
     Raises:

@@ -16,17 +16,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, TypedDict
 
 from ..errors import EngineError, RuntimeFailure
 from ..secure.seal import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
-from ..secure.slots import NAMES, ROOT, ROOT_VARIABLE, Slots
+from ..secure.slots import NAMES, ROOT, ROOT_VARIABLE, Mark, Slots
 from ..secure.unpack import unpack
 from .common import Parser, answer, guarded, mapping
 
 BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large net takes an hour on a small Jetson
 
 Step = Callable[[Path], None]
+
+
+class Status(TypedDict):
+    """What `status` prints, as JSON."""
+
+    root: str  # folder of the slots
+    current: Optional[str]  # slot that runs
+    version: Optional[int]  # of its bundle
+    newest: Optional[int]  # version that ever ran
+    slots: Dict[str, Optional[Mark]]  # "a", "b" -> what passed there
 
 
 class Unhealthy(RuntimeFailure):
@@ -81,9 +91,7 @@ def _run(slot: Path, command: List[str], seconds: float) -> None:
         raise Unhealthy(f"{slot / command[0]}: exit code {done.returncode}; current stays as it is\n{end}", code)
 
 
-def install(
-    slots: Slots, bundle: Path, force: bool = False, build: Step = build, health: Step = health
-) -> Dict[str, Any]:
+def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build, health: Step = health) -> Status:
     """Take a bundle in, prove it in the idle slot and switch to it.
 
     A call that was killed is repeated; where the same bundle runs already there is nothing to do.
@@ -107,7 +115,7 @@ def install(
         try:
             there = unpack(bundle, slots.incoming)
             manifest = verify(there, pinned_key())
-            mark = {
+            mark: Mark = {
                 "name": manifest.get("name"),
                 "version": manifest["version"],
                 "manifest_sha256": _manifest_sha256(there),
@@ -132,7 +140,7 @@ def _check_newer(bundle: Path, version: int, newest: Optional[int]) -> None:
         )
 
 
-def _take(slots: Slots, there: Path, mark: Dict[str, Any], build: Step, health: Step) -> None:
+def _take(slots: Slots, there: Path, mark: Mark, build: Step, health: Step) -> None:
     name = slots.idle()
     slots.fill(name, there)
     build(slots.path(name))
@@ -141,7 +149,7 @@ def _take(slots: Slots, there: Path, mark: Dict[str, Any], build: Step, health: 
     slots.switch(name)
 
 
-def _check(slots: Slots, name: str, mark: Dict[str, Any], health: Step) -> None:
+def _check(slots: Slots, name: str, mark: Mark, health: Step) -> None:
     """The slot holds what its mark says, unaltered, and it works."""
     verify(slots.path(name), pinned_key())
     if _manifest_sha256(slots.path(name)) != mark["manifest_sha256"]:
@@ -153,7 +161,7 @@ def _manifest_sha256(bundle: Path) -> str:
     return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
 
 
-def rollback(slots: Slots, health: Step = health) -> Dict[str, Any]:
+def rollback(slots: Slots, health: Step = health) -> Status:
     """Go to the older bundle in the other slot, after a look at its health.
 
     Raises:
@@ -163,12 +171,12 @@ def rollback(slots: Slots, health: Step = health) -> Dict[str, Any]:
     return _other(slots, health, older=True)
 
 
-def switch(slots: Slots, health: Step = health) -> Dict[str, Any]:
+def switch(slots: Slots, health: Step = health) -> Status:
     """Undo a roll-back: go to the newer bundle in the other slot. Raises as `rollback`."""
     return _other(slots, health, older=False)
 
 
-def _other(slots: Slots, health: Step, older: bool) -> Dict[str, Any]:
+def _other(slots: Slots, health: Step, older: bool) -> Status:
     with slots.locked():
         current, other = slots.current(), slots.idle()
         runs, waits = None if current is None else slots.mark(current), slots.mark(other)
@@ -186,8 +194,8 @@ def _other(slots: Slots, health: Step, older: bool) -> Dict[str, Any]:
         return status(slots)
 
 
-def status(slots: Slots) -> Dict[str, Any]:
-    """JSON types: root, current (slot), version (of it), newest (ever current), slots {a, b: mark or null}."""
+def status(slots: Slots) -> Status:
+    """What runs, and what waits in the other slot."""
     current = slots.current()
     marks = {name: slots.mark(name) for name in NAMES}
     runs = None if current is None else marks[current]

@@ -7,7 +7,7 @@ Shape suffixes: N truths, D detections that count, T IoU thresholds, A area rang
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Dict, NamedTuple, Sequence, Tuple
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 
@@ -199,9 +199,19 @@ def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarra
     return np.append(best_D, 0.0)[np.searchsorted(found_D / truths, RECALLS_R, side="left")]
 
 
+class MeanAP(TypedDict):
+    """COCO's box AP, a fraction; null of a class without ground truth."""
+
+    map50_95: float  # mean over the classes with ground truth, IoU 0.5 to 0.95
+    map50: float  # the same at IoU 0.5
+    per_class: Dict[str, Optional[float]]  # class name -> AP, IoU 0.5 to 0.95
+    per_class_50: Dict[str, Optional[float]]
+    counts: Dict[str, int]  # class name -> boxes of the ground truth
+
+
 def mean_ap(
     truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
-) -> Dict[str, Any]:
+) -> MeanAP:
     """COCO's box AP over all areas, areas taken from the boxes.
 
     Args:
@@ -211,8 +221,7 @@ def mean_ap(
         most: detections of a class in an image that count, best first.
 
     Returns:
-        map50_95 and map50 (fractions, mean over the classes that have ground truth), per_class and per_class_50
-        ({name: AP, or None where there is no ground truth}), counts ({name: boxes}). No detections at all is 0.0.
+        The AP; without any detections it is 0.0.
 
     Raises:
         ValueError: no ground truth at all, names that repeat, or what `match` refuses.

@@ -7,7 +7,25 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional, TypedDict, cast
+
+
+class DeviceState(TypedDict, total=False):
+    """Identity and power state of a machine. What cannot be read is absent."""
+
+    cpu: str  # name of the processor
+    cpus: int  # processors that this process may run on
+    machine: str  # architecture, "aarch64"
+    system: str  # kernel and system
+    python: str  # version
+    governor: str  # of the first processor's clock
+    cpu_khz: str  # clock of the first processor now
+    load_average: List[float]  # of 1, 5 and 15 minutes
+    temperatures_c: Dict[str, float]  # thermal zone -> degrees Celsius
+    board: str  # from the device tree
+    l4t: str  # release of a Jetson's system
+    nvpmodel: str  # power mode of a Jetson
+    gpu: str  # name, driver, power limit, clock and temperature, by nvidia-smi
 
 
 def read_line(path: str) -> Optional[str]:
@@ -45,15 +63,15 @@ def ask(command: List[str]) -> Optional[str]:
     return done.stdout.decode("utf-8", "replace").strip() or None if done.returncode == 0 else None
 
 
-def device_state() -> Dict[str, Any]:
-    """Identity and power state, as a JSON object: processor, governor, load, temperatures; Jetson and GPU if present."""
+def device_state() -> DeviceState:
+    """The state now."""
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     temperatures = {}
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
         reading = read_line(str(zone / "temp"))
         if reading and reading.lstrip("-").isdigit():
             temperatures[read_line(str(zone / "type")) or zone.name] = int(reading) / 1000
-    state: Dict[str, Optional[Any]] = {
+    state = {
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
         "machine": platform.machine(),
@@ -74,4 +92,4 @@ def device_state() -> Dict[str, Any]:
             ]
         ),
     }
-    return {key: value for key, value in state.items() if value is not None}
+    return cast(DeviceState, {key: value for key, value in state.items() if value is not None})

@@ -8,7 +8,7 @@ lie as low as `floor`, so that a score near the threshold is a difference of sco
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 
@@ -41,16 +41,68 @@ class Difference(NamedTuple):
     compared: int
 
 
-def check(bundle: Path, backend: Backend, runtime: str, library: str) -> Dict[str, Any]:
+class Image(TypedDict):
+    """A golden image."""
+
+    file: str  # .npy in `golden/`
+    name: str  # of the validation image
+
+
+class EngineOf(TypedDict):
+    """The engine that an expectation is of."""
+
+    executed: str  # the arithmetic that its library chose, in words
+    library: str  # its version; "none" where the file was evaluated node by node
+
+
+class Tolerance(TypedDict):
+    """How far a robot may be off."""
+
+    of: str  # which of `Difference`'s figures count: "worst" or "most"
+    box_px: float
+    score: float
+    unmatched: int  # boxes without partner
+
+
+class Golden(TypedDict):
+    """golden.json."""
+
+    schema: int
+    conf: float  # score that a detection of one side needs to have a partner on the other
+    floor: float  # the least score of such a partner
+    iou: float  # of NMS
+    images: List[Image]
+    boxes: int  # above `conf` in all images
+    engines: Dict[str, EngineOf]  # "runtime-precision" ->
+    tolerances: Dict[str, Tolerance]  # precision, or `SAME` ->
+    tolerances_from: str  # how they were found
+    images_measured: int  # that they were found on
+    measured: Dict[str, Dict[str, float]]  # two engines, separated by a space -> their `Difference`
+    expected: Dict[str, List[List[List[float]]]]  # "runtime-precision" -> image -> [x1, y1, x2, y2, score, class], px
+
+
+class SelfTest(TypedDict):
+    """What the self-test finds of one engine: `Difference`, and the verdict."""
+
+    worst_box_px: float
+    worst_score: float
+    most_box_px: float
+    most_score: float
+    unmatched: int
+    compared: int
+    passed: bool
+    against: str  # "runtime-precision" of the expectation
+    tolerance: Tolerance
+    reason: Optional[str]  # null where it passed
+
+
+def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
     """Run the golden images through an engine and compare.
 
     Args:
         bundle: directory of a bundle that `seal.verify` has seen.
         backend: an opened engine; stays open.
         runtime, library: its runtime, and the version of the library.
-
-    Returns:
-        `Difference` as a mapping, `passed`, `against` (the expectation's engine), `tolerance`, `reason` (None when passed).
 
     Raises:
         EngineError: the bundle expects nothing of this precision, or its golden.json is of another form.
@@ -59,7 +111,7 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> Dict[st
     golden, images = load(bundle)
     own = f"{runtime}-{backend.precision}"
     try:
-        expected: Dict[str, List[Any]] = golden["expected"]
+        expected = golden["expected"]
         against = (
             own if own in expected else next((key for key in sorted(expected) if key.endswith(own[len(runtime) :])), "")
         )
@@ -76,10 +128,21 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> Dict[st
         reason = _reason(worst, tolerance)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{bundle / FOLDER / FILE}: of another form ({error!r}); make the bundle again") from error
-    return dict(worst._asdict(), passed=reason is None, against=against, tolerance=tolerance, reason=reason)
+    return {
+        "worst_box_px": worst.worst_box_px,
+        "worst_score": worst.worst_score,
+        "most_box_px": worst.most_box_px,
+        "most_score": worst.most_score,
+        "unmatched": worst.unmatched,
+        "compared": worst.compared,
+        "passed": reason is None,
+        "against": against,
+        "tolerance": tolerance,
+        "reason": reason,
+    }
 
 
-def load(bundle: Path) -> Tuple[Dict[str, Any], List[np.ndarray]]:
+def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
     """golden.json, and the images as uint8 RGB, images_HW3.
 
     Raises:
@@ -87,7 +150,7 @@ def load(bundle: Path) -> Tuple[Dict[str, Any], List[np.ndarray]]:
     """
     file = bundle / FOLDER / FILE
     try:
-        golden = json_text.read(file)
+        golden: Golden = json_text.read(file)
         if golden["schema"] != SCHEMA:
             raise EngineError(f"{file}: schema {golden['schema']!r}, {SCHEMA} expected; make the bundle again")
         images = [read_image(bundle / FOLDER / image["file"]) for image in golden["images"]]
@@ -138,7 +201,7 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
     return pairs
 
 
-def _reason(found: Difference, tolerance: Dict[str, Any]) -> Optional[str]:
+def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
     """What is beyond its tolerance, in words."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
     beyond = [

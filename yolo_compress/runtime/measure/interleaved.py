@@ -10,9 +10,10 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Optional, Sequence
+from typing import IO, Any, Callable, List, Optional, Sequence, Union
 
 from ..errors import LatencyError
+from .messages import About, Measured, Round, RoundRequest, Spec
 
 _PACKAGE = __name__.rpartition(".")[0]
 MODULE = _PACKAGE + ".latency"
@@ -24,7 +25,7 @@ STDERR_KEPT = 2000  # characters of a failed child's stderr that are reported
 class _Child:
     """One measuring process; killed on any failure and at the end."""
 
-    def __init__(self, spec: Dict[str, Any]) -> None:
+    def __init__(self, spec: Spec) -> None:
         self.label = str(spec.get("label") or spec.get("engine") or spec.get("module"))
         self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -37,8 +38,18 @@ class _Child:
             universal_newlines=True,
         )
 
-    def ask(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """One request line, one reply; LatencyError with the child's last words if it dies, hangs or talks nonsense."""
+    def start(self, spec: Spec) -> About:
+        """Have it open what the spec names."""
+        about: About = self._ask(spec)
+        return about
+
+    def one_round(self, n: int) -> Round:
+        """Have it time `n` calls."""
+        reply: Round = self._ask({"n": n})
+        return reply
+
+    def _ask(self, request: Union[Spec, RoundRequest]) -> Any:
+        """One request line, one reply, a JSON object; LatencyError with the child's last words if it dies, hangs or talks nonsense."""
         assert self._process.stdin is not None and self._process.stdout is not None
         hung = threading.Event()
 
@@ -91,39 +102,38 @@ class _Child:
 
 
 def measure_in_turn(
-    specs: Sequence[Dict[str, Any]],
+    specs: Sequence[Spec],
     rounds: int,
     n_per_round: int,
     progress: Optional[Callable[[int], Any]] = None,
-) -> List[Dict[str, Any]]:
+) -> List[Measured]:
     """Samples of each engine from `rounds` rounds; odd rounds go through the engines backwards.
 
     Args:
-        specs: see latency.py; `label` names one in errors.
+        specs: what is measured.
         rounds: an even number cancels linear drift.
         n_per_round: samples of one engine in one round.
         progress: called with 1 after each round of each engine; rounds * len(specs) times in all.
 
     Returns:
-        For each spec, in order: what `Served.about` says (executed, threads, device, ...), `samples_ms` (all),
-        `rounds_ms` (the same by round), `quiet` (False if its threads kept spinning into others' rounds), `memory_mib`
-        (peak of its process, or None).
+        What was measured of each spec, in order.
 
     Raises:
         LatencyError: a process failed; names the engine and carries the end of its stderr. All processes are ended.
     """
     children: List[_Child] = []
     try:
-        results: List[Dict[str, Any]] = []
+        results: List[Measured] = []
         for spec in specs:  # one at a time: loading is heavy
             children.append(_Child(spec))
-            results.append(dict(children[-1].ask(spec), samples_ms=[], rounds_ms=[], quiet=True))
+            about = children[-1].start(spec)
+            results.append({**about, "samples_ms": [], "rounds_ms": [], "quiet": True, "memory_mib": None})
         for number in range(rounds):
             order = list(range(len(children)))
             if number % 2:
                 order.reverse()
             for index in order:
-                reply, result = children[index].ask({"n": n_per_round}), results[index]
+                reply, result = children[index].one_round(n_per_round), results[index]
                 result["samples_ms"] += reply["samples_ms"]
                 result["rounds_ms"].append(reply["samples_ms"])
                 result["quiet"] = result["quiet"] and reply["quiet"]

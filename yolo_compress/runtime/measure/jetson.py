@@ -12,9 +12,9 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, cast
 
-from .device import ask, device_state, read_line
+from .device import DeviceState, ask, device_state, read_line
 
 RAILS = "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"
 CLOCKS = {
@@ -36,6 +36,13 @@ _TEGRASTATS = re.compile(
 _POWER_NAME = re.compile(r"VDD|POM|VIN|^(GPU|CPU|SOC|CV|VDDRQ|SYS5V)$")
 
 
+class JetsonState(DeviceState, total=False):
+    """`DeviceState`, and what a Jetson has more."""
+
+    clocks: Dict[str, int]  # key of `CLOCKS` -> Hz or kHz, as its name says
+    jetpack: str  # version
+
+
 class Rail(NamedTuple):
     """A measured supply: files of millivolts and milliamperes."""
 
@@ -44,11 +51,11 @@ class Rail(NamedTuple):
     milliamperes: Path
 
 
-def state(root: Path = Path("/")) -> Dict[str, Any]:
+def state(root: Path = Path("/")) -> JetsonState:
     """`device_state` with JetPack and clocks."""
-    found = dict(device_state(), clocks=clocks(root))
+    found: Dict[str, object] = dict(device_state(), clocks=clocks(root))
     found["jetpack"] = ask(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack"])
-    return {key: value for key, value in found.items() if value}
+    return cast(JetsonState, {key: value for key, value in found.items() if value})
 
 
 def clocks(root: Path = Path("/")) -> Dict[str, int]:

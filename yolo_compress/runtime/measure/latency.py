@@ -4,14 +4,7 @@
 argument it serves `measure_in_turn`, one JSON line in, one out. Engines do not share a process because one library's waiting
 threads slow the next one by up to 40 %.
 
-A spec is a JSON object:
-  engine      directory of the engine
-  threads     of one inference; null = every usable processor
-  inputs      .npy file, float32 RGB [N, 3, H, W] in 0..1 (real images, letterboxed); null = noise, and the result says so
-  batch       images of one inference, where the engine takes any number; default 1
-  warmup_ms, warmup_n   both are reached before the first sample; default 200 ms and 50 (quick: 30 ms and 5)
-  quick       smaller warm-up, for tests and first looks
-  module      that serves it; default this one
+A spec is a JSON object, `messages.Spec`.
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import numpy as np
 
@@ -31,6 +24,7 @@ from ..detect.pre import LUMA_3
 from ..engine import open_engine
 from .device import device_state, read_line
 from .interleaved import measure_in_turn
+from .messages import About, Percentiles, Round, RoundRequest, Spec
 
 __all__ = ["LEAST_SAMPLES", "Served", "main", "measure", "measure_in_turn", "open_spec", "percentiles"]
 
@@ -75,20 +69,26 @@ def measure(
     return samples * 1e3
 
 
-def percentiles(samples_ms: Sequence[float]) -> Dict[str, Optional[float]]:
+def percentiles(samples_ms: Sequence[float]) -> Percentiles:
     """p50, p90, p95 and p99 in ms with `latency_n`; None where there are fewer samples than `LEAST_SAMPLES`."""
-    result: Dict[str, Optional[float]] = {}
-    for percent, least in LEAST_SAMPLES.items():
-        enough = len(samples_ms) >= least
-        result[f"latency_p{percent}_ms"] = float(np.percentile(samples_ms, percent)) if enough else None
-    result["latency_n"] = len(samples_ms)
-    return result
+
+    def at(percent: int) -> Optional[float]:
+        enough = len(samples_ms) >= LEAST_SAMPLES[percent]
+        return float(np.percentile(samples_ms, percent)) if enough else None
+
+    return {
+        "latency_p50_ms": at(50),
+        "latency_p90_ms": at(90),
+        "latency_p95_ms": at(95),
+        "latency_p99_ms": at(99),
+        "latency_n": len(samples_ms),
+    }
 
 
 class Served:
     """An opened backend with its inputs bound, answering requests for rounds; what a child process holds."""
 
-    def __init__(self, backend: Backend, spec: Dict[str, Any]) -> None:
+    def __init__(self, backend: Backend, spec: Spec) -> None:
         quick = bool(spec.get("quick", False))
         self.backend, self.spec = backend, spec
         self.warmup_ms = float(spec.get("warmup_ms", 30.0 if quick else 200.0))
@@ -98,7 +98,7 @@ class Served:
         ]
         self._warm = False
 
-    def about(self) -> Dict[str, Any]:
+    def about(self) -> About:
         """What runs, and where."""
         return {
             "executed": self.backend.executed,
@@ -110,7 +110,7 @@ class Served:
             "device": device_state(),
         }
 
-    def one_round(self, n: int) -> Dict[str, Any]:
+    def one_round(self, n: int) -> Round:
         """n samples after a warm-up (long the first time), then silence: library threads no longer spin on return."""
         warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
         samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
@@ -153,13 +153,13 @@ def _wait_for_quiet() -> bool:
     return False
 
 
-def open_spec(spec: Dict[str, Any]) -> Backend:
+def open_spec(spec: Spec) -> Backend:
     """Open the engine that a spec names."""
     return open_engine(Path(spec["engine"]), threads=spec.get("threads"), onnx_sha256=spec.get("onnx_sha256"))
 
 
-def main(open_backend: Callable[[Dict[str, Any]], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
-    """Serve lines, or measure the spec given as argument; other packages pass their own `open_backend`.
+def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
+    """Serve lines, or measure the spec given as argument; other packages pass their own `open_backend`, with a spec of their own.
 
     File descriptor 1 is set aside first, so that nothing a library prints can break the protocol.
     """
@@ -170,13 +170,14 @@ def main(open_backend: Callable[[Dict[str, Any]], Backend] = open_spec, argv: Op
     with open_backend(spec) as backend:
         served = Served(backend, spec)
         if arguments:
-            result = dict(served.about(), **served.one_round(int(spec.get("n", 1000))))
-            result.update(percentiles(result["samples_ms"]))
+            taken = served.one_round(int(spec.get("n", 1000)))
+            result = dict(served.about(), **taken, **percentiles(taken["samples_ms"]))
             print(json.dumps(result), file=replies, flush=True)
             return 0
         print(json.dumps(served.about()), file=replies, flush=True)
         for line in sys.stdin:
-            print(json.dumps(served.one_round(int(json.loads(line)["n"]))), file=replies, flush=True)
+            request: RoundRequest = json.loads(line)
+            print(json.dumps(served.one_round(int(request["n"]))), file=replies, flush=True)
     return 0
 
 

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, TypedDict
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ..backends.base import PRECISIONS
 from ..commands.common import Parser, answer, guarded
 from ..engine import BACKENDS, open_engine
 from ..errors import EngineError
-from .device import device_state
+from .device import DeviceState, device_state
 from .latency import measure
 
 SCHEMA = 1
@@ -33,16 +33,45 @@ TIMED_RUNS = 100
 ROUNDS = 3  # the networks take turns, so that drift meets all of them alike
 
 
-def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> Dict[str, Any]:
+class _Macs(TypedDict):
+    file: str  # ONNX, in the folder of `layers.json`
+    macs: Dict[str, float]  # convolution -> MACs of one image
+
+
+class Network(_Macs, total=False):
+    """One network of `layers.json`."""
+
+    precision: str  # that it is timed in; default: the one asked for
+
+
+class _Probe(TypedDict):
+    networks: List[Network]  # the first one at full width
+    nodes: Dict[str, str]  # convolution -> the part of a node's name that it and its activation share
+    imgsz: List[int]  # [height, width] of the input, px
+
+
+class Probe(_Probe, total=False):
+    """`layers.json`."""
+
+    convs: Dict[str, str]  # convolution -> its ONNX node; each has to have a node of the engine to itself
+
+
+class LayerTable(TypedDict):
+    """The table. A curve is a list of [MACs, ms], one a network."""
+
+    schema: int
+    runtime: str
+    precision: str
+    imgsz: List[int]  # [height, width] of the input, px
+    threads: Optional[int]  # of one inference on a CPU; null: every usable processor
+    device: DeviceState
+    whole_ms: float  # one inference of the first network
+    layers: Dict[str, List[List[float]]]  # convolution -> its curve, activation included
+    rest: List[List[float]]  # of all other nodes, over the square root of all MACs
+
+
+def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> LayerTable:
     """Build each network of the folder, time its layers and the whole, and return the table.
-
-    A network of `layers.json` may have a `precision` of its own. With `convs` there (convolution -> its ONNX node) every
-    convolution has to have a node of the engine to itself.
-
-    Returns:
-        `schema`, `runtime`, `precision`, `imgsz`, `threads`, `device`, `whole_ms` (the first network, at full width),
-        `layers` (convolution -> [[MACs, ms], ...], its activation included), `rest` ([[square root of all MACs, ms], ...]
-        of all other nodes).
 
     Raises:
         EngineError: not a folder of `probe`, the library rejects a network, or a convolution of `convs` cannot be told apart.
@@ -99,14 +128,14 @@ def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, 
     return [{name: min(each[name] for each in taken if name in each) for name in taken[0]} for taken in rounds]
 
 
-def _described(folder: Path) -> Dict[str, Any]:
+def _described(folder: Path) -> Probe:
     """`layers.json`, if it has the form that `yolo-compress probe` gives it.
 
     Raises:
         EngineError: it has not, or is not there.
     """
     try:
-        found = json_text.read(folder / LAYERS)
+        found: Probe = json_text.read(folder / LAYERS)
         networks, nodes, imgsz = found["networks"], found["nodes"], found["imgsz"]
         texts = [*nodes.values(), *found.get("convs", {}).values(), *(one["file"] for one in networks)]
         numbers = [*imgsz, *(macs for one in networks for macs in one["macs"].values())]
@@ -122,7 +151,7 @@ def _described(folder: Path) -> Dict[str, Any]:
             raise ValueError("of another form")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{folder}: no readable {LAYERS} ({error}); write it with yolo-compress probe") from error
-    return dict(found)
+    return found
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:

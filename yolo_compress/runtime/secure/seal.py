@@ -16,10 +16,11 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, TypedDict, cast
 
 from .. import json_text
 from ..errors import EngineError, naming
+from ..files import FileEntry
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -36,18 +37,62 @@ MAX_MANIFEST_BYTES = 8 << 20  # 50,000 files; a larger one is no manifest
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
+class Validation(TypedDict, total=False):
+    """The validation images of the workstation."""
+
+    digest: str  # of the workstation's own record of them
+    content: str  # as `measure.groundtruth.image_set` gives it, from the images and their boxes
+    images: int
+
+
+class GoldenAbout(TypedDict):
+    """The golden images, in short; golden.json holds the rest."""
+
+    images: int
+    boxes: int
+    conf: float
+    tolerances: Mapping[str, object]  # precision -> `measure.golden.Tolerance`
+
+
+class About(TypedDict, total=False):
+    """What a bundle is, as `yolo-compress bundle` says it. `commands.common.opened` checks what the commands read of it."""
+
+    name: str  # of the recipe
+    target: str  # what it is configured for: "plain", "triton", ...
+    names: List[str]  # class names in the order of their index
+    imgsz: List[int]  # [height, width] of the input, px
+    max_det: int  # detections of an image that NMS keeps
+    onnx: Dict[str, str]  # stem ("int8-openvino") -> file
+    gate: Mapping[str, object]  # of the report, and `forced`: whether the bundle was made although it failed
+    golden: GoldenAbout
+    val: Validation
+    made_with: Mapping[str, object]  # commit, Python and package versions of the workstation
+    recipe_fingerprint: Optional[str]  # of the report's artefact
+
+
+class Versioned(About):
+    """A bundle that is being made."""
+
+    version: int  # rises from bundle to bundle
+
+
+class Manifest(Versioned):
+    """manifest.json. `verify` checks `version` and these two."""
+
+    schema: int
+    files: Dict[str, FileEntry]  # name, relative and with `/` ->
+
+
 class BundleRefused(EngineError):
     """A bundle that is damaged, altered, older than allowed, or not signed by the pinned key."""
 
 
-def seal(
-    directory: "str | os.PathLike[str]", about: Dict[str, Any], version: int, seed: Optional[bytes]
-) -> Dict[str, Any]:
+def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: Optional[bytes]) -> Manifest:
     """Hash every file below `directory`, write the manifest last, and sign it where there is a seed.
 
     Args:
         directory: of the bundle, complete but for manifest and signature.
-        about: what else the manifest says; JSON types only.
+        about: what else the manifest says.
         version: rises from bundle to bundle; a robot can refuse an older one.
         seed: 32 bytes of the private key; None leaves the bundle unsigned.
 
@@ -58,12 +103,12 @@ def seal(
         BundleRefused: a link or another thing that is no plain file lies in the folder, or a name that `verify` would refuse.
     """
     root = Path(directory)
-    files = {}
+    files: Dict[str, FileEntry] = {}
     for name in _listed(root):
         _check_name(name, root / MANIFEST)
         size, digest = _hashed(root / name)
         files[name] = {"sha256": digest, "size": size}
-    manifest = dict(about, schema=SCHEMA, version=int(version), files=files)
+    manifest: Manifest = {**about, "schema": SCHEMA, "version": int(version), "files": files}
     content = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
     _formed(content, root / MANIFEST)
     written(root / MANIFEST, content)
@@ -79,7 +124,7 @@ def seal(
 
 def verify(
     directory: "str | os.PathLike[str]", public_key: Optional[bytes] = None, at_least: Optional[int] = None
-) -> Dict[str, Any]:
+) -> Manifest:
     """Compare every byte below `directory` with the manifest, and the manifest with its signature.
 
     Args:
@@ -169,10 +214,12 @@ def _check_signature(root: Path, content: bytes, public_key: bytes) -> None:
         raise BundleRefused(f"{root / MANIFEST}: not signed by the pinned key (altered, or another signer); refused")
 
 
-def _formed(content: bytes, where: Path) -> Dict[str, Any]:
+def _formed(content: bytes, where: Path) -> Manifest:
     """The manifest, if it has the form that `seal` gives it."""
     try:
-        manifest = json_text.parse(content)  # a key twice is refused: two readers may not see two manifests in one file
+        manifest: Any = json_text.parse(
+            content
+        )  # a key twice is refused: two readers may not see two manifests in one file
     except ValueError as error:
         raise BundleRefused(f"{where}: damaged ({error}); copy the bundle again") from error
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")) or manifest["schema"] != SCHEMA:
@@ -193,7 +240,7 @@ def _formed(content: bytes, where: Path) -> Dict[str, Any]:
             or not _HEX.fullmatch(vouched["sha256"])
         ):
             raise BundleRefused(f"{where}: {name!r} has {str(vouched)[:100]}, its sha256 and size expected")
-    return manifest
+    return cast(Manifest, manifest)
 
 
 def _is_count(value: Any) -> bool:
@@ -237,7 +284,7 @@ def _listed(root: Path) -> Iterable[str]:
                 raise BundleRefused(f"{root / name}: {kind}, which no bundle holds; refused")
 
 
-def _check_file(path: Path, vouched: Dict[str, Any]) -> None:
+def _check_file(path: Path, vouched: FileEntry) -> None:
     size = os.lstat(str(path)).st_size
     if size != vouched["size"]:
         raise BundleRefused(f"{path}: {size} bytes, {vouched['size']} expected (truncated?); copy the bundle again")

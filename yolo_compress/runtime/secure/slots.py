@@ -20,16 +20,34 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, TypedDict, Union
 
 from .. import json_text
 from ..errors import EngineError, RuntimeFailure
-from .seal import BundleRefused, written
+from .seal import BundleRefused, Manifest, written
 
 ROOT = "/var/lib/yolo_compress"  # unless the variable or --root says otherwise
 ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
 NAMES = ("a", "b")
 STATE_SCHEMA = 1
+
+
+class _Passed(TypedDict):
+    version: int
+    manifest_sha256: str
+
+
+class Mark(_Passed, total=False):
+    """Which bundle a slot holds, written when its engines had passed."""
+
+    name: Optional[str]
+
+
+class State(TypedDict):
+    """state.json."""
+
+    schema: int
+    newest: int  # version
 
 
 class SlotsBusy(RuntimeFailure):
@@ -96,13 +114,14 @@ class Slots:
         """Name of the slot that does not run."""
         return "b" if self.current() == "a" else "a"
 
-    def mark(self, name: str) -> Optional[Dict[str, Any]]:
-        """What was written when the slot passed: name, version, manifest_sha256; None where it has not."""
-        return _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
+    def mark(self, name: str) -> Optional[Mark]:
+        """What was written when the slot passed; None where it has not."""
+        found: Optional[Mark] = _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
+        return found
 
     def newest(self) -> Optional[int]:
         """The highest version that was ever current here; None before the first installation."""
-        state = _read(self._state, {"schema": int, "newest": int})
+        state: Optional[State] = _read(self._state, {"schema": int, "newest": int})
         current = self.current()
         mark = None if current is None else self.mark(current)
         if current is not None and mark is None:
@@ -116,7 +135,7 @@ class Slots:
         mark = None if current is None else self.mark(current)
         return None if mark is None else mark.get("name")
 
-    def check_product(self, manifest: Dict[str, Any], bundle: Path) -> None:
+    def check_product(self, manifest: Manifest, bundle: Path) -> None:
         """One key may sign bundles of several products; a robot's slots hold those of one.
 
         Raises:
@@ -146,7 +165,7 @@ class Slots:
         os.rename(str(bundle), str(self.path(name)))
         sync_folder(self.path(name).parent)
 
-    def accept(self, name: str, mark: Dict[str, Any]) -> None:
+    def accept(self, name: str, mark: Mark) -> None:
         """Put a slot's engines on the disk, then its mark."""
         sync_tree(self.path(name))
         _write(self.path(name + ".json"), mark)
@@ -184,8 +203,8 @@ def sync_tree(path: Path) -> None:
         sync_folder(Path(folder))
 
 
-def _read(path: Path, wanted: Dict[str, type]) -> Optional[Dict[str, Any]]:
-    """A small JSON object of ours; None where there is none.
+def _read(path: Path, wanted: Dict[str, type]) -> Any:
+    """A small JSON object of ours that has the keys `wanted`, of these types; None where there is none.
 
     Raises:
         EngineError: it is damaged: every write here is whole, so somebody else was at it.
@@ -201,6 +220,6 @@ def _read(path: Path, wanted: Dict[str, type]) -> Optional[Dict[str, Any]]:
     return document
 
 
-def _write(path: Path, document: Dict[str, Any]) -> None:
+def _write(path: Path, document: Union[Mark, State]) -> None:
     written(path, (json.dumps(document, sort_keys=True) + "\n").encode("utf-8"))
     sync_folder(path.parent)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ...errors import EngineError, RuntimeUnavailable
-from ..base import SIDECAR, describe_onnx, save_info
+from ..base import SIDECAR, Options, describe_onnx, save_info
 from . import cuda
 from .library import ENGINE_FILE, GPU, RUNTIME, library
 from .log import builder, logger
@@ -46,7 +46,7 @@ def build(
         EngineError: the parser or builder refuses, or the graph cannot give the precision.
     """
     trt = library()
-    options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
+    options: Options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
     info = describe_onnx(onnx, RUNTIME, precision, trt.__version__, names, imgsz, options)
     info.built_on[GPU] = cuda.device_name()  # a plan is of a GPU too
     log = logger(trt)

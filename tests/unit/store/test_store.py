@@ -16,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
-from yolo_compress.store.artifact import Artifact, Manifest, Store, atomic_write, canonical, fingerprint, sha256_file
+from yolo_compress.files.atomic import atomic_write
+from yolo_compress.store.collect import gc
+from yolo_compress.store.fingerprint import canonical, explain, fingerprint
+from yolo_compress.store.manifest import Artifact, Manifest, sha256_file
+from yolo_compress.store.store import Store
 
 PAYLOAD = {"model.pt": b"weights" * 300, "plots/gamma.json": b"[1, 2]", "empty.txt": b""}
 
@@ -315,7 +319,9 @@ KILLED_STAGES = """
 import os, shutil, sys
 from pathlib import Path
 from yolo_compress.files import atomic
-from yolo_compress.store.artifact import Store, atomic_write, fingerprint
+from yolo_compress.files.atomic import atomic_write
+from yolo_compress.store.fingerprint import fingerprint
+from yolo_compress.store.store import Store
 
 def stage(store):
     key = {"stage": "prune", "version": 3, "config": {"epochs": 2, "sizes": (1, 2)}, "inputs": {}}
@@ -392,13 +398,13 @@ def test_a_kill_at_any_step_of_a_replacement_leaves_the_old_or_the_new(tmp_path:
         store = Store(tmp_path / str(n))
         store.link("bccd", Artifact(store.directory("prune", name), old))
         if n % 2:
-            store.gc({name})  # whatever it finds, as the next command of a user
+            gc(store, {name})  # whatever it finds, as the next command of a user
         found = store.linked("bccd", "prune")
         assert found is not None and found == store.find("prune", name)
         store.verify(found)
         states.append("old" if found.manifest == old else "new")
         assert (found.metrics == {"map50_95": 0.5}) == (states[-1] == "new")
-        store.gc({name})
+        gc(store, {name})
         assert {entry for entry in entries(store) if not entry.endswith(".partial")} == {found.path.name}
     assert states == sorted(states, reverse=True) and states.count("old") > 10 and states.count("new") > 6
 
@@ -458,7 +464,8 @@ def test_a_committed_partial_that_was_written_to_is_not_published(store: Store) 
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from yolo_compress.store.artifact import Store, fingerprint
+from yolo_compress.store.fingerprint import fingerprint
+from yolo_compress.store.store import Store
 key = {"stage": "prune", "version": 3, "config": {"epochs": 2, "sizes": (1, 2)}, "inputs": {}}
 print("ready", flush=True)
 sys.stdin.readline()
@@ -499,7 +506,7 @@ def test_the_friendly_name_follows_and_may_dangle(store: Store) -> None:
     store.link("bccd", two)
     assert os.readlink(store.root / "bccd" / "prune") == f"../store/{two.path.name}"
     assert store.linked("bccd", "prune") == two
-    assert store.explain(key_of(9), two) == ["prune.epochs: 2 -> 9"]
+    assert explain(key_of(9), two.manifest.key) == ["prune.epochs: 2 -> 9"]
     shutil.rmtree(two.path)
     assert store.linked("bccd", "prune") is None
 
@@ -532,14 +539,14 @@ def test_gc_drops_what_no_recipe_needs_and_nothing_else(store: Store, tmp_path: 
     (store.root / "yolov8l.pt").write_bytes(b"source")
     size = sum(path.stat().st_size for path in dropped.path.rglob("*") if path.is_file())
 
-    removed = store.gc({kept.fingerprint, damaged.fingerprint})
+    removed = gc(store, {kept.fingerprint, damaged.fingerprint})
 
     assert set(removed) == {dropped.path, damaged.path, stale, link}
     assert removed[dropped.path] == size and removed[stale] == 100
     whole = {f"store/{kept.path.name}/{name}" for name in (*PAYLOAD, "manifest.json")}
     assert tree(store.root) == {"yolov8l.pt", "store/notes.txt", "store/.publishing"} | whole
     assert resumable.is_dir() and (outside / "precious.pt").exists()
-    assert store.gc({kept.fingerprint}) == {}
+    assert gc(store, {kept.fingerprint}) == {}
     store.verify(kept)
 
 
@@ -550,8 +557,8 @@ def test_a_killed_gc_leaves_no_half_artefact(store: Store) -> None:
     (trash / "model.pt").unlink()
     assert store.find("prune", made.fingerprint) is None
     store.verify(make(store))
-    assert list(store.gc({made.fingerprint})) == [trash]
+    assert list(gc(store, {made.fingerprint})) == [trash]
 
 
 def test_gc_of_an_absent_store_removes_nothing(store: Store) -> None:
-    assert store.gc(set()) == {}
+    assert gc(store, set()) == {}

@@ -1,0 +1,139 @@
+"""The types of the A/B document, schema 1: the baseline or any model A against B. Figures that do not exist are null."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+
+class Side(TypedDict):
+    """What the document says of one model."""
+
+    label: str
+    row: NotRequired[str]  # id of its bench row; absent where `ab` made the document
+    executed: NotRequired[str]  # the arithmetic that ran, in words; of `ab` alone, as `imgsz`
+    imgsz: NotRequired[list[int]]  # [height, width] of the input, px
+
+
+class Settings(TypedDict):
+    margin: float  # share of A's map50_95 that B may lose
+    conf: float  # score that a detection must exceed to be shown
+    replicates: int  # bootstrap resamples
+    seed: int
+    iou: float  # at which a detection finds an object
+
+
+class ABVerdict(TypedDict):
+    status: Literal["pass", "fail", "inconclusive"]
+    line: str
+    smallest_difference: float | None  # in map50_95 that these images can show; null without an interval
+
+
+class Difference(TypedDict):
+    """mAP of both models; all null where there is no object."""
+
+    a: float | None
+    b: float | None
+    delta: float | None  # b - a
+    low: float | None  # ends of the 95 % interval of delta
+    high: float | None
+
+
+class Total(Difference):
+    interval_a: list[float | None]  # [low, high] of a
+    interval_b: list[float | None]
+
+
+class Part(Difference):
+    name: str  # of a class, or "small", "medium", "large"
+    truths: int  # objects
+
+
+class Shown(TypedDict):
+    """One model at score `conf`."""
+
+    recall: float
+    missed: int  # objects
+    false_positives: int
+    false_positives_per_image: float
+
+
+class McNemar(TypedDict):
+    a_only: int  # objects that A alone finds
+    b_only: int
+    images: int  # where the models differ
+    p: float  # of McNemar's exact test by image
+
+
+class ScoreShift(TypedDict):
+    """Score of B minus score of A, of detections that both have; null where there are none."""
+
+    median: float | None
+    p10: float | None
+    p90: float | None
+
+
+class Agreement(TypedDict):
+    matched: int  # detections that both have
+    median_iou: float | None
+    p05_iou: float | None
+
+
+class Operating(TypedDict):
+    """Both models at the score that they are deployed with."""
+
+    conf: float
+    a: Shown
+    b: Shown
+    mcnemar: McNemar
+    threshold_b: float | None  # score at which B has A's recall; null where it has none
+    score_shift: ScoreShift
+    agreement: Agreement
+
+
+class Flip(TypedDict):
+    """An image on which the models differ."""
+
+    image: int  # index in the validation images
+    lost: int  # objects that A alone finds
+    gained: int  # objects that B alone finds
+    new_false_positives: int  # of B, that A does not have
+
+
+class PrecisionCurves(TypedDict):
+    """Precision at IoU 0.5 at the recalls 0, 0.01, ..., 1: the mean over the classes."""
+
+    a: list[float]
+    b: list[float]
+
+
+class LatencyRatio(TypedDict):
+    a_p50_ms: float
+    b_p50_ms: float
+    ratio: float  # A / B: above 1, B is faster
+    low: float | None  # ends of the 95 % interval of the ratio
+    high: float | None
+    a: NotRequired[Side]  # which rows were timed; absent where `ab` made the document
+    b: NotRequired[Side]
+
+
+class AB(TypedDict):
+    """The document."""
+
+    schema: int
+    a: Side
+    b: Side
+    images: int
+    image_set: str | None  # digest of the images and their boxes
+    classes: list[str]
+    settings: Settings
+    verdict: ABVerdict
+    map50_95: Total
+    map50: Total
+    by_class: list[Part]
+    by_size: list[Part]
+    operating: Operating
+    flips: list[Flip]
+    pr: PrecisionCurves
+    latency: LatencyRatio | None
