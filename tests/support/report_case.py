@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from yolo_compress.report.bench_rows import identified
+from yolo_compress.report.bench_rows import with_ids
 from yolo_compress.report.charts.gallery import Item
 from yolo_compress.report.document import Findings, build, unknown_data
 from yolo_compress.report.schema import Document
@@ -88,7 +88,7 @@ def built(bench: list[dict[str, Any]], min_retention: float = 0.9, **findings: A
         findings["data"] = {**unknown_data(), **findings["data"]}
     if "reproduce" in findings:
         findings["reproduce"] = {"recipe_yaml": None, "command": None, **findings["reproduce"]}
-    return build(Findings(**{"recipe": "x", **findings}, rows=identified(bench), min_retention=min_retention))
+    return build(Findings(**{"recipe": "x", **findings}, rows=with_ids(bench), min_retention=min_retention))
 
 
 def document(bench: list[dict[str, Any]] | None = None, min_retention: float = 0.98, **changes: Any) -> Document:

@@ -22,7 +22,7 @@ from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.recipe.messages import got
-from yolo_compress.report.numbers import fixed, signed, three, times
+from yolo_compress.report.numbers import fixed, signed, three_digits, times
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.messages import Spec
@@ -192,7 +192,7 @@ def text(document: Mapping[str, Any]) -> str:
     if latency is not None:
         a, b = latency["a_p50_ms"], latency["b_p50_ms"]
         span = f"A/B {times(latency['ratio'])} ({latency['low']:.2f} to {latency['high']:.2f})"
-        rows.append(("latency p50, ms", three(a), three(b), signed(b - a), span))
+        rows.append(("latency p50, ms", three_digits(a), three_digits(b), signed(b - a), span))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in (1, 2, 3)), row[4]]) for row in rows

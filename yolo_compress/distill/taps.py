@@ -79,7 +79,7 @@ def map_shapes(net: nn.Module, names: Sequence[str], role: str) -> list[tuple[in
     side = PROBE_CELLS * int(net.stride.max())  # type: ignore[operator,union-attr]
     taps = Taps(names)
     with evaluating(net), torch.no_grad():
-        detect.give_raw(net)  # so that it does not store anchors for this image size
+        detect.return_raw_outputs(net)  # so that it does not store anchors for this image size
         taps.attach(net)
         try:
             net(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))

@@ -79,7 +79,7 @@ class Frozen(Source):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
-        detect.give_raw(self.net)
+        detect.return_raw_outputs(self.net)
         self._cast = False
 
     def on_model(self, student: nn.Module) -> None:
@@ -167,7 +167,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         RecipeError: Classes, levels, strides or bins of box sides of the two heads differ.
     """
     own, other = (
-        {"classes": list(model.names.values()), **detect.facts(model)}  # type: ignore[union-attr,operator]
+        {"classes": list(model.names.values()), **detect.output_layout(model)}  # type: ignore[union-attr,operator]
         for model in (student, teacher)
     )
     for what, mine in own.items():

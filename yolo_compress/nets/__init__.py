@@ -1,4 +1,4 @@
-"""What a detector is made of: one file a family, one registry (`families`), and what several families share."""
+"""Architectures of detectors: one file per family, a registry of families (`families`), and parts that families share."""
 
 from yolo_compress.nets.hardening import harden
 

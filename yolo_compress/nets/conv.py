@@ -1,4 +1,4 @@
-"""Ultralytics' Conv block (`conv`, `bn`, `act`), the brick of every family: checks of it, and selection of its channels."""
+"""Check Ultralytics' Conv block (`conv`, `bn`, `act`), select its channels, and concatenate two blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from yolo_compress.errors import RecipeError
 
 
 def norm_after(modules: Mapping[str, nn.Module], conv: str) -> nn.Module | None:
-    """The BatchNorm that follows the convolution named `conv`; None for a bare convolution and in a fused model."""
+    """Return the BatchNorm that follows the convolution named `conv`, or None if there is none or it was fused.
+
+    Args:
+        modules: Modules of the model by name.
+        conv: Name of the convolution.
+    """
     return modules.get(f"{conv.removesuffix('conv')}bn") if conv.endswith("conv") else None
 
 
@@ -21,7 +26,7 @@ def check_conv(name: str, block: nn.Module) -> None:
     """Check that a block is a stock Conv whose channels can be selected.
 
     Raises:
-        RecipeError: Another kind of block, or one that is fused, quantised, wrapped or grouped; names it.
+        RecipeError: The block is of another class, or is fused, quantised, wrapped or grouped.
     """
     if type(block) is not Conv:
         raise RecipeError(f"prune: {name} is a {type(block).__name__}, expected Conv")
@@ -38,10 +43,10 @@ def check_conv(name: str, block: nn.Module) -> None:
 
 
 def check_conv2d(name: str, conv: nn.Module) -> None:
-    """Check that a convolution is a plain one without groups.
+    """Check that a convolution is a plain Conv2d without groups.
 
     Raises:
-        RecipeError: It is not; names it.
+        RecipeError: It is of another class or grouped.
     """
     if type(conv) is not nn.Conv2d:
         raise RecipeError(
@@ -52,12 +57,14 @@ def check_conv2d(name: str, conv: nn.Module) -> None:
 
 
 def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None = None) -> None:
-    """Keep the listed channels of a Conv2d (groups=1) or BatchNorm2d, in place; gradients are dropped.
+    """Keep the listed channels of a Conv2d (groups=1) or BatchNorm2d and remove the others, in place.
+
+    The parameters are new objects without gradients.
 
     Args:
-        module: The convolution or normalisation.
-        out_K: Indices of output channels (of features for BatchNorm2d); None keeps all.
-        in_K: Indices of input channels; None keeps all.
+        module: Convolution or normalisation.
+        out_K: Indices of the output channels to keep; None keeps all.
+        in_K: Indices of the input channels to keep; None keeps all. BatchNorm2d ignores it.
     """
     if isinstance(module, nn.Conv2d):
         if out_K is not None:
@@ -79,10 +86,11 @@ def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None =
         raise TypeError(f"expected Conv2d or BatchNorm2d, got {type(module).__name__}")
 
 
-def rows(conv: Conv, index_K: Tensor) -> Conv:
-    """A copy of a Conv block with some of its output channels; BatchNorm settings, flags and dtype stay.
+def copy_with_outputs(conv: Conv, index_K: Tensor) -> Conv:
+    """Return a copy of a Conv block that has only the listed output channels.
 
-    The activation stays shared: stock models have one module for all (`Conv.default_act`), which holds no tensors.
+    BatchNorm settings, flags and dtype do not change. The copy shares the activation module with the block: stock models have
+    one for all blocks (`Conv.default_act`), and it holds no tensors.
     """
     part = copy.deepcopy(conv, {id(conv.act): conv.act})
     keep_channels(part.conv, index_K)
@@ -90,16 +98,16 @@ def rows(conv: Conv, index_K: Tensor) -> Conv:
     return part
 
 
-def joined(first: Conv, second: Conv) -> Conv:
-    """One Conv block with the output channels of two that read the same input: the inverse of two `rows`."""
-    whole = copy.deepcopy(first, {id(first.act): first.act})
-    whole.conv.weight = _concatenated(first.conv.weight, second.conv.weight)
-    whole.conv.out_channels = whole.bn.num_features = first.conv.out_channels + second.conv.out_channels
-    whole.bn.weight = _concatenated(first.bn.weight, second.bn.weight)
-    whole.bn.bias = _concatenated(first.bn.bias, second.bn.bias)
-    whole.bn.running_mean = torch.cat([first.bn.running_mean, second.bn.running_mean])
-    whole.bn.running_var = torch.cat([first.bn.running_var, second.bn.running_var])
-    return whole
+def concatenate_outputs(first: Conv, second: Conv) -> Conv:
+    """Return one Conv block with the output channels of two blocks that read the same input."""
+    merged = copy.deepcopy(first, {id(first.act): first.act})
+    merged.conv.weight = _concatenated(first.conv.weight, second.conv.weight)
+    merged.conv.out_channels = merged.bn.num_features = first.conv.out_channels + second.conv.out_channels
+    merged.bn.weight = _concatenated(first.bn.weight, second.bn.weight)
+    merged.bn.bias = _concatenated(first.bn.bias, second.bn.bias)
+    merged.bn.running_mean = torch.cat([first.bn.running_mean, second.bn.running_mean])
+    merged.bn.running_var = torch.cat([first.bn.running_var, second.bn.running_var])
+    return merged
 
 
 def _selected(parameter: nn.Parameter, dim: int, index_K: Tensor) -> nn.Parameter:

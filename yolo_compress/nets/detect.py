@@ -1,7 +1,7 @@
-"""Ultralytics' Detect head: its branches, its inputs, its raw outputs and its form in exported files.
+"""Ultralytics' Detect head: its branches, inputs and raw outputs, and its form in exported files.
 
-Each of the levels has a box branch (`cv2`) and a class branch (`cv3`), two Conv blocks and a bare convolution. DFL, a convolution
-with the constant weights 0, 1, 2, ..., turns the distribution over bins of a box side into its length.
+Each level has a box branch (`cv2`) and a class branch (`cv3`). A branch is two Conv blocks and a bare convolution.
+DFL turns the distribution over the bins of a box side into its length. It is a convolution with constant weights 0, 1, 2, ...
 """
 
 from __future__ import annotations
@@ -24,72 +24,72 @@ DFL_CONV = "DFL: the expectation over bins of the box decode"
 
 
 def is_detect(head: nn.Module) -> bool:
-    """Whether it is the head of a plain detector."""
+    """Return whether `head` is exactly Detect, the head of a plain detector."""
     return type(head) is Detect
 
 
 def extends_detect(head: nn.Module) -> bool:
-    """Whether it is the head of another task, such as Segment, which has the branches of Detect and more."""
+    """Return whether `head` is a subclass of Detect for another task, such as Segment."""
     return isinstance(head, Detect) and type(head) is not Detect
 
 
 def box_branches(model: Any) -> list[nn.Sequential]:
-    """The box branch of each level; the last convolution gives the bins."""
+    """Return the box branch of each level. Its last convolution outputs the bins."""
     return list(model.model[-1].cv2)
 
 
 def class_branches(model: Any) -> list[nn.Sequential]:
-    """The class branch of each level; the last convolution gives the class logits."""
+    """Return the class branch of each level. Its last convolution outputs the class logits."""
     return list(model.model[-1].cv3)
 
 
 def inputs(model: Any) -> list[str]:
-    """Names of the layers whose maps enter the head, a level each."""
+    """Return the names of the layers whose feature maps enter the head, one per level."""
     return [f"model.{index}" for index in model.model[-1].f]
 
 
 def outputs(model: Any) -> list[str]:
-    """Names of the convolutions whose channels are the model's outputs (boxes, class scores, DFL)."""
+    """Return the names of the convolutions whose channels are the model's outputs (boxes, class scores, DFL)."""
     name, head = f"model.{len(model.model) - 1}", model.model[-1]
     return [*(f"{name}.{branch}.{i}.2" for branch in BRANCHES for i in range(head.nl)), f"{name}.dfl.conv"]
 
 
-def facts(model: Any) -> dict[str, object]:
-    """What two heads must have in common so that one can teach the other."""
+def output_layout(model: Any) -> dict[str, object]:
+    """Return the properties of the head that must be equal in student and teacher."""
     head = model.model[-1]
     return {"levels": head.nl, "strides": head.stride.tolist(), "bins of a box side": head.reg_max}
 
 
 def constants(model: nn.Module) -> set[str]:
-    """Names of the convolutions whose weights are constants: DFL's."""
+    """Return the names of the convolutions with constant weights, which are those of DFL."""
     return {f"{name}.conv" for name, module in model.named_modules() if isinstance(module, DFL)}
 
 
 def freeze_constants(model: Any) -> None:
-    """Take the constant weights out of training, in place."""
+    """Exclude the constant weights of DFL from training, in place."""
     model.model[-1].dfl.requires_grad_(False)
 
 
-def give_raw(model: Any) -> None:
-    """Make the head return raw outputs instead of decoding boxes, in place; it then remembers no anchors of an image.
+def return_raw_outputs(model: Any) -> None:
+    """Make the head return raw outputs instead of decoded boxes, in place. It then stores no anchors either.
 
-    This sets the training flag of the head alone: its BatchNorms stay in their mode.
+    Only the training flag of the head itself changes. Its BatchNorms keep their mode.
     """
     model.model[-1].training = True
 
 
 def raw_outputs(model: Any, images_BCHW: Tensor) -> list[Tensor]:
-    """Bins of the box sides and class logits, before decoding. Leaves the head as `give_raw` does."""
-    give_raw(model)
+    """Return the bins of the box sides and the class logits, before decoding. Calls `return_raw_outputs`."""
+    return_raw_outputs(model)
     raw = model(images_BCHW)
     return [raw["boxes"], raw["scores"]]
 
 
 class Expectation(nn.Module):
-    """Ultralytics' DFL, the expectation of a softmax over `reg_max` bins, as two sums over one exponential.
+    """DFL computed as a quotient of two sums of exponentials.
 
-    Same function as its convolution of the softmax, which ONNX Runtime runs many times slower (`benchmarks/dfl.py`):
-    a fixed cost that no pruning takes away.
+    The result is the expectation of a softmax over `reg_max` bins, as in Ultralytics. Ultralytics computes it as a convolution
+    of the softmax. ONNX Runtime runs that many times slower (`benchmarks/dfl.py`), and pruning does not reduce this cost.
     """
 
     def __init__(self, reg_max: int) -> None:
@@ -97,7 +97,11 @@ class Expectation(nn.Module):
         self.register_buffer("sums", torch.stack([torch.arange(reg_max, dtype=torch.float32), torch.ones(reg_max)]))
 
     def forward(self, sides_BNA: Tensor) -> Tensor:
-        """sides_B(4*reg_max)A to sides_B4A, in strides."""
+        """Return the lengths of the box sides, B4A, in strides.
+
+        Args:
+            sides_BNA: Logits of the bins, N = 4 * reg_max.
+        """
         batch, channels, anchors = sides_BNA.shape
         bins = sides_BNA.view(batch, 4, channels // 4, anchors)
         weighted = self.sums @ (bins - bins.amax(2, keepdim=True)).exp()
@@ -108,17 +112,17 @@ def for_export(model: Any, kind: str) -> None:
     """Make the head of a copy return one tensor and compute DFL as `Expectation`, in place.
 
     Args:
-        model: The copy.
-        kind: Ultralytics' word for the file: "onnx" or "torchscript".
+        model: Copy of the model.
+        kind: Ultralytics' name of the file format: "onnx" or "torchscript".
     """
     head = model.model[-1]
     head.dfl = Expectation(head.reg_max)
-    # as ultralytics/engine/exporter.py (8.4.190) sets a detector up
+    # same settings as in ultralytics/engine/exporter.py (8.4.190)
     head.export, head.format, head.dynamic, head.shape = True, kind, False, None
 
 
-def exported_place(conv: str) -> str | None:
-    """The start of the names of the nodes that stand for a convolution which is exported as others: DFL's. None for others."""
+def exported_prefix(conv: str) -> str | None:
+    """Return the common prefix of the ONNX nodes that replace the DFL convolution; None for any other convolution."""
     return f"/{conv.removesuffix('.dfl.conv')}/dfl/" if conv.endswith(".dfl.conv") else None
 
 

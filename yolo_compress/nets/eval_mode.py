@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Context manager that puts a model into evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside the block; every module's own training flag comes back, whatever happens."""
+    """Put `model` into evaluation mode inside the `with` block, and restore the training flag of each module after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

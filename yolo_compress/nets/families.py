@@ -1,6 +1,6 @@
-"""The registry of families, and what is asked of any model: its family, whether it can be pruned, its wiring.
+"""The registry of families. Find the family of a model, check that it can be pruned, and trace its data flow.
 
-A new family is a file with a `Family` in it and a row here.
+To add a family, write a file with a `Family` in it and add a row to `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FAMILIES: dict[str, Family] = {"yolov8": YOLOV8}
 
 
 def family_of(model: nn.Module, doing: str) -> Family:
-    """The family of a model, by the classes of its layers.
+    """Find the family of a model by the classes of its layers.
 
     Args:
-        model: Stock model, pruned or not, fused or not, fake-quantised or not.
-        doing: What it is needed for, the first word of the error: "prune", "quantise", "export", "distill".
+        model: Stock model; may be pruned, fused or fake-quantised.
+        doing: First word of the error message: "prune", "quantise", "export" or "distill".
 
     Raises:
-        RecipeError: No family has all its layers; names the first layer that is not known.
+        RecipeError: No family has all layers of the model; the message names the first unknown one.
     """
     supported = f"supported are {'; '.join(family.made_of for family in FAMILIES.values())}"
     layers = getattr(model, "model", None)
@@ -36,23 +36,20 @@ def family_of(model: nn.Module, doing: str) -> Family:
         )
     farthest = 0
     for family in FAMILIES.values():
-        strange = family.strange(layers)
-        if strange is None:
+        unknown = family.first_unknown_layer(layers)
+        if unknown is None:
             return family
-        farthest = max(farthest, strange)
+        farthest = max(farthest, unknown)
     kind = type(layers[farthest]).__name__ + (" head" if farthest == len(layers) - 1 else "")
     raise RecipeError(f"{doing}: model.{farthest} is a {kind}; {supported}")
 
 
 def check_prunable(model: nn.Module) -> Family:
-    """Check that the channels of every block of a detector can be selected and that its weights are finite.
-
-    Returns:
-        The family of the model.
+    """Check that the channels of every block can be selected and that all weights are finite; return the family.
 
     Raises:
-        RecipeError: Another kind of block, head or model, or a fused, quantised or wrapped convolution; names it.
-        NumericsError: NaN or infinity in a weight or BatchNorm statistic; names the tensor.
+        RecipeError: A block, the head or the model is of an unknown class, or a convolution is fused, quantised or wrapped.
+        NumericsError: A weight or BatchNorm statistic holds NaN or infinity.
     """
     family = family_of(model, "prune")
     for index, layer in enumerate(model.model):  # type: ignore[arg-type]
@@ -64,14 +61,14 @@ def check_prunable(model: nn.Module) -> Family:
 
 
 def flow_of(model: nn.Module) -> Flow:
-    """The wiring of a model: follows its layers as Ultralytics' `forward` does.
+    """Return the data flow of a model. The layers are visited in the order of Ultralytics' `forward`.
 
     Raises:
-        RecipeError: See `family_of`; or a block is wired in a way that its family does not have.
+        RecipeError: The family is unknown (see `family_of`), or a block has connections that the family does not support.
     """
     family, flow = family_of(model, "quantise"), Flow()
     flow.new(IMAGES)
-    made: list[str] = []  # the tensor that each layer gives
+    made: list[str] = []  # output tensor of each layer
     for index, layer in enumerate(model.model):  # type: ignore[arg-type]
         given = layer.f if isinstance(layer.f, (list, tuple)) else [layer.f]
         sources = [made[index + f] if f < 0 and index + f >= 0 else IMAGES if f < 0 else made[f] for f in given]
@@ -80,7 +77,7 @@ def flow_of(model: nn.Module) -> Flow:
 
 
 def refresh_attributes(model: nn.Module, family: Family) -> None:
-    """Bring what Ultralytics stores beside the tensors in line with their shapes, in place, after channels went."""
+    """Update the attributes that Ultralytics derives from tensor shapes, in place, after channels were removed."""
     family.refresh(model)
     for layer in model.model:  # type: ignore[union-attr]
         if hasattr(layer, "np"):  # the count of parameters
@@ -88,24 +85,24 @@ def refresh_attributes(model: nn.Module, family: Family) -> None:
 
 
 def strides() -> list[list[int]]:
-    """The strides that a supported model may have."""
+    """Return the strides of each family, in px."""
     return [list(family.strides) for family in FAMILIES.values()]
 
 
 def yaml_layers() -> set[str]:
-    """Names of the layers before the head in the yaml files of supported models."""
+    """Return the names that layers before the head have in the yaml files of supported models."""
     return set[str]().union(*(family.yaml_layers for family in FAMILIES.values()))
 
 
 def yaml_file(name: str, folder: Path) -> tuple[Path, str]:
-    """The file of Ultralytics that a yaml name such as `yolov8n.yaml` stands for, and the scale in the name.
+    """Return the path of Ultralytics' file for a yaml name, and the size of the model ("n" to "x").
 
     Args:
-        name: As a recipe gives it.
-        folder: Ultralytics' `cfg/models`.
+        name: Name in the recipe, such as `yolov8n.yaml`.
+        folder: Ultralytics' folder `cfg/models`.
 
     Raises:
-        RecipeError: No family has this name.
+        RecipeError: No family has a yaml of this name.
     """
     for family in FAMILIES.values():
         if found := family.yaml.fullmatch(name):

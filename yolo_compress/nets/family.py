@@ -1,4 +1,4 @@
-"""What is known of a family of detectors: a table of its layers and what else the methods ask about it."""
+"""Description of a family of detectors: a table of its layers, and the properties and functions that the methods use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from yolo_compress.nets.flow import Flow
 
 
 class Layer(NamedTuple):
-    """One kind of layer of `model.model`.
+    """Functions for one class of layer in `model.model`.
 
     Attributes:
-        check: Takes name and layer; raises RecipeError, naming the module, if channels of it cannot be selected.
-        wire: Takes flow, name, layer and the tensors that it reads; notes what it does and returns the tensor that it makes.
+        check: (name, layer) -> None. Raises RecipeError if channels of the layer cannot be selected.
+        wire: (flow, name, layer, input tensors) -> output tensor. Adds the operations of the layer to the flow.
     """
 
     check: Callable[[str, Any], None]
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A Conv block of the split view: output channels of a block of the stock model, from `offset` on."""
+    """A Conv block of the split view. It holds the output channels of the block `stock` from `offset` on."""
 
     stock: str
     offset: int
@@ -33,24 +33,24 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that pruning, quantisation, export, distillation and training ask about an architecture.
+    """What pruning, quantisation, export, distillation and training need to know about an architecture.
 
     Attributes:
-        made_of: For errors: "YOLOv8 detection models: Conv, C2f, ...".
-        layers: Stock class of a layer, exactly -> what is known of it; the head is one of them.
+        made_of: Description for error messages: "YOLOv8 detection models: Conv, C2f, ...".
+        layers: Exact class of a layer, head included -> its functions.
         head: Class of the last layer.
-        split: Replaces blocks of a copy, in place, whose channels dependency tracing cannot follow; returns the copy.
-        parts: Conv blocks of the split view by name that are slices of a stock block. Parts of one stock block keep
-            equally many channels.
-        outputs: Names of the convolutions whose output channels are the model's outputs; they are never pruned.
-        refresh: Brings attributes beside the tensors in line with their shapes, in place, after channels went.
-        for_export: Readies the layers of a copy for tracing, in place; the head has its own (`detect.for_export`).
-        strides: Of the maps that enter the head, pixels.
-        deep_to_shallow: Pairs "STUDENT=TEACHER" of layers by which a model teaches itself.
+        split: Replaces the blocks that dependency tracing cannot follow, in place, and returns the model. Call it on a copy.
+        parts: Returns the Conv blocks of the split view that are slices of a stock block, by name. All parts of a stock block
+            must have the same number of channels.
+        outputs: Returns the names of the convolutions whose output channels are the model's outputs. They are never pruned.
+        refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
+        for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.
+        strides: Strides of the feature maps that enter the head, in px.
+        deep_to_shallow: Pairs of layers "STUDENT=TEACHER" for self-distillation.
         yaml_layers: Names of the layers before the head in Ultralytics' yaml files.
-        yaml: Names of the yaml files that can be trained from scratch; the groups are scale and variant.
-        yaml_file: The file of Ultralytics' `cfg/models` without the scale, with `{variant}`.
-        yaml_names: For errors: "yolov8n.yaml to yolov8x.yaml".
+        yaml: Pattern of the yaml names that can be trained from scratch. Group 1 is the size, group 2 the variant.
+        yaml_file: Path in Ultralytics' `cfg/models`, without the size and with the placeholder `{variant}`.
+        yaml_names: The yaml names for error messages: "yolov8n.yaml to yolov8x.yaml".
     """
 
     made_of: str
@@ -68,8 +68,8 @@ class Family:
     yaml_file: str
     yaml_names: str
 
-    def strange(self, layers: nn.Sequential) -> int | None:
-        """Index of the first layer that this family does not have; None where it has them all."""
+    def first_unknown_layer(self, layers: nn.Sequential) -> int | None:
+        """Return the index of the first layer that this family does not have, or None if it has all."""
         last = len(layers) - 1
         for index, layer in enumerate(layers):
             known = (

@@ -1,7 +1,7 @@
-"""Which convolution reads which tensor of a detector, and which tensors meet in a sum, a concatenation or a pool.
+"""Data flow of a detector: the input tensor of each convolution, and the tensors that share a sum, concatenation or pool.
 
-A tensor is named after the module that makes it: `model.2.cv1` for what the block gives after its activation, `model.2.m.0`
-for the sum of a bottleneck with a shortcut, `images` for the input.
+A tensor has the name of the module that outputs it. `model.2.cv1` is the output of that block after its activation.
+`model.2.m.0` is the sum of a bottleneck with a shortcut. `images` is the input of the model.
 """
 
 from __future__ import annotations
@@ -10,46 +10,47 @@ IMAGES = "images"
 
 
 class Flow:
-    """The wiring of one model, written down layer by layer by the `wire` functions of its family.
+    """Data flow of one model. The `wire` functions of its family fill it, layer by layer.
 
     Attributes:
-        root: Union-find over tensors, in the order of the model; tensors of one root meet somewhere.
-        joined: (tensor, module in which it meets others).
-        reads: Convolution -> the tensor that it reads, or "" where no layer makes it.
-        bare: Convolutions that never compute in INT8 -> the reason.
-        sums: Tensor made by a shortcut -> names of the children of its module whose chain is the branch:
-            the module computes `x + branch(x)`.
+        root: Parent links of a union-find over tensors, in the order of the model. Tensors with the same root are connected
+            by sums, concatenations or pools.
+        joined: (tensor, module in which it is joined with others).
+        reads: Convolution -> its input tensor, or "" if no layer outputs that tensor.
+        float_only: Convolution that never computes in INT8 -> the reason.
+        sums: Output tensor of a module with a shortcut -> names of the child modules that form the branch, in order.
+            The module computes `x + branch(x)`.
     """
 
     def __init__(self) -> None:
         self.root: dict[str, str] = {}
         self.joined: list[tuple[str, str]] = []
         self.reads: dict[str, str] = {}
-        self.bare: dict[str, str] = {}
+        self.float_only: dict[str, str] = {}
         self.sums: dict[str, tuple[str, ...]] = {}
 
     def new(self, tensor: str) -> str:
-        """Note a tensor; returns it."""
+        """Add a tensor and return its name."""
         self.root[tensor] = tensor
         return tensor
 
     def find(self, tensor: str) -> str:
-        """The first tensor, in the order of the model, of all that this one meets directly or through others."""
+        """Return the root of a tensor: the first tensor, in the order of the model, that is connected with it."""
         while self.root[tensor] != tensor:
             tensor = self.root[tensor]
         return tensor
 
     def conv(self, block: str, source: str) -> str:
-        """A Conv block reads `source`; returns the tensor that it makes."""
+        """Add a Conv block that reads the tensor `source`, and return its output tensor."""
         self.reads[f"{block}.conv"] = source
         return self.new(block)
 
     def output(self, conv: str, source: str, why: str) -> None:
-        """A convolution of the head that stays in float, with the reason; nothing in the model reads what it makes."""
-        self.reads[conv], self.bare[conv] = source, why
+        """Add a convolution of the head that stays in float for the reason `why`. No layer reads its output."""
+        self.reads[conv], self.float_only[conv] = source, why
 
     def join(self, where: str, *tensors: str) -> str:
-        """Tensors meet in the module `where`, which only moves or adds their values; returns the first."""
+        """Connect tensors that enter the module `where`, which only moves or adds values. Return the first tensor."""
         first = min((self.find(tensor) for tensor in tensors), key=list(self.root).index)
         for tensor in tensors:
             self.root[self.find(tensor)] = first
@@ -57,14 +58,19 @@ class Flow:
         return tensors[0]
 
     def shortcut(self, module: str, source: str, *branch: str) -> str:
-        """A module adds its input to the chain of its children `branch`, Conv blocks all; returns the sum.
+        """Add a module that adds its input to the output of a branch, and return the tensor of the sum.
+
+        Args:
+            module: Name of the module.
+            source: Input tensor.
+            branch: Names of the child Conv blocks that form the branch, in order.
 
         Raises:
-            ValueError: The module is a layer of `model.model` itself; quantisation replaces the module, and a layer must
-                stay of its class.
+            ValueError: The module is a layer of `model.model`. Quantisation replaces the module, but the class of a layer must
+                not change.
         """
         if module.count(".") < 2:
-            raise ValueError(f"{module} is a layer; a shortcut must be a module inside of one")
+            raise ValueError(f"{module} is a layer; a shortcut must be a module inside a layer")
         last = source
         for child in branch:
             last = self.conv(f"{module}.{child}", last)

@@ -1,7 +1,7 @@
-"""Environment of ultralytics, set before its first import: no installs, no network, no code from checkpoints.
+"""Set the environment of ultralytics before its first import: no installs, no network, no code from checkpoints.
 
-Left alone, ultralytics installs packages at run time, asks the network for newer versions, sends usage events, and
-unpickles arbitrary classes from a checkpoint. `harden()` is called by everything that imports it and is idempotent.
+By default ultralytics installs packages at run time, looks for newer versions on the network, sends usage events, and unpickles
+arbitrary classes from a checkpoint. Every package that imports ultralytics calls `harden()` first. Repeated calls are harmless.
 """
 
 import logging
@@ -9,10 +9,10 @@ import os
 import sys
 
 SETTINGS = {
-    "YOLO_AUTOINSTALL": "false",  # a missing package is an error of ours, with a hint, not a pip call in the middle of a run
+    "YOLO_AUTOINSTALL": "false",  # we raise an error with a hint for a missing package, instead of calling pip during a run
     "YOLO_OFFLINE": "1",  # no version checks, no events
     "ULTRALYTICS_SAFE_LOAD": "1",  # weights_only loading against ultralytics' allow-list of classes
-    "YOLO_VERBOSE": "false",  # its bars and banners would interleave with ours; `let_warnings_through` undoes a part
+    "YOLO_VERBOSE": "false",  # its progress bars would mix with ours; `let_warnings_through` shows its warnings again
     "WANDB_SILENT": "true",
     "ALBUMENTATIONS_OFFLINE": "1",
     "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -20,7 +20,11 @@ SETTINGS = {
 
 
 def harden() -> None:
-    """Set the environment. Raises RuntimeError when ultralytics was imported before, since it reads it at import."""
+    """Set the environment variables.
+
+    Raises:
+        RuntimeError: ultralytics, which reads them at import, was imported before without them.
+    """
     if "ultralytics" in sys.modules and os.environ.get("ULTRALYTICS_SAFE_LOAD") != "1":
         raise RuntimeError(
             "ultralytics was imported before yolo_compress could set ULTRALYTICS_SAFE_LOAD; import ours first"
@@ -29,5 +33,5 @@ def harden() -> None:
 
 
 def let_warnings_through() -> None:
-    """After the import of ultralytics, which sets its logger's level."""
+    """Show warnings of ultralytics. Call it after the import of ultralytics, which sets the level of its logger."""
     logging.getLogger("ultralytics").setLevel(logging.WARNING)

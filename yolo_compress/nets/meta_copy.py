@@ -1,4 +1,4 @@
-"""A copy of a model on torch's meta device: shapes and autograd graph of a forward pass without weights, memory or time."""
+"""Copy a model to torch's meta device. A forward pass then gives shapes and an autograd graph without memory or time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A float32 copy of `model` on the meta device, in evaluation mode, every parameter trainable, without hooks."""
+    """Return a float32 copy of `model` on the meta device: in evaluation mode, all parameters trainable, without hooks."""
     memo = {id(tensor): _weightless(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        module._forward_hooks.clear()  # taps and observers were copied too and must not see meta tensors
+        module._forward_hooks.clear()  # deepcopy copies taps and observers too; they must not see meta tensors
         module._forward_pre_hooks.clear()
         if "shape" in vars(module):
-            module.shape = None  # Detect keeps anchors of the last image size; those of the copy are real tensors
+            module.shape = None  # makes Detect compute its anchors again: the copied ones are real tensors
     return twin.eval()
 
 
 def blank_images(model: nn.Module, imgsz_hw: tuple[int, int]) -> Tensor:
-    """One meta image of the channel count that the model's first convolution takes: `image_1CHW`."""
+    """Return one image on the meta device, 1CHW. C is the number of input channels of the model's first convolution."""
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     return torch.empty(1, channels, *imgsz_hw, device="meta")
 

@@ -1,8 +1,8 @@
-"""YOLOv8 detectors (n to x): Conv, C2f, SPPF, Upsample, Concat and a Detect head; and the split view of C2f.
+"""The family of YOLOv8 detectors (n to x), and the split view of C2f.
 
-Stock `C2f` computes both halves with one convolution `cv1` and cuts its output in two with `chunk`. Dependency tracing cannot
-follow `chunk` (Torch-Pruning 1.6.1 raises IndexError), so it looks at `SplitC2f`, where each half has a convolution of its own.
-Checkpoints hold stock classes only: any other class neither loads in plain Ultralytics nor under ULTRALYTICS_SAFE_LOAD=1.
+Stock `C2f` computes both halves with one convolution `cv1` and divides its output with `chunk`. Dependency tracing cannot follow
+`chunk` (Torch-Pruning 1.6.1 raises IndexError). It traces `SplitC2f` instead, where each half has its own convolution.
+Checkpoints hold stock classes only. Plain Ultralytics and ULTRALYTICS_SAFE_LOAD=1 refuse all other classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ultralytics.nn.modules import SPPF, Bottleneck, C2f, Concat, Conv, Detect
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
-from yolo_compress.nets.conv import check_conv, joined, rows
+from yolo_compress.nets.conv import check_conv, concatenate_outputs, copy_with_outputs
 from yolo_compress.nets.family import Family, Layer, Part
 from yolo_compress.nets.flow import Flow
 
@@ -26,14 +26,17 @@ _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # set by Ultralytics' parse_model 
 
 
 class SplitC2f(nn.Module):
-    """C2f with `cv1` as two convolutions, `cv1a` (passed on) and `cv1b` (fed to the bottlenecks); same outputs as C2f."""
+    """C2f with two convolutions in place of `cv1`; its outputs equal those of C2f.
+
+    The output of `cv1a` goes to the concatenation only. The output of `cv1b` goes to the bottlenecks too.
+    """
 
     def __init__(self, block: C2f) -> None:
         super().__init__()
         half = block.cv1.conv.out_channels // 2
         self.c = block.c
-        self.cv1a = rows(block.cv1, torch.arange(half))
-        self.cv1b = rows(block.cv1, torch.arange(half, 2 * half))
+        self.cv1a = copy_with_outputs(block.cv1, torch.arange(half))
+        self.cv1b = copy_with_outputs(block.cv1, torch.arange(half, 2 * half))
         self.cv2 = block.cv2
         self.m = block.m
         self.training = block.training
@@ -46,17 +49,17 @@ class SplitC2f(nn.Module):
 
 
 def split_c2f(model: nn.Module) -> nn.Module:
-    """Replace every C2f of `model` by its SplitC2f view, in place, and return `model`; other blocks keep their tensors."""
+    """Replace every C2f of `model` by a SplitC2f, in place, and return `model`. Other blocks do not change."""
     for parent, name, block in _children(model, C2f):
         setattr(parent, name, SplitC2f(block))
     return model
 
 
 def merge_c2f(model: nn.Module) -> nn.Module:
-    """Inverse of `split_c2f`, in place; returns `model`.
+    """Replace every SplitC2f of `model` by a C2f, in place, and return `model`.
 
     Raises:
-        RecipeError: The halves of a block differ in width, which stock C2f (`chunk`) cannot express.
+        RecipeError: The halves of a block have different widths, but the `chunk` of C2f cuts in equal halves.
     """
     for parent, name, block in _children(model, SplitC2f):
         setattr(parent, name, _merged(block))
@@ -67,9 +70,9 @@ def _merged(block: SplitC2f) -> C2f:
     half, other = block.cv1a.conv.out_channels, block.cv1b.conv.out_channels
     if half != other:
         raise RecipeError(f"C2f halves of {half} and {other} channels cannot merge; keep equal counts")
-    merged = C2f.__new__(C2f)  # the constructor would allocate and initialise a whole block, only to be thrown away
+    merged = C2f.__new__(C2f)  # the constructor would allocate and initialise weights that are replaced at once
     nn.Module.__init__(merged)
-    merged.c, merged.cv1, merged.cv2, merged.m = half, joined(block.cv1a, block.cv1b), block.cv2, block.m
+    merged.c, merged.cv1, merged.cv2, merged.m = half, concatenate_outputs(block.cv1a, block.cv1b), block.cv2, block.m
     merged.training = block.training
     _copy_attributes(block, merged)
     return merged
@@ -106,7 +109,7 @@ def _refresh(model: nn.Module) -> None:
 
 
 def _split_by_sizes(model: nn.Module) -> None:
-    """As Ultralytics' exporter does: ONNX has `split` with sizes, `chunk` would become slices."""
+    """Make C2f use `split` with sizes, as Ultralytics' exporter does. In ONNX `chunk` would become slices."""
     for module in model.modules():
         if type(module) is C2f:
             module.forward = module.forward_split
@@ -134,7 +137,7 @@ def _nothing_to_check(name: str, layer: nn.Module) -> None:
     pass
 
 
-# --- who reads what -----------------------------------------------------------------------------------------------------
+# --- data flow of each kind of block ------------------------------------------------------------------------------------
 
 
 def _wire_conv(flow: Flow, name: str, layer: Conv, sources: list[str]) -> str:
@@ -142,7 +145,7 @@ def _wire_conv(flow: Flow, name: str, layer: Conv, sources: list[str]) -> str:
 
 
 def _wire_c2f(flow: Flow, name: str, block: C2f, sources: list[str]) -> str:
-    parts = [flow.conv(f"{name}.cv1", sources[0])]  # its two halves are one tensor
+    parts = [flow.conv(f"{name}.cv1", sources[0])]  # both halves count as one tensor: they share a scale
     for index, bottleneck in enumerate(block.m):
         inner = f"{name}.m.{index}"
         if bottleneck.add:
@@ -185,7 +188,7 @@ YOLOV8 = Family(
     refresh=_refresh,
     for_export=_split_by_sizes,
     strides=(8, 16, 32),
-    # layers of the backbone (n to x are laid out alike) and the maps of the same stride that enter the head
+    # backbone layer = layer of the same stride whose output enters the head; the same in all sizes n to x
     deep_to_shallow=("model.4=model.15", "model.6=model.18", "model.9=model.21"),
     yaml_layers=frozenset({"Conv", "C2f", "SPPF", "nn.Upsample", "torch.nn.Upsample", "Concat"}),
     yaml=re.compile(r"yolov8([nsmlx])([\w-]*)\.yaml"),

@@ -92,7 +92,7 @@ def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[
         if name in convs:
             prefixes[name] = node.name.removesuffix("conv/Conv")
     for name in convs:
-        if place := detect.exported_place(name):
+        if place := detect.exported_prefix(name):
             prefixes[name] = place
     missing = [name for name in convs if name not in prefixes]
     if missing:

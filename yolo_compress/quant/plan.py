@@ -115,7 +115,9 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
         raise RecipeError(f"unknown group of tensors {', '.join(sorted(unknown))}, expected one of {known}")
     floats = {conv: group.why_float for group in groups if group.why_float for conv in group.convs}
     reasons = {
-        name: flow.bare.get(name) or floats.get(name, "") for name in flow.reads if name in flow.bare or name in floats
+        name: flow.float_only.get(name) or floats.get(name, "")
+        for name in flow.reads
+        if name in flow.float_only or name in floats
     }
     placed = Plan(groups, flow.reads, tuple(reasons.items()), flow.sums)
     if not placed.convs:
@@ -138,7 +140,7 @@ def _groups(flow: Flow, left: Collection[str]) -> tuple[Group, ...]:
         convs = tuple(name for name, tensor in flow.reads.items() if tensor and flow.find(tensor) == root)
         joins = tuple(where for tensor, where in flow.joined if flow.find(tensor) == root)
         why = LEFT_IN_FLOAT if root in left else ""
-        if all(name in flow.bare for name in convs):
+        if all(name in flow.float_only for name in convs):
             why = f"read by {', '.join(convs)} alone" if convs else "read by nothing"
         found.append(Group(tuple(tensors), convs, joins, why))
     return tuple(found)

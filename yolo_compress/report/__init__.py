@@ -1,6 +1,6 @@
-"""What a run found, as one HTML file, Markdown and JSON.
+"""The report of a run, as one HTML file, as Markdown and as JSON.
 
-`document.build` turns plain figures into the report's JSON document; tables, charts and the gallery are drawn from it and
-from nothing else; `write.write` puts `report.html`, `report.md` and `report.json` into a folder. No model runs here: `evidence`
-makes intervals and error types of what bench and the stages kept (detections, raw latencies), `devices` adds other machines.
+`document.build` makes the JSON document from the figures of the stages. Tables and charts are drawn from that document alone.
+`write.write` writes `report.html`, `report.md` and `report.json`. No model runs here: `evidence` computes intervals and error
+types from the detections and latencies that bench and the stages stored. `devices` adds the figures of other machines.
 """

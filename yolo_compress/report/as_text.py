@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +18,7 @@ from yolo_compress.report.tables.grid import Table
 
 
 def missing_lines(document: Document) -> list[str]:
-    """What was asked for and not measured, with the reason."""
+    """Return a line for each missing measurement, with the reason."""
     return [
         f"{place(entry)} {', '.join(name.upper() for name in entry['precisions'])} "
         f"({', '.join(map(n.model, entry['models']))}): {entry['reason']}"
@@ -27,17 +27,17 @@ def missing_lines(document: Document) -> list[str]:
 
 
 def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
-    """(passed, text) of each check beside mAP; passed is None for MLPerf's targets, which ask for nothing."""
+    """Return (passed, text) of each check of the gate except mAP. `passed` is None for MLPerf's targets: they are no limits."""
     gate = document["gate"]
     lines: list[tuple[bool | None, str]] = []
     for check in gate["checks"]:
         if check["reason"]:
-            met = check["reason"]
+            text = check["reason"]
         elif check["name"] == "signature":
-            met = "classes, input and output are those of the baseline"
+            text = "classes, input and output are those of the baseline"
         else:
-            met = f"{check['name']} {n.three(check['value'])}, limit {n.three(check['limit'])}"
-        lines.append((check["passed"], met))
+            text = f"{check['name']} {n.three_digits(check['value'])}, limit {n.three_digits(check['limit'])}"
+        lines.append((check["passed"], text))
     if gate["tiers"]:
         tiers = [f"{name} % {'reached' if passed else 'not reached'}" for name, passed in gate["tiers"].items()]
         lines.append((None, f"MLPerf's targets, in per cent of the mAP in FP32: {', '.join(tiers)}"))
@@ -45,7 +45,7 @@ def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
 
 
 def untested_lines(document: Document) -> list[str]:
-    """What the reader should not assume."""
+    """Return what the run did not test and did not record."""
     lines = list(document["not_tested"])
     if document["not_recorded"]:
         lines.append(f"Not recorded by this run: {', '.join(document['not_recorded'])}.")
@@ -53,7 +53,7 @@ def untested_lines(document: Document) -> list[str]:
 
 
 def render_text(document: Document, width: int = 100) -> str:
-    """The verdicts and the tables for a terminal of `width` columns; columns that do not fit are named below."""
+    """Return the verdicts and tables for a terminal of `width` columns. A note below a table names the columns left out."""
     parts = [document["verdict"]["line"]]
     if document["ab"]:
         parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
@@ -87,7 +87,7 @@ def _text_table(table: Table, width: int) -> str:
 
 
 def render_markdown(document: Document) -> str:
-    """report.md: what the terminal shows, whole, with notes, findings and provenance."""
+    """Return the text of `report.md`: all tables with their notes, the lists, and how to reproduce the run."""
     verdict, gate = document["verdict"], document["gate"]
     parts = [f"# {_escape(document['recipe'])}", f"**{_escape(verdict['line'])}**"]
     bound = n.percent(gate["min_retention"])
@@ -134,7 +134,7 @@ def _section(table: Table) -> list[str]:
 
 
 def provenance(document: Document) -> list[tuple[str, str]]:
-    """Everything that a repetition needs, flat: command, data, image set, environment, fingerprints."""
+    """Return (name, value) of all that is needed to repeat the run: command, data, image set, environment, fingerprints."""
     data = document["data"]
     facts: list[tuple[str, Any]] = [
         ("command", document["reproduce"]["command"]),
@@ -144,17 +144,12 @@ def provenance(document: Document) -> list[tuple[str, str]]:
         ("image set", data["image_set"]),
         ("data digest", data["digest"]),
     ]
-    facts += _flat(document["environment"])
+    facts += [(key, n.one_line(key, value)) for key, value in document["environment"].items()]
     counts = sorted({int(count) for row in document["rows"] if (count := n.finite(row.get("latency_n")))})
     if counts:
         facts.append(("latency runs (n)", ", ".join(map(str, counts))))
     facts += [(f"fingerprint of {stage['stage']}", stage.get("fingerprint")) for stage in document["chain"]]
     return [(key, str(value)) for key, value in facts if value not in (None, "")]
-
-
-def _flat(mapping: Mapping[str, object]) -> list[tuple[str, Any]]:
-    """One line a key; what it holds in turn, such as the versions of libraries, in that line."""
-    return [(key, n.one_line(key, value)) for key, value in mapping.items()]
 
 
 def _markdown_table(table: Table) -> str:
@@ -167,7 +162,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    """Names are shown as text: no HTML, no link, no emphasis, no table cell, no line of its own."""
+    """Escape Markdown and HTML, and join lines, so that a name shows as plain text."""
     flat = re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):
         flat = flat.replace(char, entity)

@@ -1,4 +1,4 @@
-"""Bench rows: their ids and order, what each is compared with, and what the report adds to them."""
+"""Bench rows: their ids, their order, the rows that they are compared with, and the ratios that the report adds."""
 
 from __future__ import annotations
 
@@ -21,25 +21,22 @@ from yolo_compress.report.schema import (
 
 ALLOWED = {"model": get_args(Model), "precision": get_args(Precision), "status": get_args(Status)}
 
-# MLPerf Inference's minimum of queries for a 99th percentile (its early-stopping rule).
+# Least number of timed calls for a 99th percentile, by MLPerf Inference's early-stopping rule.
 P99_MIN_N = 662
 
 Form = TypeVar("Form", bound=Mapping[str, object])
 
 
-def identified(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
-    """Rows as bench or a device wrote them, each with its id, sorted so that what is compared stands together.
+def with_ids(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
+    """Give each row an id, and sort the rows by device, runtime, model and precision.
 
     Args:
-        rows: As bench's metrics and `device.json` have them. Rows that have an id keep it.
-
-    Returns:
-        The rows by device, runtime, model and precision.
+        rows: Rows from the metrics of bench or from a `device.json`. A row with an id keeps it.
 
     Raises:
-        RecipeError: A model, precision or status that does not exist, or a row that is there twice.
+        RecipeError: A row has an unknown model, precision or status, or occurs twice.
     """
-    named: dict[str, BenchRow] = {}
+    by_id: dict[str, BenchRow] = {}
     for given in rows:
         for key, allowed in ALLOWED.items():
             if given[key] not in allowed:
@@ -47,13 +44,13 @@ def identified(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
         row = cast(BenchRow, given)
         parts = [row["model"], row["runtime"], row["precision"], *([row["device"]] if row.get("device") else [])]
         identity = "-".join(parts)
-        if identity in named:
+        if identity in by_id:
             raise RecipeError(f"bench row {identity} is given twice; a report shows each once")
-        named[identity] = cast(BenchRow, {"id": identity, **given})
-    runtimes = [*RUNTIMES, *sorted({row["runtime"] for row in named.values()} - set(RUNTIMES))]
-    devices = list(dict.fromkeys(row.get("device") for row in named.values()))
+        by_id[identity] = cast(BenchRow, {"id": identity, **given})
+    runtimes = [*RUNTIMES, *sorted({row["runtime"] for row in by_id.values()} - set(RUNTIMES))]
+    devices = list(dict.fromkeys(row.get("device") for row in by_id.values()))
 
-    def place(row: BenchRow) -> tuple[int, ...]:
+    def order(row: BenchRow) -> tuple[int, ...]:
         return (
             devices.index(row.get("device")),
             runtimes.index(row["runtime"]),
@@ -61,35 +58,35 @@ def identified(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
             ALLOWED["precision"].index(row["precision"]),
         )
 
-    return sorted(named.values(), key=place)
+    return sorted(by_id.values(), key=order)
 
 
 def with_keys(row: Form, keys: Mapping[str, object]) -> Form:
-    """A copy of a row or stage with more of the keys that its type has."""
+    """Return a copy of a row or stage with the given keys added or replaced. Its type must have these keys."""
     return cast(Form, {**row, **keys})
 
 
 def label(row: BenchRow) -> str:
-    """Precision, runtime and device; of a file without an engine here, the runtime that it is for."""
+    """Return the precision, runtime and device of a row as text. For an untimed file it names the file's target runtime."""
     device = f" on {row['device']}" if row.get("device") else ""
     where = "for" if row["status"] == "untimed" else "on"
     return f"{row['precision'].upper()} {where} {runtime(row['runtime'])}{device}"
 
 
 def has_accuracy(row: BenchRow) -> TypeGuard[EvaluatedBenchRow]:
-    """Whether its mAP was evaluated; of an "untimed" row nothing else was."""
+    """Return whether the mAP of the row was evaluated."""
     return row["status"] in ("ok", "untimed") and row["map50_95"] is not None
 
 
 def reference_row(rows: Sequence[BenchRow]) -> MeasuredBenchRow | None:
-    """The row that every retention is relative to: the baseline in FP32 on this machine, by torch where that was measured."""
+    """Return the row that retention is relative to: the baseline in FP32 on this machine, in torch if that was measured."""
     here = [row for row in rows if not row.get("device") and row["model"] == "original" and row["precision"] == "fp32"]
     measured = [row for row in here if row["status"] == "ok"]
     return next((row for row in measured if row["runtime"] == "torch"), measured[0] if measured else None)
 
 
 def peer_row(rows: Sequence[BenchRow], row: BenchRow) -> MeasuredBenchRow | None:
-    """The baseline in FP32 on the same runtime and device, which speed-up and size ratio are relative to."""
+    """Return the row that speed-up and size ratio are relative to: the baseline in FP32 on the same runtime and device."""
     for other in rows:
         same_place = other["runtime"] == row["runtime"] and other.get("device") == row.get("device")
         if same_place and (other["model"], other["precision"]) == ("original", "fp32") and other["status"] == "ok":
@@ -98,10 +95,10 @@ def peer_row(rows: Sequence[BenchRow], row: BenchRow) -> MeasuredBenchRow | None
 
 
 def one_image_set(rows: Sequence[BenchRow], chain: Sequence[StageFigures]) -> str | None:
-    """The image set of every mAP in the report.
+    """Check that every mAP is over the same images, and return the digest of that image set.
 
     Raises:
-        RecipeError: There are two, or a row with mAP does not name its image set.
+        RecipeError: There are two image sets, or a row with mAP has none.
     """
     where: dict[str, str] = {}
     for row in rows:
@@ -126,7 +123,7 @@ def one_image_set(rows: Sequence[BenchRow], chain: Sequence[StageFigures]) -> st
 
 
 def with_ratios(rows: Sequence[BenchRow]) -> list[Row]:
-    """The rows as the report shows them: retention, speed-up and size ratio, and what their figures do not carry withheld."""
+    """Add retention, speed-up and size ratio to the rows, and remove p99 where too few calls were timed."""
     return [_with_ratios(row, rows) for row in rows]
 
 
@@ -157,7 +154,7 @@ def _ratio(top: object, bottom: object) -> float | None:
 
 
 def missing(rows: Sequence[BenchRow]) -> list[Missing]:
-    """What was asked for and not measured, one entry a runtime and reason."""
+    """Group the missing rows by device, runtime and reason."""
     groups: dict[tuple[str | None, str, str], Missing] = {}
     for row in rows:
         if row["status"] != "missing":

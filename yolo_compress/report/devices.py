@@ -1,4 +1,4 @@
-"""What other machines measured, put beside the rows of a report: robots (`device.json`) and other recipes (`report.json`)."""
+"""Add measurements of other machines (`device.json`) and of other recipes (`report.json`) to a report."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from pathlib import Path
 from typing import cast
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report.bench_rows import identified
+from yolo_compress.report.bench_rows import with_ids
 from yolo_compress.report.device_files import DeviceFile, ReportFile, read
-from yolo_compress.report.document import judged, plain
+from yolo_compress.report.document import judge_rows, to_json
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import Device, Document, Json, Reference, Row
 
-ADDED = ("id", "retention", "speed_up", "size_ratio", "notes")  # to a bench row, by `bench_rows`
+DERIVED_KEYS = ("id", "retention", "speed_up", "size_ratio", "notes")  # `bench_rows` adds these to a bench row
 
 
 def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None) -> Document:
-    """The document with the rows of other machines; the gate is judged anew, over their INT8 rows too.
+    """Return the document with the rows of other machines added, and the gate judged again over all rows.
 
-    A `device.json` adds rows of the compressed model, each with its `device`; one without mAP shows its latency and is not
-    judged. A `report.json` of another recipe, measured on this machine, adds its baseline in every runtime and precision as
-    a point of reference.
+    A `device.json` adds rows of the compressed model, each with its `device`. A row without mAP shows its latency and is not
+    judged. A `report.json` of another recipe adds its baseline, in every runtime and precision, as a point of reference. It
+    must be measured on this machine.
 
     Args:
-        document: As `document.build` returns it, or a `report.json` read back.
-        files: One or more; each device once.
-        onnx: SHA-256 of the ONNX files of this recipe, in hex; a robot that measured others is refused. None: not compared.
+        document: Result of `document.build`, or the content of a `report.json`.
+        files: Files to add, each device once.
+        onnx: SHA-256 of the ONNX files of this recipe, in hex. A robot must have measured these. None: no check.
 
     Raises:
-        CorruptArtifact: A file that is neither, or of another schema.
-        RecipeError: mAP over other images, another model, references of another machine, a file or recipe given twice.
-        StorageError: A file that cannot be read.
+        CorruptArtifact: A file is of neither kind, or has another schema.
+        RecipeError: A file has mAP over other images, another model or another machine, or a file or recipe is given twice.
+        StorageError: A file cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])
-    rows: list[Mapping[str, object]] = [_bare(row) for row in document["rows"]]
-    for file, found in read(files):
-        if isinstance(found, DeviceFile):
-            _check_model(file, found, document)
+    rows: list[Mapping[str, object]] = [_without_derived(row) for row in document["rows"]]
+    for file, parsed in read(files):
+        if isinstance(parsed, DeviceFile):
+            _check_model(file, parsed, document)
             if onnx is not None:
-                _check_onnx(file, found.bundle, onnx)
-            device = _device(file, found, {one["name"] for one in devices})
-            rows += _rows(file, found, device["name"], document["data"]["image_set"])
+                _check_onnx(file, parsed.bundle, onnx)
+            device = _device(file, parsed, {one["name"] for one in devices})
+            rows += _rows(file, parsed, device["name"], document["data"]["image_set"])
             devices.append(device)
         else:
-            references += _references(file, found, document)
+            references += _references(file, parsed, document)
     _check_once("device", (one["name"] for one in devices))
     _check_once("reference", (one["id"] for one in references))
     gate = document["gate"]
-    again = judged(identified(rows), gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"])
-    return cast(Document, plain({**document, **again, "devices": devices, "references": references}))
+    again = judge_rows(with_ids(rows), gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"])
+    return cast(Document, to_json({**document, **again, "devices": devices, "references": references}))
 
 
 def _check_once(what: str, names: Iterable[str]) -> None:
@@ -62,7 +62,7 @@ def _check_once(what: str, names: Iterable[str]) -> None:
 
 
 def _check_model(file: Path, found: DeviceFile, document: Document) -> None:
-    """A robot that runs another model says nothing of this one."""
+    """Check that bundle name, classes and image size of the robot's model are those of this report."""
     facts: dict[str, tuple[Json, object]] = {
         "bundle": (found.bundle.get("name"), document["recipe"]),
         "classes": (found.content.get("names"), document["data"]["names"]),
@@ -76,7 +76,7 @@ def _check_model(file: Path, found: DeviceFile, document: Document) -> None:
 
 
 def _check_onnx(file: Path, bundle: Mapping[str, Json], onnx: Set[str]) -> None:
-    """The ONNX files that the robot's bundle held are those that this recipe exported."""
+    """Check that this recipe exported every ONNX file in the robot's bundle."""
     theirs = bundle.get("onnx")
     if not isinstance(theirs, dict) or not theirs:
         raise RecipeError(
@@ -90,9 +90,9 @@ def _check_onnx(file: Path, bundle: Mapping[str, Json], onnx: Set[str]) -> None:
             )
 
 
-def _device(file: Path, found: DeviceFile, taken: Set[str]) -> Device:
+def _device(file: Path, found: DeviceFile, used_names: Set[str]) -> Device:
     name = " ".join((_machine(found.about) or file.stem).split())
-    if name in taken:  # a second one of a board, or the board in another mode
+    if name in used_names:  # another board of the same type, or the same board in another power mode
         name = f"{name}, {file.stem}"
     of_file = {key: found.content.get(key) for key in ("runtime", "library", "libraries", "power_from")}
     about = {"name": name, "file": file.name, "about": found.about, **of_file, "bundle": found.bundle}
@@ -100,7 +100,7 @@ def _device(file: Path, found: DeviceFile, taken: Set[str]) -> Device:
 
 
 def _machine(about: Mapping[str, Json]) -> str:
-    """The name of a machine: its board, else its GPU, else its processor; empty where it knows none."""
+    """Return the name of the machine's board, GPU or processor, whichever is known first, or an empty text."""
     return str(about.get("board") or str(about.get("gpu") or "").split(",")[0] or about.get("cpu") or "")
 
 
@@ -114,13 +114,13 @@ def _rows(file: Path, found: DeviceFile, device: str, image_set: str | None) -> 
                 "measure there on the validation images of this recipe"
             )
         golden = row.get("golden") or found.content.get("golden")
-        measured = {key: value for key, value in row.items() if key not in ADDED}
+        measured = {key: value for key, value in row.items() if key not in DERIVED_KEYS}
         rows.append({"map50_95": None, "map50": None, "executed": None, **measured, "device": device, "golden": golden})
     return rows
 
 
 def _references(file: Path, found: ReportFile, document: Document) -> list[Reference]:
-    """Rows of another recipe's baseline. They are no rows of ours and have no part in the gate."""
+    """Return the rows of another recipe's baseline as points of reference. The gate ignores them."""
     here, there = _measured_on(document["environment"].get("device")), _measured_on(found.device)
     if here != there:
         raise RecipeError(f"add: {file} was measured on {there}, this report on {here}: their latencies do not compare")
@@ -138,13 +138,15 @@ def _references(file: Path, found: ReportFile, document: Document) -> list[Refer
 
 
 def _measured_on(device: Json) -> str:
-    """The machine of a report, as its environment has it."""
+    """Return the name of the machine in the environment of a report."""
     return _machine(device) or "None" if isinstance(device, dict) else str(device)
 
 
-def _bare(row: Row) -> dict[str, object]:
-    """Without what the report adds, so that it can add it again; percentiles withheld stay withheld."""
-    bare = {key: value for key, value in row.items() if key not in ADDED}
+def _without_derived(row: Row) -> dict[str, object]:
+    """Return the row without its ratios and notes, so that they can be computed again. A removed p99 is not restored."""
+    measured = {key: value for key, value in row.items() if key not in DERIVED_KEYS}
     if row["status"] in ("ok", "untimed") and row["map50_95"] is None and not row.get("device"):
-        bare["map50_95"] = math.nan  # null in JSON; bench measures every row, so it was no number
-    return bare
+        measured["map50_95"] = (
+            math.nan
+        )  # bench evaluates every row of this machine, so null in JSON was NaN or infinity
+    return measured

@@ -1,4 +1,4 @@
-"""The report as one JSON document (`report.schema`): every other form is drawn from it and from nothing else."""
+"""Build the report as one JSON document (`report.schema`). All other forms of the report are made from it alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from yolo_compress.report.schema import (
     Verdict,
 )
 
-# Without these a figure cannot be repeated; what a run did not record is listed in the report by name.
+# A figure cannot be reproduced without these. The report lists those that a run did not record.
 PROVENANCE = ("commit", "device", "versions", "imgsz_px", "batch", "warm_up")
 
-FLOAT = ("baseline", "sparsify", "prune", "distill")  # the last of them in a chain makes the compressed float model
-OF_TORCH = (
+FLOAT_STAGES = ("baseline", "sparsify", "prune", "distill")  # the last of a chain makes the compressed float model
+TORCH_KEYS = (
     "latency_p50_ms",
     "latency_p90_ms",
     "latency_p99_ms",
@@ -49,7 +49,7 @@ OF_TORCH = (
 
 
 def unknown_data() -> DataFacts:
-    """The dataset of a report that knows nothing of it."""
+    """Return the facts of an unknown dataset."""
     return {
         "yaml": None,
         "names": [],
@@ -63,29 +63,29 @@ def unknown_data() -> DataFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the stages and the bench found, before it is checked and judged. `report.schema` has the types and their units.
+    """Input of `build`: results of the stages and of bench, not checked yet. `report.schema` has the types and units.
 
     Attributes:
-        recipe: Its name.
-        rows: Bench rows from `identified`. An mAP of None was not measured: the row shows its latency and is not judged.
+        recipe: Name of the recipe.
+        rows: Bench rows from `with_ids`. A row with mAP None shows its latency and is not judged.
         min_retention: Least share of the baseline's mAP50-95, 0 to 1.
-        max_latency_ms: Largest p50 latency of the row that decides; None: no limit.
-        max_size_mib: Largest size of that row's engine; None: no limit.
-        chain: The stages in the order of work.
-        data: The dataset.
-        ab: The baseline in FP32 against the row that decides.
-        errors: TIDE's error types of the same two.
-        latency_quantiles: By row id, ms within which 0, 1, ..., 100 % of the calls are done.
+        max_latency_ms: Limit of p50 latency for the worst row that has a latency. None: no limit.
+        max_size_mib: Limit of the engine's size for the same row. None: no limit.
+        chain: Stages in the order in which they ran.
+        data: Facts on the dataset.
+        ab: Comparison of the baseline in FP32 with the worst row of the gate.
+        errors: TIDE's error types of the same two rows.
+        latency_quantiles: Row id -> latencies in ms at the quantiles 0, 1, ..., 100 %.
         gammas: Histograms of sparse training.
-        channels: Output channels before and after pruning, by layer.
-        flops: MACs of one image before and after pruning, by convolution.
-        sensitivity: What pruning measured of each channel group.
+        channels: Layer -> output channels (before, after) pruning.
+        flops: Convolution -> MACs of one image (before, after) pruning.
+        sensitivity: Sensitivity of each channel group, from pruning.
         recovery: (epoch, mAP50-95) of the validated epochs of fine-tuning after pruning.
-        quantisation: What `qat.sensitivity` measured of each group of tensors.
+        quantisation: Sensitivity of each group of tensors, from `qat.sensitivity`.
         placement: Rows of `placement.csv`.
-        environment: What a repetition needs.
+        environment: Machine, versions and settings of the run.
         reproduce: Recipe and command.
-        not_tested: Sentences on what the reader should not assume.
+        not_tested: Sentences on what the run did not test.
     """
 
     recipe: str
@@ -110,43 +110,43 @@ class Findings:
     not_tested: Sequence[str] = ()
 
 
-def build(found: Findings) -> Document:
-    """Checks the findings, judges the gate and returns the document; the findings are left as they are.
+def build(findings: Findings) -> Document:
+    """Check the findings, judge the gate and return the document. The findings do not change.
 
     Raises:
-        RecipeError: Rows or stages measured over different image sets, a row without an image set, or malformed
-            figures of a stage.
+        RecipeError: Rows or stages were measured on different image sets, a row has no image set, or the figures of a stage
+            are malformed.
     """
-    image_set = one_image_set(found.rows, found.chain)
-    judgement = judged(found.rows, found.min_retention, found.max_latency_ms, found.max_size_mib)
+    image_set = one_image_set(findings.rows, findings.chain)
+    judgement = judge_rows(findings.rows, findings.min_retention, findings.max_latency_ms, findings.max_size_mib)
     document: Document = {
         "schema": SCHEMA,
-        "recipe": found.recipe,
+        "recipe": findings.recipe,
         **judgement,
-        "data": {**found.data, "image_set": image_set},
-        "chain": _chain(found.chain, judgement["rows"]),
-        "not_tested": list(found.not_tested),
-        "not_recorded": _not_recorded(found.environment),
-        "gammas": stage_files.gammas(found.gammas),
-        "channels": stage_files.pairs("channels", found.channels),
-        "flops": stage_files.pairs("FLOPs", found.flops),
-        "sensitivity": stage_files.sensitivity(found.sensitivity),
-        "recovery": stage_files.recovery(found.recovery),
-        "ab": stage_files.ab(found.ab, image_set),
-        "errors": found.errors,
-        "latency_quantiles": stage_files.quantiles(found.latency_quantiles, found.rows),
-        "quantisation": stage_files.quantisation(found.quantisation),
-        "placement": list(found.placement),
+        "data": {**findings.data, "image_set": image_set},
+        "chain": _chain(findings.chain, judgement["rows"]),
+        "not_tested": list(findings.not_tested),
+        "not_recorded": _not_recorded(findings.environment),
+        "gammas": stage_files.gammas(findings.gammas),
+        "channels": stage_files.pairs("channels", findings.channels),
+        "flops": stage_files.pairs("FLOPs", findings.flops),
+        "sensitivity": stage_files.sensitivity(findings.sensitivity),
+        "recovery": stage_files.recovery(findings.recovery),
+        "ab": stage_files.ab(findings.ab, image_set),
+        "errors": findings.errors,
+        "latency_quantiles": stage_files.quantiles(findings.latency_quantiles, findings.rows),
+        "quantisation": stage_files.quantisation(findings.quantisation),
+        "placement": list(findings.placement),
         "devices": [],
         "references": [],
-        "reproduce": found.reproduce,
-        "environment": found.environment,
+        "reproduce": findings.reproduce,
+        "environment": findings.environment,
     }
-    return cast(Document, plain(document))
+    return cast(Document, to_json(document))
 
 
 class Judgement(TypedDict):
-    """The keys of a document that follow from the rows and the limits alone."""
+    """The keys of a document that depend only on the bench rows and the limits."""
 
     verdict: Verdict
     gate: Gate
@@ -154,10 +154,10 @@ class Judgement(TypedDict):
     missing: list[Missing]
 
 
-def judged(
+def judge_rows(
     rows: Sequence[BenchRow], min_retention: float, max_latency_ms: float | None, max_size_mib: float | None
 ) -> Judgement:
-    """What follows from the rows alone; see `gate.judge`."""
+    """Judge the gate, and return the keys of the document that depend only on rows and limits; see `gate.judge`."""
     gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
     shown = with_ratios(rows)
     return {"verdict": verdict(shown, gate), "gate": gate, "rows": shown, "missing": missing(rows)}
@@ -168,9 +168,9 @@ def _not_recorded(environment: Mapping[str, object]) -> list[str]:
 
 
 def _chain(chain: Sequence[StageFigures], rows: Sequence[Row]) -> list[ChainStage]:
-    """The stages with their difference from the baseline, and the torch latencies of the models that bench timed."""
+    """Add to each stage its mAP difference from the baseline, and the latency in torch where bench timed its model."""
     base = next((finite(stage.get("map50_95")) for stage in chain if stage["stage"] == "baseline"), None)
-    floats = [stage["stage"] for stage in chain if stage["stage"] in FLOAT]
+    floats = [stage["stage"] for stage in chain if stage["stage"] in FLOAT_STAGES]
     models = {floats[-1]: "compressed", "baseline": "original"} if floats else {}
     stages = []
     for stage in chain:
@@ -183,24 +183,24 @@ def _chain(chain: Sequence[StageFigures], rows: Sequence[Row]) -> list[ChainStag
 
 
 def _torch_figures(model: str | None, rows: Sequence[Row]) -> Mapping[str, object]:
-    """Latency and intervals that bench measured of a model in PyTorch; empty where it did not."""
+    """Return latency and intervals of a model in PyTorch from its bench row, or an empty mapping if there is none."""
     for row in rows:
         if (row["runtime"], row["model"], row["status"]) == ("torch", model, "ok"):
             figures: Mapping[str, object] = row
-            return {key: figures[key] for key in OF_TORCH if key in figures}
+            return {key: figures[key] for key in TORCH_KEYS if key in figures}
     return {}
 
 
-def plain(value: Any) -> Any:
-    """JSON types only: numpy scalars and arrays become numbers and lists, paths text, what is not finite null."""
+def to_json(value: Any) -> Any:
+    """Convert a value to JSON types: numpy scalars to numbers, arrays to lists, paths to text, NaN and infinity to None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,4 +1,4 @@
-"""What bench and qat stored beside their figures, made ready for the document: raw latencies, detections, placement."""
+"""Compute figures of the report from files of bench and qat: raw latencies, detections, placement and sensitivity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DETECTIONS = "detections.npy"  # of a training stage
 
 
 class Inputs(Protocol):
-    """What is read of `stages.Job`, which this layer does not know."""
+    """The attributes of `stages.Job` that are used here. Layering rules forbid to import it."""
 
     @property
     def inputs(self) -> Mapping[str, Artifact]: ...
@@ -46,23 +46,23 @@ class Inputs(Protocol):
 
 
 def latency_quantiles(bench: Artifact) -> dict[str, list[float]]:
-    """Milliseconds at every per cent of the raw calls, by row."""
+    """Return the latencies in ms at 0, 1, ..., 100 % of the timed calls, by row id."""
     raw = json.loads(bench.file("latency.json").read_text())
     return {name: every_per_cent([ms for calls in rounds for ms in calls]) for name, rounds in raw.items() if rounds}
 
 
 def truths(job: Inputs) -> list[np.ndarray]:
-    """One N5 array an image: class, xyxy in px."""
+    """Return the objects of each validation image, N5: class, xyxy in px."""
     return [absolute_boxes(sample) for sample in job.dataset.val]
 
 
 def detections(job: Inputs, row: BenchRow) -> list[np.ndarray]:
-    """One N6 array an image, of a row measured here: xyxy in px of the image, score, class."""
+    """Return the detections of each validation image, N6: xyxy in px, score, class. The row must be of this machine."""
     return kept(job.inputs["bench"].file(f"detections/{row['id']}.npy"), len(job.dataset.val))
 
 
-def compared(rows: Sequence[BenchRow], min_retention: float) -> tuple[BenchRow, BenchRow] | None:
-    """The baseline in FP32 and the row measured here that decides the gate; None where either is missing."""
+def compared_rows(rows: Sequence[BenchRow], min_retention: float) -> tuple[BenchRow, BenchRow] | None:
+    """Return the reference row and the worst row of the gate, both of this machine; None if either is missing."""
     here = {row["id"]: row for row in rows if not row.get("device")}
     gate = judge(list(here.values()), min_retention)
     if gate["reference"] is None or gate["worst"] is None:
@@ -73,7 +73,7 @@ def compared(rows: Sequence[BenchRow], min_retention: float) -> tuple[BenchRow, 
 def with_intervals(
     job: Inputs, rows: Sequence[BenchRow], chain: Sequence[StageFigures]
 ) -> tuple[list[BenchRow], list[StageFigures]]:
-    """Rows and stages with the 95 % intervals of their mAP, as far as their detections are stored."""
+    """Add the 95 % intervals of mAP to the rows and stages whose detections are stored."""
     reference = reference_row(rows)
     assert job.recipe.report is not None
     replicates = min(REPLICATES, job.recipe.report.ab_replicates)
@@ -93,13 +93,16 @@ def with_intervals(
 
 
 def _own_interval(stage: str, found: Mapping[str, Interval]) -> Mapping[str, object]:
-    """The baseline has no difference from itself, and the teacher is another model."""
+    """Return the interval of a stage, without the difference from the baseline for the baseline itself and the teacher."""
     ends = found.get(stage, Interval())
     return {key: end for key, end in ends.items() if not (key.startswith("delta") and stage in ("baseline", "teacher"))}
 
 
-def as_compared(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
-    """The rows with A/B's own intervals where it has them: it draws more often, and one figure stands in the report once."""
+def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
+    """Replace the intervals of the two rows that A/B compares by those of A/B.
+
+    A/B uses more resamples. The report must not show two intervals of the same figure.
+    """
     if ab is None:
         return list(rows)
     found = ab["map50_95"]
@@ -117,10 +120,10 @@ def as_compared(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
 
 
 def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
-    """TIDE's types of both models compared, over all detections, and over those with a score above `report.conf`."""
+    """Return TIDE's error types of both compared rows, over all detections and over those scored above `report.conf`."""
     assert job.recipe.report is not None
     conf = job.recipe.report.conf
-    both = compared(rows, job.recipe.report.min_retention)
+    both = compared_rows(rows, job.recipe.report.min_retention)
     if both is None:
         return None
     (a, shown_a), (b, shown_b) = (_model_errors(job, row, conf) for row in both)
@@ -128,14 +131,14 @@ def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
 
 
 def _model_errors(job: Inputs, row: BenchRow, conf: float) -> tuple[ModelErrors, ModelErrors]:
-    """Over all detections of a row, and over those that are shown."""
+    """Return the errors over all detections of a row, and over those with a score above `conf`."""
     actual, found, most = truths(job), detections(job, row), counted(job.recipe.data.max_det)
     shown = [boxes_N6[boxes_N6[:, 4] > conf] for boxes_N6 in found]
     return cast(ModelErrors, tide.errors(actual, found, most)), cast(ModelErrors, tide.errors(actual, shown, most))
 
 
 def placement(qat: Artifact) -> list[Tensor]:
-    """Rows of placement.csv; an artefact of an earlier version has none."""
+    """Return the rows of `placement.csv`; empty for an artefact of an earlier version."""
     if "placement.csv" not in qat.manifest.files:
         return []
     lines = qat.file("placement.csv").read_text(encoding="utf-8").splitlines()
@@ -143,7 +146,7 @@ def placement(qat: Artifact) -> list[Tensor]:
 
 
 def quantisation(qat: Artifact) -> QuantisationFile | None:
-    """What `qat.sensitivity` measured, where it was asked to."""
+    """Return the result of `qat.sensitivity`, or None if it was off."""
     if "sensitivity.json" not in qat.manifest.files:
         return None
     return cast(QuantisationFile, json.loads(qat.file("sensitivity.json").read_text(encoding="utf-8")))

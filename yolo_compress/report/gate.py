@@ -1,4 +1,4 @@
-"""Whether the compressed model keeps enough of the baseline's mAP within its limits, and the one line that says so."""
+"""Judge whether the compressed model meets the limits on retention, latency and size, and write the verdict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from yolo_compress.report.schema import (
     Verdict,
 )
 
-# Rounding of one division: a row exactly on the bound passes, one that is 1e-9 below does not.
+# Tolerance for the rounding of one division: a row exactly on the bound passes, a row 1e-9 below it fails.
 ROUNDING = 1e-12
 
 
@@ -31,20 +31,20 @@ def judge(
     max_latency_ms: float | None = None,
     max_size_mib: float | None = None,
 ) -> Gate:
-    """Judges the compressed INT8 rows, or the compressed float rows where no INT8 was asked for; the worst decides.
+    """Judge the INT8 rows of the compressed model, or its float rows if the recipe has no INT8. The worst row decides.
 
-    A row passes when its mAP50-95 divided by the reference's is at least `min_retention` (equality passes). What
-    cannot be divided (mAP or reference not a number, reference 0, nothing measured) fails, with the reason. The worst row must
-    also fit where the baseline does, and the worst of those with a latency must keep to the limits that are given.
+    A row passes if its mAP50-95 is at least `min_retention` times that of the reference. A row without a usable mAP fails, and
+    so does every row if the reference has none. The worst row must also have the classes, input and output of the baseline.
+    The limits on latency and size apply to the worst row that has a latency.
 
     Args:
-        rows: From `identified`, with raw figures (NaN allowed).
+        rows: Rows from `with_ids`. mAP may be NaN.
         min_retention: Least retention, 0 to 1.
-        max_latency_ms: Largest p50 of one inference; None: no limit. Files without an engine here ("untimed") have none.
-        max_size_mib: Largest size of the engine; None: no limit.
+        max_latency_ms: Limit of p50 latency. None: no limit. Files without an engine here ("untimed") have no latency.
+        max_size_mib: Limit of the engine's size. None: no limit.
 
     Raises:
-        RecipeError: `min_retention` is no number from 0 to 1.
+        RecipeError: `min_retention` is not a number from 0 to 1.
     """
     if not (math.isfinite(min_retention) and 0 <= min_retention <= 1):
         raise RecipeError(f"report.min_retention is {min_retention}, expected a number from 0 to 1")
@@ -76,19 +76,19 @@ def judge(
 
 
 def _decide(gate: Gate, candidates: Mapping[str, EvaluatedBenchRow], reference: MeasuredBenchRow) -> None:
-    """Fills in what follows from the worst row and from the worst of those with a latency."""
+    """Fill in the keys of `gate` that depend on the worst row and on the worst row with a latency, in place."""
     worst = min(gate["judged"], key=_retention)
     timed = min(
         (one for one in gate["judged"] if candidates[one["id"]]["status"] == "ok"), key=_retention, default=None
     )
     row = candidates[worst["id"]]
-    limited = candidates[timed["id"]] if timed else row
+    timed_row = candidates[timed["id"]] if timed else row
     gate["worst"], gate["timed"] = worst["id"], timed["id"] if timed else None
     gate["retention"], gate["tiers"] = worst["retention"], _tiers(worst["retention"])
     gate["checks"] = [
-        *_limited(limited, "latency_p50_ms", "p50", "ms", "report.max_latency_ms", gate["max_latency_ms"]),
-        *_limited(limited, "size_mib", "size", "MiB", "report.max_size_mib", gate["max_size_mib"]),
-        *_same_signature(row, reference),
+        *_check_limit(timed_row, "latency_p50_ms", "p50", "ms", "report.max_latency_ms", gate["max_latency_ms"]),
+        *_check_limit(timed_row, "size_mib", "size", "MiB", "report.max_size_mib", gate["max_size_mib"]),
+        *_check_signature(row, reference),
     ]
     reasons = [worst["reason"], *(check["reason"] for check in gate["checks"])]
     gate["passed"] = worst["passed"] and all(check["passed"] for check in gate["checks"])
@@ -96,7 +96,7 @@ def _decide(gate: Gate, candidates: Mapping[str, EvaluatedBenchRow], reference: 
 
 
 def _retention(entry: Judged) -> float:
-    """What `min` sorts by: no retention is less than any."""
+    """Return the retention as a sort key. An unknown retention sorts below all others."""
     return -math.inf if entry["retention"] is None else entry["retention"]
 
 
@@ -110,8 +110,8 @@ def _tiers(retention: float | None) -> Tiers | None:
     }
 
 
-def _limited(row: BenchRow, key: str, name: str, unit: str, knob: str, limit: float | None) -> list[Check]:
-    """The check of one figure; none where no limit is asked for."""
+def _check_limit(row: BenchRow, key: str, name: str, unit: str, knob: str, limit: float | None) -> list[Check]:
+    """Check one figure of the row against its limit. Return no check if there is no limit."""
     if limit is None:
         return []
     value = finite(row.get(key))
@@ -122,15 +122,15 @@ def _limited(row: BenchRow, key: str, name: str, unit: str, knob: str, limit: fl
     return [{"name": name, "limit": limit, "value": value, "passed": passed, "reason": None if passed else reason}]
 
 
-def _same_signature(row: EvaluatedBenchRow, reference: MeasuredBenchRow) -> list[Check]:
-    """Whether the compressed model has the baseline's classes, input and output; none where that was not recorded."""
+def _check_signature(row: EvaluatedBenchRow, reference: MeasuredBenchRow) -> list[Check]:
+    """Check that a row has the classes, input and output of the baseline. Return no check if either was not recorded."""
     value, limit = row.get("signature"), reference.get("signature")
     if value is None or limit is None:
         return []
     given: Mapping[str, object] = value
-    apart = [f"{key} {given.get(key)}, not {wanted}" for key, wanted in limit.items() if given.get(key) != wanted]
-    reason = f"{label(row)} does not fit where the baseline does: {'; '.join(apart)}" if apart else None
-    return [{"name": "signature", "limit": limit, "value": value, "passed": not apart, "reason": reason}]
+    wrong = [f"{key} {given.get(key)}, not {expected}" for key, expected in limit.items() if given.get(key) != expected]
+    reason = f"{label(row)} does not fit where the baseline does: {'; '.join(wrong)}" if wrong else None
+    return [{"name": "signature", "limit": limit, "value": value, "passed": not wrong, "reason": reason}]
 
 
 def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_retention: float) -> Judged:
@@ -149,23 +149,23 @@ def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_r
         retention = value / base
         entry["retention"], entry["passed"] = retention, retention >= min_retention - ROUNDING
         if not entry["passed"]:
-            kept, bound = percent_apart(retention, min_retention)
-            entry["reason"] = f"{label(row)} keeps {kept}, below the gate of {bound}"
+            share, bound = percent_apart(retention, min_retention)
+            entry["reason"] = f"{label(row)} keeps {share}, below the gate of {bound}"
     return entry
 
 
 def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
-    """The first line of every form of the report, about the row that decides."""
+    """Return the verdict: the first line of every form of the report, about the worst row."""
     status: Literal["pass", "fail"] = "pass" if gate["passed"] else "fail"
     if gate["retention"] is None or gate["worst"] is None or gate["reference"] is None:
         return {"status": status, "line": f"FAIL: {gate['reason']}", "row": gate["worst"]}
     by_id = {row["id"]: row for row in rows}
     row, reference = by_id[gate["worst"]], by_id[gate["reference"]]
-    kept, bound = percent(gate["retention"]), ""
+    share, bound = percent(gate["retention"]), ""
     if gate["retention"] < gate["min_retention"] - ROUNDING:
-        kept, low = percent_apart(gate["retention"], gate["min_retention"])
+        share, low = percent_apart(gate["retention"], gate["min_retention"])
         bound = f", below the gate of {low}"
-    line = f"{status.upper()}: {label(row)} keeps {kept} of the baseline's mAP50-95 "
+    line = f"{status.upper()}: {label(row)} keeps {share} of the baseline's mAP50-95 "
     line += f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])}){bound}"
     timed = by_id[gate["timed"]] if gate["timed"] else row
     gains = [gain(timed["speed_up"], "faster", "slower"), gain(timed["size_ratio"], "smaller", "larger")]
@@ -176,7 +176,7 @@ def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
 
 
 def gain(ratio: float | None, better: str, worse: str) -> str:
-    """Empty where there is no ratio; a loss is named as one."""
+    """Return a ratio as text with the word `better`, or its inverse with `worse` if it is below 1; empty without a ratio."""
     if ratio is None or ratio <= 0:
         return ""
     return f"{times(ratio)} {better}" if ratio >= 1 else f"{times(1 / ratio)} {worse}"

@@ -1,4 +1,4 @@
-"""The document, the charts and the gallery as one HTML file that loads nothing and runs nothing."""
+"""Render the report as one HTML file without scripts and without links to other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from yolo_compress.report.charts.plots import (
     gamma_histograms,
     recovery_curve,
 )
-from yolo_compress.report.charts.quantised import gives_back, precisions, quantisation_table, summary
+from yolo_compress.report.charts.quantised import gains_of_groups, precisions, quantisation_table, summary
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.report.charts.sensitivity import sensitivity_curves
 from yolo_compress.report.gate import gain
@@ -34,7 +34,7 @@ from yolo_compress.report.tables.chain import chain_table, pruning_table
 
 
 def render(document: Document, gallery: Gallery) -> str:
-    """Everything that came from outside (names, files, findings, YAML) is escaped; only our own SVG is not."""
+    """Return the page. All text from outside (names, files, findings, YAML) is escaped; only our own SVG is not."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,7 +57,7 @@ def render(document: Document, gallery: Gallery) -> str:
         "forest": differences(ab),
         "errors": error_costs(document["errors"]),
         "times": time_distribution(document),
-        "quantisation": gives_back(document["quantisation"]),
+        "quantisation": gains_of_groups(document["quantisation"]),
         "placement": precisions(document["placement"]),
     }
     page = environment.get_template("report.html.j2").render(
@@ -86,24 +86,24 @@ def render(document: Document, gallery: Gallery) -> str:
         untested=untested_lines(document),
         provenance=provenance(document),
         bound=n.percent(document["gate"]["min_retention"]),
-        shown_score=n.plain(ab["settings"]["conf"] if ab else MIN_SCORE),
+        shown_score=n.four_digits(ab["settings"]["conf"] if ab else MIN_SCORE),
     )
     return page.replace("<!-- nav -->", _navigation(page), 1)
 
 
 def _navigation(page: str) -> str:
-    """A link to each section there is; the titles are ours."""
+    """Return links to all sections of the page. The titles come from the template and need no escaping."""
     links = [f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="(\w+)">([^<]+)<', page)]
     return f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>'
 
 
 def signs(text: str) -> str:
-    """`->` and `2.4x` as an arrow and a multiplication sign; plain text, escaped afterwards."""
+    """Replace `->` by an arrow and the x of `2.4x` by a multiplication sign. The result is not escaped."""
     return re.sub(r"(?<=\d)x(?!\w)", "\u00d7", text.replace("->", "→"))
 
 
 class Tile(NamedTuple):
-    """A figure of the row that decides, that of the baseline in FP32 on the same runtime, and their ratio."""
+    """A figure of the judged row (`now`), of the baseline in FP32 (`was`), and their ratio (`gain`), as text."""
 
     title: str
     now: str
@@ -112,7 +112,7 @@ class Tile(NamedTuple):
 
 
 def tiles(document: Document) -> list[Tile]:
-    """mAP of the row that decides, then speed and size of the worst row with a latency."""
+    """Return tiles for the mAP of the worst row, and for latency and size of the worst row with a latency."""
     rows = {row["id"]: row for row in document["rows"]}
     row = rows.get(document["verdict"]["row"] or "")
     if row is None:
@@ -123,10 +123,10 @@ def tiles(document: Document) -> list[Tile]:
     row = rows.get(document["gate"]["timed"] or "", row)
     peer = peer_row(document["rows"], row)
     for title, key, write, gained in (
-        ("Latency p50, ms", "latency_p50_ms", n.three, gain(row["speed_up"], "faster", "slower")),
-        ("Size, MiB", "size_mib", n.three, gain(row["size_ratio"], "smaller", "larger")),
+        ("Latency p50, ms", "latency_p50_ms", n.three_digits, gain(row["speed_up"], "faster", "slower")),
+        ("Size, MiB", "size_mib", n.three_digits, gain(row["size_ratio"], "smaller", "larger")),
         ("Parameters", "parameters", n.millions, None),
-        ("GFLOPs", "compute_gflops", n.three, None),
+        ("GFLOPs", "compute_gflops", n.three_digits, None),
     ):
         after, before = n.finite(row.get(key)), n.finite(peer.get(key)) if peer else None
         if after is None:
@@ -138,7 +138,7 @@ def tiles(document: Document) -> list[Tile]:
 
 
 class JudgedLine(NamedTuple):
-    """A judged row; `reason` is empty where its retention says why it failed."""
+    """A judged row as text. `reason` is empty if the row has a retention."""
 
     label: str
     retention: str

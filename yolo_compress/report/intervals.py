@@ -1,4 +1,4 @@
-"""95 % intervals of every mAP of the report and of its difference from the baseline's, all by the same resampled images."""
+"""95 % intervals of every mAP and of its difference from the baseline, by bootstrap with the same resamples for all models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yolo_compress.report.schema import Interval
 from yolo_compress.runtime.limits import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import match
 
-REPLICATES = 400  # at most: the ends of an interval move by a tenth of its width from seed to seed
+REPLICATES = 400  # most resamples; with these, another seed moves the ends of an interval by a tenth of its width
 
 
 def intervals(
@@ -23,19 +23,20 @@ def intervals(
     seed: int,
     most: int = MAX_DETECTIONS,
 ) -> dict[str, Interval]:
-    """`map50_95_low`, `map50_95_high`, `delta_low`, `delta_high` of each model; the reference has no delta.
+    """Return the ends of the intervals of each model: of its mAP50-95 and of the difference from the reference.
 
     Args:
-        truths: one N5 array an image: class, xyxy.
-        models: name -> one N6 array an image: xyxy, score, class.
-        reference: the name that differences are from.
-        classes: how many.
-        replicates, seed: of the resampling.
-        most: detections of a class in an image that count.
+        truths: Objects of each image, N5: class, xyxy.
+        models: Name -> detections of each image, N6: xyxy, score, class.
+        reference: Name of the model that differences are relative to; it has no difference itself.
+        classes: Number of classes.
+        replicates: Number of resamples.
+        seed: Seed of the resampling.
+        most: Most detections per class and image that are evaluated.
     """
     weights_RI = resamples(len(truths), replicates, seed)
     map_R = {}
-    for name, detections in models.items():  # one at a time: a model's matches are large
+    for name, detections in models.items():  # one model at a time, because its matches need much memory
         (drawn,) = replicate([match(truths, detections, classes, ("all",), most)], weights_RI)
         map_R[name] = over_classes(drawn.ap50_95_RAK[:, 0])
     found = {}

@@ -1,4 +1,4 @@
-"""How a figure is written; a figure that does not exist is a dash, never 0."""
+"""Format figures. A missing figure is a dash, never 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from yolo_compress.runtime.registry import titles
 
 DASH = "\u2013"
-MODELS = {"original": "baseline", "compressed": "compressed"}  # as JSON has them -> as people read them
+MODELS = {"original": "baseline", "compressed": "compressed"}  # name in JSON -> name in the report
 RUNTIMES = {
     "torch": "PyTorch",
     **titles(),
@@ -19,7 +19,7 @@ RUNTIMES = {
 
 
 def finite(value: Any) -> float | None:
-    """The value as a float, or None where it is absent, not a number or infinite."""
+    """Return the value as a float, or None if it is absent, NaN, infinite or not a number."""
     if value is None or isinstance(value, (bool, str, list, dict)):
         return None
     number = float(value)
@@ -27,24 +27,24 @@ def finite(value: Any) -> float | None:
 
 
 def fixed(value: Any, digits: int = 3) -> str:
-    """A fraction such as mAP."""
+    """Format a number with a fixed count of decimals, such as mAP."""
     number = finite(value)
     return DASH if number is None else f"{number:.{digits}f}"
 
 
 def signed(value: Any, digits: int = 3) -> str:
-    """A difference, its sign always written."""
+    """Format a difference with its sign."""
     number = finite(value)
     return DASH if number is None else f"{round(number, digits) or 0.0:+.{digits}f}"  # never -0.000
 
 
 def interval(low: Any, high: Any, write: Callable[[Any], str]) -> str:
-    """Both ends, or a dash where there is no interval."""
+    """Format both ends of an interval, or a dash if one is missing."""
     return DASH if finite(low) is None or finite(high) is None else f"{write(low)} to {write(high)}"
 
 
-def three(value: Any) -> str:
-    """Three significant digits without exponent: ms, MiB, GFLOPs."""
+def three_digits(value: Any) -> str:
+    """Format ms, MiB or GFLOPs with three significant digits, without exponent."""
     number = finite(value)
     if number is None:
         return DASH
@@ -60,7 +60,7 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def percent_apart(value: float, bound: float) -> tuple[str, str]:
-    """Both as per cent, with as many digits as it takes to see that they differ (a gate missed by 1e-9 says so)."""
+    """Format both as per cent, with as many decimals as are needed to see that they differ, even by 1e-9."""
     for digits in range(1, 13):
         texts = percent(value, digits), percent(bound, digits)
         if texts[0] != texts[1] or value == bound:
@@ -69,18 +69,18 @@ def percent_apart(value: float, bound: float) -> tuple[str, str]:
 
 
 def times(value: Any) -> str:
-    """A ratio; `x` stands for the multiplication sign so that any terminal shows it."""
+    """Format a ratio, such as `2.4x`. The letter x replaces the multiplication sign, which not every terminal can show."""
     number = finite(value)
     return DASH if number is None else f"{number:.2f}x" if number < 1 else f"{number:.1f}x"
 
 
 def millions(value: Any) -> str:
-    """A count of parameters."""
+    """Format a count of parameters in millions."""
     number = finite(value)
     return DASH if number is None else f"{number / 1e6:.2f} M"
 
 
-def whole(value: Any) -> str:
+def integer(value: Any) -> str:
     number = finite(value)
     return DASH if number is None else f"{number:,.0f}"
 
@@ -97,23 +97,23 @@ def duration(value: Any) -> str:
 
 
 def model(name: str) -> str:
-    """A model of a bench row as people read it."""
+    """Return the name of a model for the report."""
     return MODELS.get(name, name)
 
 
 def runtime(name: str) -> str:
-    """A runtime as people read it."""
+    """Return the name of a runtime for the report."""
     return RUNTIMES.get(name, name)
 
 
-def plain(value: Any) -> str:
-    """As many digits as it was given with."""
+def four_digits(value: Any) -> str:
+    """Format a number with at most four significant digits, such as a threshold."""
     number = finite(value)
     return DASH if number is None else f"{number:.4g}"
 
 
 def change(before: Any, after: Any, write: Callable[[Any], str]) -> str:
-    """A difference in the form of its figures, its sign always written."""
+    """Format the change from `before` to `after` with its sign; `write` formats its absolute value."""
     low, high = finite(before), finite(after)
     if low is None or high is None:
         return DASH
@@ -126,7 +126,7 @@ def probability(value: Any) -> str:
 
 
 def one_line(key: str, value: Any) -> Any:
-    """A value of the environment on one line: mappings and lists are spelled out."""
+    """Return a value of the environment on one line; mappings and lists become text."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {one_line(name, item)}" for name, item in value.items())
     if isinstance(value, list):

@@ -1,13 +1,13 @@
 """The types of `report.json`, schema 3: every key with its meaning and unit.
 
-Words that hold throughout:
+Conventions:
     mAP is a fraction from 0 to 1, over the validation images, by pycocotools. `map50_95` is the mean over IoU 0.5 to 0.95.
-    Times end in `_ms`, sizes in `_mib` (2**20 bytes), images in `_px` (pixels).
+    The unit of a key is its suffix: `_ms`, `_mib` (2**20 bytes), `_px` (pixels).
     `compute_gflops` is 2 x GMACs of one image. Intervals are 95 %, by bootstrap over the validation images.
-    In the values of `model`, "original" is the baseline and "compressed" the compressed model.
-    null: not measured, or not a number. A key that is `NotRequired` is absent where its comment says so.
+    As value of `model`, "original" is the baseline and "compressed" is the compressed model.
+    null means not measured, or NaN or infinite. A `NotRequired` key is absent where its comment says so.
 
-`tests/unit/report/test_schema.py` validates documents against these types and forbids any other key.
+`tests/unit/report/test_schema.py` validates documents against these types and forbids all other keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing'
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.rows import Signature
 
-# 3: rows of files without an engine ("untimed"), gate.timed, the test by image; 2: ab, errors, placement, devices
+# New in 3: rows of files without an engine ("untimed"), gate.timed, McNemar's test by image.
+# New in 2: ab, errors, placement, devices.
 SCHEMA: Final = 3
 
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
@@ -34,22 +35,22 @@ Measure = Literal["loss", "map50_95"]
 
 
 class Interval(TypedDict, total=False):
-    """Ends of 95 % intervals; absent where no detections are stored or `report.ab_replicates` is 0."""
+    """Ends of 95 % intervals; absent if no detections are stored or `report.ab_replicates` is 0."""
 
     map50_95_low: float | None
     map50_95_high: float | None
-    # Of the paired difference in map50_95 from the baseline; the baseline has none.
+    # Ends for the paired difference in map50_95 from the baseline; absent for the baseline itself.
     delta_low: float | None
     delta_high: float | None
 
 
 class _Subject(TypedDict):
-    """What every bench row has: the model, where it runs, and in which precision."""
+    """Keys of every bench row: model, runtime and precision."""
 
-    id: str  # model-runtime-precision, and -device for another machine
+    id: str  # model-runtime-precision, followed by -device for another machine
     model: Model
-    runtime: str  # a runtime's name, such as "openvino"; of an untimed row the one that the file is made for
-    precision: Precision  # as asked for
+    runtime: str  # name of the runtime, such as "openvino"; in an untimed row, the target runtime of the file
+    precision: Precision  # as requested
     reason: str | None  # why there is no engine or no measurement
     file: NotRequired[
         str | None
@@ -66,61 +67,61 @@ class _Subject(TypedDict):
 class _Accuracy(_Subject, Interval):
     """The accuracy of an engine or a file."""
 
-    executed: str | None  # what the runtime really computed in
+    executed: str | None  # precision that the runtime really computed in
     map50_95: float | None  # null on a device that had no validation images
     map50: float | None
     map50_95_ultralytics: NotRequired[
         float | None
     ]  # map50_95 as Ultralytics' validator computes it; absent for a device
     per_class: NotRequired[dict[str, float | None] | None]  # map50_95 by class name
-    images: NotRequired[int | None]  # how many a device evaluated
+    images: NotRequired[int | None]  # number of images that a device evaluated
     image_set: NotRequired[str | None]  # digest of the validation images and their boxes
     signature: NotRequired[Signature | None]
 
 
 class _Latency(TypedDict):
-    """The latency of one inference, and the size."""
+    """Latency of one inference, and size of the engine."""
 
     latency_p50_ms: float | None
-    latency_p90_ms: float | None  # a percentile is null where too few calls were timed to state it
+    latency_p90_ms: float | None  # a percentile is null if too few calls were timed for it
     latency_p95_ms: NotRequired[float | None]
     latency_p99_ms: float | None
     latency_n: int | None  # timed calls
     latency_quiet: NotRequired[bool | None]  # whether the machine was idle before each round
-    threads: NotRequired[int | None]  # of one inference on a CPU; null: every processor
-    size_mib: NotRequired[float | None]  # of the engine; absent for a device
+    threads: NotRequired[int | None]  # threads of one inference on a CPU; null: all processors
+    size_mib: NotRequired[float | None]  # size of the engine; absent for a device
 
 
 class _OnDevice(TypedDict, total=False):
-    """What a device measures beside, null where it cannot; absent for this machine."""
+    """Further measurements of a device, null where it cannot measure them; absent for this machine."""
 
-    # From a decoded image to its detections, one after another.
+    # Time from a decoded image to its detections, one image after another.
     end_to_end_p50_ms: float | None
     end_to_end_p90_ms: float | None
     end_to_end_p95_ms: float | None
     end_to_end_p99_ms: float | None
     end_to_end_n: int | None  # timed calls
-    fps: float | None  # decoded images a second, several at the same time
-    memory_mib: float | None  # of the process that holds the engine
-    power_w: float | None  # under that load
-    idle_w: float | None
-    energy_mj_per_frame: float | None  # mJ of an image under that load
+    fps: float | None  # throughput: decoded images per second with several images in flight
+    memory_mib: float | None  # memory of the process that runs the engine
+    power_w: float | None  # mean power during the throughput measurement
+    idle_w: float | None  # power when idle
+    energy_mj_per_frame: float | None  # mJ per image during the throughput measurement
 
 
 class MeasuredBenchRow(_Accuracy, _Latency, _OnDevice):
-    """An engine, or torch, that was evaluated and timed."""
+    """An engine, or a model in torch, that was evaluated and timed."""
 
     status: Literal["ok"]
 
 
 class UntimedBenchRow(_Accuracy):
-    """A file that no engine here was built from: it has accuracy, but neither latency nor size."""
+    """A file that no engine on this machine was built from. It has accuracy, but neither latency nor size."""
 
     status: Literal["untimed"]
 
 
 class MissingBenchRow(_Subject):
-    """What was asked for and not measured. A device writes every key of its other rows, as null."""
+    """A requested measurement that failed or was not possible. A device writes the keys of its other rows too, as null."""
 
     status: Literal["missing"]
     executed: NotRequired[None]
@@ -153,12 +154,12 @@ BenchRow = EvaluatedBenchRow | MissingBenchRow  # before the report adds its rat
 
 
 class _Ratios(TypedDict):
-    """What the report adds to every bench row."""
+    """Keys that the report adds to every bench row."""
 
     retention: float | None  # map50_95 / map50_95 of the gate's reference
-    speed_up: float | None  # p50 latency of the baseline in FP32 on the same runtime and device / this one's
-    size_ratio: float | None  # size of the baseline in FP32 on the same runtime and device / this one's
-    notes: list[str]  # sentences on this row's figures
+    speed_up: float | None  # p50 latency of the FP32 baseline on the same runtime and device / p50 latency of this row
+    size_ratio: float | None  # size of the FP32 baseline on the same runtime and device / size of this row
+    notes: list[str]  # remarks on the figures of this row
 
 
 class MeasuredRow(MeasuredBenchRow, _Ratios):
@@ -177,7 +178,7 @@ Row = MeasuredRow | UntimedRow | MissingRow
 
 
 class Missing(TypedDict):
-    """Missing rows of one runtime for one reason."""
+    """Missing rows with the same runtime and the same reason."""
 
     runtime: str
     models: list[Model]
@@ -192,39 +193,39 @@ class Missing(TypedDict):
 class Judged(TypedDict):
     """The gate's judgement of one row."""
 
-    id: str  # of the row
+    id: str  # id of the row
     retention: float | None
     passed: bool
     reason: str | None  # null where it passed
 
 
 class Check(TypedDict):
-    """What the gate asks for beside retention."""
+    """A condition of the gate other than retention."""
 
     name: str  # "p50" (ms), "size" (MiB) or "signature"
-    limit: float | Signature  # the most that is allowed; of "signature" the baseline's
+    limit: float | Signature  # largest allowed value; for "signature" that of the baseline
     value: float | Signature | None
     passed: bool
     reason: str | None  # null where it passed
 
 
-# Whether the retention reaches each share of FP32, in per cent, in which MLPerf Inference states its targets
+# Whether the retention reaches the accuracy targets of MLPerf Inference, in per cent of FP32
 # (https://github.com/mlcommons/inference_policies).
 Tiers = TypedDict("Tiers", {"95": bool, "99": bool, "99.9": bool})
 
 
 class Gate(TypedDict):
-    """Whether the compressed model keeps enough of the baseline's mAP within its limits; the worst row decides."""
+    """Result of the gate on retention, latency and size. The worst row decides."""
 
     min_retention: float  # least retention, 0 to 1
-    max_latency_ms: float | None  # most p50 latency; null: no limit
-    max_size_mib: float | None  # null: no limit
+    max_latency_ms: float | None  # largest p50 latency; null: no limit
+    max_size_mib: float | None  # largest size of the engine; null: no limit
     reference: str | None  # id of the row that retention is relative to: the baseline in FP32
     judged: list[Judged]
     worst: str | None  # id of the row with the least retention
     timed: str | None  # id of the row with the least retention among those with a latency
-    retention: float | None  # of the worst row
-    tiers: Tiers | None  # null where there is no retention
+    retention: float | None  # retention of the worst row
+    tiers: Tiers | None  # null if there is no retention
     checks: list[Check]
     passed: bool
     reason: str | None  # null where it passed
@@ -235,35 +236,35 @@ class Verdict(TypedDict):
 
     status: Literal["pass", "fail"]
     line: str
-    row: str | None  # id of the row that decides
+    row: str | None  # id of the worst row
 
 
 # The stages
 
 
 class StageFigures(Interval):
-    """A stage of the chain: its model, and what the stage measured."""
+    """A stage of the chain: its model and its measurements."""
 
     stage: str  # "teacher", "baseline", "sparsify", "prune", "distill" or "qat"
-    fingerprint: str  # of its artefact
+    fingerprint: str  # fingerprint of its artefact
     status: str  # "done"
-    seconds: float  # that the stage took
+    seconds: float  # run time of the stage
     image_set: str  # as in a bench row
     parameters: int
     compute_gflops: float
-    size_mib: float  # of its checkpoint
+    size_mib: float  # size of its checkpoint
     map50_95: float | None
     map50: float | None
     epochs: int | None
-    trained_on: NotRequired[str]  # of a distillation without labels: a phrase on its images
-    # Of prune alone:
+    trained_on: NotRequired[str]  # only of a distillation without labels: a phrase that describes its images
+    # Only of prune:
     map50_95_after_cut: NotRequired[float | None]
     map50_95_after_bn: NotRequired[float | None]  # after re-estimating BatchNorm, before any training
     kept_flops: NotRequired[float]  # FLOPs after / before
     latency_target_ms: NotRequired[float]
     latency_measured_ms: NotRequired[float]
-    latency_runtime: NotRequired[str]  # that the target is for
-    # Of the baseline and of the compressed float model: their torch row of the bench.
+    latency_runtime: NotRequired[str]  # runtime of the latency target
+    # Only of the baseline and of the compressed float model, from their torch row in bench:
     latency_p50_ms: NotRequired[float | None]
     latency_p90_ms: NotRequired[float | None]
     latency_p99_ms: NotRequired[float | None]
@@ -278,54 +279,55 @@ class ChainStage(StageFigures):
 class Gammas(TypedDict):
     """Histograms of the absolute BatchNorm gammas while `sparsify` trains."""
 
-    edges: list[float]  # of the bins, one more than bins
-    epochs: list[list[int]]  # counts by bin, a list an epoch; the first is before training
+    edges: list[float]  # edges of the bins, one more than bins
+    epochs: list[list[int]]  # counts per bin, one list per epoch; the first is before training
 
 
 class SensitivityFile(TypedDict):
-    """What pruning measured of one channel group at a time."""
+    """Sensitivity to pruning, measured with channels removed from one group at a time."""
 
     measure: Measure
-    dense: float  # the measure of the model before pruning
-    ratios: list[float]  # shares of the group's channels removed, ascending
-    groups: dict[str, list[float | None]]  # group -> the measure at each ratio
-    caps: dict[str, float | None]  # group -> the largest share that pruning may remove; null: no limit
-    images: int  # that it was measured on
+    dense: float  # measure of the model before pruning
+    ratios: list[float]  # removed shares of the group's channels, ascending
+    groups: dict[str, list[float | None]]  # group -> measure at each ratio
+    caps: dict[str, float | None]  # group -> largest share that pruning may remove; null: no limit
+    images: int  # number of images for the measurement
 
 
 class SensitiveGroup(TypedDict):
     group: str
-    mean_change: float | None  # of the measure, over the ratios; null where one of them is not a number
+    mean_change: float | None  # mean over the ratios of the change of the measure; null if one is not a number
 
 
 class Sensitivity(SensitivityFile):
     most_sensitive: list[SensitiveGroup]  # at most 5, the worst first
 
 
-# A key of the file is called `float`, which a class body would take for the type from there on.
+# A key of the file has the name `float`. In a class body it would hide the type `float` in the lines below it.
 _InFloat = TypedDict("_InFloat", {"float": float})  # noqa: UP013
 
 
 class QuantisationFile(_InFloat):
-    """What `qat.sensitivity` measured of one group of tensors at a time. `float` is the measure of the float model."""
+    """Sensitivity to INT8, by `qat.sensitivity`, with one group of tensors in float at a time.
+
+    `float` is the measure of the float model.
+    """
 
     measure: Measure
-    int8: float  # the measure of the INT8 model
-    worst: float  # the least mAP, or the largest loss, that is asked for
-    then: float  # the measure with the groups of `left` in float
+    int8: float  # measure of the INT8 model
+    worst: float  # limit: least mAP, or largest loss
+    then: float  # measure with the groups of `left` in float
     left: list[str]  # groups that stay in float
-    images: int  # calibration images that it was measured on
-    groups: dict[str, float]  # group -> the measure with that group alone in float
-    price: str  # "gflops", or the runtime whose ms are the price
-    compute_gflops: dict[str, float]  # group -> GFLOPs of its convolutions
-    price_ms: NotRequired[
-        dict[str, float]
-    ]  # group -> ms that it takes longer in float; absent where the price is GFLOPs
-    layer_ms: NotRequired[dict[str, list[float]]]  # convolution -> ms in float and in INT8; absent as `price_ms` is
+    images: int  # number of calibration images for the measurement
+    groups: dict[str, float]  # group -> measure with that group alone in float
+    price: str  # "gflops", or the runtime whose latency in ms is the price
+    compute_gflops: dict[str, float]  # group -> sum of the GFLOPs of its convolutions
+    price_ms: NotRequired[dict[str, float]]  # group -> additional ms in float; absent if the price is GFLOPs
+    layer_ms: NotRequired[dict[str, list[float]]]  # convolution -> ms [in float, in INT8]; absent if `price_ms` is
 
 
 class Quantisation(QuantisationFile):
-    gives_back: dict[str, float]  # group -> rise of mAP or fall of the loss with that group alone in float
+    gives_back: dict[str, float]  # group -> gain with that group alone in float: rise of mAP, or fall of the loss
 
 
 class Tensor(TypedDict):
@@ -333,8 +335,8 @@ class Tensor(TypedDict):
 
     tensor: str
     precision: str  # "int8" or "float"
-    group: str  # tensors of a group share their scale
-    why: str  # the reason of its precision
+    group: str  # tensors of a group share one scale
+    why: str  # reason for its precision
 
 
 # Error types
@@ -342,7 +344,7 @@ class Tensor(TypedDict):
 
 class ErrorSum(TypedDict):
     count: int
-    cost: float  # rise of AP50 if these errors were mended
+    cost: float  # rise of AP50 if these errors were corrected
 
 
 class ErrorType(ErrorSum):
@@ -350,10 +352,10 @@ class ErrorType(ErrorSum):
 
 
 class ModelErrors(TypedDict):
-    """What `evaluate.tide.errors` finds in one model's detections."""
+    """Result of `evaluate.tide.errors` for one model."""
 
     ap50: float  # mean over the classes with objects
-    truths: int  # objects
+    truths: int  # number of objects
     detections: int
     types: list[ErrorType]
     false_positives: ErrorSum
@@ -378,20 +380,20 @@ class Device(TypedDict):
 
     name: str  # as in its rows
     file: str  # name of the file
-    about: dict[str, Json]  # board, processor, power mode and clocks, as far as it could read them
-    runtime: str | None  # of its first row
-    library: str | None  # version of that
+    about: dict[str, Json]  # board, processor, power mode and clocks, where the device could read them
+    runtime: str | None  # runtime of its first row
+    library: str | None  # version of that runtime
     libraries: dict[str, Json] | None  # runtime -> version
-    power_from: str | None  # the meter of power_w
+    power_from: str | None  # power meter that power_w comes from
     bundle: dict[str, Json]  # name, version and digests of the bundle that it ran
-    golden: dict[str, Json] | None  # the self-test on golden images, over all engines
+    golden: dict[str, Json] | None  # result of the self-test on golden images, over all engines
 
 
 class Reference(TypedDict):
-    """The baseline of another recipe, from its `report.json`, measured on this machine over the same images."""
+    """The baseline of another recipe, from its `report.json`, measured on this machine and the same images."""
 
     id: str
-    name: str  # of the recipe
+    name: str  # name of the recipe
     runtime: str
     precision: Precision
     map50_95: float | None
@@ -407,7 +409,7 @@ class Reference(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """The dataset; null where the report does not know."""
+    """Facts on the dataset; null where unknown."""
 
     yaml: str | None  # file name
     names: list[str]  # class names in the order of their index
@@ -415,11 +417,11 @@ class DataFacts(TypedDict):
     val_images: int | None
     skipped: list[str]  # findings on images that were left out
     notes: list[str]
-    digest: str | None  # of the whole dataset
+    digest: str | None  # digest of the whole dataset
 
 
 class Data(DataFacts):
-    image_set: str | None  # of every mAP in the report
+    image_set: str | None  # digest of the images of every mAP in the report
 
 
 class Reproduce(TypedDict):
@@ -428,31 +430,31 @@ class Reproduce(TypedDict):
 
 
 class Environment(TypedDict, total=False):
-    """What a repetition needs; what was not recorded is absent and named in `not_recorded`."""
+    """Machine, versions and settings of the run. A key that was not recorded is absent and listed in `not_recorded`."""
 
     commit: str
     device: dict[str, Json]  # `runtime.measure.device.device_state`
     versions: dict[str, str | None]  # library -> version
     imgsz_px: list[int]  # [height, width]
-    batch: int  # images of one inference
+    batch: int  # images per inference
     warm_up: str
-    latency: str  # how it was taken
+    latency: str  # how latency was measured
     seed: int
     report_made_with: str | None  # version of yolo-compress
 
 
 class Document(TypedDict):
-    """`report.json`. The HTML, Markdown and terminal forms are drawn from it and from nothing else."""
+    """`report.json`. The HTML, Markdown and terminal forms are made from it alone."""
 
     schema: int  # SCHEMA
-    recipe: str  # name
+    recipe: str  # name of the recipe
     verdict: Verdict
     gate: Gate
-    rows: list[Row]  # by device, runtime, model and precision
+    rows: list[Row]  # sorted by device, runtime, model and precision
     missing: list[Missing]
     data: Data
-    chain: list[ChainStage]  # in the order of work
-    not_tested: list[str]  # sentences on what the reader should not assume
+    chain: list[ChainStage]  # in the order in which the stages ran
+    not_tested: list[str]  # sentences on what the run did not test
     not_recorded: list[str]  # keys of `environment` that are absent
     gammas: Gammas | None
     channels: dict[str, list[int]] | None  # layer -> output channels [before, after] pruning
@@ -463,7 +465,7 @@ class Document(TypedDict):
     )  # [epoch, map50_95] of fine-tuning after pruning, by Ultralytics' validator
     ab: AB | None
     errors: ErrorTypes | None
-    latency_quantiles: dict[str, list[float]] | None  # row id -> ms within which 0, 1, ..., 100 % of its calls are done
+    latency_quantiles: dict[str, list[float]] | None  # row id -> latencies in ms at the quantiles 0, 1, ..., 100 %
     quantisation: Quantisation | None
     placement: list[Tensor]
     devices: list[Device]

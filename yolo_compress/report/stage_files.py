@@ -1,4 +1,4 @@
-"""What the stages left for the charts, checked before it enters the document."""
+"""Check the files of the stages that the charts are drawn from."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from yolo_compress.report.schema import (
 )
 
 MEASURES = get_args(Measure)
-SENSITIVITY = tuple(SensitivityFile.__annotations__)
-FOUND = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
+SENSITIVITY_KEYS = tuple(SensitivityFile.__annotations__)
+QUANTISATION_KEYS = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
 MOST_SENSITIVE = 5
 AB_SCHEMA = 1
 
 
 def gammas(given: Gammas | None) -> Gammas | None:
-    """Histograms by epoch."""
+    """Check the histograms of gammas; None if there are none."""
     if not given or not given["epochs"]:
         return None
     bins = len(given["edges"]) - 1
@@ -39,7 +39,7 @@ def gammas(given: Gammas | None) -> Gammas | None:
 
 
 def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
-    """Whole numbers before and after pruning, by layer."""
+    """Check the counts [before, after] pruning of each layer. `what` names them in errors."""
     if not given:
         return None
     for layer, pair in given.items():
@@ -49,7 +49,7 @@ def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, lis
 
 
 def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]] | None:
-    """mAP50-95 by epoch of fine-tuning."""
+    """Check the pairs (epoch, mAP50-95) of fine-tuning; None if there are none."""
     if not given:
         return None
     epochs = [-1.0, *(point[0] for point in given)]
@@ -60,10 +60,10 @@ def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]
 
 
 def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
-    """Adds `most_sensitive`: the groups whose loss of channels costs most, `mean_change` over the ratios, worst first."""
+    """Check the sensitivity to pruning, and add `most_sensitive`: the groups with the worst `mean_change`, worst first."""
     if not given:
         return None
-    if absent := [key for key in SENSITIVITY if key not in given]:
+    if absent := [key for key in SENSITIVITY_KEYS if key not in given]:
         raise RecipeError(f"sensitivity lacks {', '.join(absent)}")
     if given["measure"] not in MEASURES:
         raise RecipeError(f"sensitivity is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")
@@ -86,7 +86,7 @@ def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
 
 
 def harm(measure: Measure, change: float | None) -> float:
-    """How much worse a change is; what is not a number is worse than any that is."""
+    """Return a change so that a larger value is worse, for the loss and for mAP. An unknown change is infinitely bad."""
     if change is None:
         return math.inf
     return change if measure == "loss" else -change
@@ -103,7 +103,7 @@ def _most_sensitive(given: SensitivityFile) -> list[SensitiveGroup]:
 
 
 def ab(given: AB | None, image_set: str | None) -> AB | None:
-    """The A/B document, over the images of the report and no others."""
+    """Check the schema of the A/B document, and that it is over the images of the report."""
     if not given:
         return None
     if given["schema"] != AB_SCHEMA:
@@ -114,7 +114,7 @@ def ab(given: AB | None, image_set: str | None) -> AB | None:
 
 
 def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchRow]) -> dict[str, list[float]] | None:
-    """Milliseconds at every per cent of the raw calls, by row."""
+    """Check the latencies in ms at 0, 1, ..., 100 % of the timed calls, by row id."""
     if not given:
         return None
     known = {row["id"] for row in rows}
@@ -127,11 +127,11 @@ def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchR
 
 
 def quantisation(given: QuantisationFile | None) -> Quantisation | None:
-    """What each group of tensors gives back when it alone is left in float; adds `gives_back`, above 0 where it helps."""
+    """Check the sensitivity to INT8, and add `gives_back`: the gain with each group alone in float, above 0 if it helps."""
     if not given or not given["groups"]:
         return None
-    needed = FOUND if given.get("price", "gflops") == "gflops" else (*FOUND, "price_ms")
-    if absent := [key for key in needed if key not in given]:
+    required = QUANTISATION_KEYS if given.get("price", "gflops") == "gflops" else (*QUANTISATION_KEYS, "price_ms")
+    if absent := [key for key in required if key not in given]:
         raise RecipeError(f"the sensitivity to INT8 lacks {', '.join(absent)}")
     if given["measure"] not in MEASURES:
         raise RecipeError(f"the sensitivity to INT8 is of {given['measure']!r}, expected one of {', '.join(MEASURES)}")

@@ -1,4 +1,4 @@
-"""The three forms of the report, written into a folder."""
+"""Write the three forms of the report into a folder."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from yolo_compress.report.schema import Document
 
 
 def write(document: Document, gallery_items: Sequence[gallery.Item], out: Path) -> dict[str, Path]:
-    """Writes `report.html`, `report.md` and `report.json` into `out` (made if need be).
+    """Write `report.html`, `report.md` and `report.json` into the folder `out`, which is created if needed.
 
-    Each file is replaced as a whole: a folder that a user names may hold the report of an earlier call.
+    Each file is replaced atomically, because the folder may hold an earlier report.
 
     Args:
-        document: From `document.build`; the charts are drawn from it.
-        gallery_items: All are shown; none leaves the section out.
+        document: Result of `document.build`.
+        gallery_items: Images to show. If there are none, the gallery is left out.
         out: Folder.
 
     Returns:
-        "html", "md" and "json" with their paths.
+        Paths by "html", "md" and "json".
 
     Raises:
-        DataError: A gallery image that cannot be read.
+        DataError: A gallery image cannot be read.
         StorageError: The folder cannot be written.
     """
     texts = {
@@ -38,6 +38,6 @@ def write(document: Document, gallery_items: Sequence[gallery.Item], out: Path) 
         out.mkdir(parents=True, exist_ok=True)
     paths = {kind: out / f"report.{kind}" for kind in texts}
     for kind, text in texts.items():
-        # A file name that is no UTF-8 arrives as lone surrogates: shown as its escape rather than refused.
+        # Python holds a file name that is not UTF-8 as lone surrogates. They are written as escapes.
         atomic_write(paths[kind], text.encode("utf-8", "backslashreplace"))
     return paths

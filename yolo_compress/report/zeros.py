@@ -1,4 +1,4 @@
-"""What each runtime does with zeros among the weights: a sparse model is not a faster one."""
+"""Notes on what each runtime does with zero weights. A sparse model is not faster by itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _TENSORRT = {
 
 
 def zeros_note(kind: str, sparsity: float) -> list[str]:
-    """A sentence on the zeros, then one for each runtime.
+    """Return a sentence on the zeros of the weights, then one for each runtime.
 
     Args:
         kind: `unstructured` or `two_four`.
         sparsity: Share of exact zeros in the convolution weights.
 
-    Sources: ONNX Runtime turns sparse initialisers into dense ones at load (microsoft/onnxruntime #5578); OpenVINO documents
-    `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX; TensorRT's developer guide, "Sparsity". The two
-    CPU runtimes are timed by `benchmarks/sparsity.py`.
+    Sources: ONNX Runtime turns sparse initialisers into dense ones at load (microsoft/onnxruntime #5578). OpenVINO documents
+    `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX. For TensorRT see its developer guide, "Sparsity".
+    `benchmarks/sparsity.py` times both CPU runtimes.
     """
     name = {"unstructured": "unstructured", "two_four": "2:4"}[kind]
     return [

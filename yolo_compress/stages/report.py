@@ -14,7 +14,7 @@ from yolo_compress.evaluate.ab.schema import AB, Side
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.report import devices, evidence, numbers
 from yolo_compress.report.as_text import render_text
-from yolo_compress.report.bench_rows import identified, label, peer_row
+from yolo_compress.report.bench_rows import label, peer_row, with_ids
 from yolo_compress.report.charts.gallery import Item
 from yolo_compress.report.document import Findings, build
 from yolo_compress.report.gate import judge
@@ -49,9 +49,9 @@ class Metrics(TypedDict):
 def run(job: Job) -> Metrics:
     """Writes report.html, report.md, report.json and, with an A/B comparison, ab.json."""
     bench = job.inputs["bench"]
-    rows, chain = evidence.with_intervals(job, identified(bench.metrics["rows"]), _chain(job))
+    rows, chain = evidence.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
     ab = _ab(job, rows)
-    rows = evidence.as_compared(rows, ab)
+    rows = evidence.with_ab_intervals(rows, ab)
     qat = job.inputs["qat"] if _own(job, "qat") else None
     found = Findings(
         recipe=job.recipe.name,
@@ -94,7 +94,7 @@ def _written(job: Job, document: Document) -> Metrics:
 
 def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
     """The baseline in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
-    both = evidence.compared(rows, job.config.min_retention)
+    both = evidence.compared_rows(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
     baseline, compressed = both
@@ -232,7 +232,7 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
 
 def _gallery(job: Job, document: Document) -> list[Item]:
     """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
-    both = evidence.compared(document["rows"], job.config.min_retention)
+    both = evidence.compared_rows(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []
     first, second = (evidence.detections(job, row) for row in both)

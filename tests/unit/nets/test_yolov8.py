@@ -1,4 +1,4 @@
-"""The split view of C2f is exact, both ways, and keeps everything that Ultralytics stores beside the weights."""
+"""The split view of C2f has equal outputs in both directions, and keeps the attributes that Ultralytics stores."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def images():
 
 
 def lively(yaml="yolov8n.yaml", **kwargs):
-    """A float64 model whose BatchNorms have statistics and parameters worth keeping."""
+    """Return a float64 model with random BatchNorm statistics and parameters."""
     torch.manual_seed(0)
     model = DetectionModel(yaml, verbose=False, **kwargs).double().eval()
     for module in model.modules():

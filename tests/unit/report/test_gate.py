@@ -1,4 +1,4 @@
-"""The gate beyond retention: tiers, limits of the row that decides, and whether it fits where the original did."""
+"""The gate: MLPerf's tiers, limits on latency and size, and equality of classes, input and output with the baseline."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_verdict_line_names_every_failed_check() -> None:
 
 
 def untimed(map50_95: float, **changes: Any) -> dict[str, Any]:
-    """An INT8 file that no engine here was built from."""
+    """Return an INT8 file that no engine on this machine was built from."""
     lacks = dict.fromkeys(("latency_p50_ms", "size_mib"))
     return row("compressed", "int8", map50_95) | {
         "id": "compressed-tensorrt-int8", "runtime": "tensorrt", "status": "untimed",
@@ -75,7 +75,7 @@ def untimed(map50_95: float, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_file_without_an_engine_here_is_judged_too() -> None:
-    """NEU-DET in 7 bits: the forms for CPUs kept 98.8 % and passed, and int8.onnx, with 92 %, went to the robot."""
+    """On NEU-DET in 7 bits the CPU engines had 98.8 % retention and passed, but int8.onnx for the robot had 92 %."""
     found = judge([*rows(0.593), untimed(0.55)], 0.98)
     assert not found["passed"] and (found["worst"], found["timed"]) == (
         "compressed-tensorrt-int8",

@@ -1,4 +1,4 @@
-"""The report says what was measured and nothing else: gate, dashes, one image set, names as text, same bytes."""
+"""The report: gate, missing figures as dashes, one image set, escaped names, equal bytes for equal input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from yolo_compress.report.write import write
 
 
 class Page(HTMLParser):
-    """Tags and every address an attribute could load."""
+    """Collect the tags of a page, and all addresses that its attributes could load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_exactly_the_bound_passes_and_a_billionth_below_fails(reference: float, 
     failed = document(rows(reference * bound - 1e-9, reference), bound)
     assert not failed["gate"]["passed"] and failed["verdict"]["status"] == "fail"
     kept, low = re.findall(r"([\d.]+) %", failed["verdict"]["line"])[:2]
-    assert float(kept) < float(low), "the line shows two figures that look alike"
+    assert float(kept) < float(low), "the line shows two equal figures"
 
 
 @pytest.mark.fault(42)
@@ -113,13 +113,13 @@ def test_float_rows_are_judged_only_where_no_int8_was_asked_for() -> None:
     assert unmeasured["verdict"]["line"] == "FAIL: no INT8 row of the compressed model was measured"
 
 
-def test_without_the_original_nothing_can_pass() -> None:
+def test_without_the_baseline_nothing_can_pass() -> None:
     report = document([row("compressed", "openvino", "int8", 0.6)])
     assert not report["gate"]["passed"] and "no FP32 row of the baseline" in report["verdict"]["line"]
     assert not document([])["gate"]["passed"]
 
 
-def test_the_reference_is_torch_and_the_speed_up_is_against_the_same_runtime() -> None:
+def test_the_reference_is_torch_and_the_speed_up_is_relative_to_the_same_runtime() -> None:
     bench = rows()
     bench[0].update(latency_p50_ms=100.0, map50_95=0.61)
     report = document(bench)
@@ -147,7 +147,7 @@ def test_the_verdict_line() -> None:
 
 
 @pytest.mark.parametrize("bound", [float("nan"), -0.1, 1.1])
-def test_a_bound_that_means_nothing_is_refused(bound: float) -> None:
+def test_an_invalid_bound_is_refused(bound: float) -> None:
     with pytest.raises(RecipeError, match=r"report\.min_retention"):
         judge([], bound)
 
@@ -156,7 +156,7 @@ def test_a_bound_that_means_nothing_is_refused(bound: float) -> None:
 
 
 @pytest.mark.fault(65)
-def test_two_image_sets_are_never_one_table() -> None:
+def test_two_image_sets_are_refused() -> None:
     bench = rows()
     bench[3]["image_set"] = "b2" * 32
     both = f"baseline FP32 on PyTorch.*{IMAGES}.*compressed INT8 on OpenVINO.*{'b2' * 32}"
@@ -252,15 +252,15 @@ def test_numbers_never_invent_a_zero() -> None:
     for write_number in (
         numbers.fixed,
         numbers.signed,
-        numbers.three,
+        numbers.three_digits,
         numbers.percent,
         numbers.times,
         numbers.millions,
-        numbers.whole,
+        numbers.integer,
         numbers.duration,
     ):
         assert write_number(None) == write_number(float("nan")) == numbers.DASH
-    assert [numbers.three(value) for value in (0, 0.01234, 4.306, 17.9, 1234.5)] == [
+    assert [numbers.three_digits(value) for value in (0, 0.01234, 4.306, 17.9, 1234.5)] == [
         "0",
         "0.0123",
         "4.31",
@@ -338,7 +338,7 @@ def test_a_name_is_no_markdown_either() -> None:
 def test_names_are_shown_as_text(evil_page: str) -> None:
     page = Page(evil_page)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 2, "the two gallery pictures and nothing else"
+    assert page.tags.count("img") == 2, "only the two images of the gallery"
     assert page.text.count(EVIL) >= 20
 
 
@@ -363,7 +363,7 @@ def test_same_input_same_bytes(tmp_path: Path, written: dict[str, Path]) -> None
     assert json.loads(both[0]["json"].read_text("utf-8")) == document()
 
 
-def test_a_report_with_next_to_nothing_still_stands(tmp_path: Path) -> None:
+def test_a_report_with_almost_no_data_is_written(tmp_path: Path) -> None:
     bench = [row("original", "torch", "fp32", 0.6), row("compressed", "torch", "int8", float("nan"))]
     for entry in bench:
         entry["latency_p50_ms"] = None
@@ -372,11 +372,11 @@ def test_a_report_with_next_to_nothing_still_stands(tmp_path: Path) -> None:
     write(built([]), [], tmp_path)
 
 
-def test_pictures_follow_the_network_and_the_theme(written: dict[str, Path]) -> None:
+def test_charts_use_the_order_of_the_model_and_the_theme(written: dict[str, Path]) -> None:
     text = written["html"].read_text("utf-8")
     assert text.index(">model.2.cv1<") < text.index(">model.10.conv<")
     assert "var(--after)" in text and "#5a5b5c" not in text and "prefers-color-scheme: dark" in text
-    assert text.count("<svg") == 6, "three pictures, wide and narrow"
+    assert text.count("<svg") == 6, "three charts, wide and narrow"
 
 
 # gallery

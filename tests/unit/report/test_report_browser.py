@@ -1,4 +1,4 @@
-"""The report in a real browser: two widths, light and dark, nothing wider than the window, nothing asked for, nothing said."""
+"""The report in a real browser, in two widths, light and dark: it fits the window, loads nothing and logs no errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ pytestmark = [
 LONG = "a-class-name-without-any-space-in-it-" * 3
 VISITS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 
-# Elements that stick out of the window and are not inside a box that scrolls.
+# Elements wider than the window that are not inside a scrolling box.
 OUTSIDE = """[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
   && !e.closest('.scroll, nav, pre, svg')).map(e => e.outerHTML.slice(0, 120))"""
-# Text of a picture that its frame cuts off.
+# Text of a chart that is cut off at the edge.
 CLIPPED = """[...document.querySelectorAll('.figure svg text')].filter(t => { const a = t.getBoundingClientRect(),
   b = t.ownerSVGElement.getBoundingClientRect(); return a.width && (a.right > b.right + 2 || a.left < b.left - 2) })
   .map(t => t.textContent)"""
-# WCAG AA wants 4.5 between a text's colour and what it stands on.
+# WCAG AA requires a contrast of 4.5 between text and background.
 CONTRAST = """(() => {
   const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => v / 255)
     .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b };
@@ -42,7 +42,7 @@ CONTRAST = """(() => {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every section, hostile and endless names, a device."""
+    """Return a page with every section, a device, and hostile and very long names."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "device.json").write_text(json.dumps(device(device={"board": LONG})))
     report = whole(
@@ -63,9 +63,9 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), VISITS)
-def test_it_fits_says_nothing_and_loads_nothing(tab: chromium.Browser, page: Path, width: int, scheme: str) -> None:
+def test_it_fits_logs_nothing_and_loads_nothing(tab: chromium.Browser, page: Path, width: int, scheme: str) -> None:
     tab.open(page, width, scheme)
-    assert tab.value("innerWidth") == width, "the window is not as wide as asked"
+    assert tab.value("innerWidth") == width, "the window does not have the requested width"
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.value(OUTSIDE) == []
     assert tab.problems() == [] and tab.requests() == []
@@ -92,7 +92,7 @@ def test_links_lead_to_their_sections(tab: chromium.Browser, page: Path) -> None
     assert tab.value(dead) == 0 and tab.value("document.querySelectorAll('nav a').length") > 10
 
 
-def test_a_screenshot_is_a_picture(tab: chromium.Browser, page: Path, tmp_path: Path) -> None:
+def test_a_screenshot_is_an_image(tab: chromium.Browser, page: Path, tmp_path: Path) -> None:
     tab.open(page, 390, "dark")
     tab.picture(tmp_path / "page.png")
     assert (tmp_path / "page.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

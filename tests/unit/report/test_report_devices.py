@@ -1,4 +1,4 @@
-"""Rows of robots and of other networks beside the report's own: the same images, or refused; the gate is judged anew."""
+"""Rows of robots and of other recipes in a report: other images are refused, and the gate is judged again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def file(folder: Path, content: Any, name: str = "device.json") -> Path:
 
 
 def published(**changes: Any) -> dict[str, Any]:
-    """As read back from report.json."""
+    """Return a document as read from report.json."""
     return dict(json.loads(json.dumps(whole(**changes))))
 
 
@@ -62,7 +62,7 @@ def test_the_gate_is_judged_over_the_robots_rows_too(tmp_path: Path) -> None:
     after = devices.add(before, [file(tmp_path, bad)])
     assert not after["gate"]["passed"] and after["gate"]["worst"] == "compressed-tensorrt-int8-NVIDIA Jetson Orin Nano"
     assert "INT8 on TensorRT on NVIDIA Jetson Orin Nano keeps 66.7 %" in after["verdict"]["line"]
-    assert before == published(), "the published document is left as it is"
+    assert before == published(), "the published document does not change"
 
 
 def test_limits_hold_for_the_robot_that_decides(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_limits_hold_for_the_robot_that_decides(tmp_path: Path) -> None:
 def test_without_its_own_map_a_robot_changes_no_verdict(tmp_path: Path) -> None:
     only_timed = device(rows=device()["rows"][1:])
     assert devices.add(published(), [file(tmp_path, only_timed)])["verdict"] == published()["verdict"]
-    # A row of ours that was no number stays one, and still decides.
+    # A row of this machine with mAP NaN stays NaN, and still decides.
     broken = published(rows=rows(float("nan")))
     assert not devices.add(broken, [file(tmp_path, device())])["gate"]["passed"]
 
@@ -135,12 +135,12 @@ def test_a_device_is_given_once_and_two_of_a_board_are_told_apart(tmp_path: Path
     assert [entry["name"] for entry in report["devices"]] == ["NVIDIA Jetson Orin Nano", "Orin AGX"]
 
 
-def test_other_networks_are_points_of_reference(tmp_path: Path) -> None:
+def test_other_recipes_are_points_of_reference(tmp_path: Path) -> None:
     theirs = published(
         recipe="yolov8s", rows=[row("original", "openvino", "fp32", 0.64), row("compressed", "openvino", "int8", 0.62)]
     )
     report = devices.add(published(), [file(tmp_path, theirs, "report.json")])
-    assert [entry["id"] for entry in report["references"]] == ["yolov8s-openvino-fp32"], "its original alone"
+    assert [entry["id"] for entry in report["references"]] == ["yolov8s-openvino-fp32"], "only its baseline"
     assert report["gate"] == published()["gate"], "a reference has no part in the gate"
     assert ">yolov8s, OpenVINO FP32<" in accuracy_over_latency(report)["wide"]
     elsewhere = {**theirs, "environment": {"device": {"cpu": "another CPU"}}}
@@ -215,7 +215,7 @@ def test_a_damaged_row_of_another_report_is_one_line(tmp_path: Path, key: str, v
 
 
 def bound(tmp_path: Path, **changes: Any) -> Path:
-    """A device.json whose bundle held these ONNX files."""
+    """Return a device.json whose bundle has these ONNX files."""
     content = device()
     content["bundle"] = {**content["bundle"], "recipe_fingerprint": "e5" * 32, **changes}
     return file(tmp_path, content)
@@ -223,7 +223,7 @@ def bound(tmp_path: Path, **changes: Any) -> Path:
 
 @pytest.mark.fault(87)
 def test_a_robot_that_measured_another_model_is_not_judged(tmp_path: Path) -> None:
-    """The same name, classes, size and images, as of a recipe that was trained again."""
+    """Name, classes, size and images are equal, as after training the same recipe again."""
     ours = {"a1" * 32, "b2" * 32, "c3" * 32}
     same = bound(tmp_path, onnx={"fp32": "a1" * 32, "int8": "b2" * 32})
     assert len(devices.add(published(), [same], ours)["gate"]["judged"]) == 2

@@ -1,4 +1,4 @@
-"""What the report draws from: A/B, error types, raw latencies, intervals, INT8 sensitivity, and which images it shows."""
+"""The data of the report: A/B, error types, raw latencies, intervals, INT8 sensitivity, and the choice of images."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.stored_detections import keep
 from yolo_compress.report import evidence, numbers, stage_files
 from yolo_compress.report.as_text import render_markdown, render_text
-from yolo_compress.report.bench_rows import identified
+from yolo_compress.report.bench_rows import with_ids
 from yolo_compress.report.charts import gallery
 from yolo_compress.report.charts.curves import every_per_cent
-from yolo_compress.report.charts.forest import MOST, differences, left_out
-from yolo_compress.report.charts.quantised import gives_back, quantisation_table, summary
+from yolo_compress.report.charts.forest import MAX_CLASSES, differences, left_out
+from yolo_compress.report.charts.quantised import gains_of_groups, quantisation_table, summary
 from yolo_compress.report.image_choice import choose
 from yolo_compress.report.intervals import intervals
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
@@ -57,7 +57,7 @@ def cells(table: Any, first: str) -> tuple[str, ...]:
     return next(line.cells for line in table.lines if line.cells[0] == first)
 
 
-def test_limits_and_tiers_of_the_deciding_row_are_said(page: str) -> None:
+def test_limits_and_tiers_of_the_worst_row_are_shown(page: str) -> None:
     assert (
         "<li>MLPerf&#39;s targets, in per cent of the mAP in FP32: 95 % reached, 99 % not reached, 99.9 % not reached</li>"
         in page
@@ -106,7 +106,7 @@ def test_parts_without_objects_are_left_out() -> None:
     assert cells(table, EVIL)[1:] == ("30", "0.500", "0.460", "-0.040", "-0.050 to -0.030")
 
 
-def test_the_forest_shows_every_part_and_marks_what_is_lost_for_certain() -> None:
+def test_the_forest_shows_every_part_and_marks_certain_losses() -> None:
     wide = differences(ab())["wide"]
     assert "small (100)" in wide and "large" not in wide and "none of it" not in wide
     assert "-0.040  [-0.050, -0.030]" in wide
@@ -117,7 +117,7 @@ def test_the_forest_shows_every_part_and_marks_what_is_lost_for_certain() -> Non
 def test_of_many_classes_the_extremes_are_drawn() -> None:
     one = ab()["by_class"][0]
     many = ab(by_class=[{**one, "name": f"class{i}", "delta": (i - 40) / 1000} for i in range(80)])
-    assert left_out(many) == 80 - MOST
+    assert left_out(many) == 80 - MAX_CLASSES
     wide = differences(many)["wide"]
     assert ">class0 (90)<" in wide and ">class79 (90)<" in wide and ">class40 (90)<" not in wide
 
@@ -135,7 +135,7 @@ def test_ab_over_other_images_or_of_another_schema_is_refused() -> None:
 def test_error_types_have_cost_and_what_one_sees() -> None:
     table = errors_table(errors())
     assert cells(table, "background")[3:] == ("0", "3") and cells(table, "missed")[3:] == ("3", "3")
-    # A's second detection has another class: mended, its class counts twice and AP50 goes from 51/101 to 1.
+    # The second detection of A has the wrong class. Corrected, it finds its object and AP50 rises from 51/101 to 1.
     assert cells(table, "classification")[1] == numbers.percent(1 - 51 / 101)
     assert table.notes == ("Costs are over all detections; counts are of those with a score above 0.25.",)
     assert errors_table(None).lines == ()
@@ -167,7 +167,7 @@ def test_intervals_are_of_the_same_images_and_hold_the_figure() -> None:
 
 
 class Sample:
-    """What is read of `data.Sample`."""
+    """The attributes of `data.Sample` that are read."""
 
     width = height = 400
 
@@ -177,7 +177,7 @@ class Sample:
 
 
 def fake_job(folder: Path, found: list[np.ndarray], truths: list[np.ndarray], **report: Any) -> Any:
-    """A job whose bench kept the same detections of both models, and whose stages kept them too, but for `prune`."""
+    """Return a job with the same stored detections for both bench rows and for all stages except `prune`."""
     (folder / "detections").mkdir()
     for name in ("original-torch-fp32", "compressed-openvino-int8"):
         keep(folder / f"detections/{name}.npy", found)
@@ -198,7 +198,7 @@ def fake_job(folder: Path, found: list[np.ndarray], truths: list[np.ndarray], **
 def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> None:
     truths, found = scene(2, images=30)
     job = fake_job(tmp_path, found, truths)
-    bench = identified([row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]])
+    bench = with_ids([row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]])
     chain = [stage(name, 0.5) for name in ("baseline", "prune", "qat")]
     lines, stages = evidence.with_intervals(job, bench, chain)
     value = matched(truths, found, job.dataset.names)["map50_95"]
@@ -215,10 +215,10 @@ def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> N
 def test_where_ab_has_an_interval_the_row_shows_it() -> None:
     document_of_ab = ab(a={"label": "A", "row": "x"}, b={"label": "B", "row": "y"})
     document_of_ab["map50_95"] |= {"interval_a": [0.5, 0.7], "interval_b": [0.4, 0.6]}
-    lines = evidence.as_compared([{"id": "x"}, {"id": "y", "delta_low": 9.0}, {"id": "z"}], document_of_ab)
+    lines = evidence.with_ab_intervals([{"id": "x"}, {"id": "y", "delta_low": 9.0}, {"id": "z"}], document_of_ab)
     assert lines[0] == {"id": "x", "map50_95_low": 0.5, "map50_95_high": 0.7} and lines[2] == {"id": "z"}
     assert (lines[1]["delta_low"], lines[1]["delta_high"]) == (pytest.approx(-0.02), pytest.approx(0.0))
-    assert lines[1]["map50_95_low"] == 0.4 and evidence.as_compared(lines, None) == lines
+    assert lines[1]["map50_95_low"] == 0.4 and evidence.with_ab_intervals(lines, None) == lines
 
 
 def without_replicates(job: Any) -> Any:
@@ -229,20 +229,20 @@ def without_replicates(job: Any) -> Any:
     )
 
 
-def test_error_types_and_pictures_are_of_the_row_that_decides(tmp_path: Path) -> None:
+def test_error_types_and_images_are_of_the_worst_row(tmp_path: Path) -> None:
     truths, found = scene(3, images=10)
     job = fake_job(tmp_path, found, truths)
     engines = [
         row("compressed", runtime, "int8", value) for runtime, value in (("openvino", 0.5), ("onnxruntime", 0.55))
     ]
     robot = row("compressed", "tensorrt", "int8", 0.1, device="a robot")
-    bench = identified([row("original", "torch", "fp32", 0.6), *engines, robot])
-    both = evidence.compared(bench, 0.9)
+    bench = with_ids([row("original", "torch", "fp32", 0.6), *engines, robot])
+    both = evidence.compared_rows(bench, 0.9)
     assert both is not None and [line["id"] for line in both] == ["original-torch-fp32", "compressed-openvino-int8"]
     types = evidence.error_types(job, bench)
     assert types is not None and types["a"] == types["b"] and types["conf"] == 0.5
     assert types["shown_a"]["detections"] == sum(int((boxes_N6[:, 4] > 0.5).sum()) for boxes_N6 in found)
-    assert evidence.compared(bench[1:], 0.9) is None and evidence.error_types(job, bench[:1]) is None
+    assert evidence.compared_rows(bench[1:], 0.9) is None and evidence.error_types(job, bench[:1]) is None
 
 
 def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -> None:
@@ -270,7 +270,7 @@ def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -
 # INT8
 
 
-def test_what_a_group_gives_back_is_a_gain_whatever_was_measured() -> None:
+def test_the_gain_of_a_group_is_positive_for_a_higher_map_and_for_a_lower_loss() -> None:
     report = document(quantisation=QUANTISATION)["quantisation"]
     assert report["gives_back"] == {
         "images": pytest.approx(-0.01),
@@ -296,7 +296,7 @@ def test_what_a_group_gives_back_is_a_gain_whatever_was_measured() -> None:
         ("gflops", "GFLOPs", "0.250", "the GFLOPs of its convolutions; the groups in float cost 0.250 in all."),
     ],
 )
-def test_the_price_of_a_group_stands_beside_what_it_gives_back(price: str, unit: str, cost: str, words: str) -> None:
+def test_the_price_of_a_group_is_shown_with_its_gain(price: str, unit: str, cost: str, words: str) -> None:
     found = stage_files.quantisation({**QUANTISATION, "price": price})
     table = quantisation_table(found)
     assert table.columns[2].title == f"Price, {unit}" and table.lines[0].cells == (
@@ -306,7 +306,7 @@ def test_the_price_of_a_group_stands_beside_what_it_gives_back(price: str, unit:
         "float",
     )
     assert table.notes[0].endswith(f"The price of a group is {words}")
-    for svg in gives_back(found).values():
+    for svg in gains_of_groups(found).values():
         assert svg.count(f">{unit}</text>") == 1 and svg.count(f">{cost}</text>") == 1
 
 

@@ -1,4 +1,4 @@
-"""What the report says of pruning: mAP at each step, FLOPs by block, sensitivity by group, all from the document."""
+"""Pruning in the report: mAP after each step, FLOPs by block, and sensitivity by group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolo_compress.report.write import write
 from yolo_compress.stages import report as stage
 from yolo_compress.store.manifest import Artifact, Manifest
 
-# Two blocks and a head of two branches; in the order of no network.
+# Two blocks and a head of two branches, not in the order of the model.
 FLOPS = {
     "model.22.cv3.0.2": [1_000_000, 1_000_000],
     "model.22.cv2.0.0.conv": [8_000_000, 2_000_000],
@@ -75,10 +75,10 @@ def document(prune: dict[str, Any] | None = None, **figures: Any) -> dict[str, A
 
 
 def drawn(folder: Path, description: str, **figures: Any) -> str:
-    """The wide form of the picture that `description` begins."""
+    """Return the wide variant of the chart whose description starts with `description`."""
     page = write(document(**figures), [], folder)["html"].read_text("utf-8")
     found = re.search(rf'<svg [^>]*aria-label="{description}.*?</svg>', page, re.DOTALL)
-    assert found is not None, f"no picture of {description!r}"
+    assert found is not None, f"no chart of {description!r}"
     return found[0]
 
 
@@ -149,7 +149,7 @@ def test_the_most_sensitive_come_first_and_a_loss_that_is_no_number_before_all()
     assert [entry["group"] for entry in by_map] == ["b", "a"], "mAP is worse where it falls; c rose"
 
 
-def test_cells_hold_the_change_against_the_unpruned_net(tmp_path: Path) -> None:
+def test_cells_hold_the_change_from_the_unpruned_model(tmp_path: Path) -> None:
     shown = texts(drawn(tmp_path, "Change of the loss or mAP", sensitivity=LOSS))
     assert shown[:4] == ["25 %", "50 %", "75 %", "cap"]
     assert shown[4:11] == in_order(LOSS["groups"])

@@ -1,4 +1,4 @@
-"""`report.schema` is what is written: whole documents validate against it, and a key without a type fails."""
+"""Written documents match `report.schema`, and a key without a type fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SENSITIVITY = {
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """A document in which no section is empty: with a robot, another recipe, an untimed file, and one check that failed."""
+    """Return a document without empty sections: it has a robot, another recipe, an untimed file and a failed check."""
     full: dict[str, Any] = {"sensitivity": SENSITIVITY, "max_latency_ms": 9.0, "max_size_mib": 99.0}
     theirs = whole(recipe="yolov8s", rows=[row("original", "openvino", "fp32", 0.64)], latency_quantiles=None)
     for name, content in (("device", device()), ("other", theirs)):
@@ -38,7 +38,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 
 def mappings(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping in a document, and its path with `[]` for all entries of a list."""
+    """Return every mapping in a document with its path; `[]` in a path stands for all entries of a list."""
     if isinstance(value, dict):
         yield at, value
         for key, one in value.items():
@@ -48,7 +48,7 @@ def mappings(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from mappings(one, f"{at}[]")
 
 
-# Mappings with keys of the user's own: names of classes, layers, groups, libraries, and what a machine says of itself.
+# Mappings with arbitrary keys: names of classes, layers, groups, libraries, and facts on a device.
 OPEN = (
     "/channels", "/flops", "/latency_quantiles", "/sensitivity/groups", "/sensitivity/caps", "/quantisation/groups",
     "/quantisation/compute_gflops", "/quantisation/price_ms", "/quantisation/gives_back", "/environment/device",

@@ -1,4 +1,4 @@
-"""One image with objects, detections and their tags drawn on it, as JPEG data."""
+"""Draw objects, detections and their tags on an image, and encode it as JPEG."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-# Times as tall as wide; a taller image is drawn narrower (a JPEG has 65,500 rows at most).
-MOST_UPRIGHT = 4
-# Above this many boxes a tag holds the score only; the colour says the class.
-NAMED = 8
-# Okabe and Ito's colours without black, told apart with any colour vision.
+# Largest height / width at full width. A taller image is drawn narrower, because a JPEG has at most 65,500 rows.
+MAX_ASPECT = 4
+# Up to this number of boxes a tag has class name and score, above it the score only.
+MAX_NAMED_BOXES = 8
+# Colours of Okabe and Ito without black. People with colour vision deficiency can distinguish them.
 PALETTE = ("#56b4e9", "#e69f00", "#00c08b", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 TRUTH, MISSED, RIM = "#ffffff", "#ff2d55", "#000000"
 
 
 class Marks(NamedTuple):
-    """Which truths are found, and which of the others are lost; which detections find one, and which of the others are new."""
+    """Flags of each object (`found`, `lost`) and of each detection (`used`, `new`) in an image."""
 
-    found: NDArray[np.bool_]
-    used: NDArray[np.bool_]
-    lost: NDArray[np.bool_]
-    new: NDArray[np.bool_]
+    found: NDArray[np.bool_]  # a detection of this model finds the object
+    used: NDArray[np.bool_]  # the detection finds an object
+    lost: NDArray[np.bool_]  # only the baseline finds the object
+    new: NDArray[np.bool_]  # the detection finds no object, and the baseline does not have it
 
 
 def jpeg_uri(
@@ -40,18 +40,18 @@ def jpeg_uri(
     width_px: int,
     quality: int,
 ) -> str:
-    """Draws the boxes and encodes the image as a `data:` address.
+    """Draw the boxes and return the JPEG as a `data:` URI.
 
     Args:
         image_HW3: RGB.
         truths_N5: Class, xyxy in px of the image.
         detections_N6: xyxy in px of the image, score, class.
-        marks: One flag for each truth and detection.
+        marks: Flags of the objects and detections.
         names: Class names in the order of their index.
-        width_px: Of the JPEG; a very tall image becomes narrower.
-        quality: Of the JPEG, 1 to 95.
+        width_px: Width of the JPEG; a very tall image becomes narrower.
+        quality: JPEG quality, 1 to 95.
     """
-    scale = min(1.0, MOST_UPRIGHT * image_HW3.shape[1] / image_HW3.shape[0]) * width_px / image_HW3.shape[1]
+    scale = min(1.0, MAX_ASPECT * image_HW3.shape[1] / image_HW3.shape[0]) * width_px / image_HW3.shape[1]
     canvas = _resized(image_HW3, scale)
     pen = ImageDraw.Draw(canvas)
     for truth, hit in zip(truths_N5, marks.found, strict=True):
@@ -63,7 +63,7 @@ def jpeg_uri(
     tags = _Tags(pen, canvas.size, _font(max(11, width_px // 27)))
     for truth in truths_N5[marks.lost]:
         tags.add(truth[1:] * scale, "lost", MISSED)
-    named = len(detections_N6) <= NAMED
+    named = len(detections_N6) <= MAX_NAMED_BOXES
     for box, new in zip(detections_N6, marks.new, strict=True):
         score = f"{box[4]:.2f}"
         text = f"{class_name(names, int(box[5]))[:24]} {score}" if named else score.removeprefix("0")
@@ -78,12 +78,12 @@ def colour(cls: int) -> str:
 
 
 def class_name(names: Sequence[str], cls: int) -> str:
-    """On one line; the index of a class without a name."""
+    """Return the name of a class on one line, or its index if it has no name."""
     return " ".join(str(names[cls]).split()) if 0 <= cls < len(names) else str(cls)
 
 
 def _resized(image: NDArray[Any], scale: float) -> Image.Image:
-    """Enlarged pixels stay sharp at whole factors (what the model saw), everything else is interpolated."""
+    """Resize the image. Integer factors of 2 or more repeat pixels, which shows what the model saw; others interpolate."""
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     method = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(image, np.uint8)).resize(size, method)
@@ -95,14 +95,14 @@ def _rectangle(pen: ImageDraw.ImageDraw, xyxy: NDArray[Any], outline: str, width
 
 
 class _Tags:
-    """Texts beside boxes, none of which covers another."""
+    """Draw texts at boxes so that no text covers another."""
 
     def __init__(self, pen: ImageDraw.ImageDraw, size: tuple[int, int], font: Any) -> None:
         self._pen, self._size, self._font = pen, size, font
         self._placed: list[tuple[float, float, float, float]] = []
 
     def add(self, xyxy: NDArray[Any], text: str, fill: str) -> None:
-        """Above the box, below it, or inside; left out where it would cover another tag or be wider than the image."""
+        """Draw a text above, in or below the box. Draw none if it would cover another or is wider than the image."""
         left, top, right, bottom = self._pen.textbbox((0, 0), text, font=self._font)
         width, height = right - left + 6, bottom - top + 5
         x0, y0, y1 = float(xyxy[0]), float(xyxy[1]), float(xyxy[3])
@@ -127,5 +127,5 @@ class _Tags:
 
 
 def _font(size: int) -> Any:
-    """Matplotlib ships DejaVu Sans: the same letters on every machine, and more scripts than Pillow's own font."""
+    """Return DejaVu Sans from matplotlib. It is the same on every machine and has more scripts than Pillow's own font."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)

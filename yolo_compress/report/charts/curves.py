@@ -1,4 +1,4 @@
-"""Curves over a whole set: precision over recall, and the share of calls done within a time."""
+"""Line charts: precision over recall, and cumulative distribution of latency."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES: Mapping[Precision, Any] = {"fp32": "solid", "fp16": (0, (5, 2)), "int8":
 
 
 def precision_over_recall(ab: AB | None) -> dict[str, str]:
-    """Both models at IoU 0.5, the mean over the classes at 101 recalls."""
+    """Draw precision over recall of both models at IoU 0.5, as mean over the classes."""
     if not ab or not ab.get("pr"):
         return {}
     return {name: _precision(ab, name) for name in ("wide", "narrow")}
@@ -45,13 +45,13 @@ def _precision(ab: AB, variant: str) -> str:
 
 
 def every_per_cent(samples_ms: Sequence[float]) -> list[float]:
-    """Milliseconds at 0, 1, ..., 100 % of the calls; rounding never makes them fall."""
+    """Return the latencies in ms at the quantiles 0, 1, ..., 100 %. They never decrease, despite rounding."""
     found = np.quantile(np.asarray(samples_ms, float), np.linspace(0, 1, 101))
     return [float(value) for value in np.maximum.accumulate(found)]
 
 
 def time_distribution(document: Document) -> dict[str, str]:
-    """Share of the raw calls that took at most so long: a panel a runtime, a line a model and precision."""
+    """Draw the cumulative distribution of latency: one panel per runtime, one line per model and precision."""
     quantiles = document["latency_quantiles"] or {}
     rows = [row for row in document["rows"] if row["id"] in quantiles]
     if not rows:

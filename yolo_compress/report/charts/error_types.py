@@ -1,25 +1,25 @@
-"""TIDE's error types of both models, beside each other, as bars with their counts."""
+"""Bar chart of TIDE's error types of both models."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
-from yolo_compress.report.numbers import percent, whole
+from yolo_compress.report.numbers import integer, percent
 from yolo_compress.report.schema import ErrorTypes
 
 FONT_PX = 11
 
 
 def error_costs(errors: ErrorTypes | None) -> dict[str, str]:
-    """What each type costs in AP50, a pair of bars a type, and how many errors of it one sees at the score shown."""
+    """Draw the cost of each error type in AP50, one bar per model, with the number of errors at the score shown."""
     if not errors:
         return {}
     return {name: _bars(errors, name) for name in ("wide", "narrow")}
 
 
 class ErrorRow(NamedTuple):
-    """A type of error, of (baseline, compressed model): its costs over all detections and its counts at the score shown."""
+    """An error type: its costs over all detections and its counts at the score shown, as (baseline, compressed model)."""
 
     name: str
     costs: tuple[float, float]
@@ -27,7 +27,7 @@ class ErrorRow(NamedTuple):
 
 
 def rows(errors: ErrorTypes) -> list[ErrorRow]:
-    """One a type, in the order of the document."""
+    """Return a row for each error type, in the order of the document."""
     models = (errors["a"], errors["b"], errors["shown_a"], errors["shown_b"])
     return [
         ErrorRow(a["name"], (a["cost"], b["cost"]), (shown_a["count"], shown_b["count"]))
@@ -54,7 +54,7 @@ def _bars(errors: ErrorTypes, variant: str) -> str:
                     linewidth=1,
                 )
                 axes.annotate(
-                    f"{percent(cost)}, {whole(line.counts[number])}",
+                    f"{percent(cost)}, {integer(line.counts[number])}",
                     (cost, y),
                     xytext=(5, 0),
                     textcoords="offset points",

@@ -1,4 +1,4 @@
-"""What the compression cost, whole and in parts, each with its interval: a line a figure, class or size of object."""
+"""Forest plot of the mAP differences with their intervals: overall, by size of object and by class."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from yolo_compress.evaluate.ab.schema import AB, Difference, Part
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
-from yolo_compress.report.numbers import finite, signed, whole
+from yolo_compress.report.numbers import finite, integer, signed
 
 ROW_PX = 22
 FONT_PX = 11
-MOST = 30  # classes; of more, those that lost most and those that gained most are drawn
+MAX_CLASSES = 30  # of more classes, those with the largest losses and gains are drawn
 
 
 class ForestRow(NamedTuple):
-    """B minus A in mAP50-95 (but the second, which is mAP50), None where there is none; `bold` for whole sets."""
+    """A line of the plot: B minus A in mAP50-95, or in mAP50 where the name says so. `bold` marks overall figures."""
 
     name: str
     truths: int | None
@@ -26,7 +26,7 @@ class ForestRow(NamedTuple):
 
 
 def differences(ab: AB | None) -> dict[str, str]:
-    """A forest plot of B minus A, with 95 % intervals and the margin that the verdict allows."""
+    """Draw a forest plot of B minus A, with 95 % intervals and the margin of the verdict."""
     if not ab:
         return {}
     lines = _lines(ab)
@@ -34,8 +34,8 @@ def differences(ab: AB | None) -> dict[str, str]:
 
 
 def left_out(ab: AB | None) -> int:
-    """How many classes the chart leaves out."""
-    return max(0, len(_with_truths(ab["by_class"])) - MOST) if ab else 0
+    """Return how many classes the chart leaves out."""
+    return max(0, len(_with_truths(ab["by_class"])) - MAX_CLASSES) if ab else 0
 
 
 def _with_truths(parts: Sequence[Part]) -> list[Part]:
@@ -43,15 +43,15 @@ def _with_truths(parts: Sequence[Part]) -> list[Part]:
 
 
 def _lines(ab: AB) -> list[ForestRow | None]:
-    """None is a gap between the parts."""
+    """Return the lines of the plot. None is a gap."""
     lines: list[ForestRow | None] = [
         ForestRow("mAP50-95", None, *_ends(ab["map50_95"]), True),
         ForestRow("mAP50", None, *_ends(ab["map50"]), True),
     ]
     classes = _with_truths(ab["by_class"])
-    if len(classes) > MOST:
+    if len(classes) > MAX_CLASSES:
         by_delta = sorted(classes, key=lambda part: part["delta"] or 0.0)
-        classes = [*by_delta[: MOST // 2], *by_delta[-(MOST // 2) :]]
+        classes = [*by_delta[: MAX_CLASSES // 2], *by_delta[-(MAX_CLASSES // 2) :]]
     for parts in (_with_truths(ab["by_size"]), classes):
         if parts:
             lines.append(None)
@@ -81,7 +81,7 @@ def _forest(ab: AB, lines: Sequence[ForestRow | None], variant: str) -> str:
             if line is None:
                 continue
             places.append(place)
-            count = f" ({whole(line.truths)})" if line.truths is not None else ""
+            count = f" ({integer(line.truths)})" if line.truths is not None else ""
             names.append(_short(line.name, 40 if wide else 14) + count)
             _line(axes, place, line, wide)
         axes.set_yticks(places, names, fontsize=FONT_PX)

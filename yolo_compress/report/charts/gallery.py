@@ -1,4 +1,4 @@
-"""Validation images with the detections of both models side by side, as JPEG data in the page."""
+"""Gallery of validation images with the detections of both models side by side, as JPEG data in the page."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from yolo_compress.report.image_choice import SECTIONS
 
 COUNT = 12
 WIDTH_PX = 480
-# With plots and tables the file stays below 6 MB; base64 adds a third.
+# Most bytes of all images, encoded in base64. The whole page then stays below 6 MB.
 BUDGET_BYTES = 4_000_000
-# Tried in turn until the images fit the budget: width in px, JPEG quality.
+# (width in px, JPEG quality), tried in this order until the images fit the budget.
 SIZES = ((WIDTH_PX, 84), (WIDTH_PX, 72), (400, 68), (320, 62), (240, 55))
-# What a user of the model sees; below it mAP counts on, but an image would drown in boxes.
+# Usual score threshold of deployment. mAP counts detections below it too, but they would fill the image with boxes.
 MIN_SCORE = 0.25
 MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True)
 class Item:
-    """A validation image and what both models detect on it.
+    """A validation image with its objects and the detections of both models.
 
     Attributes:
         image: Path, or HW3 uint8 RGB.
-        truths: Class and normalised xywh of each object, as `data.Sample.boxes`.
-        detections_a: Of the baseline, N6: xyxy in px of the image, score, class.
-        detections_b: Of the compressed model, the same.
+        truths: Class and normalised xywh of each object, as in `data.Sample.boxes`.
+        detections_a: Detections of the baseline, N6: xyxy in px of the image, score, class.
+        detections_b: Detections of the compressed model in the same form.
         names: Class names in the order of their index.
-        name: Shown above the image; None: that of the file.
+        name: Title of the image; None: file name.
         section: A key of `image_choice.SECTIONS`.
         min_score: Detections with this score or less are not drawn.
     """
@@ -53,22 +53,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Side:
-    """One model on one image; `found`, `missed` and `extra` at IoU 0.5 and MIN_SCORE, class for class.
-
-    Of the compressed model also `lost`, objects that the baseline found, and `new`, extra detections that it does not have.
-    """
+    """One model on one image. A detection finds an object of its class at IoU 0.5 or more."""
 
     uri: str
-    found: int
-    missed: int
-    extra: int
-    lost: int = 0
-    new: int = 0
+    found: int  # objects that a detection finds
+    missed: int  # objects that no detection finds
+    extra: int  # detections that find no object
+    lost: int = 0  # only of the compressed model: missed objects that the baseline finds
+    new: int = 0  # only of the compressed model: extra detections that the baseline does not have
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models on one image; `section` is a key of `image_choice.SECTIONS`, `width` and `height` are in px."""
+    """Both models on one image. `section` is a key of `image_choice.SECTIONS`; `width` and `height` are in px."""
 
     section: str
     name: str
@@ -80,22 +77,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`legend`: (class name, colour) of the classes that occur, in class order."""
+    """Image pairs, and a legend: (class name, colour) of the classes that occur, in the order of their index."""
 
     pairs: tuple[Pair, ...]
     legend: tuple[tuple[str, str], ...]
 
     def sections(self) -> list[tuple[str, str, list[Pair]]]:
-        """Title, what it shows, and its pairs."""
+        """Return (title, description, pairs) of each section that has images."""
         parts = [(SECTIONS[key], [pair for pair in self.pairs if pair.section == key]) for key in SECTIONS]
         return [(title, text, pairs) for (title, text), pairs in parts if pairs]
 
 
 def draw(items: Sequence[Item], count: int = COUNT) -> Gallery:
-    """Draws the first `count` items, smaller or coarser when there are many.
+    """Draw the first `count` items. Reduce size and JPEG quality until all fit BUDGET_BYTES.
 
     Raises:
-        DataError: An image that cannot be read.
+        DataError: An image cannot be read.
     """
     chosen = [_loaded(item) for item in items[:count]]
     pairs: tuple[Pair, ...] = ()
@@ -108,7 +105,7 @@ def draw(items: Sequence[Item], count: int = COUNT) -> Gallery:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An item in memory: truths_N5 is class, xyxy in px; detections are those shown, the best score first."""
+    """An item with its image in memory. truths_N5 is class, xyxy in px. Only shown detections remain, best score first."""
 
     image_HW3: NDArray[np.uint8]
     truths_N5: NDArray[Any]
@@ -140,7 +137,7 @@ def _loaded(item: Item) -> _Loaded:
 
 
 def _read(file: Path) -> NDArray[np.uint8]:
-    """HW3 RGB with the EXIF orientation applied, as in every reader whose boxes arrive here."""
+    """Read an image as HW3 RGB. The EXIF orientation is applied, because the boxes refer to the rotated image."""
     try:
         data = np.frombuffer(file.read_bytes(), np.uint8)
     except OSError as error:
@@ -153,7 +150,7 @@ def _read(file: Path) -> NDArray[np.uint8]:
 
 def _shown(detections: NDArray[Any], min_score: float) -> NDArray[Any]:
     boxes_N6 = np.asarray(detections, float).reshape(-1, 6)
-    boxes_N6 = boxes_N6[boxes_N6[:, 4] > min_score]  # as `post.nms` compares
+    boxes_N6 = boxes_N6[boxes_N6[:, 4] > min_score]  # same comparison as in `post.nms`
     return boxes_N6[np.argsort(-boxes_N6[:, 4], kind="stable")]
 
 
@@ -177,14 +174,14 @@ def _side(item: _Loaded, detections_N6: NDArray[Any], marks: Marks, width_px: in
 
 
 def match(truths_N5: NDArray[Any], detections_N6: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Greedy by score within a class, each truth once.
+    """Match detections to objects of the same class, greedily by score. An object is matched at most once.
 
     Args:
         truths_N5: Class, xyxy.
-        detections_N6: xyxy, score, class, the best score first; same frame.
+        detections_N6: xyxy, score, class, best score first. Same coordinates as `truths_N5`.
 
     Returns:
-        Which truths were found, which detections found one.
+        Flags of the objects that were found, and flags of the detections that found one.
     """
     found = np.zeros(len(truths_N5), bool)
     used = np.zeros(len(detections_N6), bool)

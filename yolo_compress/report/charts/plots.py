@@ -1,6 +1,6 @@
-"""What the stages did: gammas over the epochs, channels and FLOPs before and after, mAP while fine-tuning.
+"""Charts of the stages: gammas over the epochs, channels and FLOPs before and after pruning, mAP during fine-tuning.
 
-Each chart comes `wide` (desktop) and `narrow` (phone), because a chart scaled down to 390 px cannot be read.
+Each chart has a `wide` variant (desktop) and a `narrow` one (phone), because a wide chart is unreadable at 390 px.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator
 
 from yolo_compress.report.charts.by_layer import FONT_PX, charts, in_order, text_px
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
-from yolo_compress.report.numbers import finite, fixed, percent, three
+from yolo_compress.report.numbers import finite, fixed, percent, three_digits
 from yolo_compress.report.schema import Gammas
 
 
 def gamma_histograms(gammas: Gammas | None) -> dict[str, str]:
-    """One ridge an epoch (at most 9, first and last always), with the share of gammas in the first bin beside it."""
+    """Draw one histogram per epoch, at most 9 with the first and the last, and write the share of the first bin."""
     if not gammas:
         return {}
     return {name: _ridges(gammas, name) for name in ("wide", "narrow")}
@@ -30,7 +30,7 @@ def _ridges(gammas: Gammas, variant: str) -> str:
     counts = np.asarray(gammas["epochs"], float)
     shown = np.unique(np.linspace(0, len(counts) - 1, min(9, len(counts))).round().astype(int))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # Square root: with thousands of gammas near zero, the shape of the rest would be a flat line.
+    # Square root, because thousands of gammas near zero would flatten the other bins.
     height = np.sqrt(share) / max(float(np.sqrt(share).max()), 1e-12)
     step = 34
     with style(f"gammas-{variant}"):
@@ -88,7 +88,7 @@ def _ridges(gammas: Gammas, variant: str) -> str:
 
 
 def channels_kept(channels: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
-    """A bar a layer, before as outline, after filled, in the model's order."""
+    """Draw the channels of each layer: an outlined bar before pruning and a filled one after it."""
     bars = {
         layer: Bar(before, after, f"{before} → {after}" if before != after else f"{before}")
         for layer, (before, after) in (channels or {}).items()
@@ -97,17 +97,17 @@ def channels_kept(channels: Mapping[str, Sequence[int]] | None) -> dict[str, str
 
 
 def flops_per_layer(flops: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
-    """MACs before and after, a bar a block of the model; the head, which is the last, a bar a branch."""
+    """Draw the MACs of each block before and after pruning. The head has one bar per branch."""
     return _macs("flops", "MMACs of each block before and after pruning", _by_block(flops or {}))
 
 
 def flops_per_convolution(flops: Mapping[str, Sequence[int]] | None) -> dict[str, str]:
-    """As `flops_per_layer`, a bar a convolution."""
+    """Draw the MACs of each convolution before and after pruning."""
     return _macs("convolutions", "MMACs of each convolution before and after pruning", flops or {})
 
 
 def recovery_curve(recovery: Sequence[Sequence[float | None]] | None) -> dict[str, str]:
-    """mAP50-95 over the epochs of fine-tuning; one validated epoch makes no curve."""
+    """Draw mAP50-95 over the epochs of fine-tuning; empty with less than two validated epochs."""
     pairs = [(finite(epoch), finite(value)) for epoch, value in recovery or ()]
     points = [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
     return {name: _curve(points, name) for name in ("wide", "narrow")} if len(points) > 1 else {}
@@ -120,7 +120,7 @@ def _curve(points: Sequence[tuple[float, float]], variant: str) -> str:
         axes = figure.add_subplot()
         axes.grid(True, axis="y")
         axes.plot(epochs, values, color=COLOURS["after"], linewidth=1.8, marker="o", markersize=4.5)
-        below = values[1] > values[0]  # where the line does not go
+        below = values[1] > values[0]  # put the label where the line does not run
         for place, align, lift in ((0, "left", -15 if below else 8), (-1, "right", 8)):
             axes.annotate(
                 fixed(values[place]),
@@ -145,7 +145,7 @@ class Bar(NamedTuple):
 
 
 def block_of(layer: str) -> str:
-    """`model.2` of `model.2.m.0.cv1.conv`."""
+    """Return the block of a layer: `model.2` for `model.2.m.0.cv1.conv`."""
     return ".".join(layer.split(".")[:2])
 
 
@@ -163,9 +163,9 @@ def _by_block(flops: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
 def _macs(name: str, description: str, flops: Mapping[str, Sequence[int]]) -> dict[str, str]:
     bars = {}
     for layer, (before, after) in flops.items():
-        label = three(before / 1e6)
+        label = three_digits(before / 1e6)
         if after != before:
-            label += f" → {three(after / 1e6)} ({percent(after / before, 0)})"
+            label += f" → {three_digits(after / 1e6)} ({percent(after / before, 0)})"
         bars[layer.removesuffix(".conv")] = Bar(before, after, label)
     return _bars(name, description, bars)
 

@@ -1,4 +1,4 @@
-"""Which tensors are INT8 and which are float, and the gain and the price of each group in float."""
+"""Charts and table of quantisation: the precision of each tensor, and gain and price of each group in float."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from yolo_compress.report.charts.by_layer import FONT_PX, charts, in_order, text_px
 from yolo_compress.report.charts.plots import block_of
 from yolo_compress.report.charts.svg import COLOURS
-from yolo_compress.report.numbers import fixed, runtime, signed, three, whole
+from yolo_compress.report.numbers import fixed, integer, runtime, signed, three_digits
 from yolo_compress.report.schema import Quantisation, Tensor
 from yolo_compress.report.tables.grid import Column, Line, Table
 
@@ -17,13 +17,13 @@ COST_DIGITS = 3
 
 
 def price(quantisation: Quantisation) -> tuple[str, Mapping[str, float]]:
-    """The unit of `qat.sensitivity_price`, and the price of each group in float."""
+    """Return the unit of the price (`qat.sensitivity_price`), and the price of each group in float."""
     gflops = quantisation["price"] == "gflops"
     return ("GFLOPs", quantisation["compute_gflops"]) if gflops else ("ms", quantisation["price_ms"])
 
 
-def gives_back(quantisation: Quantisation | None) -> dict[str, str]:
-    """A bar a group of tensors: the rise of mAP, or the fall of the loss, with that group alone in float; at the edge its price."""
+def gains_of_groups(quantisation: Quantisation | None) -> dict[str, str]:
+    """Draw the gain of each group of tensors alone in float (rise of mAP or fall of the loss), with its price at the edge."""
     if not quantisation:
         return {}
     gains = quantisation["gives_back"]
@@ -58,11 +58,11 @@ def gives_back(quantisation: Quantisation | None) -> dict[str, str]:
         axes.text(1, place, text, **at, fontsize=FONT_PX, color=COLOURS["muted"])
 
     description = "Gain and price of each group of tensors when it alone is in float"
-    return charts("quantisation", description, rows, paint, loud=set(quantisation["left"]), head=True)
+    return charts("quantisation", description, rows, paint, highlighted=set(quantisation["left"]), head=True)
 
 
 def precisions(placement: Sequence[Tensor]) -> dict[str, str]:
-    """A row a block, a cell a tensor in the order of the model: filled for INT8, outlined for float."""
+    """Draw a cell for each tensor, filled for INT8 and outlined for float, with one row per block of the model."""
     blocks: dict[str, list[str]] = {}
     for row in placement:
         blocks.setdefault(block_of(row["tensor"]), []).append(row["precision"])
@@ -81,7 +81,7 @@ def precisions(placement: Sequence[Tensor]) -> dict[str, str]:
 
 
 def quantisation_table(quantisation: Quantisation | None) -> Table:
-    """The groups that stay in float, and those with the largest gain."""
+    """Return a table of the groups that stay in float and the groups with the largest gain."""
     if not quantisation:
         return Table("INT8 sensitivity", (), ())
     gains, left = quantisation["gives_back"], quantisation["left"]
@@ -108,26 +108,26 @@ def quantisation_table(quantisation: Quantisation | None) -> Table:
 
 
 def quantisation_note(quantisation: Quantisation) -> str:
-    """The measure in float, in INT8 and as decided, and what the price means."""
+    """Return a note on the measure in float, in INT8 and in the final mix, and on the meaning of the price."""
     what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
     left = quantisation["left"]
     unit, costs = price(quantisation)
     ms = f"the ms that its convolutions take longer than in INT8 on {runtime(quantisation['price'])}"
     return (
-        f"{what} on {whole(quantisation['images'])} calibration images: {fixed(quantisation['float'], 4)} in float, "
+        f"{what} on {integer(quantisation['images'])} calibration images: {fixed(quantisation['float'], 4)} in float, "
         f"{fixed(quantisation['int8'], 4)} in INT8, {fixed(quantisation['then'], 4)} with "
         f"{', '.join(left) if left else 'no group'} in float; required: {fixed(quantisation['worst'], 4)}. "
         f"The price of a group is {ms if unit == 'ms' else f'the {unit} of its convolutions'}; "
-        f"the groups in float cost {three(sum(costs[group] for group in left))} in all."
+        f"the groups in float cost {three_digits(sum(costs[group] for group in left))} in all."
     )
 
 
 def summary(placement: Sequence[Tensor]) -> list[str]:
-    """How many tensors are INT8 and with how many scales, and why the others are not."""
+    """Return a line with the number of INT8 tensors and scales, and a line for each reason to stay in float."""
     int8 = [row for row in placement if row["precision"] == "int8"]
     if not placement:
         return []
-    lines = [f"{whole(len(int8))} tensors in INT8 with {whole(len({row['group'] for row in int8}))} scales"]
+    lines = [f"{integer(len(int8))} tensors in INT8 with {integer(len({row['group'] for row in int8}))} scales"]
     floats: dict[str, list[str]] = {}
     for row in placement:
         if row["precision"] != "int8":
@@ -135,5 +135,5 @@ def summary(placement: Sequence[Tensor]) -> list[str]:
             floats.setdefault(why, []).append(row["tensor"])
     for why, tensors in floats.items():
         shown = ", ".join(in_order(tensors)[:6]) + (", ..." if len(tensors) > 6 else "")
-        lines.append(f"{whole(len(tensors))} in float, {why}: {shown}")
+        lines.append(f"{integer(len(tensors))} in float, {why}: {shown}")
     return lines

@@ -1,4 +1,4 @@
-"""mAP over latency: one mark a row, each with a label that covers nothing, and the gate as a line."""
+"""Scatter plot of mAP over latency, with the gate as a line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARKERS: dict[Precision, str] = {"fp32": "o", "fp16": "s", "int8": "^"}
 
 
 class Point(NamedTuple):
-    """A mark of the chart; `recipe` is that of a point of reference."""
+    """A mark of the chart. `recipe` is the recipe of a point of reference, otherwise empty."""
 
     model: Model | Literal["reference"]
     runtime: str
@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 def accuracy_over_latency(document: Document) -> dict[str, str]:
-    """mAP50-95 over p50 latency here, one mark a row and point of reference; empty where nothing has both figures."""
+    """Draw mAP50-95 over p50 latency on this machine, one mark per row or reference; empty if none has both figures."""
     here = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
     known = [
         *(_point(row, row["model"]) for row in here),
@@ -46,7 +46,7 @@ def accuracy_over_latency(document: Document) -> dict[str, str]:
 
 
 def _point(row: Row | Reference, model: Model | Literal["reference"]) -> Point | None:
-    """None where mAP or latency is not known."""
+    """Return the mark of a row, or None if its mAP or latency is unknown."""
     latency_ms, map50_95 = finite(row.get("latency_p50_ms")), finite(row["map50_95"])
     if map50_95 is None or latency_ms is None or latency_ms <= 0:
         return None
@@ -101,7 +101,7 @@ def _scatter(document: Document, points: Sequence[Point], variant: str) -> str:
 
 
 def _scales(axes: Any, points: Sequence[Point]) -> None:
-    """Logarithmic time where the slowest takes more than four times the fastest; mAP zoomed to its range."""
+    """Set the axes: latency is logarithmic if the slowest is over four times the fastest; mAP shows only its range."""
     xs = np.array([point.latency_ms for point in points])
     ys = np.array([end for point in points for end in (point.map50_95, *(point.interval or ()))])
     pad = max(0.01, 0.08 * float(np.ptp(ys)))
@@ -177,14 +177,14 @@ def _legend(points: Sequence[Point]) -> list[Line2D]:
 
 
 def _place_labels(figure: Figure, axes: Any, marks: Sequence[tuple[float, float, str, str]], size: int) -> None:
-    """Greedy: each label takes the nearest spot around its mark that covers no mark, no label and no edge."""
+    """Put each label at the nearest free place around its mark, so that it covers no mark, label or edge."""
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    figure.set_layout_engine("none")  # what is measured here is what gets saved
+    figure.set_layout_engine("none")  # keep the layout that is measured here
     renderer = canvas.get_renderer()
     centres = axes.transData.transform([(x, y) for x, y, _, _ in marks])
-    taken = [Bbox.from_bounds(cx - 7, cy - 7, 14, 14) for cx, cy in centres]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
+    occupied = [Bbox.from_bounds(cx - 7, cy - 7, 14, 14) for cx, cy in centres]
+    occupied += [text.get_window_extent(renderer) for text in axes.texts]
     frame = axes.get_window_extent(renderer)
     for (cx, cy), (x, y, name, colour) in sorted(zip(centres, marks, strict=True), key=lambda m: (m[0][0], m[0][1])):
         text = axes.text(x, y, name, fontsize=size, color=COLOURS["ink"], ha="left", va="center")
@@ -196,13 +196,13 @@ def _place_labels(figure: Figure, axes: Any, marks: Sequence[tuple[float, float,
                 left = cx + reach * dx + (0 if dx > 0 else -extent.width if dx < 0 else -extent.width / 2)
                 box = Bbox.from_bounds(left, cy + reach * dy - extent.height / 2, extent.width, extent.height)
                 inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-                if inside and not any(box.overlaps(other) for other in taken):
+                if inside and not any(box.overlaps(other) for other in occupied):
                     best = (left, cy + reach * dy, reach)
                     break
             if best:
                 break
         left, middle, reach = best or (cx + 11, cy, 11.0)
-        taken.append(Bbox.from_bounds(left, middle - extent.height / 2, extent.width, extent.height))
+        occupied.append(Bbox.from_bounds(left, middle - extent.height / 2, extent.width, extent.height))
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkB": 6, "shrinkA": 1}
         axes.annotate(
             name,

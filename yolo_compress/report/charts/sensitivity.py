@@ -1,4 +1,4 @@
-"""What removing channels from one group at a time costs, as a heat map: a row a group, a cell a ratio."""
+"""Heat map of the sensitivity to pruning: one row per channel group, one cell per ratio of removed channels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from yolo_compress.report.numbers import finite, percent, signed
 from yolo_compress.report.schema import Sensitivity
 from yolo_compress.report.stage_files import harm
 
-DEEPEST = 0.55  # opacity; the figure in the cell stays readable on it, in the light and in the dark
+MAX_OPACITY = 0.55  # the figure in the cell stays readable, in the light and in the dark theme
 
 
 class Cell(NamedTuple):
     text: str
-    depth: float  # opacity of the warning colour
+    opacity: float  # opacity of the warning colour
 
 
 def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
-    """Change of the loss or mAP against the model before pruning, deeper where it is worse, and the cap where one was set."""
+    """Draw the change of loss or mAP relative to the model before pruning, and the caps. A worse change has more colour."""
     if not sensitivity:
         return {}
     rows = _rows(sensitivity)
@@ -31,13 +31,13 @@ def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
     if caps:
         heads.append("cap")
         rows = {group: [*row, Cell(percent(caps[group], 0) if group in caps else "", 0)] for group, row in rows.items()}
-    loud = {entry["group"] for entry in sensitivity["most_sensitive"]}
+    highlighted = {entry["group"] for entry in sensitivity["most_sensitive"]}
     description = "Change of the loss or mAP with each share of the channels of each group removed"
-    return charts("sensitivity", description, rows, partial(_paint, heads), loud=loud, head=True)
+    return charts("sensitivity", description, rows, partial(_paint, heads), highlighted=highlighted, head=True)
 
 
 def _rows(sensitivity: Sensitivity) -> dict[str, list[Cell]]:
-    """The square root of the harm is the depth: one ruinous cell would make all others look harmless."""
+    """Return the cells of each group. Opacity grows with the square root of the harm, or the worst cell would hide others."""
     changes: dict[str, list[float | None]] = {}
     for group, values in sensitivity["groups"].items():
         known = map(finite, values)
@@ -49,7 +49,7 @@ def _rows(sensitivity: Sensitivity) -> dict[str, list[Cell]]:
     digits = 3 if worst < 10 else 2
     return {
         group: [
-            Cell(signed(change, digits), DEEPEST * math.sqrt(min(value / worst, 1)))
+            Cell(signed(change, digits), MAX_OPACITY * math.sqrt(min(value / worst, 1)))
             for change, value in zip(row, harms[group], strict=True)
         ]
         for group, row in changes.items()
@@ -61,7 +61,7 @@ def _paint(heads: Sequence[str], axes: Any, rows: Sequence[Sequence[Cell]], widt
     size = min(FONT_PX, FONT_PX * width_px / len(heads) / (longest + 4))
     for place, row in enumerate(rows):
         for column, cell in enumerate(row):
-            axes.barh(place, 0.96, 0.86, left=column + 0.02, color=(COLOURS["bad"], cell.depth), linewidth=0)
+            axes.barh(place, 0.96, 0.86, left=column + 0.02, color=(COLOURS["bad"], cell.opacity), linewidth=0)
             axes.text(
                 column + 0.5,
                 place,

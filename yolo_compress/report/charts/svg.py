@@ -1,4 +1,4 @@
-"""Inline SVG: text stays text, colours are the page's CSS variables, the same input gives the same bytes."""
+"""Inline SVG from matplotlib. Text stays text, colours are CSS variables of the page, equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib can draw with; in the SVG each becomes a variable that the page sets for light and dark.
+# Placeholders for matplotlib. In the SVG each becomes a CSS variable that the page sets for the light and dark theme.
 COLOURS = {
     "ink": "#0a0b0c",
     "muted": "#1a1b1c",
@@ -59,9 +59,9 @@ def blank(width_px: int, height_px: int) -> Figure:
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """The bare <svg> element: no prolog, metadata, date or address, sized by the page."""
+    """Return the <svg> element without prolog, metadata, date and size. The page sets its size."""
     buffer = io.StringIO()
-    with warnings.catch_warnings():  # the reader's fonts draw the text: what is missing here need not be there
+    with warnings.catch_warnings():  # the browser draws the text in its own fonts, so a glyph missing here does no harm
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The compressed model against the baseline on the same images, as tables."""
+"""Tables that compare the compressed model with the baseline on the same images."""
 
 from __future__ import annotations
 
@@ -28,22 +28,27 @@ ERRORS = (
 
 
 def figures_table(ab: AB | None) -> Table:
-    """mAP, what one sees at the deployed threshold, and latency."""
+    """Return a table of mAP, of the figures at the score threshold of deployment, and of latency."""
     if not ab:
         return Table("A/B", FIGURES, ())
     lines = [_difference("mAP50-95", ab["map50_95"]), _difference("mAP50", ab["map50"])]
     at = ab["operating"]
-    a, b, conf = at["a"], at["b"], n.plain(at["conf"])
+    a, b, conf = at["a"], at["b"], n.four_digits(at["conf"])
     for name, of_a, of_b, write in (
         (f"Recall at score {conf}", a["recall"], b["recall"], n.percent),
-        (f"Missed at score {conf}", a["missed"], b["missed"], n.whole),
-        (f"False positives at score {conf}", a["false_positives"], b["false_positives"], n.whole),
+        (f"Missed at score {conf}", a["missed"], b["missed"], n.integer),
+        (f"False positives at score {conf}", a["false_positives"], b["false_positives"], n.integer),
         ("False positives an image", a["false_positives_per_image"], b["false_positives_per_image"], n.fixed),
     ):
         lines.append(Line((name, write(of_a), write(of_b), n.change(of_a, of_b, write), n.DASH)))
     if latency := ab["latency"]:
         ends = n.interval(latency["low"], latency["high"], n.times)
-        cells = (n.three(latency["a_p50_ms"]), n.three(latency["b_p50_ms"]), n.times(latency["ratio"]), ends)
+        cells = (
+            n.three_digits(latency["a_p50_ms"]),
+            n.three_digits(latency["b_p50_ms"]),
+            n.times(latency["ratio"]),
+            ends,
+        )
         lines.append(Line(("Latency p50, ms (difference: ratio)", *cells)))
     return Table("A/B", FIGURES, tuple(lines), tuple(_notes(ab)))
 
@@ -57,14 +62,14 @@ def _notes(ab: AB) -> list[str]:
     settings, at = ab["settings"], ab["operating"]
     odd, found = at["mcnemar"], at["agreement"]
     notes = [
-        f"A is {ab['a']['label']}; B is {ab['b']['label']}. Intervals are from {n.whole(settings['replicates'])} bootstrap "
-        f"resamples of the {n.whole(ab['images'])} images, the same for both models, seed {settings['seed']}. The margin is "
+        f"A is {ab['a']['label']}; B is {ab['b']['label']}. Intervals are from {n.integer(settings['replicates'])} bootstrap "
+        f"resamples of the {n.integer(ab['images'])} images, the same for both models, seed {settings['seed']}. The margin is "
         f"{n.percent(settings['margin'])} of the baseline's mAP50-95.",
-        f"The baseline alone finds {n.whole(odd['a_only'])} objects and the compressed model alone {n.whole(odd['b_only'])}, "
-        f"in {n.whole(odd['images'])} images (McNemar's test by image, p = {n.probability(odd['p'])}).",
+        f"The baseline alone finds {n.integer(odd['a_only'])} objects and the compressed model alone {n.integer(odd['b_only'])}, "
+        f"in {n.integer(odd['images'])} images (McNemar's test by image, p = {n.probability(odd['p'])}).",
     ]
     if (threshold := n.finite(at.get("threshold_b"))) is not None:
-        notes.append(f"At score {n.plain(threshold)} the compressed model has the baseline's recall.")
+        notes.append(f"At score {n.four_digits(threshold)} the compressed model has the baseline's recall.")
     else:
         notes.append("The compressed model has the baseline's recall at no score.")
     latency = ab["latency"]
@@ -73,7 +78,7 @@ def _notes(ab: AB) -> list[str]:
     shift = at["score_shift"]
     if found["matched"]:
         notes.append(
-            f"{n.whole(found['matched'])} detections are in both models (same class, IoU of 0.5 or more). The median IoU of their "
+            f"{n.integer(found['matched'])} detections are in both models (same class, IoU of 0.5 or more). The median IoU of their "
             f"boxes is {n.fixed(found['median_iou'])}, the 5th percentile {n.fixed(found['p05_iou'])}. The median change of score is "
             f"{n.signed(shift['median'])}; 80 % of the changes are from {n.signed(shift['p10'])} to {n.signed(shift['p90'])}."
         )
@@ -81,23 +86,23 @@ def _notes(ab: AB) -> list[str]:
 
 
 def parts_table(title: str, parts: Sequence[Part]) -> Table:
-    """mAP50-95 by class or by size of object; those without any object are left out."""
+    """Return a table of mAP50-95 by class or by size of object, without the parts that have no object."""
     lines = []
     for part in parts:
         if part["truths"]:
             cells = _difference(str(part["name"]), part).cells
-            lines.append(Line((cells[0], n.whole(part["truths"]), *cells[1:])))
+            lines.append(Line((cells[0], n.integer(part["truths"]), *cells[1:])))
     return Table(title, PARTS, tuple(lines))
 
 
 def errors_table(errors: ErrorTypes | None) -> Table:
-    """TIDE's types: the rise of AP50 if a type were mended, and how many one sees at the score shown."""
+    """Return a table of TIDE's error types: the rise of AP50 without these errors, and their number at the score shown."""
     lines = [
-        Line((line.name, *map(n.percent, line.costs), *map(n.whole, line.counts)))
+        Line((line.name, *map(n.percent, line.costs), *map(n.integer, line.counts)))
         for line in (error_rows(errors) if errors else ())
     ]
     notes = (
-        (f"Costs are over all detections; counts are of those with a score above {n.plain(errors['conf'])}.",)
+        (f"Costs are over all detections; counts are of those with a score above {n.four_digits(errors['conf'])}.",)
         if errors
         else ()
     )

@@ -1,4 +1,4 @@
-"""Every row measured, here and on other machines, as tables."""
+"""Tables of the bench rows of this machine and of other machines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from yolo_compress.report.schema import Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 
 HERE = "this machine"
-STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # of a device, what decides its speed
+STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # facts on a device that decide its speed
 
 
 def place(row: Mapping[str, object]) -> str:
-    """The runtime, and in brackets the device."""
+    """Return the runtime of a row, with the device in brackets if it is another machine."""
     return n.runtime(str(row["runtime"])) + (f" ({row['device']})" if row.get("device") else "")
 
 
@@ -28,11 +28,11 @@ BENCH = (
     Field(Column("Runtime", right=False), place),
     *MODEL,
     field("mAP50", "map50", n.fixed, rank=6),
-    field("p50 ms", "latency_p50_ms", n.three),
-    field("p90 ms", "latency_p90_ms", n.three, rank=5),
-    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("p50 ms", "latency_p50_ms", n.three_digits),
+    field("p90 ms", "latency_p90_ms", n.three_digits, rank=5),
+    field("p99 ms", "latency_p99_ms", n.three_digits, rank=7),
     field("Speed-up", "speed_up", n.times, rank=1),
-    field("MiB", "size_mib", n.three, rank=2),
+    field("MiB", "size_mib", n.three_digits, rank=2),
     field("Size ratio", "size_ratio", n.times, rank=3),
     field("Ultralytics", "map50_95_ultralytics", n.fixed, rank=8),
     Field(Column("Executed", right=False, rank=4), lambda row: str(row.get("executed") or n.DASH)),
@@ -48,20 +48,20 @@ FILES = (
 DEVICES = (
     Field(Column("Device", right=False), lambda row: str(row.get("device") or HERE)),
     *MODEL,
-    field("p50 ms", "latency_p50_ms", n.three),
-    field("p90 ms", "latency_p90_ms", n.three, rank=4),
-    field("p99 ms", "latency_p99_ms", n.three, rank=5),
-    field("End to end p50 ms", "end_to_end_p50_ms", n.three, rank=2),
-    field("Images/s", "fps", n.three, rank=3),
-    field("W", "power_w", n.three, rank=2),
-    field("mJ", "energy_mj_per_frame", n.three, rank=3),
-    field("Memory MiB", "memory_mib", n.whole, rank=4),
+    field("p50 ms", "latency_p50_ms", n.three_digits),
+    field("p90 ms", "latency_p90_ms", n.three_digits, rank=4),
+    field("p99 ms", "latency_p99_ms", n.three_digits, rank=5),
+    field("End to end p50 ms", "end_to_end_p50_ms", n.three_digits, rank=2),
+    field("Images/s", "fps", n.three_digits, rank=3),
+    field("W", "power_w", n.three_digits, rank=2),
+    field("mJ", "energy_mj_per_frame", n.three_digits, rank=3),
+    field("Memory MiB", "memory_mib", n.integer, rank=4),
     Field(Column("Runtime", right=False), lambda row: n.runtime(str(row["runtime"]))),
 )
 
 
 def bench_table(document: Document) -> Table:
-    """Every row measured here, baseline above compressed within a runtime; what is missing once a runtime, with dashes."""
+    """Return a table of the rows measured on this machine, by runtime. Missing rows of a runtime share a line of dashes."""
     marks = _marks(document)
     lines = [
         Line(cells(BENCH, row), place(row), marks.get(row["id"], ""))
@@ -79,7 +79,7 @@ def bench_table(document: Document) -> Table:
 
 
 def files_table(document: Document) -> Table:
-    """The files that no engine here was built from; empty where there is none."""
+    """Return a table of the files that no engine on this machine was built from."""
     marks = _marks(document)
     rows = [row for row in document["rows"] if row["status"] == "untimed"]
     lines = [Line(cells(FILES, row), mark=marks.get(row["id"], "")) for row in rows]
@@ -91,7 +91,7 @@ def files_table(document: Document) -> Table:
 
 
 def devices_table(document: Document) -> Table:
-    """The compressed model here and on every device added; empty where none was."""
+    """Return a table of the compressed model on this machine and on all devices; empty without devices."""
     if not document["devices"]:
         return Table("Devices", columns(DEVICES), ())
     marks = _marks(document)
@@ -109,7 +109,7 @@ def devices_table(document: Document) -> Table:
 
 
 def device_lines(document: Document) -> list[tuple[str, bool, str]]:
-    """(device, whether its golden self-test passed, what it is and ran) of every device added."""
+    """Return (device, whether its golden self-test passed, description) of every device."""
     lines = []
     for device in document["devices"]:
         golden, about = device["golden"] or {}, device["about"]
@@ -119,8 +119,11 @@ def device_lines(document: Document) -> list[tuple[str, bool, str]]:
         parts += [f"power from {device['power_from']}"] if device["power_from"] else []
         parts.append(f"bundle {device['bundle'].get('name')} version {device['bundle'].get('version')}")
         if golden:
-            apart = f"boxes within {n.three(golden.get('worst_box_px'))} px, scores within {n.three(golden.get('worst_score'))}"
-            parts.append(f"golden images {'passed' if golden.get('passed') else 'FAILED'}: {apart}")
+            errors = (
+                f"boxes within {n.three_digits(golden.get('worst_box_px'))} px, "
+                f"scores within {n.three_digits(golden.get('worst_score'))}"
+            )
+            parts.append(f"golden images {'passed' if golden.get('passed') else 'FAILED'}: {errors}")
         else:
             parts.append("golden images not run")
         lines.append((device["name"], bool(golden.get("passed")), " ".join("; ".join(parts).split())))

@@ -1,4 +1,4 @@
-"""The chain from the baseline to the engines, and what pruning removed, as tables."""
+"""Tables of the chain from the baseline to the engines, and of pruning."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ CHAIN = (
         lambda line: n.interval(line.get("delta_low"), line.get("delta_high"), n.signed),
     ),
     field("Parameters", "parameters", n.millions, rank=2),
-    field("GFLOPs", "compute_gflops", n.three, rank=1),
-    field("MiB", "size_mib", n.three, rank=3),
-    field("p50 ms", "latency_p50_ms", n.three, rank=2),
-    field("p90 ms", "latency_p90_ms", n.three, rank=6),
-    field("p99 ms", "latency_p99_ms", n.three, rank=7),
+    field("GFLOPs", "compute_gflops", n.three_digits, rank=1),
+    field("MiB", "size_mib", n.three_digits, rank=3),
+    field("p50 ms", "latency_p50_ms", n.three_digits, rank=2),
+    field("p90 ms", "latency_p90_ms", n.three_digits, rank=6),
+    field("p99 ms", "latency_p99_ms", n.three_digits, rank=7),
     field("mAP50", "map50", n.fixed, rank=8),
-    field("Epochs", "epochs", n.whole, rank=8),
+    field("Epochs", "epochs", n.integer, rank=8),
     field("Time", "seconds", n.duration, rank=8),
 )
 PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Column("After / before"))
 
 
 def chain_table(document: Document) -> Table:
-    """baseline -> sparsify -> prune -> distill -> qat, as far as the recipe goes, then the engines made of it here."""
+    """Return a table of the stages of the recipe (baseline to qat), and of the engines of the compressed model."""
     lines = [
         Line(cells(CHAIN, {**stage, "name": stage["stage"]}), mark="reference" if stage["stage"] == "baseline" else "")
         for stage in document["chain"]
@@ -75,7 +75,7 @@ def _delta(row: Row, base: float | None) -> float | None:
 
 
 def pruning_table(document: Document) -> Table:
-    """What pruning removed, and mAP at each step of the recovery; a figure that was not measured has no line."""
+    """Return a table of GFLOPs, latency and mAP after each step of pruning. A figure that was not measured has no line."""
     chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
     place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
     if not place:
@@ -83,7 +83,7 @@ def pruning_table(document: Document) -> Table:
     before, after = chain[place - 1], chain[place]
     lines = []
     if "kept_flops" in after:
-        flops = [n.three(stage.get("compute_gflops")) for stage in (before, after)]
+        flops = [n.three_digits(stage.get("compute_gflops")) for stage in (before, after)]
         lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
     if "map50_95_after_cut" in after:
         lines.append(_map_line("after the cut", before, after["map50_95_after_cut"]))
@@ -91,20 +91,18 @@ def pruning_table(document: Document) -> Table:
             step = "after re-estimating BatchNorm, before any training"
             lines.append(_map_line(step, before, after["map50_95_after_bn"]))
         if after.get("epochs") != 0 and "map50_95" in after:
-            step = f"after fine-tuning, {n.whole(after.get('epochs'))} epochs"
+            step = f"after fine-tuning, {n.integer(after.get('epochs'))} epochs"
             lines.append(_map_line(step, before, after["map50_95"]))
     if "latency_measured_ms" in after:
-        name = (
-            f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three(after['latency_target_ms'])})"
-        )
-        lines.append(Line((name, n.DASH, n.three(after["latency_measured_ms"]), n.DASH)))
+        name = f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three_digits(after['latency_target_ms'])})"
+        lines.append(Line((name, n.DASH, n.three_digits(after["latency_measured_ms"]), n.DASH)))
     return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
 
 
 def _map_line(step: str, before: ChainStage, value: float | None) -> Line:
-    own, now = n.finite(before.get("map50_95")), n.finite(value)
-    kept = None if own is None or now is None or own <= 0 else now / own
-    return Line((f"mAP50-95 {step}", n.fixed(own), n.fixed(now), n.percent(kept)))
+    base, now = n.finite(before.get("map50_95")), n.finite(value)
+    ratio = None if base is None or now is None or base <= 0 else now / base
+    return Line((f"mAP50-95 {step}", n.fixed(base), n.fixed(now), n.percent(ratio)))
 
 
 def _pruning_notes(document: Document, before: ChainStage) -> tuple[str, ...]:

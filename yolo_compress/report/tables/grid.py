@@ -1,4 +1,4 @@
-"""A table before it is drawn: the same cells in the terminal, in Markdown and in HTML."""
+"""Tables as plain data. The terminal, Markdown and HTML forms are drawn from the same cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Column:
-    """`rank` says what goes first where the terminal is narrow (the highest); 0 always stays."""
+    """A column. On a narrow terminal the column with the highest `rank` is left out first; rank 0 is always shown."""
 
     title: str
     right: bool = True
@@ -18,14 +18,14 @@ class Column:
 
 
 class Field(NamedTuple):
-    """A column, and how its cell is written of a row."""
+    """A column, and the function that writes its cell for a row."""
 
     column: Column
     write: Callable[[Mapping[str, object]], str]
 
 
 def field(title: str, key: str, write: Callable[[Any], str], rank: int = 0) -> Field:
-    """A figure that a row has under a key, or has not."""
+    """Return a field for the value of `key`, which a row may lack."""
     return Field(Column(title, rank=rank), lambda row: write(row.get(key)))
 
 
@@ -39,7 +39,13 @@ def cells(fields: Sequence[Field], row: Mapping[str, object]) -> tuple[str, ...]
 
 @dataclass(frozen=True)
 class Line:
-    """`group` is the runtime of a bench row; `mark` is what deserves the eye: reference, passed, failed, missing."""
+    """A line of a table.
+
+    Attributes:
+        cells: Text of each column.
+        group: Lines with the same group have one row heading. For a bench row it is the runtime.
+        mark: Highlights the line: "reference", "passed", "failed", "missing" or empty.
+    """
 
     cells: tuple[str, ...]
     group: str = ""
@@ -54,5 +60,5 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def groups(self) -> list[tuple[str, list[Line]]]:
-        """Lines that stand under one row heading."""
+        """Return (row heading, its lines)."""
         return [(group, list(lines)) for group, lines in groupby(self.lines, lambda line: line.group)]
