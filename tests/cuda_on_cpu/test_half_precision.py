@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.small_training import model, settings, small_set
+from yolo_compress import choices
 from yolo_compress.distill import feature
-from yolo_compress.distill.feature import FEATURE_LOSSES, Aligner
+from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.teacher import Frozen
 from yolo_compress.errors import EnvironmentLacks
@@ -24,12 +25,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", choices.FEATURE_LOSSES)
 def test_a_feature_loss_under_float16_is_that_of_float32(name: str, device: str) -> None:
     """Maps as at P3 of 640 px: the sum of squares of an image is far above 65,504, the largest float16."""
     torch.manual_seed(0)
     teach = Teach(Frozen(model()), feature_weight=1.0, class_weight=0.0, feature_loss=name)
-    teach.extras["0"] = FEATURE_LOSSES[name].adapter(8, 8).to(device)
+    teach.extras["0"] = feature.find(name).adapter(8, 8).to(device)
     own = (3 * torch.randn(2, 8, 80, 80, device=device)).half().requires_grad_()
     other = (3 * torch.randn(2, 8, 80, 80, device=device)).half()
     weight = torch.rand(2, 1, 80, 80, device=device)
@@ -149,6 +150,7 @@ class Loud(TrainHook):
         return {"loud": 1e4 * self.extra["loud"](ones).sum() + self.extra["quiet"](ones).sum() / 100}
 
 
+@pytest.mark.slow
 def test_extras_do_not_shorten_the_steps_of_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, sgd = small_set(tmp_path / "set"), settings(optimizer="SGD", lr0=0.01)
     alone = trainer.train(model(), dataset, sgd, [], tmp_path / "alone", "t")
