@@ -71,11 +71,11 @@ class Teach(TrainHook):
         self._scale = 1.0
         self._checked = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For other ranks: a feature loss of a user's own file goes by its name."""
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for other ranks. A feature loss from a user's file is sent by its name."""
         return {**vars(self), "feature": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self.feature = find_feature_loss(self.feature_loss)
 

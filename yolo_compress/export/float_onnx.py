@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def export_torchscript(
     save_torchscript(traced, out, metadata)
 
 
-def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
+def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: Mapping[str, object]) -> None:
     """Write a traced module and its `config.txt`.
 
     The file is first written to memory: if the disk is full, torch 2.14's own writer ends the process with an exception in a
@@ -116,7 +116,7 @@ def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[s
     atomic_write(out, traced.save_to_buffer(_extra_files={"config.txt": json.dumps(metadata)}))
 
 
-def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:
+def write_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> None:
     """Set metadata of an ONNX model, in place. Existing values of the same keys are replaced."""
     merged = {item.key: item.value for item in graph.metadata_props}
     merged.update({key: str(value) for key, value in metadata.items()})
@@ -125,7 +125,7 @@ def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:
 
 def prepare(
     model: nn.Module, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int, kind: str
-) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+) -> tuple[nn.Module, torch.Tensor, dict[str, object]]:
     """Return a fused copy of a model in export mode, an example input of zeros, and the metadata of Ultralytics' export.
 
     Args:

@@ -51,7 +51,7 @@ class PreflightDataset(YOLODataset):
         image, original_hw, resized_hw = super().load_image(i, **kwargs)
         return (image.copy() if self.cache == "ram" and self.augment else image), original_hw, resized_hw
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, object]:
         """In a worker each image has a seed of its own, so that neither the worker that takes it nor a resume changes it."""
         if isinstance(index, SeededIndex) and get_worker_info() is not None:
             if index.epoch != self._epoch:
