@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.small_training import model, settings, small_set
-from yolo_compress import choices
 from yolo_compress.distill import feature
 from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.teacher import Frozen
 from yolo_compress.errors import EnvironmentLacks
+from yolo_compress.recipe import choices
 from yolo_compress.train import trainer
 from yolo_compress.train.hook import TrainHook
 
