@@ -1,9 +1,9 @@
-"""The whole chain on one screen: which stage needs which, what is up to date, and what runs.
+"""The chain: the order of the stages, which of them are up to date, and how one is run.
 
-A fingerprint is known before anything runs: it covers the stage, its version, its section of the recipe, the
-fingerprints of its inputs, the digest of the data and, for `engine` and `bench`, this machine and its engine libraries.
-So fingerprints decide what is run again, not times of files. One fingerprint can give other bytes when a stage runs again,
-so a manifest also records the content of the inputs that were read: an artefact made of other bytes is stale.
+The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints
+of its inputs and the digest of the data. For `engine` and `bench` it also covers this machine and its engine libraries.
+Fingerprints decide what runs again; times of files do not matter. A stage that runs again may give other bytes with the same
+fingerprint. So a manifest also records the content of the inputs, and an artefact made from other content is stale.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the chain.
+    """A stage of the chain.
 
     Attributes:
         needs: Stages whose artefacts are its inputs.
-        stand_in: The stage whose artefact takes its place where the recipe leaves it out; None: it cannot be left out.
-        version: Goes up when the same config would now give other bytes.
-        trains: It may train; the other ranks of a distributed run take part in its trainings alone.
-        models: It writes models, so the disk it takes depends on their size.
+        stand_in: Stage whose artefact is used if the recipe leaves this one out. None: it cannot be left out.
+        version: Increased when a change of the code gives other bytes for the same config.
+        trains: It may train. The other ranks of a distributed run take part in its trainings only.
+        models: It writes models, so the disk space depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
-        checked: Its module's `check(recipe, dataset)` runs before any stage does, so that what cannot work costs no training.
+        checked: Its module has a `check(recipe, dataset)`, which runs before all stages to find errors before any training.
     """
 
     needs: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
-SAID = 10  # findings and notes of the data that a run says
+SHOWN = 10  # number of findings and notes on the data that a run prints
 
 
 class DataKey(TypedDict):
@@ -93,16 +93,16 @@ class MachineKey(TypedDict):
 
 
 class Key(TypedDict):
-    """What decides the result of a stage; its hash is the fingerprint."""
+    """Everything that decides the result of a stage. Its hash is the fingerprint."""
 
     stage: str
-    version: int  # of the stage
+    version: int  # version of the stage
     config: dict[str, object]  # see `_config`
     inputs: dict[str, str]  # need -> fingerprint
     data: DataKey
     seed: int
-    machine: NotRequired[MachineKey]  # absent where this machine decides nothing
-    recipe: NotRequired[dict[str, object]]  # of `report` alone, which shows it
+    machine: NotRequired[MachineKey]  # absent if the result does not depend on this machine
+    recipe: NotRequired[dict[str, object]]  # only for `report`, which shows the recipe
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Planned:
 
     stage: str
     key: Key
-    inputs: dict[str, str]  # need -> the stage that provides it in this recipe
+    inputs: dict[str, str]  # need -> stage that provides it in this recipe
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +120,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Status:
-    """What `status` says of one stage."""
+    """State of one stage, as `status` reports it."""
 
     stage: str
     state: str  # "up to date", "stale", "missing", "interrupted", "blocked" or "left out"
@@ -128,10 +128,10 @@ class Status:
 
 
 def provider(recipe: Recipe, stage: str) -> str:
-    """The stage whose artefact serves as `stage` in this recipe.
+    """Return the stage whose artefact is used for `stage` in this recipe: itself or a stand-in.
 
     Raises:
-        RecipeError: The recipe leaves out a stage that nothing stands in for.
+        RecipeError: The recipe leaves out a stage that has no stand-in.
     """
     while getattr(recipe, stage) is None:
         stand_in = STAGES[stage].stand_in
@@ -144,7 +144,7 @@ def provider(recipe: Recipe, stage: str) -> str:
 
 
 def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
-    """What `target` takes, in the order of work."""
+    """Return the stages that `target` needs, and `target` itself, in the order in which they run."""
     planned: dict[str, Planned] = {}
 
     def visit(stage: str) -> None:
@@ -169,7 +169,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },
             }
-        if stage == "report":  # it shows the recipe; its own section is the config
+        if stage == "report":  # it shows the recipe; its own section is in `config` already
             key["recipe"] = recipe.model_dump(mode="json", exclude={"report"})
         planned[stage] = Planned(stage, key, inputs)
 
@@ -178,7 +178,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
 
 
 def _measures_here(recipe: Recipe, stage: str) -> bool:
-    """Whether the speed of this machine decides what the stage makes: widths, or groups in float."""
+    """Return whether the result of the stage depends on the speed of this machine: widths, or groups in float."""
     prune, qat = recipe.prune, recipe.qat
     if stage == "prune" and prune:
         return prune.latency_ms is not None and prune.latency_table is None
@@ -186,7 +186,7 @@ def _measures_here(recipe: Recipe, stage: str) -> bool:
 
 
 def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
-    """The section as it counts: given files by their bytes, and with given weights nothing of how one would train."""
+    """Return the section for the key: files are replaced by their SHA-256; with `weights`, knobs of training are dropped."""
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
         return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
@@ -208,7 +208,7 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
 
 
 def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
-    """The recipe with a number for each `auto`, and its data set after the preflight; images left out are printed."""
+    """Return the recipe with a number for each `auto`, and its dataset after the preflight. Print the images left out."""
     dataset = _load_dataset(recipe, store)
     return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
 
@@ -232,33 +232,33 @@ def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
         )
     if dataset.skipped:
         progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
-        for finding in dataset.skipped[:SAID]:
+        for finding in dataset.skipped[:SHOWN]:
             progress.say(f"  {finding}")
-    for note in dataset.notes[:SAID]:
+    for note in dataset.notes[:SHOWN]:
         progress.say(f"data: {note}")
-    if len(dataset.notes) > SAID:
-        progress.say(f"data: {len(dataset.notes) - SAID} more notes; `yolo-compress check` shows all")
+    if len(dataset.notes) > SHOWN:
+        progress.say(f"data: {len(dataset.notes) - SHOWN} more notes; `yolo-compress check` shows all")
     return dataset
 
 
 def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool = True, again: bool = False) -> Artifact:
-    """Bring `target` up to date and return its artefact; what is published already is reused.
+    """Bring `target` up to date and return its artefact. Stages that are up to date do not run again.
 
     Args:
-        recipe: As `recipe.load` gives it.
+        recipe: Recipe from `recipe.load`.
         target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
-        store: Where artefacts are; `home.weights()` by default, which is `weights/` of the working directory.
+        store: Store of the artefacts. Default: `home.weights()`, which is `weights/` of the working directory.
         wait: Wait for another run that holds the store; False raises `Locked`.
-        again: Do `target` once more although it is up to date; the artefact that is there stays until the new one is
-            published. Where it comes out otherwise, as a measurement does, what was made of it before is stale.
+        again: Run `target` again although it is up to date. The old artefact stays until the new one is published. If the new one
+            differs, as measurements do, the artefacts made from the old one are stale.
 
     Returns:
-        The published artefact. A report whose gate failed is one too: `metrics["gate"]["passed"]` says so.
+        The published artefact. A report is also returned if its gate failed; see `metrics["gate"]["passed"]`.
 
     Raises:
-        CompressError: Whatever a user can mend: data, weights, disk, a package that is missing, NaN; its `exit_code` is the
-            command line's.
-        RuntimeFailure: An engine that cannot be built or run.
+        CompressError: An error that a user can fix, such as bad data, missing weights or a full disk. `exit_code` is the exit
+            code of the command line.
+        RuntimeFailure: An engine cannot be built or run.
     """
     store = store or Store(home.weights())
     ranks.check_environment()
@@ -288,12 +288,14 @@ def _agreed(recipe: Recipe, target: str) -> dict[str, str]:
 
 
 def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) -> dict[str, Artifact]:
-    """The artefacts of the stages that are up to date: made of the bytes that their inputs, up to date too, now have.
+    """Return the artefacts of the stages that are up to date.
+
+    A stage is up to date if its inputs are, and if its artefact was made from their present content.
 
     Args:
-        store: Where artefacts are.
-        chain: As `plan` gives it.
-        but: A stage that is not looked at.
+        store: Store of the artefacts.
+        chain: Result of `plan`.
+        but: A stage to leave out.
 
     Raises:
         CorruptArtifact: A manifest is damaged.
@@ -308,7 +310,7 @@ def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) 
 
 
 def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """What a manifest records of the inputs."""
+    """Return the content hash of each input, as the manifest records it."""
     return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
@@ -337,7 +339,7 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
 
 
 def _label(recipe: Recipe, store: Store) -> str:
-    """See `recipe_folder.label`; says where it is not the recipe's name."""
+    """Return the folder name of the recipe (`recipe_folder.label`). Print a notice if it is not the recipe's name."""
     name = recipe_folder.label(store.root, recipe)
     if name != recipe.name:
         other = recipe_folder.owner_of(store.root, recipe.name)
@@ -350,16 +352,16 @@ def _label(recipe: Recipe, store: Store) -> str:
 
 
 def _published(store: Store, planned: Planned, artifacts: Mapping[str, Artifact]) -> Artifact | None:
-    """The artefact of the stage, if it was made of these inputs."""
+    """Return the artefact of the stage if it was made from the content of these inputs, else None."""
     found = store.find(planned.stage, planned.fingerprint)
     return found if found and found.manifest.inputs == _contents(planned, artifacts) else None
 
 
 def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES)) -> None:
-    """Refuse what one of these stages of the recipe would refuse, as far as it can be known before any of them runs.
+    """Run the checks of the given stages, which find errors in recipe, data and machine before any stage runs.
 
     Raises:
-        CompressError: See `check` of the modules of `stages`.
+        CompressError: See `check` in the modules of `stages`.
     """
     stages = list(stages)
     _check_batches(recipe, dataset, stages)
@@ -391,10 +393,10 @@ def _trains(recipe: Recipe, stage: str) -> bool:
 
 
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
-    """Refuse a last batch of one image where the deepest layer sees one pixel of it: BatchNorm has no variance then.
+    """Check that no last batch has one image if the deepest layer has one pixel. BatchNorm would have no variance.
 
     Raises:
-        RecipeError: See above.
+        RecipeError: A stage has such a batch.
     """
     if max(recipe.data.imgsz_hw) > IMGSZ_STEP:
         return
@@ -413,7 +415,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
 
 
 def _training_images(config: Any, dataset: Dataset) -> int:
-    """How many images a section trains on: those of the data set, or what `distill` takes instead."""
+    """Return the number of training images of a section: of the dataset, or of `distill` without labels."""
     if getattr(config, "images", None) is not None:
         return len(dataset.unlabelled)
     return getattr(config, "data_free", None) or len(dataset.train)
@@ -422,7 +424,7 @@ def _training_images(config: Any, dataset: Dataset) -> int:
 def _execute(
     recipe: Recipe, planned: Planned, dataset: Dataset, artifacts: Mapping[str, Artifact], store: Store, name: str
 ) -> Artifact:
-    from yolo_compress.stages import Job  # torch-free, but only needed when something runs
+    from yolo_compress.stages import Job  # imported here because only a running stage needs it
 
     stage = planned.stage
     inputs = {need: artifacts[source] for need, source in planned.inputs.items()}
@@ -448,7 +450,7 @@ def _execute(
 
 
 def _empty(partial: Path) -> None:
-    """The folder a stage writes into holds nothing but `work`, which is made if missing, and what it was begun from."""
+    """Delete everything in the folder that a stage writes into, except `work` and the record of its inputs. Make `work`."""
     (partial / WORK).mkdir(exist_ok=True)
     for entry in partial.iterdir():
         if entry.name not in (WORK, BEGUN):
@@ -458,15 +460,16 @@ def _empty(partial: Path) -> None:
 def report_over(
     recipe: Recipe, files: list[Path], out: Path, *, store: Store | None = None, wait: bool = True
 ) -> dict[str, Any]:
-    """Bring the report up to date and write another one into `out`, with the rows of other machines beside ours.
+    """Bring the report up to date, and write a copy with the rows of other machines into `out`.
 
     Args:
-        recipe: As `recipe.load` gives it.
-        files: `device.json` of robots, `report.json` of other recipes.
-        out: Folder outside the store, made if need be; reports in it are overwritten. The published report stays as it is.
+        recipe: Recipe from `recipe.load`.
+        files: `device.json` of robots and `report.json` of other recipes.
+        out: Folder outside the store. It is created if needed, and a report in it is overwritten. The published report does not
+            change.
 
     Returns:
-        `verdict`, `gate` and `table`, as the metrics of the stage.
+        The metrics of the new report: `verdict`, `gate` and `table`.
 
     Raises:
         CompressError: See `report.device_files.read`, before any stage runs; `report.devices.add` and `run`.
@@ -489,7 +492,7 @@ def report_over(
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
-    """What `prune` would do.
+    """Return what `prune` would remove, without training.
 
     Raises:
         RecipeError: See `_planning`.
@@ -500,10 +503,10 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
-    """Write the dense net at several widths, whose layers a robot times (`runtime.layers`), into the folder `out`.
+    """Write the unpruned model at several widths into the folder `out`. A robot then times its layers (`runtime.layers`).
 
     Raises:
-        RecipeError: See `_planning`; or the folder is not empty.
+        RecipeError: See `_planning`, or the folder is not empty.
         StorageError: The folder cannot be written.
     """
     folder = Path(out)
@@ -517,12 +520,12 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
 
 @contextmanager
 def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
-    """A job of `prune` that publishes nothing, and the checkpoint it would cut, as far as there is one.
+    """Yield a job of `prune` with temporary folders, and the checkpoint that it would prune.
 
-    That is the sparse net if it is up to date, else the baseline, else the weights that the baseline is given.
+    That is the result of `sparsify` if it is up to date, else the baseline, else the weights given for the baseline.
 
     Raises:
-        RecipeError: The recipe does not prune, or its baseline is trained from scratch and was not yet.
+        RecipeError: The recipe does not prune, or its baseline is not trained yet.
     """
     from yolo_compress.stages import Job
 
@@ -531,16 +534,14 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     recipe, dataset = prepare(recipe, store)
     found = next(reversed(current(store, plan(recipe, dataset, "sparsify")).values()), None)
     if found is None and recipe.baseline.weights is None:
-        raise RecipeError(
-            "prune: there is nothing to plan on yet: the baseline has to be trained; run `baseline` first"
-        )
+        raise RecipeError("prune: the plan needs a trained baseline; run `baseline` first")
     weights = found.file("model.pt") if found else find_weights(str(recipe.baseline.weights))
     with tempfile.TemporaryDirectory() as scratch, memory_errors("prune"):
         yield Job(recipe.prune, recipe, dataset, {}, Path(scratch), Path(scratch)), weights
 
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
-    """State of every stage, with the fields that make it stale; runs nothing and imports no torch."""
+    """Yield the state of every stage, with the differences that make it stale. Runs no stage and does not import torch."""
     store = store or Store(home.weights())
     recipe, dataset = prepare(recipe, store)
     done: dict[str, Artifact] = {}
@@ -548,7 +549,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
     for stage in STAGES:
         if getattr(recipe, stage) is None:
             try:
-                yield Status(stage, "left out", (f"{provider(recipe, stage)} takes its place",))
+                yield Status(stage, "left out", (f"{provider(recipe, stage)} is used instead",))
             except RecipeError:
                 yield Status(stage, "left out")
             continue
@@ -560,7 +561,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
         except CompressError as error:
             yield Status(stage, "blocked", (str(error),))
             continue
-        why = _made_of_others(planned, found, done) if found else ()
+        why = _changed_inputs(planned, found, done) if found else ()
         if found and not why:
             done[stage] = found
             drift = _drift(found) if STAGES[stage].trains else ()
@@ -576,32 +577,32 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
             yield Status(stage, "missing")
 
 
-def _made_of_others(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
-    """Inputs that are not, or may not be, those that the artefact was made of."""
+def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
+    """Return a line for each input that differs, or may differ, from the one that the artefact was made from."""
     lines = []
     for need, source in planned.inputs.items():
         before = artifact.manifest.inputs.get(need)
         if source not in done:
-            lines.append(f"{source} has to run first; this stage runs again unless {source} comes out the same")
+            lines.append(f"{source} has to run first; this stage runs again unless {source} gives the same bytes")
         elif before != (now := done[source].manifest.content):
             lines.append(f"content of {source}: {before[:6] if before else 'not recorded'} -> {now[:6]}")
     return tuple(dict.fromkeys(lines))
 
 
 def _drift(artifact: Artifact) -> tuple[str, ...]:
-    """Library versions that differ from those that made the artefact; they do not make it stale."""
+    """Return the library versions that differ from those that made the artefact. They do not make it stale."""
     made = artifact.manifest.environment.get("packages", {})
     now = environment.describe()["packages"]
     return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])
 
 
 def referred(store: Store, recipe: Recipe | None = None) -> set[str]:
-    """Fingerprints that `gc` keeps: what friendly names lead to and what `recipe` plans, with everything they were made from.
+    """Return the fingerprints that `gc` must keep: artefacts with a friendly name, those of `recipe`, and all their inputs.
 
-    An artefact whose manifest is damaged leads nowhere.
+    An artefact with a damaged manifest has no known inputs.
 
     Raises:
-        CompressError: The recipe cannot be planned, as when its data or weights are not there.
+        CompressError: The recipe cannot be planned, for example because its data or weights are missing.
     """
     known: set[str] = set()
     waiting = [(stage, artifact.fingerprint) for stage, artifact in _named(store)]
@@ -622,7 +623,7 @@ def referred(store: Store, recipe: Recipe | None = None) -> set[str]:
 
 
 def _named(store: Store) -> Iterator[tuple[str, Artifact]]:
-    """The artefacts that have a friendly name, with their stage."""
+    """Yield (stage, artefact) of all artefacts with a friendly name."""
     for name in store.recipes():
         for stage in STAGES:
             with suppress(CorruptArtifact):

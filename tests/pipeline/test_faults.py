@@ -137,7 +137,7 @@ def test_bad_weights_path(shop: Shop, kind: str) -> None:
     )  # it fetches official names alone
     if kind == "missing":
         official = shop.recipe(baseline={"weights": "yolov8n.pt"})
-        shop.fails(4, "baseline", official, says="run `yolo-compress fetch yolov8n.pt` where there is a network")
+        shop.fails(4, "baseline", official, says="run `yolo-compress fetch yolov8n.pt` on a machine with a network")
 
 
 # 9: classes
@@ -496,7 +496,7 @@ def test_a_net_that_finds_nothing_gets_fresh_statistics_first(
     assert main(["sparsify", shop.recipe(sparsify={"epochs": 1, "batch": 3})]) == code
     captured = shop.capsys.readouterr()
     if code:
-        assert "fell from 0.500 to 0.010: the net collapsed" in captured.err and "Lower sparsify.l1" in captured.err
+        assert "fell from 0.500 to 0.010: the model collapsed" in captured.err and "Lower sparsify.l1" in captured.err
         return
     answer = json.loads(captured.out.splitlines()[-1])
     assert answer["metrics"]["map50_95"] == 0.4

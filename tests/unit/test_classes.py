@@ -418,9 +418,9 @@ def job(count: int, **changes: Any) -> Any:
 
 @pytest.mark.fault(17)
 def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(_batches.chosen(job(3), 3)) == 3
+    assert len(_batches.calibration_samples(job(3), 3)) == 3
     assert capsys.readouterr().err == ""
-    assert len(_batches.chosen(job(3), 64)) == 3
+    assert len(_batches.calibration_samples(job(3), 64)) == 3
     assert capsys.readouterr().err == "calibration: all 3 training images, fewer than the 64 of calib_images\n"
 
 

@@ -41,8 +41,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 @pytest.mark.parametrize(
     ("word", "hint"),
     [
-        ("baseline.weights=yolov8l.pt", ", or run `yolo-compress fetch yolov8l.pt` where there is a network"),
-        ("baseline.pretrained=yolov8l.pt", ", or run `yolo-compress fetch yolov8l.pt` where there is a network"),
+        ("baseline.weights=yolov8l.pt", ", or run `yolo-compress fetch yolov8l.pt` on a machine with a network"),
+        ("baseline.pretrained=yolov8l.pt", ", or run `yolo-compress fetch yolov8l.pt` on a machine with a network"),
         ("baseline.weights=mine.pt", ""),
     ],
 )

@@ -17,7 +17,7 @@ from tests.support.noise_set import noise_set
 from yolo_compress.data.dataset import load
 from yolo_compress.errors import CompressError, CorruptArtifact, DataError, RecipeError
 from yolo_compress.recipe import recipe
-from yolo_compress.store.manifest import mend
+from yolo_compress.store.manifest import fix_hint
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint, trainer
 from yolo_compress.train.settings import TrainSettings
@@ -143,7 +143,7 @@ def test_a_path_that_cannot_be_is_one_line(here: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "it's", "a b", "$(touch ran)", "`touch ran`", '"'])
 def test_the_command_that_an_error_names_removes_that_folder(here: Path, name: str) -> None:
     (here / name).mkdir()
-    command = mend(here / name).split("Delete it (")[1].rpartition(") and run")[0]
+    command = fix_hint(here / name).split("Delete it (")[1].rpartition(") and run")[0]
     subprocess.run(["sh", "-c", command], check=True)
     assert not list(here.iterdir())
 

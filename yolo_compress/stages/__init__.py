@@ -1,4 +1,7 @@
-"""One file a stage: `run(job) -> metrics`, typed in `metrics.py`. A stage knows nothing of caching, make or the command line."""
+"""The stages, one module each, with a function `run(job) -> metrics`. The types of the metrics are in `metrics.py`.
+
+A stage does not know about caching, make or the command line.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from yolo_compress.store.manifest import Artifact
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage is given.
+    """Input of a stage.
 
     Attributes:
-        config: The stage's own section of the recipe; what it reads of anything else must be in the fingerprint.
-        recipe: The whole recipe, for `data.imgsz`, `run` and, in `report` alone, to print it.
+        config: Section of the stage in the recipe. Everything else that the stage reads must be in the fingerprint.
+        recipe: The recipe. Stages read `data` and `run` from it; only `report` uses all of it.
         dataset: Images and labels that passed the preflight.
-        inputs: Upstream artefacts by stage name; a stage that the recipe leaves out is replaced by what it stands for.
-        out: The folder that becomes the artefact.
-        work: Scratch folder: kept when the stage is killed, dropped when it is published.
+        inputs: Artefacts by stage name. For a stage that the recipe leaves out it is the artefact of its stand-in.
+        out: Folder that becomes the artefact.
+        work: Scratch folder. It survives a kill, and is deleted when the artefact is published.
     """
 
     config: Any
@@ -36,15 +39,16 @@ class Job:
 
     @property
     def imgsz_hw(self) -> tuple[int, int]:
-        """(height, width) in pixels of the network's input."""
+        """(height, width) of the model's input, px."""
         return self.recipe.data.imgsz_hw
 
 
-def resumed(file: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
-    """What an earlier, killed run of the stage kept in its `work`; None where it kept nothing yet.
+def load_progress(file: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
+    """Read a JSON file that an earlier, killed run of the stage left in `work`; None if there is none.
 
     Args:
-        keys: Entries that it must have, and their types.
+        file: JSON file in `work`.
+        keys: Required keys and their types.
 
     Raises:
         CorruptArtifact: The file is damaged.
@@ -52,8 +56,8 @@ def resumed(file: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     hint = f"; delete {file} to measure again"
-    found = strict_json.load(file, CorruptArtifact, hint)
+    content = strict_json.load(file, CorruptArtifact, hint)
     for key, kind in keys.items():
-        if not isinstance(found.get(key), kind):
-            raise CorruptArtifact(f"{file}: {key} is no {kind.__name__}{hint}")
-    return found
+        if not isinstance(content.get(key), kind):
+            raise CorruptArtifact(f"{file}: {key} is not of type {kind.__name__}{hint}")
+    return content

@@ -1,4 +1,4 @@
-"""Un-augmented training images as tensors: what re-estimates BatchNorm and calibrates ranges."""
+"""Training images without augmentation, for calibration and for re-estimating BatchNorm."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ from yolo_compress.store.fingerprint import fingerprint
 BATCH = 16
 
 
-def chosen(job: Job, count: int) -> list[Sample]:
-    """`count` training images chosen by the recipe's seed; all of them, with a line that says so, where there are fewer."""
-    found = calibration_subset(job.dataset.train, count, job.recipe.run.seed)
-    if len(found) < count:
-        progress.say(f"calibration: all {len(found)} training images, fewer than the {count} of calib_images")
-    return found
+def calibration_samples(job: Job, count: int) -> list[Sample]:
+    """Choose `count` training images by the recipe's seed. If there are fewer, take all and print a line."""
+    samples = calibration_subset(job.dataset.train, count, job.recipe.run.seed)
+    if len(samples) < count:
+        progress.say(f"calibration: all {len(samples)} training images, fewer than the {count} of calib_images")
+    return samples
 
 
 def check_calibration(recipe: Recipe, dataset: Dataset, section: str) -> None:
-    """Refuse, before any stage runs, calibration images that this section cannot use; reads them up to the first of two colours.
+    """Check, before any stage runs, that the calibration images of a section are usable.
+
+    Images are read only until one has more than one colour.
 
     Raises:
-        DataError: See `letterboxed`; or mAP is measured on them, and all of them are background.
+        DataError: All images are of one colour, or `sensitivity` is mAP and no image has an object.
     """
     config = getattr(recipe, section)
-    found = calibration_subset(dataset.train, config.calib_images, recipe.run.seed)
-    if all(_one_colour(read_image(sample.image)) for sample in found):
-        raise _blank(found, f"{section}.calib_images")
-    if getattr(config, "sensitivity", "off") == "map50_95" and not any(sample.boxes for sample in found):
+    samples = calibration_subset(dataset.train, config.calib_images, recipe.run.seed)
+    if all(_one_colour(read_image(sample.image)) for sample in samples):
+        raise _blank(samples, f"{section}.calib_images")
+    if getattr(config, "sensitivity", "off") == "map50_95" and not any(sample.boxes for sample in samples):
         raise DataError(
-            f"{section}.sensitivity=map50_95: all {len(found)} calibration images are background, so mAP is undefined; set "
+            f"{section}.sensitivity=map50_95: all {len(samples)} calibration images are background, so mAP is undefined; set "
             f"{section}.sensitivity=loss, or a higher {section}.calib_images"
         )
 
@@ -62,14 +64,13 @@ def _blank(samples: Sequence[Sample], knob: str) -> DataError:
 def letterboxed(
     samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
 ) -> Iterator[Tensor]:
-    """images_BCHW, RGB or grey float32 in 0..1, letterboxed as for validation; one batch in memory at a time.
+    """Yield batches images_BCHW, RGB or grey, float32 from 0 to 1, letterboxed as for validation.
 
     Raises:
-        DataError: Every image is of one colour: ranges of them would clip every other image.
+        DataError: All images are of one colour. Scales from them would clip the values of all other images.
     """
-    rest = (
-        len(samples) % batch == 1 and len(samples) > 1
-    )  # one image alone has no variance at 32 px: it joins the batch before
+    # A batch of one image has no variance at 32 px, so a single last image joins the batch before it.
+    rest = len(samples) % batch == 1 and len(samples) > 1
     blank = bool(samples)
     ends = [*range(batch, len(samples) - rest, batch), len(samples)]
     for start, end in zip([0, *ends], ends, strict=False):
@@ -83,7 +84,7 @@ def letterboxed(
 
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:
-    """Keep which images calibrated, by name and sha256, beside the result; returns the hash of the set."""
+    """Write names and SHA-256 of the calibration images to `calibration.json`, and return the fingerprint of the set."""
     rows: list[CalibrationImage] = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
     atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
     return fingerprint({"images": [row["sha256"] for row in rows]})

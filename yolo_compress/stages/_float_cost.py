@@ -1,4 +1,4 @@
-"""What a group of tensors costs in float: GFLOPs of its convolutions, or each layer's milliseconds in FP32 and in INT8."""
+"""Price of a group of tensors in float: the GFLOPs of its convolutions, or the latency of layers in FP32 and in INT8."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ ASKED = "qat.sensitivity_price"
 
 
 def check(price: str) -> None:
-    """Refuse a runtime that cannot run here.
+    """Check that the runtime of the price can run on this machine.
 
     Raises:
-        EnvironmentLacks: Names it, and what to install.
+        EnvironmentLacks: It cannot; the message says what to install.
     """
     if price != "gflops":
         latency.require(price, ASKED)
 
 
 def compute_gflops(model: nn.Module, placed: Plan, imgsz_hw: tuple[int, int]) -> dict[str, float]:
-    """GFLOPs of the convolutions that read each INT8 group of the plan."""
+    """Return the GFLOPs of the convolutions that read each INT8 group of the plan, by group."""
     shapes = conv_shapes(model, imgsz_hw)
     return {group.name: 2e-9 * sum(shapes[name].macs for name in group.convs) for group in placed.int8}
 
 
 def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dict[str, tuple[float, float]]:
-    """Convolution -> its milliseconds in FP32 and in INT8 on this machine, activation included.
+    """Return the latency of each convolution with its activation, in ms: (FP32, INT8) by name, on this machine.
 
-    Both engines are of the whole net, in the form that `export` writes for the runtime, and take turns.
+    Both engines are built from the complete model in the form that `export` writes for the runtime. They are timed in turn.
 
     Raises:
         EnvironmentLacks, CompressError: See `prune.latency.take_table`.

@@ -1,4 +1,4 @@
-"""Images inverted from a teacher as a folder of PNGs: written once, continued after a kill, kept in the artefact."""
+"""Write images inverted from a teacher as PNG files. A killed run continues with the images that are missing."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from yolo_compress.stages import Job
 FOLDER = "inverted"
 
 
-def inverted(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Sample, ...]:
-    """`count` images that look to `teacher` like its training images, in `inverted/` of the result, as samples without boxes."""
+def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Sample, ...]:
+    """Invert `count` images from the teacher, copy them to `inverted/` of the artefact, and return samples without boxes."""
     folder = job.work / FOLDER
     folder.mkdir(exist_ok=True)
     files = [folder / f"{number:06d}.png" for number in range(count)]
 
-    def there(numbers: range) -> bool:
+    def exist(numbers: range) -> bool:
         return all(files[number].is_file() for number in numbers)
 
     done = sum(file.is_file() for file in files)
     with bar("invert the teacher", count, "image", done=done) as advance:
-        made = invert(teacher, count, job.imgsz_hw, steps=steps, seed=job.recipe.run.seed, skip=there)
-        for numbers, images_B3HW in made:
+        batches = invert(teacher, count, job.imgsz_hw, steps=steps, seed=job.recipe.run.seed, skip=exist)
+        for numbers, images_B3HW in batches:
             for number, image_3HW in zip(numbers, images_B3HW.cpu(), strict=True):
                 pixels_HW3 = (image_3HW * 255).round().byte().permute(1, 2, 0).numpy()
                 buffer = io.BytesIO()

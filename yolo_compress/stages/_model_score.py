@@ -1,4 +1,4 @@
-"""What a net is worth on some images, for sensitivity analyses: its loss, or its mAP."""
+"""Measures of a model for sensitivity analyses: its loss or its mAP on given images."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from yolo_compress.train import losses
 
 @torch.no_grad()
 def loss(job: Job, samples: Sequence[Sample], model: nn.Module) -> float:
-    """Mean detection loss of a batch; lower is better."""
+    """Return the mean detection loss over the images; lower is better."""
     values = losses.losses(model, job.dataset, samples, max(job.imgsz_hw))
     return float(torch.stack(list(values)).mean())
 
 
 def map50_95(job: Job, samples: Sequence[Sample], model: nn.Module) -> float:
-    """mAP50-95; higher is better."""
+    """Return mAP50-95 on the images; higher is better."""
     names, size = job.dataset.names, job.imgsz_hw
     with TorchBackend(model, names, size, device=device(job)) as backend:
         return float(accuracy(backend, list(samples), names, size, max_det=job.recipe.data.max_det)["map50_95"])
 
 
-WORTH: dict[str, Callable[[Job, Sequence[Sample], nn.Module], float]] = {"loss": loss, "map50_95": map50_95}
+MEASURES: dict[str, Callable[[Job, Sequence[Sample], nn.Module], float]] = {"loss": loss, "map50_95": map50_95}

@@ -1,4 +1,4 @@
-"""What `prune` will cut: budget, calibration statistics, importance, caps, and for milliseconds the network that was timed."""
+"""Plan a cut of `prune` from the budget, importance and caps. A budget in ms is checked by timing the pruned model."""
 
 from __future__ import annotations
 
@@ -23,32 +23,37 @@ from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
 from yolo_compress.runtime.measure.layer_times import LayerTable
-from yolo_compress.stages import Job, resumed
-from yolo_compress.stages._batches import chosen, letterboxed
-from yolo_compress.stages._model_score import WORTH
+from yolo_compress.stages import Job, load_progress
+from yolo_compress.stages._batches import calibration_samples, letterboxed
+from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import device
 from yolo_compress.stages.files import AskedMs, PruneSensitivity, PruneSensitivityBegun
 from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 
-EPOCHS_OF_SENSITIVITY = 2  # training epochs that the default measure may cost, in time
-FORWARDS_PER_STEP = 2  # a training step costs three forward passes; reading, loss and reconstruction take one of them
+EPOCHS_OF_SENSITIVITY = 2  # most time for sensitivity by loss, in training epochs
+FORWARDS_PER_STEP = (
+    2  # forward passes in the time of a training step: three, less one for reading, loss and reconstruction
+)
 
 
 class DryRun(TypedDict):
-    """What `prune` would do; [before, after]."""
+    """Plan of a dry run. Lists and tuples are [before, after] pruning."""
 
-    table: str  # for people
+    table: str  # table for the terminal
     widths: dict[str, tuple[int, int]]  # group -> channels
-    gflops: list[float]  # of one image
+    gflops: list[float]  # GFLOPs of one image
     parameters: list[int]
-    expected_ms: NotRequired[list[float]]  # by the table of layer times; absent where the budget is no latency
+    expected_ms: NotRequired[list[float]]  # latency by the table of layer times; absent for other budgets
 
 
 def dry_run(job: Job, weights: Path) -> DryRun:
-    """The plan for the checkpoint, as a `table` and as figures; nothing is trained.
+    """Return what one cut of the checkpoint would remove. Nothing is trained or built.
 
-    Budgets in milliseconds are met by the table of layer times alone: only `prune` builds and times the network.
+    For a budget in ms the latency comes from the table of layer times. Only `prune` itself builds and times the model.
+
+    Raises:
+        RecipeError: `prune.kind` is not "channel".
     """
     if job.config.kind != "channel":
         raise RecipeError(f"prune.kind={job.config.kind} changes no width: there is no plan to show")
@@ -73,7 +78,7 @@ def dry_run(job: Job, weights: Path) -> DryRun:
 
 
 def probe(job: Job, weights: Path, folder: Path) -> None:
-    """The checkpoint at several widths, for `runtime.measure.layer_times`."""
+    """Write the model at several widths into `folder`, as input of `runtime.measure.layer_times`."""
     latency.write_probe(checkpoint.load_model(weights), folder, job.imgsz_hw, job.dataset.names, job.config.round_to)
 
 
@@ -90,18 +95,18 @@ def _total(title: str, both: Sequence[float], form: str) -> str:
 
 
 def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
-    """Refuse what `prune` would refuse whatever the weights come to be.
+    """Check everything about `prune` that does not depend on trained weights.
 
-    Milliseconds without a table are not judged: only timing tells.
+    A budget in ms without a table cannot be checked, because it needs timing.
 
     Args:
-        config: Cuts channels.
-        model: What the chain starts from; training changes no width.
-        imgsz_hw: Of the input, px.
+        config: Section `prune` with kind "channel".
+        model: Model that the chain starts from. Training does not change its widths.
+        imgsz_hw: Height and width of the input, px.
 
     Raises:
-        RecipeError: No such criterion, a table of another model or image size, or a budget that cannot be reached.
-        EnvironmentLacks: No runtime to time layers on.
+        RecipeError: The criterion is unknown, the table is of another model or image size, or the budget is unreachable.
+        EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
     """
     find(config.criterion)
@@ -117,7 +122,7 @@ def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> N
 
 
 def _floors(config: PruneConfig, dense: Mapping[str, int]) -> dict[str, int]:
-    """Channels that every group keeps at least; floors are shares of the dense net's widths, whatever rounds took since."""
+    """Return the least channels of each group: `prune.floor` times the width before the first round."""
     return {name: max(1, round(config.floor * width)) for name, width in dense.items()}
 
 
@@ -130,12 +135,12 @@ def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: LayerTa
 
 
 class Planner:
-    """Plans the cuts of one net, from dense to its budget."""
+    """Plan the cuts of one model, from its full widths to the budget."""
 
     def __init__(self, job: Job, model: nn.Module) -> None:
         self.job = job
         self.config: PruneConfig = job.config
-        self.samples = chosen(job, self.config.calib_images)
+        self.samples = calibration_samples(job, self.config.calib_images)
         self.dense = {group.name: group.width for group in prunable(model)}
         self.shapes = conv_shapes(model, job.imgsz_hw)
         self.table = self._table(model) if self.config.latency_ms is not None else None
@@ -143,15 +148,18 @@ class Planner:
         self.least: Mapping[str, int] = {}
 
     def one_cut(self, model: nn.Module) -> Plan:
-        """What a single cut to the budget would take, by the table where it is milliseconds."""
+        """Plan a single cut to the budget. A budget in ms is judged by the table of layer times."""
         groups = prunable(model)
         importance = scores(self._evidence(model, groups), find(self.config.criterion))
         return self._choose(model, groups, importance, self.shapes, self.budget)
 
     def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, LatencyBudget]:
-        """The plan of round `number`, what it was made from, and what of it belongs in the metrics.
+        """Plan the cut of round `number`, counted from 1.
 
-        What was measured is kept in `work`: a resumed run must continue with the widths that it started with.
+        Measurements are stored in `work`, because a resumed run must choose the same widths as the killed one.
+
+        Returns:
+            The plan, the evidence that it was made from, and the metrics of a latency budget.
         """
         groups = prunable(model)
         evidence = self._evidence(model, groups)
@@ -192,22 +200,22 @@ class Planner:
     # --- budgets ------------------------------------------------------------------------------------------------------
 
     def _at(self, part: float) -> Budget:
-        """The budget after this part of the rounds: equal factors from round to round."""
-        dense = float(self.table["whole_ms"]) if self.table else self.budget.unit
-        return replace(self.budget, target=dense * (self.budget.target / dense) ** part)
+        """Return the budget after the share `part` of the rounds. Every round reduces the cost by the same factor."""
+        start = float(self.table["whole_ms"]) if self.table else self.budget.unit
+        return replace(self.budget, target=start * (self.budget.target / start) ** part)
 
     def _table(self, model: nn.Module) -> LayerTable:
-        """Layer times: those given, or taken here once and kept."""
+        """Read the given table of layer times, or time the layers on this machine once and store the table in `work`."""
         config, size = self.config, self.job.imgsz_hw
         if config.latency_table is not None:
             return latency.read_table(Path(config.latency_table), size)
-        kept = self.job.work / "latency.json"
-        if not kept.is_file():
+        file = self.job.work / "latency.json"
+        if not file.is_file():
             progress.say(f"prune: timing layers on {config.latency_runtime} at {len(latency.WIDTHS)} widths")
             latency.write_probe(model, self._probe, size, self.job.dataset.names, config.round_to)
             table = latency.take_table(self._probe, config.latency_runtime, config.latency_precision)
-            atomic_write(kept, json.dumps(table) + "\n")
-        return latency.read_table(kept, size)
+            atomic_write(file, json.dumps(table) + "\n")
+        return latency.read_table(file, size)
 
     @property
     def _probe(self) -> Path:
@@ -218,12 +226,15 @@ class Planner:
         return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
 
     def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, LatencyBudget]:
-        """The plan whose finished network takes `latency_ms`; what was asked of the table for it is kept."""
+        """Find the plan whose pruned model has a latency of `latency_ms` when it is built and timed.
+
+        The limit by the table that led to this plan is stored in `work`.
+        """
         assert self.table is not None and self.config.latency_ms is not None
         planner = lambda ms: choose_for(replace(self.budget, target=ms))  # noqa: E731
-        kept = work / "asked.json"
-        if found := resumed(kept, {"asked_ms": float, "metrics": dict}):
-            return planner(found["asked_ms"]), found["metrics"]
+        file = work / "asked.json"
+        if stored := load_progress(file, {"asked_ms": float, "metrics": dict}):
+            return planner(stored["asked_ms"]), stored["metrics"]
         config = self.config
         rig = latency.Rig(
             self.job.work, self.job.imgsz_hw, self.job.dataset.names, config.latency_runtime, config.latency_precision
@@ -237,7 +248,7 @@ class Planner:
             "latency_dense_ms": hit.unpruned_ms,
         }
         asked: AskedMs = {"asked_ms": hit.asked_ms, "metrics": metrics}
-        atomic_write(kept, json.dumps(asked) + "\n")
+        atomic_write(file, json.dumps(asked) + "\n")
         return hit.plan, metrics
 
     # --- sensitivity --------------------------------------------------------------------------------------------------
@@ -245,19 +256,21 @@ class Planner:
     def _sensitivity(
         self, model: nn.Module, evidence: Evidence, importance: Mapping[str, Tensor], work: Path
     ) -> dict[str, int]:
-        """Least channels by what was measured; the measurement goes on where a killed run stopped."""
+        """Measure the sensitivity of each group and return its least channels. A killed measurement continues."""
         config, tied = self.config, sensitivity.ties(evidence.groups)
         by_loss = config.sensitivity == "loss"
         samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
-        value = partial(WORTH[config.sensitivity], self.job, samples)
-        kept = work / "sensitivity.json"
-        state: PruneSensitivityBegun = cast(PruneSensitivityBegun, resumed(kept, {"groups": dict})) or {"groups": {}}
+        value = partial(MEASURES[config.sensitivity], self.job, samples)
+        file = work / "sensitivity.json"
+        state: PruneSensitivityBegun = cast(PruneSensitivityBegun, load_progress(file, {"groups": dict})) or {
+            "groups": {}
+        }
         if "dense" not in state:
             state["dense"] = value(model)
         with progress.bar("sensitivity", len(tied), "group", done=len(state["groups"])) as advance:
 
             def save() -> None:
-                atomic_write(kept, json.dumps(state) + "\n")
+                atomic_write(file, json.dumps(state) + "\n")
                 advance(1)
 
             moments = evidence.moments if config.reconstruct else None
@@ -276,6 +289,6 @@ class Planner:
         return sensitivity.least(evidence.groups, caps)
 
     def _images(self, tied: int) -> int:
-        """How many images each measurement may look at within the time of `EPOCHS_OF_SENSITIVITY` training epochs."""
+        """Return the number of images per measurement, so that all take about EPOCHS_OF_SENSITIVITY training epochs."""
         passes = EPOCHS_OF_SENSITIVITY * FORWARDS_PER_STEP * len(self.job.dataset.train)
         return max(4, min(len(self.samples), passes // (1 + tied * len(sensitivity.RATIOS))))

@@ -1,4 +1,4 @@
-"""A model that is given, or trained from a checkpoint or from scratch: what `baseline` and `teacher` have in common."""
+"""Load a model, or train it from a checkpoint or from scratch. `baseline` and `teacher` share this code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yolo_compress.train.transfer import Taken
 
 
 def run(job: Job, what: str) -> ModelMetrics:
-    """Take `weights`, or train from `pretrained` or from a random `model`."""
+    """Load `weights`, or train from `pretrained` or from a random `model`."""
     config: SourceConfig = job.config
     model = start(config, job.dataset, job.recipe.run.seed, what, progress.say)
     if config.weights is not None:
@@ -31,18 +31,18 @@ def run(job: Job, what: str) -> ModelMetrics:
 def start(
     config: SourceConfig, dataset: Dataset, seed: int, what: str, say: Callable[[str], None] = lambda text: None
 ) -> nn.Module:
-    """The model before any training.
+    """Return the model before any training.
 
     Args:
-        config: Its section.
-        dataset: The classes and image channels that it must have.
-        seed: Seeds what no checkpoint gives.
-        what: `baseline` or `teacher`; a baseline must be made of blocks that can be compressed.
-        say: Takes a line about what came from a checkpoint.
+        config: Section of the model in the recipe.
+        dataset: Dataset with the required classes and image channels.
+        seed: Seed of the weights that are not in a checkpoint.
+        what: "baseline" or "teacher". All blocks of a baseline must be prunable.
+        say: Receives a line on the weights that came from a checkpoint.
 
     Raises:
-        RecipeError: `weights` of other classes or another order; a checkpoint of other image channels or strides, of another
-            architecture, or of another task.
+        RecipeError: `weights` has other classes or another order, or a checkpoint has other image channels or strides, or is of
+            another architecture or task.
     """
     if config.model is not None:
         return checkpoint.new_model(config.model, dataset.names, dataset.channels, seed)
@@ -83,10 +83,10 @@ def _text(taken: Taken, key: str, what: str, dataset: Dataset) -> str:
         f"from {key.partition('=')[2]}"
     )
     if taken.same:
-        return text + f"; it knows all these classes: {what}.weights would take it as it is, without training"
+        return text + f"; its classes are those of the data set: {what}.weights loads it without training"
     if len(taken.classes) == len(dataset.names):
-        return text + "; it knows all these classes, the class outputs are taken by name"
+        return text + "; it has all classes of the data set, and its class outputs are copied by name"
     if not taken.classes:
-        return text + "; the class outputs start anew"
+        return text + "; the class outputs are initialised"
     shown = ", ".join(taken.classes[:5]) + (f" and {len(taken.classes) - 5} more" if len(taken.classes) > 5 else "")
-    return text + f"; the class outputs start anew but for {shown}, which it knows"
+    return text + f"; the class outputs are initialised, except for {shown}, which are copied"

@@ -1,4 +1,4 @@
-"""What the training stages share: the recipe's schedule, one training call, and what is measured and written after it."""
+"""Code that the training stages share: schedule, training, validation, and writing of the model."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from yolo_compress.train.hook import TrainHook
 from yolo_compress.train.settings import TrainSettings
 
 CLASS_GAIN = 0.5  # Ultralytics' default weight of the class term
-# Of the net before pruning or rounding as teacher: YOLOv8n on BCCD keeps 0.618 of 0.614 (`prune recipe=bccd`).
+# Loss weights with the unpruned or unquantised model as teacher. YOLOv8n on BCCD: mAP50-95 0.618 after pruning, baseline
+# 0.614 (`prune recipe=bccd`).
 PARENT_CLASS_WEIGHT = 2.0
 PARENT_BOX_WEIGHT = 3.0
-PARENT_FEATURE_WEIGHT = 0.3  # as in `distill`; Ultralytics' 6 drowns the labels of a pruned student
+PARENT_FEATURE_WEIGHT = (
+    0.3  # as in `distill`; with Ultralytics' 6 the labels have too little weight for a pruned student
+)
 
 
 def settings(job: Job, **changes: Any) -> TrainSettings:
-    """The section's schedule, with `changes` to fields of it, on the recipe's machine; training is square, at the longer side
-    of the input.
-    """
+    """Return the training settings of the section, with `changes` applied. Training images are squares of the longer side."""
     config: TrainConfig = job.config
     schedule = {name: getattr(config, name) for name in TrainConfig.model_fields}
     machine = job.recipe.run
@@ -58,24 +59,28 @@ def model_of(job: Job, need: str) -> nn.Module:
 
 
 def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **changes: Any) -> nn.Module:
-    """Train `model` as the section says, with `changes`, and keep its results.csv; with no epochs the hooks see the model
-    and let go. The result is on the device of `model_of`.
+    """Train `model` with the settings of the section and `changes`, and write `results.csv`.
+
+    With 0 epochs the hooks are attached and removed without training. The result is on the device of `model_of`.
     """
-    chosen = settings(job, **changes)
-    if chosen.epochs and chosen.device == "cpu" and torch.cuda.is_available():
+    training = settings(job, **changes)
+    if training.epochs and training.device == "cpu" and torch.cuda.is_available():
         say(f"{what}: trains on the CPU although there is a CUDA device; run.device=0 (make: DEVICE=0) trains there")
-    if masks.sparsity_of(model):  # a sparse net stays sparse, whatever stage trains it
+    if masks.sparsity_of(model):  # zero weights stay zero in every stage that trains
         hooks = [*hooks, masks.HoldZeros()]
-    trained = trainer.train(model, job.dataset, chosen, hooks, job.work, what).to(device(job))
+    trained = trainer.train(model, job.dataset, training, hooks, job.work, what).to(device(job))
     if (job.work / "results.csv").is_file():
         shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
     return trained
 
 
-def parent(file: Path) -> Teach:
-    """The net that a stage started from, a `model.pt`, as its teacher: the hook of `teach_from_parent`.
+def teacher_hook(file: Path) -> Teach:
+    """Return the hook of `teach_from_parent`, which uses the model before the stage as teacher.
 
-    The student is its teacher with fewer channels or coarser numbers: plain scores carry all there is, so no softening.
+    Student and teacher differ only in channels or precision, so the scores are not softened (temperature 1).
+
+    Args:
+        file: `model.pt` of the teacher.
     """
     return Teach(
         Frozen(checkpoint.load_model(file)),
@@ -87,7 +92,7 @@ def parent(file: Path) -> Teach:
 
 
 def finish(job: Job, model: nn.Module) -> ModelMetrics:
-    """Write `model.pt` and return what every training stage states of its result."""
+    """Write `model.pt`, validate the model, and return the metrics that every training stage has."""
     checkpoint.save_model(model, job.out / "model.pt", {"task": "detect", "imgsz": max(job.imgsz_hw)})
     return {
         **measure(job, model),
@@ -100,10 +105,10 @@ def finish(job: Job, model: nn.Module) -> ModelMetrics:
 
 
 def device(job: Job) -> str:
-    """Where torch computes outside training: the first of the recipe's devices.
+    """Return the torch device for everything except training: the first device of the recipe.
 
     Raises:
-        EnvironmentLacks: It is not there.
+        EnvironmentLacks: Torch does not see this device.
     """
     first = job.recipe.run.device.split(",")[0]
     if first == "cpu":
@@ -116,12 +121,20 @@ def device(job: Job) -> str:
 
 
 def measure(job: Job, model: nn.Module, what: str = "") -> Validated:
-    """mAP of a torch module by pycocotools on square letterboxes: the same code as for every engine."""
+    """Validate a torch model by the same code as every engine, and store its detections.
+
+    Args:
+        job: Job of the stage.
+        model: Model to validate.
+        what: Text for the progress bar.
+    """
     names, most = job.dataset.names, job.recipe.data.max_det
     with (
         TorchBackend(model, names, job.imgsz_hw, device=device(job)) as backend,
         bar(f"validate {what}".strip(), len(job.dataset.val), "image") as advance,
     ):
         result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance, max_det=most)
-    keep(job.out / "detections.npy", result["detections"], counted(most))  # for the interval that the report states
+    keep(
+        job.out / "detections.npy", result["detections"], counted(most)
+    )  # the report computes an interval of mAP from them
     return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

@@ -1,4 +1,4 @@
-"""The model as it is before anything is done to it: everything later is measured against it."""
+"""Stage `baseline`: the model before compression. All later figures are relative to it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from yolo_compress.stages.metrics import ModelMetrics
 
 
 def run(job: Job) -> ModelMetrics:
-    """`model.pt` of the given or trained baseline."""
+    """Write `model.pt` of the given or trained baseline."""
     return _source.run(job, "baseline")
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, a baseline that cannot be taken or compressed; see `source.start`."""
+    """Check, before any stage runs, that the baseline can be loaded and compressed; see `_source.start`."""
     _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")

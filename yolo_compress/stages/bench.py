@@ -1,4 +1,7 @@
-"""Accuracy, latency and size of every engine and of torch, by one accuracy path and one latency path; accuracy of every other file."""
+"""Stage `bench`: accuracy, latency and size of torch and of every engine, and accuracy of the files without an engine.
+
+All rows use the same code for accuracy, and all timed rows use the same code for latency.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ from yolo_compress.stages.metrics import BenchMetrics, of_model
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
-LATENCY_IMAGES = 8  # real images that the timed calls cycle through
+LATENCY_IMAGES = 8  # number of real images that the timed calls use in turn
 
 
 Status = Literal["ok", "untimed", "missing"]
@@ -54,11 +57,13 @@ Status = Literal["ok", "untimed", "missing"]
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A row before anything is measured.
+    """A row before its measurement.
 
     Attributes:
-        path: What a process of its own can open; None where there is nothing.
-        size_mib: Of the engine; None where none is timed.
+        subject: Model, runtime and precision.
+        status: Status of the row after the measurement.
+        path: Model, engine or file that another process can open; None for a missing row.
+        size_mib: Size of the engine; None if it is not timed.
     """
 
     subject: Subject
@@ -73,7 +78,7 @@ class _Candidate:
 
 
 def run(job: Job) -> BenchMetrics:
-    """`metrics["rows"]`: one a model, runtime and precision; raw latencies and detections are kept beside."""
+    """Measure one row per model, runtime and precision. Write the latency of each call, and the detections."""
     candidates = _with_published(job, _candidates(job))
     evaluated = [one for one in candidates if one.status != "missing"]
     (job.out / "detections").mkdir()
@@ -85,7 +90,7 @@ def run(job: Job) -> BenchMetrics:
 
 
 def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None) -> BenchRow:
-    """A row of the metrics."""
+    """Return the row of a candidate for the metrics."""
     if found is None:
         return {**candidate.subject, "status": "missing"}
     if latency is None or candidate.size_mib is None:
@@ -94,7 +99,7 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 
 def _candidates(job: Job) -> list[_Candidate]:
-    """Torch FP32 of both models, then the engines."""
+    """Return the candidates of both models in torch FP32, then those of the engines."""
     sources = _sources(job)
     found = [
         _Candidate(
@@ -117,7 +122,7 @@ def _candidates(job: Job) -> list[_Candidate]:
 
 
 def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
-    """And one row a file of `export` that no engine here was built from, "untimed": it is evaluated, its speed is not known here."""
+    """Add an untimed candidate for each file of `export` that no engine on this machine was built from."""
     export = job.inputs["export"]
     sources = _sources(job)
     built = {one.subject["file"] for one in candidates if one.status == "ok"}
@@ -126,8 +131,8 @@ def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
         if target := made_for(file):
             model = cast(Model, file.partition("/")[0])
             subject = _subject(model, target.runtime, target.precision, sources[model], file)
-            if asked := named.get(row_name(subject)):
-                subject["reason"] = asked.subject["reason"]  # why there is no engine of it, where one was asked for
+            if missing := named.get(row_name(subject)):
+                subject["reason"] = missing.subject["reason"]  # why the engine could not be built
             named[row_name(subject)] = _Candidate(subject, "untimed", str(export.file(file)))
     return list(named.values())
 
@@ -160,7 +165,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
 
 
 def _torch(path: str) -> nn.Module:
-    """The torch model as Ultralytics runs it: BatchNorm folded into the convolutions."""
+    """Load a torch model and fold BatchNorm into the convolutions, as Ultralytics does for inference."""
     return checkpoint.load_model(Path(path)).fuse(verbose=False)
 
 
@@ -182,13 +187,16 @@ def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -
 
 
 def _signature(backend: Backend) -> Signature:
-    """What the network takes and gives: classes, input in px, output of one image."""
+    """Return the classes, the input size in px and the output shape for one image."""
     blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 
 
 def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
-    """By row: one process an engine, in turn, on real images; percentiles are withheld where n does not carry them."""
+    """Time the candidates in turn on real images, each in its own process, and return the latency by row name.
+
+    A percentile is None if too few calls were timed for it.
+    """
     config: BenchConfig = job.config
     inputs = job.work / "inputs.npy"
     batch = job.recipe.export.batch if job.recipe.export else 1

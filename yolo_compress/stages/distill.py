@@ -1,4 +1,4 @@
-"""Distillation: the pruned student learns from labels and from a source, or from the source's word alone."""
+"""Stage `distill`: the pruned student learns from a teacher, with or without labels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from yolo_compress.recipe.checks import SAME_NET
 from yolo_compress.recipe.knobs import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, _source
-from yolo_compress.stages._inverted_images import inverted
+from yolo_compress.stages._inverted_images import inverted_samples
 from yolo_compress.stages._training import CLASS_GAIN, finish, fit, model_of
 from yolo_compress.stages.metrics import DistillMetrics, of_model
 
 
 def run(job: Job) -> DistillMetrics:
-    """`model.pt` of the student after distillation; without labels `trained_on` says what it saw and how far that carried.
+    """Write `model.pt` of the student after distillation.
 
-    Hinton's alpha shares the class term: (1 - alpha) of the hard labels' loss, alpha of the soft ones'.
+    The class loss is (1 - alpha) times that of the labels plus alpha times that of the teacher (Hinton et al.,
+    arXiv 1503.02531). Without labels the metric `trained_on` describes the images, and gives mAP before and after.
     """
     config: DistillConfig = job.config
     student, teacher = model_of(job, "prune"), model_of(job, "teacher")
@@ -35,23 +36,23 @@ def run(job: Job) -> DistillMetrics:
         return {**finish(job, trained)}
     if config.data_free is not None:
         samples, what = (
-            inverted(job, teacher, config.data_free, config.data_free_steps),
+            inverted_samples(job, teacher, config.data_free, config.data_free_steps),
             "images inverted from the teacher",
         )
     else:
         samples, what = job.dataset.unlabelled, "images without labels"
-    told = replace(job, dataset=replace(job.dataset, train=samples))
-    # without boxes only the class term of the labels is not 0: it would call everything background
-    trained = fit(told, student, [teaching(config, teacher)], "distill", class_gain=0.0)
+    unlabelled_job = replace(job, dataset=replace(job.dataset, train=samples))
+    # Without boxes, the class loss of the labels would train every detection to be background. The other terms are 0.
+    trained = fit(unlabelled_job, student, [teaching(config, teacher)], "distill", class_gain=0.0)
     metrics = finish(job, trained)
     before = of_model(job.inputs["prune"])["map50_95"]
-    said = f"{len(samples)} {what}, no label: mAP50-95 {before:.3f} before, {metrics['map50_95']:.3f} after"
-    progress.say(f"distill: trained on {said}")
-    return {**metrics, "trained_on": said}
+    trained_on = f"{len(samples)} {what}, no label: mAP50-95 {before:.3f} before, {metrics['map50_95']:.3f} after"
+    progress.say(f"distill: trained on {trained_on}")
+    return {**metrics, "trained_on": trained_on}
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, what cannot teach: the nets that the chain starts from stand for what becomes of them.
+    """Check, before any stage runs, that teacher and student fit, with the models that the chain starts from.
 
     Raises:
         RecipeError: See `_source.start`, `Teach` and `checkpoint.load_model`.
@@ -71,24 +72,24 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         and not recipe.sparsify
         and same_weights(student, teacher)
     ):
-        raise RecipeError(SAME_NET)  # the same weights in files of two names
+        raise RecipeError(SAME_NET)  # two files with the same weights
 
 
 def teaching(config: DistillConfig, teacher: nn.Module) -> Teach:
-    """The hook that the section asks for; `teacher` is whom it names, unless that is the student itself."""
+    """Return the distillation hook of the section. With `teacher: self` the argument `teacher` is not used."""
     soft_share = config.alpha if config.labelled else 1.0
     head = {
         "class_weight": config.logit_weight * soft_share * CLASS_GAIN,
         "box_weight": config.box_weight,
         "iou_weight": config.iou_weight,
     }
-    whom: Source
+    source: Source
     if config.teacher == "self":
-        whom, head = Own(), dict.fromkeys(head, 0.0)
+        source, head = Own(), dict.fromkeys(head, 0.0)
     else:
-        whom = Peer(teacher) if config.teacher == "mutual" else Frozen(teacher)
+        source = Peer(teacher) if config.teacher == "mutual" else Frozen(teacher)
     return Teach(
-        whom,
+        source,
         feature_weight=config.feature_weight,
         **head,
         temperature=config.temperature,

@@ -1,4 +1,4 @@
-"""One engine per runtime and precision; what cannot be built here is listed with the reason, never replaced."""
+"""Stage `engine`: build one engine per runtime and precision. List those that cannot be built here with the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 def run(job: Job) -> EngineMetrics:
-    """Folders `<model>/<runtime>-<precision>` and `engines.json`, the rows that `bench` measures."""
+    """Write the engines into `<model>/<runtime>-<precision>`, and `engines.json` with the rows for `bench`."""
     config: EngineConfig = job.config
     export = job.inputs["export"]
     missing = _missing(config)
@@ -59,21 +59,21 @@ def run(job: Job) -> EngineMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, a runtime that is asked for by name and cannot be used here.
+    """Check, before any stage runs, that the runtimes named in the recipe can be used on this machine.
 
     Raises:
-        EnvironmentLacks: It is not installed.
-        RecipeError: Its INT8 saturates on this processor.
+        EnvironmentLacks: A runtime is not installed.
+        RecipeError: INT8 of a runtime saturates on this processor.
     """
     assert recipe.engine is not None
     _saturated(recipe, _missing(recipe.engine))
 
 
 def _missing(config: EngineConfig) -> dict[str, str | None]:
-    """The runtimes that are wanted, and what to install where one is missing.
+    """Return the requested runtimes, each with what to install if it is missing, else None.
 
     Raises:
-        EnvironmentLacks: It was asked for by name.
+        EnvironmentLacks: A runtime that the recipe names is missing.
     """
     wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
     missing = {runtime: BACKENDS[runtime].probe() for runtime in wanted}
@@ -83,10 +83,10 @@ def _missing(config: EngineConfig) -> dict[str, str | None]:
 
 
 def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, str]:
-    """The installed runtimes that cannot run the INT8 files on this processor, and why.
+    """Return the installed runtimes whose INT8 saturates on this processor, with the reason.
 
     Raises:
-        RecipeError: It was asked for by name.
+        RecipeError: The recipe names such a runtime.
     """
     if not (recipe.export and recipe.engine and recipe.qat) or "int8" not in recipe.export.precisions:
         return {}
@@ -103,14 +103,14 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
 
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
-    """The export that suits this runtime: its own form where there is one."""
+    """Return the exported ONNX file for a runtime: the form made for it if there is one. None if there is no file."""
     stems = {Path(name).stem for name in files if name.startswith(f"{model}/") and name.endswith(".onnx")}
     stem = onnx_form(stems, runtime, precision)
     return None if stem is None else f"{model}/{stem}.onnx"
 
 
 def _build(job: Job, onnx: Path, runtime: str, precision: str, out: Path) -> float:
-    """Build one engine and return the MiB of what has to be on the robot."""
+    """Build one engine, and return the size in MiB of the files that the robot needs."""
     config: EngineConfig = job.config
     options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
     files = BACKENDS[runtime].build(onnx, out, precision, **options)

@@ -1,4 +1,4 @@
-"""ONNX in every precision and TorchScript, for the original and for the compressed net, compared with torch."""
+"""Stage `export`: write ONNX files in every precision and TorchScript for the baseline and the compressed model."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
 from yolo_compress.stages import Job, _source
-from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
+from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
 COMPARED_IMAGES = 16
-# On widths, batch and weight bits: of the model and the recipe, not of what is written here.
+# Rules on widths, batch and weight bits. They are advice on the model and recipe, not faults of the export.
 ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
-# What float32 rounding may move: a net that detects well stays below a tenth of it; a wrong graph is off by whole pixels.
+# Largest difference from torch by float32 rounding. A well-trained model stays below a tenth of it; a wrong graph differs by px.
 MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
-# A net trained for a few steps amplifies rounding: torch itself is then as far from float64. ONNX Runtime sums in another order,
-# so its distance from torch is about that; ten times as much is another graph.
+# A model trained for a few steps amplifies rounding, so that torch in float32 differs as much from torch in float64. ONNX Runtime
+# sums in another order, which gives about the same difference. Above this multiple of it the graph must be wrong.
 MAX_ROUNDINGS = 10
 
 
 def run(job: Job) -> ExportMetrics:
-    """Folders `original` and `compressed` with `fp32.onnx`, `fp16.onnx`, `int8.onnx` its per-runtime forms, and TorchScript.
+    """Write the folders `original` (baseline) and `compressed`: ONNX files of each precision and runtime, and TorchScript.
 
-    The original's INT8 is PTQ; the compressed net's has the ranges of `qat`, or PTQ where the recipe leaves qat out.
+    INT8 of the baseline is PTQ. INT8 of the compressed model has the scales of `qat`, or PTQ without `qat`.
     """
     return {
         "original": _export(job, "original", job.inputs["baseline"], None),
@@ -59,7 +59,7 @@ def run(job: Job) -> ExportMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, activations that the INT8 files cannot hold, and images or a torch that cannot make them.
+    """Check, before any stage runs, that INT8 files can be made: activations, calibration images and torch.
 
     Raises:
         RecipeError: See `qdq.check_activation`.
@@ -80,7 +80,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:
-    """All files of one model, into the folder `name`."""
+    """Write all files of one model into the folder `name`. `ranges` is the artefact of `qat`; None means PTQ."""
     config: ExportConfig = job.config
     folder = job.out / name
     folder.mkdir()
@@ -97,7 +97,7 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
 
 
 def _nms_files(job: Job, folder: Path) -> NmsFiles:
-    """Each ONNX file once more, with NMS in its graph."""
+    """Write a copy of each ONNX file with NMS in its graph, and check its boxes."""
     images, boxes = _compared_images(job), 0
     for file in sorted(folder.glob("*.onnx")):
         made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
@@ -134,16 +134,16 @@ def _onnx(job: Job, model: nn.Module, out: Path, opset: int | None = None) -> No
 
 
 def _compared_images(job: Job) -> list[np.ndarray]:
-    """Validation images, letterboxed."""
+    """Return letterboxed validation images for the comparison with torch."""
     samples, channels = job.dataset.val[:COMPARED_IMAGES], job.dataset.channels
     return [letterbox(read_image(sample.image), job.imgsz_hw, channels=channels)[0] for sample in samples]
 
 
 def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
-    """FP32 ONNX against torch on real images; the graph that is shipped is the one that is compared.
+    """Compare the exported FP32 ONNX file with torch on real images, and return the largest differences.
 
     Raises:
-        NumericsError: They differ by more than rounding; names the first layer that does.
+        NumericsError: They differ by more than rounding. The message names the first layer that differs.
     """
     names, images = job.dataset.names, _compared_images(job)
     with TorchBackend(model, names, job.imgsz_hw) as torch_side, OrtBackend(file) as onnx_side:
@@ -154,22 +154,22 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
         with TorchBackend(model, names, job.imgsz_hw, precision="fp64") as exact:
             rounding = max_abs_difference(torch_side, exact, images)
     allowed = {what: max(most, MAX_ROUNDINGS * rounding[what]) for what, most in MAX_DIFFERENCE.items()}
-    apart = (
+    text = (
         f"{file.name} differs from torch on {len(images)} images: scores by {difference['scores']:.2g}, boxes by "
         f"{difference['boxes_px']:.2g} px; torch in float32 from float64: scores {rounding['scores']:.2g}, boxes "
         f"{rounding['boxes_px']:.2g} px"
     )
     if any(difference[what] > most for what, most in allowed.items()):
         raise NumericsError(
-            f"{apart}; allowed: scores {allowed['scores']:.2g}, boxes {allowed['boxes_px']:.2g} px. The first layer that "
+            f"{text}; allowed: scores {allowed['scores']:.2g}, boxes {allowed['boxes_px']:.2g} px. The first layer that "
             f"differs: {first_bad_layer(model, file, batch)}. Try export.simplify=false or another export.opset"
         )
-    progress.say(f"export: {apart}. The model amplifies rounding; train it for more epochs")
+    progress.say(f"export: {text}. The model amplifies rounding; train it for more epochs")
     return difference
 
 
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> Int8Files:
-    """Q/DQ files and INT8 TorchScript: QAT weights and ranges where there are some, PTQ of `model` otherwise."""
+    """Write Q/DQ files and INT8 TorchScript, with weights and scales from `qat` if it ran, else by PTQ of `model`."""
     config: ExportConfig = job.config
     floats = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
@@ -180,7 +180,7 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
         floats = job.work / "qat.onnx"
         _onnx(job, model, floats)
     else:
-        images = chosen(job, config.calib_images)
+        images = calibration_samples(job, config.calib_images)
         write_list(job, images)
         batches = lambda: letterboxed(images, job.imgsz_hw, job.dataset.channels)  # noqa: E731
         bits = job.recipe.qat.weight_bits if job.recipe.qat else WEIGHT_BITS
@@ -206,10 +206,15 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
 
 
 def _lint(file: Path, target: str, whole: bool) -> lint.Report:
-    """Refuse to publish an INT8 file that its runtime would not take, or, of a whole plan, that has float among its INT8.
+    """Check an INT8 file for its runtime.
+
+    Args:
+        file: ONNX file.
+        target: Target of the lint.
+        whole: The plan puts all tensors in INT8, so a warning about float operations is a fault too.
 
     Raises:
-        CompressError: With the findings.
+        CompressError: The lint found faults, which is a bug of the export.
     """
     report = lint.check(file, target)
     faults = whole and any(one.severity == "warning" and one.rule not in ADVICE for one in report.findings)
@@ -219,7 +224,7 @@ def _lint(file: Path, target: str, whole: bool) -> lint.Report:
 
 
 def _advise(report: lint.Report, model: str) -> None:
-    """Say what would make the model faster: such files are whole."""
+    """Print lint warnings that suggest a faster model. The file itself has no fault."""
     for name, count in report.rules.items():
         rule = lint.RULES[name]
         if rule.severity == "warning" and name in ADVICE:

@@ -1,7 +1,9 @@
-"""The JSON files that stages write beside their metrics, or keep in `work` to continue from.
+"""Types of the JSON files that stages write, in the artefact or in `work`.
 
-channels.json and flops.json of `prune` map a layer to its output channels, and a convolution to its MACs: [before, after].
-latency.json of `bench` maps the name of a row to the ms of its calls, a list a round.
+Simple files have no type here:
+    channels.json of `prune`: layer -> output channels [before, after].
+    flops.json of `prune`: convolution -> MACs of one image [before, after].
+    latency.json of `bench`: name of a row -> list per round of the latencies of its calls, in ms.
 """
 
 from __future__ import annotations
@@ -19,53 +21,53 @@ class CalibrationImage(TypedDict):
     """An entry of calibration.json."""
 
     name: str
-    sha256: str  # of the file, hex
+    sha256: str  # SHA-256 of the file, in hex
 
 
 class PruneSensitivity(TypedDict):
-    """sensitivity.json of `prune`: one group of channels thinned at a time."""
+    """sensitivity.json of `prune`, measured with channels removed from one group at a time."""
 
     measure: Measure
-    dense: float  # the measure of the model before pruning
-    ratios: list[float]  # shares of the group's channels removed, ascending
-    groups: dict[str, list[float]]  # group -> the measure at each ratio
-    caps: dict[str, float]  # group -> the largest share that pruning may remove
-    images: int  # that it was measured on
+    dense: float  # measure of the model before pruning
+    ratios: list[float]  # removed shares of the group's channels, ascending
+    groups: dict[str, list[float]]  # group -> measure at each ratio
+    caps: dict[str, float]  # group -> largest share that pruning may remove
+    images: int  # number of images for the measurement
 
 
 class PruneSensitivityBegun(TypedDict, total=False):
-    """The same in `work`, as far as it is measured."""
+    """The unfinished sensitivity.json of `prune` in `work`."""
 
     groups: dict[str, list[float]]
     dense: float
 
 
 class AskedMs(TypedDict):
-    """asked.json in `work` of `prune`: which limit by the table gave a model that takes `latency_ms`."""
+    """asked.json in `work` of `prune`: the limit by the table of layer times that led to a latency of `latency_ms`."""
 
     asked_ms: float
     metrics: LatencyBudget
 
 
-# A key is called `float`, which a class body would take for the type from there on.
+# A key has the name `float`. In a class body it would hide the type `float` in the lines below it.
 QatSensitivity = TypedDict(  # noqa: UP013
     "QatSensitivity",
     {
-        "groups": dict[str, float],  # group -> the measure with that group alone in float
-        "float": float,  # the measure of the float model
-        "int8": float,  # of the INT8 model
+        "groups": dict[str, float],  # group -> measure with that group alone in float
+        "float": float,  # measure of the float model
+        "int8": float,  # measure of the INT8 model
         "layer_ms": dict[
             str, tuple[float, float]
-        ],  # convolution -> ms in float and in INT8; absent with GFLOPs as price
-        "compute_gflops": dict[str, float],  # group -> GFLOPs of its convolutions
-        "price_ms": dict[str, float],  # group -> ms that it takes longer in float; absent as `layer_ms` is
+        ],  # convolution -> ms [in float, in INT8]; absent if the price is GFLOPs
+        "compute_gflops": dict[str, float],  # group -> sum of the GFLOPs of its convolutions
+        "price_ms": dict[str, float],  # group -> additional ms in float; absent if `layer_ms` is
         "measure": Measure,
-        "images": int,  # calibration images that it was measured on
-        "worst": float,  # the least mAP, or the largest loss, that is asked for
+        "images": int,  # number of calibration images for the measurement
+        "worst": float,  # limit: least mAP, or largest loss
         "left": list[str],  # groups that stay in float
-        "then": float,  # the measure with these in float
-        "price": str,  # "gflops", or the runtime whose ms are the price
+        "then": float,  # measure with the groups of `left` in float
+        "price": str,  # "gflops", or the runtime whose latency in ms is the price
     },
     total=False,
 )
-"""sensitivity.json of `qat`: one group of tensors in float at a time. In `work`, as far as it is measured."""
+"""sensitivity.json of `qat`, measured with one group of tensors in float at a time. In `work` it may be unfinished."""

@@ -1,11 +1,11 @@
-"""The metrics of each stage, as its manifest holds them. `report` has its own beside its code.
+"""Types of the metrics in the manifest of each stage. Those of `report` are in `report.py`.
 
-Words that hold throughout:
+Conventions:
     mAP is a fraction from 0 to 1, over the validation images, by pycocotools. `map50_95` is the mean over IoU 0.5 to 0.95.
-    Times end in `_ms`, sizes in `_mib` (2**20 bytes), pixels in `_px`. `compute_gflops` is 2 x GMACs of one image.
-    A key that is `NotRequired` is absent where its comment says so.
+    The unit of a key is its suffix: `_ms`, `_mib` (2**20 bytes), `_px` (pixels). `compute_gflops` is 2 x GMACs of one image.
+    A `NotRequired` key is absent where its comment says so.
 
-`tests/support/stage_schema.py` validates a finished chain against these types and forbids any other key.
+`tests/support/stage_schema.py` validates a finished chain against these types and forbids all other keys.
 """
 
 from __future__ import annotations
@@ -20,110 +20,114 @@ from yolo_compress.store.manifest import Artifact
 
 
 class Validated(TypedDict):
-    """What a model of torch scores."""
+    """Accuracy of a torch model."""
 
     map50_95: float
     map50: float
-    images: int  # validation images
+    images: int  # number of validation images
 
 
 class ModelMetrics(Validated):
-    """Of every stage that writes a `model.pt`, and all that `baseline` and `teacher` state."""
+    """Metrics of every stage that writes a `model.pt`. `baseline` and `teacher` have no others."""
 
     parameters: int
     compute_gflops: float
-    sparsity: float  # share of exact zeros among the weights of all convolutions
-    size_mib: float  # of `model.pt`
-    epochs: int  # that it was trained for; 0 where the weights were given
+    sparsity: float  # share of zeros among the weights of all convolutions
+    size_mib: float  # size of `model.pt`
+    epochs: int  # epochs of training; 0 if the weights were given
 
 
 class SparsifyMetrics(ModelMetrics):
-    # Percentage of channels -> share of the whole gamma mass that the weakest of them hold.
-    gamma_mass_under_cut_before: dict[str, float]  # training
-    gamma_mass_under_cut_after: dict[str, float]
+    # Percentage of channels, weakest first -> their share of the sum of |gamma|.
+    gamma_mass_under_cut_before: dict[str, float]  # before sparse training
+    gamma_mass_under_cut_after: dict[str, float]  # after sparse training
 
 
 class Repaired(TypedDict):
-    """mAP before any fine-tuning."""
+    """mAP after pruning and before fine-tuning."""
 
     map50_95_after_cut: float
-    map50_95_after_bn: float  # after BatchNorm's averages were re-estimated
+    map50_95_after_bn: float  # after re-estimating BatchNorm
 
 
 class LatencyBudget(TypedDict, total=False):
-    """Of a budget in milliseconds; absent for another."""
+    """Metrics of a budget in ms; absent for other budgets."""
 
-    latency_target_ms: float  # as asked for
-    latency_runtime: str  # that it is for
-    latency_expected_ms: float  # by a table that was given; absent where the model was timed here
-    latency_measured_ms: float  # of the pruned model, built and timed here; absent where a table was given
-    latency_dense_ms: float  # of the model before pruning, timed in turn with it
+    latency_target_ms: float  # requested latency
+    latency_runtime: str  # runtime of the target
+    latency_expected_ms: float  # latency by a given table of layer times; absent if the model was timed here
+    latency_measured_ms: float  # latency of the pruned model, built and timed here; absent if a table was given
+    latency_dense_ms: float  # latency of the model before pruning, timed in turn with the pruned model
 
 
 class Cut(Repaired, LatencyBudget):
-    """What cutting channels states."""
+    """Metrics of cutting channels."""
 
     kept_flops: float  # FLOPs after / before
 
 
 class Zeroed(Repaired):
-    """What pruning to zeros states."""
+    """Metrics of setting weights to zero."""
 
     kind: Literal["unstructured", "two_four"]
 
 
 class PruneMetrics(ModelMetrics, Repaired, LatencyBudget):
     kept_flops: NotRequired[float]  # FLOPs after / before; absent for zeros
-    kind: NotRequired[Literal["unstructured", "two_four"]]  # absent where channels were cut
+    kind: NotRequired[Literal["unstructured", "two_four"]]  # absent if channels were cut
 
 
 class DistillMetrics(ModelMetrics):
-    trained_on: NotRequired[str]  # a phrase on the images of a distillation without labels; absent with labels
+    trained_on: NotRequired[
+        str
+    ]  # a phrase that describes the images of a distillation without labels; absent with labels
 
 
 class Sensitive(TypedDict, total=False):
-    """Of `qat.sensitivity`; absent where it is off."""
+    """Metrics of `qat.sensitivity`; absent if it is off."""
 
-    sensitivity_enough: bool  # whether the groups left in float keep the loss within `qat.max_drop`
-    float_price_ms: float  # that these groups take longer in float; absent where their price is GFLOPs
+    sensitivity_enough: bool  # whether `qat.max_drop` is met with the chosen groups in float
+    float_price_ms: float  # additional ms of these groups in float; absent if the price is GFLOPs
 
 
 class QatMetrics(ModelMetrics, Sensitive):
     """mAP is that of the quantised model."""
 
-    map50_95_float_weights: float  # of the same weights without quantisers
+    map50_95_float_weights: float  # mAP of the same weights without quantisers
     calibration_set: str  # digest of the calibration images
     calibration_images: int
     weight_bits: int
     quantised_convs: int
-    float_groups: list[str]  # groups of tensors that stay in float: those of the recipe, and those of the sensitivity
+    float_groups: list[str]  # groups of tensors that stay in float, by the recipe or by the sensitivity
 
 
 class FloatFiles(TypedDict):
-    """The largest differences between the FP32 ONNX and torch."""
+    """Largest differences between the FP32 ONNX file and torch."""
 
     max_score_difference: float
     max_box_difference_px: float
 
 
 class Int8Files(TypedDict):
-    int8_convs: int  # convolutions with quantised weights
+    int8_convs: int  # number of convolutions with quantised weights
     int8_from: str  # "qat", or "ptq (<calibrator>)"
 
 
 class NmsFiles(TypedDict):
-    """How much of the files with NMS in the graph was compared with those without."""
+    """Size of the comparison between the files with NMS in the graph and those without."""
 
-    nms_images: int
-    nms_boxes: int
+    nms_images: int  # number of images
+    nms_boxes: int  # number of boxes
 
 
 class ExportedModel(FloatFiles):
-    """The files of one model."""
+    """Metrics of the files of one model."""
 
-    int8_convs: NotRequired[int]  # see `Int8Files`; absent without INT8, as `int8_from`
+    # See `Int8Files`; absent without INT8.
+    int8_convs: NotRequired[int]
     int8_from: NotRequired[str]
-    nms_images: NotRequired[int]  # see `NmsFiles`; absent without `export.nms`, as `nms_boxes`
+    # See `NmsFiles`; absent without `export.nms`.
+    nms_images: NotRequired[int]
     nms_boxes: NotRequired[int]
 
 
@@ -133,18 +137,18 @@ class ExportMetrics(TypedDict):
 
 
 class EngineMetrics(TypedDict):
-    """Rows of `engines.json`."""
+    """Number of rows in `engines.json`."""
 
-    engines: int  # that were built
-    missing: int  # that were not
+    engines: int  # engines that were built
+    missing: int  # engines that could not be built
 
 
 class BenchMetrics(TypedDict):
-    rows: list[BenchRow]  # one a model, runtime and precision
-    images: int  # validation images
-    device: DeviceState  # the machine, after the measurement
+    rows: list[BenchRow]  # one per model, runtime and precision
+    images: int  # number of validation images
+    device: DeviceState  # state of the machine after the measurement
 
 
 def of_model(artifact: Artifact) -> ModelMetrics:
-    """The metrics of any stage that writes a model, whichever it is: a stage that a recipe leaves out is replaced."""
+    """Return the metrics of an artefact with a model. Any stage may have made it, because of stand-ins."""
     return cast(ModelMetrics, artifact.metrics)

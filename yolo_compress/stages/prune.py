@@ -1,4 +1,7 @@
-"""Pruning: cut to a budget, hand over, re-estimate BatchNorm, fine-tune; in one cut or in rounds. Or zeros among the weights."""
+"""Stage `prune`: remove channels to meet a budget, reconstruct, re-estimate BatchNorm and fine-tune; or set weights to zero.
+
+Channels are removed in one cut or in several rounds.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, _prune_plan, _source
-from yolo_compress.stages._batches import check_calibration, chosen, letterboxed
+from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed
 from yolo_compress.stages._prune_plan import Planner
-from yolo_compress.stages._training import finish, fit, measure, model_of, parent
+from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed
 
 
 def run(job: Job) -> PruneMetrics:
-    """`model.pt` of stock classes with fewer channels, `channels.json`, `flops.json`, and mAP at each step of the recovery.
+    """Write `model.pt` of the pruned model, in stock classes. For channels also write `channels.json` and `flops.json`.
 
-    With `prune.sensitivity` also `sensitivity.json` and `sensitivity.csv`.
+    With `prune.sensitivity` also write `sensitivity.json` and `sensitivity.csv`.
     """
     model = model_of(job, "sparsify")
     if job.config.kind == "channel":
@@ -42,10 +45,10 @@ def run(job: Job) -> PruneMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, calibration images that cannot be used, and what `plan.check` refuses.
+    """Check, before any stage runs, the calibration images, the criterion and the budget.
 
     Raises:
-        RecipeError, EnvironmentLacks, CorruptArtifact: See `plan.check`.
+        RecipeError, EnvironmentLacks, CorruptArtifact: See `_prune_plan.check`.
         DataError: See `check_calibration`.
     """
     assert recipe.prune is not None
@@ -57,7 +60,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
-    """Fewer channels, in one cut or in rounds."""
+    """Remove channels in one cut or in rounds, and fine-tune after each."""
     rounds = job.config.rounds
     planner = Planner(job, model)
     curve: list[dict[str, object]] = []
@@ -72,7 +75,7 @@ def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
 
 
 def _part(job: Job, number: int) -> Job:
-    """The job of one round: its share of the epochs, and a scratch folder of its own."""
+    """Return the job of one round, with its share of the epochs and its own scratch folder."""
     config: PruneConfig = job.config
     share, rest = divmod(knobs.number(config.epochs), config.rounds)
     epochs = share + (rest if number == config.rounds else 0)
@@ -82,7 +85,7 @@ def _part(job: Job, number: int) -> Job:
 
 
 def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
-    """Remove channels from `model` in place, repair what needs no training, and say what is left of the dense net."""
+    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place; return the metrics."""
     cut, evidence, budget = planner.cut(model, job.work, number)
     if job.config.reconstruct:
         reconstruct(model, evidence.groups, cut.keep, evidence.moments)
@@ -92,27 +95,27 @@ def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
     atomic_write(job.out / "channels.json", json.dumps(widths) + "\n")
     atomic_write(job.out / "flops.json", json.dumps(macs) + "\n")
     kept_flops = cut.macs_after / sum(before for before, _ in macs.values())
-    progress.say(f"prune: {kept_flops:.1%} of the MACs kept")
+    progress.say(f"prune: {kept_flops:.1%} of the MACs remain")
     return {**budget, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
 
 
 def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:
-    """Zeros by magnitude, held through fine-tuning; no budget applies, as no width changes."""
+    """Set weights of small magnitude to zero, and keep them zero in fine-tuning. Widths do not change."""
     config: PruneConfig = job.config
     if config.kind == "two_four":
-        found = masks.two_four(model)
+        zero_masks = masks.two_four(model)
     else:
-        found = masks.unstructured(model, config.sparsity, "global" if config.scope == "global" else "local")
-    masks.apply(model, found)
-    dense = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(found)
-    progress.say(f"prune: {masks.sparsity_of(model):.1%} of the weights are zero; {dense} convolutions stay dense")
+        zero_masks = masks.unstructured(model, config.sparsity, "global" if config.scope == "global" else "local")
+    masks.apply(model, zero_masks)
+    dense = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(zero_masks)
+    progress.say(f"prune: {masks.sparsity_of(model):.1%} of the weights are zero; {dense} convolutions have none")
     kind: Literal["unstructured", "two_four"] = "two_four" if config.kind == "two_four" else "unstructured"
-    metrics: Zeroed = {"kind": kind, **_repaired(job, model, chosen(job, config.calib_images))}
+    metrics: Zeroed = {"kind": kind, **_repaired(job, model, calibration_samples(job, config.calib_images))}
     return _tuned(job, model, "prune"), metrics
 
 
 def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired:
-    """mAP as cut, and after BatchNorm was re-estimated, in place."""
+    """Re-estimate BatchNorm in place, and return mAP before and after it."""
     cut = measure(job, model, "after the cut")["map50_95"]
     reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw, job.dataset.channels))
     repaired = measure(job, model, "after re-estimating BatchNorm")["map50_95"]
@@ -121,15 +124,17 @@ def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired
 
 
 def _tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
-    """Fine-tuned as the section says, by default with the unpruned net as teacher."""
+    """Fine-tune the model, with the baseline as teacher if `prune.teach_from_parent` is true."""
     hooks = (
-        [parent(job.inputs["baseline"].file("model.pt"))] if job.config.teach_from_parent and job.config.epochs else []
+        [teacher_hook(job.inputs["baseline"].file("model.pt"))]
+        if job.config.teach_from_parent and job.config.epochs
+        else []
     )
     return fit(job, model, hooks, what)
 
 
 def _rows(file: Path, epochs_before: int) -> list[dict[str, object]]:
-    """Rows of a round's results.csv, its epochs counted on."""
+    """Return the rows of a round's results.csv, with `epochs_before` added to each epoch."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as handle:

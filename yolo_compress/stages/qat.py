@@ -1,4 +1,4 @@
-"""Quantisation: calibrate on un-augmented training images, then train with fake quantisers (epochs: 0 is PTQ)."""
+"""Stage `qat`: calibrate on training images without augmentation, then train with fake quantisation. 0 epochs is PTQ."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from yolo_compress.quant.fakequant import FakeQuant, attach, check_installed
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState
 from yolo_compress.recipe.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, _float_cost, _source, resumed
-from yolo_compress.stages._batches import check_calibration, chosen, letterboxed, write_list
-from yolo_compress.stages._model_score import WORTH
-from yolo_compress.stages._training import finish, fit, measure, model_of, parent
+from yolo_compress.stages import Job, _float_cost, _source, load_progress
+from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed, write_list
+from yolo_compress.stages._model_score import MEASURES
+from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.files import QatSensitivity
 from yolo_compress.stages.metrics import QatMetrics, Sensitive
 from yolo_compress.train.hook import TrainHook
@@ -32,13 +32,14 @@ PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 
 
 def run(job: Job) -> QatMetrics:
-    """`model.pt` of stock classes, and `quant.json` with the ranges that belong to it; mAP is that of the quantised net.
+    """Write `model.pt` in stock classes, `quant.json` with its scales, and `placement.csv`.
 
-    `placement.csv` says of each tensor whether it is INT8, with which it shares its scale, and why.
+    `placement.csv` lists each tensor with its precision, the group that shares its scale, and the reason. mAP in the metrics is
+    that of the quantised model.
     """
     config: QatConfig = job.config
     model = model_of(job, "distill")
-    images = chosen(job, config.calib_images)
+    images = calibration_samples(job, config.calib_images)
     calibrated = partial(
         ptq,
         batches=partial(letterboxed, images, job.imgsz_hw, job.dataset.channels),
@@ -48,18 +49,19 @@ def run(job: Job) -> QatMetrics:
     )
     left = config.float_groups or ()
     metrics: Sensitive = {}
-    state = None  # calibrated by the hook, unless it is known already
+    state = None  # None: the hook calibrates
     if config.sensitivity != "off":
         state = calibrated(model, left=left)
-        found, metrics = _sensitivity(job, model, state, images, left)
-        state, left = state.without(group for group in plan(model).groups if group.name in found), (*left, *found)
+        chosen_groups, metrics = _sensitivity(job, model, state, images, left)
+        state = state.without(group for group in plan(model).groups if group.name in chosen_groups)
+        left = (*left, *chosen_groups)
     placed = plan(model, left)
     atomic_write(job.out / "placement.csv", csv_text([dict(zip(PLACED, row, strict=True)) for row in placed.rows()]))
     quantiser = FakeQuant(partial(calibrated, left=left), state, config.learned_scales)
     hooks: list[TrainHook] = []
     if config.teach_from_parent and config.epochs:
-        hooks.append(parent(job.inputs["distill"].file("model.pt")))
-    # bfloat16, a CPU's mixed precision, has no more bits than what is quantised here
+        hooks.append(teacher_hook(job.inputs["distill"].file("model.pt")))
+    # On a CPU mixed precision is bfloat16, which has no more significant bits than INT8.
     mixed = config.amp and job.recipe.run.device != "cpu"
     trained = fit(job, model, [*hooks, quantiser], "qat", amp=mixed)
     assert quantiser.state is not None
@@ -81,7 +83,9 @@ def run(job: Job) -> QatMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, a net that has no plan, groups that it does not have (pruning renames none), no runtime to time.
+    """Check, before any stage runs, that the model can be quantised, that `float_groups` exist, and that the price can be timed.
+
+    Pruning does not rename groups, so the groups of the baseline are those of the pruned model.
 
     Raises:
         RecipeError: See `quant.plan.plan` and `_source.start`.
@@ -98,13 +102,13 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Sensitive]:
-    """Groups that have to be left in float beside those of the recipe; a killed measurement goes on where it stopped."""
+    """Choose the groups that stay in float, in addition to `fixed` of the recipe. A killed measurement continues."""
     config: QatConfig = job.config
-    value = partial(WORTH[config.sensitivity], job, images)
+    value = partial(MEASURES[config.sensitivity], job, images)
     better = config.sensitivity == "map50_95"
     placed = plan(model, fixed)
-    kept = job.work / "sensitivity.json"
-    found: QatSensitivity = cast(QatSensitivity, resumed(kept, {"groups": dict})) or {"groups": {}}
+    file = job.work / "sensitivity.json"
+    found: QatSensitivity = cast(QatSensitivity, load_progress(file, {"groups": dict})) or {"groups": {}}
     if "float" not in found:
         found["float"] = value(model)
     quantised = deepcopy(model)
@@ -113,11 +117,11 @@ def _sensitivity(
         found["int8"] = value(quantised)
     if config.sensitivity_price != "gflops" and "layer_ms" not in found:
         found["layer_ms"] = _float_cost.layer_ms(job, model, state, config.sensitivity_price)
-        atomic_write(kept, json.dumps(found) + "\n")
+        atomic_write(file, json.dumps(found) + "\n")
     with progress.bar("sensitivity", len(placed.int8), "group", done=len(found["groups"])) as advance:
 
         def save() -> None:
-            atomic_write(kept, json.dumps(found) + "\n")
+            atomic_write(file, json.dumps(found) + "\n")
             advance(1)
 
         alone = sensitivity.measure(quantised, placed, value, found["groups"], save)
@@ -145,6 +149,6 @@ def _sensitivity(
         f"{len(left)} of {len(placed.int8)} groups in float ({', '.join(left) or 'none'}"
         + (f", {metrics['float_price_ms']:.3f} ms on {config.sensitivity_price}" if "float_price_ms" in metrics else "")
         + "); "
-        + ("enough" if enough else f"{worst:.4f} was asked and no set of groups reaches it")
+        + ("enough" if enough else f"no set of groups reaches the required {worst:.4f}")
     )
     return left, metrics

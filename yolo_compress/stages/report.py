@@ -1,4 +1,4 @@
-"""The report: one HTML file, Markdown and JSON from the metrics of the whole chain, and the gate that decides."""
+"""Stage `report`: write the report as HTML, Markdown and JSON from the metrics of the chain, and judge the gate."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epo
            "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
            "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on")  # fmt: skip
 WIDTH = 120
-VALIDATED = "metrics/mAP50-95(B)"  # its column in Ultralytics' results.csv
+VALIDATED = "metrics/mAP50-95(B)"  # column of mAP50-95 in Ultralytics' results.csv
 
 
 class Metrics(TypedDict):
-    """The metrics of a report.
+    """The metrics of the stage.
 
     Attributes:
-        table: The terminal form, for a terminal of `WIDTH` columns.
+        table: Text of the report for a terminal of `WIDTH` columns.
     """
 
     verdict: Verdict
@@ -47,7 +47,7 @@ class Metrics(TypedDict):
 
 
 def run(job: Job) -> Metrics:
-    """Writes report.html, report.md, report.json and, with an A/B comparison, ab.json."""
+    """Write report.html, report.md and report.json, and ab.json if there is an A/B comparison."""
     bench = job.inputs["bench"]
     rows, chain = evidence.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
     ab = _ab(job, rows)
@@ -65,9 +65,9 @@ def run(job: Job) -> Metrics:
         errors=evidence.error_types(job, rows),
         latency_quantiles=evidence.latency_quantiles(bench),
         gammas=_gammas(job),
-        channels=_left(job, "channels.json"),
-        flops=_left(job, "flops.json"),
-        sensitivity=_left(job, "sensitivity.json"),
+        channels=_prune_file(job, "channels.json"),
+        flops=_prune_file(job, "flops.json"),
+        sensitivity=_prune_file(job, "sensitivity.json"),
         recovery=_recovery(job),
         quantisation=evidence.quantisation(qat) if qat else None,
         placement=evidence.placement(qat) if qat else (),
@@ -79,7 +79,7 @@ def run(job: Job) -> Metrics:
 
 
 def add(job: Job, published: Artifact, files: Sequence[Path]) -> Metrics:
-    """The published report once more, with what other machines measured (`report.devices.add`), into `job.out`."""
+    """Write the published report with the rows of other machines added (`report.devices.add`) into `job.out`."""
     document: Document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
     exported = {listed["sha256"] for listed in job.inputs["export"].manifest.files.values()}
     return _written(job, devices.add(document, files, exported))
@@ -93,7 +93,7 @@ def _written(job: Job, document: Document) -> Metrics:
 
 
 def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
-    """The baseline in FP32 (A) against the compressed row that decides the gate (B); None where either is missing."""
+    """Compare the baseline in FP32 (A) with the worst row of the gate (B); None if either is missing."""
     both = evidence.compared_rows(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
@@ -137,7 +137,7 @@ def _contender(row: BenchRow) -> Side:
 
 
 def _own(job: Job, stage: str) -> bool:
-    """Whether the recipe has this stage, rather than another standing in for it."""
+    """Return whether the recipe has this stage, so that no stand-in provides its artefact."""
     return job.inputs[stage].stage == stage
 
 
@@ -181,14 +181,14 @@ def _gammas(job: Job) -> Gammas | None:
     return {"edges": [found["bin_width"] * i for i in range(bins + 1)], "epochs": found["counts"]}
 
 
-def _left(job: Job, name: str) -> Any:
-    """What pruning left in the JSON file `name`; None where its settings do not make it write one."""
+def _prune_file(job: Job, name: str) -> Any:
+    """Return the content of a JSON file of `prune`; None if the recipe does not prune or `prune` did not write it."""
     prune = job.inputs["prune"]
     return json.loads(prune.file(name).read_text()) if _own(job, "prune") and name in prune.manifest.files else None
 
 
 def _recovery(job: Job) -> list[tuple[int, float]]:
-    """mAP50-95 of the epochs of fine-tuning that were validated (`run.val_every`)."""
+    """Return (epoch, mAP50-95) of the validated epochs of fine-tuning (`run.val_every`)."""
     prune = job.inputs["prune"]
     if not _own(job, "prune") or "results.csv" not in prune.manifest.files:
         return []
@@ -231,7 +231,7 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
 
 
 def _gallery(job: Job, document: Document) -> list[Item]:
-    """Where the compressed model lost or invented most, and images at random; as many of each as `report.images` says."""
+    """Return up to `report.images` images each: with most lost objects, with most new false positives, and random ones."""
     both = evidence.compared_rows(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []

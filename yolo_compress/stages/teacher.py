@@ -1,4 +1,4 @@
-"""The model that teaches in `distill`: given, or trained on the same data."""
+"""Stage `teacher`: the model that teaches in `distill`. It is given, or trained on the same data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from yolo_compress.stages.metrics import ModelMetrics
 
 
 def run(job: Job) -> ModelMetrics:
-    """`model.pt` of the teacher."""
+    """Write `model.pt` of the teacher."""
     return _source.run(job, "teacher")
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse, before any stage runs, a teacher that cannot be taken; see `source.start`."""
+    """Check, before any stage runs, that the teacher can be loaded; see `_source.start`."""
     assert recipe.teacher is not None
     _source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")

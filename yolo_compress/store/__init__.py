@@ -1,1 +1,1 @@
-"""The artefact store below `weights/`: artefacts, manifests, fingerprints, source weights and free disk space."""
+"""The artefact store in `weights/`: artefacts, manifests, fingerprints, source weights and checks of free disk space."""

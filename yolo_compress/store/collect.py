@@ -1,4 +1,4 @@
-"""Garbage collection: what in the store no recipe needs, and what interrupted stages left to continue from."""
+"""Garbage collection: remove artefacts that no recipe needs, and list interrupted stages."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from yolo_compress.store.store import Store
 
 
 def gc(store: Store, keep: set[str]) -> dict[Path, int]:
-    """Remove artefacts and `.partial`s of other fingerprints than `keep`, and artefacts without a sound manifest.
+    """Remove all artefacts and `.partial` folders whose fingerprint is not in `keep`, and artefacts with a damaged manifest.
 
-    A `.partial` that its stage can continue stays, see `interrupted`. Only entries of `root/store` that have an artefact's
-    name are looked at. The caller holds `store.lock`.
+    A `.partial` that its stage can continue stays; see `interrupted`. Files with other names in `root/store` stay too. The caller
+    must hold `store.lock`.
 
     Returns:
-        Bytes freed by removed path.
+        Removed path -> its size in bytes.
 
     Raises:
-        StorageError: The file system refuses.
+        StorageError: A file cannot be read or removed.
     """
     short = {fingerprint[:16] for fingerprint in keep}
     removed: dict[Path, int] = {}
@@ -35,10 +35,10 @@ def gc(store: Store, keep: set[str]) -> dict[Path, int]:
 
 
 def interrupted(store: Store) -> dict[Path, int]:
-    """The `.partial`s that their stage can continue, with their bytes.
+    """Return the `.partial` folders that their stage can continue, with their size in bytes.
 
     Raises:
-        StorageError: The file system refuses.
+        StorageError: The store cannot be read.
     """
     with storage_errors(store.folder, "read"):
         return {
@@ -49,7 +49,7 @@ def interrupted(store: Store) -> dict[Path, int]:
 
 
 def _is_damaged(path: Path) -> bool:
-    """Whether there is no sound manifest. What cannot be read is not judged."""
+    """Return whether the manifest is missing or damaged. False if the file system cannot read it."""
     try:
         Manifest.from_json(json_text.content(path / MANIFEST) if (path / MANIFEST).is_file() else b"")
     except ValueError:

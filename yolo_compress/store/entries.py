@@ -1,8 +1,8 @@
-"""What lies in `root/store`: names of artefacts and of their other states, sizes, and removal.
+"""Entries of `root/store`: their names, sizes and removal.
 
-<stage>-<fingerprint[:16]>            the artefact
-<stage>-<fingerprint[:16]>.partial    what a stage is writing, or a publication that a kill interrupted
-<stage>-<fingerprint[:16]>.trash      on its way out
+<stage>-<fingerprint[:16]>            an artefact
+<stage>-<fingerprint[:16]>.partial    a folder that a stage writes, or a publication that was killed
+<stage>-<fingerprint[:16]>.trash      an entry that is being removed
 """
 
 import os
@@ -21,11 +21,11 @@ _NAME = re.compile(r"(?P<stage>[a-z0-9_]+)-(?P<short>[0-9a-f]{16})(?P<state>|\.p
 
 
 class Entry(NamedTuple):
-    """A path whose name is an artefact's, or that of another state of one.
+    """A path in `root/store` whose name has one of the three forms.
 
     Attributes:
         short: First 16 digits of the fingerprint.
-        state: "" of an artefact.
+        state: "" for an artefact, else the suffix.
     """
 
     path: Path
@@ -35,34 +35,33 @@ class Entry(NamedTuple):
 
 
 def entries(folder: Path) -> Iterator[Entry]:
-    """The entries of `root/store`, sorted by name; anything of another name is passed over."""
+    """Yield the entries of `root/store`, sorted by name. Skip files with other names."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if entry := entry_of(path):
             yield entry
 
 
 def entry_of(path: Path) -> Entry | None:
-    """The entry by its name; None where the name is no entry's. The path need not exist."""
+    """Parse the name of a path; None if it is not the name of an entry. The path need not exist."""
     match = _NAME.fullmatch(path.name)
     state: dict[str, Literal["", ".partial", ".trash"]] = {"": "", PARTIAL: ".partial", TRASH: ".trash"}
     return Entry(path, match["stage"], match["short"], state[match["state"]]) if match else None
 
 
 def partial_of(directory: Path) -> Path:
-    """Where a stage writes before its artefact is `directory`."""
+    """Return the `.partial` folder of an artefact."""
     return directory.with_name(directory.name + PARTIAL)
 
 
 def can_continue(partial: Path) -> bool:
-    """Whether a stage can resume from a `.partial`, or only its publication is left to do."""
+    """Return whether a `.partial` is worth keeping: it has files in `work`, or a manifest and only needs publication."""
     return (partial / MANIFEST).is_file() or ((partial / WORK).is_dir() and any((partial / WORK).iterdir()))
 
 
 def remove(path: Path) -> int:
-    """Remove an entry, by a rename first, so that a kill leaves no half of an artefact under its name.
+    """Rename an entry to `.trash`, delete it, and return its size in bytes.
 
-    Returns:
-        Bytes that it held.
+    The rename comes first so that a kill cannot leave an incomplete artefact.
     """
     size = size_bytes(path)
     delete(to_trash(path))
@@ -70,7 +69,7 @@ def remove(path: Path) -> int:
 
 
 def to_trash(path: Path) -> Path:
-    """Rename an entry to its `.trash`, in the place of one that is there."""
+    """Rename an entry to `.trash`, replacing an existing one, and return the new path."""
     trash = path.with_name(path.name.removesuffix(PARTIAL).removesuffix(TRASH) + TRASH)
     if trash != path:
         if os.path.lexists(trash):
@@ -81,7 +80,7 @@ def to_trash(path: Path) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Remove a file, a link or a whole folder."""
+    """Delete a file, a link or a folder with its content."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -89,7 +88,7 @@ def delete(path: Path) -> None:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; links are not followed."""
+    """Return the size of a file, or of all files in a folder, in bytes. Links are not followed."""
     files = (
         [path] if path.is_symlink() or not path.is_dir() else [file for file in path.rglob("*") if not file.is_dir()]
     )

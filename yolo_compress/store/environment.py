@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, device, state of the machine. Imports none of what it describes."""
+"""Describe the machine and the library versions for manifests and the report. No described library is imported."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ PACKAGES = (
 
 
 class Environment(TypedDict, total=False):
-    """What `describe` gives; a manifest of an earlier version may lack a key. Null: not known."""
+    """Result of `describe`. A manifest of an earlier version may lack a key. Null: unknown."""
 
-    python: str  # version
+    python: str  # version of Python
     platform: str  # "Linux x86_64"
     cpu: str  # name of the processor
     cores: int | None
     memory_gib: float
-    commit: str | None  # as `commit` gives it
-    packages: dict[str, str]  # distribution -> version, of those of `PACKAGES` that are installed
+    commit: str | None  # result of `commit`
+    packages: dict[str, str]  # distribution -> version, for the installed ones of `PACKAGES`
 
 
 def version(package: str) -> str | None:
-    """Installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def version(package: str) -> str | None:
 
 
 def describe() -> Environment:
-    """Versions, processor and operating system, for manifests and the report; no user, host or path."""
+    """Return versions, processor and operating system. The result names no user, host or path."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -60,7 +60,7 @@ def describe() -> Environment:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
+    """Return the name of the processor from the kernel."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -71,12 +71,12 @@ def cpu_name() -> str:
 
 
 def memory_bytes() -> int:
-    """Physical memory."""
+    """Return the physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def commit() -> str | None:
-    """Commit of the checkout that runs, with `+` when it has changes; None outside a checkout."""
+    """Return the commit of the checkout that this code runs from, with `+` if it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

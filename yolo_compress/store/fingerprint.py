@@ -1,4 +1,4 @@
-"""What identifies an artefact: the canonical form of its key, the hash of that, and the difference between two keys."""
+"""Fingerprints: the canonical JSON of a key, its hash, and the differences between two keys."""
 
 import hashlib
 import json
@@ -10,43 +10,43 @@ NOT_SET = "not set"
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, shortest floats that round-trip.
+    """Return the canonical JSON text of a value: sorted keys, no spaces, shortest floats that round-trip.
 
     Raises:
-        ValueError: a NaN or an infinity, which have no JSON form.
-        TypeError: something JSON lacks, or a key that is no string (1 and "1" would become the same).
+        ValueError: The value holds NaN or infinity, which JSON does not have.
+        TypeError: The value holds a type that JSON does not have, or a key that is not a string (1 and "1" would be equal).
     """
-    _refuse_unhashable(value, "")
+    _check_json(value, "")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _refuse_unhashable(value: Any, where: str) -> None:
+def _check_json(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"key {key!r} of {where or 'the mapping'} is {type(key).__name__}, expected str")
-            _refuse_unhashable(item, f"{where}.{key}" if where else key)
+            _check_json(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _refuse_unhashable(item, f"{where}[{index}]")
+            _check_json(item, f"{where}[{index}]")
     elif isinstance(value, float) and not abs(value) < float("inf"):
         raise ValueError(f"{where or 'the value'} is {value}, and JSON has finite numbers only")
 
 
 def plain(value: Mapping[str, object]) -> dict[str, Any]:
-    """A JSON copy: tuples become lists, as they will be when a manifest is read back."""
+    """Return a copy in JSON types, equal to what is read back from a manifest: tuples become lists."""
     return dict(json.loads(canonical(value)))
 
 
 def fingerprint(key: Mapping[str, object]) -> str:
-    """SHA-256 (64 hex digits) of the canonical form."""
+    """Return the SHA-256 of the canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical(key).encode()).hexdigest()
 
 
 def explain(new: Mapping[str, object], old: Mapping[str, object]) -> list[str]:
-    """What differs between two keys, one line a field, old value first: `qat.epochs: 5 -> 10`.
+    """Return a line for each field that differs between two keys, such as `qat.epochs: 5 -> 10` (old -> new).
 
-    The fields of `config` carry the stage's name, as they do in a recipe and on the command line.
+    Fields of `config` have the name of the stage in front, as in a recipe.
     """
     stage = str(new.get("stage", "config"))
     before, after = _flatten(old, stage), _flatten(new, stage)
@@ -58,7 +58,7 @@ def explain(new: Mapping[str, object], old: Mapping[str, object]) -> list[str]:
 
 
 def _flatten(key: Mapping[str, object], stage: str) -> dict[str, str]:
-    """Leaves by dotted path, as canonical JSON: True and 1, or 1 and 1.0, differ here as they do in the hash."""
+    """Return the leaves of a key by dotted path, as canonical JSON. True and 1, or 1 and 1.0, differ, as in the hash."""
     leaves: dict[str, str] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:

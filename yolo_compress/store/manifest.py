@@ -1,4 +1,4 @@
-"""What vouches for an artefact: the manifest beside the payload, and the check of one against the other."""
+"""The manifest of an artefact, and the check of its files against the manifest."""
 
 import hashlib
 import json
@@ -17,16 +17,25 @@ from yolo_compress.store.fingerprint import canonical, fingerprint
 SCHEMA = 2
 MANIFEST = "manifest.json"
 WORK = "work"
-BEGUN = "work.json"  # beside `work`: the content of the inputs that it was begun from
+BEGUN = "work.json"  # in the `.partial`: content hashes of the inputs that `work` was made from
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record that makes a directory an artefact.
+    """The record that makes a folder an artefact.
 
-    `key` is the mapping that was hashed to `fingerprint`; `files` maps each payload file (relative, `/`) to
-    its entry; `inputs` maps each input's name in the key to the `content` of the artefact that was
-    read; `seconds` is the time the stage took; `created` is ISO 8601 in UTC, for people only.
+    Attributes:
+        schema: Version of the manifest's format.
+        stage: Stage that made the artefact.
+        version: Version of the stage.
+        fingerprint: SHA-256 of `key`, in hex.
+        key: Everything that decides the result.
+        inputs: Name of an input in `key` -> `content` of the artefact that was read.
+        files: Payload file -> its hash and size. Names are relative, with `/`.
+        metrics: Metrics of the stage.
+        environment: Machine and library versions.
+        seconds: Run time of the stage.
+        created: Date and time in UTC, ISO 8601. Only for people.
     """
 
     schema: int
@@ -43,14 +52,14 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """SHA-256, hex, of what later stages read: the payload and the metrics. The same key can give another content."""
+        """SHA-256, in hex, of payload and metrics, which later stages read. It can differ between runs with the same key."""
         return hashlib.sha256(canonical({"files": self.files, "metrics": self.metrics}).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Text of the manifest with a checksum over all of it, so that a flipped digit in a metric is noticed too.
+        """Return the text of the manifest with a checksum over all fields, which also reveals a changed metric.
 
         Raises:
-            ValueError: NaN or infinity in a metric.
+            ValueError: A metric is NaN or infinite.
         """
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         checksum = hashlib.sha256(canonical(content).encode()).hexdigest()
@@ -58,10 +67,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Inverse of `to_json`; also reads schema 1, which did not record `inputs`: a stage with inputs is then stale.
+        """Parse the text of a manifest.
+
+        Schema 1 is accepted too. It has no `inputs`, so a stage with inputs is then stale.
 
         Raises:
-            ValueError: no manifest, of another schema, not as written, or with a file name that leaves the folder.
+            ValueError: The text is no manifest, has another schema, was changed, or lists a file outside its folder.
         """
         return cls._from_content(json_text.parse(text.encode() if isinstance(text, str) else text))
 
@@ -86,9 +97,9 @@ class Manifest:
     def check(self) -> None:
         for field in ("key", "inputs", "files", "metrics", "environment"):
             if not isinstance(getattr(self, field), dict):
-                raise ValueError(f"{field} is no object")
+                raise ValueError(f"{field} is not an object")
         if fingerprint(self.key) != self.fingerprint:
-            raise ValueError("its fingerprint is not that of its key")
+            raise ValueError("its fingerprint is not the hash of its key")
         for name, entry in self.files.items():
             if not is_inside(name) or name == MANIFEST:
                 raise ValueError(f"lists the file {name!r}, which is not inside its folder")
@@ -98,11 +109,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published directory, as `run` gives it; its files never change.
+    """A published folder in the store. Its files never change.
 
     Attributes:
-        path: of the directory, in the store.
-        manifest: what vouches for it.
+        path: Path of the folder.
+        manifest: Content of its `manifest.json`.
     """
 
     path: Path
@@ -110,54 +121,72 @@ class Artifact:
 
     @property
     def stage(self) -> str:
-        """Name of the stage that made it."""
+        """Name of the stage that made the artefact."""
         return self.manifest.stage
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, hex, of everything that decides its content."""
+        """SHA-256, in hex, of everything that decides the result."""
         return self.manifest.fingerprint
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What the stage measured; the unit is in the name (`..._ms`, `..._mib`), mAP is a fraction from 0 to 1."""
+        """Metrics of the stage. The unit is in the name (`..._ms`, `..._mib`); mAP is a fraction from 0 to 1."""
         return self.manifest.metrics
 
     def file(self, name: str) -> Path:
-        """Path of a payload file.
+        """Return the path of a payload file.
 
         Args:
-            name: relative to `path`, as in `model.pt` or `compressed/int8.onnx`.
+            name: Name relative to `path`, such as `model.pt` or `compressed/int8.onnx`.
 
         Raises:
-            CorruptArtifact: the manifest does not vouch for such a file.
+            CorruptArtifact: The manifest does not list such a file.
         """
         if name not in self.manifest.files:
-            there = ", ".join(sorted(self.manifest.files)) or "none"
+            listed = ", ".join(sorted(self.manifest.files)) or "none"
             raise CorruptArtifact(
-                f"{self.path} has no file {name} in its manifest (it lists: {there}). {mend(self.path)}"
+                f"{self.path} has no file {name} in its manifest (it lists: {listed}). {fix_hint(self.path)}"
             )
         return self.path / name
 
 
 def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
+    """Read the manifest of an artefact, and check its stage and, if given, its fingerprint. The payload is not checked.
+
+    Raises:
+        CorruptArtifact: The manifest is missing, damaged or of another artefact.
+    """
     path = directory / MANIFEST
     if not path.is_file():
-        raise CorruptArtifact(f"{path} is missing{' or no file' if os.path.lexists(path) else ''}. {mend(directory)}")
+        raise CorruptArtifact(
+            f"{path} is missing{' or no file' if os.path.lexists(path) else ''}. {fix_hint(directory)}"
+        )
     try:
         manifest = Manifest.from_json(json_text.content(path))
     except ValueError as error:
-        raise CorruptArtifact(f"{path} is no sound manifest: {error}. {mend(directory)}") from error
+        raise CorruptArtifact(f"{path} is no valid manifest: {error}. {fix_hint(directory)}") from error
     for field, got, expected in (("stage", manifest.stage, stage), ("fingerprint", manifest.fingerprint, fingerprint)):
         if expected is not None and got != expected:
-            raise CorruptArtifact(f"{path}: {field} is {got}, its place is that of {expected}. {mend(directory)}")
+            raise CorruptArtifact(
+                f"{path}: {field} is {got}, expected {expected} for this folder. {fix_hint(directory)}"
+            )
     return Artifact(directory, manifest)
 
 
-def verify_payload(artifact: Artifact, there: set[str]) -> None:
+def verify_payload(artifact: Artifact, present: set[str]) -> None:
+    """Check size and SHA-256 of every payload file.
+
+    Args:
+        artifact: The artefact.
+        present: Names of the files in its folder.
+
+    Raises:
+        CorruptArtifact: A file is missing, changed or not listed in the manifest.
+    """
     for name, entry in artifact.manifest.files.items():
         path = artifact.path / name
-        if name not in there or path.is_symlink() or not path.is_file():
+        if name not in present or path.is_symlink() or not path.is_file():
             fault = "is missing or no regular file"
         elif (size := path.stat().st_size) != entry["size"]:
             fault = f"has {size} bytes, its manifest says {entry['size']}"
@@ -165,13 +194,18 @@ def verify_payload(artifact: Artifact, there: set[str]) -> None:
             fault = f"has SHA-256 {found[:12]}..., its manifest says {entry['sha256'][:12]}..."
         else:
             continue
-        raise CorruptArtifact(f"{path} {fault}. {mend(artifact.path)}")
-    if extra := sorted(there - artifact.manifest.files.keys()):
-        raise CorruptArtifact(f"{artifact.path / extra[0]} is not listed in the manifest. {mend(artifact.path)}")
+        raise CorruptArtifact(f"{path} {fault}. {fix_hint(artifact.path)}")
+    if extra := sorted(present - artifact.manifest.files.keys()):
+        raise CorruptArtifact(f"{artifact.path / extra[0]} is not listed in the manifest. {fix_hint(artifact.path)}")
 
 
 def payload(directory: Path, without_work: bool = False) -> Iterator[str]:
-    """Relative names of all files but the manifest, sorted; directories alone do not count. `work` includes `work.json`."""
+    """Yield the relative names of all files except the manifest, in a fixed order. Empty folders are ignored.
+
+    Args:
+        directory: Folder of the artefact, or its `.partial`.
+        without_work: Leave out the folder `work` and the file `work.json`.
+    """
     for folder, subfolders, files in os.walk(directory, onerror=_raise):
         top = folder == os.fspath(directory)
         if top and without_work and WORK in subfolders:
@@ -186,13 +220,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def mend(path: Path) -> str:
+def fix_hint(path: Path) -> str:
+    """Return the end of an error message that says how to remove a damaged artefact."""
     quoted = "'" + str(path).replace("'", "'\"'\"'") + "'"
-    return f"Delete it (rm -r {quoted}) and run the same command again; `yolo-compress gc` drops what no recipe needs"
+    return f"Delete it (rm -r {quoted}) and run the same command again; `yolo-compress gc` removes what no recipe needs"
 
 
 def is_inside(name: str) -> bool:
-    """Whether a manifest's file name stays inside its folder, in the one spelling `publish` would give it."""
+    """Return whether a file name of a manifest is relative, stays inside the folder, and is in normal form."""
     path = PurePosixPath(name)
     return (
         bool(path.parts)
@@ -204,6 +239,6 @@ def is_inside(name: str) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file of any size, read in pieces."""
+    """Return the SHA-256 of a file in hex. The file is read in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""From a `.partial` to an artefact: the steps of a publication, each of which a kill may be the last.
+"""The steps that turn a `.partial` into an artefact. The process may be killed after any of them.
 
-Seal the payload (hash, fsync), write the manifest into the `.partial`, remove `work`, rename. The manifest is the commit: a kill
-before it leaves `work` to resume from; after it, `complete` does the rest.
+The steps: seal the payload (hash and fsync), write the manifest into the `.partial`, remove `work`, rename. Writing the manifest
+is the commit. After a kill before it, the stage resumes from `work`. After a kill behind it, `complete` does the other steps.
 """
 
 import os
@@ -33,23 +33,23 @@ from yolo_compress.store.manifest import (
 
 
 def complete(directory: Path) -> None:
-    """Finish a publication that was killed after its manifest; drop a manifest that later writes made untrue.
+    """Finish a publication that was killed after its manifest was written. Delete the manifest if it no longer fits the files.
 
     Raises:
-        StorageError: The file system refuses.
+        StorageError: A file cannot be read or written.
     """
     partial, entry = partial_of(directory), entry_of(directory)
     with storage_errors(directory, "publish"):
         if entry is None or not (partial / MANIFEST).is_file():
             return
         with publishing(directory.parent, entry.stage):
-            if not (partial / MANIFEST).is_file():  # somebody else has finished it meanwhile
+            if not (partial / MANIFEST).is_file():  # another process finished it in the meantime
                 return
             try:
                 artifact = read_artifact(partial, entry.stage)
                 verify_payload(artifact, set(payload(partial, without_work=True)))
                 if artifact.fingerprint[:16] != entry.short:
-                    raise CorruptArtifact(f"{partial}: the manifest is that of another")
+                    raise CorruptArtifact(f"{partial}: the manifest has another fingerprint")
             except CorruptArtifact:
                 (partial / MANIFEST).unlink(missing_ok=True)
             else:
@@ -57,18 +57,15 @@ def complete(directory: Path) -> None:
 
 
 def publishing(folder: Path, stage: str) -> AbstractContextManager[None]:
-    """The lock of a publication. Not the lock of a run, which is held for hours: readers take this one for `complete`."""
+    """Return the lock of a publication. Readers need it for `complete`, and a run holds its own lock for hours."""
     return lock(folder / ".publishing", f"publishing {stage}")
 
 
 def seal(partial: Path) -> dict[str, FileEntry]:
-    """Bring the payload to the disk, without what killed calls left in it.
-
-    Returns:
-        The manifest's entry of each file.
+    """Delete leftovers of killed calls, hash and fsync the payload, and return the entry of each file for the manifest.
 
     Raises:
-        ValueError: A link or another thing that is no plain file is among the payload.
+        ValueError: The payload holds a link or something else that is not a regular file.
     """
     _sweep(partial)
     files = {name: _seal(partial / name) for name in payload(partial, without_work=True)}
@@ -78,7 +75,7 @@ def seal(partial: Path) -> dict[str, FileEntry]:
 
 
 def _sweep(partial: Path) -> None:
-    """Remove what a killed atomic write or a killed publication left among the payload."""
+    """Delete files that a killed atomic write or a killed publication left in the payload."""
     (partial / MANIFEST).unlink(missing_ok=True)
     for name in list(payload(partial, without_work=True)):
         if is_temporary(Path(name).name):
@@ -87,17 +84,17 @@ def _sweep(partial: Path) -> None:
 
 def _seal(path: Path) -> FileEntry:
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is no regular file and cannot be published")
+        raise ValueError(f"{path} is not a regular file and cannot be published")
     entry = FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
     fsync_file(path)
     return entry
 
 
 def commit(partial: Path, directory: Path) -> None:
-    """Drop the work folder and rename: the payload is on the disk, and its manifest too.
+    """Remove `work` and rename the `.partial` to the artefact. Payload and manifest must be on the disk.
 
-    A directory cannot be renamed over one that has files. So the artefact that is there moves aside first; a kill between
-    the two renames leaves the committed `.partial`, which `complete` finishes.
+    A folder cannot be renamed over one that has files, so an old artefact is renamed to `.trash` first. A kill between
+    the two renames leaves the committed `.partial`, and `complete` finishes it.
     """
     crash_point("before removal of work")
     if (partial / WORK).is_dir():

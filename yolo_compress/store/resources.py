@@ -1,4 +1,4 @@
-"""Disk and memory of a stage: what it is estimated to write, before it starts, and memory that did not suffice."""
+"""Disk space and memory of a stage: an estimate before it starts, and errors when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.source_weights import find_weights
 
-FREE_MIB = 512  # no stage starts on a disk with less
-SPARE = 2  # times the estimate
-# Of a model in float32, what a stage writes: `resume.pt` holds the model, its EMA and two moments of AdamW, and is there twice
-# while the new one takes the old one's place; `export` is 8 models (YOLOv8n: 96 MiB of 12), 12 with those it works on.
+FREE_MIB = 512  # least free disk space for a stage
+SPARE = 2  # safety factor on the estimate
+# Disk space of a stage, in copies of the float32 model. `resume.pt` is 4 copies (model, EMA, two moments of AdamW), and for a
+# moment there are two of it. `export` writes 8 copies (YOLOv8n: 96 MiB, model 12 MiB) and needs 4 more in `work`.
 COPIES = 12
 MODEL_MIB = {
     "n": 12,
@@ -21,16 +21,16 @@ MODEL_MIB = {
     "m": 99,
     "l": 167,
     "x": 260,
-}  # float32, of 3.2, 11.2, 25.9, 43.7 and 68.2 million parameters
+}  # in float32: 3.2, 11.2, 25.9, 43.7 and 68.2 million parameters
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 
 
 def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
-    """What has to be free for a stage that writes models: twice the estimate, `FREE_MIB` at least.
+    """Return the free disk space that a stage with models needs: `SPARE` times the estimate, at least `FREE_MIB`.
 
     Args:
-        section: Its section of the recipe; where the stage has no inputs, the model it starts from.
-        inputs: What it reads. Their largest file is a model in float32.
+        section: Section of the stage in the recipe. Without inputs it gives the model that the stage starts from.
+        inputs: Input artefacts. Their largest file is taken as the float32 model.
     """
     sizes = [entry["size"] for artifact in inputs for entry in artifact.manifest.files.values()]
     if sizes:
@@ -44,10 +44,10 @@ def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
 
 @contextmanager
 def memory_errors(stage: str) -> Iterator[None]:
-    """Turns memory that does not suffice into an error that says what to lower.
+    """Turn out-of-memory errors into an error that says which knobs to lower.
 
     Raises:
-        EnvironmentLacks: See above.
+        EnvironmentLacks: The memory was not enough.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Source checkpoints: where they are looked for, and the error that says where to put one."""
+"""Find the checkpoints that a recipe starts from."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from yolo_compress import home
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.files.strict_yaml import shown
 
-OFFICIAL = re.compile(r"yolov8[nsmlx]\.pt")  # what `fetch` knows
+OFFICIAL = re.compile(r"yolov8[nsmlx]\.pt")  # names that `yolo-compress fetch` can download
 
 
 def find_weights(name: str) -> Path:
-    """The checkpoint `name`: as given, in `home.weights()`, or in the folders of `YOLO_COMPRESS_WEIGHTS` (colon-separated).
+    """Return the path of a checkpoint.
+
+    Places, in this order: the path `name` itself, `home.weights()`, and the folders in `YOLO_COMPRESS_WEIGHTS`
+    (colon-separated).
 
     Raises:
-        RecipeError: The path is there and is no readable file.
-        EnvironmentLacks: It is in none of the places.
+        RecipeError: The path exists but is not a readable file.
+        EnvironmentLacks: The checkpoint is in none of the places.
     """
     folders = [home.weights(), *(Path(part) for part in os.environ.get("YOLO_COMPRESS_WEIGHTS", "").split(":") if part)]
     for candidate in [Path(name), *(folder / name for folder in folders)]:
@@ -29,10 +32,10 @@ def find_weights(name: str) -> Path:
                 with candidate.open("rb"):
                     return candidate
             if candidate.is_symlink():
-                raise RecipeError(f"{shown(candidate)}: a link that leads nowhere")
+                raise RecipeError(f"{shown(candidate)}: a link to a file that does not exist")
         except OSError as error:
             raise RecipeError(f"{shown(candidate)}: cannot be read ({error.strerror})") from error
-    fetch = f", or run `yolo-compress fetch {Path(name).name}` where there is a network"
+    fetch = f", or run `yolo-compress fetch {Path(name).name}` on a machine with a network"
     raise EnvironmentLacks(
         f"{shown(name)}: no such checkpoint here, in {folders[0]}/ or in YOLO_COMPRESS_WEIGHTS; "
         f"put it into {folders[0]}/" + (fetch if OFFICIAL.fullmatch(Path(name).name) else "")

@@ -1,13 +1,12 @@
-"""The artefact store: immutable directories that a manifest vouches for, published by one rename.
+"""The artefact store: immutable folders with a manifest, published by one rename.
 
-    root/store/<stage>-<fingerprint[:16]>/            payload + manifest.json, complete or absent
-    root/store/<stage>-<fingerprint[:16]>.partial/    a stage at work; survives kills, so that the stage can resume
-    root/store/<stage>-....partial/work/              what a stage needs to resume; never published
+    root/store/<stage>-<fingerprint[:16]>/            payload and manifest.json, complete or absent
+    root/store/<stage>-<fingerprint[:16]>.partial/    output of a running or killed stage, which can resume
+    root/store/<stage>-....partial/work/              files that a stage needs to resume; never published
     root/<recipe>/<stage> -> ../store/...             friendly name
 
-Publishing hashes and fsyncs the payload, writes the manifest into the `.partial`, removes `work`, renames, and fsyncs
-the folder. The manifest is the commit: a kill before it leaves `work` to resume from; after it, `find` finishes.
-A stage that runs again works in its `.partial` too: the artefact that is there stays until the new one is committed.
+`publication` describes the steps of publishing, and what a kill between them leaves. A stage that runs again also writes into
+its `.partial`. The old artefact stays until the new one is committed.
 """
 
 import os
@@ -32,7 +31,7 @@ from yolo_compress.store.manifest import (
     SCHEMA,
     Artifact,
     Manifest,
-    mend,
+    fix_hint,
     payload,
     read_artifact,
     verify_payload,
@@ -41,9 +40,10 @@ from yolo_compress.store.publication import commit, complete, publishing, seal
 
 
 class Store:
-    """Artefacts under `root/store`. Publishing needs `lock`, as garbage collection does (`collect.gc`); finding and verifying do not.
+    """Artefacts in `root/store`.
 
-    Every method raises `StorageError` when the file system refuses.
+    Publishing and garbage collection (`collect.gc`) need `lock`; finding and verifying do not. Every method raises
+    `StorageError` if the file system reports an error.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,18 +51,18 @@ class Store:
         self.folder = self.root / FOLDER
 
     def directory(self, stage: str, fingerprint: str) -> Path:
-        """Where the artefact is or will be."""
+        """Return the folder of an artefact, which need not exist."""
         return self.folder / f"{stage}-{fingerprint[:16]}"
 
     def lock(self, what: str, wait: bool = True) -> AbstractContextManager[None]:
-        """Holds the store for one run; see `yolo_compress.files.lock.lock`."""
+        """Return the lock that a run holds; see `yolo_compress.files.lock.lock`."""
         return lock(self.root / ".lock", what, wait)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The published artefact, or None. Reads the manifest and hashes no payload.
+        """Return the published artefact, or None. Only the manifest is read; see `verify` for the payload.
 
         Raises:
-            CorruptArtifact: the directory is there and its manifest is not a sound one for this fingerprint.
+            CorruptArtifact: The folder exists, but its manifest is damaged or of another fingerprint.
         """
         directory = self.directory(stage, fingerprint)
         complete(directory)
@@ -70,21 +70,23 @@ class Store:
             return read_artifact(directory, stage, fingerprint) if directory.is_dir() else None
 
     def verify(self, artifact: Artifact) -> None:
-        """Compares every byte of the artefact with its manifest; nothing is remembered from an earlier call.
+        """Check every file of the artefact against its manifest. Results of earlier calls are not reused.
 
         Raises:
-            CorruptArtifact: names the first file that is changed, missing or not listed.
+            CorruptArtifact: A file is changed, missing or not listed.
         """
         with storage_errors(artifact.path, "read"):
             if read_artifact(artifact.path, artifact.stage, artifact.fingerprint) != artifact:
-                raise CorruptArtifact(f"{artifact.path / MANIFEST} was changed while in use. {mend(artifact.path)}")
+                raise CorruptArtifact(f"{artifact.path / MANIFEST} was changed while in use. {fix_hint(artifact.path)}")
             verify_payload(artifact, set(payload(artifact.path)))
 
     def partial(self, stage: str, fingerprint: str, inputs: Mapping[str, str] | None = None) -> Path:
-        """The directory a stage writes into, made if missing; what an earlier, killed run left in it is still there.
+        """Return the folder that a stage writes into. Create it if needed; files of an earlier, killed run stay.
 
         Args:
-            inputs: `content` of each input. What was begun from other bytes is dropped. None: not looked at.
+            stage: Name of the stage.
+            fingerprint: Fingerprint of the stage.
+            inputs: `content` of each input. A folder that was begun with other inputs is deleted. None: no check.
         """
         partial = partial_of(self.directory(stage, fingerprint))
         with storage_errors(partial):
@@ -108,16 +110,20 @@ class Store:
         inputs: Mapping[str, str] = MappingProxyType({}),
         recipe: str | None = None,
     ) -> Artifact:
-        """Makes the `.partial` of this fingerprint the artefact, in the place of one that is there.
+        """Publish the `.partial` of this fingerprint as artefact. It replaces an old one.
 
         Args:
-            key: the mapping whose hash `fingerprint` is; its `version` is the stage's.
-            seconds: time the stage took, over all runs of it.
+            stage: Name of the stage.
+            fingerprint: Fingerprint of the stage.
+            key: Mapping whose hash is `fingerprint`.
+            metrics: Metrics of the stage.
+            environment: Machine and library versions.
+            seconds: Run time of the stage.
             inputs: `content` of the artefacts that the stage read, by their names in the key.
-            recipe: gives the friendly name together with the commit, so that a kill leaves none without.
+            recipe: Name of the recipe. The friendly name is set with the commit, so that a kill leaves no artefact without one.
 
         Raises:
-            ValueError: NaN in the metrics, a key of another fingerprint, a link among the files: a bug of the stage.
+            ValueError: The metrics hold NaN, the key has another fingerprint, or a file is a link. This is a bug of the stage.
         """
         written = plain(key)
         manifest = Manifest(
@@ -137,7 +143,7 @@ class Store:
         directory = self.directory(stage, fingerprint)
         partial = partial_of(directory)
         with storage_errors(directory, "publish"), publishing(self.folder, stage):
-            if directory.is_dir() and not partial.is_dir():  # another process has just published this one
+            if directory.is_dir() and not partial.is_dir():  # another process published it in the meantime
                 return read_artifact(directory, stage, fingerprint)
             manifest = replace(manifest, files=seal(partial))
             atomic_write(partial / MANIFEST, manifest.to_json())
@@ -147,23 +153,23 @@ class Store:
             return Artifact(directory, manifest)
 
     def check_name(self, recipe: str, stage: str) -> None:
-        """Refuses, before any work, what `link` would refuse; makes the folder of the friendly names.
+        """Check, before any stage runs, that `link` will succeed. Create the folder of the friendly names.
 
         Raises:
-            RecipeError: the recipe's name cannot be a folder's beside the store.
-            StorageError: something else is in the name's place.
+            RecipeError: The recipe's name is not allowed as name of a folder in `root`.
+            StorageError: There is a file or folder at the place of the link.
         """
         name = self._name(recipe, stage)
         with storage_errors(name.parent, "make"):
             name.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(name) and not name.is_symlink():
-            raise StorageError(f"cannot link {name}: something that is no link is in its place; move it away")
+            raise StorageError(f"cannot link {name}: there is already a file or folder with this name; move it away")
 
     def check_outside(self, path: Path, option: str) -> None:
-        """Refuses a path to write to that lies in this store or is an artefact of another.
+        """Check that an output path is neither in this store nor in an artefact of another store. Links are followed.
 
         Raises:
-            RecipeError: it does; following links.
+            RecipeError: The path is in a store. The message names `option`.
         """
         with storage_errors(path, "read"):
             real = Path(os.path.realpath(path))
@@ -175,10 +181,10 @@ class Store:
                 )
 
     def link(self, recipe: str, artifact: Artifact) -> None:
-        """Points `root/<recipe>/<stage>` at the artefact, in one step.
+        """Set the link `root/<recipe>/<stage>` to the artefact, atomically.
 
         Raises:
-            RecipeError: the recipe's name cannot be a folder's beside the store.
+            RecipeError: The recipe's name is not allowed as name of a folder in `root`.
         """
         name = self._name(recipe, artifact.stage)
         self.check_name(recipe, artifact.stage)
@@ -188,10 +194,10 @@ class Store:
                 atomic_symlink(name, target)
 
     def linked(self, recipe: str, stage: str) -> Artifact | None:
-        """The artefact behind the friendly name; None if there is no name or what it meant has been collected.
+        """Return the artefact that the friendly name links to; None if the link or the artefact does not exist.
 
         Raises:
-            CorruptArtifact: the artefact is there and its manifest is not sound.
+            CorruptArtifact: The manifest of the artefact is damaged.
         """
         name = self._name(recipe, stage)
         with storage_errors(name, "read"):
@@ -203,19 +209,21 @@ class Store:
             return read_artifact(self.folder / directory.name, stage)
 
     def recipes(self) -> list[str]:
-        """Names under which artefacts have friendly names; other folders of the root (a user's, caches) are not looked into."""
+        """Return the names of the folders in `root` that can hold friendly names, sorted."""
         with storage_errors(self.root, "read"):
             folders = [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
         return sorted(path.name for path in folders if home.is_recipe_name(path.name))
 
     def _name(self, recipe: str, stage: str) -> Path:
         if not home.is_recipe_name(recipe):
-            raise RecipeError(f"recipe name {recipe!r} cannot be the name of a folder in {self.root}/; rename the file")
+            raise RecipeError(
+                f"recipe name {recipe!r} cannot be the name of a folder in {self.root}/; rename the recipe file"
+            )
         return self.root / recipe / stage
 
 
 def _begun_from(partial: Path) -> dict[str, str]:
-    """`content` of the inputs that the `.partial` was begun from; of one that does not say, none."""
+    """Return the `content` of the inputs that a `.partial` was begun with; empty if it is not recorded."""
     try:
         return dict(json_text.read(partial / BEGUN))
     except (FileNotFoundError, ValueError, TypeError):

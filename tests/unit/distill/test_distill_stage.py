@@ -21,7 +21,7 @@ from yolo_compress.pipeline import plan
 from yolo_compress.pipeline import run as run_pipeline
 from yolo_compress.recipe import recipe
 from yolo_compress.stages import Job, distill
-from yolo_compress.stages._inverted_images import inverted
+from yolo_compress.stages._inverted_images import inverted_samples
 from yolo_compress.stages.metrics import DistillMetrics
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
@@ -326,8 +326,8 @@ def test_a_batch_depends_on_its_place_alone() -> None:
 def test_images_that_are_there_are_not_made_again(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = job(shop, {}, load("set.yaml"))
     net = seen_net()
-    first = inverted(now, net, 2, steps=1)
+    first = inverted_samples(now, net, 2, steps=1)
     (shop / "again").mkdir()
     monkeypatch.setattr("yolo_compress.distill.inversion._batch", lambda *_: pytest.fail("made again"))
-    assert inverted(replace(now, out=shop / "again"), net, 2, steps=1) == first
+    assert inverted_samples(replace(now, out=shop / "again"), net, 2, steps=1) == first
     assert {(sample.width, sample.height, sample.boxes) for sample in first} == {(64, 64, ())}

@@ -14,7 +14,7 @@ from yolo_compress.prune.latency import SCHEMA, read_table
 from yolo_compress.runtime import json_text
 from yolo_compress.runtime.backends import onnx_metadata
 from yolo_compress.runtime.errors import EngineError
-from yolo_compress.stages import resumed
+from yolo_compress.stages import load_progress
 
 PLAIN = {
     "data/cache.py", "evaluate/published.py", "lint/isolated.py", "prune/latency.py", "rollout/shadow_log.py",
@@ -77,16 +77,16 @@ def test_an_invalid_table_of_layer_times(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, "another form"])
 def test_the_files_of_a_killed_stage_are_read_strictly(case: str, tmp_path: Path) -> None:
-    data, says = CASES.get(case, (b'{"groups": [1]}', "groups is no dict"))
+    data, says = CASES.get(case, (b'{"groups": [1]}', "groups is not of type dict"))
     kept = tmp_path / "sensitivity.json"
-    assert resumed(kept, {"groups": dict}) is None
+    assert load_progress(kept, {"groups": dict}) is None
     kept.write_bytes(data)
     with pytest.raises(CorruptArtifact) as caught:
-        resumed(kept, {"groups": dict})
+        load_progress(kept, {"groups": dict})
     said = str(caught.value)
     assert says in said and "\n" not in said and said.endswith(f"; delete {kept} to measure again")
     kept.write_bytes(b'{"groups": {"a": [0.5]}}')
-    assert resumed(kept, {"groups": dict}) == {"groups": {"a": [0.5]}}
+    assert load_progress(kept, {"groups": dict}) == {"groups": {"a": [0.5]}}
 
 
 @pytest.mark.parametrize("case", CASES)

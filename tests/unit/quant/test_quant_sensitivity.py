@@ -199,7 +199,7 @@ def test_a_killed_stage_keeps_the_times_that_it_took(
         return 1.0 if len(calls) == 1 else 1.5
 
     monkeypatch.setattr(qat._float_cost, "layer_ms", times)
-    monkeypatch.setitem(qat.WORTH, "loss", value)
+    monkeypatch.setitem(qat.MEASURES, "loss", value)
     config = QatConfig(sensitivity="loss", sensitivity_price="openvino")
     job: Any = SimpleNamespace(config=config, work=tmp_path, out=tmp_path, imgsz_hw=SIZE)
     with pytest.raises(KeyboardInterrupt):

@@ -228,8 +228,8 @@ def job(folder: Path, files: dict[str, str], name: str = "prune") -> Any:
 
 def test_the_stage_reads_what_pruning_left(tmp_path: Path) -> None:
     pruned = job(tmp_path, FILES)
-    assert stage._left(pruned, "flops.json") == FLOPS
-    assert stage._left(pruned, "sensitivity.json")["caps"] == LOSS["caps"]
+    assert stage._prune_file(pruned, "flops.json") == FLOPS
+    assert stage._prune_file(pruned, "sensitivity.json")["caps"] == LOSS["caps"]
     assert stage._recovery(pruned) == [(2, 0.5), (4, 0.55)]
 
 
@@ -238,4 +238,4 @@ def test_the_stage_feeds_nothing_where_pruning_left_nothing_or_is_another_stage(
     tmp_path: Path, files: dict[str, str], name: str
 ) -> None:
     other = job(tmp_path, files, name)
-    assert stage._left(other, "flops.json") is None and stage._recovery(other) == []
+    assert stage._prune_file(other, "flops.json") is None and stage._recovery(other) == []

@@ -1,4 +1,4 @@
-"""A batch of one image where the deepest layer sees one pixel of it: refused before training, never made in calibration."""
+"""A batch of one image at one pixel in the deepest layer: refused before training, and never formed in calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `engine` would refuse is refused before any stage runs."""
+"""Errors of the stage `engine` are found before any stage runs."""
 
 from __future__ import annotations
 

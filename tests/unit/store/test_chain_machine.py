@@ -1,4 +1,4 @@
-"""The chain on a machine that misbehaves: signals, crashes, clocks, folders taken away, full disks, little memory."""
+"""The chain under faults of the machine: signals, crashes, wrong clocks, removed folders, full disks, too little memory."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def chain(tmp_path: Path) -> Iterator[Chain]:
 
 @pytest.fixture
 def on_sigterm() -> Iterator[None]:
-    """`main` takes the signal; the next tests are no command."""
+    """Restore the handler of SIGTERM, which `main` replaces."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def says(chain: Chain, stage: str) -> tuple[str, str]:
-    """State of a stage, and why."""
+    """Return the state of a stage and the reasons."""
     row = next(row for row in pipeline.status(chain.recipe(), chain.store) if row.stage == stage)
     return row.state, "\n".join(row.why)
 
@@ -62,7 +62,7 @@ def test_a_signal_in_any_write_of_a_stage(
     number: signal.Signals,
     code: int,
 ) -> None:
-    """A real signal in the middle of each write in turn: its exit code, a hint, no half file, and the next run is whole."""
+    """Send a real signal during each write in turn: exit code and hint are right, no file is incomplete, the next run succeeds."""
     chain.run(before)
     there, write = sound(chain.store), os.write
     for point in range(1, 100):
@@ -95,7 +95,7 @@ def test_a_signal_in_any_write_of_a_stage(
 def test_a_stage_that_crashes_the_process_loses_nothing(
     chain: Chain, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """As a library that crashes in C: the shell reports the signal, earlier stages stay, the same command continues."""
+    """Crash as a C library does: the shell reports the signal, earlier stages stay, and the same command continues."""
     chain.run("baseline")
     child = os.fork()
     if child == 0:
@@ -188,7 +188,7 @@ def test_a_folder_that_is_taken_away_during_a_stage(
 def test_times_of_files_and_of_the_clock_decide_nothing(
     chain: Chain, monkeypatch: pytest.MonkeyPatch, year: int
 ) -> None:
-    """All mtimes equal, before or after every other; the clock jumps back by an hour with each look."""
+    """All mtimes are equal, or older or newer than all others, and the clock jumps back by an hour at each call."""
     chain.run("report")
     seconds = (year - 1970) * 365.25 * 86400
     for path in [*chain.folder.rglob("*")]:
@@ -224,10 +224,10 @@ def test_another_version_of_a_stage_makes_it_stale_and_another_library_is_named(
 
 
 @pytest.mark.fault(48)
-def test_a_stage_wants_twice_the_disk_that_it_is_estimated_to_write(
+def test_a_stage_needs_twice_the_estimated_disk_space(
     chain: Chain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing runs: 12 models of 260 MiB, twice. A small model needs the least that any stage does."""
+    """The stage does not start: it needs twice 12 models of 260 MiB. A small model needs only the minimum."""
     free = SimpleNamespace(free=6239 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     chain.ran = []
@@ -264,7 +264,7 @@ def test_the_estimate_follows_the_model_that_a_stage_reads(tmp_path: Path, monke
     ],
 )
 @pytest.mark.parametrize("stage", ["prune", "export", "bench"])
-def test_memory_that_does_not_suffice_is_an_error_and_the_chain_continues(
+def test_out_of_memory_is_an_error_and_the_chain_continues(
     chain: Chain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, error: Exception
 ) -> None:
     work = Chain._work
@@ -297,7 +297,7 @@ def files(folder: Path) -> tuple[str, ...]:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_thousand_interruptions_cost_no_disk(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training of 1,000 epochs that is killed after each: every run goes on, and what lies there does not grow."""
+    """A training of 1,000 epochs is killed after each epoch: every run continues, and the files do not grow."""
     monkeypatch.setattr(fake_chain, "EPOCHS", 1000)
     monkeypatch.setattr(fake_chain, "time", SimpleNamespace(sleep=lambda seconds: None))
     sizes = set()

@@ -1,4 +1,4 @@
-"""The chain and its store: what runs again, what is kept, under which names, whatever is killed, removed or damaged."""
+"""The chain and its store: which stages run again and which artefacts stay after kills, removals and damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chain(tmp_path: Path) -> Iterator[Chain]:
 
 
 def published(chain: Chain) -> dict[str, Artifact]:
-    """What is in the store, by stage."""
+    """Return the artefacts in the store by stage."""
     return {artifact.stage: artifact for artifact in sound(chain.store).values()}
 
 
@@ -68,7 +68,7 @@ def test_status_names_a_force_that_was_killed(chain: Chain) -> None:
     assert row.state == "up to date" and "force=true again continues it" in row.why[-1]
 
 
-def test_other_bytes_under_the_same_fingerprint_make_what_was_made_of_the_old_stale(chain: Chain) -> None:
+def test_other_bytes_with_the_same_fingerprint_make_later_stages_stale(chain: Chain) -> None:
     chain.run("report")
     chain.run("prune", again=True)
     states = chain.states()
@@ -80,7 +80,7 @@ def test_other_bytes_under_the_same_fingerprint_make_what_was_made_of_the_old_st
     assert set(chain.states().values()) == {"up to date", "left out"}
 
 
-def test_a_stage_that_was_deleted_and_comes_out_otherwise(chain: Chain) -> None:
+def test_a_deleted_stage_that_gives_other_bytes(chain: Chain) -> None:
     chain.run("report")
     shutil.rmtree(published(chain)["baseline"].path)
     assert chain.states()["prune"] == "stale"
@@ -88,7 +88,7 @@ def test_a_stage_that_was_deleted_and_comes_out_otherwise(chain: Chain) -> None:
     assert stages(chain) == ["baseline", "prune", "export", "engine", "bench", "report"]
 
 
-def test_a_stage_that_is_done_again_and_comes_out_the_same_leaves_the_others_as_they_are(
+def test_a_stage_that_runs_again_with_the_same_bytes_leaves_later_stages_up_to_date(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.urandom", lambda count: bytes(count))
@@ -111,7 +111,7 @@ def test_a_training_does_not_continue_from_other_bytes(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.pt"])
-def test_force_mends_an_artefact_that_is_damaged(chain: Chain, file: str) -> None:
+def test_force_replaces_a_damaged_artefact(chain: Chain, file: str) -> None:
     damaged = chain.run("prune")
     (damaged.path / file).write_bytes(b"{")
     with pytest.raises(CorruptArtifact, match="rm -r"):
@@ -314,7 +314,7 @@ def test_a_report_in_a_folder_of_the_user_does_not_write_through_links(chain: Ch
 def test_a_damaged_file_of_the_store_is_one_line(
     chain: Chain, capsys: pytest.CaptureFixture[str], file: str, case: str
 ) -> None:
-    """5 where a result is damaged; what only speeds a run up, or names the holder of a lock, is done again without it."""
+    """Exit code 5 for a damaged result. A damaged cache or lock file is ignored and written again."""
     if file == "work.json":
         chain.run("baseline")
         killed(chain, "prune", 2)
@@ -371,6 +371,6 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(
 @pytest.mark.fault(46, 72, 91)
 @pytest.mark.slow
 def test_kills_at_random_instants_lose_nothing(chain: Chain) -> None:
-    """`python -m tests.support.fake_chain --kills 200` does it longer."""
+    """For a longer run: `python -m tests.support.fake_chain --kills 200`."""
     killed = kill_loop(chain, kills=24, seed=7)
     assert sum(killed.values()) == 24

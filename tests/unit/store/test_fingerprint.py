@@ -1,4 +1,4 @@
-"""Equal configurations have equal fingerprints, different ones do not, and the difference can be told in words."""
+"""Fingerprints are equal for equal configurations and for these only, and each difference is explained."""
 
 import math
 

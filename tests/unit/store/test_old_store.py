@@ -1,4 +1,4 @@
-"""A store that an earlier version wrote opens now: what it holds is whole, and a run takes it up instead of making it again."""
+"""A store of an earlier version is valid, and a run uses its artefacts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = ("baseline", "prune", "export")
 
 
 def test_a_store_of_an_earlier_version_is_whole_and_up_to_date(tmp_path: Path) -> None:
-    """A stage of a higher version, or with a knob more, runs again, as it must, and what follows it; the others must not."""
+    """Only stages with a higher version or a new knob run again, and the stages after them."""
     shutil.copytree(OLD, tmp_path / "weights", symlinks=True)
     with fake_chain(tmp_path) as chain:
         assert len(sound(chain.store)) == 3

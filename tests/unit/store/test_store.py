@@ -1,4 +1,4 @@
-"""An artefact is whole or absent, its bytes are vouched for, and no kill, full disk or neighbour changes that."""
+"""An artefact is complete or absent and every byte is checked, despite kills, full disks and parallel processes."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ def key_of(epochs: int, stage: str = "prune") -> dict:
 
 
 def make(store: Store, epochs: int = 1, stage: str = "prune") -> Artifact:
-    """A stage run from the start or from what a kill has left."""
+    """Run a stage from the start, or resume it after a kill."""
     key = key_of(epochs, stage)
     name = fingerprint(key)
     if found := store.find(stage, name):
@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def entries(store: Store) -> set[str]:
-    """What lies in the store, without its lock."""
+    """Return the names in the store, without its lock."""
     return {path.name for path in store.folder.iterdir()} - {".publishing"}
 
 
@@ -156,10 +156,10 @@ def test_bugs_of_a_stage_are_refused_before_anything_is_published(store: Store) 
     partial = store.partial("prune", name)
     with pytest.raises(ValueError, match="loss is nan"):
         store.publish("prune", name, key_of(1), {"loss": float("nan")}, {}, 1.0)
-    with pytest.raises(ValueError, match="not that of its key"):
+    with pytest.raises(ValueError, match="not the hash of its key"):
         store.publish("prune", name, key_of(2), {}, {}, 1.0)
     (partial / "link.pt").symlink_to("/etc/hostname")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         store.publish("prune", name, key_of(1), {}, {}, 1.0)
     assert store.find("prune", name) is None and partial.is_dir()
 
@@ -200,7 +200,7 @@ def damage_folder_link(path: Path) -> None:
         (lambda path: (path / "work").mkdir() or (path / "work" / "x").touch(), "work/x is not listed"),
     ],
 )
-def test_damage_is_named_with_its_cure(store: Store, damage, named: str) -> None:
+def test_damage_is_reported_with_a_fix(store: Store, damage, named: str) -> None:
     made = make(store)
     damage(made.path)
     with pytest.raises(CorruptArtifact, match=named) as caught:
@@ -250,7 +250,7 @@ def test_every_truncated_manifest_is_caught(store: Store) -> None:
     whole = path.read_bytes()
     for length in [*range(0, len(whole) - 1, 97), len(whole) - 2]:
         path.write_bytes(whole[:length])
-        with pytest.raises(CorruptArtifact, match=r"manifest\.json is no sound manifest.*rm -r"):
+        with pytest.raises(CorruptArtifact, match=r"manifest\.json is no valid manifest.*rm -r"):
             store.find("prune", made.fingerprint)
     path.unlink()
     with pytest.raises(CorruptArtifact, match=r"manifest\.json is missing"):
@@ -285,7 +285,7 @@ def test_a_manifest_cannot_point_outside_its_folder(store: Store, name: str) -> 
 def test_what_is_no_manifest_is_called_corrupt(store: Store, text: str) -> None:
     made = make(store)
     (made.path / "manifest.json").write_text(text, encoding="latin-1")
-    with pytest.raises(CorruptArtifact, match="no sound manifest"):
+    with pytest.raises(CorruptArtifact, match="no valid manifest"):
         store.find("prune", made.fingerprint)
 
 
@@ -349,7 +349,7 @@ while status != 0:
 
 
 def sound(store: Store) -> list[Artifact]:
-    """All that stands under a final name; raises if one of them is not whole."""
+    """Return all published artefacts; raise if one is not complete."""
     artifacts = []
     for path in store.folder.iterdir():
         if path.is_dir() and not path.name.endswith(".partial"):

@@ -104,7 +104,7 @@ def test_a_checkpoint_of_the_same_classes_is_taken_whole(folder: Path, dataset: 
     assert taken.tensors == taken.of_tensors and taken.parameters == taken.of_parameters
     said: list[str] = []
     _source.start(SourceConfig(pretrained=str(folder / "same.pt")), dataset, 0, "baseline", said.append)
-    assert "baseline.weights would take it as it is" in said[0]
+    assert "baseline.weights loads it without training" in said[0]
 
 
 def test_weights_are_suggested_only_where_they_would_be_taken(folder: Path, dataset: Dataset) -> None:
@@ -114,7 +114,7 @@ def test_weights_are_suggested_only_where_they_would_be_taken(folder: Path, data
         checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", names, 3, seed=2), path)
         said: list[str] = []
         _source.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline", said.append)
-        assert "the class outputs are taken by name" in said[0] and "weights" not in said[0]
+        assert "its class outputs are copied by name" in said[0] and "weights" not in said[0]
 
 
 def test_new_outputs_are_a_function_of_the_seed_alone(folder: Path) -> None:
