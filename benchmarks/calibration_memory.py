@@ -17,7 +17,7 @@ from functools import partial
 
 from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.quant.calibrate import CALIBRATORS, ptq
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint

@@ -11,7 +11,7 @@ from yolo_compress.export.qdq import insert_qdq
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.train import checkpoint
 
 CALIB_IMAGES = 64

@@ -44,7 +44,7 @@ from yolo_compress.nets import detect
 from yolo_compress.pipeline import prepare, provider
 from yolo_compress.recipe.recipe import DistillConfig, TrainConfig, load
 from yolo_compress.stages import Job, distill
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.stages._training import finish, fit
 from yolo_compress.store import environment
 from yolo_compress.store.fingerprint import fingerprint

@@ -38,7 +38,7 @@ from yolo_compress.runtime.backends.openvino import ENGINE_FILE, WEIGHTS_FILE
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint

@@ -34,7 +34,7 @@ from yolo_compress.prune.cost import conv_macs, conv_shapes, parameters
 from yolo_compress.prune.criteria import scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.recipe.recipe import TrainConfig
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.stages._training import PARENT_BOX_WEIGHT, PARENT_CLASS_WEIGHT, PARENT_FEATURE_WEIGHT
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights

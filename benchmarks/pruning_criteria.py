@@ -29,7 +29,7 @@ from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe.choices import CRITERIA
 from yolo_compress.recipe.recipe import PruneConfig
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint, losses

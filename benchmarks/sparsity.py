@@ -22,7 +22,7 @@ from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint

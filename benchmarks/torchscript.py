@@ -34,7 +34,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.golden import difference
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint

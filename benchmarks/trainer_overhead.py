@@ -33,7 +33,7 @@ from yolo_compress.prune.penalty import PENALTIES
 from yolo_compress.prune.sparsify import SparseTraining
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import FakeQuant
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.train import checkpoint

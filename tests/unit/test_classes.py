@@ -45,7 +45,7 @@ from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.measure.latency import _inputs
-from yolo_compress.stages import _batches, export
+from yolo_compress.stages import _calibration_images, export
 from yolo_compress.train import checkpoint
 from yolo_compress.train.trainer import settle
 
@@ -418,9 +418,9 @@ def job(count: int, **changes: Any) -> Any:
 
 @pytest.mark.fault(17)
 def test_fewer_calibration_images_than_asked_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(_batches.calibration_samples(job(3), 3)) == 3
+    assert len(_calibration_images.calibration_samples(job(3), 3)) == 3
     assert capsys.readouterr().err == ""
-    assert len(_batches.calibration_samples(job(3), 64)) == 3
+    assert len(_calibration_images.calibration_samples(job(3), 64)) == 3
     assert capsys.readouterr().err == "calibration: all 3 training images, fewer than the 64 of calib_images\n"
 
 
@@ -432,10 +432,10 @@ def test_calibration_images_that_are_all_of_one_colour_are_refused(tmp_path: Pat
         PIL.Image.new("RGB", (64, 48), (value,) * 3).save(sample.image)
     model = quant_net.net()
     with pytest.raises(DataError, match=r"calibration: all 3 images are of one colour, such as .*0\.png") as caught:
-        ptq(model, lambda: _batches.letterboxed(samples, SIZE), "max")
+        ptq(model, lambda: _calibration_images.letterboxed(samples, SIZE), "max")
     assert caught.value.exit_code == 3
     PIL.Image.effect_noise((64, 48), 90).convert("RGB").save(samples[-1].image)
-    ptq(model, lambda: _batches.letterboxed(samples, SIZE), "max")
+    ptq(model, lambda: _calibration_images.letterboxed(samples, SIZE), "max")
 
 
 def test_batchnorm_follows_within_the_steps_of_a_run() -> None:

@@ -19,7 +19,7 @@ from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.quant import fakequant
 from yolo_compress.recipe import recipe
 from yolo_compress.runtime.measure.layer_times import SCHEMA
-from yolo_compress.stages import _batches, _prune_plan
+from yolo_compress.stages import _calibration_images, _prune_plan
 from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
@@ -81,8 +81,8 @@ def test_the_images_that_calibrate_decide_not_the_others(shop: Path) -> None:
         images = calibration_subset(dataset.train, 1, seed)
         failed = []
         for judge in (
-            lambda images=images: list(_batches.letterboxed(images, (64, 64))),
-            lambda here=here: _batches.check_calibration(here, dataset, "export"),
+            lambda images=images: list(_calibration_images.letterboxed(images, (64, 64))),
+            lambda here=here: _calibration_images.check_calibration(here, dataset, "export"),
         ):
             try:
                 judge()
@@ -102,8 +102,8 @@ def test_images_without_objects_have_no_map(shop: Path) -> None:
         with pytest.raises(
             DataError, match=rf"{section}\.sensitivity=map50_95: all 2 calibration images are background"
         ):
-            _batches.check_calibration(here, load("set.yaml"), section)
-        _batches.check_calibration(
+            _calibration_images.check_calibration(here, load("set.yaml"), section)
+        _calibration_images.check_calibration(
             chosen(**{section: {"calib_images": TRAIN, "epochs": 0, "sensitivity": "map50_95"}}),
             load("set.yaml"),
             section,

@@ -24,7 +24,7 @@ from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
 from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import Job, load_progress
-from yolo_compress.stages._batches import calibration_samples, letterboxed
+from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import device
 from yolo_compress.stages.files import AskedMs, PruneSensitivity, PruneSensitivityBegun

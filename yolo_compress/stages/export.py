@@ -32,7 +32,7 @@ from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
 from yolo_compress.stages import Job, _source
-from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed, write_list
+from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint

@@ -25,7 +25,7 @@ from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, _prune_plan, _source
-from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed
+from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed

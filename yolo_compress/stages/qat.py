@@ -21,7 +21,7 @@ from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState
 from yolo_compress.recipe.recipe import QatConfig, Recipe
 from yolo_compress.stages import Job, _float_cost, _source, load_progress
-from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed, write_list
+from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.files import QatSensitivity

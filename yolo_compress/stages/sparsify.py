@@ -15,7 +15,7 @@ from yolo_compress.prune.penalty import PENALTIES, macs_scale
 from yolo_compress.prune.sparsify import SparseTraining, collapsed, masses, verdict
 from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
-from yolo_compress.stages._batches import calibration_samples, letterboxed
+from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._training import finish, fit, model_of
 from yolo_compress.stages.metrics import ModelMetrics, SparsifyMetrics, of_model
 

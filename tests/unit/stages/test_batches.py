@@ -14,7 +14,7 @@ from tests.support.quant_net import net
 from yolo_compress import pipeline
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.recipe import load
-from yolo_compress.stages._batches import letterboxed
+from yolo_compress.stages._calibration_images import letterboxed
 
 
 def check(train: int, stage: str = "prune", unlabelled: int = 0, **knobs: str) -> None:
