@@ -42,7 +42,7 @@ PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 
 STAGES := baseline teacher sparsify prune distill qat export bench report
 
-.PHONY: help setup demo test check style fast-tests slow-tests real-test fuzz all engine bundle status cfg gc clean $(STAGES)
+.PHONY: help setup demo test check style fast-tests slow-tests real-test gpu-test fuzz all engine bundle status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -78,6 +78,9 @@ slow-tests: setup
 
 real-test: setup ## the tests on real images and checkpoints, in YOLO_COMPRESS_DATA and YOLO_COMPRESS_WEIGHTS
 	@$(PYTEST) -m 'real and not gpu and not network'
+
+gpu-test: setup ## the tests that need a CUDA GPU, and a table of what they found; please send us the table
+	@$(PY) -m pytest -m 'gpu and not network and not real'
 
 fuzz: setup ## 20,000 altered inputs through every door of the product, in some minutes; ARGS="CASES SEED DOOR ..." for others
 	@$(PY) -m tests.fuzz $(WORDS)

@@ -55,8 +55,8 @@ def table(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     for runtime in args.runtimes:
         rig = Rig(scratch / runtime, recipe.data.imgsz_hw, names, runtime, "fp32")
         rig.folder.mkdir()
-        dense = rig.engine(model, "dense")
-        before = rig.quietest(dense)
+        dense = rig.build_model(model, "dense")
+        before = rig.fastest_ms(dense)
         print(f"{runtime}: dense {before:.2f} ms", file=sys.stderr, flush=True)
         for share in args.shares:
             limit = share * before
@@ -77,11 +77,11 @@ def table(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
             answer = json.loads(done.stdout.splitlines()[-1])
             metrics = answer["metrics"]
             pruned = checkpoint.load_model(Path(answer["artifact"]) / "model.pt")
-            again = rig.compare(rig.engine(pruned, "pruned"), dense)
+            again = rig.compare(rig.build_model(pruned, "pruned"), dense)
             wanted = metrics["latency_target_ms"] / metrics["latency_dense_ms"]
-            own = again.share * min(before, again.dense_ms)
+            own = again.share * min(before, again.unpruned_ms)
             rows.append({"runtime": runtime, "share": share, "wanted_share": wanted, "again_share": again.share,
-                         "again_ms": own, "again_dense_ms": again.dense_ms, "seconds": seconds, "tries": tries,
+                         "again_ms": own, "again_dense_ms": again.unpruned_ms, "seconds": seconds, "tries": tries,
                          **{k: metrics[k] for k in metrics if k.startswith(("latency", "kept"))}})  # fmt: skip
             print(
                 f"| {runtime} | {limit:.2f} ms | {wanted:.3f} | {metrics['kept_flops']:.3f} "

@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from yolo_compress.choices import CRITERIA
 from yolo_compress.data.dataset import Dataset, calibration_subset, load
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
@@ -28,6 +27,7 @@ from yolo_compress.prune.cost import conv_shapes, parameters
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
+from yolo_compress.recipe.choices import CRITERIA
 from yolo_compress.recipe.recipe import PruneConfig
 from yolo_compress.stages._batches import letterboxed
 from yolo_compress.store import environment

@@ -33,6 +33,34 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, share or os.sched_getaffinity(0))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test marked gpu needs one; asked for where there is none, it is skipped and says so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of `make gpu-test`: what a user with a GPU can send us."""
+    if not config.option.markexpr.startswith("gpu"):
+        return
+    import torch
+    import ultralytics
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    terminalreporter.section("GPU tests")
+    terminalreporter.line(
+        f"torch {torch.__version__}, ultralytics {ultralytics.__version__}, GPUs: {', '.join(gpus) or 'none'}"
+    )
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = report.nodeid.removeprefix("tests/")
+            terminalreporter.line(f"{outcome:<8} {getattr(report, 'duration', 0.0):7.1f} s  {name}")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A worker runs whole files, so that fixtures are made once; all files that stand on the finished chain count as one."""

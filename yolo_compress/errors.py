@@ -1,63 +1,67 @@
-"""Every failure a user can cause or mend, as one family; anything else is a bug: exit code 70, with a traceback.
+"""Errors that a user can cause or correct, with their exit codes. Any other error is a bug: exit code 70, with a traceback.
 
-A message says what failed, where (file, key, layer), the value got against the one expected, and what to do next.
-The exit codes are part of the interface: `make` and schedulers branch on them.
+A message says what failed, where (file, key, layer), the value, the expected value, and what to do.
+The exit codes are part of the interface: `make` and schedulers depend on them.
 """
 
 
 class CompressError(Exception):
-    """Base of the family; printed as one line, without traceback."""
+    """Base of all errors that a user can correct. It is printed as one line, without traceback."""
 
     exit_code = 2
 
 
 class GateFailed(CompressError):
-    """The result is complete and written, but a gate (retention, latency, ...) says no."""
+    """The result is complete and written, but it fails a gate (retention, latency, ...)."""
 
     exit_code = 1
 
 
 class RecipeError(CompressError):
-    """A recipe, a command line or a combination of stages that cannot work."""
+    """A recipe or command line is wrong, or its settings cannot work together."""
 
     exit_code = 2
 
 
 class DataError(CompressError):
-    """Images or labels that would make a number untrue."""
+    """Images or labels are wrong, so that a result would be wrong."""
 
     exit_code = 3
 
 
 class EnvironmentLacks(CompressError):
-    """A package, device, driver or file that this machine does not have."""
+    """This machine does not have a package, device, driver or file."""
 
     exit_code = 4
 
 
+class LostRank(EnvironmentLacks):
+    """Another process of a distributed run ended, which that process, or whoever started it, explains."""
+
+
 class CorruptArtifact(CompressError):
-    """A checkpoint, engine or artefact whose bytes are not what was vouched for, or cannot be trusted."""
+    """A checkpoint, engine or artefact is damaged, was changed, or cannot be trusted."""
 
     exit_code = 5
 
 
 class StorageError(CompressError):
-    """The disk or the file system said no (full, read-only, gone)."""
+    """The disk or file system failed: it is full, read-only or missing."""
 
     exit_code = 6
 
 
 class NumericsError(CompressError):
-    """NaN, infinity or a collapsed network."""
+    """A value is NaN or infinite, or a model collapsed."""
 
     exit_code = 7
 
 
 class Locked(CompressError):
-    """Another run holds the store and the caller asked not to wait."""
+    """Another run holds the store, and the caller asked not to wait."""
 
     exit_code = 75
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that `finally` runs and the store stays whole."""
+    """Raised on SIGTERM, so that `finally` blocks run and the store stays intact."""

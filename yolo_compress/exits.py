@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: one line on stderr and the exit code; a bug shows its traceback too."""
+"""The end of a command that failed: one line on stderr and the exit code. A bug also shows its traceback."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from yolo_compress import __version__, home
-from yolo_compress.errors import CompressError, EnvironmentLacks, Terminated
+from yolo_compress import __version__, home, ranks
+from yolo_compress.errors import CompressError, EnvironmentLacks, LostRank, Terminated
 from yolo_compress.files.atomic import free_mib, storage_error
 from yolo_compress.progress import notice
 from yolo_compress.runtime.errors import RuntimeFailure
 
-BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; the others as a shell gives them
+BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; shells use the others
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def explain(error: BaseException, continues: bool) -> int:
-    """Say why a command ended.
+    """Write to stderr why a command ended, and return its exit code.
 
     Args:
-        error: What the verb raised.
+        error: Error that the verb raised.
         continues: Whether the same command, run again, continues where it stopped.
 
     Returns:
-        The exit code. 0 only where the reader of our output went away, as `| head` does.
+        The exit code. It is 0 only if the reader of the output has closed it, as `| head` does.
     """
+    if ranks.several() and isinstance(error, KeyboardInterrupt | Terminated | LostRank) and _explained():
+        return SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", SIGTERM)
     if isinstance(error, KeyboardInterrupt | Terminated):
         word, code = ("terminated", SIGTERM) if isinstance(error, Terminated) else ("interrupted", SIGINT)
         notice(f"{word}; the same command continues where it stopped" if continues else word)
         return code
     if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
         return 0
-    meant = error if isinstance(error, CompressError | RuntimeFailure) else _machine(error)
-    if meant is None:
+    expected = error if isinstance(error, CompressError | RuntimeFailure) else _machine_error(error)
+    if expected is None:
         notice("".join(traceback.format_exception(error)).rstrip())
         notice(
             f"error: this is a bug in yolo-compress {__version__}, not in your input. Please report it where you got "
             "yolo-compress, with the command and the lines above"
         )
         return BUG
-    notice(f"error: {meant}")
-    return meant.exit_code
+    notice(f"error: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{expected}")
+    return expected.exit_code
 
 
-def _machine(error: BaseException) -> CompressError | None:
-    """The error of the family where the machine, not the code, is to blame: disk, files, memory, a package."""
+def _explained() -> bool:
+    """Check whether another process reports why this rank ends: its launcher, or the first rank on this machine."""
+    return ranks.launched() or ranks.local_rank() > 0
+
+
+def _machine_error(error: BaseException) -> CompressError | None:
+    """Return a `CompressError` if the cause is the machine: disk, files, memory or a package. None for a bug."""
     if isinstance(error, MemoryError):
-        return EnvironmentLacks(
-            "this machine's memory is used up: close other programs, or use smaller images, batches or files"
-        )
+        return EnvironmentLacks("the memory is used up: close other programs, or use smaller images, batches or files")
     if isinstance(error, ImportError) and error.name and not error.name.startswith("yolo_compress"):
         return EnvironmentLacks(f"{error.name} does not import ({error}); run `make setup`")
     if isinstance(error, OSError) and error.errno is not None:
@@ -66,7 +71,7 @@ def _machine(error: BaseException) -> CompressError | None:
 
 
 def _reader_left(stream: TextIO | None) -> bool:
-    """Whether nobody can read any more what is written to the stream."""
+    """Return whether the reader of a pipe or terminal has closed it."""
     try:
         descriptor = stream.fileno() if stream else -1
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Where data, weights and artefacts lie: `datasets/` and `weights/` of the working directory, or of `YOLO_COMPRESS_HOME`.
+"""The folders for data, weights and artefacts: `datasets/` and `weights/` in the working directory or `YOLO_COMPRESS_HOME`.
 
-No other file names these two folders, and nothing is ever written beside the code.
+Other modules get the two folders from here. Nothing is ever written into the folder of the code.
 """
 
 import os
@@ -8,29 +8,31 @@ import re
 from pathlib import Path
 
 VARIABLE = "YOLO_COMPRESS_HOME"
-_RECIPE_NAME = re.compile(
-    r"(?!store\Z)[^\W_][^/\\]*"
-)  # weights/NAME holds a recipe's links, weights/store all artefacts
+# weights/NAME has the links of a recipe, weights/store all artefacts
+_RECIPE_NAME = re.compile(r"(?!store\Z)[^\W_][^/\\]*")
 
 
 def weights() -> Path:
-    """Folder of source checkpoints, of the artefact store and of its links `<recipe>/<stage>`; may not be there yet."""
+    """Return the folder of checkpoints, the artefact store and its links `<recipe>/<stage>`. It may not exist yet."""
     return _home() / "weights"
 
 
 def datasets() -> Path:
-    """Folder of data sets and data yamls, where drawn and downloaded sets land; may not be there yet."""
+    """Return the folder of data sets and data yamls, also for drawn and downloaded data sets. It may not exist yet."""
     return _home() / "datasets"
 
 
 def holds(path: Path) -> bool:
-    """Whether `path` lies in one of the two folders, or is one."""
+    """Return whether `path` is one of the two folders, or is inside one."""
     full = path.absolute()
     return any(full.is_relative_to(folder.absolute()) for folder in (weights(), datasets()))
 
 
 def is_recipe_name(name: str) -> bool:
-    """Whether a recipe can have this name: printable text that starts with a letter or digit, without / and \\, not `store`."""
+    """Return whether a recipe can have this name.
+
+    A name is printable, starts with a letter or digit, has no / or \\, and is not `store`.
+    """
     return name.isprintable() and _RECIPE_NAME.fullmatch(name) is not None
 
 

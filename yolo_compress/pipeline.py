@@ -14,18 +14,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from yolo_compress import home, progress
-from yolo_compress.choices import OWN
+from yolo_compress import home, progress, ranks
 from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import sizing
+from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.store import environment
@@ -47,7 +47,7 @@ class Stage:
         needs: Stages whose artefacts are its inputs.
         stand_in: Stage whose artefact is used if the recipe leaves this one out. None: it cannot be left out.
         version: Increased when a change of the code gives other bytes for the same config.
-        trains: All ranks of a distributed run execute it.
+        trains: It may train. The other ranks of a distributed run take part in its trainings only.
         models: It writes models, so the disk space depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
         checked: Its module has a `check(recipe, dataset)`, which runs before all stages to find errors before any training.
@@ -66,9 +66,9 @@ STAGES: dict[str, Stage] = {
     "baseline": Stage(version=2, trains=True, checked=True),
     "teacher": Stage(stand_in="baseline", version=2, trains=True, checked=True),
     "sparsify": Stage(("baseline",), stand_in="baseline", version=2, trains=True),
-    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=4, trains=True, checked=True),
-    "distill": Stage(("prune", "teacher"), stand_in="prune", version=3, trains=True, checked=True),
-    "qat": Stage(("distill",), stand_in="distill", version=5, trains=True, checked=True),
+    "prune": Stage(("sparsify", "baseline"), stand_in="sparsify", version=5, trains=True, checked=True),
+    "distill": Stage(("prune", "teacher"), stand_in="prune", version=4, trains=True, checked=True),
+    "qat": Stage(("distill",), stand_in="distill", version=6, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
     "engine": Stage(("export",), version=2, machine=True, checked=True),
     "bench": Stage(("export", "engine", "baseline", "distill"), version=3, models=False, machine=True),
@@ -261,8 +261,30 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
         RuntimeFailure: An engine cannot be built or run.
     """
     store = store or Store(home.weights())
-    with store.lock(f"{target} of recipe {recipe.name}", wait) if _rank() == 0 else nullcontext():
-        return _run(recipe, target, store, again)
+    ranks.check_environment()
+    if not ranks.several():
+        with store.lock(f"{target} of recipe {recipe.name}", wait):
+            return _run(recipe, target, store, again)
+    from yolo_compress.train import together, trainer
+
+    machine = recipe.run
+    with together.formed(machine.device, _agreed(recipe, target)):
+        if ranks.rank() > 0:
+            ended: Artifact = trainer.take_part(machine.device, machine.workers, machine.threads)
+            return ended
+        with store.lock(f"{target} of recipe {recipe.name}", wait):
+            artifact = _run(recipe, target, store, again)
+        together.end(artifact)
+        return artifact
+
+
+def _agreed(recipe: Recipe, target: str) -> dict[str, str]:
+    """What has to be the same on all ranks: the recipe but for what is this machine's, the stage, and what computes."""
+    content = recipe.model_dump(mode="json")
+    for knob in type(recipe.run).MACHINE:
+        content["run"].pop(knob)
+    versions = {name: environment.version(name) for name in ("yolo-compress", "torch", "ultralytics")}
+    return {"recipe": fingerprint(content), "stage": target, "version": fingerprint(versions)}
 
 
 def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) -> dict[str, Artifact]:
@@ -301,19 +323,18 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
     chain = plan(recipe, dataset, target)
     forced = last if again else None
     done = current(store, chain, but=forced)
+    _check_processes(recipe, [stage for stage in chain if stage not in done])
     check(recipe, dataset, [stage for stage in chain if stage not in done])
     name = _label(recipe, store)
     for stage in chain:
         store.check_name(name, stage)
-    if _rank() == 0:
-        recipe_folder.claim(store.root, recipe)
+    recipe_folder.claim(store.root, recipe)
     for stage, planned in chain.items():
         found = None if stage == forced else _published(store, planned, artifacts)
         if found:
             progress.say(f"{stage}: up to date")
         artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store, name)
-        if _rank() == 0:
-            store.link(name, artifacts[stage])
+        store.link(name, artifacts[stage])
     return artifacts[last]
 
 
@@ -349,6 +370,28 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
             importlib.import_module(f"yolo_compress.stages.{stage}").check(recipe, dataset)
 
 
+def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Refuse trainings on several GPUs in one process, and batches that the processes cannot share.
+
+    Raises:
+        RecipeError: See above.
+    """
+    trainings = [stage for stage in stages if _trains(recipe, stage)]
+    if trainings and not ranks.several() and len(ranks.devices(recipe.run.device)) > 1:
+        raise RecipeError(
+            f"run.device={recipe.run.device}: {trainings[0]} trains on several GPUs only as a command of its own: "
+            f"`yolo-compress {trainings[0]}` first, or one GPU"
+        )
+    for stage in trainings:
+        ranks.check_batch(f"{stage}.batch", int(getattr(recipe, stage).batch))
+
+
+def _trains(recipe: Recipe, stage: str) -> bool:
+    """Whether a stage of the recipe trains: not without epochs, and not where weights are given."""
+    config = getattr(recipe, stage)
+    return bool(STAGES[stage].trains and config and getattr(config, "weights", None) is None and config.epochs)
+
+
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
     """Check that no last batch has one image if the deepest layer has one pixel. BatchNorm would have no variance.
 
@@ -358,13 +401,11 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
     if max(recipe.data.imgsz_hw) > IMGSZ_STEP:
         return
     for stage in stages:
+        if not _trains(recipe, stage):
+            continue
         config = getattr(recipe, stage)
-        if config is None or not STAGES[stage].trains or not getattr(config, "epochs", 0):
-            continue
-        if stage in ("baseline", "teacher") and config.weights is not None:
-            continue
-        images = _training_images(config, dataset)
-        batch = min(int(config.batch), images)
+        images = -(-_training_images(config, dataset) // ranks.world())
+        batch = min(int(config.batch) // ranks.world(), images)
         if batch == 1 or images % batch == 1:
             raise RecipeError(
                 f"{stage}.batch={config.batch}: {images} training images leave one alone in the last batch, and at "
@@ -386,25 +427,19 @@ def _execute(
     from yolo_compress.stages import Job  # imported here because only a running stage needs it
 
     stage = planned.stage
-    before = None
-    with suppress(CorruptArtifact):  # a damaged artefact is replaced
-        before = store.find(stage, planned.fingerprint)
-    if _rank() != 0 and not STAGES[stage].trains:
-        return _await(store, planned, artifacts, before)
     inputs = {need: artifacts[source] for need, source in planned.inputs.items()}
     for artifact in inputs.values():
         store.verify(artifact)
     contents = _contents(planned, artifacts)
-    partial = store.partial(stage, planned.fingerprint, contents if _rank() == 0 else None)
+    partial = store.partial(stage, planned.fingerprint, contents)
     needed = needed_mib(getattr(recipe, stage), inputs.values()) if STAGES[stage].models else FREE_MIB
     require_free(store.root, needed, f"stage {stage}")
     progress.say(f"{stage}: running")
     started = time.monotonic()
-    with _output(partial) as out, memory_errors(stage):
-        job = Job(getattr(recipe, stage), recipe, dataset, inputs, out, partial / WORK)
+    _empty(partial)
+    with memory_errors(stage):
+        job = Job(getattr(recipe, stage), recipe, dataset, inputs, partial, partial / WORK)
         metrics = importlib.import_module(f"yolo_compress.stages.{stage}").run(job)
-    if _rank() != 0:
-        return _await(store, planned, artifacts, before)
     recheck(dataset)
     seconds = time.monotonic() - started
     artifact = store.publish(
@@ -414,40 +449,12 @@ def _execute(
     return artifact
 
 
-class _output:
-    """Context manager of the folder that a stage writes into.
-
-    On rank 0 it is the `.partial`, emptied except for `work`. On other ranks it is a temporary folder.
-    """
-
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
-        self.scratch: Path | None = None
-
-    def __enter__(self) -> Path:
-        (self.partial / WORK).mkdir(exist_ok=True)
-        if _rank() != 0:
-            self.scratch = Path(tempfile.mkdtemp())
-            return self.scratch
-        for entry in self.partial.iterdir():
-            if entry.name not in (WORK, BEGUN):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        return self.partial
-
-    def __exit__(self, *error: object) -> None:
-        if self.scratch:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-
-
-def _await(store: Store, planned: Planned, artifacts: Mapping[str, Artifact], before: Artifact | None) -> Artifact:
-    """Wait on other ranks until rank 0 has published an artefact other than `before`. torchrun kills them if rank 0 fails."""
-    while not (found := _published(store, planned, artifacts)) or found == before:
-        time.sleep(0.5)
-    return found
+def _empty(partial: Path) -> None:
+    """Delete everything in the folder that a stage writes into, except `work` and the record of its inputs. Make `work`."""
+    (partial / WORK).mkdir(exist_ok=True)
+    for entry in partial.iterdir():
+        if entry.name not in (WORK, BEGUN):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def report_over(

@@ -1,7 +1,7 @@
-"""The one way the package shows that it is alive: rich bars on a terminal, plain lines elsewhere, all on stderr.
+"""Progress output of the package, on stderr: rich bars on a terminal, plain lines elsewhere.
 
-`YOLO_COMPRESS_PROGRESS=off` silences both. Stdout belongs to results (`result`). A reader that went away (`| head`)
-ends the output, never the run.
+`YOLO_COMPRESS_PROGRESS=off` turns both off. Stdout is for results (`result`). If the reader closes the output (`| head`),
+the output ends, but the run goes on.
 """
 
 import errno
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from yolo_compress import ranks
 from yolo_compress.errors import StorageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-PLAIN_SECONDS = 10.0  # a log of a night's training stays readable
+PLAIN_SECONDS = 10.0  # so that the log of a long training stays short
 PLAIN_PARTS = 10
-REFRESH_PER_SECOND = 2  # each refresh takes the interpreter for some milliseconds: at 2 Hz well under 1 % of a training
+REFRESH_PER_SECOND = 2  # each refresh takes some milliseconds of CPU: at 2 Hz well under 1 % of a training
 
-_CONTROL = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]"
-)  # C0, C1, changes of direction
+# control characters C0 and C1, and changes of the writing direction
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 _open_bars: list["_PlainBar"] = []
 _live: "Progress | None" = None
@@ -33,13 +33,13 @@ _last_line = 0.0  # monotonic time of the last plain line of any bar
 
 
 def say(text: str) -> None:
-    """One line to stderr, above the bars if there are any."""
+    """Write one line to stderr, above the bars if there are any. Write nothing if progress is off."""
     if not _silent():
         notice(text)
 
 
 def notice(text: str) -> None:
-    """One line to stderr, even if progress is off: for what a user must know (why nothing moves, what was skipped)."""
+    """Write one line to stderr, even if progress is off: a reason to wait, an image that was skipped."""
     text = _printable(text)
     if _live is not None:
         _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -48,34 +48,34 @@ def notice(text: str) -> None:
 
 
 def result(text: str) -> bool:
-    """One line to stdout, the program's answer; quiet when nobody reads it any more.
+    """Write one line of results to stdout.
 
     Returns:
-        Whether somebody may still read it: False once the reader of a pipe or terminal went away.
+        False once the reader of a pipe or terminal has closed it, else True.
 
     Raises:
-        StorageError: stdout is a file, and its disk refused the line.
+        StorageError: stdout is a file, and the line cannot be written.
     """
     return _write(sys.stdout, _printable(text) + "\n")
 
 
 def _printable(text: str) -> str:
-    """Text from files of others as a terminal may show it: escape sequences and the like as \\x1b, lines and tabs kept."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return text that is safe for a terminal: control characters become escapes such as \\x1b, except tabs and newlines."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager
 def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows the progress of a loop; bars may be nested (epochs outside, batches inside).
+    """Show the progress of a loop. Bars may be nested (epochs outside, batches inside).
 
     Args:
-        description: what is going on, such as "sparsify".
-        total: steps of the whole loop.
-        unit: what a step is, such as "epochs".
-        done: steps an earlier run has done; they do not count for the estimate of the time left.
+        description: Name of the work, such as "sparsify".
+        total: Steps of the whole loop.
+        unit: Name of the steps, such as "epochs".
+        done: Steps of an earlier run. The estimate of the time left ignores them.
 
     Yields:
-        `advance(n=1, **fields)`, which counts n steps and shows the fields by name (`box=1.23 kd=0.5`).
+        A function `advance(n=1, **fields)`. It counts n steps and shows the fields (`box=1.23 kd=0.5`).
     """
     if _silent():
         yield lambda n=1, **fields: None
@@ -88,7 +88,7 @@ def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator
 
 
 def _silent() -> bool:
-    return os.environ.get("YOLO_COMPRESS_PROGRESS", "").lower() == "off"
+    return os.environ.get("YOLO_COMPRESS_PROGRESS", "").lower() == "off" or ranks.rank() > 0
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -99,12 +99,15 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
-    """Writes and flushes; once the reader is gone the descriptor leads to nowhere, so that the exit is quiet too.
+    """Write and flush text. Once the reader is gone, redirect the stream to /dev/null, so that the exit raises nothing.
 
-    Returns whether the text arrived or may still be read. A full disk under stdout raises StorageError; under stderr it
-    ends the log, since there is nowhere left to say so.
+    Returns:
+        Whether the text may still be read.
+
+    Raises:
+        StorageError: stdout is a file, and its disk is full. On a full disk under stderr the log just ends.
     """
-    if stream is None:  # started with the descriptor closed
+    if stream is None:  # Python started with this descriptor closed
         return False
     try:
         stream.write(text)
@@ -136,7 +139,7 @@ def _redirect_to_nowhere(stream: TextIO) -> None:
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError, AttributeError):
-        return  # not a real file: nothing is flushed at exit
+        return  # not a real file, so nothing is flushed at exit
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
@@ -155,7 +158,7 @@ def _show(fields: dict[str, Any]) -> str:
 
 
 class _PlainBar:
-    """Lines for logs: the outermost bar at each tenth, any bar when nothing was written for ten seconds."""
+    """Lines for logs: the outermost bar writes one at each tenth, any bar after ten seconds without a line."""
 
     def __init__(self, description: str, total: int, unit: str, done: int) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -203,7 +206,7 @@ def _plain_bar(description: str, total: int, unit: str, done: int) -> Iterator[C
 
 
 class _Quiet:
-    """Stderr for rich, whose refresh thread would otherwise show a traceback when the terminal goes away."""
+    """Stderr for rich. Without it, rich's refresh thread shows a traceback when the terminal is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -214,7 +217,7 @@ class _Quiet:
         return len(text)
 
     def flush(self) -> None:
-        """`write` has flushed."""
+        """Do nothing: `write` flushes."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How the package is extended: a family of detectors, a criterion or a feature loss is one file or function and one row."""
+"""Extensions: a family of detectors, a criterion or a feature loss needs one file or function, and one row in a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ultralytics.nn.tasks import DetectionModel
 
 from tests.support.pages import blocks
 from tests.support.quant_net import NAMES, images, run_onnx, run_torch
-from yolo_compress import choices
 from yolo_compress.distill import feature
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import export_onnx
@@ -41,6 +40,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach, detach
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import fold
+from yolo_compress.recipe import choices
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, PAGE = ROOT / "yolo_compress", ROOT / "docs/extending.md"
@@ -56,7 +56,7 @@ NAMES_FOR_PEOPLE = {
 
 
 def wiring_in(source: str) -> set[str]:
-    """What a module says of the blocks of a detector: identifiers, attributes and text, docstrings aside."""
+    """Return the names of blocks and their attributes in a module's identifiers, attributes and strings, without docstrings."""
     tree, found = ast.parse(source), set[str]()
     docs = {
         id(node.body[0].value)
@@ -80,23 +80,23 @@ def wiring_in(source: str) -> set[str]:
     return found
 
 
-def test_the_reader_of_wiring_reads() -> None:
+def test_wiring_in_finds_every_form() -> None:
     source = '"""C2f"""\nfrom ultralytics.nn.modules import C2f\nhead.cv2\nx = f"{name}.cv1"\nif kind == "Detect": pass\nimport cv2'
     assert wiring_in(source) == {"ultralytics.nn.modules", "C2f", ".cv2", ".cv1", "Detect"}
 
 
-def test_blocks_and_their_wiring_are_known_in_nets_alone() -> None:
+def test_only_nets_knows_blocks_and_their_wiring() -> None:
     found = {
         file.relative_to(PACKAGE).as_posix(): wiring
         for file in sorted(PACKAGE.rglob("*.py"))
         if file.parent != PACKAGE / "nets" and (wiring := wiring_in(file.read_text(encoding="utf-8")))
     }
     assert {name: wiring for name, wiring in found.items() if name not in NAMES_FOR_PEOPLE} == {}
-    assert found.keys() >= NAMES_FOR_PEOPLE.keys(), "an exception that is none any more"
+    assert found.keys() >= NAMES_FOR_PEOPLE.keys(), "an exception that is not needed any more"
 
 
 class Shortcut(nn.Module):
-    """A shortcut over two convolutions, named otherwise than those of YOLOv8."""
+    """A shortcut over two convolutions, with other names than in YOLOv8."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Shortcut(nn.Module):
 
 
 class Twin(nn.Module):
-    """A layer of a family of its own: a shortcut and a convolution."""
+    """A layer of a new family: a shortcut and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ YAML = {
 
 
 def twins() -> nn.Module:
-    """A detector of strides 4 and 8 whose third layer is a `Twin`, with BatchNorms that do something."""
+    """Make a detector of strides 4 and 8 whose third layer is a `Twin`. Its BatchNorms have random weights and fit random images."""
     torch.manual_seed(0)
     model = DetectionModel(YAML, verbose=False)
     twin = Twin(16)
@@ -164,7 +164,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_a_family_that_is_not_registered_is_refused_by_the_name_of_its_block() -> None:
+def test_a_family_that_is_not_registered_is_an_error_with_the_name_of_its_block() -> None:
     for what in (prunable, plan):
         with pytest.raises(RecipeError, match=r"model\.2 is a Twin; supported are YOLOv8 detection models"):
             what(twins())
@@ -233,7 +233,7 @@ def absolute(student_BCHW, teacher_BCHW, weight_B1HW):
     return (student_BCHW - teacher_BCHW).abs().mean()
 """
 WITH_ROWS = """
-from yolo_compress import choices
+from yolo_compress.recipe import choices
 choices.CRITERIA["last_first"] = choices.Choice("own_of_a_test:last_first", "the last channel goes first")
 choices.FEATURE_LOSSES["absolute"] = choices.Choice("own_of_a_test:absolute", "absolute difference")
 from yolo_compress.cli.main import main
@@ -248,7 +248,7 @@ main(["cfg", "recipe=digits", "prune.criterion=another"])
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module that can be imported by its name, with a criterion and a feature loss."""
+    """A module with a criterion and a feature loss, which can be imported by its name."""
     (tmp_path / "own_of_a_test.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(choices.CRITERIA, "last_first", choices.Choice("own_of_a_test:last_first", "a test's"))
@@ -278,7 +278,7 @@ def test_a_row_is_a_value_of_the_knob_and_is_in_the_help(own: Path) -> None:
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_criterion_of_a_row_and_one_of_a_file_decide_what_is_pruned(own: Path) -> None:
+def test_a_criterion_of_a_row_or_a_file_chooses_the_channels(own: Path) -> None:
     for name in ("last_first", f"{own}/own_of_a_test.py:last_first"):
         model = twins()
         groups, shapes = prunable(model), conv_shapes(model, (64, 64))

@@ -1,4 +1,4 @@
-"""The layers of the architecture, read from the imports: each third party has its doors, and no layer looks upwards."""
+"""The layers of the architecture, checked by the imports: few modules import each library, and no layer imports a higher one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "yolo_compress"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A third party and the only files (or folders, ending in /) that may import it.
+# A library, and the only files (or folders, ending in /) that may import it.
 DOORS = {
     "ultralytics": {
         "train/",
         "evaluate/ultralytics_ap.py",  # its matching and AP, not its training
         "nets/",  # ultralytics.nn.modules only, see below
-        "cli/fetch.py",  # its downloader, inside a function; network is asked for by name
+        "cli/fetch.py",  # its downloader, inside a function; the user asks for the download
     },
     "torch_pruning": {"prune/graph.py"},
     "modelopt": {"quant/fakequant.py"},
@@ -32,9 +32,9 @@ DOORS = {
     "cuda": {"runtime/backends/tensorrt/cuda.py"},
     "pycuda": {"runtime/backends/tensorrt/cuda.py"},
     "rclpy": {"runtime/commands/ros2_node.py"},
-    "cryptography": {"runtime/secure/ed25519.py"},  # where it is installed; the file holds a reference beside it
+    "cryptography": {"runtime/secure/ed25519.py"},  # if it is installed; the file also has a reference implementation
 }
-# Parts of the package that a part must not import, directly.
+# Parts of the package that a part must not import directly.
 UPWARDS = {"cli", "pipeline", "stages"}
 METHODS_AVOID = UPWARDS | {"recipe", "report", "train", "data", "bundle", "rollout"}
 FORBIDDEN = {
@@ -57,11 +57,12 @@ FORBIDDEN = {
     "pipeline": {"cli"},
     "stages": {"cli", "pipeline"},
 }
-ANYWHERE = {"yolo_compress.train.hook"}  # the protocol of hooks; the methods implement it
+# The protocol of hooks, which methods implement; the tables of their criteria and losses, which the recipe offers.
+ANYWHERE = {"yolo_compress.train.hook", "yolo_compress.recipe.choices"}
 STANDARD = set(sys.stdlib_module_names)
 RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography"}
-ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # of the robot's own installation, for its node alone
-READERS = {"numpy", "cv2", "PIL"}  # what the robot needs beside one engine library; cv2 or PIL
+ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # from the robot's installation, only for the ROS 2 node
+READERS = {"numpy", "cv2", "PIL"}  # what the robot needs besides an engine library: numpy, and cv2 or PIL
 
 
 def name_of(file: Path) -> str:
@@ -69,7 +70,7 @@ def name_of(file: Path) -> str:
 
 
 def imports(file: Path) -> Iterator[tuple[str, ast.stmt]]:
-    """Absolute dotted names of everything imported anywhere in the file, `from a import b` as a.b too."""
+    """Yield the absolute dotted names of all imports in the file, with their statements. `from a import b` is a.b."""
     here = ["yolo_compress", *file.relative_to(PACKAGE).with_suffix("").parts]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -83,12 +84,12 @@ def imports(file: Path) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def own(name: str) -> str | None:
-    """The part of the package that an import names: `prune`, `recipe`, ..."""
+    """Return the part of the package that an import names (`prune`, `recipe`, ...); None for other packages."""
     parts = name.split(".")
     return parts[1] if parts[0] == "yolo_compress" and len(parts) > 1 else None
 
 
-def test_the_reader_of_imports_reads() -> None:
+def test_imports_finds_every_form() -> None:
     found = {name for name, _ in imports(PACKAGE / "runtime/backends/tensorrt/build.py")}
     assert {
         "yolo_compress.runtime.backends.tensorrt.library.library",
@@ -101,7 +102,7 @@ def test_the_reader_of_imports_reads() -> None:
 
 
 @pytest.mark.parametrize("library", DOORS)
-def test_a_third_party_has_its_doors(library: str) -> None:
+def test_a_library_is_imported_only_where_allowed(library: str) -> None:
     through = {name_of(file) for file in FILES for name, _ in imports(file) if name.split(".")[0] == library}
     allowed = DOORS[library]
     strangers = {
@@ -109,18 +110,18 @@ def test_a_third_party_has_its_doors(library: str) -> None:
         for file in through
         if not any(file == door or (door[-1] == "/" and file.startswith(door)) for door in allowed)
     }
-    assert not strangers, f"{library} is imported by {sorted(strangers)}, its doors are {sorted(allowed)}"
-    assert through, f"{library} is imported nowhere: drop its door"
+    assert not strangers, f"{library} is imported by {sorted(strangers)}, but only {sorted(allowed)} may import it"
+    assert through, f"{library} is imported nowhere: delete its row"
 
 
-def test_nets_see_ultralytics_modules_only() -> None:
+def test_nets_imports_only_ultralytics_nn_modules() -> None:
     files = (PACKAGE / "nets").glob("*.py")
     seen = {name for file in files for name, _ in imports(file) if name.startswith("ultralytics")}
     assert seen and all(name.startswith("ultralytics.nn.modules.") for name in seen)
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)
-def test_no_layer_looks_upwards(layer: str) -> None:
+def test_no_layer_imports_a_higher_one(layer: str) -> None:
     files = [file for file in FILES if name_of(file) == f"{layer}.py" or name_of(file).startswith(f"{layer}/")]
     assert files
     wrong = {
@@ -133,21 +134,21 @@ def test_no_layer_looks_upwards(layer: str) -> None:
 
 
 @pytest.mark.parametrize("layer", ["prune", "distill", "quant"])
-def test_methods_know_no_other_method(layer: str) -> None:
+def test_methods_do_not_import_other_methods(layer: str) -> None:
     others = {"prune", "distill", "quant"} - {layer}
     files = (PACKAGE / layer).rglob("*.py")
     assert not {f"{name_of(file)}: {name}" for file in files for name, _ in imports(file) if own(name) in others}
 
 
-def test_any_door_may_be_the_first() -> None:
-    """Surgery is imported by users too, and before the rest of the package."""
+def test_any_module_may_be_imported_first() -> None:
+    """Users may import surgery before the rest of the package."""
     code = "import yolo_compress.prune.graph, os; assert os.environ['ULTRALYTICS_SAFE_LOAD'] == '1'; import yolo_compress.train"
     environment = {key: value for key, value in os.environ.items() if key != "ULTRALYTICS_SAFE_LOAD"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Names that lead back to themselves, those of one circle together."""
+    """Return the circular imports of a graph, each as the list of its names."""
     reach = {name: set(near) for name, near in graph.items()}
     for middle in graph:
         for name in graph:
@@ -164,7 +165,7 @@ def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
-def test_no_module_and_no_part_imports_itself_by_a_detour() -> None:
+def test_there_are_no_circular_imports() -> None:
     modules = {"yolo_compress." + name_of(file).removesuffix(".py").replace("/", "."): file for file in FILES}
     modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
     graph: dict[str, set[str]] = {}
@@ -173,7 +174,7 @@ def test_no_module_and_no_part_imports_itself_by_a_detour() -> None:
         named = {name if name in modules else name.rpartition(".")[0] for name, _ in imports(file)}
         graph[module] = {name for name in named & set(modules) if name != module}
         part = own(module)
-        if part is not None:  # the package's own face imports what it shows
+        if part is not None:  # the package's __init__ imports its public names
             parts.setdefault(part, set()).update(
                 other for name in graph[module] if (other := own(name)) not in (part, None)
             )
@@ -181,7 +182,7 @@ def test_no_module_and_no_part_imports_itself_by_a_detour() -> None:
     assert circles({part: near & set(parts) for part, near in parts.items()}) == []
 
 
-def test_stages_are_imported_by_the_pipeline_alone() -> None:
+def test_only_the_pipeline_imports_stages() -> None:
     wrong = {
         name_of(file)
         for file in FILES
@@ -209,7 +210,7 @@ def test_runtime_is_python_38_and_on_its_own(file: Path) -> None:
 
 
 def newer_than_38(tree: ast.Module) -> set[str]:
-    """What Python 3.8 parses but does not have: built-in generics and `X | Y` outside annotations, newer methods."""
+    """Return what Python 3.8 parses but cannot run: built-in generics and `X | Y` outside annotations, newer methods."""
     annotations = {
         id(inner)
         for node in ast.walk(tree)
@@ -240,7 +241,7 @@ def newer_than_38(tree: ast.Module) -> set[str]:
     return found
 
 
-def test_what_python_38_lacks_is_found() -> None:
+def test_newer_than_38_finds_every_form() -> None:
     text = "x = list[int]()\ny = 'a'.removeprefix('a')\nz = zip(x, y, strict=True)\ndef f(a: list[int]) -> dict[str, int]: ..."
     assert len(newer_than_38(ast.parse(text))) == 3
     with pytest.raises(SyntaxError):
@@ -248,7 +249,7 @@ def test_what_python_38_lacks_is_found() -> None:
 
 
 def imported_by(statement: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after `statement`."""
+    """Return the top-level modules of a new interpreter after `statement`."""
     program = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(done.stdout.split())
@@ -260,11 +261,11 @@ HEAVY = {"torch", "ultralytics", "cv2", "onnx", "onnxruntime", "openvino", "mode
 @pytest.mark.parametrize(
     "statement", ["import yolo_compress", "import yolo_compress.cli.main", "from yolo_compress import load"]
 )
-def test_the_package_and_its_command_line_start_light(statement: str) -> None:
+def test_the_package_and_its_command_line_import_no_heavy_library(statement: str) -> None:
     assert not imported_by(statement) & HEAVY
 
 
-def test_the_robots_side_imports_no_third_party_but_numpy() -> None:
+def test_the_runtime_imports_no_library_but_numpy() -> None:
     folder = PACKAGE / "runtime"
     modules = [".".join(file.relative_to(folder).with_suffix("").parts) for file in sorted(folder.rglob("*.py"))]
     modules = [name for name in modules if "__init__" not in name and "ros2" not in name]

@@ -1,4 +1,4 @@
-"""A runtime is added by a row in `runtime/registry.py` and a file in `runtime/backends/`, and then appears everywhere."""
+"""A new runtime needs a row in `runtime/registry.py` and a file in `runtime/backends/`. It then appears everywhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW = """        Runtime(
         ),
 """
 NAMES = {"onnxruntime", "openvino", "tensorrt"}
-# Files that name a runtime, and why.
+# Files that name a runtime, and the reason.
 MAY_NAME = {
     "runtime/registry.py": "the list",
     "runtime/commands/build.py": "a Jetson's message",
@@ -41,7 +41,7 @@ MAY_NAME = {
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with one runtime more."""
+    """A copy of the package with an additional runtime."""
     root = tmp_path_factory.mktemp("scratch")
     shutil.copytree(PACKAGE, root / "yolo_compress", ignore=shutil.ignore_patterns("__pycache__"))
     registry = root / "yolo_compress/runtime/registry.py"
@@ -61,7 +61,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def said(scratch: Path, *words: str) -> str:
+def stdout_of(scratch: Path, *words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(scratch), "COLUMNS": "100"}
     done = subprocess.run(
         [sys.executable, *words], cwd=scratch, env=environment, capture_output=True, text=True, timeout=120
@@ -71,10 +71,10 @@ def said(scratch: Path, *words: str) -> str:
 
 
 def test_help_check_and_recipe_offer_it(scratch: Path) -> None:
-    assert "echo" in said(scratch, "-m", "yolo_compress", "help", "engine")
-    assert "echo" in said(scratch, "-m", "yolo_compress", "help", "prune")
-    assert "echo" in said(scratch, "-m", "yolo_compress", "cfg", "recipe=digits", "engine.runtimes=echo")
-    assert "echo" in said(scratch, "-m", "yolo_compress", "check")
+    assert "echo" in stdout_of(scratch, "-m", "yolo_compress", "help", "engine")
+    assert "echo" in stdout_of(scratch, "-m", "yolo_compress", "help", "prune")
+    assert "echo" in stdout_of(scratch, "-m", "yolo_compress", "cfg", "recipe=digits", "engine.runtimes=echo")
+    assert "echo" in stdout_of(scratch, "-m", "yolo_compress", "check")
 
 
 PROGRAM = """
@@ -104,8 +104,8 @@ print(json.dumps({
 """
 
 
-def test_it_is_everywhere_that_runtimes_are(scratch: Path) -> None:
-    assert json.loads(said(scratch, "-c", PROGRAM).splitlines()[-1]) == {
+def test_it_is_in_every_list_of_runtimes(scratch: Path) -> None:
+    assert json.loads(stdout_of(scratch, "-c", PROGRAM).splitlines()[-1]) == {
         "check": "onnxruntime",
         "int8 file": "int8-echo",
         "row of the report": "echo",

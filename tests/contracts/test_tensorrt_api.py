@@ -1,7 +1,7 @@
-"""Every name that we use of TensorRT exists in each version's real bindings; the sequence of calls gives the right engine.
+"""TensorRT: every name that we use exists in the real bindings of each version, and the calls have the right order.
 
-A stand-in module is made from each `api-*.json` (names dumped from NVIDIA's wheels): an attribute that the version lacks is
-an AttributeError, as it would be on the robot. What the calls do is by NVIDIA's documentation; no TensorRT runs here.
+A stand-in module is made from each `api-*.json`, which has the names of NVIDIA's wheel. A name that the version does not have
+is an AttributeError, as on the robot. The calls behave as NVIDIA documents them. TensorRT itself does not run here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.real
 
 
 class Dims(list):
-    """As tensorrt.Dims: indexed, sliced, iterated; equal to no tuple."""
+    """Stand-in for tensorrt.Dims: it can be indexed, sliced and iterated, and is not equal to a tuple."""
 
 
 class HostMemory:
@@ -51,14 +51,14 @@ class HostMemory:
 
 
 class Member(enum.Enum):
-    """As pybind11's enumerations: `int()` takes a member, arithmetic does not."""
+    """Stand-in for pybind11's enumerations: `int(member)` works, arithmetic with a member does not."""
 
     def __int__(self) -> int:
         return int(self.value)
 
 
 def strict(name: str, allowed: list[str], /, **behaviour: Any) -> Any:
-    """An object of which only the version's names can be read or set; what has no behaviour is a plain attribute."""
+    """Return an object that has only the names of the version. A name without behaviour is a plain attribute."""
 
     class Strict:
         def __getattr__(self, attribute: str) -> Any:
@@ -77,9 +77,9 @@ def strict(name: str, allowed: list[str], /, **behaviour: Any) -> Any:
 
 
 class FakeMemory:
-    """Both memories in dicts; a copy out of bounds, and a copy by the graph from or to what is not pinned, is an error.
+    """Host and device memory in dicts. A copy out of bounds is an error, and in a graph a copy of memory that is not pinned.
 
-    Work is done at once, or kept for a graph while `capture` lasts. `trace` holds what was asked for, in order.
+    Work is done at once, or recorded for a graph during `capture`. `trace` has the calls in their order.
     """
 
     stream = 77
@@ -89,7 +89,7 @@ class FakeMemory:
         self.hosts: dict[int, np.ndarray] = {}
         self.graphs: list[list[tuple[Callable[[], Any], set[int]]]] = []
         self.kept: list[tuple[Callable[[], Any], set[int]]] | None = None
-        self.no_graphs: str | None = None  # why a capture fails
+        self.no_graphs: str | None = None  # reason why a capture fails
         self.trace: list[str] = []
         self.made = 0
         self.closed = False
@@ -98,7 +98,7 @@ class FakeMemory:
         return sum(self.trace.count(name) for name in names)
 
     def put(self, work: Callable[[], Any], *addresses: int) -> None:
-        """On the stream."""
+        """Put work on the stream."""
         if self.kept is None:
             work()
         else:
@@ -114,7 +114,7 @@ class FakeMemory:
         return 4096 * self.made
 
     def free(self, pointer: int) -> None:
-        assert self.unused(pointer), "a graph holds the address"
+        assert self.unused(pointer), "a graph uses the address"
         self.trace.append("free")
         del self.blocks[pointer]
 
@@ -125,7 +125,7 @@ class FakeMemory:
         return host
 
     def unpin(self, host: np.ndarray) -> None:
-        assert self.unused(host.ctypes.data), "a graph holds the address"
+        assert self.unused(host.ctypes.data), "a graph uses the address"
         self.trace.append("unpin")
         del self.hosts[host.ctypes.data]
 
@@ -179,13 +179,13 @@ class FakeMemory:
     def close(self) -> None:
         if not self.closed:
             self.trace.append("close")
-            assert not self.graphs and not self.hosts, "left for the last moment"
+            assert not self.graphs and not self.hosts, "graphs or host memory were not released"
         self.blocks.clear()
         self.closed = True
 
 
 class FakeTensorRT(ModuleType):
-    """One version. An "ONNX file" is text: words `half`, `qdq`, `dynamic`, `free` (dynamic size), `broken`, `unbuildable`."""
+    """One version of TensorRT. An "ONNX file" is text with words: `half`, `qdq`, `dynamic`, `free` (dynamic size), `broken`, ..."""
 
     def __init__(self, api: dict[str, Any], memory: FakeMemory) -> None:
         super().__init__("tensorrt")
@@ -193,10 +193,10 @@ class FakeTensorRT(ModuleType):
         self.__version__ = api["__version__"]
         self.built: dict[str, Any] = {}
         self.deserialised = 0
-        self.channels = 3  # of the network's input
+        self.channels = 3  # of the model's input
         self.load = True
         self.capturable = True
-        self.log_of_start: str | None = None  # what the log says when a Runtime is made
+        self.log_of_start: str | None = None  # log line when a Runtime is made
         self.stale_cache = False
         self.parts: dict[str, Any] = {
             "Builder": self._builder,
@@ -257,7 +257,7 @@ class FakeTensorRT(ModuleType):
             "network_flags": {m.name for m in members if flags & (1 << int(m))},
             "flags": {"TF32"},
             "profiles": 0,
-            "sharing": major(self) >= 10,  # of a profile by several contexts
+            "sharing": major(self) >= 10,  # several contexts may share a profile
         }
         layers: list[Any] = []
         self.built["layers"] = layers
@@ -297,11 +297,11 @@ class FakeTensorRT(ModuleType):
             content = bytes(cache.serialize())
             if self.stale_cache and content:
                 return False
-            built["cache"] = content  # the config's own: what was given stays as it is
+            built["cache"] = content  # the config has a copy; the given cache is unchanged
             return True
 
         def get_cache() -> Any:
-            assert "built" in built, "before the build it holds nothing new"
+            assert "built" in built, "before the build there is nothing new in it"
             return create_cache(b"cache:" + built["cache"])
 
         def set_preview(feature: Any, on: bool) -> None:
@@ -355,7 +355,7 @@ class FakeTensorRT(ModuleType):
         return self._traced("runtime", self.strict("Runtime", deserialize_cuda_engine=self._engine))
 
     def _traced(self, name: str, made: Any) -> Any:
-        """The object; its end goes into the trace."""
+        """Return the object, and add its deletion to the trace."""
         weakref.finalize(made, self.memory.trace.append, name)
         return made
 
@@ -396,7 +396,7 @@ class FakeTensorRT(ModuleType):
         )
 
     def _context(self, described: dict[str, Any]) -> Any:
-        """A graph holds its state, so a launch after another change is an error; and the first run cannot be captured."""
+        """Return a context. A graph has its state, so a launch after a change is an error. The first run cannot be captured."""
         state: dict[str, Any] = {"address": {}, "version": 0, "flushed": None}
         described["contexts"] = described.get("contexts", 0) + 1
         first = described["contexts"] == 1
@@ -455,7 +455,7 @@ class FakeTensorRT(ModuleType):
 
 
 def expected(images: np.ndarray) -> np.ndarray:
-    """What the stand-in's network computes: the image's mean plus the row's number."""
+    """Return the output of the stand-in's model: the mean of the image plus the number of the row."""
     rows = np.arange(4 + len(NAMES), dtype=np.float32)[None, :, None]
     return np.broadcast_to(
         images.mean(axis=(1, 2, 3))[:, None, None] + rows, (len(images), len(rows[0]), ANCHORS)
@@ -493,7 +493,7 @@ def test_the_range_of_versions_is_covered() -> None:
     assert {version.split(".")[0] for version in versions} == {"8", "10", "11"}, f"YOLO_COMPRESS_TENSORRT_APIS={FOLDER}"
 
 
-def test_the_stand_in_refuses_what_a_version_lacks(trt: FakeTensorRT) -> None:
+def test_the_stand_in_has_only_the_names_of_its_version(trt: FakeTensorRT) -> None:
     assert hasattr(trt.BuilderFlag, "FP16") == (major(trt) < 11)
     assert hasattr(trt, "IInt8EntropyCalibrator2") == (major(trt) < 11)
     with pytest.raises(AttributeError, match="max_batches"):
@@ -509,7 +509,8 @@ def test_the_stand_in_refuses_what_a_version_lacks(trt: FakeTensorRT) -> None:
 )
 def test_every_precision_builds(precision: str, words: str, flags: set[str], trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, words, precision, workspace_mib=512)
-    wanted = {"SPARSE_WEIGHTS"} | (flags if major(trt) < 11 else set())  # in 11 the graph's own types decide
+    # in TensorRT 11, the types in the graph set the precision
+    wanted = {"SPARSE_WEIGHTS"} | (flags if major(trt) < 11 else set())
     assert trt.built["flags"] - {"TF32"} == wanted
     assert ("TF32" in trt.built["flags"]) == (precision != "fp32"), "fp32 is FP32"
     assert trt.built["network_flags"] == ({"EXPLICIT_BATCH"} if major(trt) < 11 else set())
@@ -519,7 +520,7 @@ def test_every_precision_builds(precision: str, words: str, flags: set[str], trt
     assert sidecar["options"] == {"max_batch": 1, "workspace_mib": 512} and sidecar["built_on"]["gpu"] == "Orin (sm_87)"
 
 
-def test_a_graph_that_cannot_give_the_precision_is_refused(trt: FakeTensorRT, tmp_path: Path) -> None:
+def test_a_graph_without_the_types_of_the_precision_is_refused(trt: FakeTensorRT, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no Q/DQ nodes"):
         made(tmp_path, "float", "int8")
     if major(trt) >= 11:
@@ -530,7 +531,7 @@ def test_a_graph_that_cannot_give_the_precision_is_refused(trt: FakeTensorRT, tm
         assert trt.built["flags"] >= {"FP16"}
 
 
-def test_parser_and_builder_failures_are_told(trt: FakeTensorRT, tmp_path: Path) -> None:
+def test_failures_of_parser_and_builder_are_in_the_error(trt: FakeTensorRT, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot parse it: node 7: no importer for Moebius"):
         made(tmp_path, "broken", "fp32")
     with pytest.raises(EngineError, match="built no fp32 engine: Could not find any implementation for node Moebius"):
@@ -560,7 +561,7 @@ def test_a_dynamic_batch_gets_a_profile_and_other_dynamic_sizes_are_refused(trt:
         made(tmp_path, "free", "fp32")
 
 
-def test_a_timing_cache_is_taken_up_or_replaced(trt: FakeTensorRT, tmp_path: Path) -> None:
+def test_a_timing_cache_is_used_or_replaced(trt: FakeTensorRT, tmp_path: Path) -> None:
     (tmp_path / "earlier").write_bytes(b"tactics")
     engine = made(tmp_path, "float", "fp32", timing_cache=tmp_path / "earlier")
     assert (engine / TIMING_CACHE).read_bytes() == b"cache:tactics", "what the build added, not what it was given"
@@ -648,7 +649,7 @@ def test_another_shape_ends_the_graph_and_a_second_run_of_it_is_captured_anew(
 
 
 @pytest.mark.parametrize("failure", ["begin", "enqueue"])
-def test_without_a_graph_it_is_said_and_runs_are_plain(
+def test_without_a_graph_the_reason_is_reported_and_runs_are_plain(
     failure: str, trt: FakeTensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if failure == "begin":
@@ -669,7 +670,7 @@ def test_without_a_graph_it_is_said_and_runs_are_plain(
         assert "CUDA graph" not in capsys.readouterr().err
 
 
-def test_a_graph_that_only_a_bound_call_lacks_is_said_too(trt: FakeTensorRT, tmp_path: Path) -> None:
+def test_a_missing_graph_of_a_bound_call_is_reported_too(trt: FakeTensorRT, tmp_path: Path) -> None:
     with TensorRTBackend(made(tmp_path, "float", "fp32")) as backend:
         assert backend.executed.endswith(", CUDA graph")
         trt.memory.no_graphs = "CUDA: out of memory (code 2)"
@@ -726,7 +727,7 @@ def test_layers_are_timed_by_the_profiler(trt: FakeTensorRT, tmp_path: Path) -> 
 
 
 @pytest.mark.fault(30)
-def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_path: Path) -> None:
+def test_only_verified_files_are_deserialised(trt: FakeTensorRT, tmp_path: Path) -> None:
     engine = made(tmp_path, "float", "fp32")
     with pytest.raises(EngineError, match="holds fp32, int8 was asked"):
         TensorRTBackend(engine, precision="int8")
@@ -753,7 +754,7 @@ def test_nothing_is_deserialised_that_is_not_vouched_for(trt: FakeTensorRT, tmp_
 
 
 @pytest.mark.fault(30)
-def test_an_engine_of_another_gpu_is_built_anew_on_the_robot(
+def test_an_engine_of_another_gpu_is_built_again_on_the_robot(
     trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = made(tmp_path, "float", "fp32")
@@ -820,7 +821,7 @@ def test_types_of_convolutions_are_read_in_either_form(described: dict[str, str]
 
 
 def test_the_code_names_nothing_of_tensorrt_dynamically() -> None:
-    """`getattr(trt..., name)` would escape the stand-in's check, but for the flags that are gated by hasattr."""
+    """The stand-in cannot check `getattr(trt..., name)`. Only flags that are tested with hasattr may use it."""
     files = sorted((ROOT / "yolo_compress/runtime/backends/tensorrt").glob("*.py"))
     assert len(files) >= 5
     for file in files:

@@ -21,14 +21,13 @@ DOORS = {
     "stages/__init__.py": 1,  # what a killed run left in `work`
     "store/fingerprint.py": 1,  # the JSON copy of any key or metrics
     "store/manifest.py": 3,  # key and metrics of any stage, as on the disk; `stages.metrics` has the types
-    "train/trainer.py": 1,  # Ultralytics' own signature
+    "train/trainer.py": 3,  # Ultralytics' own signature; the content of resume.pt
     "train/transfer.py": 1,  # the layers of a foreign checkpoint
 }
 # Packages that are not done; only fewer lines may hold such a type than do now.
 REST = {
     "cli/": 7,
     "distill/": 4,
-    "export/": 3,
     "lint/": 4,
     "pipeline.py": 1,
     "progress.py": 3,
@@ -63,7 +62,7 @@ def test_only_doors_hold_untyped_mappings() -> None:
 
 
 def test_doors_are_few_and_in_use() -> None:
-    assert sum(DOORS.values()) <= 20
+    assert sum(DOORS.values()) <= 22
     there = {place(name) for name in lines()}
     assert set(DOORS) <= there, f"doors that are no more: {sorted(set(DOORS) - there)}"
 

@@ -1,4 +1,4 @@
-"""A verb is one row of `cli.verbs` and a file with its handler: nothing else lists verbs, their options or their words."""
+"""A verb needs one row in `cli.verbs` and a file with its handler. Nothing else lists verbs, their options or their words."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from yolo_compress.progress import result
 from yolo_compress.train import checkpoint
 
 CLI = Path(verbs.__file__).parent
-# Modules of cli/ that carry out no verb by themselves.
-PARTS = {"__init__", "estimate", "grammar", "init_targets", "main", "verbs"}
+# Modules of cli/ without a handler.
+PARTS = {"__init__", "estimate", "grammar", "init_targets", "main", "processes", "verbs"}
 
 
 @pytest.fixture
 def greet(monkeypatch: pytest.MonkeyPatch) -> Verb:
-    """A verb that is added as a row; its handler prints what it got."""
+    """A verb that is added as a row. Its handler prints its arguments."""
     module = ModuleType("scratch_greet")
 
     def handle(command: grammar.Command) -> int:
@@ -100,7 +100,7 @@ def test_a_row_refuses(
     assert says in err and not out
 
 
-def test_a_misspelt_verb_is_hinted_at(greet: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_verb_gets_a_suggestion(greet: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["gret"]) == 2
     assert "unknown verb 'gret', did you mean greet?" in capsys.readouterr().err
     assert main.main(["help", "greet"]) == 0
@@ -108,7 +108,7 @@ def test_a_misspelt_verb_is_hinted_at(greet: Verb, capsys: pytest.CaptureFixture
 
 
 def test_the_example_of_the_docs_is_a_verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    """Its row and its handler as docs/extending.md prints them."""
+    """The test runs the row and the handler of docs/extending.md."""
     page = ROOT / "docs/extending.md"
     (row_text,) = [block.text for block in blocks(page, "text") if block.text.startswith("Verb(")]
     (code,) = [block.text for block in blocks(page, "python") if "def handle(command" in block.text]
@@ -153,8 +153,8 @@ def test_the_targets_of_lint_are_listed_once() -> None:
     assert not [name for name in TARGETS if f'"{name}"' in source or f"{name}," in source]
 
 
-def test_nothing_reads_words_out_of_a_text() -> None:
-    """The parser and the help read fields of rows, not what a usage line or a help text looks like."""
+def test_nothing_parses_a_help_text() -> None:
+    """The parser and the help read the fields of rows, not usage lines or help texts."""
     for name in ("grammar", "helptext", "main", "verbs"):
         tree = ast.parse((CLI / f"{name}.py").read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""A small bundle, made without a chain: a net that was never trained, and what an engine of it detects in noise."""
+"""A small bundle, made without a chain: an untrained model, and the detections of its engine in noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolo_compress.runtime.secure.seal import seal
 from yolo_compress.train import checkpoint
 
 NAMES, IMGSZ = ("bolt", "nut", "screw"), (64, 96)
-CONF, FLOOR = 0.0012, 0.0005  # a net that was never trained is sure of nothing
+CONF, FLOOR = 0.0012, 0.0005  # the scores of an untrained model are low
 
 
 def pictures(count: int = 2) -> list[np.ndarray]:
@@ -28,7 +28,7 @@ def pictures(count: int = 2) -> list[np.ndarray]:
 
 
 def make_bundle(root: Path) -> Path:
-    """A sealed bundle with fp32.onnx."""
+    """Make a sealed bundle with fp32.onnx."""
     code(root_made(root))
     (root / "onnx").mkdir()
     export_onnx(

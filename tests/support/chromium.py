@@ -1,4 +1,4 @@
-"""A page in headless Chromium, over the DevTools protocol's pipe (NUL-separated JSON on descriptors 3 and 4)."""
+"""Headless Chromium for tests of a page, by the DevTools protocol over a pipe (NUL-separated JSON on descriptors 3 and 4)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def find() -> str | None:
-    """The browser's path, or None."""
+    """Return the path of the browser; None if there is none."""
     return next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 
 
 class Browser:
-    """One tab. `events` holds what the browser reported since it opened, newest last."""
+    """One tab. `events` has the messages of the browser since the tab was opened, the newest last."""
 
     def __init__(self, read: int, write: int) -> None:
         self._read, self._write, self._buffer, self._last = read, write, b"", 0
@@ -33,7 +33,7 @@ class Browser:
             self._send(f"{domain}.enable")
 
     def open(self, page: Path, width_px: int, scheme: str) -> None:
-        """Load the file at a window width, in the light or dark scheme; `events` starts anew."""
+        """Load the file at a window width, in the light or dark scheme, and clear `events`."""
         phone = width_px < 600
         metrics = {"width": width_px, "height": 900, "deviceScaleFactor": 1, "mobile": phone}
         self._send("Emulation.setDeviceMetricsOverride", metrics)
@@ -45,25 +45,25 @@ class Browser:
             self.events.append(self._receive())
 
     def value(self, script: str) -> Any:
-        """What a JavaScript expression is worth, as JSON."""
+        """Return the value of a JavaScript expression, from JSON."""
         answer = self._send("Runtime.evaluate", {"expression": script, "returnByValue": True})
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def picture(self, path: Path, clip: dict[str, float] | None = None) -> None:
-        """The whole page, or a part of it (x, y, width, height in px), as PNG."""
+        """Return a PNG of the whole page, or of a part (x, y, width, height in px)."""
         options: dict[str, Any] = {"format": "png", "captureBeyondViewport": True}
         if clip:
             options["clip"] = {**clip, "scale": 1}
         path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot", options)["data"]))
 
     def problems(self) -> list[str]:
-        """Console messages, exceptions and log entries since `open`."""
+        """Return the console messages, exceptions and log entries since `open`."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in kinds]
 
     def requests(self) -> list[str]:
-        """Addresses asked for since `open`, the page itself and data in it apart."""
+        """Return the addresses requested since `open`, without the page itself and data URLs."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [
             one["request"]["url"]
@@ -96,12 +96,12 @@ class Browser:
 
 @contextmanager
 def browser(program: str, profile: Path) -> Iterator[Browser]:
-    """Start Chromium without network; it is ended with its children when the block is left."""
+    """Start Chromium without network. At the end of the block, end it and its children."""
     to_child, write = os.pipe()
     read, from_child = os.pipe()
 
     def descriptors() -> None:
-        # 3 and 4 may be among the pipe's own numbers: copy them out of the way first.
+        # The pipe itself may have the descriptors 3 and 4, so copy them to other numbers first.
         first, second = os.dup(to_child), os.dup(from_child)
         first, second = os.dup(first), os.dup(second)
         os.dup2(first, 3)

@@ -52,17 +52,17 @@ MODEL = "compressed/fp32.onnx"  # in the artefact of `export`
 
 
 class Killed(BaseException):
-    """What a test raises inside a stage."""
+    """Raised by a test inside a stage."""
 
 
 @dataclass
 class Chain:
-    """The working folder, and the fake stages in the place of the real ones.
+    """A working folder, and fake stages that replace the real ones.
 
     Attributes:
         folder: Where `r.yaml` and `weights/` are.
-        stop_after: The epoch in which the next training raises `Killed`; None: none does.
-        ran: Stages in the order in which they ran, with the epoch they began at.
+        stop_after: The epoch in which the next training raises `Killed`; None for never.
+        ran: Stages in the order in which they ran, each with its first epoch.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Chain:
         return recipe.load(file, overrides)
 
     def run(self, target: str, again: bool = False, **kind: Any) -> Artifact:
-        """`target` of the recipe `r`; `ran` then says what it took."""
+        """Run the recipe `r` up to `target`. `ran` then has the stages that ran."""
         self.ran = []
         return pipeline.run(kind.pop("recipe", None) or self.recipe(), target, store=self.store, again=again)
 
@@ -87,7 +87,7 @@ class Chain:
         return {row.stage: row.state for row in pipeline.status(self.recipe(), self.store)}
 
     def saved(self) -> dict[str, int]:
-        """Epochs that an interrupted training has behind it, by its artefact's name, if its inputs are still the same."""
+        """Return the finished epochs of each interrupted training by the name of its artefact, if its inputs are unchanged."""
         baseline = self.store.linked("r", "baseline")
         contents = dict.fromkeys(pipeline.STAGES["prune"].needs, baseline.manifest.content) if baseline else {}
         found = {}
@@ -110,7 +110,7 @@ class Chain:
         if stage in TRAINED and resume.exists():
             state = json.loads(resume.read_text())
             epoch = state["epoch"]
-            assert state["of"] == of, f"{stage} continues what was begun from other bytes"
+            assert state["of"] == of, f"{stage} continues a training that started from other bytes"
         if self.ran is not None:
             self.ran.append((stage, epoch))
         while stage in TRAINED and epoch < EPOCHS:
@@ -141,13 +141,11 @@ def _digest(contents: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def fake_chain(folder: Path) -> Iterator[Chain]:
-    """A chain in a working folder, the current one meanwhile."""
+    """Make a chain in a folder, which is the working folder during the block."""
     chain = Chain(folder)
     dataset = Dataset(Path("x.yaml"), ("a",), 3, (), (), (), (), "d" * 64, "t" * 64, "v" * 64)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(
-            os, "fsync", lambda descriptor: None
-        )  # a kill loses nothing that was written, only a power cut does
+        patch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses no written bytes, only a power cut does
         patch.setattr(pipeline, "_load_dataset", lambda recipe, store: dataset)
         patch.setattr(pipeline, "recheck", lambda dataset: None)
         patch.setattr(pipeline.environment, "describe", lambda: {"packages": {}})
@@ -161,7 +159,7 @@ def fake_chain(folder: Path) -> Iterator[Chain]:
 
 
 def sound(store: Store) -> dict[str, Artifact]:
-    """All that stands under a final name, by that name; raises if one of them is not whole."""
+    """Return all artefacts with a final name, by that name. Raise if one is not complete."""
     found = {}
     for path in store.folder.iterdir() if store.folder.exists() else []:
         stage, _, short = path.name.partition("-")
@@ -248,10 +246,10 @@ def kill_loop(chain: Chain, kills: int, seed: int) -> dict[str, int]:
 
 
 def _run(words: tuple[str, ...], said: Path, wait: float | None, alone: bool) -> int | None:
-    """Exit code of a command, or None if it was killed.
+    """Run a command. Return its exit code, or None if it was killed.
 
     Args:
-        wait: Seconds until it is killed; None: it is left to its end.
+        wait: Seconds until it is killed; None to let it end.
         alone: Kill only the command's own process, not those that it started.
     """
     started, child = time.monotonic(), os.fork()
@@ -283,18 +281,20 @@ def _child(words: tuple[str, ...], said: Path) -> None:
 
 
 def check(chain: Chain, before: dict[str, Artifact], epochs: dict[str, int]) -> dict[str, Artifact]:
-    """The invariants of the store after a kill. Returns what is published."""
-    chain.states()  # as any reader: finishes a publication that was committed
+    """Check the invariants of the store after a kill. Return the published artefacts."""
+    chain.states()  # like any reader, this finishes a publication that was committed
     there = sound(chain.store)
     links = {stage: one for stage in pipeline.STAGES if (one := chain.store.linked("r", stage))}
-    for name in before:  # what has lost its friendly name to another is garbage
+    for name in before:  # an artefact whose friendly name belongs to another one now is garbage
         assert name in there or any(one.stage == before[name].stage for one in links.values()), f"lost {name}"
     recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
     planned = pipeline.plan(recipe, dataset, "report")
     current = pipeline.current(chain.store, planned)
     for stage, artifact in current.items():
         made_of = {need: current[source].manifest.content for need, source in planned[stage].inputs.items()}
-        assert json.loads(artifact.file("of.json").read_text()) == made_of, f"{stage} is up to date and of other bytes"
+        assert json.loads(artifact.file("of.json").read_text()) == made_of, (
+            f"{stage} is up to date, but made from other bytes"
+        )
     saved = chain.saved()
     for name, epoch in epochs.items():
         published = name in there and there[name] != before.get(name)

@@ -94,7 +94,7 @@ class Ran:
 
     @property
     def waits(self) -> int | None:
-        """The version in the other slot."""
+        """Version in the other slot."""
         return self.marks["b" if self.slot == "a" else "a"]
 
 
@@ -121,7 +121,7 @@ class Release:
         self.key = ed25519.public_key(read_seed(self.folder / KEY))
 
     def words(self, command: tuple[str, ...]) -> tuple[str, ...]:
-        """A command with its names filled in."""
+        """Return a command with the names in braces replaced."""
         last = max(self.whole, key=_number, default="0")
         number = 1 + _number(last)
         last = last if self.whole else str(number)
@@ -130,7 +130,7 @@ class Release:
         return tuple(word.format(**names) for word in command)
 
     def exit_code(self, words: tuple[str, ...]) -> int:
-        """Exit code of a command that is started now and not killed."""
+        """Run a command to its end, and return its exit code."""
         if words[0] == "bundle":
             return 2 if self._out(words).exists() else 0
         if words[0] == "switch.py" and words[1] in ("rollback", "switch"):
@@ -175,12 +175,12 @@ class Release:
             del self.whole[name]
 
     def _check_bundle(self, path: Path, exports: set[str]) -> None:
-        """The bundle is complete and signed, and its model is one that was exported."""
+        """Check that the bundle is complete and signed, and that its model was exported."""
         scratch = self.folder / "unpacked"
         manifest = seal.verify(path if path.is_dir() else unpack(path, scratch), self.key)
         shutil.rmtree(scratch, ignore_errors=True)
         assert manifest["version"] == _number(path.name)
-        assert manifest["files"]["onnx/fp32.onnx"]["sha256"] in exports, f"{path}: a model of no export"
+        assert manifest["files"]["onnx/fp32.onnx"]["sha256"] in exports, f"{path}: its model was never exported"
         assert {"README.txt", "build.py", "runtime/secure/seal.py", "golden/golden.json"} <= set(manifest["files"])
 
     def _check_robot(self, words: tuple[str, ...]) -> None:
@@ -201,7 +201,7 @@ class Release:
         self.ran = now
 
     def _look(self) -> Ran:
-        """State of the slots. Asserts that each slot with a mark verifies and works, and that `current` leads to such a slot."""
+        """Return the state of the slots. Check that each marked slot verifies and works, and that `current` leads to one."""
         marks: dict[str, int | None] = {}
         for name in NAMES:
             mark = self.slots.mark(name)
@@ -228,7 +228,7 @@ class Release:
             return True
 
     def _ship(self, version: int) -> Path:
-        """A bundle for the robot: a folder, or a tar for even versions."""
+        """Return a bundle for the robot: a folder, or a tar for even versions."""
         folder = self.shipped / f"v{version}"
         shipped = folder.with_suffix(".tar") if version % 2 == 0 else folder
         if not folder.exists():
@@ -247,12 +247,12 @@ class Release:
 
 
 def _number(name: str) -> int:
-    """Of a bundle: its version."""
+    """Return the version of a bundle, from its name."""
     return int(name.partition(".")[0])
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of all files of a folder with their names."""
+    """Return the digest of a file, or of all files of a folder with their names."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
@@ -262,5 +262,5 @@ def _digest(path: Path) -> str:
 
 
 def switch(words: tuple[str, ...]) -> int:
-    """`switch.py`, as it runs on the robot."""
+    """Run `switch.py` as on the robot."""
     return robot_switch.main(words[1:])

@@ -1,6 +1,7 @@
-"""What the user's environment names, read before any test runs: only tests marked `real` may ask for it.
+"""Data sets and weights of the user's environment variables. Only tests marked `real` may use them.
 
-The others run as in a fresh clone, whatever is set: tests/conftest.py takes these variables out of the environment.
+The variables are read before any test runs. Then tests/conftest.py deletes them from the environment, so that the other tests
+run as in a fresh clone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ GIVEN = {name: value for name, value in os.environ.items() if name.startswith("Y
 
 
 def find(variable: str, name: str) -> Path:
-    """The file or folder `name` in the folders of `variable`; the test that asks fails where it is missing."""
+    """Return the file or folder `name` in the folders of `variable`. If it is missing, the test fails."""
     for folder in filter(None, GIVEN.get(variable, "").split(os.pathsep)):
         if (found := Path(folder).resolve() / name).exists():
             return found

@@ -1,4 +1,4 @@
-"""Small ONNX graphs for the rules of lint, made tensor by tensor; every method returns the name of what it makes."""
+"""Small ONNX graphs for the rules of lint, made tensor by tensor. Every method returns the name of its tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorPr
 class Net:
     def __init__(self, opset: int = 17, size: tuple[Any, ...] = (1, 3, 32, 32), type: int = TensorProto.FLOAT) -> None:
         self.opset, self.type = opset, type
-        self.declared: list[int] | None = None  # shape of the outputs, where nobody can infer it
+        self.declared: list[int] | None = None  # shape of the outputs, if it cannot be inferred
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self.inputs = [helper.make_tensor_value_info("images", type, size)]
@@ -36,7 +36,7 @@ class Net:
         return made[0]
 
     def pair(self, tensor: str, scale: Any = 0.1, zero: Any = 0, dtype: Any = np.int8, name: str = "") -> str:
-        """Q and DQ of a feature, per tensor unless `scale` is a list."""
+        """Add Q and DQ to a feature map: per tensor, or per channel if `scale` is a list."""
         name = name or f"{tensor}_"
         scale = np.asarray(scale, np.float32)
         self.constant(f"{name}scale", scale)
@@ -45,7 +45,7 @@ class Net:
         return self.op("DequantizeLinear", [f"{name}Q", f"{name}scale", f"{name}zero"], f"{name}DQ")
 
     def weight(self, name: str, shape: Sequence[int], scales: Any = None, axis: int = 0, code: int = 63) -> str:
-        """Stored INT8 codes and their DQ, a scale an output channel."""
+        """Add stored INT8 codes and their DQ, with one scale for each output channel."""
         scales = np.full(shape[axis], 0.01, np.float32) if scales is None else np.asarray(scales, np.float32)
         codes = self.constant(f"{name}_codes", np.full(shape, code), np.int8)
         inputs = [
@@ -56,7 +56,7 @@ class Net:
         return self.op("DequantizeLinear", inputs, f"{name}_DQ", **({"axis": axis} if scales.size > 1 else {}))
 
     def conv(self, tensor: str, name: str, into: int = 32, out: int = 32, weight: str = "", **attributes: Any) -> str:
-        """1x1, with a float weight unless one is given."""
+        """Add a 1x1 convolution. Its weight is float unless `weight` names another."""
         if not weight:
             dtype = {TensorProto.FLOAT16: np.float16}.get(self.type, np.float32)
             weight = self.constant(f"{name}_w", np.full((out, into, 1, 1), 0.5), dtype, type=self.type)
@@ -66,11 +66,11 @@ class Net:
         return self.conv(tensor, name, weight=self.weight(f"{name}_w", (out, into, 1, 1), **weight))
 
     def stem(self) -> str:
-        """A float feature of 32 channels behind an INT8 convolution of the image."""
+        """Add an INT8 convolution of the image. Return its float feature map of 32 channels."""
         return self.op("Relu", [self.int8_conv(self.pair("images"), "stem", into=3)], "feature")
 
     def head(self, tensor: str) -> Net:
-        """A float output convolution of 5 channels."""
+        """Add a float output convolution of 5 channels."""
         self.outputs = [self.conv(tensor, "head", out=5)]
         return self
 

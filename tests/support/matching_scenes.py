@@ -1,4 +1,4 @@
-"""Scenes to match and average, and pycocotools' precision of them."""
+"""Scenes of labels and detections for tests of matching and mAP, and their precision by pycocotools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scene = tuple[list[np.ndarray], list[np.ndarray]]
 
 
 def by_pycocotools(truths: list[np.ndarray], found: list[np.ndarray], classes: int) -> np.ndarray:
-    """precision_TRKA; -1, its mark of classes without truths in the range, as NaN."""
+    """Return precision_TRKA of pycocotools. Its -1, for classes without labels in the size range, becomes NaN."""
     from pycocotools.cocoeval import COCOeval
 
     rows = [np.column_stack([truth[:, 1:], np.ones(len(truth)), truth[:, 0]]) for truth in truths]
@@ -36,7 +36,7 @@ def by_pycocotools(truths: list[np.ndarray], found: list[np.ndarray], classes: i
 
 
 def scene(seed: int, images: int = 12, most: int = 8, tied: bool = True) -> Scene:
-    """Truths of all sizes; detections shifted, doubled, mislabelled, invented, with scores that tie."""
+    """Make labels of all sizes, and detections that are shifted, doubled, of a wrong class or invented. Some scores are equal."""
     generator = np.random.default_rng(seed)
     truths, found = [], []
     for _ in range(images):

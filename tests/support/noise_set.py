@@ -1,4 +1,4 @@
-"""A data set of noise on disk, for tests that need a real one and no accuracy."""
+"""A data set of noise on disk, for tests that need a data set but no accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def draw(folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = (48, 64)) -> None:
-    """`count` PNGs of noise in a folder, made if missing; files of the same names are drawn anew."""
+    """Write `count` PNGs of noise into a folder, which is made if missing. Files with the same names are replaced."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -20,7 +20,7 @@ def draw(folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = (48
 def noise_set(
     root: Path, train: int, val: int, names: Sequence[str] = ("bolt", "nut"), size_hw: tuple[int, int] = (48, 64)
 ) -> Path:
-    """The yaml of a data set under `root`, an object an image, the classes in turn."""
+    """Write a data set under `root`, with one object in each image and the classes in turn. Return its data yaml."""
     for seed, (split, count) in enumerate((("train", train), ("val", val))):
         draw(root / "images" / split, count, seed, size_hw)
         (root / "labels" / split).mkdir(parents=True)

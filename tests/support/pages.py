@@ -1,4 +1,4 @@
-"""README and docs as the tests read them: pages, fenced blocks, commands, prose, links."""
+"""Parser of README and docs for tests: fenced blocks, commands, prose and anchors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, and the line of the page that it begins at."""
+    """A fenced block: its language, its text, and its first line in the page."""
 
     page: str
     language: str
@@ -23,7 +23,7 @@ class Block:
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    """The fenced blocks of a page in these languages; all of them if none is given."""
+    """Return the fenced blocks of a page in these languages, or all blocks if none is given."""
     text = page.read_text(encoding="utf-8")
     found = [
         Block(page.name, one[1], one[2], text.count("\n", 0, one.start()) + 2)
@@ -35,7 +35,10 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def commands(page: Path) -> list[str]:
-    """Every command of a page: each line of its `sh` blocks, each `$ ` line of its `console` blocks, joined at a backslash."""
+    """Return the commands of a page: the lines of `sh` blocks and the `$ ` lines of `console` blocks.
+
+    Lines that end in a backslash are joined with the next.
+    """
     found = []
     for block in blocks(page, "sh", "bash", "console"):
         joined = re.sub(r"\\\n\s*", "", block.text)
@@ -47,7 +50,7 @@ def commands(page: Path) -> list[str]:
 
 
 def prose(page: Path) -> list[list[str]]:
-    """Paragraphs, list items and tables of a page, each as its lines; fenced blocks left out."""
+    """Return the paragraphs, list items and tables of a page, each as its lines, without fenced blocks."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     found: list[list[str]] = []
     for part in re.split(r"\n\s*\n", text):
@@ -60,7 +63,7 @@ def prose(page: Path) -> list[list[str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What `page.md#...` may name, by GitHub's rule for headings."""
+    """Return the anchors of a page for `page.md#...`, by GitHub's rule for headings."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

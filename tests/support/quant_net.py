@@ -1,4 +1,4 @@
-"""A YOLOv8n with random weights that behaves like a trained one: BatchNorm fits its data, no two biases are equal."""
+"""A YOLOv8n with random weights that behaves like a trained model: BatchNorm fits its data, and all biases differ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def images(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Ten
 
 
 def run_onnx(path: Path, batch: torch.Tensor, optimise: bool = False) -> np.ndarray:
-    """output0 of ONNX Runtime, one thread, as the graph says it (not optimised) unless asked."""
+    """Return output0 of ONNX Runtime with one thread. The graph is not optimised unless `optimise` is set."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     if not optimise:
@@ -52,10 +52,15 @@ def run_torch(model: nn.Module, batch: torch.Tensor) -> np.ndarray:
 
 
 def assert_equal_but_for_ties(got: np.ndarray, expected: np.ndarray, expected_float: np.ndarray) -> None:
-    """Two computations of one rounded network, [images, 4 + classes, anchors]; `expected_float` is that of the network not rounded.
+    """Check that two outputs of one quantised model are equal, [images, 4 + classes, anchors], except for ties in rounding.
 
-    A value on the border of two codes may fall to either side, by the processor's order of summation, and a net of random
-    weights amplifies that for its image: in torch, float64 against float32 does so for one image in four.
+    A value on the border of two codes may be rounded to either side, by the processor's order of summation. A model with
+    random weights amplifies that for the whole image: in torch, float64 and float32 differ so for one image in four.
+
+    Args:
+        got: Output to check.
+        expected: Output of another computation of the same quantised model.
+        expected_float: Output of the model without quantisation.
     """
     difference, rounding = np.abs(got - expected), np.abs(expected - expected_float)
     assert np.quantile(difference[:, 4:].mean(axis=(1, 2)), 0.25) < 1e-5, "images without such a value are equal"

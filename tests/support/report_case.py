@@ -1,4 +1,4 @@
-"""A report with something in every section, made by hand, for the tests of its forms."""
+"""A report with content in every section, made by hand, for the tests of HTML, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def missing(model: str, precision: str, runtime: str = "tensorrt") -> dict[str, 
 
 
 def untimed(map50_95: float, **changes: Any) -> dict[str, Any]:
-    """An INT8 file that no engine here was built from."""
+    """Return the row of an INT8 file without an engine on this machine."""
     base = row("compressed", "tensorrt11", "int8", map50_95)
     file = {"file": "compressed/int8-tensorrt11.onnx", "executed": "simulated, int8-tensorrt11.onnx node by node"}
     known = {key: value for key, value in base.items() if not key.startswith("latency_") and key != "size_mib"}
@@ -83,7 +83,7 @@ def rows(value: float = 0.59, reference: float = 0.6) -> list[dict[str, Any]]:
 
 
 def built(bench: list[dict[str, Any]], min_retention: float = 0.9, **findings: Any) -> Document:
-    """A document of these bench rows and nothing else but `findings`; `data` and `reproduce` may be given in part."""
+    """Return a document with these bench rows and `findings` only. `data` and `reproduce` may be incomplete."""
     if "data" in findings:
         findings["data"] = {**unknown_data(), **findings["data"]}
     if "reproduce" in findings:
@@ -115,7 +115,7 @@ def item(name: str = "a.jpg", names: tuple[str, ...] = ("cell",), **changes: Any
 
 
 def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes: Any) -> dict[str, Any]:
-    """An A/B document (schema 1): the second class lost for certain, a third without objects."""
+    """Return an A/B document (schema 1) in which the second class is certainly worse, and a third has no objects."""
 
     def part(name: str, truths: int, a: float | None, delta: float = 0.0, reach: float = 0.01) -> dict[str, Any]:
         if a is None:
@@ -167,7 +167,7 @@ def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes
 
 
 def errors() -> dict[str, Any]:
-    """What TIDE says of three images, of both models."""
+    """Return the TIDE errors of both models on three images."""
     from yolo_compress.evaluate import tide
 
     truths = [np.array([[0, 0, 0, 10, 10], [0, 20, 0, 30, 10]], float)] * 3
@@ -212,7 +212,7 @@ PLACEMENT = [
 
 
 def whole(**changes: Any) -> Document:
-    """A document with every section there is."""
+    """Return a document with all sections."""
     bench = rows()
     for line in bench[:4]:
         line.update(map50_95_low=line["map50_95"] - 0.03, map50_95_high=line["map50_95"] + 0.03)
@@ -235,7 +235,7 @@ def whole(**changes: Any) -> Document:
 
 
 def device(**changes: Any) -> dict[str, Any]:
-    """What `bench.py` of a bundle writes on a robot."""
+    """Return a device.json, as `bench.py` of a bundle writes it on a robot."""
     row = {
         "model": "compressed", "runtime": "tensorrt", "precision": "int8", "executed": "int8", "map50_95": 0.588, "map50": 0.9,
         "images": 87, "image_set": IMAGES, "latency_p50_ms": 2.0, "latency_p90_ms": 2.1, "latency_p99_ms": 2.4, "latency_n": 1000,

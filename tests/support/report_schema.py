@@ -1,4 +1,4 @@
-"""Validates JSON against the types of `report.schema`."""
+"""Validation of JSON against the types of `report.schema`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from yolo_compress.report.schema import Document
 
 
 def validate(content: Any, kind: Any = Document) -> None:
-    """Raises pydantic's ValidationError where a key is missing, of another type, or without a type."""
+    """Check JSON against a type.
+
+    Raises:
+        pydantic.ValidationError: A key is missing, has another type, or is not in the type.
+    """
     adapter = TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))
     adapter.validate_json(json.dumps([content], allow_nan=False), strict=True)

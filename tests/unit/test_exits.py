@@ -1,4 +1,4 @@
-"""Every exit is meant: a bug is 70 with its traceback, a full disk is 6 in one line, a reader that left is silence."""
+"""Exit codes: 70 and a traceback for a bug, 6 and one line for a full disk, nothing if the reader closed the output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yolo_compress.runtime.errors import SourceError
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException) -> tuple[int, str]:
-    """Exit code and stderr of `yolo-compress cfg` whose work raises `error`."""
+    """Return exit code and stderr of `yolo-compress cfg` if its work raises `error`."""
 
     def raises(command: grammar.Command) -> int:
         raise error
@@ -64,14 +64,16 @@ def test_a_bug_is_70_with_a_traceback_and_where_to_report_it(monkeypatch, capsys
         (Terminated(), 143, "terminated; the same command continues"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error: BaseException, code: int, says: str) -> None:
+def test_an_error_that_a_user_can_correct_is_one_line(
+    monkeypatch, capsys, error: BaseException, code: int, says: str
+) -> None:
     got, err = ended(monkeypatch, capsys, error)
     assert got == code and says in err
     assert len(err.splitlines()) == 1 and "Traceback" not in err
 
 
 def test_a_verb_that_starts_anew_does_not_say_that_it_continues(monkeypatch, capsys) -> None:
-    """And so do wrong words: nothing was begun."""
+    """The same holds for a wrong command line: nothing was started."""
 
     def ends(command: grammar.Command) -> int:
         raise Terminated
@@ -85,7 +87,7 @@ def test_a_verb_that_starts_anew_does_not_say_that_it_continues(monkeypatch, cap
 
 
 def test_the_verbs_that_start_anew() -> None:
-    """A stage continues from its checkpoint, fetch from its bytes; these have nothing to continue from."""
+    """A stage continues from its checkpoint, and fetch from the bytes it has. These verbs start again."""
     anew = {name for name, row in grammar.VERBS.items() if not row.continues}
     assert anew == {"init", "predict", "ab", "lint", "keygen", "rollout"}
 
@@ -93,7 +95,7 @@ def test_the_verbs_that_start_anew() -> None:
 @pytest.mark.parametrize(
     "words", ["[enforce fail at inline_container.cc] PytorchStreamWriter failed", "4096 requested and 0 written"]
 )
-def test_a_full_disk_is_known_behind_a_librarys_own_words(monkeypatch, capsys, tmp_path: Path, words: str) -> None:
+def test_a_full_disk_is_recognised_behind_a_librarys_error(monkeypatch, capsys, tmp_path: Path, words: str) -> None:
     for free, seen in ((0, StorageError), (10 << 20, RuntimeError)):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder, usage=usage: usage)
@@ -178,7 +180,7 @@ def test_escape_sequences_of_a_file_reach_no_terminal(capsys) -> None:
 
 
 def test_torchs_writers_do_not_end_the_process_on_a_full_disk(tmp_path: Path) -> None:
-    """They write to memory, since torch's own writer throws in a destructor; the file that was there stays."""
+    """They write to memory first, because torch's own writer throws in a destructor. The old file stays."""
     script = """
 import resource, sys
 from pathlib import Path
@@ -213,7 +215,7 @@ LONG = "9" * 5000  # Python refuses to read it as a number
         (["keygen", "out=/"], 2, "is a folder; give the name of a file"),
         (["predict", "source=a", "engine=b", f"engines={LONG}"], 2, "expected a whole number from 1 to 64"),
         (["ab", "a=a", "b=b", "data=c", f"imgsz={LONG}"], 2, "expected one side or height,width"),
-        (["bundle", "recipe=digits", "out=x", f"golden={LONG}"], 2, "expected a whole number from 1 on"),
+        (["bundle", "recipe=digits", "out=x", f"golden={LONG}"], 2, "expected a whole number >= 1"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -1,4 +1,4 @@
-"""Where things are written: the working directory or YOLO_COMPRESS_HOME, and what is said when neither can be."""
+"""The folder for results: the working directory or YOLO_COMPRESS_HOME, and the error if neither can be written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yolo_compress.store.source_weights import find_weights
 
 @pytest.fixture(autouse=True)
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory and no variable set."""
+    """An empty working directory, and YOLO_COMPRESS_HOME is not set."""
     for name in ("YOLO_COMPRESS_DATA", "YOLO_COMPRESS_WEIGHTS", home.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -56,7 +56,7 @@ def test_the_store_is_in_the_home(user: Path, monkeypatch: pytest.MonkeyPatch) -
     "words",
     [("run", "recipe=digits"), ("status", "recipe=digits"), ("gc",), ("fetch", "digits"), ("fetch", "yolov8n.pt")],
 )
-def test_a_folder_that_cannot_be_written_names_the_way_on(
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy(
     words: tuple[str, ...], code: int, user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(path: str, *rest: object) -> None:
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_written_names_the_way_on(
         assert main(words) == StorageError.exit_code
     error = capsys.readouterr().err
     assert error.startswith("error: cannot ") and os.strerror(code) in error and error.count("\n") == 1
-    assert "give a folder that can be written as YOLO_COMPRESS_HOME" in error
+    assert "set YOLO_COMPRESS_HOME to a folder that can be written" in error
     assert not list(user.iterdir())
 
 
@@ -91,7 +91,7 @@ def test_a_probe_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.parametrize(
     ("path", "action"), [("out.json", "write"), ("weights.json", "write"), ("weights/n.pt", "read")]
 )
-def test_the_home_is_no_way_on_for_other_files(path: str, action: str) -> None:
+def test_the_remedy_is_not_given_for_files_outside_the_home(path: str, action: str) -> None:
     with pytest.raises(StorageError) as caught, storage_errors(Path(path), action):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     assert home.VARIABLE not in str(caught.value)

@@ -141,10 +141,10 @@ def table(model: torch.nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "limit", "kind", "said"),
     [
-        ({"imgsz": [64, 96]}, 5, RecipeError, "t.json was taken at [64, 96], the recipe has [64, 64]"),
-        ({"schema": SCHEMA + 1}, 5, CorruptArtifact, "t.json is no table of layer times"),
-        ({"layers": {"model.9": [[1, 1]]}}, 5, RecipeError, "it was taken on another network"),
-        ({}, 10, RecipeError, "latency_ms=10 asks for nothing"),
+        ({"imgsz": [64, 96]}, 5, RecipeError, "t.json was measured at [64, 96], the recipe has [64, 64]"),
+        ({"schema": SCHEMA + 1}, 5, CorruptArtifact, "t.json is not a table of layer times"),
+        ({"layers": {"model.9": [[1, 1]]}}, 5, RecipeError, "so it belongs to another model"),
+        ({}, 10, RecipeError, "latency_ms=10 is already met"),
         ({}, 0.001, RecipeError, "latency_ms=0.001 cannot be reached"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Progress is readable in a log, live on a terminal, silent when told to be, and never the reason a run ends."""
+"""Progress output: readable in a log, live on a terminal, silent if turned off. It never ends a run."""
 
 import os
 import pty
@@ -12,7 +12,7 @@ from yolo_compress import progress
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that advances only on command."""
 
     now = 1000.0
 
@@ -50,7 +50,7 @@ def test_slow_steps_are_shown_each_and_fast_ones_are_not(clock: Clock, capsys) -
     assert "3:02:58 left" in lines[1]  # 998 steps of 11 s
 
 
-def test_inner_bars_speak_only_when_nothing_else_does(clock: Clock, capsys) -> None:
+def test_inner_bars_write_only_if_no_other_line_was_written(clock: Clock, capsys) -> None:
     with progress.bar("train", 2, "epochs") as epochs:
         for _ in range(2):
             with progress.bar("batches", 100) as batches:
@@ -153,7 +153,7 @@ def test_a_terminal_gets_bars_with_fields() -> None:
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_reader_that_went_away_is_no_failure(closed: str) -> None:
+def test_a_reader_that_closed_the_output_is_not_an_error(closed: str) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     process = run(*((write_end, subprocess.PIPE) if closed == "stdout" else (subprocess.PIPE, write_end)))
@@ -164,7 +164,7 @@ def test_a_reader_that_went_away_is_no_failure(closed: str) -> None:
 
 
 @pytest.mark.fault(12)
-def test_a_terminal_that_went_away_is_no_failure() -> None:
+def test_a_terminal_that_was_closed_is_not_an_error() -> None:
     ours, theirs = pty.openpty()
     process = run(subprocess.PIPE, theirs)
     os.close(ours)

@@ -1,1 +1,1 @@
-"""The bundle for a robot: what it holds, how it is proved and signed. The code it carries is `yolo_compress.runtime`."""
+"""The bundle for a robot: its files, its golden self-test and its signature. Its code is `yolo_compress.runtime`."""

@@ -1,8 +1,8 @@
-"""Golden inputs: real validation images, what each engine of this workstation detects in them (and each INT8 file of a
-runtime that is not here), and how far a robot may be off.
+"""Golden images for the self-test of a bundle: validation images, expected detections, and tolerances.
 
-The tolerance of another runtime or arithmetic is twice what the engines here differ by among themselves, measured on up to 32 images;
-`golden.json` holds the measured differences too.
+The expected detections are those of each engine on this workstation. For an INT8 file whose runtime is missing here, they are those
+of the file itself. The tolerance for another runtime or arithmetic is twice the difference between the engines here, measured on up
+to 32 images. `golden.json` has the measured differences too.
 """
 
 from __future__ import annotations
@@ -42,23 +42,33 @@ from yolo_compress.store.manifest import Artifact
 MEASURED_IMAGES = 32
 CONF, IOU = 0.25, 0.7
 LEAST_SCORE = 0.001
-FLOOR = 0.4  # of `conf`: how far a partner's score may lie below it
-BOX_PX, SCORE = 0.5, 1e-3  # of the same runtime and arithmetic
-MARGIN = 2.0  # another runtime may differ by so many times what those here do
-LEAST_SHARE = 0.02  # of boxes without partner, below FP32: near IoU 0.7 a rounding decides which of two boxes NMS keeps
+FLOOR = 0.4  # times `conf`: lowest score of a partner
+BOX_PX, SCORE = 0.5, 1e-3  # tolerance for the same runtime and arithmetic
+MARGIN = 2.0  # tolerance for another runtime, as a multiple of the differences here
+LEAST_SHARE = (
+    0.02  # of boxes without partner, in FP16 and INT8: near IoU 0.7, rounding decides which of two boxes NMS keeps
+)
 ABOUT = (
-    "same: an engine of that runtime, version of it, precision and arithmetic; its worst box and score count. Others, by precision: "
-    f"{MARGIN:g} times what the engines of that precision here differ by among themselves and from the FP32 ones (measured, on "
-    f"images_measured images), and no less than same; of FP32 the worst, else what {MOST} % of the boxes stay under."
+    "same: tolerance for an engine of the same runtime, version, precision and arithmetic; its worst box and score count. Other "
+    f"tolerances are by precision: {MARGIN:g} times the differences between the engines of that precision here, and between them and "
+    "the FP32 engines, measured on images_measured images; at least as large as same. For FP32 the worst difference counts, else the "
+    f"difference that {MOST} % of the boxes stay below."
 )
 Found = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
-    """Write images and `golden.json` into `folder`; gives what the manifest says of them.
+    """Write images and `golden.json` into `folder`. Return their entry for the manifest.
+
+    Args:
+        folder: Folder to make.
+        dataset: Data set; its validation images are used.
+        export: Artefact of the stage export.
+        engines: Artefact of the stage engine.
+        count: Number of golden images.
 
     Raises:
-        DataError: the net finds nothing, so nothing could be compared.
+        DataError: The compressed model detects nothing, so engines cannot be compared.
     """
     folder.mkdir()
     samples = _spread(list(range(len(dataset.val))), max(MEASURED_IMAGES, count))
@@ -72,8 +82,8 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
     boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
     if not boxes:
         raise DataError(
-            f"golden: the compressed net finds nothing above {LEAST_SCORE} in {len(images)} validation images, so the self-test "
-            "would pass an engine that finds nothing; train it for longer, or check the validation images"
+            f"golden: the compressed model detects nothing above a score of {LEAST_SCORE} in {len(images)} validation images, so the "
+            "self-test would pass an engine that detects nothing; train longer, or check the validation images"
         )
     tolerances, differences = tolerate(measured, conf, boxes)
     document: Golden = {
@@ -99,9 +109,9 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
 def _detected(
     export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
 ) -> tuple[dict[str, Found], dict[str, EngineOf]]:
-    """Detections, arithmetic and library of each engine of the compressed net, by `runtime-precision`.
+    """Return detections, and arithmetic and library, of each engine of the compressed model, by `runtime-precision`.
 
-    Of INT8 on a runtime that is not here, those of its file, node by node.
+    For INT8 on a runtime that is missing here, its ONNX file is executed node by node.
     """
     found, about = dict[str, Found](), dict[str, EngineOf]()
     for row in engine_rows(engines):
@@ -125,7 +135,10 @@ def _detected(
 
 
 def confidence(found: Found, count: int) -> float:
-    """0.25; or the score that leaves one box an image, or all boxes there are, of a net that is sure of less."""
+    """Return the score threshold of the self-test.
+
+    It is 0.25, or lower for a model with low scores: the score of box number `count`, or of the last box if there are fewer.
+    """
     scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
     return min(CONF, float(scores[min(count, len(scores)) - 1])) if len(scores) else CONF
 
@@ -133,11 +146,12 @@ def confidence(found: Found, count: int) -> float:
 def tolerate(
     found: Mapping[str, Found], conf: float, boxes: int
 ) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
-    """Tolerances by precision, and the measured differences that they come from, by pair of engines.
+    """Return the tolerances by precision, and the measured differences by pair of engines.
 
     Args:
-        found: by `runtime-precision`, from the floor on, one N6 an image.
-        boxes: above `conf` in the golden images; what `unmatched` is a share of.
+        found: Detections with a score of at least the floor, by `runtime-precision`: one array N6 for each image.
+        conf: Score threshold of the self-test.
+        boxes: Number of boxes above `conf` in the golden images. `unmatched` is a share of it.
     """
     precisions = {key: key.rpartition("-")[2] for key in found}
     tolerances: dict[str, Tolerance] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
@@ -154,14 +168,15 @@ def tolerate(
             "of": of,
             "box_px": _above([getattr(one, f"{of}_box_px") for one in pairs.values()], BOX_PX),
             "score": _above([getattr(one, f"{of}_score") for one in pairs.values()], SCORE),
-            "unmatched": min(math.ceil(MARGIN * share * boxes), max((boxes - 1) // 2, 0)),  # or none found would do
+            # less than half of the boxes, so that an engine that detects nothing fails
+            "unmatched": min(math.ceil(MARGIN * share * boxes), max((boxes - 1) // 2, 0)),
         }
         differences.update({pair: {k: round(v, 5) for k, v in one._asdict().items()} for pair, one in pairs.items()})
     return tolerances, differences
 
 
 def _share(one: Difference) -> float:
-    """Boxes without partner, of all."""
+    """Return the fraction of the boxes that have no partner."""
     return one.unmatched / max(one.unmatched + one.compared, 1)
 
 
@@ -177,7 +192,7 @@ def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
 
 
 def _chosen(found: Found, conf: float, count: int) -> list[int]:
-    """Evenly spaced images with a box, and of the others what is wanting."""
+    """Return the indices of `count` images: evenly spaced images with a box, then images without one if there are too few."""
     seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
     others = [i for i in range(len(found)) if i not in seen]
     return sorted(_spread(seen, count) + _spread(others, max(count - len(seen), 0)))

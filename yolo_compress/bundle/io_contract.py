@@ -1,4 +1,4 @@
-"""Input and output of the networks of a bundle: one form for every precision, since any of them may be put in another's place."""
+"""Check that all models of a bundle have the same input and output, so that each precision can replace another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from yolo_compress.errors import GateFailed
 
 
 def check_signatures(files: Sequence[Path], imgsz_hw: tuple[int, int], classes: int, channels: int = 3) -> None:
-    """Asserts `images` [B, channels, H, W] and `output0` [B, 4 + classes, A], float32, with the same B and A in all files.
+    """Check that all files have `images` [B, channels, H, W] and `output0` [B, 4 + classes, A], float32, with the same B and A.
 
     Raises:
-        GateFailed: names the file.
-        RecipeError: a file has more than one input or output.
+        GateFailed: A file has another input or output.
+        RecipeError: A file has more than one input or output.
     """
     found = {file: (network.input, network.output) for file in files for network in [read(file)]}
     for file, (taken, given) in found.items():
@@ -22,10 +22,12 @@ def check_signatures(files: Sequence[Path], imgsz_hw: tuple[int, int], classes: 
         shaped = taken.shape[1:] == (channels, *imgsz_hw) and len(given.shape) == 3 and given.shape[1] == 4 + classes
         if not named or not shaped:
             raise GateFailed(
-                f"{file.name}: takes {taken}, gives {given}; images [B, {channels}, {imgsz_hw[0]}, {imgsz_hw[1]}] and "
-                f"output0 [B, {4 + classes}, anchors], both float32, expected"
+                f"{file.name}: input {taken}, output {given}; expected images [B, {channels}, {imgsz_hw[0]}, {imgsz_hw[1]}] and "
+                f"output0 [B, {4 + classes}, anchors], both float32"
             )
     first = files[0]
     for file in files[1:]:
         if found[file] != found[first]:
-            raise GateFailed(f"{file.name}: takes and gives {found[file]}, {first.name} {found[first]}; export again")
+            raise GateFailed(
+                f"{file.name}: input and output are {found[file]}, expected those of {first.name}, {found[first]}; export again"
+            )

@@ -1,4 +1,4 @@
-"""Keys of a bundle's signature: a seed that stays on the workstation, and the public half that a robot pins."""
+"""Keys for the signature of a bundle: a private key (seed) that stays on the workstation, and a public key that a robot pins."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from yolo_compress.progress import notice
 from yolo_compress.runtime.secure import ed25519
 from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
 
-PREFIX = "seed:"  # so that neither half is taken for the other: both are 32 bytes
+PREFIX = "seed:"  # marks the private key, since both keys are 32 bytes
 
 
 class Keys(TypedDict):
     """What `keygen` prints."""
 
-    key: str  # file of the private half, which stays here
-    public_key: str  # file of the public half
+    key: str  # file of the private key, which stays on this machine
+    public_key: str  # file of the public key
     pin_as: str  # where a robot looks for it
 
 
 def keygen(out: Path) -> Keys:
-    """Write a new seed to `out`, readable by its owner alone, and the public key beside it.
+    """Write a new private key to `out`, readable by its owner only, and the public key to `out`.pub.
 
-    A call that was killed between the two is repeated: a seed without its public key gets it.
+    If an earlier call was killed after the private key, this call writes the missing public key.
 
     Raises:
-        RecipeError: the public key is there already, or `out` is a folder or holds no private key.
-        StorageError: the disk said no.
+        RecipeError: The public key exists already, or `out` is a folder or exists without a private key in it.
+        StorageError: A file cannot be written.
     """
     if not out.name:
         raise RecipeError(f"out={out}: is a folder; give the name of a file in it")
     public_file = out.with_name(out.name + ".pub")
     if public_file.exists():
         raise RecipeError(
-            f"{public_file}: is there already; a key that is replaced locks out the robots that pinned it"
+            f"{public_file}: exists already; a new key locks out the robots that pinned the old one, so give another name"
         )
     if not out.exists():
         with storage_errors(out):
@@ -49,15 +49,17 @@ def keygen(out: Path) -> Keys:
     try:
         seed = read_seed(out)
     except RecipeError as error:
-        raise RecipeError(
-            f"{out}: is there already and holds no private key; delete it, or give another name"
-        ) from error
+        raise RecipeError(f"{out}: exists already and is no private key; delete it, or give another name") from error
     atomic_write(public_file, ed25519.public_key(seed).hex() + "\n")
     return {"key": str(out), "public_key": str(public_file), "pin_as": KEY_FILE}
 
 
 def _write_seed(out: Path, seed: bytes) -> None:
-    """Whole and on the disk, or not there. Raises FileExistsError rather than replace a key."""
+    """Write the private key to the disk. If that fails, no file is left.
+
+    Raises:
+        FileExistsError: `out` exists. A key is never replaced.
+    """
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as stream:
@@ -71,15 +73,15 @@ def _write_seed(out: Path, seed: bytes) -> None:
 
 
 def read_seed(path: Path) -> bytes:
-    """The 32 bytes of a file that `keygen` wrote; says in a line where others than its owner can read or replace it.
+    """Return the 32 bytes of a private key that `keygen` wrote. Warn if other users have access to the file.
 
     Raises:
-        RecipeError: no such file, or no key in it.
+        RecipeError: The file does not exist, or is no private key.
     """
     try:
         text = path.read_text(encoding="ascii").strip()
         if not text.startswith(PREFIX):
-            raise ValueError("no private key (a public one signs nothing)")
+            raise ValueError("no private key (a public key cannot sign)")
         seed = key_of(text[len(PREFIX) :])
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
@@ -88,7 +90,7 @@ def read_seed(path: Path) -> bytes:
         raise RecipeError(f"key={path}: {error}; make one with yolo-compress keygen out=FILE") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         notice(
-            f"{path}: others than its owner have access to this private key (mode {mode:o}), and could sign bundles with it; "
-            f"chmod 600 {shlex.quote(str(path))}"
+            f"{path}: other users have access to this private key (mode {mode:o}) and can sign bundles with it; "
+            f"run chmod 600 {shlex.quote(str(path))}"
         )
     return seed

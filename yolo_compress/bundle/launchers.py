@@ -1,8 +1,8 @@
-"""The commands at the root of a bundle: each starts a module of `runtime/`, or says in one line what the robot lacks."""
+"""The commands at the root of a bundle. Each starts a module of `runtime/`, or says in one line what the robot lacks."""
 
 from __future__ import annotations
 
-# Parsed by whatever `python3`, or `python`, is: no syntax newer than Python 2.7.
+# Any `python3` or `python` may parse this, so the syntax is that of Python 2.7.
 _TEXT = """#!/usr/bin/env python3
 import os
 import sys
@@ -31,5 +31,8 @@ if __name__ == "__main__":
 
 
 def launcher(command: str) -> str:
-    """Source of `command`.py, which starts `runtime/commands/<command>.py`. Exit code 4: Python is too old, or numpy is missing."""
+    """Return the source of `command`.py, which starts `runtime/commands/<command>.py`.
+
+    Its exit code is 4 if Python is too old or numpy is missing.
+    """
     return _TEXT.format(command=command)

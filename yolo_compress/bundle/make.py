@@ -1,4 +1,4 @@
-"""`yolo-compress bundle`: one folder or tar for the robot, from a chain that is finished up to the report and passed its gate."""
+"""`yolo-compress bundle`: make one folder or tar for the robot, from a chain that has a report and passed its gate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from yolo_compress.store import environment
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
 
-PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the folder in which a bundle is made, beside `out`
+PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the temporary folder of a bundle, next to `out`
 LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
 README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
@@ -45,15 +45,15 @@ Image files need opencv-python or pillow, videos and cameras opencv-python. Noth
   python3 build.py                     builds engines/ on this machine (--precision int8, --runtime ..., --workspace-mib N)
   python3 bench.py                     golden self-test, latency, throughput, memory, power -> device.json
   python3 bench.py --data FOLDER       and mAP over FOLDER/images with FOLDER/labels; --coco FILE for a COCO json
-  python3 detect.py SOURCE             image, folder, video, camera number or golden/0.npy: a JSON line a picture; --draw, --shadow
-  python3 switch.py install BUNDLE     the next bundle into the idle slot, proved there, then switched to; status, rollback
+  python3 detect.py SOURCE             image, folder, video, camera number or golden/0.npy: a JSON line an image; --draw, --shadow
+  python3 switch.py install BUNDLE     the next bundle into the idle slot, tested there, then used; also status, rollback
   python3 ros2_node.py                 ROS 2 (Humble or later): sensor_msgs/Image in, vision_msgs/Detection2DArray out
 
 On the workstation, `yolo-compress report recipe=... add=device.json` puts device.json into the report.
 
-manifest.json vouches for every file; a bundle with one altered, missing or added is refused. Pin a public key
-(/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY), and only bundles that it signed are taken,
-and only engines that build.py built here.
+manifest.json has the sha256 of every file. A bundle with a file changed, missing or added is refused. Pin a public key
+(/etc/yolo_compress/bundle.pub, or the file named by $YOLO_COMPRESS_KEY): then only bundles signed with its private key
+are accepted, and only engines that build.py built here.
 
 runtime/ is yolo_compress/runtime of the version in manifest.json (made_with), licence AGPL-3.0.
 """
@@ -61,14 +61,15 @@ runtime/ is yolo_compress/runtime of the version in manifest.json (made_with), l
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for.
+    """Options of the command.
 
     Attributes:
-        out: folder, or a file that ends in .tar or .tar.gz; must not exist.
-        version: rises from bundle to bundle.
-        seed: of the private key; None leaves the bundle unsigned.
-        golden: images of the self-test.
-        force: make a bundle although the gate failed, and say so in it.
+        out: Folder, or a file that ends in .tar or .tar.gz. It must not exist.
+        target: Key of `registry.TARGETS`.
+        version: Version of the bundle. It must rise from bundle to bundle.
+        seed: Private key; None for an unsigned bundle.
+        golden: Number of images of the self-test.
+        force: Make a bundle even if the gate failed. The manifest says that it was forced.
     """
 
     out: Path
@@ -80,14 +81,14 @@ class Order:
 
 
 def order(options: Mapping[str, str]) -> Order:
-    """Reads the options of the command line.
+    """Read the options of the command line.
 
     Raises:
-        RecipeError: a value that means nothing, or an `out` that is there.
+        RecipeError: A value is invalid, or `out` exists already.
     """
     out, target = Path(options["out"]), options.get("target", "plain")
     if out.exists() or out.is_symlink():
-        raise RecipeError(f"out={out}: is there already; give another name, or delete it first")
+        raise RecipeError(f"out={out}: exists already; give another name, or delete it first")
     if target not in registry.TARGETS:
         raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(registry.TARGETS)}")
     return Order(
@@ -103,7 +104,7 @@ def order(options: Mapping[str, str]) -> Order:
 def _count(options: Mapping[str, str], key: str, default: int) -> int:
     text = options.get(key, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) < 2**53):
-        raise RecipeError(f"command line: {key}: got {got(text)}, expected a whole number from 1 on")
+        raise RecipeError(f"command line: {key}: got {got(text)}, expected a whole number >= 1")
     return int(text)
 
 
@@ -124,8 +125,8 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     """Bring the chain up to date, check its gate, and write the bundle under a temporary name first.
 
     Raises:
-        GateFailed: and not `force`; nothing is written.
-        CompressError: whatever a stage or the target's contract says.
+        GateFailed: The gate failed, and `force` is not set. Nothing is written.
+        CompressError: A stage failed, or the model does not fit the target.
     """
     store = store or Store(home.weights())
     report = pipeline.run(recipe, "report", store=store, wait=wait)
@@ -160,34 +161,34 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
 
 
 def _marked(partial: Path) -> AbstractContextManager[None]:
-    """Lock a folder in which a bundle is made, so that no other call removes it."""
+    """Lock the temporary folder of a bundle, so that no other call removes it."""
     return lock(partial / LOCK, "bundle", wait=False)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the unfinished bundles of killed calls: their locks are free."""
+    """Remove unfinished bundles of killed calls. Nobody holds their locks."""
     for left in folder.glob(f"{PARTIAL}*"):
         if left.is_dir() and not left.is_symlink():
-            with suppress(Locked, StorageError):  # another call works there, or it belongs to another user
+            with suppress(Locked, StorageError):  # another call uses it, or it belongs to another user
                 with _marked(left):
                     pass
                 shutil.rmtree(left, ignore_errors=True)
 
 
 def _gate(report: Artifact, asked: Order) -> dict[str, object]:
-    """The report's gate as the manifest has it.
+    """Return the report's gate for the manifest.
 
     Raises:
-        GateFailed: it failed, and the bundle is not forced.
+        GateFailed: The gate failed, and the bundle is not forced.
     """
     found = report.metrics["gate"]
     passed = bool(found["passed"])
     if not passed:
         line = report.metrics["verdict"]["line"]
         if not asked.force:
-            raise GateFailed(f"{line}; no bundle is made (force=true makes one that says so)")
+            raise GateFailed(f"{line}; no bundle is made (force=true makes one that is marked as forced)")
         progress.notice(f"forced: {line}")
-    rows = ("judged", "reference", "worst")  # of the report, which the bundle does not hold
+    rows = ("judged", "reference", "worst")  # ids of rows of the report, which is not in the bundle
     return {"forced": not passed, **{key: value for key, value in found.items() if key not in rows}}
 
 
@@ -199,13 +200,13 @@ def _fill(
     gate: Mapping[str, object],
     asked: Order,
 ) -> Manifest:
-    """Everything into the folder, the manifest last."""
+    """Write all files of the bundle into `root`, the manifest last. Return the manifest."""
     onnx = _networks(root, artifacts["export"])
     height, width = recipe.data.imgsz_hw
     check_signatures([root / file for file in onnx.values()], (height, width), len(dataset.names), dataset.channels)
     code(root)
     (root / "labels.txt").write_text("".join(f"{name}\n" for name in dataset.names), encoding="utf-8")
-    progress.say(f"bundle: {asked.golden} golden images, their detections by every engine here")
+    progress.say(f"bundle: computing the detections of every engine here in {asked.golden} golden images")
     about: About = {
         "name": recipe.name,
         "target": asked.target,
@@ -240,15 +241,18 @@ def _fill(
 
 
 def _networks(root: Path, export: Artifact) -> dict[str, str]:
-    """Copy the compressed net in each form, and the calibration cache where it was asked for; stem -> file of those that
-    build.py makes engines of."""
+    """Copy all ONNX files of the compressed model, and the calibration cache if there is one.
+
+    Returns:
+        Stem to file, for the ONNX files that build.py builds engines from.
+    """
     (root / "onnx").mkdir()
     found = {}
     for name in sorted(export.manifest.files):
         file = Path(name)
         if file.parts[0] == "compressed" and file.suffix in (".onnx", ".cache"):
             shutil.copyfile(export.file(name), root / "onnx" / file.name)
-            # by hand: that of the cache, and those with NMS for other decoders
+            # build.py does not use the file for the calibration cache, nor those with NMS for other decoders
             by_hand = file.stem == "int8-implicit" or file.stem.endswith(NMS_SUFFIX)
             if file.suffix == ".onnx" and not by_hand:
                 found[file.stem] = f"onnx/{file.name}"
@@ -256,7 +260,7 @@ def _networks(root: Path, export: Artifact) -> dict[str, str]:
 
 
 def code(root: Path) -> None:
-    """`runtime/` and the commands that start it."""
+    """Write `runtime/` and the commands that start it."""
     source = Path(str(runtime.__file__)).parent
     shutil.copytree(source, root / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     for command in COMMANDS:
@@ -264,7 +268,7 @@ def code(root: Path) -> None:
 
 
 def _publish(root: Path, partial: Path, out: Path) -> None:
-    """Every byte to the disk, then one rename."""
+    """Write everything to the disk, then rename the bundle to `out` in one step."""
     if not out.name.endswith((".tar", ".tar.gz")):
         for file in sorted(root.rglob("*")):
             if file.is_file():
@@ -276,7 +280,7 @@ def _publish(root: Path, partial: Path, out: Path) -> None:
     archive = partial / "archive"
     with ExitStack() as stack:
         stream: Any = stack.enter_context(open(archive, "wb"))
-        if out.name.endswith(".gz"):  # by itself tarfile writes the file's name and the time into gzip's header
+        if out.name.endswith(".gz"):  # tarfile's own gzip has the file's name and the time in its header
             stream = stack.enter_context(gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0))
         with tarfile.open(fileobj=stream, mode="w") as tar:
             tar.add(root, root.name, filter=_plain)
@@ -285,7 +289,7 @@ def _publish(root: Path, partial: Path, out: Path) -> None:
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Of no user, no machine and no time, so that the same bundle gives the same tar."""
+    """Remove user, mode and time from a tar member, so that equal bundles give equal tars."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     member.mode = 0o755 if member.isdir() else 0o644

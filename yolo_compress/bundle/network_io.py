@@ -1,4 +1,4 @@
-"""What an ONNX file takes and gives, as a target's configuration has to say it."""
+"""Input and output of an ONNX file, for the configuration of a target."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. `shape` holds -1 for an open side."""
+    """An input or output. In `shape`, -1 is a dynamic dimension."""
 
     name: str
     kind: str
@@ -24,7 +24,7 @@ class Network:
     """An ONNX file with one input [B, C, H, W] and one output.
 
     Attributes:
-        nms: whether suppression is part of the graph.
+        nms: Whether NMS is part of the graph.
     """
 
     path: Path
@@ -34,22 +34,22 @@ class Network:
 
     @property
     def batch(self) -> int:
-        """Images of a call; -1 where it is open."""
+        """Images in one inference; -1 if it is dynamic."""
         return self.input.shape[0]
 
 
 def read(path: Path) -> Network:
-    """Reads the file's graph.
+    """Read input and output of the file's graph.
 
     Raises:
-        RecipeError: more than one input or output.
+        RecipeError: The graph does not have one input and one output.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     held = {tensor.name for tensor in graph.initializer}
     inputs = [_tensor(value) for value in graph.input if value.name not in held]
     outputs = [_tensor(value) for value in graph.output]
     if len(inputs) != 1 or len(outputs) != 1:
-        raise RecipeError(f"{path.name}: {len(inputs)} inputs and {len(outputs)} outputs, one of each expected")
+        raise RecipeError(f"{path.name}: {len(inputs)} inputs and {len(outputs)} outputs, expected one of each")
     nms = any("NonMaxSuppression" in node.op_type or "NMS" in node.op_type for node in graph.node)
     return Network(path, inputs[0], outputs[0], nms)
 
@@ -61,10 +61,16 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def require(path: Path, got: object, expected: object, what: str) -> None:
-    """For the checks that read a written configuration back.
+    """Check a value that was read back from a configuration.
+
+    Args:
+        path: File of the configuration.
+        got: Value in the configuration.
+        expected: Value of the model.
+        what: Name of the value.
 
     Raises:
-        RecipeError: they differ.
+        RecipeError: The values differ.
     """
     if got != expected:
-        raise RecipeError(f"{path}: {what} is {got!r}, the network has {expected!r}; make the bundle again")
+        raise RecipeError(f"{path}: {what} is {got!r}, the model has {expected!r}; make the bundle again")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 
-from yolo_compress.cli import grammar
-from yolo_compress.cli.verbs import VERBS, Verb
+from yolo_compress import ranks
+from yolo_compress.cli import grammar, processes
+from yolo_compress.cli.verbs import STAGE, VERBS, Verb
 from yolo_compress.errors import Terminated
 from yolo_compress.exits import explain
 
@@ -24,12 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     continues = False
     try:
-        command = grammar.parse(sys.argv[1:] if argv is None else argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        command = grammar.parse(words)
         verb = VERBS[command.verb]
         continues = verb.continues
         _check_outside_store(verb, command)
+        if (code := processes.start(command, words, is_stage=verb.handler == STAGE)) is not None:
+            return code
         return handler(verb)(command)
     except (Exception, KeyboardInterrupt, Terminated) as error:
+        if ranks.several():  # a launcher that ends all ranks would interrupt one that is about to end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return explain(error, continues)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yolo_compress import home, pipeline
+from yolo_compress import home, pipeline, ranks
 from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
 from yolo_compress.recipe import folder
@@ -25,6 +25,8 @@ def handle(command: Command) -> int:
         return _report_over(recipe, command)
     target = "report" if command.verb == "run" else command.verb
     artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
+    if ranks.rank() > 0:
+        return 0  # rank 0 answers
     answer: dict[str, Any] = {
         "recipe": recipe.name,
         "stage": artifact.stage,

@@ -1,7 +1,7 @@
-"""What is known about files already read, by path, so that a second preflight of a data set costs one stat a file.
+"""Cache of the preflight: results by file path, so that a second preflight needs one stat a file.
 
-An accelerator only: an entry counts when size, mtime, ctime and inode are unchanged, a cache that cannot be read is
-ignored, and deleting it loses nothing. JSON, never pickle: Ultralytics' labels.cache is not read.
+An entry is valid while size, mtime, ctime and inode are unchanged. A cache that cannot be read is ignored, and it is safe
+to delete. It is JSON, never pickle. Ultralytics' labels.cache is not read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # goes up when images.py or labels.py would judge the same file differently
+VERSION = 1  # raise it when images.py or labels.py changes its result for a file
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Tells without reading whether a file is the one seen before; ctime also catches edits that restore the mtime."""
+    """State of a file, to see without reading it whether it changed. ctime also shows edits that restore the mtime."""
 
     size: int
     mtime_ns: int
@@ -28,10 +28,10 @@ class Stamp:
 
     @staticmethod
     def of(path: Path | str) -> Stamp:
-        """Stamp of the regular file at `path`.
+        """Return the stamp of the regular file at `path`.
 
         Raises:
-            OSError: it cannot be looked at, or is a folder, pipe or device.
+            OSError: The file cannot be read, or is a folder, pipe or device.
         """
         s = os.stat(path)
         if not stat_module.S_ISREG(s.st_mode):
@@ -43,7 +43,7 @@ class Stamp:
 
 
 class FileCache:
-    """JSON values by (kind, absolute path), each valid for one stamp of the file."""
+    """JSON values by (kind, absolute path), each valid for one stamp of the file. Without a `file` it starts empty."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -59,7 +59,7 @@ class FileCache:
             return
 
     def get(self, kind: str, path: Path, stamp: Stamp, read: Callable[[Any], Any]) -> Any:
-        """What `read` makes of the stored value, or None when there is none for this stamp or `read` fails on it."""
+        """Return `read(stored value)`; None if no value is stored for this stamp, or if `read` fails."""
         try:
             known, value = self.entries[f"{kind}:{path}"]
             return read(value) if known == stamp.as_list() else None
@@ -71,10 +71,10 @@ class FileCache:
         self.changed = True
 
     def save(self) -> None:
-        """Write the cache if something was learnt.
+        """Write the cache if it changed.
 
         Raises:
-            StorageError: the folder cannot be written.
+            StorageError: The folder cannot be written.
         """
         if self.file is None or not self.changed:
             return

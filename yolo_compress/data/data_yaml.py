@@ -1,7 +1,7 @@
-"""The data yaml: found, read strictly, and turned into the list of image files of each split.
+"""The data yaml: find it, read it strictly, and list the image files of each split.
 
-Read here rather than by Ultralytics, which runs the text under `download:` when images are missing, and takes the
-entries of image lists from the working directory. Here `download:` is never looked at.
+Ultralytics does not read it, for two reasons. It runs the text under `download:` when images are missing; here `download:` is
+ignored. And it reads the entries of image lists relative to the working directory.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from yolo_compress.data import shipped as datasets
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.files import strict_yaml
 
-# What Ultralytics 8.4.190 takes for an image, and what else is one, which it passes over in silence.
+# Suffixes that Ultralytics 8.4.190 reads as images, and suffixes of other images, which it ignores without a message.
 IMAGE_SUFFIXES = frozenset(
     ("avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
 )
 UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "ico", "psd"))
-COMPANIONS = frozenset(  # of images, in their folders
+COMPANIONS = frozenset(  # suffixes of other files that are usual in folders of images
     ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
 )
-MAX_CLASSES = 20_000  # as many names as strict_yaml reads; the largest detection set has 1,203
+MAX_CLASSES = 20_000  # the most that strict_yaml reads; the largest detection set has 1,203
 MAX_KEYPOINTS = 10_000
-MAX_FOLDERS = 100_000  # of one split
+MAX_FOLDERS = 100_000  # in one split
 NEWLINE = b"\n"
 UNPRINTED = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's control characters, surrogates and line breaks
 
 
-_Bad = Callable[[str, str], DataError]  # (key, what is wrong) -> error with file and line
+_MakeError = Callable[[str, str], DataError]  # (key, message) -> error with file and line
 
 
 @dataclass(frozen=True)
 class DataYaml:
-    """What a data yaml says, checked. `train` and `val` are entries as written; `root` is absolute."""
+    """Checked content of a data yaml. `train` and `val` are entries as written; `root` is absolute."""
 
     file: Path
     root: Path
@@ -49,12 +49,12 @@ class DataYaml:
     names: tuple[str, ...]
     channels: int
     lines: dict[str, str]  # "file:line" of `train` and `val`
-    pose_columns: int  # keypoint columns that follow a box in a pose data set; they are dropped, as Ultralytics does
+    pose_columns: int  # keypoint columns after each box of a pose data set; they are ignored, as in Ultralytics
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One image as listed: `source` is "list.txt:3" or the folder, `name` its path relative to the data root."""
+    """One listed image. `source` is "list.txt:3" or the folder; `name` is its path relative to the data root."""
 
     path: Path
     name: str
@@ -62,7 +62,7 @@ class Listed:
 
 
 def shown(path: Path | str) -> str:
-    """`path` as a person would type it: relative when below the working directory."""
+    """Return `path` for a message: relative if it is below the working directory."""
     return strict_yaml.shown(_relative(path))
 
 
@@ -71,29 +71,29 @@ def _relative(path: Path | str) -> str:
 
 
 def left_out(names: Iterable[str]) -> str | None:
-    """One line that counts the files left out because their ending is no image's; None where there are none.
+    """Return one line that counts the files without an image suffix; None if there are none.
 
-    Files that usually lie beside images (labels, lists, caches) do not count, nor do hidden ones.
+    It does not count hidden files, nor labels, lists, caches and others that are usual in folders of images.
     """
-    endings = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
-    counts = Counter(ending for ending in endings if ending[1:] not in COMPANIONS)
+    suffixes = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
+    counts = Counter(suffix for suffix in suffixes if suffix[1:] not in COMPANIONS)
     if not counts:
         return None
-    shares = ", ".join(f"{shown(ending) or 'no ending'} {count}" for ending, count in counts.most_common(5))
-    return f"{sum(counts.values())} files left out, whose ending is no image's ({shares})"
+    listed = ", ".join(f"{shown(suffix) or 'no suffix'} {count}" for suffix, count in counts.most_common(5))
+    return f"{sum(counts.values())} files left out, because they have no image suffix ({listed})"
 
 
 def data_folders() -> list[Path]:
-    """Where data sets are looked for: `home.datasets()`, then the folders of YOLO_COMPRESS_DATA."""
+    """Return the folders to search for data sets: `home.datasets()`, then the folders of YOLO_COMPRESS_DATA."""
     extra = os.environ.get("YOLO_COMPRESS_DATA", "").split(os.pathsep)
     return [home.datasets(), *(Path(folder) for folder in extra if folder)]
 
 
 def find_yaml(name: str) -> Path:
-    """The data yaml called `name`: as given, in `data_folders()`, or shipped, with or without its suffix.
+    """Return the path of the data yaml `name`: as given, in `data_folders()`, or shipped. The suffix .yaml is optional.
 
     Raises:
-        RecipeError: nothing there; names the folders searched and the yamls that they hold.
+        RecipeError: There is no such file. The message lists the folders searched and the yamls in them.
     """
     if not name or "\0" in name:
         raise RecipeError(f"data={name!r} is not the name of a data yaml")
@@ -110,8 +110,8 @@ def find_yaml(name: str) -> Path:
         raise RecipeError(f"data yaml {name!r} is a folder; give the .yaml file in it")
     known = sorted({y.name for folder in folders if folder.is_dir() for y in folder.glob("*.yaml")})
     raise RecipeError(
-        f"no data yaml {name!r} here or in {', '.join(map(str, folders))}; there: {', '.join(known)}; "
-        "give its path, or set YOLO_COMPRESS_DATA to the folder that holds it"
+        f"no data yaml {name!r} here or in {', '.join(map(str, folders))}; available: {', '.join(known)}; "
+        "give its path, or set YOLO_COMPRESS_DATA to its folder"
     )
 
 
@@ -119,7 +119,8 @@ def read_yaml(file: Path) -> DataYaml:
     """Read and check the data yaml `file`.
 
     Raises:
-        DataError: "file:line: what" for bad encoding, syntax, duplicate keys, python tags, aliases and bad values.
+        DataError: The encoding, syntax or a value is wrong, a key is repeated, or there is a Python tag or alias. The
+            message starts with "file:line:".
     """
     document = strict_yaml.load(_relative(file), DataError)
     values = document.data
@@ -136,9 +137,9 @@ def read_yaml(file: Path) -> DataYaml:
     for key in ("train", "val"):
         entry = values.get(key, values.get("validation") if key == "val" else None)
         entries = entry if isinstance(entry, list) else [entry]
-        checked = [_inside(root, e, partial(bad, key)) for e in entries if isinstance(e, str) and e.strip()]
+        checked = [_checked_entry(root, e, partial(bad, key)) for e in entries if isinstance(e, str) and e.strip()]
         if not checked or len(checked) < len(entries):
-            raise bad(key, f"{key}: must be a folder, a .txt list or a list of those, not {entry!r}")
+            raise bad(key, f"{key}: must be a folder, a .txt list or a list of these, not {entry!r}")
         splits[key] = tuple(checked)
     pose = values.get("kpt_shape") or [0, 0]
     if not (
@@ -149,25 +150,25 @@ def read_yaml(file: Path) -> DataYaml:
     return DataYaml(file, root, splits["train"], splits["val"], names, channels, lines, pose[0] * pose[1])
 
 
-def _names(values: Mapping[str, object], bad: _Bad) -> tuple[str, ...]:
+def _names(values: Mapping[str, object], bad: _MakeError) -> tuple[str, ...]:
     names, count = values.get("names"), values.get("nc")
     if count is not None and not (type(count) is int and 1 <= count <= MAX_CLASSES):
         raise bad("nc", f"nc must be a whole number from 1 to {MAX_CLASSES}, not {count!r}")
     if names is None:
         if count is None:
-            raise bad("names", "neither names: nor nc: is given")
+            raise bad("names", "names: is missing; list the class names")
         return tuple(f"class_{i}" for i in range(count))
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            raise bad("names", f"names: must number the classes 0 to {len(names) - 1} without gaps")
+            raise bad("names", f"names: must number the classes from 0 to {len(names) - 1} without gaps")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise bad("names", f"names: must list the classes, not {names!r}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
-            raise bad("names", f"class name {name!r} is no text; put it in quotes")
+            raise bad("names", f"class name {name!r} is not text; put it in quotes")
         if any(unicodedata.category(char) in UNPRINTED for char in str(name)):
-            what = "holds a line break or another control character; labels.txt and the tables have a line a class"
+            what = "contains a line break or another control character; labels.txt and the tables have one line a class"
             raise bad("names", f"class name {name!r} {what}")
     texts = tuple(str(name) for name in names)
     if len(set(texts)) < len(texts):
@@ -177,10 +178,11 @@ def _names(values: Mapping[str, object], bad: _Bad) -> tuple[str, ...]:
     return texts
 
 
-def _root(file: Path, values: Mapping[str, object], bad: _Bad) -> Path:
-    """`path:`, relative to the yaml, else (as Ultralytics keeps its sets in one place) to one of `data_folders()`.
+def _root(file: Path, values: Mapping[str, object], bad: _MakeError) -> Path:
+    """Return the folder of `path:`, relative to the yaml or else to one of `data_folders()`.
 
-    That of a shipped yaml is never looked for in the folder of the code.
+    The second is for yamls of Ultralytics, which has all data sets in one folder. The `path:` of a shipped yaml is only
+    searched in `data_folders()`, never in the folder of the code.
     """
     text = values.get("path")
     if text is not None and (not isinstance(text, str) or "\0" in text):
@@ -192,25 +194,30 @@ def _root(file: Path, values: Mapping[str, object], bad: _Bad) -> Path:
         if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
             return path.resolve()
     hint = f"; run `yolo-compress fetch {file.stem}`" if shipped else ""
-    raise bad("path", f"path: {text} is no folder; looked in {', '.join(map(shown, folders))}{hint}")
+    raise bad("path", f"path: {text} is not a folder; searched in {', '.join(map(shown, folders))}{hint}")
 
 
-def _inside(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
-    """`entry` of a split, refused when `..` leads out of `root`. Exports of Roboflow write ../train for ./train."""
+def _checked_entry(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
+    """Return the entry of a split. Exports of Roboflow write ../train for ./train, which is corrected.
+
+    Raises:
+        DataError: `..` leads out of `root`.
+    """
     if os.path.isabs(entry) or not _escapes(root, root, entry):
         return entry
     if entry.startswith("../") and not os.path.exists(root / entry) and not _escapes(root, root, entry[3:]):
         return entry[3:]
-    raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder that holds all splits")
+    raise bad(f"{entry} leads out of {shown(root)}; set path: to the folder with all splits")
 
 
 def _escapes(root: Path, folder: Path, entry: str) -> bool:
+    """Return whether `..` in an entry leads from `folder` out of `root`."""
     full = os.path.normpath(folder / entry)
     return ".." in Path(entry).parts and full != str(root) and not full.startswith(str(root) + os.sep)
 
 
 class Listing(NamedTuple):
-    """Image files of a split sorted by path, findings about folders and lists, and a note where files were left out."""
+    """Image files of a split, sorted by path; findings about its folders and lists; a note if files were left out."""
 
     images: list[Listed]
     findings: list[str]
@@ -218,17 +225,22 @@ class Listing(NamedTuple):
 
 
 def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
-    """Lists the image files of a split.
+    """List the image files of a split.
 
-    Folders are walked whole, symbolic links included; hidden files and folders and files that are no image are left
-    out, as Ultralytics does. An entry of a list that is not absolute counts from the folder of the list: Ultralytics
-    does so for `./` and takes the others from the working directory, so that a data set depends on where one stands.
+    Folders are searched with all subfolders and symbolic links. Hidden files and folders and files that are not images
+    are left out, as in Ultralytics. A relative entry of a list is relative to the folder of the list. Ultralytics does
+    that for `./` only; its other entries are relative to the working directory, so a data set depends on where one
+    starts the program.
+
+    Raises:
+        DataError: A folder or list of the data yaml does not exist, or an entry of a list leads out of the data root.
     """
-    found: list[Listed] = []
+    images: list[Listed] = []
     findings: list[str] = []
     others: list[str] = []
     for entry in data.train if split == "train" else data.val:
-        path = Path(os.path.normpath(data.root / entry))  # a link stays one: labels lie beside it, not where it leads
+        # Links are not resolved: labels are next to the link, not next to its target.
+        path = Path(os.path.normpath(data.root / entry))
         if os.path.isdir(path):
             items: Iterator[Listed | str] = _folder(data.root, path, others)
         elif os.path.isfile(path):
@@ -239,9 +251,9 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
             if isinstance(item, str):
                 findings.append(item)
             else:
-                found.append(item)
+                images.append(item)
     note = left_out(others)
-    return Listing(sorted(found, key=lambda one: str(one.path)), findings, [f"{split}: {note}"] if note else [])
+    return Listing(sorted(images, key=lambda one: str(one.path)), findings, [f"{split}: {note}"] if note else [])
 
 
 def _listed(root: Path, path: Path, source: str) -> Listed:
@@ -250,6 +262,8 @@ def _listed(root: Path, path: Path, source: str) -> Listed:
 
 
 def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
+    """Yield the images below `top`, and findings as text. Append the names of other files to `others`."""
+
     def fail(error: OSError) -> None:
         failed.append(f"{shown(error.filename)}: {error.strerror}")
 
@@ -257,13 +271,13 @@ def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
     for number, (folder, folders, files) in enumerate(os.walk(top, followlinks=True, onerror=fail)):
         if number >= MAX_FOLDERS:
             raise DataError(
-                f"{shown(top)}: more than {MAX_FOLDERS} folders, links followed; give the one that holds images"
+                f"{shown(top)}: more than {MAX_FOLDERS} folders, with symbolic links; give the folder with the images"
             )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in list(folders):
             path = os.path.join(folder, name)
-            if os.path.islink(path) and _holds(path, folder, top):
-                yield f"{shown(path)}: symbolic link to a folder that holds it"
+            if os.path.islink(path) and _leads_back(path, folder, top):
+                yield f"{shown(path)}: symbolic link to one of its parent folders"
                 folders.remove(name)
         for name in files:
             suffix = name.rpartition(".")[-1].lower() if "." in name else ""
@@ -278,20 +292,21 @@ def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
     yield from failed
 
 
-def _holds(link: str, folder: str, top: Path) -> bool:
-    """Whether a link leads to one of the folders that it was reached through, by whatever names and other links."""
-    way = [Path(folder)]
-    while way[-1] != top:
-        way.append(way[-1].parent)
+def _leads_back(link: str, folder: str, top: Path) -> bool:
+    """Return whether a link leads to one of the folders from `top` to it, also through other links."""
+    parents = [Path(folder)]
+    while parents[-1] != top:
+        parents.append(parents[-1].parent)
     try:
-        return any(os.path.samefile(link, above) for above in way) or (folder + os.sep).startswith(
+        return any(os.path.samefile(link, parent) for parent in parents) or (folder + os.sep).startswith(
             os.path.realpath(link) + os.sep
         )
-    except OSError:  # a loop of links alone
+    except OSError:  # links that lead only to each other
         return True
 
 
 def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:
+    """Yield the images of a list file, and findings as text."""
     try:
         data = file.read_bytes()
         text = data.decode("utf-8-sig")
@@ -306,7 +321,7 @@ def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:
         if not entry:
             continue
         if "\0" in entry or entry.rpartition(".")[-1].lower() not in IMAGE_SUFFIXES:
-            yield f"{source}: {entry[:80]!r} is no image of a supported kind"
+            yield f"{source}: {entry[:80]!r} is not an image of a supported format"
         elif not os.path.isabs(entry) and _escapes(root, file.parent, entry):
             raise DataError(f"{source}: {entry} leads out of {shown(root)}")
         else:

@@ -1,7 +1,7 @@
-"""Preflight of a data set: every image and label is read before any training, and gets into the digest of its split.
+"""Preflight of a data set: read every image and label before any training, and compute the digest of each split.
 
-Ultralytics drops what it cannot read and reports mAP over the rest; here a finding stops the run, or, with
-`on_bad="skip"`, removes the image for every model alike. Layout and label rules are Ultralytics': labels.py, images.py.
+Ultralytics leaves out files that it cannot read, and reports mAP over the rest. Here a finding stops the run. With
+`on_bad="skip"` it removes the image for every model. Layout and label rules are those of Ultralytics, in labels.py and images.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from yolo_compress.runtime.limits import MAX_DET, counted
 __all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
 
 MAX_UNLABELLED = 0.3
-LISTED_FINDINGS = 10  # in an error message; all of them are in BadData.findings
+LISTED_FINDINGS = 10  # in an error message; BadData.findings has all of them
 
 
 class BadData(DataError):
-    """Files of a data set that cannot be used; `findings` has every one as "path:line: what"."""
+    """Some files of a data set cannot be used. `findings` has a line for each: "path:line: what is wrong"."""
 
     def __init__(self, message: str, findings: Sequence[str]) -> None:
         super().__init__(message)
@@ -39,20 +39,23 @@ class BadData(DataError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that passed. Digests depend on class names, image bytes, boxes and file names below the root."""
+    """A data set that passed the preflight.
+
+    The digests depend on class names, image bytes, boxes, and file names relative to the data root.
+    """
 
     yaml: Path
     names: tuple[str, ...]
     channels: int
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
-    skipped: tuple[str, ...]  # findings "path:line: what" of images left out
-    notes: tuple[str, ...]  # accepted, but worth a line: background images, repeated rows, classes without a box
+    skipped: tuple[str, ...]  # findings about the images that were left out
+    notes: tuple[str, ...]  # messages about what was accepted: background images, repeated rows, classes without a box
     digest: str
     train_digest: str
     val_digest: str
     files: tuple[FileState, ...] = field(repr=False, compare=False, default=())
-    unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; no part of `digest`
+    unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; not part of `digest`
     unlabelled_digest: str = ""
 
 
@@ -71,22 +74,24 @@ def load(
     """Find, read and check the data set of the yaml `name`.
 
     Args:
-        name: path of a data yaml, or its name in `datasets/`, in a folder of YOLO_COMPRESS_DATA or among the shipped
-            ones. Digits of the shipped yaml are drawn first where they are not there.
-        on_bad: "skip" leaves an image with a finding out and lists it in `skipped`.
-        allow_overlap: accept validation images that are also training images.
-        limit_train: read only so many images, evenly spaced in the sorted list (`i * len // limit`), so no seed.
-        limit_val: the same for the validation split.
-        max_unlabelled: share of a split's images that may lack a label file; they are background.
-        max_det: detections that NMS keeps in an image: where more objects are, a note says so.
-        cache: JSON file that remembers files by size, mtime, ctime and inode.
-        progress: called with (images done, images in all).
+        name: Path of a data yaml, or its name in `datasets/`, in a folder of YOLO_COMPRESS_DATA or among the shipped
+            yamls. The digits of the shipped yaml are drawn first if they do not exist.
+        on_bad: "skip" leaves out images with a finding, and lists the findings in `skipped`.
+        allow_overlap: Accept validation images that are also training images.
+        limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`). It needs no
+            seed.
+        limit_val: The same for the validation split.
+        max_unlabelled: Largest fraction of the images of a split that may have no label file. They are background.
+        max_det: Number of detections that NMS keeps in an image. Images with more objects give a note.
+        cache: JSON file with the results of earlier preflights.
+        progress: Called with (images done, all images).
 
     Raises:
-        RecipeError: no such yaml, or a limit below 1.
-        BadData: the findings, one a line, the first ten.
-        DataError: a split that is empty, or lacks more label files than `max_unlabelled`, or has no box; a malformed yaml.
-        StorageError: digits cannot be drawn.
+        RecipeError: The yaml does not exist, or a limit is below 1.
+        BadData: There are findings; the message has the first ten.
+        DataError: The yaml is malformed. Or a split is empty, has no box, or has more images without a label file than
+            `max_unlabelled` allows.
+        StorageError: The digits cannot be drawn.
     """
     file = find_yaml(name)
     if file == shipped.DIGITS and not any((folder / file.stem).is_dir() for folder in data_folders()):
@@ -95,14 +100,14 @@ def load(
     listings = [list_images(data, "train"), list_images(data, "val")]
     findings = [finding for listing in listings for finding in listing.findings]
     listed = [
-        _spread(split, limit, key)
+        _evenly_spaced(split, limit, key)
         for (split, *_), limit, key in zip(
             listings, (limit_train, limit_val), ("limit_train", "limit_val"), strict=True
         )
     ]
-    for split, entry, found in zip(("train", "val"), (data.train, data.val), listings, strict=True):
-        if not found[0]:
-            raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(found[1]))
+    for split, entry, listing in zip(("train", "val"), (data.train, data.val), listings, strict=True):
+        if not listing.images:
+            raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(listing.findings))
 
     read, notes = _read([*listed[0], *listed[1]], data, cache, progress)
     notes += [note for listing in listings for note in listing.notes]
@@ -116,13 +121,13 @@ def load(
         raise _failure(data, findings, "fix them, or set data.on_bad=skip to leave these images out of every model")
     notes += dict.fromkeys(note for result in read for note in result.notes)
 
-    kept = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
-    samples = [tuple(r.sample for r in split if r.sample) for split in kept]
-    for split, results, of, limit in zip(("train", "val"), kept, samples, (limit_train, limit_val), strict=True):
-        notes += _check_split(data, split, results, of, findings, limit, max_unlabelled, max_det)
+    used = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
+    samples = [tuple(r.sample for r in split if r.sample) for split in used]
+    for split, results, images, limit in zip(("train", "val"), used, samples, (limit_train, limit_val), strict=True):
+        notes += _check_split(data, split, results, images, findings, limit, max_unlabelled, max_det)
     notes += _overlap(data, *samples, allow=allow_overlap)
     train_digest, val_digest = (_digest(split, data) for split in samples)
-    files = {state.path: state for split in kept for result in split for state in result.files}
+    files = {state.path: state for split in used for result in split for state in result.files}
     return Dataset(
         yaml=data.file,
         names=data.names,
@@ -146,11 +151,11 @@ def with_unlabelled(
     allow_overlap: bool = False,
     cache: Path | None = None,
 ) -> Dataset:
-    """The data set with every image of `folder` beside it; labels that lie there are not read.
+    """Return the data set with the images of `folder` as `unlabelled`. Label files in the folder are not read.
 
     Raises:
-        DataError: no such folder, or no image in it.
-        BadData: images that cannot be used, or that are validation images.
+        DataError: The folder does not exist, or has no image.
+        BadData: Some images cannot be used, or are validation images.
     """
     root = Path(folder).resolve()
     if not root.is_dir():
@@ -161,7 +166,7 @@ def with_unlabelled(
         raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
     read, notes = _read(listed, data, cache, labelled=False)
     findings += [finding for result in read for finding in result.findings]
-    where = replace(data, file=root)  # what a message names
+    where = replace(data, file=root)  # so that messages name the folder
     if findings and on_bad != "skip":
         raise _failure(where, findings, "fix them, or set data.on_bad=skip to leave these images out")
     samples = tuple(r.sample for r in read if r.sample)
@@ -186,7 +191,7 @@ def _read(
     progress: Progress | None = None,
     labelled: bool = True,
 ) -> tuple[list[Read], list[str]]:
-    """What is read through the cache, and a note where the cache cannot be written: the next preflight reads all again."""
+    """Read images and labels through the cache. Return the results, and a note if the cache cannot be written."""
     store = FileCache(cache)
     read = Reader(data, store, labelled).read_all(listed, progress)
     try:
@@ -197,10 +202,10 @@ def _read(
 
 
 def recheck(dataset: Dataset) -> None:
-    """Assert that no file of the data set changed since it was loaded; reads only files whose stamp differs.
+    """Check that no file of the data set changed since it was loaded. Only files with another stamp are read.
 
     Raises:
-        DataError: names the first file that is gone, appeared or has other bytes.
+        DataError: A file is gone, is new or has other bytes. The message names the first one.
     """
     for state in dataset.files:
         what = None
@@ -215,17 +220,22 @@ def recheck(dataset: Dataset) -> None:
             if state.sha256 is not None or os.path.lexists(state.path):
                 what = f"is gone ({e.strerror})"
         if what:
-            raise DataError(f"{shown(state.path)} {what} during the run; the results are not published, run again")
+            raise DataError(f"{shown(state.path)} {what} during the run; the results are not stored, run again")
 
 
 def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """At most `count` samples chosen by `seed`, sorted by name; pass training samples, never validation ones.
+    """Return at most `count` samples chosen by `seed`, sorted by name.
 
-    The choice orders samples by sha256(seed, image), so one image more or less changes at most one place, and it does
-    not depend on the version of a random generator.
+    The samples with the smallest sha256(seed, image) are chosen. So one image more or less changes at most one sample, and
+    the choice does not depend on the version of a random generator.
+
+    Args:
+        samples: Training samples. Never pass validation samples.
+        count: Largest number of samples.
+        seed: Seed of the choice.
 
     Raises:
-        DataError: no sample, or `count` below 1.
+        DataError: There is no sample, or `count` is below 1.
     """
     if not samples or count < 1:
         raise DataError(f"calibration needs at least one training image, got {min(len(samples), max(count, 0))}")
@@ -233,7 +243,7 @@ def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list
     return sorted(ranked[:count], key=lambda s: s.name)
 
 
-def _spread(listed: list[Listed], limit: int | None, key: str) -> list[Listed]:
+def _evenly_spaced(listed: list[Listed], limit: int | None, key: str) -> list[Listed]:
     if limit is not None and limit < 1:
         raise RecipeError(f"data.{key} must be at least 1, not {limit}")
     if limit is None or limit >= len(listed):
@@ -242,7 +252,10 @@ def _spread(listed: list[Listed], limit: int | None, key: str) -> list[Listed]:
 
 
 def _repeated(results: Sequence[Read]) -> list[str]:
-    """A validation image that is listed twice counts twice in mAP; a training image may (that is oversampling)."""
+    """Return findings about validation images that are listed twice: mAP would count them twice.
+
+    Training images may be listed twice; that is oversampling.
+    """
     first: dict[Path, str] = {}
     out = []
     for r in results:
@@ -266,46 +279,46 @@ def _check_split(
     max_unlabelled: float,
     max_det: int,
 ) -> list[str]:
-    """Notes about a split.
+    """Check the samples of a split, and return notes about them.
 
     Raises:
-        DataError: a split without images, without boxes, or with too few label files.
+        DataError: The split has no image, no box, or too few label files.
     """
     if not samples:
         raise _failure(data, findings, f"no image of {split} is left")
     unlabelled = [r for r in results if not r.labelled]
     if len(unlabelled) == len(results):
         folder = shown(label_path(results[0].listed.path).parent)
-        raise DataError(f"{shown(data.file)}: {split}: no image has a label file; looked in {folder}")
+        raise DataError(f"{shown(data.file)}: {split}: no image has a label file; searched in {folder}")
     if len(unlabelled) > max_unlabelled * len(results):
         first = shown(label_path(unlabelled[0].listed.path))
         raise DataError(
-            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(results)} images have no label file, such as {first}. Are all of "
-            f"them background? Then set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(results)) / 100:g}"
+            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(results)} images have no label file, such as {first}. If all of "
+            f"them are background, set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(results)) / 100:g}"
         )
     counts = [0] * len(data.names)
     for sample in samples:
         for box in sample.boxes:
             counts[box[0]] += 1
     if not any(counts):
-        effect = "nothing to learn" if split == "train" else "nothing to evaluate by"
-        hint = "" if limit is None else f"; data.limit_{split}={limit} may have left out those with objects"
+        effect = "nothing to learn" if split == "train" else "nothing to evaluate"
+        hint = "" if limit is None else f"; data.limit_{split}={limit} may have left out the images with objects"
         raise DataError(f"{shown(data.file)}: {split}: all {len(samples)} images are background, {effect}{hint}")
     notes = _crowded(samples, max_det) if split == "val" else []
     if background := sum(not s.boxes for s in samples):
         without = f"{len(unlabelled)} without label file"
         notes.append(f"{split}: {background} of {len(samples)} images are background ({without})")
     if absent := [name for name, count in zip(data.names, counts, strict=True) if not count]:
-        effect = "their AP is undefined and left out of the mean" if split == "val" else "they cannot be learnt"
+        effect = "their AP is undefined, and the mean ignores it" if split == "val" else "they cannot be learnt"
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         notes.append(f"{split}: no box of {', '.join(absent[:10])}{more}; {effect}")
     return notes
 
 
 def _almost_labels(results: Sequence[Read]) -> list[str]:
-    """Findings: label files that are not read because the case of their names is another than that of the images'."""
+    """Return findings about label files that are not read, because the upper or lower case of their names is wrong."""
     folders: dict[Path, dict[str, str]] = {}
-    found = []
+    findings = []
     for result in results:
         if result.labelled:
             continue
@@ -314,14 +327,14 @@ def _almost_labels(results: Sequence[Read]) -> list[str]:
             names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             folders[path.parent] = {name.lower(): name for name in names}
         if name := folders[path.parent].get(path.name.lower()):
-            found.append(
-                f"{shown(path.with_name(name))}: not read; the label file of {result.listed.name} is {path.name}"
+            findings.append(
+                f"{shown(path.with_name(name))}: not read; the label file of {result.listed.name} must be {path.name}"
             )
-    return found
+    return findings
 
 
 def _crowded(samples: Sequence[Sample], max_det: int) -> list[str]:
-    """Notes: objects that neither mAP nor NMS can count."""
+    """Return notes about images with more objects than mAP counts or NMS keeps."""
     most, limit = (
         [max(Counter(box[0] for box in sample.boxes).values(), default=0) for sample in samples],
         counted(max_det),
@@ -329,34 +342,41 @@ def _crowded(samples: Sequence[Sample], max_det: int) -> list[str]:
     notes = []
     if over := sum(count > limit for count in most):
         notes.append(
-            f"val: {over} images have over {limit} objects of a class (up to {max(most)}), and mAP counts the {limit} best detections "
-            f"of a class in an image: no model can reach 1; data.max_det={max(MAX_DET + 1, 2 * max(most))} counts them"
+            f"val: {over} images have over {limit} objects of a class (up to {max(most)}), but mAP counts only the {limit} best "
+            f"detections of a class in an image, so no model reaches mAP 1. Set data.max_det={max(MAX_DET + 1, 2 * max(most))} to "
+            "count them all"
         )
     if over := sum(len(sample.boxes) > max_det for sample in samples):
         notes.append(
-            f"val: {over} images have over {max_det} objects, and NMS keeps {max_det} detections of an image (data.max_det)"
+            f"val: {over} images have over {max_det} objects, but NMS keeps {max_det} detections of an image (data.max_det)"
         )
     return notes
 
 
 def _overlap(data: DataYaml, train: Sequence[Sample], val: Sequence[Sample], *, allow: bool) -> list[str]:
+    """Check that no validation image is a training image. Return a note if some are and `allow` is set.
+
+    Raises:
+        BadData: Some images are in both splits.
+    """
     known = {s.sha256: s for s in train}
     pairs = [(known[s.sha256], s) for s in val if s.sha256 in known]
     if not pairs:
         return []
     if allow:
         return [f"{len(pairs)} of {len(val)} validation images are training images too; accepted by data.allow_overlap"]
-    found = [f"{shown(v.image)}: same bytes as {shown(t.image)} of train" for t, v in pairs]
-    raise _failure(data, found, "move them, or set data.allow_overlap=true and do not trust the mAP")
+    findings = [f"{shown(v.image)}: same bytes as {shown(t.image)} of train" for t, v in pairs]
+    raise _failure(data, findings, "move them, or set data.allow_overlap=true and do not trust the mAP")
 
 
 def _failure(data: DataYaml, findings: Iterable[str], hint: str) -> BadData:
-    found = list(findings)
-    count = f"{len(found)} finding{'s' if len(found) != 1 else ''}"
-    return BadData(f"{shown(data.file)}: {count}; {hint}" + _lines(found), found)
+    listed = list(findings)
+    count = f"{len(listed)} finding{'s' if len(listed) != 1 else ''}"
+    return BadData(f"{shown(data.file)}: {count}; {hint}" + _lines(listed), listed)
 
 
 def _lines(findings: Sequence[str]) -> str:
+    """Return the first findings as indented lines, and the number of the others."""
     more = [f"... and {len(findings) - LISTED_FINDINGS} more"] if len(findings) > LISTED_FINDINGS else []
     return "".join(f"\n  {line}" for line in [*findings[:LISTED_FINDINGS], *more])
 

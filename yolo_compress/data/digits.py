@@ -1,10 +1,10 @@
-"""Draw the embedded data set: scenes of real handwritten digits, the same bytes for the same seed and library versions.
+"""Draw the built-in data set: scenes of real handwritten digits. Equal seeds and library versions give equal bytes.
 
 The 1,797 digits are the scans that scikit-learn ships (8 x 8 px, 16 grey levels, from the UCI "Optical Recognition of
-Handwritten Digits" set). Every fifth scan (index % 5 == 0) appears in validation scenes only, the others in training
-scenes only. A scene has 3 to 7 of them, at varied size, angle and contrast, lighter or darker than a background of
-gradients, noise, strokes and blobs; a box is the tight box of the rotated ink. Later digits may cover earlier ones, but
-never more than `MAX_COVERED` of a digit's ink: every digit drawn is labelled and can be named.
+Handwritten Digits" set). Every fifth scan (index % 5 == 0) appears only in validation scenes, the others only in training
+scenes. A scene has 3 to 7 digits of different size, angle and contrast. They are lighter or darker than the background,
+which has gradients, noise, strokes and blobs. A box fits tightly around the rotated ink. Later digits may cover earlier
+ones, but at most `MAX_COVERED` of a digit's ink, so that people can still read every labelled digit.
 
     python -m yolo_compress.data.digits FOLDER [--train 600] [--val 150] [--imgsz 128] [--seed 0]
 """
@@ -30,25 +30,27 @@ from yolo_compress.files.lock import lock
 from yolo_compress.runtime import json_text
 from yolo_compress.runtime.commands.common import Parser
 
-VERSION = 1  # goes up when the same parameters would give other bytes
+VERSION = 1  # raise it when the same parameters give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
-MAX_COVERED = 0.4  # of a digit's ink; more leaves digits that people cannot name either
-INK = 0.35  # alpha from which a pixel belongs to a digit; defines its box and its cover
+MAX_COVERED = 0.4  # fraction of a digit's ink; above it, people cannot read the digit either
+INK = 0.35  # a pixel with at least this alpha belongs to the digit; its box and its covered area follow from that
 RECORD = "digits.json"
 
 
 def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: int = 0) -> None:
     """Draw `train` and `val` square scenes of `imgsz` px to images/{train,val} and labels/{train,val} under `out`.
 
-    Does nothing when `out` already holds just that, whole. Otherwise draws to `out`.partial and renames, so that `out`
-    is never half drawn; a folder drawn with other parameters is replaced, any other folder is an error.
+    If `out` already has exactly these files, nothing is done. Otherwise the scenes are drawn to `out`.partial, which is
+    then renamed, so `out` is never half drawn. A folder drawn with other parameters is replaced.
 
     Raises:
-        RecipeError: a count below 1 or an image too small for digits.
-        StorageError: `out` exists and was not drawn by this function, or the file system refuses.
+        RecipeError: A count is below 1, or the images are too small for digits.
+        StorageError: `out` exists and was not drawn by this function, or the file system fails.
     """
     if min(train, val) < 1 or imgsz < 64:
-        raise RecipeError(f"digits: need at least one scene a split and 64 px, got {train}, {val}, {imgsz}")
+        raise RecipeError(
+            f"digits: got train={train}, val={val}, imgsz={imgsz}, expected at least one scene in each split and 64 px"
+        )
     parameters = {"version": VERSION, "train": train, "val": val, "imgsz": imgsz, "seed": seed}
     if is_complete(out, parameters):
         return
@@ -56,7 +58,7 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
         if is_complete(out, parameters):  # another process drew it meanwhile
             return
         if out.exists() and not (out / RECORD).is_file() and any(out.iterdir()):
-            raise StorageError(f"{out} has no {RECORD}: not drawn by this program, move it away")
+            raise StorageError(f"{out} has no {RECORD}, so this program did not draw it: move it away")
         progress.say(f"digits: drawing {train} training and {val} validation images of {imgsz} px into {out}")
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +70,7 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
 
 
 def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
-    """Write images and labels; gives the sha256 of each file. A scene depends on (seed, split, number) alone."""
+    """Write images and labels, and return the sha256 of each file. A scene depends only on seed, split and number."""
     scans, classes = source_digits()
     imgsz, files = parameters["imgsz"], {}
     for split, name in enumerate(("train", "val")):
@@ -93,7 +95,7 @@ class Record(TypedDict):
 
 
 def is_complete(out: Path, parameters: dict[str, int]) -> bool:
-    """Whether `out` was drawn with `parameters` and every file still has its bytes (0.1 s for 1,500 files)."""
+    """Return whether `out` was drawn with `parameters` and no file has changed (0.1 s for 1,500 files)."""
     try:
         record: Record = json_text.read(out / RECORD)
         return record["parameters"] == parameters and all(
@@ -104,7 +106,7 @@ def is_complete(out: Path, parameters: dict[str, int]) -> bool:
 
 
 def source_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Scans as (1797, 8, 8) float 0..1 and their classes (1797,)."""
+    """Return the scans as (1797, 8, 8) float 0..1, and their classes (1797,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -112,7 +114,7 @@ def source_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_sources(count: int, split: str) -> np.ndarray:
-    """Indices of the source digits that scenes of `split` are made of; the two splits share none."""
+    """Return the indices of the source digits for a split. The two splits share none."""
     index = np.arange(count)
     return index[(index % VAL_EVERY == 0) == (split == "val")]
 
@@ -120,19 +122,22 @@ def split_sources(count: int, split: str) -> np.ndarray:
 def scene(
     rng: np.random.Generator, scans: np.ndarray, classes: np.ndarray, sources: np.ndarray, imgsz: int
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int, int]]]:
-    """One scene as (H, W, 3) uint8 and its boxes as (class, left, top, right, bottom) px, right and bottom excluded."""
+    """Draw a scene. Return it as (H, W, 3) uint8, and its boxes as (class, left, top, right, bottom).
+
+    The boxes are in px, without the pixels at `right` and `bottom`.
+    """
     canvas = background(rng, imgsz)
-    visible: list[tuple[np.ndarray, int]] = []  # what later digits left of each ink, and its whole area in px
+    visible: list[tuple[np.ndarray, int]] = []  # for each digit: mask of its visible ink, and area of all its ink in px
     labels = []
     wanted = int(rng.integers(3, 8))
-    for _ in range(40):  # places to try; 3 digits always fit
+    for _ in range(40):  # tries; 3 digits always fit
         layer = _stamp(rng, scans[source := int(rng.choice(sources))], imgsz)
         ink = layer >= INK
-        left_over = [(old & ~ink, area) for old, area in visible]
-        if any(old.sum() < (1 - MAX_COVERED) * area for old, area in left_over):
+        uncovered = [(old & ~ink, area) for old, area in visible]
+        if any(old.sum() < (1 - MAX_COVERED) * area for old, area in uncovered):
             continue
         canvas = _paint(rng, canvas, layer, ink)
-        visible = [*left_over, (ink, int(ink.sum()))]
+        visible = [*uncovered, (ink, int(ink.sum()))]
         rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
         labels.append((int(classes[source]), int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
         if len(labels) == wanted:
@@ -142,7 +147,7 @@ def scene(
 
 
 def background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
-    """Clutter without a digit, (H, W, 3) float32 0..255: a gradient, soft noise, blobs and pen strokes."""
+    """Draw a background without digits, (H, W, 3) float32 0..255: a gradient, soft noise, blobs and pen strokes."""
     ramp = np.linspace(0, 1, imgsz, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     mix = np.clip(0.5 + np.cos(angle) * (ramp[None, :] - 0.5) + np.sin(angle) * (ramp[:, None] - 0.5), 0, 1)[..., None]
@@ -162,18 +167,19 @@ def background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
 
 
 def _near(rng: np.random.Generator, image: Image.Image, x: float, y: float) -> tuple[int, ...]:
-    """The colour at (x, y), moved a little: a distractor has less contrast than most digits."""
+    """Return a colour near that at (x, y), so that strokes and blobs have less contrast than most digits."""
     at = image.getpixel((int(np.clip(x, 0, image.width - 1)), int(np.clip(y, 0, image.height - 1))))
     return tuple(int(c) for c in np.clip(np.array(at) + rng.normal(0, 40, 3), 0, 255))
 
 
 def _stamp(rng: np.random.Generator, scan: np.ndarray, imgsz: int) -> np.ndarray:
-    """One scan at 17 to 38 % of the scene's side, turned by up to 25 degrees, somewhere in a layer (H, W) 0..1."""
+    """Draw one scan at a random place of an empty layer (H, W) 0..1: 17 to 38 % of its side, rotated by up to 25 degrees."""
     height = rng.uniform(0.17, 0.38) * imgsz
     size = (round(height * rng.uniform(0.75, 1.05)), round(height))
-    framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a blank frame, so that edges of the ink fade out
+    framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a blank border, so that the ink fades out
     glyph = framed.resize(size, Image.Resampling.BICUBIC)
-    glyph = glyph.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)  # 6 and 9 stay apart
+    # at most 25 degrees, so that 6 and 9 stay different
+    glyph = glyph.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
     alpha = np.clip(np.asarray(glyph) * 1.3, 0, 1)
     rows, columns = np.flatnonzero((alpha >= INK).any(1)), np.flatnonzero((alpha >= INK).any(0))
     alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -184,7 +190,7 @@ def _stamp(rng: np.random.Generator, scan: np.ndarray, imgsz: int) -> np.ndarray
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, layer: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """`canvas` with the digit in one colour, 60 to 170 grey levels from what it covers, lighter or darker."""
+    """Return `canvas` with the digit in one colour, 60 to 170 grey levels lighter or darker than the area it covers."""
     under = canvas[ink].mean(axis=0)
     step = rng.uniform(60, 170) * (1 if rng.random() < (255 - under.mean()) / 255 else -1)
     if not 0 <= under.mean() + step <= 255:
@@ -194,7 +200,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, layer: np.ndarray, ink:
 
 
 def label_rows(boxes: list[tuple[int, int, int, int, int]], imgsz: int) -> str:
-    """Boxes in px as rows of a YOLO label file."""
+    """Return boxes in px as the text of a YOLO label file."""
     rows = (
         f"{c} {(x1 + x2) / 2 / imgsz:.6f} {(y1 + y2) / 2 / imgsz:.6f} {(x2 - x1) / imgsz:.6f} {(y2 - y1) / imgsz:.6f}\n"
         for c, x1, y1, x2, y2 in boxes

@@ -1,8 +1,7 @@
-"""One image file: is it whole, of a kind that OpenCV decodes to the same pixels, and how large is it once decoded.
+"""Check of one image file: it must be complete and of a format that OpenCV decodes to the same pixels as Pillow.
 
-Pillow decodes each file once, fully. The kinds accepted are those for which cv2.imdecode (5.0.0) was compared with
-Pillow: PNG, JPEG, BMP, TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha dropped)
-or CMYK.
+Pillow decodes each file once, fully. A format is accepted if cv2.imdecode (5.0.0) was compared with Pillow: PNG, JPEG, BMP,
+TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha is ignored) or CMYK.
 """
 
 from __future__ import annotations
@@ -16,29 +15,29 @@ from contextlib import contextmanager
 FORMATS = frozenset({"AVIF", "BMP", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP"})
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"})  # photographs of some phones
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
-UPRIGHT_ONLY = frozenset({"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"})  # versions of OpenCV differ in obeying EXIF here
+UPRIGHT_ONLY = frozenset({"TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"})  # not every OpenCV applies their EXIF orientation
 MIN_SIDE_PX = 10  # Ultralytics drops smaller images
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk and its checksum
-MAX_PIXELS = 100_000_000  # 300 MB once decoded; larger ones are bombs or want tiling
+MAX_PIXELS = 100_000_000  # 300 MB decoded; larger images are decompression bombs, or need tiles
 
 
 class Finding(ValueError):
-    """Why an image cannot be used."""
+    """An image cannot be used; the message is the reason."""
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Pillow's warnings (large or oddly tagged images) off: `probe` turns what matters into findings."""
+    """Turn off Pillow's warnings about large or wrongly tagged images. `probe` raises findings for those that matter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def probe(data: bytes) -> tuple[int, int]:
-    """Width and height in px of the encoded image `data` as cv2.imread returns it, EXIF orientation applied.
+    """Check an encoded image. Return (width, height) in px as cv2.imread decodes it, with EXIF orientation applied.
 
     Raises:
-        Finding: why the image cannot be used.
+        Finding: The image cannot be used.
     """
     if not data:
         raise Finding("empty file")
@@ -47,19 +46,22 @@ def probe(data: bytes) -> tuple[int, int]:
     if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
         raise Finding("HEIF images are not supported")
     try:
-        with _opened(data) as image:
-            return _checked(image, data)
+        with _open(data) as image:
+            return _checked_size(image, data)
     except Finding:
         raise
-    except Exception as e:  # decoders of hostile files raise anything: SyntaxError, struct.error, KeyError, ...
+    except Exception as e:  # decoders raise anything on broken files: SyntaxError, struct.error, KeyError, ...
         raise Finding(f"corrupt image ({' '.join(str(e).split())[:100] or type(e).__name__})") from e
 
 
-def _opened(data: bytes):  # type: ignore[no-untyped-def]
-    """The image that Pillow's own decoders find in `data`, header read.
+def _open(data: bytes):  # type: ignore[no-untyped-def]
+    """Open `data` with Pillow's own decoders. Only the header is read.
 
-    `PIL.Image.open` would do the same, had Ultralytics 8.4.190 not replaced it when it is imported: on a file of no known
-    kind its version asks pip for pi-heif, and once that is registered the same bytes get another finding.
+    This replaces `PIL.Image.open`, because Ultralytics 8.4.190 patches that on import: for a file of unknown format its
+    version installs pi-heif with pip. Once pi-heif is registered, the same bytes give another finding.
+
+    Raises:
+        Finding: The format is not known.
     """
     from PIL import Image
 
@@ -69,16 +71,17 @@ def _opened(data: bytes):  # type: ignore[no-untyped-def]
             continue
         factory, accept = Image.OPEN[kind]
         fits = accept(data[:16]) if accept else True
-        if isinstance(fits, str) or not fits:  # text: Pillow lacks the codec
+        if isinstance(fits, str) or not fits:  # a str means that Pillow has no codec
             continue
         try:
             return factory(io.BytesIO(data), "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # what Image.open takes for another kind
+        except (SyntaxError, IndexError, TypeError, struct.error):  # Image.open tries the next format on these
             continue
     raise Finding("not an image of a known format")
 
 
-def _checked(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+def _checked_size(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+    """Check and decode an opened image. Return (width, height) in px with EXIF orientation applied."""
     kind, (width, height) = image.format, image.size
     if kind not in FORMATS:
         raise Finding(f"{kind} images are not supported")
@@ -86,7 +89,7 @@ def _checked(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-
         raise Finding(f"{width} x {height} is over {MAX_PIXELS // 1_000_000} million pixels")
     if min(width, height) < MIN_SIDE_PX:
         raise Finding(f"{width} x {height}, smaller than {MIN_SIDE_PX} px")
-    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # an MPO is a camera's JPEG with a preview behind it
+    if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # an MPO is a JPEG from a camera, followed by a preview
         raise Finding(f"{image.n_frames} frames; one image per file is needed")
     if _bits(image, data) > 8 or image.mode not in MODES:
         raise Finding(f"{kind} of mode {image.mode}, {_bits(image, data)} bits a channel; convert it to 8-bit RGB")
@@ -98,14 +101,14 @@ def _checked(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-untyped-
     except Exception as e:
         raise Finding(f"corrupt image ({' '.join(str(e).split())[:100] or type(e).__name__})") from e
     if kind == "JPEG" and not data.endswith(b"\xff\xd9"):  # Ultralytics would rewrite the user's file in place
-        raise Finding("no end-of-image marker at its end: cut short or with bytes behind it; save it again")
+        raise Finding("no end-of-image marker at the end: the file is cut short or has more bytes; save it again")
     if kind == "PNG" and PNG_END not in data:
         raise Finding("corrupt image (no end chunk)")
     return (height, width) if turned in (5, 6, 7, 8) else (width, height)
 
 
 def _bits(image, data: bytes) -> int:  # type: ignore[no-untyped-def]
-    """Bits a channel as stored; Pillow opens 16-bit RGB as if it had 8."""
+    """Return the stored bits of a channel. Pillow opens 16-bit RGB as if it had 8 bits."""
     if image.format == "PNG":
         return data[24]  # IHDR bit depth
     if image.format == "TIFF":

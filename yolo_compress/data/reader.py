@@ -1,4 +1,4 @@
-"""Reads the images and labels of a data set, in threads and through the cache, into samples or findings."""
+"""Reader of images and labels: each image becomes a sample or findings. It uses threads and the cache."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, width and height in px as `cv2.imread` gives it; boxes are class and xywh, the centre first."""
+    """One image with its boxes. Width and height are in px as `cv2.imread` decodes it; boxes are (class, cx, cy, w, h), 0..1."""
 
     image: Path
     width: int
     height: int
     boxes: tuple[labels.Box, ...]
     sha256: str
-    name: str = ""  # path below the data root, with slashes; part of the digest
+    name: str = ""  # path relative to the data root, with slashes; part of the digest
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file that went into a data set; `sha256` is None for a label file that was not there."""
+    """A file of a data set when it was read; `sha256` is None for a label file that did not exist."""
 
     path: Path
     stamp: Stamp | None
@@ -42,7 +42,7 @@ class FileState:
 
 @dataclass
 class Read:
-    """Outcome of one listed image: a sample, or findings; `files` are its image and label."""
+    """Result for one listed image: a sample, or findings. `files` are its image and label file."""
 
     listed: Listed
     sample: Sample | None = None
@@ -53,18 +53,18 @@ class Read:
 
 
 class _NotCached(Exception):
-    """A file has to be read, and now is not the time."""
+    """A file is not in the cache, and the caller asked not to read it."""
 
 
 class Reader:
-    """Reads images and labels, each through the cache; without `labelled`, images alone."""
+    """Reads images and labels through the cache; only images if `labelled` is False."""
 
     def __init__(self, data: DataYaml, store: FileCache, labelled: bool = True) -> None:
         self.data, self.store, self.labelled = data, store, labelled
-        self.kind = f"labels/{len(data.names)}/{data.pose_columns}"  # what else the verdict on a label file depends on
+        self.kind = f"labels/{len(data.names)}/{data.pose_columns}"  # the result for a label file also depends on these
 
     def read_all(self, listed: Sequence[Listed], progress: Progress | None) -> list[Read]:
-        """Outcomes in the order of `listed`. Files that the cache knows never reach the threads."""
+        """Return the results in the order of `listed`. Only files that are not in the cache are read, in threads."""
         out = [self._cached(item) for item in listed]
         todo = [i for i, result in enumerate(out) if result is None]
         done = len(out) - len(todo)
@@ -111,7 +111,7 @@ class Reader:
                 self.store.put("image", path, stamp, known)
         except OSError as e:
             where = f"{source}: {shown(path)}" if source.rpartition(":")[2].isdigit() else shown(path)
-            out.findings.append(f"{where}: {_why(path, e)}")
+            out.findings.append(f"{where}: {_reason(path, e)}")
             return 0, 0
         sha256, width, height, what = known
         if what is not None:
@@ -133,7 +133,7 @@ class Reader:
                 known = hashlib.sha256(data).hexdigest(), parsed
                 self.store.put(self.kind, path, stamp, [known[0], parsed.boxes, parsed.findings, parsed.notes])
         except OSError as e:
-            out.findings.append(f"{shown(path)}: {_why(path, e)}")
+            out.findings.append(f"{shown(path)}: {_reason(path, e)}")
             return ()
         out.findings += [f"{shown(path)}:{line}: {what}" for line, what in known[1].findings]
         out.notes += [f"{shown(path)}:{line}: {what}" for line, what in known[1].notes]
@@ -158,7 +158,7 @@ def _stored_labels(value: list[Any]) -> tuple[str, labels.Labels]:
     return str(value[0]), labels.Labels(boxes, findings, notes)
 
 
-def _why(path: Path, error: OSError) -> str:
+def _reason(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "dangling symbolic link" if path.is_symlink() else "no such file"
     return error.strerror or str(error)

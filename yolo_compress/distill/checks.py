@@ -1,4 +1,4 @@
-"""Proof that distillation is active: what must hold of every term at the first batch and over every epoch."""
+"""Check that distillation has an effect: conditions for every loss term at the first batch and in every epoch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError
 
-# Gradients in half precision that are small would read as none; GradScaler starts at the same factor.
+# Without this factor small gradients become 0 in half precision. GradScaler starts with the same value.
 SCALE = 2.0**16
 
 
-def prove(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bool) -> None:
-    """Check each term of one batch: finite, not 0 unless the nets are the same, with a gradient to the student.
+def check_terms(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bool) -> None:
+    """Check the loss terms of one batch: each must be finite, not 0, and have a gradient to the student.
 
-    The gradient is taken down to the student's outputs and taps only, so this costs the backward pass of the terms alone.
+    The backward pass ends at the student's outputs and taps, so it is short.
 
     Args:
-        terms: By name, in the graph.
-        student: Tensors of the student that terms depend on.
-        same: Whether student and teacher have the same weights.
+        terms: Loss terms by name, with gradient.
+        student: Tensors of the student on which the terms depend.
+        same: Student and teacher have equal weights, so terms may be 0.
 
     Raises:
-        NumericsError: Names the term and what it lacks.
+        NumericsError: A term is not finite, 0, or without a gradient to the student.
     """
     for name, term in terms.items():
         if not bool(torch.isfinite(term)):
@@ -33,10 +33,10 @@ def prove(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bool) ->
             )
         if float(term.detach()) == 0.0:
             if same:
-                continue  # a whole epoch of it will be refused
+                continue  # `check_effect` fails if it stays 0 for an epoch
             raise NumericsError(
-                f"distill: {name} is 0 at the first batch although teacher and student differ: it teaches nothing. Take "
-                "other layers or another feature_loss, or set its weight to 0"
+                f"distill: {name} is 0 at the first batch although teacher and student differ, so it has no effect; set "
+                "other layers, another feature_loss, or its weight to 0"
             )
         gradients = (
             torch.autograd.grad(term * SCALE, student, retain_graph=True, allow_unused=True)
@@ -45,36 +45,41 @@ def prove(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bool) ->
         )
         if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
             raise NumericsError(
-                f"distill: {name} sends no gradient to the student at the first batch: it teaches nothing"
+                f"distill: {name} has no gradient to the student at the first batch, so it has no effect; set other layers, "
+                "another feature_loss, or its weight to 0"
             )
 
 
-def prove_frozen(teacher: nn.Module) -> None:
-    """Assert that a frozen teacher takes no gradient and that its BatchNorm stays."""
-    learning = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
-    moving = [
+def check_frozen(teacher: nn.Module) -> None:
+    """Assert that no parameter of a frozen teacher has a gradient and that its BatchNorm statistics are fixed."""
+    trainable = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+    updating = [
         name for name, module in teacher.named_modules() if isinstance(module, nn.BatchNorm2d) and module.training
     ]
-    if learning or moving:
-        raise AssertionError(f"the teacher is not frozen: {[*learning, *moving][:3]} would change")
+    if trainable or updating:
+        raise AssertionError(f"the teacher is not frozen: {[*trainable, *updating][:3]} would change")
 
 
-def prove_heard(totals: Mapping[str, Tensor], epoch: int) -> None:
-    """Check the sums of the terms over an epoch (counted from 0).
+def check_effect(totals: Mapping[str, Tensor], epoch: int) -> None:
+    """Check the sums of the terms over an epoch.
+
+    Args:
+        totals: Sum of each term over the epoch, by name.
+        epoch: Number of the epoch, from 0.
 
     Raises:
         NumericsError: A term was 0 in every batch.
     """
-    silent = [name for name, total in totals.items() if float(total) == 0.0]
-    if silent:
+    without_effect = [name for name, total in totals.items() if float(total) == 0.0]
+    if without_effect:
         raise NumericsError(
-            f"{', '.join(silent)} was 0 in every batch of epoch {epoch + 1}: teacher and student are the same net, "
-            "or the teacher sees nothing in these images"
+            f"distill: {', '.join(without_effect)} was 0 in every batch of epoch {epoch + 1}; teacher and student are the same "
+            "model, or the teacher detects nothing in these images; use another teacher or other images"
         )
 
 
 def same_weights(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether two nets have equal parameters, wherever and in whatever precision they are."""
+    """Return whether two models have equal parameters, regardless of their devices and precisions."""
     own, other = dict(student.named_parameters()), dict(teacher.named_parameters())
     return own.keys() == other.keys() and all(
         own[name].shape == other[name].shape and torch.equal(own[name].cpu().float(), other[name].cpu().float())

@@ -1,10 +1,11 @@
-"""Feature losses: how far a student's map is from a teacher's, and the adapter that makes the two comparable.
+"""Feature losses: distances between feature maps of student and teacher, and adapters that make the maps comparable.
 
-A loss is a pure function `distance(student_BCHW, teacher_BCHW, weight_B1HW)`, a scalar with the gradient in the student
-alone; `weight_B1HW` says how sure the teacher is that something is there, and most losses do without. The student's map comes
-through an adapter, trained along and dropped with the teacher: a `FeatureLoss` pairs the two. `choices.FEATURE_LOSSES` names them.
+A distance is a pure function `distance(student_BCHW, teacher_BCHW, weight_B1HW)`. It returns a scalar with a gradient to the
+student only. `weight_B1HW` is the teacher's best class score at each location; most distances ignore it. The student's map first
+passes an adapter, which is trained with the student and removed after training. A `FeatureLoss` has a distance and an adapter.
+`choices.FEATURE_LOSSES` lists the feature losses.
 
-Shapes: feat_BCHW, weight_B1HW; Q is the H x W locations in a row.
+Shapes: feat_BCHW, weight_B1HW; Q are the H x W locations, flattened.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_compress import choices
 from yolo_compress.errors import RecipeError
+from yolo_compress.recipe import choices
 
 KNOB = "distill.feature_loss"
-EPSILON = 1e-9  # keeps an image set without any teacher score finite
-FLAT = 1e-6  # under the standard deviation of any map that says something, above the rounding of one that does not
-MASKED = 0.65  # of the locations: MGD's share for one-stage detectors (arXiv 2205.01529)
+EPSILON = 1e-9  # prevents division by 0 if all teacher scores are 0
+FLAT = 1e-6  # below the standard deviation of any map that is not constant, above the rounding error of a constant one
+MOMENT_BYTES = 256 << 20  # largest float64 tensor when the aligners start; batch 32 at 640 px would take 1.4 GiB
+MASKED = 0.65  # share of masked locations, as in MGD for one-stage detectors (arXiv 2205.01529)
 
 
 def l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """FitNets' hint loss (arXiv 1412.6550, equation 3), as a mean: every location counts alike.
+    """Return the mean squared difference: FitNets' hint loss (arXiv 1412.6550, equation 3), as a mean.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -36,10 +38,10 @@ def l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tenso
 
 
 def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Mean squared difference, each location weighted by how sure the teacher is that something is there.
+    """Return the mean squared difference, weighted at each location by the teacher's best class score.
 
-    FitNets' hint loss (arXiv 1412.6550) with the weighting of Ultralytics' own distillation (`loss_sl2`, 8.4): without
-    it the background, most of the map, decides.
+    This is FitNets' hint loss (arXiv 1412.6550) with the weighting of Ultralytics' own distillation (`loss_sl2`, 8.4). Without
+    weights the background dominates, since it covers most of the map.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -49,10 +51,10 @@ def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor)
 
 
 def channel_wise(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """CWD (arXiv 2011.13256): where a channel fires, as a distribution over locations.
+    """Return the channel-wise distillation loss, CWD (arXiv 2011.13256): each channel is a distribution over locations.
 
-    KL of the teacher's softmax over H x W against the student's, averaged over channels and images; T = 1, as MMRazor takes
-    it for detectors. Adding a constant to a channel changes nothing.
+    It is the KL divergence between the teacher's and the student's softmax over H x W, averaged over channels and images.
+    T = 1, as in MMRazor for detectors. Adding a constant to a channel changes nothing.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -63,10 +65,10 @@ def channel_wise(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor
 
 
 def pearson(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """PKD (arXiv 2207.02039): one minus the correlation of each channel over images and locations, averaged.
+    """Return one minus the correlation of each channel over images and locations, averaged: PKD (arXiv 2207.02039).
 
-    The paper's form, half the mean squared difference of the standardised maps, is the same number. Scale (above 0) and
-    shift of a channel change nothing, so a teacher of other magnitudes can teach.
+    The paper's form, half the mean squared difference of the standardised maps, is the same number. A positive factor or an
+    offset of a channel changes nothing, so teacher and student may have different magnitudes.
 
     Returns:
         Scalar in 0..2, 0 for equal maps.
@@ -81,11 +83,11 @@ def _standardised(feat_BCHW: Tensor) -> Tensor:
 
 
 def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Attention transfer (arXiv 1612.03928, equation 2): where a map is strong, whatever its channels are.
+    """Return the squared distance of attention maps, averaged over images (arXiv 1612.03928, equation 2).
 
-    The sum of squares over channels, normalised over locations; the squared distance of the two, averaged over images, which
-    is 2 - 2 cos. Squared, because the paper's plain norm has no gradient at 0. Widths may differ; the order of channels
-    changes nothing.
+    An attention map is the sum of squares over channels, normalised over locations. The squared distance is 2 - 2 cos. It is
+    squared because the norm in the paper has no gradient at 0. The numbers of channels may differ, and their order has no
+    effect.
 
     Returns:
         Scalar in 0..2, 0 for equal maps.
@@ -97,10 +99,10 @@ def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -
 
 
 def relation(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Similarity-preserving distillation (arXiv 1907.09682, equations 1 to 4): which images of a batch resemble each other.
+    """Return the mean squared difference between similarities of the images in a batch (arXiv 1907.09682, equations 1 to 4).
 
-    The Gram matrix over images, its rows normalised; the mean squared difference of the two. Widths may differ. One image has
-    nothing to be compared with: the loss is 0.
+    The similarities are the Gram matrix over images with normalised rows. The numbers of channels may differ. For a batch of one
+    image the loss is 0.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -115,14 +117,15 @@ def _gram(feat_BCHW: Tensor) -> Tensor:
 
 
 class Aligner(nn.Conv2d):
-    """A 1x1 convolution to the teacher's width, at first the identity where widths agree: equal nets start at a loss of 0.
+    """A 1x1 convolution from the student's to the teacher's number of channels.
 
-    `start` then puts it at the ridge regression of the teacher's map on the student's. Channel i of a pruned net is not
-    channel i of its parent: through the identity YOLOv8n's maps, cut to half of its MACs, are 2 to 6 times their variance away
-    from the teacher's, through the regression 0.2 to 0.5 of it (`benchmarks/distillation.py aligners`).
+    It is initialised as the identity, so equal models start with a loss of 0. `start` then sets it to the ridge regression of
+    the teacher's map on the student's. This is necessary because channel i of a pruned model is not channel i of the unpruned
+    model. For YOLOv8n with half of its MACs, the squared distance to the teacher's maps is 2 to 6 times their variance with the
+    identity, and 0.2 to 0.5 times with the regression (`benchmarks/distillation.py aligners`).
     """
 
-    started: Tensor  # a buffer, so that a resumed run does not start again
+    started: Tensor  # a buffer, so that a resumed run does not call `start` again
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__(student_channels, teacher_channels, 1)
@@ -132,38 +135,45 @@ class Aligner(nn.Conv2d):
 
     @torch.no_grad()
     def start(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> None:
-        """Add the regression of what the identity leaves over (so equal maps keep the identity); once, of the first batch.
+        """Set the weights by ridge regression on the first batch. Later calls do nothing.
 
-        Under torch.distributed the moments are those of all ranks, so that every rank starts alike.
+        The regression of the residual is added to the identity, so equal maps leave the identity unchanged. With
+        torch.distributed the moments are summed over all ranks, so that all ranks have equal weights.
         """
         if bool(self.started):
             return
-        own_NC = student_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
-        left_ND = teacher_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
-        left_ND = left_ND - (own_NC @ self.weight.double().flatten(1).T + self.bias.double())  # type: ignore[union-attr]
-        moments = torch.cat([own_NC, own_NC.new_ones(len(own_NC), 1)], dim=1).T @ torch.cat(
-            [own_NC, left_ND, own_NC.new_ones(len(own_NC), 1)], dim=1
-        )
+        row_bytes = 8 * (2 * student_BCHW.shape[1] + 3 * teacher_BCHW.shape[1] + 2)
+        images = max(1, MOMENT_BYTES // (row_bytes * student_BCHW[0, 0].numel()))
+        moments = sum(map(self._moments, student_BCHW.split(images), teacher_BCHW.split(images)))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
-        width, n = own_NC.shape[1], moments[-1, -1]
+        assert isinstance(moments, Tensor)
+        width, n = student_BCHW.shape[1], moments[-1, -1]
         moments = moments / n
         mean_C, mean_D = moments[-1, :width], moments[-1, width:-1]
         covariance_CC = moments[:-1, :width] - torch.outer(mean_C, mean_C)
         cross_CD = moments[:-1, width:-1] - torch.outer(mean_C, mean_D)
-        # as many locations as channels say little; for other images this held as well as any smaller lambda at every level of BCCD
+        # Stronger if there are few locations per channel. On BCCD no smaller lambda was better on other images, at any level.
         ridge = width / n * covariance_CC.diagonal().mean().clamp(min=EPSILON)
-        added_CD = torch.linalg.solve(covariance_CC + ridge * torch.eye(width).to(covariance_CC), cross_CD)
-        self.weight += added_CD.T.to(self.weight).view_as(self.weight)
-        self.bias += (mean_D - mean_C @ added_CD).to(self.weight)  # type: ignore[operator]
+        regression_CD = torch.linalg.solve(covariance_CC + ridge * torch.eye(width).to(covariance_CC), cross_CD)
+        self.weight += regression_CD.T.to(self.weight).view_as(self.weight)
+        self.bias += (mean_D - mean_C @ regression_CD).to(self.weight)  # type: ignore[operator]
         self.started.fill_(True)
+
+    def _moments(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+        """Return the sums over all locations of (student, 1) times (student, residual of the teacher, 1), in float64."""
+        student_NC = student_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
+        residual_ND = teacher_BCHW.detach().movedim(1, 3).flatten(0, 2).double()
+        residual_ND = residual_ND - (student_NC @ self.weight.double().flatten(1).T + self.bias.double())  # type: ignore[union-attr]
+        ones_N1 = student_NC.new_ones(len(student_NC), 1)
+        return torch.cat([student_NC, ones_N1], dim=1).T @ torch.cat([student_NC, residual_ND, ones_N1], dim=1)
 
 
 class Generator(nn.Module):
-    """MGD's generator (arXiv 2205.01529): rebuild the whole map from what a random mask leaves of it.
+    """Generator of MGD (arXiv 2205.01529): reconstructs the teacher's map from a randomly masked map of the student.
 
-    The student has to put into every location what its neighbours need. Of equal maps the loss is therefore not 0, but what a
-    third of a map cannot say about the rest. The mask is drawn by torch's global generator, which the trainer seeds by epoch.
+    Each location of the student's map must contain information about its neighbours. For equal maps the loss is therefore not 0:
+    a third of a map does not determine the rest. The mask comes from torch's global generator, which the trainer seeds per epoch.
     """
 
     def __init__(self, channels: int) -> None:
@@ -172,60 +182,70 @@ class Generator(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, feat_BCHW: Tensor) -> Tensor:
-        kept_B1HW = torch.rand_like(feat_BCHW[:, :1]) >= MASKED
-        return self.second(F.relu(self.first(feat_BCHW * kept_B1HW)))  # type: ignore[no-any-return]
+        visible_B1HW = torch.rand_like(feat_BCHW[:, :1]) >= MASKED
+        return self.second(F.relu(self.first(feat_BCHW * visible_B1HW)))  # type: ignore[no-any-return]
 
 
-def _generating(student_channels: int, teacher_channels: int) -> nn.Module:
+def _aligner_and_generator(student_channels: int, teacher_channels: int) -> nn.Module:
     return nn.Sequential(Aligner(student_channels, teacher_channels), Generator(teacher_channels))
 
 
-def _as_it_is(student_channels: int, teacher_channels: int) -> nn.Module:
+def _no_adapter(student_channels: int, teacher_channels: int) -> nn.Module:
     return nn.Identity()
 
 
 class FeatureLoss(NamedTuple):
-    """A distance, and what makes the student's map (of a width) fit for it (at the teacher's)."""
+    """A distance between maps, and a function that makes the adapter for the student's map.
+
+    Attributes:
+        distance: (student_BCHW, teacher_BCHW, weight_B1HW) -> scalar.
+        adapter: (student's channels, teacher's channels) -> module for the student's map.
+    """
 
     distance: Callable[[Tensor, Tensor, Tensor], Tensor]
     adapter: Callable[[int, int], nn.Module] = Aligner
 
 
-MGD = FeatureLoss(l2, _generating)
-ATTENTION = FeatureLoss(attention, _as_it_is)
-RELATION = FeatureLoss(relation, _as_it_is)
+MGD = FeatureLoss(l2, _aligner_and_generator)
+ATTENTION = FeatureLoss(attention, _no_adapter)
+RELATION = FeatureLoss(relation, _no_adapter)
 
 
 def find(name: str) -> FeatureLoss:
-    """A feature loss by its name in `choices.FEATURE_LOSSES`, or a user's own as `file.py:function`, which is tried on small maps.
+    """Return a feature loss by its name in `choices.FEATURE_LOSSES`, or a user's own by `file.py:function`.
 
-    A function is a distance, and the student's maps reach it through an `Aligner`; a `FeatureLoss` brings its own adapter.
+    A user's function is a distance and gets an `Aligner` as adapter; a user's `FeatureLoss` has its own adapter. A user's loss is
+    tested on small maps.
 
     Raises:
-        RecipeError: No such name, file or function, no function of `(student_BCHW, teacher_BCHW, weight_B1HW)`, or what it
-            returns is no finite scalar with a gradient to the student.
+        RecipeError: There is no such name, file or function, it does not take `(student_BCHW, teacher_BCHW, weight_B1HW)`, or
+            it does not return a finite scalar with a gradient to the student.
     """
     found = choices.find(choices.FEATURE_LOSSES, name, KNOB)
     loss = found if isinstance(found, FeatureLoss) else FeatureLoss(found)
     choices.check_signature(loss.distance, ("student_BCHW", "teacher_BCHW", "weight_B1HW"), name, KNOB)
     if choices.is_own(name):
-        _try(loss, name)
+        _run_on_small_maps(loss, name)
     return loss
 
 
-def _try(loss: FeatureLoss, name: str) -> None:
+def _run_on_small_maps(loss: FeatureLoss, name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student_BCHW, teacher_BCHW = torch.rand(2, 4, 4, 6, requires_grad=True), torch.rand(2, 3, 4, 6)
         try:
             value = loss.distance(loss.adapter(4, 3)(student_BCHW), teacher_BCHW, torch.rand(2, 1, 4, 6))
         except Exception as error:  # whatever the user's function raises
-            said = choices.blame(error, name.rpartition(":")[0])
-            raise RecipeError(f"{KNOB}: {name} fails on a map of shape {tuple(teacher_BCHW.shape)}: {said}") from error
+            reason = choices.blame(error, name.rpartition(":")[0])
+            raise RecipeError(
+                f"{KNOB}: {name} fails on a map of shape {tuple(teacher_BCHW.shape)}: {reason}"
+            ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise RecipeError(f"{KNOB}: {name} returns {got}, expected a scalar tensor; average over the images")
     if not bool(torch.isfinite(value)):
-        raise RecipeError(f"{KNOB}: {name} returns {float(value.detach())} for maps of numbers from 0 to 1")
+        raise RecipeError(
+            f"{KNOB}: {name} returns {float(value.detach())} for maps from 0 to 1, expected a finite number"
+        )
     if not value.requires_grad:
         raise RecipeError(f"{KNOB}: {name} has no gradient to the student's map; compute with torch, without detach")

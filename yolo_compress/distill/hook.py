@@ -1,4 +1,4 @@
-"""Distillation as a training hook: terms between a student and a source, scheduled, logged, and active by assertion."""
+"""Distillation as a training hook: loss terms between student and teacher, with a schedule. Raises if a term has no effect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_compress.distill.checks import prove, prove_heard, same_weights
+from yolo_compress.distill.checks import check_effect, check_terms, same_weights
 from yolo_compress.distill.feature import Aligner
 from yolo_compress.distill.feature import find as find_feature_loss
 from yolo_compress.distill.logits import head_terms, teacher_weight
@@ -19,27 +19,28 @@ from yolo_compress.train.hook import TrainHook
 
 
 class Teach(TrainHook):
-    """Pulls a student towards a source.
+    """Hook that adds distillation losses to the training of a student.
 
-    Losses by name: `kd_feature`, between layers, the student's through an adapter; `kd_class`, Hinton's soft labels on the
-    class logits; `kd_box`, the distributions of box sides; `kd_iou`, the decoded boxes; and what the source adds (`peer`).
-    They are logged as `train/<name>`, their shares of the total as `share/<name>`.
+    The losses are `kd_feature` between layers, `kd_class` (Hinton's soft labels on the class logits), `kd_box` (distributions of
+    box sides), `kd_iou` (decoded boxes), and those of the teacher itself (`peer`). They are logged as `train/<name>`, and their
+    shares of the total loss as `share/<name>`.
 
     Args:
-        source: Whom the student learns from.
-        feature_weight: Weight of `kd_feature`; 0 leaves it out.
-        class_weight: Weight of `kd_class`, Hinton's alpha included; 0 leaves it out.
-        box_weight: Weight of `kd_box`; 0 leaves it out.
-        iou_weight: Weight of `kd_iou`; 0 leaves it out.
-        temperature: T of the soft class labels; box sides are taken as they are (T = 1).
+        source: The teacher.
+        feature_weight: Weight of `kd_feature`; 0 disables it.
+        class_weight: Weight of `kd_class`, including Hinton's alpha; 0 disables it.
+        box_weight: Weight of `kd_box`; 0 disables it.
+        iou_weight: Weight of `kd_iou`; 0 disables it.
+        temperature: T of the soft class labels; box sides have T = 1.
         feature_loss: A name of `choices.FEATURE_LOSSES`, or `file.py:function`.
-        layers: Layers compared by `kd_feature`, `NAME` or `STUDENT=TEACHER`; None: those of the source.
-        ramp_epochs: All weights rise linearly from `1 / ramp_epochs` of themselves in the first epoch; 0 starts at once.
-        off_epochs: Last epochs without any term (the source does not run either).
+        layers: Layers for `kd_feature`, as `NAME` or `STUDENT=TEACHER`. With None, the teacher's default layers.
+        ramp_epochs: Number of epochs over which all weights rise linearly, from `1 / ramp_epochs` in the first epoch. With 0
+            they are constant.
+        off_epochs: Number of last epochs without distillation. The teacher does not run in them.
 
     Raises:
-        RecipeError: The source cannot teach this student, or layers do not fit each other.
-        NumericsError: A term is not finite, or teaches nothing (see `proof`).
+        RecipeError: The teacher does not match the student, or the maps of two layers have different sizes.
+        NumericsError: A term is not finite or has no effect (see `checks`).
     """
 
     def __init__(
@@ -61,14 +62,22 @@ class Teach(TrainHook):
             "kd_feature": feature_weight, "kd_class": class_weight, "kd_box": box_weight, "kd_iou": iou_weight
         }  # fmt: skip
         self.temperature = temperature
-        self.feature = find_feature_loss(feature_loss)
+        self.feature_loss, self.feature = feature_loss, find_feature_loss(feature_loss)
         self.layers = layers
         self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
         self.extras = nn.ModuleDict()
         self.totals: dict[str, Tensor] = {}
         self._taps: list[Taps] = []  # of the student, of the source
         self._scale = 1.0
-        self._proven = False
+        self._checked = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for other ranks. A feature loss from a user's file is sent by its name."""
+        return {**vars(self), "feature": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.feature = find_feature_loss(self.feature_loss)
 
     # --- the hook ---------------------------------------------------------------------------------------------------
 
@@ -94,25 +103,26 @@ class Teach(TrainHook):
             taps.attach(net) if self._scale else taps.remove()
 
     def extra_loss(self, batch: Mapping[str, Any], predictions: Any) -> dict[str, Tensor]:
-        if not isinstance(predictions, dict) or not self._scale:  # a validation pass has nothing to teach
+        if not isinstance(predictions, dict) or not self._scale:  # validation, or an epoch without distillation
             return {}
-        taught = self.source.outputs(batch["img"], predictions)
+        teacher_outputs = self.source.outputs(batch["img"], predictions)
         own = self._taps[0].take() if self._taps else []
         terms: dict[str, Tensor] = {}
         if self._taps:
-            levels = _as_maps(teacher_weight(taught["scores"].float()), predictions["feats"])
+            levels = _weights_by_level(teacher_weight(teacher_outputs["scores"].float()), predictions["feats"])
             terms["kd_feature"] = self._features(own, self._taps[1].take(), levels)
-        terms |= head_terms(predictions, taught, self.weights, self.temperature)
-        if not self._proven:
-            self._prove(terms, [*own, predictions["scores"], predictions["boxes"]], taught)
+        with in_float32(batch["img"]):
+            terms |= head_terms(predictions, teacher_outputs, self.weights, self.temperature)
+        if not self._checked:
+            self._check_first_batch(terms, [*own, predictions["scores"], predictions["boxes"]], teacher_outputs)
         losses = {name: self.weights[name] * self._scale * term for name, term in terms.items()}
-        losses |= self.source.own_loss(batch, predictions, self._pull)
+        losses |= self.source.own_loss(batch, predictions, self._head_loss)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach()
         return losses
 
     def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
-        prove_heard(self.totals, epoch)
+        check_effect(self.totals, epoch)
         return {}
 
     def on_end(self, model: nn.Module) -> None:
@@ -128,32 +138,45 @@ class Teach(TrainHook):
             for part in adapter.modules():
                 if isinstance(part, Aligner):
                     part.start(own, other)
-            terms.append(
-                self.feature.distance(adapter(own).float(), other.detach().float(), _fitting(levels_B1HW, other))
-            )
+            adapted = adapter(own)
+            with in_float32(own):
+                terms.append(
+                    self.feature.distance(adapted.float(), other.detach().float(), _matching_level(levels_B1HW, other))
+                )
         return torch.stack(terms).sum()
 
-    def _pull(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        """The weighted head terms of a source that learns."""
-        terms = head_terms(learner, other, self.weights, self.temperature)
+    def _head_loss(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the head terms, for the loss of a teacher that is trained, too."""
+        with in_float32(learner["scores"]):
+            terms = head_terms(learner, other, self.weights, self.temperature)
         weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
         return torch.stack(weighted).sum() if weighted else learner["scores"].new_zeros(())
 
-    def _prove(self, terms: Mapping[str, Tensor], student: Sequence[Tensor], taught: Mapping[str, Tensor]) -> None:
+    def _check_first_batch(
+        self, terms: Mapping[str, Tensor], student: Sequence[Tensor], teacher_outputs: Mapping[str, Tensor]
+    ) -> None:
         net = self.source.net
-        prove(terms, student, same=net is not self.student and same_weights(self.student, net))
-        self.source.prove(taught)
-        self._proven = True
+        check_terms(terms, student, same=net is not self.student and same_weights(self.student, net))
+        self.source.check_outputs(teacher_outputs)
+        self._checked = True
 
 
-def _as_maps(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of anchors as (B, 1, H, W), a map a level."""
+def in_float32(like: Tensor) -> torch.autocast:
+    """Disable autocast. In float16 a sum over a map of P3 can exceed 65,504, the largest number."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _weights_by_level(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights of the anchors as one map (B, 1, H, W) per level of the head."""
     parts = torch.split(weight_BA, [feat.shape[-2] * feat.shape[-1] for feat in feats], dim=1)
     return [part.view(part.shape[0], 1, *feat.shape[-2:]) for part, feat in zip(parts, feats, strict=True)]
 
 
-def _fitting(levels_B1HW: Sequence[Tensor], feat_BCHW: Tensor) -> Tensor:
-    """The level of the same height and width; where none is (strides under 8), the nearest one, resampled."""
+def _matching_level(levels_B1HW: Sequence[Tensor], feat_BCHW: Tensor) -> Tensor:
+    """Return the weight map with the height and width of a feature map.
+
+    If no level has this size (strides below 8), the nearest level is resized.
+    """
     size = feat_BCHW.shape[-2:]
     nearest = min(levels_B1HW, key=lambda level: abs(level.shape[-1] - size[1]))
     return nearest if nearest.shape[-2:] == size else F.interpolate(nearest, size=size, mode="nearest")

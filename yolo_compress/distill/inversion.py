@@ -1,6 +1,6 @@
-"""Images without data: a net's BatchNorm averages say what its training images were like, so noise is bent to meet them.
+"""Generate images without data: optimise noise until its statistics equal a model's BatchNorm averages.
 
-DeepInversion (Yin et al., arXiv 1912.08795) without its class term: nobody says what would be where in an image.
+This is DeepInversion (Yin et al., arXiv 1912.08795) without its class term, since there are no labels for the images.
 
 Shapes: images_B3HW in 0..1.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from yolo_compress.nets.eval_mode import evaluating
 
-BATCH = 16  # images whose statistics are matched together; fewer cannot be as varied as the averages ask
-RATE = 0.1  # of Adam, in grey levels of 0..1: 300 steps can cross the range many times
-TV_WEIGHT = 4.0  # against a misfit near 1: much less, and the images stay noise
-L2_WEIGHT = 5e-3  # decides only where nothing else does
-JITTER_PX = 32  # images are shifted by up to the largest stride, so that no grid of cells shows
+BATCH = 16  # images that are optimised together; the statistics of fewer images cannot match the averages
+RATE = 0.1  # learning rate of Adam, for values of 0..1: 300 steps can change a value by much more than 1
+TV_WEIGHT = 4.0  # relative to a misfit near 1; with much smaller values the images stay noise
+L2_WEIGHT = 5e-3  # small: it only has an effect where the other terms have none
+JITTER_PX = 32  # images are shifted by up to the largest stride, which prevents a visible grid of cells
 
 
 def invert(
@@ -31,24 +31,24 @@ def invert(
     seed: int,
     skip: Callable[[range], bool] = lambda numbers: False,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Images that meet the teacher's BatchNorm statistics, a batch at a time.
+    """Generate images with the teacher's BatchNorm statistics, one batch at a time.
 
-    A batch is a function of the teacher, its place and `seed`, so an interrupted run can leave out what it has.
+    A batch depends only on the teacher, its position and `seed`, so an interrupted run can skip finished batches.
 
     Args:
-        teacher: Stock detector, unchanged; images are made where it is.
-        count: Images in all.
+        teacher: Stock detector. It is not changed; images are generated on its device.
+        count: Total number of images.
         size_hw: Height and width in px, multiples of the largest stride.
-        steps: Adam steps a batch.
-        seed: Of the noise and the shifts.
-        skip: Says of the numbers of a batch whether they are there already.
+        steps: Adam steps per batch.
+        seed: Seed of the noise and the shifts.
+        skip: Takes the image numbers of a batch and returns whether the batch already exists.
 
     Yields:
-        Numbers from 0 and images_B3HW in 0..1.
+        Image numbers from 0, and images_B3HW in 0..1.
     """
     norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     misfit = _Misfit(norms)
-    needed = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    trainable = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     try:
         teacher.requires_grad_(False)
         with evaluating(teacher):
@@ -58,8 +58,8 @@ def invert(
                     yield numbers, _batch(teacher, misfit, len(numbers), size_hw, steps, seed + first)
     finally:
         misfit.remove()
-        for parameter, wanted in needed.items():
-            parameter.requires_grad_(wanted)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
 
 
 def _batch(teacher: nn.Module, misfit: _Misfit, count: int, size_hw: tuple[int, int], steps: int, seed: int) -> Tensor:
@@ -83,18 +83,21 @@ def _batch(teacher: nn.Module, misfit: _Misfit, count: int, size_hw: tuple[int, 
 
 
 def total_variation(images_B3HW: Tensor) -> Tensor:
-    """Root of the mean square over locations of the differences to the neighbours below and right, all channels together."""
+    """Return the root mean square of the differences to the neighbours below and to the right.
+
+    Squares are summed over channels and averaged over locations.
+    """
     down = (images_B3HW[:, :, 1:] - images_B3HW[:, :, :-1]).square().sum()
     across = (images_B3HW[..., 1:] - images_B3HW[..., :-1]).square().sum()
     locations = images_B3HW.numel() / images_B3HW.shape[1]
-    return ((down + across) / locations + 1e-12).sqrt()  # the root of exactly 0 has no gradient
+    return ((down + across) / locations + 1e-12).sqrt()  # the root has no finite gradient at 0
 
 
 class _Misfit:
-    """Mean over BatchNorms of how far mean and variance of their inputs are from their averages.
+    """Distance of the inputs' mean and variance from the running averages, averaged over all BatchNorms.
 
-    Distances are relative, those of means to the standard deviations and those of variances to the variances: YOLOv8's layers
-    lie orders of magnitude apart, and in the paper's plain sum a few layers decide.
+    Distances of means are relative to standard deviations, and distances of variances to variances. The values of YOLOv8's layers
+    differ by orders of magnitude, so with the absolute distances of the paper a few layers would dominate.
     """
 
     def __init__(self, norms: list[nn.BatchNorm2d]) -> None:
@@ -112,7 +115,7 @@ class _Misfit:
 
     def take(self) -> Tensor:
         total, self._sum = self._sum, 0.0
-        assert isinstance(total, Tensor), "a net without BatchNorm has nothing to invert"
+        assert isinstance(total, Tensor), "the model has no BatchNorm"
         return total / len(self._handles)
 
     def remove(self) -> None:

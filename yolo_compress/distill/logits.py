@@ -1,4 +1,4 @@
-"""Soft labels for the two branches of a YOLOv8 head: sigmoid class scores and distributions of box sides.
+"""Distillation losses on the outputs of a YOLOv8 head: class scores (sigmoid) and distributions of box sides.
 
 Shapes: logits_BCA (batch, classes, anchors), sides_BDA (batch, 4 sides x R bins, anchors), weight_BA.
 """
@@ -15,17 +15,17 @@ EPSILON = 1e-9
 
 
 def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
-    """Hinton's distillation loss (arXiv 1503.02531, section 2) in its binary form, one Bernoulli per class.
+    """Return Hinton's distillation loss (arXiv 1503.02531, section 2) for sigmoid scores, with one Bernoulli per class.
 
-    With p = sigmoid(z / T) the term of one class is T^2 * KL(p_teacher || p_student). Its gradient by the student's
-    logit is T * (p_student - p_teacher), and for large T that tends to (z_student - z_teacher) / 4: the T^2 keeps the
-    pull independent of T, so a temperature can be tried without tuning the weight again. The KL differs from binary
-    cross-entropy by the teacher's entropy, a constant, so that equal nets give 0.
+    With p = sigmoid(z / T) the term of a class is T^2 * KL(p_teacher || p_student). Its gradient by the student's logit is
+    T * (p_student - p_teacher). For large T this tends to (z_student - z_teacher) / 4, independent of T. The weight therefore
+    does not have to be tuned again for another temperature. The KL divergence is the binary cross-entropy minus the teacher's
+    entropy, a constant, so equal models give 0.
 
     Args:
         student_BCA: Student's class logits.
         teacher_BCA: Teacher's class logits, without gradient.
-        weight_BA: Weight of each anchor, such as the teacher's best score, so that background does not drown objects.
+        weight_BA: Weight of each anchor, for example the teacher's best score, so that the background does not dominate.
         temperature: T >= 1.
 
     Returns:
@@ -39,19 +39,19 @@ def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, tem
 
 
 def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
-    """Localisation distillation (Zheng et al., arXiv 2102.12252, equation 4): the DFL bins of each box side as soft labels.
+    """Return the localisation distillation loss (Zheng et al., arXiv 2102.12252, equation 4) on the DFL bins of box sides.
 
-    YOLOv8 predicts a side as a distribution over R bins; how wide it is says how sure the teacher is of that edge. The
-    term of a side is T^2 * KL(p_teacher || p_student) of softmax(z / T), T^2 for the reason given in `soft_labels`.
+    YOLOv8 predicts a side as a distribution over R bins. Its width shows how certain the teacher is. The term of a side is
+    T^2 * KL(p_teacher || p_student) of softmax(z / T); see `soft_labels` for the factor T^2.
 
     Args:
-        student_BDA: Student's logits, side-major as Detect returns them.
-        teacher_BDA: Teacher's, without gradient.
-        weight_BA: Weight of each anchor, such as the teacher's best score.
+        student_BDA: Student's logits in the order of Detect, all bins of one side after those of another.
+        teacher_BDA: Teacher's logits, without gradient.
+        weight_BA: Weight of each anchor, for example the teacher's best score.
         temperature: T >= 1.
 
     Returns:
-        Scalar: the mean over the four sides, averaged over anchors by their weight; 0 for equal nets.
+        Scalar: the mean over the four sides, averaged over anchors by their weight; 0 for equal models.
     """
     student_B4RA = student_BDA.unflatten(1, (4, -1)) / temperature
     teacher_B4RA = teacher_BDA.unflatten(1, (4, -1)) / temperature
@@ -63,16 +63,16 @@ def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temp
 
 
 def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> Tensor:
-    """One minus the IoU of the two decoded boxes of each anchor: the teacher's box as a target (PP-YOLOE's third term).
+    """Return one minus the IoU between the decoded boxes of student and teacher at each anchor (PP-YOLOE's third term).
 
-    A side is the expectation over its bins, as Detect decodes it, and above 0: both boxes hold the anchor's centre. They
-    overlap, so that IoU has a gradient everywhere and needs no enclosing box (GIoU); and in cells of their level instead of
-    px the ratio is the same, so that no anchor has to be placed.
+    A side is the expectation over its bins, as Detect decodes it, and above 0. Both boxes therefore contain the centre of the
+    anchor and overlap, so the IoU has a gradient everywhere, and GIoU is not necessary. The IoU is the same in cells as in px, so
+    the positions of the anchors are not needed.
 
     Args:
-        student_BDA: Student's logits, side-major as Detect returns them: left, top, right, bottom.
-        teacher_BDA: Teacher's, without gradient.
-        weight_BA: Weight of each anchor, such as the teacher's best score.
+        student_BDA: Student's logits in the order of Detect, all bins of one side after those of another: left, top, right, bottom.
+        teacher_BDA: Teacher's logits, without gradient.
+        weight_BA: Weight of each anchor, for example the teacher's best score.
 
     Returns:
         Scalar in 0..1, averaged over anchors by their weight; 0 for equal boxes.
@@ -84,7 +84,7 @@ def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> T
 
 
 def _sides(logits_BDA: Tensor) -> Tensor:
-    """Distances from the anchor's centre to the sides, in cells."""
+    """Return the distances from the anchor's centre to the four sides, in cells."""
     share_B4RA = logits_BDA.unflatten(1, (4, -1)).softmax(dim=2)
     bins_R = torch.arange(share_B4RA.shape[2], device=share_B4RA.device, dtype=share_B4RA.dtype)
     return (share_B4RA * bins_R[:, None]).sum(dim=2)
@@ -98,13 +98,13 @@ def _area(sides_B4A: Tensor) -> Tensor:
 def head_terms(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float], temperature: float
 ) -> dict[str, Tensor]:
-    """The terms between two heads whose weight is not 0, unweighted: `kd_class`, `kd_box` and `kd_iou`.
+    """Return the unweighted loss terms between two heads: those of `kd_class`, `kd_box` and `kd_iou` whose weight is not 0.
 
     Args:
-        student: Raw outputs of Detect, `scores` and `boxes`.
-        teacher: The same without gradient; its scores weight the anchors.
-        weights: By name of a term.
-        temperature: T of the class labels; box sides are taken as they are (T = 1).
+        student: Raw outputs of Detect: class logits `scores` and box logits `boxes`.
+        teacher: The same for the teacher, without gradient. Its scores are the weights of the anchors.
+        weights: Weight of each term by name.
+        temperature: T of the class labels; box sides have T = 1.
     """
     own, other = ({name: outputs[name].float() for name in ("scores", "boxes")} for outputs in (student, teacher))
     weight_BA = teacher_weight(other["scores"])
@@ -117,5 +117,5 @@ def head_terms(
 
 
 def teacher_weight(teacher_BCA: Tensor) -> Tensor:
-    """The teacher's best class score of each anchor, (B, A) in 0..1."""
+    """Return the teacher's best class score of each anchor, (B, A) in 0..1."""
     return torch.amax(teacher_BCA.sigmoid(), dim=1)

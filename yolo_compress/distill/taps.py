@@ -1,4 +1,4 @@
-"""Taps: the outputs of named layers of a net, caught as they are computed, for as long as they are wanted."""
+"""Taps: read the outputs of named layers of a model during training."""
 
 from __future__ import annotations
 
@@ -13,73 +13,73 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
 from yolo_compress.nets.eval_mode import evaluating
 
-PROBE_CELLS = 2  # cells of the coarsest level in the images that a net is sized with
+PROBE_CELLS = 2  # side of the probe image in cells of the coarsest level
 
 
 class Taps:
-    """Forward hooks on the layers `names` of one net.
+    """Forward hooks on the layers `names` of a model.
 
-    They are attached when training starts and not before: a copy of a tapped net (the EMA) would carry the taps.
+    Attach them only when training starts: a copy of a model with taps (the EMA) would have the taps, too.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._caught: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
     def attach(self, net: nn.Module) -> None:
-        """Start to listen; a second call changes nothing."""
+        """Register the hooks. A second call does nothing."""
         if not self._handles:
             modules = dict(net.named_modules())
-            self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
+            self._handles = [modules[name].register_forward_hook(self._make_hook(name)) for name in self.names]
 
-    def _catcher(self, name: str) -> Any:
-        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._caught[name] = output
+    def _make_hook(self, name: str) -> Any:
+        def save_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._outputs[name] = output
 
-        return catch
+        return save_output
 
     def take(self) -> list[Tensor]:
-        """Maps of the last forward pass in the order of the names; they are let go of here."""
-        caught, self._caught = self._caught, {}
-        return [caught[name] for name in self.names]
+        """Return the maps of the last forward pass in the order of the names, and release them."""
+        outputs, self._outputs = self._outputs, {}
+        return [outputs[name] for name in self.names]
 
     def remove(self) -> None:
-        """Stop to listen, and drop what was caught."""
+        """Remove the hooks and release all maps."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._caught = [], {}
+        self._handles, self._outputs = [], {}
 
 
 def split_pairs(layers: Sequence[str]) -> list[tuple[str, str]]:
-    """`model.15` and `model.18=model.21` as (student's layer, teacher's layer)."""
+    """Return (student's layer, teacher's layer) for each of `layers`, written as `model.15` or `model.18=model.21`."""
     return [(student, teacher or student) for student, _, teacher in (layer.partition("=") for layer in layers)]
 
 
-def map_shapes(net: nn.Module, names: Sequence[str], who: str) -> list[tuple[int, int, int]]:
-    """(C, H, W) of the maps of layers, found by running the net on an empty image; BatchNorm's averages stay.
+def map_shapes(net: nn.Module, names: Sequence[str], role: str) -> list[tuple[int, int, int]]:
+    """Return (C, H, W) of the feature map of each layer, for a square black image of PROBE_CELLS cells of the largest stride.
 
     Args:
-        net: Stock detector.
-        names: Layers by module name.
-        who: "student" or "teacher", for errors.
+        net: Stock detector. It is not changed.
+        names: Module names of the layers.
+        role: "student" or "teacher", for errors.
 
     Raises:
-        RecipeError: There is no such layer, or its output is no map.
+        RecipeError: A layer does not exist, or its output is not a feature map.
     """
     known = dict(net.named_modules())
     for name in names:
         if name not in known:
             last = len(net.model) - 1  # type: ignore[arg-type]
             raise RecipeError(
-                f"distill.layers: the {who} has no layer {name!r}; its layers are model.0 to model.{last}"
+                f"distill.layers: the {role} has no layer {name!r}; its layers are model.0 to model.{last}"
             )
     like = next(net.parameters())
     channels = next(module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d))
     side = PROBE_CELLS * int(net.stride.max())  # type: ignore[operator,union-attr]
     taps = Taps(names)
     with evaluating(net), torch.no_grad():
-        detect.return_raw_outputs(net)  # it then remembers no anchors of this image
+        detect.return_raw_outputs(net)  # so that it does not store anchors for this image size
         taps.attach(net)
         try:
             net(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))
@@ -89,16 +89,17 @@ def map_shapes(net: nn.Module, names: Sequence[str], who: str) -> list[tuple[int
     for name, feat in zip(names, maps, strict=True):
         if not isinstance(feat, Tensor) or feat.dim() != 4:
             raise RecipeError(
-                f"distill.layers: {name} of the {who} ({type(known[name]).__name__}) gives no feature map"
+                f"distill.layers: the output of {name} of the {role} ({type(known[name]).__name__}) is not a feature map; "
+                "set another layer"
             )
     return [(feat.shape[1], feat.shape[2], feat.shape[3]) for feat in maps]
 
 
 def matched_widths(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """(student's, teacher's) channels of each pair of layers.
+    """Return (student's, teacher's) number of channels for each pair of layers.
 
     Raises:
-        RecipeError: A layer is not there, or the maps of a pair differ in height or width; names both.
+        RecipeError: A layer does not exist, or the maps of a pair differ in height or width.
     """
     own = map_shapes(student, [name for name, _ in pairs], "student")
     other = map_shapes(teacher, [name for _, name in pairs], "teacher")

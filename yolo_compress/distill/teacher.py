@@ -1,4 +1,4 @@
-"""Whom a student learns from: a frozen net, a peer that learns along, or its own deeper layers."""
+"""Teachers: a frozen model, a peer that is trained, too, or the student's own deeper layers."""
 
 from __future__ import annotations
 
@@ -9,69 +9,78 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_compress.distill.checks import prove_frozen, same_weights
+from yolo_compress.distill.checks import check_frozen, same_weights
 from yolo_compress.distill.taps import split_pairs
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
 from yolo_compress.nets.families import family_of
 
-Pull = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]  # (learner's, other's) head outputs -> loss
+# (outputs of a head, outputs of the other head) -> loss
+HeadLoss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
 
 class Source(ABC):
-    """What `Teach` asks of a teacher.
+    """Base class of teachers for the hook `Teach`.
 
     Attributes:
-        net: The net whose layers are tapped; set after `on_model`.
+        net: the model whose layers are tapped, set after `on_model`.
     """
 
     net: nn.Module
 
     @abstractmethod
     def on_model(self, student: nn.Module) -> None:
-        """Sees the student once, on its device.
+        """Prepare for a student. Called once, after the student is on its device.
 
         Raises:
-            RecipeError: This source cannot teach it.
+            RecipeError: This teacher does not match the student.
         """
 
     @abstractmethod
     def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Raw outputs of the head, `scores` and `boxes`, without gradient; `predictions` are the student's."""
+        """Return the raw outputs of the teacher's head, `scores` and `boxes`, without gradient.
+
+        Args:
+            predictions: The student's outputs for the same images.
+        """
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        """(student's, own) layers that are compared; where none are named, the maps that enter the head."""
+        """Return (student's, teacher's) layers to compare. The default layers are the inputs of the head."""
         return (
             split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
 
-    def prove(self, outputs: Mapping[str, Tensor]) -> None:
-        """Asserts of a batch that what teaches takes no gradient."""
-        if learning := [name for name in ("scores", "boxes") if outputs[name].requires_grad]:
-            raise AssertionError(f"the teacher's {' and '.join(learning)} carry a gradient")
+    def check_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+        """Assert that the teacher's outputs have no gradient."""
+        if trainable := [name for name in ("scores", "boxes") if outputs[name].requires_grad]:
+            raise AssertionError(f"the teacher's {' and '.join(trainable)} carry a gradient")
 
     def modules(self) -> dict[str, nn.Module]:
-        """What is trained along."""
+        """Return modules of the teacher that are trained, by name."""
         return {}
 
-    def own_loss(self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], pull: Pull) -> dict[str, Tensor]:
-        """What trains `modules()`, named; called after `outputs` of the same batch."""
+    def own_loss(
+        self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
+    ) -> dict[str, Tensor]:
+        """Return the losses of `modules()` by name. Called after `outputs` with the same batch."""
         return {}
 
 
 class Frozen(Source):
-    """A net that stays as it is (arXiv 1503.02531).
+    """A teacher with fixed weights (arXiv 1503.02531).
 
-    It sees the very batch of the student, under `no_grad` (not `inference_mode`, whose tensors cannot enter a loss), in
-    evaluation mode, so its BatchNorm stays. Where mixed precision is on, its convolutions are kept in it too: half of the
-    memory, and nothing to cast in each step. It runs channels last, which is faster
-    (`benchmarks/distillation.py steps`), unless it starts as the student's equal: then both round alike, and every term is 0.
+    It gets the same batches as the student, in evaluation mode, so its BatchNorm does not change. It runs under `no_grad`;
+    tensors of `inference_mode` cannot be used in a loss.
+
+    With mixed precision its convolutions are stored in half precision, which halves their memory and avoids casts in each step.
+    The memory format is channels last, which is faster (`benchmarks/distillation.py steps`). If its weights equal the student's,
+    the format stays that of the student: both then round alike, and all terms are exactly 0.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
         detect.return_raw_outputs(self.net)
-        self._halved = False
+        self._cast = False
 
     def on_model(self, student: nn.Module) -> None:
         check_pair(student, self.net)
@@ -81,24 +90,24 @@ class Frozen(Source):
 
     def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         device = images_BCHW.device.type
-        if not self._halved and torch.is_autocast_enabled(device):
-            for module in self.net.modules():  # BatchNorm stays in float32, as autocast wants it
+        if not self._cast and torch.is_autocast_enabled(device):
+            for module in self.net.modules():  # BatchNorm stays float32, as in autocast
                 if isinstance(module, nn.Conv2d):
                     module.to(torch.get_autocast_dtype(device))
-            self._halved = True
+            self._cast = True
         with torch.no_grad():
             return self.net(images_BCHW)  # type: ignore[no-any-return]
 
-    def prove(self, outputs: Mapping[str, Tensor]) -> None:
-        super().prove(outputs)
-        prove_frozen(self.net)
+    def check_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+        super().check_outputs(outputs)
+        check_frozen(self.net)
 
 
 class Peer(Source):
-    """A second student: each learns from the labels and from the other (Deep Mutual Learning, arXiv 1706.00384).
+    """A second student: both learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
 
-    It is trained by the student's optimizer at the rate `lr0` without weight decay, resumed, and never in a checkpoint. Its
-    loss, `peer`, is its own detection loss and the head terms with the student as teacher.
+    The student's optimizer trains it at the rate `lr0` without weight decay. A resumed run restores it, but checkpoints do not
+    contain it. Its loss, `peer`, is its detection loss plus the head terms with the student as teacher.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -119,17 +128,19 @@ class Peer(Source):
         self._predictions = self.net(images_BCHW)
         return _detached(self._predictions)
 
-    def own_loss(self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], pull: Pull) -> dict[str, Tensor]:
+    def own_loss(
+        self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
+    ) -> dict[str, Tensor]:
         seen, self._predictions = self._predictions, {}
         labels = self._criterion(seen, batch)[0].sum() / batch["img"].shape[0]
-        return {"peer": labels + pull(seen, _detached(predictions))}
+        return {"peer": labels + head_loss(seen, _detached(predictions))}
 
 
 class Own(Source):
-    """The student itself: its deep layers teach its shallow ones (self-distillation, after arXiv 1905.08094).
+    """The student as its own teacher: deep layers teach shallow ones (self-distillation, after arXiv 1905.08094).
 
-    The maps that enter the head teach those of the backbone at the same stride; a head has no deeper one, so there are
-    no head terms.
+    The inputs of the head teach the maps of the backbone with the same stride. There are no head terms, since the model has only
+    one head.
     """
 
     def on_model(self, student: nn.Module) -> None:
@@ -138,7 +149,7 @@ class Own(Source):
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
         chosen = split_pairs(layers or family_of(student, "distill").deep_to_shallow)
         if alone := [shallow for shallow, deep in chosen if shallow == deep]:
-            raise RecipeError(f"distill.layers: {alone[0]} cannot teach itself; give SHALLOW=DEEP")
+            raise RecipeError(f"distill.layers: {alone[0]} cannot teach itself; write SHALLOW=DEEP")
         return chosen
 
     def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -150,7 +161,11 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises RecipeError when a teacher cannot teach this student; names what differs."""
+    """Check that a teacher matches a student.
+
+    Raises:
+        RecipeError: Classes, levels, strides or bins of box sides of the two heads differ.
+    """
     own, other = (
         {"classes": list(model.names.values()), **detect.output_layout(model)}  # type: ignore[union-attr,operator]
         for model in (student, teacher)

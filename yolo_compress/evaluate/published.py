@@ -17,7 +17,7 @@ import torch
 from yolo_compress.errors import CompressError
 from yolo_compress.evaluate.rows import Precision
 from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export.calibration_cache import IMPLICIT, explicit
+from yolo_compress.export.calibration_cache import IMPLICIT, write_explicit
 from yolo_compress.export.float_onnx import quiet_trace
 from yolo_compress.export.nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
 from yolo_compress.runtime.backends.base import Backend
@@ -123,7 +123,7 @@ def open_published(file: Path, precision: str, scratch: Path) -> Backend:
         return _TorchScript(file)
     shown = file.name
     if file.name == IMPLICIT:
-        explicit(file, scratch / "explicit.onnx")
+        write_explicit(file, scratch / "explicit.onnx")
         file = scratch / "explicit.onnx"
     return Simulated(file, precision, shown)
 

@@ -1,10 +1,12 @@
-"""TensorRT's calibration cache, for INT8 without Q/DQ nodes: TensorRT 8 and 10 (JetPack 5 and 6), and the DLA.
+"""Write TensorRT's calibration cache, for INT8 without Q/DQ nodes on TensorRT 8 and 10 (JetPack 5 and 6) and on the DLA.
 
-A text file: a head with the version of TensorRT and the calibrator, then a line a tensor with its scale, the bytes of a float32
-in hexadecimal. Weights have no line: TensorRT takes their ranges from the graph, the largest absolute value of each output
-channel; so the graph here holds the weights on their trained grid. TensorRT reads the cache through
-`IInt8EntropyCalibrator2.read_calibration_cache`, `trtexec --int8 --calib=FILE` from the same file; removed in 11. No TensorRT
-has read one of ours: the format is that of the files that TensorRT writes."""
+The cache is a text file. The first line has the version of TensorRT and the calibrator. Each other line has a tensor and its
+scale, the bytes of a float32 in hexadecimal. Weights have no line: TensorRT computes their ranges from the graph, per output
+channel. The graph here therefore contains the weights after rounding to INT8.
+
+TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`, trtexec with `--int8 --calib=FILE`. TensorRT 11
+cannot read it. The format follows files that TensorRT wrote; no cache of ours has been read by TensorRT yet.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ from onnx import TensorProto, numpy_helper
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.export.qdq import (
     Pair,
-    activated,
-    coded,
+    activation_output,
     find_convs,
     insert_pairs,
+    int8_weight,
     quantise_weight,
     readers_of,
     tensor_ranges,
@@ -32,32 +34,35 @@ from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX, QuantState
 
 IMPLICIT = "int8-implicit.onnx"
 CACHE = "int8-implicit.cache"
-DEFAULT_VERSION = "8502"  # of JetPack 5.1
+DEFAULT_VERSION = "8502"  # TensorRT 8.5.2, JetPack 5.1
 
 
 def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = DEFAULT_VERSION) -> int:
-    """Write the scales of a float graph's tensors; returns how many.
+    """Write the scales of the tensors of a float graph.
 
-    Beside the tensors of the plan, what convolutions give before their activation (`state.outputs`) and sigmoids (0 to 1):
-    without Q/DQ nodes TensorRT takes a layer for INT8 only if all of its tensors have a scale.
+    Without Q/DQ nodes TensorRT runs a layer in INT8 only if all its tensors have a scale. The cache therefore also has the
+    outputs of convolutions before their activation (`state.outputs`) and of sigmoids (0 to 1).
 
     Args:
-        float_onnx: The graph that the engine is to be built from, with the weights that `state` belongs to. Read only.
+        float_onnx: Graph from which the engine is built, with the weights that belong to `state`. It is only read.
         out: File to write.
         state: As for `qdq.insert_qdq`.
-        version: Of TensorRT, digits without dots, for the head.
+        version: TensorRT version for the first line, digits without dots.
+
+    Returns:
+        Number of scales.
 
     Raises:
         CorruptArtifact: Graph and state do not belong together.
-        RecipeError: A tensor's name that the format cannot hold.
+        RecipeError: The format does not allow the name of a tensor.
     """
     graph = onnx.load(str(float_onnx), load_external_data=False).graph
     amax = tensor_ranges(graph, state)
     readers = readers_of(graph)
     for name, conv in find_convs(graph, state.outputs).items():
-        made = conv.output[0]
-        amax.setdefault(made, state.outputs[name])
-        amax |= {node.output[0]: 1.0 for node in readers.get(made, ()) if node.op_type == "Sigmoid"}
+        output = conv.output[0]
+        amax.setdefault(output, state.outputs[name])
+        amax |= {node.output[0]: 1.0 for node in readers.get(output, ()) if node.op_type == "Sigmoid"}
     if odd := [name for name in amax if ":" in name or "\n" in name]:
         raise RecipeError(f"{float_onnx}: a calibration cache cannot hold the tensor name {odd[0]!r}; export again")
     lines = [f"TRT-{version}-EntropyCalibration2"]
@@ -67,32 +72,32 @@ def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = D
 
 
 def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
-    """Write the graph without Q/DQ nodes, its weights rounded to the codes of `state`, and `CACHE` beside it.
+    """Write a graph without Q/DQ nodes, with weights rounded to INT8, and its cache `CACHE` in the same folder.
 
     Args:
         float_onnx: As for `write_cache`.
-        out: The graph to write.
+        out: Graph to write.
         state: As for `write_cache`.
 
     Raises:
-        CorruptArtifact, RecipeError: As `write_cache`.
+        CorruptArtifact, RecipeError: See `write_cache`.
     """
     model = onnx.load(str(float_onnx))
     stored = {item.name: item for item in model.graph.initializer}
     for name, conv in find_convs(model.graph, state.convs).items():
         weight = numpy_helper.to_array(stored[conv.input[1]])
-        codes, scale_C = coded(weight, state.weights[name], state.weight_qmax)
-        rounded = codes.astype(np.float32) * scale_C.reshape(-1, 1, 1, 1)
+        int8_values, scale_C = int8_weight(weight, state.weights[name], state.weight_qmax)
+        rounded = int8_values.astype(np.float32) * scale_C.reshape(-1, 1, 1, 1)
         stored[conv.input[1]].CopyFrom(numpy_helper.from_array(rounded, conv.input[1]))
     onnx.save(model, str(out))
     write_cache(out, out.with_name(CACHE), state)
 
 
 def read_cache(cache: Path) -> dict[str, float]:
-    """Scale of each tensor of a calibration cache.
+    """Return the scale of each tensor in a calibration cache.
 
     Raises:
-        CorruptArtifact: It is none.
+        CorruptArtifact: The file is not a calibration cache.
     """
     try:
         lines = cache.read_text(encoding="utf-8").splitlines()
@@ -107,35 +112,36 @@ def read_cache(cache: Path) -> dict[str, float]:
         raise CorruptArtifact(f"{cache}: not a calibration cache ({error}); run export again") from error
 
 
-def explicit(implicit: Path, out: Path) -> None:
-    """Write what TensorRT makes of a graph and the cache beside it, with Q/DQ nodes, so that other runtimes can run it.
+def write_explicit(implicit: Path, out: Path) -> None:
+    """Write a graph with Q/DQ nodes that computes what TensorRT computes from a graph and its cache, for other runtimes.
 
-    A convolution computes in INT8 if what it reads and what it gives have scales; its weights are quantised by the largest absolute
-    value of each output channel. TensorRT fuses a convolution with its activation, so nothing is rounded between the two.
+    A convolution runs in INT8 if its input and output have scales. The range of its weights is the largest absolute value per
+    output channel. TensorRT fuses a convolution with its activation, so there is no rounding between the two.
 
     Args:
-        implicit: What `write_implicit` wrote. Read only.
+        implicit: Graph written by `write_implicit`, with its cache in the same folder. It is only read.
         out: File to write.
 
     Raises:
         CorruptArtifact: Graph and cache do not belong together.
     """
     model = onnx.load(str(implicit))
-    graph, read = model.graph, read_cache(implicit.with_name(CACHE))
-    made = {name for node in graph.node for name in node.output} | {item.name for item in graph.input}
-    if strangers := set(read) - made:
+    graph, scales = model.graph, read_cache(implicit.with_name(CACHE))
+    tensors = {name for node in graph.node for name in node.output} | {item.name for item in graph.input}
+    if unknown := set(scales) - tensors:
         raise CorruptArtifact(
-            f"{implicit}: no tensor {sorted(strangers)[0]}, of which {CACHE} has a scale; run export again"
+            f"{implicit}: {CACHE} has a scale for {sorted(unknown)[0]}, but the graph has no tensor of that name; "
+            "run export again"
         )
     stored, fused = {item.name: item for item in graph.initializer}, set[str]()
     for node in [node for node in graph.node if node.op_type == "Conv"]:
-        end, within = activated(graph, node) if node.output[0] in read else ("", set())
+        end, within = activation_output(graph, node) if node.output[0] in scales else ("", set())
         fused |= within - {end}
-        if node.input[0] in read and node.output[0] in read:
+        if node.input[0] in scales and node.output[0] in scales:
             weight = numpy_helper.to_array(stored[node.input[1]])
             amax_C = np.abs(weight).reshape(len(weight), -1).max(1).clip(AMAX_FLOOR)
             quantise_weight(graph, node.input[1].removesuffix(".weight"), node, amax_C, QMAX)
     insert_pairs(
-        graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in read.items() if name not in fused}
+        graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in scales.items() if name not in fused}
     )
     onnx.save(model, str(out))

@@ -1,7 +1,7 @@
-"""The float graph of a detector, as ONNX and TorchScript, in the shape that Ultralytics' own export gives.
+"""Export a detector in FP32 to ONNX and TorchScript, with the inputs and outputs of Ultralytics' own export.
 
-Input `images` `[B, C, H, W]` float32, RGB (or grey, C = 1) 0 to 1; output `output0` `[B, 4 + nc, A]` float32: boxes as centre
-x, centre y, width, height in pixels of the input, then class scores 0 to 1. Isaac ROS and Ultralytics decode exactly this.
+Input `images` is `[B, C, H, W]` float32 from 0 to 1, RGB or grey (C = 1). Output `output0` is `[B, 4 + nc, A]` float32: boxes as
+centre x, centre y, width, height in pixels of the input, then class scores from 0 to 1. Isaac ROS and Ultralytics decode it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.nets.families import family_of
 
-MIN_OPSET = 13  # the first with DequantizeLinear an output channel
-MAX_IR_VERSION = 10  # what ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 read
+MIN_OPSET = 13  # the first with a DequantizeLinear per output channel
+MAX_IR_VERSION = 10  # the latest that ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 all read
 
 
 def export_onnx(
@@ -39,29 +39,29 @@ def export_onnx(
     dynamic_batch: bool = False,
     simplify: bool = True,
 ) -> None:
-    """Write the FP32 ONNX file of a stock detector, pruned or not; the same network gives the same bytes.
+    """Write the FP32 ONNX file of a stock detector, pruned or not. Equal models give equal bytes.
 
-    Every convolution keeps the name of its module as the name of its weight (`model.0.conv.weight`): that is how
-    `export.qdq` finds it.
+    The weight of every convolution is named after its module (`model.0.conv.weight`). `export.qdq` finds convolutions by
+    this name.
 
     Args:
-        model: A stock Ultralytics `DetectionModel`. Not changed: a copy is fused and traced.
+        model: A stock Ultralytics `DetectionModel`. It is not changed: a copy is fused and traced.
         out: File to write.
         imgsz_hw: Height and width in pixels, multiples of the model's largest stride.
-        names: Class names, in the order of the class scores.
+        names: Class names in the order of the class scores.
         opset: ONNX operator set.
-        batch: Images of one call; with `dynamic_batch` the one written into the metadata.
-        dynamic_batch: Leave the first dimension open.
+        batch: Number of images per call; with `dynamic_batch` only the value in the metadata.
+        dynamic_batch: Make the first dimension dynamic.
         simplify: Run onnxsim.
 
     Raises:
-        RecipeError: Size or opset that cannot be exported.
-        NumericsError: The model holds NaN or infinity.
+        RecipeError: The size or opset is not supported.
+        NumericsError: A weight is NaN or infinite.
         CompressError: onnxsim or the checker refuses the graph.
         StorageError: The file cannot be written.
     """
     if opset < MIN_OPSET:
-        raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (a scale an output channel needs it)")
+        raise RecipeError(f"export.opset={opset}: expected {MIN_OPSET} or more (for scales per output channel)")
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "onnx")
     with torch.no_grad(), quiet_trace(), storage_errors(out):
         shape = net(images).shape
@@ -73,13 +73,13 @@ def export_onnx(
             input_names=["images"],
             output_names=["output0"],
             dynamic_axes={"images": {0: "batch"}, "output0": {0: "batch"}} if dynamic_batch else None,
-            dynamo=False,  # torch 2.14's new exporter renames weights when it optimises; Ultralytics uses this one too
+            dynamo=False,  # torch 2.14's new exporter renames weights when it optimises; Ultralytics uses the old one, too
         )
     graph = onnx.load(str(out))
     if simplify:
         graph = _simplify(graph, out)
     for dim, size in zip(graph.graph.output[0].type.tensor_type.shape.dim[1:], shape[1:], strict=True):
-        dim.dim_value = size  # with an open batch the tracer leaves the number of classes open, too
+        dim.dim_value = size  # with a dynamic batch the tracer makes the number of classes dynamic, too
     graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
     write_metadata(graph, {**metadata, "precision": "fp32"})
     try:
@@ -93,10 +93,10 @@ def export_onnx(
 def export_torchscript(
     model: nn.Module, out: Path, imgsz_hw: tuple[int, int], *, names: Sequence[str], batch: int = 1
 ) -> None:
-    """Write the float TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
+    """Write the FP32 TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
 
     Raises:
-        RecipeError, NumericsError, StorageError: As `export_onnx`.
+        RecipeError, NumericsError, StorageError: See `export_onnx`.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():
@@ -104,10 +104,11 @@ def export_torchscript(
     save_torchscript(traced, out, metadata)
 
 
-def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
+def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: Mapping[str, object]) -> None:
     """Write a traced module and its `config.txt`.
 
-    By way of memory: torch 2.14's writer ends the process when the disk is full, by an exception in a destructor.
+    The file is first written to memory: if the disk is full, torch 2.14's own writer ends the process with an exception in a
+    destructor.
 
     Raises:
         StorageError: The file cannot be written.
@@ -115,17 +116,21 @@ def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: dict[s
     atomic_write(out, traced.save_to_buffer(_extra_files={"config.txt": json.dumps(metadata)}))
 
 
-def write_metadata(graph: onnx.ModelProto, metadata: dict[str, Any]) -> None:
-    """Set metadata_props, replacing what has the same key."""
-    kept = {item.key: item.value for item in graph.metadata_props}
-    kept.update({key: str(value) for key, value in metadata.items()})
-    onnx.helper.set_model_props(graph, kept)
+def write_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> None:
+    """Set metadata of an ONNX model, in place. Existing values of the same keys are replaced."""
+    merged = {item.key: item.value for item in graph.metadata_props}
+    merged.update({key: str(value) for key, value in metadata.items()})
+    onnx.helper.set_model_props(graph, merged)
 
 
 def prepare(
     model: nn.Module, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int, kind: str
-) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
-    """A fused copy in export mode, its example input and Ultralytics' metadata."""
+) -> tuple[nn.Module, torch.Tensor, dict[str, object]]:
+    """Return a fused copy of a model in export mode, an example input of zeros, and the metadata of Ultralytics' export.
+
+    Args:
+        kind: "onnx" or "torchscript".
+    """
     net: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     family = family_of(net, "export")
     classes, stride = net.model[-1].nc, int(max(net.stride))
@@ -133,17 +138,17 @@ def prepare(
     if height <= 0 or width <= 0 or height % stride or width % stride:
         raise RecipeError(f"export size {height}x{width} (height x width): expected multiples of the stride {stride}")
     if len(names) != classes:
-        raise RecipeError(f"export: {len(names)} class names for a head of {classes} classes")
+        raise RecipeError(f"export: {len(names)} class names, but the head has {classes} classes")
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"export: {name} holds NaN or infinity; the checkpoint is broken, train again")
+            raise NumericsError(f"export: {name} contains NaN or infinity; train again")
     net.fuse(verbose=False)
     detect.for_export(net, kind)
     family.for_export(net)
     channels = int(net.yaml.get("channels", 3))
     images = torch.zeros(batch, channels, height, width)
     with torch.no_grad():
-        shape = tuple(net(images).shape)  # also makes the anchors, which must be constants of the trace
+        shape = tuple(net(images).shape)  # also creates the anchors, which must be constants of the trace
     anchors = sum((height // int(s)) * (width // int(s)) for s in net.stride)
     if shape != (batch, 4 + classes, anchors):
         raise CompressError(f"export: the model returns {shape}, expected {(batch, 4 + classes, anchors)}")
@@ -158,7 +163,7 @@ def prepare(
         "batch": batch,
         "imgsz": [height, width],
         "names": dict(enumerate(names)),
-        "args": {"batch": batch, "dynamic": False, "nms": False},  # dynamic: of height and width, which are fixed
+        "args": {"batch": batch, "dynamic": False, "nms": False},  # `dynamic` means height and width, which are fixed
         "channels": channels,
         "end2end": False,
     }
@@ -171,24 +176,27 @@ def _simplify(graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
     try:
         simplified, same = onnxsim.simplify(graph)
     except Exception as error:  # onnxsim raises whatever its C++ part does
-        raise CompressError(f"{out}: onnxsim {onnxsim.__version__} failed: {error}; export.simplify=false") from error
+        raise CompressError(
+            f"{out}: onnxsim {onnxsim.__version__} failed: {error}; set export.simplify=false"
+        ) from error
     if not same:
         raise CompressError(f"{out}: onnxsim {onnxsim.__version__} changed the outputs; set export.simplify=false")
-    if lost := _weights(graph) - _weights(
-        simplified
-    ):  # a factor of the activation (GELU's) became part of the next weight
-        progress.say(f"export: {out.name} is not simplified: onnxsim rewrites {len(lost)} weights, such as {min(lost)}")
+    # onnxsim can make a factor of the activation (as in GELU) part of the next weight
+    if rewritten := _weight_names(graph) - _weight_names(simplified):
+        progress.say(
+            f"export: {out.name} is not simplified: onnxsim rewrites {len(rewritten)} weights, such as {min(rewritten)}"
+        )
         return graph
     return simplified
 
 
-def _weights(graph: onnx.ModelProto) -> set[str]:
+def _weight_names(graph: onnx.ModelProto) -> set[str]:
     return {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
 
 
 @contextmanager
 def quiet_trace() -> Iterator[None]:
-    """Tracing a fixed shape makes its Python branches constants, which is what is wanted; the exporter is deprecated."""
+    """Hide warnings of tracing: branches on a fixed shape become constants as intended, and the exporter is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""The FP16 graph: typed by its own tensors, as TensorRT 11 wants it, float32 at both ends."""
+"""Convert an ONNX graph to FP16 tensors, as TensorRT 11 requires, with float32 input and output."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def decode_tail(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes between the head's output convolutions and the graph's output: DFL, box decode, sigmoid.
+    """Return the names of the nodes after the head's output convolutions: DFL, box decode, sigmoid.
 
-    These are the nodes that no convolution follows: `export_onnx` writes DFL as sums.
+    No convolution follows these nodes, since `export_onnx` writes DFL as sums.
     """
     consumers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -37,21 +37,21 @@ def decode_tail(graph: onnx.GraphProto) -> list[str]:
 
 
 def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
-    """Write the FP16 form of a graph, of its Q/DQ nodes too; `images` and `output0` stay float32.
+    """Write the FP16 form of a graph, including any Q/DQ nodes. `images` and `output0` stay float32.
 
-    Weights and features are float16. The decode behind the head's output convolutions stays float32: float16 has steps of
-    0.5 from 512 on, so a box at 600 px would move by a quarter of a pixel.
+    Weights and activations are float16. The decode after the head's output convolutions stays float32: float16 has steps of
+    0.5 above 512, so a box at 600 px would move by a quarter of a pixel.
 
-    ONNX Runtime's own converter (1.32) casts between any two nodes that are to stay float32 to float16 and back, and with
-    that the boxes; the graph here needs one cast at its entrance and one behind each output convolution.
+    ONNX Runtime's own converter (1.32) is not used: it casts to float16 and back between nodes that stay float32, which rounds
+    the boxes. The graph here has one cast after the input and one after each output convolution.
 
     Args:
-        float_onnx: What `export_onnx` wrote, or `qdq.insert_qdq` for "tensorrt11". Read only.
+        float_onnx: File written by `export_onnx`, or by `qdq.insert_qdq` for "tensorrt11". It is only read.
         out: File to write.
-        precision: That the metadata states: "int8" for a graph with Q/DQ nodes.
+        precision: Precision for the metadata, "int8" for a graph with Q/DQ nodes.
 
     Raises:
-        NumericsError: A weight does not fit float16.
+        NumericsError: A weight exceeds the range of float16.
     """
     model = onnx.load(str(float_onnx))
     graph = model.graph
@@ -62,32 +62,36 @@ def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
     for node in graph.node:
         if node.name not in tail:
             for index, name in enumerate(node.input):
-                if name in floats and not (node.op_type == "Resize" and index > 0):  # its roi and scales are float32
+                # roi and scales of Resize must be float32
+                if name in floats and not (node.op_type == "Resize" and index > 0):
                     if name not in halves:
                         halves[name] = f"{name}_fp16"
-                        graph.initializer.append(_half(floats[name], halves[name], float_onnx))
+                        graph.initializer.append(_to_half(floats[name], halves[name], float_onnx))
                     node.input[index] = halves[name]
-    _cast_borders(graph, tail)
+    _insert_casts(graph, tail)
     used = {name for node in graph.node for name in node.input}
-    kept = [item for item in graph.initializer if item.name in used]
+    used_initializers = [item for item in graph.initializer if item.name in used]
     del graph.initializer[:], graph.value_info[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(used_initializers)
     write_metadata(model, {"precision": precision})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(out))
 
 
-def _half(tensor: TensorProto, name: str, source: Path) -> TensorProto:
+def _to_half(tensor: TensorProto, name: str, source: Path) -> TensorProto:
     values = numpy_helper.to_array(tensor)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= FP16_MAX:
-        raise NumericsError(f"{source}: {tensor.name} reaches {largest:g}, float16 ends at {FP16_MAX:g}")
+        raise NumericsError(
+            f"{source}: {tensor.name} reaches {largest:g}, the largest float16 is {FP16_MAX:g}; leave fp16 out of "
+            "export.precisions"
+        )
     return numpy_helper.from_array(values.astype(np.float16), name)
 
 
-def _cast_borders(graph: onnx.GraphProto, tail: set[str]) -> None:
-    """Float32 to float16 behind the graph's inputs, float16 to float32 where the tail begins."""
-    made_half = {item.name for item in graph.input}
+def _insert_casts(graph: onnx.GraphProto, tail: set[str]) -> None:
+    """Insert casts to float16 after the graph's inputs, and to float32 before the nodes of `tail`, in place."""
+    graph_inputs = {item.name for item in graph.input}
     nodes: list[onnx.NodeProto] = []
     for item in graph.input:
         nodes.append(helper.make_node("Cast", [item.name], [f"{item.name}_fp16"], f"{item.name}_fp16", to=FLOAT16))
@@ -95,7 +99,7 @@ def _cast_borders(graph: onnx.GraphProto, tail: set[str]) -> None:
     cast: dict[str, str] = {}
     for node in graph.node:
         for index, name in enumerate(node.input):
-            if node.name not in tail and name in made_half:
+            if node.name not in tail and name in graph_inputs:
                 node.input[index] = f"{name}_fp16"
             elif node.name in tail and name in produced:
                 if name not in cast:
@@ -108,7 +112,7 @@ def _cast_borders(graph: onnx.GraphProto, tail: set[str]) -> None:
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    """So that it shows which input of which node a constant is."""
+    """Turn Constant nodes into initializers, in place, so that the conversion sees which inputs of nodes are constant."""
     for node in [node for node in graph.node if node.op_type == "Constant"]:
         (value,) = node.attribute
         if value.name == "value":

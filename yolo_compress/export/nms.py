@@ -1,4 +1,4 @@
-"""NMS in the graph: for consumers that want boxes, not the raw output that decoders such as Isaac ROS' take."""
+"""Add NMS to an ONNX graph, for programs that read final boxes. Decoders such as Isaac ROS' read the raw output instead."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from yolo_compress.files.atomic import storage_errors
 from yolo_compress.runtime.limits import MAX_DET
 
 RAW, OUTPUT = "raw0", "output0"
-PLACE = "/nms"
-NMS_SUFFIX = "-nms"  # of the name of such a file, behind that of the graph that it was made from
+PREFIX = "/nms"
+NMS_SUFFIX = "-nms"  # appended to the name of the source file
 
 
 NMS_CONF, NMS_IOU = 0.25, 0.7
 
 
 def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = MAX_DET) -> None:
-    """Write the graph with ONNX's NonMaxSuppression behind it, which every runtime here takes (TensorRT as INMSLayer).
+    """Write a graph followed by ONNX's NonMaxSuppression, which all runtimes support (TensorRT as INMSLayer).
 
-    `output0` becomes `[1, max_det, 6]` float32, as Ultralytics' `nms=True` gives it: x1, y1, x2, y2 in px of the input, score,
-    class; best first, the rest zeros. A box counts for its best class alone, as in `runtime.detect.post.nms(multi_label=False)`.
+    `output0` becomes `[1, max_det, 6]` float32, as with Ultralytics' `nms=True`: x1, y1, x2, y2 in px of the input, score,
+    class. Rows are sorted by score; unused rows are zero. A box has only its best class, as in
+    `runtime.detect.post.nms(multi_label=False)`.
 
     Args:
-        source: An export with `output0` `[1, 4 + nc, A]`, of any precision. Read only.
+        source: Exported file with `output0` `[1, 4 + nc, A]`, of any precision. It is only read.
         out: File to write.
-        conf: Scores must exceed this.
-        iou: A box goes if it overlaps a better one of its class by more than this.
-        max_det: Rows of the output.
+        conf: Minimum score, exclusive.
+        iou: A box is removed if its IoU with a better box of its class exceeds this.
+        max_det: Number of rows of the output.
 
     Raises:
-        RecipeError: The graph takes another batch than 1.
+        RecipeError: The batch of the graph is not 1.
     """
     model = onnx.load(str(source))
-    graph, (batch, rows, anchors) = model.graph, _shape(model)
+    graph, (batch, rows, anchors) = model.graph, _output_shape(model)
     if batch != 1:
         raise RecipeError(
-            f"{source}: NMS in the graph takes a batch of 1, this graph {batch or 'any'}; set export.batch=1"
+            f"{source}: NMS in the graph requires a batch of 1, this graph has {batch or 'a dynamic one'}; set export.batch=1"
         )
     for node in graph.node:
         node.output[:] = [RAW if name == OUTPUT else name for name in node.output]
@@ -67,11 +68,11 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
         "empty_rows": np.zeros((max_det, 6), np.float32),
         "empty_scores": np.zeros(max_det, np.float32),
     }
-    made: list[onnx.NodeProto] = []
+    nodes: list[onnx.NodeProto] = []
 
     def add(kind: str, inputs: list[str], *outputs: str, **attributes: Any) -> None:
-        places = [f"{PLACE}/{name}" if name in constants else name for name in inputs]
-        made.append(helper.make_node(kind, places, list(outputs), f"{PLACE}/{outputs[0]}", **attributes))
+        prefixed = [f"{PREFIX}/{name}" if name in constants else name for name in inputs]
+        nodes.append(helper.make_node(kind, prefixed, list(outputs), f"{PREFIX}/{outputs[0]}", **attributes))
 
     add("Split", [RAW, "sizes"], "nms_boxes", "nms_scores", axis=1)
     add("Transpose", ["nms_boxes"], "nms_boxes_t", perm=[0, 2, 1])
@@ -100,8 +101,8 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
     add("TopK", ["nms_ranked", "most"], "nms_values", "nms_order", axis=0)
     add("Gather", ["nms_rows", "nms_order"], "nms_best_rows", axis=0)
     add("Unsqueeze", ["nms_best_rows", "first"], OUTPUT)
-    graph.initializer.extend(numpy_helper.from_array(value, f"{PLACE}/{name}") for name, value in constants.items())
-    graph.node.extend(made)
+    graph.initializer.extend(numpy_helper.from_array(value, f"{PREFIX}/{name}") for name, value in constants.items())
+    graph.node.extend(nodes)
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [1, max_det, 6]))
     known = {item.key: item.value for item in model.metadata_props}
@@ -112,8 +113,8 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
         onnx.save(model, str(out))
 
 
-def _shape(model: onnx.ModelProto) -> tuple[int, int, int]:
-    """Of `output0`; 0 where a size is open."""
+def _output_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
+    """Return the shape of `output0` as (batch, rows, anchors), 0 for a dynamic size."""
     output = next(item for item in model.graph.output if item.name == OUTPUT)
     batch, rows, anchors = (size.dim_value for size in output.type.tensor_type.shape.dim)
     return batch, rows, anchors

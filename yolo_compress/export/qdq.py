@@ -1,17 +1,19 @@
-"""INT8 as a float ONNX graph plus ranges: explicit QuantizeLinear and DequantizeLinear nodes, typed for the runtime.
+"""Write INT8 ONNX graphs: insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float graph.
 
-Every form gets the same scales on the same tensors and the same INT8 weights (an output channel each, symmetric, axis 0, in
-the bits that they were trained in), float bias, no change of opset. A tensor has one pair, behind the node that makes it, and
-every reader reads through it; so has what a pool, an upsampling, a chunk or a concatenation makes of INT8 tensors: with the one
-scale of its inputs that pair moves no value, and says to any importer that the layer is INT8.
+All forms have the same scales on the same tensors and the same INT8 weights: symmetric, one scale per output channel on axis 0,
+7 or 8 bits as trained. Biases stay float and the opset does not change.
 
-`runtime.registry.Int8File` says how the forms differ:
+A tensor has one Q/DQ pair after the node that computes it, and all its readers use this pair. Outputs of pools, upsamplings,
+chunks and concatenations of INT8 tensors have a pair, too. Its scale is that of the inputs, so it changes no value, but it tells
+the importer that the layer is INT8.
 
-* zero point 0, INT8 activations: TensorRT takes no other zero point and no INT32 bias. Zero point 128, UINT8 activations: the
-  same codes moved by 128.
-* half: scales that float16 holds exactly, since TensorRT 11 takes precision from the graph's types and `fp16.to_fp16` gives
-  everything between the codes that type; opset 19.
-* quantised outputs: with `state.outputs` the outputs of convolutions and sigmoids are quantised, too.
+The forms differ in these fields of `runtime.registry.Int8File`:
+
+* Zero point: 0 with INT8 activations for TensorRT, which supports no other zero point and no INT32 bias. Otherwise 128 with UINT8
+  activations, which are the same values plus 128.
+* Half: scales are exact in float16, and the graph needs opset 19. TensorRT 11 takes the precision from the types in the graph,
+  and `fp16.to_fp16` converts all float tensors to float16.
+* Quantised outputs: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`.
 """
 
 from __future__ import annotations
@@ -34,17 +36,24 @@ from yolo_compress.quant.ranges import QMAX, QuantState
 from yolo_compress.runtime.registry import Int8File, qdq_forms
 
 FORMS = qdq_forms()
-# What activations are made of: one node (ReLU), or several that read nothing but the convolution and constants (SiLU, Mish, GELU).
+# Nodes of activations. An activation is one node (ReLU), or several that read only the convolution and constants (SiLU, GELU).
 ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish",
     "Mul", "Neg", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sub", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
-PASSING = {"MaxPool", "Resize", "Split", "Concat"}  # layers that only move values: codes in, the same codes out
+# Layers that only move values, so INT8 inputs give INT8 outputs of the same scale.
+FORWARDING = {"MaxPool", "Resize", "Split", "Concat"}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was put in: convolutions in INT8, Q/DQ pairs of the plan's tensors and of what passes them on, and others."""
+    """Numbers of inserted nodes.
+
+    Attributes:
+        convs: INT8 convolutions.
+        activations: Q/DQ pairs of the plan's tensors and of layers that forward them.
+        outputs: Q/DQ pairs inside blocks, see `_pairs_in_blocks`.
+    """
 
     convs: int
     activations: int
@@ -53,7 +62,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Pair:
-    """One Q/DQ pair."""
+    """Parameters of a Q/DQ pair of an activation.
+
+    Attributes:
+        amax: range of the tensor.
+        dtype: element type of the INT8 tensor (`onnx.TensorProto`).
+    """
 
     amax: float
     dtype: int
@@ -61,33 +75,31 @@ class Pair:
 
     @property
     def scale(self) -> float:
-        """Of one code."""
+        """Scale of the pair."""
         return self.amax / QMAX
 
     @property
     def half(self) -> Pair:
-        """With the next larger scale that float16 holds."""
-        return replace(self, amax=float(_half_up(np.array(self.scale, np.float32))) * QMAX)
+        """The pair with its scale rounded up to float16."""
+        return replace(self, amax=float(_round_up_to_half(np.array(self.scale, np.float32))) * QMAX)
 
 
 def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Counts:
-    """Write the INT8 form of a float graph.
-
-    The counts are checked against the graph that was made.
+    """Write the INT8 form of a float graph and check the number of its Q/DQ nodes.
 
     Args:
-        float_onnx: What `export_onnx` wrote, opset 13 or more. Read only.
+        float_onnx: File written by `export_onnx`, opset 13 or later. It is only read.
         out: File to write.
-        state: Ranges with BatchNorm folded (`state.fold`), of the network in `float_onnx`.
+        state: Ranges of the model in `float_onnx`, with BatchNorm folded (`quant.ranges.fold`).
         form: Key of `FORMS`.
 
     Raises:
-        RecipeError: Unknown form.
-        CorruptArtifact: Graph and state do not belong together (a convolution is missing, has other channels, ...).
-        CompressError: The graph made is not as planned.
+        RecipeError: The form is unknown.
+        CorruptArtifact: Graph and state do not belong together: a convolution is missing or has other channels.
+        CompressError: The new graph differs from the plan.
     """
     if form not in FORMS:
-        raise RecipeError(f"Q/DQ form {form!r} is unknown; there are {', '.join(FORMS)}")
+        raise RecipeError(f"Q/DQ form {form!r} is unknown, expected one of {', '.join(FORMS)}")
     file = FORMS[form]
     if not state.folded:
         raise CorruptArtifact("quantiser state: BatchNorm is not folded into it; call fold() with the trained model")
@@ -95,19 +107,23 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
     graph = model.graph
     opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     if opset < MIN_OPSET:
-        raise CorruptArtifact(f"{float_onnx}: opset {opset}, Q/DQ an output channel needs {MIN_OPSET}; export again")
+        raise CorruptArtifact(
+            f"{float_onnx}: opset {opset}, but Q/DQ per output channel requires {MIN_OPSET}; export again"
+        )
     convs = find_convs(graph, state.convs)
     amax = tensor_ranges(graph, state)
-    pairs = {tensor: Pair(value, *_codes(file)) for tensor, value in amax.items()}
+    pairs = {tensor: Pair(value, *_activation_type(file)) for tensor, value in amax.items()}
     if file.half:
         pairs = {tensor: pair.half for tensor, pair in pairs.items()}
-    elsewhere = (
-        _inner_pairs(graph, convs, state, pairs, _codes(file)) if file.quantised_outputs and state.outputs else {}
+    inner_pairs = (
+        _pairs_in_blocks(graph, convs, state, pairs, _activation_type(file))
+        if file.quantised_outputs and state.outputs
+        else {}
     )
     for name, conv in convs.items():
         quantise_weight(graph, name, conv, state.weights[name], state.weight_qmax, half=file.half)
-    insert_pairs(graph, pairs | elsewhere)
-    counts = Counts(len(convs), len(pairs), len(elsewhere))
+    insert_pairs(graph, pairs | inner_pairs)
+    counts = Counts(len(convs), len(pairs), len(inner_pairs))
     _check(graph, state.convs, counts, out)
     write_metadata(model, {"precision": "int8"})
     onnx.checker.check_model(model, full_check=True)
@@ -115,17 +131,19 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
     return counts
 
 
-def _codes(file: Int8File) -> tuple[int, int]:
-    """Element type and zero point of a form's activations."""
+def _activation_type(file: Int8File) -> tuple[int, int]:
+    """Return (element type, zero point) of the activations of a form."""
     assert file.zero_point is not None
     return (TensorProto.UINT8 if file.zero_point else TensorProto.INT8), file.zero_point
 
 
 def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.NodeProto]:
-    """The node of each convolution, by the name of its weight (`<module>.weight`), which simplifiers leave alone.
+    """Return the node of each convolution, found by the name of its weight (`<module>.weight`).
+
+    Simplifiers do not rename weights.
 
     Raises:
-        CorruptArtifact: A convolution is in the graph not once.
+        CorruptArtifact: A convolution does not occur exactly once in the graph.
     """
     by_weight: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -136,15 +154,15 @@ def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.N
         nodes = by_weight.get(f"{name}.weight", [])
         if len(nodes) != 1:
             raise CorruptArtifact(
-                f"{name}: {len(nodes)} convolutions of the ONNX graph have the weight {name}.weight, expected 1 "
-                f"(graph and quantiser state of different models, or two layers with equal weights)"
+                f"{name}: {len(nodes)} convolutions of the ONNX graph have the weight {name}.weight, expected 1; "
+                "graph and quantiser state belong to different models, or two layers have equal weights"
             )
         found[name] = nodes[0]
     return found
 
 
-def _half_up(scale: np.ndarray) -> np.ndarray:
-    """The smallest float16 values that are not below, as float32: nothing is clipped that was not before."""
+def _round_up_to_half(scale: np.ndarray) -> np.ndarray:
+    """Round up to float16 and return float32. A scale must not become smaller, since more values would be clipped."""
     half = scale.astype(np.float16)
     half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
     return half.astype(np.float32)
@@ -153,9 +171,16 @@ def _half_up(scale: np.ndarray) -> np.ndarray:
 def quantise_weight(
     graph: onnx.GraphProto, name: str, conv: onnx.NodeProto, amax_C: Sequence[float], qmax: int, half: bool = False
 ) -> None:
-    """Replace a float weight by INT8 codes and a DequantizeLinear an output channel (put before all other nodes).
+    """Replace a float weight by INT8 values and a DequantizeLinear per output channel, in place.
 
-    With `half` the scale in the graph is one that float16 holds; the codes are the same.
+    Args:
+        name: Module name of the convolution.
+        amax_C: Range of each output channel.
+        qmax: Largest INT8 value, 63 or 127.
+        half: Round the scale up to float16; the INT8 values stay the same.
+
+    Raises:
+        CorruptArtifact: The weight is not stored in the graph, or has another number of output channels.
     """
     stored = next((item for item in graph.initializer if item.name == conv.input[1]), None)
     if stored is None:
@@ -163,9 +188,13 @@ def quantise_weight(
     weight = numpy_helper.to_array(stored)
     if len(weight) != len(amax_C):
         raise CorruptArtifact(f"{name}: {len(weight)} output channels in the ONNX graph, {len(amax_C)} in the state")
-    codes, scale_C = coded(weight, amax_C, qmax)
-    scale_C = _half_up(scale_C) if half else scale_C
-    parts: dict[str, np.ndarray] = {"quantized": codes, "scale": scale_C, "zero_point": np.zeros(len(scale_C), np.int8)}
+    int8_values, scale_C = int8_weight(weight, amax_C, qmax)
+    scale_C = _round_up_to_half(scale_C) if half else scale_C
+    parts: dict[str, np.ndarray] = {
+        "quantized": int8_values,
+        "scale": scale_C,
+        "zero_point": np.zeros(len(scale_C), np.int8),
+    }
     graph.initializer.remove(stored)
     graph.initializer.extend(numpy_helper.from_array(array, f"{name}.weight_{key}") for key, array in parts.items())
     inputs = [f"{name}.weight_{key}" for key in parts]
@@ -174,30 +203,32 @@ def quantise_weight(
     conv.input[1] = node.output[0]
 
 
-def coded(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple[np.ndarray, np.ndarray]:
-    """INT8 codes of a weight, rounded as in training (`fakequant`), and scale_C."""
+def int8_weight(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the INT8 values of a weight, rounded as in training (`fakequant`), and the scale of each output channel."""
     amax = np.asarray(amax_C, np.float32)
-    codes = np.rint(weight * (np.float32(qmax) / amax).reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
-    return codes, amax / np.float32(qmax)
+    int8_values = np.rint(weight * (np.float32(qmax) / amax).reshape(-1, 1, 1, 1)).clip(-qmax, qmax).astype(np.int8)
+    return int8_values, amax / np.float32(qmax)
 
 
 def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
-    """amax of every INT8 tensor of a float graph: of the tensors of `state`, and of what layers that only move values make of them.
+    """Return the range of every INT8 tensor of a float graph, by ONNX name.
+
+    These are the tensors of `state` and the outputs of layers that only move their values.
 
     Raises:
-        CorruptArtifact: A block or a sum is not in the graph, or a concatenation would join codes of different scales, or
-            codes and float.
+        CorruptArtifact: A block or a sum is missing in the graph, or a concatenation has inputs with different scales or in
+            different precisions.
     """
-    return _passed_on(graph, _tensors(graph, state))
+    return _extend_to_forwarding(graph, _planned_tensors(graph, state))
 
 
-def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
-    """The ONNX tensor of each tensor of `state`, with its amax."""
+def _planned_tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
+    """Return the range of each tensor of `state`, by ONNX name."""
     readers = readers_of(graph)
-    sums = {name: last for name in state.activations if (last := _end_of_branch(graph, name, state))}
+    sums = {name: last for name in state.activations if (last := _last_block_of_sum(graph, name, state))}
     blocks = [name for name in state.activations if name not in (IMAGES, *sums)]
     convs = find_convs(graph, [f"{name}.conv" for name in blocks])
-    made = {name: activated(graph, convs[f"{name}.conv"])[0] for name in blocks} | {IMAGES: graph.input[0].name}
+    made = {name: activation_output(graph, convs[f"{name}.conv"])[0] for name in blocks} | {IMAGES: graph.input[0].name}
     for name, last in sums.items():
         adds = [node.output[0] for node in readers.get(made[last], ()) if node.op_type == "Add"]
         if len(adds) != 1:
@@ -206,18 +237,18 @@ def _tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     return {made[name]: amax for name, amax in state.activations.items()}
 
 
-def _end_of_branch(graph: onnx.GraphProto, name: str, state: QuantState) -> str:
-    """The last block inside the module `name` that makes a tensor of `state`, where the module is a sum; "" for a block."""
+def _last_block_of_sum(graph: onnx.GraphProto, name: str, state: QuantState) -> str:
+    """Return the last block of `state` inside the module `name` if the module is a sum, "" if it is a block."""
     blocks = [node.input[1].removesuffix(".conv.weight") for node in graph.node if node.op_type == "Conv"]
     inside = [block for block in blocks if block.startswith(f"{name}.") and block in state.activations]
     return inside[-1] if inside and name not in blocks else ""
 
 
-def activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str, set[str]]:
-    """What a block gives, the last tensor of its activation, and all tensors from the convolution's output to it.
+def activation_output(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str, set[str]]:
+    """Return the output tensor of the activation after a convolution, and all tensors from the convolution up to it.
 
     Raises:
-        CorruptArtifact: The activation has several ends, or is made of nodes that are not known to be elementwise.
+        CorruptArtifact: The activation has several outputs, or nodes that are not in `ELEMENTWISE`.
     """
     fixed = {item.name for item in graph.initializer} | {""}
     inside, ends = {conv.output[0]}, set[str]()
@@ -232,16 +263,16 @@ def activated(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str, set[st
     ends |= inside & {item.name for item in graph.output}
     if len(ends) != 1:
         raise CorruptArtifact(
-            f"{conv.name}: its activation gives {', '.join(sorted(ends)) or 'nothing'}, expected one tensor"
+            f"{conv.name}: the outputs of its activation are {', '.join(sorted(ends)) or 'none'}, expected one tensor"
         )
     return next(iter(ends)), inside
 
 
 def check_activation(act: nn.Module, opset: int) -> None:
-    """Refuse an activation that the INT8 files cannot hold, before any training.
+    """Check before training that INT8 files support an activation.
 
     Raises:
-        RecipeError: It is no elementwise function of nodes in `ELEMENTWISE`.
+        RecipeError: The activation does not consist of nodes in `ELEMENTWISE`.
     """
     file = io.BytesIO()
     with torch.no_grad(), quiet_trace():
@@ -251,20 +282,20 @@ def check_activation(act: nn.Module, opset: int) -> None:
         except Exception as error:  # torch's exporter raises whatever its symbolic functions do
             reason = str(error).splitlines()[0]
             raise RecipeError(
-                f"activation {type(act).__name__}: ONNX of opset {opset} cannot hold it: {reason}"
+                f"activation {type(act).__name__}: ONNX opset {opset} does not support it: {reason}"
             ) from error
     graph = onnx.load_from_string(file.getvalue()).graph
     conv = next(node for node in graph.node if node.op_type == "Conv")
-    if strange := {node.op_type for node in graph.node} - ELEMENTWISE - {"Conv", "Constant", "Identity"}:
+    if unsupported := {node.op_type for node in graph.node} - ELEMENTWISE - {"Conv", "Constant", "Identity"}:
         raise RecipeError(
-            f"activation {type(act).__name__}: INT8 files cannot hold it (ONNX {', '.join(sorted(strange))}); leave the section qat "
-            "out and set export.precisions=fp32,fp16"
+            f"activation {type(act).__name__}: INT8 files do not support it (ONNX {', '.join(sorted(unsupported))}); leave out "
+            "the section qat and set export.precisions=fp32,fp16"
         )
-    activated(graph, conv)
+    activation_output(graph, conv)
 
 
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    """The nodes that read each tensor, in the order of the graph."""
+    """Return the nodes that read each tensor, in the order of the graph."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for tensor in node.input:
@@ -272,10 +303,10 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
-def _passed_on(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, float]:
+def _extend_to_forwarding(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, float]:
     amax = dict(amax)
     for node in graph.node:
-        if node.op_type not in PASSING:
+        if node.op_type not in FORWARDING:
             continue
         parts = node.input if node.op_type == "Concat" else node.input[:1]
         ranges = {amax.get(tensor) for tensor in parts}
@@ -283,29 +314,29 @@ def _passed_on(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, floa
             continue
         if len(ranges) > 1:
             raise CorruptArtifact(
-                f"quantiser state: {node.name} joins tensors with ranges {sorted(map(str, ranges))}, expected one"
+                f"quantiser state: {node.name} joins tensors with ranges {sorted(map(str, ranges))}, expected equal ranges"
             )
         amax |= dict.fromkeys(node.output, ranges.pop() or 0.0)
     return amax
 
 
 def insert_pairs(graph: onnx.GraphProto, pairs: dict[str, Pair]) -> None:
-    """Put each pair behind the node that makes its tensor, and let all readers read it; in place."""
+    """Insert each pair after the node that computes its tensor, and connect all readers to it, in place."""
     nodes: list[onnx.NodeProto] = []
 
-    def put_behind(tensor: str) -> None:
+    def append_pair(tensor: str) -> None:
         if tensor in pairs:
             nodes.extend(_make_pair(graph, pairs[tensor], tensor))
 
     for item in graph.input:
-        put_behind(item.name)
+        append_pair(item.name)
     for node in list(graph.node):
         for index, tensor in enumerate(node.input):
             if tensor in pairs:
                 node.input[index] = f"{tensor}_DQ"
         nodes.append(node)
         for tensor in node.output:
-            put_behind(tensor)
+            append_pair(tensor)
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -321,15 +352,15 @@ def _make_pair(graph: onnx.GraphProto, pair: Pair, base: str) -> list[onnx.NodeP
     ]
 
 
-def _inner_pairs(
+def _pairs_in_blocks(
     graph: onnx.GraphProto,
     convs: dict[str, onnx.NodeProto],
     state: QuantState,
     pairs: dict[str, Pair],
-    codes: tuple[int, int],
+    activation_type: tuple[int, int],
 ) -> dict[str, Pair]:
-    """Pairs inside of blocks, without which ONNX Runtime runs neither convolution nor SiLU in INT8."""
-    dtype, zero_point = codes
+    """Return pairs for tensors inside blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8."""
+    dtype, zero_point = activation_type
     readers = readers_of(graph)
     inner: dict[str, Pair] = {}
     for name, conv in convs.items():
@@ -337,20 +368,22 @@ def _inner_pairs(
         if made not in pairs:
             inner[made] = Pair(state.outputs[name], dtype, zero_point)
         for node in readers.get(made, ()):
-            if node.op_type == "Sigmoid" and node.output[0] not in pairs and activated(graph, conv)[0] in pairs:
-                # A sigmoid fills 0 to 1 and nothing else: all 256 codes, from 0.
+            if node.op_type == "Sigmoid" and node.output[0] not in pairs and activation_output(graph, conv)[0] in pairs:
+                # A sigmoid is between 0 and 1. With zero point 0 it uses all 256 values.
                 inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
     return inner
 
 
 def _check(graph: onnx.GraphProto, names: Iterable[str], counts: Counts, out: Path) -> None:
-    """The graph has the nodes that the plan says, no more and no less, and each convolution of it reads INT8 twice."""
+    """Check that the graph has exactly the planned Q/DQ nodes, and that planned convolutions read INT8 inputs and weights."""
     kinds = [node.op_type for node in graph.node]
     pairs = counts.activations + counts.outputs
     got = kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")
     if got != (pairs, pairs + counts.convs):
-        raise CompressError(f"{out}: {got} Quantize/DequantizeLinear nodes, planned {(pairs, pairs + counts.convs)}")
+        raise CompressError(
+            f"{out}: {got} Q and DQ nodes, expected {(pairs, pairs + counts.convs)}; report this as a bug"
+        )
     dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     int8 = {node.input[1] for node in graph.node if node.op_type == "Conv" and set(node.input[:2]) <= dequantised}
-    if float_ones := [name for name in names if f"{name}.weight_dequantized" not in int8]:
-        raise CompressError(f"{out}: planned convolutions that do not compute in INT8: {', '.join(float_ones)}")
+    if not_int8 := [name for name in names if f"{name}.weight_dequantized" not in int8]:
+        raise CompressError(f"{out}: planned INT8 convolutions are float: {', '.join(not_int8)}; report this as a bug")

@@ -1,17 +1,17 @@
-"""INT8 as TorchScript, for torch on a CPU: its quantised convolutions, with the scales of the other INT8 files.
+"""Export INT8 TorchScript for torch on a CPU, with torch's quantised convolutions and the scales of the other INT8 files.
 
-The same tensors are codes as in the Q/DQ forms, from where they are made to their readers: UINT8 with zero point 128, since
-`quantized::conv2d` takes no signed ones. Weights INT8 an output channel, the codes of the other forms: in 7 bits, since with 8
-fbgemm and oneDNN saturate without VNNI, too. A convolution gives codes of the range `state.outputs`; the activation between
-those and the codes of its tensor is computed in float. On codes (`quantized::sigmoid`, `quantized::mul`) it takes as long, and
-QNNPACK's has no scale but 1/256.
+The same tensors as in the Q/DQ forms are INT8, as UINT8 with zero point 128, since `quantized::conv2d` accepts no signed
+activations. Weights are the INT8 values of the other forms, per output channel. They have 7 bits, since with 8 bits fbgemm and
+oneDNN saturate on processors without VNNI.
 
-Packed parameters are one engine's, but only in memory: the file holds weights and biases, and `torch.jit.load` packs them for the
-engine of its process. A file loads and runs under each of fbgemm, x86, onednn and qnnpack, whichever wrote it, and runs on if the
-engine is changed after it was loaded (torch 2.14.1). What is written differs in layout from engine to engine, and "x86" is
-another on a processor with VNNI, so files are written with the first of `ENGINES`.
+The output of a convolution is INT8 with the range in `state.outputs`. Its activation then runs in float. In INT8
+(`quantized::sigmoid`, `quantized::mul`) it takes as long, and QNNPACK supports only the scale 1/256.
 
-torch means to remove its quantised tensors (pytorch/pytorch#184982); a file then needs a torch that still has them.
+The file contains weights and biases, and `torch.jit.load` packs them for the engine of its process. A file runs on fbgemm, x86,
+onednn and qnnpack, whichever engine wrote it, and also if the engine changes after loading (torch 2.14.1). The layout of the file
+depends on the engine, and "x86" depends on VNNI. Files are therefore written with the first available engine of `ENGINES`.
+
+torch plans to remove quantised tensors (pytorch/pytorch#184982). A file then needs an older torch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from yolo_compress.quant.ranges import QMAX, QuantState
 
 ZERO_POINT = 128
 ENGINES = ("fbgemm", "onednn", "qnnpack")
-# QNNPACK holds a bias as INT32 in steps of input scale times weight scale and overflows silently where a channel's weights are
-# near 0 (a dead channel). There the scale of the weights is raised until the bias fits, half of INT32 left for the sum.
+# QNNPACK stores a bias as INT32 in units of input scale times weight scale. If the weights of a channel are near 0 (a dead
+# channel), it overflows silently. The scale of such weights is therefore raised until the bias fits in half of INT32; the other
+# half is for the sum.
 MAX_BIAS_STEPS = 2.0**30
 
 
-class Codes(nn.Module):
-    """Float to codes."""
+class Quantise(nn.Module):
+    """Convert float to UINT8 with zero point 128."""
 
     def __init__(self, amax: float) -> None:
         super().__init__()
@@ -48,43 +49,43 @@ class Codes(nn.Module):
         return torch.quantize_per_tensor(x_BCHW, self.scale, ZERO_POINT, torch.quint8)
 
 
-class Values(nn.Module):
-    """Codes to float."""
+class Dequantise(nn.Module):
+    """Convert a quantised tensor to float."""
 
-    def forward(self, codes_BCHW: Tensor) -> Tensor:
-        return codes_BCHW.dequantize()
+    def forward(self, int8_BCHW: Tensor) -> Tensor:
+        return int8_BCHW.dequantize()
 
 
-class CodedConv(nn.Module):
-    """A convolution from codes to codes.
+class Int8Conv(nn.Module):
+    """A convolution with INT8 input, weight and output.
 
     Args:
-        conv: With BatchNorm folded in.
-        amax_C: Of its weight.
-        read: amax of what it reads.
-        made: amax of its output.
-        qmax: Largest code of a weight.
+        conv: Float convolution with BatchNorm folded in.
+        amax_C: Range of its weight per output channel.
+        in_amax: Range of its input.
+        out_amax: Range of its output.
+        qmax: Largest INT8 value of a weight.
     """
 
-    def __init__(self, conv: nn.Conv2d, amax_C: tuple[float, ...], read: float, made: float, qmax: int) -> None:
+    def __init__(self, conv: nn.Conv2d, amax_C: tuple[float, ...], in_amax: float, out_amax: float, qmax: int) -> None:
         super().__init__()
-        self.scale = made / QMAX
+        self.scale = out_amax / QMAX
         bias_C = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-        least_C = bias_C.double().abs() / (read / QMAX * MAX_BIAS_STEPS)
-        scale_C = (torch.tensor(amax_C, dtype=torch.float64) / qmax).maximum(least_C)
-        limit_C111 = (scale_C * qmax).float().view(-1, 1, 1, 1)  # training may leave weights beyond their range
+        min_scale_C = bias_C.double().abs() / (in_amax / QMAX * MAX_BIAS_STEPS)
+        scale_C = (torch.tensor(amax_C, dtype=torch.float64) / qmax).maximum(min_scale_C)
+        limit_C111 = (scale_C * qmax).float().view(-1, 1, 1, 1)  # trained weights can exceed their range
         weight = conv.weight.detach().clamp(-limit_C111, limit_C111)
         codes = torch.quantize_per_channel(weight, scale_C, torch.zeros(len(scale_C), dtype=torch.long), 0, torch.qint8)
         shape = list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
         self.packed: Any = torch.ops.quantized.conv2d_prepack(codes, bias_C, *shape)
 
-    def forward(self, codes_BCHW: Tensor) -> Tensor:
-        made_BCHW: Tensor = torch.ops.quantized.conv2d(codes_BCHW, self.packed, self.scale, ZERO_POINT)
-        return made_BCHW
+    def forward(self, int8_BCHW: Tensor) -> Tensor:
+        output_BCHW: Tensor = torch.ops.quantized.conv2d(int8_BCHW, self.packed, self.scale, ZERO_POINT)
+        return output_BCHW
 
 
-class CodedSum(nn.Module):
-    """A block with shortcut from codes to codes; its children `branch`, one after the other, are the branch."""
+class Int8Sum(nn.Module):
+    """A block with a shortcut and INT8 input and output. The children named in `branch` run one after the other."""
 
     def __init__(self, block: nn.Module, branch: Sequence[str], amax: float) -> None:
         super().__init__()
@@ -92,11 +93,11 @@ class CodedSum(nn.Module):
         for name in branch:
             self.add_module(name, block.get_submodule(name))
 
-    def forward(self, codes_BCHW: Tensor) -> Tensor:
-        branch_BCHW = codes_BCHW
+    def forward(self, int8_BCHW: Tensor) -> Tensor:
+        branch_BCHW = int8_BCHW
         for name in self.branch:
             branch_BCHW = self.get_submodule(name)(branch_BCHW)
-        sum_BCHW: Tensor = torch.ops.quantized.add(codes_BCHW, branch_BCHW, self.scale, ZERO_POINT)
+        sum_BCHW: Tensor = torch.ops.quantized.add(int8_BCHW, branch_BCHW, self.scale, ZERO_POINT)
         return sum_BCHW
 
 
@@ -105,104 +106,108 @@ def export_int8_torchscript(
 ) -> None:
     """Write the INT8 TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
 
-    Input and output are those of `export_torchscript`, float32; nothing but torch is needed to run it, on a CPU.
+    Input and output are float32, as in `export_torchscript`. The file runs on a CPU and needs only torch.
 
     Args:
-        model: The stock detector that `state` speaks of. Not changed: a copy is fused, converted and traced.
+        model: The stock detector that belongs to `state`. It is not changed: a copy is fused, converted and traced.
         out: File to write.
         imgsz_hw: Height and width in pixels, multiples of the model's largest stride.
-        state: Ranges with BatchNorm folded (`state.fold`).
-        names: Class names, in the order of the class scores.
-        batch: Images of one call.
+        state: Ranges with BatchNorm folded (`quant.ranges.fold`).
+        names: Class names in the order of the class scores.
+        batch: Number of images per call.
 
     Raises:
         EnvironmentLacks: This torch has no quantised convolutions.
         CorruptArtifact: Model and state do not belong together, or the state has no ranges of the convolutions' outputs.
-        CompressError: What was traced is not as planned.
-        RecipeError, NumericsError: As `export_onnx`.
+        CompressError: The traced model differs from the plan.
+        RecipeError, NumericsError: See `export_onnx`.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
-    with torch.no_grad(), _engine(), quiet_trace(), _quiet_codes():
-        to_codes(net, state)
+    with torch.no_grad(), _engine(), quiet_trace(), _quiet_deprecation():
+        convert_to_int8(net, state)
         traced = torch.jit.trace(net, images, strict=False, check_trace=False)
-        made = [node.kind() for node in traced.inlined_graph.nodes()].count("quantized::conv2d")
-        if made != len(state.convs):
-            raise CompressError(f"{out}: {made} convolutions compute in INT8, planned {len(state.convs)}")
+        int8_convs = [node.kind() for node in traced.inlined_graph.nodes()].count("quantized::conv2d")
+        if int8_convs != len(state.convs):
+            raise CompressError(
+                f"{out}: {int8_convs} convolutions are INT8, expected {len(state.convs)}; report this as a bug"
+            )
         save_torchscript(traced, out, {**metadata, "precision": "int8"})
 
 
-def to_codes(net: nn.Module, state: QuantState) -> None:
-    """Make a fused detector compute on codes what `state` plans, in place; what it does not plan stays float.
+def convert_to_int8(net: nn.Module, state: QuantState) -> None:
+    """Convert the layers of a fused detector that have ranges in `state` to INT8, in place. Other layers stay float.
 
     Raises:
-        CorruptArtifact: As `export_int8_torchscript`.
+        CorruptArtifact: See `export_int8_torchscript`.
     """
     placed = plan(net)
     _check(net, placed, state)
     for name, tensor in placed.reads.items():
-        made = name.removesuffix(".conv")
-        block: Any = net.get_submodule(made)
-        before: list[nn.Module] = [Values()] if name in state.weights else []
-        after: list[nn.Module] = [Codes(state.activations[made])] if made in state.activations else []
+        block_name = name.removesuffix(".conv")
+        block: Any = net.get_submodule(block_name)
+        before: list[nn.Module] = [Dequantise()] if name in state.weights else []
+        after: list[nn.Module] = [Quantise(state.activations[block_name])] if block_name in state.activations else []
         if name in state.weights:
             read = state.activations[tensor]
-            conv = CodedConv(block.conv, state.weights[name], read, state.outputs[name], state.weight_qmax)
-            block.conv = nn.Sequential(Codes(read), conv) if tensor == IMAGES else conv
+            conv = Int8Conv(block.conv, state.weights[name], read, state.outputs[name], state.weight_qmax)
+            block.conv = nn.Sequential(Quantise(read), conv) if tensor == IMAGES else conv
         if before or after:
             block.act = nn.Sequential(*before, block.act, *after)
     for name in state.activations:
         if name in placed.sums:
             parent, _, child = name.rpartition(".")
-            coded = CodedSum(net.get_submodule(name), placed.sums[name], state.activations[name])
-            setattr(net.get_submodule(parent), child, coded)
+            int8_sum = Int8Sum(net.get_submodule(name), placed.sums[name], state.activations[name])
+            setattr(net.get_submodule(parent), child, int8_sum)
 
 
 def _check(net: nn.Module, placed: Plan, state: QuantState) -> None:
-    """The state is of this network, whole groups of it, and says what each convolution gives."""
+    """Check that the state belongs to this model, has whole groups of its plan, and has the output range of each convolution."""
     if not state.folded:
         raise CorruptArtifact("quantiser state: BatchNorm is not folded into it; call fold() with the trained model")
     tensors = {tensor for group in placed.groups for tensor in group.tensors}
     if unknown := [*(set(state.activations) - tensors), *(set(state.weights) - set(placed.reads))]:
-        raise CorruptArtifact(f"quantiser state: the network has no {', '.join(sorted(unknown))}")
+        raise CorruptArtifact(f"quantiser state: the model has no {', '.join(sorted(unknown))}")
     for name, amax_C in state.weights.items():
         conv: Any = net.get_submodule(name)
         if conv.out_channels != len(amax_C):
             raise CorruptArtifact(
-                f"{name}: {conv.out_channels} output channels in the network, {len(amax_C)} in the state"
+                f"{name}: {conv.out_channels} output channels in the model, {len(amax_C)} in the state"
             )
     for group in placed.groups:
         if len({state.activations.get(tensor) for tensor in group.tensors}) > 1:
             raise CorruptArtifact(f"quantiser state: {', '.join(group.tensors)} have to share a scale")
     for name, tensor in placed.reads.items():
         if (name in state.weights) != (tensor in state.activations):
-            has, lacks = ("codes", "no weight range") if tensor in state.activations else ("float", "a weight range")
-            raise CorruptArtifact(f"quantiser state: {name} reads {has} ({tensor}) and has {lacks}")
+            precision, weight = (
+                ("INT8", "no weight range") if tensor in state.activations else ("float", "a weight range")
+            )
+            raise CorruptArtifact(f"quantiser state: {name} reads {precision} ({tensor}), but has {weight}")
     if missing := [name for name in state.weights if name not in state.outputs]:
         raise CorruptArtifact(
-            f"quantiser state: no range of the output of {len(missing)} convolutions ({', '.join(missing[:3])}, ...), which "
-            "torch's INT8 convolution gives as codes; run qat again, or set export.torchscript=false"
+            f"quantiser state: no output range for {len(missing)} convolutions ({', '.join(missing[:3])}, ...), which torch's "
+            "INT8 convolutions need; run qat again, or set export.torchscript=false"
         )
 
 
 def find_engine() -> str:
-    """The first of `ENGINES` that this torch has.
+    """Return the first of `ENGINES` that this torch supports.
 
     Raises:
-        EnvironmentLacks: It has none, or no quantised convolutions any more.
+        EnvironmentLacks: It supports none, or has no quantised convolutions.
     """
     quantized = torch.backends.quantized
-    found = [engine for engine in ENGINES if engine in quantized.supported_engines]
-    if not found or not hasattr(torch.ops.quantized, "conv2d_prepack"):
+    supported = [engine for engine in ENGINES if engine in quantized.supported_engines]
+    if not supported or not hasattr(torch.ops.quantized, "conv2d_prepack"):
         raise EnvironmentLacks(
             f"INT8 TorchScript: torch {torch.__version__} has none of the engines {', '.join(ENGINES)} of quantised convolutions "
             f"(it has {', '.join(quantized.supported_engines)}); install another build, or set export.torchscript=false"
         )
-    return found[0]
+    return supported[0]
 
 
 @contextmanager
 def _engine() -> Iterator[None]:
-    """Pack with the engine that `find_engine` gives."""
+    """Set torch's quantised engine to `find_engine()` inside a `with` block."""
     quantized, chosen = torch.backends.quantized, find_engine()
     before = quantized.engine
     quantized.engine = chosen
@@ -213,8 +218,8 @@ def _engine() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_codes() -> Iterator[None]:
-    """That quantised tensors are deprecated is said in this file, not at each export."""
+def _quiet_deprecation() -> Iterator[None]:
+    """Hide torch's warning that quantised tensors are deprecated; the head of this file explains it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor.* deprecated", UserWarning)
         yield

@@ -1,1 +1,1 @@
-"""Files read strictly and written whole: atomic writes, locks, strict YAML and JSON, CSV."""
+"""Reading and writing of files: atomic writes, locks, strict YAML and JSON, CSV."""

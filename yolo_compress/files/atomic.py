@@ -1,7 +1,7 @@
-"""Writes that leave either the whole old file or the whole new one, whatever moment the power or the process dies.
+"""Atomic writes: after a kill or power cut at any moment, there is either the whole old file or the whole new file.
 
-The recipe: a temporary file in the same folder, write, fsync, `os.replace`, fsync of the folder. Failures of the file
-system become `StorageError`, and `YOLO_COMPRESS_CRASH_AT=n` kills the process at the n-th step for the tests.
+The steps are: write a temporary file in the same folder, fsync it, `os.replace`, fsync the folder. Failures of the file
+system become `StorageError`. For tests, `YOLO_COMPRESS_CRASH_AT=n` kills the process at the n-th step.
 """
 
 import errno
@@ -16,21 +16,18 @@ from yolo_compress import home
 from yolo_compress.errors import StorageError
 
 CRASH_AT = int(os.environ.get("YOLO_COMPRESS_CRASH_AT") or 0)
-CRASH_STATUS = 137  # what a shell reports for a process that SIGKILL ended
-TEMPORARY = ".tmp-"  # prefix, so that the extension survives for libraries that choose a format by it
+CRASH_STATUS = 137  # exit status that a shell reports after SIGKILL
+TEMPORARY = ".tmp-"  # a prefix, because some libraries choose the format by the suffix
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_MIB = 1.0  # free space at which a failed write of a library is taken for one of the disk
+FULL_MIB = 1.0  # with less free space, a failed write of a library counts as a full disk
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_NO_DIRECTORY_FSYNC = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-)  # some FUSE and SMB mounts; there is nothing to be gained by failing
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # some FUSE and SMB mounts cannot do it; an error would not help
 
 _points_passed = 0
 
 
 def crash_point(label: str) -> None:
-    """Ends the process as SIGKILL would at the step that `YOLO_COMPRESS_CRASH_AT` names (counted per process)."""
+    """End the process as SIGKILL does, if this is step number `YOLO_COMPRESS_CRASH_AT` of the process."""
     global _points_passed
     if not CRASH_AT:
         return
@@ -42,20 +39,20 @@ def crash_point(label: str) -> None:
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turns what the file system refused into a `StorageError`; see `storage_error`."""
+    """Turn errors of the file system inside the block into a `StorageError`; see `storage_error`."""
     try:
         yield
     except Exception as error:
-        if found := storage_error(error, path, action):
-            raise found from error
+        if converted := storage_error(error, path, action):
+            raise converted from error
         raise
 
 
 def storage_error(error: BaseException, path: Path, action: str = "write") -> StorageError | None:
-    """The `StorageError` for an error whose cause is the file system, else None.
+    """Return a `StorageError` if the cause of an error is the file system, else None.
 
-    It names the path, the reason and, on a full disk, what is free. Libraries (torch, ONNX, OpenVINO, numpy) report a
-    failed write in words of their own: theirs counts as one where the disk that holds `path` is full now.
+    The message has the path, the reason and, on a full disk, the free space. Libraries (torch, ONNX, OpenVINO, numpy) raise
+    other errors for a failed write. Such an error counts if the disk of `path` is full now.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(_explain(error, path, action))
@@ -64,7 +61,7 @@ def storage_error(error: BaseException, path: Path, action: str = "write") -> St
         if free < FULL_MIB:
             first = str(error).strip().partition("\n")[0]
             reason = os.strerror(errno.ENOSPC)
-            return StorageError(f"cannot {action} {path}: {reason} ({type(error).__name__}: {first}){_room(free)}")
+            return StorageError(f"cannot {action} {path}: {reason} ({type(error).__name__}: {first}){_free_hint(free)}")
     return None
 
 
@@ -74,20 +71,20 @@ def _explain(error: OSError, path: Path, action: str) -> str:
     if culprit and TEMPORARY not in str(culprit) and str(culprit) != str(path):
         message += f" ({culprit})"
     if error.errno in _REFUSED and action != "read" and home.holds(path):
-        message += f"; give a folder that can be written as {home.VARIABLE}: weights/ and datasets/ go there"
+        message += f"; set {home.VARIABLE} to a folder that can be written, for weights/ and datasets/"
     if error.errno in _FULL:
-        message += _room(free_mib(path))
+        message += _free_hint(free_mib(path))
     if error.errno == errno.EFBIG:
         message += "; the file is larger than this system or `ulimit -f` allows: raise the limit and run the same command again"
     return message
 
 
-def _room(free: float) -> str:
+def _free_hint(free: float) -> str:
     return f"; {free:.1f} MiB free on its file system: make room and run the same command again"
 
 
 def free_mib(path: Path) -> float:
-    """Free space in MiB of the file system that holds `path` or would hold it (nan if it will not say)."""
+    """Return the free space in MiB of the file system of `path`, which need not exist; nan if it is unknown."""
     for folder in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(folder).free / 2**20
@@ -99,10 +96,15 @@ def free_mib(path: Path) -> float:
 
 
 def require_free(path: Path, needed_mib: float, what: str) -> None:
-    """Stops before the work rather than at the end of it.
+    """Check the free space before a piece of work.
+
+    Args:
+        path: File or folder that will be written.
+        needed_mib: Space that the work needs, in MiB.
+        what: Name of the work for the error message.
 
     Raises:
-        StorageError: less than `needed_mib` MiB are free where `path` is or will be.
+        StorageError: Less than `needed_mib` is free on the file system of `path`.
     """
     free = free_mib(path)
     if free < needed_mib:
@@ -110,24 +112,24 @@ def require_free(path: Path, needed_mib: float, what: str) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file name is that of an unfinished atomic write."""
+    """Return whether a file name is that of an unfinished atomic write."""
     return name.startswith(TEMPORARY)
 
 
 def _temporary_for(path: Path) -> Path:
-    # At most 40 characters of the name: four bytes each and the prefix still fit the 255 bytes a name may have.
+    # 40 characters have at most 160 bytes, so that with the prefix the name is within the limit of 255 bytes.
     return path.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{path.name[-40:]}"
 
 
 def fsync_file(path: Path) -> None:
-    """Returns when the file's bytes are on the disk."""
+    """Write the file's bytes to the disk, and wait for that."""
     crash_point(f"before fsync of {path.name}")
     _fsync(path, os.O_RDONLY)
     crash_point(f"after fsync of {path.name}")
 
 
 def fsync_directory(path: Path) -> None:
-    """Returns when the folder's entries (names, renames) are on the disk."""
+    """Write the folder's entries (names, renames) to the disk, and wait for that."""
     crash_point(f"before fsync of folder {path.name}")
     try:
         _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -146,7 +148,11 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Renames over `target` and makes the rename durable. Raises the plain `OSError`."""
+    """Rename `source` to `target`, replace an existing file, and make that durable.
+
+    Raises:
+        OSError: The file system failed. It is not turned into a `StorageError`.
+    """
     crash_point(f"before replace of {target.name}")
     os.replace(source, target)
     crash_point(f"after replace of {target.name}")
@@ -154,10 +160,10 @@ def replace(source: Path, target: Path) -> None:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a whole file; text is UTF-8.
+    """Write a file atomically. Text is written as UTF-8.
 
     Raises:
-        StorageError: the file system refused; the previous file is as it was.
+        StorageError: The file system failed. The previous file is unchanged.
     """
     content = memoryview(data.encode() if isinstance(data, str) else data)
     with atomic_path(path) as temporary:
@@ -173,12 +179,12 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """For libraries that write by path: yields a path beside `path`, to take its place when the block ends well.
+    """Yield a temporary path in the same folder. When the block ends, rename it to `path`.
 
-    If the block raises, `path` is as it was and the temporary file is gone.
+    This is for libraries that write to a path. If the block raises, `path` is unchanged and the temporary file is deleted.
 
     Raises:
-        StorageError: the file system refused, inside the block too.
+        StorageError: The file system failed, inside the block or after it.
     """
     path = Path(path)
     temporary = _temporary_for(path)
@@ -188,12 +194,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fsync_file(temporary)
             replace(temporary, path)
     finally:
-        with suppress(OSError):  # the failure on its way up says more; `publish` and `gc` sweep what stays
+        with suppress(OSError):  # the first error matters more; `publish` and `gc` delete leftovers
             temporary.unlink(missing_ok=True)
 
 
 def atomic_symlink(path: Path, target: str) -> None:
-    """Makes `path` a link to `target`, in place of the link that was there. Raises the plain `OSError`."""
+    """Make `path` a symbolic link to `target`, and replace an existing link.
+
+    Raises:
+        OSError: The file system failed. It is not turned into a `StorageError`.
+    """
     temporary = _temporary_for(path)
     try:
         os.symlink(target, temporary)

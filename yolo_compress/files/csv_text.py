@@ -1,4 +1,4 @@
-"""Rows as the text of a CSV file: one form for results.csv and for tables of stages."""
+"""CSV text from rows, for results.csv and the tables of the stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """One line a row under the union of their columns, in order of appearance; floats to six digits, what a row lacks empty."""
+    """Return CSV text with a header: all columns of all rows, in order of appearance.
+
+    Floats have six significant digits. A column that a row does not have is empty.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -1,9 +1,8 @@
-"""One run at a time in a store.
+"""File locks, so that only one run at a time works in a store.
 
-The lock is a `flock` on an open file: the kernel drops it when the holder dies, by whatever signal, so there are no
-stale locks to judge by process id and none to delete. The file itself stays and holds a JSON line about the holder, for
-people. On NFS, Linux maps `flock` to a byte-range lock of the server, which works between machines unless the mount
-says `nolock` or `local_lock=flock`; then it protects against runs on the same machine only.
+A lock is a `flock` on an open file. The kernel releases it when the process ends, so there are no stale locks. The file
+stays, with a JSON line about the process that holds the lock. On NFS, Linux maps `flock` to a byte-range lock of the
+server, which works between machines. With the mount options `nolock` and `local_lock=flock` it only works on one machine.
 """
 
 import fcntl
@@ -21,13 +20,13 @@ from yolo_compress.files.atomic import storage_errors
 from yolo_compress.progress import notice
 from yolo_compress.runtime import json_text
 
-POLL_SECONDS = 0.2  # not a blocking flock: Python runs its signal handlers between two tries
+POLL_SECONDS = 0.2  # polling, because Python cannot run its signal handlers during a blocking flock
 
 _held: dict[str, int] = {}
 
 
 def _close_in_child() -> None:
-    """A forked data worker must not keep the lock alive after its parent was killed; closing a copy does not unlock."""
+    """Close the locks in a forked data worker, which would hold them after its parent was killed. The parent's stay locked."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
@@ -38,21 +37,21 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
-    """Holds `path` for the time of the block.
+    """Hold the lock file `path` during the block.
 
     Args:
-        path: lock file; made if missing, its folder too.
-        what: shown to whoever waits, such as "prune of recipe bccd".
-        wait: wait for the holder after one line on stderr that says who it is, or raise.
+        path: Lock file. It and its folder are made if missing.
+        what: What this process does, such as "prune of recipe bccd". Waiting processes show it.
+        wait: If another process holds the lock: wait, after one line on stderr, or raise.
 
     Raises:
-        Locked: somebody holds it and `wait` is false.
-        StorageError: the file cannot be opened, or the file system has no locks.
-        RuntimeError: this process holds it already and would wait for itself.
+        Locked: Another process holds the lock, and `wait` is False.
+        StorageError: The file cannot be opened, or the file system has no locks.
+        RuntimeError: This process already holds the lock, and would wait for itself.
     """
     name = os.path.realpath(path)
     if name in _held:
-        raise RuntimeError(f"{path} is held by this process already")
+        raise RuntimeError(f"this process already holds {path}")
     with storage_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -96,11 +95,11 @@ def _describe(descriptor: int, what: str) -> None:
 
 
 def holder(path: Path) -> str:
-    """Who holds (or last held) a lock, in words; the holder may be between taking the lock and writing its line."""
+    """Return which process holds, or last held, a lock. Its line may be missing if it has only just taken the lock."""
     try:
         info = json_text.read(path)
         since = datetime.fromisoformat(info["since"])
         clock = since.strftime("%H:%M:%S" if since.date() == datetime.now().date() else "%Y-%m-%d %H:%M:%S")
         return f"pid {info['pid']} on host {info['host']} ({info['what']}, since {clock})"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"another run (the holder of {path})"
+        return f"another run (which holds {path})"

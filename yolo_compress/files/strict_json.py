@@ -1,4 +1,4 @@
-"""JSON files of others: a mapping that `runtime.json_text` accepts, or an error that names the file."""
+"""Strict reader of JSON files that other programs may have written or damaged."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from yolo_compress.runtime import json_text
 def load(
     path: Path, error: type[CompressError], hint: str = "", constant: Callable[[str], Any] = json_text.refuse
 ) -> dict[str, Any]:
-    """Reads a JSON file whose top level is a mapping.
+    """Read a JSON file whose top level is a mapping.
 
     Args:
-        path: the file.
-        error: class raised for a file that is wrong.
-        hint: what to do about a file that is wrong, "; run it again".
-        constant: gives what NaN and infinity stand for; refuses them by default.
+        path: The file.
+        error: Class to raise for an invalid file.
+        hint: End of the error message for an invalid file, such as "; run it again".
+        constant: Returns the value for the words NaN and Infinity. By default they are an error.
 
     Raises:
-        error: too large, not UTF-8, not JSON, nested too deeply, a key twice, NaN, infinity or a number beyond a float's.
-        StorageError: it cannot be read.
+        error: The file is too large, not UTF-8, not JSON or nested too deeply; or it has a repeated key, NaN, infinity or
+            a number larger than a float.
+        StorageError: The file cannot be read.
     """
     try:
-        found = json_text.read(path, constant)
+        document = json_text.read(path, constant)
     except OSError as failed:
         raise StorageError(f"{path}: cannot be read: {failed.strerror}") from failed
     except ValueError as failed:
-        raise error(f"{path}: no JSON that can be used ({failed}){hint}") from failed
-    if not isinstance(found, dict):
-        raise error(f"{path}: holds a {type(found).__name__}, expected a mapping{hint}")
-    return found
+        raise error(f"{path}: not usable JSON ({failed}){hint}") from failed
+    if not isinstance(document, dict):
+        raise error(f"{path}: is a {type(document).__name__}, expected a mapping{hint}")
+    return document

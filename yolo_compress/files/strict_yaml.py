@@ -1,9 +1,9 @@
-"""YAML read strictly: one document, no duplicate keys, no tags, no aliases, bounded, every key with its line.
+"""Strict reader of YAML: one document of limited size, no duplicate keys, tags or aliases. It returns the line of every key.
 
-PyYAML keeps the last of duplicate keys, reads `1e-4` as text and `no` as false, and expands aliases without bound.
+PyYAML uses the last of duplicate keys, reads `1e-4` as text and `no` as false, and expands aliases without limit.
 Here plain scalars follow the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema): `1e-4` is a number,
-`no`, `12:30` and `2026-01-02` are text, only `true` and `false` are booleans. Tags, anchors and aliases are refused:
-no file of this project needs them, and each has been an attack.
+`no`, `12:30` and `2026-01-02` are text, only `true` and `false` are booleans. Tags, anchors and aliases are errors:
+no file of this project needs them, and each has been used in attacks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import yaml
 
 from ..errors import CompressError, RecipeError, StorageError
 
-MAX_BYTES = 256 << 10  # 10,000 class names have 0.2 MB; PyYAML takes up to 2 s a MB and a bad file must fail within 1 s
-MAX_NODES = 20_000  # 10,000 class names as `number: name`; bounds the time (1 s) and memory of PyYAML's node graph
-MAX_DEPTH = 16  # a recipe has 3 levels; bounds the recursion
-MAX_DIGITS = 400  # of an integer; a float's largest value has 309
+MAX_BYTES = 256 << 10  # 10,000 class names are 0.2 MB; PyYAML takes up to 2 s a MB, and a bad file must fail within 1 s
+MAX_NODES = 20_000  # 10,000 class names as `number: name`; limits the time (1 s) and memory of PyYAML's node graph
+MAX_DEPTH = 16  # a recipe has 3 levels; limits the recursion
+MAX_DIGITS = 400  # of an integer; the largest float has 309
 
 _INT = re.compile(r"[-+]?[0-9]+\Z")
 _BASED = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
@@ -43,10 +43,10 @@ class Document:
     """A mapping read from YAML.
 
     Attributes:
-        source: name of the file, as messages show it.
-        data: the mapping; nested mappings, lists and scalars.
-        lines: 1-based line of each key (or list item) by its path, `("prune", "keep_flops")`.
-        blank: paths of keys that have nothing after the colon (read as null).
+        source: Name of the file in messages.
+        data: The mapping, with nested mappings, lists and scalars.
+        lines: 1-based line of each key or list item by its path, such as `("prune", "keep_flops")`.
+        blank: Paths of keys that have nothing after the colon. Their value is None.
     """
 
     source: str
@@ -55,35 +55,36 @@ class Document:
     blank: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
-        """Gives `file:line` of a key, or of its nearest known parent."""
+        """Return `file:line` of a key, or of its nearest known parent."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.source}:{self.lines[path]}" if path else self.source
 
 
 def shown(path: object) -> str:
-    """Gives a path as a message can print it: on one line, in any locale."""
+    """Return a path that a message can print in any locale, on one line."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
 def load(path: str | os.PathLike[str], error: type[CompressError] = RecipeError) -> Document:
-    """Reads a YAML file whose top level is a mapping.
+    """Read a YAML file whose top level is a mapping.
 
     Args:
-        path: the file.
-        error: class raised for a file that is missing or wrong (`DataError` for a data yaml).
+        path: The file.
+        error: Class to raise for a missing or invalid file, such as `DataError` for a data yaml.
 
     Raises:
-        error: missing, not a regular file, too large, not UTF-8, not YAML, or refused (see the module's docstring).
-        StorageError: there, but the system does not let us read it.
+        error: The file is missing, not a regular file, too large, not UTF-8, not YAML, or has something that this module
+            does not allow.
+        StorageError: The file exists but cannot be read.
     """
     return parse(_decode(_read(path, error), shown(path), error), shown(path), error)
 
 
 def parse(text: str, source: str, error: type[CompressError] = RecipeError) -> Document:
-    """Reads YAML text whose top level is a mapping; see `load`."""
-    with _explained(text, source, error):
+    """Read YAML text whose top level is a mapping; see `load`."""
+    with _short_errors(text, source, error):
         root = _Composer(text).get_single_node()
         if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
             raise error(f"{source}: is empty; expected a mapping (key: value)")
@@ -96,19 +97,19 @@ def parse(text: str, source: str, error: type[CompressError] = RecipeError) -> D
 
 
 def value(text: str, source: str, error: type[CompressError] = RecipeError) -> Any:
-    """Reads one value of the command line's `section.key=value`: `0.6`, `true`, `null`, `[fp32, int8]`, `384,640`.
+    """Read the value of a `section.key=value` on the command line: `0.6`, `true`, `null`, `[fp32, int8]`, `384,640`.
 
-    Text that does not start with a bracket or a quote is one plain scalar, whatever it contains.
+    Text that does not start with a bracket, brace or quote is one plain scalar.
     """
     text = text.strip()
     if not text.startswith(("[", "{", '"', "'")):
         return resolve(text)
-    with _explained(text, source, error):
+    with _short_errors(text, source, error):
         return _value(_Composer(text).get_single_node(), (), Document(source, {}))
 
 
 def resolve(text: str) -> Any:
-    """Gives the value of a plain scalar by the YAML 1.2 core schema."""
+    """Return the value of a plain scalar by the YAML 1.2 core schema."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.match(text) and len(text) <= MAX_DIGITS:
@@ -123,12 +124,12 @@ def resolve(text: str) -> Any:
 
 
 def dump(data: dict[str, Any]) -> str:
-    """Writes a mapping as YAML that `parse` reads back equal."""
+    """Return a mapping as YAML, from which `parse` reads an equal mapping."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 
 class _Composer(yaml.SafeLoader):
-    """Builds PyYAML's node graph and refuses what the module's docstring names; nodes are never made objects by it."""
+    """Builds PyYAML's node graph, and raises for tags, anchors, aliases and too large files. It never makes objects of nodes."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -158,7 +159,7 @@ class _Composer(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `resolve` would read as something else; PyYAML only knows the rules of YAML 1.1."""
+    """Quotes text that `resolve` reads as another type. PyYAML itself quotes by the rules of YAML 1.1 only."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -166,7 +167,7 @@ class _Dumper(yaml.SafeDumper):
     def text(self, data: str) -> yaml.ScalarNode:
         style = "'" if resolve(data) != data else None
         if not data.isprintable():
-            style = '"'  # escapes; PyYAML writes U+0085 in a way that it reads back as a space
+            style = '"'  # escapes the text, because PyYAML reads its own unescaped U+0085 back as a space
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -201,8 +202,8 @@ def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
 
 
 @contextmanager
-def _explained(text: str, source: str, error: type[CompressError]) -> Iterator[None]:
-    """Turns PyYAML's errors into one line of this project: `file:line: problem`."""
+def _short_errors(text: str, source: str, error: type[CompressError]) -> Iterator[None]:
+    """Turn PyYAML's errors inside the block into `error`, with the one-line message `file:line: problem`."""
     try:
         yield
     except yaml.MarkedYAMLError as found:
@@ -215,7 +216,7 @@ def _explained(text: str, source: str, error: type[CompressError]) -> Iterator[N
     except yaml.reader.ReaderError as found:
         line = f":{text.count(chr(10), 0, found.position) + 1}"
         raise error(f"{source}{line}: character U+{int(found.character):04X} is not allowed in YAML") from None
-    except (ValueError, OverflowError) as found:  # PyYAML lets them through for escapes such as "\UFFFFFFFF"
+    except (ValueError, OverflowError) as found:  # PyYAML raises them for escapes such as "\UFFFFFFFF"
         raise error(f"{source}: {found}") from None
 
 
@@ -240,7 +241,7 @@ def _read(path: str | os.PathLike[str], error: type[CompressError]) -> bytes:
             raise error(f"{name}: {found.strerror}") from None
         raise StorageError(f"{name}: cannot be read: {found.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise error(f"{name}: larger than {MAX_BYTES >> 10} KiB; this is no recipe or data yaml")
+        raise error(f"{name}: larger than {MAX_BYTES >> 10} KiB; expected a recipe or data yaml")
     return data
 
 

@@ -13,11 +13,8 @@ from typing import Any
 
 from yolo_compress.errors import CompressError, EnvironmentLacks
 
-LEAST_VERSION = (
-    1,
-    7,
-    1,
-)  # 1.4 to 1.6 parse INT8 convolutions and then fail: CHECK(dtype == Float || Half || BF16 || FP8)
+# 1.4 to 1.6 parse INT8 convolutions and then fail: CHECK(dtype == Float || Half || BF16 || FP8)
+LEAST_VERSION = (1, 7, 1)
 CAPABILITY = "SM86"  # Ampere, like Orin; the library does not offer Orin's own SM87
 CONVOLUTION, POOL = "correlation", "maxpool"  # kinds of `Layer`
 _KIND = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), ")

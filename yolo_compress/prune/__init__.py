@@ -1,1 +1,1 @@
-"""Channel pruning of YOLOv8: dependency groups, importance, budget, surgery, recovery."""
+"""Channel pruning and sparsity: channel groups, importance, budget, removal of channels, recovery, sparse training."""

@@ -1,4 +1,4 @@
-"""BatchNorm re-estimation: the cheapest repair of a pruned network, before any training."""
+"""Re-estimate BatchNorm statistics of a pruned model. It recovers accuracy at little cost, before any training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from yolo_compress.nets.eval_mode import evaluating
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: float | None = None) -> int:
-    """Replace the BatchNorm statistics of `model` by those of the given images, in place.
+    """Replace the BatchNorm statistics of a model by those of the given images, in place.
 
-    Removing channels changes what every later layer sees; its running mean and variance are then those of another network (the
-    remedy is Adaptive BN of EagleEye, Li et al., arXiv 2007.02491). Training flags and each layer's momentum come back as they were.
+    After channels are removed, the inputs of all later layers change, and their running means and variances are wrong. The
+    method is Adaptive BN of EagleEye (Li et al., arXiv 2007.02491). Training flags and momenta are restored.
 
     Args:
-        model: on its device; float32 (half sums of squares overflow).
-        batches: `images_BCHW`, RGB, 0 to 1, letterboxed, as in training; best of equal size, as batches count equally.
-        momentum: None averages all batches (cumulative); a number weighs the latest.
+        model: float32 model on its device (in half precision sums of squares overflow).
+        batches: `images_BCHW`, RGB, 0 to 1, letterboxed as in training. All batches have the same weight, so they should
+            have the same size.
+        momentum: None averages over all batches; a number is the weight of the latest batch.
 
     Returns:
-        The number of images seen.
+        The number of images.
 
     Raises:
-        DataError: no image.
-        NumericsError: a statistic became NaN or infinite; names the layer.
+        DataError: There are no images.
+        NumericsError: The statistics of a layer are NaN or infinite.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     momenta = {name: norm.momentum for name, norm in norms.items()}
@@ -37,7 +38,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: 
     try:
         with evaluating(model):
             for images_BCHW in batches:
-                if images_seen == 0:  # an empty iterable leaves the old statistics
+                if images_seen == 0:  # without any batch the old statistics stay
                     _start(norms.values(), momentum)
                 model(images_BCHW.to(like.device, like.dtype))
                 images_seen += len(images_BCHW)
@@ -46,11 +47,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: 
             norm.momentum = momenta[name]
     if images_seen == 0:
         raise DataError(
-            "prune: BatchNorm re-estimation got no images; raise prune.calib_images or check the training split"
+            "prune: BatchNorm re-estimation has no images; raise prune.calib_images or check the training split"
         )
     for name, norm in norms.items():
         if norm.running_mean is None or not bool(torch.isfinite(norm.running_mean + norm.running_var).all()):
-            raise NumericsError(f"prune: statistics of {name} are NaN or infinite after BatchNorm re-estimation")
+            raise NumericsError(
+                f"prune: statistics of {name} are NaN or infinite after BatchNorm re-estimation; check the model"
+            )
     return images_seen
 
 

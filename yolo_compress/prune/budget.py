@@ -1,4 +1,4 @@
-"""From importance to keep-lists: how many channels each group keeps so that the model costs what was asked for."""
+"""Choose the channels to keep from their importance, so that the pruned model meets a budget."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from yolo_compress.runtime.measure.layer_times import LayerTable
 
 Scope = Literal["global", "local", "isomorphic"]
 
-TOLERANCE = 0.02  # of the target; what the recipe promises
+TOLERANCE = 0.02  # relative to the target; the recipe documents it
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the pruned model may cost.
+    """Limit for the cost of the pruned model.
 
     Attributes:
-        knob: the knob that it comes from, for messages.
-        price: what is counted.
-        target: the most that the model may cost, in units of the price.
-        unit: what one unit of the knob is worth in units of the price: the dense cost for a share, 1 for milliseconds.
+        knob: name of the knob, for messages.
+        price: computes the cost of a model: MACs, parameters or ms.
+        target: largest cost that is allowed, in units of the price.
+        unit: cost that corresponds to a knob value of 1: the cost of the unpruned model for a share, 1 for milliseconds.
     """
 
     knob: str
@@ -38,25 +38,31 @@ class Budget:
     unit: float
 
     def of(self, cost: float) -> float:
-        """A cost in units of the knob, rounded up to three digits: given as budget, it still admits the cost."""
+        """Return a cost as a value of the knob, rounded up to three decimals so that a budget of this value allows it."""
         return ceil(1000 * cost / self.unit - 1e-9) / 1000
 
 
 def keep_flops(shapes: Mapping[str, ConvShape], share: float) -> Budget:
-    """MACs, as a share of those of the model that `shapes` are of."""
+    """Return a budget of MACs, as a share of the MACs of the model with these `shapes`."""
     return _share("keep_flops", shapes, macs_price, share)
 
 
 def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
-    """Parameters, as a share of those of the model that `shapes` are of."""
+    """Return a budget of parameters, as a share of the parameters of the model with these `shapes`."""
     return _share("keep_params", shapes, parameters_price, share)
 
 
 def latency_ms(shapes: Mapping[str, ConvShape], table: LayerTable, limit: float) -> Budget:
-    """Milliseconds by `cost.latency_price`."""
-    dense = float(table["whole_ms"])
-    if not 0 < limit < dense:
-        raise RecipeError(f"prune: latency_ms={limit:g} asks for nothing: the network as it is takes {dense:.3g} ms")
+    """Return a budget of latency in ms, estimated with `cost.latency_price`.
+
+    Raises:
+        RecipeError: The unpruned model already meets the limit.
+    """
+    unpruned = float(table["whole_ms"])
+    if not 0 < limit < unpruned:
+        raise RecipeError(
+            f"prune: latency_ms={limit:g} is already met: the unpruned model takes {unpruned:.3g} ms; set a smaller limit"
+        )
     return Budget("latency_ms", latency_price(shapes, table), limit, 1.0)
 
 
@@ -65,21 +71,21 @@ def _share(
 ) -> Budget:
     if not 0 < share < 1:
         raise RecipeError(f"prune: {knob} must lie between 0 and 1, both excluded, got {share}; 1 would prune nothing")
-    own = price(shapes)
-    dense = own(*(np.array([getattr(s, f"{side}_channels") for s in shapes.values()]) for side in ("out", "in")))
-    return Budget(knob, own, share * dense, dense)
+    cost = price(shapes)
+    unpruned = cost(*(np.array([getattr(s, f"{side}_channels") for s in shapes.values()]) for side in ("out", "in")))
+    return Budget(knob, cost, share * unpruned, unpruned)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep, and what that costs.
+    """Channels to keep, and the cost of the pruned model.
 
     Attributes:
         keep: group name -> ascending channel indices, the argument of `graph.prune`.
         widths: group name -> (channels before, channels after), in order of execution.
         macs: convolution -> (MACs before, MACs after) for one image.
-        parameters_before, parameters_after: of convolutions and BatchNorms.
-        cost: by the budget's price.
+        parameters_before, parameters_after: parameters of convolutions and BatchNorms.
+        cost: cost of the pruned model, in units of the budget's price.
     """
 
     keep: dict[str, Tensor]
@@ -91,17 +97,17 @@ class Plan:
 
     @property
     def macs_before(self) -> int:
-        """MACs of all convolutions of the model as it stands."""
+        """MACs of all convolutions of the unpruned model."""
         return sum(before for before, _ in self.macs.values())
 
     @property
     def macs_after(self) -> int:
-        """MACs of all convolutions that stay."""
+        """MACs of all convolutions of the pruned model."""
         return sum(after for _, after in self.macs.values())
 
     @property
     def kept_flops(self) -> float:
-        """MACs after over MACs before."""
+        """MACs of the pruned model divided by those of the unpruned model."""
         return self.macs_after / self.macs_before
 
 
@@ -116,51 +122,56 @@ def choose(
     scope: Scope = "global",
     least: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Keep-lists of the most important channels that cost what the budget allows, as close below as rounding lets them.
+    """Choose the most important channels whose cost is within the budget and as close to it as rounding allows.
 
-    Channels leave in blocks of `min(round_to, group.unit)`, cheapest score first; when the budget is met, blocks that still fit
-    come back, most important first. The k-th best channels of both C2f halves share one score, as they can only leave together.
+    Channels are removed in blocks of `min(round_to, group.unit)`, lowest importance first. Once the budget is met, blocks that
+    still fit are restored, highest importance first. The k-th most important channels of both C2f halves share one score,
+    since they can only be removed together.
 
     Args:
-        model: stock model, not changed.
+        model: Stock model. It is not changed.
         groups: `graph.prunable(model)`.
-        scores: group name -> `importance_C`.
-        budget: what the result may cost.
-        round_to: widths are multiples of this, a power of two, where the original width is.
-        shapes: `cost.conv_shapes` of the model as it stands.
-        floor: every group keeps at least this share of its channels, and at least one block.
-        scope: which groups are ranked together; each such class is thinned alike. `global` all, `local` each alone,
-            `isomorphic` those whose members have the same roles and kernels (Fang et al., arXiv 2407.04616).
-        least: group name -> channels that it keeps at least, beside `floor`: what sensitivity found, or the floor of
-            the net that rounds of pruning started from.
+        scores: Group name -> `importance_C`.
+        budget: Limit for the cost of the result.
+        round_to: A power of two. New widths are multiples of it if the width before is one.
+        shapes: `cost.conv_shapes` of the model.
+        floor: Minimum share of channels that every group keeps; at least one block stays.
+        scope: Which groups are ranked together: all (`global`), each alone (`local`), or those whose members have the same
+            roles and kernels (`isomorphic`; Fang et al., arXiv 2407.04616). Each class loses the same share of its channels.
+        least: Group name -> minimum number of channels, in addition to `floor`. It comes from the sensitivity analysis, or
+            from the model before the first round of pruning.
 
     Raises:
-        RecipeError: a setting out of range, or a budget that cannot be met within 2 %; names the nearest that can.
-        NumericsError: a score is NaN or infinite; names the group.
+        RecipeError: A setting is out of range, or the budget cannot be met within 2 %.
+        NumericsError: A score is NaN or infinite.
     """
     _check_settings(round_to, floor, scope)
     ties = _ties(model, groups, scores, round_to, floor, least or {})
-    full = np.array([tie.width for tie in ties])
-    layout = Widths(shapes, _members(groups, ties), list(full))
+    full_widths = np.array([tie.width for tie in ties])
+    layout = Widths(shapes, _convolution_slices(groups, ties), list(full_widths))
 
     def price(widths: np.ndarray) -> float:
         return budget.price(*layout.channels(widths))
 
     _check_reachable(ties, price, budget, round_to, floor)
-    widths = _fill(_cut(_ranked(ties, scope), ties, price, budget.target), ties, price, budget.target)
+    widths = _restore_fitting(
+        _remove_until_met(_removal_order(ties, scope), ties, price, budget.target), ties, price, budget.target
+    )
     cost = price(widths)
     if budget.target - cost > TOLERANCE * budget.target:
         raise RecipeError(
             f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be met within 2 % in steps of "
-            f"prune.round_to={round_to}; the nearest below is {budget.of(cost)}; choose that or a smaller round_to"
+            f"prune.round_to={round_to}; the nearest below is {budget.of(cost)}; set that value or a smaller round_to"
         )
     kept = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
-    before, after = layout.channels(full), layout.channels(widths)
+    before, after = layout.channels(full_widths), layout.channels(widths)
     count = parameters_price(shapes)
     return Plan(
-        keep={group.name: _best(scores[group.name], kept[group.name]) for group in groups},
+        keep={group.name: _top_channels(scores[group.name], kept[group.name]) for group in groups},
         widths={group.name: (group.width, kept[group.name]) for group in groups},
-        macs=dict(zip(shapes, zip(_macs(shapes, before), _macs(shapes, after), strict=True), strict=True)),
+        macs=dict(
+            zip(shapes, zip(_macs_per_conv(shapes, before), _macs_per_conv(shapes, after), strict=True), strict=True)
+        ),
         parameters_before=int(count(*before)),
         parameters_after=int(count(*after)),
         cost=cost,
@@ -176,14 +187,14 @@ def check_reachable(
     floor: float,
     least: Mapping[str, int],
 ) -> None:
-    """Refuse a budget that `choose` would refuse whatever the scores are, with the same arguments.
+    """Check, without scores, that `choose` can reach the budget with the same arguments.
 
     Raises:
-        RecipeError: A setting out of range, or a budget that cannot be reached; says the smallest.
+        RecipeError: A setting is out of range, or the budget is too small. The message has the smallest possible budget.
     """
     _check_settings(round_to, floor, "global")
     ties = _ties(model, groups, {group.name: torch.zeros(group.width) for group in groups}, round_to, floor, least)
-    layout = Widths(shapes, _members(groups, ties), [tie.width for tie in ties])
+    layout = Widths(shapes, _convolution_slices(groups, ties), [tie.width for tie in ties])
     _check_reachable(ties, lambda widths: budget.price(*layout.channels(widths)), budget, round_to, floor)
 
 
@@ -198,13 +209,13 @@ def _check_reachable(
         )
 
 
-def _macs(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, np.ndarray]) -> list[int]:
-    area_N = np.array([shape.area for shape in shapes.values()], dtype=np.int64)
+def _macs_per_conv(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, np.ndarray]) -> list[int]:
+    area_N = np.array([structure.area for structure in shapes.values()], dtype=np.int64)
     return (area_N * channels[0] * channels[1]).tolist()
 
 
-def _members(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
-    """For each tie, the slices of convolutions that have its width."""
+def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
+    """Return, for each tie, the (convolution, role) of the slices that have its width."""
     by_name = {group.name: group for group in groups}
     return [
         [
@@ -219,10 +230,19 @@ def _members(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[s
 
 @dataclass(frozen=True)
 class _Tie:
-    """Groups that share one width; `blocks[j]` is the score of the j-th block to go, ascending; alike in `shape`."""
+    """Groups that must have equal widths.
+
+    Attributes:
+        names: names of the groups.
+        structure: equal for isomorphic ties, see `_structure`.
+        width: number of channels of each group.
+        unit: channels per block.
+        least: minimum number of channels to keep.
+        blocks: importance of each block, ascending, so the first blocks are removed first.
+    """
 
     names: tuple[str, ...]
-    shape: object
+    structure: object
     width: int
     unit: int
     least: int
@@ -249,11 +269,15 @@ def _ties(
     tied: dict[str, list[Group]] = {}
     for group in groups:
         score_C = scores[group.name]
-        if not isinstance(score_C, Tensor) or score_C.shape != (group.width,):  # of a user's own criterion
+        if not isinstance(score_C, Tensor) or score_C.shape != (group.width,):  # possible with a user's own criterion
             got = tuple(score_C.shape) if isinstance(score_C, Tensor) else type(score_C).__name__
-            raise RecipeError(f"prune: criterion gave {got} scores for {group.name}, expected ({group.width},)")
+            raise RecipeError(
+                f"prune.criterion: the criterion returns {got} scores for {group.name}, expected ({group.width},)"
+            )
         if not bool(torch.isfinite(score_C).all()):
-            raise NumericsError(f"prune: importance of {group.name} is NaN or infinite")
+            raise NumericsError(
+                f"prune: importance of {group.name} is NaN or infinite; check the criterion and the model"
+            )
         tied.setdefault(group.tie, []).append(group)
     ties = []
     for members in tied.values():
@@ -266,7 +290,7 @@ def _ties(
         ties.append(
             _Tie(
                 tuple(group.name for group in members),
-                _shape(model, members),
+                _structure(model, members),
                 width,
                 unit,
                 blocks_kept * unit,
@@ -276,45 +300,51 @@ def _ties(
     return ties
 
 
-def _shape(model: nn.Module, groups: Iterable[Group]) -> object:
-    """What isomorphic ties have in common: the roles of their members and the kernels of the convolutions among them."""
+def _structure(model: nn.Module, groups: Iterable[Group]) -> object:
+    """Return a key that is equal for isomorphic ties: the roles of their members and the kernel sizes of convolutions."""
     members = (member for group in groups for member in group.members)
     kernels = ((member.role, getattr(model.get_submodule(member.module), "kernel_size", None)) for member in members)
     return tuple(sorted(kernels, key=str))
 
 
-def _ranked(ties: Sequence[_Tie], scope: Scope) -> list[int]:
-    """Which tie loses a block at each step, until all are at their least. Equal scores are taken from all ties evenly."""
+def _removal_order(ties: Sequence[_Tie], scope: Scope) -> list[int]:
+    """Return the index of the tie that loses a block at each step, until all ties have their minimum width.
+
+    With equal scores, all ties lose blocks evenly.
+    """
     classes: dict[object, list[tuple[float, float, int]]] = {}
     for index, tie in enumerate(ties):
-        alike = {"global": None, "local": index, "isomorphic": tie.shape}[scope]
+        rank_class = {"global": None, "local": index, "isomorphic": tie.structure}[scope]
         blocks = [(block, (j + 1) / len(tie.blocks), index) for j, block in enumerate(tie.blocks)]
-        classes.setdefault(alike, []).extend(blocks)
+        classes.setdefault(rank_class, []).extend(blocks)
     steps = []
     for blocks in classes.values():
         for place, (score, _, index) in enumerate(sorted(blocks)):
             steps.append(((place + 1) / len(blocks), score, index))
     room = [(tie.width - tie.least) // tie.unit for tie in ties]
-    ranking = []
+    order = []
     for _, _, index in sorted(steps):
         if room[index] > 0:
             room[index] -= 1
-            ranking.append(index)
-    return ranking
+            order.append(index)
+    return order
 
 
-_Cost = Callable[[np.ndarray], float]  # of the widths of all ties
+_Cost = Callable[[np.ndarray], float]  # widths of all ties -> cost
 
 
-def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
-    """Widths after the shortest start of `ranking` that meets the target; the price falls with every step, so bisect."""
+def _remove_until_met(order: Sequence[int], ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
+    """Return the widths after the fewest steps of `order` that meet the target.
+
+    The cost decreases with every step, so the function bisects.
+    """
     units = np.array([tie.unit for tie in ties])
-    full = np.array([tie.width for tie in ties])
+    full_widths = np.array([tie.width for tie in ties])
 
     def widths(steps: int) -> np.ndarray:
-        return full - units * np.bincount(np.array(ranking[:steps], dtype=np.int64), minlength=len(ties))
+        return full_widths - units * np.bincount(np.array(order[:steps], dtype=np.int64), minlength=len(ties))
 
-    low, high = 0, len(ranking)
+    low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
         if price(widths(middle)) <= target:
@@ -324,8 +354,8 @@ def _cut(ranking: Sequence[int], ties: Sequence[_Tie], price: _Cost, target: flo
     return widths(low)
 
 
-def _fill(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
-    """Give back, best score first, blocks that still fit under the target."""
+def _restore_fitting(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
+    """Restore blocks that still fit under the target, highest importance first."""
     widths = widths.copy()
     while True:
         fitting = []
@@ -341,7 +371,7 @@ def _fill(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, target: float)
         widths[index] += ties[index].unit
 
 
-def _best(score_C: Tensor, count: int) -> Tensor:
-    """Ascending indices of the `count` best channels; of equal ones the first stay."""
+def _top_channels(score_C: Tensor, count: int) -> Tensor:
+    """Return the ascending indices of the `count` most important channels. Of equal channels the first ones stay."""
     order = torch.sort(score_C.cpu(), descending=True, stable=True).indices
     return order[:count].sort().values

@@ -1,4 +1,4 @@
-"""What calibration images say about a model: moments of what convolutions read, gradients of the loss; each taken once.
+"""Statistics of a model on calibration images: moments of the inputs of convolutions, and gradients of the loss.
 
 Shapes: mean_C, cov_CC, gate_C, fisher_O.
 """
@@ -21,7 +21,7 @@ NO_IMAGES = "prune: no calibration images; raise prune.calib_images or check the
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance, float64, of the input channels of one convolution over images and pixels."""
+    """Mean and covariance (float64) of the input channels of a convolution, over images and pixels."""
 
     mean_C: Tensor
     cov_CC: Tensor
@@ -29,11 +29,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Squared first-order terms, averaged over batches, float64, by module name.
+    """Squared first-order changes of the loss, averaged over batches (float64), by module name.
 
     Attributes:
-        gate: BatchNorm -> (gamma dL/dgamma + beta dL/dbeta)^2 a channel, the square of what scaling its output to 0 changes.
-        fisher: Conv2d -> sum over the filter of (w dL/dw)^2 an output channel.
+        gate: BatchNorm -> (gamma dL/dgamma + beta dL/dbeta)^2 per channel: the squared change if the output is scaled to 0.
+        fisher: Conv2d -> sum of (w dL/dw)^2 over the weights of each output channel.
     """
 
     gate: dict[str, Tensor]
@@ -41,14 +41,14 @@ class Gradients:
 
 
 class Evidence:
-    """What a criterion may look at.
+    """Inputs of a criterion: the model, its groups, and statistics that are computed when first used.
 
     Args:
-        model: Stock model; never changed.
+        model: Stock model. It is not changed.
         groups: `graph.prunable(model)`.
-        images: Gives the calibration images, `images_BCHW`, RGB 0 to 1, letterboxed, in batches.
-        losses: Takes a model and gives its detection loss, a scalar with gradient, on one labelled batch after another.
-        seed: For criteria that draw.
+        images: Returns batches of calibration images, `images_BCHW`, RGB 0 to 1, letterboxed.
+        losses: Takes a model and yields its detection loss for each labelled batch, a scalar with gradient.
+        seed: Seed for random criteria.
     """
 
     def __init__(
@@ -67,18 +67,35 @@ class Evidence:
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        """Of every convolution that reads a group. Raises DataError without images, NumericsError at NaN."""
+        """Moments of the input of every convolution that reads a group.
+
+        Raises:
+            DataError: There are no images.
+            NumericsError: An activation is NaN or infinite.
+        """
         return input_moments(self.model, self.groups, self._images())
 
     @cached_property
     def gradients(self) -> Gradients:
-        """Of every module of a group. Raises DataError without images, NumericsError at NaN."""
+        """Squared first-order changes for every module of a group.
+
+        Raises:
+            DataError: There are no images.
+            NumericsError: A gradient is NaN or infinite.
+        """
         return loss_gradients(self.model, self.groups, self._losses(self.model))
 
 
 @torch.no_grad()
 def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor]) -> dict[str, Moments]:
-    """Run the images through the model in evaluation mode; memory is one C x C matrix a convolution."""
+    """Return the moments of the inputs of all convolutions that read a group.
+
+    The images run through the model in evaluation mode. Memory use is one C x C matrix per convolution.
+
+    Raises:
+        DataError: There are no images.
+        NumericsError: An activation is NaN or infinite.
+    """
     names = dict.fromkeys(member.module for group in groups for member in group.having("in"))
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     pixels: dict[str, int] = {}
@@ -86,8 +103,8 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
     def record(name: str, x_BCHW: Tensor) -> None:
         x_CN = x_BCHW.float().transpose(0, 1).flatten(1)
         total_C, squares_CC = x_CN.sum(1).double(), (x_CN @ x_CN.T).double()
-        before = sums.get(name)
-        sums[name] = (before[0] + total_C, before[1] + squares_CC) if before else (total_C, squares_CC)
+        previous = sums.get(name)
+        sums[name] = (previous[0] + total_C, previous[1] + squares_CC) if previous else (total_C, squares_CC)
         pixels[name] = pixels.get(name, 0) + x_CN.shape[1]
 
     handles = [
@@ -107,26 +124,32 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
     moments = {}
     for name, (total_C, squares_CC) in sums.items():
         mean_C = total_C.cpu() / pixels[name]
-        squares_CC = (squares_CC + squares_CC.T).cpu() / (
-            2 * pixels[name]
-        )  # a float32 product is symmetric to 1e-7 only
+        # a float32 product is symmetric only up to 1e-7
+        squares_CC = (squares_CC + squares_CC.T).cpu() / (2 * pixels[name])
         moments[name] = Moments(mean_C, squares_CC - torch.outer(mean_C, mean_C))
         if not bool(torch.isfinite(moments[name].cov_CC).all()):
-            raise NumericsError(f"prune: activations that enter {name} are NaN or infinite on the calibration images")
+            raise NumericsError(
+                f"prune: inputs of {name} are NaN or infinite on the calibration images; check the model"
+            )
     return moments
 
 
 def loss_gradients(model: nn.Module, groups: Iterable[Group], losses: Iterable[Tensor]) -> Gradients:
-    """Back-propagate each loss on its own; the model's gradients and flags come back as they were."""
+    """Back-propagate each loss separately and return the squared first-order changes. Gradients and flags are restored.
+
+    Raises:
+        DataError: There are no losses.
+        NumericsError: A gradient is NaN or infinite.
+    """
     members = [member for group in groups for member in group.members]
     norms = dict.fromkeys(member.module for member in members if member.role == "norm")
     convs = dict.fromkeys(member.module for member in members if member.role == "out")
     gate: dict[str, Tensor] = {}
     fisher: dict[str, Tensor] = {}
-    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    previous = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     batches = 0
     try:
-        for parameter in before:
+        for parameter in previous:
             parameter.requires_grad_(True)
             parameter.grad = None
         for loss in losses:
@@ -139,7 +162,7 @@ def loss_gradients(model: nn.Module, groups: Iterable[Group], losses: Iterable[T
             for name in convs:
                 _add(fisher, name, _first_order(model.get_submodule(name).weight).square().flatten(1).sum(1))
     finally:
-        for parameter, (trainable, grad) in before.items():
+        for parameter, (trainable, grad) in previous.items():
             parameter.requires_grad_(trainable)
             parameter.grad = grad
     if not batches:
@@ -154,5 +177,7 @@ def _first_order(parameter: Tensor) -> Tensor:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     if not bool(torch.isfinite(value).all()):
-        raise NumericsError(f"prune: the gradient of {name} is NaN or infinite on the calibration images")
+        raise NumericsError(
+            f"prune: the gradient of {name} is NaN or infinite on the calibration images; check the model"
+        )
     sums[name] = sums[name] + value if name in sums else value

@@ -1,7 +1,7 @@
-"""What a model of given widths costs, without surgery: MACs, parameters or milliseconds of its convolutions.
+"""Compute the cost of a model with given widths without building it: MACs, parameters or milliseconds.
 
-A price is a function of the output and input channels of all convolutions, in the order of `conv_shapes`; it falls whenever a
-channel goes. MACs are multiply-accumulates of convolutions for one image; GFLOPs are 2 x GMACs.
+A price is a function of the output and input channels of all convolutions, in the order of `conv_shapes`. It decreases with
+every channel that is removed. MACs are multiply-accumulates of convolutions for one image; GFLOPs are 2 x GMACs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
 from yolo_compress.runtime.measure.layer_times import LayerTable
 
-Price = Callable[[np.ndarray, np.ndarray], float]  # of out_N and in_N, channels of the N convolutions
+Price = Callable[[np.ndarray, np.ndarray], float]  # (out_N, in_N), the channels of the N convolutions -> cost
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution as a price sees it.
+    """Sizes of a convolution from which prices are computed.
 
     Attributes:
-        area: kernel height x width x output pixels / groups: MACs for one input and one output channel.
-        kernel: kernel height x width / groups: weights for one input and one output channel.
-        own: parameters that come with one output channel: its bias, gamma and beta of its BatchNorm.
-        out_channels, in_channels: as the model stands.
+        area: MACs per input and output channel: kernel height x width x output pixels / groups.
+        kernel: weights per input and output channel: kernel height x width / groups.
+        own: further parameters per output channel: its bias, and gamma and beta of its BatchNorm.
+        out_channels, in_channels: channels of the convolution in the model.
     """
 
     area: int
@@ -46,10 +46,13 @@ class ConvShape:
 
 
 def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvShape]:
-    """Every convolution that runs on an image of `imgsz_hw` pixels, by name, DFL included; nothing is computed."""
+    """Return the shape of every convolution, DFL included, by name, for an image of `imgsz_hw` pixels.
+
+    Only shapes are traced; no values are computed.
+    """
     shapes: dict[str, ConvShape] = {}
-    twin = shadow(model)
-    modules = dict(twin.named_modules())
+    copy = shadow(model)
+    modules = dict(copy.named_modules())
 
     def record(name: str, conv: nn.Conv2d, output_BCHW: Tensor) -> None:
         pixels = output_BCHW.shape[-2] * output_BCHW.shape[-1]
@@ -63,17 +66,20 @@ def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvSh
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda conv, _, output, name=name: record(name, conv, output))
     with torch.no_grad():
-        twin(blank_images(twin, imgsz_hw))
+        copy(blank_images(copy, imgsz_hw))
     return shapes
 
 
 def conv_macs(model: nn.Module, imgsz_hw: tuple[int, int]) -> int:
-    """MACs of all convolutions of `model` for one image of `imgsz_hw` pixels, DFL included; nothing is computed."""
+    """Return the MACs of all convolutions, DFL included, for one image of `imgsz_hw` pixels. Only shapes are traced."""
     return sum(shape.macs for shape in conv_shapes(model, imgsz_hw).values())
 
 
 def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, int]:
-    """Group name -> MACs of one image that go when one of its channels goes alone, in all members that write or read it."""
+    """Return, by group name, the MACs per image that are saved if one channel of the group is removed.
+
+    All members that write or read the channel count.
+    """
     shapes = conv_shapes(model, imgsz_hw)
 
     def cost(member: Member) -> int:
@@ -84,51 +90,56 @@ def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int,
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters of `model`, buffers excluded."""
+    """Return the number of parameters of a model, without buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def macs_price(shapes: Mapping[str, ConvShape]) -> Price:
-    """MACs of one image."""
+    """Return a price in MACs per image."""
     area_N = np.array([shape.area for shape in shapes.values()], dtype=np.int64)
     return lambda out_N, in_N: int((area_N * out_N * in_N).sum())
 
 
 def parameters_price(shapes: Mapping[str, ConvShape]) -> Price:
-    """Parameters of convolutions and their BatchNorms: all there are in a supported detector."""
+    """Return a price in parameters of convolutions and BatchNorms. Supported detectors have no other parameters."""
     kernel_N = np.array([shape.kernel for shape in shapes.values()], dtype=np.int64)
     own_N = np.array([shape.own for shape in shapes.values()], dtype=np.int64)
     return lambda out_N, in_N: int((kernel_N * out_N * in_N + own_N * out_N).sum())
 
 
 def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
-    """Milliseconds of one inference, from the times of each layer at several widths (`runtime.measure.layer_times`).
+    """Return a price in ms per inference, from the times of each layer at several widths (`runtime.measure.layer_times`).
 
-    The time of a convolution with its activation is read off its own curve, piecewise linear in its MACs; what is no
-    convolution (splits, concats, pooling, decoding) off one curve over the square root of all MACs, which goes with the
-    width. The sum is scaled to the whole network's time, as single layers are timed with the profiler on.
+    The time of a convolution with its activation is interpolated linearly in its MACs. The time of all other layers (splits,
+    concats, pooling, decoding) is interpolated in the square root of all MACs, which is proportional to the width. The sum is
+    scaled to the time of the whole model, since the profiler slows down single layers.
 
     Raises:
-        RecipeError: The table is of another network: a convolution is not in it.
+        RecipeError: The table lacks a convolution, so it belongs to another model.
     """
     missing = [name for name in shapes if name not in table["layers"]]
     if missing:
-        raise RecipeError(f"prune.latency_table: it knows no {missing[0]}; it was taken on another network")
+        raise RecipeError(
+            f"prune.latency_table: the table has no layer {missing[0]}, so it belongs to another model; measure it again"
+        )
     area_N = np.array([shape.area for shape in shapes.values()], dtype=np.float64)
     curves = [np.array(sorted(table["layers"][name])).T for name in shapes]
     rest = np.array(sorted(table["rest"])).T
 
     def unscaled(macs_N: np.ndarray) -> float:
-        convs = sum(_along(curve, macs) for curve, macs in zip(curves, macs_N, strict=True))
-        return convs + _along(rest, float(np.sqrt(macs_N.sum())))
+        convs = sum(_interpolate(curve, macs) for curve, macs in zip(curves, macs_N, strict=True))
+        return convs + _interpolate(rest, float(np.sqrt(macs_N.sum())))
 
-    dense_N = np.array([curve[0, -1] for curve in curves])
-    scale = float(table["whole_ms"]) / unscaled(dense_N)
+    unpruned_N = np.array([curve[0, -1] for curve in curves])
+    scale = float(table["whole_ms"]) / unscaled(unpruned_N)
     return lambda out_N, in_N: scale * unscaled(area_N * out_N * in_N)
 
 
-def _along(curve: np.ndarray, x: float) -> float:
-    """Piecewise linear, never falling; under the first point on the line through the first two, as far as it is positive."""
+def _interpolate(curve: np.ndarray, x: float) -> float:
+    """Interpolate a curve linearly after making it non-decreasing.
+
+    Below the first point the line through the first two points continues, but not below 0.
+    """
     xs, ys = curve[0], np.maximum.accumulate(curve[1])
     if x < xs[0] and len(xs) > 1 and xs[1] > xs[0]:
         return float(max(ys[0] + (x - xs[0]) * (ys[1] - ys[0]) / (xs[1] - xs[0]), 0.0))
@@ -136,12 +147,12 @@ def _along(curve: np.ndarray, x: float) -> float:
 
 
 class Widths:
-    """Channels of every convolution as a function of the widths of groups: what prices are asked with.
+    """Compute the channels of every convolution from the widths of groups. Prices take these channels.
 
     Args:
         shapes: `conv_shapes` of the model.
-        members: for each width, the (convolution, role "out" or "in") pairs it counts in, one entry a slice.
-        full: the widths as the model stands.
+        members: For each width, (convolution, role "out" or "in") of every slice that has this width.
+        full: Widths of the unpruned model.
     """
 
     def __init__(
@@ -159,6 +170,6 @@ class Widths:
         self._fixed = {role: channels[role] - self._slots[role] @ np.array(full, dtype=np.int64) for role in channels}
 
     def channels(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """out_N, in_N."""
+        """Return (out_N, in_N): output and input channels of the N convolutions."""
         out, inputs = (self._fixed[role] + self._slots[role] @ widths for role in ("out", "in"))
         return out, inputs

@@ -1,10 +1,11 @@
-"""How much each channel of a group matters.
+"""Criteria: compute the importance of each channel of a group.
 
-A criterion takes the evidence (the model and what images say about it) and a group, and returns `importance_C`, one non-negative
-float32 score a channel, on the CPU. But for `obs`, whose scores are errors and comparable as they are, scores are divided by the
-group's mean: magnitudes differ by layer for reasons that have nothing to do with importance (fan-in, resolution), and a global
-ranking of raw ones empties the early layers. Equal scores are left equal: the budget breaks ties by position. `choices.CRITERIA`
-names them.
+A criterion takes the evidence (the model and its statistics on calibration images) and a group. It returns `importance_C`, one
+non-negative float32 score per channel, on the CPU. `choices.CRITERIA` lists the criteria.
+
+Scores are divided by the mean of the group. Magnitudes depend on fan-in and resolution, so a global ranking of raw magnitudes would
+remove the early layers. The scores of `obs` are output errors, which are comparable without this step. Of equal scores the
+budget keeps the first channels.
 """
 
 from __future__ import annotations
@@ -15,130 +16,146 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from yolo_compress import choices
 from yolo_compress.errors import NumericsError
 from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.graph import Group
+from yolo_compress.recipe import choices
 
 Criterion = Callable[[Evidence, Group], Tensor]
 KNOB = "prune.criterion"
 
 
 def bn_gamma(evidence: Evidence, group: Group) -> Tensor:
-    """Mean |gamma| of the BatchNorms on the channel: Network Slimming (Liu et al., arXiv 1708.06519).
+    """Score a channel by the mean |gamma| of its BatchNorms: Network Slimming (Liu et al., arXiv 1708.06519).
 
     Raises:
-        NumericsError: a gamma is NaN or infinite; names the layer.
+        NumericsError: A gamma is NaN or infinite.
     """
     scores = []
     for member in group.having("norm"):
         gamma_C = evidence.model.get_submodule(member.module).weight.detach()
         gamma_C = gamma_C[member.offset : member.offset + group.width]
-        scores.append(_finite(gamma_C.float().cpu().abs(), member.module, "gamma"))
+        scores.append(_check_finite(gamma_C.float().cpu().abs(), member.module, "gamma"))
     return _normalised(torch.stack(scores))
 
 
 def l1(evidence: Evidence, group: Group) -> Tensor:
-    """Sum of |weight| of the filters that write the channel (Li et al., arXiv 1608.08710, section 3.1).
+    """Score a channel by the sum of |weight| of the filters that write it (Li et al., arXiv 1608.08710, section 3.1).
 
     Raises:
-        NumericsError: a weight is NaN or infinite; names the layer.
+        NumericsError: A weight is NaN or infinite.
     """
-    return _of_filters(evidence.model, group, lambda filters: torch.linalg.vector_norm(filters, ord=1, dim=1))
+    return _filter_scores(evidence.model, group, lambda filters: torch.linalg.vector_norm(filters, ord=1, dim=1))
 
 
 def l2(evidence: Evidence, group: Group) -> Tensor:
-    """Euclidean norm of the filters that write the channel (as in He et al., Soft Filter Pruning, arXiv 1808.06866, equation 2).
+    """Score a channel by the L2 norm of the filters that write it, as Soft Filter Pruning (arXiv 1808.06866, equation 2).
 
     Raises:
-        NumericsError: a weight is NaN or infinite; names the layer.
+        NumericsError: A weight is NaN or infinite.
     """
-    return _of_filters(evidence.model, group, lambda filters: torch.linalg.vector_norm(filters, ord=2, dim=1))
+    return _filter_scores(evidence.model, group, lambda filters: torch.linalg.vector_norm(filters, ord=2, dim=1))
 
 
 def fpgm(evidence: Evidence, group: Group) -> Tensor:
-    """Sum of distances to the other filters: near the geometric median, others can stand in (He et al., arXiv 1811.00250).
+    """Score a filter by the sum of its distances to the other filters (FPGM; He et al., arXiv 1811.00250).
+
+    A filter near the geometric median can be replaced by the others.
 
     Raises:
-        NumericsError: a weight is NaN or infinite; names the layer.
+        NumericsError: A weight is NaN or infinite.
     """
-    return _of_filters(evidence.model, group, lambda filters: torch.cdist(filters, filters).sum(1))
+    return _filter_scores(evidence.model, group, lambda filters: torch.cdist(filters, filters).sum(1))
 
 
 def lamp(evidence: Evidence, group: Group) -> Tensor:
-    """Share of the filter's energy in that of all no smaller ones (LAMP for channels; Lee et al., arXiv 2010.07611, equation 1).
+    """Score a filter by its energy divided by the energy of all filters that are not smaller.
+
+    This is LAMP (Lee et al., arXiv 2010.07611, equation 1) for channels.
 
     Raises:
-        NumericsError: a weight is NaN or infinite; names the layer.
+        NumericsError: A weight is NaN or infinite.
     """
-    return _of_filters(evidence.model, group, _lamp)
+    return _filter_scores(evidence.model, group, _lamp)
 
 
 def taylor(evidence: Evidence, group: Group) -> Tensor:
-    """Squared first-order change of the loss without the channel (Molchanov et al., arXiv 1906.10771, equation 8, BN gates).
+    """Score a channel by the squared first-order change of the loss if it is removed.
+
+    Molchanov et al., arXiv 1906.10771, equation 8, with gates after BatchNorm.
 
     Raises:
-        DataError, NumericsError: see `Evidence.gradients`.
+        DataError, NumericsError: See `Evidence.gradients`.
     """
-    return _of_modules(evidence.gradients.gate, group, "norm")
+    return _module_scores(evidence.gradients.gate, group, "norm")
 
 
 def hessian(evidence: Evidence, group: Group) -> Tensor:
-    """Second-order change of the loss without the filter, its Hessian the diagonal of the empirical Fisher information.
+    """Score a filter by the second-order change of the loss if it is removed.
 
-    Optimal Brain Damage (LeCun et al., 1989) with the estimate of Theis et al. (arXiv 1801.05787, equation 6).
+    This is Optimal Brain Damage (LeCun et al., 1989). The Hessian is estimated by the diagonal of the empirical Fisher
+    information (Theis et al., arXiv 1801.05787, equation 6).
 
     Raises:
-        DataError, NumericsError: see `Evidence.gradients`.
+        DataError, NumericsError: See `Evidence.gradients`.
     """
-    return _of_modules(evidence.gradients.fisher, group, "out")
+    return _module_scores(evidence.gradients.fisher, group, "out")
 
 
 def activation(evidence: Evidence, group: Group) -> Tensor:
-    """Standard deviation of the channel where it is read: one that never varies says nothing (as Hu et al., arXiv 1607.03250).
+    """Score a channel by its standard deviation at the inputs of the layers that read it (after Hu et al., arXiv 1607.03250).
+
+    A constant channel carries no information.
 
     Raises:
-        DataError, NumericsError: see `Evidence.moments`.
+        DataError, NumericsError: See `Evidence.moments`.
     """
-    deviation = {name: own.cov_CC.diagonal().clamp_min(0).sqrt() for name, own in evidence.moments.items()}
-    return _of_modules(deviation, group, "in")
+    deviation = {name: moments.cov_CC.diagonal().clamp_min(0).sqrt() for name, moments in evidence.moments.items()}
+    return _module_scores(deviation, group, "in")
 
 
 def random(evidence: Evidence, group: Group) -> Tensor:
-    """Uniform noise, the control that every criterion has to beat (Mittal et al., arXiv 1801.10447); same for one seed and name."""
+    """Score channels at random, as a control for other criteria (Mittal et al., arXiv 1801.10447).
+
+    Equal seeds and group names give equal scores.
+    """
     generator = torch.Generator().manual_seed(crc32(f"{evidence.seed}:{group.name}".encode()))
     return _normalised(torch.rand(1, group.width, generator=generator))
 
 
 def scores(evidence: Evidence, criterion: Criterion) -> dict[str, Tensor]:
-    """Importance of every group by name."""
+    """Return the importance of every group, by name."""
     return {group.name: criterion(evidence, group) for group in evidence.groups}
 
 
 def find(name: str) -> Criterion:
-    """A criterion by its name in `choices.CRITERIA`, or a user's own as `file.py:function`.
+    """Return a criterion by its name in `choices.CRITERIA`, or a user's own by `file.py:function`.
 
     Raises:
-        RecipeError: No such name, file or function, or it is no function of `(evidence, group)`.
+        RecipeError: There is no such name, file or function, or it does not take `(evidence, group)`.
     """
     criterion: Criterion = choices.find(choices.CRITERIA, name, KNOB)
     choices.check_signature(criterion, ("evidence", "group"), name, KNOB)
     return criterion
 
 
-def _of_filters(model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """`measure` of the filters that write the group: filters_CN -> score_C."""
+def _filter_scores(model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the scores of a group from the filters that write it.
+
+    Args:
+        measure: Maps filters_CN to score_C.
+    """
     measured = []
     for member in group.having("out"):
         weight = model.get_submodule(member.module).weight.detach()[member.offset : member.offset + group.width]
         filters_CN = weight.float().cpu().flatten(1)
-        _finite(filters_CN.abs().amax(1), member.module, "weight")
+        _check_finite(filters_CN.abs().amax(1), member.module, "weight")
         measured.append(measure(filters_CN))
     return _normalised(torch.stack(measured))
 
 
-def _of_modules(values: dict[str, Tensor], group: Group, role: str) -> Tensor:
-    """Scores that stand by module, cut to the group."""
+def _module_scores(values: dict[str, Tensor], group: Group, role: str) -> Tensor:
+    """Return the scores of a group from scores of whole modules, using the group's members with this role."""
     members = [member for member in group.members if member.role == role]
     parts = [values[member.module][member.offset : member.offset + group.width] for member in members]
     return _normalised(torch.stack(parts).float())
@@ -151,9 +168,9 @@ def _lamp(filters_CN: Tensor) -> Tensor:
 
 
 def _normalised(scores_MC: Tensor) -> Tensor:
-    """Mean over the members of a group, each divided by its own mean; all zeros stay zeros.
+    """Divide the scores of each member by their mean, and return the mean over members.
 
-    A member whose channels are all dead says nothing about which to keep, and must not turn into NaN.
+    If all scores of a member are 0, they stay 0 instead of NaN, and the other members set the order.
     """
     mean_M1 = scores_MC.mean(1, keepdim=True)
     tiny = torch.finfo(scores_MC.dtype).tiny
@@ -161,8 +178,10 @@ def _normalised(scores_MC: Tensor) -> Tensor:
     return per_member_MC.mean(0)
 
 
-def _finite(score_C: Tensor, module: str, what: str) -> Tensor:
+def _check_finite(score_C: Tensor, module: str, what: str) -> Tensor:
     bad = (~torch.isfinite(score_C)).nonzero().flatten()
     if len(bad):
-        raise NumericsError(f"prune: {what} of {module} is NaN or infinite in {len(bad)} of {len(score_C)} channels")
+        raise NumericsError(
+            f"prune: {what} of {module} is NaN or infinite in {len(bad)} of {len(score_C)} channels; check the model"
+        )
     return score_C

@@ -1,11 +1,11 @@
-"""Milliseconds as a budget: the network at several widths for a table of layer times, and the plan that hits the limit.
+"""Prune to a latency in ms: measure layer times at several widths, then build and time candidates until one meets the limit.
 
-The table (`runtime.measure.layer_times`) decides which widths are tried; the finished network, built and timed against the dense one in
-turn, decides whether they are right. Shares of the dense time are compared, so that a machine that slows down between two
-measurements does not move the budget.
+A table of layer times (`runtime.measure.layer_times`) proposes the widths. Each candidate is built and timed in turn with the
+unpruned model, which verifies them. The comparison uses the ratio of the two times, so a machine that becomes slower between
+two measurements does not change the result.
 
-Widths stay in steps of `round_to` to the end. They are fine enough: some forty groups take them apart from each other, and
-YOLOv8n's MACs are met within 0.1 % in steps of 16. Finer ones would be no finer in time, as vectors are filled up to 16.
+Widths are multiples of `round_to`. Since there are about forty groups, this is fine enough: YOLOv8n's MACs are met within 0.1 % in
+steps of 16. Smaller steps would not change the time, since vector units process 16 channels at once.
 """
 
 from __future__ import annotations
@@ -38,106 +38,111 @@ from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA, LayerTable
 from yolo_compress.runtime.measure.messages import Spec
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-DENSE = "100.onnx"  # the first of them
-TOLERANCE = 0.05  # of the limit, on the finished network; what the recipe promises
-CLOSE_ENOUGH = 0.02  # of the limit; leaves three standard errors of the share to the tolerance
+UNPRUNED = "100.onnx"  # the unpruned model, the first of `WIDTHS`
+TOLERANCE = 0.05  # largest error of the pruned model's latency, relative to the limit; the recipe documents it
+CLOSE_ENOUGH = 0.02  # relative error at which the search stops, three standard errors below the tolerance
 TRIES = 6
-ROUNDS, SAMPLES = 6, 15  # of a launch; short, so that other work on the machine meets both neighbours or neither
-LAUNCHES = (5, 12)  # of a comparison with the dense network: at least, and at most until the median is `SETTLED`
-SETTLED = 0.01  # standard error of the share, relative
+# Per launch. Rounds are short, so that other load on the machine slows both models of a pair alike.
+ROUNDS, SAMPLES = 6, 15
+LAUNCHES = (5, 12)  # smallest and largest number of launches per comparison; it stops when the median is `SETTLED`
+SETTLED = 0.01  # relative standard error of the ratio
 
-Planner = Callable[[float], Plan]  # the plan for a limit in milliseconds by the table
+Planner = Callable[[float], Plan]  # limit in ms according to the table -> plan
 
 
 def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], round_to: int) -> None:
-    """Write the network at `WIDTHS` as ONNX, and what `runtime.measure.layer_times` needs to read its layers' times.
+    """Write the model at all `WIDTHS` as ONNX, with the description that `runtime.measure.layer_times` reads.
+
+    The first channels of each group stay, since the latency does not depend on which channels are removed.
 
     Args:
-        model: stock model, not changed; the first channels of each group stay, as no time depends on which.
-        folder: made if missing.
-        imgsz_hw: height and width in pixels.
-        names: class names.
-        round_to: widths are multiples of this, as those of plans made with the table will be.
+        model: Stock model. It is not changed.
+        folder: Output folder, created if it does not exist.
+        imgsz_hw: Height and width in pixels.
+        names: Class names in the order of their index.
+        round_to: Widths are multiples of this, as in the plans that use the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    networks = []
+    models = []
     nodes: dict[str, str] = {}
     for width in WIDTHS:
         narrow = copy.deepcopy(model)
         if width < 1:
             groups = prunable(narrow)
-            prune(narrow, {group.name: torch.arange(_narrowed(group, width, round_to)) for group in groups})
+            prune(narrow, {group.name: torch.arange(_narrow_width(group, width, round_to)) for group in groups})
         file = f"{round(100 * width):03d}.onnx"
         export_onnx(narrow, folder / file, imgsz_hw, names=names)
         shapes = conv_shapes(narrow, imgsz_hw)
-        networks.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
-        nodes = nodes or places(folder / file, shapes)
-    described = {"networks": networks, "nodes": nodes, "imgsz": list(imgsz_hw)}
+        models.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
+        nodes = nodes or node_prefixes(folder / file, shapes)
+    described = {"networks": models, "nodes": nodes, "imgsz": list(imgsz_hw)}
     atomic_write(folder / LAYERS, json.dumps(described) + "\n")
 
 
-def _narrowed(group: Group, width: float, round_to: int) -> int:
+def _narrow_width(group: Group, width: float, round_to: int) -> int:
     unit = min(round_to, group.unit)
     return max(1, round(width * group.width / unit)) * unit
 
 
-def places(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """Convolution -> the part of a node's name that it and its activation share."""
-    found: dict[str, str] = {}
+def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """Return, for each convolution, the prefix that the ONNX nodes of the convolution and its activation share."""
+    prefixes: dict[str, str] = {}
     for node in onnx.load(str(file)).graph.node:
         name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
         if name in convs:
-            found[name] = node.name.removesuffix("conv/Conv")
+            prefixes[name] = node.name.removesuffix("conv/Conv")
     for name in convs:
         if place := detect.exported_prefix(name):
-            found[name] = place
-    missing = [name for name in convs if name not in found]
+            prefixes[name] = place
+    missing = [name for name in convs if name not in prefixes]
     if missing:
-        raise CompressError(f"{file}: no node computes {missing[0]}; the layer times cannot be told apart")
-    return found
+        raise CompressError(
+            f"{file}: no node computes {missing[0]}, so layer times cannot be assigned; report this as a bug"
+        )
+    return prefixes
 
 
-def take_table(folder: Path, runtime: str, precision: str, asked: str = "prune.latency_runtime") -> LayerTable:
-    """Time the layers of a probe here, in a process of its own.
+def take_table(folder: Path, runtime: str, precision: str, knob: str = "prune.latency_runtime") -> LayerTable:
+    """Time the layers of a probe on this machine, in a child process.
 
     Args:
-        folder: from `write_probe`.
-        runtime: key of `BACKENDS`.
-        precision: of the networks that have none of their own.
-        asked: the knob that names the runtime, for errors.
+        folder: Folder written by `write_probe`.
+        runtime: Key of `BACKENDS`.
+        precision: Precision of the models for which `layers.json` has none.
+        knob: Name of the knob that selects the runtime, for errors.
 
     Raises:
-        EnvironmentLacks: the runtime is not installed, or cannot run here.
-        CompressError: the layers could not be timed; carries the reason.
+        EnvironmentLacks: The runtime is not installed, or cannot run on this machine.
+        CompressError: The layers could not be timed. The message has the reason.
     """
-    require(runtime, asked)
+    require(runtime, knob)
     command = [sys.executable, "-m", "yolo_compress.runtime.measure.layer_times", str(folder), "--runtime", runtime,
                "--precision", precision]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CompressError(f"{asked}={runtime}: timing the layers failed:\n{done.stderr.strip()[-2000:]}")
+        raise CompressError(f"{knob}={runtime}: timing the layers failed:\n{done.stderr.strip()[-2000:]}")
     table: LayerTable = json.loads(done.stdout.strip().splitlines()[-1])
     return table
 
 
-def require(runtime: str, asked: str) -> None:
-    """Refuse a runtime that cannot time anything here.
+def require(runtime: str, knob: str) -> None:
+    """Check that a runtime can run on this machine.
 
     Raises:
-        EnvironmentLacks: names the knob `asked`, and what to install.
+        EnvironmentLacks: The runtime cannot run. The message has the knob and the package to install.
     """
     lacking = BACKENDS[runtime].probe()
     if lacking:
-        raise EnvironmentLacks(f"{asked}={runtime}: {lacking}")
+        raise EnvironmentLacks(f"{knob}={runtime}: {lacking}")
 
 
 def read_table(file: Path, imgsz_hw: tuple[int, int]) -> LayerTable:
-    """A table taken on the robot.
+    """Read a table of layer times that was measured on a robot.
 
     Raises:
-        CorruptArtifact: not a table of this schema.
-        StorageError: it cannot be read.
-        RecipeError: no such file, or taken at another image size.
+        CorruptArtifact: The file is not a table of this schema.
+        StorageError: The file cannot be read.
+        RecipeError: There is no such file, or it was measured at another image size.
     """
     if not file.is_file():
         raise RecipeError(f"prune.latency_table: no file {str(file)!r}")
@@ -146,30 +151,38 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> LayerTable:
     curves = [*layers.values(), table.get("rest")] if isinstance(layers, dict) and layers else [None]
     if (
         table.get("schema") != SCHEMA
-        or not _number(whole)
+        or not _is_number(whole)
         or not whole
-        or not all(map(_curve, curves))
+        or not all(map(_is_curve, curves))
         or "imgsz" not in table
     ):
-        raise CorruptArtifact(f"prune.latency_table: {file} is no table of layer times of schema {SCHEMA}")
+        raise CorruptArtifact(
+            f"prune.latency_table: {file} is not a table of layer times of schema {SCHEMA}; measure it again"
+        )
     if table["imgsz"] != list(imgsz_hw):
-        raise RecipeError(f"prune.latency_table: {file} was taken at {table['imgsz']}, the recipe has {list(imgsz_hw)}")
+        raise RecipeError(
+            f"prune.latency_table: {file} was measured at {table['imgsz']}, the recipe has {list(imgsz_hw)}; measure it again"
+        )
     return cast(LayerTable, table)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
-def _curve(rows: Any) -> bool:
-    """Whether these are points (MACs, ms) of a curve."""
+def _is_curve(rows: Any) -> bool:
+    """Return whether a value is a list of points (MACs, ms)."""
     points = rows if isinstance(rows, list) else []
-    return bool(points) and all(isinstance(row, list) and len(row) == 2 and all(map(_number, row)) for row in points)
+    return bool(points) and all(isinstance(row, list) and len(row) == 2 and all(map(_is_number, row)) for row in points)
 
 
 @dataclass(frozen=True)
 class Rig:
-    """What builds and times networks: one runtime on this machine."""
+    """Builds and times models on one runtime of this machine.
+
+    Attributes:
+        folder: folder for ONNX files and engines.
+    """
 
     folder: Path
     imgsz_hw: tuple[int, int]
@@ -177,32 +190,32 @@ class Rig:
     runtime: str
     precision: str
 
-    def engine(self, model: nn.Module, name: str) -> Path:
-        """The model as an engine; one of that name is replaced."""
+    def build_model(self, model: nn.Module, name: str) -> Path:
+        """Build an engine of a model and return its path. An engine with the same name is replaced."""
         file = self.folder / f"{name}.onnx"
         export_onnx(model, file, self.imgsz_hw, names=self.names)
-        return self.built(file, name)
+        return self.build_onnx(file, name)
 
-    def built(self, file: Path, name: str) -> Path:
-        """An ONNX file as an engine."""
+    def build_onnx(self, file: Path, name: str) -> Path:
+        """Build an engine of an ONNX file and return its path."""
         BACKENDS[self.runtime].build(file, self.folder / name, self.precision)
         return self.folder / name
 
-    def compare(self, engine: Path, dense: Path) -> Comparison:
-        """Time `engine` and `dense` in turn, each launch in processes of its own, until their ratio is known."""
-        specs: list[Spec] = [{"label": path.name, "engine": str(path)} for path in (engine, dense)]
+    def compare(self, engine: Path, unpruned: Path) -> Comparison:
+        """Time `engine` and `unpruned` in turn, with new processes for each launch, until their ratio is precise enough."""
+        specs: list[Spec] = [{"label": path.name, "engine": str(path)} for path in (engine, unpruned)]
         least, most = LAUNCHES
         ratios: list[float] = []
-        dense_ms = np.inf
-        while len(ratios) < least or (len(ratios) < most and _error(ratios) > SETTLED):
+        unpruned_ms = np.inf
+        while len(ratios) < least or (len(ratios) < most and _standard_error(ratios) > SETTLED):
             results = measure_in_turn(specs, ROUNDS, SAMPLES)
-            own_R, dense_R = (np.array([np.median(taken) for taken in one["rounds_ms"]]) for one in results)
-            ratios.append(float(np.median(own_R / dense_R)))
-            dense_ms = min(dense_ms, float(dense_R.min()))
-        return Comparison(float(np.median(ratios)), dense_ms)
+            own_R, unpruned_R = (np.array([np.median(taken) for taken in one["rounds_ms"]]) for one in results)
+            ratios.append(float(np.median(own_R / unpruned_R)))
+            unpruned_ms = min(unpruned_ms, float(unpruned_R.min()))
+        return Comparison(float(np.median(ratios)), unpruned_ms)
 
-    def quietest(self, engine: Path) -> float:
-        """Milliseconds of `engine` alone: the lowest of the medians of rounds, as other work only ever makes one slower."""
+    def fastest_ms(self, engine: Path) -> float:
+        """Time `engine` alone and return the smallest median of a round in ms. Other load only makes rounds slower."""
         spec: Spec = {"label": engine.name, "engine": str(engine)}
         launches = [measure_in_turn([spec], ROUNDS, SAMPLES)[0]["rounds_ms"] for _ in range(LAUNCHES[0])]
         return min(float(np.median(taken)) for rounds in launches for taken in rounds)
@@ -210,24 +223,25 @@ class Rig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A network's time beside the dense one's.
+    """Latency of a model relative to the unpruned model.
 
-    Other work makes rounds two to four times slower, and seldom those of both networks alike, so the lowest of each are
-    no pair. Neighbouring rounds are slowed alike.
+    Other load makes rounds two to four times slower, and rarely for both models alike. The fastest rounds of the two models can
+    therefore not be compared. Neighbouring rounds are slowed alike.
 
     Attributes:
-        share: of the dense time; the median over launches of the median over pairs of neighbouring rounds.
-        dense_ms: the lowest of the medians of rounds, as other work only ever makes one slower.
+        share: latency divided by that of the unpruned model: median over launches of the median over neighbouring rounds.
+        unpruned_ms: smallest median of a round of the unpruned model in ms.
     """
 
     share: float
-    dense_ms: float
+    unpruned_ms: float
 
 
-def _error(ratios: Sequence[float]) -> float:
-    """Standard error of the median, relative to it; from the median deviation, which one odd launch does not move.
+def _standard_error(ratios: Sequence[float]) -> float:
+    """Return the relative standard error of the median. A single outlier hardly changes it.
 
-    1.25 makes the error of a mean one of a median, 1.48 a median deviation a standard one, both for normal noise.
+    It is computed from the median absolute deviation. For normal noise, the factor 1.48 converts this to a standard deviation,
+    and 1.25 converts the standard error of a mean to that of a median.
     """
     middle = np.median(ratios)
     deviation = np.median(np.abs(np.array(ratios) - middle))
@@ -236,11 +250,18 @@ def _error(ratios: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Hit:
-    """What was asked of the table in the end, the times of the finished and of the dense network, and the plan."""
+    """Result of `hit`.
+
+    Attributes:
+        asked_ms: limit according to the table with which the plan was made.
+        measured_ms: latency of the pruned model.
+        unpruned_ms: latency of the unpruned model.
+        plan: channels to keep.
+    """
 
     asked_ms: float
     measured_ms: float
-    dense_ms: float
+    unpruned_ms: float
     plan: Plan
 
 
@@ -250,68 +271,72 @@ def hit(
     limit_ms: float,
     table_ms: float,
     rig: Rig,
-    dense: Path,
+    unpruned: Path,
     say: Callable[[str], None],
 ) -> Hit:
-    """The plan whose network, built and timed, takes `limit_ms`.
+    """Find a plan whose pruned model, built and timed, has a latency of `limit_ms`.
 
-    The table is a model of the machine and knows the shape of the answer better than its height: what is asked of it is
-    moved until the finished network is right, between the nearest misses on both sides once there are such.
+    The table predicts relative times better than absolute ones. The limit for the table is therefore adjusted after each
+    measurement, by interpolation between the nearest results below and above the limit.
 
     Args:
-        model: what the plans are for; not changed.
-        planner: limit in ms by the table -> plan.
-        limit_ms: what is asked.
-        table_ms: what the dense network takes by the table.
-        rig: builds and times.
-        dense: engine of the dense network, from `rig`.
-        say: takes one line a try.
+        model: Model to prune. It is not changed.
+        planner: Returns the plan for a limit in ms according to the table.
+        limit_ms: Latency to reach.
+        table_ms: Latency of the unpruned model according to the table.
+        rig: Builds and times models.
+        unpruned: Engine of the unpruned model, built by `rig`.
+        say: Is called with one line of text per try.
 
     Raises:
-        CompressError: no try came within `TOLERANCE`; says how close.
-        RecipeError: the limit cannot be reached, or the dense network is within it.
+        CompressError: No try came within `TOLERANCE`.
+        RecipeError: The limit cannot be reached, or the unpruned model already meets it.
     """
-    dense_ms = min(table_ms, rig.quietest(dense))  # beside other work a table says several times what a network takes
-    if limit_ms >= dense_ms:
+    unpruned_ms = min(table_ms, rig.fastest_ms(unpruned))  # a table measured under load can be several times too slow
+    if limit_ms >= unpruned_ms:
         raise RecipeError(
-            f"prune: latency_ms={limit_ms:g} asks for nothing: the network as it is takes {dense_ms:.3g} ms"
+            f"prune: latency_ms={limit_ms:g} is already met: the unpruned model takes {unpruned_ms:.3g} ms; set a smaller limit"
         )
-    asked = limit_ms / dense_ms * table_ms
-    tried: list[tuple[float, float, Plan]] = []  # asked of the table, share of the dense time, plan
+    limit_for_table = limit_ms / unpruned_ms * table_ms
+    tried: list[tuple[float, float, Plan]] = []  # (limit for the table, ratio to the unpruned model, plan)
     while len(tried) < TRIES:
         try:
-            plan = planner(asked)
+            plan = planner(limit_for_table)
         except RecipeError:
             if not tried:
                 raise
-            break  # the table has no narrower network to offer
+            break  # there is no narrower model
         candidate = copy.deepcopy(model)
         prune(candidate, plan.keep)
-        seen = rig.compare(rig.engine(candidate, "candidate"), dense)
-        dense_ms = min(dense_ms, seen.dense_ms)
-        tried.append((asked, seen.share, plan))
-        measured = dense_ms * seen.share
-        say(f"prune: {plan.kept_flops:.1%} of the MACs take {measured:.2f} ms on {rig.runtime}, {limit_ms:g} ms asked")
+        comparison = rig.compare(rig.build_model(candidate, "candidate"), unpruned)
+        unpruned_ms = min(unpruned_ms, comparison.unpruned_ms)
+        tried.append((limit_for_table, comparison.share, plan))
+        measured = unpruned_ms * comparison.share
+        say(f"prune: {plan.kept_flops:.1%} of the MACs take {measured:.2f} ms on {rig.runtime}, target {limit_ms:g} ms")
         if abs(measured / limit_ms - 1) <= CLOSE_ENOUGH:
             break
-        asked = _next(limit_ms, (dense_ms, table_ms), [(dense_ms * share, one) for one, share, _ in tried])
-    hits = [Hit(one, dense_ms * share, dense_ms, plan) for one, share, plan in tried]
-    found = min(hits, key=lambda one: abs(one.measured_ms / limit_ms - 1))
-    off = abs(found.measured_ms / limit_ms - 1)
+        limit_for_table = _next_limit(
+            limit_ms, (unpruned_ms, table_ms), [(unpruned_ms * share, one) for one, share, _ in tried]
+        )
+    hits = [Hit(one, unpruned_ms * share, unpruned_ms, plan) for one, share, plan in tried]
+    best = min(hits, key=lambda one: abs(one.measured_ms / limit_ms - 1))
+    off = abs(best.measured_ms / limit_ms - 1)
     if off > TOLERANCE:
         raise CompressError(
-            f"prune: latency_ms={limit_ms:g} was missed by {off:.0%} in {len(tried)} tries (nearest {found.measured_ms:.2f} ms on "
-            f"{rig.runtime}); the machine may be busy, or prune.round_to too coarse"
+            f"prune: latency_ms={limit_ms:g} was missed by {off:.0%} in {len(tried)} tries (nearest {best.measured_ms:.2f} ms on "
+            f"{rig.runtime}); stop other programs, or set a smaller prune.round_to"
         )
-    return found
+    return best
 
 
-def _next(limit_ms: float, dense: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
-    """What to ask next, from (measured, asked) pairs: on the line between the nearest too fast and the nearest too slow.
+def _next_limit(limit_ms: float, unpruned: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
+    """Return the next limit for the table, interpolated between the nearest too fast and the nearest too slow result.
 
-    The dense network stands in for a slow one and a network of no time for a fast one, until such were measured.
+    Args:
+        unpruned: (measured ms, ms according to the table) of the unpruned model, the first slow result.
+        tried: (measured ms, limit for the table in ms) of each try. Without a fast result, (0, 0) is used.
     """
-    slow = min((pair for pair in tried if pair[0] > limit_ms), default=dense)
+    slow = min((pair for pair in tried if pair[0] > limit_ms), default=unpruned)
     fast = max((pair for pair in tried if pair[0] <= limit_ms), default=(0.0, 0.0))
     if slow[0] <= fast[0]:
         return slow[1]

@@ -1,7 +1,8 @@
-"""What sparse training adds to the loss, as its subgradient: L1 on gammas, all or the weak, or group lasso on whole channels.
+"""Penalties of sparse training, as subgradients: L1 on all or on weak gammas, or group lasso on all weights of a channel.
 
-Legend: T channels of all groups end to end, O and I output and input channels of a convolution, C features of a BatchNorm.
-Positions of every tensor's channels among the T are found once; a step is a few passes over the weights, without a loop over groups.
+Shapes: T are the channels of all groups concatenated, O and I output and input channels of a convolution, C channels of a
+BatchNorm. The positions of every tensor's channels among the T are computed once. A step is then a few passes over the weights,
+without a loop over groups.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.prune.cost import channel_macs
 from yolo_compress.prune.graph import Group
 
-SMALLEST_NORM = 1e-12  # divides instead of a smaller norm: at 0 the subgradient is 0, and nothing is NaN
+SMALLEST_NORM = 1e-12  # minimum of a divisor: for a norm of 0 the subgradient is then 0 instead of NaN
 
 
 class Penalty(ABC):
-    """A sum over the channels of groups, each group times its own scale."""
+    """A penalty that sums over the channels of all groups, with a factor per group."""
 
     @abstractmethod
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
-        """Finds the weights, once, on the model's device; `scale` is by group name, 1 where it is silent."""
+        """Prepare for a model. Called once, after the model is on its device.
+
+        Args:
+            scale: Group name -> factor of the penalty; 1 for other groups.
+        """
 
     @abstractmethod
     def add_subgradient(self, model: nn.Module, strength: float) -> None:
-        """Adds `strength` times the subgradient to the gradients.
+        """Add `strength` times the subgradient to the gradients of the model.
 
         Raises:
-            RecipeError: a weight is frozen: freezing and sparsifying the same layer contradict each other.
+            RecipeError: A weight is frozen, so the penalty has no effect on it.
         """
 
 
@@ -53,13 +58,14 @@ class L1(Penalty):
 
 
 class Polarization(Penalty):
-    """`sum_g s_g sum |gamma|` over the channels that are weaker than the mean of their group: the weak fade, the strong stay.
+    """`sum_g s_g sum |gamma|` over the channels that are weaker than the mean of their group. Strong channels are unchanged.
 
-    L1 pulls all gammas down alike, which ranks nothing until many of them are 0, and empties layers that little depends on.
-    Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
-    `sum |gamma - mean|`, which for t = 1 leaves twice this, but for a term of the mean's own derivative that is near 0. Here the
-    mean is that of a group instead of the whole net, so that no layer fades as a whole. A channel's strength is the sum of its
-    gammas over the BatchNorms of the group, as for the criterion `bn_gamma`.
+    L1 reduces all gammas alike. The order of channels does not change until many gammas are 0, and unimportant layers lose all
+    channels. Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
+    `sum |gamma - mean|` from L1. For t = 1 this is twice the penalty here, except for the derivative of the mean, which is near 0.
+
+    Here the mean is that of a group instead of the model, so that no layer loses all channels. The strength of a channel is the
+    sum of its |gamma| over the BatchNorms of the group, as in the criterion `bn_gamma`.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -70,7 +76,8 @@ class Polarization(Penalty):
         self._sizes = [len(place_C) for place_C in norms.values()]
         width_G = torch.tensor([group.width for group in groups], device=self._place.device)
         own_T = torch.arange(len(groups), device=self._place.device).repeat_interleave(width_G)
-        self._group_T = torch.cat([own_T, own_T.new_tensor([len(groups)])])  # the last: channels in no group
+        # The last entry is for channels in no group.
+        self._group_T = torch.cat([own_T, own_T.new_tensor([len(groups)])])
         self._width_G = torch.cat([width_G, width_G.new_tensor([1])])
 
     @torch.no_grad()
@@ -85,18 +92,19 @@ class Polarization(Penalty):
 
 
 class GroupLasso(Penalty):
-    """`sum_g s_g sum_k n_gk`, where `n_gk` is the L2 norm of all weights that leave with channel k of group g.
+    """`sum_g s_g sum_k n_gk`, where `n_gk` is the L2 norm of all weights that are removed with channel k of group g.
 
-    These are, as in the sparse training of DepGraph (arXiv 2301.12900), for all members of the group: the filters that write the
-    channel, the slices of the filters that read it, and its gammas; no biases. So coupled layers agree on which channel fades.
+    As in the sparse training of DepGraph (arXiv 2301.12900), these are the filters that write the channel, the slices of the
+    filters that read it, and its gammas, for all members of the group, without biases. All members of a group thus weaken the
+    same channels.
 
-    With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`, and 0 where the channel is all
-    zeros. A gamma belongs to one channel. `w_OI` of a convolution belongs to the channel that it writes and to the one that it
-    reads, so it gets `w_OI * (r_O + r_I)` with `r = s / n`; `r` is 0 for channels in no group (images, outputs of Detect).
+    With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`, and 0 if all weights of the channel
+    are 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel that it writes and to the one that it reads, so
+    its derivative is `w_OI * (r_O + r_I)` with `r = s / n`. `r` is 0 for channels in no group (images, outputs of Detect).
 
-    DepGraph penalises `c_k n_k^2` with `c_k` from 1 to 16, larger for weaker channels; here `1 / n_k` does that, without a range
-    to choose. The norm is not multiplied by the root of the number of weights as in Yuan and Lin, so that lambda acts on a
-    gamma no harder than under L1: the pull on a channel is a vector of length `s_g`.
+    DepGraph penalises `c_k n_k^2`, with `c_k` from 1 to 16 and larger for weaker channels. Here the factor `1 / n_k` has this
+    effect without a range to choose. Yuan and Lin multiply the norm by the root of the number of weights. Here it is not, so the
+    subgradient of a channel has the length `s_g`, and lambda acts on a gamma at most as strongly as in L1.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -111,7 +119,8 @@ class GroupLasso(Penalty):
             device = weight_OIHW.device
             out.append(places["out"].get(name, torch.full((weight_OIHW.shape[0],), nowhere, device=device)))
             inputs.append(places["in"].get(name, torch.full((weight_OIHW.shape[1],), nowhere, device=device)))
-            patches.append(inputs[-1].repeat_interleave(weight_OIHW[0, 0].numel()))  # of a filter's I x H x W numbers
+            # one position per weight of a filter (I x H x W)
+            patches.append(inputs[-1].repeat_interleave(weight_OIHW[0, 0].numel()))
         norms = list(places["norm"].values())
         self._sizes = [len(place) for place in [*norms, *out, *inputs]]
         self._squares_to = torch.cat([*norms, *out, *patches])
@@ -130,15 +139,16 @@ class GroupLasso(Penalty):
             gradient.addcmul_(filter_OIHW, ratio_O.view(-1, 1, 1, 1) + ratio_I.view(1, -1, 1, 1))
 
     def _norm_T(self, gammas: list[Tensor], filters: list[Tensor]) -> Tensor:
-        """`n_gk` of all channels; the last entry gathers what is in no group.
+        """Return `n_gk` of all channels. The last entry is for channels in no group.
 
-        One tensor at a time: squares of all at once leave the cache and take a CPU four times as long.
+        It processes one tensor at a time: with all tensors at once the squares exceed the cache, which takes four times as
+        long on a CPU.
         """
         out, patches = [], []
         for filter_OIHW in filters:
             square_OIHW = filter_OIHW * filter_OIHW
             out.append(square_OIHW.sum((1, 2, 3)))
-            patches.append(square_OIHW.sum(0).flatten())  # the rest of the sum over (0, 2, 3) is in the index
+            patches.append(square_OIHW.sum(0).flatten())  # `index_add_` below sums over the kernel positions
         terms = torch.cat([*torch._foreach_mul(gammas, gammas), *out, *patches])
         return torch.zeros_like(self._scale_T).index_add_(0, self._squares_to, terms).sqrt_()
 
@@ -147,9 +157,9 @@ PENALTIES: Mapping[str, type[Penalty]] = {"l1": L1, "polarization": Polarization
 
 
 def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, float]:
-    """Group name -> MACs that one of its channels costs, over the mean of all channels: the costly are pushed harder.
+    """Return a factor per group: the MACs of one of its channels, divided by the mean over all channels.
 
-    So the penalty counts FLOPs that are still in use, as MorphNet's does (Gordon et al., arXiv 1711.06798), at the first widths.
+    The penalty is then proportional to FLOPs, as in MorphNet (Gordon et al., arXiv 1711.06798), for the widths at the start.
     """
     macs = channel_macs(model, groups, imgsz_hw)
     mean = sum(group.width * macs[group.name] for group in groups) / sum(group.width for group in groups)
@@ -157,7 +167,7 @@ def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, i
 
 
 def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, dict[str, Tensor]]:
-    """Role -> module -> where each channel of that side stands among the T; T itself for channels in no group."""
+    """Return role -> module -> position of each channel of that side among the T, and T for channels in no group."""
     width = sum(group.width for group in groups)
     places: dict[str, dict[str, Tensor]] = {"norm": {}, "out": {}, "in": {}}
     start = 0
@@ -172,7 +182,7 @@ def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, dict[str, Te
 
 
 def _per_channel(model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> Tensor:
-    """`scale` of all T channels, and 0 for what is in no group."""
+    """Return the factor of each of the T channels, followed by 0 for channels in no group."""
     values = [scale.get(group.name, 1.0) for group in groups for _ in range(group.width)]
     weight = next(model.parameters())
     return torch.tensor([*values, 0.0], dtype=weight.dtype, device=weight.device)
@@ -187,6 +197,6 @@ def _gradients(weights: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             raise RecipeError(
-                f"sparsify: the weight of {name} gets no gradient (frozen?); unfreeze it or leave sparsify out"
+                f"sparsify: the weight of {name} gets no gradient (frozen?); unfreeze it, or leave out the section sparsify"
             )
     return gradients

@@ -1,8 +1,8 @@
-"""What each group's channels are worth, alone: the loss (or mAP) of the net when one group is thinned and nothing else.
+"""Sensitivity analysis: measure the loss (or mAP) of the model with only one group pruned, and limit the pruning per group.
 
-The dense net is measured with the readers of one group silenced for its least important channels, which is what the pruned net
-computes, so no surgery is needed. A group that hurts early is capped: it may lose channels only as far as the budget of harm
-allows (the sensitivity analysis of Li et al., arXiv 1608.08710, section 3.2, as a bound instead of a picture).
+The weights that read the least important channels of a group are set to zero. The model then computes the same as the pruned model,
+so no channels have to be removed. A sensitive group has a cap: the share of its channels for which the loss stays within the
+allowed increase. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RATIOS = (0.25, 0.5, 0.75)
 
 
 def ties(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Groups that lose equally many channels, by the name of their tie: what is thinned together."""
+    """Return the groups by tie. Groups of a tie must lose the same number of channels, so they are measured together."""
     tied: dict[str, list[Group]] = {}
     for group in groups:
         tied.setdefault(group.tie, []).append(group)
@@ -40,19 +40,22 @@ def measure(
     done: dict[str, list[float]],
     after_each: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """`value` of the net with one tie thinned by each of `RATIOS`, for every tie.
+    """Measure the model with one tie pruned by each of `RATIOS`, for every tie.
 
     Args:
-        model: stock model; changed while it is measured, as it was afterwards.
+        model: Stock model. It is unchanged after the call.
         groups: `graph.prunable(model)`.
-        scores: group name -> `importance_C`: the least important channels go.
-        moments: of what convolutions read; kept channels take over then. None: removed channels are just gone.
-        value: a loss (lower is better) or mAP (higher is better) of the model as it is.
-        done: ties measured before; the new ones are added to it.
-        after_each: called after each tie, to save `done` and show progress.
+        scores: Group name -> `importance_C`. The least important channels are removed.
+        moments: Moments of the inputs of convolutions, for reconstruction. With None, there is no reconstruction.
+        value: Returns the loss (lower is better) or mAP (higher is better) of the model.
+        done: Values of ties measured before; the new values are added in place.
+        after_each: Called after each tie to save `done` and show progress.
+
+    Returns:
+        `done`: values at all `RATIOS` by the name of the tie.
 
     Raises:
-        NumericsError: a value is NaN or infinite; names the group.
+        NumericsError: A value is NaN or infinite.
     """
     for name, members in ties(groups).items():
         if name in done:
@@ -62,7 +65,7 @@ def measure(
             with thinned(model, members, scores, ratio, moments):
                 row.append(value(model))
         if not all(isfinite(one) for one in row):
-            raise NumericsError(f"prune: the net's loss is NaN or infinite with {name} thinned")
+            raise NumericsError(f"prune: the loss is NaN or infinite with {name} pruned; check the model")
         done[name] = row
         after_each()
     return done
@@ -76,67 +79,74 @@ def thinned(
     ratio: float,
     moments: Mapping[str, Moments] | None,
 ) -> Iterator[None]:
-    """The model as if these groups had lost `ratio` of their channels; its tensors come back as they were."""
+    """Make the model compute as if these groups had lost `ratio` of their channels, inside a `with` block."""
     keep = {}
     for group in members:
         count = max(1, round((1 - ratio) * group.width))
         keep[group.name] = scores[group.name].sort(descending=True, stable=True).indices[:count].sort().values
     readers = dict.fromkeys(member.module for group in members for member in group.having("in"))
     modules = dict(model.named_modules())
-    touched = [modules[name] for name in readers]
-    touched += [norm for name in readers if (norm := modules.get(f"{name.removesuffix('conv')}bn")) is not None]
-    before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in touched]
+    changed = [modules[name] for name in readers]
+    changed += [norm for name in readers if (norm := modules.get(f"{name.removesuffix('conv')}bn")) is not None]
+    before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in changed]
     try:
         if moments is not None:
             reconstruct(model, members, keep, moments)
         else:
-            _silence(modules, members, keep)
+            _zero_readers(modules, members, keep)
         yield
     finally:
-        for module, state in zip(touched, before, strict=True):
+        for module, state in zip(changed, before, strict=True):
             module.load_state_dict(state)
 
 
 @torch.no_grad()
-def _silence(modules: Mapping[str, nn.Module], members: Sequence[Group], keep: Mapping[str, Tensor]) -> None:
+def _zero_readers(modules: Mapping[str, nn.Module], members: Sequence[Group], keep: Mapping[str, Tensor]) -> None:
     for group in members:
-        gone = torch.ones(group.width, dtype=torch.bool)
-        gone[keep[group.name]] = False
+        removed = torch.ones(group.width, dtype=torch.bool)
+        removed[keep[group.name]] = False
         for member in group.having("in"):
-            modules[member.module].weight[:, gone.nonzero().flatten() + member.offset] = 0.0
+            modules[member.module].weight[:, removed.nonzero().flatten() + member.offset] = 0.0
 
 
 def caps(
-    rows: Mapping[str, Sequence[float]], dense: float, max_drop: float, higher_is_better: bool
+    rows: Mapping[str, Sequence[float]], unpruned: float, max_drop: float, higher_is_better: bool
 ) -> dict[str, float]:
-    """Share of its channels that each tie may lose before the loss has risen, or mAP fallen, by the share `max_drop`.
+    """Return the largest share of channels that each tie may lose.
 
-    Linear between the ratios measured, from the dense net on; beyond the last ratio nothing is known and nothing allowed.
+    It is the share at which the loss has risen, or the mAP has fallen, by `max_drop`. Values between the measured ratios are
+    interpolated linearly. The cap never exceeds the last ratio.
+
+    Args:
+        rows: Values at all `RATIOS` by the name of the tie, from `measure`.
+        unpruned: Value of the unpruned model.
+        max_drop: Allowed change, relative to `unpruned`.
+        higher_is_better: True for mAP, False for loss.
     """
-    worst = dense * (1 - max_drop) if higher_is_better else dense * (1 + max_drop)
+    limit = unpruned * (1 - max_drop) if higher_is_better else unpruned * (1 + max_drop)
     sign = -1.0 if higher_is_better else 1.0
-    found = {}
+    result = {}
     for name, row in rows.items():
         ratio, harm = 0.0, 0.0
-        allowed = sign * (worst - dense)
+        allowed = sign * (limit - unpruned)
         cap = RATIOS[-1]
         for next_ratio, value in zip(RATIOS, row, strict=True):
-            next_harm = sign * (value - dense)
+            next_harm = sign * (value - unpruned)
             if next_harm > allowed:
                 cap = ratio + (next_ratio - ratio) * max(0.0, (allowed - harm) / (next_harm - harm))
                 break
             ratio, harm = next_ratio, next_harm
-        found[name] = cap
-    return found
+        result[name] = cap
+    return result
 
 
 def least(groups: Sequence[Group], cap: Mapping[str, float]) -> dict[str, int]:
-    """Channels that each group keeps at least, for `budget.choose`."""
+    """Return the minimum number of channels of each group, for `budget.choose`."""
     return {group.name: ceil((1 - cap[group.tie]) * group.width - 1e-9) for group in groups}
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The dense net, then a row a tie: its values at each ratio, its cap."""
+    """Return the table of the report: the unpruned model, then one row per tie with its values and its cap."""
     columns = [f"{found['measure']}_at_{ratio:g}" for ratio in found["ratios"]]
     dense = {"group": "dense", **dict.fromkeys(columns, found["dense"])}
     ties = (

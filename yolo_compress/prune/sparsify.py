@@ -1,4 +1,4 @@
-"""Sparse training: a pull on BatchNorm gammas, so that unimportant channels show themselves before pruning."""
+"""Sparse training: a penalty on BatchNorm gammas that weakens unimportant channels before pruning."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from yolo_compress.prune.penalty import Penalty
 from yolo_compress.train.hook import TrainHook
 
 BIN_WIDTH = 0.05  # of |gamma|; trained YOLOv8 gammas lie between 0 and 4, most near 1
-BINS = 81  # the last bin takes all from 4.0 up
-# A gamma under this scales its channel to nothing beside the usual 1: the variance left, 1e-4, is a tenth of the eps, 1e-3,
-# with which the next BatchNorm divides.
+BINS = 81  # the last bin counts all values from 4.0 on
+# A channel with a smaller |gamma| has almost no effect: its variance, 1e-4, is a tenth of the eps of the next BatchNorm, 1e-3.
 SMALL = 1e-2
-CUTS_PERCENT = (25, 50, 75)  # of the channels of each group; fixed, as the budget is known to `prune` alone
-LITTLE = 0.95  # of the mass under a cut of half the channels: that much left is what training without lambda leaves too
-COLLAPSED, DETECTS = 0.1, 0.05  # of the mAP50-95 before; a net that had less than 0.05 has nothing to compare with
+CUTS_PERCENT = (25, 50, 75)  # of the channels of each group; fixed, since only `prune` knows the budget
+LITTLE = 0.95  # ratio of the gamma mass after to that before (weaker half of the channels) that training without lambda reaches
+COLLAPSED = 0.1  # a model has collapsed if its mAP50-95 falls below this share of the mAP50-95 before
+DETECTS = 0.05  # mAP50-95 before training below which collapse is not checked
 
 
 class SparseTraining(TrainHook):
-    """Adds the subgradient of `lambda * penalty` to the gradients of prunable channels.
+    """Hook that adds the subgradient of `lambda * penalty` to the gradients of prunable channels.
 
-    It is added once an optimizer step, after gradients are unscaled, so neither mixed precision, accumulation nor the batch size
-    multiplies it. Ultralytics sums its loss over a batch: `lambda_` is measured against that sum. A step that the gradient
-    scaler skips skips the penalty too. Figures are those of the raw weights; the EMA follows them.
+    It is added once per optimizer step, after the gradients are unscaled. Mixed precision, accumulation and batch size therefore
+    do not multiply it. Ultralytics sums its loss over a batch, so `lambda_` is relative to that sum. If the gradient scaler
+    skips a step, the penalty is skipped, too. Logged values are those of the raw weights, not of the EMA.
 
     Args:
-        penalty: what is pulled, not yet bound to a model.
-        lambda_: strength, > 0 and finite.
-        ramp_epochs: the strength rises linearly from `lambda_ / ramp_epochs` in the first epoch; 0 starts with all of it.
-        scale: group name -> factor of lambda there; 1 for groups that are not named.
-        gamma_lr_scale: multiple of the learning rate for gammas. A step of Adam is no longer than the rate: at 0.001, hundreds
-            of steps leave a gamma of 1 near 1, whatever lambda says, and the faster rate must not be that of the filters.
+        penalty: Penalty that is not yet bound to a model.
+        lambda_: Strength, > 0 and finite.
+        ramp_epochs: Number of epochs over which the strength rises linearly, from `lambda_ / ramp_epochs` in the first epoch.
+            With 0 it is constant.
+        scale: Group name -> factor of lambda; 1 for other groups.
+        gamma_lr_scale: Factor of the learning rate for gammas. A step of Adam is at most the learning rate: at 0.001 hundreds
+            of steps leave a gamma of 1 near 1, whatever lambda is. Filters must not have the higher rate.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SparseTraining(TrainHook):
         self._counts: list[list[int]] = []
 
     def on_model(self, model: nn.Module) -> None:
-        """Finds the gammas; the histogram of epoch -1 is that of the weights before sparse training."""
+        """Find the gammas and record the histogram before sparse training as epoch -1."""
         self._groups = prunable(model)
         self.penalty.bind(model, self._groups, self.scale)
         self._epochs, self._counts = [-1], [_histogram(_magnitudes(model, self._groups))]
@@ -79,11 +80,11 @@ class SparseTraining(TrainHook):
         self.penalty.add_subgradient(model, self._strength)
 
     def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
-        """Mean |gamma| and the share of gammas under `SMALL`.
+        """Return the mean |gamma| and the share of gammas below `SMALL`.
 
         Raises:
-            NumericsError: NaN, infinity, or a group whose gammas are all under `SMALL`; names the layers. The trainer
-                saves after this, so the epoch before stays in `resume.pt`.
+            NumericsError: A gamma is NaN or infinite, or all gammas of a group are below `SMALL`. The trainer saves after this
+                call, so `resume.pt` has the epoch before.
         """
         magnitudes = _magnitudes(model, self._groups)
         self._check_finite(magnitudes, epoch)
@@ -97,24 +98,27 @@ class SparseTraining(TrainHook):
         for name, magnitude_C in magnitudes.items():
             if not bool(torch.isfinite(magnitude_C).all()):
                 raise NumericsError(
-                    f"sparsify: gamma of {name} is NaN or infinite in epoch {epoch + 1}; {_kept(epoch)}. "
+                    f"sparsify: gamma of {name} is NaN or infinite in epoch {epoch + 1}; {_resume_note(epoch)}. "
                     f"Lower sparsify.l1 (now {self.lambda_:g}) or sparsify.lr0"
                 )
 
     def _check_alive(self, magnitudes: Mapping[str, Tensor], epoch: int) -> None:
-        """A residual branch may fade beside its trunk: they are one group. A group without any gamma passes nothing on."""
+        """Check that every group has at least one large gamma.
+
+        The gammas of a single residual branch may all be small, since the branch shares a group with its trunk.
+        """
         for group in self._groups:
             gammas = list(_slices(magnitudes, group))
             if gammas and all(bool((gamma_C < SMALL).all()) for gamma_C in gammas):
                 layers = ", ".join(dict.fromkeys(member.module for member in group.having("norm")))
                 raise NumericsError(
-                    f"sparsify: every gamma of {layers} (group {group.name}) is under {SMALL:g} in epoch {epoch + 1}: "
-                    f"no channel there passes anything on; {_kept(epoch)}. Lower sparsify.l1 (now {self.lambda_:g})"
+                    f"sparsify: every gamma of {layers} (group {group.name}) is under {SMALL:g} in epoch {epoch + 1}, so "
+                    f"these layers have no effect; {_resume_note(epoch)}. Lower sparsify.l1 (now {self.lambda_:g})"
                 )
 
     @property
     def histograms(self) -> dict[str, Any]:
-        """Counts of |gamma| per epoch: `{"bin_width", "epochs": [E], "counts": [E][BINS]}`; epoch -1 is the start."""
+        """Histograms of |gamma| as `{"bin_width", "epochs": [E], "counts": [E][BINS]}`. Epoch -1 is before training."""
         return {"bin_width": BIN_WIDTH, "epochs": list(self._epochs), "counts": [list(row) for row in self._counts]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,10 +131,10 @@ class SparseTraining(TrainHook):
 
 
 def mass_under_cut(model: nn.Module, groups: Sequence[Group], cut_percent: float) -> float:
-    """Share of `sum |gamma|` in the `cut_percent` weakest channels of each group: what pruning them would take away.
+    """Return the share of `sum |gamma|` in the weakest `cut_percent` % of the channels of each group.
 
-    Even gammas give `cut_percent / 100`; sparse training that worked brings it near 0. A channel's mass is the sum over the
-    group's BatchNorms, so the order is that of the criterion `bn_gamma`. Counts are rounded to whole channels.
+    Equal gammas give `cut_percent / 100`; successful sparse training brings it near 0. The mass of a channel is the sum of its
+    |gamma| over the BatchNorms of the group, so the order is that of the criterion `bn_gamma`. Counts are rounded.
     """
     magnitudes = _magnitudes(model, groups)
     cut = total = 0.0
@@ -143,41 +147,41 @@ def mass_under_cut(model: nn.Module, groups: Sequence[Group], cut_percent: float
 
 
 def masses(model: nn.Module) -> dict[str, float]:
-    """`mass_under_cut` at `CUTS_PERCENT`, by percentage; JSON has no other keys than text."""
+    """Return `mass_under_cut` for each of `CUTS_PERCENT`. Keys are text, as JSON requires."""
     groups = prunable(model)
     return {str(percent): mass_under_cut(model, groups, percent) for percent in CUTS_PERCENT}
 
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Both `masses` in one line, with a hint where lambda did little."""
+    """Return one line with the `masses` before and after, and a hint if lambda had little effect."""
 
     def row(shares: Mapping[str, float]) -> str:
         return ", ".join(f"{share:.1%}" for share in shares.values())
 
     text = f"gamma mass in the weakest {', '.join(before)} % of channels: before {row(before)}; after {row(after)}"
     if after["50"] > LITTLE * before["50"]:
-        return f"{text}. lambda did little: raise sparsify.l1, gamma_lr_scale or epochs"
+        return f"{text}. lambda had little effect: raise sparsify.l1, gamma_lr_scale or epochs"
     return text
 
 
 def collapsed(map50_95_before: float, map50_95_after: float) -> bool:
-    """Whether a net that found objects hardly does any more."""
+    """Return whether a model that detected objects before training has lost most of its mAP50-95."""
     return map50_95_before >= DETECTS and map50_95_after < COLLAPSED * map50_95_before
 
 
-def _kept(epoch: int) -> str:
+def _resume_note(epoch: int) -> str:
     return f"the state after epoch {epoch} is kept" if epoch else "no epoch was completed"
 
 
 @torch.no_grad()
 def _magnitudes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
-    """BatchNorm -> |gamma| of its C channels in float32 on the CPU, in order of the groups."""
+    """Return |gamma| of each BatchNorm in float32 on the CPU, in the order of the groups."""
     names = dict.fromkeys(member.module for group in groups for member in group.having("norm"))
     return {name: model.get_submodule(name).weight.float().abs().cpu() for name in names}
 
 
 def _slices(magnitudes: Mapping[str, Tensor], group: Group) -> Iterable[Tensor]:
-    """The part of each BatchNorm that belongs to the group."""
+    """Yield the part of each BatchNorm that belongs to the group."""
     for member in group.having("norm"):
         yield magnitudes[member.module][member.offset : member.offset + group.width]
 

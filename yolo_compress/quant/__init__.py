@@ -1,1 +1,1 @@
-"""INT8 and FP16: placement, calibration, fake quantisation, and the ONNX graphs typed for the runtimes."""
+"""INT8 quantisation of a model: plan of the INT8 tensors, calibration, fake quantisation for QAT, sensitivity."""

@@ -1,4 +1,4 @@
-"""Fake quantisation for training, with ModelOpt's modules. The only file that imports ModelOpt."""
+"""Fake quantisation for training with ModelOpt. No other file imports ModelOpt."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
-from yolo_compress.quant.learned import LearnedRange
+from yolo_compress.quant.fixed import FixedRange
+from yolo_compress.quant.learned import LOGARITHM, LearnedRange
 from yolo_compress.quant.plan import IMAGES, Group, Plan, plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QuantState
 from yolo_compress.train.hook import TrainHook
 
 ACTIVATION_BITS = 8
-BACKEND = "yolo_compress"  # name under which ModelOpt's quantisers find `_fake_quantise`
 
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Deprecations inside ModelOpt 0.47 (torch.jit.script) and torch's note that there is no CUDA are not the user's."""
+    """Hide messages that do not concern the user: deprecations inside ModelOpt 0.47 and torch's note about missing CUDA."""
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -39,7 +39,7 @@ def _quiet_import() -> Iterator[None]:
 
 
 def check_installed() -> None:
-    """Refuse an environment that cannot train in INT8.
+    """Check that this environment can train with fake quantisation.
 
     Raises:
         EnvironmentLacks: See `_modelopt`.
@@ -48,72 +48,42 @@ def check_installed() -> None:
 
 
 def _modelopt() -> ModuleType:
-    """ModelOpt's quantised modules, imported on first use (seconds).
+    """Import and return ModelOpt's quantised modules. The import takes seconds, so it runs on first use.
 
     Raises:
-        EnvironmentLacks: It is not installed, or `huggingface_hub`, which it imports without requiring it.
+        EnvironmentLacks: ModelOpt or `huggingface_hub` is not installed. ModelOpt imports the latter without requiring it.
     """
     try:
         with _quiet_import():
             import modelopt.torch.quantization.nn as quant_nn
-            from modelopt.torch.quantization.nn.modules import tensor_quantizer
     except ImportError as error:
         hint = "pip install nvidia-modelopt huggingface_hub"
         raise EnvironmentLacks(f"INT8 training needs ModelOpt: {error}; {hint}") from error
-    if BACKEND not in tensor_quantizer._QUANT_FUNCTIONAL_BACKENDS:
-        tensor_quantizer.register_quant_backend(BACKEND, _fake_quantise)
     return quant_nn
 
 
-class _Rounding(torch.autograd.Function):
-    """ModelOpt 0.47's formula, value for value, with one new tensor instead of three; gradients pass straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, low: float, high: float) -> Tensor:
-        scale = torch.full_like(amax, high) / amax
-        return (x.float() * scale).round_().clamp_(low, high).div_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradients[0], None, None, None
-
-
-def _fake_quantise(x: Tensor, quantizer: Any) -> Tensor:
-    """As ModelOpt's quantiser does; on CUDA by its own kernel."""
-    if x.is_cuda:
-        quantizer.backend = None
-        try:
-            kernel: Tensor = quantizer._fake_quantize(x)
-            return kernel
-        finally:
-            quantizer.backend = BACKEND
-    high = 2.0 ** (quantizer.num_bits - 1) - 1
-    rounded: Tensor = _Rounding.apply(x, quantizer.amax, -high if quantizer.narrow_range else -high - 1, high)
-    return rounded
-
-
 class QuantisedOutput(nn.Module):
-    """The activation of a block and the quantiser of what the block gives; takes the place of `Conv.act`."""
+    """The activation of a block followed by the quantiser of the block's output. Replaces `Conv.act`."""
 
     def __init__(self, act: nn.Module, quantizer: nn.Module) -> None:
         super().__init__()
         self.act, self.quantizer = act, quantizer
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        codes_BCHW: Tensor = self.quantizer(self.act(x_BCHW))
-        return codes_BCHW
+        quantised_BCHW: Tensor = self.quantizer(self.act(x_BCHW))
+        return quantised_BCHW
 
 
 class QuantisedSum(nn.Module):
-    """A block with shortcut, and the quantiser of its sum; the same parameters under the same names.
+    """A block with a shortcut followed by the quantiser of its sum. Parameters have the same names as in the block.
 
     Args:
         block: Computes `x + branch(x)`.
-        branch: Names of its children whose chain is the branch.
-        quantizer: Of the sum.
+        branch: Names of the children of the block that run one after the other as the branch.
+        quantizer: Quantiser of the sum.
     """
 
-    add = True  # the shortcut, as the wiring of the family asks the stock block
+    add = True  # the attribute by which the model family recognises a shortcut in the stock block
 
     def __init__(self, block: nn.Module, branch: Sequence[str], quantizer: nn.Module) -> None:
         super().__init__()
@@ -121,69 +91,68 @@ class QuantisedSum(nn.Module):
         for name in branch:
             self.add_module(name, block.get_submodule(name))
         self.quantizer = quantizer
-        self.__dict__["stock"] = block  # what `detach` puts back; no module of this one
+        self.__dict__["stock"] = block  # for `detach`; stored in __dict__ so that it is not a submodule
         self.training = block.training
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         branch_BCHW = x_BCHW
         for name in self.branch:
             branch_BCHW = self.get_submodule(name)(branch_BCHW)
-        codes_BCHW: Tensor = self.quantizer(x_BCHW + branch_BCHW)
-        return codes_BCHW
+        quantised_BCHW: Tensor = self.quantizer(x_BCHW + branch_BCHW)
+        return quantised_BCHW
 
 
 def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
-    """Make the tensors and weights of `state` fake-quantised, in place.
+    """Insert fake quantisers for the tensors and weights of `state` into a model, in place.
 
-    Tensors are quantised where they are made (`QuantisedOutput`, `QuantisedSum`; the image where the first convolution reads
-    it), those of a group by one quantiser; weights an output channel. Both symmetric INT8 (weights in `state.weight_bits`
-    of the 8); gradients pass straight through. The ranges are buffers, or parameters where they are `learned` (LSQ), so the
-    state dict of a model attached with any state of the same plan loads strictly into another one. `copy.deepcopy` works;
-    pickling the module does not.
+    A tensor is quantised where it is computed (`QuantisedOutput`, `QuantisedSum`), the image where the first convolution
+    reads it. All tensors of a group share one quantiser. Weights have one range per output channel. Both are symmetric INT8,
+    weights with `state.weight_bits` bits. Gradients are straight-through.
+
+    Ranges are buffers, or parameters if `learned`. State dicts are therefore compatible between models that were attached
+    with the same plan. `copy.deepcopy` of the model works; pickling does not.
+
+    Args:
+        model: A detector with stock modules.
+        state: Ranges of the model.
+        learned: Train the ranges with the weights (LSQ, see `LearnedRange`).
 
     Raises:
-        CorruptArtifact: `state` names a tensor or convolution that the model does not have, has with other channels, or
-            gives tensors that have to share a scale different ones.
+        CorruptArtifact: `state` has a tensor or convolution that the model does not have, a wrong number of channels, or
+            different scales for tensors of a group.
         EnvironmentLacks: ModelOpt is not installed.
     """
-    quant_nn = _modelopt()
+    quant_nn, quantiser = _modelopt(), LearnedRange if learned else FixedRange
     modules: dict[str, Any] = dict(model.named_modules())
     for name, amax_C in state.weights.items():
         conv: Any = modules.get(name)
         if type(conv) is not nn.Conv2d or conv.out_channels != len(amax_C):
             raise CorruptArtifact(
-                f"quantiser state: {name} with {len(amax_C)} output channels does not fit the network's {conv}"
+                f"quantiser state: {name} with {len(amax_C)} output channels does not match the model's {conv}; run qat again"
             )
     placed = plan(model)
     if unknown := set(state.activations) - {tensor for group in placed.groups for tensor in group.tensors}:
-        raise CorruptArtifact(f"quantiser state: the network has no tensor {', '.join(sorted(unknown))}")
+        raise CorruptArtifact(f"quantiser state: the model has no tensor {', '.join(sorted(unknown))}; run qat again")
     for name, amax_C in state.weights.items():
         conv = modules[name]
         quant_nn.QuantModuleRegistry.convert(conv)
         conv.input_quantizer.disable()
         # As many codes below 0 as above: a BatchNorm with negative gamma then folds without moving any code.
-        conv.weight_quantizer._narrow_range = True
-        conv.weight_quantizer.num_bits = state.weight_bits
-        conv.weight_quantizer.backend = BACKEND
-        conv.weight_quantizer.amax = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
-        if learned:
-            conv.weight_quantizer = LearnedRange(conv.weight_quantizer.amax, state.weight_bits, narrow_range=True)
+        amax_O111 = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
+        conv.weight_quantizer = quantiser(amax_O111, state.weight_bits, narrow_range=True)
     for group in placed.groups:
         amax = {state.activations[tensor] for tensor in group.tensors if tensor in state.activations}
         if not amax:
             continue
         if len(amax) > 1 or not all(tensor in state.activations for tensor in group.tensors):
             raise CorruptArtifact(f"quantiser state: {', '.join(group.tensors)} have to share a scale")
-        quantizer = quant_nn.TensorQuantizer()
-        quantizer.backend = BACKEND
-        quantizer.amax = torch.tensor(amax.pop()).to(next(model.parameters()).device)
-        if learned:
-            quantizer = LearnedRange(quantizer.amax, ACTIVATION_BITS, narrow_range=False)
+        scale = torch.tensor(amax.pop()).to(next(model.parameters()).device)
+        quantizer = quantiser(scale, ACTIVATION_BITS, narrow_range=False)
         for tensor in group.tensors:
-            _put(model, placed, tensor, quantizer)
+            _insert_quantizer(model, placed, tensor, quantizer)
 
 
-def _put(model: nn.Module, placed: Plan, tensor: str, quantizer: nn.Module) -> None:
+def _insert_quantizer(model: nn.Module, placed: Plan, tensor: str, quantizer: nn.Module) -> None:
     if tensor == IMAGES:
         for name in placed.group_of(IMAGES).convs:
             model.get_submodule(name).input_quantizer = quantizer
@@ -197,15 +166,15 @@ def _put(model: nn.Module, placed: Plan, tensor: str, quantizer: nn.Module) -> N
 
 
 def read(model: nn.Module) -> QuantState:
-    """The ranges that an attached model holds now (no `outputs`).
+    """Return the current ranges of an attached model, without `outputs`.
 
     Raises:
-        CorruptArtifact: The model is not attached.
+        CorruptArtifact: The model has no fake quantisers.
         NumericsError: A range is not finite.
     """
     convs = dict(_attached(model))
     if not convs:
-        raise CorruptArtifact("no fake-quantising convolution in the model: attach() first")
+        raise CorruptArtifact("the model has no fake-quantised convolution; call attach() first")
     modules = dict(model.named_modules(remove_duplicate=False))
     quantizers: dict[str, Any] = {}
     for group in plan(model).groups:
@@ -217,7 +186,7 @@ def read(model: nn.Module) -> QuantState:
             elif isinstance(holder, (QuantisedOutput, QuantisedSum)):
                 quantizers[tensor] = holder.quantizer
     return QuantState(
-        activations={tensor: max(float(held.amax), AMAX_FLOOR) for tensor, held in quantizers.items()},
+        activations={tensor: max(float(quantizer.amax), AMAX_FLOOR) for tensor, quantizer in quantizers.items()},
         weights={
             name: tuple(conv.weight_quantizer.amax.float().flatten().clamp_min(AMAX_FLOOR).tolist())
             for name, conv in convs.items()
@@ -227,10 +196,10 @@ def read(model: nn.Module) -> QuantState:
 
 
 def detach(model: nn.Module) -> None:
-    """Back to the stock model, in place; weights stay as trained, ranges go (`read` them before)."""
+    """Remove all fake quantisers from a model, in place. Weights stay as trained; ranges are lost, so call `read` before."""
     for _, conv in list(_attached(model)):
         conv.export()
-        conv.__dict__.pop("_parallel_state", None)  # ModelOpt 0.47 leaves its process groups behind
+        conv.__dict__.pop("_parallel_state", None)  # ModelOpt 0.47 does not remove its process groups
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QuantisedOutput):
@@ -244,20 +213,22 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def in_float(model: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
-    """An attached model with some groups of its plan, and the weights of the convolutions that read them, not quantised."""
+    """Disable the quantisers of some groups, and of the weights of the convolutions that read them, inside a `with` block."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    off: list[Any] = []
+    disabled: list[Any] = []
     for group in groups:
-        off += [modules[name].weight_quantizer for name in group.convs if hasattr(modules[name], "weight_quantizer")]
+        disabled += [
+            modules[name].weight_quantizer for name in group.convs if hasattr(modules[name], "weight_quantizer")
+        ]
         holder: Any = modules.get(f"{group.name}.act", modules.get(group.name))
-        off.append(modules[group.convs[0]].input_quantizer if group.name == IMAGES else holder.quantizer)
-    off = [quantizer for quantizer in off if quantizer.is_enabled]
-    for quantizer in off:
+        disabled.append(modules[group.convs[0]].input_quantizer if group.name == IMAGES else holder.quantizer)
+    disabled = [quantizer for quantizer in disabled if quantizer.is_enabled]
+    for quantizer in disabled:
         quantizer.disable()
     try:
         yield
     finally:
-        for quantizer in off:
+        for quantizer in disabled:
             quantizer.enable()
 
 
@@ -269,16 +240,18 @@ def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class FakeQuant(TrainHook):
-    """QAT: ranges calibrated once before training and held, weights learn to live with them; or ranges learned along.
+    """Hook for QAT: calibrate the ranges before training, then train the weights with fake quantisation.
+
+    The ranges stay fixed, or are trained too with `learned`.
 
     Args:
-        calibrate: Finds the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. Called on the
-            float model before training, and at its end on the quantised one, where only the ranges of `outputs` are taken.
-        state: Ranges to start from instead of calibrating (a resumed run).
-        learned: Train the ranges too (`LearnedRange`).
+        calibrate: Returns the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. It runs on the
+            float model before training. After training it runs on the quantised model, for the ranges of `outputs` alone.
+        state: Ranges of a resumed run, which replace the first calibration.
+        learned: Train the ranges (`LearnedRange`).
 
     Attributes:
-        state: After `to_stock`, the ranges that belong to the model given back.
+        state: Current ranges; after `to_stock` those of the trained model.
     """
 
     def __init__(
@@ -293,26 +266,30 @@ class FakeQuant(TrainHook):
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
-        """Calibrates unless there is a state, then attaches."""
+        """Calibrate unless there is a state, then insert the fake quantisers."""
         if self.state is None:
             self.state = self._calibrate(model)
         attach(model, self.state, self.learned)
         self._model = model
 
+    def undecayed(self, model: nn.Module) -> list[str]:
+        """Learned ranges: a decay of the logarithm of a range would pull every range towards 1."""
+        return [name for name, _ in model.named_parameters() if name.endswith(LOGARITHM)]
+
     def to_stock(self, model: nn.Module) -> None:
-        """Reads the ranges into `state`, then detaches."""
-        held = read(model)
-        seen = self._calibrate(model)
-        self.state = replace(held, outputs=seen.outputs, method=seen.method)
+        """Read the ranges into `state`, then remove the fake quantisers."""
+        trained = read(model)
+        calibrated = self._calibrate(model)
+        self.state = replace(trained, outputs=calibrated.outputs, method=calibrated.method)
         detach(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The ranges as plain data."""
+        """Return the ranges as JSON types."""
         return {} if self.state is None else {"quant": self.state.to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the ranges of a saved run, before or after `on_model`."""
+        """Load the ranges of a saved run. May be called before or after `on_model`."""
         self.state = QuantState.from_json(state["quant"])
-        if self._model is not None and not self.learned:  # learned ones are the model's parameters, and come with them
+        if self._model is not None and not self.learned:  # learned ranges are parameters of the model
             detach(self._model)
             attach(self._model, self.state)

@@ -1,4 +1,4 @@
-"""A fake quantiser whose range is trained with the weights, by torch's learnable ops: ModelOpt's LSQ covers NVFP4 weights only."""
+"""A fake quantiser with a trained range. It uses torch's learnable ops, since ModelOpt has LSQ only for NVFP4 weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from yolo_compress.quant.ranges import AMAX_FLOOR
 
+LOGARITHM = "log_amax"  # the parameter's name
+
 
 class LearnedRange(nn.Module):
-    """Learned step size quantisation, LSQ (Esser et al., arXiv 1902.08153), in the place of a quantiser with a fixed range.
+    """Fake quantiser with learned step size, LSQ (Esser et al., arXiv 1902.08153).
 
-    The gradient by the step is its equation 3, and, as in its section 2.2, is scaled by `1 / sqrt(N * high)` with N the elements
-    that one step serves. Outside the range no gradient reaches the input. What is trained is the logarithm of the range
-    (as in TQT, arXiv 1903.08066): it stays above 0, and an optimizer's step is relative to it, whatever a tensor's magnitude is.
+    The gradient with respect to the scale is equation 3 of the paper. As in its section 2.2 it is multiplied by
+    `1 / sqrt(N * high)`, where N is the number of elements per scale. Outside the range the input has no gradient.
+
+    The parameter is the logarithm of the range, as in TQT (arXiv 1903.08066). The range then stays above 0, and optimizer
+    steps are relative to it.
 
     Args:
-        amax: Range to start from: one number, or one an output channel, of shape (C, 1, 1, 1).
-        num_bits: Of the codes.
-        narrow_range: Codes from `-high` rather than `-high - 1`.
+        amax: Initial range: a scalar, or one value per output channel with shape (C, 1, 1, 1).
+        num_bits: Bits of the quantised values.
+        narrow_range: Use the integers from `-high` instead of from `-high - 1`.
     """
 
     is_enabled = True
@@ -34,7 +38,7 @@ class LearnedRange(nn.Module):
 
     @property
     def amax(self) -> Tensor:
-        """The range as it is now, without gradient."""
+        """Current range, without gradient."""
         return self.log_amax.detach().exp()
 
     def forward(self, x: Tensor) -> Tensor:

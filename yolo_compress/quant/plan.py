@@ -1,12 +1,12 @@
-"""Where the codes are: which tensors of a detector are INT8, which of them share a scale, and which convolutions read them.
+"""Plan which tensors of a detector are INT8, which of them share a scale, and which convolutions read them.
 
-Tensors are named as in `nets.flow`. A tensor is quantised once, where it is made, and every reader reads the codes: no
-tensor is read as INT8 and as float.
+Tensors are named as in `nets.flow`. A tensor is quantised once, where it is computed, and all readers use the INT8 values. No
+tensor is read both as INT8 and as float.
 
-One scale holds for all that meets in a sum or a concatenation and for what a pool, an upsampling or a chunk passes on. Only
-then do these layers work on codes: TensorRT moves a DequantizeLinear forward through them, and it cancels with the next
-QuantizeLinear where the scales are equal (NVIDIA, "Working with Quantized Types"; measured by NVIDIA on YOLOv7, yolo_deepstream:
-180 images a second without sharing, 207 with).
+All inputs and the output of a sum or concatenation share a scale, and so do input and output of a pool, upsampling or chunk.
+Only then can these layers run in INT8: TensorRT moves a DequantizeLinear forward through them, and it cancels with the next
+QuantizeLinear if the scales are equal (NVIDIA, "Working with Quantized Types"). NVIDIA measured 180 images a second on YOLOv7
+without shared scales and 207 with them (yolo_deepstream).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from yolo_compress.nets.flow import IMAGES, Flow
 
 __all__ = ["IMAGES", "Group", "Plan", "plan"]
 
-LEFT = "left in float as asked"
+LEFT_IN_FLOAT = "left in float as asked"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors with one scale, and who reads them.
+    """Tensors that share a scale.
 
     Attributes:
-        tensors: in the order of the network; the first names the group.
-        convs: the convolutions that read any of them, output convolutions of the head too.
-        joins: what made them one: modules whose sum, concatenation or pool they meet in.
-        why_float: empty for INT8.
+        tensors: names in the order of the model; the first is the name of the group.
+        convs: convolutions that read one of the tensors, including output convolutions of the head.
+        joins: modules whose sum, concatenation or pool makes the tensors share a scale.
+        why_float: reason why the group is float, empty if it is INT8.
     """
 
     tensors: tuple[str, ...]
@@ -44,22 +44,29 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Of the group: its first tensor."""
+        """Name of the group: its first tensor."""
         return self.tensors[0]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor between two layers and every convolution of a detector, in INT8 or in float, with the reason."""
+    """Precision of every tensor between two layers and of every convolution of a detector, with reasons for float.
+
+    Attributes:
+        groups: all groups, INT8 and float.
+        reads: convolution -> the tensor that it reads, "" for the convolution of DFL.
+        skipped: (convolution, reason) of each convolution that stays float.
+        sums: see `Flow.sums`.
+    """
 
     groups: tuple[Group, ...]
-    reads: dict[str, str] = field(repr=False)  # convolution -> the tensor it reads, or "" for DFL's
+    reads: dict[str, str] = field(repr=False)
     skipped: tuple[tuple[str, str], ...]
-    sums: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # as `Flow.sums`
+    sums: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def int8(self) -> tuple[Group, ...]:
-        """The groups with a scale."""
+        """The INT8 groups."""
         return tuple(group for group in self.groups if not group.why_float)
 
     @cached_property
@@ -74,11 +81,11 @@ class Plan:
         return tuple(name for name in self.reads if name not in floats)
 
     def group_of(self, tensor: str) -> Group:
-        """The group that a tensor is in."""
+        """Return the group of a tensor."""
         return next(group for group in self.groups if tensor in group.tensors)
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """(tensor, "int8" or "float", group, why) for people."""
+        """Yield (tensor, "int8" or "float", name of the group, reason) as text for the report."""
         for group in self.groups:
             readers = f"{len(group.convs)} convolution{'s' * (len(group.convs) != 1)}"
             why = group.why_float or f"read by {readers}"
@@ -89,23 +96,23 @@ class Plan:
 
 
 def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
-    """Every tensor that a convolution reads in INT8, but what enters the head's bare output convolutions and DFL.
+    """Plan INT8 for every tensor that a convolution reads, except the inputs of the head's output convolutions and of DFL.
 
-    Boxes (0 to 640 px) and logits leave through the output convolutions: a per-tensor INT8 step of their input would be
-    the resolution of the boxes. Ultralytics' QAT leaves the same ones in float.
+    Boxes (0 to 640 px) and logits come from the output convolutions. With an INT8 input, boxes would have the resolution of
+    one INT8 step. Ultralytics' QAT leaves the same convolutions in float.
 
     Args:
-        model: A detector of a supported family, pruned or not, fake-quantised or not. Not changed.
+        model: A detector of a supported family, pruned or not, with or without fake quantisers. It is not changed.
         left: Names of groups to leave in float, with all convolutions that read them.
 
     Raises:
-        RecipeError: A block of no supported family (names it), a group of `left` that there is not, or nothing left to quantise.
+        RecipeError: A block belongs to no supported family, a group of `left` is unknown, or nothing is left to quantise.
     """
     flow = flow_of(model)
     groups = _groups(flow, left)
     if unknown := set(left) - {group.name for group in groups}:
         known = ", ".join(group.name for group in groups if not group.why_float or group.name in left)
-        raise RecipeError(f"no group of tensors is named {', '.join(sorted(unknown))}; there are {known}")
+        raise RecipeError(f"unknown group of tensors {', '.join(sorted(unknown))}, expected one of {known}")
     floats = {conv: group.why_float for group in groups if group.why_float for conv in group.convs}
     reasons = {
         name: flow.float_only.get(name) or floats.get(name, "")
@@ -121,7 +128,10 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
 
 
 def _groups(flow: Flow, left: Collection[str]) -> tuple[Group, ...]:
-    """In the order of the first tensors; a group is float if only float convolutions read it, or if it is in `left`."""
+    """Return the groups in the order of their first tensors.
+
+    A group is float if only float convolutions read it, or if it is in `left`.
+    """
     members: dict[str, list[str]] = {}
     for tensor in flow.root:
         members.setdefault(flow.find(tensor), []).append(tensor)
@@ -129,7 +139,7 @@ def _groups(flow: Flow, left: Collection[str]) -> tuple[Group, ...]:
     for root, tensors in members.items():
         convs = tuple(name for name, tensor in flow.reads.items() if tensor and flow.find(tensor) == root)
         joins = tuple(where for tensor, where in flow.joined if flow.find(tensor) == root)
-        why = LEFT if root in left else ""
+        why = LEFT_IN_FLOAT if root in left else ""
         if all(name in flow.float_only for name in convs):
             why = f"read by {', '.join(convs)} alone" if convs else "read by nothing"
         found.append(Group(tuple(tensors), convs, joins, why))

@@ -1,7 +1,8 @@
-"""The ranges of a quantised network as plain data: what QAT and PTQ hand to export, and nothing of any library.
+"""Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute them, export reads them.
 
-A range is an `amax`: codes are `round(x * qmax / amax)`, symmetric, zero point 0, so `scale = amax / qmax`. `qmax` is 127 for
-activations and `QuantState.weight_qmax` for weights. Every form of the INT8 net holds these codes and no others.
+A range is the largest absolute value that INT8 represents, `amax`. INT8 values are `round(x * qmax / amax)`, symmetric with
+zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and `QuantState.weight_qmax` for weights. All INT8 files
+contain the same values.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from yolo_compress.quant.plan import Group
 
 VERSION = 3  # 3: weight_bits
 QMAX = 127  # symmetric INT8
-# x86 without VNNI adds two products of INT8 codes in 16 bits and saturates: 8-bit weights then give garbage, silently
-# (YOLOv8n on BCCD: 0.613 -> 0.049). 255 * 63 * 2 fits. NNCF's `overflow_fix` and ONNX Runtime's `reduce_range` are the same remedy.
+# x86 without VNNI adds two products of INT8 values in 16 bits and saturates. With 8-bit weights the results are then wrong
+# without any error: mAP50-95 of YOLOv8n on BCCD fell from 0.613 to 0.049. 255 * 63 * 2 fits into 16 bits, so 7-bit weights are
+# safe. NNCF's `overflow_fix` and ONNX Runtime's `reduce_range` do the same.
 WEIGHT_BITS = 7
-AMAX_FLOOR = 1e-6  # above 2**-24, at and below which ModelOpt takes a range for zero and every code of it becomes 0
+AMAX_FLOOR = 1e-6  # smallest range: ModelOpt treats ranges up to 2**-24 as zero and then quantises every value to 0
 
 
 @dataclass(frozen=True)
 class QuantState:
-    """Ranges by module name, in the order in which the network defines them.
+    """Ranges by module name, in the order of the model.
 
     Attributes:
-        activations: Tensor, as `placement` names it -> amax; equal where tensors share a scale.
-        weights: Convolution -> amax_C of its weight (one an output channel).
-        outputs: Convolution -> amax of its output before the activation (after BatchNorm), for runtimes that fuse nothing
-            without it.
-        folded: Whether BatchNorm has been folded into the weights that `weights` speaks of.
-        method: How the activation ranges were found, for the record.
-        weight_bits: Of the INT8 weights, 8 or 7 (codes -63 to 63).
+        activations: Tensor (named as in `nets.flow`) -> amax; equal for tensors that share a scale.
+        weights: Convolution -> amax of its weight per output channel.
+        outputs: Convolution -> amax of its output after BatchNorm and before the activation. Some runtimes need it to fuse
+            layers.
+        folded: BatchNorm is folded into the ranges of the weights.
+        method: Calibration method of the activations, for the report.
+        weight_bits: Bits of the INT8 weights: 8, or 7 (values -63 to 63).
     """
 
     activations: Mapping[str, float]
@@ -61,7 +63,7 @@ class QuantState:
 
     @property
     def weight_qmax(self) -> int:
-        """Largest code of a weight."""
+        """Largest INT8 value of a weight."""
         return int(2 ** (self.weight_bits - 1)) - 1
 
     @property
@@ -70,7 +72,7 @@ class QuantState:
         return tuple(self.weights)
 
     def without(self, groups: Iterable[Group]) -> QuantState:
-        """The state with groups of the plan left in float, and with them the convolutions that read them."""
+        """Return the state without some groups of the plan and the convolutions that read them, which become float."""
         groups = list(groups)
         tensors = {tensor for group in groups for tensor in group.tensors}
         convs = {conv for group in groups for conv in group.convs}
@@ -82,7 +84,7 @@ class QuantState:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The state as JSON types; floats survive the round trip exactly."""
+        """Return the state as JSON types. `from_json` restores floats exactly."""
         return {
             "version": VERSION,
             "folded": self.folded,
@@ -95,10 +97,10 @@ class QuantState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantState:
-        """Inverse of `to_json`.
+        """Return the state from the result of `to_json`.
 
         Raises:
-            CorruptArtifact: Keys are missing, of the wrong type, or of another version.
+            CorruptArtifact: Keys are missing or of the wrong type, or the version is not supported.
         """
         if data.get("version") != VERSION:
             raise CorruptArtifact(f"quantiser state: version {data.get('version')}, expected {VERSION}; run qat again")
@@ -112,39 +114,41 @@ class QuantState:
                 weight_bits=int(data["weight_bits"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptArtifact(f"quantiser state: not readable ({type(error).__name__}: {error})") from error
+            raise CorruptArtifact(
+                f"quantiser state: cannot be read ({type(error).__name__}: {error}); run qat again"
+            ) from error
 
     def dumps(self) -> str:
-        """The state as a JSON document: same state, same bytes."""
+        """Return the state as a JSON document. Equal states give equal bytes."""
         return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> QuantState:
-        """Read what `dumps` gave.
+        """Read a file written with `dumps`.
 
         Raises:
-            CorruptArtifact: Not JSON, or not a quantiser state.
-            StorageError: It cannot be read.
+            CorruptArtifact: The file is not JSON, or not a quantiser state.
+            StorageError: The file cannot be read.
         """
         return cls.from_json(strict_json.load(path, CorruptArtifact, "; run qat again"))
 
 
 def fold(state: QuantState, model: nn.Module) -> QuantState:
-    """The state for the network whose BatchNorms are folded into its convolutions.
+    """Return the state for the model after its BatchNorms are folded into its convolutions.
 
-    The folded weight of output channel c is `w_c * gamma_c / sqrt(var_c + eps)`, so its range scales by the absolute value
-    of that factor and no INT8 code moves but for its sign (the code range of weights is symmetric, -127 to 127). A channel
-    whose factor is 0 has weight 0 in any code; its range becomes `AMAX_FLOOR`, since a scale may not be 0.
+    The folded weight of output channel c is `w_c * gamma_c / sqrt(var_c + eps)`. Its range is multiplied by the absolute value
+    of that factor, so INT8 values change at most their sign (the values of weights are symmetric, -127 to 127). If the factor
+    is 0, the range becomes `AMAX_FLOOR`, since a scale must not be 0.
 
     Args:
-        state: Ranges of `model` as it is.
-        model: The network before folding, in the convolution-BatchNorm blocks of Ultralytics (`x.conv`, `x.bn`).
+        state: Ranges of `model`.
+        model: The model before folding, with the convolution-BatchNorm blocks of Ultralytics (`x.conv`, `x.bn`).
 
     Raises:
-        CorruptArtifact: `state` is folded already, or speaks of another network.
+        CorruptArtifact: `state` is already folded, or belongs to another model.
     """
     if state.folded:
-        raise CorruptArtifact("quantiser state: BatchNorm is folded into it already")
+        raise CorruptArtifact("quantiser state: BatchNorm is already folded in")
     modules = dict(model.named_modules())
     weights = {}
     for name, amax_C in state.weights.items():
@@ -153,7 +157,7 @@ def fold(state: QuantState, model: nn.Module) -> QuantState:
         conv = modules.get(name)
         if not isinstance(conv, nn.Conv2d) or conv.out_channels != len(amax_C):
             got = "nothing" if conv is None else str(conv)
-            raise CorruptArtifact(f"quantiser state: {name} has {len(amax_C)} output channels, the network has {got}")
+            raise CorruptArtifact(f"quantiser state: {name} has {len(amax_C)} output channels, the model has {got}")
         if isinstance(bn, nn.BatchNorm2d):
             assert bn.running_var is not None
             factor_C = (bn.weight / torch.sqrt(bn.running_var + bn.eps)).abs().detach().float().cpu()

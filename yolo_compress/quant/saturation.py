@@ -1,6 +1,6 @@
-"""Whether a runtime adds products of 8-bit weights exactly on this processor: tried, not looked up.
+"""Measure whether a runtime adds products of 8-bit weights exactly on this processor.
 
-x86 without VNNI adds two products of codes in 16 bits and saturates in silence (`quant.ranges.WEIGHT_BITS`).
+x86 without VNNI adds two products of INT8 values in 16 bits and saturates without an error (`quant.ranges.WEIGHT_BITS`).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from yolo_compress.runtime.engine import BACKENDS, open_engine
 
 CHANNELS, SIDE, ROWS = 64, 32, 5
 QMAX = 127
-MOST_APART = 0.02  # of the exact sum; saturation halves it
+MAX_ERROR = 0.02  # relative to the exact sum; saturation halves the sum
 
 
 def saturates(runtime: str) -> bool:
-    """Build a network of two convolutions whose codes are all the largest there are, and compare its sum with the exact one.
+    """Return whether a runtime saturates: run two convolutions with the largest INT8 values and compare with the exact sum.
 
     Args:
-        runtime: Key of `BACKENDS` that is installed.
+        runtime: Key of `BACKENDS`. The runtime must be installed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         file, engine = Path(scratch, "int8.onnx"), Path(scratch, "engine")
-        onnx.save(_network(), str(file))
+        onnx.save(_largest_values_model(), str(file))
         BACKENDS[runtime].build(file, engine, "int8")
         with open_engine(engine) as backend:
             sums = backend(np.ones((1, 3, SIDE, SIDE), np.float32))
-    return bool(np.abs(sums - 1).max() > MOST_APART)
+    return bool(np.abs(sums - 1).max() > MAX_ERROR)
 
 
-def _network() -> onnx.ModelProto:
-    """Ones in, ones out: UINT8 activations around zero point 128, INT8 weights, as in `qdq` for CPUs."""
+def _largest_values_model() -> onnx.ModelProto:
+    """Return a model that computes ones from ones, with UINT8 activations (zero point 128) and INT8 weights as for CPUs."""
     graph = helper.make_graph(
         [],
         "largest_codes",
@@ -52,23 +52,23 @@ def _network() -> onnx.ModelProto:
         graph.node.append(helper.make_node(kind, inputs, [output], output, **attributes))
         return output
 
-    def coded(name: str) -> str:
-        """Codes of 0 to 1, where 1 is the largest."""
+    def quantised(name: str) -> str:
+        """Add Q and DQ with the range 1, so that a value of 1 becomes the largest INT8 value."""
         pair = [
             constant(f"{name}_scale", np.array(1 / QMAX, np.float32)),
             constant(f"{name}_zero", np.array(128, np.uint8)),
         ]
         return add("DequantizeLinear", [add("QuantizeLinear", [name, *pair], f"{name}_Q"), *pair], f"{name}_DQ")
 
-    def conv(read: str, name: str, wide: int, out: int) -> str:
-        codes = constant(f"{name}_w", np.full((out, wide, 1, 1), QMAX, np.int8))
-        scale = constant(f"{name}_w_scale", np.full(out, 1 / (QMAX * wide), np.float32))
+    def conv(read: str, name: str, in_channels: int, out: int) -> str:
+        int8_values = constant(f"{name}_w", np.full((out, in_channels, 1, 1), QMAX, np.int8))
+        scale = constant(f"{name}_w_scale", np.full(out, 1 / (QMAX * in_channels), np.float32))
         zero = constant(f"{name}_w_zero", np.zeros(out, np.int8))
-        weight = add("DequantizeLinear", [codes, scale, zero], f"{name}_w_DQ", axis=0)
+        weight = add("DequantizeLinear", [int8_values, scale, zero], f"{name}_w_DQ", axis=0)
         bias = constant(f"{name}_bias", np.zeros(out, np.float32))
-        return coded(add("Conv", [read, weight, bias], name, kernel_shape=[1, 1]))
+        return quantised(add("Conv", [read, weight, bias], name, kernel_shape=[1, 1]))
 
-    last = conv(conv(coded("images"), "first", 3, CHANNELS), "second", CHANNELS, ROWS)
+    last = conv(conv(quantised("images"), "first", 3, CHANNELS), "second", CHANNELS, ROWS)
     add("Reshape", [last, constant("shape", np.array([1, ROWS, SIDE * SIDE], np.int64))], "output0")
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     helper.set_model_props(model, {"names": str({0: "ones"}), "imgsz": str([SIDE, SIDE])})

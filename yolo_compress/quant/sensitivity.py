@@ -1,7 +1,7 @@
-"""Which tensors INT8 hurts: each group of the plan left in float alone, measured, ranked; then the cheapest set that is enough.
+"""Measure how much each group of the plan loses in INT8, and choose the cheapest groups to leave in float.
 
-A group is what shares a scale; left in float, the convolutions that read it are float too, so no tensor is read in both. Leave-one-out
-is NVIDIA's measure (yolo_deepstream, `sensitive_analysis`), there with one block at a time and no price.
+With a group in float, the convolutions that read it are float too, so no tensor is read in both precisions. NVIDIA measures
+one block at a time in the same way, without costs (yolo_deepstream, `sensitive_analysis`).
 """
 
 from __future__ import annotations
@@ -17,85 +17,96 @@ from yolo_compress.quant.fakequant import in_float
 from yolo_compress.quant.plan import Plan
 
 Value = Callable[[nn.Module], float]
-RESOLUTION_MS = 1e-3  # of the runtimes' profiles, so the least that a group can cost
+RESOLUTION_MS = 1e-3  # resolution of the runtimes' profiles, and so the smallest cost of a group
 
 
 def measure(
     model: nn.Module, placed: Plan, value: Value, done: dict[str, float], after_each: Callable[[], None]
 ) -> dict[str, float]:
-    """`value` of the quantised net with one group in float, for every INT8 group of the plan.
+    """Measure the quantised model with one group in float, for every INT8 group of the plan.
 
     Args:
-        model: Attached (`fakequant.attach`); changed while it is measured, as it was afterwards.
+        model: Model with fake quantisers (`fakequant.attach`). It is unchanged after the call.
         placed: `quant.plan.plan(model)`.
-        value: A loss (lower is better) or mAP (higher is better) of the model as it is.
-        done: Groups measured before; the new ones are added to it.
-        after_each: Called after each group, to save `done` and show progress.
+        value: Returns the loss (lower is better) or mAP (higher is better) of the model.
+        done: Values of groups measured before; the new values are added in place.
+        after_each: Called after each group to save `done` and show progress.
+
+    Returns:
+        `done`: value of the model by the name of the group in float.
 
     Raises:
-        NumericsError: A value is NaN or infinite; names the group.
+        NumericsError: A value is NaN or infinite.
     """
     for group in placed.int8:
         if group.name in done:
             continue
         with in_float(model, [group]):
-            found = value(model)
-        if not isfinite(found):
-            raise NumericsError(f"qat: the net's loss is NaN or infinite with {group.name} in float")
-        done[group.name] = found
+            measured = value(model)
+        if not isfinite(measured):
+            raise NumericsError(f"qat: the loss is NaN or infinite with {group.name} in float; check the model")
+        done[group.name] = measured
         after_each()
     return done
 
 
 def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Milliseconds that each INT8 group costs in float: what the convolutions that read it take longer then.
+    """Return the latency in ms that each INT8 group costs in float: how much slower the convolutions that read it are.
 
     Args:
         placed: `quant.plan.plan(model)`.
-        layer_ms: Convolution -> (in FP32, in INT8), each with its activation, from engines of the whole net.
+        layer_ms: Convolution -> (FP32 ms, INT8 ms), each with its activation, from engines of the complete model.
 
     Returns:
-        At least `RESOLUTION_MS`, for groups that INT8 makes no faster too: one of no price would come before all others.
+        Name of the group -> cost in ms, at least `RESOLUTION_MS`. A group with a cost of 0 would always be chosen first.
 
     Raises:
-        CompressError: A convolution was not timed; names it.
+        CompressError: A convolution of the plan was not timed.
     """
     convs = {group.name: [name for name in group.convs if name in placed.convs] for group in placed.int8}
     if untimed := sorted({name for names in convs.values() for name in names} - set(layer_ms)):
-        raise CompressError(f"qat: {', '.join(untimed)} of the plan are not among {len(layer_ms)} timed convolutions")
-    lost = {group: sum(layer_ms[name][0] - layer_ms[name][1] for name in names) for group, names in convs.items()}
-    return {group: max(ms, RESOLUTION_MS) for group, ms in lost.items()}
+        raise CompressError(
+            f"qat: {', '.join(untimed)} of the plan are not among the {len(layer_ms)} timed convolutions; report this as a bug"
+        )
+    slowdown_ms = {
+        group: sum(layer_ms[name][0] - layer_ms[name][1] for name in names) for group, names in convs.items()
+    }
+    return {group: max(ms, RESOLUTION_MS) for group, ms in slowdown_ms.items()}
 
 
 def choose(
     model: nn.Module,
     placed: Plan,
-    alone: Mapping[str, float],
+    single_values: Mapping[str, float],
     price: Mapping[str, float],
     value: Value,
     int8: float,
-    worst: float,
+    limit: float,
     higher_is_better: bool,
 ) -> tuple[tuple[str, ...], float]:
-    """Groups to leave in float so that `value` is at `worst` or better, and the value then.
+    """Choose groups to leave in float so that `value` reaches `limit`.
 
-    Greedy by what a group alone gives back for its price; each step is measured, since groups are not independent. A group that
-    gives nothing back alone is never taken. Afterwards each group taken is put back into INT8 if the rest is enough.
+    The search is greedy by gain per cost, where the gain of a group is measured with this group alone in float. Each step is
+    measured, since groups are not independent. A group without gain is never chosen. At the end each chosen group returns to
+    INT8 if the others suffice.
 
     Args:
-        model: Attached.
+        model: Model with fake quantisers.
         placed: Its plan.
-        alone: From `measure`.
-        price: Of a group in float, above 0: GFLOPs of its convolutions, or `price_ms`.
+        single_values: Result of `measure`.
+        price: Cost of each group in float, above 0: GFLOPs of its convolutions, or `price_ms`.
         value: As in `measure`.
-        int8: `value` with everything in INT8.
-        worst: The least that will do.
-        higher_is_better: mAP, not loss.
+        int8: Value with all groups in INT8.
+        limit: Worst value that is acceptable.
+        higher_is_better: True for mAP, False for loss.
+
+    Returns:
+        Names of the chosen groups, and the value with them in float.
     """
     sign = 1.0 if higher_is_better else -1.0
-    gain = {name: sign * (found - int8) for name, found in alone.items()}
+    gain = {name: sign * (single - int8) for name, single in single_values.items()}
     groups = {group.name: group for group in placed.int8}
-    taken: list[str] = []
+    chosen: list[str] = []
     best = int8
 
     def with_float(names: list[str]) -> float:
@@ -103,20 +114,20 @@ def choose(
             return value(model)
 
     for name in sorted(gain, key=lambda name: (-gain[name] / price[name], name)):
-        if sign * (best - worst) >= 0 or gain[name] <= 0:
+        if sign * (best - limit) >= 0 or gain[name] <= 0:
             break
-        taken.append(name)
-        best = with_float(taken)
-    for name in sorted(taken, key=lambda name: -price[name]):
-        fewer = [other for other in taken if other != name]
-        found = with_float(fewer) if sign * (best - worst) >= 0 else None
-        if found is not None and sign * (found - worst) >= 0:
-            taken, best = fewer, found
-    return tuple(taken), best
+        chosen.append(name)
+        best = with_float(chosen)
+    for name in sorted(chosen, key=lambda name: -price[name]):
+        fewer = [other for other in chosen if other != name]
+        without = with_float(fewer) if sign * (best - limit) >= 0 else None
+        if without is not None and sign * (without - limit) >= 0:
+            chosen, best = fewer, without
+    return tuple(chosen), best
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The float net, the INT8 net, then a row a group, what it gives back first."""
+    """Return the table of the report: the float model, the INT8 model, then one row per group by descending gain."""
     name, better = found["measure"], 1 if found["measure"] == "map50_95" else -1
     ends = [{"group": "all float", name: found["float"]}, {"group": "all int8", name: found["int8"]}]
     ranked = sorted(found["groups"].items(), key=lambda item: better * (found["int8"] - item[1]))

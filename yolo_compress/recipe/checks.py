@@ -40,7 +40,7 @@ def contradictions(recipe: Sections) -> Iterator[str]:
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
         yield (
             f"bench.iterations={recipe.bench.iterations} is less than bench.rounds={recipe.bench.rounds}: "
-            "give each round an iteration at least"
+            "give each round at least one iteration"
         )
     for knob in ("max_drop", "sensitivity_price"):
         if recipe.qat and recipe.qat.sensitivity == "off" and getattr(recipe.qat, knob) != _default(recipe.qat, knob):
@@ -85,7 +85,7 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
         elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect with prune.latency_table, which names its own runtime and precision: leave it out"
     if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
-        yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round an epoch at least"
+        yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round at least one epoch"
 
 
 def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:

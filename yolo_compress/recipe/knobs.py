@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from ..choices import CRITERIA, FEATURE_LOSSES
 from ..files import strict_yaml
 from ..runtime import registry
+from .choices import CRITERIA, FEATURE_LOSSES
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
@@ -160,7 +160,7 @@ SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
     when="Lower it when the loss jumps or becomes NaN.",
     group="Training")]
 WarmupEpochs = Annotated[float, knob(
-    "Number of first epochs during which the learning rate rises to lr0. Fractions are allowed.",
+    "Epochs at the start of the training during which the learning rate rises to lr0. Fractions are allowed.",
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..choices import CRITERIA, FEATURE_LOSSES, allowed, described
+from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knobs import (
     TEXT,
     Batch,
@@ -236,7 +236,7 @@ class SparsifyConfig(TrainConfig):
         when="Set 1 for SGD and for long trainings.",
         group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
     ramp_epochs: Annotated[float, knob(
-        "Number of first epochs during which lambda rises from 0.",
+        "Epochs at the start of the training during which lambda rises from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
@@ -412,7 +412,7 @@ class DistillConfig(TrainConfig):
         allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
     )] = None
     ramp_epochs: Annotated[float, knob(
-        "Number of first epochs during which the weights of all distillation losses rise from 0.",
+        "Epochs at the start of the training during which the weights of all distillation losses rise from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
     off_without_mosaic: Annotated[bool, knob(
@@ -519,7 +519,7 @@ class ExportConfig(Section):
         group="Files")] = False
     calibration_cache: Annotated[bool, knob(
         "Also write int8-implicit.onnx and int8-implicit.cache: the same scales without Q/DQ, for TensorRT 8 and 10 "
-        "and for the DLA. Not tested on a device yet.",
+        "and for the DLA. These files have never run on a device.",
         when="Set true for the DLA of a Jetson Orin or Xavier.",
         group="Advanced")] = False
     calib_images: CalibImages = 128

@@ -1,1 +1,1 @@
-"""Grey release: shadow logs of two models, tests that may be looked at any time, and the state of the release."""
+"""Staged rollout: shadow logs of two models, statistical tests that are valid at every look, and the state of the release."""

@@ -1,22 +1,23 @@
-"""Grey release: whether a canary B may see more robots, from what it said beside A of the same frames.
+"""Verdict of a staged rollout: decide whether more robots may run the canary B, from the detections of A and B on the same frames.
 
-A rule compares one quantity with its budget, by a test that may be looked at at any time (`sequential.py`). At each look:
+A rule compares one quantity with its budget, by a test that is valid at every look (`bets.py`). The verdict of a look is:
 
-    abort    some rule is surely beyond its budget, or B is dead: A went on without it for as many frames and hours as evidence needs
-    advance  every rule is surely within its budget, on enough frames over enough time, and the later half of them agrees
-    hold     anything else: what is not known yet is no pass
+    abort    A rule is surely beyond its budget, or B is dead: A has as many frames and hours after B's last line as a stage needs.
+    advance  Every rule is surely within its budget, on enough frames over enough time, and also in the later half of the frames.
+    hold     Otherwise. Unknown is not a pass.
 
-Over all looks and stages of one release, a canary that is within every budget is aborted with probability `ALPHA` at most, and one that
-is beyond some budget advances with probability `ALPHA` at most. Each stage, and the time after the last, takes its evidence from frames
-of its own, and a fifth of alpha; the abort of a stage is shared by its rules, and to advance all have to agree anyway.
+The error rates hold over all looks and stages of one release. A canary within all budgets is aborted with a probability of at most
+`ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage, uses
+only its own frames and a fifth of alpha. For an abort, the rules share that fifth. For an advance, each rule may use all of it,
+because all rules must agree.
 
-Stamps are of the robot's clock, which may not be set yet when it starts. So time is counted from frame to frame, a gap by `PAUSE_S` at
-most, and frames from after now are left out.
+Time stamps come from the robot's clock, which may not be set yet at start-up. So time is counted from frame to frame, a gap counts as
+at most `PAUSE_S`, and frames with a time in the future are left out.
 
-These levels are of the rules. Silence is no sample: a dead process, or a log of B that was handed in so much shorter than A's. A canary
-that falls out and comes back is held while it lacks more than `MAX_SILENT` of A's frames.
+The error rates are those of the rules. They do not cover missing lines of B: a dead process, or a log of B that is much shorter than
+A's. A canary that stops and restarts is held while it has no line for more than `MAX_SILENT` of A's frames.
 
-What it cannot see: night, if it was day; and what both models miss, unless there are labels (`truth`).
+The verdict cannot cover scenes that did not occur, such as night. Without labels (`truth`), it does not see what both models miss.
 """
 
 from __future__ import annotations
@@ -48,27 +49,28 @@ from yolo_compress.rollout.state import STAGES, State, step
 
 SCHEMA = 1
 ALPHA = 0.05
-SPACING_S = 1.0  # frames nearer than this show the same scene again and are no evidence of their own
-PAUSE_S = 60.0  # of a longer gap only this much counts: the robot was off, or its clock was set
-MAX_AHEAD_S = 86400.0  # how far a robot's clock may be ahead of this machine's
+SPACING_S = 1.0  # frames closer in time show the same scene, and are no further evidence
+PAUSE_S = 60.0  # largest time that a gap counts: in a longer gap the robot was off, or its clock was set
+MAX_AHEAD_S = 86400.0  # largest time by which the robot's clock may be ahead of this machine's
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What B may be worse by. Means over frames.
+    """How much worse than A the canary B may be, as means over frames; and how much evidence a stage needs.
 
-    The defaults of the first three kinds of difference lie above what compressed nets of three small sets (BCCD, NEU-DET, digits) came
-    to against their originals: 0.07 to 0.17 in `disagreement`, up to 0.08 in `count` and 0.07 in `score` (benchmarks/disagreement.py).
+    The defaults of `disagreement`, `count` and `score` are above the values of compressed models on three small data sets (BCCD,
+    NEU-DET, digits), compared with their baselines: 0.07 to 0.17 in `disagreement`, up to 0.08 in `count` and 0.07 in `score`
+    (benchmarks/disagreement.py).
 
     Attributes:
-        problems: share of frames where B has a problem and A none, less the reverse.
-        disagreement: share of boxes, A's and B's, without a partner of their class at IoU 0.5.
-        count: boxes B has more or fewer, as share of the larger number.
-        score: points by which scores of partners differ.
-        p50_ratio, p99_ratio: of B's end-to-end milliseconds to A's.
-        recall: share of the labelled boxes that A finds and B does not, less the reverse; where there is truth.
-        frames: least number of pairs, `SPACING_S` apart.
-        hours: least time that they cover; a gap counts as a minute at most.
+        problems: Fraction of frames where only B has a problem, minus the fraction where only A has one.
+        disagreement: Fraction of the boxes of A and B without a partner of their class at IoU 0.5.
+        count: Difference of the numbers of boxes, as a fraction of the larger number.
+        score: Difference of the scores of partners.
+        p50_ratio, p99_ratio: End-to-end latency of B divided by that of A.
+        recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. Needs labels.
+        frames: Smallest number of pairs, at least `SPACING_S` apart.
+        hours: Smallest time that they cover; a gap counts as at most a minute.
     """
 
     problems: float = 0.01
@@ -83,10 +85,10 @@ class Budgets:
 
 
 def budgets(text: str | None) -> Budgets:
-    """Reads `disagreement:0.3,p99_ratio:2`; what is not named keeps its default.
+    """Read budgets such as `disagreement:0.3,p99_ratio:2`. The others have their defaults.
 
     Raises:
-        RecipeError: another name, or a value that cannot be one.
+        RecipeError: A name is unknown or repeated, or a value is out of range.
     """
     given: dict[str, Any] = {}
     names = [field.name for field in fields(Budgets)]
@@ -101,8 +103,8 @@ def budgets(text: str | None) -> Budgets:
         )
         if name not in names or name in given or not inside or not math.isfinite(number):
             raise RecipeError(
-                f"command line: budgets: got {part.strip()!r}, expected NAME:NUMBER, each once, of {', '.join(names)} "
-                "(a ratio from 1, the others between 0 and 1, frames and hours from 0)"
+                f"command line: budgets: got {part.strip()!r}, expected NAME:NUMBER, where each NAME is given once and is one of "
+                f"{', '.join(names)} (a ratio is at least 1, frames and hours at least 0, the others between 0 and 1)"
             )
         given[name] = int(number) if name == "frames" else number
     return replace(Budgets(), **given)
@@ -110,7 +112,7 @@ def budgets(text: str | None) -> Budgets:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A quantity: what it is, its interval (at the level of an abort), and what is sure about its budget."""
+    """Result of one rule: the quantity, its interval (at the level of an abort), and whether the budget is met."""
 
     name: str
     value: float
@@ -131,25 +133,28 @@ def judge(
     cap: float = 1.0,
     now: float | None = None,
 ) -> tuple[Document, State]:
-    """Looks at the evidence of the present stage.
+    """Judge the evidence of the current stage.
 
     Args:
-        truth: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
-        cap: the largest exposure this call may lead to.
-        now: unix seconds; default this machine's clock.
+        log_a, log_b: Logs of the model in use and of the canary.
+        state: State of the release before this look.
+        allowed: Budgets.
+        truth: Labels: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+        cap: Largest exposure that this look may lead to, 0 to 1.
+        now: Unix time in seconds. Default: this machine's clock.
 
     Returns:
-        The document, and the state after it.
+        The document (NaN and infinity as null), and the state after this look.
 
     Raises:
-        DataError: not one frame in common, the logs were not written beside each other, or all frames of one are from after now.
-        RecipeError: A and B are the same model, or not those of the state.
+        DataError: The logs have no frame in common, were not written at the same time, or all frames of one are in the future.
+        RecipeError: A and B are the same model, or are not the models of the state.
     """
     _check_models(log_a, log_b, state)
     now = time.time() if now is None else now
-    log_a, ahead_a = _until(log_a, now)
-    log_b, ahead_b = _until(log_b, now)
-    if state.since > now + MAX_AHEAD_S:  # by a frame from after now, which an earlier version took for evidence
+    log_a, ahead_a = _without_future(log_a, now)
+    log_b, ahead_b = _without_future(log_b, now)
+    if state.since > now + MAX_AHEAD_S:  # an earlier version used frames in the future as evidence
         state = replace(state, since=now)
     pairs = _paired(log_a, log_b)
     used = _spaced([match for match in pairs.frames if match[0].at > state.since])
@@ -162,14 +167,14 @@ def judge(
         status, reasons = "abort", [*(reasons if status == "abort" else []), dead]
     after = step(state, status, used[-1][0].at if used else state.since, cap)
     if status == "advance" and after == state:
-        whole = "B runs on every robot already, and is within its budgets"
-        status, reasons = "hold", [whole if state.status == "done" else f"the next stage is above the cap of {cap:.0%}"]
+        done = "B runs on every robot already, and is within its budgets"
+        status, reasons = "hold", [done if state.status == "done" else f"the next stage is above the cap of {cap:.0%}"]
     if state.status == "aborted":
-        status, reasons = "abort", ["aborted before; a new release begins with another version and another state file"]
+        status, reasons = "abort", ["aborted before; start a new release with another version and another state file"]
     if ahead_a or ahead_b:
         reasons = [
             *reasons,
-            f"{ahead_a} lines of A and {ahead_b} of B are from after now and left out: set the robot's clock",
+            f"{ahead_a} lines of A and {ahead_b} of B are in the future and left out: set the robot's clock",
         ]
     document: Document = {
         "schema": SCHEMA,
@@ -200,80 +205,90 @@ def judge(
 def _check_models(log_a: Log, log_b: Log, state: State) -> None:
     if log_a.model == log_b.model:
         name, version = log_a.model
-        raise RecipeError(f"{log_a.path} and {log_b.path}: both of {name} version {version}; A and B have to differ")
+        raise RecipeError(f"{log_a.path} and {log_b.path}: both are of {name} version {version}; A and B must differ")
     if (log_a.model, log_b.model) != (state.a, state.b):
         raise RecipeError(
-            f"the logs are of {log_a.model} and {log_b.model}, the release is of {state.a} and {state.b}; "
+            f"the logs are of {log_a.model} and {log_b.model}, but the release is of {state.a} and {state.b}; "
             "another release needs another state file"
         )
 
 
-def _until(log: Log, now: float) -> tuple[Log, int]:
-    """The log without the frames from after now, and how many those are."""
+def _without_future(log: Log, now: float) -> tuple[Log, int]:
+    """Return the log without frames in the future, and their number."""
     frames = tuple(frame for frame in log.frames if frame.at <= now + MAX_AHEAD_S)
     if not frames:
         raise DataError(
-            f"{log.path}: every line is from after now ({time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC by this machine's "
-            "clock); set the clock that is wrong, this machine's or the robot's"
+            f"{log.path}: every line is in the future (this machine's clock says {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} "
+            "UTC); set the clock that is wrong, this machine's or the robot's"
         )
     return replace(log, frames=frames), len(log.frames) - len(frames)
 
 
 def _hours(frames: Sequence[Frame]) -> float:
-    """Time that the frames cover, in their order; a gap counts as `PAUSE_S` at most."""
+    """Return the hours that the frames cover. A gap counts as at most `PAUSE_S`."""
     gaps_s = (min(later.at - frame.at, PAUSE_S) for frame, later in pairwise(frames))
     return sum(gaps_s) / 3600
 
 
 def _paired(log_a: Log, log_b: Log) -> Pairs:
+    """Pair the frames of the two logs.
+
+    Raises:
+        DataError: The logs have no frame in common, or were not written at the same time.
+    """
     pairs = pair(log_a.frames, log_b.frames)
     if abs(pairs.skew_s) > MAX_SKEW_S:
         raise DataError(
-            f"{log_a.path} and {log_b.path}: B says the same frame names {round(abs(pairs.skew_s), 2)} s "
-            f"{'later' if pairs.skew_s > 0 else 'earlier'} than A, {MAX_SKEW_S:g} s may be: not beside each other, or frame numbers of "
-            "two processes that started apart; run both on one robot, on frames whose names say what they are (stamps: ros2_node.py)"
+            f"{log_a.path} and {log_b.path}: B has the same frame names {round(abs(pairs.skew_s), 2)} s "
+            f"{'later' if pairs.skew_s > 0 else 'earlier'} than A, at most {MAX_SKEW_S:g} s is allowed. The models did not run at the "
+            "same time, or the names are frame numbers of processes that started at different times. Run both on one robot, with "
+            "time stamps as frame names (ros2_node.py)"
         )
     if not pairs.frames:
         raise DataError(
-            f"{log_a.path} and {log_b.path}: not one frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
-            f"both models have to see the same frames beside each other, within {MAX_APART_S:g} s"
+            f"{log_a.path} and {log_b.path}: no frame in common ({len(log_a.frames)} and {len(log_b.frames)} frames); "
+            f"both models must see the same frames within {MAX_APART_S:g} s"
         )
     return pairs
 
 
 def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:
-    """Those at least `SPACING_S` after the one before; chosen by time alone, so that no outcome has a say."""
-    found: list[tuple[Frame, Frame]] = []
+    """Return pairs that are at least `SPACING_S` apart. The choice depends on time alone, never on the detections."""
+    chosen: list[tuple[Frame, Frame]] = []
     for match in pairs:
-        if not found or match[0].at - found[-1][0].at >= SPACING_S:
-            found.append(match)
-    return found
+        if not chosen or match[0].at - chosen[-1][0].at >= SPACING_S:
+            chosen.append(match)
+    return chosen
 
 
 def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float) -> float:
-    """Of A's frames, those that B says nothing of: a canary that is dead writes no problem."""
+    """Return the fraction of A's frames without a line of B. A dead canary cannot write that it has a problem."""
     after = sum(frame.at > since for frame in log_a.frames)
     return 1 - sum(one.at > since for one, _ in pairs) / after if after else 0.0
 
 
 def _dead(log_a: Log, last_b: float, allowed: Budgets) -> str | None:
-    """Why B counts as dead: the frames of A after B's last line would be evidence enough of a stage; shorter is a log on its way."""
+    """Return the reason if B counts as dead, else None.
+
+    B is dead if A's frames after B's last line would be enough evidence for a stage. With fewer frames, B's log may only be late.
+    """
     lone = [a for a, _ in _spaced([(frame, frame) for frame in log_a.frames if frame.at > last_b + MAX_APART_S])]
     hours = _hours(lone)
     if len(lone) < max(allowed.frames, 1) or hours < allowed.hours:
         return None
     return (
-        f"B is silent: {len(lone)} of A's frames over {hours:.2f} hours come after its last line, "
+        f"B has stopped: {len(lone)} frames of A over {hours:.2f} hours come after its last line, "
         f"{allowed.frames} over {allowed.hours:g} are enough"
     )
 
 
-MAX_SILENT = 0.1  # a log that is still on its way, or a robot that was off; above it the pairs are no fair sample
+MAX_SILENT = 0.1  # below this, B's log may be late or the robot off; above it, the pairs are a biased sample
 
 
 def _verdict(
     rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets
 ) -> tuple[Status, list[str]]:
+    """Return the verdict by the rules and the amount of evidence, with its reasons."""
     beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
     if beyond:
         return "abort", beyond
@@ -283,7 +298,7 @@ def _verdict(
     if hours < allowed.hours:
         lacks.append(f"{hours:.2f} hours, {allowed.hours:g} needed")
     if silent > MAX_SILENT:
-        lacks.append(f"B has no line for {silent:.0%} of A's frames, {MAX_SILENT:.0%} may be")
+        lacks.append(f"B has no line for {silent:.0%} of A's frames, at most {MAX_SILENT:.0%} is allowed")
     lacks += [f"{rule.name} may be beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if not rule.within]
     return ("hold", lacks) if lacks else ("advance", ["every rule is surely within its budget"])
 
@@ -295,6 +310,7 @@ def _interval(rule: _Rule) -> str:
 def _rules(
     used: Sequence[tuple[Frame, Frame]], allowed: Budgets, truth: Mapping[str, np.ndarray] | None
 ) -> list[_Rule]:
+    """Return the results of all rules on the pairs `used`."""
     both = [(a, b) for a, b in used if a.problem is None and b.problem is None]
     paired = [partners(a, b) for a, b in both]
     signed: dict[str, list[float]] = {
@@ -311,30 +327,30 @@ def _rules(
     tests = 1 + 2 + sum(1 if name in one_sided else 2 for name in signed)
     within = ALPHA / (len(STAGES) + 1)
     beyond = within / tests
-    rules = [_of_mean("disagreement", np.array(share), (0.0, 1.0), allowed.disagreement, within, beyond, True)]
+    rules = [_mean_rule("disagreement", np.array(share), (0.0, 1.0), allowed.disagreement, within, beyond, True)]
     for name, values in signed.items():
         budget = getattr(allowed, name)
-        rules.append(_of_mean(name, np.array(values), (-1.0, 1.0), budget, within, beyond, name in one_sided))
+        rules.append(_mean_rule(name, np.array(values), (-1.0, 1.0), budget, within, beyond, name in one_sided))
     ms_a, ms_b = (np.array([match[side].ms for match in both]) for side in (0, 1))
     for name, at in (("p50_ratio", 0.5), ("p99_ratio", 0.99)):
-        rules.append(_of_quantiles(name, ms_a, ms_b, at, getattr(allowed, name), within, beyond))
+        rules.append(_quantile_rule(name, ms_a, ms_b, at, getattr(allowed, name), within, beyond))
     return rules
 
 
 def disagreement(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Share of the boxes of both that have no partner."""
+    """Return the fraction of the boxes of both frames that have no partner."""
     boxes = len(a.boxes_N6) + len(b.boxes_N6)
     return 1 - 2 * len(pairs) / boxes if boxes else 0.0
 
 
 def count_shift(a: Frame, b: Frame) -> float:
-    """Boxes that B has more (or, below 0, fewer), as share of the larger number."""
+    """Return the number of boxes of B minus that of A, as a fraction of the larger number."""
     most = max(len(a.boxes_N6), len(b.boxes_N6))
     return (len(b.boxes_N6) - len(a.boxes_N6)) / most if most else 0.0
 
 
 def score_shift(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Mean difference of the scores of partners, of which there is one at least."""
+    """Return the mean score of B minus A over partners. There must be at least one pair."""
     return float(np.mean([b.boxes_N6[j, 4] - a.boxes_N6[i, 4] for i, j in pairs]))
 
 
@@ -342,7 +358,7 @@ def _recall(truth_N5: np.ndarray, frame: Frame) -> float:
     return len(matched(truth_N5, unscored(frame))) / len(truth_N5)
 
 
-def _of_mean(
+def _mean_rule(
     name: str,
     values_T: np.ndarray,
     span: tuple[float, float],
@@ -351,7 +367,7 @@ def _of_mean(
     beyond: float,
     one_sided: bool,
 ) -> _Rule:
-    """A mean that may be at most the budget; or from minus the budget to it."""
+    """Return the rule for a mean: at most `budget` if it is one-sided, else from -`budget` to `budget`."""
     low, width = span[0], span[1] - span[0]
     unit_T = (values_T - low) / width
     upper, lower = (budget - low) / width, (-budget - low) / width
@@ -367,10 +383,10 @@ def _of_mean(
     return _Rule(name, value, low + width * least, low + width * most, budget, bad, good, len(values_T))
 
 
-def _of_quantiles(
+def _quantile_rule(
     name: str, ms_a: np.ndarray, ms_b: np.ndarray, share: float, budget: float, within: float, beyond: float
 ) -> _Rule:
-    """The ratio of B's quantile to A's; each side's bound takes half of the level."""
+    """Return the rule for the ratio of B's quantile to A's. The bounds of A and of B use half of the level each."""
 
     def ratio(level: float) -> tuple[float, float]:
         (low_a, high_a), (low_b, high_b) = (quantile_bounds(ms, share, level / 2) for ms in (ms_a, ms_b))

@@ -1,4 +1,4 @@
-"""Shadow logs: what two models, running beside each other, said of the same frames. A JSON line a frame, by `detect.py --shadow`.
+"""Shadow logs: detections of two models that run on the same frames. `detect.py --shadow` writes one JSON line for each frame.
 
 {"schema": 1, "frame": name, "at": unix seconds, "model": {"name", "version"}, "ms": end to end,
  "detections": [[x1, y1, x2, y2, score, class], ...], "problem": null or text}
@@ -20,16 +20,20 @@ import numpy as np
 from yolo_compress.errors import DataError, StorageError
 
 SCHEMA = 1
-MAX_BAD_SHARE = 0.01  # of the lines; more is another format or a broken disk, and what is left is no fair sample
-MAX_SKEW_S = 1.0  # B's times after A's, in the middle: both run on one robot, by one clock
-MAX_APART_S = 1.0  # between the two times of one frame, less the skew; a camera at 1 Hz shows another scene by then
+MAX_BAD_SHARE = (
+    0.01  # fraction of the lines; more means another format or a broken disk, and the rest is a biased sample
+)
+MAX_SKEW_S = 1.0  # median of B's times minus A's; it is small because both run on one robot with one clock
+MAX_APART_S = (
+    1.0  # between the two times of one frame, after the skew is subtracted; a camera at 1 Hz has its next frame by then
+)
 
 
-LARGEST = 1e100  # of a number in a line: an area of boxes is a number still
+LARGEST = 1e100  # limit of the numbers in a line, so that the area of a box is finite
 
 
 class Frame(NamedTuple):
-    """A line. boxes_N6 (x1, y1, x2, y2 px, score, class)."""
+    """One line: frame name, Unix time in s, latency in ms, boxes_N6 (x1, y1, x2, y2 px, score, class), problem."""
 
     name: str
     at: float
@@ -40,7 +44,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Log:
-    """A file: its one model, its frames by time, and what was left out of it."""
+    """One log: its model (name, version), its frames in the order of time, and the number of bad and duplicate lines."""
 
     path: Path
     model: tuple[str, int]
@@ -50,19 +54,19 @@ class Log:
 
 
 def read(path: Path) -> Log:
-    """Reads a log. Lines may be out of order and twice; a last line that is still being written is left for the next time.
+    """Read a log. Lines may be out of order or repeated. A last line without a newline is still being written, and is ignored.
 
     Raises:
-        DataError: no line, too many bad ones, or lines of two models.
-        StorageError: the file cannot be read.
+        DataError: The log has no line, too many bad lines, or lines of two models.
+        StorageError: The file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    whole, _, _ = text.rpartition("\n")
-    lines = [line for line in whole.split("\n") if line.strip()]
-    found: dict[tuple[str, float], Frame] = {}
+    complete, _, _ = text.rpartition("\n")
+    lines = [line for line in complete.split("\n") if line.strip()]
+    frames: dict[tuple[str, float], Frame] = {}
     models: dict[tuple[str, int], int] = {}
     first_bad, bad, duplicates = "", 0, 0
     for number, line in enumerate(lines, 1):
@@ -72,18 +76,19 @@ def read(path: Path) -> Log:
             bad, first_bad = bad + 1, first_bad or f"line {number}: {error!r}"[:200]
             continue
         models.setdefault(model, number)
-        duplicates += (frame.name, frame.at) in found
-        found.setdefault((frame.name, frame.at), frame)
+        duplicates += (frame.name, frame.at) in frames
+        frames.setdefault((frame.name, frame.at), frame)
     if bad > MAX_BAD_SHARE * len(lines):
         raise DataError(
-            f"{path}: {bad} of {len(lines)} lines are no shadow lines, {MAX_BAD_SHARE:.0%} may be; the first: {first_bad}"
+            f"{path}: {bad} of {len(lines)} lines are not shadow lines, at most {MAX_BAD_SHARE:.0%} is allowed; "
+            f"the first: {first_bad}"
         )
-    if not found:
-        raise DataError(f"{path}: holds no shadow line; detect.py --shadow FILE writes them")
+    if not frames:
+        raise DataError(f"{path}: no shadow line; detect.py --shadow FILE writes them")
     if len(models) > 1:
         words = ", ".join(f"{name} version {version} (line {number})" for (name, version), number in models.items())
-        raise DataError(f"{path}: lines of more than one model: {words}; a file a model")
-    return Log(path, next(iter(models)), tuple(sorted(found.values(), key=lambda f: f.at)), bad, duplicates)
+        raise DataError(f"{path}: lines of more than one model: {words}; each model needs a file")
+    return Log(path, next(iter(models)), tuple(sorted(frames.values(), key=lambda f: f.at)), bad, duplicates)
 
 
 def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
@@ -95,24 +100,28 @@ def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
     if not (
         isinstance(name, str) and name.isprintable() and type(version) is int and isinstance(frame, str) and ms >= 0
     ):
-        raise ValueError("model, frame or ms is not as it should be")
+        raise ValueError("model, frame or ms has a wrong value")
     if not (problem is None or isinstance(problem, str)):
         raise ValueError("problem is neither null nor text")
     return (name, version), Frame(frame, at, ms, _boxes(entry["detections"], 6), problem)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:  # NaN neither
-        raise ValueError(f"{value!r} is no number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:  # also false for NaN
+        raise ValueError(f"{value!r} is not a finite number")
     return float(value)
 
 
 def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a finite number")
 
 
 def _boxes(rows: Any, columns: int) -> np.ndarray:
-    """Rows x1, y1, x2, y2, [score,] class, looked at."""
+    """Check rows of x1, y1, x2, y2, [score,] class, and return them as an array [N, columns].
+
+    Raises:
+        ValueError: A row has another length, a box is inverted, or a score or class is out of range.
+    """
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == columns for row in rows):
         raise ValueError(f"detections: rows of {columns} expected")
     boxes = np.array([[_number(value) for value in row] for row in rows], np.float64).reshape(-1, columns)
@@ -120,16 +129,16 @@ def _boxes(rows: Any, columns: int) -> np.ndarray:
     classes = boxes[:, -1]
     scored = columns == 5 or ((boxes[:, 4] >= 0) & (boxes[:, 4] <= 1)).all()
     if not (upright and scored and (classes >= 0).all() and (classes == np.floor(classes)).all()):
-        raise ValueError("a box with x2 < x1, a score outside 0..1, or a class that is no index")
+        raise ValueError("a box has x2 < x1 or y2 < y1, a score outside 0..1, or a class that is not an index")
     return boxes
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Labels: frame name to boxes_N5 (x1, y1, x2, y2 px, class), of lines {"frame": name, "boxes": [[...], ...]}.
+    """Read labels from lines {"frame": name, "boxes": [[...], ...]}. Return frame name to boxes_N5 (x1, y1, x2, y2 px, class).
 
     Raises:
-        DataError: a line that is none, or a frame twice.
-        StorageError: the file cannot be read.
+        DataError: A line is invalid, or a frame is repeated.
+        StorageError: The file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -143,16 +152,16 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
             entry = json.loads(line, parse_constant=_no_constant)
             name, boxes_N5 = str(entry["frame"]), _boxes(entry["boxes"], 5)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: no label line ({error!r})") from error
+            raise DataError(f"{path}:{number}: not a label line ({error!r})") from error
         if name in truth:
-            raise DataError(f"{path}:{number}: frame {name!r} is there twice")
+            raise DataError(f"{path}:{number}: frame {name!r} is repeated")
         truth[name] = boxes_N5
     return truth
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The frames that both models saw beside each other, by A's time, and what had no partner."""
+    """Frames of A and B in pairs, in the order of A's time; the numbers of frames without a partner; B's median lag in s."""
 
     frames: tuple[tuple[Frame, Frame], ...]
     alone_a: int
@@ -161,10 +170,10 @@ class Pairs:
 
 
 def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
-    """Pairs frames by name and, where a name comes more than once (a camera that was restarted), by time.
+    """Pair frames by name, and by time if a name is repeated because a camera was restarted.
 
-    B's lag is the median difference over the names that are there once; less it, partners may be `MAX_APART_S` apart. Whether the lag
-    is one that two models beside each other can have (`MAX_SKEW_S`) is for the caller to ask: names may be alike without it.
+    B's lag is the median time difference over the names that occur once. After the lag is subtracted, partners may be
+    `MAX_APART_S` apart. The caller must check the lag against `MAX_SKEW_S`: equal names may be a coincidence.
     """
     by_name: dict[str, tuple[list[Frame], list[Frame]]] = defaultdict(lambda: ([], []))
     for side, frames in enumerate((frames_a, frames_b)):
@@ -172,39 +181,39 @@ def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
             by_name[frame.name][side].append(frame)
     once = [b[0].at - a[0].at for a, b in by_name.values() if len(a) == len(b) == 1]
     skew_s = median(once) if once else 0.0
-    found = [match for a, b in by_name.values() for match in _nearest(a, b, skew_s)]
-    found.sort(key=lambda match: match[0].at)
-    return Pairs(tuple(found), len(frames_a) - len(found), len(frames_b) - len(found), skew_s)
+    pairs = [match for a, b in by_name.values() for match in _nearest(a, b, skew_s)]
+    pairs.sort(key=lambda match: match[0].at)
+    return Pairs(tuple(pairs), len(frames_a) - len(pairs), len(frames_b) - len(pairs), skew_s)
 
 
 def _nearest(a: list[Frame], b: list[Frame], skew_s: float) -> list[tuple[Frame, Frame]]:
-    """Of one name, each of A with the nearest of B that is left."""
+    """Pair each frame of A with the nearest unused frame of B. All frames have the same name."""
     left = sorted(b, key=lambda frame: frame.at)
     times = [frame.at - skew_s for frame in left]
-    found = []
+    pairs = []
     for one in sorted(a, key=lambda frame: frame.at):
         place = bisect_left(times, one.at)
         near = [i for i in (place - 1, place) if 0 <= i < len(left) and abs(times[i] - one.at) <= MAX_APART_S]
         if near:
             nearest = min(near, key=lambda i: abs(times[i] - one.at))
             del times[nearest]
-            found.append((one, left.pop(nearest)))
-    return found
+            pairs.append((one, left.pop(nearest)))
+    return pairs
 
 
 def unscored(frame: Frame) -> np.ndarray:
-    """boxes_N5 (x1, y1, x2, y2 px, class)."""
+    """Return the boxes of a frame without scores: boxes_N5 (x1, y1, x2, y2 px, class)."""
     boxes_N5: np.ndarray = frame.boxes_N6[:, [0, 1, 2, 3, 5]]
     return boxes_N5
 
 
 def partners(a: Frame, b: Frame) -> list[tuple[int, int]]:
-    """Indices of the boxes of two frames that are of one class and overlap by half at least."""
+    """Return pairs of indices: boxes of two frames with the same class and an IoU of at least 0.5."""
     return matched(unscored(a), unscored(b))
 
 
 def matched(one_N5: np.ndarray, two_M5: np.ndarray, least_iou: float = 0.5) -> list[tuple[int, int]]:
-    """Partners of one class by overlap, the largest first; the last column is the class."""
+    """Return pairs of indices: boxes of the same class, the pair with the largest IoU first. The last column is the class."""
     if not len(one_N5) or not len(two_M5):
         return []
     low_NM2 = np.maximum(one_N5[:, None, :2], two_M5[None, :, :2])

@@ -1,9 +1,9 @@
-"""The state of a grey release: how many robots run the canary, and what may follow.
+"""State of a staged rollout: the share of robots that run the canary, and the next stages.
 
-    running at 1 % -> 5 % -> 25 % -> 100 % -> done        a stage an `advance`, on evidence of its own
-    any of them -> aborted                                and nothing leads out of it: the next release is another version
+    running at 1 % -> 5 % -> 25 % -> 100 % -> done        one stage for each `advance`, on new evidence
+    any of them -> aborted                                this is final: the next release needs another version
 
-Pure: what decides is in rollout.py, who writes it down in yolo_compress/cli/rollout.py.
+These functions only compute states. judge.py decides, and yolo_compress/cli/rollout.py writes the state file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ STAGES = (0.01, 0.05, 0.25, 1.0)  # shares of the robots that run B
 
 @dataclass(frozen=True)
 class State:
-    """Of a release, kept from look to look.
+    """State of a release between two looks.
 
     Attributes:
-        a, b: name and version of the models; other models are another release.
-        status: running, aborted (nothing leads out of it) or done (B runs everywhere; it can still be aborted).
-        stage: index into STAGES.
-        since: A's time of the last frame that an earlier stage has used.
+        a, b: (name, version) of the models. Other models are another release.
+        status: running, aborted (final) or done (B runs on all robots, and can still be aborted).
+        stage: Index into STAGES.
+        since: A's time of the last frame that an earlier stage used, as Unix time in s.
     """
 
     a: tuple[str, int]
@@ -38,27 +38,27 @@ class State:
 
     @property
     def exposure(self) -> float:
-        """Share of the robots that run B now."""
+        """Fraction of the robots that run B now."""
         return 0.0 if self.status == "aborted" else STAGES[self.stage]
 
 
 def stage_of(text: str) -> int:
-    """Index of a stage written as `5%`, `5` or `0.05`.
+    """Return the index of a stage written as `5%`, `5` or `0.05`.
 
     Raises:
-        RecipeError: no such stage.
+        RecipeError: There is no such stage.
     """
     shares = {f"{100 * share:g}": i for i, share in enumerate(STAGES)} | {
         f"{s:g}": i for i, s in enumerate(STAGES[:-1])
     }
-    found = shares.get(text.removesuffix("%"))
-    if found is None:
+    stage = shares.get(text.removesuffix("%"))
+    if stage is None:
         raise RecipeError(f"command line: stage: got {text!r}, expected one of {', '.join(f'{s:.0%}' for s in STAGES)}")
-    return found
+    return stage
 
 
 def state_json(state: State) -> StateFile:
-    """As the state file holds it."""
+    """Return the document of the state file."""
     return {
         "schema": SCHEMA,
         "a": state.a,
@@ -70,10 +70,10 @@ def state_json(state: State) -> StateFile:
 
 
 def state_from(document: Any, where: str) -> State:
-    """The reverse.
+    """Return the state from the document of a state file. `where` is the file, for error messages.
 
     Raises:
-        DataError: it is of another form.
+        DataError: The document is not a state.
     """
     try:
         since = document["since"]
@@ -81,18 +81,27 @@ def state_from(document: Any, where: str) -> State:
             raise ValueError(f"since is {since!r}")
         a, b = ((str(document[key][0]), int(document[key][1])) for key in ("a", "b"))
         state = State(a, b, document["status"], document["stage"], -math.inf if since is None else float(since))
-        formed = document["schema"] == SCHEMA and state.status in ("running", "aborted", "done")
-        formed &= type(state.stage) is int and 0 <= state.stage < len(STAGES)
-        formed &= state.status != "done" or state.stage == len(STAGES) - 1
+        valid = document["schema"] == SCHEMA and state.status in ("running", "aborted", "done")
+        valid &= type(state.stage) is int and 0 <= state.stage < len(STAGES)
+        valid &= state.status != "done" or state.stage == len(STAGES) - 1
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise DataError(f"{where}: no state of a release ({error!r}); remove it to begin a new one at 1 %") from error
-    if not formed:
-        raise DataError(f"{where}: no state of a release; remove it to begin a new one at 1 %")
+        raise DataError(
+            f"{where}: not the state of a release ({error!r}); remove it to begin a new release at 1 %"
+        ) from error
+    if not valid:
+        raise DataError(f"{where}: not the state of a release; remove it to begin a new release at 1 %")
     return state
 
 
 def step(state: State, verdict: str, until: float, cap: float = 1.0) -> State:
-    """The state after a verdict on the evidence up to A's time `until`. Exposure grows by one stage, and not above `cap`."""
+    """Return the state after a verdict. Exposure grows by at most one stage, and not above `cap`.
+
+    Args:
+        state: State before the verdict.
+        verdict: "abort", "advance" or "hold".
+        until: A's time of the last frame that was used, as Unix time in s.
+        cap: Largest exposure, 0 to 1.
+    """
     if state.status == "aborted":
         return state
     if verdict == "abort":

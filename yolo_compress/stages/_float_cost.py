@@ -55,7 +55,7 @@ def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dic
     nodes = find_convs(onnx.load(str(folder / "fp32.onnx")).graph, state.weights)
     described = {
         "networks": [{"file": f"{name}.onnx", "precision": name, "macs": macs} for name in ("fp32", "int8")],
-        "nodes": latency.places(folder / "fp32.onnx", shapes),
+        "nodes": latency.node_prefixes(folder / "fp32.onnx", shapes),
         "convs": {name: node.name for name, node in nodes.items()},
         "imgsz": list(job.imgsz_hw),
     }

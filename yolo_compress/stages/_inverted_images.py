@@ -15,7 +15,6 @@ from yolo_compress.distill.inversion import invert
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.stages import Job
-from yolo_compress.stages._training import device
 
 FOLDER = "inverted"
 
@@ -30,7 +29,6 @@ def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> tu
         return all(files[number].is_file() for number in numbers)
 
     done = sum(file.is_file() for file in files)
-    teacher = teacher.to(device(job))
     with bar("invert the teacher", count, "image", done=done) as advance:
         batches = invert(teacher, count, job.imgsz_hw, steps=steps, seed=job.recipe.run.seed, skip=exist)
         for numbers, images_B3HW in batches:

@@ -53,17 +53,22 @@ def settings(job: Job, **changes: Any) -> TrainSettings:
     )
 
 
+def model_of(job: Job, need: str) -> nn.Module:
+    """The model of an input, where torch computes: with `fit`, the only places that put a model of the chain on its device."""
+    return checkpoint.load_model(job.inputs[need].file("model.pt")).to(device(job))
+
+
 def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **changes: Any) -> nn.Module:
     """Train `model` with the settings of the section and `changes`, and write `results.csv`.
 
-    With 0 epochs the hooks are attached and removed without training.
+    With 0 epochs the hooks are attached and removed without training. The result is on the device of `model_of`.
     """
     training = settings(job, **changes)
     if training.epochs and training.device == "cpu" and torch.cuda.is_available():
         say(f"{what}: trains on the CPU although there is a CUDA device; run.device=0 (make: DEVICE=0) trains there")
     if masks.sparsity_of(model):  # zero weights stay zero in every stage that trains
         hooks = [*hooks, masks.HoldZeros()]
-    trained = trainer.train(model, job.dataset, training, hooks, job.work, what)
+    trained = trainer.train(model, job.dataset, training, hooks, job.work, what).to(device(job))
     if (job.work / "results.csv").is_file():
         shutil.copyfile(job.work / "results.csv", job.out / "results.csv")
     return trained

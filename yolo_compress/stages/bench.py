@@ -44,6 +44,7 @@ from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.runtime.measure.messages import Spec
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.stages import Job
+from yolo_compress.stages._training import device
 from yolo_compress.stages.metrics import BenchMetrics, of_model
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
@@ -157,7 +158,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
     config: BenchConfig = job.config
     subject, path = candidate.subject, str(candidate.path)
     if subject["runtime"] == "torch":
-        return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw)
+        return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw, device=device(job))
     if candidate.status == "untimed":
         return open_published(Path(path), subject["precision"], job.work)
     return open_engine(path, threads=None if RUNTIMES[subject["runtime"]].gpu else config.threads)
@@ -211,7 +212,9 @@ def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
             folder = job.work / one.subject["model"]
             folder.mkdir(exist_ok=True)
             described: TorchSpec = {
-                **torch_spec(_torch(path), job.dataset.names, job.imgsz_hw, folder, threads=threads),
+                **torch_spec(
+                    _torch(path), job.dataset.names, job.imgsz_hw, folder, device=device(job), threads=threads
+                ),
                 **options,
             }
             specs.append(described)

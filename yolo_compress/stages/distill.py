@@ -17,9 +17,8 @@ from yolo_compress.recipe.knobs import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, _source
 from yolo_compress.stages._inverted_images import inverted_samples
-from yolo_compress.stages._training import CLASS_GAIN, finish, fit
+from yolo_compress.stages._training import CLASS_GAIN, finish, fit, model_of
 from yolo_compress.stages.metrics import DistillMetrics, of_model
-from yolo_compress.train import checkpoint
 
 
 def run(job: Job) -> DistillMetrics:
@@ -29,8 +28,7 @@ def run(job: Job) -> DistillMetrics:
     arXiv 1503.02531). Without labels the metric `trained_on` describes the images, and gives mAP before and after.
     """
     config: DistillConfig = job.config
-    student = checkpoint.load_model(job.inputs["prune"].file("model.pt"))
-    teacher = checkpoint.load_model(job.inputs["teacher"].file("model.pt"))
+    student, teacher = model_of(job, "prune"), model_of(job, "teacher")
     if config.labelled:
         soft = config.teacher != "self" and config.logit_weight
         hard_share = 1.0 - config.alpha if soft else 1.0

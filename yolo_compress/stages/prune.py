@@ -27,9 +27,8 @@ from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, _prune_plan, _source
 from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed
 from yolo_compress.stages._prune_plan import Planner
-from yolo_compress.stages._training import device, finish, fit, measure, teacher_hook
+from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed
-from yolo_compress.train import checkpoint
 
 
 def run(job: Job) -> PruneMetrics:
@@ -37,7 +36,7 @@ def run(job: Job) -> PruneMetrics:
 
     With `prune.sensitivity` also write `sensitivity.json` and `sensitivity.csv`.
     """
-    model = checkpoint.load_model(job.inputs["sparsify"].file("model.pt")).to(device(job))
+    model = model_of(job, "sparsify")
     if job.config.kind == "channel":
         trained, cut = _channels(job, model)
         return {**cut, **finish(job, trained)}

@@ -23,10 +23,9 @@ from yolo_compress.recipe.recipe import QatConfig, Recipe
 from yolo_compress.stages import Job, _float_cost, _source, load_progress
 from yolo_compress.stages._batches import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages._model_score import MEASURES
-from yolo_compress.stages._training import finish, fit, measure, teacher_hook
+from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
 from yolo_compress.stages.files import QatSensitivity
 from yolo_compress.stages.metrics import QatMetrics, Sensitive
-from yolo_compress.train import checkpoint
 from yolo_compress.train.hook import TrainHook
 
 PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
@@ -39,11 +38,11 @@ def run(job: Job) -> QatMetrics:
     that of the quantised model.
     """
     config: QatConfig = job.config
-    model = checkpoint.load_model(job.inputs["distill"].file("model.pt"))
+    model = model_of(job, "distill")
     images = calibration_samples(job, config.calib_images)
     calibrated = partial(
         ptq,
-        batches=lambda: letterboxed(images, job.imgsz_hw, job.dataset.channels),
+        batches=partial(letterboxed, images, job.imgsz_hw, job.dataset.channels),
         method=config.calibrator,
         percentile=config.percentile,
         weight_bits=config.weight_bits,

@@ -16,16 +16,15 @@ from yolo_compress.prune.sparsify import SparseTraining, collapsed, masses, verd
 from yolo_compress.recipe.recipe import PruneConfig, SparsifyConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._batches import calibration_samples, letterboxed
-from yolo_compress.stages._training import finish, fit
+from yolo_compress.stages._training import finish, fit, model_of
 from yolo_compress.stages.metrics import ModelMetrics, SparsifyMetrics, of_model
-from yolo_compress.train import checkpoint
 
 REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # same number as `prune` uses for BatchNorm
 
 
 def run(job: Job) -> SparsifyMetrics:
     """Write `model.pt` with sparse gammas, and `gammas.json` with their histograms before training and after each epoch."""
-    model = checkpoint.load_model(job.inputs["baseline"].file("model.pt"))
+    model = model_of(job, "baseline")
     before = masses(model)
     hook = penalty_hook(job, model)
     trained = fit(job, model, [hook], "sparsify")

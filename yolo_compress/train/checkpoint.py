@@ -237,6 +237,7 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | 
     model.stride = head.stride  # one tensor, as in a new net; training makes a copy of it
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    contiguous(model)
     foreign = {
         type(m).__module__ for m in model.modules() if not type(m).__module__.startswith(("ultralytics.", "torch."))
     }
@@ -258,6 +259,17 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | 
         buffer,
     )
     atomic_write(path, buffer.getvalue())
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """Give every parameter and buffer the strides of a new tensor of its shape, in place.
+
+    Ultralytics trains channels_last on CUDA. Versions before 8.4 fuse layers with `.view()`, which fails on such strides.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride():
+            tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor.detach())
+    return model
 
 
 def widths(model: nn.Module) -> dict[str, tuple[int, int]]:

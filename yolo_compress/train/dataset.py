@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 from ultralytics.data.dataset import YOLODataset
 
 from yolo_compress.data.dataset import Sample
@@ -29,6 +29,7 @@ class PreflightDataset(YOLODataset):
 
     def __init__(self, samples: Sequence[Sample], *, cache: bool, hyp: Any, **kwargs: Any) -> None:
         self._samples = list(samples)
+        self._epoch = -1  # that a worker is in
         super().__init__(img_path="", task="detect", hyp=hyp, **kwargs)
         self.npy_files = [Path(f"{file}.never") for file in self.im_files]
         longest = self.imgsz if isinstance(self.imgsz, int) else max(self.imgsz)
@@ -50,6 +51,15 @@ class PreflightDataset(YOLODataset):
         image, original_hw, resized_hw = super().load_image(i, **kwargs)
         return (image.copy() if self.cache == "ram" and self.augment else image), original_hw, resized_hw
 
+    def __getitem__(self, index: int) -> dict[str, object]:
+        """In a worker each image has a seed of its own, so that neither the worker that takes it nor a resume changes it."""
+        if isinstance(index, SeededIndex) and get_worker_info() is not None:
+            if index.epoch != self._epoch:
+                self._epoch = index.epoch
+                self.start_epoch()
+            seed_everything(*index.seeds)
+        return super().__getitem__(index)  # type: ignore[no-any-return]
+
     def start_epoch(self) -> None:
         """Forget what the last epoch left in the mosaic buffer, so that an epoch depends on its seed alone."""
         if self.cache == "ram":
@@ -57,6 +67,18 @@ class PreflightDataset(YOLODataset):
         for i in self.buffer:
             self.ims[i], self.im_hw0[i], self.im_hw[i] = None, None, None
         self.buffer.clear()
+
+
+class SeededIndex(int):
+    """An index that a worker seeds itself by: of which epoch and rank it is, and where in its order it stands."""
+
+    epoch: int
+    seeds: tuple[int, ...]
+
+    def __new__(cls, index: int, seeds: Sequence[int] = (0, 0)) -> SeededIndex:
+        made = super().__new__(cls, index)
+        made.seeds, made.epoch = tuple(seeds), seeds[1]
+        return made
 
 
 class EpochSampler(Sampler[int]):
@@ -70,10 +92,13 @@ class EpochSampler(Sampler[int]):
         self.next_epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.next_epoch]).permutation(self.count)
+        epoch = self.next_epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
         self.next_epoch += 1
         padded = np.resize(order, len(self) * self.world)
-        return iter(padded[self.rank :: self.world].tolist())
+        own = padded[self.rank :: self.world].tolist()
+        seeds = (self.seed, epoch, self.rank)
+        return iter([SeededIndex(index, (*seeds, place)) for place, index in enumerate(own)])
 
     def __len__(self) -> int:
         return -(-self.count // self.world)
@@ -109,11 +134,11 @@ def _label(sample: Sample) -> Label:
     }
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed python's, numpy's and torch's generators as a function of (seed, epoch)."""
+def seed_everything(seed: int, epoch: int, *more: int) -> None:
+    """Seed python's, numpy's and torch's generators as a function of (seed, epoch), and of what else tells streams apart."""
     import random
 
-    value = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    value = int(np.random.SeedSequence([seed, epoch, *more]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class TrainHook:
         for hook in hooks: hook.on_model(model)            # may change modules in place; before EMA, DDP, optimizer
         optimizer.add(hook.modules() for hook in hooks)    # trainable extras, resumed, never in a checkpoint of the model
         optimizer.scale(hook.rates(model) for hook in hooks)
+        optimizer.exempt(hook.undecayed(model) for hook in hooks)
         for epoch in range(start, epochs):
             for hook in hooks: hook.on_epoch_start(epoch, epochs)
             for batch in loader:
@@ -36,7 +37,7 @@ class TrainHook:
                 loss.backward()
                 unscale(gradients)
                 for hook in hooks: hook.before_step(model)
-                clip(gradients); optimizer.step(); ema.update(model)
+                clip(gradients of the model, and of each module apart); optimizer.step(); ema.update(model)
             for hook in hooks: hook.on_epoch_end(epoch, model) -> rows of metrics, logged under their names
             save(model, ema, optimizer, [hook.state_dict() for hook in hooks])
         for hook in hooks: hook.on_end(model)              # in `finally`: taps are removed whatever happened
@@ -57,6 +58,10 @@ class TrainHook:
     def rates(self, model: nn.Module) -> dict[str, float]:
         """Parameter of the model by name -> multiple of the learning rate there; 1 for those that no hook names."""
         return {}
+
+    def undecayed(self, model: nn.Module) -> Iterable[str]:
+        """Parameters of the model, by name, that get no weight decay: those that are neither weights nor of BatchNorm."""
+        return ()
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         """`epoch` counts from 0."""

@@ -8,33 +8,49 @@ from `resume.pt` (float32 model, EMA, optimizer, scaler, hooks) gives the tensor
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 
-from yolo_compress import progress
+from yolo_compress import progress, ranks
 from yolo_compress.data.dataset import Dataset, Sample
-from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError
+from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.runtime.measure.device import usable_cpus
-from yolo_compress.train.checkpoint import check_finite, widths
+from yolo_compress.train import together
+from yolo_compress.train.checkpoint import check_finite, contiguous, widths
 from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
 from yolo_compress.train.hook import Batch, TrainHook
 from yolo_compress.train.settings import TrainSettings
+from yolo_compress.train.together import Training
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
 LISTED_IMAGES = 3  # of a bad batch, in the message; all of them are in `BAD_BATCH`
 BAD_BATCH = "bad_batch.txt"
 WORKER_PATIENCE_S = 600  # for one batch: after that a data worker hangs
+# What an allocator, cuBLAS or cuDNN says where memory does not suffice; Ultralytics takes the same for it.
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_internal_error",
+    "unable to find an engine",
+)
+RETRIES = (
+    3  # of Ultralytics' loop, which halves the batch where memory does not suffice; ours starts with all of them used
+)
 AVERAGES = 3  # of BatchNorm, one after another, that fit into a run at least; so exp(-3) of the old statistics are left
 
 
@@ -64,12 +80,58 @@ def train(
     before = widths(model)
     if settings.epochs == 0:
         return _untrained(model, hooks, settings)
-    trainer = HookedTrainer(model, dataset, settings, hooks, work, what)
+    training = Training(model, dataset, settings, hooks, work, what)
+    _check_one_device(settings)
+    together.share(training)
+    ema = _run(training)
+    for hook in reversed(hooks):
+        hook.to_stock(ema)
+    ema = contiguous(ema.cpu().float().eval())
+    if widths(ema) != before:
+        raise AssertionError(f"{what}: training changed the widths of the model")
+    check_finite(ema, what)
+    return ema
+
+
+def take_part(device: str, workers: int, threads: int | None) -> Any:
+    """On a rank above 0: train what rank 0 trains, on this machine's device, until rank 0 has no further training.
+
+    Returns:
+        What rank 0 ended with.
+    """
+
+    def join(training: Training) -> None:
+        here = replace(training.settings, device=device, workers=workers, threads=threads)
+        _run(replace(training, settings=here))
+
+    return together.follow(join)
+
+
+def _check_one_device(settings: TrainSettings) -> None:
+    """Ultralytics would remove the work folder and start processes that know the class of the trainer alone.
+
+    Raises:
+        RecipeError: Several devices, and this process is the only one.
+    """
+    if "," in settings.device and not ranks.several():
+        raise RecipeError(
+            f"run.device={settings.device}: one process trains on one GPU; the command line starts a process a GPU, a program "
+            "of your own needs torchrun"
+        )
+
+
+def _run(training: Training) -> nn.Module:
+    """The loop; returns the EMA as it is at the end, hooks still in it."""
+    hooks, settings, what = training.hooks, training.settings, training.what
+    trainer = HookedTrainer(training.model, training.dataset, settings, hooks, training.work, what)
     try:
         trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentLacks(f"{what}: out of memory at batch {settings.batch}: lower `batch` or `imgsz`") from error
     except RuntimeError as error:
+        if _out_of_memory(error):
+            raise EnvironmentLacks(
+                f"{what}: out of memory at batch {settings.batch} and imgsz {settings.imgsz_px}: lower "
+                f"{what.split()[0]}.batch or data.imgsz; the same command continues"
+            ) from error
         if "DataLoader" not in str(error):
             raise
         raise EnvironmentLacks(
@@ -80,14 +142,7 @@ def train(
         trainer.close()
         for hook in hooks:
             hook.on_end(unwrap_model(trainer.model))
-    ema = trainer.ema.ema
-    for hook in reversed(hooks):
-        hook.to_stock(ema)
-    ema = ema.cpu().float().eval()
-    if widths(ema) != before:
-        raise AssertionError(f"{what}: training changed the widths of the model")
-    check_finite(ema, what)
-    return ema
+    return trainer.ema.ema  # type: ignore[no-any-return]
 
 
 def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSettings) -> nn.Module:
@@ -99,6 +154,10 @@ def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSett
         hook.on_end(model)
         hook.to_stock(model)
     return model.cpu().float().eval()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 class HookedTrainer(DetectionTrainer):
@@ -119,20 +178,31 @@ class HookedTrainer(DetectionTrainer):
         self.work = work
         self.what = what
         self.rows: list[dict[str, float]] = []
+        self._saved: dict[str, Any] | None = None  # the content of `resume_file` when training started
         self.hook_rows: dict[str, float] = {}
         self._bars: list[Any] = []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        _check_one_device(settings)
+        if ranks.several() and not together.is_formed():
+            raise AssertionError("several ranks train inside `together.formed`")
+        folder = work
+        if ranks.rank() > 0:  # Ultralytics makes and removes files there; those of the run are rank 0's
+            self._scratch = tempfile.TemporaryDirectory()
+            folder = Path(self._scratch.name)
         try:
-            super().__init__(overrides=settings.overrides(work))
+            super().__init__(overrides=settings.overrides(folder) | {"device": ranks.own_device(settings.device)})
         except ValueError as error:  # ultralytics' own word for a missing CUDA device
             if "CUDA" in str(error) or "device" in str(error):
                 raise EnvironmentLacks(f"run.device={settings.device}: {str(error).strip().splitlines()[0]}") from error
             raise
         if self.device.type == "cpu":  # ultralytics leaves one core idle
-            torch.set_num_threads(settings.threads or usable_cpus())
+            torch.set_num_threads(settings.threads or max(1, usable_cpus() // ranks.local_world()))
             if settings.workers:
                 progress.say(
                     f"run.workers={settings.workers} has no effect on a CPU: the training process loads the images"
                 )
+        if ranks.several():
+            self.world_size = ranks.world()
         self.model = module
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_fit_epoch_end"):
             self.add_callback(event, getattr(type(self), f"_{event}"))
@@ -165,8 +235,7 @@ class HookedTrainer(DetectionTrainer):
         if mode != "train":
             return _impatient(super().get_dataloader(dataset_path, batch_size, rank, mode))
         dataset = self.build_dataset(dataset_path, mode, batch_size)
-        sampler = EpochSampler(len(dataset), self.settings.seed, rank=max(rank, 0), world=max(self.world_size, 1))
-        sampler.next_epoch = self.start_epoch  # Ultralytics makes the loader anew where a batch did not fit into memory
+        sampler = EpochSampler(len(dataset), self.settings.seed, rank=ranks.rank(), world=ranks.world())
         on_gpu = self.device.type == "cuda"
         workers = self.args.workers
         return _impatient(
@@ -182,6 +251,10 @@ class HookedTrainer(DetectionTrainer):
             )
         )
 
+    def _close_dataloader_mosaic(self) -> None:
+        super()._close_dataloader_mosaic()
+        self.train_loader.sampler.next_epoch = self.epoch  # workers that are made anew have read ahead
+
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._images: list[str] = list(batch["im_file"])
         return super().preprocess_batch(batch)
@@ -194,13 +267,19 @@ class HookedTrainer(DetectionTrainer):
         for hook in self.hooks:
             hook.on_model(module)
             hook.modules().to(self.device)
+            extras = hook.modules()  # initialised after generators were seeded by rank
+            together.broadcast([*extras.parameters(), *extras.buffers()])
         self.model = module
+
+    def _setup_ddp(self) -> None:
+        """Nothing: the process group is that of the whole command, see `together.formed`."""
 
     def _setup_train(self) -> None:
         # check_amp would download a model to compare with; AMP is the recipe's decision here.
         original, engine.check_amp = engine.check_amp, lambda model: True
         try:
-            super()._setup_train()
+            with _ddp_on_cpus() if self.device.type == "cpu" and self.world_size > 1 else nullcontext():
+                super()._setup_train()
         finally:
             engine.check_amp = original
         if self.settings.bfloat16:  # without the scaler of gradients, which it does not need
@@ -211,9 +290,10 @@ class HookedTrainer(DetectionTrainer):
         model.criterion = self._criterion  # and the plain loss
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().build_optimizer(model, *args, **kwargs)
+        optimizer, model = super().build_optimizer(model, *args, **kwargs), unwrap_model(model)
         for hook in self.hooks:
             _scale_rates(optimizer, model, hook.rates(model))
+            _without_decay(optimizer, model, hook.undecayed(model))
         extras = self._extra_parameters()
         if extras:
             optimizer.add_param_group(
@@ -222,23 +302,25 @@ class HookedTrainer(DetectionTrainer):
         return optimizer
 
     def optimizer_step(self) -> None:
+        # The extras live outside the DDP module. Averaged before `unscale_` looks for infinity, so that all ranks find the same.
+        together.average_gradients(self._extra_parameters())
         self.scaler.unscale_(self.optimizer)
-        extras = self._extra_parameters()
-        if self.world_size > 1:  # the extras live outside the DDP module
-            for parameter in extras:
-                if parameter.grad is not None:
-                    distributed.all_reduce(parameter.grad, op=distributed.ReduceOp.AVG)
         for hook in self.hooks:
             hook.before_step(unwrap_model(self.model))
-        torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *extras], max_norm=MAX_GRADIENT_NORM)
+        for parameters in (self.model.parameters(), *self._extra_parts()):
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm=MAX_GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.model)
 
+    def _extra_parts(self) -> list[list[nn.Parameter]]:
+        """Parameters of the hooks' modules, a list a module: clipped with the student's they would shorten its steps."""
+        return [list(module.parameters()) for hook in self.hooks for module in hook.modules().values()]
+
     def _extra_parameters(self) -> list[nn.Parameter]:
-        return [parameter for hook in self.hooks for parameter in hook.modules().parameters()]
+        return [parameter for part in self._extra_parts() for parameter in part]
 
     # --- saving and resuming ----------------------------------------------------------------------------------------
 
@@ -264,36 +346,56 @@ class HookedTrainer(DetectionTrainer):
         return True
 
     def resume_training(self, ckpt: Any) -> None:
-        if not self.resume_file.is_file():
+        state = self._saved
+        if state is None:
             return
-        try:
-            state = torch.load(self.resume_file, map_location=self.device, weights_only=True)
+        with self._resuming():
             unwrap_model(self.model).load_state_dict(state["model"])
             self.ema = ModelEMA(unwrap_model(self.model), updates=state["updates"])
             self.ema.ema.load_state_dict(state["ema"])
+            for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+                saved["fused"] = group.get("fused")  # the kernel of this device, not of the one that saved
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            for hook, saved in zip(self.hooks, state["hooks"], strict=True):
-                hook.modules().load_state_dict(saved["modules"])
-                hook.load_state_dict(saved["state"])
-        except Exception as error:
-            raise CorruptArtifact(
-                f"{self.resume_file}: cannot be continued ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                f"delete {self.work.parent} to start this stage again"
-            ) from error
-        self.rows = list(state["rows"])
-        self.start_epoch = state["epoch"] + 1
+            if state["scaler"]:  # empty where the run had no float16 so far, as on a CPU
+                self.scaler.load_state_dict(state["scaler"])
+            for hook, kept in zip(self.hooks, state["hooks"], strict=True):
+                hook.modules().load_state_dict(kept["modules"])
+                hook.load_state_dict(kept["state"])
+            self.rows = list(state["rows"])
+            self.start_epoch = state["epoch"] + 1
         self.train_loader.sampler.next_epoch = self.start_epoch
         progress.say(f"{self.what}: resuming at epoch {self.start_epoch + 1}/{self.epochs}")
 
+    def _load_saved(self) -> dict[str, Any] | None:
+        """What an earlier call saved, on the CPU: each tensor goes to its device by itself."""
+        if not self.resume_file.is_file():
+            return None
+        with self._resuming():
+            state = torch.load(self.resume_file, map_location="cpu", weights_only=True)
+            if not isinstance(state["epoch"], int):
+                raise TypeError(f"its epoch is a {type(state['epoch']).__name__}")
+            return state  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _resuming(self) -> Iterator[None]:
+        """Raises CorruptArtifact for whatever a damaged `resume.pt` leads to."""
+        try:
+            yield
+        except Exception as error:
+            words = (str(error).splitlines() or [""])[0]
+            raise CorruptArtifact(
+                f"{self.resume_file}: cannot be continued ({type(error).__name__}: {words}); "
+                f"delete {self.work.parent} to start this stage again"
+            ) from error
+
     def _do_train(self) -> None:
         """As Ultralytics', except that a run whose last epoch was saved before a kill has nothing left to do."""
-        if self.resume_file.is_file() and self.settings.epochs > 0:
-            done = torch.load(self.resume_file, map_location="cpu", weights_only=True)["epoch"] + 1 >= self.epochs
-            if done:
-                self._setup_train()
+        self._saved = together.from_rank_0(self._load_saved)
+        if self._saved is not None and self._saved["epoch"] + 1 >= self.epochs:
+            self._setup_train()
+            if ranks.rank() == 0:
                 self._write_rows()
-                return
+            return
         super()._do_train()
 
     def validate(self) -> tuple[Any, Any]:
@@ -320,8 +422,13 @@ class HookedTrainer(DetectionTrainer):
     def _handle_nan_recovery(self, epoch: int) -> bool:
         """Runs once an epoch, before anything of it is saved. `_check_batch` has refused what is not finite."""
         self.hook_rows.update(self._shares())
-        for hook in self.hooks:
-            self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
+        if ranks.rank() == 0:  # what it says of the whole run; its errors need no echo
+            for hook in self.hooks:
+                self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
+        extras = [
+            hook.modules() for hook in self.hooks
+        ]  # averages of BatchNorm are those of rank 0, as a resume has them
+        together.broadcast(buffer for module in (unwrap_model(self.model), *extras) for buffer in module.buffers())
         return False
 
     def _check_batch(self) -> None:
@@ -358,7 +465,8 @@ class HookedTrainer(DetectionTrainer):
         self._enter(progress.bar(self.what, self.epochs, "epoch", done=self.start_epoch))
 
     def _on_train_epoch_start(self) -> None:
-        seed_everything(self.settings.seed, self.epoch)
+        self._oom_retries = RETRIES
+        seed_everything(self.settings.seed, self.epoch, *([ranks.rank()] if ranks.rank() else []))
         self.train_loader.dataset.start_epoch()
         self._validated = False
         self.hook_rows = {}
@@ -378,7 +486,7 @@ class HookedTrainer(DetectionTrainer):
         self._leave(to=1)
         if self._bars:
             figures = {name: float(value) for name, value in (self.tloss or {}).items()} | self.hook_rows
-            if self._validated:
+            if self._validated and self.metrics is not None:  # rank 0 alone has them
                 figures["map50_95"] = float(self.metrics.get("metrics/mAP50-95(B)", 0.0))
             self._bars[0][1](1, **figures)
 
@@ -392,6 +500,23 @@ class HookedTrainer(DetectionTrainer):
     def close(self) -> None:
         """Take the bars off the screen."""
         self._leave(to=0)
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+@contextmanager
+def _ddp_on_cpus() -> Iterator[None]:
+    """Ultralytics gives DDP the index of a device, which a CPU does not have."""
+    original = nn.parallel.DistributedDataParallel
+
+    def made(module: nn.Module, device_ids: Any = None, **options: Any) -> nn.Module:
+        return original(module, **options)
+
+    nn.parallel.DistributedDataParallel = made  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        nn.parallel.DistributedDataParallel = original  # type: ignore[misc]
 
 
 def _impatient(loader: InfiniteDataLoader) -> InfiniteDataLoader:
@@ -421,6 +546,16 @@ def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
             moved = [p for p in group["params"] if factor.get(id(p)) == rate]
             group["params"] = [p for p in group["params"] if factor.get(id(p)) != rate]
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * rate})
+
+
+def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> None:
+    """Move parameters into groups of their own, which differ from the old ones in having no weight decay."""
+    chosen = {id(model.get_parameter(name)) for name in names}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in chosen]
+        if moved and group["weight_decay"]:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0, "param_group": "no_decay"})
 
 
 class _HookedCriterion:

@@ -1,4 +1,4 @@
-"""`yolo-compress bundle`: what is asked for is checked first, a failed gate yields nothing, and what is written is one whole thing."""
+"""`yolo-compress bundle`: options are checked first, a failed gate makes no bundle, and a bundle is complete or absent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from yolo_compress.runtime.secure import ed25519
 from yolo_compress.runtime.secure.seal import verify
 from yolo_compress.runtime.secure.unpack import unpack
 
-BESIDE_KIB = 300  # all of a bundle but networks and golden inputs
+CODE_KIB = 300  # size limit of a bundle without models and golden images
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
-def test_all_but_networks_and_golden_inputs_is_small(bundle: Path) -> None:
+def test_a_bundle_without_models_and_golden_images_is_small(bundle: Path) -> None:
     files = [file for file in bundle.rglob("*") if file.is_file() and file.parent.name not in ("onnx", "golden")]
-    assert sum(file.stat().st_size for file in files) + len(make.README) <= (BESIDE_KIB - 2) * 1024, (
+    assert sum(file.stat().st_size for file in files) + len(make.README) <= (CODE_KIB - 2) * 1024, (
         "2 for a target's own"
     )
 
@@ -65,7 +65,7 @@ def test_the_launchers_start(bundle: Path) -> None:
 
 
 def started(bundle: Path, command: str, before: str) -> tuple[int, str]:
-    """Exit code and stderr of a command, after some lines of Python."""
+    """Return exit code and stderr of a command that runs after the Python lines `before`."""
     program = f"import runpy, sys\n{before}\nsys.path.insert(0, {str(bundle)!r})\nsys.argv = ['x', '--help']\n"
     words = [sys.executable, "-I", "-c", f"{program}runpy.run_path({str(bundle / command)!r}, run_name='__main__')"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -104,7 +104,7 @@ def test_a_missing_numpy_is_one_line(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out=there"], "there: is there already"),
+        (["out=there"], "there: exists already"),
         ([], "needs out"),
         (["out=new", "target=windows"], "target: got 'windows', expected plain, isaac_ros"),
         (["out=new", "version=-1"], "version: got '-1', expected a whole number"),
@@ -114,7 +114,7 @@ def test_a_missing_numpy_is_one_line(bundle: Path) -> None:
         (["out=new", "engine=x"], "engine"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_runs(
+def test_wrong_options_are_an_error_before_anything_runs(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604, 0o660, 0o644])
-def test_a_private_key_that_others_can_read_is_said(
+def test_a_private_key_that_others_can_read_gives_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: int
 ) -> None:
     key = tmp_path / "my robot.key"
@@ -162,7 +162,7 @@ def test_a_private_key_that_others_can_read_is_said(
     Path(f"{key}.pub").unlink()
     seed = make.order({"out": str(tmp_path / "b.tar"), "key": str(key)}).seed
     said = capsys.readouterr().err
-    keygen(key)  # what was killed before the public key: it is said there too, and blocks nothing
+    keygen(key)  # an earlier keygen was killed before it wrote the public key; the warning does not stop this one
     assert capsys.readouterr().err == said and seed == read_seed(key)
     if mode & 0o077:
         assert said.count("\n") == 1 and f"(mode {mode:o})" in said and said.endswith(f"chmod 600 '{key}'\n")
@@ -184,12 +184,12 @@ def test_keygen_that_was_killed_is_repeated(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "robot.key.pub").read_text().strip() == ed25519.public_key(seed).hex()
 
 
-def test_a_key_that_could_not_be_written_is_not_there(tmp_path: Path) -> None:
+def test_a_key_that_could_not_be_written_leaves_no_file(tmp_path: Path) -> None:
     with files_of_at_most(10), pytest.raises(StorageError, match=r"robot\.key: File too large"):
         keygen(tmp_path / "robot.key")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "robot.key").write_text("seed:12")  # the power went
-    with pytest.raises(RecipeError, match=r"holds no private key; delete it"):
+    (tmp_path / "robot.key").write_text("seed:12")  # cut short, as after a power cut
+    with pytest.raises(RecipeError, match=r"is no private key; delete it"):
         keygen(tmp_path / "robot.key")
 
 
@@ -202,7 +202,7 @@ def report(passed: bool) -> Any:
 
 
 @pytest.mark.fault(42)
-def test_a_failed_gate_yields_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_gate_makes_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
     asked = make.order({"out": "/nowhere/a"})
     with pytest.raises(GateFailed, match=r"INT8 keeps 97 %; no bundle is made \(force=true"):
         make._gate(report(False), asked)
@@ -214,7 +214,7 @@ def test_a_failed_gate_yields_no_bundle_unless_forced(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
-def test_a_tar_is_the_same_for_the_same_files_and_holds_them(
+def test_equal_files_give_equal_tars_with_all_of_them(
     ending: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = []
@@ -260,7 +260,7 @@ def test_only_unfinished_bundles_of_killed_calls_are_removed(tmp_path: Path) -> 
     make._sweep(tmp_path / "nowhere")
 
 
-def test_networks_that_cannot_take_each_others_place_are_no_bundle(bundle: Path, tmp_path: Path) -> None:
+def test_models_with_different_inputs_or_outputs_make_no_bundle(bundle: Path, tmp_path: Path) -> None:
     file = bundle / "onnx" / "fp32.onnx"
     check_signatures([file, file], IMGSZ, len(NAMES))
     with pytest.raises(GateFailed, match=r"images \[B, 3, 64, 64\]"):
@@ -270,5 +270,5 @@ def test_networks_that_cannot_take_each_others_place_are_no_bundle(bundle: Path,
     network = onnx.load(str(file))
     network.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(network, str(tmp_path / "int8.onnx"))
-    with pytest.raises(GateFailed, match=r"int8\.onnx: takes and gives"):
+    with pytest.raises(GateFailed, match=r"int8\.onnx: input and output"):
         check_signatures([file, tmp_path / "int8.onnx"], IMGSZ, len(NAMES))

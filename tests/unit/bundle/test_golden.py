@@ -1,4 +1,4 @@
-"""The golden self-test: what counts as the same detections, and tolerances that come from measured differences."""
+"""The golden self-test: when detections count as equal, and tolerances from measured differences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_largest_side_and_score_count() -> None:
     assert difference([A], [moved(2, 2, 4)], 0.25).worst_box_px == 0, "below conf on both sides"
 
 
-def test_a_score_near_the_threshold_is_no_missing_box() -> None:
+def test_a_score_near_the_threshold_is_not_a_missing_box() -> None:
     found = difference([A], [moved(3, 4, -0.1)], 0.25)
     assert (found.unmatched, found.compared) == (0, 3) and found.worst_score == pytest.approx(0.1)
 
@@ -61,7 +61,7 @@ def test_each_box_has_one_partner() -> None:
     assert difference([A], [twice], 0.25).unmatched == 1
 
 
-def test_tolerances_are_twice_what_was_measured_and_no_less_than_the_least() -> None:
+def test_tolerances_are_twice_the_measured_differences_and_at_least_the_minimum() -> None:
     found = {"x-fp32": [A], "y-fp32": [moved(0, 0, 1)], "x-int8": [moved(0, 4, -0.2)], "y-int8": [moved(0, 4, -0.2)]}
     tolerances, measured = tolerate(found, 0.25, 100)
     assert tolerances["same"] == {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}
@@ -85,7 +85,7 @@ def test_tolerances_are_twice_what_was_measured_and_no_less_than_the_least() -> 
     }
 
 
-def test_a_net_that_is_sure_of_little_is_tested_at_what_it_is_sure_of() -> None:
+def test_a_model_with_low_scores_is_tested_at_a_lower_threshold() -> None:
     assert confidence([A, A], 4) == 0.25
     low = A * np.array([1, 1, 1, 1, 0.1, 1], np.float32)
     assert confidence([low, low], 2) == pytest.approx(0.09)
@@ -97,7 +97,7 @@ def scored(*scores: float) -> np.ndarray:
     return np.array([[10 + 60 * i, 10, 50 + 60 * i, 50, s, 0] for i, s in enumerate(scores)], float).reshape(-1, 6)
 
 
-def test_images_with_boxes_are_chosen_first_however_few() -> None:
+def test_images_with_boxes_are_chosen_first() -> None:
     found = [scored(0.05)] * 32
     for i in (1, 2, 3):
         found[i] = scored(0.9, 0.8)
@@ -112,25 +112,25 @@ def test_images_with_boxes_are_chosen_first_however_few() -> None:
         {"a-fp32": [scored(0.9, 0.9, 0.9, 0.9)], "a-int8": [scored(0.9, 0.9)]},
     ],
 )
-def test_an_engine_that_finds_nothing_fails_whatever_the_others_differ_by(found: dict[str, Any]) -> None:
+def test_an_engine_that_detects_nothing_fails_for_any_tolerance(found: dict[str, Any]) -> None:
     expected = next(iter(found.values()))
     tolerances, _ = tolerate(found, 0.25, len(expected[0]))
     dead = difference(expected, [scored()], 0.25)
     assert all(golden._reason(dead, tolerance) for tolerance in tolerances.values())
 
 
-def test_a_net_that_finds_nothing_makes_no_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_detects_nothing_makes_no_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "0.npy", np.zeros((8, 8, 3), np.uint8))
     dataset: Any = SimpleNamespace(val=[SimpleNamespace(image=tmp_path / "0.npy", name="0")])
     monkeypatch.setattr(making, "read_image", np.load)
     monkeypatch.setattr(making, "_detected", lambda export, engines, images: ({"onnxruntime-fp32": [scored()]}, {}))
     nothing: Any = None
-    with pytest.raises(DataError, match="finds nothing above"):
+    with pytest.raises(DataError, match="detects nothing above"):
         making.write(tmp_path / "golden", dataset, nothing, nothing, 1)
 
 
 class Fixed:
-    """An engine that gives the anchors of A."""
+    """A stand-in for an engine: its output has the boxes of A."""
 
     names, precision, imgsz, batch, channels, executed = ("a", "b", "c"), "fp32", (96, 96), 1, 3, "fp32"
 
@@ -166,7 +166,7 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_engine_is_held_to_its_own_expectation_or_to_that_of_its_precision(bundle: Path) -> None:
+def test_an_engine_is_compared_with_its_own_expectation_or_with_that_of_its_precision(bundle: Path) -> None:
     engine: Any = Fixed()
     own = golden.check(bundle, engine, "onnxruntime", "1")
     validate(own, golden.SelfTest)
@@ -181,7 +181,7 @@ def test_an_engine_is_held_to_its_own_expectation_or_to_that_of_its_precision(bu
         golden.check(bundle, engine, "tensorrt", "1")
 
 
-def test_a_failure_says_by_how_much(bundle: Path) -> None:
+def test_a_failure_has_its_figures(bundle: Path) -> None:
     off: Any = Fixed(moved(0, 2, 4))
     found = golden.check(bundle, off, "onnxruntime", "1")
     assert not found["passed"] and found["reason"].startswith("worst boxes off by px: 4, 0.5 allowed")

@@ -1,4 +1,4 @@
-"""What the servers and ROS expect beside a bundle: written, read back, compared with the network; and the ROS 2 node with stand-ins."""
+"""The files for servers and ROS are written, read back and compared with the model. The ROS 2 node runs with stand-ins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def network(
     names: tuple[str, str] = ("images", "output0"),
     output_kind: int = TensorProto.FLOAT,
 ) -> Path:
-    """A net that says the same of every picture: boxes and scores from a generator; the right names, types and shapes."""
+    """Write a model with the right names, types and shapes. It returns the same random boxes and scores for every image."""
     anchors = sum((side // stride) ** 2 for stride in (8, 16, 32))
     said = np.random.default_rng(0).random((1, 4 + classes, anchors)).astype(np.float32)
     said[:, :4] *= side
@@ -72,7 +72,7 @@ def network(
 
 
 def bundle(root: Path, int8: bool = True, **how: Any) -> dict[str, Any]:
-    """A bundle's folder with its networks, and what its manifest would say."""
+    """Make the folder of a bundle with its ONNX files. Return the entries of its manifest."""
     stems = ["fp32", *(["int8"] if int8 else [])]
     for stem in stems:
         network(root / "onnx" / f"{stem}.onnx", **how)
@@ -80,7 +80,7 @@ def bundle(root: Path, int8: bool = True, **how: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("target", registry.TARGETS)
-def test_what_is_written_is_what_is_there(tmp_path: Path, target: str) -> None:
+def test_the_returned_files_are_those_written(tmp_path: Path, target: str) -> None:
     about = bundle(tmp_path)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     files = registry.write(target, tmp_path, about)
@@ -90,7 +90,7 @@ def test_what_is_written_is_what_is_there(tmp_path: Path, target: str) -> None:
     assert "from runtime.commands.ros2_node import main" in (tmp_path / "ros2_node.py").read_text()
 
 
-def test_a_target_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_unknown_target_is_an_error_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="isaac_ros, deepstream, triton"):
         registry.write("isaac", tmp_path, bundle(tmp_path))
 
@@ -108,7 +108,7 @@ def test_other_sizes_and_batches_are_for_the_servers(
 # Isaac ROS
 
 
-def test_isaac_ros_is_told_names_and_classes(tmp_path: Path) -> None:
+def test_the_parameters_of_isaac_ros_have_names_and_classes(tmp_path: Path) -> None:
     registry.write("isaac_ros", tmp_path, bundle(tmp_path))
     said = yaml.safe_load((tmp_path / "isaac_ros" / "parameters.yaml").read_text())
     runs, reads = said["tensor_rt"]["ros__parameters"], said["yolov8_decoder_node"]["ros__parameters"]
@@ -129,7 +129,7 @@ def test_isaac_ros_is_told_names_and_classes(tmp_path: Path) -> None:
         ({"output_kind": TensorProto.FLOAT16}, "float16"),
     ],
 )
-def test_isaac_ros_refuses_what_its_decoder_cannot_read(tmp_path: Path, how: dict[str, Any], why: str) -> None:
+def test_isaac_ros_refuses_models_that_its_decoder_cannot_read(tmp_path: Path, how: dict[str, Any], why: str) -> None:
     with pytest.raises(RecipeError, match=why):
         registry.write("isaac_ros", tmp_path, bundle(tmp_path, int8=False, **how))
     assert not (tmp_path / "isaac_ros").exists()
@@ -143,14 +143,14 @@ def stand_in(name: str, **attributes: Any) -> types.ModuleType:
 
 
 class Noted:
-    """A launch action that keeps what it was made with."""
+    """A launch action that stores its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
 
 
 def test_the_launch_file_describes_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for launch and launch_ros: nodes, their parameters with absolute paths, and the encoder's arguments."""
+    """Stand-ins for launch and launch_ros record the nodes, their parameters with absolute paths, and the encoder's arguments."""
     registry.write("isaac_ros", tmp_path, bundle(tmp_path))
     made = {
         name: type(name, (Noted,), {}) for name in ("ComposableNode", "ComposableNodeContainer", "LaunchDescription")
@@ -204,7 +204,7 @@ def test_deepstreams_rows_are_the_networks_boxes(tmp_path: Path, batch: int | st
     np.testing.assert_allclose(rows_BA6, np.concatenate(expected, 2), rtol=0, atol=1e-5)
 
 
-def test_deepstream_is_told_what_nvinfer_needs(tmp_path: Path) -> None:
+def test_the_configuration_of_deepstream_has_what_nvinfer_needs(tmp_path: Path) -> None:
     registry.write("deepstream", tmp_path, bundle(tmp_path, side=320))
     text = (tmp_path / "deepstream" / "config_infer_primary.txt").read_text()
     parsed = configparser.ConfigParser()
@@ -220,7 +220,7 @@ def test_deepstream_is_told_what_nvinfer_needs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a;b", "a\nb", ""])
-def test_deepstream_refuses_a_label_it_would_split(tmp_path: Path, name: str) -> None:
+def test_deepstream_refuses_a_class_name_that_it_would_split(tmp_path: Path, name: str) -> None:
     with pytest.raises(RecipeError, match="labels.txt"):
         registry.write("deepstream", tmp_path, {**bundle(tmp_path, side=64), "names": ["x", "y", name]})
 
@@ -231,7 +231,9 @@ def test_deepstream_refuses_a_label_it_would_split(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize(
     ("batch", "limit", "dims"), [(1, "0", ["1", "3", "320", "320"]), ("batch", "8", ["3", "320", "320"])]
 )
-def test_triton_is_told_the_shapes(tmp_path: Path, batch: int | str, limit: str, dims: list[str]) -> None:
+def test_the_configuration_of_triton_has_the_shapes(
+    tmp_path: Path, batch: int | str, limit: str, dims: list[str]
+) -> None:
     registry.write("triton", tmp_path, bundle(tmp_path, side=320, batch=batch))
     folder = tmp_path / "triton" / "model_repository" / "my_demo"
     said = triton.parse_pbtxt((folder / "config.pbtxt").read_text())
@@ -272,12 +274,12 @@ def test_a_configuration_that_contradicts_the_network_is_found(
         registry.check(target, tmp_path, about)
 
 
-def test_a_network_that_is_exchanged_is_found(tmp_path: Path) -> None:
+def test_a_replaced_model_is_found(tmp_path: Path) -> None:
     for target in ("deepstream", "triton"):
         about = bundle(tmp_path / target, side=64)
         registry.write(target, tmp_path / target, about)
         network(tmp_path / target / "onnx" / "fp32.onnx", side=96)
-        with pytest.raises(RecipeError, match="the network has"):
+        with pytest.raises(RecipeError, match="the model has"):
             registry.check(target, tmp_path / target, about)
 
 
@@ -289,7 +291,7 @@ def record(**fields: Any) -> types.SimpleNamespace:
 
 
 def kinds() -> types.ModuleType:
-    """Stand-ins for vision_msgs.msg, version 4: only the fields that the messages have."""
+    """Stand-ins for vision_msgs.msg, version 4, with only the fields of its messages."""
 
     class Slots:
         def __setattr__(self, key: str, value: Any) -> None:
@@ -374,7 +376,7 @@ def test_images_of_each_encoding_become_rgb(padding: int) -> None:
 @pytest.mark.parametrize(
     "change", [{"encoding": "yuv422"}, {"height": 8}, {"step": 3}, {"width": 0}, {"data": b""}, {"encoding": "rgba8"}]
 )
-def test_an_image_that_is_none_is_refused(change: dict[str, Any]) -> None:
+def test_an_invalid_image_message_is_refused(change: dict[str, Any]) -> None:
     message = image(np.zeros((7, 5, 3), np.uint8), "rgb8")
     with pytest.raises(ValueError, match="expected|are no"):
         ros2_node.to_rgb(record(**{**vars(message), **change}))
@@ -385,7 +387,7 @@ class Terminated(Exception):
 
 
 class Ros:
-    """A stand-in for rclpy that delivers the given images, and keeps what is published and logged."""
+    """A stand-in for rclpy. It delivers the given images, and records published messages and log lines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, messages: list[Any], given: dict[str, Any]) -> None:
         self.messages, self.given = messages, given
@@ -433,8 +435,10 @@ class Ros:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_node_publishes_what_the_engine_sees(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A good frame, one that cannot be decoded, one that gives NaN, and a good one again; also on a full disk."""
+def test_the_node_publishes_the_detections_of_the_engine(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frames are good, not decodable, with NaN outputs, and good again. The test also runs on a full disk."""
     log = Path("/dev/full") if full else tmp_path / "shadow.jsonl"
     good = image(np.full((20, 30, 3), 40, np.uint8), "rgb8")
     poison = image(np.full((20, 30, 3), 255, np.uint8), "rgb8")
@@ -501,7 +505,7 @@ def test_the_node_runs_a_real_bundles_engine(tmp_path: Path, monkeypatch: pytest
         ({"shadow": "BUNDLE/log.jsonl"}, "lies in the bundle"),
     ],
 )
-def test_parameters_that_mean_nothing_are_refused(
+def test_invalid_parameters_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -87,7 +87,7 @@ def test_files_left_out_by_their_ending_are_counted(
         (folder / name).write_bytes(b"x")
     code, (*lines, _), err = called(capsys, f"source={folder}", f"engine={engine}")
     assert code == 0 and len(lines) == 4
-    assert f"{folder}: 2 files left out, whose ending is no image's (.gif 1, .svg 1)" in err
+    assert f"{folder}: 2 files left out, because they have no image suffix (.gif 1, .svg 1)" in err
 
 
 def test_a_corrupt_image_is_named_counted_and_an_error(

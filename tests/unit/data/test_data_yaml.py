@@ -16,7 +16,7 @@ YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n"
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A good data set of 4 + 2 images in `set/`, with the working directory beside it."""
+    """A valid data set of 4 + 2 images in `set/`. The working directory is its parent folder."""
     for name in ("YOLO_COMPRESS_DATA", "YOLO_COMPRESS_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -41,8 +41,8 @@ def test_lists_with_crlf_dot_slash_missing_and_repeated_members(root: Path) -> N
     with pytest.raises(BadData) as caught:
         load("set/data.yaml")
     assert caught.value.findings == (
-        "set/val.txt:4: 'images/val/1' is no image of a supported kind",
-        "set/val.txt:5: 'images/val/\\x00.png' is no image of a supported kind",
+        "set/val.txt:4: 'images/val/1' is not an image of a supported format",
+        "set/val.txt:5: 'images/val/\\x00.png' is not an image of a supported format",
         "set/val.txt:3: images/val/0.png is listed twice, first at set/val.txt:1",
         "set/val.txt:2: set/images/val/gone.png: no such file",
     )
@@ -64,7 +64,7 @@ def test_leaving_the_root_is_an_error(root: Path, where: str) -> None:
     assert str(caught.value).startswith(f"{place} leads out of set")
 
 
-def test_roboflow_export_is_read_as_meant(root: Path) -> None:
+def test_roboflow_export_with_wrong_paths_is_read(root: Path) -> None:
     (root / "data.yaml").write_text("train: ../images/train\nval: ../images/val\nnc: 2\n")
     got = load("set/data.yaml")
     assert (got.names, len(got.val)) == (("class_0", "class_1"), 2)
@@ -80,10 +80,10 @@ def test_roboflow_export_is_read_as_meant(root: Path) -> None:
         (YAML + "nc: 3\n", "set/data.yaml:5: nc is 3 but names: lists 2"),
         (YAML + "channels: 4\n", "set/data.yaml:5: channels must be 1 or 3, not 4"),
         (YAML.replace("val: images/val", "val:"), "set/data.yaml:3: val: must be a folder"),
-        (YAML.replace("[cat, dog]", "{0: cat, 2: dog}"), "set/data.yaml:4: names: must number the classes 0 to 1"),
+        (YAML.replace("[cat, dog]", "{0: cat, 2: dog}"), "set/data.yaml:4: names: must number the classes from 0 to 1"),
         (YAML.replace("[cat, dog]", "[cat, cat]"), "set/data.yaml:4: class name 'cat' is given twice"),
-        (YAML.replace("[cat, dog]", "[cat, true]"), "set/data.yaml:4: class name True is no text"),
-        (YAML.replace("path: .", "path: nowhere"), "set/data.yaml:1: path: nowhere is no folder"),
+        (YAML.replace("[cat, dog]", "[cat, true]"), "set/data.yaml:4: class name True is not text"),
+        (YAML.replace("path: .", "path: nowhere"), "set/data.yaml:1: path: nowhere is not a folder"),
         ("- train\n", "set/data.yaml:1: "),
         ("", "set/data.yaml: "),
         ("train: [" * 5000, "set/data.yaml:1: "),
@@ -116,11 +116,13 @@ def test_download_is_never_executed(root: Path, download: str) -> None:
     assert not (root.parent / "marker").exists()
 
 
-def test_yaml_is_found_by_name_and_the_error_lists_those_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yaml_is_found_by_name_and_the_error_lists_the_available_yamls(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(root))
     assert find_yaml("data") == find_yaml("data.yaml") == root / "data.yaml"
     with pytest.raises(
-        RecipeError, match=r"no data yaml 'dato'.*there: coco\.yaml, coco128\.yaml, data\.yaml, digits\.yaml;"
+        RecipeError, match=r"no data yaml 'dato'.*available: coco\.yaml, coco128\.yaml, data\.yaml, digits\.yaml;"
     ):
         find_yaml("dato")
     with pytest.raises(RecipeError, match="is a folder"):
@@ -145,8 +147,8 @@ def test_path_is_looked_up_in_the_data_folders(root: Path, tmp_path: Path, monke
         ("kpt_shape: [1000000000, 3]", "kpt_shape must be two numbers"),
     ],
 )
-def test_counts_that_are_none(root: Path, line: str, says: str) -> None:
-    """Two thousand million classes took the memory, and one number for two was a traceback."""
+def test_counts_that_are_not_numbers_in_range(root: Path, line: str, says: str) -> None:
+    """Earlier, two thousand million classes used up the memory, and one number instead of two was a traceback."""
     text = YAML.replace("names: [cat, dog]", line) if "nc" in line else YAML + line
     (root / "data.yaml").write_text(text)
     with pytest.raises(DataError) as caught:
@@ -155,8 +157,8 @@ def test_counts_that_are_none(root: Path, line: str, says: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["path", "train", "list"])
-def test_a_name_that_no_file_can_have_is_a_finding_of_its_line(root: Path, where: str) -> None:
-    """It was exit code 6, as of a disk, and on_bad=skip did not leave it out."""
+def test_an_invalid_file_name_in_a_list_is_a_finding_with_its_line(root: Path, where: str) -> None:
+    """Earlier, it was exit code 6, as for a full disk, and on_bad=skip did not leave it out."""
     long = "x" * 300 + ".png"
     if where == "list":
         (root / "list.txt").write_text(f"images/train/0.png\n{long}/{long}\n")

@@ -1,4 +1,4 @@
-"""The preflight finds what would make a number untrue, names it by file and line, and is not fooled by its cache."""
+"""The preflight finds everything that would make a result wrong, and names file and line. Its cache hides no change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def encoded(
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A good data set of 4 + 2 images in `set/`, with the working directory beside it."""
+    """A valid data set of 4 + 2 images in `set/`. The working directory is its parent folder."""
     monkeypatch.delenv("YOLO_COMPRESS_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "set"
@@ -68,7 +68,7 @@ def test_good_set(root: Path) -> None:
     assert got.val[0].image == root / "images/val/0.png"
     assert got.notes == (
         "train: no box of cat; they cannot be learnt",
-        "val: no box of cat; their AP is undefined and left out of the mean",
+        "val: no box of cat; their AP is undefined, and the mean ignores it",
     )
 
 
@@ -137,25 +137,25 @@ def test_files_left_out_by_their_ending_are_counted_in_one_line(root: Path) -> N
     for name in ("a.jfif", "b.JFIF", "c.svg", "d", "labels.txt", "data.json", ".hidden.jfif"):
         (root / "images/train" / name).write_bytes(b"x")
     notes = load("set/data.yaml").notes
-    assert notes[0] == "train: 4 files left out, whose ending is no image's (.jfif 2, .svg 1, no ending 1)"
+    assert notes[0] == "train: 4 files left out, because they have no image suffix (.jfif 2, .svg 1, no suffix 1)"
     assert not [note for note in notes if note.startswith("val:") and "left out," in note]
 
 
 @pytest.mark.parametrize("links", [1, 2])
 def test_links_that_lead_back_through_others_are_findings(root: Path, links: int) -> None:
-    """Two links in a folder to that folder were 2^40 ways through it."""
+    """With two links in a folder to itself there are 2^40 paths of 40 folders."""
     other = root.parent / "other"
     other.mkdir()
     for number in range(links):
         (other / f"again{number}").symlink_to(other)
     (root / "images/train/out").symlink_to(other)
     assert findings(root) == tuple(
-        f"set/images/train/out/again{number}: symbolic link to a folder that holds it" for number in range(links)
+        f"set/images/train/out/again{number}: symbolic link to one of its parent folders" for number in range(links)
     )
 
 
 def test_more_folders_than_a_data_set_has_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links from each of a row of folders to the next, twice, double the ways with every folder."""
+    """In a row of folders, each has two links to the next. So every folder doubles the number of paths."""
     monkeypatch.setattr(data_yaml, "MAX_FOLDERS", 200)
     rows = [root.parent / f"row{number}" for number in range(12)]
     for row, following in itertools.pairwise(rows):
@@ -163,13 +163,13 @@ def test_more_folders_than_a_data_set_has_are_refused(root: Path, monkeypatch: p
         (row / "a").symlink_to(following), (row / "b").symlink_to(following)
     rows[-1].mkdir()
     (root / "images/train/out").symlink_to(rows[0])
-    with pytest.raises(DataError, match="more than 200 folders, links followed"):
+    with pytest.raises(DataError, match="more than 200 folders, with symbolic links"):
         load("set/data.yaml")
 
 
 def test_folder_loop_is_a_finding(root: Path) -> None:
     (root / "images/train/again").symlink_to(root / "images")
-    assert findings(root) == ("set/images/train/again: symbolic link to a folder that holds it",)
+    assert findings(root) == ("set/images/train/again: symbolic link to one of its parent folders",)
 
 
 @pytest.mark.fault(16)
@@ -185,7 +185,7 @@ def test_overlap_is_found_by_content(root: Path) -> None:
     assert "2 of 3 validation images are training images too; accepted by data.allow_overlap" in notes
 
 
-def test_overlap_is_no_thing_to_skip(root: Path) -> None:
+def test_on_bad_skip_does_not_accept_overlap(root: Path) -> None:
     shutil.copy(root / "images/train/1.png", root / "images/val/1.png")
     findings(root, on_bad="skip")
 
@@ -200,7 +200,7 @@ def test_background_images_are_noted(root: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "what"),
     [
-        (lambda r: shutil.rmtree(r / "labels/val"), "val: no image has a label file; looked in set/labels/val"),
+        (lambda r: shutil.rmtree(r / "labels/val"), "val: no image has a label file; searched in set/labels/val"),
         (lambda r: [p.write_bytes(b"") for p in (r / "labels/train").iterdir()], "all 4 images are background"),
         (lambda r: [p.unlink() for p in (r / "images/val").iterdir()], "set/data.yaml: val: no image in images/val"),
         (lambda r: shutil.rmtree(r / "images/val"), "set/data.yaml:3: val: set/images/val does not exist"),
@@ -237,7 +237,7 @@ def test_digest_does_not_depend_on_row_order_or_spelling(root: Path) -> None:
     assert load("set/data.yaml").digest == first.digest
 
 
-def test_cached_load_reads_nothing_again_but_what_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_load_reads_only_files_that_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = root.parent / "sub/cache.json"
     first = load("set/data.yaml", cache=cache)
     opened: list[str] = []
@@ -247,7 +247,7 @@ def test_cached_load_reads_nothing_again_but_what_changed(root: Path, monkeypatc
     assert opened == ["cache.json"]
     label = root / "labels/val/1.txt"
     before = label.stat()
-    label.write_bytes(ROW.replace(b"1", b"0", 1))  # as many bytes, and the old time: only ctime tells
+    label.write_bytes(ROW.replace(b"1", b"0", 1))  # the same size and mtime: only ctime shows the change
     os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = load("set/data.yaml", cache=cache)
     assert opened[1:] == ["cache.json", "1.txt"]
@@ -270,7 +270,7 @@ def test_findings_are_cached_too_and_belong_to_the_class_count(root: Path) -> No
 def test_corrupt_cache_is_ignored_and_replaced(root: Path, content: bytes) -> None:
     cache = root.parent / "cache.json"
     cache.write_bytes(content)
-    (root / "labels/train.cache").write_bytes(b"\x80\x04cos\nsystem\n.")  # Ultralytics' own is not looked at
+    (root / "labels/train.cache").write_bytes(b"\x80\x04cos\nsystem\n.")  # Ultralytics' cache is not read
     assert load("set/data.yaml", cache=cache).digest == load("set/data.yaml").digest
     assert json.loads(cache.read_bytes())["version"] == 1
 
@@ -331,11 +331,12 @@ def test_limits_are_evenly_spaced_and_checked_alone(root: Path) -> None:
 @pytest.mark.fault(63)
 @pytest.mark.slow
 def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None:
-    """Of which the preflight is asked for 16: it reads those, and the time is that of listing."""
+    """The preflight reads only the 16 images that it is asked for, so almost all of the time is for listing."""
     for number in range(100_000):
         os.close(os.open(root / f"images/train/{number:06d}.png", os.O_CREAT | os.O_WRONLY))
     there = sorted(path.name for path in (root / "images/train").iterdir())
-    for seed, name in enumerate(there[i * len(there) // 16] for i in range(16)):  # which `limit_train` takes
+    chosen = (there[i * len(there) // 16] for i in range(16))  # as `limit_train` does
+    for seed, name in enumerate(chosen):
         (root / "images/train" / name).write_bytes(encoded(100 + seed))
         (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
     started = time.process_time()
@@ -376,19 +377,19 @@ def test_loading_imports_neither_torch_nor_ultralytics() -> None:
     assert out.stdout.strip() == "set()"
 
 
-def test_a_link_to_a_folder_of_images_has_its_labels_beside_the_link(root: Path) -> None:
-    """As Ultralytics looks for them; where the link leads there is another set's labels, or none."""
+def test_a_link_to_a_folder_of_images_has_its_labels_next_to_the_link(root: Path) -> None:
+    """Ultralytics does the same. Next to the link's target there may be labels of another data set."""
     plain = load("set/data.yaml")
     shutil.move(root / "images/train", root.parent / "elsewhere")
     (root / "images/train").symlink_to(root.parent / "elsewhere")
     linked = load("set/data.yaml")
     assert linked.digest == plain.digest and all(sample.boxes for sample in linked.train)
     (root / "images/val/again").symlink_to(root / "images/val")
-    assert findings(root) == ("set/images/val/again: symbolic link to a folder that holds it",)
+    assert findings(root) == ("set/images/val/again: symbolic link to one of its parent folders",)
 
 
 @pytest.mark.fault(80)
-def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
+def test_many_images_without_a_label_file_are_an_error(root: Path) -> None:
     (root / "labels/train/0.txt").unlink()
     assert any("1 of 4 images are background (1 without label file)" in note for note in load("set/data.yaml").notes)
     (root / "labels/train/2.txt").unlink()
@@ -396,7 +397,7 @@ def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
         load("set/data.yaml")
     assert str(caught.value) == (
         "set/data.yaml: train: 2 of 4 images have no label file, such as set/labels/train/0.txt. "
-        "Are all of them background? Then set data.max_unlabelled=0.5"
+        "If all of them are background, set data.max_unlabelled=0.5"
     )
     assert len(load("set/data.yaml", max_unlabelled=0.5).train) == 4
 
@@ -405,22 +406,24 @@ def test_many_images_without_a_label_file_are_a_question(root: Path) -> None:
 @pytest.mark.parametrize("name", ["0.TXT", "0.Txt"])
 def test_a_label_file_in_another_case_is_a_finding(root: Path, name: str) -> None:
     (root / "labels/train/0.txt").rename(root / "labels/train" / name)
-    assert findings(root) == (f"set/labels/train/{name}: not read; the label file of images/train/0.png is 0.txt",)
+    assert findings(root) == (f"set/labels/train/{name}: not read; the label file of images/train/0.png must be 0.txt",)
 
 
 @pytest.mark.fault(15)
 def test_validation_images_without_any_object_are_refused(root: Path) -> None:
     (root / "labels/val/0.txt").write_bytes(b"")
     assert len(load("set/data.yaml").val) == 2
-    with pytest.raises(DataError, match=r"all 1 images are background.*data\.limit_val=1 may have left out those with"):
+    with pytest.raises(
+        DataError, match=r"all 1 images are background.*data\.limit_val=1 may have left out the images with"
+    ):
         load("set/data.yaml", limit_val=1)
     (root / "labels/val/1.txt").write_bytes(b"")
-    with pytest.raises(DataError, match="val: all 2 images are background, nothing to evaluate by$"):
+    with pytest.raises(DataError, match="val: all 2 images are background, nothing to evaluate$"):
         load("set/data.yaml")
 
 
 @pytest.mark.fault(81)
-def test_more_objects_than_coco_counts_are_said(root: Path) -> None:
+def test_more_objects_than_coco_counts_are_noted(root: Path) -> None:
     def rows(count: int) -> bytes:
         return b"".join(b"%d %.6f 0.5 0.01 0.5\n" % (i % 2, 0.01 + 0.98 * i / count) for i in range(count))
 
@@ -429,12 +432,12 @@ def test_more_objects_than_coco_counts_are_said(root: Path) -> None:
     (root / "labels/val/0.txt").write_bytes(rows(202))
     (note,) = (note for note in load("set/data.yaml").notes if "objects" in note)
     assert note == (
-        "val: 1 images have over 100 objects of a class (up to 101), and mAP counts the 100 best detections of a class in an image: "
-        "no model can reach 1; data.max_det=301 counts them"
+        "val: 1 images have over 100 objects of a class (up to 101), but mAP counts only the 100 best detections of a class in an "
+        "image, so no model reaches mAP 1. Set data.max_det=301 to count them all"
     )
     assert not [note for note in load("set/data.yaml", max_det=301).notes if "objects" in note]
     (root / "labels/val/1.txt").write_bytes(rows(301))
     notes = load("set/data.yaml").notes
     assert any(
-        note.startswith("val: 1 images have over 300 objects, and NMS keeps 300 detections of an") for note in notes
+        note.startswith("val: 1 images have over 300 objects, but NMS keeps 300 detections of an") for note in notes
     )

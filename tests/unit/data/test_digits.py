@@ -1,4 +1,4 @@
-"""The embedded data set: same seed same bytes, splits share no digit, boxes are tight, and it passes our preflight."""
+"""The built-in digits: same seed same bytes, the splits share no digit, boxes are tight, and the preflight passes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_more_scenes_do_not_change_the_first(tmp_path: Path) -> None:
     assert all(b[name] == a[name] for name in a if name != "digits.json")
 
 
-def test_complete_folder_is_kept_and_damage_is_mended(tmp_path: Path) -> None:
+def test_a_complete_folder_is_not_drawn_again_and_damage_is_repaired(tmp_path: Path) -> None:
     out = tmp_path / "out"
     digits.draw(out, 2, 1, 64)
     whole, inode = content(out), out.stat().st_ino
@@ -81,7 +81,7 @@ def test_foreign_folder_is_never_deleted(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.jpg").write_text("mine")
     assert digits.main([str(tmp_path / "mine"), "--train", "1", "--val", "1"]) == StorageError.exit_code
-    assert "not drawn by this program" in capsys.readouterr().err
+    assert "this program did not draw it" in capsys.readouterr().err
     assert (tmp_path / "mine/photo.jpg").read_text() == "mine"
 
 
@@ -93,7 +93,7 @@ def test_splits_share_no_source_digit() -> None:
 
 
 def test_boxes_are_tight_around_the_ink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded layers are the oracle: each box is the extreme of its layer's ink, and inside the scene."""
+    """The oracle is the recorded layer of each digit: its box encloses the ink exactly, and is inside the scene."""
     layers = []
     paint = digits._paint
 
@@ -132,7 +132,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """In place of `digits.draw` for the time of a test: 12 and 4 images of 64 px."""
+    """Replace `digits.draw` during a test: 12 and 4 images of 64 px."""
     real = digits.draw
     monkeypatch.setattr(digits, "draw", lambda out: real(out, 12, 4, 64))
     return digits.draw
@@ -152,7 +152,7 @@ def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
     assert load("digits").digest == got.digest
 
 
-def test_fetched_digits_go_to_the_home_and_damage_is_mended(
+def test_fetched_digits_go_to_the_home_and_damage_is_repaired(
     user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(home.VARIABLE, str(user / "home"))
@@ -166,7 +166,7 @@ def test_fetched_digits_go_to_the_home_and_damage_is_mended(
     assert sorted(path.name for path in user.iterdir()) == ["home"]
 
 
-def test_digits_of_another_data_folder_are_taken(
+def test_digits_of_another_data_folder_are_used(
     user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few(user / "shared/digits")
@@ -176,9 +176,9 @@ def test_digits_of_another_data_folder_are_taken(
 
 
 def test_nothing_is_drawn_for_a_yaml_of_the_user(user: Path) -> None:
-    """What has a generator is the shipped file itself: not its name, and not its text."""
+    """Only the shipped file itself has a generator, not a file with its name or its text."""
     (user / "digits.yaml").write_bytes(shipped.DIGITS.read_bytes())
-    with pytest.raises(DataError, match=r"^digits.yaml:2: path: digits is no folder; looked in .*, datasets$"):
+    with pytest.raises(DataError, match=r"^digits.yaml:2: path: digits is not a folder; searched in .*, datasets$"):
         load("digits.yaml")
     assert not (user / "datasets").exists()
 
@@ -186,7 +186,7 @@ def test_nothing_is_drawn_for_a_yaml_of_the_user(user: Path) -> None:
 @pytest.mark.parametrize("name", ["coco", "coco128"])
 def test_shipped_coco_names_80_classes_and_how_to_get_it(name: str, user: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"path: {name} is no folder; looked in datasets; run `yolo-compress fetch {name}`"
+        DataError, match=rf"path: {name} is not a folder; searched in datasets; run `yolo-compress fetch {name}`"
     ):
         load(name)
     (user / "datasets" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Image files: whole, of a kind that OpenCV decodes alike, and as large as OpenCV says; or a finding, never a crash."""
+"""Image files: a file that OpenCV decodes gets the size that OpenCV gives it; any other file is a finding, never a crash."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ BAD_IMAGES = {
     "png without end": (encoded(0)[:-12], "corrupt image (no end chunk)"),
     "jpeg with tail": (
         encoded(0, "JPEG") + b"\0",
-        "no end-of-image marker at its end: cut short or with bytes behind it; save it again",
+        "no end-of-image marker at the end: the file is cut short or has more bytes; save it again",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A teacher pulls, is not pulled, and is silent only towards its equal."""
+"""Distillation losses have a gradient to the student only, and are 0 only if student and teacher are equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_compress.distill.checks import prove, prove_frozen
+from yolo_compress.distill.checks import check_frozen, check_terms
 from yolo_compress.distill.feature import weighted_l2
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.logits import head_terms, soft_boxes, soft_labels, soft_sides, teacher_weight
@@ -44,7 +44,7 @@ def test_gradient_of_soft_labels_is_the_one_of_the_docstring(temperature: float)
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_gradient_of_soft_sides_is_that_of_four_softmaxes(temperature: float) -> None:
-    """T (p_student - p_teacher), a mean over sides: bins of different sides do not mix, sides lie one behind the other."""
+    """T (p_student - p_teacher), averaged over sides. Each side is a separate, contiguous block of bins."""
     student = torch.randn(1, 4 * 5, 7, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(1, 4 * 5, 7, dtype=torch.float64)
     weight = torch.rand(1, 7, dtype=torch.float64)
@@ -55,8 +55,8 @@ def test_gradient_of_soft_sides_is_that_of_four_softmaxes(temperature: float) ->
     assert float(soft_sides(teacher, teacher, weight, temperature)) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_high_temperature_keeps_the_pull() -> None:
-    """T^2: in the limit the gradient is (student - teacher) / 4, whatever T."""
+def test_the_gradient_does_not_depend_on_a_high_temperature() -> None:
+    """With the factor T^2 the gradient tends to (student - teacher) / 4 for any large T."""
     student = torch.tensor([[[0.3]]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[[-0.2]]], dtype=torch.float64)
     soft_labels(student, teacher, torch.ones(1, 1, dtype=torch.float64), 1000.0).backward()
@@ -80,7 +80,7 @@ def test_weighted_l2_equals_ultralytics() -> None:
 
 
 def test_soft_boxes_are_one_minus_the_iou_of_decoded_boxes() -> None:
-    """Against Ultralytics' decoding around real anchors and its IoU of boxes in px."""
+    """Compared with Ultralytics' decoding at real anchors and its IoU of boxes in px."""
     from ultralytics.utils.metrics import bbox_iou
     from ultralytics.utils.tal import dist2bbox, make_anchors
 
@@ -122,7 +122,9 @@ def losses(student: nn.Module, teacher: nn.Module, **changes: object) -> tuple[T
 
 
 def test_equal_nets_give_zero_and_different_ones_do_not() -> None:
-    student = model(0).eval()  # in evaluation mode both normalise alike; the head's dictionary is the second of a pair
+    student = model(
+        0
+    ).eval()  # in evaluation mode both normalise alike; the dictionary of the head is the second output
     hook = started(student, model(0))
     equal = hook.extra_loss(batch(), student(batch()["img"])[1])
     assert {name: float(value.detach()) for name, value in equal.items()} == {
@@ -146,7 +148,7 @@ def test_gradient_reaches_the_student_and_nothing_of_the_teacher_moves() -> None
 
 
 def test_the_teacher_of_the_head_is_raw_and_its_scores_are_those_of_evaluation() -> None:
-    """The flag of Detect alone is set: what it returns is what evaluation computes before decoding."""
+    """Only the flag of Detect is set, so its outputs are those of evaluation before decoding."""
     net = model(0).eval()
     with torch.no_grad():
         expected = net(batch()["img"])[1]["scores"]
@@ -159,7 +161,7 @@ def test_aligners_have_the_live_widths() -> None:
     assert [(a.in_channels, a.out_channels) for a in hook.modules().values()] == [(64, 128), (128, 256), (256, 512)]
 
 
-def test_nothing_is_taught_in_validation() -> None:
+def test_there_are_no_terms_in_validation() -> None:
     student = model(1).eval()
     hook = started(student, model(0))
     assert hook.extra_loss(batch(), student(batch()["img"])) == {}
@@ -180,7 +182,7 @@ def test_weights_rise_over_the_ramp_and_are_off_at_the_end() -> None:
     full = term(1)
     assert term(0) == pytest.approx(full / 2, rel=1e-4) and term(6) == pytest.approx(full, rel=1e-4)
     assert term(7) is None and term(9) is None
-    hook.on_epoch_end(9, student)  # an epoch without terms is no silent one
+    hook.on_epoch_end(9, student)  # an epoch without distillation raises no error
 
 
 def test_in_the_epochs_without_terms_nothing_is_tapped() -> None:
@@ -195,7 +197,7 @@ def taps_of(net: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in net.modules())
 
 
-# --- proof ----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_term_that_is_zero_for_an_epoch_stops_the_run() -> None:
@@ -205,35 +207,35 @@ def test_a_term_that_is_zero_for_an_epoch_stops_the_run() -> None:
         hook.on_epoch_end(2, model(1))
 
 
-def test_what_is_proven_of_a_term_at_the_first_batch() -> None:
+def test_checks_of_a_term_at_the_first_batch() -> None:
     outputs = torch.ones(3, requires_grad=True)
     other = torch.ones(3, requires_grad=True)
-    prove({"fine": outputs.sum()}, [outputs], same=False)
-    prove({"tiny": 1e-30 * outputs.sum()}, [outputs], same=False)
+    check_terms({"fine": outputs.sum()}, [outputs], same=False)
+    check_terms({"tiny": 1e-30 * outputs.sum()}, [outputs], same=False)
     with pytest.raises(NumericsError, match="kd_box is nan at the first batch"):
-        prove({"kd_box": outputs.sum() * float("nan")}, [outputs], same=False)
+        check_terms({"kd_box": outputs.sum() * float("nan")}, [outputs], same=False)
     with pytest.raises(NumericsError, match="kd_box is 0 at the first batch although teacher and student differ"):
-        prove({"kd_box": 0 * outputs.sum()}, [outputs], same=False)
-    prove({"kd_box": 0 * outputs.sum()}, [outputs], same=True)
+        check_terms({"kd_box": 0 * outputs.sum()}, [outputs], same=False)
+    check_terms({"kd_box": 0 * outputs.sum()}, [outputs], same=True)
     for stray in (other.sum(), outputs.detach().sum(), (outputs - outputs + other).sum()):
-        with pytest.raises(NumericsError, match="kd_box sends no gradient to the student"):
-            prove({"kd_box": stray}, [outputs], same=False)
+        with pytest.raises(NumericsError, match="kd_box has no gradient to the student"):
+            check_terms({"kd_box": stray}, [outputs], same=False)
 
 
-def test_the_proof_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terms_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from yolo_compress.distill import hook as teach
 
-    proven: list[list[str]] = []
-    monkeypatch.setattr(teach, "prove", lambda terms, student, same: proven.append(list(terms)))
+    checked: list[list[str]] = []
+    monkeypatch.setattr(teach, "check_terms", lambda terms, student, same: checked.append(list(terms)))
     student = model(1).train()
     hook = started(student, model(0))
     for _ in range(2):
         hook.extra_loss(batch(), student(batch()["img"]))
-    assert proven == [["kd_feature", "kd_class", "kd_box", "kd_iou"]]
+    assert checked == [["kd_feature", "kd_class", "kd_box", "kd_iou"]]
 
 
 def test_a_feature_loss_of_ones_own_is_the_term(tmp_path: Path) -> None:
-    """Twice the L2 distance is twice the term."""
+    """With twice the L2 distance the term is twice as large."""
     (tmp_path / "own.py").write_text(
         "def twice(student, teacher, weight):\n    return 2 * (student - teacher).square().mean()\n"
     )
@@ -255,10 +257,10 @@ def test_a_relation_of_one_image_is_refused_at_the_first_batch() -> None:
 
 
 @pytest.mark.fault(38)
-def test_a_teacher_that_moves_is_a_bug() -> None:
+def test_a_teacher_that_can_change_is_a_bug() -> None:
     teacher = Frozen(model(0)).net
-    prove_frozen(teacher)
+    check_frozen(teacher)
     with pytest.raises(AssertionError, match=r"the teacher is not frozen: \['model.0.bn'"):
-        prove_frozen(teacher.train())
+        check_frozen(teacher.train())
     with pytest.raises(AssertionError, match=r"the teacher is not frozen: \['model.0.conv.weight'"):
-        prove_frozen(teacher.eval().requires_grad_(True))
+        check_frozen(teacher.eval().requires_grad_(True))

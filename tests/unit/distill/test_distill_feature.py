@@ -1,4 +1,4 @@
-"""Every feature loss against an independent formula or the invariance that it is chosen for."""
+"""Every feature loss equals an independent formula, or has the invariance for which it was chosen."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_compress.choices import FEATURE_LOSSES
 from yolo_compress.distill.feature import MASKED, Aligner, Generator, find
 from yolo_compress.errors import RecipeError
+from yolo_compress.recipe.choices import FEATURE_LOSSES
 
 PURE = [name for name in FEATURE_LOSSES if name != "mgd"]
 
@@ -112,7 +112,7 @@ def test_an_aligner_is_the_identity_as_far_as_widths_go() -> None:
 
 
 def test_an_aligner_starts_at_the_regression_of_the_teacher_on_the_student() -> None:
-    """Channels of a pruned net lie elsewhere in its parent: found at once; what they cannot say is the residual of least squares."""
+    """The aligner finds channels of a pruned model at other positions in the teacher. Its error is that of least squares."""
     torch.manual_seed(0)
     teacher = torch.randn(4, 6, 9, 9) * torch.arange(1, 7).view(1, 6, 1, 1) + 5
     student = teacher[:, [4, 1, 2]]
@@ -147,7 +147,7 @@ def test_a_dead_channel_of_the_student_does_not_stop_the_start() -> None:
 
 
 def test_mgd_rebuilds_from_what_the_mask_leaves() -> None:
-    """What holds of equal maps: masked locations are rebuilt from their neighbours alone, so the loss is that of the generator."""
+    """For equal maps, the loss is the error of the generator, which reconstructs masked locations from their neighbours."""
     torch.manual_seed(0)
     generator = Generator(4)
     seen: list[torch.Tensor] = []
@@ -221,7 +221,7 @@ def test_a_loss_of_ones_own_may_bring_its_adapter(tmp_path: Path) -> None:
         ("import nothing_of_the_kind", r"cannot be imported: ModuleNotFoundError: .* \(line 1\)"),
     ],
 )
-def test_what_is_no_feature_loss_is_refused_with_what_is_expected(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_feature_loss_is_refused_with_the_expected_form(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "own.py").write_text(text + "\n")
     with pytest.raises(RecipeError, match=rf"^distill\.feature_loss: .*own\.py.*{said}"):
         find(f"{tmp_path}/own.py:mine")

@@ -1,4 +1,4 @@
-"""What the stage refuses before anything is trained, and training without labels or without data."""
+"""Checks of the stage before training, and training without labels or without data."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_teacher_that_is_a_copy_of_the_student(shop: Path) -> None:
     (shop / "teacher.pt").write_bytes((shop / "student.pt").read_bytes())
     with pytest.raises(RecipeError, match="teacher and student are the same model"):
         check()
-    check(prune={})  # what is pruned has something to learn
+    check(prune={})  # a pruned student differs from its teacher
 
 
 def test_layers_that_do_not_fit(shop: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_feature_loss_of_ones_own_is_tried_and_is_in_the_fingerprint(shop: Pat
 
 @pytest.mark.fault(79)
 def test_nothing_runs_before_the_check(shop: Path) -> None:
-    """Hours of pruning must not pass before a teacher is found not to fit."""
+    """A teacher that does not match is an error before hours of pruning."""
     save(shop / "teacher.pt", "yolov8n-p2.yaml")
     store = Store(shop / "weights")
     with pytest.raises(RecipeError, match="differ in levels"):
@@ -209,7 +209,7 @@ def job(shop: Path, config: dict[str, Any], dataset: Dataset) -> Job:
 
 
 class _Made:
-    """As much of an artefact as the stage looks at."""
+    """The part of an artefact that the stage reads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -278,7 +278,7 @@ def misfit(net: torch.nn.Module, images: torch.Tensor) -> float:
 
 
 def seen_net() -> torch.nn.Module:
-    """A small net whose averages are those of smooth grey images."""
+    """A small model with the BatchNorm averages of smooth grey images."""
     torch.manual_seed(3)
     layers: list[torch.nn.Module] = []
     for before, after in ((3, 8), (8, 16)):

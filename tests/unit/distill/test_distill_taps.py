@@ -1,4 +1,4 @@
-"""Taps catch what is asked for, hold nothing and are gone when training is."""
+"""Taps return the requested maps, keep no reference to them, and are removed when training ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_maps_of_the_detect_inputs_are_those_that_detect_returns(nano: nn.Mo
     taps.attach(nano)
     predictions = nano.train()(IMAGES)
     assert all(a is b for a, b in zip(taps.take(), predictions["feats"], strict=True))
-    assert taps._caught == {}, "taken is let go of"
+    assert taps._outputs == {}, "take() releases the maps"
     taps.remove()
     assert hooks_of(nano) == 0
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_paired_names_both(nano: nn.Module, small: nn.Module) -> 
         matched_widths(nano, small, [("model.15", "model.18")])
     with pytest.raises(RecipeError, match=r"the teacher has no layer 'model.99'; its layers are model.0 to model.22"):
         matched_widths(nano, small, [("model.15", "model.99")])
-    with pytest.raises(RecipeError, match=r"model.22 of the student \(Detect\) gives no feature map"):
+    with pytest.raises(RecipeError, match=r"output of model.22 of the student \(Detect\) is not a feature map"):
         map_shapes(nano, ["model.22"], "student")
 
 

@@ -1,4 +1,4 @@
-"""Frozen, mutual and self: who takes a gradient, who is trained, and what stays out of the checkpoint."""
+"""Frozen, mutual and self-distillation: which models have gradients, which are trained, and what checkpoints contain."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_other_classes_levels_and_strides_are_refused_with_both() -> None:
 # --- mutual ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_of_two_students_is_pulled_by_its_own_terms_alone() -> None:
+def test_each_of_two_students_has_gradients_of_its_own_terms_only() -> None:
     student, peer = model(1).train(), model(0, "yolov8s.yaml")
     losses = taught(Teach(Peer(peer), feature_weight=1.0, **HEAD), student)
     assert list(losses) == ["kd_feature", "kd_class", "kd_box", "kd_iou", "peer"]
@@ -106,7 +106,7 @@ def test_a_peer_takes_its_detection_loss_and_the_head_terms() -> None:
     losses = taught(Teach(Peer(peer), feature_weight=0.0, class_weight=2.0), student)
     outputs = alone(batch()["img"])
     detection = alone.init_criterion()(outputs, batch())[0].sum() / 2
-    mutual = Teach(Frozen(model(2)), feature_weight=0.0, class_weight=2.0)._pull(
+    mutual = Teach(Frozen(model(2)), feature_weight=0.0, class_weight=2.0)._head_loss(
         outputs, {k: v.detach() for k, v in student(batch()["img"]).items() if k != "feats"}
     )
     assert float(losses["peer"].detach()) == pytest.approx(float((detection + mutual).detach()), rel=1e-5)
@@ -128,7 +128,7 @@ def test_deep_layers_teach_shallow_ones_and_are_not_taught() -> None:
 
 
 def test_a_layer_cannot_teach_itself() -> None:
-    with pytest.raises(RecipeError, match=r"model.15 cannot teach itself; give SHALLOW=DEEP"):
+    with pytest.raises(RecipeError, match=r"model.15 cannot teach itself; write SHALLOW=DEEP"):
         taught(Teach(Own(), feature_weight=1.0, class_weight=0.0, layers=["model.15"]), model(1).train())
 
 
@@ -190,7 +190,7 @@ class _Stop(Exception):
 def test_resumed_equals_uninterrupted(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Peer, generators and schedule go on where they were."""
+    """A resumed run restores the peer, the generators and the schedule."""
     whole_save, when = HookedTrainer.save_model, [-1]
 
     def save_model(self: HookedTrainer) -> bool:

@@ -1,4 +1,4 @@
-"""NMS in the graph gives the rows of `runtime.detect.post.nms`, on every runtime here and in every precision."""
+"""NMS in the graph returns the rows of `runtime.detect.post.nms`, on every installed runtime and in every precision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_rows_are_those_of_our_nms(fp32: Path, tmp_path: Path, conf: float, iou:
     assert some or conf > 0.9
 
 
-def test_of_fp16_too_and_known_for_what_it_is(fp32: Path, tmp_path: Path) -> None:
+def test_fp16_with_nms_is_recognised_by_its_metadata(fp32: Path, tmp_path: Path) -> None:
     to_fp16(fp32, tmp_path / "fp16.onnx")
     with_nms(tmp_path / "fp16.onnx", tmp_path / "fp16-nms.onnx")
     assert run_onnx(tmp_path / "fp16-nms.onnx", images(1)).shape == (1, 300, 6)
@@ -60,5 +60,5 @@ def test_of_fp16_too_and_known_for_what_it_is(fp32: Path, tmp_path: Path) -> Non
 
 def test_a_batch_is_refused(tmp_path: Path) -> None:
     export_onnx(net(), tmp_path / "two.onnx", SIZE, names=NAMES, batch=2)
-    with pytest.raises(RecipeError, match="takes a batch of 1, this graph 2"):
+    with pytest.raises(RecipeError, match="requires a batch of 1, this graph has 2"):
         with_nms(tmp_path / "two.onnx", tmp_path / "nms.onnx")

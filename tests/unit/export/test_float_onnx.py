@@ -1,4 +1,4 @@
-"""The exported graph is the network: same numbers, same bytes each time, readable by Ultralytics."""
+"""The exported graph has the outputs of the model, equal bytes each time, and loads in Ultralytics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def assert_same(got: np.ndarray, expected: np.ndarray, box_px: float = 0.05) -> 
     assert got.shape == expected.shape and got.dtype == np.float32
     assert (
         np.abs(got - expected)[:, :4].max() <= box_px
-    )  # random weights spread DFL over all bins: more rounding than in a trained net
+    )  # random weights spread DFL over all bins, which causes more rounding than in a trained model
     assert np.abs(got - expected)[:, 4:].max() <= 1e-4
 
 
@@ -35,7 +35,7 @@ def test_onnx_gives_what_torch_gives(tmp_path: Path, size: tuple[int, int], opse
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     expected = run_torch(model, batch)
-    assert expected[:, 4:].std() > 0.1  # the comparison is of something
+    assert expected[:, 4:].std() > 0.1  # the outputs are not constant
     assert_same(run_onnx(tmp_path / "a.onnx", batch), expected)
     graph = onnx.load(str(tmp_path / "a.onnx"))
     assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
@@ -84,7 +84,7 @@ def test_ultralytics_loads_both_forms(tmp_path: Path) -> None:
         assert_same(np.asarray(output).reshape(1, 7, -1), run_torch(model, batch))
 
 
-def test_refuses_what_it_cannot_export(tmp_path: Path) -> None:
+def test_unsupported_exports_are_refused(tmp_path: Path) -> None:
     model, out = net(), tmp_path / "a.onnx"
     with pytest.raises(RecipeError, match="100x64.*stride 32"):
         export_onnx(model, out, (100, 64), names=NAMES)

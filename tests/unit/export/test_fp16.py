@@ -1,4 +1,4 @@
-"""FP16: half-typed features and weights, float32 ends and decode, boxes not rounded to half's grid."""
+"""FP16: activations and weights are float16, input, output and decode float32, and boxes are not rounded to float16."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_types(pair: tuple[Path, Path]) -> None:
     types |= {item.name: item.data_type for item in graph.initializer}
     convs = [node for node in graph.node if node.op_type == "Conv"]
     half = [node for node in convs if types[node.input[0]] == types[node.input[1]] == TensorProto.FLOAT16]
-    assert len(convs) == len(half) == 63  # DFL is none, and of the decode
+    assert len(convs) == len(half) == 63  # DFL is not a convolution here and belongs to the decode
     assert sum(node.op_type == "Cast" for node in graph.node) == 7  # the image, and each output convolution
     assert {item.key: item.value for item in model.metadata_props}["precision"] == "fp16"
     assert pair[1].stat().st_size < 0.52 * pair[0].stat().st_size
 
 
-def test_tail_starts_behind_the_output_convolutions(pair: tuple[Path, Path]) -> None:
+def test_tail_starts_after_the_output_convolutions(pair: tuple[Path, Path]) -> None:
     graph = onnx.load(str(pair[0])).graph
     tail = set(decode_tail(graph))
     kinds = [node.op_type for node in graph.node if node.name in tail]
@@ -64,7 +64,7 @@ def test_boxes_beyond_512_px_keep_their_fraction(tmp_path: Path) -> None:
     centres = run_onnx(tmp_path / "fp16.onnx", batch)[0, 0]
     far = centres[centres > 520]
     assert len(far) > 10
-    assert np.abs(far * 2 - np.rint(far * 2)).max() > 0.05  # float16 has nothing between halves there
+    assert np.abs(far * 2 - np.rint(far * 2)).max() > 0.05  # float16 has no values between multiples of 0.5 there
 
 
 def test_runs_on_openvino(pair: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Files without an engine here are evaluated as they are written: the same codes as the fake quantisation of training."""
+"""Files without an engine on this machine are evaluated too, and give the INT8 values of fake quantisation in training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 from yolo_compress.errors import CompressError, CorruptArtifact
 from yolo_compress.evaluate.published import For, check_nms, made_for, open_published
-from yolo_compress.export.calibration_cache import CACHE, IMPLICIT, explicit, read_cache, write_implicit
+from yolo_compress.export.calibration_cache import CACHE, IMPLICIT, read_cache, write_explicit, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.nms import with_nms
@@ -52,7 +52,7 @@ def test_a_file_computes_what_training_saw(
 
 
 def test_float16_between_the_codes_is_run(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """How near it comes is for trained nets: one of random weights amplifies float16 to as much as INT8 itself."""
+    """The error is not compared: a model with random weights amplifies float16 rounding to the error of INT8 itself."""
     insert_qdq(source[0], tmp_path / "codes.onnx", source[1], "tensorrt11")
     to_fp16(tmp_path / "codes.onnx", tmp_path / "int8-tensorrt11.onnx", "int8")
     halves, floats = (
@@ -64,11 +64,11 @@ def test_float16_between_the_codes_is_run(source: tuple[Path, QuantState], tmp_p
 
 
 def test_the_calibration_cache_gives_the_trained_weights_back(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """TensorRT takes the ranges of weights from the graph: on the 7-bit grid 8 bits lose a quarter of a step at most."""
+    """TensorRT computes weight ranges from the graph: 8 bits change weights on the 7-bit grid by a quarter of a step at most."""
     file, state = source
     write_implicit(file, tmp_path / IMPLICIT, state)
     stored = {item.name: numpy_helper.to_array(item) for item in onnx.load(str(tmp_path / IMPLICIT)).graph.initializer}
-    explicit(tmp_path / IMPLICIT, tmp_path / "explicit.onnx")
+    write_explicit(tmp_path / IMPLICIT, tmp_path / "explicit.onnx")
     graph = onnx.load(str(tmp_path / "explicit.onnx")).graph
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     for name, amax_C in state.weights.items():
@@ -83,8 +83,8 @@ def test_the_calibration_cache_gives_the_trained_weights_back(source: tuple[Path
     assert np.abs(got - run_onnx(file, images(8, seed=3))).max() > 1e-4  # INT8, not the float graph
     assert all(scale > 0 for scale in read_cache(tmp_path / CACHE).values())
     (tmp_path / CACHE).write_text("TRT-8502-EntropyCalibration2\nno tensor of it: 3c010a14\n")
-    with pytest.raises(CorruptArtifact, match="no tensor of it"):
-        explicit(tmp_path / IMPLICIT, tmp_path / "explicit.onnx")
+    with pytest.raises(CorruptArtifact, match="has no tensor of that name"):
+        write_explicit(tmp_path / IMPLICIT, tmp_path / "explicit.onnx")
     for text in (
         "images: zz\n",
         "TRT-8502-x\nimages: 7fc00000\n",
@@ -107,7 +107,7 @@ def test_torchscript_is_evaluated_as_torch_runs_it(source: tuple[Path, QuantStat
     assert not np.allclose(floats, codes, atol=1e-4)
 
 
-def test_whom_a_file_is_for() -> None:
+def test_the_runtime_and_precision_of_each_file() -> None:
     expected = {
         "compressed/fp32.onnx": For("onnx", "fp32"),
         "compressed/fp16.onnx": For("onnx", "fp16"),
@@ -139,7 +139,7 @@ def test_nms_in_the_graph_is_compared_with_nms_behind_it(source: tuple[Path, Qua
 
 
 def test_saturation_is_seen_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor without VNNI is played by halving the sums, which is what clipping two products of 255 * 127 to 16 bits does."""
+    """The test halves the sums, as a processor without VNNI does when it clips two products of 255 * 127 to 16 bits."""
     assert not saturation.saturates("onnxruntime") or "avx512_vnni" not in Path("/proc/cpuinfo").read_text()
     opened = saturation.open_engine
 

@@ -1,4 +1,4 @@
-"""The INT8 graphs: as many Q/DQ nodes as planned, the same numbers as the fake-quantised network, the types a runtime takes."""
+"""INT8 graphs have the planned Q/DQ nodes, the outputs of the fake-quantised model, and types that the runtime supports."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach
 from yolo_compress.quant.ranges import QuantState, fold
 
-SOURCES = 58  # tensors that the plan quantises where they are made
+SOURCES = 58  # tensors that the plan quantises where they are computed
 # 13 concatenations, 8 chunks with two halves, 3 pools, 2 upsamplings
 PASSED = 13 + 2 * 8 + 3 + 2
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """How torch splits a sum decides rounding ties, and a net of random weights amplifies each; so the net and what it
-    computes are made by one thread, and bounds hold on any number of processors."""
+    """Rounding ties depend on how torch splits a sum between threads, and a model with random weights amplifies them. With
+    one thread the bounds hold on any machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,7 +104,7 @@ def test_graph_computes_what_the_fake_quantised_network_computes(
 
 
 def test_each_convolution_fed_alike_computes_alike(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """Without the network's amplification of rounding ties between layers, what remains is the ties of one layer."""
+    """With equal inputs per layer, only the rounding ties of one layer remain."""
     file, state = source
     insert_qdq(file, tmp_path / "int8.onnx", state, "tensorrt10")
     graph = onnx.load(str(tmp_path / "int8.onnx"))
@@ -132,7 +132,7 @@ def test_each_convolution_fed_alike_computes_alike(source: tuple[Path, QuantStat
 
 
 def test_signed_and_unsigned_codes_give_equal_values(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """INT8 with zero point 0 and UINT8 with zero point 128 are the same codes."""
+    """INT8 with zero point 0 and UINT8 with zero point 128 represent the same values."""
     file, state = source
     plain = replace(state, outputs={})
     targets: tuple[str, ...] = ("tensorrt10", "onnxruntime", "openvino")
@@ -195,7 +195,7 @@ def test_sums_concats_and_pools_read_and_give_codes_of_one_scale(
         zeros = {int(values[one.input[2]]) for one in (*sources, *readers)}
         assert len(scales) == len(zeros) == 1, node.name
     assert seen == {"Add": 6, "Concat": 13, "MaxPool": 3, "Resize": 2, "Split": 8}
-    for name in made:  # nothing is read as codes and as float
+    for name in made:  # no tensor is read both as INT8 and as float
         readers = read_by.get(name, [])
         kinds = {reader.op_type == "QuantizeLinear" for reader in readers}
         inner = {reader.op_type for reader in readers} == {"Sigmoid", "Mul"}
@@ -203,7 +203,7 @@ def test_sums_concats_and_pools_read_and_give_codes_of_one_scale(
 
 
 def test_ranges_reach_the_tensors_they_are_named_after(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """Twice the range of one group: exactly the pairs of its tensors, and of what passes them on, have twice the scale."""
+    """If one group has twice the range, exactly the pairs of its tensors and of layers that forward them double their scale."""
     file, state = source
     group = ("model.6.cv2", "model.9.cv2", "model.19")  # concats 11 and 20
     wide = {name: amax * (1 + (name in group)) for name, amax in state.activations.items()}
@@ -243,7 +243,9 @@ def test_open_batch_runs(tmp_path: Path) -> None:
 def test_graph_and_state_must_belong_together(source: tuple[Path, QuantState], tmp_path: Path) -> None:
     file, state = source
     out = tmp_path / "int8.onnx"
-    with pytest.raises(RecipeError, match="'dla' is unknown; there are onnxruntime, openvino, tensorrt10, tensorrt11"):
+    with pytest.raises(
+        RecipeError, match="'dla' is unknown, expected one of onnxruntime, openvino, tensorrt10, tensorrt11"
+    ):
         insert_qdq(file, out, state, "dla")  # type: ignore[arg-type]
     with pytest.raises(CorruptArtifact, match="not folded"):
         insert_qdq(file, out, replace(state, folded=False), "tensorrt10")
@@ -292,7 +294,7 @@ def test_calibration_cache_holds_the_scales_of_the_qdq_form(source: tuple[Path, 
 
 
 def test_half_typed_codes_are_the_same_network(source: tuple[Path, QuantState], tmp_path: Path) -> None:
-    """Every float tensor between the codes is float16, every scale is one that float16 holds, none below the float32 one."""
+    """Every float tensor between INT8 layers is float16. Every scale is exact in float16 and not below the float32 scale."""
     _, state = source
     export_onnx(net(), tmp_path / "fp32.onnx", SIZE, names=NAMES, opset=19)
     insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", state, "tensorrt10")
@@ -315,7 +317,7 @@ def test_half_typed_codes_are_the_same_network(source: tuple[Path, QuantState], 
     error, error_half = (
         np.abs(got - as_float).mean() for got in (expected, run_onnx(tmp_path / "half.onnx", batch[:1]))
     )
-    assert error_half < 1.5 * error  # ties of rounding fall otherwise, which a net of random weights amplifies
+    assert error_half < 1.5 * error  # other rounding ties, which a model with random weights amplifies
 
 
 ACTS = [
@@ -355,8 +357,8 @@ def test_activations_of_any_number_of_nodes_become_codes_behind_their_last(act: 
 
 
 @pytest.mark.parametrize("act", [nn.Softmax(1), nn.Threshold(0.1, 0.0)])
-def test_an_activation_that_no_int8_file_holds_is_known_before_training(act: nn.Module) -> None:
+def test_an_activation_without_int8_support_is_refused_before_training(act: nn.Module) -> None:
     with pytest.raises(
-        RecipeError, match=f"activation {type(act).__name__}: (INT8 files|ONNX of opset 17) cannot hold it"
+        RecipeError, match=f"activation {type(act).__name__}: (INT8 files do|ONNX opset 17 does) not support it"
     ):
         qdq.check_activation(act, 17)

@@ -1,4 +1,4 @@
-"""INT8 TorchScript: the codes of the ONNX form, on every engine, and a file that needs torch alone."""
+"""INT8 TorchScript has the INT8 values of the ONNX form on every engine, and its file needs only torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLack
 from yolo_compress.export import torchscript
 from yolo_compress.export.float_onnx import export_onnx, prepare
 from yolo_compress.export.qdq import find_convs, insert_qdq
-from yolo_compress.export.torchscript import ZERO_POINT, CodedConv, export_int8_torchscript, to_codes
+from yolo_compress.export.torchscript import ZERO_POINT, Int8Conv, convert_to_int8, export_int8_torchscript
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState, fold
@@ -40,7 +40,7 @@ HERE = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in test_qdq: rounding ties of the net of random weights are those of one thread."""
+    """As in test_qdq: one thread, since rounding ties depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -82,7 +82,7 @@ def run(file: Path, batch: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("name", HERE)
 def test_each_convolution_gives_the_codes_of_the_onnx_form(state: QuantState, tmp_path: Path, name: str) -> None:
-    """Fed the codes that ONNX Runtime computes (nothing fused), each gives its codes but for ties of rounding."""
+    """With the INT8 inputs of ONNX Runtime (no fusion), each convolution has its INT8 outputs except for rounding ties."""
     export_onnx(net(), tmp_path / "fp32.onnx", SIZE, names=NAMES)
     convs = find_convs(onnx.load(str(tmp_path / "fp32.onnx")).graph, state.convs)
     insert_qdq(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", state, "onnxruntime")
@@ -97,7 +97,7 @@ def test_each_convolution_gives_the_codes_of_the_onnx_form(state: QuantState, tm
     coded = prepare(net(), SIZE, NAMES, 1, "torchscript")[0]
     reads = plan(coded).reads
     with engine(name):
-        to_codes(coded, state)
+        convert_to_int8(coded, state)
         for conv, (into, out) in ends.items():
             module: Any = coded.get_submodule(conv)
             module = module[1] if reads[conv] == "images" else module
@@ -109,12 +109,12 @@ def test_each_convolution_gives_the_codes_of_the_onnx_form(state: QuantState, tm
 
 
 def rounded(amax: float) -> Callable[..., torch.Tensor]:
-    """A forward hook that rounds what a module gives to codes of the range and back."""
+    """A forward hook that rounds the output of a module to INT8 and back."""
     return lambda module, args, made: torch.fake_quantize_per_tensor_affine(made, amax / 127, 0, -128, 127)
 
 
 def simulated(state: QuantState) -> nn.Module:
-    """The same network in float: everything that has a range is rounded to its codes and back."""
+    """The same model in float: every tensor and weight with a range is rounded to INT8 and back."""
     model = net().fuse(verbose=False)
     for name, amax_C in state.weights.items():
         conv, scale_C = model.get_submodule(name), torch.tensor(amax_C) / 63
@@ -144,7 +144,7 @@ def test_all_that_is_planned_computes_on_codes_and_nothing_else(written: Path, s
     assert kinds.count("quantized::conv2d") == len(state.convs) == 57
     assert kinds.count("aten::_convolution") == 6  # the head's output convolutions
     assert kinds.count("quantized::add") == 6
-    assert kinds.count("aten::quantize_per_tensor") == 1 + 51  # images; what 6 blocks of the head give stays float
+    assert kinds.count("aten::quantize_per_tensor") == 1 + 51  # images; the outputs of 6 blocks of the head stay float
     described = json.loads(config["config.txt"])
     assert (described["precision"], described["imgsz"], described["batch"]) == ("int8", [64, 64], 1)
 
@@ -164,14 +164,14 @@ def test_groups_left_in_float_stay_float(state: QuantState, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", HERE)
 def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
-    """QNNPACK holds a bias in steps of the weights: where these are 0, as INT32 it would overflow."""
+    """QNNPACK stores a bias as INT32 in units of the weight scale: with weights of 0 it would overflow."""
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 4, 3, padding=1)
     conv.weight.data[0], conv.weight.data[1] = 0.0, conv.weight.data[1] * 1e-9
     conv.bias.data = torch.tensor([5.0, -5.0, 0.1, -0.1])
     x, amax_C = torch.rand(1, 16, 8, 8) * 2 - 1, conv.weight.abs().amax((1, 2, 3)).clamp_min(1e-6)
     with torch.no_grad(), engine(name):
-        coded = CodedConv(conv, tuple(amax_C.tolist()), 1.0, 8.0, 63)
+        coded = Int8Conv(conv, tuple(amax_C.tolist()), 1.0, 8.0, 63)
         codes = quantised(x, 1.0)
         difference = coded(codes).dequantize() - conv(codes.dequantize())
     assert difference[:, :2].abs().max() <= 0.51 * 8 / 127 and difference.abs().max() <= 1.1 * 8 / 127
@@ -180,7 +180,7 @@ def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
 def test_weights_trained_beyond_their_range_are_clipped_to_7_bits() -> None:
     conv = nn.Conv2d(4, 4, 1)
     amax = conv.weight.abs().amax((1, 2, 3)) / 2
-    coded = CodedConv(conv, tuple(amax.tolist()), 1.0, 1.0, 63)
+    coded = Int8Conv(conv, tuple(amax.tolist()), 1.0, 1.0, 63)
     codes = torch.ops.quantized.conv2d_unpack(coded.packed)[0].int_repr()
     expected = (conv.weight.detach() / amax.view(-1, 1, 1, 1) * 63).round().clamp(-63, 63)
     assert torch.equal(codes.float(), expected) and codes.abs().max() == 63
@@ -192,7 +192,7 @@ def test_sums_of_the_largest_codes_do_not_saturate(name: str) -> None:
     conv = nn.Conv2d(64, 8, 1, bias=False)
     conv.weight.data.fill_(1.0)
     with torch.no_grad(), engine(name):
-        made = CodedConv(conv, (1.0,) * 8, 1.0, 127.0, 63)(quantised(torch.ones(1, 64, 16, 16), 1.0))
+        made = Int8Conv(conv, (1.0,) * 8, 1.0, 127.0, 63)(quantised(torch.ones(1, 64, 16, 16), 1.0))
     assert made.dequantize().unique().tolist() == [64.0]
 
 
@@ -239,7 +239,9 @@ def test_stock_ultralytics_runs_it(written: Path) -> None:
     assert names == str(dict(enumerate(NAMES))) and int(boxes) > 0
 
 
-def test_refuses_what_cannot_be_made(state: QuantState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_does_not_fit_is_refused(
+    state: QuantState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, first = tmp_path / "int8.torchscript", state.convs[0]
     fused = prepare(net(), SIZE, NAMES, 1, "torchscript")[0]
     some = {name: amax for name, amax in state.outputs.items() if name != first}
@@ -247,25 +249,25 @@ def test_refuses_what_cannot_be_made(state: QuantState, tmp_path: Path, monkeypa
     weights = dict(state.weights)
     for wrong, message in (
         (replace(state, folded=False), "not folded"),
-        (replace(state, outputs={}), r"no range of the output of 57 convolutions \(model\.0\.conv, .*run qat again"),
-        (replace(state, outputs=some), rf"output of 1 convolutions \({first}"),
+        (replace(state, outputs={}), r"no output range for 57 convolutions \(model\.0\.conv, .*run qat again"),
+        (replace(state, outputs=some), rf"output range for 1 convolutions \({first}"),
         (replace(state, activations={**state.activations, "model.99": 1.0}), r"has no model\.99"),
         (replace(state, activations=wider), "have to share a scale"),
-        (replace(state, weights={**weights, first: weights[first][1:]}), "16 output channels in the network, 15 in"),
+        (replace(state, weights={**weights, first: weights[first][1:]}), "16 output channels in the model, 15 in"),
         (
             replace(state, weights={k: v for k, v in weights.items() if k != first}),
-            "reads codes .images. and has no weight",
+            "reads INT8 .images., but has no weight",
         ),
     ):
         with pytest.raises(CorruptArtifact, match=message):
-            to_codes(fused, wrong)
+            convert_to_int8(fused, wrong)
     with pytest.raises(RecipeError, match="stride 32"):
         export_int8_torchscript(net(), out, (100, 64), state, names=NAMES)
     monkeypatch.setattr(torchscript, "ENGINES", ("none of these",))
     with pytest.raises(EnvironmentLacks, match=r"torch .* has none of the engines.*export\.torchscript=false"):
         export_int8_torchscript(net(), out, SIZE, state, names=NAMES)
     monkeypatch.undo()
-    monkeypatch.setattr(torchscript, "to_codes", lambda net, state: None)
-    with pytest.raises(CompressError, match="0 convolutions compute in INT8, planned 57"):
+    monkeypatch.setattr(torchscript, "convert_to_int8", lambda net, state: None)
+    with pytest.raises(CompressError, match="0 convolutions are INT8, expected 57"):
         export_int8_torchscript(net(), out, SIZE, state, names=NAMES)
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""A file is the whole old one or the whole new one, whichever system call fails or is the last."""
+"""Atomic writes: the file is the whole old or the whole new one, whichever system call fails or is the last."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 
 def fail_call(monkeypatch: pytest.MonkeyPatch, name: str, n: int, code: int) -> list[int]:
-    """Lets the n-th call of os.<name> fail; gives the list that grows with each call."""
+    """Make the n-th call of os.<name> fail. Return a list that grows with each call."""
     real = getattr(os, name)
     calls: list[int] = []
 
@@ -87,7 +87,7 @@ def test_short_writes_are_continued(monkeypatch, target: Path) -> None:
 
 
 @pytest.mark.fault(49)
-def test_a_folder_that_cannot_be_fsynced_is_no_failure(monkeypatch, target: Path) -> None:
+def test_a_folder_that_cannot_be_fsynced_is_not_an_error(monkeypatch, target: Path) -> None:
     fail_call(monkeypatch, "fsync", 2, errno.EINVAL)
     atomic.atomic_write(target, NEW)
     assert target.read_bytes() == NEW
@@ -141,7 +141,7 @@ def test_symlink_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert names(tmp_path) == ["prune"]
 
 
-def test_require_free_looks_at_the_folder_to_come(tmp_path: Path) -> None:
+def test_require_free_works_for_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     atomic.require_free(tmp_path / "a" / "b", 0, "prune")
     with pytest.raises(StorageError, match="prune needs"):
         atomic.require_free(tmp_path / "a" / "b", 1e12, "prune")
@@ -173,7 +173,7 @@ def test_a_kill_at_any_step_leaves_a_whole_file(target: Path) -> None:
         if done.returncode == 0:
             break
         assert done.returncode == atomic.CRASH_STATUS, done.stderr
-    assert n == 9  # before and after write, fsync, replace, folder fsync; then it runs through
+    assert n == 9  # before and after write, fsync, replace and folder fsync; the ninth run ends normally
     assert contents == [OLD] * 5 + [NEW] * 4
 
 

@@ -1,4 +1,4 @@
-"""One run at a time, no stale locks, and whoever waits knows for whom."""
+"""Locks: one run at a time, no stale locks, and a waiting run shows which process holds the lock."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
 from yolo_compress.files.lock import lock
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit SIG_IGN
 with lock(Path(sys.argv[1]), "prune of recipe bccd"):
     child = os.fork() if "fork" in sys.argv else 1
     if child:
@@ -46,7 +46,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def held(path: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Another process that holds the lock, and the process id of its child if it was told to fork."""
+    """Start a process that holds the lock. Yield it, and the process id of its child if it forks."""
     process = start(path, *arguments)
     assert process.stdout is not None
     try:
@@ -62,7 +62,7 @@ def wait_for_line(stream, pattern: str) -> str:
 
 
 @pytest.mark.fault(54)
-def test_no_wait_raises_and_says_for_whom(tmp_path: Path) -> None:
+def test_without_wait_it_raises_and_names_the_process(tmp_path: Path) -> None:
     path = tmp_path / "weights" / ".lock"
     with held(path) as (process, _):
         with pytest.raises(Locked) as caught, lock(path, "qat of recipe bccd", wait=False):
@@ -88,16 +88,15 @@ def test_waits_with_one_line_and_a_killed_holder_leaves_nothing(tmp_path: Path, 
 
 
 @pytest.mark.fault(55)
-def test_a_forked_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None:
+def test_a_forked_worker_does_not_hold_the_lock_after_its_parent_ended(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with held(path, "fork") as (process, child):
         os.kill(process.pid, signal.SIGKILL)
         process.wait(20)
         try:
             os.kill(child, 0)  # still there
-            with lock(
-                path, "next"
-            ):  # waits for the child to come to its first instruction, which lets go; not for its end
+            # The child closes the lock in its first instruction. This waits for that, not for the child's end.
+            with lock(path, "next"):
                 os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)
@@ -130,7 +129,7 @@ def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="already"), lock(path, "inner"):
             pass
         other = subprocess.run([sys.executable, "-c", OTHER, str(path)], capture_output=True, text=True)
-        assert "errors.Locked: " in other.stderr  # the failed attempt has not let go of it
+        assert "errors.Locked: " in other.stderr  # the failed attempt has not released the lock
 
 
 OTHER = """
@@ -146,7 +145,7 @@ with lock(Path(sys.argv[1]), "other", wait=False):
 def test_an_unreadable_holder_is_still_waited_for(tmp_path: Path, text: str) -> None:
     path = tmp_path / ".lock"
     path.write_text(text)
-    assert holder(path) == f"another run (the holder of {path})"
+    assert holder(path) == f"another run (which holds {path})"
 
 
 def test_a_file_system_without_locks_is_a_storage_error(monkeypatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""JSON of others is a mapping of numbers that can be used, or one line that says why not."""
+"""The strict JSON reader returns a mapping with finite numbers, or raises an error of one line."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ CASES = {
     "NaN": (b'{"a": NaN}', "NaN is no number"),
     "deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "a key twice": (b'{"a": 1, "a": 2}', "key 'a' is there twice"),
-    "a list": (b"[1]", "holds a list, expected a mapping"),
-    "no UTF-8": (b'{"a": "\xff"}', "no JSON that can be used"),
-    "cut short": (b'{"a": [1, 2', "no JSON that can be used"),
-    "empty": (b"", "no JSON that can be used"),
+    "a list": (b"[1]", "is a list, expected a mapping"),
+    "no UTF-8": (b'{"a": "\xff"}', "not usable JSON"),
+    "cut short": (b'{"a": [1, 2', "not usable JSON"),
+    "empty": (b"", "not usable JSON"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_used_is_one_line(case: str, tmp_path: Path) -> None:
+def test_unusable_json_is_an_error_of_one_line(case: str, tmp_path: Path) -> None:
     data, says = CASES[case]
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(CorruptArtifact) as caught:
@@ -43,7 +43,7 @@ def test_what_cannot_be_used_is_one_line(case: str, tmp_path: Path) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_sound_json_is_read_as_it_is(tmp_path: Path) -> None:
+def test_valid_json_is_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(
         b'\xef\xbb\xbf{"a": [1, -2.5e-3, null, true, "\xc3\xa9"], "b": {"a": 999999999999999999}}'
     )
@@ -51,7 +51,7 @@ def test_sound_json_is_read_as_it_is(tmp_path: Path) -> None:
     assert found == {"a": [1, -0.0025, None, True, "é"], "b": {"a": 999999999999999999}}
 
 
-def test_a_file_that_is_too_large_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_text, "MAX_BYTES", 4)
     (tmp_path / "a.json").write_bytes(b'{"a":1}')
     with pytest.raises(RecipeError, match="larger than 0 MiB"):
@@ -69,14 +69,14 @@ def test_a_file_that_is_too_large_or_not_there(tmp_path: Path, monkeypatch: pyte
         f'{{"schema": {SCHEMA}, "whole_ms": 1e999, "layers": [1], "rest": 1}}',
     ],
 )
-def test_a_table_of_layer_times_that_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_table_of_layer_times(tmp_path: Path, text: str) -> None:
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(CorruptArtifact, match=r"table\.json"):
         read_table(tmp_path / "table.json", (640, 640))
 
 
 @pytest.mark.parametrize("case", [*CASES, "another form"])
-def test_what_a_killed_stage_kept_is_read_as_strictly(case: str, tmp_path: Path) -> None:
+def test_the_files_of_a_killed_stage_are_read_strictly(case: str, tmp_path: Path) -> None:
     data, says = CASES.get(case, (b'{"groups": [1]}', "groups is not of type dict"))
     kept = tmp_path / "sensitivity.json"
     assert load_progress(kept, {"groups": dict}) is None
@@ -90,7 +90,7 @@ def test_what_a_killed_stage_kept_is_read_as_strictly(case: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_record_of_drawn_digits_is_none(case: str, tmp_path: Path) -> None:
+def test_a_damaged_record_of_drawn_digits_is_ignored(case: str, tmp_path: Path) -> None:
     (tmp_path / digits.RECORD).write_bytes(CASES[case][0])
     assert not digits.is_complete(tmp_path, {"a": 1})
 
@@ -107,7 +107,7 @@ def test_names_of_an_onnx_file_that_nest_too_deeply(tmp_path: Path) -> None:
 
 
 def test_no_file_is_read_by_plain_json() -> None:
-    """`json.loads` is for what this process or its child has just written, or what a manifest's hash vouches for."""
+    """`json.loads` is only for text that this process or its child has just written, or whose hash was checked."""
     package = Path(strict_json.__file__).parents[1]
     plain = {
         f"{file.relative_to(package)}: {line.strip()}"

@@ -1,4 +1,4 @@
-"""The strict loader: what it reads, what it refuses (faults 3, 4 and 5), and that what it writes reads back equal."""
+"""The strict YAML reader: valid and invalid files (faults 3, 4 and 5), and that it reads its own output back equal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_bom_crlf_and_lines(tmp_path: Path) -> None:
     assert document.where(("prune", "other")) == f"{path}:1" and document.where(("other",)) == str(path)
 
 
-def test_blank_values_are_told_from_null() -> None:
+def test_blank_values_are_distinguished_from_null() -> None:
     document = strict_yaml.parse("a:\nb: null\nc: ''\nd: {e: }\n", "f")
     assert document.data == {"a": None, "b": None, "c": "", "d": {"e": None}}
     assert document.blank == {("a",), ("d", "e")}
@@ -161,7 +161,7 @@ def test_dump_reads_back_equal(data: dict[str, object]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(alphabet="ab01:-[]{},&*!|>'\"%@`#?~ \n\t\r\ufeff\u2028", max_size=40))
-def test_any_text_reads_or_says_one_line(text: str) -> None:
+def test_any_text_is_read_or_is_an_error_of_one_line(text: str) -> None:
     try:
         assert isinstance(strict_yaml.parse(text, "f").data, dict)
     except RecipeError as error:

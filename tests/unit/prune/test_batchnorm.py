@@ -1,4 +1,4 @@
-"""BatchNorm re-estimation gives the statistics of the images, and leaves everything else as it was."""
+"""BatchNorm re-estimation sets the statistics of the images and changes nothing else."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_one_batch_gives_its_mean_and_variance_through_the_layers(model, images)
 
     biased_C = (
         first.conv(images).transpose(0, 1).flatten(1).var(1, correction=0)
-    )  # layers normalise by the batch meanwhile
+    )  # during re-estimation layers normalise by the batch
     scale_C = first.bn.weight / (biased_C + first.bn.eps).sqrt()
     normalised = (first.conv(images) - mean_C[:, None, None]) * scale_C[:, None, None] + first.bn.bias[:, None, None]
     mean_C, var_C = moments(second.conv(first.act(normalised)))
@@ -102,7 +102,7 @@ def test_images_are_cast_to_the_model(model, images):
 
 def test_no_images_leave_the_statistics(model):
     before = [norm.running_mean.clone() for norm in norms(model)]
-    with pytest.raises(DataError, match="got no images"):
+    with pytest.raises(DataError, match="has no images"):
         reestimate_batchnorm(model, [])
     assert all(torch.equal(norm.running_mean, old) for norm, old in zip(norms(model), before, strict=True))
 

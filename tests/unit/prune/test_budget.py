@@ -1,4 +1,4 @@
-"""The budget is met to the last MAC: what a plan promises is what the model costs after surgery."""
+"""The cost of a plan is exactly the cost of the model after its channels are removed, and it is within the budget."""
 
 import copy
 import math
@@ -49,7 +49,7 @@ def nano(cases):
 
 
 def counted(model, hw):
-    """MACs by counting: every output pixel of a convolution reads each of its weights once."""
+    """Count MACs: every output pixel of a convolution reads each of its weights once."""
     total = 0
 
     def add(conv, _, output):
@@ -151,7 +151,7 @@ def test_global_takes_the_least_important_group_first(nano):
     assert plan.widths["model.5"] == (128, 88)
     assert {name for name, share in shares(plan).items() if share < 1} == {"model.5"}
     deeper = nano.choose(0.7, scores=scored, floor=0.25)
-    assert deeper.widths["model.5"] == (128, 32)  # as far as the floor allows, before the others give more
+    assert deeper.widths["model.5"] == (128, 32)  # down to the floor, before the other groups lose more
 
 
 def test_local_thins_all_groups_alike(nano):
@@ -171,7 +171,9 @@ def test_equal_scores_are_taken_evenly_and_always_the_same(nano, scope):
     again = nano.choose(0.5, 1, scores=dict(reversed(ones.items())), scope=scope, floor=0)
     assert plan.widths == again.widths
     assert all(torch.equal(plan.keep[name], again.keep[name]) for name in plan.keep)
-    assert all(keep.tolist() == list(range(len(keep))) for keep in plan.keep.values())  # of equals the first stay
+    assert all(
+        keep.tolist() == list(range(len(keep))) for keep in plan.keep.values()
+    )  # of equal scores the first channels stay
     wide = [share for name, share in shares(plan).items() if plan.widths[name][0] >= 64]
     assert max(wide) - min(wide) <= 2 / 64
 
@@ -180,7 +182,7 @@ def test_equal_scores_are_taken_evenly_and_always_the_same(nano, scope):
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("outlier", [0.0, 1e9])
 def test_a_layer_of_zeros_or_with_one_outlier_keeps_channels(nano, scope, outlier):
-    """All gammas of a layer are 0, or all but one, which is huge: no convolution becomes empty, and ties go to the first."""
+    """If all gammas of a layer are 0, or one is huge, no convolution loses all channels. Of equal channels the first stay."""
     name, given = "model.15.cv2", dict(nano.scores)
     given[name] = torch.zeros_like(given[name])
     given[name][5] = outlier
@@ -278,11 +280,11 @@ def test_least_widths_hold(nano):
     least = {"model.5": 120, "model.2.cv1a": 16}
     plan = nano.choose(0.3, least=least, floor=0)
     assert plan.widths["model.5"] == (128, 120)
-    assert plan.widths["model.2.cv1a"] == plan.widths["model.2.cv1b"] == (16, 16)  # halves go together
+    assert plan.widths["model.2.cv1a"] == plan.widths["model.2.cv1b"] == (16, 16)  # both halves have equal widths
 
 
 class Table:
-    """Layer times of a machine on which a MAC costs 1 ns, every layer 10 us, and the rest 1 ns a unit of width."""
+    """Layer times of a machine on which a MAC takes 1 ns, each layer 10 us, and the rest 1 ns per unit of width."""
 
     def __init__(self, model, factor=1.0):
         self.shapes = conv_shapes(model, HW)
@@ -316,9 +318,9 @@ def nano_plan(nano, limit):
     return choose(nano.model, nano.groups, nano.scores, limit, 8, conv_shapes(nano.model, HW))
 
 
-def test_latency_that_asks_for_nothing_or_too_much(nano):
+def test_a_latency_that_is_already_met_or_out_of_reach_is_refused(nano):
     table = Table(nano.model)
-    with pytest.raises(RecipeError, match=r"latency_ms=1e\+06 asks for nothing: the network as it is takes"):
+    with pytest.raises(RecipeError, match=r"latency_ms=1e\+06 is already met: the unpruned model takes"):
         budget.latency_ms(table.shapes, table.json, 1e6)
     with pytest.raises(RecipeError, match=r"latency_ms=0\.1 cannot be reached; the smallest is") as e:
         nano_plan(nano, budget.latency_ms(table.shapes, table.json, 0.1))
@@ -326,8 +328,8 @@ def test_latency_that_asks_for_nothing_or_too_much(nano):
     nano_plan(nano, budget.latency_ms(table.shapes, table.json, smallest))
 
 
-def test_a_table_of_another_network_is_refused(nano):
+def test_a_table_of_another_model_is_refused(nano):
     table = Table(nano.model).json
     del table["layers"]["model.0.conv"]
-    with pytest.raises(RecipeError, match=r"it knows no model\.0\.conv; it was taken on another network"):
+    with pytest.raises(RecipeError, match=r"has no layer model\.0\.conv, so it belongs to another model"):
         budget.latency_ms(conv_shapes(nano.model, HW), table, 1.0)

@@ -1,17 +1,17 @@
-"""Moments, gradients, the surgeon's scores and reconstruction against least squares on the very data."""
+"""Moments, gradients, `obs` scores and reconstruction equal direct calculations and least squares on the same data."""
 
 import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_compress.choices import CRITERIA
 from yolo_compress.errors import DataError, NumericsError
 from yolo_compress.prune.calibration_stats import Evidence, input_moments
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, Member, prunable
 from yolo_compress.prune.obs import obs
 from yolo_compress.prune.reconstruct import RIDGE, reconstruct
+from yolo_compress.recipe.choices import CRITERIA
 
 WIDTH = 6
 GROUP = Group("writer", WIDTH, "writer", (Member("0", "out", 0), Member("1", "norm", 0), Member("2", "in", 0)))
@@ -19,7 +19,7 @@ GROUP = Group("writer", WIDTH, "writer", (Member("0", "out", 0), Member("1", "no
 
 @pytest.fixture
 def net():
-    """Six correlated channels: a linear writer of three, so three can tell everything."""
+    """Six channels that are linear in three inputs, so three of them determine the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, 4, 1)).eval()
     nn.init.uniform_(model[1].weight, 0.5, 1.5)
@@ -33,7 +33,7 @@ def images():
 
 
 def read_by_last(net, images):
-    """What the last convolution reads, channels by samples, float64."""
+    """Inputs of the last convolution as channels x samples, float64."""
     with torch.no_grad():
         return net[1](net[0](images)).double().transpose(0, 1).flatten(1)
 
@@ -50,7 +50,7 @@ def test_no_images_and_broken_ones(net):
         _ = Evidence(net, [GROUP]).moments
     with pytest.raises(DataError, match="no calibration images"):
         _ = Evidence(net, [GROUP]).gradients
-    with pytest.raises(NumericsError, match="enter 2 are NaN"):
+    with pytest.raises(NumericsError, match="inputs of 2 are NaN"):
         _ = Evidence(net, [GROUP], images=lambda: [torch.full((1, 3, 4, 4), torch.nan)]).moments
 
 
@@ -68,7 +68,7 @@ def test_the_model_is_left_alone(net, images):
 
 
 def least_squares_error(net, images, gone):
-    """Share of the last convolution's output variance that no affine function of the other channels gives."""
+    """Share of the output variance of the last convolution that no affine function of the other channels explains."""
     x_CN = read_by_last(net, images)
     x_CN = x_CN - x_CN.mean(1, keepdim=True)
     y_ON = net[2].weight.detach().double().flatten(1) @ x_CN
@@ -95,9 +95,9 @@ def test_obs_scores_are_the_errors_of_least_squares(net, images):
         )
 
 
-def test_redundant_channels_cost_nothing_until_what_they_share_is_gone(net, images):
+def test_redundant_channels_cost_nothing_until_three_are_left(net, images):
     score_C = obs(Evidence(net, [GROUP], lambda: [images]), GROUP).sort().values
-    assert score_C[2] < 1e-3 and score_C[3] > 1e-2  # three channels tell all
+    assert score_C[2] < 1e-3 and score_C[3] > 1e-2  # three channels determine all
 
 
 def test_reconstruction_of_redundant_channels_changes_nothing(net, images):
@@ -126,7 +126,7 @@ def test_keeping_all_changes_no_bit(net, images):
 
 
 def test_gradients_by_hand(net, images):
-    """A loss that reads one channel: only that one matters, and by exactly what scaling it to zero changes to first order."""
+    """With a loss that reads one channel, only this channel has a score: the first-order change if it is scaled to 0."""
 
     def losses(model):
         for part in images.split(4):

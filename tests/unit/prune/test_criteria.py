@@ -1,4 +1,4 @@
-"""Importance scores by hand on a group of two writers and two BatchNorms."""
+"""Importance scores equal values calculated by hand, for a group of two writers and two BatchNorms."""
 
 import pytest
 import torch
@@ -39,11 +39,11 @@ def model():
         model["b"].weight.copy_(torch.tensor([[100.0, 100.0], [1.0, 0.0], [0.0, 3.0]]).reshape(3, 2, 1, 1))
         model["a_bn"].weight.copy_(torch.tensor([-3.0, 1.0]))
         model["b_bn"].weight.copy_(torch.tensor([100.0, 0.5, -1.5]))
-        model["reader"].weight.fill_(float("nan"))  # no criterion looks at readers
+        model["reader"].weight.fill_(float("nan"))  # no criterion uses readers
     return model
 
 
-# a member is divided by its own mean, then members are averaged
+# the scores of a member are divided by their mean, then averaged over members
 EXPECTED = {
     "bn_gamma": [(3 / 2 + 0.5 / 1) / 2, (1 / 2 + 1.5 / 1) / 2],
     "l1": [(7 / 4 + 1 / 2) / 2, (1 / 4 + 3 / 2) / 2],
@@ -130,7 +130,7 @@ def test_a_criterion_of_ones_own(model, tmp_path):
         ("def mine(evidence, group)\n    pass", r"cannot be imported: SyntaxError: .* \(line 1\)"),
     ],
 )
-def test_what_is_no_criterion_is_refused_with_what_is_expected(tmp_path, text, said):
+def test_an_invalid_criterion_is_refused_with_the_expected_form(tmp_path, text, said):
     (tmp_path / "own.py").write_text(text + "\n")
     with pytest.raises(RecipeError, match=rf"^prune\.criterion: .*own\.py.*{said}"):
         find(f"{tmp_path}/own.py:mine")

@@ -1,4 +1,4 @@
-"""Surgery: a pruned model computes what the dense one does with the same channels silenced, and is stock Ultralytics."""
+"""A pruned model computes what the unpruned model does with the same channels set to 0, and has stock classes."""
 
 import copy
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from yolo_compress.prune.graph import Group, Member, prunable, prune
 
 
 def lively(size="n", nc=80, ch=3, seed=0):
-    """A float64 model with BatchNorms that do something; fresh ones are identities."""
+    """A float64 model with random BatchNorms; new ones are identities."""
     torch.manual_seed(seed)
     model = DetectionModel(f"yolov8{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
     for module in model.modules():
@@ -32,7 +32,7 @@ def lively(size="n", nc=80, ch=3, seed=0):
 
 
 def random_keep(groups, seed):
-    """Any valid keep-lists: any count from one channel to all, equal within a tie, any channels."""
+    """Random valid keep-lists: from one channel to all, equal counts within a tie."""
     generator = torch.Generator().manual_seed(seed)
     counts = {}
     keep = {}
@@ -43,7 +43,7 @@ def random_keep(groups, seed):
 
 
 def silenced(model, groups, keep):
-    """The dense model with gamma and beta of every removed channel at 0: SiLU(0) = 0, so the channel carries nothing."""
+    """The unpruned model with gamma and beta of every removed channel at 0. SiLU(0) = 0, so the channel has no effect."""
     dense = copy.deepcopy(model)
     for group in groups:
         gone = torch.ones(group.width, dtype=torch.bool)
@@ -93,7 +93,7 @@ def test_pruned_equals_silenced_dense_large(size):
 @pytest.mark.slow
 @pytest.mark.fault(34, 35)
 def test_yolov8x_pruned_by_gamma_equals_silenced_dense():
-    """The whole way of `prune`: scores of the gammas, a plan that keeps half the MACs, the cut. It takes 9 s and 2 GiB."""
+    """All steps of `prune`: scores from gammas, a plan with half the MACs, removal. It takes 9 s and 2 GiB."""
     model = lively("x", nc=2)
     groups, shapes = prunable(model), conv_shapes(model, (64, 64))
     scores = {group.name: bn_gamma(SimpleNamespace(model=model), group) for group in groups}
@@ -107,7 +107,7 @@ def test_yolov8x_pruned_by_gamma_equals_silenced_dense():
         got, _ = model(images)
     assert (got - expected).abs().max() < 1e-9
     assert 0.49 < sum(shape.macs for shape in conv_shapes(model, (64, 64)).values()) / plan.macs_before <= 0.5
-    for group in groups:  # no channel that went has a larger score than one that stayed
+    for group in groups:  # no removed channel has a larger score than a remaining one
         gone = torch.ones(group.width, dtype=torch.bool)
         gone[plan.keep[group.name]] = False
         assert not gone.any() or scores[group.name][gone].max() <= scores[group.name][~gone].min()
@@ -234,12 +234,12 @@ def test_prunable_leaves_the_model_alone():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"model.99": torch.tensor([0])}, "no group 'model.99'"),
+        ({"model.99": torch.tensor([0])}, "unknown group 'model.99'"),
         ({"model.0": torch.tensor([], dtype=torch.long)}, "model.0 must be ascending, not empty"),
         ({"model.0": torch.tensor([1, 0])}, "ascending"),
         ({"model.0": torch.tensor([0, 0])}, "ascending"),
         ({"model.0": torch.tensor([16])}, r"within 0\.\.15"),
-        ({"model.2.cv1a": torch.arange(8)}, "equal counts"),
+        ({"model.2.cv1a": torch.arange(8)}, "must keep equally many"),
     ],
 )
 def test_bad_keep_lists_change_nothing(keep, message):

@@ -1,4 +1,4 @@
-"""Zeros are where magnitude says, as many as asked, and stay exactly zero through training, folding and rounding."""
+"""The smallest weights become zero, exactly as many as requested, and stay zero through training, folding and rounding."""
 
 import copy
 
@@ -44,7 +44,7 @@ def test_the_smallest_weights_go(nano, scope, share):
 
 @pytest.mark.slow
 def test_global_is_lamp_and_knows_no_scale(nano):
-    """Energy over that of all no smaller ones of the layer; of equal weights the first count as the larger ones."""
+    """Energy divided by that of all weights of the layer that are not smaller. Of equal weights the first count as larger."""
     found = unstructured(nano, 0.6, "global")
     kept, lost = [], []
     for name, conv in convolutions(nano).items():
@@ -57,7 +57,7 @@ def test_global_is_lamp_and_knows_no_scale(nano):
         lost.append((energy / rest[first])[~keep])
     assert np.concatenate(kept).min() >= np.concatenate(lost).max()
     scaled = copy.deepcopy(nano)
-    scaled.model[4].cv1.conv.weight.data.mul_(128)  # its BatchNorm takes that out again
+    scaled.model[4].cv1.conv.weight.data.mul_(128)  # its BatchNorm cancels this factor
     again = unstructured(scaled, 0.6, "global")
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -79,11 +79,11 @@ def test_two_of_four_input_channels_by_hand():
     with torch.no_grad():
         weight.zero_()
         weight[0, :8, 1, 2] = torch.tensor([1.0, -4.0, 3.0, 2.0, 0.1, 0.2, -0.4, 0.3])
-        weight[0, 8:12, 1, 2] = torch.tensor([-1.0, 1.0, 1.0, -1.0])  # of equal ones the first stay
+        weight[0, 8:12, 1, 2] = torch.tensor([-1.0, 1.0, 1.0, -1.0])  # of equal weights the first stay
     mask = two_four(model)["model.1.conv"]
     assert mask[0, :8, 1, 2].tolist() == [False, True, True, False, False, False, True, True]
     assert mask[0, 8:12, 1, 2].tolist() == [True, True, False, False]
-    assert set(two_four(model)) == set(convolutions(model))  # all inner widths of YOLOv8n are multiples of four
+    assert set(two_four(model)) == set(convolutions(model))  # all widths inside YOLOv8n are multiples of four
     for found in two_four(model).values():
         fours = found.reshape(found.shape[0], -1, 4, *found.shape[2:])
         assert (fours.sum(2) == 2).all()

@@ -1,4 +1,4 @@
-"""Penalties of sparse training are the gradients that autograd finds, and the scale of lambda is the price of a channel."""
+"""Penalties of sparse training equal the gradients of autograd, and the factor of lambda is the cost of a channel."""
 
 import copy
 
@@ -37,7 +37,7 @@ def added(penalty, model, strength=1.0):
 
 
 def differentiated(penalty, model):
-    """What autograd says of a penalty that is given as a scalar."""
+    """Gradients that autograd computes for a penalty given as a scalar."""
     model.zero_grad()
     penalty.backward()
     return {
@@ -47,7 +47,7 @@ def differentiated(penalty, model):
 
 
 def group_norms(model, group):
-    """`n_k` of each channel, member by member, as the definition reads."""
+    """`n_k` of each channel, computed member by member from the definition."""
     squares = []
     for member in group.members:
         weight = model.get_submodule(member.module).weight
@@ -67,7 +67,7 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_all_weights_of_a_channel(mo
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
     assert not got["model.2.cv1.bn.bias"].any()
     assert not got["model.22.cv2.0.2.bias"].any()
-    assert got["model.22.cv2.0.2.weight"].any()  # reads channels that can go, though its own outputs stay
+    assert got["model.22.cv2.0.2.weight"].any()  # reads prunable channels, although its own outputs are not prunable
 
 
 def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_group(model, groups):
@@ -91,7 +91,7 @@ def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_grou
 
 @pytest.mark.slow
 def test_polarization_leaves_the_strongest_and_even_gammas_alone(model, groups):
-    """Descent on it alone fades the weak and stops: the mean sinks below those that are left."""
+    """Gradient descent on the penalty alone weakens the weak channels and stops when the mean is below all others."""
     own = copy.deepcopy(model)
     penalty = Polarization()
     penalty.bind(own, groups, {})
@@ -128,10 +128,10 @@ def test_it_adds_to_the_gradient_that_is_there(model, groups):
 
 
 def test_the_pull_on_a_channel_has_length_one(model, groups):
-    """The norm of `theta / n` is 1, whatever the size of the weights: a weak channel is pulled as hard as a strong one."""
+    """The norm of `theta / n` is 1 for any size of the weights, so weak and strong channels have equal subgradients."""
     group = next(group for group in groups if group.name == "model.3")
     penalty = GroupLasso()
-    penalty.bind(model, [group], {})  # alone: a filter that is in two groups gets two pulls
+    penalty.bind(model, [group], {})  # one group only, since a filter in two groups gets two subgradients
     got = added(penalty, model)
     squares = sum(
         (gradient.transpose(0, 1) if name == "model.4.cv1.conv.weight" else gradient)
@@ -169,7 +169,7 @@ def test_l1_follows_the_scale_of_each_half_of_a_c2f(model, groups):
     assert torch.equal(got["model.3.bn.weight"], 0.5 * other.sign())
 
 
-def test_the_hook_hands_scale_and_ramp_to_the_penalty(model):
+def test_the_hook_passes_scale_and_ramp_to_the_penalty(model):
     hook = SparseTraining(GroupLasso(), 0.5, ramp_epochs=4, scale={"model.3": 2.0})
     hook.on_model(model)
     hook.on_epoch_start(0, 10)

@@ -1,4 +1,4 @@
-"""Milliseconds are hit by measuring: the search converges on any machine whose time grows with the widths."""
+"""Pruning to a latency: the search converges on any machine whose latency grows with the widths."""
 
 import json
 from pathlib import Path
@@ -27,21 +27,21 @@ def nano():
 
 
 class Machine(latency.Rig):
-    """A machine that takes `law(share of the MACs)` of the dense network's 10 ms; it cuts and builds nothing."""
+    """A simulated machine: latency is `law(share of the MACs)` times the 10 ms of the unpruned model. It builds nothing."""
 
     def __init__(self, law, disturbed=()):
         super().__init__(None, HW, ("a", "b"), "onnxruntime", "fp32")
         vars(self).update(law=law, disturbed=disturbed, calls=0)
 
-    def engine(self, model, name):
+    def build_model(self, model, name):
         return model
 
-    def quietest(self, engine):
+    def fastest_ms(self, engine):
         return 10.0
 
     def compare(self, engine, dense):
         vars(self)["calls"] += 1
-        busy = 2.0 if self.calls in self.disturbed else 1.0  # other work slows both down
+        busy = 2.0 if self.calls in self.disturbed else 1.0  # other load slows both down
         return latency.Comparison(self.law(engine["share"]), busy * 10)
 
 
@@ -56,7 +56,7 @@ def planner(nano):
 
 
 def hit(planner, limit_ms, machine, monkeypatch, table_ms=10.0, said=None):
-    """As a stage calls it, the surgery left out: a "model" is the share of the MACs that the last plan keeps."""
+    """Call `latency.hit` without removing channels: a "model" is the share of the MACs that the last plan keeps."""
     last = {}
 
     def plan(ms):
@@ -74,13 +74,13 @@ def test_the_limit_is_hit_on_machines_unlike_the_table(planner, law, share, monk
     found = hit(planner, 10 * share, Machine(law), monkeypatch, said=said)
     assert abs(found.measured_ms / (10 * share) - 1) <= latency.CLOSE_ENOUGH
     assert found.measured_ms == pytest.approx(10 * law(found.plan.kept_flops)) and 1 <= len(said) <= latency.TRIES
-    assert planner(found.asked_ms).widths == found.plan.widths  # what a resumed run plans again
+    assert planner(found.asked_ms).widths == found.plan.widths  # the plan of a resumed run
 
 
 @pytest.mark.parametrize(("disturbed", "table_ms"), [((1,), 18.0), ((2,), 10.0), ((1, 2), 18.0)])
 def test_a_busy_machine_does_not_move_the_limit(planner, disturbed, table_ms, monkeypatch):
     found = hit(planner, 6.5, Machine(lambda m: 0.3 + 0.7 * m, disturbed), monkeypatch, table_ms)
-    assert found.dense_ms == 10.0
+    assert found.unpruned_ms == 10.0
     assert 10 * (0.3 + 0.7 * found.plan.kept_flops) == pytest.approx(6.5, rel=latency.TOLERANCE)
 
 
@@ -97,19 +97,22 @@ def test_the_noise_that_is_let_through_keeps_the_promise(planner, seed, monkeypa
     assert 10 * law(found.plan.kept_flops) == pytest.approx(6.5, rel=latency.TOLERANCE)
 
 
-def test_a_limit_that_only_a_busy_table_is_above_asks_for_nothing(planner, monkeypatch):
-    with pytest.raises(RecipeError, match="latency_ms=15 asks for nothing: the network as it is takes 10 ms"):
+def test_a_limit_that_is_met_on_an_idle_machine_is_refused(planner, monkeypatch):
+    with pytest.raises(RecipeError, match="latency_ms=15 is already met: the unpruned model takes 10 ms"):
         hit(planner, 15.0, Machine(lambda m: 0.3 + 0.7 * m), monkeypatch, table_ms=30.0)
 
 
-def test_a_table_from_a_busy_machine_is_asked_for_the_share(planner, monkeypatch):
+def test_a_table_from_a_busy_machine_is_used_relatively(planner, monkeypatch):
     said = []
     found = hit(planner, 6.5, Machine(lambda m: m), monkeypatch, table_ms=400.0, said=said)
     assert found.plan.kept_flops == pytest.approx(0.65, rel=0.02) and len(said) == 1
 
 
 class Launches:
-    """`measure_in_turn` of a network that takes 0.6 of the dense one's 10 ms; `slow(launch, round)` gives how often slower each is."""
+    """A fake `measure_in_turn`: the model takes 0.6 of the 10 ms of the unpruned model.
+
+    `slow(launch, round)` returns the factors by which the two are slowed down.
+    """
 
     def __init__(self, monkeypatch, slow):
         self.slow, self.count = slow, 0
@@ -128,7 +131,7 @@ class Launches:
 def test_the_quietest_round_of_all_launches_counts(monkeypatch):
     launches = Launches(monkeypatch, lambda launch, number: (1.0 if (launch, number) == (3, 2) else 2.5, 1.0))
     rig = latency.Rig(None, HW, ("a", "b"), "onnxruntime", "fp32")
-    assert rig.quietest(Path("dense")) == 6.0 and launches.count == latency.LAUNCHES[0]
+    assert rig.fastest_ms(Path("dense")) == 6.0 and launches.count == latency.LAUNCHES[0]
 
 
 def test_a_quiet_machine_needs_the_fewest_launches(monkeypatch):
@@ -140,14 +143,14 @@ def test_a_quiet_machine_needs_the_fewest_launches(monkeypatch):
 @pytest.mark.parametrize(
     "slow",
     [
-        lambda launch, number: (3.0, 3.0) if launch or number else (1.0, 1.0),  # other work all the time but once
+        lambda launch, number: (3.0, 3.0) if launch or number else (1.0, 1.0),  # other load in all rounds but one
         lambda launch, number: (1.0 + number, 1.0 + number),  # drifts
         lambda launch, number: (4.0, 1.0) if number == 2 else (1.0, 4.0) if number == 5 else (1.0, 1.0),  # bursts
         lambda launch, number: (1.5, 1.0) if launch == 1 else (1.0, 1.0),  # threads of one process badly placed
         lambda launch, number: (1.0, 1.0) if launch == 0 and number == 0 else (3.0, 3.0 if launch else 1.0),
     ],
 )
-def test_other_work_does_not_move_the_share(monkeypatch, slow):
+def test_other_load_does_not_change_the_share(monkeypatch, slow):
     assert Launches(monkeypatch, slow).compare() == latency.Comparison(pytest.approx(0.6), 10.0)
 
 
@@ -160,7 +163,7 @@ def test_launches_that_disagree_are_repeated_up_to_a_limit(monkeypatch):
 def test_the_error_of_a_median_is_that_of_normal_noise():
     generator = np.random.default_rng(0)
     ratios = generator.normal(0.6, 0.03, (400, 201))
-    assert np.median([latency._error(row) for row in ratios]) == pytest.approx(
+    assert np.median([latency._standard_error(row) for row in ratios]) == pytest.approx(
         np.median(ratios, 1).std() / 0.6, rel=0.1
     )
 
@@ -226,7 +229,7 @@ def test_a_convolution_without_a_node_of_its_own_is_named(nodes, message):
 
 
 def test_the_least_of_all_rounds_counts(monkeypatch):
-    """Names that a library numbers anew at every load are those of the first."""
+    """A library may number nodes differently at every load. The names of the first load are used."""
     found = iter([{"a": 3.0, "tmp_1": 1.0}, {"b": 9.0}, {"a": 2.0, "tmp_7": 1.0}, {"b": 5.0}, {"a": 40.0}, {"b": 6.0}])
 
     class Engine:
@@ -257,10 +260,10 @@ def test_a_probe_of_another_form_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema": 2, "whole_ms": 1, "layers": {"a": 1}, "rest": [1]}', "[1]"])
-def test_no_table_is_a_corrupt_file(tmp_path, text):
+def test_a_file_that_is_no_table_is_corrupt(tmp_path, text):
     file = tmp_path / "table.json"
     file.write_text(text)
-    with pytest.raises(CorruptArtifact, match="no table of layer times|no JSON that can be used|expected a mapping"):
+    with pytest.raises(CorruptArtifact, match="not a table of layer times|not usable JSON|expected a mapping"):
         latency.read_table(file, HW)
 
 
@@ -274,5 +277,5 @@ def test_a_table_at_another_size_is_refused(tmp_path):
     file.write_text(
         json.dumps({"schema": 1, "whole_ms": 1, "layers": {"a": [[1, 1]]}, "rest": [[1, 1]], "imgsz": [640, 640]})
     )
-    with pytest.raises(RecipeError, match=r"taken at \[640, 640\], the recipe has \[64, 64\]"):
+    with pytest.raises(RecipeError, match=r"measured at \[640, 640\], the recipe has \[64, 64\]"):
         latency.read_table(file, HW)

@@ -1,4 +1,4 @@
-"""Sensitivity measures the pruned net without surgery, leaves the model as it was, and caps where harm begins."""
+"""Sensitivity measures the pruned model without removing channels, restores the model, and caps sensitive groups."""
 
 import copy
 

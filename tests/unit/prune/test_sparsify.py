@@ -1,4 +1,4 @@
-"""The L1 pull is the exact subgradient and reaches gammas only; histograms survive a resume; collapse stops; mass is counted."""
+"""The L1 penalty adds the exact subgradient to gammas only. Histograms survive a resume, and a collapse stops training."""
 
 import json
 from math import inf, nan
@@ -34,7 +34,7 @@ def gradients(model):
 
 
 def pulled(hook, model):
-    """What one call of before_step adds to each gradient."""
+    """The values that one call of before_step adds to each gradient."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     hook.before_step(model)
@@ -134,7 +134,7 @@ def test_state_round_trip(model):
             norm.weight.mul_(0.5)
     resumed.on_model(model)
     resumed.load_state_dict(state)
-    assert resumed.state_dict() == state  # also the start is that of the first run
+    assert resumed.state_dict() == state  # epoch -1 is that of the first run, too
     resumed.on_epoch_end(1, model)
     assert resumed.histograms["epochs"] == [-1, 0, 1]
     assert state["histograms"]["epochs"] == [-1, 0]
@@ -180,7 +180,7 @@ def test_a_collapsed_layer_stops_with_layer_epoch_and_cure(model):
         hook.on_epoch_end(4, model)
     assert caught.value.exit_code == 7
     assert str(caught.value) == (
-        "sparsify: every gamma of model.3.bn (group model.3) is under 0.01 in epoch 5: no channel there passes anything on; "
+        "sparsify: every gamma of model.3.bn (group model.3) is under 0.01 in epoch 5, so these layers have no effect; "
         "the state after epoch 4 is kept. Lower sparsify.l1 (now 0.02)"
     )
     assert hook.state_dict() == before  # the bad epoch leaves no trace
@@ -197,7 +197,7 @@ def test_half_a_c2f_can_collapse_alone(model):
 def test_a_faded_branch_or_one_live_channel_is_no_collapse(model):
     hook = SparseTraining(L1(), 1e-3)
     hook.on_model(model)
-    norms(model)["model.4.m.0.cv2.bn"].weight.data.fill_(0)  # beside its trunk, model.4.cv1
+    norms(model)["model.4.m.0.cv2.bn"].weight.data.fill_(0)  # in the group of its trunk, model.4.cv1
     norms(model)["model.3.bn"].weight.data.fill_(0)
     norms(model)["model.3.bn"].weight.data[5] = -0.5
     hook.on_epoch_end(0, model)
@@ -249,17 +249,17 @@ def test_verdict_says_before_after_and_whether_lambda_did_anything():
     assert said == (
         "gamma mass in the weakest 25, 50, 75 % of channels: before 15.0%, 34.0%, 60.0%; after 5.0%, 20.0%, 50.0%"
     )
-    assert verdict(before, before).endswith("lambda did little: raise sparsify.l1, gamma_lr_scale or epochs")
+    assert verdict(before, before).endswith("lambda had little effect: raise sparsify.l1, gamma_lr_scale or epochs")
 
 
 def test_a_net_that_finds_nothing_any_more_has_collapsed():
     assert collapsed(0.6, 0.059)
     assert not collapsed(0.6, 0.061)
-    assert not collapsed(0.01, 0.0)  # nothing to lose
+    assert not collapsed(0.01, 0.0)  # it detected nothing before
 
 
 def test_the_scaler_multiplies_no_penalty(model):
-    """As the trainer steps under mixed precision: unscale, penalty, step; the loss is scaled by 1024, the pull is not."""
+    """A step under mixed precision is unscale, penalty, step. The loss is scaled by 1024, the penalty is not."""
     hook = SparseTraining(L1(), 0.25)
     hook.on_model(model)
     hook.on_epoch_start(0, 1)

@@ -1,4 +1,4 @@
-"""Each calibrator is held against the error it is meant to keep small, computed from the values and not from a histogram."""
+"""Each calibrator minimises its error, which the tests compute from the values instead of a histogram."""
 
 from typing import get_args
 
@@ -63,7 +63,7 @@ def images(count=4, seed=0):
 
 
 def recorded(model, module, x, before=False):
-    """What a module gets or gives, by an independent hook."""
+    """Record the inputs or outputs of a module with an independent hook."""
     seen = []
     target = model.get_submodule(module)
     if before:
@@ -149,7 +149,7 @@ def test_entropy_keeps_a_uniform_range_and_clips_a_tail():
 
 @pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
 def test_an_image_without_dark_pixels_keeps_its_range(method):
-    """256 values leave most bins empty, the lowest all: ModelOpt 0.47 then gives 0.06 ("mse", "entropy")."""
+    """256 values leave most bins empty, and all of the lowest: ModelOpt 0.47 then gives 0.06 ("mse", "entropy")."""
     generator = torch.Generator().manual_seed(0)
     codes = (torch.randn(COUNT, generator=generator) * 40 + 160).round().clamp(40, 255)
     assert amax(method, codes / 255) > 0.95
@@ -211,15 +211,15 @@ def test_a_dead_output_channel_gets_the_floor():
 
 
 @pytest.mark.fault(17)
-def test_what_cannot_be_calibrated_is_said():
+def test_calibration_errors_name_the_cause():
     model = tiny_model()
-    with pytest.raises(RecipeError, match="'minmax' is unknown; there are max, percentile, mse, entropy"):
+    with pytest.raises(RecipeError, match="'minmax' is unknown, expected one of max, percentile, mse, entropy"):
         ptq(model, lambda: [images(1)], "minmax")
     with pytest.raises(DataError, match="no image"):
         ptq(model, lambda: [])
     broken = images(1)
     broken[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"images holds NaN"):
+    with pytest.raises(NumericsError, match=r"images contains NaN"):
         ptq(model, lambda: [broken])
     assert not any(module._forward_pre_hooks for module in model.modules()), "hooks go after a failure too"
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_what_cannot_be_calibrated_is_said():
 
 @pytest.mark.real
 def test_a_trained_net_keeps_its_first_range_under_every_calibrator():
-    """The range of the image decides all behind it; here "mse" once gave 0.06 and the net saw nothing."""
+    """All later layers depend on the range of the image; "mse" once gave 0.06, and the model detected nothing."""
     from yolo_compress.train import checkpoint
 
     model = checkpoint.load_model(find("YOLO_COMPRESS_WEIGHTS", "yolov8n_bccd.pt")).float()

@@ -1,4 +1,4 @@
-"""Placement, fake quantisation, its state and the QAT hook; fake quantisation is held against the formula."""
+"""The plan, fake quantisation, its state and the QAT hook. Fake quantisation equals the formula."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def quantised(x: Tensor, amax: Tensor, low: int) -> Tensor:
 
 
 def codes(weight: Tensor, amax_C: tuple[float, ...]) -> Tensor:
-    """INT8 codes of a weight, in float64."""
+    """INT8 values of a weight, as float64."""
     return (weight.detach().double() * 127 / torch.tensor(amax_C, dtype=torch.float64).view(-1, 1, 1, 1)).round()
 
 
@@ -67,7 +67,7 @@ def test_plan_is_all_but_the_output_convolutions_and_dfl() -> None:
     assert sum(macs[name] for name in placed.convs) >= 0.95 * sum(macs.values())
 
 
-def test_what_meets_shares_a_scale_and_nothing_else_does() -> None:
+def test_only_tensors_that_are_joined_share_a_scale() -> None:
     """The groups of YOLOv8n, written down by hand from its yaml."""
     groups = {group.name: set(group.tensors) for group in plan(net()).int8}
     several = {name: tensors for name, tensors in groups.items() if len(tensors) > 1}
@@ -79,7 +79,7 @@ def test_what_meets_shares_a_scale_and_nothing_else_does() -> None:
         }
 
     expected = [c2f(2, 1), c2f(4, 2), c2f(6, 2), c2f(8, 1), *(c2f(block, 0) for block in (12, 15, 18, 21))]
-    expected.append({"model.4.cv2", "model.12.cv2", "model.16"})  # concats 14 (behind the upsampling) and 17
+    expected.append({"model.4.cv2", "model.12.cv2", "model.16"})  # concats 14 (after the upsampling) and 17
     expected.append({"model.6.cv2", "model.9.cv2", "model.19"})  # concats 11 and 20
     assert sorted(map(sorted, several.values())) == sorted(map(sorted, expected))
     assert sum(map(len, groups.values())) == 1 + 57 - 6 + 6  # the image, every block but those before outputs, the sums
@@ -141,7 +141,7 @@ def test_attached_block_follows_the_formula(state: QuantState, name: str) -> Non
     with torch.no_grad():
         got, before = block(x), stock(x)
     expected = quantised(before, torch.tensor(amax), -128)
-    assert (got - expected).abs().max() <= 1.001 * amax / 127  # one code: a rounding tie
+    assert (got - expected).abs().max() <= 1.001 * amax / 127  # one INT8 step: a rounding tie
     assert ((got - expected).abs() > 1e-4 * amax).float().mean() < 1e-3
     assert got.unique().numel() <= 256
 
@@ -230,11 +230,11 @@ def test_gradients_pass_straight_through(state: QuantState) -> None:
         assert gradient is not None and bool(torch.isfinite(gradient).all()) and gradient.abs().max() > 0, name
 
 
-def test_folding_moves_no_code(state: QuantState) -> None:
-    """Gammas have both signs: every INT8 code stays, but for its sign. Ultralytics' own fold agrees on the ranges.
+def test_folding_changes_only_signs_of_int8_values(state: QuantState) -> None:
+    """With gammas of both signs, INT8 values change only their sign. Ultralytics' own fold gives the same ranges.
 
-    Codes are compared, not outputs of whole nets: there the order of float sums (the number of threads) decides rounding
-    ties, which later layers amplify.
+    The test compares INT8 values, not model outputs: there rounding ties depend on the number of threads, and later layers
+    amplify them.
     """
     model = net()
     folded_state = fold(state, model)
@@ -247,11 +247,11 @@ def test_folding_moves_no_code(state: QuantState) -> None:
         after = codes(folded.get_submodule(name).weight, folded_state.weights[name])
         signs = model.get_submodule(name.removesuffix(".conv")).bn.weight.detach().sign().view(-1, 1, 1, 1)
         moved = (after - signs * before).abs()
-        assert moved.max() <= 1 and moved.count_nonzero() <= 1e-4 * moved.numel(), name  # float32 ties at half a code
+        assert moved.max() <= 1 and moved.count_nonzero() <= 1e-4 * moved.numel(), name  # float32 rounding ties
     ultralytics = read(attached.fuse(verbose=False))
     for name in state.convs:
         assert ultralytics.weights[name] == pytest.approx(folded_state.weights[name], rel=1e-5), name
-    with pytest.raises(CorruptArtifact, match="folded into it already"):
+    with pytest.raises(CorruptArtifact, match="already folded in"):
         fold(folded_state, folded)
 
 
@@ -274,7 +274,7 @@ def test_state_survives_json_and_refuses_nonsense(state: QuantState, tmp_path: P
         state.dumps().replace('"weight_bits": 8', '"weight_bits": 4'),
     ):
         (tmp_path / "quant.json").write_text(broken)
-        with pytest.raises(CorruptArtifact, match="quantiser state|no JSON that can be used|expected a mapping"):
+        with pytest.raises(CorruptArtifact, match="quantiser state|not usable JSON|expected a mapping"):
             QuantState.load(tmp_path / "quant.json")
     for amax in (0.0, float("nan"), float("inf"), -1.0):
         with pytest.raises(NumericsError, match=r"model\.0 "):
@@ -354,7 +354,7 @@ def test_seven_bits_of_weight_are_127_codes(state: QuantState) -> None:
 
 
 def test_learned_ranges_start_as_the_fixed_ones_and_follow_equation_3(state: QuantState) -> None:
-    """LSQ, arXiv 1902.08153: inside the range the gradient by the step is round(v) - v, outside it -Q_N or Q_P."""
+    """LSQ, arXiv 1902.08153: the gradient by the scale is round(v) - v inside the range, and -Q_N or Q_P outside."""
     fixed, learned = net(), net()
     attach(fixed, state)
     attach(learned, state, learned=True)

@@ -1,4 +1,4 @@
-"""Groups in float: the same net as one planned so; and the choice, on values whose best set is known."""
+"""Groups in float equal a plan without them. The choice is tested on values for which the best set is known."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from yolo_compress.stages import _float_cost, qat
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """How torch splits a sum decides rounding ties."""
+    """Rounding ties depend on how torch splits a sum between threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -100,7 +100,7 @@ def test_measurement_goes_on_where_it_stopped(state: QuantState) -> None:
 
 
 class Additive:
-    """A net whose value is `int8` and what each group in float gives back."""
+    """A model whose value is 1 in INT8 plus or minus the gain of each group in float."""
 
     def __init__(self, gains: dict[str, float], sign: float) -> None:
         self.gains, self.sign, self.off = gains, sign, list[str]()
@@ -139,10 +139,10 @@ def test_the_cheapest_set_that_is_enough(monkeypatch: pytest.MonkeyPatch, better
 
     assert chosen(0.0) == (set(), 1.0)
     assert chosen(0.04)[0] == {names[7]}
-    assert chosen(0.2)[0] == {names[5]}, "the small one, taken first, is not needed beside it"
+    assert chosen(0.2)[0] == {names[5]}, "the small one, chosen first, is not needed with it"
     assert chosen(0.5)[0] == {names[3], names[5]}
     everything, value = chosen(9.0)
-    assert everything == {names[3], names[5], names[7]}, "what gives nothing back stays INT8"
+    assert everything == {names[3], names[5], names[7]}, "a group without gain stays INT8"
     assert value == pytest.approx(1.0 + sign * 0.55)
 
 
@@ -157,13 +157,13 @@ def test_the_price_is_what_the_convolutions_lose() -> None:
     assert set(_float_cost) == {one.name for one in placed.int8} - {group.name}
     assert set(_float_cost.values()) == {sensitivity.RESOLUTION_MS}
     del times["model.5.conv"]
-    with pytest.raises(CompressError, match=r"model\.5\.conv of the plan are not among 63 timed convolutions"):
+    with pytest.raises(CompressError, match=r"model\.5\.conv of the plan are not among the 63 timed convolutions"):
         sensitivity.price_ms(placed, times)
 
 
 @pytest.mark.parametrize("better", [True, False])
 def test_of_two_that_give_back_alike_the_cheap_one_stays_float(monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
-    """The price decides, so another runtime may choose another group."""
+    """The choice depends on the cost, so it can differ between runtimes."""
     placed = plan(net())
     first, second = placed.int8[3], placed.int8[5]
     sign = 1.0 if better else -1.0
@@ -184,7 +184,7 @@ def test_of_two_that_give_back_alike_the_cheap_one_stays_float(monkeypatch: pyte
 def test_a_killed_stage_keeps_the_times_that_it_took(
     state: QuantState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Times are taken once: what they were decides, also where the machine has become slower since."""
+    """Times are measured once and kept, even if the machine is slower after the restart."""
     model, timed, calls = net(), list[str](), list[int]()
     placed = plan(model)
 

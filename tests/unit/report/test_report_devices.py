@@ -101,8 +101,8 @@ def test_a_robot_that_runs_a_model_of_other_classes_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "no JSON that can be used .*; add takes a robot's device.json"),
-        ("[]", "holds a list, expected a mapping; add takes"),
+        ("{", "not usable JSON .*; add takes a robot's device.json"),
+        ("[]", "is a list, expected a mapping; add takes"),
         ("[" * 100_000, "nested too deeply"),
         ('{"rows": [1' + "0" * 400 + "]}", "a whole number of 401 digits"),
         ({"schema": 1, "rows": []}, "neither a robot's device.json nor a report.json"),

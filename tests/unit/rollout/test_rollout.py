@@ -1,4 +1,4 @@
-"""Grey release: tests that stand peeking, pairing of logs, verdicts, and a state machine that never runs ahead of its evidence."""
+"""Staged rollout: sequential tests, pairing of logs, verdicts, and a state machine that advances only on evidence."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def skewed(rng: np.random.Generator, mean: float, n: int) -> np.ndarray:
 
 
 def peeked_z_test(values_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """What not to do: the test for one look, at every look from the 30th value on."""
+    """A wrong method: a test that is valid for one look, used at every look from the 30th value on."""
     time_T = np.arange(1, len(values_T) + 1)
     means_T = np.cumsum(values_T) / time_T
     spread_T = np.sqrt(np.maximum(np.cumsum(values_T**2) / time_T - means_T**2, 1e-9) / time_T)
@@ -54,8 +54,8 @@ def peeked_z_test(values_T: np.ndarray, mean: float, alpha: float) -> bool:
 
 @pytest.mark.parametrize("draw", [bernoulli, skewed])
 @pytest.mark.parametrize("mean", [0.01, 0.2, 0.505])
-def test_peeking_does_not_cheat(draw: Any, mean: float) -> None:
-    """At the edge of the hypothesis, the rate of ever being wrong stays under alpha; a test for one look does not."""
+def test_looking_at_every_value_does_not_raise_the_error_rate(draw: Any, mean: float) -> None:
+    """At the edge of the hypothesis, the rate of any error stays below alpha. For a test for one look it does not."""
     rng, runs, alpha = np.random.default_rng(1), 400, 0.05
     samples = [draw(rng, mean, 800) for _ in range(runs)]
     most = alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -65,7 +65,7 @@ def test_peeking_does_not_cheat(draw: Any, mean: float) -> None:
         assert sum(peeked_z_test(x, mean, alpha) for x in samples) / runs > 3 * alpha
 
 
-def test_the_tests_see_what_is_there() -> None:
+def test_the_tests_detect_a_difference() -> None:
     rng = np.random.default_rng(2)
     assert above(bernoulli(rng, 0.3, 500), 0.2, 0.001) and below(bernoulli(rng, 0.1, 500), 0.2, 0.001)
     assert below(np.full(1500, 0.5), 0.505, 0.001), "no problem at all is surely less than one in a hundred"
@@ -75,7 +75,7 @@ def test_the_tests_see_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.99])
-def test_bounds_hold_the_truth_and_close_in(share: float) -> None:
+def test_bounds_contain_the_true_quantile_and_become_narrower(share: float) -> None:
     rng, missed, last = np.random.default_rng(3), 0, 0.0
     truth = math.exp(0.3 * {0.5: 0.0, 0.99: 2.3263}[share])
     for _ in range(40):
@@ -87,7 +87,7 @@ def test_bounds_hold_the_truth_and_close_in(share: float) -> None:
     assert last < 0.7 and quantile_bounds(values[:1], share, 0.05) == (-math.inf, math.inf)
 
 
-def test_mean_bounds_are_what_the_tests_say() -> None:
+def test_mean_bounds_agree_with_the_tests() -> None:
     values = skewed(np.random.default_rng(4), 0.1, 600)
     low, high = mean_bounds(values, 0.01)
     assert low < values.mean() < high and high - low < 0.15
@@ -129,7 +129,7 @@ def test_a_log_is_read_in_any_order_once(tmp_path: Path) -> None:
     assert log.frames[0].boxes_N6.tolist() == [BOX]
 
 
-def test_what_detect_writes_is_what_is_read(tmp_path: Path) -> None:
+def test_lines_of_detect_are_read_back(tmp_path: Path) -> None:
     boxes_N6 = np.array([[1.5, 2, 30, 40.25, 0.5, 2]], np.float32)
     found = [Found("a.png", None, boxes_N6, None, 12.5), Found("b.png", None, boxes_N6[:0], "cannot be decoded", 1.0)]
     log = read(written(tmp_path / "a", [shadow_line(one, "net", 3, 1e9 + i) for i, one in enumerate(found)]))
@@ -164,11 +164,11 @@ BAD = {
 def test_bad_lines_are_counted_and_refused_above_a_share(tmp_path: Path, what: str) -> None:
     good = [line(f"f{i}", float(i)) for i in range(200)]
     assert read(written(tmp_path / "a", [*good, BAD[what]])).bad == 1
-    with pytest.raises(DataError, match=r"1 of 51 lines are no shadow lines.*line 51"):
+    with pytest.raises(DataError, match=r"1 of 51 lines are not shadow lines.*line 51"):
         read(written(tmp_path / "b", [*good[:50], BAD[what]]))
 
 
-def test_a_log_holds_one_model_and_something(tmp_path: Path) -> None:
+def test_a_log_must_have_lines_of_exactly_one_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="more than one model"):
         read(written(tmp_path / "a", [line("f", 1), line("g", 2, B)]))
     with pytest.raises(DataError, match="no shadow line"):
@@ -186,10 +186,10 @@ def test_frames_are_paired_by_name_and_set_clocks() -> None:
     assert [one.name for one, _ in pairs.frames] == [f"f{i}" for i in range(2, 10)]
     assert (pairs.skew_s, pairs.alone_a, pairs.alone_b) == (0.75, 2, 2)
     b[0] = b[0]._replace(at=b[0].at + 1.25)
-    assert len(pair(a, b).frames) == 7, "more than a second from where the others are"
+    assert len(pair(a, b).frames) == 7, "more than a second away from its partner"
 
 
-def test_a_name_that_comes_again_is_paired_by_time() -> None:
+def test_a_repeated_name_is_paired_by_time() -> None:
     a = [frame("camera 0#1", at) for at in (0.0, 1000.0, 2000.0)]
     b = [frame("camera 0#1", at) for at in (1000.5, 2000.5, 9000.0)]
     assert [(one.at, two.at) for one, two in pair(a, b).frames] == [(1000, 1000.5), (2000, 2000.5)]
@@ -219,7 +219,7 @@ def shadow(
     score: float = 0.0,
     more: float = 0.0,
 ) -> tuple[Log, Log]:
-    """Two logs of a frame a second with two boxes each: B loses boxes, adds some, fails, is slower, shifts scores."""
+    """Make two logs with one frame a second and two boxes each. B may lose or add boxes, fail, be slower or shift scores."""
     a, b = [], []
     for i in range(n):
         boxes = [[10, 10, 50, 60, 0.7, 0], [100, 20, 160, 90, 0.7, 1]]
@@ -281,7 +281,7 @@ def test_a_bad_canary_is_aborted_for_its_fault(fault: dict[str, float], name: st
         ({"n": 300}, QUICK, "p99_ratio may be beyond"),
     ],
 )
-def test_what_is_not_known_yet_is_no_pass(logs: dict[str, Any], allowed: Budgets, why: str) -> None:
+def test_too_little_evidence_is_hold(logs: dict[str, Any], allowed: Budgets, why: str) -> None:
     if "lost" in logs:
         allowed = Budgets(frames=100, hours=0.01, disagreement=0.075)  # and its mean is 0.077
     document = verdict(shadow(np.random.default_rng(0), **logs), allowed=allowed)
@@ -290,8 +290,8 @@ def test_what_is_not_known_yet_is_no_pass(logs: dict[str, Any], allowed: Budgets
 
 
 @pytest.mark.fault(71)
-def test_a_silent_canary_is_no_good_one() -> None:
-    """It falls out now and then, or its log is still on its way."""
+def test_a_canary_with_missing_lines_does_not_advance() -> None:
+    """It stops now and then, or its log is late."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
     lines = log_of([f for i, f in enumerate(log_b.frames) if i % 4 != 1], B)
     document = verdict((log_a, lines))
@@ -304,14 +304,14 @@ def test_a_silent_canary_is_no_good_one() -> None:
 
 @pytest.mark.parametrize("state", [State(A, B), State(A, B, stage=2, since=300.0), State(A, B, "done", 3, 1499.0)])
 def test_a_dead_canary_is_aborted(state: State) -> None:
-    """No line says so: A's go on for the frames and the hours that evidence needs, and B's do not."""
+    """B's lines stop without a message. A's go on for as many frames and hours as a stage needs."""
     log_a, log_b = shadow(np.random.default_rng(0), 2000)
     document, after = judge(log_a, log_of(log_b.frames[:1500], B), state, QUICK)
     validate(document, Document)
     validate(release.state_json(after), StateFile)
     assert (document["verdict"]["status"], document["exposure"], after.status) == ("abort", 0, "aborted")
     assert document["verdict"]["reasons"] == [
-        "B is silent: 499 of A's frames over 0.14 hours come after its last line, 100 over 0.01 are enough"
+        "B has stopped: 499 frames of A over 0.14 hours come after its last line, 100 over 0.01 are enough"
     ]
     off = log_of([*log_a.frames[:1500], *shadow(np.random.default_rng(0), 90, 90_000.0)[0].frames], A)
     assert judge(off, log_of(log_b.frames[:1500], B), state, QUICK)[0]["verdict"]["status"] != "abort", (
@@ -331,8 +331,8 @@ def test_the_default_budgets_abort_a_canary_that_died_hours_ago() -> None:
     assert verdict(logs, State(A, B, stage=2), Budgets())["verdict"]["status"] == "abort"
 
 
-def test_what_was_good_once_and_is_bad_now_does_not_advance() -> None:
-    """Early wins outlast a wealth that bets less and less: the later half has a veto."""
+def test_a_canary_that_was_good_and_is_bad_now_does_not_advance() -> None:
+    """Bets become smaller with time, so late losses cannot cancel early wins. Therefore the later half must agree."""
     rng = np.random.default_rng(0)
     halves = shadow(rng, 1200), shadow(rng, 1200, 1200.0, lost=0.3)
     both = [log_of([*one.frames, *two.frames], one.model) for one, two in zip(*halves, strict=True)]
@@ -348,7 +348,7 @@ def test_frames_of_one_second_are_one_piece_of_evidence() -> None:
     assert verdict((quick[0], quick[1]))["evidence"]["used"] <= 34
 
 
-def test_truth_counts_what_both_could_not_tell() -> None:
+def test_with_labels_recall_is_a_rule() -> None:
     logs = shadow(np.random.default_rng(0), lost=0.15)
     truth = {f.name: f.boxes_N6[:, [0, 1, 2, 3, 5]] for f in logs[0].frames}
     rules = {rule["name"]: rule for rule in verdict(logs, truth=truth)["rules"]}
@@ -358,28 +358,28 @@ def test_truth_counts_what_both_could_not_tell() -> None:
 
 
 @pytest.mark.fault(65)
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_logs_that_cannot_be_compared_are_refused() -> None:
     log_a, log_b = shadow(np.random.default_rng(0), 10)
-    with pytest.raises(RecipeError, match="both of net version 1"):
+    with pytest.raises(RecipeError, match="both are of net version 1"):
         verdict((log_a, log_a))
-    with pytest.raises(DataError, match="not one frame in common"):
+    with pytest.raises(DataError, match="no frame in common"):
         verdict((log_a, log_of([f._replace(name="x" + f.name) for f in log_b.frames], B)))
     with pytest.raises(RecipeError, match="another release"):
         verdict((log_a, log_b), State(A, ("net", 3)))
 
 
 @pytest.mark.parametrize("late", [5.0, -5.0, 1.2, 30 * 86400.0])
-def test_logs_that_were_not_written_beside_each_other_are_refused(late: float) -> None:
-    """The same frame numbers a month later, or of a camera whose other process started 5 s later: frame N is not frame N."""
+def test_logs_that_were_not_written_at_the_same_time_are_refused(late: float) -> None:
+    """The frame numbers are a month apart, or come from two processes that started 5 s apart: equal numbers, other frames."""
     log_a, log_b = shadow(np.random.default_rng(0))
     later = log_of([f._replace(at=f.at + late) for f in log_b.frames], B)
-    with pytest.raises(DataError, match=r"1\.jsonl and 2\.jsonl: .* (later|earlier) .*not beside each other"):
+    with pytest.raises(DataError, match=r"1\.jsonl and 2\.jsonl: .* (later|earlier) .*did not run at the same time"):
         verdict((log_a, later))
     assert verdict((log_a, log_b))["evidence"]["skew_s"] == 0.1
 
 
 def stamped(stamps: Sequence[float]) -> tuple[Log, Log]:
-    """Two models that agree, on frames at these times."""
+    """Make logs of two models that agree, with frames at these times."""
     rng = np.random.default_rng(8)
     a = [frame(f"f{at}", at, [BOX], 10 * rng.lognormal(0, 0.1)) for at in stamps]
     return log_of(a, A), log_of([f._replace(at=f.at + 0.1, ms=f.ms * 0.9) for f in a], B)
@@ -389,8 +389,8 @@ NOW = 1.8e9
 
 
 @pytest.mark.fault(84)
-def test_a_start_without_a_clock_is_no_evidence_of_time() -> None:
-    """Three frames of 1970 before 0.7 hours of 2024 are 0.7 hours, and one minute for the gap."""
+def test_frames_before_the_clock_is_set_add_no_hours() -> None:
+    """Three frames of 1970 and 0.7 hours of 2024 count as 0.7 hours and one minute for the gap."""
     stamps = [100.0, 101.0, 102.0, *(1.7e9 + i for i in range(2500))]
     document = verdict(stamped(stamps), allowed=Budgets(), now=NOW)
     assert document["verdict"] == {"status": "hold", "reasons": ["0.71 hours, 1 needed"]}
@@ -411,11 +411,11 @@ def test_a_frame_of_2033_does_not_hold_the_release_for_ever() -> None:
     assert document["evidence"]["ahead"] == [1, 1] and after.since == 1.7e9 + 3999
     assert document["verdict"]["reasons"] == [
         "every rule is surely within its budget",
-        "1 lines of A and 1 of B are from after now and left out: set the robot's clock",
+        "1 lines of A and 1 of B are in the future and left out: set the robot's clock",
     ]
     later = stamped([1.7e9 + 5000 + i for i in range(4000)])
     assert verdict(later, after, Budgets(), now=NOW)["verdict"]["status"] == "advance"
-    poisoned = State(A, B, stage=1, since=2.0e9)  # by an earlier version
+    poisoned = State(A, B, stage=1, since=2.0e9)  # as an earlier version wrote it
     document, mended = judge(*later, poisoned, now=NOW)
     assert document["verdict"]["status"] == "hold" and mended.since == NOW
     new = stamped([NOW + 1 + i for i in range(4000)])
@@ -426,12 +426,12 @@ def test_a_dead_canary_is_not_kept_alive_by_a_frame_of_2033() -> None:
     log_a, log_b = stamped([1.7e9 + i for i in range(4600)])
     b = [*log_b.frames[:500], log_b.frames[500]._replace(at=2.0e9)]
     document = verdict((log_a, log_of(b, B)), allowed=Budgets(), now=NOW)
-    assert document["verdict"]["status"] == "abort" and "B is silent" in document["verdict"]["reasons"][0]
+    assert document["verdict"]["status"] == "abort" and "B has stopped" in document["verdict"]["reasons"][0]
 
 
 @pytest.mark.fault(57, 84)
-def test_a_jump_of_the_clock_makes_no_canary_dead() -> None:
-    """A's log is longer by 600 frames: ten minutes, whatever their stamps say."""
+def test_a_jump_of_the_clock_does_not_make_a_canary_dead() -> None:
+    """A's log is longer by 600 frames. They count as ten minutes, whatever their time stamps are."""
     log_a, log_b = stamped([*(1.7e9 + i for i in range(1000)), *(1.7e9 + 900 + 400 * i for i in range(1, 600))])
     assert (
         verdict((log_a, log_of(log_b.frames[:900], B)), allowed=Budgets(hours=11), now=NOW)["verdict"]["status"]
@@ -439,20 +439,22 @@ def test_a_jump_of_the_clock_makes_no_canary_dead() -> None:
     )
 
 
-def test_a_clock_of_this_machine_that_is_not_set_is_said() -> None:
-    with pytest.raises(DataError, match=r"1\.jsonl: every line is from after now \(1970-01-01 00:16 UTC"):
+def test_a_clock_of_this_machine_that_is_not_set_is_an_error() -> None:
+    with pytest.raises(
+        DataError, match=r"1\.jsonl: every line is in the future \(this machine's clock says 1970-01-01 00:16 UTC"
+    ):
         verdict(stamped([1.7e9 + i for i in range(10)]), now=1000.0)
 
 
 def test_many_frames_of_one_name_are_paired_in_time() -> None:
-    """Quadratic, 20,000 took a minute."""
+    """With quadratic time, 20,000 frames took a minute."""
     frames = [frame("photo.jpg", 3.0 * i) for i in range(20_000)]
     assert [(a.at, b.at) for a, b in pair(frames, frames).frames] == [(f.at, f.at) for f in frames]
 
 
 @pytest.mark.slow
-def test_a_whole_look_stands_peeking_too() -> None:
-    """Canaries at the edge of a budget, looked at every 50 frames: rarely aborted within it, rarely promoted beyond it."""
+def test_the_error_rates_hold_for_whole_releases() -> None:
+    """Canaries at the edge of a budget, with a look every 50 frames: few within it are aborted, few beyond it advance."""
     edge = Budgets(frames=50, hours=0.0, disagreement=0.1, count=0.5)
     runs, aborted, promoted = 50, 0, 0
     for seed in range(runs):
@@ -471,7 +473,7 @@ def test_a_whole_look_stands_peeking_too() -> None:
     assert promoted / runs <= ALPHA / len(STAGES) + 3 * math.sqrt(0.0125 / runs)
 
 
-def test_the_edge_of_the_simulation_is_where_it_says() -> None:
+def test_the_simulated_canary_is_at_the_edge_of_the_budget() -> None:
     p = 0.1435
     mean = 2 * p * (1 - p) * (1 - 2 / 3) + p**2 * 1
     assert mean == pytest.approx(0.1, abs=3e-3)
@@ -488,12 +490,12 @@ def test_the_edge_of_the_simulation_is_where_it_says() -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str], cap: float) -> None:
     state = State(A, B)
-    for i, said in enumerate(verdicts):
-        after = step(state, said, float(i), cap)
+    for i, status in enumerate(verdicts):
+        after = step(state, status, float(i), cap)
         assert after.exposure <= cap and after.stage - state.stage in (0, 1)
-        assert said == "advance" or after.exposure <= state.exposure
+        assert status == "advance" or after.exposure <= state.exposure
         assert state.status != "aborted" or after == state
-        assert said != "abort" or after.exposure == 0
+        assert status != "abort" or after.exposure == 0
         assert release.state_from(json.loads(json.dumps(release.state_json(after))), "x") == after
         state = after
 
@@ -517,16 +519,16 @@ def test_exposure_grows_by_one_stage_and_never_above_the_cap(verdicts: list[str]
         {"b": ["net", math.inf]},
     ],
 )
-def test_a_state_of_another_form_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="no state of a release"):
+def test_an_invalid_state_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="not the state of a release"):
         release.state_from({**release.state_json(State(A, B)), **change}, "state.json")
 
 
-SAID: Counter[str] = Counter()  # what the looks of the state machine came to
+VERDICTS: Counter[str] = Counter()  # of all looks of the state machine
 
 
 class Release:
-    """Logs grow out of order, come twice, stop for a while; canaries turn bad. The release never runs ahead of its evidence."""
+    """A release with random events: lines out of order, repeated or missing, and canaries that turn bad."""
 
     def __init__(self, skew: float) -> None:
         self.rng, self.skew, self.time = np.random.default_rng(5), skew, 0.0
@@ -571,9 +573,9 @@ class Release:
             return
         logs = log_of(self.a, A), log_of(list(unique.values()), B)
         if abs(self.skew) > MAX_SKEW_S:
-            with pytest.raises(DataError, match="not beside each other"):
+            with pytest.raises(DataError, match="did not run at the same time"):
                 judge(*logs, self.state, QUICK, cap=cap)
-            SAID["refused"] += 1
+            VERDICTS["refused"] += 1
             return
         document, after = judge(*logs, self.state, QUICK, cap=cap)
         status = document["verdict"]["status"]
@@ -586,7 +588,7 @@ class Release:
             assert judge(*logs, after, QUICK, cap=cap)[0]["verdict"]["status"] == "hold", (
                 "the same logs again say nothing"
             )
-        SAID[status] += 1
+        VERDICTS[status] += 1
         self.state = after
         self.seen.append(after)
 
@@ -599,15 +601,15 @@ class Release:
 @pytest.mark.fault(70)
 @pytest.mark.slow
 def test_any_order_of_events() -> None:
-    """The same 50 orders everywhere: what Hypothesis draws depends on its version and on the modules that are loaded."""
-    SAID.clear()
+    """50 fixed orders. Hypothesis is not used, because its draws depend on its version and on the loaded modules."""
+    VERDICTS.clear()
     for seed in range(50):
         dice = random.Random(seed)
         one = Release(skew=dice.choice([0.0, 0.5, -0.5, -7200.0, 1e6]))
         for _ in range(dice.randint(4, 16)):
             one.event(dice)
             one.exposure_is_a_stage_and_an_abort_is_final()
-    assert set(SAID) == {"advance", "hold", "abort", "refused"} and SAID["advance"] > 5, SAID
+    assert set(VERDICTS) == {"advance", "hold", "abort", "refused"} and VERDICTS["advance"] > 5, VERDICTS
 
 
 # The command
@@ -620,7 +622,9 @@ def save(log: Log, path: Path) -> Path:
     )
 
 
-def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_continues_a_release_from_its_state_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng, state = np.random.default_rng(6), tmp_path / "state.json"
 
     def look(logs: tuple[Log, Log], code: int, *more: str) -> Any:
@@ -650,7 +654,7 @@ def test_the_command_carries_a_release_from_look_to_look(tmp_path: Path, capsys:
         assert "remove it to begin a new release" in look(first, 3)
 
 
-def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_without_a_state_file_is_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = shadow(np.random.default_rng(6), 1200)
     words = [f"{side}={save(log, tmp_path / side)}" for side, log in zip("ab", logs, strict=True)]
     truth = written(
@@ -676,7 +680,7 @@ def test_the_command_without_a_state_is_one_look(tmp_path: Path, capsys: pytest.
         (["a=x", "b=y", "budgets=p50_ratio:0.5"], "budgets: got"),
     ],
 )
-def test_a_command_that_means_nothing_is_refused(
+def test_invalid_options_are_refused(
     tmp_path: Path, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -686,7 +690,7 @@ def test_a_command_that_means_nothing_is_refused(
     assert says in capsys.readouterr().err
 
 
-def test_labels_are_looked_at(tmp_path: Path) -> None:
+def test_labels_are_checked(tmp_path: Path) -> None:
     good = json.dumps({"frame": "f", "boxes": [[1, 2, 3, 4, 0]]})
     assert read_truth(written(tmp_path / "t", [good]))["f"].tolist() == [[1, 2, 3, 4, 0]]
     huge = good.replace("3", "1" + "0" * 400)

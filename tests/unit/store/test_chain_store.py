@@ -131,23 +131,6 @@ def test_no_training_starts_where_the_name_is_taken(chain: Chain) -> None:
     assert stages(chain) == ["baseline", "prune"]
 
 
-def test_other_ranks_wait_for_the_new_artefact_of_a_force(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain.run("bench")
-    recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
-    planned = pipeline.plan(recipe, dataset, "bench")
-    there = pipeline.current(chain.store, planned)
-    before, looks = there.pop("bench"), []
-
-    def rank_0_publishes_meanwhile(seconds: float) -> None:
-        looks.append(seconds)
-        assert len(looks) == 1
-        chain.run("bench", again=True)
-
-    monkeypatch.setattr(pipeline.time, "sleep", rank_0_publishes_meanwhile)
-    found = pipeline._await(chain.store, planned["bench"], there, before)
-    assert len(looks) == 1 and found != before and found == chain.store.linked("r", "bench")
-
-
 # Names
 
 

@@ -1,1 +1,1 @@
-"""One file a way to run the detector on the robot: Triton, DeepStream, Isaac ROS."""
+"""Programs that run the detector on the robot, one file each: Triton, DeepStream, Isaac ROS."""

@@ -1,8 +1,8 @@
-"""DeepStream: a graph in the layout that DeepStream-Yolo's parser reads, and the configuration of nvinfer.
+"""DeepStream: ONNX files with the output layout of DeepStream-Yolo's parser, and the configuration of nvinfer.
 
-`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) takes one output [A, 6] an
-image: x1, y1, x2, y2 in px of the network's input, score, class. Older checkouts (64fa573f, 07feae95) read centres and sizes, or three
-outputs: they would draw wrong boxes. Our networks give [4 + nc, A], so a few nodes are added behind the float one and the INT8 one.
+`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6] for
+each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes, or three
+outputs, and would draw wrong boxes. Our models have [4 + nc, A], so a few nodes are added at the end of the FP32 and INT8 files.
 """
 
 from __future__ import annotations
@@ -23,37 +23,43 @@ from yolo_compress.runtime.secure.seal import Versioned
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
 PARSER, COLUMNS = "NvDsInferParseYolo", 6
-MOST_APART = 1e-3  # px, of one float32 subtraction at 4,096 px
-_COLOURS = {3: "0", 1: "2"}  # model-color-format of RGB and of grey, by channels
+MOST_APART = 1e-3  # px; rounding of one float32 subtraction at 4,096 px
+_COLOURS = {3: "0", 1: "2"}  # model-color-format by number of channels: RGB, grey
 _FIXED = {
-    "network-mode": "2",  # FP16; 1 is INT8 by a calibrator of its own
+    "network-mode": "2",  # FP16; 1 is INT8 with nvinfer's own calibrator
     "process-mode": "1",  # whole frames
     "network-type": "0",  # detector
-    "cluster-mode": "2",  # NMS, of each class
+    "cluster-mode": "2",  # NMS for each class
     "maintain-aspect-ratio": "1",  # letterbox in the middle, as in training
     "symmetric-padding": "1",
     "parse-bbox-func-name": PARSER,
     "custom-lib-path": "nvdsinfer_custom_impl_Yolo/libnvdsinfer_custom_impl_Yolo.so",
 }
-_HEAD = """# nvinfer for {name}, version {version}. Written after the documents, never run on a DeepStream machine.
-# Copy this folder out of the bundle (nvinfer writes its engine beside the ONNX, and a bundle takes no file that its
-# manifest does not list) and put DeepStream-Yolo's library into it: commit b451b036 or later, for boxes as x1, y1, x2, y2.
+_HEAD = """# nvinfer for {name}, version {version}. Follows the documents; never run on a DeepStream machine.
+# Copy this folder out of the bundle: nvinfer writes its engine next to the ONNX file, and a bundle with a file that its
+# manifest does not list is refused. Put DeepStream-Yolo's library into the copy: commit b451b036 or later, for boxes as
+# x1, y1, x2, y2.
 """
-_INT8 = """# INT8: nvinfer's own INT8 mode wants a calibrator, and this network carries its scales in the graph. So build the plan with
+_INT8 = """# INT8: nvinfer's own INT8 mode needs a calibrator, but this model has its scales in the graph. So build the plan with
 #   trtexec --onnx={int8} --int8 --fp16 --saveEngine=model-int8.plan      (TensorRT 8.5 to 10)
 # and add model-engine-file=model-int8.plan to [property]: nvinfer loads it instead of building one.
 """
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """The graph in the parser's layout (and that of INT8, where there is one), nvinfer's configuration, the labels.
+    """Write the FP32 file, and the INT8 file if there is one, in the parser's layout, nvinfer's configuration and the labels.
+
+    Returns:
+        The files, relative to `directory`.
 
     Raises:
-        RecipeError: a class name that labels.txt cannot hold.
+        RecipeError: A class name cannot be in labels.txt.
     """
     for name in about["names"]:
         if ";" in name or len(name.splitlines()) != 1:
-            raise RecipeError(f"target deepstream: class name {name!r}: labels.txt takes one line and no semicolon")
+            raise RecipeError(
+                f"target deepstream: class name {name!r}: labels.txt allows no line break and no semicolon; rename the class"
+            )
     folder = directory / FOLDER
     folder.mkdir()
     rows(network, folder / MODEL)
@@ -84,7 +90,7 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
 
 
 def rows(network: Network, out: Path) -> None:
-    """Write the network with `output` [B, A, 6] in place of output0 [B, 4 + nc, A] (centre x, y, width, height, scores)."""
+    """Write the model with `output` [B, A, 6] in place of output0 [B, 4 + nc, A] (centre x, y, width, height, scores)."""
     model = onnx.load(str(network.path))
     graph = model.graph
     integers = {"rows_0": 0, "rows_2": 2, "rows_4": 4, "rows_end": network.output.shape[1], "rows_axis": 2}
@@ -92,7 +98,7 @@ def rows(network: Network, out: Path) -> None:
         graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
     graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "rows_half"))
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
-    if opset >= 18:  # axes became an input
+    if opset >= 18:  # since opset 18, axes is an input
         best = helper.make_node("ReduceMax", ["rows_scores", "rows_axis"], ["rows_score"], keepdims=1)
     else:
         best = helper.make_node("ReduceMax", ["rows_scores"], ["rows_score"], axes=[2], keepdims=1)
@@ -120,6 +126,11 @@ def rows(network: Network, out: Path) -> None:
 
 
 def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
+    """Check on noise that the rewritten file has the boxes of its source.
+
+    Raises:
+        RecipeError: They differ by more than `MOST_APART`.
+    """
     batch, *sides = source.input.shape
     noise_BCHW = np.random.default_rng(0).random((max(batch, 1), *sides), dtype=np.float32)
     output_BCA, rows_BA6 = literal(source.path)(noise_BCHW), literal(rows_graph.path)(noise_BCHW)
@@ -129,15 +140,15 @@ def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
     apart = float(np.abs(rows_BA6 - expected_BA6).max())
     if not apart <= MOST_APART:
         raise RecipeError(
-            f"{path}: {rows_graph.path.name} is {apart:.3g} from {source.path.name}; make the bundle again"
+            f"{path}: {rows_graph.path.name} differs from {source.path.name} by {apart:.3g}; make the bundle again"
         )
 
 
 def check(directory: Path, network: Network, about: Versioned) -> None:
-    """Reads configuration, labels and graphs back and compares them; the graphs also in what they compute of an image.
+    """Read configuration, labels and ONNX files back, and compare them with the model. The files are also run on noise.
 
     Raises:
-        RecipeError: they do not fit.
+        RecipeError: A value or an output differs.
     """
     folder = directory / FOLDER
     parsed = configparser.ConfigParser(interpolation=None, strict=True)

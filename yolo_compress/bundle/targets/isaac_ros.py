@@ -1,8 +1,8 @@
-"""Isaac ROS: `isaac_ros_tensor_rt` runs the engine, `isaac_ros_yolov8` decodes it.
+"""Isaac ROS: `isaac_ros_tensor_rt` runs the engine, and `isaac_ros_yolov8` decodes its output.
 
-The decoder (yolov8_decoder_node.cpp, releases 2.1 to 4.4) reads 8400 anchors whatever the tensor's shape, float32, rows x, y, w, h and
-the classes, and does NMS itself: so 640x640 px, one image a call, no NMS in the graph. It reads 80 classes unless `num_classes`
-says otherwise, which NVIDIA's own launch files leave out: with fewer it would read past the tensor's end.
+The decoder (yolov8_decoder_node.cpp, releases 2.1 to 4.4) always reads 8400 anchors in float32, with rows x, y, w, h and the classes.
+It does NMS itself. So the model must have 640x640 px, a batch of 1 and no NMS in the graph. Without `num_classes` the decoder reads 80
+classes. NVIDIA's own launch files do not set it; with fewer classes the decoder then reads past the end of the tensor.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def generate_launch_description():
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """Parameters of the two nodes, and the launch file that starts them.
+    """Write the parameters of the two nodes, and the launch file that starts them. Return the files.
 
     Raises:
-        RecipeError: the network is not what the decoder reads.
+        RecipeError: The decoder cannot read the model's output.
     """
     _check_contract(network, len(about["names"]))
     parameters = {
@@ -133,20 +133,22 @@ def _check_contract(network: Network, classes: int) -> None:
     for tensor, (name, kind, shape) in zip((network.input, network.output), wanted, strict=True):
         if (tensor.name, tensor.kind, tensor.shape) != (name, kind, shape):
             raise RecipeError(
-                f"target isaac_ros: {network.path.name} has {tensor.name} {list(tensor.shape)} {tensor.kind.lower()}, {name} "
-                f"{list(shape)} float expected: NVIDIA's decoder reads {ANCHORS} anchors of one {SIDE_PX}x{SIDE_PX} px RGB "
-                f"image; train and export with data.imgsz={SIDE_PX}, without `channels: 1` in the data yaml, or take target=plain, "
+                f"target isaac_ros: {network.path.name} has {tensor.name} {list(tensor.shape)} {tensor.kind.lower()}, expected {name} "
+                f"{list(shape)} float: NVIDIA's decoder reads {ANCHORS} anchors of one {SIDE_PX}x{SIDE_PX} px RGB "
+                f"image; train and export with data.imgsz={SIDE_PX}, without `channels: 1` in the data yaml, or use target=plain, "
                 "deepstream or triton"
             )
     if network.nms:
-        raise RecipeError(f"target isaac_ros: {network.path.name} has NMS in its graph, which the decoder does itself")
+        raise RecipeError(
+            f"target isaac_ros: {network.path.name} has NMS in its graph, but the decoder does NMS itself"
+        )
 
 
 def check(directory: Path, network: Network, about: Versioned) -> None:
-    """Reads the parameters back and compares them with the network.
+    """Read the parameters back, and compare them with the model.
 
     Raises:
-        RecipeError: they do not fit.
+        RecipeError: A value differs.
     """
     _check_contract(network, len(about["names"]))
     path = directory / FOLDER / PARAMETERS

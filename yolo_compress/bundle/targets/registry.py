@@ -1,6 +1,6 @@
-"""What each way of running the detector expects beside the bundle, written, and read back against the network itself.
+"""Targets: write the files that a server needs in the bundle, and check them against the model.
 
-None of the three servers has run on what is written here: it follows their sources and documents, named in each file.
+The files follow the sources and documents of the three servers, which each module names. They have not run on the servers yet.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ ROS2_NODE = "ros2_node.py"
 
 
 def write(target: str, directory: Path, about: Versioned) -> list[str]:
-    """Writes a target's files into a bundle that is being filled, and checks them.
+    """Write a target's files into a bundle, and check them.
+
+    Every target also gets `ros2_node.py`, a ROS 2 node that uses the bundle's own runtime.
 
     Args:
-        target: of TARGETS. All get `ros2_node.py`, a ROS 2 node around the bundle's own runtime.
-        directory: holds the networks already.
-        about: of the manifest: name, version, names, onnx (stem to file below `directory`).
+        target: Key of TARGETS.
+        directory: Folder of the bundle, with the ONNX files in it.
+        about: Entries of the manifest: name, version, names, onnx (stem to file below `directory`).
 
     Returns:
-        What was written, relative to `directory`.
+        The files written, relative to `directory`.
 
     Raises:
-        RecipeError: no such target, or its contract cannot be kept by this network.
+        RecipeError: There is no such target, or the target cannot use this model.
     """
     if target not in TARGETS:
         raise RecipeError(f"target: got {got(target)}, expected {', '.join(TARGETS)}")
@@ -46,7 +48,9 @@ def write(target: str, directory: Path, about: Versioned) -> list[str]:
     if module is None:
         return [ROS2_NODE]
     if "fp32" not in about["onnx"]:
-        raise RecipeError(f"target {target}: the bundle has no fp32.onnx, which its configuration is written for")
+        raise RecipeError(
+            f"target {target}: the bundle has no fp32.onnx, which the target needs; add fp32 to export.precisions"
+        )
     network = read(directory / about["onnx"]["fp32"])
     precision = next(stem for stem in ("int8", "fp16", "fp32") if stem in about["onnx"])
     files: list[str] = module.write(directory, network, about, precision)
@@ -55,10 +59,10 @@ def write(target: str, directory: Path, about: Versioned) -> list[str]:
 
 
 def check(target: str, directory: Path, about: Versioned) -> None:
-    """Compares a target's files with the networks of the bundle.
+    """Check a target's files against the models of the bundle.
 
     Raises:
-        RecipeError: names the file and the field.
+        RecipeError: A value differs. The message has the file and the field.
     """
     module = TARGETS[target]
     if module is not None:

@@ -1,7 +1,7 @@
-"""Triton Inference Server: a model repository with the float ONNX for ONNX Runtime; on the robot a TensorRT plan takes its place.
+"""Triton Inference Server: a model repository with the FP32 ONNX file for ONNX Runtime. On the robot, a TensorRT plan can replace it.
 
-As in Triton's docs/user_guide/model_repository.md and model_configuration.md: NAME/config.pbtxt, NAME/VERSION/model.onnx; and
-where the first side is no batch of Triton's, `max_batch_size` is 0 and `dims` hold the whole shape.
+The files are NAME/config.pbtxt and NAME/VERSION/model.onnx, as in Triton's docs/user_guide/model_repository.md. For a fixed batch,
+`max_batch_size` is 0 and `dims` is the whole shape (model_configuration.md).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from yolo_compress.runtime.secure.seal import Versioned
 
 REPOSITORY = "triton/model_repository"
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
-BATCH = 8  # at most, of a network that takes any
+BATCH = 8  # max_batch_size of a model with a dynamic batch
 _TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16"}
-_CONFIG = """# Version {version}. Written after the documents, never run on a Triton server.
-# TensorRT: copy the repository out of the bundle, put engines/tensorrt-{precision}/engine.plan there as {version}/model.plan in
-# place of model.onnx, and say backend: "tensorrt". In: RGB (grey, if of one channel) 0 to 1, letterboxed; out: centre x, y, width,
-# height in px, scores; no NMS.
+_CONFIG = """# Version {version}. Follows Triton's documents; never run on a Triton server.
+# For TensorRT: copy the repository out of the bundle, replace model.onnx by engines/tensorrt-{precision}/engine.plan as
+# {version}/model.plan, and set backend: "tensorrt". Input: RGB (grey for one channel) from 0 to 1, letterboxed. Output: centre x, y,
+# width, height in px, scores; no NMS.
 name: "{model}"
 backend: "onnxruntime"
 max_batch_size: {batch}
@@ -45,12 +45,12 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 
 
 def model_name(about: Versioned) -> str:
-    """The recipe's name as a folder's."""
+    """Return the recipe's name with `_` for every character that is not a letter, digit, - or _."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(about["name"])) or "model"
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """The repository."""
+    """Write the model repository, and return its files."""
     name, version = model_name(about), str(about["version"])
     folder = directory / REPOSITORY / name
     (folder / version).mkdir(parents=True)
@@ -77,10 +77,10 @@ def _dims(tensor: Tensor, batch: int) -> list[str]:
 
 
 def check(directory: Path, network: Network, about: Versioned) -> None:
-    """Reads the configuration back and compares it with the ONNX beside it, and that with the network.
+    """Read the configuration back. Compare it with the ONNX file in the repository, and that file with the model.
 
     Raises:
-        RecipeError: they do not fit.
+        RecipeError: A value differs.
     """
     folder = directory / REPOSITORY / model_name(about)
     path = folder / CONFIG
@@ -99,7 +99,7 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
 
 
 def parse_pbtxt(text: str) -> dict[str, list[Any]]:
-    """Protocol buffers' text form, as far as a config.pbtxt of ours goes: every field is a list, every message a dict."""
+    """Parse the protobuf text format, as far as `_CONFIG` uses it. Every field is a list, every message a dict."""
     words = re.findall(r'"[^"\n]*"|[A-Za-z0-9_.-]+|[{}\[\],:]', re.sub(r"(?m)#.*$", "", text))
 
     def message(end: str | None) -> dict[str, list[Any]]:

@@ -1,0 +1,118 @@
+"""What two ranks train in the tests of ranks: `torchrun ... rank_program.py FOLDER`; each rank writes `rank-N.json` there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.support.small_training import model, settings
+from yolo_compress.nets.hardening import harden
+
+harden()
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from ultralytics.utils.torch_utils import unwrap_model  # noqa: E402
+
+from yolo_compress import ranks  # noqa: E402
+from yolo_compress.data.dataset import Dataset, load  # noqa: E402
+from yolo_compress.distill.hook import Teach  # noqa: E402
+from yolo_compress.distill.teacher import Frozen, Peer  # noqa: E402
+from yolo_compress.train import together, trainer  # noqa: E402
+from yolo_compress.train.hook import TrainHook  # noqa: E402
+from yolo_compress.train.trainer import HookedTrainer  # noqa: E402
+
+SEEN: dict[str, dict[str, Any]] = {}  # by training
+
+
+class Overflow(TrainHook):
+    """A gradient that overflows at the first step of rank 0 alone, in an extra module."""
+
+    def __init__(self) -> None:
+        self.extra = nn.ModuleDict({"probe": nn.Linear(1, 1)})
+        self.steps = 0
+
+    def modules(self) -> nn.ModuleDict:
+        return self.extra
+
+    def extra_loss(self, batch: Any, predictions: Any) -> dict[str, Tensor]:
+        if not isinstance(predictions, dict):
+            return {}
+        self.steps += 1
+        factor = 1e34 if ranks.rank() == 0 and self.steps == 1 else 1e-3
+        return {"probe": self.extra["probe"].weight.abs().sum() * factor}
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:12]
+
+
+def spy() -> None:
+    """Write down, on every rank, what each training sees and leaves."""
+    run, step, batch = trainer._run, HookedTrainer.optimizer_step, HookedTrainer.preprocess_batch
+    scaler = torch.amp.GradScaler
+
+    def watched(training: together.Training) -> nn.Module:
+        SEEN[training.what] = {"steps": [], "images": [], "drawn": [], "scales": []}
+        if training.what == "overflow":
+            torch.amp.GradScaler = lambda device, enabled: scaler("cpu", enabled=True)
+        ema = run(training)
+        torch.amp.GradScaler = scaler
+        extras = [hook.modules() for hook in training.hooks]
+        SEEN[training.what] |= {
+            "parameters": digest(unwrap_model(training.model).parameters()),
+            "buffers": digest(unwrap_model(training.model).buffers()),
+            "extras": digest(t for extra in extras for t in [*extra.parameters(), *extra.buffers()]),
+            "ema": digest(ema.parameters()),
+        }
+        return ema
+
+    def stepped(hooked: HookedTrainer) -> None:
+        step(hooked)
+        seen = SEEN[hooked.what]
+        seen["steps"].append(digest([*hooked.model.parameters(), *hooked._extra_parameters()]))
+        seen["scales"].append(hooked.scaler.get_scale())
+
+    def read(hooked: HookedTrainer, images: dict[str, Any]) -> dict[str, Any]:
+        if hooked.model.training:
+            SEEN[hooked.what]["images"] += [Path(name).name for name in images["im_file"]]
+            SEEN[hooked.what]["drawn"].append(float(torch.rand(1)))
+        return batch(hooked, images)
+
+    trainer._run, HookedTrainer.optimizer_step, HookedTrainer.preprocess_batch = watched, stepped, read
+
+
+def trainings(dataset: Dataset, folder: Path) -> None:
+    """On rank 0."""
+
+    def train(what: str, hooks: list[TrainHook], **changes: Any) -> None:
+        chosen = settings(**({"epochs": 1, "batch": 4, "mosaic": 0.0} | changes))
+        trainer.train(model(), dataset, chosen, hooks, folder / what.split()[0], what)
+
+    train("plain", [], epochs=2, val_every=1)
+    train("plain again", [], epochs=2, val_every=1)  # finished: nothing is left to do
+    train("overflow", [Overflow()])
+    train("mgd", [Teach(Frozen(model(1)), feature_weight=0.1, class_weight=0.0, feature_loss="mgd")])
+    train("mutual", [Teach(Peer(model(1)), feature_weight=0.1, class_weight=0.5)])
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    spy()
+    with together.formed("cpu", {"recipe": "the same"}):
+        if ranks.rank() == 0:
+            trainings(load(str(folder / "set" / "set.yaml")), folder)
+            together.end("done")
+        else:
+            assert trainer.take_part("cpu", 0, 1) == "done"
+    (folder / f"rank-{ranks.rank()}.json").write_text(json.dumps(SEEN))
+
+
+if __name__ == "__main__":
+    sys.modules["rank_program"] = sys.modules["__main__"]
+    main(Path(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""A run goes on where another device, or a damaged disk, left it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import quant_net
+from tests.support.small_training import Stopped, as_on_cuda, model, settings, small_set, stop_after_save
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import CorruptArtifact
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.fakequant import FakeQuant
+from yolo_compress.train import trainer
+from yolo_compress.train.checkpoint import dress
+from yolo_compress.train.trainer import HookedTrainer
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return small_set(tmp_path_factory.mktemp("set"))
+
+
+def run(dataset: Dataset, work: Path, *, cuda: bool, stop: bool, epochs: int = 2) -> None:
+    """A training on a CPU, or as on CUDA; `stop` kills it after its first epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if cuda:
+            as_on_cuda(patch)
+        if stop:
+            stop_after_save(patch)
+            with pytest.raises(Stopped):
+                trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+        else:
+            trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+
+
+@pytest.mark.slow
+def test_from_the_cpu_to_a_gpu_and_back(dataset: Dataset, tmp_path: Path) -> None:
+    run(dataset, tmp_path, cuda=False, stop=True, epochs=3)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["scaler"] == {}
+    run(dataset, tmp_path, cuda=True, stop=True, epochs=3)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["epoch"] == 1 and state["scaler"]["scale"] > 0
+    run(dataset, tmp_path, cuda=False, stop=False, epochs=3)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["epoch"] == 2 and state["scaler"] == {}
+
+
+def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tmp_path: Path) -> None:
+    """CUDA saves `fused: True`; another device decides for itself."""
+    run(dataset, tmp_path, cuda=False, stop=True)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(state, tmp_path / "resume.pt")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            HookedTrainer, "_on_train_start", lambda t: seen.extend(g.get("fused") for g in t.optimizer.param_groups)
+        )
+        run(dataset, tmp_path, cuda=False, stop=True)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "one byte", "another run", "finished"])
+def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dataset: Dataset, tmp_path: Path) -> None:
+    work = tmp_path / "sparsify-1.partial" / "work"
+    run(dataset, work, cuda=False, stop=True)
+    file = work / "resume.pt"
+    content = file.read_bytes()
+    if damage == "another run":
+        state = torch.load(file, weights_only=True)
+        state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+        torch.save(state, file)
+    elif damage == "finished":  # its last epoch, so that Ultralytics' loop is not entered
+        state = torch.load(file, weights_only=True)
+        torch.save({"epoch": 1, "model": state["model"]}, file)
+    else:
+        file.write_bytes({"half": content[: len(content) // 2], "empty": b"", "one byte": b"\x80"}[damage])
+    with pytest.raises(CorruptArtifact) as caught:
+        trainer.train(model(), dataset, settings(), [], work, "t")
+    message = str(caught.value)
+    assert message.startswith(f"{file}: cannot be continued (") and "\n" not in message
+    assert message.endswith(f"; delete {work.parent} to start this stage again")
+
+
+def test_learned_ranges_get_no_weight_decay(tmp_path: Path) -> None:
+    dataset, net = small_set(tmp_path / "set", names=quant_net.NAMES), dress(quant_net.net(), quant_net.NAMES)
+    hook = FakeQuant(partial(ptq, batches=lambda: [quant_net.images(2)]), learned=True)
+    hooked = HookedTrainer(net, dataset, settings(epochs=1, weight_decay=0.1), [hook], tmp_path, "t")
+    hooked._setup_train()
+    hooked.close()
+    decay = {id(p): group["weight_decay"] for group in hooked.optimizer.param_groups for p in group["params"]}
+    named = dict(hooked.model.named_parameters())
+    assert sum(len(group["params"]) for group in hooked.optimizer.param_groups) == len(decay) == len(named)
+    ranges = [name for name in named if "log_amax" in name]
+    assert len(ranges) > 50 and {decay[id(named[name])] for name in ranges} == {0.0}
+    filters = [name for name, p in named.items() if p.dim() == 4 and "log_amax" not in name]
+    assert all(decay[id(named[name])] == pytest.approx(0.1) for name in filters)

@@ -1,0 +1,96 @@
+"""One process a GPU: with several in `run.device`, a command starts itself once for each, through torch's own launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yolo_compress import ranks
+from yolo_compress.cli.grammar import Command
+from yolo_compress.errors import LostRank, RecipeError, Terminated
+from yolo_compress.exits import BUG
+from yolo_compress.progress import notice
+from yolo_compress.runtime.measure.device import usable_cpus
+
+
+def start(command: Command, words: Sequence[str], is_stage: bool) -> int | None:
+    """Start the processes that a command needs and wait for them.
+
+    Args:
+        command: What `words` say.
+        words: The command line without the program.
+        is_stage: Whether its verb is a stage, which may train.
+
+    Returns:
+        The exit code; None where this process is to run the command itself.
+
+    Raises:
+        RecipeError: torchrun started several processes of a command that runs in one; or GPUs and processes differ in number.
+        EnvironmentLacks: See `ranks.check_environment` and `ranks.check_devices`.
+    """
+    ranks.check_environment()
+    alone = not is_stage or command.dry_run or "add" in command.options
+    if ranks.several() and alone:
+        raise RecipeError(f"{command.verb} runs in one process; start it without torchrun")
+    if ranks.several() or alone:
+        return None
+    device = command.load().run.device
+    count = len(ranks.devices(device))
+    if count == 1:
+        return None
+    import torch
+
+    ranks.check_devices(device, torch.cuda.device_count())
+    return launch(words, count)
+
+
+def launch(words: Sequence[str], count: int) -> int:
+    """Run `python -m yolo_compress WORDS` in `count` ranks on this machine; returns the exit code of what ended them.
+
+    Raises:
+        Terminated, KeyboardInterrupt: This process got a signal; the ranks have ended.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # our line says how a rank ended
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=ranks.RUN + uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "yolo_compress", *words)
+        except ChildFailedError as error:
+            return _ended(error.failures)
+        except SignalException as error:
+            raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
+    return 0
+
+
+def _ended(failures: Mapping[int, Any]) -> int:
+    """The exit code of the rank that ended the others: one that a signal killed, which could not say so, or that found an error."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    for rank, code in sorted(codes.items()):
+        if code < 0 and code != -signal.SIGTERM:
+            notice(
+                f"error: rank {rank} was killed by {signal.Signals(-code).name}, the others have ended too; the same command "
+                "continues"
+            )
+            return BUG if code == -signal.SIGSEGV else LostRank.exit_code
+    own = [code for code in codes.values() if code > 0 and code != LostRank.exit_code]
+    return own[0] if own else max(LostRank.exit_code, 1)
