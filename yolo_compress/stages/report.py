@@ -123,7 +123,11 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
-    """Return the rows for the comparison of latency: the baseline on the same runtime (A) and the timed row of the gate (B)."""
+    """Return the rows for the comparison of latency: the baseline on the same runtime (A) and the timed row of the gate (B).
+
+    The worst row itself may be a file without an engine here, which has no latency. Without a baseline on the same runtime, A is
+    `baseline`, and the comparison includes the difference between the runtimes.
+    """
     timed = next((row for row in rows if row["id"] == gate["timed"]), None)
     return None if timed is None else (peer_row(rows, timed) or baseline, timed)
 
