@@ -47,7 +47,7 @@ class Stage:
         needs: Stages whose artefacts are its inputs.
         stand_in: Stage whose artefact is used if the recipe leaves this one out. None: it cannot be left out.
         version: Increased when a change of the code gives other bytes for the same config.
-        trains: It may train. The other ranks of a distributed run take part in its trainings only.
+        trains: It may train. The other ranks of a distributed run only take part in training.
         models: It writes models, so the disk space depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
         checked: Its module has a `check(recipe, dataset)`, which runs before all stages to find errors before any training.
@@ -279,7 +279,7 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
 
 def _agreed(recipe: Recipe, target: str) -> dict[str, str]:
-    """What has to be the same on all ranks: the recipe but for what is this machine's, the stage, and what computes."""
+    """Return what must be equal on all ranks: the recipe without the knobs of the machine, the stage, and the versions."""
     content = recipe.model_dump(mode="json")
     for knob in type(recipe.run).MACHINE:
         content["run"].pop(knob)
@@ -371,10 +371,10 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Refuse trainings on several GPUs in one process, and batches that the processes cannot share.
+    """Check that training on several GPUs has a process for each, and that the processes can share every batch.
 
     Raises:
-        RecipeError: See above.
+        RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
     """
     trainings = [stage for stage in stages if _trains(recipe, stage)]
     if trainings and not ranks.several() and len(ranks.devices(recipe.run.device)) > 1:
@@ -387,7 +387,7 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
 
 
 def _trains(recipe: Recipe, stage: str) -> bool:
-    """Whether a stage of the recipe trains: not without epochs, and not where weights are given."""
+    """Return whether a stage of the recipe trains: it has epochs, and no weights are given."""
     config = getattr(recipe, stage)
     return bool(STAGES[stage].trains and config and getattr(config, "weights", None) is None and config.epochs)
 
@@ -450,7 +450,7 @@ def _execute(
 
 
 def _empty(partial: Path) -> None:
-    """Delete everything in the folder that a stage writes into, except `work` and the record of its inputs. Make `work`."""
+    """Delete everything in the `.partial` except `work` and `work.json`. Create `work` if it is missing."""
     (partial / WORK).mkdir(exist_ok=True)
     for entry in partial.iterdir():
         if entry.name not in (WORK, BEGUN):

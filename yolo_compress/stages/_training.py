@@ -54,7 +54,7 @@ def settings(job: Job, **changes: Any) -> TrainSettings:
 
 
 def model_of(job: Job, need: str) -> nn.Module:
-    """The model of an input, where torch computes: with `fit`, the only places that put a model of the chain on its device."""
+    """Load the model of an input onto the device of the recipe. Only this function and `fit` choose the device of a model."""
     return checkpoint.load_model(job.inputs[need].file("model.pt")).to(device(job))
 
 

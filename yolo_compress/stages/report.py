@@ -123,10 +123,10 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
-    """The rows whose latencies are compared: the engine that the gate limits, and the baseline on the same runtime.
+    """Return the rows for the comparison of latency: the baseline on the same runtime (A) and the timed row of the gate (B).
 
-    The row that decides may be a file without an engine here, which has no latency. Without a baseline on the same runtime it
-    is runtimes that are compared.
+    The worst row itself may be a file without an engine here, which has no latency. Without a baseline on the same runtime, A is
+    `baseline`, and the comparison includes the difference between the runtimes.
     """
     timed = next((row for row in rows if row["id"] == gate["timed"]), None)
     return None if timed is None else (peer_row(rows, timed) or baseline, timed)
@@ -231,7 +231,7 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
 
 
 def _gallery(job: Job, document: Document) -> list[Item]:
-    """Return up to `report.images` images each: with most lost objects, with most new false positives, and random ones."""
+    """Return the images of the gallery: up to `report.images` in each section of `image_choice.SECTIONS`."""
     both = evidence.compared_rows(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []

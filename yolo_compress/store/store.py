@@ -216,9 +216,7 @@ class Store:
 
     def _name(self, recipe: str, stage: str) -> Path:
         if not home.is_recipe_name(recipe):
-            raise RecipeError(
-                f"recipe name {recipe!r} cannot be the name of a folder in {self.root}/; rename the recipe file"
-            )
+            raise RecipeError(f"recipe name {recipe!r} cannot be the name of a folder in {self.root}/; rename the file")
         return self.root / recipe / stage
 
 
