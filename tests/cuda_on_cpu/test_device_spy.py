@@ -146,5 +146,6 @@ def test_rows_of_torch_are_measured_on_the_device(monkeypatch: pytest.MonkeyPatc
     opened: list[str] = []
     monkeypatch.setattr(bench, "TorchBackend", lambda module, names, imgsz, device="cpu": opened.append(device))
     job: Any = type("Job", (), {"config": None, "dataset": type("D", (), {"names": ("a",)}), "imgsz_hw": (32, 32)})
-    bench._open(job, {"runtime": "torch", "open": "x", "status": "ok"})
+    subject: Any = {"model": "original", "runtime": "torch", "precision": "fp32"}
+    bench._open(job, bench._Candidate(subject, path="x"))
     assert opened == [GPU]

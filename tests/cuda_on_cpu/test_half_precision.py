@@ -65,7 +65,7 @@ def test_terms_of_the_head_do_not_see_autocast(device: str, monkeypatch: pytest.
     teach = Teach(Frozen(model()), feature_weight=0.0, class_weight=1.0)
     scores = torch.zeros(1, 2, 4, device=device)
     with torch.autocast(device, dtype=torch.float16):
-        teach._pull({"scores": scores}, {"scores": scores})
+        teach._head_loss({"scores": scores}, {"scores": scores})
         assert torch.is_autocast_enabled(device)
     assert seen == [False]
 
