@@ -108,7 +108,7 @@ def test_processes_and_gpus_have_to_be_as_many(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LOCAL_RANK", "1")
     ranks.check_devices("2,3", 4)
     assert ranks.own_device("2,3") == "3"
-    with pytest.raises(RecipeError, match=r"names 1 of the GPUs, torchrun started 2 processes"):
+    with pytest.raises(RecipeError, match=r"the number of GPUs is 1, but torchrun started 2 processes"):
         ranks.check_devices("0", 2)
 
 
@@ -116,7 +116,7 @@ def test_a_batch_is_shared_evenly_or_refused(monkeypatch: pytest.MonkeyPatch) ->
     ranks.check_batch("prune.batch", 7)
     monkeypatch.setenv("WORLD_SIZE", "3")
     ranks.check_batch("prune.batch", 9)
-    with pytest.raises(RecipeError, match=r"prune\.batch=16: 3 processes share .* nearest that fits is 15"):
+    with pytest.raises(RecipeError, match=r"prune\.batch=16: 3 processes share .* multiple of 3; the nearest is 15"):
         ranks.check_batch("prune.batch", 16)
 
 
@@ -261,7 +261,7 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_the_same_command_contin
     assert process.returncode == 4
     lines = errors.splitlines()
     assert [line for line in lines if "error" in line.lower()] == [
-        f"error: rank {victim} was killed by SIGKILL, the others have ended too; the same command continues"
+        f"error: rank {victim} was killed by SIGKILL and the other ranks have ended; the same command continues"
     ]
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in found.values())
@@ -309,9 +309,9 @@ def test_the_rank_that_failed_gives_the_exit_code(capsys: pytest.CaptureFixture[
         def __init__(self, exitcode: int) -> None:
             self.exitcode = exitcode
 
-    assert processes._ended({0: Failure(4), 1: Failure(7)}) == 7
-    assert processes._ended({0: Failure(1)}) == 1, "the gate"
-    assert processes._ended({0: Failure(-15), 1: Failure(4)}) == 4
+    assert processes._exit_code({0: Failure(4), 1: Failure(7)}) == 7
+    assert processes._exit_code({0: Failure(1)}) == 1, "the gate"
+    assert processes._exit_code({0: Failure(-15), 1: Failure(4)}) == 4
     assert capsys.readouterr().err == ""
-    assert processes._ended({0: Failure(4), 1: Failure(-9)}) == 4
+    assert processes._exit_code({0: Failure(4), 1: Failure(-9)}) == 4
     assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def _losses() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
             raise LostRank(
-                "the connection to another rank is lost: its process or machine stopped; run the same command again to continue"
+                "the connection to another rank is lost: its process or machine stopped; the same command continues"
             ) from error
         raise
 
