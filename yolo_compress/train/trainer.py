@@ -149,7 +149,7 @@ def _run(training: Training) -> nn.Module:
 
 
 def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSettings) -> nn.Module:
-    """Return the model for 0 epochs, with `on_model`, `on_end` and `to_stock` of each hook called. PTQ is QAT without training."""
+    """Apply the hooks without training: `on_model`, `on_end` and `to_stock`. PTQ is QAT with 0 epochs."""
     model = model.to("cpu" if settings.device == "cpu" else f"cuda:{settings.device.split(',')[0]}").eval()
     for hook in hooks:
         hook.on_model(model)
