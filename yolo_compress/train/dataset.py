@@ -84,7 +84,7 @@ class SeededIndex(int):
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler whose permutation depends on (seed, epoch) alone. Each rank takes every `world`-th index of it.
+    """Sampler whose permutation depends on (seed, epoch) alone. Each rank takes every `world`-th index.
 
     Each `iter` is one epoch and is counted here, because a loader that prefetches starts the next epoch before the trainer.
     """

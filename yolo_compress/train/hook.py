@@ -52,7 +52,7 @@ class TrainHook:
         """Change the model in place. Called once, with the model on its device, before EMA, DDP and optimizer exist."""
 
     def modules(self) -> nn.ModuleDict:
-        """Return trainable modules beside the model by name, such as aligners."""
+        """Return further trainable modules by name, such as aligners. They are not part of the model."""
         return nn.ModuleDict()
 
     def rates(self, model: nn.Module) -> dict[str, float]:

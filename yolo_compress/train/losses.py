@@ -1,4 +1,4 @@
-"""The detection loss of labelled images without augmentation. Pruning criteria compute gradients of it."""
+"""The detection loss of labelled images without augmentation. Pruning criteria compute its gradients."""
 
 from __future__ import annotations
 

@@ -84,9 +84,11 @@ class _Wrapped(_Refused):
 
 @dataclass
 class _Reading:
-    members: dict[str, int]  # tensor name -> bytes
-    tensor_bytes: int = 0
-    names: set[str] = field(default_factory=set)
+    """What is known while the program is read."""
+
+    members: dict[str, int]  # name of a stored tensor -> bytes in the archive
+    tensor_bytes: int = 0  # of all tensors that the program creates
+    names: set[str] = field(default_factory=set)  # classes and functions that the program refers to
 
 
 def check(path: Path) -> set[str]:
@@ -239,6 +241,7 @@ def _pop(stack: list[Any], marks: list[int], count: int | None = None) -> list[A
 
 
 def _tuple(items: list[Any]) -> Note:
+    """Return the note of a tuple."""
     note = Note("tuple", tuple(items))
     note.depth = _depth(items)
     return note
@@ -354,6 +357,9 @@ def _counts(value: Any) -> list[int]:
     if not isinstance(value, Note) or value.kind != "tuple" or len(value.content) > 64:
         raise _Refused("a tensor without a shape")
     return [_count(item) for item in value.content]
+
+
+# --- allowed calls: each function checks the arguments and returns the note of the result ----------------------------
 
 
 def _tensor(arguments: tuple[Any, ...], reading: _Reading) -> Note:

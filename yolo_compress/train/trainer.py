@@ -160,6 +160,7 @@ def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSett
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means that memory does not suffice."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
@@ -501,9 +502,11 @@ class HookedTrainer(DetectionTrainer):
             self._bars[0][1](1, **figures)
 
     def _enter(self, manager: Any) -> None:
+        """Show a progress bar."""
         self._bars.append((manager, manager.__enter__()))
 
     def _leave(self, to: int) -> None:
+        """Remove progress bars until `to` are left."""
         while len(self._bars) > to:
             self._bars.pop()[0].__exit__(None, None, None)
 
