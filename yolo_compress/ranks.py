@@ -1,6 +1,6 @@
-"""Several processes that train one model: what torchrun tells each of them about itself and the others. Imports no torch.
+"""Rank, number of processes and devices in distributed training, from the variables of torchrun. Imports no torch.
 
-Rank 0 runs the command. The other ranks take part in its trainings and do nothing else (`train/together.py`).
+Rank 0 runs the command. The other ranks only take part in its trainings (`train/together.py`).
 """
 
 from __future__ import annotations
@@ -9,51 +9,51 @@ import os
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 
-RUN = "yolo-compress-"  # starts the name of runs that a command line of ours has started: it says how their ranks ended
+RUN = "yolo-compress-"  # prefix of the run id if `yolo-compress` started the ranks; it then reports how they ended
 
 
 def rank() -> int:
-    """Number of this process among all; 0 where there is one."""
+    """Return the rank of this process among all, 0 if it is the only one."""
     return _number("RANK", 0) if several() else 0
 
 
 def world() -> int:
-    """Number of processes on all machines."""
+    """Return the number of processes on all machines."""
     return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Number of this process on this machine."""
+    """Return the rank of this process among those of this machine."""
     return _number("LOCAL_RANK", 0) if several() else 0
 
 
 def local_world() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return _number("LOCAL_WORLD_SIZE", world()) if several() else 1
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return world() > 1
 
 
 def launched() -> bool:
-    """Whether a command line of ours started this rank, see `RUN`."""
+    """Return whether `yolo-compress` itself started this rank, and not the user with torchrun."""
     return several() and os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN)
 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else default  # `check_environment` refuses what is no number
+    return int(text) if text.isdigit() else default  # `check_environment` refuses other text
 
 
 def check_environment() -> None:
-    """Refuse an environment that names several processes without saying which one this is.
+    """Check that the variables of torchrun are complete and consistent.
 
-    A torchrun of one process is no distributed run: its variables are dropped, or Ultralytics would wait for a process group.
+    If torchrun started one process, its variables are deleted. Otherwise Ultralytics would wait for a process group.
 
     Raises:
-        EnvironmentLacks: See above.
+        EnvironmentLacks: A variable is missing, is not a number or contradicts another.
     """
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if not os.environ.get(name, "0").isdigit():
@@ -78,20 +78,20 @@ def check_environment() -> None:
 
 
 def devices(device: str) -> list[str]:
-    """The devices of `run.device`: "cpu", or CUDA indices."""
+    """Split `run.device` into devices: "cpu", or CUDA indices."""
     return device.split(",")
 
 
 def check_devices(device: str, found: int) -> None:
-    """Refuse devices that are not there, or not as many as the processes on this machine.
+    """Check that the GPUs of `run.device` exist, and that there are as many as processes on this machine.
 
     Args:
         device: `run.device`.
-        found: CUDA devices that torch sees.
+        found: Number of CUDA devices that torch sees.
 
     Raises:
-        EnvironmentLacks: A GPU is not there.
-        RecipeError: Processes on this machine and GPUs differ in number.
+        EnvironmentLacks: A GPU does not exist.
+        RecipeError: The number of GPUs is not that of processes on this machine.
     """
     if device == "cpu":
         return
@@ -100,27 +100,35 @@ def check_devices(device: str, found: int) -> None:
         there = "no GPU" if not found else f"{found} GPU" + ("s" if found > 1 else "")
         raise EnvironmentLacks(
             f"run.device={device}: there is no GPU {', '.join(missing)}, torch sees {there} here; give run.device=cpu or "
-            "indices that are there"
+            "indices of existing GPUs"
         )
     if several() and len(named) != local_world():
         raise RecipeError(
-            f"run.device={device} names {len(named)} of the GPUs, torchrun started {local_world()} processes on this machine; "
-            "give one GPU a process"
+            f"run.device={device}: the number of GPUs is {len(named)}, but torchrun started {local_world()} processes here; "
+            "give as many GPUs as processes"
         )
 
 
 def own_device(device: str) -> str:
-    """The device of this rank, one of `run.device`."""
+    """Return the device of this rank, one of `run.device`."""
     named = devices(device)
     return named[local_rank()] if len(named) > 1 else named[0]
 
 
 def check_batch(key: str, batch: int) -> None:
-    """Refuse a batch that ranks cannot share evenly: a run would train on a smaller one than it records.
+    """Check that the batch is a multiple of the number of processes.
+
+    Otherwise a run would train with a smaller batch than it records.
+
+    Args:
+        key: Name of the knob, for the message.
+        batch: Images per batch over all processes.
 
     Raises:
-        RecipeError: See above.
+        RecipeError: It is not a multiple. The message gives the nearest one.
     """
     if batch % world():
         near = max(1, round(batch / world())) * world()
-        raise RecipeError(f"{key}={batch}: {world()} processes share a batch evenly; the nearest that fits is {near}")
+        raise RecipeError(
+            f"{key}={batch}: {world()} processes share a batch evenly, expected a multiple of {world()}; the nearest is {near}"
+        )

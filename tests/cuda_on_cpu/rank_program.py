@@ -1,4 +1,4 @@
-"""What two ranks train in the tests of ranks: `torchrun ... rank_program.py FOLDER`; each rank writes `rank-N.json` there."""
+"""Trainings of two ranks for `test_ranks.py`: `torchrun ... rank_program.py FOLDER`. Each rank writes `rank-N.json` there."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from yolo_compress.train import together, trainer  # noqa: E402
 from yolo_compress.train.hook import TrainHook  # noqa: E402
 from yolo_compress.train.trainer import HookedTrainer  # noqa: E402
 
-SEEN: dict[str, dict[str, Any]] = {}  # by training
+SEEN: dict[str, dict[str, Any]] = {}  # name of the training -> what this rank recorded
 
 
 class Overflow(TrainHook):
-    """A gradient that overflows at the first step of rank 0 alone, in an extra module."""
+    """A hook with an extra module whose gradient overflows, only at the first step of rank 0."""
 
     def __init__(self) -> None:
         self.extra = nn.ModuleDict({"probe": nn.Linear(1, 1)})
@@ -53,7 +53,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def spy() -> None:
-    """Write down, on every rank, what each training sees and leaves."""
+    """Record steps, images, random draws and final tensors of each training in `SEEN`, on every rank."""
     run, step, batch = trainer._run, HookedTrainer.optimizer_step, HookedTrainer.preprocess_batch
     scaler = torch.amp.GradScaler
 
@@ -88,14 +88,14 @@ def spy() -> None:
 
 
 def trainings(dataset: Dataset, folder: Path) -> None:
-    """On rank 0."""
+    """Run all trainings, on rank 0."""
 
     def train(what: str, hooks: list[TrainHook], **changes: Any) -> None:
         chosen = settings(**({"epochs": 1, "batch": 4, "mosaic": 0.0} | changes))
         trainer.train(model(), dataset, chosen, hooks, folder / what.split()[0], what)
 
     train("plain", [], epochs=2, val_every=1)
-    train("plain again", [], epochs=2, val_every=1)  # finished: nothing is left to do
+    train("plain again", [], epochs=2, val_every=1)  # already finished: no step
     train("overflow", [Overflow()])
     train("mgd", [Teach(Frozen(model(1)), feature_weight=0.1, class_weight=0.0, feature_loss="mgd")])
     train("mutual", [Teach(Peer(model(1)), feature_weight=0.1, class_weight=0.5)])

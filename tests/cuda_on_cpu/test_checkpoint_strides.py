@@ -1,4 +1,4 @@
-"""CUDA trains channels_last; what is saved, and what a training returns, has the strides of a new tensor."""
+"""On CUDA, training is channels_last. Checkpoints and trained models still have the strides of new tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.support.small_training import as_on_cuda, model, settings, small_set
 from yolo_compress.train import checkpoint, trainer
 
 
-def strange(net: nn.Module) -> list[str]:
-    """Tensors whose strides are not those of a new tensor; `is_contiguous` does not see those of 1x1 convolutions."""
+def other_strides(net: nn.Module) -> list[str]:
+    """Return names of tensors with other strides than a new tensor. `is_contiguous` misses those of 1x1 convolutions."""
     return [name for name, t in net.state_dict().items() if t.stride() != torch.empty(t.shape).stride()]
 
 
 def fused_as_in_8_3(net: nn.Module) -> None:
-    """`fuse_conv_and_bn` of Ultralytics 8.3.203, up to the line that fails on channels_last."""
+    """Run the line of `fuse_conv_and_bn` in Ultralytics 8.3.203 that fails on channels_last."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.view(module.out_channels, -1)
@@ -29,12 +29,12 @@ def fused_as_in_8_3(net: nn.Module) -> None:
 )
 def test_a_checkpoint_of_a_channels_last_model_fuses_in_older_versions(device: str, tmp_path: Path) -> None:
     net = model().to(device, memory_format=torch.channels_last)
-    assert strange(net), "the model is as CUDA leaves it"
+    assert other_strides(net), "the model is channels_last, as after training on CUDA"
     expected = {name: tensor.cpu().clone() for name, tensor in net.state_dict().items()}
     checkpoint.save_model(net, tmp_path / "model.pt")
-    assert strange(net), "the caller's model stays as it is"
+    assert other_strides(net), "saving does not change the model"
     loaded = checkpoint.load_model(tmp_path / "model.pt")
-    assert strange(loaded) == []
+    assert other_strides(loaded) == []
     fused_as_in_8_3(loaded)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
@@ -46,10 +46,10 @@ def test_a_training_in_channels_last_returns_the_strides_of_a_new_model(
     seen = []
 
     def look(hooked: trainer.HookedTrainer) -> None:
-        seen.append(strange(hooked.model))
+        seen.append(other_strides(hooked.model))
 
     monkeypatch.setattr(trainer.HookedTrainer, "_on_train_start", look)
     dataset = small_set(tmp_path / "set")
     trained = trainer.train(model(), dataset, settings(epochs=1), [], tmp_path / "work", "t")
     assert seen[0], "the training is channels_last"
-    assert strange(trained) == []
+    assert other_strides(trained) == []

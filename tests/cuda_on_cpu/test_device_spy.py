@@ -1,4 +1,4 @@
-"""Every model of a stage computes on the device of `run.device`, whatever the stage does with it outside its trainings."""
+"""Outside of trainings, too, every model of a stage computes on `run.device`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ GPU = "cuda:0"
 
 
 class Spy:
-    """Moves nothing: models that would be moved to the GPU are marked, and forward passes of others counted by what runs them."""
+    """Patch `to` so that it marks a model with its device instead of moving it, and count forward passes by device.
+
+    Attributes:
+        wrong: Number of forward passes on other devices than the GPU, by device.
+        right: Number of forward passes on the GPU.
+        trains: True while forward passes are not counted.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.wrong: Counter[str] = Counter()
@@ -48,7 +54,7 @@ class Spy:
             return tensor_to(tensor, *args, **kwargs) if args or kwargs else tensor
 
         def aside(function: Any) -> Any:
-            """A function whose forward passes do not count: a training has a device of its own, a loader checks on the CPU."""
+            """Wrap a function whose forward passes are not counted: a training sets its own device, a loader checks on the CPU."""
 
             def called(*args: Any, **kwargs: Any) -> Any:
                 before, self.trains = self.trains, True
@@ -114,7 +120,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     ],
     ids=["rounds", "sensitivity by loss", "inversion"],
 )  # fmt: skip
-def test_a_stage_computes_where_it_is_told(
+def test_a_stage_computes_on_the_device_of_the_recipe(
     stage: str,
     sections: dict[str, Any],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""float16 autocast, as CUDA has it: no extra loss is computed in half precision, and memory is an error of its own."""
+"""float16 autocast as on CUDA: extra losses are computed in float32, and lack of memory is an error of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", choices.FEATURE_LOSSES)
 def test_a_feature_loss_under_float16_is_that_of_float32(name: str, device: str) -> None:
-    """Maps as at P3 of 640 px: the sum of squares of an image is far above 65,504, the largest float16."""
+    """The maps have the size of P3 at 640 px. Their sum of squares per image is far above 65,504, the largest float16."""
     torch.manual_seed(0)
     teach = Teach(Frozen(model()), feature_weight=1.0, class_weight=0.0, feature_loss=name)
     teach.extras["0"] = feature.find(name).adapter(8, 8).to(device)
@@ -39,8 +39,8 @@ def test_a_feature_loss_under_float16_is_that_of_float32(name: str, device: str)
     def loss(half: bool) -> tuple[float, Tensor]:
         for part in teach.extras.modules():
             if isinstance(part, Aligner):
-                part.started.fill_(True)  # the identity, in both
-        torch.manual_seed(1)  # of MGD's mask
+                part.started.fill_(True)  # the aligner is the identity in both
+        torch.manual_seed(1)  # for the mask of MGD
         with torch.autocast(device, dtype=torch.float16, enabled=half):
             value = teach._features([own if half else own.float()], [other if half else other.float()], [weight])
         own.grad = None
@@ -71,7 +71,7 @@ def test_terms_of_the_head_do_not_see_autocast(device: str, monkeypatch: pytest.
 
 
 class Largest(TorchDispatchMode):
-    """The most bytes of one float64 tensor that is made while this is entered."""
+    """Record the size in bytes of the largest float64 tensor created inside the block."""
 
     most = 0
 
@@ -98,7 +98,7 @@ def test_the_start_of_an_aligner_takes_bounded_memory_and_gives_the_same(monkeyp
 
 
 class FullAt(TrainHook):
-    """Memory does not suffice at one step."""
+    """A hook that raises `error` at one step, as if memory did not suffice."""
 
     def __init__(self, step: int, error: RuntimeError) -> None:
         self.step, self.error = step, error
@@ -135,7 +135,7 @@ def test_out_of_memory_names_batch_and_imgsz_and_never_trains_on_another_batch(
 
 
 class Loud(TrainHook):
-    """An extra module with a gradient of thousands, which says nothing to the student."""
+    """A hook with an extra module whose gradient is in the thousands and does not reach the student."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""QAT as on CUDA: a step of channels_last tensors makes no layout copies and reads nothing back to the host."""
+"""QAT as on CUDA: a step with channels_last tensors makes no layout copies and no reads by the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yolo_compress.quant.fakequant import attach
 
 
 class Counted(TorchDispatchMode):
-    """Reads of a value by the host, and copies that change the layout of a tensor from channels_last."""
+    """Count reads of a value by the host, and copies that change a tensor from channels_last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Counted(TorchDispatchMode):
 
 
 def counts(model: nn.Module, batch: Tensor) -> Counter[str]:
-    """Of a forward pass and the backward pass of its raw outputs."""
+    """Count host reads and layout copies of a forward pass and the backward pass of its raw outputs."""
     with Counted() as counted:
         outputs = model(batch)
         (outputs["scores"].sum() + outputs["boxes"].sum()).backward()
@@ -53,7 +53,7 @@ def test_fake_quantisers_add_no_host_reads_and_no_layout_copies(learned: bool, d
     attach(plain, state, learned)
     after = counts(plain.to(memory_format=torch.channels_last), batch)
     assert after["host reads"] == before["host reads"]
-    # torch's learnable op of PyTorch makes its input contiguous; with fixed scales nothing does
+    # torch's op for learned scales makes its input contiguous; the one for fixed scales does not
     assert learned or after["layout copies"] == before["layout copies"]
 
 

@@ -1,4 +1,4 @@
-"""Several ranks on a CPU: gloo instead of NCCL, otherwise what GPUs run. No rank drifts, dies alone, or decides for itself."""
+"""Several ranks on a CPU, with gloo instead of NCCL. Ranks keep equal weights, end together and take the decisions of rank 0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from yolo_compress.train import trainer
 from yolo_compress.train.trainer import HookedTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-END_SECONDS = 60  # from the death of one rank to that of the last
+END_SECONDS = 60  # limit from the end of one rank to the end of the last
 
 
 # --- without other processes ----------------------------------------------------------------------------------------
@@ -43,7 +43,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_two_gpus_in_one_process_are_refused_and_the_work_folder_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "select_device", lambda *a, **k: torch.device("cuda:0"))  # as with two GPUs
+    monkeypatch.setattr(
+        engine, "select_device", lambda *a, **k: torch.device("cuda:0")
+    )  # as on a machine with two GPUs
     dataset, work = small_set(tmp_path / "set"), tmp_path / "work"
     work.mkdir()
     (work / "resume.pt").write_bytes(b"100 epochs of work")
@@ -108,7 +110,7 @@ def test_processes_and_gpus_have_to_be_as_many(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LOCAL_RANK", "1")
     ranks.check_devices("2,3", 4)
     assert ranks.own_device("2,3") == "3"
-    with pytest.raises(RecipeError, match=r"names 1 of the GPUs, torchrun started 2 processes"):
+    with pytest.raises(RecipeError, match=r"the number of GPUs is 1, but torchrun started 2 processes"):
         ranks.check_devices("0", 2)
 
 
@@ -116,7 +118,7 @@ def test_a_batch_is_shared_evenly_or_refused(monkeypatch: pytest.MonkeyPatch) ->
     ranks.check_batch("prune.batch", 7)
     monkeypatch.setenv("WORLD_SIZE", "3")
     ranks.check_batch("prune.batch", 9)
-    with pytest.raises(RecipeError, match=r"prune\.batch=16: 3 processes share .* nearest that fits is 15"):
+    with pytest.raises(RecipeError, match=r"prune\.batch=16: 3 processes share .* multiple of 3; the nearest is 15"):
         ranks.check_batch("prune.batch", 16)
 
 
@@ -147,7 +149,7 @@ def test_data_workers_draw_by_epoch_and_rank_and_a_resume_repeats_them(
     dataset = small_set(tmp_path / "set", train=4)
 
     def epochs(rank: int, start: int) -> list[str]:
-        """What the workers of a rank give, an epoch an entry, for two epochs from `start`."""
+        """Return the mean of each batch that the workers of a rank load, one text an epoch, for two epochs from `start`."""
         hooked = HookedTrainer(model(), dataset, settings(batch=2), [], tmp_path / "w", "t")
         hooked.stride, hooked.args.workers = 32, 2
         loader: Any = hooked.get_dataloader("train", 2)
@@ -170,7 +172,7 @@ def test_data_workers_draw_by_epoch_and_rank_and_a_resume_repeats_them(
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks saw of each training of `rank_program`."""
+    """Run `rank_program` in two ranks. Return the records of each rank by training."""
     folder = tmp_path_factory.mktemp("ranks")
     noise_set(folder / "set", train=8, val=2)
     program = [str(Path(__file__).with_name("rank_program.py")), str(folder)]
@@ -188,7 +190,7 @@ TRAININGS = ["plain", "plain again", "overflow", "mgd", "mutual"]
 @pytest.mark.slow
 @pytest.mark.parametrize("what", TRAININGS)
 def test_no_rank_drifts(what: str, seen: list[dict[str, Any]]) -> None:
-    """One process group holds for all trainings; weights, extras and averages are equal bit for bit after each."""
+    """All trainings use one process group. After each, weights, extras and averages of both ranks are equal bit for bit."""
     mine, other = (rank[what] for rank in seen)
     for key in ("steps", "parameters", "buffers", "extras", "ema"):
         assert mine[key] == other[key], key
@@ -216,7 +218,7 @@ def test_an_overflow_on_one_rank_is_a_step_that_all_skip(seen: list[dict[str, An
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The command line as it starts its own ranks, two on the CPU: `launch` is what `run.device=0,1` comes to."""
+    """Start a command in two ranks on the CPU, through `launch` as `run.device=0,1` does."""
     code = "import sys; from yolo_compress.cli.main import explain, processes\n"
     code += "try: sys.exit(processes.launch(sys.argv[1:], 2))\nexcept BaseException as e:\n"
     code += "  if isinstance(e, SystemExit): raise\n  sys.exit(explain(e, True))"
@@ -261,12 +263,12 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_the_same_command_contin
     assert process.returncode == 4
     lines = errors.splitlines()
     assert [line for line in lines if "error" in line.lower()] == [
-        f"error: rank {victim} was killed by SIGKILL, the others have ended too; the same command continues"
+        f"error: rank {victim} was killed by SIGKILL and the other ranks have ended; the same command continues"
     ]
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in found.values())
     if victim:
-        return  # what continues does not depend on who was killed
+        return  # continuing does not depend on which rank was killed
     again = start(bench.folder, *command)
     answer, errors = again.communicate(timeout=250)
     assert again.returncode == 0, errors[-3000:]
@@ -309,9 +311,9 @@ def test_the_rank_that_failed_gives_the_exit_code(capsys: pytest.CaptureFixture[
         def __init__(self, exitcode: int) -> None:
             self.exitcode = exitcode
 
-    assert processes._ended({0: Failure(4), 1: Failure(7)}) == 7
-    assert processes._ended({0: Failure(1)}) == 1, "the gate"
-    assert processes._ended({0: Failure(-15), 1: Failure(4)}) == 4
+    assert processes._exit_code({0: Failure(4), 1: Failure(7)}) == 7
+    assert processes._exit_code({0: Failure(1)}) == 1, "the gate"
+    assert processes._exit_code({0: Failure(-15), 1: Failure(4)}) == 4
     assert capsys.readouterr().err == ""
-    assert processes._ended({0: Failure(4), 1: Failure(-9)}) == 4
+    assert processes._exit_code({0: Failure(4), 1: Failure(-9)}) == 4
     assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run goes on where another device, or a damaged disk, left it."""
+"""A run continues on another device. A damaged resume file is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def run(dataset: Dataset, work: Path, *, cuda: bool, stop: bool, epochs: int = 2) -> None:
-    """A training on a CPU, or as on CUDA; `stop` kills it after its first epoch."""
+    """Train on a CPU, or as on CUDA. `stop` kills the training after its first epoch."""
     with pytest.MonkeyPatch.context() as patch:
         if cuda:
             as_on_cuda(patch)
@@ -50,7 +50,7 @@ def test_from_the_cpu_to_a_gpu_and_back(dataset: Dataset, tmp_path: Path) -> Non
 
 
 def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tmp_path: Path) -> None:
-    """CUDA saves `fused: True`; another device decides for itself."""
+    """CUDA saves `fused: True`. Another device uses its own value."""
     run(dataset, tmp_path, cuda=False, stop=True)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     for group in state["optimizer"]["param_groups"]:
@@ -75,7 +75,7 @@ def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dat
         state = torch.load(file, weights_only=True)
         state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
         torch.save(state, file)
-    elif damage == "finished":  # its last epoch, so that Ultralytics' loop is not entered
+    elif damage == "finished":  # the last epoch is saved, so Ultralytics' loop does not run
         state = torch.load(file, weights_only=True)
         torch.save({"epoch": 1, "model": state["model"]}, file)
     else:

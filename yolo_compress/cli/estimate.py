@@ -1,4 +1,4 @@
-"""Estimate how long the stages of a recipe will train on this machine, from a few timed training steps."""
+"""Estimate the training time of the stages of a recipe on this machine, from a few timed training steps."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from yolo_compress.train import losses
 from yolo_compress.train.settings import multiplies_bfloat16
 
 TIMED_STEPS = 2
-FORWARD = 1 / 3  # of a training step: the cost of a teacher's forward pass, or of validating one image
-PRUNED_STEP = 0.65  # a step of a model with half of the MACs, as a share of the baseline's step
-OVERHEAD = 1.45  # augmentation, optimizer and EMA beside the step: 4.6 against 3.2 s an epoch (YOLOv8n, 55 images, 320 px, 2 cores)
-BFLOAT16_STEP = 0.63  # of a step in float32 (benchmarks/trainer_overhead.py --mixed)
+FORWARD = 1 / 3  # forward pass of a teacher, or validation of an image, relative to a training step
+PRUNED_STEP = 0.65  # step of a pruned model with half of the MACs, relative to a step of the baseline
+# Factor for augmentation, optimizer and EMA: an epoch takes 4.6 s, its steps alone 3.2 s (YOLOv8n, 55 images, 320 px, 2 cores).
+OVERHEAD = 1.45
+BFLOAT16_STEP = 0.63  # step in bfloat16, relative to float32 (benchmarks/trainer_overhead.py --mixed)
 
 
 def seconds(chosen: Recipe, dataset: Dataset, models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Estimate the seconds of each stage that will train.
+    """Return the estimated seconds of each stage that trains.
 
     Args:
-        chosen: The recipe, without `auto`.
-        dataset: Its data set.
-        models: `baseline`, and `teacher` where the recipe has one, before any training.
+        chosen: The recipe, with every `auto` resolved.
+        dataset: The data set of the recipe.
+        models: `baseline` and, if the recipe has one, `teacher`, before training.
 
     Raises:
         EnvironmentLacks: A batch does not fit into memory.
     """
     macs = {name: conv_macs(model, chosen.data.imgsz_hw) for name, model in models.items()}
     teacher = macs.get("teacher", macs["baseline"]) / macs["baseline"]
-    relative = {  # to a training step of the baseline
+    relative = {  # time per image, relative to a training step of the baseline
         "teacher": teacher,
         "baseline": 1.0,
         "sparsify": 1.0,
@@ -46,22 +47,25 @@ def seconds(chosen: Recipe, dataset: Dataset, models: Mapping[str, nn.Module]) -
     trained = {name: section for name in relative if (section := _trained(chosen, name))}
     if not trained:
         return {}
-    image = _step_seconds(chosen, dataset, models["baseline"], max(int(section.batch) for section in trained.values()))
-    found, every = {}, chosen.run.val_every
+    image_seconds = _step_seconds(
+        chosen, dataset, models["baseline"], max(int(section.batch) for section in trained.values())
+    )
+    estimates, every = {}, chosen.run.val_every
     for name, section in trained.items():
         epochs = int(section.epochs)
         validated = len(dataset.val) * (1 + (epochs // every if every else 0)) * FORWARD
-        found[name] = image * relative[name] * (epochs * len(dataset.train) + validated)
-    return found
+        estimates[name] = image_seconds * relative[name] * (epochs * len(dataset.train) + validated)
+    return estimates
 
 
 def _trained(chosen: Recipe, name: str) -> TrainConfig | None:
+    """Return the section of a stage, or None if the recipe has no such stage or loads its weights."""
     section: TrainConfig | None = getattr(chosen, name)
     return None if section is None or getattr(section, "weights", None) is not None else section
 
 
 def _step_seconds(chosen: Recipe, dataset: Dataset, model: nn.Module, batch: int) -> float:
-    """Time training steps (forward, loss, backward) in float32; returns the seconds per image of the fastest."""
+    """Time training steps (forward, loss, backward) in float32. Return the estimated seconds per image of the fastest."""
     samples = [dataset.train[i % len(dataset.train)] for i in range(batch * TIMED_STEPS)]
     on_cpu = chosen.run.device == "cpu"
     taken, started = [], time.perf_counter()
@@ -69,7 +73,7 @@ def _step_seconds(chosen: Recipe, dataset: Dataset, model: nn.Module, batch: int
         model.to("cpu" if on_cpu else f"cuda:{chosen.run.device.split(',')[0]}")
         for loss in losses.losses(model, dataset, samples, max(chosen.data.imgsz_hw), batch):
             loss.backward()
-            loss.item()  # waits for a GPU
+            loss.item()  # waits until the GPU is done
             taken.append(time.perf_counter() - started)
             model.zero_grad(set_to_none=True)
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`yolo-compress init`: look at data, checkpoint and machine, and write a recipe with a reason for each number. Trains nothing."""
+"""`yolo-compress init`: inspect data, checkpoints and machine, and write a recipe with a reason for each value. Trains nothing."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from yolo_compress.train import checkpoint as train_checkpoint
 from yolo_compress.train import transfer
 
 COMMENT_COLUMN = 32
-WORKERS = 8  # processes that load images for a GPU; JPEG decoding keeps it waiting otherwise
-REST_MINUTES = 4  # export, engines, bench and report
+WORKERS = 8  # processes that load images for a GPU, which otherwise waits for JPEG decoding
+REST_MINUTES = 4  # estimated time of export, engine, bench and report
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `look` found."""
+    """Data, models and machine, as `look` found them."""
 
     dataset: Dataset
     origins: dict[str, str]  # baseline and teacher -> weights or pretrained
@@ -64,7 +64,7 @@ class Facts:
 
 
 def handle(command: Command) -> int:
-    """Write the recipe; print it, and the commands that follow."""
+    """Write the recipe. Print it and the commands to run next."""
     made = run(order(command.options, command.overrides))
     result(made.pop("text"))
     result(f"written to {made['recipe']}; next:")
@@ -78,7 +78,7 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
     """Read the options of the command line.
 
     Raises:
-        RecipeError: An unknown target, or an `out` that exists or does not end in .yaml.
+        RecipeError: The target is unknown, `out` exists or does not end in .yaml, or an override sets the weights.
     """
     if (target := options.get("target", "cpu")) not in TARGETS:
         hint = did_you_mean(target, TARGETS) or f"; targets are {', '.join(TARGETS)}"
@@ -98,22 +98,24 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
 
 
 def run(asked: Order) -> dict[str, Any]:
-    """Write the recipe; returns `recipe` (its file), `text` (its content), `minutes` by stage and `next` (commands).
+    """Write the recipe.
+
+    Returns:
+        `recipe` (the file), `text` (its content), `minutes` (estimate by stage) and `next` (commands).
 
     Raises:
-        CompressError: Bad data or a checkpoint that does not fit, as a run would refuse them; or the file cannot be written.
+        CompressError: A run would refuse the data or a checkpoint, or the file cannot be written.
     """
     with storage_errors(asked.out), tempfile.TemporaryFile(dir=asked.out.parent):
-        pass  # fails now, not after minutes, if the folder cannot be written
+        pass  # if the folder is not writable, fail now and not after minutes
     facts = look(asked)
     sections = compose(asked, facts)
     plain = {name: {knob: value for knob, value, _ in rows} for name, rows in sections.items()}
     document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
-    sized = sizing.resolve(
-        chosen, len(facts.dataset.train), len(facts.dataset.names)
-    )  # a knob of the command line may be auto
+    # overrides may be `auto`
+    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
@@ -128,15 +130,15 @@ def run(asked: Order) -> dict[str, Any]:
 
 
 def look(asked: Order) -> Facts:
-    """Look at data, checkpoints and machine.
+    """Inspect data, checkpoints and machine.
 
     Raises:
         CompressError: See `run`.
     """
     knobs = dict(asked.overrides)
-    least = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}
-    of_data = [(key, text) for key, text in asked.overrides if key.startswith("data.")]
-    plain = recipe.build(strict_yaml.parse(strict_yaml.dump(least), str(asked.out)), asked.out.stem, of_data)
+    minimal = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}
+    data_overrides = [(key, text) for key, text in asked.overrides if key.startswith("data.")]
+    plain = recipe.build(strict_yaml.parse(strict_yaml.dump(minimal), str(asked.out)), asked.out.stem, data_overrides)
     _, dataset = pipeline.prepare(plain, Store(home.weights()))
     origins, models = {}, {}
     for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):
@@ -151,22 +153,22 @@ def look(asked: Order) -> Facts:
 
 
 def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
-    """Load the model before training. `pipeline.check` refuses it if it does not fit the data set."""
+    """Load the model from which a stage starts. `pipeline.check` checks later whether it fits the data set."""
     if origin == "weights":
         return train_checkpoint.load_model(path)
     return transfer.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]
 
 
-Section = list[tuple[str, Any, str]]  # knob, value, why
+Section = list[tuple[str, Any, str]]  # (knob, value, reason) of each row
 
 
 def compose(asked: Order, facts: Facts) -> dict[str, Section]:
-    """Give the sections of the recipe: each knob with its value and reason, before the values of the command line."""
+    """Return the sections of the recipe, each knob with value and reason, without the overrides of the command line."""
     dataset, target = facts.dataset, TARGETS[asked.target]
     images = len(dataset.train)
     sections: dict[str, Section] = {
-        "data": [("yaml", asked.data, _seen(dataset)), ("imgsz", *_imgsz(asked, facts))],
-        "run": [("device", facts.device, _machine(facts))],
+        "data": [("yaml", asked.data, _describe_data(dataset)), ("imgsz", *_imgsz(asked, facts))],
+        "run": [("device", facts.device, _describe_machine(facts))],
     }
     if facts.device != "cpu":
         sections["run"].append(("workers", min(WORKERS, facts.cores), "JPEG decoding keeps a GPU waiting otherwise"))
@@ -205,7 +207,7 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
 def _as_asked(
     sections: Mapping[str, Section], chosen: recipe.Recipe, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Section]:
-    """Put the values of the command line into the sections. Knobs that they exclude, such as another budget, are dropped."""
+    """Return the sections with the overrides applied. Knobs that an override excludes, such as another budget, are dropped."""
     asked = {key for key, _ in overrides}
     out = {}
     for name in recipe.SECTIONS:
@@ -221,6 +223,7 @@ def _as_asked(
 
 
 def _source(stage: str, asked: Order, facts: Facts) -> Section:
+    """Return the section of the baseline or teacher, with a schedule if it has to be trained."""
     model, images = facts.models[stage], len(facts.dataset.train)
     checkpoint = asked.weights if stage == "baseline" else str(asked.teacher)
     size = f"{parameters(model) / 1e6:.1f} M parameters"
@@ -231,7 +234,7 @@ def _source(stage: str, asked: Order, facts: Facts) -> Section:
 
 
 def _trained(stage: str, images: int, asked: Order) -> Section:
-    """Give the schedule of a stage by the number of images, or by the epochs of the command line."""
+    """Return the training schedule of a stage, from the number of images and an override of the epochs."""
     epochs = sizing.epochs(stage, images)
     given = dict(asked.overrides).get(f"{stage}.epochs", "")
     last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
@@ -246,21 +249,22 @@ def _imgsz(asked: Order, facts: Facts) -> tuple[int, str]:
     return choice.value, choice.why
 
 
-def _seen(dataset: Dataset) -> str:
+def _describe_data(dataset: Dataset) -> str:
     boxes = [len(sample.boxes) for sample in dataset.train]
     return (
-        f"{len(dataset.train):,} training and {len(dataset.val):,} validation images of {_typical(dataset.train)} px, "
+        f"{len(dataset.train):,} training and {len(dataset.val):,} validation images of {_image_size(dataset.train)} px, "
         f"{len(dataset.names)} class{'es' if len(dataset.names) != 1 else ''}, {statistics.mean(boxes):.1f} objects an image"
     )
 
 
-def _typical(samples: Sequence[Sample]) -> str:
+def _image_size(samples: Sequence[Sample]) -> str:
+    """Return the size that all images have, or the most frequent one, as text in px."""
     sizes = [(sample.width, sample.height) for sample in samples]
     width, height = statistics.mode(sizes)
     return f"{width}x{height}" if len(set(sizes)) == 1 else f"{width}x{height} (most frequent)"
 
 
-def _machine(facts: Facts) -> str:
+def _describe_machine(facts: Facts) -> str:
     if facts.device != "cpu":
         index = int(facts.device.split(",")[0])
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
@@ -271,9 +275,10 @@ def _machine(facts: Facts) -> str:
 
 
 def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:
-    whole = _minutes(sum(seconds.values()) + 60 * REST_MINUTES)
+    """Return the text of the recipe, with reasons and estimated times as comments."""
+    total = _minutes(sum(seconds.values()) + 60 * REST_MINUTES)
     lines = [
-        f"# By `yolo-compress init`, for {title}; every number may be changed. All takes about {whole} on this machine."
+        f"# By `yolo-compress init`, for {title}; every number may be changed. All takes about {total} on this machine."
     ]
     for name, rows in written.items():
         if not rows:
@@ -289,7 +294,7 @@ def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, floa
 
 
 def _scalar(value: Any) -> str:
-    """Give a value as one line of YAML."""
+    """Return a value as one line of YAML."""
     text = strict_yaml.dump({"": value}).partition(":")[2].strip()
     return text if "\n" not in text and not isinstance(value, list) else json.dumps(value, ensure_ascii=False)
 

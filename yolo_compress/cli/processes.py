@@ -1,4 +1,4 @@
-"""One process a GPU: with several in `run.device`, a command starts itself once for each, through torch's own launcher."""
+"""Start one process per GPU. With several GPUs in `run.device`, a command starts itself through torch's launcher."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from yolo_compress.runtime.measure.device import usable_cpus
 
 
 def start(command: Command, words: Sequence[str], is_stage: bool) -> int | None:
-    """Start the processes that a command needs and wait for them.
+    """Start the ranks of a command that trains on several GPUs, and wait for them.
 
     Args:
-        command: What `words` say.
+        command: The parsed `words`.
         words: The command line without the program.
-        is_stage: Whether its verb is a stage, which may train.
+        is_stage: Whether the verb is a stage, which may train.
 
     Returns:
-        The exit code; None where this process is to run the command itself.
+        The exit code of the ranks. None if none were started: this process must run the command itself.
 
     Raises:
-        RecipeError: torchrun started several processes of a command that runs in one; or GPUs and processes differ in number.
+        RecipeError: torchrun started several processes of a command that needs one, or their number is not that of the GPUs.
         EnvironmentLacks: See `ranks.check_environment` and `ranks.check_devices`.
     """
     ranks.check_environment()
@@ -51,16 +51,16 @@ def start(command: Command, words: Sequence[str], is_stage: bool) -> int | None:
 
 
 def launch(words: Sequence[str], count: int) -> int:
-    """Run `python -m yolo_compress WORDS` in `count` ranks on this machine; returns the exit code of what ended them.
+    """Run `python -m yolo_compress WORDS` in `count` ranks on this machine; return their exit code.
 
     Raises:
-        Terminated, KeyboardInterrupt: This process got a signal; the ranks have ended.
+        Terminated, KeyboardInterrupt: This process got a signal. The ranks have ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # our line says how a rank ended
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_exit_code` reports how a rank ended
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -76,20 +76,23 @@ def launch(words: Sequence[str], count: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "yolo_compress", *words)
         except ChildFailedError as error:
-            return _ended(error.failures)
+            return _exit_code(error.failures)
         except SignalException as error:
             raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     return 0
 
 
-def _ended(failures: Mapping[int, Any]) -> int:
-    """The exit code of the rank that ended the others: one that a signal killed, which could not say so, or that found an error."""
+def _exit_code(failures: Mapping[int, Any]) -> int:
+    """Return the exit code of the rank that made the others end.
+
+    A rank that a signal killed could print no error, so this prints one for it. Ranks that only lost the connection count last.
+    """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     for rank, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM:
             notice(
-                f"error: rank {rank} was killed by {signal.Signals(-code).name}, the others have ended too; the same command "
-                "continues"
+                f"error: rank {rank} was killed by {signal.Signals(-code).name} and the other ranks have ended; the same "
+                "command continues"
             )
             return BUG if code == -signal.SIGSEGV else LostRank.exit_code
     own = [code for code in codes.values() if code > 0 and code != LostRank.exit_code]

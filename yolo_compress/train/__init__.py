@@ -1,4 +1,4 @@
-"""The only door to ultralytics' engine: checkpoints in and out, one training loop with hooks, its own validator."""
+"""All use of Ultralytics' engine: loading and saving checkpoints, one training loop with hooks, and its validator."""
 
 from yolo_compress.nets.hardening import harden
 

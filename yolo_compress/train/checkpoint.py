@@ -1,4 +1,4 @@
-"""YOLOv8 checkpoints in and out of the stock Ultralytics format, with nothing of the file executed and nothing silently changed."""
+"""Load and save YOLOv8 checkpoints in the format of Ultralytics. Loading runs no code of the file."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; YOLOv8 has 
 
 
 def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> DetectionModel:
-    """A randomly initialised detector, the same one for the same seed.
+    """Return a detector with random weights. The same seed gives the same weights.
 
     Args:
         yaml: `yolov8{n,s,m,l,x}.yaml`.
-        names: Class names in index order.
-        channels: Image channels.
+        names: Class names in the order of their index.
+        channels: Channels of the input image.
         seed: Seeds the initial weights.
 
     Raises:
-        RecipeError: Another name.
+        RecipeError: `yaml` has another name.
     """
     torch.manual_seed(seed)
     model = DetectionModel(_architecture(yaml), ch=channels, nc=len(names), verbose=False)
@@ -50,20 +50,23 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
 
 
 def _architecture(yaml: str) -> dict[str, object]:
-    """The model dict of Ultralytics' own file. By name, it would take a file of the working directory first."""
+    """Return the architecture from the yaml file of Ultralytics.
+
+    The file is read by its full path: given a name, Ultralytics prefers a file of the working directory.
+    """
     file, scale = families.yaml_file(yaml, ROOT / "cfg" / "models")
     return {**YAML.load(file), "scale": scale, "yaml_file": yaml}
 
 
 def load_model(path: Path) -> DetectionModel:
-    """A float32 stock detector from a checkpoint written by Ultralytics or by us.
+    """Load a float32 detector from a checkpoint of Ultralytics or of this project.
 
     Raises:
         RecipeError: The file is missing, or is not a detector with BatchNorm (fused, segmentation, ...).
-        CorruptArtifact: Truncated or altered; it would run what no checkpoint needs (which is not run) or take more memory
-            than its bytes; or its layers do not fit together.
-        StorageError: It cannot be read.
-        NumericsError: A weight is NaN or infinite, or a running variance negative; names the layer.
+        CorruptArtifact: The file is truncated or altered; it refers to code that no checkpoint needs; it needs more memory
+            than it has bytes; or its layers do not fit together.
+        StorageError: The file cannot be read.
+        NumericsError: A weight is NaN or infinite, or a running variance is negative. The message names the tensor.
     """
     model = load_any(path)
     check_loaded(model, path)
@@ -71,16 +74,18 @@ def load_model(path: Path) -> DetectionModel:
 
 
 def load_any(path: Path) -> nn.Module:
-    """The float32 module of any checkpoint of Ultralytics and torch classes; `names` is a dictionary by index, or missing.
+    """Load the float32 module of any checkpoint that consists of Ultralytics and torch classes.
 
-    What the file would do is read before anything of it is loaded (`pickled.check`), and then done by torch's restricted
-    loader, for the classes that the file needs alone. Ultralytics' own loader would change blanks and quotes of the path,
-    and ask the network for a file that is not there.
+    `names` of the module is a dictionary by index, or missing.
+
+    `pickled.check` reads the pickle before anything is loaded. Torch's restricted loader then loads it, and may use only
+    the classes that the pickle refers to. Ultralytics' own loader is not used: it changes blanks and quotes in the path,
+    and searches the network for a missing file.
 
     Raises:
-        RecipeError: No such file.
+        RecipeError: The file does not exist.
         CorruptArtifact: See `load_model`.
-        StorageError: It cannot be read.
+        StorageError: The file cannot be read.
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such checkpoint")
@@ -107,44 +112,50 @@ def load_any(path: Path) -> nn.Module:
 
 
 _NUMPY_TYPES = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1")]
-_ALIASES: dict[str, object] = {  # names of older versions, and those of no class
+_ALIASES: dict[str, object] = {  # names of older versions, and names that are not classes
     "ultralytics.yolo.utils.IterableSimpleNamespace": IterableSimpleNamespace,
     "ultralytics.nn.modules.block.Silence": nn.Identity,  # YOLOv9e
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
     "ultralytics.utils.loss.v10DetectLoss": E2EDetectLoss,
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
     "numpy._core.multiarray.scalar": np.float64(0).__reduce__()[0],
-    pickled.METHOD: lambda owner, name: getattr(owner, name),  # a copy: torch refuses the builtin by its name
+    pickled.METHOD: lambda owner, name: getattr(
+        owner, name
+    ),  # a function of our own: torch refuses the builtin by its name
     **dict.fromkeys(pickled.PATHS, PurePosixPath),
 }
 
 
 def _resolve(name: str) -> Any:
-    """What a name that `pickled.check` let through stands for here."""
+    """Return the class or function for a name that `pickled.check` accepted."""
     if name in _ALIASES:
         return _ALIASES[name]
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute)
+    resolved = getattr(importlib.import_module(module), attribute)
     if pickled.MODULES.fullmatch(name) and not (
-        isinstance(found, type) and (issubclass(found, nn.Module) or found.__module__ == module)
+        isinstance(resolved, type) and (issubclass(resolved, nn.Module) or resolved.__module__ == module)
     ):
-        raise TypeError(f"{name} is no class of torch or Ultralytics {__version__}")
-    return found
+        raise TypeError(f"{name} is not a class of torch or Ultralytics {__version__}")
+    return resolved
 
 
 def _names(names: Any) -> dict[int, str]:
-    """Class names by index."""
+    """Return the class names by index.
+
+    Raises:
+        ValueError: The indices are not 0, 1, 2, ..., or a name is neither text nor a number.
+    """
     listed = list(names.items()) if isinstance(names, Mapping) else list(enumerate(names))
     if [index for index, _ in sorted(listed)] != list(range(len(listed))):
         raise ValueError("its class names are not numbered from 0")
     if not all(isinstance(name, str | int | float) for _, name in listed):
-        raise ValueError("a class name of it is no text")
+        raise ValueError("one of its class names is not text")
     return {index: str(name) for index, name in sorted(listed)}
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever a file of others makes go wrong is the file's fault: loaders raise anything."""
+    """Turn any exception of a loader into CorruptArtifact. A bad file can cause every kind of exception."""
     try:
         yield
     except (CompressError, OSError, MemoryError):
@@ -158,7 +169,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def class_names(path: Path) -> list[str]:
-    """The classes that a checkpoint of any task knows, in index order; empty where it does not say.
+    """Return the class names of a checkpoint of any task, in the order of their index. Empty if the file has none.
 
     Raises:
         RecipeError, CorruptArtifact: See `load_any`.
@@ -186,18 +197,21 @@ def check_loaded(model: nn.Module, path: Path) -> None:
 
 
 def _check_runs(model: DetectionModel) -> None:
-    """Detect once in an empty image of 64 px, so that layers that do not fit together are found here and not in a stage."""
+    """Run the model once on a black image of 64 px, to find layers that do not fit together before a stage does."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.MaxPool2d):
             sizes = [*pair(module.kernel_size), *pair(module.stride), *pair(module.dilation)]
             if not all(1 <= size <= MAX_WINDOW_PX for size in sizes) or max(pair(module.padding)) > MAX_WINDOW_PX:
-                raise ValueError(f"{name} has a window of {sizes} px")
+                raise ValueError(
+                    f"{name} has kernel, stride and dilation {sizes} and padding {module.padding}, "
+                    f"expected {MAX_WINDOW_PX} at most"
+                )
         if isinstance(module, nn.Upsample) and not 1 <= max(pair(module.scale_factor)) <= MAX_WINDOW_PX:
-            raise ValueError(f"{name} enlarges {module.scale_factor} times")
+            raise ValueError(f"{name} upsamples by {module.scale_factor}, expected 1 to {MAX_WINDOW_PX}")
     if not isinstance(model.stride, torch.Tensor):
-        raise TypeError("it has no strides")
+        raise TypeError("its stride is not a tensor")
     head = model.model[-1]
-    before = dict(vars(head))  # it keeps the anchors of the last image
+    before = dict(vars(head))  # Detect stores the anchors of the last image
     try:
         with torch.no_grad():
             scores = model(torch.zeros(1, image_channels(model), 64, 64))[0]
@@ -209,7 +223,11 @@ def _check_runs(model: DetectionModel) -> None:
 
 
 def check_finite(model: nn.Module, where: str) -> None:
-    """Raises NumericsError naming the first tensor that is NaN, infinite or a negative variance."""
+    """Check that all tensors are finite and no running variance is negative.
+
+    Raises:
+        NumericsError: Names the first bad tensor.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NumericsError(f"{where}: {name} holds NaN or infinity; the checkpoint is not usable")
@@ -218,23 +236,22 @@ def check_finite(model: nn.Module, where: str) -> None:
 
 
 def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | None = None) -> None:
-    """Write a float32 checkpoint that any `ultralytics` loads, also under `ULTRALYTICS_SAFE_LOAD=1`.
+    """Write a float32 checkpoint that Ultralytics loads, also with `ULTRALYTICS_SAFE_LOAD=1`.
 
-    Widths live in the pickled modules, so a pruned net keeps them; paths, git origin and host never enter the file.
+    The modules are pickled, so the file contains the widths of a pruned model. It contains no path, git origin or host.
     """
     model = deepcopy(model).cpu().float().eval()
     for attribute in ("criterion", "pt_path", "class_weights"):
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
     head = model.model[-1]
-    passing = ["anchors", "strides", "shape"]  # of the last image Detect decoded; the file is one of the weights alone
+    transient = ["anchors", "strides", "shape"]  # Detect sets them for the last image; they are not weights
     if not getattr(head, "end2end", False):
-        passing.append(
-            "_end2end"
-        )  # validation writes the default down; a run resumed after its last epoch has had none
-    for attribute in passing:
+        # Validation sets the default. A run that is resumed after its last epoch has no validation, so drop it always.
+        transient.append("_end2end")
+    for attribute in transient:
         head.__dict__.pop(attribute, None)
-    model.stride = head.stride  # one tensor, as in a new net; training makes a copy of it
+    model.stride = head.stride  # the same tensor, as in a new model; training makes a copy
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     contiguous(model)
@@ -242,7 +259,9 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | 
         type(m).__module__ for m in model.modules() if not type(m).__module__.startswith(("ultralytics.", "torch."))
     }
     if foreign:
-        raise AssertionError(f"a stock checkpoint may hold only Ultralytics and torch classes, found {sorted(foreign)}")
+        raise AssertionError(
+            f"a stock checkpoint may contain only Ultralytics and torch classes, found {sorted(foreign)}"
+        )
     buffer = io.BytesIO()
     torch.save(
         {
@@ -262,7 +281,7 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | 
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """Give every parameter and buffer the strides of a new tensor of its shape, in place.
+    """Make every parameter and buffer contiguous, in place, with the strides of a new tensor of its shape.
 
     Ultralytics trains channels_last on CUDA. Versions before 8.4 fuse layers with `.view()`, which fails on such strides.
     """
@@ -273,12 +292,16 @@ def contiguous(model: nn.Module) -> nn.Module:
 
 
 def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(input, output) channels of every convolution by module name: what a pruned model must keep through a run."""
+    """Return the (input, output) channels of every convolution by module name. Training must not change them."""
     return {n: (m.in_channels, m.out_channels) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def check_classes(model: DetectionModel, names: Sequence[str], what: str) -> None:
-    """Raises RecipeError with a diff when a model's classes are not the data set's, by name and order."""
+    """Check that the class names of the model equal those of the data set, in the same order.
+
+    Raises:
+        RecipeError: They differ. The message lists the differences and starts with `what`.
+    """
     have = [str(model.names[i]) for i in range(len(model.names))]
     want = list(names)
     if have == want:
@@ -294,12 +317,12 @@ def check_classes(model: DetectionModel, names: Sequence[str], what: str) -> Non
 
 
 def image_channels(model: nn.Module) -> int:
-    """Channels of the images the stem takes."""
+    """Return the number of image channels that the first convolution expects."""
     return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
 def dress(model: DetectionModel, names: Sequence[str]) -> DetectionModel:
-    """The attributes that Ultralytics' losses and exporters expect on a module."""
+    """Set the attributes that the losses and exporters of Ultralytics expect, in place, and make all parameters trainable."""
     model.names = dict(enumerate(map(str, names)))
     model.nc = len(names)
     model.task = "detect"

@@ -1,4 +1,4 @@
-"""Ultralytics' augmentations over images and labels that have passed our preflight; its caches are never read or written."""
+"""Ultralytics' augmentations on images and labels that passed the preflight, without its label and image caches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ RAM_CACHE_BYTES = 1 << 30  # decoded training images up to this size stay in mem
 
 
 class PreflightDataset(YOLODataset):
-    """A YOLODataset whose files and labels come from `data.load`, so both see the same images and boxes.
+    """A YOLODataset with the images and labels of `data.load`, so training and evaluation use the same boxes.
 
-    Ultralytics' own scan would drop what it dislikes with a warning, write `labels.cache` beside the data (shared by
-    concurrent runs, unpickled by the next) and read `.npy` files that nobody hashed.
+    Ultralytics' own scan is not used, for three reasons. It drops bad images with only a warning. It writes `labels.cache`
+    next to the data, which concurrent runs share and the next run unpickles. It reads `.npy` files, which are not hashed.
     """
 
     def __init__(self, samples: Sequence[Sample], *, cache: bool, hyp: Any, **kwargs: Any) -> None:
         self._samples = list(samples)
-        self._epoch = -1  # that a worker is in
+        self._epoch = -1  # the epoch that this worker loads
         super().__init__(img_path="", task="detect", hyp=hyp, **kwargs)
         self.npy_files = [Path(f"{file}.never") for file in self.im_files]
         longest = self.imgsz if isinstance(self.imgsz, int) else max(self.imgsz)
@@ -38,7 +38,9 @@ class PreflightDataset(YOLODataset):
             self.cache = "ram"
             for i in range(self.ni):
                 self.ims[i], self.im_hw0[i], self.im_hw[i] = self.load_image(i)
-            self.transforms = self.build_transforms(hyp=copy(hyp))  # mosaics from all images, not from a recent few
+            self.transforms = self.build_transforms(
+                hyp=copy(hyp)
+            )  # with a cache, mosaics draw from all images instead of a buffer
 
     def get_img_files(self, img_path: str) -> list[str]:
         return [str(sample.image) for sample in self._samples]
@@ -47,12 +49,12 @@ class PreflightDataset(YOLODataset):
         return [_label(sample) for sample in self._samples]
 
     def load_image(self, i: int, **kwargs: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-        """As Ultralytics', but a cached image is handed out as a copy: its HSV augmentation works in place."""
+        """Return a copy of a cached image, because Ultralytics' HSV augmentation changes it in place."""
         image, original_hw, resized_hw = super().load_image(i, **kwargs)
         return (image.copy() if self.cache == "ram" and self.augment else image), original_hw, resized_hw
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """In a worker each image has a seed of its own, so that neither the worker that takes it nor a resume changes it."""
+        """Seed the generators for this image if in a worker: its augmentation then depends on no worker and no resume."""
         if isinstance(index, SeededIndex) and get_worker_info() is not None:
             if index.epoch != self._epoch:
                 self._epoch = index.epoch
@@ -61,7 +63,7 @@ class PreflightDataset(YOLODataset):
         return super().__getitem__(index)  # type: ignore[no-any-return]
 
     def start_epoch(self) -> None:
-        """Forget what the last epoch left in the mosaic buffer, so that an epoch depends on its seed alone."""
+        """Clear the mosaic buffer of the last epoch, so that an epoch depends on its seed alone."""
         if self.cache == "ram":
             return
         for i in self.buffer:
@@ -70,7 +72,7 @@ class PreflightDataset(YOLODataset):
 
 
 class SeededIndex(int):
-    """An index that a worker seeds itself by: of which epoch and rank it is, and where in its order it stands."""
+    """Index of an image, with the seeds for its worker: run seed, epoch, rank and position in the epoch."""
 
     epoch: int
     seeds: tuple[int, ...]
@@ -82,9 +84,9 @@ class SeededIndex(int):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation per epoch that is a function of (seed, epoch) alone; ranks share it and take every world-th index.
+    """Sampler whose permutation depends on (seed, epoch) alone. Each rank takes every `world`-th index.
 
-    Each `iter` is one epoch, counted here: a loader that prefetches starts the next one before the trainer says so.
+    Each `iter` is one epoch and is counted here, because a loader that prefetches starts the next epoch before the trainer.
     """
 
     def __init__(self, count: int, seed: int, *, rank: int = 0, world: int = 1) -> None:
@@ -104,11 +106,11 @@ class EpochSampler(Sampler[int]):
         return -(-self.count // self.world)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Ultralytics under DDP; the epoch is counted in `__iter__`."""
+        """Do nothing. Ultralytics calls this under DDP, but `__iter__` counts the epochs."""
 
 
 class Label(TypedDict):
-    """An image and its boxes, as Ultralytics' dataset keeps them."""
+    """An image and its boxes, in the format of Ultralytics' dataset."""
 
     im_file: str
     shape: tuple[int, int]  # (height, width), px
@@ -135,7 +137,7 @@ def _label(sample: Sample) -> Label:
 
 
 def seed_everything(seed: int, epoch: int, *more: int) -> None:
-    """Seed python's, numpy's and torch's generators as a function of (seed, epoch), and of what else tells streams apart."""
+    """Seed the generators of Python, numpy and torch from (seed, epoch) and further numbers such as the rank."""
     import random
 
     value = int(np.random.SeedSequence([seed, epoch, *more]).generate_state(1)[0])

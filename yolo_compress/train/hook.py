@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Batch(TypedDict):
-    """A batch of Ultralytics' loader, as far as hooks read it; it has other keys too."""
+    """The keys of a batch of Ultralytics' loader that hooks read. A batch has further keys."""
 
     img: Tensor  # images_BCHW, RGB or grey float32 in 0..1
     cls: Tensor  # classes_N1 of all boxes of the batch
@@ -19,12 +19,12 @@ class Batch(TypedDict):
 
 
 class TrainHook:
-    """What a method adds to a training run; every method here is a no-op to be overridden.
+    """Base class for what a compression method adds to training. Every method does nothing until it is overridden.
 
-    The trainer calls the hooks of a list in order, and this is the whole of it::
+    The trainer calls the hooks in the order of their list::
 
         for hook in hooks: hook.on_model(model)            # may change modules in place; before EMA, DDP, optimizer
-        optimizer.add(hook.modules() for hook in hooks)    # trainable extras, resumed, never in a checkpoint of the model
+        optimizer.add(hook.modules() for hook in hooks)    # trainable extras; in resume.pt, never in the model
         optimizer.scale(hook.rates(model) for hook in hooks)
         optimizer.exempt(hook.undecayed(model) for hook in hooks)
         for epoch in range(start, epochs):
@@ -37,55 +37,55 @@ class TrainHook:
                 loss.backward()
                 unscale(gradients)
                 for hook in hooks: hook.before_step(model)
-                clip(gradients of the model, and of each module apart); optimizer.step(); ema.update(model)
+                clip(gradients of the model, and of each module separately); optimizer.step(); ema.update(model)
             for hook in hooks: hook.on_epoch_end(epoch, model) -> rows of metrics, logged under their names
             save(model, ema, optimizer, [hook.state_dict() for hook in hooks])
-        for hook in hooks: hook.on_end(model)              # in `finally`: taps are removed whatever happened
+        for hook in hooks: hook.on_end(model)              # in `finally`: taps are removed also after an error
         for hook in reversed(hooks): hook.to_stock(ema)    # back to stock Ultralytics classes
 
-    `model` is always the bare module (no DDP wrapper). A loss is the mean over the images of the batch, named, finite,
-    in the graph of the student and the hook's `modules()` alone; it is logged as `train/<name>`, and what it is of the total
-    as `share/<name>`.
+    `model` is never wrapped in DDP. A loss has a name, is finite, and is the mean over the images of the batch. Its graph
+    contains only the student and the `modules()` of the hook. It is logged as `train/<name>`, and its share of the total
+    loss as `share/<name>`.
     """
 
     def on_model(self, model: nn.Module) -> None:
-        """Sees the model once, on its device, before EMA, DDP and optimizer exist."""
+        """Change the model in place. Called once, with the model on its device, before EMA, DDP and optimizer exist."""
 
     def modules(self) -> nn.ModuleDict:
-        """Trainable extras by name (aligners, ...)."""
+        """Return further trainable modules by name, such as aligners. They are not part of the model."""
         return nn.ModuleDict()
 
     def rates(self, model: nn.Module) -> dict[str, float]:
-        """Parameter of the model by name -> multiple of the learning rate there; 1 for those that no hook names."""
+        """Return a factor on the learning rate by parameter name of the model. Parameters not named have factor 1."""
         return {}
 
     def undecayed(self, model: nn.Module) -> Iterable[str]:
-        """Parameters of the model, by name, that get no weight decay: those that are neither weights nor of BatchNorm."""
+        """Return names of further parameters of the model without weight decay. Biases and BatchNorm never have it."""
         return ()
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
-        """`epoch` counts from 0."""
+        """Called before each epoch. `epoch` counts from 0."""
 
     def extra_loss(self, batch: Batch, predictions: Any) -> dict[str, Tensor]:
-        """Named scalar losses of this batch; `predictions` is what the student's head returned in training mode."""
+        """Return scalar losses of this batch by name. `predictions` is the output of the student's head in training mode."""
         return {}
 
     def before_step(self, model: nn.Module) -> None:
-        """Gradients are unscaled and not yet clipped."""
+        """Called before each step of the optimizer, with gradients unscaled and not yet clipped."""
 
     def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
-        """Figures of this epoch for results.csv and the progress line."""
+        """Return metrics of this epoch by name, for results.csv and the progress line."""
         return {}
 
     def on_end(self, model: nn.Module) -> None:
-        """Called in `finally`."""
+        """Called once after training, also after an error. Remove taps here."""
 
     def to_stock(self, model: nn.Module) -> None:
-        """Turn what `on_model` changed in `model` (the EMA at the end) back into stock classes, in place."""
+        """Replace the modules that `on_model` inserted by stock classes, in place. `model` is the EMA after training."""
 
     def state_dict(self) -> dict[str, object]:
-        """What resume needs beyond `modules()`: tensors and plain values only."""
+        """Return the state that a resume needs beyond `modules()`: only tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Inverse of `state_dict`, called after `on_model`."""
+        """Restore the state that `state_dict` returned. Called after `on_model`."""

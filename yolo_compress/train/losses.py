@@ -1,4 +1,4 @@
-"""The detection loss of labelled, un-augmented images: what criteria that ask for gradients back-propagate."""
+"""The detection loss of labelled images without augmentation. Pruning criteria compute its gradients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from yolo_compress.train.dataset import PreflightDataset
 def losses(
     model: nn.Module, dataset: Dataset, samples: Sequence[Sample], imgsz_px: int, batch: int = 4
 ) -> Iterator[Tensor]:
-    """Ultralytics' loss, box, class and DFL terms summed and averaged over the images, one scalar with gradient a batch.
+    """Yield the detection loss of each batch: box, class and DFL terms summed, mean over the images, with gradient.
 
     Args:
-        model: Stock detector, run in evaluation mode (statistics of BatchNorm stay); its `args` and `criterion` come back.
-        dataset: What the samples are of.
-        samples: Letterboxed square, not augmented.
+        model: Stock detector, run in evaluation mode, so BatchNorm statistics do not change. `args` and `criterion` are restored.
+        dataset: The data set of the samples.
+        samples: Images and labels. Images are letterboxed to a square.
         imgsz_px: Side of the square.
-        batch: Images a scalar. Small: squares of gradients are meant for single images.
+        batch: Images per loss. Keep it small: criteria with squared gradients are defined for single images.
     """
     args = get_cfg(overrides={"task": "detect", "mode": "train", "imgsz": imgsz_px, "batch": batch})
     data = {"names": dict(enumerate(dataset.names)), "nc": len(dataset.names), "channels": dataset.channels}

@@ -1,9 +1,10 @@
-"""What a checkpoint file would do if it were loaded, found out without doing any of it.
+"""Check that a checkpoint file is safe to load, without loading it.
 
-A `.pt` file is a zip archive of tensors and one pickle, and a pickle is a program: it calls functions with arguments of
-its own. Here the program is read, instruction by instruction, with a note in place of each object that it would make.
-What is not the making of a stock module, a tensor within its own stored bytes, or plain data is refused, and so is
-whatever would take more memory than the file has bytes.
+A `.pt` file is a zip archive of tensors and one pickle. A pickle is a program: it can call any function. This module reads the
+program instruction by instruction. It makes a `Note` in place of each object that the program would create.
+
+A program may create modules of Ultralytics and torch, tensors within their own stored bytes, and plain data. Everything else
+is refused, and so is a program that needs more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact
 
-MAX_BYTES = 2**32 - 1  # beyond, zip files have a second way to write sizes; YOLOv8x with its optimizer has 1.1 GB
-MAX_MEMBERS = 20_000  # of the archive, a tensor each; YOLOv8x with EMA and optimizer has 2,000
+MAX_BYTES = 2**32 - 1  # larger zip files store sizes in another way; YOLOv8x with its optimizer has 1.1 GB
+MAX_MEMBERS = 20_000  # files in the archive, one a tensor; YOLOv8x with EMA and optimizer has 2,000
 MAX_INSTRUCTIONS = 1_000_000  # a YOLOv8 detector has 40,000
-MAX_DEPTH = 150  # of data in data; a YOLOv8 detector has 40. Copies are recursive, and Python ends at 1,000 calls
+MAX_DEPTH = 150  # nesting of data; a YOLOv8 detector has 40. Copies are recursive, and Python allows 1,000 nested calls
 MAX_VALUE = 2**63
 
 ITEM_BYTES = {
@@ -45,21 +46,21 @@ ENUM = "torchvision.transforms.functional.InterpolationMode"
 METHOD = "builtins.getattr"
 WRAPPERS = re.compile(
     r"torch\.nn\.parallel\.(\w+\.)?((?:Distributed)?DataParallel)"
-)  # they name their tensors module.NAME
+)  # they prefix the names of tensors with "module."
 PATHS = {f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")}
 
 
 @dataclass(eq=False, slots=True)
 class Note:
-    """An object that the program would make.
+    """Placeholder for an object that the program would create.
 
     Attributes:
-        kind: "global", "object", "dict", "list", "set", "tuple", "storage", "tensor", "method", "data", or "spent": arguments
-            of a call that may stand nowhere else.
-        content: name of a global, items of a tuple or list, entries of a dict, number of elements of a storage or tensor.
-        depth: levels of data inside.
-        item_bytes: of a storage.
-        done: it is inside another one and may not change any more; so no data holds itself.
+        kind: "global", "object", "dict", "list", "set", "tuple", "storage", "tensor", "method", "dtype", "data" or "spent".
+            "spent" marks the arguments of a call that may not be used again.
+        content: Name of a global, items of a tuple or list, entries of a dict, or number of elements of a storage or tensor.
+        depth: Levels of data inside.
+        item_bytes: Bytes per element of a storage.
+        done: True once it is inside another object. It may not change any more, so that no object contains itself.
     """
 
     kind: str
@@ -70,33 +71,35 @@ class Note:
 
 
 class _Refused(Exception):
-    """Why the file is not loaded, and what to do."""
+    """The file is refused. The message is the reason, and `remedy` says what to do."""
 
     remedy = "Download or export it again"
 
 
 class _Wrapped(_Refused):
-    """The model inside is whole: it was saved with what spread it over several GPUs."""
+    """The model was saved inside DataParallel or DistributedDataParallel."""
 
     remedy = 'Where it was trained, save the model inside: torch.save({"model": model.module}, "FILE.pt")'
 
 
 @dataclass
 class _Reading:
-    members: dict[str, int]  # tensor name -> bytes
-    tensor_bytes: int = 0
-    names: set[str] = field(default_factory=set)
+    """What is known while the program is read."""
+
+    members: dict[str, int]  # name of a stored tensor -> bytes in the archive
+    tensor_bytes: int = 0  # of all tensors that the program creates
+    names: set[str] = field(default_factory=set)  # classes and functions that the program refers to
 
 
 def check(path: Path) -> set[str]:
-    """Read the program of a checkpoint.
+    """Check that a checkpoint is safe to load.
 
     Returns:
-        The names (`module.Class`) that the file refers to, all of them of the kinds allowed here.
+        The names of classes and functions (`module.name`) that the file refers to. All are allowed.
 
     Raises:
-        CorruptArtifact: It is no whole archive as `torch.save` writes them, or it would do what no YOLO checkpoint does.
-        OSError: It cannot be read.
+        CorruptArtifact: The file is not a complete archive of `torch.save`, or its program does what no YOLO checkpoint does.
+        OSError: The file cannot be read.
     """
     try:
         program, members = _open(path)
@@ -112,7 +115,7 @@ def check(path: Path) -> set[str]:
 
 
 def _open(path: Path) -> tuple[bytes, dict[str, int]]:
-    """The pickle of an archive, and the bytes of each tensor in it by name."""
+    """Return the pickle of the archive, and the size in bytes of each tensor by name."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise _Refused(f"{size} bytes, expected {MAX_BYTES} at most")
@@ -121,7 +124,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, int]]:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) < len(entries):
-                raise _Refused("two members of its archive have one name")
+                raise _Refused("two members of its archive have the same name")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise _Refused("its archive is compressed or encrypted, which torch.save never does")
             if any(entry.compress_size != entry.file_size for entry in entries) or (
@@ -130,7 +133,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, int]]:
                 raise _Refused("its archive states more bytes than it has")
             programs = [entry for entry in entries if entry.filename.partition("/")[2] == "data.pkl"]
             if len(programs) != 1 or any(entry.filename.partition("/")[2] == "constants.pkl" for entry in entries):
-                raise _Refused("expected an archive with one data.pkl; this is TorchScript, or of another kind")
+                raise _Refused("expected an archive with one data.pkl; this is TorchScript or another format")
             folder = programs[0].filename.partition("/")[0] + "/"
             if any(not entry.filename.startswith(folder) for entry in entries):
                 raise _Refused("its archive has more than one folder")
@@ -140,7 +143,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, int]]:
 
 
 def _check_directory(file: io.BufferedReader, size: int) -> None:
-    """The list of members is where every reader of zip files finds the same one, and is short."""
+    """Check that the archive has one list of members at its end, so that all zip readers find the same list."""
     if size < 22:
         raise _Refused("empty or cut short")
     file.seek(max(0, size - 98))
@@ -149,25 +152,25 @@ def _check_directory(file: io.BufferedReader, size: int) -> None:
         file.seek(0)
         old = file.read(2) == b"\x80\x02"
         raise _Refused(
-            "the format of PyTorch before 1.6; load it there and save it anew"
+            "the format of PyTorch before 1.6; load it there and save it again"
             if old
             else "not an archive of torch.save, or cut short"
         )
     *disks, here, count, length, start, comment = struct.unpack("<4x4H2IH", tail[-22:])
     end = size - 22
-    if tail[-42:-38] == b"PK\x06\x07":  # the long form, which PyTorch writes too
+    if tail[-42:-38] == b"PK\x06\x07":  # the ZIP64 form, which PyTorch writes too
         end = size - 98
         long = struct.unpack("<4s20x4Q4xIQI", tail[:76])
         if long != (b"PK\x06\x06", here, count, length, start, 0, end, 1):
             raise _Refused("its archive has two lists of members")
     if any(disks) or here != count or comment or start + length != end:
-        raise _Refused("the list of its members is not at its end")
+        raise _Refused("the list of members is not at the end of its archive")
     if count > MAX_MEMBERS or length > MAX_MEMBERS * 256:
         raise _Refused(f"{count} members, expected {MAX_MEMBERS} at most")
 
 
 def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
-    """What the program leaves, as notes, and the names that it refers to."""
+    """Read the program. Return the note of its final object, and the names that it refers to."""
     reading = _Reading(members)
     stack: list[Any] = []
     marks: list[int] = []
@@ -181,7 +184,7 @@ def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
                 pass
             case "STOP":
                 if len(stack) != 1 or marks:
-                    raise _Refused("its program ends in the middle")
+                    raise _Refused("its program ends too early")
                 return stack[0], reading.names
             case "MARK":
                 marks.append(len(stack))
@@ -215,7 +218,7 @@ def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
             case "NEWOBJ":
                 name, arguments = _call(stack)
                 if arguments or not MODULES.fullmatch(name):
-                    raise _Refused(f"{name} with arguments of the file")
+                    raise _Refused(f"{name} is created with arguments of the file")
                 stack.append(Note("object"))
             case "REDUCE":
                 stack.append(_called(*_call(stack), reading))
@@ -228,23 +231,24 @@ def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
 
 
 def _pop(stack: list[Any], marks: list[int], count: int | None = None) -> list[Any]:
-    """The items above the last mark, or so many."""
+    """Remove and return the last `count` items of the stack, or the items above the last mark."""
     start = marks.pop() if count is None else len(stack) - count
     if start < (marks[-1] if marks else 0):
-        raise _Refused("its program takes what it did not make")
+        raise _Refused("its program takes more items than it made")
     items = stack[start:]
     del stack[start:]
     return items
 
 
 def _tuple(items: list[Any]) -> Note:
+    """Return the note of a tuple."""
     note = Note("tuple", tuple(items))
     note.depth = _depth(items)
     return note
 
 
 def _depth(items: list[Any]) -> int:
-    """Levels of a container of these items, which may not change any more."""
+    """Return the depth of a container of these items, and mark the items as done."""
     deepest = 0
     for item in items:
         if isinstance(item, Note):
@@ -257,9 +261,10 @@ def _depth(items: list[Any]) -> int:
 
 
 def _put(target: Any, kind: str, items: list[Any]) -> None:
+    """Add items to a list, or alternating keys and values to a dict."""
     depth = _depth(items)
     if not isinstance(target, Note) or target.kind != kind or target.done:
-        raise _Refused(f"its program fills what is no {kind}, or is inside other data")
+        raise _Refused(f"its program adds items to something that is not a {kind}, or that is inside other data")
     if any(isinstance(item, Note) and item.kind == "global" for item in items):
         raise _Refused("a class in place of data")
     target.depth = max(target.depth, depth)
@@ -268,11 +273,12 @@ def _put(target: Any, kind: str, items: list[Any]) -> None:
         return
     keys = items[::2]
     if len(items) % 2 or not all(key is None or isinstance(key, str | int | float | bytes) for key in keys):
-        raise _Refused("a key that is neither text nor a number")
+        raise _Refused("a dictionary key that is neither text nor a number")
     target.content.update(zip(keys, items[1::2], strict=True))
 
 
 def _global(argument: str, reading: _Reading) -> Note:
+    """Return the note of a class or function, given as "module name", and record its name."""
     module, _, name = argument.partition(" ")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
@@ -286,10 +292,10 @@ def _global(argument: str, reading: _Reading) -> Note:
 
 
 def _call(stack: list[Any]) -> tuple[str, tuple[Any, ...]]:
-    """Name and arguments of the call on top of the stack."""
+    """Remove a call from the stack. Return the name of the function and its arguments."""
     arguments, called = stack.pop(), stack.pop()
     if not isinstance(called, Note) or called.kind != "global":
-        raise _Refused("a call of what is no known name")
+        raise _Refused("a call of something that is not a known name")
     if not isinstance(arguments, Note) or arguments.kind != "tuple":
         raise _Refused("a call without a list of arguments")
     if called.content == METHOD:
@@ -300,33 +306,34 @@ def _call(stack: list[Any]) -> tuple[str, tuple[Any, ...]]:
 
 
 def _called(name: str, arguments: tuple[Any, ...], reading: _Reading) -> Note:
+    """Return the note of the result of a call."""
     if name not in CALLS:
         raise _Refused(f"{name} is called, which no YOLO checkpoint does")
     return CALLS[name](arguments, reading)
 
 
 def _build(target: Any, state: Any) -> None:
-    """`__setstate__` with a state: the attributes of a module, or the byte order of a numpy type."""
+    """Set the state of an object: the attributes of a module, or the byte order of a numpy type."""
     depth = _depth([state])
     if not isinstance(target, Note) or target.done or target.kind not in ("object", "dict", "dtype"):
-        raise _Refused("its program sets attributes of what is no module, or is inside other data")
+        raise _Refused("its program sets attributes of something that is not a module, or that is inside other data")
     if target.kind == "dtype":
         items = state.content if isinstance(state, Note) and state.kind == "tuple" else (state,)
         if any(item not in (None, "<", "|", "=", 3, 0, -1) for item in items):
             raise _Refused("a numpy type of an unknown kind")
         return
     if not isinstance(state, Note) or state.kind != "dict" or not all(isinstance(key, str) for key in state.content):
-        raise _Refused("attributes that are no dictionary by name")
+        raise _Refused("attributes that are not a dictionary by name")
     for key, value in state.content.items():
         if "hook" in key and isinstance(value, Note) and not (value.kind in ("dict", "list") and not value.content):
-            raise _Refused(f"a module that calls others: {key!a}")
+            raise _Refused(f"a module with hooks: {key!a}")
     target.depth = max(target.depth, depth)
     if target.kind == "object":
         target.content = state.content
 
 
 def _storage(saved: Any, reading: _Reading) -> Note:
-    """Bytes of a tensor: ("storage", type, member, device, elements)."""
+    """Return the note of a storage, given as ("storage", type, member, device, elements)."""
     items: tuple[Any, ...] = saved.content if isinstance(saved, Note) and saved.kind == "tuple" else ()
     if len(items) != 5 or items[0] != "storage" or not isinstance(items[1], Note) or items[1].content not in ITEM_BYTES:
         raise _Refused("a tensor that is stored in an unknown way")
@@ -334,26 +341,32 @@ def _storage(saved: Any, reading: _Reading) -> Note:
     if not isinstance(name, str) or not isinstance(items[3], str) or name not in reading.members:
         raise _Refused(f"a tensor whose bytes {name!a} are not in the archive")
     if elements * item_bytes > reading.members[name]:
-        raise _Refused(
-            f"a tensor of {elements * item_bytes} bytes, of which {reading.members[name]} are in the archive"
-        )
+        raise _Refused(f"a tensor of {elements * item_bytes} bytes, of which the archive has {reading.members[name]}")
     return Note("storage", elements, item_bytes=item_bytes)
 
 
 def _count(value: Any) -> int:
+    """Check that a value is a size, an integer from 0, and return it."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_VALUE:
         raise _Refused(f"a size of {ascii(value)[:40]}")
     return value
 
 
 def _counts(value: Any) -> list[int]:
+    """Check that a value is a shape or strides, a tuple of sizes, and return it."""
     if not isinstance(value, Note) or value.kind != "tuple" or len(value.content) > 64:
         raise _Refused("a tensor without a shape")
     return [_count(item) for item in value.content]
 
 
+# --- allowed calls: each function checks the arguments and returns the note of the result ----------------------------
+
+
 def _tensor(arguments: tuple[Any, ...], reading: _Reading) -> Note:
-    """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`: inside its storage, each element once."""
+    """Check `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
+
+    The tensor must lie inside its storage and have no more elements than it.
+    """
     if len(arguments) != 6 or not isinstance(arguments[0], Note) or arguments[0].kind != "storage":
         raise _Refused("a tensor of an unknown form")
     storage, offset, size, stride = arguments[0], _count(arguments[1]), _counts(arguments[2]), _counts(arguments[3])
@@ -368,13 +381,13 @@ def _tensor(arguments: tuple[Any, ...], reading: _Reading) -> Note:
         raise _Refused(f"a tensor of shape {size} that goes beyond its {storage.content} stored elements")
     reading.tensor_bytes += elements * storage.item_bytes
     if reading.tensor_bytes > 2 * sum(reading.members.values()) + 2**20:  # .float() copies each
-        raise _Refused("the same stored bytes as many tensors")
+        raise _Refused("many tensors that share the same stored bytes")
     return Note("tensor", elements)
 
 
 def _parameter(arguments: tuple[Any, ...], reading: _Reading) -> Note:
     if len(arguments) != 3 or getattr(arguments[0], "kind", "") != "tensor" or not isinstance(arguments[1], bool):
-        raise _Refused("a parameter that is no tensor")
+        raise _Refused("a parameter that is not a tensor")
     _no_hooks(arguments[2])
     return Note("tensor", arguments[0].content)
 
@@ -399,7 +412,7 @@ def _ordered(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 def _set(arguments: tuple[Any, ...], reading: _Reading) -> Note:
     items = arguments[0].content if len(arguments) == 1 and getattr(arguments[0], "kind", "") == "list" else None
     if items is None or not all(item is None or isinstance(item, str | int | float) for item in items):
-        raise _Refused("a set of something else than text and numbers")
+        raise _Refused("a set with something other than text and numbers")
     return Note("set", items, depth=1)
 
 
@@ -411,7 +424,7 @@ def _size(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 
 
 def _texts(pattern: str) -> Callable[[tuple[Any, ...], _Reading], Note]:
-    """A call whose arguments are texts of a form, and numbers that are not counts of anything."""
+    """Return a check for calls whose arguments are booleans, or text that matches `pattern` completely."""
 
     def made(arguments: tuple[Any, ...], reading: _Reading) -> Note:
         for item in arguments:
@@ -436,7 +449,7 @@ def _dtype(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 
 
 def _scalar(arguments: tuple[Any, ...], reading: _Reading) -> Note:
-    """`scalar(dtype, bytes)`; the bytes are a number's."""
+    """Check `scalar(dtype, bytes)`. The bytes are those of a number."""
     if len(arguments) != 2 or getattr(arguments[0], "kind", "") != "dtype":
         raise _Refused("a numpy scalar of an unknown form")
     if not (getattr(arguments[1], "kind", "") == "data" or isinstance(arguments[1], str)):
@@ -451,7 +464,10 @@ def _encode(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 
 
 def _method(arguments: tuple[Any, ...], reading: _Reading) -> Note:
-    """`getattr(Detect, "forward")`, as segmentation and pose heads have it; of a layer itself where the model was fused."""
+    """Check `getattr(Detect, "forward")`, which segmentation and pose heads contain.
+
+    In a fused model, the owner is the layer itself instead of its class.
+    """
     if len(arguments) != 2 or not isinstance(arguments[0], Note) or not isinstance(arguments[1], str):
         raise _Refused("getattr of an unknown form")
     owner, name = arguments
@@ -460,7 +476,7 @@ def _method(arguments: tuple[Any, ...], reading: _Reading) -> Note:
     fused = owner.kind == "object" and owner.content is None and name in ("forward", "forward_fuse")
     if not (enum or block or fused):
         raise _Refused(f"getattr of {ascii(name)[:40]}")
-    owner.done = False  # the layer goes on to be filled: `_call` saw to it that these arguments are nowhere else
+    owner.done = False  # the layer gets its attributes later; `_call` ensures that its arguments are used nowhere else
     return Note("data" if enum else "method")
 
 
@@ -483,20 +499,20 @@ CALLS: dict[str, Callable[[tuple[Any, ...], _Reading], Note]] = {
 
 
 def _check_root(root: Any) -> None:
-    """A dictionary with a module under `ema` or `model`."""
+    """Check that the final object is a dictionary with a module under `ema` or `model`."""
     if not isinstance(root, Note) or root.kind != "dict":
-        raise _Refused("it holds no dictionary; save it with Ultralytics' model.save()")
+        raise _Refused("it contains no dictionary; save it with Ultralytics' model.save()")
     if root.content.get("modelopt"):
-        raise _Refused("its weights belong to a quantised model of modelopt; give the checkpoint before that")
-    found = root.content.get("ema") or root.content.get("model")
-    if any(_spread(one) for one in (root, found, root.content.get("state_dict"))):
-        raise _Wrapped("it holds no model, only tensors named module.NAME, as DataParallel names them")
-    if not isinstance(found, Note) or found.kind != "object":
-        raise _Refused("it holds no model, only tensors or settings; give the file that Ultralytics' training wrote")
+        raise _Refused("its weights belong to a model that modelopt quantised; give the checkpoint before quantisation")
+    model = root.content.get("ema") or root.content.get("model")
+    if any(_is_data_parallel(one) for one in (root, model, root.content.get("state_dict"))):
+        raise _Wrapped("it contains no model, only tensors named module.NAME, as in DataParallel")
+    if not isinstance(model, Note) or model.kind != "object":
+        raise _Refused("it contains no model, only tensors or settings; give the file that Ultralytics' training wrote")
 
 
-def _spread(value: Any) -> bool:
-    """Whether these are the tensors of a model inside DataParallel."""
+def _is_data_parallel(value: Any) -> bool:
+    """Return whether a value is a state dict of a model inside DataParallel."""
     if not isinstance(value, Note) or value.kind != "dict" or not value.content:
         return False
     return all(isinstance(key, str) and key.startswith("module.") for key in value.content)

@@ -1,4 +1,4 @@
-"""The schedule, augmentation and machine of one training run, in our terms and in Ultralytics'."""
+"""Settings of one training run: schedule, augmentation and machine, and their names in Ultralytics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has matrix units for bfloat16 (AMX): a step then takes 0.63 of its time under autocast
-    (`benchmarks/trainer_overhead.py --mixed`); elsewhere bfloat16 is emulated, and slower than float32.
+    """Return whether the CPU has matrix units for bfloat16 (AMX).
+
+    With them, a step under autocast takes 0.63 of the time of float32 (`benchmarks/trainer_overhead.py --mixed`).
+    Without them, bfloat16 is emulated and slower than float32.
     """
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return False
@@ -19,7 +21,7 @@ def multiplies_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What one training run needs beyond model, data and hooks; field names are Ultralytics' where it has one."""
+    """Settings of a training run. Fields are named as in Ultralytics where it has the setting."""
 
     epochs: int
     batch: int
@@ -48,15 +50,15 @@ class TrainSettings:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether mixed precision is bfloat16, on a CPU that is made for it."""
+        """Whether to train with bfloat16 autocast: `amp` is on and the device is a CPU with AMX."""
         return self.amp and self.device == "cpu" and multiplies_bfloat16()
 
     def overrides(self, work: Path) -> dict[str, object]:
-        """Ultralytics' argument names; the optimizer steps on every batch (`nbs` = `batch`)."""
+        """Return the settings under the names of Ultralytics. `nbs` equals `batch`, so the optimizer steps on every batch."""
         return {
             "task": "detect",
             "mode": "train",
-            "model": "yolov8n.yaml",  # never built: the trainer is handed the module
+            "model": "yolov8n.yaml",  # never built: the trainer gets the module
             "pretrained": False,
             "epochs": self.epochs,
             "batch": self.batch,
@@ -69,7 +71,7 @@ class TrainSettings:
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
             "warmup_epochs": self.warmup_epochs,
-            "warmup_bias_lr": 0.0,  # the default of 0.1 throws a trained net's biases away
+            "warmup_bias_lr": 0.0,  # the default of 0.1 destroys the biases of a trained model
             "cls": self.class_gain,
             "cos_lr": self.cosine,
             "mosaic": self.mosaic,
@@ -78,7 +80,7 @@ class TrainSettings:
             "translate": self.translate,
             "fliplr": self.fliplr,
             "flipud": self.flipud,
-            "amp": self.amp and self.device != "cpu",  # on a CPU the trainer asks `bfloat16`
+            "amp": self.amp and self.device != "cpu",  # on a CPU the trainer uses `bfloat16`
             "device": self.device,
             "workers": self.workers,
             "freeze": self.freeze or None,

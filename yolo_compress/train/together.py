@@ -1,7 +1,7 @@
-"""Ranks that train together: the process group of a whole command, what rank 0 shares, and how its end reaches the others.
+"""Distributed training: the process group of a command, and the trainings that rank 0 shares with the other ranks.
 
-Only rank 0 plans, measures, reads and writes the store. The others wait for trainings: they get the model, the data and the
-hooks of each from rank 0, so no rank can decide otherwise than another.
+Only rank 0 plans, measures, and reads and writes the store. The other ranks wait for a training. They receive its model, data
+and hooks from rank 0, so all ranks make the same decisions.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from yolo_compress.train.hook import TrainHook
 from yolo_compress.train.settings import TrainSettings
 
 Made = TypeVar("Made")
-STEP_PATIENCE = timedelta(hours=3)  # for one collective call of a training, as Ultralytics has it
-PATIENCE = timedelta(days=30)  # of ranks that wait for the next training; one that ended is noticed at once
+STEP_PATIENCE = timedelta(hours=3)  # timeout of one collective call during training, as in Ultralytics
+PATIENCE = timedelta(days=30)  # timeout of ranks that wait for the next training; a lost connection is noticed at once
 
-_control: Any = None  # the group, on CPUs, over which rank 0 shares what is no tensor of the training
+_control: Any = None  # gloo group over which rank 0 sends trainings and results
 
 
 @dataclass(frozen=True)
 class Training:
-    """What `trainer.train` is given."""
+    """The arguments of `trainer.train`."""
 
     model: nn.Module
     dataset: Dataset
@@ -44,14 +44,14 @@ class Training:
 
 @contextmanager
 def formed(device: str, agreed: Mapping[str, str]) -> Iterator[None]:
-    """All ranks of a command, inside the block.
+    """Form the process group of all ranks of a command for the duration of the block.
 
     Args:
         device: `run.device` of this machine.
-        agreed: What has to be the same on all ranks, by name.
+        agreed: Values that must be equal on all ranks, by name.
 
     Raises:
-        RecipeError, EnvironmentLacks: See `ranks.check_devices`; or, on rank 0, ranks differ in `agreed`.
+        RecipeError, EnvironmentLacks: See `ranks.check_devices`. RecipeError also on rank 0 if ranks differ in `agreed`.
         LostRank: Another rank ended.
     """
     global _control
@@ -73,18 +73,19 @@ def formed(device: str, agreed: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _losses() -> Iterator[None]:
-    """Turns what a broken connection raises, wherever a rank notices it, into LostRank."""
+    """Turn the errors of a broken connection between ranks into LostRank."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
             raise LostRank(
-                "the connection to another rank is lost: it ended, or its machine did; the same command continues"
+                "the connection to another rank is lost: its process or machine stopped; the same command continues"
             ) from error
         raise
 
 
 def _compare(agreed: Mapping[str, str]) -> None:
+    """Check that `agreed` is equal on all ranks."""
     every: list[Any] = [None] * ranks.world()
     distributed.all_gather_object(every, dict(agreed), group=_control)
     for number, other in enumerate(every):
@@ -98,12 +99,12 @@ def _compare(agreed: Mapping[str, str]) -> None:
 
 
 def is_formed() -> bool:
-    """Whether this is one of several ranks inside `formed`."""
+    """Return whether this process is one of several ranks inside `formed`."""
     return _control is not None
 
 
 def from_rank_0(make: Callable[[], Made]) -> Made:
-    """What `make` gives on rank 0, on all ranks; elsewhere it is not called. Tensors come to the CPU."""
+    """Call `make` on rank 0 and return its result on all ranks. Other ranks get its tensors on the CPU."""
     if not is_formed():
         return make()
     if ranks.rank() == 0:
@@ -118,44 +119,44 @@ def from_rank_0(make: Callable[[], Made]) -> Made:
     distributed.broadcast(size, src=0, group=_control)
     content = torch.empty(int(size), dtype=torch.uint8)
     distributed.broadcast(content, src=0, group=_control)
-    # written by rank 0 of this very command
+    # unpickling is safe here: rank 0 of this command sent it
     received: Made = torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=False)
     return received
 
 
 def share(training: Training) -> None:
-    """On rank 0: have the other ranks take part in this training."""
+    """Send this training from rank 0 to the other ranks, which then take part."""
     if is_formed():
         from_rank_0(lambda: replace(training, dataset=replace(training.dataset, files=())))
 
 
 def end(result: Any) -> None:
-    """On rank 0: tell the others that there is no further training."""
+    """Send the result from rank 0 to the other ranks, which then stop waiting for trainings."""
     from_rank_0(lambda: result)
 
 
 def follow(take_part: Callable[[Training], None]) -> Any:
-    """On another rank: take part in the trainings of rank 0; returns the result that it ends with."""
+    """Take part in the trainings of rank 0, on another rank. Return the result that rank 0 passed to `end`."""
     while isinstance(received := from_rank_0(lambda: None), Training):
         take_part(received)
     return received
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors by those of rank 0, in place, on their devices."""
+    """Overwrite tensors with those of rank 0, in place."""
     if not is_formed():
         return
     for tensor in tensors:
         sent = (
             tensor.detach().to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach().contiguous()
-        )  # gloo: no bool
+        )  # gloo cannot send bool
         distributed.broadcast(sent, src=0)
         with torch.no_grad():
             tensor.copy_(sent)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """The mean of the gradients over the ranks; where a parameter has one on some ranks alone, the others count as 0."""
+    """Average the gradients over the ranks, in place. A rank without a gradient counts as 0 if another rank has one."""
     if not is_formed() or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
@@ -165,5 +166,5 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)  # gloo has no mean
+        distributed.all_reduce(parameter.grad)  # sum, then divide: gloo has no mean
         parameter.grad /= ranks.world()

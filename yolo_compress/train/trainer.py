@@ -1,8 +1,9 @@
 """One training loop for every stage: Ultralytics' DetectionTrainer with our data, our hooks and an exact resume.
 
-`YOLO.train` rebuilds the net from its yaml and copies what fits, which silently un-prunes it; here the trainer gets the
-module itself. Randomness is a function of (seed, epoch), re-seeded at each epoch, so a run that was killed and resumed
-from `resume.pt` (float32 model, EMA, optimizer, scaler, hooks) gives the tensors of an uninterrupted one (CPU, no workers).
+`YOLO.train` rebuilds a model from its yaml and copies the tensors that fit, which silently undoes pruning. So the trainer
+gets the module itself. The generators are seeded from (seed, epoch) at each epoch. A run that was killed continues from
+`resume.pt`, which has the float32 model, EMA, optimizer, scaler and hooks. On a CPU without workers, its result equals that of
+an uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from yolo_compress.train.settings import TrainSettings
 from yolo_compress.train.together import Training
 
 MAX_GRADIENT_NORM = 10.0  # Ultralytics' own clip
-LISTED_IMAGES = 3  # of a bad batch, in the message; all of them are in `BAD_BATCH`
+LISTED_IMAGES = 3  # images of a bad batch in the message; the file `BAD_BATCH` lists all
 BAD_BATCH = "bad_batch.txt"
-WORKER_PATIENCE_S = 600  # for one batch: after that a data worker hangs
-# What an allocator, cuBLAS or cuDNN says where memory does not suffice; Ultralytics takes the same for it.
+WORKER_PATIENCE_S = 600  # timeout of a data worker for one batch
+# Messages of allocators, cuBLAS and cuDNN if memory does not suffice. Ultralytics checks for the same ones.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -48,10 +49,10 @@ NO_MEMORY = (
     "cudnn_status_internal_error",
     "unable to find an engine",
 )
-RETRIES = (
-    3  # of Ultralytics' loop, which halves the batch where memory does not suffice; ours starts with all of them used
-)
-AVERAGES = 3  # of BatchNorm, one after another, that fit into a run at least; so exp(-3) of the old statistics are left
+# Ultralytics halves the batch up to 3 times if memory does not suffice. The count starts at 3, so that it never does.
+RETRIES = 3
+# Time constants of BatchNorm's running average in a run, at least. exp(-3) = 5 % of the old statistics are left.
+AVERAGES = 3
 
 
 def train(
@@ -65,17 +66,17 @@ def train(
     """Train `model` and return the EMA as a stock float32 module on the CPU, in evaluation mode.
 
     Args:
-        model: Stock Ultralytics detector, changed in place; its widths survive.
+        model: Stock Ultralytics detector, changed in place. Its widths do not change.
         dataset: Images and labels that passed the preflight.
         settings: Schedule, augmentation and machine.
-        hooks: In the order of `TrainHook`'s docstring.
-        work: Folder for `resume.pt` and `results.csv`; a `resume.pt` of the same run in it is continued.
+        hooks: Called in this order, as the docstring of `TrainHook` describes.
+        work: Folder for `resume.pt` and `results.csv`. Training continues from a `resume.pt` in it.
         what: Name of the run in progress lines.
 
     Raises:
-        NumericsError: NaN or infinity in the loss or the weights; the last good epoch stays in `resume.pt`.
+        NumericsError: The loss or a weight is NaN or infinite. `resume.pt` has the last good epoch.
         CorruptArtifact: `resume.pt` does not fit this run.
-        EnvironmentLacks: The device is not there, its memory does not suffice, or a data worker was killed or hangs.
+        EnvironmentLacks: The device does not exist, its memory does not suffice, or a data worker was killed or hangs.
     """
     before = widths(model)
     if settings.epochs == 0:
@@ -94,10 +95,10 @@ def train(
 
 
 def take_part(device: str, workers: int, threads: int | None) -> Any:
-    """On a rank above 0: train what rank 0 trains, on this machine's device, until rank 0 has no further training.
+    """Take part in all trainings of rank 0, on another rank, with the device of this machine.
 
     Returns:
-        What rank 0 ended with.
+        The result that rank 0 passed to `together.end`.
     """
 
     def join(training: Training) -> None:
@@ -108,20 +109,22 @@ def take_part(device: str, workers: int, threads: int | None) -> Any:
 
 
 def _check_one_device(settings: TrainSettings) -> None:
-    """Ultralytics would remove the work folder and start processes that know the class of the trainer alone.
+    """Check that one process does not train on several devices.
+
+    Ultralytics would remove the work folder and start processes without our data and hooks.
 
     Raises:
-        RecipeError: Several devices, and this process is the only one.
+        RecipeError: There are several devices but only one process.
     """
     if "," in settings.device and not ranks.several():
         raise RecipeError(
-            f"run.device={settings.device}: one process trains on one GPU; the command line starts a process a GPU, a program "
-            "of your own needs torchrun"
+            f"run.device={settings.device}: one process trains on one GPU; the command line starts a process for each GPU, "
+            "start a program of your own with torchrun"
         )
 
 
 def _run(training: Training) -> nn.Module:
-    """The loop; returns the EMA as it is at the end, hooks still in it."""
+    """Run the training loop. Return the EMA, still with the modules that hooks inserted."""
     hooks, settings, what = training.hooks, training.settings, training.what
     trainer = HookedTrainer(training.model, training.dataset, settings, hooks, training.work, what)
     try:
@@ -146,7 +149,7 @@ def _run(training: Training) -> nn.Module:
 
 
 def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSettings) -> nn.Module:
-    """No epochs: hooks see the model and let go of it (PTQ is QAT without training)."""
+    """Apply the hooks without training: `on_model`, `on_end` and `to_stock`. PTQ is QAT with 0 epochs."""
     model = model.to("cpu" if settings.device == "cpu" else f"cuda:{settings.device.split(',')[0]}").eval()
     for hook in hooks:
         hook.on_model(model)
@@ -157,11 +160,12 @@ def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSett
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means that memory does not suffice."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 class HookedTrainer(DetectionTrainer):
-    """DetectionTrainer over a given module, with hooks, preflighted data, atomic saves and exact resume."""
+    """A DetectionTrainer for a given module, with hooks, data that passed the preflight, atomic saves and exact resume."""
 
     def __init__(
         self,
@@ -184,18 +188,18 @@ class HookedTrainer(DetectionTrainer):
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         _check_one_device(settings)
         if ranks.several() and not together.is_formed():
-            raise AssertionError("several ranks train inside `together.formed`")
+            raise AssertionError("several ranks must train inside `together.formed`")
         folder = work
-        if ranks.rank() > 0:  # Ultralytics makes and removes files there; those of the run are rank 0's
+        if ranks.rank() > 0:  # Ultralytics creates and removes files there; only rank 0 uses the folder of the run
             self._scratch = tempfile.TemporaryDirectory()
             folder = Path(self._scratch.name)
         try:
             super().__init__(overrides=settings.overrides(folder) | {"device": ranks.own_device(settings.device)})
-        except ValueError as error:  # ultralytics' own word for a missing CUDA device
+        except ValueError as error:  # Ultralytics raises it for a missing CUDA device
             if "CUDA" in str(error) or "device" in str(error):
                 raise EnvironmentLacks(f"run.device={settings.device}: {str(error).strip().splitlines()[0]}") from error
             raise
-        if self.device.type == "cpu":  # ultralytics leaves one core idle
+        if self.device.type == "cpu":  # Ultralytics leaves one core idle
             torch.set_num_threads(settings.threads or max(1, usable_cpus() // ranks.local_world()))
             if settings.workers:
                 progress.say(
@@ -233,12 +237,12 @@ class HookedTrainer(DetectionTrainer):
         self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
     ) -> InfiniteDataLoader:
         if mode != "train":
-            return _impatient(super().get_dataloader(dataset_path, batch_size, rank, mode))
+            return _with_timeout(super().get_dataloader(dataset_path, batch_size, rank, mode))
         dataset = self.build_dataset(dataset_path, mode, batch_size)
         sampler = EpochSampler(len(dataset), self.settings.seed, rank=ranks.rank(), world=ranks.world())
         on_gpu = self.device.type == "cuda"
         workers = self.args.workers
-        return _impatient(
+        return _with_timeout(
             InfiniteDataLoader(
                 dataset=dataset,
                 batch_size=min(batch_size, len(dataset)),
@@ -253,7 +257,7 @@ class HookedTrainer(DetectionTrainer):
 
     def _close_dataloader_mosaic(self) -> None:
         super()._close_dataloader_mosaic()
-        self.train_loader.sampler.next_epoch = self.epoch  # workers that are made anew have read ahead
+        self.train_loader.sampler.next_epoch = self.epoch  # the old workers have advanced the sampler by prefetching
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._images: list[str] = list(batch["im_file"])
@@ -267,27 +271,27 @@ class HookedTrainer(DetectionTrainer):
         for hook in self.hooks:
             hook.on_model(module)
             hook.modules().to(self.device)
-            extras = hook.modules()  # initialised after generators were seeded by rank
+            extras = hook.modules()  # each rank initialised them with its own seed
             together.broadcast([*extras.parameters(), *extras.buffers()])
         self.model = module
 
     def _setup_ddp(self) -> None:
-        """Nothing: the process group is that of the whole command, see `together.formed`."""
+        """Do nothing. `together.formed` has made the process group for the whole command."""
 
     def _setup_train(self) -> None:
-        # check_amp would download a model to compare with; AMP is the recipe's decision here.
+        # check_amp would download a model for a comparison. The recipe decides about AMP.
         original, engine.check_amp = engine.check_amp, lambda model: True
         try:
             with _ddp_on_cpus() if self.device.type == "cpu" and self.world_size > 1 else nullcontext():
                 super()._setup_train()
         finally:
             engine.check_amp = original
-        if self.settings.bfloat16:  # without the scaler of gradients, which it does not need
+        if self.settings.bfloat16:  # bfloat16 needs no gradient scaler
             self.amp = True
         model = unwrap_model(self.model)
-        settle(model, len(self.train_loader) * self.epochs)  # after the EMA was copied, which keeps its momentum
+        settle(model, len(self.train_loader) * self.epochs)  # after the EMA was copied, so its momentum does not change
         self._criterion = _HookedCriterion(model, self.hooks)
-        model.criterion = self._criterion  # and the plain loss
+        model.criterion = self._criterion
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer, model = super().build_optimizer(model, *args, **kwargs), unwrap_model(model)
@@ -302,7 +306,7 @@ class HookedTrainer(DetectionTrainer):
         return optimizer
 
     def optimizer_step(self) -> None:
-        # The extras live outside the DDP module. Averaged before `unscale_` looks for infinity, so that all ranks find the same.
+        # DDP does not average the extras. Average before `unscale_` checks for infinity, so that all ranks skip the same steps.
         together.average_gradients(self._extra_parameters())
         self.scaler.unscale_(self.optimizer)
         for hook in self.hooks:
@@ -316,7 +320,10 @@ class HookedTrainer(DetectionTrainer):
             self.ema.update(self.model)
 
     def _extra_parts(self) -> list[list[nn.Parameter]]:
-        """Parameters of the hooks' modules, a list a module: clipped with the student's they would shorten its steps."""
+        """Return the parameters of the hooks' modules, a list a module.
+
+        Their gradients are clipped separately. Clipped together, large ones would shorten the steps of the student.
+        """
         return [list(module.parameters()) for hook in self.hooks for module in hook.modules().values()]
 
     def _extra_parameters(self) -> list[nn.Parameter]:
@@ -329,7 +336,7 @@ class HookedTrainer(DetectionTrainer):
         return self.work / "resume.pt"
 
     def save_model(self) -> bool:
-        """The state after this epoch, under one name, replaced atomically."""
+        """Write the state after this epoch to `resume.pt`, atomically."""
         state = {
             "epoch": self.epoch,
             "model": unwrap_model(self.model).state_dict(),
@@ -353,21 +360,23 @@ class HookedTrainer(DetectionTrainer):
             unwrap_model(self.model).load_state_dict(state["model"])
             self.ema = ModelEMA(unwrap_model(self.model), updates=state["updates"])
             self.ema.ema.load_state_dict(state["ema"])
-            for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-                saved["fused"] = group.get("fused")  # the kernel of this device, not of the one that saved
+            for saved_group, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+                saved_group["fused"] = group.get(
+                    "fused"
+                )  # choose the kernel for this device, not for the one that saved
             self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty where the run had no float16 so far, as on a CPU
+            if state["scaler"]:  # empty if the run did not use float16, as on a CPU
                 self.scaler.load_state_dict(state["scaler"])
-            for hook, kept in zip(self.hooks, state["hooks"], strict=True):
-                hook.modules().load_state_dict(kept["modules"])
-                hook.load_state_dict(kept["state"])
+            for hook, saved in zip(self.hooks, state["hooks"], strict=True):
+                hook.modules().load_state_dict(saved["modules"])
+                hook.load_state_dict(saved["state"])
             self.rows = list(state["rows"])
             self.start_epoch = state["epoch"] + 1
         self.train_loader.sampler.next_epoch = self.start_epoch
         progress.say(f"{self.what}: resuming at epoch {self.start_epoch + 1}/{self.epochs}")
 
     def _load_saved(self) -> dict[str, Any] | None:
-        """What an earlier call saved, on the CPU: each tensor goes to its device by itself."""
+        """Return the content of `resume.pt` with tensors on the CPU, or None. `load_state_dict` moves them to the device."""
         if not self.resume_file.is_file():
             return None
         with self._resuming():
@@ -378,7 +387,7 @@ class HookedTrainer(DetectionTrainer):
 
     @contextmanager
     def _resuming(self) -> Iterator[None]:
-        """Raises CorruptArtifact for whatever a damaged `resume.pt` leads to."""
+        """Turn any exception of a damaged `resume.pt` into CorruptArtifact."""
         try:
             yield
         except Exception as error:
@@ -389,7 +398,7 @@ class HookedTrainer(DetectionTrainer):
             ) from error
 
     def _do_train(self) -> None:
-        """As Ultralytics', except that a run whose last epoch was saved before a kill has nothing left to do."""
+        """Train as Ultralytics does, but skip the loop if the last epoch was saved before the run was killed."""
         self._saved = together.from_rank_0(self._load_saved)
         if self._saved is not None and self._saved["epoch"] + 1 >= self.epochs:
             self._setup_train()
@@ -404,7 +413,7 @@ class HookedTrainer(DetectionTrainer):
         return metrics, fitness
 
     def save_metrics(self, metrics: Mapping[str, float]) -> None:
-        """results.csv, rewritten whole and atomically; figures of validation only in the epochs that had one."""
+        """Add a row to results.csv and rewrite the file atomically. Validation metrics are only in rows of epochs with one."""
         row: dict[str, float] = {"epoch": self.epoch + 1}
         for name, value in {**metrics, **self.hook_rows}.items():
             if name.startswith(("metrics/", "val/")) and not self._validated:
@@ -417,27 +426,29 @@ class HookedTrainer(DetectionTrainer):
         atomic_write(self.csv, csv_text(self.rows))
 
     def final_eval(self) -> None:
-        """Nothing: the last EMA is the result, and the stage measures it."""
+        """Do nothing. The last EMA is the result, and the stage measures it."""
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        """Runs once an epoch, before anything of it is saved. `_check_batch` has refused what is not finite."""
+        """Call `on_epoch_end` of the hooks and share buffers. Ultralytics calls this once an epoch, before it saves.
+
+        There is no recovery from NaN, because `_check_batch` has already raised.
+        """
         self.hook_rows.update(self._shares())
-        if ranks.rank() == 0:  # what it says of the whole run; its errors need no echo
+        if ranks.rank() == 0:  # only rank 0 writes the metrics
             for hook in self.hooks:
                 self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
-        extras = [
-            hook.modules() for hook in self.hooks
-        ]  # averages of BatchNorm are those of rank 0, as a resume has them
+        # Each rank has its own running averages of BatchNorm. All continue with those of rank 0, as after a resume.
+        extras = [hook.modules() for hook in self.hooks]
         together.broadcast(buffer for module in (unwrap_model(self.model), *extras) for buffer in module.buffers())
         return False
 
     def _check_batch(self) -> None:
-        """Stop at the first batch whose loss is NaN or infinite: the means of the epoch would be, and the weights are.
+        """Stop at the first batch whose loss is NaN or infinite.
 
         Raises:
-            NumericsError: Names the loss, the epoch and the images of the batch; all of them are in `BAD_BATCH`.
+            NumericsError: Names the loss, the epoch and some images of the batch. The file `BAD_BATCH` lists all images.
         """
-        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one look at the device
+        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one transfer from the device
             return
         bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
         listing = self.work / BAD_BATCH
@@ -451,7 +462,7 @@ class HookedTrainer(DetectionTrainer):
         )
 
     def _shares(self) -> dict[str, float]:
-        """What each loss of a hook is of the total of this epoch, so that one that drowns the labels shows itself."""
+        """Return the share of each hook's loss in the total loss of this epoch. It shows a loss that dominates the labels."""
         means = {name: float(value) for name, value in self.tloss.items()}
         own = [name for name in means if name not in self._criterion.base.loss_names]
         total = sum(means.values())
@@ -491,14 +502,16 @@ class HookedTrainer(DetectionTrainer):
             self._bars[0][1](1, **figures)
 
     def _enter(self, manager: Any) -> None:
+        """Show a progress bar."""
         self._bars.append((manager, manager.__enter__()))
 
     def _leave(self, to: int) -> None:
+        """Remove progress bars until `to` are left."""
         while len(self._bars) > to:
             self._bars.pop()[0].__exit__(None, None, None)
 
     def close(self) -> None:
-        """Take the bars off the screen."""
+        """Remove the progress bars and the scratch folder."""
         self._leave(to=0)
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -506,7 +519,7 @@ class HookedTrainer(DetectionTrainer):
 
 @contextmanager
 def _ddp_on_cpus() -> Iterator[None]:
-    """Ultralytics gives DDP the index of a device, which a CPU does not have."""
+    """Ignore the `device_ids` that Ultralytics passes to DDP, because a CPU has no index."""
     original = nn.parallel.DistributedDataParallel
 
     def made(module: nn.Module, device_ids: Any = None, **options: Any) -> nn.Module:
@@ -519,19 +532,23 @@ def _ddp_on_cpus() -> Iterator[None]:
         nn.parallel.DistributedDataParallel = original  # type: ignore[misc]
 
 
-def _impatient(loader: InfiniteDataLoader) -> InfiniteDataLoader:
-    """The loader, which no longer waits for ever for a worker that hangs."""
+def _with_timeout(loader: InfiniteDataLoader) -> InfiniteDataLoader:
+    """Set a timeout on the loader, in place, so that it does not wait for ever for a worker that hangs."""
     if loader.num_workers:
         loader.timeout = WORKER_PATIENCE_S
     return loader
 
 
 def settle(model: nn.Module, steps: int) -> None:
-    """Let the statistics of BatchNorm follow the weights within the steps of a run, in place.
+    """Raise the momentum of BatchNorm in short runs, in place, so that the statistics match the final weights.
 
-    Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, as with a handful of images, a fifth of the
-    statistics are still those of the weights at the start, and each layer amplifies what the one before it is off by: a
-    YOLOv8n that had learnt eight images had mAP 0.00, with three averages in a run 0.60.
+    Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, a fifth of the statistics still comes from the
+    weights at the start, and the error grows from layer to layer. A YOLOv8n trained on eight images had mAP 0.00 with
+    momentum 0.03, and 0.60 with this function.
+
+    Args:
+        model: Its BatchNorm layers are changed.
+        steps: Optimizer steps of the run.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
@@ -539,7 +556,7 @@ def settle(model: nn.Module, steps: int) -> None:
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Move parameters into groups of their own, which differ from the old ones in the learning rate alone."""
+    """Scale the learning rate of parameters by `rates`, in place. They move to new groups that are otherwise equal."""
     factor = {id(model.get_parameter(name)): rate for name, rate in rates.items()}
     for group in list(optimizer.param_groups):
         for rate in sorted({factor[id(p)] for p in group["params"] if id(p) in factor}):
@@ -549,7 +566,7 @@ def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> None:
-    """Move parameters into groups of their own, which differ from the old ones in having no weight decay."""
+    """Turn off weight decay for parameters by name, in place. They move to new groups that are otherwise equal."""
     chosen = {id(model.get_parameter(name)) for name in names}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in chosen]
@@ -559,7 +576,7 @@ def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: It
 
 
 class _HookedCriterion:
-    """The detector's own loss plus the hooks' named ones, each times the batch size as Ultralytics scales its terms."""
+    """The detection loss plus the losses of the hooks, each times the batch size, as Ultralytics scales its terms."""
 
     def __init__(self, model: nn.Module, hooks: Sequence[TrainHook]) -> None:
         self.base = model.init_criterion()

@@ -1,4 +1,4 @@
-"""Transfer: a detector of new classes that starts from the tensors of a checkpoint of any classes."""
+"""Transfer learning: a detector for new classes that starts from the weights of a checkpoint with other classes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect, families
 from yolo_compress.train.checkpoint import check_loaded, dress, image_channels, load_any
 
-MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four levels has 29 and 6
+MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four detection levels has 29 layers and 6 repeats
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What came from the checkpoint: tensors and parameters of those of the new model, classes known by name, and whether they
-    are all of the checkpoint's, in its order.
+    """What was loaded from the checkpoint.
+
+    Attributes:
+        tensors: Number of tensors loaded.
+        of_tensors: Number of tensors of the new model.
+        parameters: Number of parameters loaded.
+        of_parameters: Number of parameters of the new model.
+        classes: Class names that the checkpoint knows too.
+        same: Whether the class names of checkpoint and new model are equal and in the same order.
     """
 
     tensors: int
@@ -36,20 +43,20 @@ class Taken:
 def load_pretrained(
     path: Path, names: Sequence[str], seed: int, detection_part: bool = False
 ) -> tuple[DetectionModel, Taken]:
-    """A float32 detector of the classes `names` with every tensor of the checkpoint but the outputs of unknown classes.
+    """Load a float32 detector for the classes `names` from a checkpoint with any classes.
 
-    The class branch keeps the checkpoint's width, as in Ultralytics' `DetectionModel.load`. Of its last convolutions, rows of
-    classes of the same name (case and outer blanks aside) are taken, the others start at random with the biases of
-    Ultralytics' `bias_init`.
+    All tensors are loaded, except the outputs of classes that the checkpoint does not know. The class branch keeps the width
+    of the checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name, without case and outer blanks.
+    Outputs of new classes start at random, with the biases of Ultralytics' `bias_init`.
 
     Args:
         path: Checkpoint of any classes.
-        names: Class names of the data set in index order.
+        names: Class names of the data set in the order of their index.
         seed: Seeds the outputs of new classes.
-        detection_part: Take backbone, neck, box and class branches of a segmentation, pose or oriented-box checkpoint.
+        detection_part: Load backbone, neck, box and class branches of a segmentation, pose or oriented-box checkpoint.
 
     Raises:
-        RecipeError: No detector, and `detection_part` was not asked for or cannot be had; see also `load_model`.
+        RecipeError: The checkpoint is not a detector, and `detection_part` is false or impossible. See also `load_model`.
         CorruptArtifact, NumericsError: See `load_model`.
     """
     model = load_any(path)
@@ -58,7 +65,7 @@ def load_pretrained(
         if not detection_part:
             raise RecipeError(
                 f"{path}: a checkpoint for {getattr(model, 'task', None) or 'another task'} (head {type(head).__name__}), "
-                "expected a detector; set detection_part=true in the same section to take its detection part"
+                "expected a detector; set detection_part=true in the same section to load only its detection part"
             )
         model = _detection_part(model, path)
     check_loaded(model, path)
@@ -67,7 +74,7 @@ def load_pretrained(
 
 @torch.no_grad()
 def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tuple[DetectionModel, Taken]:
-    """Give the model, in place, class outputs for `names`."""
+    """Replace the class outputs of the model by outputs for `names`, in place."""
     known = {str(name).strip().lower(): index for index, name in model.names.items()}
     rows = {i: known[name.strip().lower()] for i, name in enumerate(names) if name.strip().lower() in known}
     same = list(model.names.values()) == list(names)
@@ -79,7 +86,7 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
         for branch, conv in zip(detect.class_branches(model), old, strict=True):
             branch[-1] = nn.Conv2d(conv.in_channels, len(names), 1)
     head.nc, head.no = len(names), len(names) + 4 * head.reg_max
-    head.bias_init()  # of the classes; it also resets the boxes'
+    head.bias_init()  # for the classes; it also resets the biases of the boxes
     for branch, bias in zip(detect.box_branches(model), boxes, strict=True):
         branch[-1].bias.copy_(bias)
     for branch, conv in zip(detect.class_branches(model), old, strict=True):
@@ -96,10 +103,10 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
 
 
 def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
-    """A plain detector of the checkpoint's own classes with the tensors of its detection branches.
+    """Return a plain detector with the classes and the detection branches of the checkpoint.
 
-    The yaml of the checkpoint gives the layers. It is a file's, so only layers of YOLOv8 are built, and first without memory:
-    a net larger than the checkpoint's tensors has other shapes than they.
+    The layers come from the yaml in the checkpoint, which is not trusted. So only layers of YOLOv8 are built, first on the
+    meta device, which takes no memory. If the shapes differ from the tensors of the checkpoint, nothing is allocated.
     """
     have = model.state_dict()
     try:
@@ -114,29 +121,29 @@ def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
             )
         part = DetectionModel(yaml, ch=first, nc=count, verbose=False).eval()
     except Exception as error:  # Ultralytics raises anything at layers that do not fit together
-        raise RecipeError(f"{path}: its detection part cannot be taken: {error}") from error
+        raise RecipeError(f"{path}: its detection part cannot be loaded: {error}") from error
     part.load_state_dict({name: have[name] for name in want})
     part.names = dict(model.names)
     return part
 
 
 def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
-    """The layers of a yaml with the head of a detector, where all are YOLOv8's.
+    """Return the yaml of a checkpoint with its head replaced by that of a detector.
 
     Raises:
-        ValueError: Others, or more of them than any YOLOv8 has.
+        ValueError: A layer or scale is not one of YOLOv8, or there are more layers than in any YOLOv8.
     """
     rows = [*yaml["backbone"], *yaml["head"]]
     for start, repeats, kind, arguments in rows[:-1]:
         known = kind in families.yaml_layers() and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
         if not known or any(item not in ("nearest", True, False) and not 1 <= item <= 5 for item in arguments[1:]):
-            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: no layer of YOLOv8")
+            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: not a layer of YOLOv8")
     if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
         raise ValueError(f"{len(rows)} layers, more than any YOLOv8 has")
     kept = {
         key: yaml[key] for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels") if key in yaml
     }
     if any(not 0 < factor <= 4 for factor in [row for rows in kept.get("scales", {}).values() for row in rows[:2]]):
-        raise ValueError(f"scales {kept['scales']}: beyond those of YOLOv8")
+        raise ValueError(f"scales {kept['scales']}: expected factors above 0, up to 4")
     head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], detect.NAME, ["nc"]]]
     return deepcopy({**kept, "nc": 1, "backbone": yaml["backbone"], "head": head})

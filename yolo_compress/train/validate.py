@@ -1,4 +1,4 @@
-"""Ultralytics' own validator over preflighted data: the figure that `yolo val` prints, for comparison with pycocotools."""
+"""Ultralytics' own validator on data that passed the preflight. Its mAP is that of `yolo val`, to compare with pycocotools."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from yolo_compress.train.dataset import PreflightDataset
 def validate(
     model: nn.Module, dataset: Dataset, imgsz_px: int, *, batch: int = 16, rect: bool = False
 ) -> dict[str, float]:
-    """`{"map50_95", "map50"}` of a stock float module on the CPU, by Ultralytics' matching and integration.
+    """Return `map50_95` and `map50` of a float model, computed by Ultralytics on the CPU.
 
     Args:
         model: Stock detector; a copy is fused and validated.
-        dataset: The validation images are taken.
+        dataset: Its validation images are used.
         imgsz_px: Long side of the letterbox.
-        batch: Images a batch.
-        rect: Rectangular batches as in `yolo val`'s default; False is the square letterbox of an exported model.
+        rect: True: rectangular batches, the default of `yolo val`. False: square letterboxes, as for an exported model.
     """
     args = get_cfg(
         overrides={"task": "detect", "mode": "val", "imgsz": imgsz_px, "batch": batch, "plots": False, "rect": rect}
@@ -49,13 +48,13 @@ def validate(
 
 
 class _Validator(DetectionValidator):
-    """DetectionValidator fed by a loader, without AutoBackend and without its data checks."""
+    """A DetectionValidator for a given loader, without AutoBackend and data checks."""
 
     dataset_dict: dict
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
-        self.training = True  # no second look at the data yaml
+        self.training = True  # skips the check of the data yaml
         self.data, self.device = self.dataset_dict, torch.device("cpu")
         self.args.conf = 0.001
         self.init_metrics(model)

@@ -137,7 +137,7 @@ HOSTILE = {
         "that are data too",
     ),
     "a class as data": (module(forward=name("ultralytics.nn.modules.block.TorchVision")), "a class in place of data"),
-    "hooks": (module(_forward_hooks=b"}" + number(0) + module() + b"s"), "a module that calls others"),
+    "hooks": (module(_forward_hooks=b"}" + number(0) + module() + b"s"), "a module with hooks"),
     "bytes of another encoding": (call("_codecs.encode", text("x"), text("zip")), "another encoding"),
     "a type of any size": (call("numpy.dtype", text("V2147483647")), "an argument"),
     "a tensor larger than its storage": (tensor((1 << 29,)), "beyond its 4 stored elements"),
@@ -146,20 +146,20 @@ HOSTILE = {
     "an offset before the bytes": (tensor((1,), (1,), offset=-1), "a size of -1"),
     "a negative stride": (tensor((2,), (-1,)), "a size of -1"),
     "an offset behind the bytes": (tensor((1,), (1,), offset=4), "beyond its 4 stored elements"),
-    "a storage larger than its bytes": (tensor((1,), of=storage(elements=5)), "of 20 bytes, of which 16"),
-    "wider items than its bytes": (tensor((1,), of=storage(kind="Double")), "of 32 bytes, of which 16"),
+    "a storage larger than its bytes": (tensor((1,), of=storage(elements=5)), "of 20 bytes, of which the archive has 16"),
+    "wider items than its bytes": (tensor((1,), of=storage(kind="Double")), "of 32 bytes, of which the archive has 16"),
     "bytes that are not there": (tensor((1,), of=storage("9")), "'9' are not in the archive"),
     "a quantised tensor": (call("torch._utils._rebuild_qtensor"), "which no YOLO checkpoint holds"),
     "a tensor with hooks": (tensor((1,), hooks=b"}" + text("a") + number(1) + b"s"), "a tensor with hooks"),
     "a list in itself": (module(x=b"]q\x01(h\x01e"), "inside other data"),
     "a module filled later": (b"]q\x01]h\x01ah\x01K\x01a0", "inside other data"),
     "deep data": (module(x=b"]" * 300 + b"a" * 299), "deeper than 150"),
-    "deep keys": (b"}" + b")" + b"\x85" * 100 + b"K\x01s", "a key that is neither"),
+    "deep keys": (b"}" + b")" + b"\x85" * 100 + b"K\x01s", "a dictionary key that is neither"),
     "an instruction of newer pickles": (b"\x8e" + struct.pack("<Q", 1 << 40), ""),
-    "a state that is no dictionary": (name(LAYER) + b")\x81]b", "no dictionary by name"),
-    "tensors alone": (ORDERED, "it holds no model"),
-    "text that is filled": (b"K\x01K\x02", "fills what is no dict"),
-    "an end in the middle": (b"K\x01." + b"0", "ends in the middle"),
+    "a state that is no dictionary": (name(LAYER) + b")\x81]b", "not a dictionary by name"),
+    "tensors alone": (ORDERED, "it contains no model"),
+    "text that is filled": (b"K\x01K\x02", "adds items to something that is not a dict"),
+    "an end in the middle": (b"K\x01." + b"0", "ends too early"),
     "more taken than made": (b"0a", ""),
 }  # fmt: skip
 
@@ -176,7 +176,9 @@ def test_the_same_bytes_as_many_tensors_are_refused(refused: Callable[..., str])
     """Each is a copy once it is made float32."""
     half = storage(elements=1 << 19, kind="Half")
     many = b"]" + b"".join(tensor((1 << 19,), of=half) + b"a" for _ in range(4))
-    assert "the same stored bytes as many tensors" in refused(root(module(x=many)), **{"data/0": bytes(1 << 20)})
+    assert "many tensors that share the same stored bytes" in refused(
+        root(module(x=many)), **{"data/0": bytes(1 << 20)}
+    )
 
 
 @pytest.mark.fault(24)
@@ -194,8 +196,8 @@ def test_archives_that_are_not_torchs_are_refused(refused: Callable[..., str], t
     for content, says in {
         b"": "empty or cut short",
         whole[:-1]: "cut short",
-        whole[:-2] + b"\x05\0note!": "not at its end|not an archive",
-        whole + whole: "not at its end",
+        whole[:-2] + b"\x05\0note!": "not at the end|not an archive",
+        whole + whole: "not at the end",
         pickle.dumps([1], 2) + bytes(30): "before 1.6",
     }.items():
         path.write_bytes(content)
@@ -207,7 +209,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "evil.pt", root(module()))
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data.pkl", root(module()))
-    with pytest.raises(CorruptArtifact, match="have one name"):
+    with pytest.raises(CorruptArtifact, match="have the same name"):
         train_checkpoint.load_model(path)
 
 
@@ -311,14 +313,14 @@ def _set(owner: Callable[[Any], Any], attribute: str, value: object) -> Callable
     ("change", "says"),
     [
         (_set(lambda net: net.model[4].cv1.conv, "weight", nn.Parameter(torch.zeros(1, 1, 1, 1))), "RuntimeError"),
-        (_set(lambda net: net.model[0].conv, "padding", (10**6, 10**6)), "model.0.conv has a window of"),
-        (_set(lambda net: net.model[0].conv, "stride", (0, 0)), "model.0.conv has a window of"),
-        (_set(lambda net: net.model[10], "scale_factor", 1e6), "model.10 enlarges 1000000.0 times"),
+        (_set(lambda net: net.model[0].conv, "padding", (10**6, 10**6)), "model.0.conv has kernel, stride and dilation"),
+        (_set(lambda net: net.model[0].conv, "stride", (0, 0)), "model.0.conv has kernel, stride and dilation"),
+        (_set(lambda net: net.model[10], "scale_factor", 1e6), "model.10 upsamples by 1000000.0"),
         (_set(lambda net: net.model[3], "f", 99), "not a loadable"),
         (_set(lambda net: net.model[3].conv, "groups", "two"), "TypeError"),
         (_set(lambda net: net, "names", {0: "bolt"}), "2 scores an anchor for 1 class names"),
         (_set(lambda net: net, "names", {0: "bolt", 7: "nut"}), "not numbered from 0"),
-        (_set(lambda net: net, "names", [["bolt"], ["nut"]]), "a class name of it is no text"),
+        (_set(lambda net: net, "names", [["bolt"], ["nut"]]), "one of its class names is not text"),
         (_set(lambda net: net, "stride", None), "not a loadable"),
     ],
 )  # fmt: skip
@@ -367,7 +369,7 @@ def test_a_detection_part_is_made_of_stock_layers_of_the_files_own_size(tmp_path
         yaml.clear()
 
     for change in (repeated, wide, vision, other):
-        with pytest.raises(RecipeError, match="its detection part cannot be taken"):
+        with pytest.raises(RecipeError, match="its detection part cannot be loaded"):
             load_pretrained(seg(tmp_path / "s.pt", change), ["bolt", "nut"], 0, detection_part=True)
 
 
@@ -419,22 +421,22 @@ class Own(nn.Module):
 
 
 FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a state_dict": (lambda net: net.state_dict(), "it holds no model, only tensors or settings"),
-    "a state_dict under model": (lambda net: {"model": net.state_dict()}, "it holds no model, only tensors or settings"),
+    "a state_dict": (lambda net: net.state_dict(), "it contains no model, only tensors or settings"),
+    "a state_dict under model": (lambda net: {"model": net.state_dict()}, "it contains no model, only tensors or settings"),
     "a model in DataParallel": (lambda net: {"model": nn.DataParallel(net)}, "its model is inside DataParallel"),
     "DataParallel alone": (nn.DataParallel, "its model is inside DataParallel"),
     "tensors of DataParallel": (lambda net: nn.DataParallel(net).state_dict(), "only tensors named module.NAME"),
     "those under model": (lambda net: {"model": nn.DataParallel(net).state_dict()}, "only tensors named module.NAME"),
-    "the bare module": (lambda net: net, "it holds no dictionary; save it with Ultralytics' model.save"),
-    "a list of models": (lambda net: [net], "it holds no dictionary"),
+    "the bare module": (lambda net: net, "it contains no dictionary; save it with Ultralytics' model.save"),
+    "a list of models": (lambda net: [net], "it contains no dictionary"),
     "own code": (lambda net: {"model": nn.Sequential(net, Own())}, f"'{Own.__module__}.Own', which no YOLO checkpoint holds"),
     "names in no order": (lambda net: {"model": _named(net, {0: "bolt", 2: "nut"})}, "not numbered from 0"),
     "names by text": (lambda net: {"model": _named(net, {"0": "bolt", "1": "nut"})}, "not numbered from 0"),
     "one name": (lambda net: {"model": _named(net, "bolt")}, "scores an anchor for 4 class names"),
     "no names": (lambda net: {"model": _named(net, {})}, "scores an anchor for 0 class names"),
     "names None": (lambda net: {"model": _named(net, None)}, "not a loadable YOLO checkpoint"),
-    "nothing": (lambda net: {}, "it holds no model"),
-    "None": (lambda net: None, "it holds no dictionary"),
+    "nothing": (lambda net: {}, "it contains no model"),
+    "None": (lambda net: None, "it contains no dictionary"),
 }  # fmt: skip
 
 
