@@ -141,7 +141,7 @@ def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, mo
 
 
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleRefused, match="gate None, an object expected"):
+    with pytest.raises(BundleRefused, match="gate is None, a JSON object expected"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
 
 
@@ -200,7 +200,7 @@ def test_a_rollback_of_a_rollback_is_refused_and_switch_undoes_it(tmp_path: Path
     with pytest.raises(EngineError, match="nothing is installed"):
         rollback(slots, fake_health)
     put(slots, make_bundle(tmp_path / "1", 1))
-    with pytest.raises(EngineError, match="holds nothing that passed"):
+    with pytest.raises(EngineError, match="holds no tested bundle"):
         rollback(slots, fake_health)
     put(slots, make_bundle(tmp_path / "2", 2))
     with pytest.raises(EngineError, match="nothing newer"):
