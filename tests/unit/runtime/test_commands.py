@@ -477,7 +477,7 @@ def test_watts_are_of_the_load_and_not_of_the_engines_loading(monkeypatch: pytes
 
         def _rail_loop(self) -> None:
             while not self._over.wait(self._interval_s):
-                self._keep(20.0 if busy[0] else 5.0)
+                self._add_sample(20.0 if busy[0] else 5.0)
 
     @contextmanager
     def slow(folder: Path) -> Iterator[Callable[[Any], Any]]:
