@@ -150,7 +150,7 @@ def test_one_key_of_two_products_installs_neither_over_the_other(tmp_path: Path)
     slots = Slots(tmp_path / "root")
     put(slots, make_bundle(tmp_path / "forklift", 100, name="forklift"))
     mower = make_bundle(tmp_path / "mower", 101, name="lawnmower")
-    with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* runs 'forklift'; .* another --root"):
+    with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* is of 'forklift'; .* another --root"):
         put(slots, mower, build=lambda slot: pytest.fail("it was run"))
     validate(status(slots), Status)
     assert running(slots) == 100 and status(slots)["slots"]["b"] is None
