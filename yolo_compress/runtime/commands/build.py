@@ -191,7 +191,7 @@ def _has_timing_cache(runtime: str) -> bool:
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
     """Return the library version of an engine that is up to date, else None.
 
-    Up to date means intact, built on this machine from this ONNX file, by the library version that is installed.
+    Up to date means intact, trusted, built from this ONNX file by the installed library version, and on this GPU if it needs one.
     """
     try:
         info = load_info(folder, bundle.onnx_sha256(stem))

@@ -244,7 +244,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_name(name: str, where: Path) -> None:
-    """Raise BundleRefused unless the name is a plain relative path below the bundle, spelled as `_listed` does."""
+    """Raise BundleRefused unless the name is a plain relative path below the bundle, in the form that `_listed` returns."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") for part in parts) and "\\" not in name and ":" not in name
     if not plain or not name.isprintable():

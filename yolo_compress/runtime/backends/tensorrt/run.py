@@ -44,7 +44,7 @@ def _wanted(cuda_graph: Optional[bool]) -> bool:
 
 
 class TensorRTBackend:
-    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the GPU it was built on.
+    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the GPU model it was built on.
 
     Args:
         path: directory made by `build`.
