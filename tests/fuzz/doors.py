@@ -562,7 +562,7 @@ def probe_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (folder / layer_times.LAYERS).write_bytes(content)
-        return common.guarded(lambda: bool(layer_times._described(folder)) - 1)
+        return common.guarded(lambda: bool(layer_times._read_probe(folder)) - 1)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 

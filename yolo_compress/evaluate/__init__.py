@@ -1,1 +1,1 @@
-"""Accuracy and agreement of any backend on the same images, by the same code."""
+"""Evaluation: accuracy, differences and errors of models on the same images, with the same code for every backend."""

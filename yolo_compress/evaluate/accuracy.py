@@ -1,4 +1,4 @@
-"""Accuracy of any backend: square (or the given) letterbox, confidence 0.001, NMS at IoU 0.7, mAP by pycocotools."""
+"""Accuracy of a backend: letterbox, score threshold 0.001, NMS at IoU 0.7, mAP by pycocotools."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.runtime.limits import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import MeanAP
 
-DYNAMIC_BATCH = 4  # images a call where the backend takes any number
+DYNAMIC_BATCH = 4  # images per call if the backend takes any number
 
 
 class ImageTruth(Truth, Protocol):
-    """Ground truth with the image's file; `data.Sample` is one."""
+    """Ground truth of an image, with the path of its file; `data.Sample` implements it."""
 
     @property
     def image(self) -> Path: ...
 
 
 class Accuracy(MeanAP):
-    """The AP of a backend, and what it was taken from."""
+    """The AP of a backend, with its detections and the image set."""
 
     images: int
-    image_set: str | None  # digest of the samples, as given
+    image_set: str | None  # digest of the samples
     executed: str  # the arithmetic that the runtime chose, in words
-    detections: list[np.ndarray]  # N6 an image, px of the original image
+    detections: list[np.ndarray]  # one N6 array per image, boxes in px of the source image
 
 
 def accuracy(
@@ -50,22 +50,22 @@ def accuracy(
     workers: int = 0,
     max_det: int = MAX_DET,
 ) -> Accuracy:
-    """Run the backend over the images and evaluate its detections.
+    """Run the backend on the images and evaluate its detections.
 
     Args:
-        backend: opened; stays open.
+        backend: an opened backend; stays open.
         samples: images with ground truth.
-        names: classes of the data set; the backend's must be the same.
-        imgsz: height and width, px; the backend's must be the same.
-        progress: called with the number of images just finished.
-        image_set: digest of the samples, put into the result.
-        max_det: detections of an image that NMS keeps; see `runtime.limits.counted` for what mAP counts of them.
-        workers: threads that read images ahead; 0 reads in turn.
+        names: class names of the data set; must equal those of the backend.
+        imgsz: height and width, px; must equal that of the backend.
+        progress: called after each batch with its number of images.
+        image_set: digest of the samples, for the result.
+        workers: threads that read images ahead; 0: read them in this thread.
+        max_det: largest number of detections per image after NMS. `runtime.limits.counted` gives how many mAP counts.
 
     Raises:
-        RecipeError: backend and data set differ in classes or size.
-        DataError: an image that cannot be read or has another size than its sample says.
-        NumericsError: NaN or infinity in the output.
+        RecipeError: backend and data set differ in classes or image size.
+        DataError: an image cannot be read, or its size differs from that of its sample.
+        NumericsError: the output holds NaN or infinity.
     """
     if tuple(backend.names) != tuple(names):
         raise RecipeError(f"the model's classes are {list(backend.names)}, the data set's {list(names)}")
@@ -102,7 +102,7 @@ def _load(sample: ImageTruth) -> np.ndarray:
 
 
 def _read_ahead(samples: Iterable[ImageTruth], workers: int) -> Iterator[np.ndarray]:
-    """Images in order; with workers, a bounded number is held."""
+    """Yield the images in order. With workers, a limited number of images is read ahead."""
     if workers < 1:
         yield from map(_load, samples)
         return

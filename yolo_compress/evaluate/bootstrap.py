@@ -1,11 +1,12 @@
-"""Paired bootstrap over images (Efron 1979): mAP of two models on the same resampled images, many times over.
+"""Paired bootstrap over images (Efron 1979): mAP of two models on many resamples of the images, the same for both models.
 
-A replicate draws as many images as there are, with replacement, so that image i counts w_i times. Matching is done within an
-image and does not depend on the others; so a replicate is COCO's AP with each detection and each truth counted w times.
-Detections stay sorted; a replicate costs cumulative sums over those that found something. With all weights 1 this is
-pycocotools' AP to the last digit but rounding.
+A replicate draws as many images as there are, with replacement, so image i counts w_i times. Matching is done within an image, so
+a replicate is COCO's AP with each detection and truth counted w_i times. The detections are sorted only once. A replicate then
+needs only cumulative sums over the detections that matched a truth. With all weights 1, the result is pycocotools' AP, up to
+rounding.
 
-Shape suffixes: B replicates of a chunk, I images, A area ranges, K classes, E detections that found something.
+Shape suffixes: R replicates, B replicates of a chunk, I images, A area ranges, K classes, T IoU thresholds, N truths, D detections,
+E detections that matter at one threshold (see `_threshold`).
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ import numpy as np
 
 from yolo_compress.runtime.measure.coco_map import IOUS_T, RECALLS_R, Matches
 
-LEVEL = 0.95  # of every interval
-_EPSILON = np.spacing(1)  # COCO's
-_CHUNK_ELEMENTS = 200_000  # of the widest array, so that it stays in a processor's cache
-_CHUNK = (8, 32)  # replicates at least and at most
+LEVEL = 0.95  # confidence level of every interval
+_EPSILON = np.spacing(1)  # as COCO
+_CHUNK_ELEMENTS = 200_000  # elements of the widest array, so that it stays in the processor's cache
+_CHUNK = (8, 32)  # minimum and maximum number of replicates in a chunk
 _LADDER = np.append(RECALLS_R, [np.inf, np.inf])
 
 
 class Replicates(NamedTuple):
-    """mAP of each replicate: AP50-95 by area range and class, and AP50 over all areas. NaN where there is no truth."""
+    """AP of each replicate: AP50-95 by area range and class, and AP50 by class over all areas. NaN: no truth."""
 
     ap50_95_RAK: np.ndarray
     ap50_RK: np.ndarray
 
 
 def resamples(images: int, replicates: int, seed: int) -> np.ndarray:
-    """weights_RI, uint16: how often each image counts in each replicate."""
+    """Draw the bootstrap samples: weights_RI, uint16, is how often each image counts in each replicate."""
     generator = np.random.default_rng(seed)
     return np.stack(
         [np.bincount(generator.integers(0, images, images), minlength=images) for _ in range(replicates)]
@@ -43,27 +44,27 @@ def resamples(images: int, replicates: int, seed: int) -> np.ndarray:
 
 
 def interval(values_R: np.ndarray) -> tuple[float | None, float | None]:
-    """Ends of the percentile interval at LEVEL; None where no replicate has a value."""
-    there = values_R[np.isfinite(values_R)]
-    if not len(there):
+    """Return the ends of the percentile interval at LEVEL; None if no replicate has a value."""
+    finite = values_R[np.isfinite(values_R)]
+    if not len(finite):
         return None, None
-    low, high = np.quantile(there, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def over_classes(ap_RK: np.ndarray) -> np.ndarray:
-    """map_R: mean over the classes with truths in the replicate; NaN where there is none."""
-    there_RK = np.isfinite(ap_RK)
+    """Return map_R, the mean AP over the classes that have truths in the replicate; NaN if there is none."""
+    finite_RK = np.isfinite(ap_RK)
     with np.errstate(invalid="ignore"):
-        return np.where(there_RK, ap_RK, 0).sum(axis=1) / there_RK.sum(axis=1)
+        return np.where(finite_RK, ap_RK, 0).sum(axis=1) / finite_RK.sum(axis=1)
 
 
 def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replicates]:
-    """mAP of each model under each weighting, the same weightings for all.
+    """Compute the AP of each model in each replicate, with the same weights for all models.
 
     Args:
-        models: matches of each, over the same truths.
-        weights_RI: from `resamples`, or any counts.
+        models: matches of each model, with the same truths.
+        weights_RI: weights from `resamples`, or any other counts.
     """
     plans = [_plan(matches) for matches in models]
     widest = max((len(part.image_D) for plan in plans for part in plan), default=1)
@@ -96,14 +97,18 @@ def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replica
 
 @dataclass(frozen=True)
 class _Threshold:
-    """One IoU threshold: the detections that matter, where they stand, and whether each is right.
+    """The detections that matter at one IoU threshold.
 
-    `change_E` is what to add to the number of counting detections, beside those of `_Part.image_D`, or None.
+    Attributes:
+        image_E: image of each detection.
+        place_E: number of detections in `_Part.image_D` up to this one.
+        right_E: whether each detection is right; None: all are.
+        change_E: correction to the count of detections, relative to `_Part.image_D`; None: no correction.
     """
 
     image_E: np.ndarray
     place_E: np.ndarray
-    right_E: np.ndarray | None  # None: all are
+    right_E: np.ndarray | None
     change_E: np.ndarray | None
 
 
@@ -113,13 +118,13 @@ class _Part:
 
     area: int
     label: int
-    whole: bool  # over all areas
-    truth_images_N: np.ndarray
-    image_D: np.ndarray  # of the detections that count at the highest threshold, best first
+    whole: bool  # whether the area range is "all"
+    truth_images_N: np.ndarray  # image of each truth
+    image_D: np.ndarray  # image of each detection that counts at the highest threshold, best first
     thresholds: tuple[_Threshold, ...]
 
     def average_precision(self, weights_BI: np.ndarray) -> np.ndarray:
-        """ap_BT; NaN where no truth counts."""
+        """Return ap_BT; NaN where no truth counts."""
         truths_B1 = weights_BI[:, self.truth_images_N].sum(axis=1, keepdims=True)
         counted_BD = np.zeros((len(weights_BI), len(self.image_D) + 1))
         np.cumsum(weights_BI[:, self.image_D], axis=1, out=counted_BD[:, 1:])
@@ -131,7 +136,10 @@ class _Part:
 
 
 def _average(weights_BI: np.ndarray, at: _Threshold, counted_BD: np.ndarray, truths_B1: np.ndarray) -> np.ndarray:
-    """AP of each replicate: at each of the 101 recalls the best precision from there on, 0 where recall is not reached."""
+    """Return the AP of each replicate at one threshold.
+
+    It is the mean over 101 recalls of the best precision at this or a higher recall; 0 if the recall is not reached.
+    """
     weights_BE = weights_BI[:, at.image_E]
     right_BE = np.cumsum(weights_BE if at.right_E is None else weights_BE * at.right_E, axis=1)
     counted_BE = counted_BD[:, at.place_E]
@@ -141,13 +149,13 @@ def _average(weights_BI: np.ndarray, at: _Threshold, counted_BD: np.ndarray, tru
     precision_BE = np.divide(right_BE, counted_BE, out=counted_BE)
     best_BE = np.maximum.accumulate(precision_BE[:, ::-1], axis=1)[:, ::-1]
     passed_BE = _passed(right_BE / np.maximum(truths_B1, 1))
-    passed_BE[:, 1:] -= passed_BE[:, :-1].copy()  # recalls that are reached here first
+    passed_BE[:, 1:] -= passed_BE[:, :-1].copy()  # recalls that this detection is the first to reach
     return np.einsum("be,be->b", best_BE, passed_BE) / len(RECALLS_R)
 
 
 def _passed(recall: np.ndarray) -> np.ndarray:
-    """How many of COCO's recall points are at most this, as floats: `searchsorted(RECALLS_R, recall, "right")`, faster."""
-    guess = (recall * (len(RECALLS_R) - 1)).astype(np.intp)  # off by one at most, as 0.29 * 100 is below 29
+    """Count COCO's recall points up to each recall, as floats. A faster `searchsorted(RECALLS_R, recall, "right")`."""
+    guess = (recall * (len(RECALLS_R) - 1)).astype(np.intp)  # may be off by one: 0.29 * 100 is below 29 in floats
     return guess + (_LADDER[guess] <= recall) + (_LADDER[guess + 1] <= recall).astype(np.float64)
 
 
@@ -173,7 +181,11 @@ def _parts(matches: Matches, a: int) -> Iterator[_Part]:
 
 
 def _threshold(image_D: np.ndarray, right_D: np.ndarray, change_D: np.ndarray, places_D: np.ndarray) -> _Threshold:
-    """Precision can be at its best only where a detection is right; where counting differs from the base is needed too."""
+    """Select the detections that matter at one threshold.
+
+    The precision has a maximum only at a right detection. Detections that count differently than at the highest threshold are
+    needed for the correction.
+    """
     matter = np.flatnonzero(right_D | (change_D != 0))
     right_E, change_E = right_D[matter], change_D[matter]
     return _Threshold(

@@ -1,7 +1,7 @@
-"""mAP by pycocotools, the only door to it.
+"""mAP by pycocotools. No other module uses pycocotools.
 
-Shape suffixes: N detections; a row is (x1, y1, x2, y2, score, class) in px of the original image. In pycocotools'
-precision array: T IoU thresholds, R recall points, K classes, A area ranges, M detection limits.
+Shape suffixes: N detections; a row is (x1, y1, x2, y2, score, class) in px of the source image. In pycocotools' precision array:
+T IoU thresholds, R recall points, K classes, A area ranges, M detection limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from yolo_compress.runtime.measure.coco_map import MeanAP
 
 
 class Truth(Protocol):
-    """An image's ground truth; `data.Sample` is one. Boxes are (class, centre x, centre y, width, height), 0 to 1."""
+    """Ground truth of an image; `data.Sample` implements it.
+
+    `boxes` are (class, centre x, centre y, width, height), as fractions of the image. `width` and `height` are in px.
+    """
 
     @property
     def width(self) -> int: ...
@@ -33,7 +36,7 @@ class Truth(Protocol):
 
 
 def absolute_boxes(truth: Truth) -> np.ndarray:
-    """boxes_N5 (class, x1, y1, x2, y2) in px of the image."""
+    """Return boxes_N5 (class, x1, y1, x2, y2) in px of the image."""
     boxes_N5 = np.array(truth.boxes, np.float64).reshape(-1, 5)
     size_4 = np.array([truth.width, truth.height, truth.width, truth.height], np.float64)
     half_N2 = boxes_N5[:, 3:5] / 2
@@ -44,20 +47,17 @@ def absolute_boxes(truth: Truth) -> np.ndarray:
 def mean_ap(
     truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
 ) -> MeanAP:
-    """COCO's box AP over all areas, areas taken from the boxes.
+    """Compute COCO's box AP over all areas. Without detections it is 0.0.
 
     Args:
-        truths: one an image.
-        detections: one N6 array an image, in the same order.
-        names: of the classes.
-        most: detections of a class in an image that count, best first.
-
-    Returns:
-        The AP; without any detections it is 0.0.
+        truths: ground truth of each image.
+        detections: one N6 array per image, in the same order.
+        names: class names in the order of their index, all different.
+        most: limit of detections per class and image; the best count.
 
     Raises:
-        DataError: no ground truth at all, names that repeat, or a class out of range.
-        ValueError: a different number of truths and detections.
+        DataError: there is no ground truth, class names repeat, or a class is out of range.
+        ValueError: the numbers of truths and detections differ.
     """
     if len(truths) != len(detections):
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
@@ -81,7 +81,7 @@ def mean_ap(
 
 
 def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int, most: int) -> np.ndarray:
-    """precision_TRK of COCOeval, over all areas; its prints are swallowed."""
+    """Return precision_TRK of COCOeval over all areas, without its output on stdout."""
     from pycocotools.cocoeval import COCOeval
 
     boxes = [absolute_boxes(truth) for truth in truths]
@@ -97,7 +97,7 @@ def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classe
 
 
 def _coco(rows: Sequence[np.ndarray], classes: int) -> Any:
-    """A COCO object of rows (xyxy, score, class) per image."""
+    """Make a COCO object from the rows (xyxy, score, class) of each image."""
     from pycocotools.coco import COCO
 
     annotations: list[dict[str, object]] = []
@@ -105,7 +105,7 @@ def _coco(rows: Sequence[np.ndarray], classes: int) -> Any:
         for x1, y1, x2, y2, score, label in np.asarray(boxes_N6, np.float64).reshape(-1, 6).tolist():
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would read as "unmatched" in COCOeval
+                    "id": len(annotations) + 1,  # 0 means "unmatched" in COCOeval
                     "image_id": image,
                     "category_id": int(label),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],

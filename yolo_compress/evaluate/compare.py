@@ -1,4 +1,4 @@
-"""How far two backends are apart on the same inputs, before any NMS."""
+"""Difference between the outputs of two backends on the same inputs, before NMS."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from yolo_compress.runtime.backends.base import Backend
 
 
 def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndarray]) -> dict[str, float]:
-    """Largest difference over all anchors of all images.
+    """Return the largest difference of the outputs over all anchors of all images.
 
     Args:
-        first, second: backends of equal classes and imgsz; each image fills the batch of one that takes more.
+        first, second: backends with equal classes and imgsz. If a backend has a larger fixed batch, the image is repeated.
         images: letterboxed chw_3HW float32 arrays.
 
     Returns:
-        scores (class scores, 0 to 1), boxes_px (centre, width, height, letterboxed px), images (count).
+        scores: largest difference of a class score (0 to 1). boxes_px: largest difference of centre, width or height, in
+        letterboxed px. images: number of images.
 
     Raises:
-        NumericsError: either output is not finite.
-        ValueError: no images, or outputs of different shape.
+        NumericsError: an output holds NaN or infinity.
+        ValueError: there are no images, or the outputs have different shapes.
     """
     scores = boxes = 0.0
     count = 0
@@ -37,8 +38,8 @@ def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndar
             raise NumericsError(
                 f"image {count}: NaN or infinity in the output of {first.executed} or {second.executed}"
             )
-        apart_CA = np.abs(outputs[0] - outputs[1])
-        boxes, scores = max(boxes, float(apart_CA[:4].max())), max(scores, float(apart_CA[4:].max()))
+        difference_CA = np.abs(outputs[0] - outputs[1])
+        boxes, scores = max(boxes, float(difference_CA[:4].max())), max(scores, float(difference_CA[4:].max()))
         count += 1
     if not count:
         raise ValueError("no images to compare on")

@@ -1,4 +1,4 @@
-"""Where an exported graph leaves its model: the first layer whose output is not that of torch."""
+"""Find the first layer of an exported graph whose output differs from that of the torch model."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from torch import Tensor, nn
 from yolo_compress.nets.eval_mode import evaluating
 from yolo_compress.runtime.backends.ort import open_session
 
-MAX_ROUNDINGS = 10.0  # times what float32 itself is off: ONNX Runtime sums in another order
-LEAST = 1e-5  # of the largest value of a layer: float32 is never nearer after a few sums
+MAX_ROUNDINGS = 10.0  # tolerance in multiples of the float32 rounding error, because ONNX Runtime sums in another order
+LEAST = 1e-5  # minimum tolerance, relative to the largest value of the layer; float32 sums are not more exact
 
 
 def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> str:
-    """Compare layer by layer, on the same images.
+    """Compare the outputs layer by layer on the same images, and describe the first layer that differs.
 
     Args:
         model: A detector in float32; `model.model` are its layers. Not changed.
-        file: Its FP32 ONNX file; the exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
-        images_BCHW: Float32, 0 to 1, as many as the file takes.
+        file: Its FP32 ONNX file. The exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
+        images_BCHW: Float32 in 0..1; the batch is that of the file.
 
     Returns:
-        "model.4 (C2f), by 0.12 of 3.1": the first layer that differs, by how much at most, of which largest value. The head
-        where all layers before it agree.
+        Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If all other
+        layers agree, it names the head.
     """
     exact, images = copy.deepcopy(model).double(), torch.from_numpy(images_BCHW)
     rounded, exactly = _outputs(model, images), _outputs(exact, images.double())
-    found = _onnx_outputs(file, images_BCHW)
+    onnx_outputs = _onnx_outputs(file, images_BCHW)
     layers = list(model.model)  # type: ignore[arg-type]
     for index, layer in enumerate(layers[:-1]):
-        if index not in found:  # onnxsim took it into another
+        if index not in onnx_outputs:  # onnxsim merged it into another layer
             continue
         largest = float(exactly[index].abs().max())
         rounding = float((rounded[index].double() - exactly[index]).abs().max())
-        apart = float((torch.from_numpy(found[index]).double() - exactly[index]).abs().max())
-        if not apart <= max(LEAST * largest, MAX_ROUNDINGS * rounding):  # NaN too
-            return f"model.{index} ({type(layer).__name__}), by {apart:.2g} of {largest:.2g}"
+        difference = float((torch.from_numpy(onnx_outputs[index]).double() - exactly[index]).abs().max())
+        if not difference <= max(LEAST * largest, MAX_ROUNDINGS * rounding):  # true for NaN too
+            return f"model.{index} ({type(layer).__name__}), by {difference:.2g} of {largest:.2g}"
     return f"model.{len(layers) - 1} ({type(layers[-1]).__name__}), all before it agree"
 
 
 def _outputs(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """What each layer but the head gives."""
+    """Return the output of each layer except the head, by index."""
     found: dict[int, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _, __, output, index=index: found.update({index: output.detach().clone()}))
@@ -63,7 +63,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
 
 def _onnx_outputs(file: Path, images_BCHW: np.ndarray) -> dict[int, np.ndarray]:
-    """The output of the last node of each layer."""
+    """Return the output of the last ONNX node of each layer, by index."""
     graph = onnx.load(str(file))
     last = {
         int(found[1]): node.output[0] for node in graph.graph.node if (found := re.match(r"/model\.(\d+)/", node.name))

@@ -1,7 +1,7 @@
-"""Files that no engine here was built from, run as they are written: what goes to a robot has been evaluated on this machine.
+"""Evaluate exported files for which no engine can be built on this machine, so that every file for a robot has an accuracy.
 
-A Q/DQ graph says its arithmetic node by node; ONNX Runtime with its optimiser off computes just that, which is what
-`quant.fakequant` trains (tests/unit/export/test_published.py). Rounding inside of an engine's fused kernels is not simulated.
+ONNX Runtime with its optimiser off executes a Q/DQ graph node by node. This is the arithmetic that `quant.fakequant` trains
+(tests/unit/export/test_published.py). Rounding inside the fused kernels of an engine is not simulated.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.runtime.measure.golden import difference
 from yolo_compress.runtime.registry import int8_file
 
-NMS_PX, NMS_SCORE = 0.01, 1e-5  # float32 in another order
+NMS_PX, NMS_SCORE = 0.01, 1e-5  # tolerance for float32 operations in another order
 
 
 class For(NamedTuple):
-    """Whom a file is for."""
+    """The runtime and precision that a file is made for."""
 
     runtime: str
     precision: Precision
 
 
 def made_for(file: str) -> For | None:
-    """Runtime and precision of a published file by its name; None of what is no network, or is checked by `export` (NMS)."""
+    """Return the runtime and precision of an exported file by its name.
+
+    None if the file is not a model, or is a graph with NMS, which `export` checks.
+    """
     path = PurePosixPath(file)
     precision = cast(Precision, path.stem.partition("-")[0])
     if path.suffix == ".torchscript":
@@ -55,7 +58,7 @@ def made_for(file: str) -> For | None:
 
 
 def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A graph of one input and one output of any shape, node by node."""
+    """Return a function that runs an ONNX graph node by node. The graph has one input and one output of any shape."""
     session = open_session(file, usable_cpus(), "none")
     name = session.get_inputs()[0].name
 
@@ -67,18 +70,18 @@ def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: int = MAX_DET) -> int:
-    """Compare a graph with NMS with NMS behind the graph that it was made from, by the project's own NMS.
+    """Check that a graph with NMS gives the same boxes as its source graph followed by the project's own NMS.
 
     Args:
-        file: What `with_nms` wrote, with its default thresholds and `max_det`.
-        source: What it was made from.
+        file: Output of `with_nms` with its default thresholds and `max_det`.
+        source: The graph without NMS that it was made from.
         images: Letterboxed chw_3HW float32 arrays.
 
     Returns:
-        How many boxes were compared.
+        The number of boxes that were compared.
 
     Raises:
-        CompressError: They give other boxes.
+        CompressError: The boxes differ.
     """
     with_graph, plain = literal(file), literal(source)
     found, expected = list[np.ndarray](), list[np.ndarray]()
@@ -96,7 +99,7 @@ def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: i
 
 
 class Simulated(OrtBackend):
-    """An ONNX file, node by node."""
+    """Backend that executes an ONNX file node by node."""
 
     def __init__(self, file: Path, precision: str, shown: str) -> None:
         super().__init__(file, precision=precision, optimisation="none")
@@ -104,20 +107,20 @@ class Simulated(OrtBackend):
 
     @property
     def executed(self) -> str:
-        """Of which file."""
+        """See `Backend.executed`; names the file."""
         return f"simulated, {self._shown} node by node"
 
 
 def open_published(file: Path, precision: str, scratch: Path) -> Backend:
-    """Open a file of `export` to be evaluated.
+    """Open an exported file for evaluation.
 
     Args:
-        file: For which `made_for` has an answer.
-        precision: Of it.
-        scratch: Folder for what has to be written first.
+        file: A file for which `made_for` is not None.
+        precision: Precision of the file.
+        scratch: Folder for temporary files.
 
     Raises:
-        EngineError: The runtime rejects it.
+        EngineError: The runtime rejects the file.
     """
     if file.suffix == ".torchscript":
         return _TorchScript(file)
@@ -129,13 +132,13 @@ def open_published(file: Path, precision: str, scratch: Path) -> Backend:
 
 
 class _TorchScript(TorchBackend):
-    """A TorchScript file; what it takes is in its `config.txt`."""
+    """Backend for a TorchScript file. Its class names, imgsz, batch and channels are in its `config.txt`."""
 
     def __init__(self, file: Path) -> None:
-        said = {"config.txt": ""}
+        extra_files = {"config.txt": ""}
         with quiet_trace():
-            module = torch.jit.load(str(file), map_location="cpu", _extra_files=said)
-        about = json.loads(said["config.txt"])
+            module = torch.jit.load(str(file), map_location="cpu", _extra_files=extra_files)
+        about = json.loads(extra_files["config.txt"])
         height, width = about["imgsz"]
         super().__init__(module.eval(), tuple(about["names"].values()), (height, width))
         self.batch, self.channels = about["batch"], about["channels"]

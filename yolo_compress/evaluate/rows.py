@@ -1,6 +1,6 @@
-"""Rows of `engines.json` and of the bench: a model on a runtime in a precision, and what was measured of it.
+"""Types of the rows of `engines.json` and of the bench. A row is a model on a runtime in a precision, with its measurements.
 
-mAP is a fraction from 0 to 1, over the validation images, by pycocotools. In `model`, "original" is the baseline.
+mAP is a fraction from 0 to 1 on the validation images, by pycocotools. In `model`, "original" is the baseline.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from yolo_compress.store.manifest import Artifact
 
 Model = Literal["original", "compressed"]
 Precision = Literal["fp32", "fp16", "int8"]
-ENGINES = "engines.json"  # of the artefact of `engine`
+ENGINES = "engines.json"  # file in the artefact of `engine`
 
 
 class EngineRow(TypedDict):
@@ -24,13 +24,13 @@ class EngineRow(TypedDict):
     runtime: str  # a runtime's name, such as "openvino"
     precision: Precision
     source: str  # file of `export` that the engine is built from
-    reason: str | None  # why it was not built; null where it was
-    folder: NotRequired[str]  # in the artefact; absent where it was not built, as `size_mib`
-    size_mib: NotRequired[float]  # of the files that a robot needs
+    reason: str | None  # why the engine was not built; null if it was
+    folder: NotRequired[str]  # folder in the artefact; absent if the engine was not built
+    size_mib: NotRequired[float]  # size of the files that a robot needs; absent if the engine was not built
 
 
 class Signature(TypedDict):
-    """What a model takes and gives."""
+    """Class names and shapes of input and output of a model."""
 
     names: list[str]  # class names in the order of their index
     imgsz: list[int]  # [height, width] of the input, px
@@ -38,12 +38,12 @@ class Signature(TypedDict):
 
 
 class Subject(TypedDict):
-    """What every bench row has: the model, where it runs, and in which precision."""
+    """Keys of every bench row: the model, its runtime and its precision."""
 
     model: Model
-    runtime: str  # a runtime's name, or "torch"; of an untimed row the one that the file is made for
-    precision: Precision  # as asked for
-    file: str | None  # of `export`, that the engine is built from; null for torch
+    runtime: str  # a runtime's name, or "torch"; in an untimed row, the runtime that the file is made for
+    precision: Precision  # the requested one
+    file: str | None  # file of `export` that the engine is built from; null for torch
     reason: str | None  # why there is no engine or no measurement
     parameters: int
     compute_gflops: float  # 2 x GMACs of one image
@@ -62,7 +62,7 @@ class Accuracy(TypedDict):
 
 
 class Latency(TypedDict):
-    """The latency of one inference; a percentile is null where too few calls were timed to state it."""
+    """The latency of one inference. A percentile is null if too few calls were timed."""
 
     latency_p50_ms: float | None
     latency_p90_ms: float | None
@@ -70,24 +70,24 @@ class Latency(TypedDict):
     latency_p99_ms: float | None
     latency_n: int  # timed calls
     latency_quiet: bool  # whether the machine was idle before each round
-    threads: int | None  # of one inference on a CPU; null: every processor, or a GPU
+    threads: int | None  # threads of one inference on a CPU; null: one per processor, or a GPU
 
 
 class MeasuredBenchRow(Subject, Accuracy, Latency):
-    """An engine, or torch, that was evaluated and timed."""
+    """Row of an engine, or of torch, that was evaluated and timed."""
 
     status: Literal["ok"]
-    size_mib: float  # of the engine, or of torch's checkpoint
+    size_mib: float  # size of the engine, or of torch's checkpoint
 
 
 class UntimedBenchRow(Subject, Accuracy):
-    """A file that no engine here was built from: it has accuracy, but neither latency nor size."""
+    """Row of a file for which no engine was built here. It has an accuracy, but no latency or size."""
 
     status: Literal["untimed"]
 
 
 class MissingBenchRow(Subject):
-    """What was asked for and not measured."""
+    """Row of a requested engine that was not measured."""
 
     status: Literal["missing"]
 
@@ -96,12 +96,12 @@ BenchRow = MeasuredBenchRow | UntimedBenchRow | MissingBenchRow
 
 
 def engine_rows(engines: Artifact) -> list[EngineRow]:
-    """The rows of `engines.json` in an artefact of `engine`."""
+    """Read the rows of `engines.json` in an artefact of `engine`."""
     rows: list[EngineRow] = json.loads(engines.file(ENGINES).read_text())
     return rows
 
 
 def bench_rows(bench: Artifact) -> list[BenchRow]:
-    """The rows of an artefact of `bench`."""
+    """Return the rows of an artefact of `bench`."""
     rows: list[BenchRow] = bench.metrics["rows"]
     return rows

@@ -1,6 +1,6 @@
-"""Detections of a bench row on disk: one float32 .npy, a line a detection: image index, x1, y1, x2, y2 in px, score, class.
+"""Detections of a bench row on disk: a float32 .npy with a row per detection: image index, x1, y1, x2, y2 in px, score, class.
 
-All that mAP counts is kept, from the score 0.001 on.
+It has all detections that mAP counts, with scores above 0.001.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from yolo_compress.runtime.measure.coco_map import counting
 
 
 def row_name(row: Mapping[str, object]) -> str:
-    """File name of a row of a bench, by its model, runtime and precision."""
+    """Return the file name of a bench row, without suffix: model, runtime and precision."""
     return f"{row['model']}-{row['runtime']}-{row['precision']}"
 
 
 def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> None:
-    """Writes one N6 array an image, the best `most` of each class.
+    """Write the detections, one N6 array per image, limited to the best `most` of each class.
 
     Raises:
         StorageError: the file cannot be written.
@@ -37,10 +37,13 @@ def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTION
 
 
 def kept(file: Path, images: int) -> list[np.ndarray]:
-    """One N6 array an image, as `keep` was given them.
+    """Read the detections that `keep` wrote: one N6 array per image.
+
+    Args:
+        images: number of images.
 
     Raises:
-        CorruptArtifact: another table, or of more images.
+        CorruptArtifact: the table is malformed, or has more images.
     """
     table_N7 = np.load(file, allow_pickle=False)
     if table_N7.ndim != 2 or table_N7.shape[1] != 7 or not ((table_N7[:, 0] >= 0) & (table_N7[:, 0] < images)).all():

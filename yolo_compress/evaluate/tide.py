@@ -1,17 +1,23 @@
-"""Why detections are wrong, by TIDE's six types (Bolya et al., arXiv 2008.08115), and what each type costs in AP50.
+"""TIDE's six types of detection errors (Bolya et al., arXiv 2008.08115), and the cost of each type in AP50.
 
-A detection that matched no truth is, the first that holds (IoU with the truths of its image; `tidecv` tests in this order):
+A detection that matched no truth has the first type that applies. IoU is with the truths of its image; the order is that of
+`tidecv`.
 
     localisation    right class, IoU from 0.1 to 0.5
     classification  another class, IoU from 0.5
-    duplicate       right class, IoU from 0.5, but a better detection has that truth
-    background      IoU up to 0.1 with everything
-    both            what is left: another class and a poor box
+    duplicate       right class, IoU from 0.5, but a better detection matched this truth
+    background      IoU up to 0.1 with every truth
+    both            all others: another class and a poor box
 
-A truth that no detection matched, and that no localisation or classification error would match if it were mended, is
-`missed`. What a type costs is the rise of AP50 if its errors were mended, each type alone: a localisation or
-classification error becomes right where its truth is free (the best-scored one of each truth), else it goes; duplicate,
-background and both go; a missed truth no longer counts. The costs do not add up to 1 - AP50: errors hide each other.
+A truth is `missed` if no detection matched it, and no localisation or classification error would match it after correction.
+
+The cost of a type is the increase of AP50 if only its errors were corrected:
+
+- The best localisation or classification error of each free truth becomes right; the others are removed.
+- Duplicate, background and both errors are removed.
+- A missed truth no longer counts.
+
+The costs do not add up to 1 - AP50, because one error can hide another.
 
 Shape suffixes: N detections of an image, G its truths, D all detections, T all truths, K classes, R recall points.
 """
@@ -29,14 +35,14 @@ from yolo_compress.runtime.limits import MAX_DETECTIONS
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
-RECALLS_R = np.linspace(0, 1, 101)  # COCO's
+RECALLS_R = np.linspace(0, 1, 101)  # as COCO
 RIGHT = -1  # the type of a detection that matched
 CLS, LOC, BOTH, DUP, BKG = range(5)
 
 
 class ErrorSum(TypedDict):
     count: int
-    cost: float  # rise of AP50 if these errors were mended, at least 0
+    cost: float  # increase of AP50 if these errors were corrected, at least 0
 
 
 class ErrorType(ErrorSum):
@@ -55,7 +61,7 @@ class ModelErrors(TypedDict):
 
 
 class _Judged(NamedTuple):
-    """All detections and truths of the set; `target_D` is the free truth that mending gives a detection, or -1."""
+    """All detections and truths of the data set. `target_D` is the free truth that a corrected detection would match, or -1."""
 
     score_D: np.ndarray
     class_D: np.ndarray
@@ -66,16 +72,16 @@ class _Judged(NamedTuple):
 
 
 def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> ModelErrors:
-    """Count the errors of each type and say what each type costs.
+    """Count the errors of each type and compute the cost of each type.
 
     Args:
-        truths: one G5 array an image: class, x1, y1, x2, y2 in px.
-        detections: one N6 array an image, in the same order: x1, y1, x2, y2, score, class.
-        most: detections of an image that count, best first.
+        truths: one G5 array per image: class, x1, y1, x2, y2 in px.
+        detections: one N6 array per image, in the same order: x1, y1, x2, y2, score, class.
+        most: limit of detections per image; the best count.
 
     Raises:
-        DataError: no truth at all.
-        ValueError: a different number of truths and detections.
+        DataError: there is no truth.
+        ValueError: the numbers of truths and detections differ.
     """
     if len(truths) != len(detections):
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
@@ -94,13 +100,13 @@ def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most:
     types: list[ErrorType] = []
     for number, name in enumerate(TYPES[:-1]):
         of_type_D = found.type_D == number
-        mended_D = of_type_D & best_D  # false for the types that only go
-        keep_D = ~of_type_D | mended_D
-        class_D = np.where(mended_D, found.class_T[found.target_D], found.class_D)
-        worth = cost(found.score_D[keep_D], class_D[keep_D], (right_D | mended_D)[keep_D], found.class_T)
-        types.append({"name": name, "count": int(of_type_D.sum()), "cost": worth})
-    worth = cost(found.score_D, found.class_D, right_D, found.class_T[~hopeless_T])
-    types.append({"name": TYPES[-1], "count": int(hopeless_T.sum()), "cost": worth})
+        corrected_D = of_type_D & best_D  # all false for the types that are only removed
+        keep_D = ~of_type_D | corrected_D
+        class_D = np.where(corrected_D, found.class_T[found.target_D], found.class_D)
+        type_cost = cost(found.score_D[keep_D], class_D[keep_D], (right_D | corrected_D)[keep_D], found.class_T)
+        types.append({"name": name, "count": int(of_type_D.sum()), "cost": type_cost})
+    missed_cost = cost(found.score_D, found.class_D, right_D, found.class_T[~hopeless_T])
+    types.append({"name": TYPES[-1], "count": int(hopeless_T.sum()), "cost": missed_cost})
     only_right = cost(found.score_D[right_D], found.class_D[right_D], right_D[right_D], found.class_T)
     only_found = cost(found.score_D, found.class_D, right_D, found.class_T[found.matched_T])
     return {
@@ -129,7 +135,7 @@ def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most:
 
 
 def _judge_image(truths_G5: np.ndarray, found_N6: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Type and target of each detection, the best score first, and which truths were matched."""
+    """Return the type and target of each detection of an image, and which truths were matched. Detections are sorted by score."""
     type_N, target_N = np.full(len(found_N6), BKG), np.full(len(found_N6), -1)
     matched_G = np.zeros(len(truths_G5), bool)
     if not len(truths_G5) or not len(found_N6):
@@ -169,7 +175,10 @@ def _iou(a_N4: np.ndarray, b_G4: np.ndarray) -> np.ndarray:
 
 
 def _best_of_each_truth(found: _Judged) -> np.ndarray:
-    """The error of the highest score at each free truth, of either type: one truth mends one error; the first of equals."""
+    """Return a mask of the error with the highest score for each free truth, because a truth can correct only one error.
+
+    Localisation and classification errors compete. Of equal scores, the first wins.
+    """
     best_D = np.zeros(len(found.score_D), bool)
     with_target = np.flatnonzero(found.target_D >= 0)
     order = with_target[np.argsort(-found.score_D[with_target], kind="stable")]
@@ -185,7 +194,10 @@ def _ap(
     class_T: np.ndarray,
     of_T: np.ndarray | None = None,
 ) -> float:
-    """COCO's AP at one IoU (101 recalls), mean over the classes of `of_T` (default `class_T`) that anything is left of."""
+    """Return COCO's AP at one IoU (101 recalls): the mean over the classes of `of_T` (default `class_T`).
+
+    Classes without truths and detections are left out.
+    """
     aps = []
     for cls in np.unique(class_T if of_T is None else of_T):
         mine_D = class_D == cls

@@ -1,4 +1,4 @@
-"""A torch module as a Backend, so that its row is measured by the same code as the engines' rows."""
+"""A torch module as a Backend, so that the same code measures torch and the engines."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
 class TorchBackend:
-    """A detector whose eval forward gives y or (y, ...), y [B, 4 + nc, A] with boxes in letterboxed px.
+    """Backend for a detector in torch. In eval mode its forward returns y or (y, ...), y [B, 4 + nc, A], boxes in letterboxed px.
 
     Args:
-        module: not changed; a copy is run where device, type or mode differ. Fused or not, as the caller has it.
-        names: of the classes.
+        module: a detector, fused or not. It is not changed: a copy is used if the device, type or mode differs.
+        names: class names in the order of their index.
         imgsz: height and width, px.
-        device: "cpu" or "cuda:0" and so on.
-        precision: fp64, fp32 or fp16. fp16 on a CPU is whatever torch makes of half convolutions there.
-        threads: of the CPU, for the whole process (torch knows no other); None leaves them.
+        device: "cpu", "cuda:0" and so on.
+        precision: fp64, fp32 or fp16. On a CPU, torch chooses how to run fp16.
+        threads: CPU threads, for the whole process, since torch has no other setting; None: do not change them.
 
     Raises:
-        RecipeError: int8, which has no torch row.
-        EnvironmentLacks: the device is not there.
+        RecipeError: the precision is not one of these.
+        EnvironmentLacks: the device does not exist.
     """
 
     batch: int | None = None
@@ -70,7 +70,7 @@ class TorchBackend:
 
     @property
     def executed(self) -> str:
-        """Parameter type on which device; fp32 convolutions on a GPU are TF32 unless cuDNN is told otherwise."""
+        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 unless cuDNN is set otherwise."""
         if self._device.type == "cpu":
             return self.precision
         tf32 = self.precision == "fp32" and torch.backends.cudnn.allow_tf32
@@ -92,7 +92,7 @@ class TorchBackend:
         return output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """One forward on images that lie on the device already; waits for the GPU."""
+        """See `Backend.bind`. The images are already on the device, and the call waits for the GPU."""
         images = self._tensor(images_BCHW)
 
         def run() -> None:

@@ -1,7 +1,7 @@
-"""A torch module in a measuring process of its own, served by `runtime.measure.latency` like an engine.
+"""Measure the latency of a torch module in a separate process, with `runtime.measure.latency`, as for an engine.
 
-`spec` writes the module beside a hash and returns the spec for `measure_in_turn`; `python -m
-yolo_compress.evaluate.torch_latency` opens it. So `runtime` needs to know nothing of torch.
+`spec` writes the module to a file and returns the spec for `measure_in_turn`. `python -m yolo_compress.evaluate.torch_latency`
+opens it. So `runtime` does not depend on torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MODULE = "yolo_compress.evaluate.torch_latency"
 
 
 class TorchSpec(Spec, total=False):
-    """A latency spec, and the module that it is of."""
+    """A latency spec of a torch module."""
 
-    checkpoint: str  # file that holds the pickled module
-    sha256: str  # of that file, hex
+    checkpoint: str  # file with the pickled module
+    sha256: str  # SHA-256 of that file, hex
     names: list[str]  # class names in the order of their index
     imgsz: list[int]  # [height, width] of the input, px
     device: str  # "cpu", "cuda:0"
@@ -46,9 +46,10 @@ def spec(
     threads: int | None = None,
     **options: Any,
 ) -> TorchSpec:
-    """Pickle the whole module into `directory` (scratch, removed by the caller) and describe it.
+    """Pickle the module into `directory` and return its latency spec.
 
     Args:
+        directory: scratch folder; the caller removes it.
         options: other keys of a latency spec (inputs, warmup_ms, quick, label, ...).
     """
     file = directory / f"torch-{precision}.pt"
@@ -69,10 +70,10 @@ def spec(
 
 
 def open_spec(described: TorchSpec) -> TorchBackend:
-    """Unpickle what `spec` wrote, after its hash was compared: a pickle runs code."""
+    """Open the module that `spec` wrote. Its hash is checked first, because unpickling runs code."""
     file = Path(described["checkpoint"])
     if sha256_file(file) != described["sha256"]:
-        raise EngineError(f"{file}: sha256 is not the one that its writer gave; not loaded")
+        raise EngineError(f"{file}: sha256 is not the one in the spec; not loaded")
     harden()
     module = torch.load(file, map_location="cpu", weights_only=False)
     height, width = described["imgsz"]

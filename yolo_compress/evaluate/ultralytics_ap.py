@@ -1,9 +1,9 @@
-"""mAP by Ultralytics' own matching and AP code, on the detections that pycocotools gets too.
+"""mAP by Ultralytics' own matching and AP code, on the same detections as pycocotools.
 
-A second importer of ultralytics' engine beside `train`, on purpose: the column says what Ultralytics would print for the
-same detections, of any backend, and needs its validator's matching, not its training. It differs from pycocotools in that
-all 300 detections count, and in how the precision curve is integrated. Boxes are compared in px of the original image,
-clipped to it, where the validator uses letterboxed px unclipped; the effect on mAP is below 0.002 (tested).
+The bench shows it so that users can compare with the output of Ultralytics. Apart from `train`, only this module imports
+ultralytics' engine, for the matching of its validator. Unlike in pycocotools, all 300 detections count, and the precision curve
+is integrated differently. Boxes are compared in px of the source image, clipped to it. The validator uses letterboxed px without
+clipping; the effect on mAP is below 0.002 (tested).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class UltralyticsAP(TypedDict):
 
 
 def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]) -> UltralyticsAP:
-    """AP as Ultralytics' validator computes it; arguments as in `coco.mean_ap`.
+    """Compute the AP as Ultralytics' validator does. The arguments are those of `coco.mean_ap`.
 
     Raises:
-        DataError: no ground truth at all.
-        ValueError: a different number of truths and detections.
+        DataError: there is no ground truth.
+        ValueError: the numbers of truths and detections differ.
     """
     harden()
     import torch
@@ -41,7 +41,7 @@ def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], na
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
     if not any(len(truth.boxes) for truth in truths):
         raise DataError(f"no ground truth in {len(truths)} images, mAP is undefined")
-    matcher: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))  # all that match_predictions asks of a validator
+    matcher: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))  # the only attribute that match_predictions uses
     correct, labels = [], []
     for truth, found in zip(truths, detections, strict=True):
         actual = torch.from_numpy(absolute_boxes(truth).astype(np.float32))

@@ -1,1 +1,1 @@
-"""What runs on the robot: numpy, one engine library and this folder; nothing else of the package, Python 3.8 syntax."""
+"""Code that runs on the robot. It needs only numpy and an engine library, no other part of the package, and Python 3.8."""

@@ -1,4 +1,4 @@
-"""Build and open engines by the name of their runtime."""
+"""Open engines with the backend of their runtime."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def open_engine(
 
     Args:
         path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`.
-        threads: of one inference on a CPU; None = every usable processor. An error where the engine is on a GPU.
-        onnx_sha256: if given, the ONNX that the engine has to come from.
+        threads: threads of one inference on a CPU; None: one per usable processor. Not allowed for an engine on a GPU.
+        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from; None: any.
 
     Returns:
-        A backend to call (see `Backend`) or to give to a `Detector`. A context manager: it holds memory of the device.
+        A backend to call (see `Backend`) or to pass to a `Detector`. Use it as a context manager, since it holds device memory.
 
     Raises:
-        EngineError: see `load_info`; nothing is deserialised then. Or `threads` for an engine on a GPU.
+        EngineError: see `load_info`, which runs before anything is deserialised; or `threads` was given for an engine on a GPU.
         RuntimeUnavailable: the library or device is missing.
     """
     directory = Path(path)
@@ -38,20 +38,23 @@ def open_engine(
     elif threads is None:
         opened = BACKENDS[info.runtime](directory)
     else:
-        raise EngineError(f"{directory}: threads={threads} means nothing to a {row.title} engine; leave it out")
+        raise EngineError(f"{directory}: threads={threads} has no effect on a {row.title} engine; leave it out")
     return opened
 
 
 def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
-    """The export that suits the runtime as it is installed here: its own form (`int8-openvino`) where there is one.
+    """Return the stem of the export for a runtime, in the version installed here: its own form (`int8-openvino`) if there is one.
 
     Args:
-        stems: file names without `.onnx`.
+        stems: available files, without `.onnx`.
+
+    Returns:
+        A stem, or None if no file suits.
     """
     own = BACKENDS[runtime].form()
     return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)
 
 
 BACKENDS: Dict[str, Any] = {name: registry.backend(name) for name in registry.names()}
-"""Each has `probe()` -> None or the install hint, `form()` -> name of the INT8 form that it takes as it is installed here,
-`build(onnx, out, precision, **options) -> files`, and opens a directory."""
+"""Runtime -> backend class. Each has `probe()` (None, or what to install), `form()` (name of the INT8 form that the installed
+version takes) and `build(onnx, out, precision, **options)` (returns the files). Calling it with a directory opens the engine."""

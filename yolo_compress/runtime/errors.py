@@ -1,4 +1,4 @@
-"""What can go wrong on the robot and with an engine; the exit codes are those of the package's own family of errors."""
+"""Errors on the robot and of engines. The exit codes are the same as those of the package's other errors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Iterator
 
 
 class RuntimeFailure(Exception):
-    """Base of the family: what a user can mend; printed as one line, without traceback."""
+    """Base class of errors that a user can fix. They are printed as one line, without traceback."""
 
     exit_code = 5
 
 
 class RuntimeUnavailable(RuntimeFailure):
-    """The engine library, a driver or a device is not here.
+    """The engine library, a driver or a device is missing.
 
     Attributes:
         hint: what to install or do.
@@ -28,36 +28,36 @@ class RuntimeUnavailable(RuntimeFailure):
 
 
 class CudaError(RuntimeFailure):
-    """A call of CUDA that failed: out of memory, a lost device, or something that it does not do."""
+    """A CUDA call failed: out of memory, a lost device, or an unsupported operation."""
 
     exit_code = 4
 
 
 class EngineError(RuntimeFailure):
-    """An engine that is altered, truncated, built elsewhere, or cannot do what is asked of it."""
+    """The engine is altered, truncated, built for another machine, or does not support the request."""
 
 
 class NotFinite(EngineError):
-    """A network's output holds NaN or infinity."""
+    """A model's output holds NaN or infinity."""
 
     exit_code = 7
 
 
 class LatencyError(RuntimeFailure):
-    """A measuring process failed; carries its own message and the end of its stderr."""
+    """A measuring process failed. The message has the end of its stderr."""
 
     exit_code = 4
 
 
 class SourceError(RuntimeFailure):
-    """Pictures or labels that were asked for and are not there, or cannot be used."""
+    """Images or labels are missing or cannot be used."""
 
     exit_code = 3
 
 
 @contextmanager
 def naming(path: "str | os.PathLike[str]") -> Iterator[None]:
-    """Names the file in the OSError of a write, which by itself does not say where the disk was full."""
+    """Add the file name to an OSError raised in this block. The error of a failed write has none."""
     try:
         yield
     except OSError as error:
@@ -67,8 +67,8 @@ def naming(path: "str | os.PathLike[str]") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: spaces, tabs and line breaks stay, any other character that cannot be seen becomes its escape."""
+    """Escape the invisible characters of a text for the terminal, except spaces, tabs and line breaks."""
     if text.isprintable():
         return text
-    kept = "\n\t\xa0\u202f\u3000"  # the spaces of French and Japanese names too
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    allowed = "\n\t\xa0\u202f\u3000"  # includes the spaces in French and Japanese names
+    return "".join(c if c.isprintable() or c in allowed else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""What a manifest says of a file: enough to tell whether it is the one that was written."""
+"""The entry of a file in a manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class FileEntry(TypedDict):
-    """Of one file. The manifest maps its name, relative and with `/`, to this."""
+    """Size and digest of one file. A manifest maps the file's relative path, with `/`, to this."""
 
     sha256: str  # hex
     size: int  # bytes

@@ -1,4 +1,4 @@
-"""JSON read strictly: each key once, a depth that Python can follow, and numbers that a float can hold."""
+"""Strict JSON parser: no duplicate keys, limited depth, and only numbers that a float can hold."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 MAX_BYTES = 64 << 20  # a report of 300 classes has 5 MB
-MAX_DIGITS = 18  # of a whole number: 64 bits
+MAX_DIGITS = 18  # digits of a whole number, which then fits in 64 bits
 
 
 def refuse(word: str) -> Any:
-    """NaN and infinity are no JSON."""
+    """Raise ValueError for NaN and infinity, which are not JSON."""
     raise ValueError(f"{word} is no number")
 
 
 def parse(data: bytes, constant: Callable[[str], Any] = refuse) -> Any:
-    """The document.
+    """Parse a JSON document.
 
     Args:
-        constant: gives what NaN, Infinity and -Infinity stand for; refuses them by default.
+        constant: function that converts NaN, Infinity and -Infinity; by default they are refused.
 
     Raises:
-        ValueError: too large, not UTF-8, not JSON, nested too deeply, a key twice, or a number beyond a float's.
+        ValueError: the data is too large, not UTF-8, not JSON, nested too deeply, has a duplicate key or too large a number.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
     try:
         return json.loads(
             data.decode("utf-8-sig"),
-            object_pairs_hook=_once,
+            object_pairs_hook=_unique_keys,
             parse_constant=constant,
             parse_float=_finite,
             parse_int=_whole,
@@ -40,31 +40,31 @@ def parse(data: bytes, constant: Callable[[str], Any] = refuse) -> Any:
 
 
 def read(path: Path, constant: Callable[[str], Any] = refuse) -> Any:
-    """The document of a file; of a larger one, no more than that it is too large.
+    """Parse the JSON document in a file.
 
     Raises:
-        ValueError: as `parse`.
-        OSError: it cannot be read.
+        ValueError: see `parse`.
+        OSError: the file cannot be read.
     """
     return parse(content(path), constant)
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of one that is too large, as many as `parse` refuses.
+    """Read the bytes of a file, up to one byte more than `parse` accepts.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(str(path), "rb") as file:
         return file.read(MAX_BYTES + 1)
 
 
-def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError("key {!a} is there twice".format(next(key for key in keys if keys.count(key) > 1)))
-    return found
+    return document
 
 
 def _finite(text: str) -> float:

@@ -1,9 +1,9 @@
-"""How many detections of an image count."""
+"""Limits of the number of detections per image."""
 
-MAX_DETECTIONS = 100  # of a class in an image, best first: COCO's limit
-MAX_DET = 300  # of an image, that NMS keeps
+MAX_DETECTIONS = 100  # detections per class and image that mAP counts: COCO's limit
+MAX_DET = 300  # detections per image after NMS
 
 
 def counted(max_det: int) -> int:
-    """Detections of a class in an image that mAP counts: COCO's 100, or all that NMS keeps where that was raised."""
+    """Return the number of detections per class and image that mAP counts: COCO's 100, or `max_det` if it is above the default."""
     return MAX_DETECTIONS if max_det <= MAX_DET else max_det

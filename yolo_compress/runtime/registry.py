@@ -1,7 +1,7 @@
-"""The runtimes, a row each. This is the only list of them.
+"""The only list of runtimes, one row each.
 
-Help, recipe, check, lint targets, INT8 files, engines, bench, report, bundle and the robot's commands read it. A new runtime is
-a row here and a `Backend` in `backends/`; docs/extending.md has an example.
+Help, recipe, check, lint targets, INT8 files, engines, bench, report, bundle and the robot's commands read it. To add a runtime,
+add a row here and a `Backend` in `backends/`; docs/extending.md has an example.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ class Int8File(NamedTuple):
 
     Attributes:
         stem: File name without `.onnx`.
-        form: Name of the form: a target of `export.qdq.insert_qdq`, and the row of the report where the runtime as it is
-            installed here takes another file of its own.
-        title: Of such a row.
+        form: Name of the form, a target of `export.qdq.insert_qdq`. The report uses it as the runtime of a row if the installed
+            version of the runtime takes another form.
+        title: Title of such a row in the report.
         lint: Target of `lint` that the file is checked against.
-        zero_point: Of activations: 0 (INT8 codes) or 128 (UINT8 codes). None: no Q/DQ; the scales lie in a file beside it.
-        quantised_outputs: The outputs of convolutions are quantised before the activation, too.
-        half: Floats between the codes are float16, and so are the scales.
+        zero_point: Zero point of activations: 0 (INT8) or 128 (UINT8). None: no Q/DQ; the scales are in a separate file.
+        quantised_outputs: Whether the outputs of convolutions are also quantised before the activation.
+        half: Whether the float tensors between Q/DQ pairs, and the scales, are float16.
     """
 
     stem: str
@@ -37,16 +37,16 @@ class Runtime(NamedTuple):
     """A runtime.
 
     Attributes:
-        name: In recipes, options and engine folders (`onnxruntime-int8`).
-        title: In the report.
+        name: Name in recipes, options and engine folders (`onnxruntime-int8`).
+        title: Name in the report.
         about: Version and device that lint's rules for it were checked with.
         package: Distribution whose version goes into the fingerprint of `engine` and `bench`.
-        needs: What a robot has to have installed.
+        needs: Software that must be installed on a robot.
         backend: `module:class` below `runtime/`, imported on use.
-        int8: INT8 files that `export` writes for it, or none.
-        gpu: Engines run on a GPU: they have no `threads`, and are of one device.
-        opsets: Smallest and largest ONNX operator set that it reads; None where no limit is known.
-        build_options: What `build` takes beside the model and the precision.
+        int8: INT8 files that `export` writes for it.
+        gpu: Whether engines run on a GPU. Then they have no `threads`, and run only on the device they were built on.
+        opsets: Smallest and largest ONNX operator set that it reads; None: no known limit.
+        build_options: Additional options of `build`.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Runtime(NamedTuple):
     build_options: Tuple[str, ...] = ()
 
 
-# From the slowest to the fastest, as measured by bench.py: the last one that is there is the default of a robot.
+# From the slowest to the fastest, as measured by bench.py. The last one that is installed is the default on a robot.
 RUNTIMES: Dict[str, Runtime] = {
     row.name: row
     for row in (
@@ -73,7 +73,7 @@ RUNTIMES: Dict[str, Runtime] = {
             needs="onnxruntime",
             backend="backends.ort:OrtBackend",
             int8=(
-                # It fuses a convolution only with a quantised output.
+                # ONNX Runtime fuses a convolution only if its output is quantised.
                 Int8File("int8-onnxruntime", "onnxruntime", "ONNX Runtime", "onnxruntime", 128, quantised_outputs=True),
             ),
             opsets=(7, 28),
@@ -96,7 +96,7 @@ RUNTIMES: Dict[str, Runtime] = {
             needs="TensorRT with cuda-python or pycuda (JetPack has them)",
             backend="backends.tensorrt.run:TensorRTBackend",
             int8=(
-                # Weakly typed: FP16 is a builder flag there, so floats between INT8 layers are no fault.
+                # Weakly typed: FP16 is a builder flag, so float32 between INT8 layers is not an error.
                 Int8File("int8", "tensorrt10", "TensorRT 8 to 10", "tensorrt-10.3", 0),
                 Int8File("int8-tensorrt11", "tensorrt11", "TensorRT 11", "tensorrt-11.4", 0, half=True),
                 Int8File("int8-implicit", "tensorrt-cache", "TensorRT with calibration cache"),
@@ -110,26 +110,26 @@ RUNTIMES: Dict[str, Runtime] = {
 
 
 def names(gpu: Optional[bool] = None) -> Tuple[str, ...]:
-    """Names of all runtimes, or of those that run on a GPU (True) or on the CPU (False)."""
+    """Return the names of all runtimes, or of those that run on a GPU (True) or on the CPU (False)."""
     return tuple(row.name for row in RUNTIMES.values() if gpu is None or row.gpu == gpu)
 
 
 def titles() -> Dict[str, str]:
-    """Runtime, or form of an INT8 file -> how a report writes it."""
-    found = {row.name: row.title for row in RUNTIMES.values()}
+    """Map each runtime, and each form of an INT8 file, to its title in a report."""
+    title_by_name = {row.name: row.title for row in RUNTIMES.values()}
     for row in RUNTIMES.values():
         for file in row.int8:
-            found.setdefault(file.form, file.title)
-    return found
+            title_by_name.setdefault(file.form, file.title)
+    return title_by_name
 
 
 def qdq_forms() -> Dict[str, Int8File]:
-    """Form -> its Q/DQ file."""
+    """Map each form with Q/DQ to its file."""
     return {file.form: file for row in RUNTIMES.values() for file in row.int8 if file.zero_point is not None}
 
 
 def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
-    """The runtime and the row of an INT8 file, by its name without `.onnx`; None of other files."""
+    """Return the runtime and the row of an INT8 file, by its name without `.onnx`; None for other files."""
     for row in RUNTIMES.values():
         for file in row.int8:
             if file.stem == stem:
@@ -138,6 +138,6 @@ def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
 
 
 def backend(name: str) -> Any:
-    """The `Backend` class of a runtime. Its library is imported when an engine is built or opened, not here."""
+    """Return the `Backend` class of a runtime. Its library is imported only when an engine is built or opened."""
     module, _, attribute = RUNTIMES[name].backend.partition(":")
     return getattr(import_module("." + module, __package__), attribute)

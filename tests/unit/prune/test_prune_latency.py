@@ -15,7 +15,7 @@ from yolo_compress.prune.budget import choose, latency_ms
 from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.graph import prunable
 from yolo_compress.runtime.errors import EngineError
-from yolo_compress.runtime.measure.layer_times import LAYERS, LayerTable, _by_layer, _in_turn, _require_apart, take
+from yolo_compress.runtime.measure.layer_times import LAYERS, LayerTable, _by_layer, _in_turn, _require_own_node, take
 
 HW = (64, 64)
 
@@ -223,9 +223,9 @@ def test_nodes_go_to_the_longest_name_that_they_hold():
 def test_a_convolution_without_a_node_of_its_own_is_named(nodes, message):
     convs = {"a": "/m.1/conv/Conv", "b": "/m.2/conv/Conv"}
     if message is None:
-        return _require_apart(dict.fromkeys(nodes, 1.0), convs, "int8")
+        return _require_own_node(dict.fromkeys(nodes, 1.0), convs, "int8")
     with pytest.raises(EngineError, match=message):
-        _require_apart(dict.fromkeys(nodes, 1.0), convs, "int8")
+        _require_own_node(dict.fromkeys(nodes, 1.0), convs, "int8")
 
 
 def test_the_least_of_all_rounds_counts(monkeypatch):

@@ -259,7 +259,7 @@ def test_older_than_what_ran_here_it_is_taken_in_its_slot_alone(
 
 def test_a_manifest_that_describes_no_bundle_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seal(bundle, {"name": "a", "onnx": {"fp32": "onnx/gone.onnx"}, "names": ["a"], "imgsz": [64, 96]}, 4, None)
-    assert run("detect", bundle) == 5 and "'onnx/gone.onnx', which it does not vouch for" in capsys.readouterr().err
+    assert run("detect", bundle) == 5 and "'onnx/gone.onnx', which has no entry in `files`" in capsys.readouterr().err
     seal(bundle, {"name": "a"}, 4, None)
     assert run("detect", bundle) == 5 and "does not describe a bundle" in capsys.readouterr().err
 
@@ -285,7 +285,7 @@ def test_build_says_on_what_it_built_and_reuses_what_is_up_to_date(
     ("words", "message"),
     [
         (["--precision", "int8"], "no int8 ONNX for onnxruntime"),
-        (["--workspace-mib", "64", "--force"], "are TensorRT's; onnxruntime asked for"),
+        (["--workspace-mib", "64", "--force"], "are for TensorRT; --runtime is onnxruntime"),
     ],
 )
 def test_what_cannot_be_built_is_said(
@@ -296,7 +296,7 @@ def test_what_cannot_be_built_is_said(
 
 def test_an_option_that_means_nothing_here_is_no_up_to_date(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("build", bundle, "--workspace-mib", "64") == 5
-    assert "are TensorRT's; onnxruntime asked for" in capsys.readouterr().err
+    assert "are for TensorRT; --runtime is onnxruntime" in capsys.readouterr().err
 
 
 class Probed:
@@ -373,7 +373,7 @@ def test_an_unreadable_picture_is_named_and_logged(
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,)}")
     shadow = tmp_path / "shadow.jsonl"
     assert detect.main([str(tmp_path / "bad.npy"), "--shadow", str(shadow)], bundle) == 3
-    assert "1 pictures could not be read" in capsys.readouterr().err
+    assert "1 images could not be read" in capsys.readouterr().err
     assert "bad.npy" in json.loads(shadow.read_text())["problem"], "and no pickle was opened"
 
 
@@ -477,7 +477,7 @@ def test_watts_are_of_the_load_and_not_of_the_engines_loading(monkeypatch: pytes
 
         def _rail_loop(self) -> None:
             while not self._over.wait(self._interval_s):
-                self._keep(20.0 if busy[0] else 5.0)
+                self._add_sample(20.0 if busy[0] else 5.0)
 
     @contextmanager
     def slow(folder: Path) -> Iterator[Callable[[Any], Any]]:
@@ -563,7 +563,7 @@ def test_a_latency_table_is_of_floats(
     assert json.loads(capsys.readouterr().out) == ["probe", "openvino", "fp16", "2"]
     with pytest.raises(SystemExit) as ended:
         bench.main(["--latency-table", "probe", "--engine", "openvino-int8"], bundle)
-    assert ended.value.code == 2 and "times float networks" in capsys.readouterr().err
+    assert ended.value.code == 2 and "times models in float" in capsys.readouterr().err
 
 
 def test_a_failed_self_test_is_exit_code_1(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_a_line_that_the_disk_took_in_part_costs_no_other(
     assert [len(line) < 60 for line in lines] == [False, True, False]
     assert [json.loads(line)["frame"] for line in (lines[0], lines[2])] == ["f0", "f3"]
     assert log.lost == 2
-    assert capsys.readouterr().err.count("detection goes on") == 1
+    assert capsys.readouterr().err.count("detection continues") == 1
 
 
 @pytest.mark.fault(63)
@@ -139,7 +139,7 @@ def test_detection_goes_on_without_its_shadow_log(bundle: Path, capsys: pytest.C
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and all(json.loads(line)["detections"] for line in out.splitlines())
     assert err.splitlines()[-2:] == [
-        "/dev/full: No space left on device; detection goes on, these lines of the log are lost",
+        "/dev/full: No space left on device; detection continues, these lines of the log are lost",
         "error: /dev/full: 2 lines could not be written",
     ]
 
@@ -165,9 +165,9 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
 ) -> None:
     monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it was measured"))
     assert bench.main(["--out", "/nowhere/device.json"], bundle) == 6
-    assert "/nowhere/device.json: No such file or directory; give --out FILE" in capsys.readouterr().err
+    assert "/nowhere/device.json: No such file or directory; set --out to a file" in capsys.readouterr().err
     assert bench.main(["--out", "/"], bundle) == 6
-    assert "/: Is a directory; give --out FILE" in capsys.readouterr().err
+    assert "/: Is a directory; set --out to a file" in capsys.readouterr().err
     monkeypatch.setattr(OrtBackend, "build", lambda *_: pytest.fail("it was built"))
     assert build.main(["--out", "/proc/engines", "--runtime", "onnxruntime"], bundle) == 6
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: /proc/engines")

@@ -58,7 +58,7 @@ def test_what_would_not_compare_is_an_error(folder: Path) -> None:
         yolo_folder(folder / "gone", 2)
     for file in (folder / "val/labels").iterdir():
         file.unlink()
-    with pytest.raises(SourceError, match="no label file of any of the 3 images"):
+    with pytest.raises(SourceError, match="no label file for any of the 3 images"):
         yolo_folder(folder / "val", 2)
 
 
@@ -90,10 +90,10 @@ def test_a_coco_json_is_read_by_names(tmp_path: Path) -> None:
             coco(annotations=[{"id": 4, "image_id": 7, "category_id": 3, "bbox": [6, 8, 12, 16], "iscrowd": 1}]),
             "annotation 4 is a crowd",
         ),
-        (coco(annotations=[{"id": 4, "image_id": 8, "category_id": 3, "bbox": [6, 8, 12, 16]}]), "no COCO json"),
-        (coco(images=[{"id": 7, "file_name": ["a.png"], "width": 64, "height": 48}]), "no COCO json"),
-        ({"images": []}, "no COCO json"),
-        ([], "no COCO json"),
+        (coco(annotations=[{"id": 4, "image_id": 8, "category_id": 3, "bbox": [6, 8, 12, 16]}]), "not a COCO json"),
+        (coco(images=[{"id": 7, "file_name": ["a.png"], "width": 64, "height": 48}]), "not a COCO json"),
+        ({"images": []}, "not a COCO json"),
+        ([], "not a COCO json"),
     ],
 )
 def test_a_coco_json_that_would_not_compare_is_an_error(document: Any, message: str, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, mo
 
 
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleRefused, match="gate None, an object expected"):
+    with pytest.raises(BundleRefused, match="gate is None, a JSON object expected"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
 
 
@@ -150,7 +150,7 @@ def test_one_key_of_two_products_installs_neither_over_the_other(tmp_path: Path)
     slots = Slots(tmp_path / "root")
     put(slots, make_bundle(tmp_path / "forklift", 100, name="forklift"))
     mower = make_bundle(tmp_path / "mower", 101, name="lawnmower")
-    with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* runs 'forklift'; .* another --root"):
+    with pytest.raises(BundleRefused, match=r"of 'lawnmower', but .* is of 'forklift'; .* another --root"):
         put(slots, mower, build=lambda slot: pytest.fail("it was run"))
     validate(status(slots), Status)
     assert running(slots) == 100 and status(slots)["slots"]["b"] is None
@@ -200,7 +200,7 @@ def test_a_rollback_of_a_rollback_is_refused_and_switch_undoes_it(tmp_path: Path
     with pytest.raises(EngineError, match="nothing is installed"):
         rollback(slots, fake_health)
     put(slots, make_bundle(tmp_path / "1", 1))
-    with pytest.raises(EngineError, match="holds nothing that passed"):
+    with pytest.raises(EngineError, match="holds no tested bundle"):
         rollback(slots, fake_health)
     put(slots, make_bundle(tmp_path / "2", 2))
     with pytest.raises(EngineError, match="nothing newer"):

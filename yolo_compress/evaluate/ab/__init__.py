@@ -1,1 +1,1 @@
-"""Is model B as good as model A? Both sides, the comparison at one threshold, latency, and the document."""
+"""A/B comparison of two models: opening both models, comparison at one threshold, latency ratio, and the document."""

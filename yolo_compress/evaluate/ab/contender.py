@@ -1,8 +1,8 @@
-"""A side of an A/B comparison: an engine, an ONNX file or a checkpoint that is run, or a row of a bench that was measured.
+"""One model of an A/B comparison: an engine, an ONNX file or a checkpoint that is run now, or a measured row of a bench.
 
-Each has `label` (as it was named), `imgsz` (height and width in px, None where any will do), `runs` (whether images are run),
-and `detections(data, imgsz, progress)`: one N6 array for each image of `data.val`, and what was executed. RecipeError where
-classes, size or images are not those asked for.
+Each has `label` (the text on the command line), `imgsz` (height and width in px; None: any), `runs` (whether inference is run), and
+`detections(data, imgsz, progress)`. This returns one N6 array for each image of `data.val`, and the executed arithmetic. It raises
+RecipeError if classes, size or images differ from the data set.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from yolo_compress.store.manifest import MANIFEST, Artifact, Manifest, payload, 
 
 Progress = Callable[[int], Any]
 Size = tuple[int, int]
-_SAME_MAP = 1e-9  # detections are kept exactly; only the order of sums differs
+_SAME_MAP = 1e-9  # stored detections are exact; only the order of sums differs
 
 
 @dataclass
 class Engine:
-    """An engine directory; a bare .onnx becomes one for ONNX Runtime in the scratch folder."""
+    """An engine directory. For a bare .onnx, an engine for ONNX Runtime is built in the scratch folder."""
 
     label: str
     folder: Path
@@ -55,13 +55,13 @@ class Engine:
         return found["detections"], found["executed"]
 
     def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> Spec:
-        """For `measure_in_turn`."""
+        """Return the spec for `measure_in_turn`."""
         return {"engine": str(self.folder)}
 
 
 @dataclass
 class Checkpoint:
-    """A stock Ultralytics .pt on torch, as Ultralytics runs it: BatchNorm folded into the convolutions."""
+    """An Ultralytics .pt on torch, with BatchNorm folded into the convolutions, as Ultralytics runs it."""
 
     label: str
     file: Path
@@ -85,7 +85,7 @@ class Checkpoint:
         return found["detections"], f"{found['executed']} (torch)"
 
     def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> Spec:
-        """For `measure_in_turn`."""
+        """Return the spec for `measure_in_turn`."""
         from yolo_compress.evaluate.torch_latency import spec
 
         return spec(self.module, self._names(), imgsz, scratch)
@@ -93,7 +93,7 @@ class Checkpoint:
 
 @dataclass
 class Measured:
-    """A row of a bench artefact: what it kept is used and nothing is run."""
+    """A row of a bench artefact. Its stored detections and latencies are used; no inference is run."""
 
     label: str
     bench: Artifact
@@ -121,7 +121,7 @@ class Measured:
         return found, self.row["executed"]
 
     def rounds(self) -> Rounds:
-        """Its latencies by round, ms."""
+        """Return the latencies by round, ms."""
         return json.loads(self.bench.file("latency.json").read_text())[row_name(self.row)]
 
 
@@ -129,15 +129,15 @@ Contender = Engine | Checkpoint | Measured
 
 
 def open_contender(text: str, scratch: Path) -> Contender:
-    """Finds out what `text` names, and that its bytes are those that were vouched for.
+    """Open the model that `text` names, and check its files against their recorded digests.
 
     Args:
         text: path of an engine folder, .onnx or .pt, or BENCH:ROW.
-        scratch: folder for an engine made of a bare .onnx.
+        scratch: folder for the engine that is built from a bare .onnx.
 
     Raises:
-        RecipeError: it names none of these, or a row that is not there.
-        CorruptArtifact, EngineError: bytes that were altered.
+        RecipeError: the text names none of these, or a row that does not exist.
+        CorruptArtifact, EngineError: a file was altered.
     """
     path, colon, name = Path(text), *text.rpartition(":")[1:]
     if path.suffix == ".pt":
@@ -161,7 +161,7 @@ def _measured(text: str, folder: Path, name: str) -> Measured:
         raise RecipeError(
             f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
         )
-    with suppress(ValueError):  # of a damaged one `read_artifact` says what is wrong
+    with suppress(ValueError):  # if the manifest is damaged, `read_artifact` below reports it
         stage = Manifest.from_json(json_text.content(folder / MANIFEST)).stage
     if stage != "bench":
         raise RecipeError(
@@ -179,17 +179,17 @@ def _measured(text: str, folder: Path, name: str) -> Measured:
 
 
 def one_size(both: Sequence[Contender], asked: Size | None) -> Size:
-    """The size that both take.
+    """Return the input size (height, width) in px that both models take.
 
     Raises:
-        RecipeError: they differ, or nothing says.
+        RecipeError: the sizes differ, or no size is given.
     """
     sizes = {side.label: side.imgsz for side in both if side.imgsz is not None}
     if asked is not None:
         sizes["imgsz"] = asked
     if len(set(sizes.values())) > 1:
-        said = ", ".join(f"{label} is {size[0]}x{size[1]} px" for label, size in sizes.items())
-        raise RecipeError(f"A/B compares at one size (height x width): {said}")
+        described = ", ".join(f"{label} is {size[0]}x{size[1]} px" for label, size in sizes.items())
+        raise RecipeError(f"A/B compares at one size (height x width): {described}")
     if not sizes:
         raise RecipeError("two checkpoints take any size: say which, as in imgsz=640")
     return next(iter(sizes.values()))

@@ -1,4 +1,4 @@
-"""Is model B as good as model A? The A/B document (schema 1): differences on the same images, with intervals, and a verdict."""
+"""The A/B document (schema 1): differences between models A and B on the same images, with intervals, and a verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yolo_compress.runtime.limits import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import AREAS, match, precision
 
 SCHEMA = 1
-MIN_IMAGES = 10  # with objects: resamplings of fewer say nothing of images that are not among them
+MIN_IMAGES = 10  # minimum number of images with objects; a bootstrap over fewer says nothing about other images
 SIZES = tuple(name for name in AREAS if name != "all")
 
 
@@ -40,22 +40,22 @@ def compare(
     """Compare two models' detections of the same images.
 
     Args:
-        truths: one N5 array an image: class, xyxy in px.
-        detections_a, detections_b: one N6 array an image: xyxy, score, class; all scores that mAP counts, not the shown alone.
-        names: of the classes.
+        truths: one N5 array per image: class, xyxy in px.
+        detections_a, detections_b: one N6 array per image: xyxy in px, score, class. All scores above 0.001, not only above `conf`.
+        names: class names in the order of their index.
         margin: share of A's mAP50-95 that B may lose.
-        conf: threshold that the models are deployed with.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
-        max_det: detections of an image that NMS kept in both.
-        latency_a, latency_b: ms of single inferences by round, both taken in turn; or neither.
-        about_a, about_b: what the document says of each; by default the labels A and B.
+        conf: score threshold in deployment.
+        max_det: largest number of detections per image after NMS, the same for both.
+        replicates: number of bootstrap replicates.
+        seed: seed of the bootstrap.
+        latency_a, latency_b: latencies in ms by round, measured in turn; None: no latency.
+        about_a, about_b: description of each model; default: the labels A and B.
         image_set: digest of the images.
 
     Raises:
-        DataError: no ground truth at all, or a truth of a class without a name.
-        RecipeError: a setting out of range.
-        ValueError: not the same number of images, or what `latency_ratio` refuses.
+        DataError: there is no ground truth, or a truth has a class without a name.
+        RecipeError: a setting is out of range.
+        ValueError: the numbers of images differ, or `latency_ratio` rejects the latencies.
     """
     for key, value in (("margin", margin), ("conf", conf)):
         if not 0 <= value <= 1:
@@ -98,16 +98,16 @@ def compare(
 
 
 def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
-    """Pass where the whole interval of the difference lies above -margin x A's mAP, fail where it lies below, else neither.
+    """Decide whether B is as good as A: pass if the whole interval of the difference is above -margin x A's mAP, fail if below.
 
     Args:
-        map50_95: of all classes; there are objects.
+        map50_95: difference over all classes; there must be objects.
         margin: share of A's mAP that B may lose.
-        images: with objects; under MIN_IMAGES nothing is decided.
+        images: number of images with objects. With fewer than MIN_IMAGES the verdict is "inconclusive".
 
     Returns:
-        The verdict. `smallest_difference` is half the width of the interval, which is the smallest true difference that would
-        stand out from these images.
+        The verdict. `smallest_difference` is half the width of the interval, the smallest true difference that these images can
+        show.
     """
     a, b, delta = map50_95["a"], map50_95["b"], map50_95["delta"]
     low, high = map50_95["low"], map50_95["high"]
@@ -138,7 +138,7 @@ def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
 
 
 def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str) -> Total:
-    """mAP over all areas, mean over the classes that have truths; with the interval of each model too."""
+    """Return the difference of mAP over all areas (mean over the classes with truths), with the interval of each model."""
 
     def over(model: Replicates) -> np.ndarray:
         return over_classes(model.ap50_RK if what == "ap50" else model.ap50_95_RAK[:, 0])
@@ -149,7 +149,7 @@ def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str)
 
 
 def _difference(a: float, b: float, drawn_a_R: np.ndarray, drawn_b_R: np.ndarray) -> Difference:
-    """B less A, and its interval; None throughout where there is no truth."""
+    """Return the difference B - A and its interval; all None if there is no truth."""
     if not np.isfinite(a):
         return {"a": None, "b": None, "delta": None, "low": None, "high": None}
     low, high = interval(drawn_b_R - drawn_a_R)

@@ -1,4 +1,4 @@
-"""How much faster one model is than another, with an interval, from samples of both taken in turn."""
+"""Ratio of the latencies of two models, with an interval, from samples that were measured in turn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import numpy as np
 from yolo_compress.evaluate.ab.schema import LatencyRatio
 from yolo_compress.evaluate.bootstrap import interval
 
-Rounds = Sequence[Sequence[float]]  # samples of one inference in ms, a list a round
+Rounds = Sequence[Sequence[float]]  # latencies in ms, one list per round
 
 
 def latency_ratio(rounds_a: Rounds, rounds_b: Rounds, replicates: int, seed: int) -> LatencyRatio:
-    """Bootstrap of the ratio of medians, in two steps: rounds (the same of both, as they share the machine's mood), then samples.
+    """Bootstrap the ratio of the median latencies in two steps: resample the rounds, then the samples in each round.
+
+    The same rounds are drawn for both models, because both share the state of the machine in a round.
 
     Raises:
-        ValueError: not as many rounds of one as of the other, or a round without samples.
+        ValueError: the numbers of rounds differ, or a round has no samples.
     """
     if len(rounds_a) != len(rounds_b) or not all([*rounds_a, *rounds_b]) or not rounds_a:
         raise ValueError(f"{len(rounds_a)} and {len(rounds_b)} rounds, as many of both with samples in each expected")

@@ -1,8 +1,8 @@
-"""Two models at the threshold they are deployed with: what each finds and misses, and where they differ.
+"""Compare two models at the score threshold of the deployment: objects found and missed, and images where the models differ.
 
-A truth is found by the detection that COCO's matching at IoU 0.5 gives it. The two models' detections are paired by the same
-rule, B's with A's, to say how far boxes and scores moved. A detection is shown if its score exceeds the threshold, as in
-`runtime.detect.post.nms`. Shape suffixes: N truths, D detections.
+A detection is shown if its score exceeds the threshold, as in `runtime.detect.post.nms`. A truth is found if a shown detection
+matches it by COCO's rule at IoU 0.5. B's detections are matched with A's by the same rule, to measure how boxes and scores moved.
+Shape suffixes: N truths, D detections, I images.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from yolo_compress.evaluate.ab.schema import Flip, McNemar, Operating, Shown
 from yolo_compress.runtime.measure.coco_map import IOUS_T, Matches, box_iou, match, sized
 
 IOU = float(IOUS_T[0])
-_STEP = 1e4  # thresholds are given to four digits
+_STEP = 1e4  # thresholds have four decimals
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What a model shows, image by image, and which truths that finds."""
+    """The shown detections of a model by image, and the truths that they find."""
 
     shown: list[np.ndarray]
     found_N: np.ndarray
-    wrong: list[np.ndarray]  # which of an image's shown detections find nothing, one D array an image
+    wrong: list[np.ndarray]  # one mask per image: shown detections that match no truth
 
     @classmethod
     def at(
@@ -60,17 +60,17 @@ def operating(
     conf: float,
     most: int,
 ) -> tuple[Operating, list[Flip]]:
-    """The sections `operating` and `flips` of the A/B document.
+    """Compute the sections `operating` and `flips` of the A/B document.
 
     Args:
-        truths, detections_a, detections_b: as `match` takes them; there is at least one truth.
-        all_b: B's matches over all areas first, at every score.
-        conf: threshold of both.
-        most: detections of a class in an image that count.
+        truths, detections_a, detections_b: see `match`; there must be a truth.
+        all_b: matches of B with all scores; its first area range is "all".
+        conf: score threshold of both models.
+        most: limit of detections per class and image.
 
     Returns:
-        Both models at `conf`; and the images where B lost or gained a truth or shows something wrong that A does not, most lost
-        first.
+        The comparison at `conf`. And the images where B loses or gains a truth or shows a false detection that A does not, sorted
+        by the number of lost truths.
     """
     a, b = (_Model.at(truths, rows, all_b.classes, conf, most) for rows in (detections_a, detections_b))
     a_only_N, b_only_N = a.found_N & ~b.found_N, b.found_N & ~a.found_N
@@ -99,18 +99,19 @@ def operating(
 
 
 def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
-    """Exact test of whether truths that one model alone finds are A's as often as B's; each image counts as one observation.
+    """Test whether A and B find equally many truths that the other one misses. Each image is one observation.
 
-    Errors come by image (a dark one loses all of its objects), so a test over boxes calls equal models different. Here each
-    image's difference may have either sign (a permutation test): p is the two-sided share of all sign patterns whose sum is at
-    least as far from 0. Where every image has one such truth at most, that is McNemar's exact test.
+    Errors in an image are correlated (in a dark image all objects may be missed), so a test over boxes would find differences
+    between equal models. This is an exact permutation test: the sign of each image's difference is random, and p is the two-sided
+    share of sign patterns whose sum is at least as far from 0. If every image has at most one such truth, it is McNemar's exact
+    test.
 
     Args:
-        a_only_I, b_only_I: truths of each image that one model alone finds.
+        a_only_I, b_only_I: number of truths in each image that only A or only B finds.
     """
     difference_I = np.asarray(a_only_I, np.int64) - np.asarray(b_only_I, np.int64)
     sizes = np.abs(difference_I[difference_I != 0])
-    chance = np.ones(1)  # of each sum from -total to total
+    chance = np.ones(1)  # probability of each sum from -total to total
     for size in sizes:
         wider = np.zeros(len(chance) + 2 * size)
         wider[: len(chance)] += chance / 2
@@ -127,7 +128,7 @@ def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
 
 
 def restoring_threshold(matches: Matches, wanted: int) -> float | None:
-    """The highest threshold, to four digits, with which a model finds so many truths; None where no threshold does."""
+    """Return the highest threshold, with four decimals, at which a model finds `wanted` truths; None if it never does."""
     score_D = np.sort(matches.score_D[matches.truth_ATD[0, 0] >= 0])[::-1]
     if wanted > len(score_D):
         return None
@@ -142,7 +143,11 @@ def restoring_threshold(matches: Matches, wanted: int) -> float | None:
 
 
 def _paired(a: _Model, b: _Model, classes: int, most: int) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Scores and IoU of each of B's detections that A has too; and how many wrong ones of B in each image A has not."""
+    """Pair B's shown detections with A's.
+
+    Returns:
+        Scores and IoU of the pairs; and for each image, the number of B's false detections without a partner in A.
+    """
     as_truths = [np.column_stack([rows[:, 5], rows[:, :4]]) for rows in a.shown]
     pairs = match(as_truths, b.shown, classes, ("all",), most)
     both_D = pairs.truth_ATD[0, 0] >= 0

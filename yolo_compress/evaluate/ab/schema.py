@@ -1,4 +1,4 @@
-"""The types of the A/B document, schema 1: the baseline or any model A against B. Figures that do not exist are null."""
+"""Types of the A/B document, schema 1, which compares a model A (often the baseline) with a model B. Missing figures are null."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing_extensions import TypedDict
 
 
 class Side(TypedDict):
-    """What the document says of one model."""
+    """Description of one model."""
 
     label: str
-    row: NotRequired[str]  # id of its bench row; absent where `ab` made the document
-    executed: NotRequired[str]  # the arithmetic that ran, in words; of `ab` alone, as `imgsz`
-    imgsz: NotRequired[list[int]]  # [height, width] of the input, px
+    row: NotRequired[str]  # id of its bench row; absent if `ab` made the document
+    executed: NotRequired[str]  # the executed arithmetic, in words; present only if `ab` made the document
+    imgsz: NotRequired[list[int]]  # [height, width] of the input, px; present only if `ab` made the document
 
 
 class Settings(TypedDict):
@@ -21,17 +21,19 @@ class Settings(TypedDict):
     conf: float  # score that a detection must exceed to be shown
     replicates: int  # bootstrap resamples
     seed: int
-    iou: float  # at which a detection finds an object
+    iou: float  # IoU from which a detection finds an object
 
 
 class ABVerdict(TypedDict):
     status: Literal["pass", "fail", "inconclusive"]
     line: str
-    smallest_difference: float | None  # in map50_95 that these images can show; null without an interval
+    smallest_difference: (
+        float | None
+    )  # smallest difference in map50_95 that these images can show; null without an interval
 
 
 class Difference(TypedDict):
-    """mAP of both models; all null where there is no object."""
+    """mAP of both models; all null without objects."""
 
     a: float | None
     b: float | None
@@ -46,24 +48,24 @@ class Total(Difference):
 
 
 class Part(Difference):
-    name: str  # of a class, or "small", "medium", "large"
-    truths: int  # objects
+    name: str  # name of a class, or "small", "medium", "large"
+    truths: int  # number of objects
 
 
 class Shown(TypedDict):
     """One model at score `conf`."""
 
     recall: float
-    missed: int  # objects
+    missed: int  # number of missed objects
     false_positives: int
     false_positives_per_image: float
 
 
 class McNemar(TypedDict):
-    a_only: int  # objects that A alone finds
+    a_only: int  # objects that only A finds
     b_only: int
-    images: int  # where the models differ
-    p: float  # of McNemar's exact test by image
+    images: int  # images where the models differ
+    p: float  # p value of McNemar's exact test by image
 
 
 class ScoreShift(TypedDict):
@@ -87,7 +89,7 @@ class Operating(TypedDict):
     a: Shown
     b: Shown
     mcnemar: McNemar
-    threshold_b: float | None  # score at which B has A's recall; null where it has none
+    threshold_b: float | None  # score threshold at which B has A's recall; null if there is none
     score_shift: ScoreShift
     agreement: Agreement
 
@@ -96,9 +98,9 @@ class Flip(TypedDict):
     """An image on which the models differ."""
 
     image: int  # index in the validation images
-    lost: int  # objects that A alone finds
-    gained: int  # objects that B alone finds
-    new_false_positives: int  # of B, that A does not have
+    lost: int  # objects that only A finds
+    gained: int  # objects that only B finds
+    new_false_positives: int  # false positives that only B has
 
 
 class PrecisionCurves(TypedDict):
@@ -114,12 +116,12 @@ class LatencyRatio(TypedDict):
     ratio: float  # A / B: above 1, B is faster
     low: float | None  # ends of the 95 % interval of the ratio
     high: float | None
-    a: NotRequired[Side]  # which rows were timed; absent where `ab` made the document
+    a: NotRequired[Side]  # rows that were timed; absent if `ab` made the document
     b: NotRequired[Side]
 
 
 class AB(TypedDict):
-    """The document."""
+    """The A/B document."""
 
     schema: int
     a: Side

@@ -1,1 +1,1 @@
-"""One file or folder a runtime, each a `Backend` (base.py)."""
+"""Backends: one file or folder for each runtime. Each implements `Backend` (base.py)."""

@@ -1,7 +1,7 @@
-"""The Backend protocol, and the sidecar that vouches for an engine: one directory = engine files + `engine.json`.
+"""The Backend protocol, and the sidecar of an engine. An engine directory holds engine files and the sidecar, `engine.json`.
 
-The sidecar holds what the engine was built from and by, and the sha256 of each file; `load_info` compares them before a
-byte is handed to an engine library's deserialiser.
+The sidecar has the source ONNX, the library, and the SHA-256 of each file. `load_info` checks the files before an engine library
+deserialises them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 SIDECAR = "engine.json"
 PRECISIONS = ("fp32", "fp16", "int8")
-Options = Dict[str, Union[bool, int, float, str, None]]  # of a build, as the sidecar keeps them
+Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the sidecar
 
 
 class Backend(Protocol):
@@ -47,7 +47,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """What was asked for: fp32, fp16 or int8."""
+        """The requested precision: fp32, fp16 or int8. See `executed` for the precision that runs."""
 
     @property
     def imgsz(self) -> Tuple[int, int]:
@@ -55,26 +55,31 @@ class Backend(Protocol):
 
     @property
     def channels(self) -> int:
-        """Channels of the input: 3, RGB; or 1, grey."""
+        """Channels of the input: 3 (RGB) or 1 (grey)."""
 
     @property
     def batch(self) -> Optional[int]:
-        """Images a call takes; None = any number."""
+        """Number of images per call; None: any number."""
 
     @property
     def executed(self) -> str:
-        """In words, the arithmetic that the library really chose on this machine."""
+        """The arithmetic that the library chose on this machine, in words."""
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
-        """float32 RGB (or grey) in 0..1 to output_B(4+nc)A float32: centre x, y, width, height in letterboxed px, then scores.
+        """Run one inference.
 
-        With `copy=False` the output may be the library's own memory, which the next call overwrites.
+        Args:
+            images_BCHW: float32 RGB or grey in 0..1.
+            copy: False: the output may be memory of the library, which the next call overwrites.
+
+        Returns:
+            output_B(4+nc)A, float32: centre x, centre y, width, height in letterboxed px, then class scores.
         """
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """A call without arguments that runs once on these images and returns when done.
+        """Return a function without arguments that runs one inference on these images and returns when it is done.
 
-        What latency is taken on: copies between host and device memory are left out where the two differ.
+        Latency is measured on it. On a GPU it does not include copies between host and device memory.
         """
 
     def __enter__(self) -> "Backend": ...
@@ -83,13 +88,13 @@ class Backend(Protocol):
 
 
 class EngineBackend(Backend, Protocol):
-    """A backend of an engine library, which can time the nodes of its graph."""
+    """A backend of an engine library that can time the nodes of its graph."""
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Least milliseconds of each node over `runs` profiled inferences, by the library's name of the node.
+        """Return the minimum time of each node in ms over `runs` profiled inferences, by the library's name of the node.
 
-        Other work only ever makes a node slower, and may take the processor away at the same node of nearly every run: the
-        median of a node of 2 ms was then 40.
+        The minimum is used because other processes can only make a node slower. They may interrupt nearly every run at the
+        same node: the median of a node of 2 ms was then 40 ms.
         """
 
     def __enter__(self) -> "EngineBackend": ...
@@ -97,7 +102,17 @@ class EngineBackend(Backend, Protocol):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The sidecar. `files` has the entry of each file by its name; it is empty for a bare ONNX file."""
+    """The contents of the sidecar.
+
+    Attributes:
+        imgsz: height and width of the input, px.
+        names: class names in the order of their index.
+        onnx_sha256: SHA-256 of the ONNX file that the engine was built from.
+        library: version of the engine library.
+        files: file name -> its size and SHA-256; empty for a bare ONNX file.
+        built_on: the machine that built the engine.
+        options: build options.
+    """
 
     runtime: str
     precision: str
@@ -112,7 +127,7 @@ class EngineInfo:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
+    """Return the SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b""):
@@ -129,10 +144,10 @@ def describe_onnx(
     imgsz: Optional[Tuple[int, int]] = None,
     options: Optional[Options] = None,
 ) -> EngineInfo:
-    """EngineInfo of an ONNX file that is about to be built or opened as it is; names and imgsz default to its metadata.
+    """Return the EngineInfo of an ONNX file that will be built or opened. names and imgsz default to the file's metadata.
 
     Raises:
-        EngineError: no such file, unknown precision, or no names and imgsz to be had.
+        EngineError: the file does not exist, the precision is unknown, or the names or imgsz are not known.
     """
     if precision not in PRECISIONS:
         raise EngineError(f"precision {precision!r}: one of {', '.join(PRECISIONS)} expected")
@@ -154,7 +169,7 @@ def describe_onnx(
 
 
 def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> EngineInfo:
-    """Hash the engine files and write the sidecar, last; returns the info with `files` filled in."""
+    """Hash the engine files and write the sidecar. Return the info with `files` filled in."""
     hashed: Dict[str, FileEntry] = {
         name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size}
         for name in sorted(files)
@@ -175,11 +190,11 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     """Read the sidecar and verify every engine file against it.
 
     Args:
-        directory: of the engine.
-        onnx_sha256: if given, the ONNX that the engine has to come from.
+        directory: directory of the engine.
+        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from; None: any.
 
     Raises:
-        EngineError: no or damaged sidecar, a file missing, altered or truncated, or another source ONNX.
+        EngineError: the sidecar is missing or damaged, a file is missing, altered or truncated, or the source ONNX is another.
     """
     sidecar = directory / SIDECAR
     info = _read_sidecar(sidecar)
@@ -187,26 +202,26 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
         raise EngineError(
             f"{directory}: built from ONNX {info.onnx_sha256[:16]}, {onnx_sha256[:16]} expected; build the engine again"
         )
-    for name, vouched in info.files.items():
+    for name, entry in info.files.items():
         path = directory / name
         if Path(name).name != name or name == "..":
             raise EngineError(f"{sidecar}: file name {name!r} leaves the directory; refused")
         if not path.is_file():
             raise EngineError(f"{path}: missing; build the engine again")
-        if path.stat().st_size != vouched["size"]:
+        if path.stat().st_size != entry["size"]:
             raise EngineError(
-                f"{path}: {path.stat().st_size} bytes, {vouched['size']} expected (truncated?); build the engine again"
+                f"{path}: {path.stat().st_size} bytes, {entry['size']} expected (truncated?); build the engine again"
             )
-        if sha256_file(path) != vouched["sha256"]:
+        if sha256_file(path) != entry["sha256"]:
             raise EngineError(f"{path}: sha256 is not the one in {SIDECAR} (altered); not loaded, build it again")
     return info
 
 
 def _read_sidecar(sidecar: Path) -> EngineInfo:
-    """The sidecar, if it has the form that `save_info` writes."""
+    """Read the sidecar and check its format."""
     try:
         info = _from_json(json_text.read(sidecar))
-        formed = all(isinstance(vouched["sha256"], str) and vouched["size"] >= 0 for vouched in info.files.values())
+        formed = all(isinstance(entry["sha256"], str) and entry["size"] >= 0 for entry in info.files.values())
     except OSError as error:
         raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -222,29 +237,33 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
 def resolve(
     path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
 ) -> EngineInfo:
-    """Info of an engine directory (verified), or of a bare ONNX file where the runtime can open one.
+    """Return the verified info of an engine directory, or the info of a bare ONNX file.
 
     Args:
-        engine_files: what the runtime is going to open; the sidecar has to vouch for each.
+        precision: precision that the engine must have; None: any. For a bare ONNX file, its precision (default fp32).
+        library: version of the engine library.
+        engine_files: files that the runtime will open; the sidecar must list each.
 
     Raises:
-        EngineError: also if a directory holds another runtime's engine or another precision than `precision`.
+        EngineError: see `load_info`; or the engine is of another runtime or precision.
     """
     if not path.is_dir():
         return describe_onnx(path, runtime, precision or "fp32", library)
     info = load_info(path)
     if info.runtime != runtime:
         raise EngineError(f"{path}: holds an engine of {info.runtime}, not of {runtime}")
-    unvouched = [name for name in engine_files if name not in info.files]
-    if unvouched:
-        raise EngineError(f"{path / SIDECAR}: does not vouch for {', '.join(unvouched)}; build the engine again")
+    unlisted = [name for name in engine_files if name not in info.files]
+    if unlisted:
+        raise EngineError(f"{path / SIDECAR}: has no entry for {', '.join(unlisted)}; build the engine again")
     if precision is not None and precision != info.precision:
-        raise EngineError(f"{path}: holds {info.precision}, {precision} was asked for; nothing is converted on loading")
+        raise EngineError(
+            f"{path}: holds {info.precision}, {precision} expected; an engine is not converted on loading"
+        )
     return info
 
 
 def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
-    """Refuse an engine whose output [B, 4 + nc, A] contradicts its class names."""
+    """Raise EngineError if the output shape is not [B, 4 + number of classes, A]."""
     if len(shape) != 3 or (isinstance(shape[1], int) and shape[1] >= 0 and shape[1] != 4 + len(info.names)):
         raise EngineError(
             f"{where}: output {list(shape)}, [batch, {4 + len(info.names)}, anchors] expected for "
@@ -253,14 +272,18 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
 
 
 def check_channels(channels: Any, where: Path) -> int:
-    """Refuse an engine whose input is neither RGB nor grey."""
+    """Return the number of input channels; raise EngineError if it is neither 3 (RGB) nor 1 (grey)."""
     if channels not in (1, 3):
         raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
     return int(channels)
 
 
 def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
-    """The images as a contiguous array, or ValueError if their type or shape is not what the engine takes."""
+    """Return the images as a contiguous array.
+
+    Raises:
+        ValueError: the engine does not take their type or shape.
+    """
     batch = backend.batch
     wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
     shape = images_BCHW.shape
@@ -270,7 +293,7 @@ def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
 
 
 def census_words(precision: str, counts: Dict[str, int]) -> str:
-    """What was executed, from the number of convolutions by arithmetic ({"fp32": 7, "int8": 57}); honest in words."""
+    """Describe the executed arithmetic in words, from the number of convolutions by type ({"fp32": 7, "int8": 57})."""
     total = sum(counts.values())
     if not total:
         return f"{precision} asked; no convolution could be read from the library's report"

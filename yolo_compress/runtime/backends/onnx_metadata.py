@@ -1,4 +1,4 @@
-"""Metadata of an ONNX file without the onnx package: walks the top-level protobuf fields and skips the graph."""
+"""Read the metadata of an ONNX file without the onnx package. Only the top-level protobuf fields are parsed, not the graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _varint(data: memoryview, at: int) -> Tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """(number, payload) of length-delimited fields; others are passed over."""
+    """Yield (number, payload) of the length-delimited fields; skip the others."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -46,10 +46,10 @@ def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
 
 
 def metadata(path: Path) -> Dict[str, str]:
-    """`metadata_props` of an ONNX file.
+    """Return the `metadata_props` of an ONNX file.
 
     Raises:
-        EngineError: the file cannot be read as ONNX (truncated, or something else).
+        EngineError: the file is not ONNX, or is truncated.
     """
     try:
         props = {}
@@ -63,10 +63,10 @@ def metadata(path: Path) -> Dict[str, str]:
 
 
 def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
-    """Class names and input size (height, width), from the metadata that Ultralytics' loaders use too.
+    """Return the class names and the input size (height, width) in px, from the metadata that Ultralytics uses too.
 
     Raises:
-        EngineError: the file says nothing of the two.
+        EngineError: the metadata lacks class names or input size.
     """
     props = metadata(path)
     try:
@@ -82,7 +82,7 @@ def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
 
 
 def _literal(text: str) -> Any:
-    """JSON or a Python literal: Ultralytics writes str(dict)."""
+    """Parse JSON or a Python literal, since Ultralytics writes str(dict)."""
     try:
         return json.loads(text)
     except ValueError:

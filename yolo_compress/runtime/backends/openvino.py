@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU. The engine is IR (.xml + .bin), compiled for the machine at load."""
+"""OpenVINO on the CPU. The engine is an IR (.xml + .bin) that is compiled for the machine when it is opened."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ def _library() -> Any:
         import openvino
     except ImportError as error:
         raise RuntimeUnavailable(f"openvino does not import ({error})", "pip install openvino") from error
-    # The first tensor of a process sets up types; two threads that make it at once wait for each other for ever (2026.4).
+    # The first tensor of a process initialises types. Two threads that create it at the same time deadlock (2026.4).
     with _TYPES:
         _ = openvino.Tensor(np.zeros(1, np.float32), shared_memory=True).data
     return openvino
 
 
 class OpenVINOBackend:
-    """An engine directory or a bare .onnx on OpenVINO's CPU plugin, tuned for latency.
+    """Backend for OpenVINO's CPU plugin, tuned for latency.
 
-    fp32 and int8 set INFERENCE_PRECISION_HINT to f32, because the plugin otherwise runs them (int8: its float layers) in
-    bf16 on processors that have it, which moves boxes by a pixel. fp16 leaves the choice to the plugin: bf16, f16 or
-    f32; `executed` says which.
+    fp32 and int8 set INFERENCE_PRECISION_HINT to f32. Otherwise the plugin runs float layers in bf16 on processors that have
+    it, which moves boxes by a pixel. fp16 leaves the choice of bf16, f16 or f32 to the plugin; `executed` says which.
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
-        threads: of one inference; None = every usable processor.
-        precision: that the engine must have (directory) or has (bare file, default fp32).
+        threads: threads of one inference; None: one per usable processor.
+        precision: precision that an engine directory must have; None: any. For an ONNX file, its precision (default fp32).
 
     Raises:
         RuntimeUnavailable: the library is missing.
-        EngineError: an altered or contradictory engine, or one that the library rejects.
+        EngineError: the engine is altered or inconsistent, or the library rejects it.
     """
 
     def __init__(self, path: Path, threads: Optional[int] = None, precision: Optional[str] = None) -> None:
@@ -89,7 +88,7 @@ class OpenVINOBackend:
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         images_BCHW = check_input(images_BCHW, self)
-        request = self._compiled.create_infer_request()  # of its own: a request keeps the tensor it was given last
+        request = self._compiled.create_infer_request()  # a separate one, because a request holds its last input tensor
         request.set_input_tensor(_library().Tensor(images_BCHW, shared_memory=True))
 
         def run(_held: np.ndarray = images_BCHW) -> None:
@@ -99,7 +98,7 @@ class OpenVINOBackend:
 
     @property
     def executed(self) -> str:
-        """Convolutions by the plugin's runtimePrecision, read from the compiled graph."""
+        """Arithmetic of the convolutions, from `runtimePrecision` in the compiled graph."""
         if self._executed is None:
             counts: Counter = Counter()
             for operation in self._compiled.get_runtime_model().get_ops():
@@ -114,7 +113,7 @@ class OpenVINOBackend:
         return self._executed
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Least milliseconds of each node of the compiled graph, by name."""
+        """Return the minimum time of each node of the compiled graph in ms, by name."""
         request = self._compile(PERF_COUNT="YES").create_infer_request()
         blank = np.zeros((self.batch or 1, self.channels) + self.imgsz, np.float32)
         samples: Dict[str, List[float]] = {}
@@ -132,12 +131,12 @@ class OpenVINOBackend:
 
     @staticmethod
     def form() -> str:
-        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        """Return the name of the INT8 form that this runtime takes (`registry.Int8File`)."""
         return "openvino"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """None where this runtime works, else what to install."""
+        """Return None if this runtime works, else what to install."""
         try:
             _library()
         except RuntimeUnavailable as error:
@@ -152,11 +151,11 @@ class OpenVINOBackend:
         names: Optional[Sequence[str]] = None,
         imgsz: Optional[Tuple[int, int]] = None,
     ) -> Dict[str, Path]:
-        """Convert the ONNX of that precision to IR; weights are stored as fp16 for fp16 only.
+        """Convert the ONNX file of this precision to IR. Weights are stored as float16 for fp16 only.
 
         Raises:
-            EngineError: OpenVINO cannot read the graph, or int8 was asked of a graph without quantisation.
-            OSError: it could not be written whole.
+            EngineError: OpenVINO cannot read the graph, or the precision is int8 and the graph has no quantisation.
+            OSError: the IR could not be written completely.
         """
         ov = _library()
         info = describe_onnx(Path(onnx), RUNTIME, precision, ov.__version__, names, imgsz)
@@ -166,10 +165,10 @@ class OpenVINOBackend:
         except RuntimeError as error:
             raise EngineError(f"{onnx}: OpenVINO {ov.__version__} cannot read it: {error}") from error
         if precision == "int8" and not any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()):
-            raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
+            raise EngineError(f"{onnx}: int8 requested, but the graph has no Q/DQ nodes; use the int8 export")
         try:
             ov.save_model(model, str(out / ENGINE_FILE), compress_to_fp16=precision == "fp16")
-            ov.Core().read_model(str(out / ENGINE_FILE))  # it need not notice that the disk took a part
+            ov.Core().read_model(str(out / ENGINE_FILE))  # OpenVINO does not always report an incomplete write
         except RuntimeError as error:
             raise OSError(
                 errno.EIO,

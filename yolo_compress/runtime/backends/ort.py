@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU. The engine is the ONNX itself: its graph is optimised for the machine at load."""
+"""ONNX Runtime on the CPU. The engine is the ONNX file; its graph is optimised for the machine when it is opened."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ OPTIMISATION = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-_KERNEL = "_kernel_time"  # how the profile marks the time of a node itself
+_KERNEL = "_kernel_time"  # suffix of the profile's events with the time of a node
 _ARITHMETIC = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
 class _Node(TypedDict, total=False):
     op_name: str
-    input_type_shape: List[Dict[str, List[int]]]  # of each input: its type -> its shape
+    input_type_shape: List[Dict[str, List[int]]]  # one per input: type -> shape
 
 
 class _Kernel(TypedDict):
-    """What the profile says of one run of a node."""
+    """Event of the profile for one run of a node."""
 
     name: str  # ends in `_KERNEL`
     dur: float  # microseconds
@@ -49,7 +49,11 @@ def _library() -> Any:
 
 
 def open_session(file: Path, threads: int, optimisation: str = "all", profile: str = "") -> Any:
-    """A session of ONNX Runtime on the CPU; `profile` is the prefix of the file that it writes of its runs.
+    """Open a session of ONNX Runtime on the CPU.
+
+    Args:
+        optimisation: level of graph optimisation, a key of `OPTIMISATION`.
+        profile: path prefix of the profile that the session writes; empty: no profile.
 
     Raises:
         EngineError: the library rejects the graph.
@@ -69,17 +73,17 @@ def open_session(file: Path, threads: int, optimisation: str = "all", profile: s
 
 
 class OrtBackend:
-    """An engine directory or a bare .onnx on ONNX Runtime's CPU provider.
+    """Backend for ONNX Runtime's CPU provider.
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
-        threads: of one inference; None = every usable processor.
-        precision: that the engine must have (directory) or has (bare file, default fp32).
-        optimisation: of the graph: none, basic, extended or all.
+        threads: threads of one inference; None: one per usable processor.
+        precision: precision that an engine directory must have; None: any. For an ONNX file, its precision (default fp32).
+        optimisation: level of graph optimisation: none, basic, extended or all.
 
     Raises:
         RuntimeUnavailable: the library is missing.
-        EngineError: an altered or contradictory engine, or one that the library rejects.
+        EngineError: the engine is altered or inconsistent, or the library rejects it.
     """
 
     def __init__(
@@ -116,9 +120,9 @@ class OrtBackend:
 
     @property
     def executed(self) -> str:
-        """From the library's own profile of one inference: types of the convolutions' inputs, in kernel terms.
+        """Arithmetic of the convolutions, from the input types in a profile of one inference.
 
-        FP16 graphs run in FP32 with casts on CPUs without FP16 kernels, which the profile shows.
+        On CPUs without FP16 kernels, FP16 graphs run in FP32 with casts; the profile shows this.
         """
         if self._executed is None:
             counts, casts = self._census()
@@ -129,7 +133,7 @@ class OrtBackend:
         return self._executed
 
     def _census(self) -> Tuple[Dict[str, int], int]:
-        """Convolutions by arithmetic, and the number of casts, from one profiled inference."""
+        """Return the number of convolutions by arithmetic, and the number of casts, from one profiled inference."""
         nodes = [event["args"] for event in self._profile(1)]
         counts: Counter = Counter()
         for node in nodes:
@@ -139,7 +143,7 @@ class OrtBackend:
         return dict(counts), sum(node.get("op_name") == "Cast" for node in nodes)
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Least milliseconds of each node of the optimised graph, by the name of its output or ONNX node."""
+        """Return the minimum time of each node of the optimised graph in ms, by the name of its output or ONNX node."""
         samples: Dict[str, List[float]] = {}
         for event in self._profile(runs):
             samples.setdefault(event["name"][: -len(_KERNEL)], []).append(event["dur"] / 1e3)
@@ -166,12 +170,12 @@ class OrtBackend:
 
     @staticmethod
     def form() -> str:
-        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        """Return the name of the INT8 form that this runtime takes (`registry.Int8File`)."""
         return "onnxruntime"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """None where this runtime works, else what to install."""
+        """Return None if this runtime works, else what to install."""
         try:
             _library()
         except RuntimeUnavailable as error:
@@ -186,15 +190,15 @@ class OrtBackend:
         names: Optional[Sequence[str]] = None,
         imgsz: Optional[Tuple[int, int]] = None,
     ) -> Dict[str, Path]:
-        """Copy the ONNX of that precision and open it once; returns the files written, by name.
+        """Copy the ONNX file of this precision and test it with one inference. Return the written files, by name.
 
         Raises:
-            EngineError: ONNX Runtime rejects the file, or int8 was asked and it holds no quantised convolution.
+            EngineError: ONNX Runtime rejects the file, or the precision is int8 and the graph has no quantisation.
         """
         ort = _library()
         info = describe_onnx(Path(onnx), RUNTIME, precision, ort.__version__, names, imgsz)
         if precision == "int8" and b"QuantizeLinear" not in Path(onnx).read_bytes():
-            raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
+            raise EngineError(f"{onnx}: int8 requested, but the graph has no Q/DQ nodes; use the int8 export")
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(onnx, out / ENGINE_FILE)
         save_info(info, out, [ENGINE_FILE])

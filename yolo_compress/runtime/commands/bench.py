@@ -1,7 +1,7 @@
-"""`python3 bench.py`: what this robot's engines are worth, measured here: golden self-test, mAP, latency, throughput, memory, power.
+"""`python3 bench.py`: measure the engines on this robot: golden self-test, mAP, latency, throughput, memory and power.
 
-Writes `device.json`, which `yolo-compress report add=device.json` puts beside the workstation's rows. Exit code 1 where the golden
-self-test fails: such an engine does not do what the workstation's did.
+Writes `device.json`, which `yolo-compress report add=device.json` adds to the workstation's rows. Exit code 1: the golden
+self-test failed, so an engine's detections differ from those of the workstation's engine.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ from .common import (
 
 SCHEMA = 1
 OUT = "device.json"
-ROUNDS = 4  # even, see interleaved.py
+ROUNDS = 4  # an even number cancels linear drift, see interleaved.py
 END_TO_END = 200  # calls from a decoded image to its detections
 THROUGHPUT_S, IDLE_S = 5.0, 10.0
 WARMUP_MS, WARMUP_N = 200.0, 10
 
 
 class Subject(TypedDict):
-    """Which engine a row is of, and whether it does what the workstation's did."""
+    """The engine of a row, and the result of its golden self-test."""
 
     model: str  # "compressed"
     runtime: str
-    precision: str  # as asked for
+    precision: str  # the requested one
     executed: str  # the arithmetic that the library chose, in words
     library: str  # version of the runtime
     golden: golden.SelfTest
@@ -76,13 +76,13 @@ class _Ap(TypedDict):
 
 
 class Accuracy(_Ap, total=False):
-    """Over the images of --data."""
+    """Accuracy on the images of --data."""
 
     per_class: Dict[str, Optional[float]]  # map50_95 by class name; absent without --data
 
 
 class EndToEnd(TypedDict):
-    """From a decoded image to its detections, one after another; a percentile is null where there are too few calls."""
+    """Latency from a decoded image to its detections, one image at a time. A percentile is null with too few calls."""
 
     end_to_end_p50_ms: Optional[float]
     end_to_end_p90_ms: Optional[float]
@@ -92,34 +92,34 @@ class EndToEnd(TypedDict):
 
 
 class Alone(Percentiles):
-    """The engine alone, in a process of its own."""
+    """Latency of the engine alone, measured in a separate process."""
 
-    memory_mib: Optional[float]  # of that process
-    threads: Optional[int]  # of one inference on a CPU
+    memory_mib: Optional[float]  # peak memory of that process
+    threads: Optional[int]  # threads of one inference on a CPU
     latency_quiet: bool  # whether the machine was idle before each round
 
 
 class Power(TypedDict):
-    """Null where there is no power meter."""
+    """Power draw; null without a power meter."""
 
     power_w: Optional[float]  # under the pipeline's full load
-    energy_mj_per_frame: Optional[float]  # mJ of an image under that load
+    energy_mj_per_frame: Optional[float]  # mJ per image under that load
 
 
 class _Rest(TypedDict):
     status: Literal["ok"]
     reason: Optional[str]
     image_set: Optional[str]  # digest of the images of --data and their boxes
-    fps: float  # decoded images a second, several at the same time
+    fps: float  # decoded images per second, several in parallel
     idle_w: Optional[float]
 
 
 class MeasuredRow(Subject, Accuracy, EndToEnd, Alone, Power, _Rest):
-    """A row of device.json: an engine that was measured."""
+    """A row of device.json for an engine that was measured."""
 
 
 class MissingRow(TypedDict):
-    """A row of device.json: a runtime without an engine. Every other key of `MeasuredRow` is there, as null."""
+    """A row of device.json for a runtime without an engine. All other keys of `MeasuredRow` are null."""
 
     model: str  # "compressed"
     runtime: str
@@ -129,7 +129,7 @@ class MissingRow(TypedDict):
 
 
 class Worst(TypedDict):
-    """The self-tests of all engines."""
+    """The worst result of the golden self-tests of all engines."""
 
     passed: bool
     worst_box_px: float
@@ -137,13 +137,13 @@ class Worst(TypedDict):
 
 
 class Document(TypedDict):
-    """device.json."""
+    """The document in device.json."""
 
     schema: int
     bundle: BundleId
     device: jetson.JetsonState
-    runtime: str  # of the first row
-    library: str  # version of that
+    runtime: str  # runtime of the first row
+    library: str  # version of that runtime
     libraries: Dict[str, str]  # runtime -> version
     names: List[str]  # class names in the order of their index
     imgsz: List[int]  # [height, width] of the input, px
@@ -153,7 +153,7 @@ class Document(TypedDict):
 
 
 class _Opened(NamedTuple):
-    """What was measured while an engine was open, and with the pipeline after that."""
+    """Results of one engine that are measured in this process: self-test, accuracy, end-to-end latency and throughput."""
 
     subject: Subject
     accuracy: Accuracy
@@ -162,13 +162,13 @@ class _Opened(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is measured, and for how long.
+    """Settings of a measurement.
 
     Attributes:
-        labelled: validation images; None leaves mAP out.
-        iterations: timed calls of an engine alone.
-        power_s: seconds of load under the power meter.
-        threads: of one inference on a CPU; None = every usable processor.
+        labelled: validation images with labels; None: do not measure mAP.
+        iterations: timed calls per engine.
+        power_s: duration of the power measurement, seconds.
+        threads: threads of one inference on a CPU; None: one per usable processor.
     """
 
     labelled: Optional[List[Labelled]] = None
@@ -180,29 +180,29 @@ class Plan(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Measure, write device.json, print a table, and return the exit code."""
     parser = Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("--engine", action="append", help="in engines/, or a path (default: each that is there)")
+    parser.add_argument("--engine", action="append", help="name in engines/, or path (default: all in engines/)")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"
     )
     parser.add_argument("--coco", type=Path, metavar="FILE", help="COCO json of the images in --data")
-    parser.add_argument("--golden", action="store_true", help="the golden self-test alone; writes nothing")
+    parser.add_argument("--golden", action="store_true", help="run only the golden self-test; write nothing")
     parser.add_argument(
-        "--iterations", type=positive, default=Plan().iterations, help="timed calls an engine (default 1000)"
+        "--iterations", type=positive, default=Plan().iterations, help="timed calls per engine (default 1000)"
     )
     parser.add_argument(
-        "--power-s", type=seconds, default=Plan().power_s, help="seconds under the power meter (default 30)"
+        "--power-s", type=seconds, default=Plan().power_s, help="seconds of the power measurement (default 30)"
     )
-    parser.add_argument("--threads", type=positive, help="of one inference on a CPU")
+    parser.add_argument("--threads", type=positive, help="threads of one inference on a CPU")
     parser.add_argument("--out", type=Path, help=f"default: {OUT} in the bundle")
     parser.add_argument(
-        "--latency-table", type=Path, metavar="FOLDER", help="time the layers of a folder of `probe` instead"
+        "--latency-table", type=Path, metavar="FOLDER", help="only time the layers of the models that `probe` wrote"
     )
     options = parser.parse_args(argv)
     if options.coco is not None and options.data is None:
         parser.error("--coco needs --data, the folder of its images")
     floats = [f"{runtime}-{precision}" for runtime in BACKENDS for precision in ("fp32", "fp16")]
     if options.latency_table is not None and not set(options.engine or []) <= set(floats):
-        parser.error(f"--latency-table times float networks: --engine one of {', '.join(floats)}")
+        parser.error(f"--latency-table times models in float: --engine one of {', '.join(floats)} expected")
 
     def action() -> int:
         bundle = opened(directory)
@@ -229,7 +229,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
-    """The golden images through each engine; a line each, the last line JSON."""
+    """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine, stdout a JSON line."""
     tested = {}
     for folder in folders:
         info = load_info(folder)
@@ -241,10 +241,10 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
 
 
 def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
-    """Everything of every engine: the document of device.json.
+    """Measure every engine and return the document of device.json.
 
     Raises:
-        EngineError, RuntimeUnavailable, LatencyError, NotFinite, SourceError: see the parts.
+        EngineError, RuntimeUnavailable, LatencyError, NotFinite, SourceError: a measurement failed.
     """
     images = golden.load(bundle.directory)[1]
     meter = jetson.Meter()
@@ -297,14 +297,14 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
 
 
 def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Accuracy:
-    """mAP of an engine as the workstation takes it: score 0.001, NMS at 0.7, COCO's AP.
+    """Measure the mAP of an engine with the workstation's settings: score above 0.001, NMS at IoU 0.7, COCO's AP.
 
     Raises:
-        SourceError: an image that cannot be read, or no box at all.
-        NotFinite: names the image.
+        SourceError: an image cannot be read, or no image has a labelled box.
+        NotFinite: the output for an image holds NaN or infinity.
     """
     from ..limits import counted
-    from ..measure.coco_map import mean_ap as matched
+    from ..measure.coco_map import mean_ap as coco_mean_ap
 
     detector, truths, found = Detector(engine, max_det=bundle.max_det), [], []
     for one in labelled:
@@ -317,7 +317,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
             raise NotFinite(f"{one.image}: {error}") from error
         truths.append(absolute(one.boxes, image_HW3.shape[0], image_HW3.shape[1]))
     try:
-        result = matched(truths, found, bundle.names, counted(bundle.max_det))
+        result = coco_mean_ap(truths, found, bundle.names, counted(bundle.max_det))
     except ValueError as error:
         raise SourceError(str(error)) from error
     return {
@@ -329,31 +329,35 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
 
 
 def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
-    """The workstation's digest of its validation set where these are its images and boxes, else their own."""
+    """Return the digest of the labelled images: the workstation's, if these are its validation images, else one computed here."""
     content = image_set([(sha256_file(one.image), one.boxes) for one in labelled], bundle.names)
     known = bundle.manifest.get("val", {})
     return str(known.get("digest", content)) if content == known.get("content") else content
 
 
 def _end_to_end(engine: Backend, images: Sequence[np.ndarray]) -> EndToEnd:
-    """From a decoded image to its detections, one after another."""
+    """Measure the latency from a decoded image to its detections, one image at a time."""
     detector = Detector(engine, 0.25, multi_label=False)
     calls = [lambda image=image: detector(image) for image in images]
     samples = measure(calls[0], END_TO_END, WARMUP_MS, WARMUP_N, calls)
-    taken = percentiles(samples.tolist())
+    latency = percentiles(samples.tolist())
     return {
-        "end_to_end_p50_ms": taken["latency_p50_ms"],
-        "end_to_end_p90_ms": taken["latency_p90_ms"],
-        "end_to_end_p95_ms": taken["latency_p95_ms"],
-        "end_to_end_p99_ms": taken["latency_p99_ms"],
-        "end_to_end_n": taken["latency_n"],
+        "end_to_end_p50_ms": latency["latency_p50_ms"],
+        "end_to_end_p90_ms": latency["latency_p90_ms"],
+        "end_to_end_p95_ms": latency["latency_p95_ms"],
+        "end_to_end_p99_ms": latency["latency_p99_ms"],
+        "end_to_end_n": latency["latency_n"],
     }
 
 
 def throughput(
     folder: Path, images: Sequence[np.ndarray], duration_s: float = THROUGHPUT_S, meter: Optional[jetson.Meter] = None
 ) -> float:
-    """Decoded images a second through the pipeline, as detect.py runs it; the meter sees the timed part alone."""
+    """Return the throughput of the pipeline of detect.py, in decoded images per second.
+
+    Args:
+        meter: measures power during the timed part, not during the warm-up.
+    """
     stop = [float("inf")]
 
     def pictures() -> Any:
@@ -377,8 +381,8 @@ def throughput(
 def _latency(
     bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], engines: Sequence[_Opened]
 ) -> List[Alone]:
-    """Engines alone, each in a process of its own, in turn; and the memory of those processes."""
-    say(f"latency: {plan.iterations} calls an engine, in {ROUNDS} rounds")
+    """Measure latency and memory of each engine alone. Every engine has its own process, and they take turns."""
+    say(f"latency: {plan.iterations} calls per engine, in {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         file = os.path.join(scratch, "inputs.npy")
         np.save(file, np.stack([letterbox(image, bundle.imgsz)[0] for image in images]))
@@ -405,7 +409,7 @@ def _alone(result: Measured, iterations: int) -> Alone:
 
 
 def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.ndarray]) -> Power:
-    """Watts under the pipeline's full load, and what a frame of it takes; None where nothing can be measured."""
+    """Measure the power under the pipeline's full load and the energy per image; None without a power meter."""
     if meter.source is None:
         return {"power_w": None, "energy_mj_per_frame": None}
     say(f"{folder.name}: power, {plan.power_s:g} s")
@@ -415,9 +419,9 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
 
 
 def _missing(bundle: Bundle, runtime: str, rows: Sequence[MeasuredRow]) -> MissingRow:
-    """A row for the report: this runtime was not measured here, and why."""
+    """Return a row for a runtime that was not measured here, with the reason."""
     empty: Dict[str, object] = {key: None for key in rows[0]}
-    reason = BACKENDS[runtime].probe() or "no engine of it was built here (build.py --runtime)"
+    reason = BACKENDS[runtime].probe() or "no engine was built for it here (build.py --runtime)"
     own: MissingRow = {
         "model": "compressed",
         "runtime": runtime,
@@ -429,7 +433,7 @@ def _missing(bundle: Bundle, runtime: str, rows: Sequence[MeasuredRow]) -> Missi
 
 
 def _engines(bundle: Bundle, asked: Optional[Sequence[str]]) -> List[Path]:
-    """Folders of the engines to be measured, each whole and of this bundle."""
+    """Return the folders of the engines to measure, after checking that each is intact and of this bundle."""
     if asked:
         return [engine_folder(bundle, name) for name in dict.fromkeys(asked)]
     names = built_engines(bundle.directory / ENGINES)
@@ -437,7 +441,7 @@ def _engines(bundle: Bundle, asked: Optional[Sequence[str]]) -> List[Path]:
 
 
 def _latency_table(options: Any) -> int:
-    """The table that `prune.latency_ms` plans with, as one JSON document; of one runtime and a float precision."""
+    """Print the latency table for `prune.latency_ms` as one JSON document, for one runtime and a float precision."""
     from ..measure.layer_times import take
 
     runtime, _, precision = (options.engine or [f"{choose_runtimes(None)[0]}-fp32"])[0].partition("-")
@@ -446,7 +450,11 @@ def _latency_table(options: Any) -> int:
 
 
 def _require_writable(out: Path) -> None:
-    """Raises OSError before a minute of measuring, rather than after it."""
+    """Check that the result can be written, before measuring for minutes.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
     try:
         if not out.name:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -454,13 +462,11 @@ def _require_writable(out: Path) -> None:
         open(str(probe), "wb").close()
         os.unlink(str(probe))
     except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; give --out FILE in a folder that can be written", str(out)
-        ) from error
+        raise OSError(error.errno, f"{error.strerror}; set --out to a file in a writable folder", str(out)) from error
 
 
 def table(document: Document) -> str:
-    """The rows for people."""
+    """Format the measured rows as a text table."""
     heads = ("engine", "mAP50-95", "p50 ms", "p99 ms", "all p50 ms", "fps", "MiB", "W", "mJ", "golden")
     lines: List[Tuple[str, ...]] = [heads]
     for row in document["rows"]:

@@ -1,6 +1,7 @@
-"""`python3 build.py`: builds this robot's engines from the bundle's ONNX files, and writes down on what they were built.
+"""`python3 build.py`: build this robot's engines from the bundle's ONNX files, and record the machine that built them.
 
-TensorRT where it works; without it ONNX Runtime and OpenVINO, but not on a Jetson, whose GPU would lie idle without a word.
+TensorRT is used where it works, otherwise ONNX Runtime and OpenVINO. On a Jetson without TensorRT the build fails, because
+the GPU would be idle without notice.
 """
 
 from __future__ import annotations
@@ -28,35 +29,37 @@ BUILT = "build.json"
 
 
 class BuildOptions(TypedDict, total=False):
-    """What `--workspace-mib` and `--timing-cache` ask of TensorRT; None: nothing."""
+    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`; None: TensorRT's default."""
 
     workspace_mib: Optional[int]
     timing_cache: Optional[Path]
 
 
 class _Made(TypedDict):
-    library: str  # version
-    seconds: Optional[float]  # that it took; null where it was up to date
+    library: str  # version of the engine library
+    seconds: Optional[float]  # build time; null where the engine was up to date
 
 
 class Built(_Made):
-    """An engine, as `build.py` prints it."""
+    """One engine in the JSON line that `build.py` prints."""
 
     engine: str  # name of its folder
     onnx: str  # file in the bundle
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
-    """Build, say what was built as one JSON line on stdout, and return the exit code."""
+    """Build the engines, print them as one JSON line on stdout, and return the exit code."""
     parser = Parser(prog="build.py", description=__doc__)
-    parser.add_argument("--runtime", choices=sorted(BACKENDS), action="append", help="default: what works here")
-    parser.add_argument("--precision", choices=PRECISIONS, action="append", help="default: all of the bundle")
-    parser.add_argument("--workspace-mib", type=positive, help="TensorRT's limit of scratch memory")
+    parser.add_argument("--runtime", choices=sorted(BACKENDS), action="append", help="default: those that work here")
+    parser.add_argument("--precision", choices=PRECISIONS, action="append", help="default: all in the bundle")
+    parser.add_argument("--workspace-mib", type=positive, help="limit of TensorRT's scratch memory")
     parser.add_argument(
-        "--timing-cache", type=Path, help="of an earlier build on this device (default: its own last one)"
+        "--timing-cache",
+        type=Path,
+        help="file of an earlier TensorRT build on this device (default: the last one here)",
     )
     parser.add_argument("--out", type=Path, help=f"folder of the engines (default: {ENGINES} in the bundle)")
-    parser.add_argument("--force", action="store_true", help="build anew what is up to date")
+    parser.add_argument("--force", action="store_true", help="also rebuild engines that are up to date")
     options = parser.parse_args(argv)
 
     def action() -> int:
@@ -77,16 +80,16 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
-    """What was asked for, else the runtime of the GPU, else the runtimes of the CPU.
+    """Return the requested runtimes; without a request the one for the GPU, or else those for the CPU.
 
     Raises:
-        RuntimeUnavailable: one that was asked for does not work here, a Jetson's GPU has none, or none works.
+        RuntimeUnavailable: a requested runtime does not work here, this is a Jetson without TensorRT, or no runtime works.
     """
     wanted = list(dict.fromkeys(asked or BACKENDS))
     missing = {name: problem for name in wanted for problem in [BACKENDS[name].probe()] if problem is not None}
     if asked:
         if missing:
-            raise RuntimeUnavailable("; ".join(missing.values()), "or ask for another --runtime")
+            raise RuntimeUnavailable("; ".join(missing.values()), "or choose another --runtime")
         return wanted
     found = [name for name in registry.names(gpu=True) if name not in missing]
     if found:
@@ -110,19 +113,20 @@ def build(
     timing_cache: Optional[Path] = None,
     force: bool = False,
 ) -> List[Built]:
-    """One folder a runtime and precision in `out`; an engine that is up to date stays unless `force`.
+    """Build an engine for each runtime and precision, each in its own folder below `out`.
+
+    An engine that is up to date is not rebuilt, unless `force`, `workspace_mib` or `timing_cache` is given.
 
     Raises:
-        EngineError: the bundle has no file of a precision, or a library refuses it.
+        EngineError: the bundle has no ONNX file for a precision, or a library rejects it.
         BundleRefused: an ONNX file changed after the bundle was verified.
     """
     if (workspace_mib is not None or timing_cache is not None) and not all(
         _has_timing_cache(runtime) for runtime in runtimes
     ):
-        raise EngineError(f"--workspace-mib and --timing-cache are TensorRT's; {', '.join(runtimes)} asked for")
-    force = (
-        force or workspace_mib is not None or timing_cache is not None
-    )  # what is there may have been built without them
+        raise EngineError(f"--workspace-mib and --timing-cache are for TensorRT; --runtime is {', '.join(runtimes)}")
+    # an existing engine may have been built without these options
+    force = force or workspace_mib is not None or timing_cache is not None
     rows: List[Built] = []
     for runtime in runtimes:
         for precision in dict.fromkeys(precisions):
@@ -149,7 +153,7 @@ def build(
 
 
 def _build(bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path, options: BuildOptions) -> _Made:
-    """Build beside, then take the place of what was there."""
+    """Build the engine in a temporary folder beside `folder`, then replace `folder`."""
     onnx = bundle.directory / bundle.onnx[stem]
     if sha256_file(onnx) != bundle.onnx_sha256(stem):
         raise BundleRefused(f"{onnx}: changed while in use; refused, copy the bundle again")
@@ -158,7 +162,7 @@ def _build(bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path
         shutil.rmtree(str(left), ignore_errors=True)
     before, start = jetson.state(), time.time()
     try:
-        os.makedirs(str(partial))  # a folder that cannot be written is an error now, not after an hour of building
+        os.makedirs(str(partial))  # fail now if the folder cannot be written, not after an hour of building
         with naming(partial):
             BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
             info = load_info(partial, bundle.onnx_sha256(stem))
@@ -171,7 +175,7 @@ def _build(bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path
             written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
         built_here.record(partial, needed=not trusted(bundle, partial))
     except BaseException:
-        shutil.rmtree(str(partial), ignore_errors=True)  # half an engine only takes room
+        shutil.rmtree(str(partial), ignore_errors=True)  # an unfinished engine is of no use
         raise
     if folder.exists():
         os.replace(str(folder), str(old))
@@ -185,19 +189,22 @@ def _has_timing_cache(runtime: str) -> bool:
 
 
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
-    """The library's version of a whole engine of this ONNX by the library that is installed here, else None."""
+    """Return the library version of an engine that is up to date, else None.
+
+    Up to date means intact, trusted, built from this ONNX file by the installed library version, and on this GPU if it needs one.
+    """
     try:
         info = load_info(folder, bundle.onnx_sha256(stem))
         library = json_text.read(folder / BUILT)["library"]
     except (EngineError, OSError, ValueError, KeyError, TypeError):
-        return None  # absent, damaged, or of another ONNX: built anew
+        return None  # absent, damaged, or built from another ONNX file
     if registry.RUNTIMES[runtime].gpu and built_elsewhere(info) is not None:
-        return None  # the robot's disk came from another
+        return None  # built on another GPU, for example on a disk from another robot
     if not trusted(bundle, folder):
         return None  # it came with the bundle
     return str(library) if library == info.library == library_version(runtime) else None
 
 
 def library_version(runtime: str) -> str:
-    """Version of the engine library as it is installed here; the runtime works."""
-    return str(sys.modules[runtime].__version__)  # imported by its `probe`
+    """Return the version of the installed engine library. The runtime's `probe` must have imported it."""
+    return str(sys.modules[runtime].__version__)

@@ -1,4 +1,4 @@
-"""What the bundle's commands share: a bundle is verified before anything else, and an error is one line and an exit code."""
+"""Functions that the bundle's commands share: verify the bundle, choose an engine, print an error as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORAGE, INTERRUPTED = 6, 130  # exit codes
 
 
 class BundleId(TypedDict):
-    """Which bundle a result is of, and which model."""
+    """Identity of the bundle and the model that a result belongs to."""
 
     name: str
     version: int
@@ -37,9 +37,10 @@ class Bundle:
     """A verified bundle.
 
     Attributes:
-        onnx: stem ("fp32", "int8-openvino") -> file below `directory`.
+        names: class names in the order of their index.
         imgsz: height and width of the input, px.
-        pinned: this machine has a pinned key, so engines that came with the bundle are refused.
+        onnx: stem of an ONNX file ("fp32", "int8-openvino") -> its path below `directory`.
+        pinned: whether this machine has a pinned key. If so, engines that came with the bundle are refused.
     """
 
     directory: Path
@@ -52,27 +53,27 @@ class Bundle:
     pinned: bool = False
 
     def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Stem of the ONNX that suits the runtime as it is installed here."""
+        """Return the stem of the ONNX file for this runtime, in the version installed here; None if the bundle has none."""
         from ..engine import onnx_form
 
         return onnx_form(self.onnx, runtime, precision)
 
     @property
     def max_det(self) -> int:
-        """Detections of an image that NMS keeps."""
+        """Largest number of detections per image after NMS."""
         return max_det(self.manifest)
 
     def onnx_sha256(self, stem: str) -> str:
-        """What the manifest vouches for."""
+        """Return the SHA-256 that the manifest lists for an ONNX file."""
         return str(self.manifest["files"][self.onnx[stem]]["sha256"])
 
     @property
     def precisions(self) -> Tuple[str, ...]:
-        """Those that the bundle has files of."""
+        """Precisions that the bundle has ONNX files for."""
         return tuple(p for p in ("fp32", "fp16", "int8") if any(stem.split("-")[0] == p for stem in self.onnx))
 
     def about(self) -> BundleId:
-        """For a document that says what it is of."""
+        """Return the identity of this bundle, for a result document."""
         return {
             "name": self.name,
             "version": self.version,
@@ -83,7 +84,11 @@ class Bundle:
 
 
 def max_det(manifest: About) -> int:
-    """Detections of an image that NMS keeps; ValueError where the manifest says no such number."""
+    """Return the largest number of detections per image after NMS.
+
+    Raises:
+        ValueError: the manifest's value is not a whole number of 1 or more.
+    """
     value = manifest.get("max_det", MAX_DET)
     if type(value) is not int or value < 1:
         raise ValueError(f"max_det {value!r}")
@@ -91,13 +96,13 @@ def max_det(manifest: About) -> int:
 
 
 def opened(directory: Path) -> Bundle:
-    """Verify the bundle, with this machine's pinned key where there is one, and read its manifest.
+    """Verify a bundle and read its manifest. If this machine has a pinned key, the signature is checked with it.
 
-    Where a key is pinned, a bundle of another product than this robot's slots, or older than what ever ran in them, is refused.
-    Not in a slot: an older one there is a roll-back.
+    With a pinned key, a bundle outside the slots is refused if it is of another product than the slots, or older than the
+    newest version that ever ran there. A bundle in a slot may be older: that is a roll-back.
 
     Raises:
-        BundleRefused: see `seal.verify`; or the manifest does not say what the commands need.
+        BundleRefused: see `seal.verify`; or the manifest lacks a value that the commands need.
     """
     pinned = pinned_key()
     slots = None if pinned is None or in_slot(directory) else Slots(slots_root())
@@ -110,12 +115,12 @@ def opened(directory: Path) -> Bundle:
             raise ValueError(f"imgsz {manifest['imgsz']!r}")
         max_det(manifest)
         onnx = {str(stem): str(file) for stem, file in manifest["onnx"].items()}
-        strangers = [file for file in onnx.values() if file not in manifest["files"]]
+        unlisted = [file for file in onnx.values() if file not in manifest["files"]]
         names = manifest["names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names + [manifest["name"]]):
             raise ValueError("names and name of text expected")
         "".join(names + [manifest["name"]]).encode("utf-8")  # a lone surrogate cannot be printed
-        found = Bundle(
+        bundle = Bundle(
             directory,
             manifest,
             manifest["name"],
@@ -127,34 +132,37 @@ def opened(directory: Path) -> Bundle:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleRefused(f"{directory / MANIFEST}: does not describe a bundle ({error!r}); make it again") from error
-    if strangers:
-        raise BundleRefused(f"{directory / MANIFEST}: names {strangers[0]!r}, which it does not vouch for; refused")
+    if unlisted:
+        raise BundleRefused(f"{directory / MANIFEST}: names {unlisted[0]!r}, which has no entry in `files`; refused")
     for key in ("gate", "val"):
         mapping(manifest, key, directory / MANIFEST)
-    return found
+    return bundle
 
 
 def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
-    """The engine of that name in `engines/` (`tensorrt-int8`) or at that path; by default the first in the order of `PREFERENCE`.
+    """Return the folder of an engine.
+
+    Args:
+        engine: name in `engines/` (`tensorrt-int8`), or a path. None: the first in the order of `PREFERENCE`.
 
     Raises:
-        RuntimeUnavailable: none was built, or not that one.
-        EngineError: it is altered, of another bundle, or a key is pinned and it was not built here.
+        RuntimeUnavailable: no engine was built, or not this one.
+        EngineError: the engine is altered, of another bundle, or a key is pinned and it was not built here.
     """
     folder = bundle.directory / ENGINES
     if engine is not None and os.sep in engine:
         return _of_bundle(bundle, Path(engine))
     built_here = built_engines(folder)
     if engine is not None and engine not in built_here:
-        there = f"there are {', '.join(built_here)}" if built_here else "there are none"
-        raise RuntimeUnavailable(f"{folder}: no engine {engine!r}, {there}", "run python3 build.py first")
+        available = f"there are {', '.join(built_here)}" if built_here else "there are none"
+        raise RuntimeUnavailable(f"{folder}: no engine {engine!r}, {available}", "run python3 build.py first")
     if not built_here:
         raise RuntimeUnavailable(f"{folder}: no engine", "run python3 build.py first")
     return _of_bundle(bundle, folder / (engine or min(built_here, key=_rank)))
 
 
 def built_engines(folder: Path) -> List[str]:
-    """Names of the engines that build.py left in a folder."""
+    """Return the names of the finished engines in a folder."""
     if not folder.is_dir():
         return []
     names = sorted(entry.name for entry in folder.iterdir() if (entry / "engine.json").is_file())
@@ -162,7 +170,7 @@ def built_engines(folder: Path) -> List[str]:
 
 
 def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
-    """The folder, if its engine is whole and comes from an ONNX of this bundle."""
+    """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted."""
     from ..backends.base import load_info
 
     origin = load_info(chosen).onnx_sha256
@@ -170,13 +178,16 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
         raise EngineError(f"{chosen}: built from ONNX {origin[:16]}, which is not of this bundle; run python3 build.py")
     if not trusted(bundle, chosen):
         raise EngineError(
-            f"{chosen}: not built on this machine by this user, and the pinned key signs no engines; run python3 build.py"
+            f"{chosen}: not built on this machine by this user, and the signature does not cover engines; run python3 build.py"
         )
     return chosen
 
 
 def trusted(bundle: Bundle, engine: Path) -> bool:
-    """Whether an engine may be opened: no key is pinned, or `build.py` made it here, in a slot or by its record."""
+    """Return whether an engine may be opened.
+
+    True if no key is pinned, if the engine lies in a slot, or if a record says that `build.py` built it on this machine.
+    """
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 
 
@@ -190,32 +201,35 @@ def _rank(name: str) -> Tuple[int, int, str]:
 
 
 def slots_root() -> Path:
-    """Folder of this robot's slots."""
+    """Return the folder of this robot's slots."""
     return Path(os.environ.get(ROOT_VARIABLE) or ROOT)
 
 
 def in_slot(path: Path) -> bool:
-    """Whether a bundle or engine lies in the slots: `switch.py install` builds the engines there, and takes none from outside."""
+    """Return whether a bundle or engine lies in the slots. Only `switch.py install` builds engines there."""
     return slots_root().resolve() in path.resolve().parents
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:
-    """The path, unless what is written there would lie in the bundle, which would be refused from then on.
+    """Return the path after checking that it lies outside the bundle. A file added to a bundle makes its verification fail.
+
+    Args:
+        option: command-line option that gave the path, for the error.
 
     Raises:
-        BundleRefused: it would; `engines/` and `device.json` are no part of it.
+        BundleRefused: the path lies in the bundle, and is not `engines/` or `device.json`.
     """
     root, target = bundle.directory.resolve(), path.resolve()
     below = target.parts[len(root.parts) :] if target.parts[: len(root.parts)] == root.parts else None
     if below is not None and below[:1] not in [(name,) for name in MADE_HERE]:
         raise BundleRefused(
-            f"{option} {path}: lies in the bundle, which holds what {MANIFEST} names and no more; choose a path outside {root}"
+            f"{option} {path}: lies in the bundle, which may hold only the files in {MANIFEST}; choose a path outside {root}"
         )
     return path
 
 
 def positive(text: str) -> int:
-    """Type of an option: 1 or more."""
+    """Parse the value of an option: a whole number of 1 or more."""
     value = int(text)
     if value < 1:
         raise ValueError(text)
@@ -223,7 +237,7 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Type of an option: above 0, and finite."""
+    """Parse the value of an option: a finite number of seconds above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise ValueError(text)
@@ -231,19 +245,22 @@ def seconds(text: str) -> float:
 
 
 def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[str, object]:
-    """What the manifest says under a key that may be missing.
+    """Return the JSON object under a key of the manifest; empty if the key is missing.
+
+    Args:
+        where: path of the manifest, for the error.
 
     Raises:
-        BundleRefused: it is no JSON object.
+        BundleRefused: the value is not a JSON object.
     """
     value = manifest.get(key, {})
     if not isinstance(value, dict):
-        raise BundleRefused(f"{where}: {key} {value!r}, an object expected; make the bundle again")
+        raise BundleRefused(f"{where}: {key} is {value!r}, a JSON object expected; make the bundle again")
     return value
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command's options: help that stdout does not take is an error too (argparse would end with 0)."""
+    """Parser of a command's options. If help cannot be printed, the command fails (argparse would exit with code 0)."""
 
     def print_help(self, file: Any = None) -> None:
         code = guarded(lambda: answer(self.format_help().rstrip("\n")))
@@ -252,13 +269,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(action: Callable[[], Optional[int]]) -> int:
-    """Exit code of a command: its own, or that of the error it ends with, which is said on stderr in one line."""
+    """Run a command and return its exit code. An error is printed on stderr as one line and gives the exit code."""
     try:
         return action() or 0
     except RuntimeFailure as error:
         say(f"error: {error}")
         return error.exit_code
-    except BrokenPipeError:  # whoever read stdout has gone, as `| head` does
+    except BrokenPipeError:  # the reader of stdout has closed it, as `| head` does
         return 0
     except OSError as error:
         say(f"error: {error.filename2 or error.filename or 'file system'}: {error.strerror or error}")
@@ -269,25 +286,25 @@ def guarded(action: Callable[[], Optional[int]]) -> int:
 
 
 def answer(text: str) -> None:
-    """Write a line to stdout, at once.
+    """Write a line to stdout and flush it.
 
     Raises:
-        OSError: stdout is a full disk; BrokenPipeError: nobody reads it any more.
+        OSError: the line cannot be written, as when the disk is full. BrokenPipeError: the reader has closed the pipe.
     """
     _print(text, sys.stdout)
 
 
 def say(text: str) -> None:
-    """Write a line to stderr; stdout holds the answer."""
+    """Write a line to stderr. stdout is reserved for results. A failed write is ignored."""
     try:
         _print(text, sys.stderr)
     except OSError:
-        pass  # no place is left to say it
+        pass  # there is nowhere else to report it
 
 
 def _print(text: str, stream: TextIO) -> None:
     try:
         print(printable(text), file=stream, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the rest in the buffer: a quiet exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else flushing the buffer at exit fails again
         raise OSError(error.errno, error.strerror, stream.name) from error

@@ -1,4 +1,4 @@
-"""`python3 detect.py SOURCE`: detections of an image, a folder, a video, a camera (its number) or a golden .npy, as JSON lines."""
+"""`python3 detect.py SOURCE`: print detections as JSON lines, from an image, a folder, a video, a camera (its number) or a .npy."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from ..errors import SourceError
 from .common import HERE, Bundle, Parser, answer, engine_folder, guarded, opened, outside, positive, say
 
 SHADOW_SCHEMA = 1
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what becomes of a disk while a robot runs
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a disk that is full, over quota, read-only or failing
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
-    """Detect until the source ends (or Ctrl-C) and return the exit code.
+    """Detect until the source ends or Ctrl-C is pressed, and return the exit code.
 
-    3: a picture could not be read, a camera was lost, or a video is cut short. 6: stdout or the shadow log could not be written.
+    Exit code 3: an image could not be read, a camera was lost, or a video is truncated. 6: stdout or the shadow log could not
+    be written.
     """
     parser = Parser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
-    parser.add_argument("--engine", help="in engines/, as tensorrt-int8, or a path (default: the first that there is)")
+    parser.add_argument("--engine", help="name in engines/ (tensorrt-int8) or path (default: the fastest one)")
     parser.add_argument(
-        "--engines", type=positive, help="of it that run at a time (default: one a processor, one on a GPU)"
+        "--engines", type=positive, help="engines that run in parallel (default: one per processor, one on a GPU)"
     )
-    parser.add_argument("--conf", type=_share, default=0.25, help="least score (default 0.25)")
-    parser.add_argument("--iou", type=_share, default=0.7, help="overlap above which the worse box goes (default 0.7)")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write the pictures with their boxes there")
-    parser.add_argument("--shadow", type=Path, metavar="FILE", help="append a line a frame, for yolo-compress rollout")
-    parser.add_argument("--limit", type=positive, metavar="N", help="stop after so many pictures")
+    parser.add_argument("--conf", type=_share, default=0.25, help="minimum score (default 0.25)")
+    parser.add_argument(
+        "--iou", type=_share, default=0.7, help="IoU above which the worse box is removed (default 0.7)"
+    )
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write images with drawn boxes to this folder")
+    parser.add_argument(
+        "--shadow", type=Path, metavar="FILE", help="append one line per frame, for yolo-compress rollout"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="stop after N images")
     parser.add_argument("--quiet", action="store_true", help="no lines on stdout")
     options = parser.parse_args(argv)
     return guarded(lambda: _detect(opened(directory), options))
@@ -46,7 +51,7 @@ def _detect(bundle: Bundle, options: Any) -> int:
             outside(bundle, path, option)
     engine = engine_folder(bundle, options.engine)
     source = open_source(options.source)
-    engines = options.engines or (1 if source.total == 1 else None)  # more cost time to open
+    engines = options.engines or (1 if source.total == 1 else None)  # opening more takes time
     say(f"{bundle.name} {bundle.version}, engine {engine.name}")
     unreadable, first = 0, None
     with ExitStack() as stack:
@@ -62,14 +67,14 @@ def _detect(bundle: Bundle, options: Any) -> int:
             if number == options.limit:
                 break
     if unreadable:
-        raise SourceError(f"{unreadable} pictures could not be read, the first: {first}")
+        raise SourceError(f"{unreadable} images could not be read, the first: {first}")
     if shadow is not None and shadow.lost:
         raise OSError(errno.EIO, f"{shadow.lost} lines could not be written", str(shadow.path))
     return 0
 
 
 def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> List[Callable[[Found], None]]:
-    """Where each picture goes."""
+    """Return the functions that write the result of each image: to stdout, to the shadow log, and as a drawing."""
     outlets: List[Callable[[Found], None]] = []
     if not options.quiet:
         outlets.append(lambda found: answer(line(found, bundle.names)))
@@ -82,13 +87,13 @@ def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> Lis
 
 
 class ShadowLog:
-    """The file of --shadow, a context manager. A disk that cannot take a line is said once, and detection goes on.
+    """The log file of --shadow, a context manager. If the disk fails, this is reported once and detection continues.
 
     Attributes:
-        lost: lines that could not be written; `rollout` sees them as silence.
+        lost: number of lines that could not be written. `rollout` sees a gap there.
 
     Raises:
-        OSError: the file cannot be opened, for another reason than a full or broken disk.
+        OSError: the file cannot be opened for a reason other than a full or failing disk.
     """
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
@@ -102,17 +107,17 @@ class ShadowLog:
                 raise
 
     def write(self, found: Found) -> None:
-        """One line, on its way to the disk when this returns."""
+        """Write one line, unbuffered."""
         line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
         data = (("\n" if self._torn else "") + line).encode("utf-8")
         try:
             self._torn = (self._file or self._open()).write(data) < len(data)
-            problem = "the disk took a part of a line" if self._torn else None
+            problem = "only part of a line was written" if self._torn else None
         except OSError as error:
             problem = error.strerror
         if problem is not None:
             if not self.lost:
-                say(f"{self.path}: {problem}; detection goes on, these lines of the log are lost")
+                say(f"{self.path}: {problem}; detection continues, these lines of the log are lost")
             self.lost += 1
 
     def _open(self) -> IO[bytes]:
@@ -128,7 +133,13 @@ class ShadowLog:
 
 
 def shadow_line(found: Found, name: str, version: int, at: float) -> str:
-    """What `yolo-compress rollout` reads: boxes are x1, y1, x2, y2 in px of the frame, then score and class number."""
+    """Return one line of the shadow log, which `yolo-compress rollout` reads.
+
+    A detection is x1, y1, x2, y2 in px of the frame, then score and class index.
+
+    Args:
+        at: time of the frame, in seconds since the epoch.
+    """
     boxes = [
         [round(side, 2) for side in row[:4]] + [round(row[4], 5), int(row[5])] for row in found.detections_N6.tolist()
     ]

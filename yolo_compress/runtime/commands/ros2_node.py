@@ -1,7 +1,8 @@
-"""`python3 ros2_node.py`: a ROS 2 node; sensor_msgs/Image on `image` in, vision_msgs/Detection2DArray on `detections` out.
+"""`python3 ros2_node.py`: a ROS 2 node that turns images into detections.
 
-For ROS 2 Humble and later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (a file, for rollout).
-Boxes are in px of the image. Never run on a robot: tested with stand-ins for rclpy and the messages.
+It reads sensor_msgs/Image from `image` and publishes vision_msgs/Detection2DArray on `detections`, with boxes in px of the
+image. It needs ROS 2 Humble or later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (log file for
+rollout). It never ran on a robot; the tests use stand-ins for rclpy and the messages.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _BYTES = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 
 
 def to_rgb(message: Any) -> np.ndarray:
-    """image_HW3, uint8 RGB, of a sensor_msgs/Image; rows may be padded (`step`).
+    """Convert a sensor_msgs/Image to image_HW3, uint8 RGB. Rows may be padded (`step`).
 
     Raises:
-        ValueError: an encoding that is none of `CHANNELS`, or fewer bytes than it says.
+        ValueError: the encoding is not in `CHANNELS`, or there are fewer bytes than the message states.
     """
     if message.encoding not in CHANNELS:
         raise ValueError(f"encoding {message.encoding!r}, one of {', '.join(CHANNELS)} expected")
@@ -42,14 +43,16 @@ def to_rgb(message: Any) -> np.ndarray:
 
 
 def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kinds: Any) -> Any:
-    """A Detection2DArray: centre and size in px, the class by name; the image's own header, so that time and frame stay.
+    """Convert detections to a Detection2DArray: centre and size in px, and the class by name.
 
     Args:
+        names: class names in the order of their index.
+        header: header of the image; the result has the same time and frame.
         kinds: the module vision_msgs.msg.
     """
     array = kinds.Detection2DArray()
     array.header = header
-    found: List[Any] = []
+    detections: List[Any] = []
     for x1, y1, x2, y2, score, label in detections_N6.tolist():
         hypothesis = kinds.ObjectHypothesisWithPose()
         hypothesis.hypothesis.class_id = names[int(label)]
@@ -61,13 +64,13 @@ def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kin
         detection.bbox.size_x = x2 - x1
         detection.bbox.size_y = y2 - y1
         detection.results = [hypothesis]
-        found.append(detection)
-    array.detections = found
+        detections.append(detection)
+    array.detections = detections
     return array
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
-    """Verify the bundle, then spin until ROS shuts down; returns the exit code."""
+    """Verify the bundle, run the node until ROS shuts down, and return the exit code."""
     return guarded(lambda: _spin(directory, argv))
 
 
@@ -81,7 +84,8 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
         from vision_msgs import msg as kinds
     except ImportError as error:
         raise RuntimeUnavailable(
-            f"ROS 2 does not import ({error})", "source /opt/ros/DISTRO/setup.bash and install ros-DISTRO-vision-msgs"
+            f"ROS 2 cannot be imported ({error})",
+            "source /opt/ros/DISTRO/setup.bash and install ros-DISTRO-vision-msgs",
         ) from error
     rclpy.init(args=argv)
     node = rclpy.create_node("yolo_compress")
@@ -108,7 +112,7 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
                 try:
                     detections_N6 = detector(to_rgb(message))
                     publisher.publish(to_message(detections_N6, bundle.names, message.header, kinds))
-                except (ValueError, NotFinite) as error:  # this frame is lost, the next may be well
+                except (ValueError, NotFinite) as error:  # only this frame is lost
                     problem = str(error)
                     node.get_logger().error(problem)
                 count[0] += 1
@@ -122,7 +126,7 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
             say(f"{bundle.name} {bundle.version}, engine {folder.name}: image -> detections")
             try:
                 rclpy.spin(node)
-            except ExternalShutdownException:  # SIGTERM, as a launch file sends it
+            except ExternalShutdownException:  # a launch file sends SIGTERM
                 pass
             say(f"{count[0]} images")
     finally:

@@ -1,1 +1,1 @@
-"""From an image to detections: letterbox, engine, NMS; sources of images and drawings."""
+"""From an image to detections: sources of images, letterbox, engine, NMS, and drawing."""

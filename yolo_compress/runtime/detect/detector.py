@@ -1,4 +1,4 @@
-"""Image in, detections out: letterbox, engine, NMS; the one path for accuracy, pictures and the robot."""
+"""Detector: letterbox, engine and NMS. Evaluation, drawing and the robot all use this code."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from .pre import Canvas, Letterbox
 
 
 class Detector:
-    """A backend with its pre- and postprocessing. For one thread at a time: it holds the network's input.
+    """A backend with its pre- and postprocessing. Use it from one thread at a time, because it holds the model's input.
 
-    `prepare`, the backend and `found` are the three steps of `detect`; `pipeline.py` takes them in threads of their own.
+    `prepare`, the backend and `found` are the three steps of `detect`; `stream.Pipeline` runs them in several threads.
+    The defaults are those of a mAP measurement.
 
     Args:
-        backend: any, as `open_engine` gives it; stays the caller's to close.
-        conf: scores must exceed this, from 0 to 1. This and the other defaults are those of a mAP run; 0.25 is usual in use.
-        iou: a box is dropped if it overlaps a better one of its class by more than this, from 0 to 1.
-        max_det: detections kept an image, best first.
-        multi_label: a box may count for several classes (as in a mAP run), else its best only.
+        backend: an opened engine, as from `open_engine`. The caller closes it.
+        conf: score threshold, 0 to 1; a score must exceed it. A deployment usually has 0.25.
+        iou: IoU threshold of NMS, 0 to 1. A box is removed if it overlaps a better one of its class by more.
+        max_det: largest number of detections per image; the best are used.
+        multi_label: True: a box may give detections of several classes, as in a mAP measurement. False: only the best class.
     """
 
     def __init__(
@@ -31,13 +32,13 @@ class Detector:
         self._canvas = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
-        """Detections of one image.
+        """Detect objects in one image.
 
         Args:
             image_HW3: uint8 RGB, of any size.
 
         Returns:
-            detections_N6 float32, by falling score: x1, y1, x2, y2 in px of the image, score, class.
+            detections_N6 float32, highest score first: x1, y1, x2, y2 in px of the image, score, class.
 
         Raises:
             NotFinite: the engine's output is not finite.
@@ -45,13 +46,13 @@ class Detector:
         return self.detect([image_HW3])[0]
 
     def detect(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
-        """Detections of several images, in as few calls of the engine as its batch allows.
+        """Detect objects in several images, with as few calls of the engine as its batch size allows.
 
         Args:
             images: each uint8 RGB [height, width, 3], of any size.
 
         Returns:
-            detections_N6 of each, as of a call.
+            detections_N6 of each image, as `__call__` returns them.
 
         Raises:
             NotFinite: the engine's output is not finite.
@@ -66,22 +67,25 @@ class Detector:
         return found
 
     def prepare(self, images: Sequence[np.ndarray], canvas: Canvas) -> Tuple[np.ndarray, List[Letterbox]]:
-        """Letterbox the images of one call; gives the part of the canvas that the call takes, and where they are.
+        """Letterbox the images of one call into the canvas.
 
-        Of a fixed batch, what has no image keeps what it held.
+        If the batch is fixed and there are fewer images, the other places keep their old content.
+
+        Returns:
+            The part of the canvas to run the engine on, and the placement of each image.
         """
         placed = [canvas.place(index, image) for index, image in enumerate(images)]
         return canvas.images_BCHW[: self.backend.batch or len(images)], placed
 
     def found(self, output_BCA: np.ndarray, placed: Sequence[Letterbox]) -> List[np.ndarray]:
-        """NMS, and back to px of each image; reads the backend's settings only."""
+        """Apply NMS and convert the boxes to px of each image. Safe to call from several threads."""
         return [self._found(output_CA, where) for output_CA, where in zip(output_BCA, placed)]
 
     def _found(self, output_CA: np.ndarray, placed: Letterbox) -> np.ndarray:
         return to_image(nms(output_CA, self.conf, self.iou, self.max_det, self.multi_label), placed)
 
     def blank(self, count: int = 1) -> Canvas:
-        """An input to prepare: of the engine's batch, or of `count` images where it takes any number."""
+        """Return a new canvas for `prepare`, with the engine's batch size, or `count` images if the engine takes any number."""
         return Canvas(
             np.zeros((self.backend.batch or count, self.backend.channels) + tuple(self.backend.imgsz), np.float32)
         )

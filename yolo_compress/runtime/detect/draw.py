@@ -1,4 +1,4 @@
-"""Detections for people: a JSON line, and the picture with its boxes by Pillow or OpenCV, whichever is installed."""
+"""Show detections: as a JSON line, or drawn on the image with Pillow or OpenCV, whichever is installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import RuntimeUnavailable
 from ..secure.seal import written
 from .stream import Found
 
-GOLDEN_ANGLE = 0.618034  # of the colour circle: neighbouring classes get colours far apart
+GOLDEN_ANGLE = 0.618034  # step on the colour circle, which gives neighbouring classes very different colours
 
 
 def line(found: Found, names: Sequence[str]) -> str:
-    """The picture as JSON: boxes are x1, y1, x2, y2 in its own px, best first."""
+    """Return the detections of an image as a JSON line, best first. Boxes are x1, y1, x2, y2 in px of the image."""
     if found.image_HW3 is None:
         return json.dumps({"picture": found.name, "problem": found.problem})
     height, width = found.image_HW3.shape[:2]
@@ -30,16 +30,16 @@ def line(found: Found, names: Sequence[str]) -> str:
 
 
 def colour(label: int) -> Tuple[int, int, int]:
-    """RGB of a class."""
+    """Return the RGB colour of a class index."""
     red, green, blue = colorsys.hsv_to_rgb(label * GOLDEN_ANGLE % 1, 0.75, 1.0)
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def write_picture(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, names: Sequence[str]) -> None:
-    """Write a JPEG of the picture with boxes, classes and scores; whole or not at all.
+    """Write a JPEG of the image with boxes, classes and scores. If it fails, no file is left.
 
     Raises:
-        OSError: the disk said no.
+        OSError: the file cannot be written.
         RuntimeUnavailable: neither Pillow nor OpenCV is installed.
     """
     marks = [
@@ -52,7 +52,7 @@ def write_picture(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, 
             jpeg = encode(image_HW3, marks, thick)
         except ImportError:
             continue
-        written(path, jpeg, synced=False)  # not by Pillow, which takes no notice of a write that ends early
+        written(path, jpeg, synced=False)  # not by Pillow, which ignores incomplete writes
         return
     raise RuntimeUnavailable("drawing needs Pillow or OpenCV", "pip install pillow")
 

@@ -1,4 +1,4 @@
-"""Network output to detections: class-aware, multi-label NMS equal to Ultralytics' (torchvision's greedy rule).
+"""From model output to detections: class-aware, multi-label NMS, equal to that of Ultralytics (torchvision's greedy rule).
 
 Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates; boxes xyxy. A detection row is
 (x1, y1, x2, y2, score, class).
@@ -15,26 +15,26 @@ from .pre import Letterbox
 
 MAX_CANDIDATES = 30000  # Ultralytics' max_nms
 CLASS_OFFSET = 7680.0  # Ultralytics' max_wh: boxes of different classes are moved this far apart, in px
-BLOCK = 256  # candidates decided at a time; bounds the IoU matrix to BLOCK x (kept + BLOCK)
+BLOCK = 256  # candidates processed at a time; limits the IoU matrix to BLOCK x (selected boxes + BLOCK)
 
 
 def nms(
     output_CA: np.ndarray, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
 ) -> np.ndarray:
-    """Keep the best box of each cluster.
+    """Apply non-maximum suppression to the output for one image.
 
     Args:
         output_CA: [4 + classes, anchors]: centre x, centre y, width, height in letterboxed px, then class scores.
-        conf: scores must exceed this.
-        iou: a box is dropped if it overlaps a better one of its class by more than this.
-        max_det: detections kept, best first.
-        multi_label: a box may count for several classes (as in validation), else its best only.
+        conf: score threshold, 0 to 1; a score must exceed it.
+        iou: IoU threshold, 0 to 1. A box is removed if it overlaps a better one of its class by more.
+        max_det: largest number of detections; the best are used.
+        multi_label: True: a box may give detections of several classes, as in validation. False: only the best class.
 
     Returns:
-        detections_N6 float32 in letterboxed px, by falling score.
+        detections_N6 float32 in letterboxed px, highest score first.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the output has another shape.
         NotFinite: a coordinate, or the best score of an anchor, is NaN or infinite.
     """
     if output_CA.ndim != 2 or output_CA.shape[0] < 5:
@@ -48,10 +48,10 @@ def nms(
 
 
 def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.ndarray:
-    """Rows (xyxy, score, class) of everything above `conf`, in the order in which Ultralytics lists them."""
-    best_A = output_CA[4:].max(axis=0)  # NaN where any score is: the scores need no pass of their own
+    """Return rows (xyxy, score, class) of all scores above `conf`, in the same order as Ultralytics."""
+    best_A = output_CA[4:].max(axis=0)  # NaN if any score is NaN, so the scores need no separate check
     if not (np.isfinite(best_A).all() and np.isfinite(output_CA[:4]).all()):
-        raise NotFinite("the network's output holds NaN or infinity")
+        raise NotFinite("the model's output holds NaN or infinity")
     chosen_CK = output_CA[:, np.flatnonzero(best_A > conf)]
     scores_KC = chosen_CK[4:].T
     if multi_label and scores_KC.shape[1] > 1:
@@ -66,41 +66,44 @@ def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.nda
 
 
 def _greedy(boxes_M4: np.ndarray, iou: float, max_det: int) -> List[int]:
-    """Indices kept by greedy suppression of boxes that are sorted by falling score; sets of a block are bits of an int."""
-    kept: List[int] = []
+    """Return the indices of the boxes that remain after greedy suppression.
+
+    Boxes must be sorted, highest score first. A set of boxes of one block is an int with a bit per box.
+    """
+    selected: List[int] = []
     for start in range(0, len(boxes_M4), BLOCK):
         block_B4 = boxes_M4[start : start + BLOCK]
-        gone = 0
-        if kept:
-            gone = _bits(np.any(_overlap(boxes_M4[kept], block_B4, iou), axis=0, keepdims=True))[0]
-        for i, over in enumerate(_bits(_overlap(block_B4, block_B4, iou))):
-            if not gone >> i & 1:
-                kept.append(start + i)
-                gone |= over
-        if len(kept) >= max_det:
+        suppressed = 0
+        if selected:
+            suppressed = _bits(np.any(_overlap(boxes_M4[selected], block_B4, iou), axis=0, keepdims=True))[0]
+        for i, overlapped in enumerate(_bits(_overlap(block_B4, block_B4, iou))):
+            if not suppressed >> i & 1:
+                selected.append(start + i)
+                suppressed |= overlapped
+        if len(selected) >= max_det:
             break
-    return kept[:max_det]
+    return selected[:max_det]
 
 
 def _bits(sets_NB: np.ndarray) -> List[int]:
-    """Each row of booleans as an int, the first in the lowest bit."""
+    """Convert each row of booleans to an int, with the first boolean in the lowest bit."""
     return [int.from_bytes(row.tobytes(), "little") for row in np.packbits(sets_NB, axis=1, bitorder="little")]
 
 
 def _overlap(first_N4: np.ndarray, second_M4: np.ndarray, iou: float) -> np.ndarray:
-    """Whether intersection over union exceeds `iou`; same float32 operations as torchvision."""
+    """Return a mask of the pairs whose IoU exceeds `iou`, with the same float32 operations as torchvision."""
     a, b = first_N4[:, None], second_M4[None]
     width = np.minimum(a[..., 2], b[..., 2]) - np.maximum(a[..., 0], b[..., 0])
     height = np.minimum(a[..., 3], b[..., 3]) - np.maximum(a[..., 1], b[..., 1])
     inter = np.maximum(width, np.float32(0)) * np.maximum(height, np.float32(0))
     area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
     area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-    with np.errstate(invalid="ignore", divide="ignore"):  # two boxes without area: 0 / 0 is no overlap
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 for two boxes without area; they do not overlap
         return inter / (area_a + area_b - inter) > np.float64(iou)
 
 
 def to_image(detections_N6: np.ndarray, placed: Letterbox) -> np.ndarray:
-    """Detections in letterboxed px to px of the original image, clipped to it; a new array."""
+    """Convert detections from letterboxed px to px of the source image, clipped to it. Returns a new array."""
     out_N6 = detections_N6.astype(np.float32, copy=True)
     ratio_y, ratio_x = placed.ratio
     boxes_N4 = out_N6[:, :4]

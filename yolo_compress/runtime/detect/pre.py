@@ -1,7 +1,7 @@
-"""Image to network input, pixel for pixel as Ultralytics' validator makes it with `rect=False`.
+"""From an image to the model's input, pixel for pixel equal to Ultralytics' validator with `rect=False`.
 
-Shape suffixes: H, W pixels; 3 = RGB; C = channels, 3 or, grey, 1. cv2 decodes and scales where it is installed; else Pillow decodes and
-numpy scales with cv2's fixed-point arithmetic (differs by at most one grey level in less than 1 % of the pixels).
+Shape suffixes: H, W pixels; 3 = RGB; C = channels, 3 (RGB) or 1 (grey). cv2 decodes and scales if it is installed. Otherwise Pillow
+decodes, and numpy scales with cv2's fixed-point arithmetic. Less than 1 % of the pixels then differ, by at most one grey level.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 
 NUMPY_MAGIC = b"\x93NUMPY"
 PAD_VALUE = 114  # grey of Ultralytics' LetterBox
-_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)  # a byte's value as the network takes it
+_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)  # byte -> value of the model's input, 0 to 1
 _GREY = _UNIT[PAD_VALUE]
-LUMA_3 = np.array([9798, 19235, 3735], np.int32)  # what red, green and blue give to grey, in 1 / 2**15
+LUMA_3 = np.array([9798, 19235, 3735], np.int32)  # weights of red, green and blue in grey, in units of 1 / 2**15
 
 
 class UnreadableImage(ValueError):
-    """An image file that is missing, empty, truncated or of no known format."""
+    """The image file is missing, empty, truncated or in an unknown format."""
 
 
 class Letterbox(NamedTuple):
-    """How an image was placed in the network input; `post.to_image` inverts it.
+    """Placement of an image in the model's input; `post.to_image` inverts it.
 
     Attributes:
-        ratio: (vertical, horizontal) scale, letterboxed px per original px; they differ by rounding only.
-        pad_left, pad_top: grey border in letterboxed px.
-        height, width: of the original image, px.
+        ratio: (vertical, horizontal) letterboxed px per px of the source image. They differ only by rounding.
+        pad_left, pad_top: width of the grey border, letterboxed px.
+        height, width: size of the source image, px.
     """
 
     ratio: Tuple[float, float]
@@ -42,7 +42,7 @@ class Letterbox(NamedTuple):
 
 
 def _cv2() -> Any:
-    """cv2, or None where it is not installed."""
+    """Return the cv2 module, or None if it is not installed."""
     try:
         import cv2
     except ImportError:
@@ -51,10 +51,10 @@ def _cv2() -> Any:
 
 
 def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
-    """Read an image upright (EXIF orientation applied) as uint8 RGB, image_HW3; a .npy holds it decoded.
+    """Read an image as image_HW3, uint8 RGB, with its EXIF orientation applied. A .npy file holds a decoded image.
 
     Raises:
-        UnreadableImage: names the file and the reason, or says that neither opencv nor Pillow is installed.
+        UnreadableImage: the file cannot be read or decoded, or neither OpenCV nor Pillow is installed.
     """
     try:
         data = Path(path).read_bytes()
@@ -79,9 +79,13 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
 
 
 def load_array(data: bytes) -> np.ndarray:
-    """The array of a `.npy` file; ValueError where its header states more items than there are bytes.
+    """Parse the bytes of a `.npy` file.
 
-    numpy makes room for what the header states before it reads; 27 TiB in 128 bytes are a traceback of its allocator.
+    numpy allocates the size that the header states before it reads the data. A file of 128 bytes can state 27 TiB, so the
+    size is checked first.
+
+    Raises:
+        ValueError: the header is damaged, or states a size that differs from that of the data.
     """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -90,8 +94,8 @@ def load_array(data: bytes) -> np.ndarray:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(file)
-    except Exception as error:  # numpy reads it as Python: SyntaxError, TokenError, RecursionError, MemoryError
-        raise ValueError(f"no header of .npy ({error})") from error
+    except Exception as error:  # numpy parses it as Python: SyntaxError, TokenError, RecursionError, MemoryError
+        raise ValueError(f"not a .npy header ({error})") from error
     stated = dtype.itemsize
     for side in shape:
         stated *= side
@@ -101,7 +105,7 @@ def load_array(data: bytes) -> np.ndarray:
 
 
 def _read_numpy(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
-    """A decoded image, as a bundle's golden inputs are: needs no decoder."""
+    """Read a decoded image from a `.npy` file, such as a golden image of a bundle."""
     try:
         image_HW3 = load_array(data)
     except (ValueError, EOFError) as error:
@@ -112,10 +116,15 @@ def _read_numpy(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
 
 
 def _cut_short(data: bytes) -> bool:
-    """Whether a JPEG or PNG has no end; cv2 would fill what is missing with grey. FF never stands alone in JPEG's scans."""
+    """Return whether a JPEG or PNG has no end marker. cv2 fills the missing part with grey, without an error.
+
+    The search is safe for JPEG, because the scan data never holds an end marker.
+    """
     if data[:2] == b"\xff\xd8":
         end = data.rfind(b"\xff\xd9")
-        return end < 0 or data.find(b"\xff\xda", end) >= 0  # an end before the last scan is that of the thumbnail
+        return (
+            end < 0 or data.find(b"\xff\xda", end) >= 0
+        )  # an end marker before the last scan belongs to the thumbnail
     return data[:4] == b"\x89PNG" and b"IEND" not in data[-4096:]
 
 
@@ -132,19 +141,19 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
             grey_HW = (np.asarray(image, np.int32) >> 8).astype(np.uint8)
             return np.ascontiguousarray(np.repeat(grey_HW[..., None], 3, axis=2))
         return np.ascontiguousarray(np.asarray(image.convert("RGB"), np.uint8))
-    # What Pillow's decoders raise on bad bytes; ImportError because ultralytics (8.4) patches Image.open to look for a
-    # HEIF plugin when it meets bytes that it does not know.
+    # Errors of Pillow's decoders on bad bytes. ImportError: ultralytics (8.4) patches Image.open to import a HEIF plugin
+    # for unknown bytes.
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: {error}") from error
 
 
 class Canvas:
-    """The network's input, letterboxed into again and again, by one thread at a time.
+    """A reusable array for the model's input. Use it from one thread at a time.
 
-    A grey border that lies where the last one did is not painted anew, so nothing else may write to the array.
+    A grey border in the same place as the last one is not written again, so no other code may write to the array.
 
     Args:
-        images_BCHW: float32, all of which `place` writes, image by image.
+        images_BCHW: float32 array that `place` fills, image by image.
     """
 
     def __init__(self, images_BCHW: np.ndarray) -> None:
@@ -152,10 +161,10 @@ class Canvas:
         self._bordered: List[Tuple[int, ...]] = [()] * len(images_BCHW)
 
     def place(self, index: int, image_HW3: np.ndarray) -> Letterbox:
-        """Scale the long side to the network's long side, shrink further if it does not fit, centre on grey.
+        """Letterbox an image into place `index`: scale its long side to that of the input, shrink it to fit, centre it on grey.
 
-        Two steps because Ultralytics takes two: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)`
-        (rounds to nearest). For square inputs the second never scales.
+        There are two scaling steps, as in Ultralytics: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)`
+        (rounds to nearest). For square inputs the second step does nothing.
         """
         if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
             raise ValueError(f"letterbox takes uint8 RGB [H, W, 3], got {image_HW3.dtype} {list(image_HW3.shape)}")
@@ -184,16 +193,16 @@ class Canvas:
 def letterbox(
     image_HW3: np.ndarray, imgsz_hw: Tuple[int, int], out: Optional[np.ndarray] = None, channels: int = 3
 ) -> Tuple[np.ndarray, Letterbox]:
-    """One image as the network's input, see `Canvas.place`.
+    """Letterbox one image, see `Canvas.place`.
 
     Args:
         image_HW3: uint8 RGB.
-        imgsz_hw: height and width of the network input, px.
-        out: float32 [C, H, W] to write all of; default a new array.
-        channels: of the network input: 3, RGB; or 1, grey.
+        imgsz_hw: height and width of the model's input, px.
+        out: float32 [C, H, W] array for the result. None: a new array.
+        channels: channels of the model's input: 3 (RGB) or 1 (grey).
 
     Returns:
-        chw_CHW float32 in 0..1 (`out` where given), and the placement.
+        chw_CHW, float32 in 0..1 (`out` if given), and the placement.
     """
     shape = (channels,) + tuple(imgsz_hw)
     chw_CHW = np.empty(shape, np.float32) if out is None else out
@@ -203,7 +212,7 @@ def letterbox(
 
 
 def grey(image_HW3: np.ndarray) -> np.ndarray:
-    """The brightness of a uint8 RGB image, image_HW1: ITU-R BT.601 as cv2's COLOR_RGB2GRAY has it; grey stays as it is."""
+    """Convert a uint8 RGB image to grey, image_HW1, as cv2's COLOR_RGB2GRAY (ITU-R BT.601). Grey pixels keep their value."""
     cv2 = _cv2()
     if cv2 is not None:
         return cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)[..., None]
@@ -211,27 +220,27 @@ def grey(image_HW3: np.ndarray) -> np.ndarray:
 
 
 def _normalise(image_HWC: np.ndarray, out_CHW: np.ndarray) -> None:
-    """The colours apart, as float32 in 0..1."""
+    """Write the image into `out_CHW` as float32 in 0..1, channels first."""
     cv2 = _cv2()
-    if cv2 is not None:  # contiguous planes and a table: half the passes over memory, on all its threads
+    if cv2 is not None:  # half the passes over memory, and cv2 uses all its threads
         for plane_HW, target_HW in zip(cv2.split(image_HWC), out_CHW):
             cv2.LUT(plane_HW, _UNIT, target_HW)
         return
     for plane_HW, target_HW in zip(image_HWC.transpose(2, 0, 1), out_CHW):
         np.copyto(target_HW, plane_HW)
-        np.divide(target_HW, np.float32(255), out=target_HW)  # of floats in place: quicker than of bytes
+        np.divide(target_HW, np.float32(255), out=target_HW)  # dividing floats in place is faster than dividing bytes
 
 
 def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, without antialiasing, as `cv2.resize(..., INTER_LINEAR)` on uint8."""
+    """Resize a uint8 image bilinearly without antialiasing, as `cv2.resize(..., INTER_LINEAR)`."""
     cv2 = _cv2()
-    if cv2 is not None:  # it drops the only channel of a grey image
+    if cv2 is not None:  # the reshape restores the channel axis of a grey image, which cv2 drops
         return cv2.resize(image_HWC, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, -1)
     return resize_numpy(image_HWC, height, width)
 
 
 def resize_numpy(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
-    """cv2's INTER_LINEAR in numpy: 11 bit weights, and the 2x2 mean when both sides are exactly halved (as cv2 does)."""
+    """Resize with numpy as cv2's INTER_LINEAR does: 11-bit weights, and the 2x2 mean if both sides are exactly halved."""
     source_h, source_w = image_HW3.shape[:2]
     if (source_h, source_w) == (2 * height, 2 * width):
         wide = image_HW3.astype(np.uint16)
@@ -246,7 +255,7 @@ def resize_numpy(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _taps(source: int, target: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Both source indices and their integer weights (sum 2048) for each target pixel of one axis."""
+    """Return the two source indices and their integer weights (sum 2048) for each target pixel of one axis."""
     position = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
     first = np.floor(position).astype(np.int64)
     fraction = position - first.astype(np.float32)

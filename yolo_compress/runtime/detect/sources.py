@@ -1,4 +1,4 @@
-"""Where pictures come from: an image, a folder of images, a video, a camera."""
+"""Sources of images: an image file, a folder, a video or a camera."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .pre import read_image
 
 IMAGE_SUFFIXES = ("avif", "bmp", "dng", "jp2", "jpeg", "jpg", "mpo", "npy", "png", "tif", "tiff", "webp")
 
-MISSING = 0.02  # share of a video's frames: some containers give an estimate, from duration and rate
+MISSING = 0.02  # share of frames that may be missing; some containers only estimate the count from duration and rate
 
 
 class Picture(NamedTuple):
-    """A picture that `read` decodes: image_HW3, uint8 RGB, or `pre.UnreadableImage`."""
+    """An image of a source. `read` returns image_HW3, uint8 RGB, or raises `pre.UnreadableImage`."""
 
     name: str
     read: Callable[[], np.ndarray]
 
 
 class Source(NamedTuple):
-    """Pictures in order, and how many there are; None for a camera, and for a video that does not say."""
+    """Images in order and their number. The number is None for a camera, and for a video that does not state it."""
 
     pictures: Iterator[Picture]
     total: Optional[int]
 
 
 def open_source(source: Union[str, Path]) -> Source:
-    """Pictures of an image file, of a folder (its images by name, no folders below), of a video, or of a camera.
+    """Open an image file, a folder (sorted by name, without subfolders), a video or a camera.
 
     Args:
         source: a path, an address with `://`, or the number of a camera.
 
     Raises:
-        SourceError: it is not there, holds no image, or cannot be opened. The pictures end with one where a camera is lost
-            or a video stops before its end.
-        RuntimeUnavailable: a video or camera, and OpenCV is not installed.
+        SourceError: the source does not exist, holds no image, or cannot be opened. The iterator of images raises it if a
+            camera is lost or a video is truncated.
+        RuntimeUnavailable: OpenCV, which a video or camera needs, is not installed.
     """
     text = str(source)
     number = text.isdecimal() and len(text) < 9
@@ -77,7 +77,7 @@ def _video(opened: Union[int, str], name: str) -> Source:
         import cv2
     except ImportError as error:
         raise RuntimeUnavailable(
-            f"{name}: videos and cameras need OpenCV, which does not import ({error})", "pip install opencv-python"
+            f"{name}: videos and cameras need OpenCV, which cannot be imported ({error})", "pip install opencv-python"
         ) from error
     capture = cv2.VideoCapture(opened)
     if not capture.isOpened():
@@ -89,17 +89,17 @@ def _video(opened: Union[int, str], name: str) -> Source:
 
 
 def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterator[Picture]:
-    """Frames until the video ends; one after another, as a codec wants it. Colours are put in order by `read`.
+    """Yield the frames of a video or camera. Frames are decoded in sequence; `Picture.read` converts BGR to RGB.
 
     Args:
-        count: frames that the video says it has; 0 where it does not say.
-        live: a camera, which has no end.
+        count: number of frames that the video states; 0 if it states none.
+        live: whether the source is a camera, which has no end.
     """
     number = 0
     try:
         while True:
-            there, bgr_HW3 = capture.read()
-            if not there:
+            success, bgr_HW3 = capture.read()
+            if not success:
                 break
             yield Picture(f"{name}#{number}", partial(cv2.cvtColor, bgr_HW3, cv2.COLOR_BGR2RGB))
             number += 1
@@ -110,4 +110,4 @@ def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterat
     if live:
         raise SourceError(f"{name}: lost after {number} frames; check the camera and start again")
     if number < count * (1 - MISSING):
-        raise SourceError(f"{name}: ends after {number} of {count} frames; it is cut short or damaged there")
+        raise SourceError(f"{name}: ends after {number} of {count} frames; the video is truncated or damaged")

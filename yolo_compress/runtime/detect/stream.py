@@ -1,8 +1,8 @@
-"""Many pictures through an engine: decoding, letterbox, inference and NMS of different pictures at the same time.
+"""Pipeline for many images: decoding, letterbox, inference and NMS of different images run in parallel.
 
-A task takes a batch of pictures (one, unless the engine's batch is larger) from file to detections in a thread of a pool, and
-borrows an idle engine for the inference. There are more tasks than engines, so the others decode or suppress meanwhile.
-On a CPU several engines of few threads beat one of many: a network's layers do not divide among processors without loss.
+A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections.
+It borrows an idle engine for the inference. There are more tasks than engines, so the other tasks decode or run NMS meanwhile.
+On a CPU, several engines with few threads are faster than one with many, because a layer does not scale well over threads.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from .detector import Detector
 from .pre import Canvas, UnreadableImage
 from .sources import Picture
 
-MAX_ENGINES = 4  # unless more are asked for: each holds the weights and its activations
-SPARE_TASKS = 1  # beyond one an engine
-NAME = "yolo_compress.pipeline"  # of its threads
-AHEAD = 2  # batches a task that are held at most, waiting, in work, or done and not yet asked for
+MAX_ENGINES = 4  # default limit, since each engine holds the weights and its activations
+SPARE_TASKS = 1  # tasks in addition to one per engine
+NAME = "yolo_compress.pipeline"  # name of the threads
+AHEAD = 2  # limit of batches per task that are waiting, in progress, or done and not yet consumed
 
 
 class Found(NamedTuple):
-    """What came of a picture.
+    """Result of one image.
 
     Attributes:
-        name: of the picture.
-        image_HW3: uint8 RGB; None where it could not be read.
+        name: name of the image.
+        image_HW3: uint8 RGB; None if it could not be read.
         detections_N6: xyxy in px of the image, score, class.
-        problem: why it could not be read, or None.
-        ms: from the first byte of its file (of a video: from its decoded frame) to its detections.
+        problem: the reason why the image could not be read, or None.
+        ms: time from reading the file (for a video: from the decoded frame) to the detections, milliseconds.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Found(NamedTuple):
 
 
 class Lender:
-    """Engines as one backend for many threads: a call borrows an idle one.
+    """Several engines that many threads share as one backend: a call borrows an idle engine.
 
-    Each engine is opened, run and closed by a thread of its own, as a CUDA context of pycuda belongs to a thread.
+    Each engine has its own thread that opens, runs and closes it, because a CUDA context of pycuda belongs to a thread.
     """
 
     def __init__(self, opens: Sequence[Callable[[], Any]]) -> None:
@@ -66,7 +66,7 @@ class Lender:
             for opening in opens:
                 thread = stack.enter_context(ThreadPoolExecutor(1, NAME))
                 backend = thread.submit(opening).result()
-                stack.callback(partial(_closed, thread, backend))
+                stack.callback(partial(_close_in_thread, thread, backend))
                 self._idle.put((thread, backend))
             self._stack = stack.pop_all()
         self.names, self.imgsz = backend.names, backend.imgsz
@@ -80,19 +80,19 @@ class Lender:
             self._idle.put((thread, backend))
 
     def close(self) -> None:
-        """Close every engine in its thread, after what it is at."""
+        """Close every engine in its thread, after its current inference."""
         self._stack.close()
 
 
-def _closed(thread: ThreadPoolExecutor, backend: Backend) -> None:
+def _close_in_thread(thread: ThreadPoolExecutor, backend: Backend) -> None:
     thread.submit(backend.__exit__, None, None, None).result()
 
 
 class Pipeline:
-    """A context manager; called with pictures, it gives what came of each, in their order, while later ones are in work.
+    """Pipeline over several engines, a context manager. A call yields the results in order while later images are processed.
 
     Args:
-        opens: what opens an engine, one call for each that is to run at a time; see `open_pipeline`.
+        opens: functions that open an engine, one for each engine that runs in parallel; see `open_pipeline`.
         conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a deployment.
     """
 
@@ -108,16 +108,16 @@ class Pipeline:
         self._steps = Detector(self.backend, conf, iou, max_det, multi_label)  # type: ignore[arg-type]
         self._threads = len(opens) + SPARE_TASKS
         self._tasks = ThreadPoolExecutor(self._threads, NAME)
-        self._canvases: "SimpleQueue[Canvas]" = SimpleQueue()  # one a thread, lent like the engines
+        self._canvases: "SimpleQueue[Canvas]" = SimpleQueue()  # one per thread, borrowed like the engines
         for _ in range(self._threads):
             self._canvases.put(self._steps.blank())
 
     def __call__(self, pictures: Iterable[Picture]) -> Generator[Found, None, None]:
-        """Yields in order. What goes wrong in any thread is raised here, at the picture's turn, and ends the work.
+        """Yield the result of each image in order. An error in a thread is raised here, in the image's place, and ends the work.
 
         Raises:
-            NotFinite: names the picture.
-            SourceError: the pictures ended with it; what came of those before it is yielded first.
+            NotFinite: the output for an image holds NaN or infinity.
+            SourceError: the source failed. The results of the images before it are yielded first.
         """
         left = iter(pictures)
         waiting: Deque[Future[List[Found]]] = deque()
@@ -143,7 +143,7 @@ class Pipeline:
                 future.cancel()
 
     def _task(self, batch: Sequence[Picture]) -> List[Found]:
-        """From file to detections."""
+        """Process one batch of images from file to detections."""
         start = time.perf_counter()
         read = [_read(picture) for picture in batch]
         readable = [image for image, _ in read if image is not None]
@@ -174,7 +174,7 @@ class Pipeline:
 
 
 def _read(picture: Picture) -> Tuple[Optional[np.ndarray], Optional[str]]:
-    """The image, or why there is none."""
+    """Return the image and None, or None and the reason why it cannot be read."""
     try:
         return picture.read(), None
     except UnreadableImage as error:
@@ -188,14 +188,14 @@ def open_pipeline(
     iou: float = 0.7,
     max_det: int = MAX_DET,
 ) -> Pipeline:
-    """A pipeline of an engine directory.
+    """Open a pipeline for an engine directory.
 
     Args:
-        engines: how many of it run at a time, sharing the processors; default one a processor, at most 4, and one on a GPU.
+        engines: number of copies that run in parallel and share the processors. None: one per processor, at most 4; one on a GPU.
         conf, iou, max_det: see `post.nms`.
 
     Raises:
-        EngineError: see `load_info`; nothing is deserialised then.
+        EngineError: see `load_info`; it is raised before anything is deserialised.
         RuntimeUnavailable: the library or device is missing.
     """
     on_gpu = RUNTIMES[load_info(Path(engine)).runtime].gpu

@@ -1,4 +1,4 @@
-"""COCO's matching of detections to ground truth, and its average precision, in numpy alone: equal to pycocotools' figures.
+"""COCO's matching of detections to ground truth, and its average precision, with numpy only. Results equal those of pycocotools.
 
 Shape suffixes: N truths, D detections that count, T IoU thresholds, A area ranges, K classes, R recall points. A truth is a row
 (class, x1, y1, x2, y2), a detection (x1, y1, x2, y2, score, class), both in px of the image.
@@ -15,23 +15,31 @@ from ..limits import MAX_DETECTIONS
 
 IOUS_T = np.linspace(0.5, 0.95, 10)
 RECALLS_R = np.linspace(0.0, 1.0, 101)
-AREAS: Dict[str, Tuple[float, float]] = {  # px^2 of the original image, both ends inside
+AREAS: Dict[str, Tuple[float, float]] = {  # px^2 of the source image, limits included
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-_ALMOST_ONE = 1 - 1e-10  # COCO's: a perfect box counts at a threshold of 1
-_EPSILON = np.spacing(1)  # COCO's: precision of nothing is 0
+_ALMOST_ONE = 1 - 1e-10  # as COCO: with a threshold of 1, a perfect box still matches
+_EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
 
 
 class Matches(NamedTuple):
-    """Who found what, at every threshold and in every area range.
+    """Which truth each detection matches, for every IoU threshold and area range.
 
-    Detections are ordered by class, then falling score; equal scores keep the order of images and of rows in them. Truths are
-    in the order given. `truth_ATD` is the index of the truth that a detection was matched to, -1 where there is none.
-    `counts_ATD` says whether it counts as right or wrong: not if its truth lies outside the area range, or if it has no truth
-    and lies outside itself. `counted_AN` says whether a truth lies inside.
+    Detections are sorted by class, then by falling score; equal scores are in the order of images and rows. Truths are in the
+    order of the input.
+
+    Attributes:
+        image_D, row_D: image of each detection, and its row in that image.
+        truth_ATD: index of the matched truth; -1: none.
+        counts_ATD: whether the detection counts as right or wrong. It does not if its truth is outside the area range, or if it
+            has no truth and is outside the range itself.
+        image_N, class_N: image and class of each truth.
+        counted_AN: whether the truth is inside the area range.
+        images, classes: number of images and classes.
+        areas: names of the area ranges.
     """
 
     image_D: np.ndarray
@@ -48,7 +56,7 @@ class Matches(NamedTuple):
     areas: Tuple[str, ...]
 
     def of_class(self, k: int) -> slice:
-        """The detections of a class."""
+        """Return the slice of the detections of class `k`."""
         start, stop = np.searchsorted(self.class_D, [k, k + 1])
         return slice(int(start), int(stop))
 
@@ -60,14 +68,16 @@ def match(
     areas: Sequence[str] = tuple(AREAS),
     most: int = MAX_DETECTIONS,
 ) -> Matches:
-    """Match as COCOeval does: in each image and class, best score first, each detection takes the best truth still free.
+    """Match detections to truths as COCOeval does.
+
+    In each image and class, detections are processed by falling score. Each takes the free truth with the highest IoU.
 
     Args:
-        truths: one N5 array an image.
-        detections: one N6 array an image, in the same order.
-        most: so many of a class count, best first.
-        classes: how many; labels are 0 to classes - 1, detections of others do not count.
-        areas: names of `AREAS`.
+        truths: one N5 array per image.
+        detections: one N6 array per image, in the same order.
+        classes: number of classes; labels are 0 to classes - 1. Detections with other labels do not count.
+        areas: keys of `AREAS`.
+        most: limit of detections per class and image; the best count.
 
     Raises:
         ValueError: a different number of truths and detections, or a truth of a class out of range.
@@ -111,7 +121,7 @@ def match(
 
 
 def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All rows as float64, the image of each, and its number in the image."""
+    """Concatenate the rows as float64. Return them, the image of each row, and its index in the image."""
     parts = [np.asarray(part, np.float64).reshape(-1, width) for part in rows]
     lengths = [len(part) for part in parts]
     image = np.repeat(np.arange(len(parts), dtype=np.int64), lengths)
@@ -120,7 +130,7 @@ def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarra
 
 
 def counting(rows_N6: np.ndarray, most: int = MAX_DETECTIONS) -> np.ndarray:
-    """Which detections of an image count, as a mask: the best of each class."""
+    """Return a mask of the detections of an image that count: the best `most` of each class."""
     order = np.lexsort((-rows_N6[:, 4], rows_N6[:, 5]))
     mask = np.zeros(len(rows_N6), bool)
     mask[order[_rank(rows_N6[order, 5]) < most]] = True
@@ -128,13 +138,13 @@ def counting(rows_N6: np.ndarray, most: int = MAX_DETECTIONS) -> np.ndarray:
 
 
 def _rank(group_D: np.ndarray) -> np.ndarray:
-    """Place of each in its run of equal values."""
+    """Return the position of each element in its run of equal values."""
     starts = np.flatnonzero(np.diff(group_D, prepend=-1))
     return np.arange(len(group_D)) - np.repeat(starts, np.diff(np.append(starts, len(group_D))))
 
 
 def sized(boxes_N4: np.ndarray) -> np.ndarray:
-    """xyxy to x, y, width, height: COCO's form, and its rounding."""
+    """Convert xyxy boxes to x, y, width, height, with the same rounding as COCO."""
     return np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
 
 
@@ -144,7 +154,7 @@ def _inside(boxes_N4: np.ndarray, areas: Sequence[str]) -> np.ndarray:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (..., 4) with boxes (..., 4), broadcast, each x, y, width, height; pycocotools' operations in their order."""
+    """Return the IoU of boxes (..., 4) x, y, width, height, with broadcasting. The order of operations is that of pycocotools."""
     width = np.minimum(a[..., 2] + a[..., 0], b[..., 2] + b[..., 0]) - np.maximum(a[..., 0], b[..., 0])
     height = np.minimum(a[..., 3] + a[..., 1], b[..., 3] + b[..., 1]) - np.maximum(a[..., 1], b[..., 1])
     over = (width > 0) & (height > 0)
@@ -156,9 +166,9 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _match_group(
     found_D4: np.ndarray, truth_G4: np.ndarray, inside_AG: np.ndarray, index_G: np.ndarray, out_ATD: np.ndarray
 ) -> None:
-    """One class in one image, all area ranges and thresholds at a time; writes into `out`.
+    """Match one class in one image for all area ranges and thresholds. Writes the indices of the truths into `out_ATD`.
 
-    Truths outside the area range are taken only where none inside is left. Of equal IoUs the last truth wins, as in COCO.
+    A truth outside the area range is matched only if no truth inside is free. With equal IoU the last truth wins, as in COCO.
     """
     iou_DG = box_iou(found_D4[:, None], truth_G4[None])
     bounds_T = np.minimum(IOUS_T, _ALMOST_ONE)
@@ -178,7 +188,7 @@ def _match_group(
 
 
 def precision(matches: Matches, area: str = "all") -> np.ndarray:
-    """precision_TRK of COCOeval: at each recall the best precision from there on; NaN for classes without truths in the range."""
+    """Return precision_TRK as COCOeval does: the best precision at this or a higher recall. NaN: no truths of the class."""
     a = matches.areas.index(area)
     truths_K = np.bincount(matches.class_N[matches.counted_AN[a]], minlength=matches.classes)
     out_TRK = np.full((len(IOUS_T), len(RECALLS_R), matches.classes), np.nan)
@@ -200,7 +210,7 @@ def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarra
 
 
 class MeanAP(TypedDict):
-    """COCO's box AP, a fraction; null of a class without ground truth."""
+    """COCO's box AP, a fraction from 0 to 1; null for a class without ground truth."""
 
     map50_95: float  # mean over the classes with ground truth, IoU 0.5 to 0.95
     map50: float  # the same at IoU 0.5
@@ -212,19 +222,16 @@ class MeanAP(TypedDict):
 def mean_ap(
     truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
 ) -> MeanAP:
-    """COCO's box AP over all areas, areas taken from the boxes.
+    """Compute COCO's box AP over all areas. Without detections it is 0.0.
 
     Args:
-        truths: one N5 array an image.
-        detections: one N6 array an image, in the same order.
-        names: of the classes, all different.
-        most: detections of a class in an image that count, best first.
-
-    Returns:
-        The AP; without any detections it is 0.0.
+        truths: one N5 array per image.
+        detections: one N6 array per image, in the same order.
+        names: class names in the order of their index, all different.
+        most: limit of detections per class and image; the best count.
 
     Raises:
-        ValueError: no ground truth at all, names that repeat, or what `match` refuses.
+        ValueError: there is no ground truth, class names repeat, or `match` rejects the input.
     """
     if len(set(names)) != len(names):
         raise ValueError(f"class names repeat: {sorted(name for name, n in Counter(names).items() if n > 1)}")

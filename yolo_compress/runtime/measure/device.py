@@ -1,4 +1,4 @@
-"""State of the machine that a latency was taken on, by feature: what cannot be read is left out, never guessed."""
+"""State of the machine that a latency is measured on. Values that cannot be read are left out, never guessed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Dict, List, Optional, TypedDict, cast
 
 
 class DeviceState(TypedDict, total=False):
-    """Identity and power state of a machine. What cannot be read is absent."""
+    """Identity and power state of a machine. Values that cannot be read are absent."""
 
     cpu: str  # name of the processor
     cpus: int  # processors that this process may run on
     machine: str  # architecture, "aarch64"
     system: str  # kernel and system
-    python: str  # version
-    governor: str  # of the first processor's clock
-    cpu_khz: str  # clock of the first processor now
-    load_average: List[float]  # of 1, 5 and 15 minutes
+    python: str  # version of Python
+    governor: str  # clock governor of the first processor
+    cpu_khz: str  # present clock of the first processor
+    load_average: List[float]  # over 1, 5 and 15 minutes
     temperatures_c: Dict[str, float]  # thermal zone -> degrees Celsius
-    board: str  # from the device tree
-    l4t: str  # release of a Jetson's system
+    board: str  # name of the board, from the device tree
+    l4t: str  # release of Jetson Linux
     nvpmodel: str  # power mode of a Jetson
     gpu: str  # name, driver, power limit, clock and temperature, by nvidia-smi
 
 
 def read_line(path: str) -> Optional[str]:
-    """Text of a file of the kernel, or None where it is absent, unreadable or empty."""
+    """Return the text of a kernel file, or None if it is absent, unreadable or empty."""
     try:
         return Path(path).read_bytes().replace(b"\0", b"").decode("utf-8", "replace").strip() or None
     except OSError:
@@ -37,7 +37,7 @@ def read_line(path: str) -> Optional[str]:
 
 
 def cpu_model() -> str:
-    """Name of the processor, or of its architecture where the kernel gives none (ARM)."""
+    """Return the name of the processor, or its architecture if the kernel has no name (ARM)."""
     for text in (read_line("/proc/cpuinfo") or "").splitlines():
         key, _, value = text.partition(":")
         if key.strip() in ("model name", "Model"):
@@ -46,14 +46,14 @@ def cpu_model() -> str:
 
 
 def usable_cpus() -> int:
-    """Processors this process may run on."""
+    """Return the number of processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def ask(command: List[str]) -> Optional[str]:
-    """Output of a read-only query tool, or None where it is absent, refuses or hangs."""
+    """Return the output of a read-only query tool, or None if the tool is absent, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -64,7 +64,7 @@ def ask(command: List[str]) -> Optional[str]:
 
 
 def device_state() -> DeviceState:
-    """The state now."""
+    """Return the present state of this machine."""
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     temperatures = {}
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):

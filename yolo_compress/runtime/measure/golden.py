@@ -1,8 +1,8 @@
-"""The golden self-test: a few real images, and what the workstation's engines detected in them.
+"""The golden self-test: compare an engine's detections in a few real images with those of the workstation's engines.
 
-`golden/golden.json` says what is expected, within which tolerances, and where those come from. A detection is compared with the one
-of its class that overlaps it most (IoU of 0.5 at least); whatever one side has above `conf` needs a partner on the other, which may
-lie as low as `floor`, so that a score near the threshold is a difference of scores and not a missing box.
+`golden/golden.json` has the expected detections, the tolerances and how they were measured. A detection is compared with the one
+of the same class that overlaps it most (IoU of at least 0.5), its partner. Every detection above `conf` needs a partner. The
+partner's score may be as low as `floor`, so a score near the threshold counts as a score difference, not as a missing box.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from ..errors import EngineError
 FOLDER = "golden"
 FILE = "golden.json"
 SCHEMA = 1
-SAME = "same"  # the tolerance of an engine of the runtime and precision that the expectation is of
+SAME = "same"  # key of the tolerance for an engine with the same runtime, precision, version and arithmetic as the expected one
 LEAST_IOU = 0.5
 MOST = 90  # percent
 
 
 class Difference(NamedTuple):
-    """Of two sets of detections: px of the image, score, boxes without partner, boxes with one.
+    """Differences between two sets of detections.
 
-    `most_`: nine of ten boxes differ by less. With coarse arithmetic the worst one says little: a rounding decides from which of
-    two cells a box comes.
+    Attributes:
+        worst_box_px, worst_score: largest difference of a coordinate in px of the image, and of a score.
+        most_box_px, most_score: 90th percentile of the differences. With INT8 the worst box says little, because rounding can
+            decide which of two cells a box comes from.
+        unmatched: boxes without a partner.
+        compared: boxes with a partner.
     """
 
     worst_box_px: float
@@ -49,40 +53,40 @@ class Image(TypedDict):
 
 
 class EngineOf(TypedDict):
-    """The engine that an expectation is of."""
+    """The engine that made the expected detections."""
 
     executed: str  # the arithmetic that its library chose, in words
     library: str  # its version; "none" where the file was evaluated node by node
 
 
 class Tolerance(TypedDict):
-    """How far a robot may be off."""
+    """Allowed difference from the expected detections."""
 
-    of: str  # which of `Difference`'s figures count: "worst" or "most"
+    of: str  # which figures of `Difference` are compared: "worst" or "most"
     box_px: float
     score: float
-    unmatched: int  # boxes without partner
+    unmatched: int  # boxes without a partner
 
 
 class Golden(TypedDict):
-    """golden.json."""
+    """The document in golden.json."""
 
     schema: int
-    conf: float  # score that a detection of one side needs to have a partner on the other
-    floor: float  # the least score of such a partner
-    iou: float  # of NMS
+    conf: float  # a detection with at least this score needs a partner
+    floor: float  # minimum score of a partner
+    iou: float  # IoU threshold of NMS
     images: List[Image]
-    boxes: int  # above `conf` in all images
-    engines: Dict[str, EngineOf]  # "runtime-precision" ->
-    tolerances: Dict[str, Tolerance]  # precision, or `SAME` ->
-    tolerances_from: str  # how they were found
-    images_measured: int  # that they were found on
+    boxes: int  # number of boxes above `conf` in all images
+    engines: Dict[str, EngineOf]  # "runtime-precision" -> engine
+    tolerances: Dict[str, Tolerance]  # precision, or `SAME` -> tolerance
+    tolerances_from: str  # how the tolerances were measured
+    images_measured: int  # number of images that they were measured on
     measured: Dict[str, Dict[str, float]]  # two engines, separated by a space -> their `Difference`
     expected: Dict[str, List[List[List[float]]]]  # "runtime-precision" -> image -> [x1, y1, x2, y2, score, class], px
 
 
 class SelfTest(TypedDict):
-    """What the self-test finds of one engine: `Difference`, and the verdict."""
+    """Result of the self-test of one engine: the figures of `Difference`, and the verdict."""
 
     worst_box_px: float
     worst_score: float
@@ -91,22 +95,22 @@ class SelfTest(TypedDict):
     unmatched: int
     compared: int
     passed: bool
-    against: str  # "runtime-precision" of the expectation
+    against: str  # "runtime-precision" of the engine that made the expected detections
     tolerance: Tolerance
-    reason: Optional[str]  # null where it passed
+    reason: Optional[str]  # why the test failed; null if it passed
 
 
 def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
-    """Run the golden images through an engine and compare.
+    """Run the golden self-test of an engine.
 
     Args:
-        bundle: directory of a bundle that `seal.verify` has seen.
+        bundle: directory of a verified bundle (`seal.verify`).
         backend: an opened engine; stays open.
-        runtime, library: its runtime, and the version of the library.
+        runtime, library: runtime of the engine, and version of the library.
 
     Raises:
-        EngineError: the bundle expects nothing of this precision, or its golden.json is of another form.
-        NotFinite: NaN in the output.
+        EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
+        NotFinite: the output holds NaN or infinity.
     """
     golden, images = load(bundle)
     own = f"{runtime}-{backend.precision}"
@@ -117,9 +121,9 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
         )
         if not against:
             raise EngineError(
-                f"{bundle / FOLDER / FILE}: expects nothing of {backend.precision}; it has {sorted(expected)}"
+                f"{bundle / FOLDER / FILE}: no expected detections for {backend.precision}, only for {sorted(expected)}"
             )
-        # another version or processor has other kernels, and INT8 boxes of ONNX Runtime 1.19 are pixels from those of 1.32
+        # Other versions and processors have other kernels. INT8 boxes of ONNX Runtime 1.19 and 1.32 differ by several px.
         same = against == own and golden["engines"][own] == {"executed": backend.executed, "library": library}
         tolerance = golden["tolerances"][SAME if same else backend.precision]
         found = detections(backend, images, golden["floor"], golden["iou"])
@@ -127,7 +131,7 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
         worst = difference(wanted, found, golden["conf"])
         reason = _reason(worst, tolerance)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EngineError(f"{bundle / FOLDER / FILE}: of another form ({error!r}); make the bundle again") from error
+        raise EngineError(f"{bundle / FOLDER / FILE}: malformed ({error!r}); make the bundle again") from error
     return {
         "worst_box_px": worst.worst_box_px,
         "worst_score": worst.worst_score,
@@ -143,10 +147,10 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
 
 
 def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
-    """golden.json, and the images as uint8 RGB, images_HW3.
+    """Read golden.json and the golden images, each image_HW3, uint8 RGB.
 
     Raises:
-        EngineError: the bundle has none, or of another schema.
+        EngineError: the bundle has no readable golden images, or golden.json has another schema.
     """
     file = bundle / FOLDER / FILE
     try:
@@ -155,17 +159,22 @@ def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
             raise EngineError(f"{file}: schema {golden['schema']!r}, {SCHEMA} expected; make the bundle again")
         images = [read_image(bundle / FOLDER / image["file"]) for image in golden["images"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"{file}: no golden images to be read ({error}); make the bundle again") from error
+        raise EngineError(f"{file}: cannot read the golden images ({error}); make the bundle again") from error
     return golden, images
 
 
 def detections(backend: Backend, images: Sequence[np.ndarray], floor: float, iou: float) -> List[np.ndarray]:
-    """As a deployment has them: each box of its best class alone, from `floor` on; N6 an image."""
+    """Return the detections with scores above `floor`, N6 per image, with only the best class of each box, as in a deployment."""
     return Detector(backend, floor, iou, multi_label=False).detect(images)
 
 
 def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf: float) -> Difference:
-    """The largest differences over all images; N6 (xyxy, score, class) an image, in the same order."""
+    """Compare two sets of detections.
+
+    Args:
+        expected, found: one N6 array (xyxy, score, class) per image, in the same order.
+        conf: a detection with at least this score needs a partner.
+    """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):
         one, two = np.asarray(one_N6, np.float64), np.asarray(two_M6, np.float64)
@@ -174,14 +183,14 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
             if max(one[i, 4], two[j, 4]) >= conf:
                 boxes.append(float(np.abs(one[i, :4] - two[j, :4]).max()))
                 scores.append(float(abs(one[i, 4] - two[j, 4])))
-        for rows, taken in ((one, {i for i, _ in pairs}), (two, {j for _, j in pairs})):
-            unmatched += sum(k not in taken and row[4] >= conf for k, row in enumerate(rows))
+        for rows, paired in ((one, {i for i, _ in pairs}), (two, {j for _, j in pairs})):
+            unmatched += sum(k not in paired and row[4] >= conf for k, row in enumerate(rows))
     most = [float(np.percentile(values[1:] or values, MOST)) for values in (boxes, scores)]
     return Difference(max(boxes), max(scores), most[0], most[1], int(unmatched), len(boxes) - 1)
 
 
 def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
-    """Partners of one class, the largest overlap first."""
+    """Return the index pairs of partners: same class, matched greedily by falling IoU."""
     if not len(one_N6) or not len(two_M6):
         return []
     a, b = one_N6[:, None], two_M6[None]
@@ -202,14 +211,14 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
 
 
 def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
-    """What is beyond its tolerance, in words."""
+    """Return the figures that exceed the tolerance, as text; None if there are none."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
     beyond = [
         f"{what} {got:.4g}, {allowed:.4g} allowed"
         for what, got, allowed in (
             (f"{tolerance['of']} boxes off by px:", box, tolerance["box_px"]),
             (f"{tolerance['of']} scores off by", score, tolerance["score"]),
-            ("boxes without partner:", found.unmatched, tolerance["unmatched"]),
+            ("boxes without a partner:", found.unmatched, tolerance["unmatched"]),
         )
         if got > allowed
     ]

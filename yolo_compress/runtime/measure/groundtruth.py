@@ -1,6 +1,6 @@
-"""Images and boxes of a validation folder on the robot: the YOLO layout (`images/`, `labels/`) or one COCO json beside a folder.
+"""Read validation images and boxes on the robot: a YOLO folder (`images/`, `labels/`), or a COCO json and a folder of images.
 
-Labels are read by the rules of labels.py, which the workstation's preflight uses too; so the boxes are the same numbers.
+Label files are parsed by labels.py. The workstation's preflight uses it too, so the boxes are exactly the same.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Labelled(NamedTuple):
 
 
 def yolo_folder(folder: Path, classes: int) -> List[Labelled]:
-    """Every image below `folder/images` with its labels; an image without a label file is background.
+    """Read every image below `folder/images` with its labels. An image without a label file is background.
 
     Raises:
-        SourceError: no such folder, no image, no label file at all, or a label file with a fault (file and line).
+        SourceError: there is no image, no label file, or a label file has an error. The message has its file and line.
     """
     root = (folder / "images").resolve()
     images = sorted(path for path in _files(root) if path.suffix[1:].lower() in IMAGE_SUFFIXES)
@@ -45,23 +45,28 @@ def yolo_folder(folder: Path, classes: int) -> List[Labelled]:
         labels = parse(file.read_bytes(), classes)
         if labels.findings:
             number, what = labels.findings[0]
-            raise SourceError(f"{file}:{number}: {what}; mend it, a mAP over other boxes would not compare")
+            raise SourceError(f"{file}:{number}: {what}; correct it, since mAP over other boxes is not comparable")
         found.append(Labelled(image, tuple(labels.boxes)))
     if not labelled:
-        raise SourceError(f"{label_path(images[0]).parent}: no label file of any of the {len(images)} images")
+        raise SourceError(f"{label_path(images[0]).parent}: no label file for any of the {len(images)} images")
     return found
 
 
 def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
-    """The images of a COCO json, by `file_name` below `images`; categories are found by name.
+    """Read the images and boxes of a COCO json.
+
+    Args:
+        images: folder that the `file_name` of an image is relative to.
+        names: class names of the model; categories are mapped to them by name.
 
     Raises:
-        SourceError: no such file, boxes of a category that the net does not have, or a crowd, which the matcher does not know.
+        SourceError: the file cannot be read, has boxes of a category that the model does not have, or has a crowd, which the
+            matching does not support.
     """
     try:
         document = json_text.read(file)
         labels = {one["id"]: names.index(one["name"]) for one in document["categories"] if one["name"] in names}
-        strangers = sorted({one["name"] for one in document["categories"]} - set(names))
+        unknown = sorted({one["name"] for one in document["categories"]} - set(names))
         sizes = {one["id"]: (one["file_name"], one["width"], one["height"]) for one in document["images"]}
         boxes: Dict[Any, List[Box]] = {key: [] for key in sizes}
         for one in document["annotations"]:
@@ -69,7 +74,7 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
                 raise SourceError(f"{file}: annotation {one['id']} is a crowd; leave such images out")
             if one["category_id"] not in labels:
                 raise SourceError(
-                    f"{file}: boxes of {', '.join(strangers[:5])}, the net has {', '.join(names[:5])} ..."
+                    f"{file}: boxes of {', '.join(unknown[:5])}, the model has {', '.join(names[:5])} ..."
                 )
             x, y, w, h = (float(side) for side in one["bbox"])
             _, width, height = sizes[one["image_id"]]
@@ -77,11 +82,11 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
             boxes[one["image_id"]].append((label, (x + w / 2) / width, (y + h / 2) / height, w / width, h / height))
         return [Labelled(images / sizes[key][0], tuple(boxes[key])) for key in sizes]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise SourceError(f"{file}: no COCO json of detections ({error!r})") from error
+        raise SourceError(f"{file}: not a COCO json for detection ({error!r})") from error
 
 
 def absolute(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
-    """boxes_N5 (class, x1, y1, x2, y2) in px of the image; the workstation's arithmetic (`evaluate.coco.absolute_boxes`)."""
+    """Convert boxes to boxes_N5 (class, x1, y1, x2, y2) in px of the image, with the arithmetic of `evaluate.coco.absolute_boxes`."""
     boxes_N5 = np.array(boxes, np.float64).reshape(-1, 5)
     size_4 = np.array([width, height, width, height], np.float64)
     half_N2 = boxes_N5[:, 3:5] / 2
@@ -90,17 +95,18 @@ def absolute(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
 
 
 def image_set(rows: Sequence[Tuple[str, Sequence[Box]]], names: Sequence[str]) -> str:
-    """Digest of the images' sha256 and boxes, wherever they lie and whatever they are called.
+    """Return a digest of a set of images and boxes. It does not depend on file names and folders.
 
     Args:
-        rows: (sha256 of the image file, boxes) of each image.
+        rows: (SHA-256 of the image file, boxes) of each image.
+        names: class names in the order of their index.
     """
     ranked = sorted([digest, sorted(list(box) for box in boxes)] for digest, boxes in rows)
     return hashlib.sha256(json.dumps([list(names), ranked], separators=(",", ":")).encode()).hexdigest()
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Plain files below a folder; none where there is no such folder."""
+    """Yield the plain files below a folder; none if the folder does not exist."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
             yield path

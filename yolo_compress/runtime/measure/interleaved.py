@@ -1,4 +1,4 @@
-"""Engines measured in turn: one live process an engine, rounds in ABBA order, so that drift meets all of them alike."""
+"""Measure engines in turn: one process per engine, and rounds in ABBA order, so that drift affects all engines equally."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .messages import About, Measured, Round, RoundRequest, Spec
 
 _PACKAGE = __name__.rpartition(".")[0]
 MODULE = _PACKAGE + ".latency"
-_ROOT = str(Path(__file__).resolve().parents[_PACKAGE.count(".") + 1])  # the folder that the package is imported from
-PATIENCE_S = 900.0  # for one answer: loading an engine, or one round of a slow network
-STDERR_KEPT = 2000  # characters of a failed child's stderr that are reported
+_ROOT = str(Path(__file__).resolve().parents[_PACKAGE.count(".") + 1])  # folder that the package is imported from
+PATIENCE_S = 900.0  # limit for one answer: loading an engine, or one round of a slow model
+STDERR_KEPT = 2000  # last characters of a failed child's stderr that are reported
 
 
 class _Child:
-    """One measuring process; killed on any failure and at the end."""
+    """One measuring process. It is ended after the measurement and on any failure."""
 
     def __init__(self, spec: Spec) -> None:
         self.label = str(spec.get("label") or spec.get("engine") or spec.get("module"))
@@ -39,17 +39,21 @@ class _Child:
         )
 
     def start(self, spec: Spec) -> About:
-        """Have it open what the spec names."""
+        """Make the process open the engine of the spec."""
         about: About = self._ask(spec)
         return about
 
     def one_round(self, n: int) -> Round:
-        """Have it time `n` calls."""
+        """Make the process time `n` calls."""
         reply: Round = self._ask({"n": n})
         return reply
 
     def _ask(self, request: Union[Spec, RoundRequest]) -> Any:
-        """One request line, one reply, a JSON object; LatencyError with the child's last words if it dies, hangs or talks nonsense."""
+        """Send one request line and return the reply, a JSON object.
+
+        Raises:
+            LatencyError: the process died, hung or sent something else. The message has the end of its stderr.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         hung = threading.Event()
 
@@ -75,18 +79,18 @@ class _Child:
                     f"{self.label}: the measuring process gave no answer in {PATIENCE_S:g} s and was ended"
                 )
             self._stderr.seek(0)
-            words = self._stderr.read()[-STDERR_KEPT:].strip()
+            stderr_end = self._stderr.read()[-STDERR_KEPT:].strip()
             how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with code {code}"
-            raise LatencyError(f"{self.label}: the measuring process ended {how}:\n{words}")
+            raise LatencyError(f"{self.label}: the measuring process ended {how}:\n{stderr_end}")
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError) as error:
             raise LatencyError(
-                f"{self.label}: the measuring process answered {line[:200]!r}, no JSON object"
+                f"{self.label}: the measuring process answered {line[:200]!r}, a JSON object expected"
             ) from error
 
     def close(self) -> None:
-        """End the process: closing its stdin is the request, kill the last resort."""
+        """End the process by closing its stdin; kill it if it does not end within 10 seconds."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:
@@ -107,24 +111,24 @@ def measure_in_turn(
     n_per_round: int,
     progress: Optional[Callable[[int], Any]] = None,
 ) -> List[Measured]:
-    """Samples of each engine from `rounds` rounds; odd rounds go through the engines backwards.
+    """Measure several engines in turn. Every second round goes through the engines in reverse order.
 
     Args:
-        specs: what is measured.
-        rounds: an even number cancels linear drift.
-        n_per_round: samples of one engine in one round.
-        progress: called with 1 after each round of each engine; rounds * len(specs) times in all.
+        specs: the engines to measure.
+        rounds: number of rounds; an even number cancels linear drift.
+        n_per_round: samples per engine and round.
+        progress: called with 1 after each round of each engine, rounds * len(specs) times in total.
 
     Returns:
-        What was measured of each spec, in order.
+        The result of each spec, in the same order.
 
     Raises:
-        LatencyError: a process failed; names the engine and carries the end of its stderr. All processes are ended.
+        LatencyError: a process failed. The message has the engine and the end of its stderr. All processes are ended.
     """
     children: List[_Child] = []
     try:
         results: List[Measured] = []
-        for spec in specs:  # one at a time: loading is heavy
+        for spec in specs:  # one at a time, because loading uses the whole machine
             children.append(_Child(spec))
             about = children[-1].start(spec)
             results.append({**about, "samples_ms": [], "rounds_ms": [], "quiet": True, "memory_mib": None})

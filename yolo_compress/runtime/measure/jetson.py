@@ -1,7 +1,7 @@
-"""Jetson state that decides a latency: JetPack, power mode, clocks; and watts, from the INA3221 rails or tegrastats.
+"""State of a Jetson that affects latency (JetPack, power mode, clocks), and its power from the INA3221 rails or tegrastats.
 
-What cannot be read is left out, never guessed. Paths and output forms are from NVIDIA's documentation and jtop's sources; nothing in
-this file ever ran on a Jetson. `root` stands before every path, for tests.
+Values that cannot be read are left out, never guessed. Paths and output formats are from NVIDIA's documentation and the source of
+jtop; this file never ran on a Jetson. `root` is put before every path, for tests.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ RAILS = "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"
 CLOCKS = {
     "gpu_hz": ("sys/class/devfreq/*gpu*/cur_freq", "sys/class/devfreq/*.g?[0-9]*b/cur_freq"),
     "gpu_max_hz": ("sys/class/devfreq/*gpu*/max_freq", "sys/class/devfreq/*.g?[0-9]*b/max_freq"),
-    "emc_hz": ("sys/kernel/debug/bpmp/debug/clk/emc/rate", "sys/kernel/debug/clk/emc/clk_rate"),  # root's alone
+    "emc_hz": (
+        "sys/kernel/debug/bpmp/debug/clk/emc/rate",
+        "sys/kernel/debug/clk/emc/clk_rate",
+    ),  # readable by root only
     "cpu_khz": ("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",),
     "cpu_max_khz": ("sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",),
 }
-TOTAL = (
-    "VDD_IN",
-    "POM_5V_IN",
-)  # rails through which all of a module's power comes; else the sum of its rails (jtop's rule)
+# Rails that supply the whole module. Without such a rail, the power is the sum of all rails (jtop's rule).
+TOTAL = ("VDD_IN", "POM_5V_IN")
 UNUSED = ("NC",)
 INTERVAL_S = 0.1
 _TEGRASTATS = re.compile(
@@ -37,14 +38,14 @@ _POWER_NAME = re.compile(r"VDD|POM|VIN|^(GPU|CPU|SOC|CV|VDDRQ|SYS5V)$")
 
 
 class JetsonState(DeviceState, total=False):
-    """`DeviceState`, and what a Jetson has more."""
+    """`DeviceState` with the clocks and the JetPack version of a Jetson."""
 
     clocks: Dict[str, int]  # key of `CLOCKS` -> Hz or kHz, as its name says
-    jetpack: str  # version
+    jetpack: str  # version of JetPack
 
 
 class Rail(NamedTuple):
-    """A measured supply: files of millivolts and milliamperes."""
+    """A measured power rail: its name, and the files of its voltage and current."""
 
     name: str
     millivolts: Path
@@ -52,14 +53,14 @@ class Rail(NamedTuple):
 
 
 def state(root: Path = Path("/")) -> JetsonState:
-    """`device_state` with JetPack and clocks."""
+    """Return `device_state` with the JetPack version and the clocks."""
     found: Dict[str, object] = dict(device_state(), clocks=clocks(root))
     found["jetpack"] = ask(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack"])
     return cast(JetsonState, {key: value for key, value in found.items() if value})
 
 
 def clocks(root: Path = Path("/")) -> Dict[str, int]:
-    """Clocks of GPU, memory and processor, as far as they can be read."""
+    """Return the readable clocks of GPU, memory and processor, with the keys of `CLOCKS`."""
     found = {}
     for name, patterns in CLOCKS.items():
         for pattern in patterns:
@@ -72,7 +73,7 @@ def clocks(root: Path = Path("/")) -> Dict[str, int]:
 
 
 def rails(root: Path = Path("/")) -> List[Rail]:
-    """The rails whose sum is the board's power; empty where there is no INA3221 with readable channels."""
+    """Return the rails whose sum is the board's power; empty without an INA3221 with readable channels."""
     found = []
     for folder in sorted(root.glob(RAILS)):
         for channel in (1, 2, 3):  # 4 to 6 are shunt voltages, 7 their sum
@@ -80,12 +81,12 @@ def rails(root: Path = Path("/")) -> List[Rail]:
             one = Rail(name or "", folder / f"in{channel}_input", folder / f"curr{channel}_input")
             if name and name not in UNUSED and read_line(str(one.millivolts)) and read_line(str(one.milliamperes)):
                 found.append(one)
-    whole = [rail for total in TOTAL for rail in found if rail.name == total]
-    return whole[:1] or found
+    total_rails = [rail for total in TOTAL for rail in found if rail.name == total]
+    return total_rails[:1] or found
 
 
 def rail_watts(measured: List[Rail]) -> Optional[float]:
-    """Sum over the rails, now; None if one cannot be read."""
+    """Return the present power of the rails, in watts; None if one cannot be read."""
     total = 0.0
     for rail in measured:
         volts, amperes = read_line(str(rail.millivolts)), read_line(str(rail.milliamperes))
@@ -96,7 +97,7 @@ def rail_watts(measured: List[Rail]) -> Optional[float]:
 
 
 def tegrastats_watts(text: str) -> Optional[float]:
-    """Power in one line of tegrastats: the whole where it says that, else the sum of its rails; None without any."""
+    """Return the power in one line of tegrastats, in watts: the total if it has one, else the sum of the rails; None without any."""
     found: Dict[str, float] = {}
     for name, now, unit, _, _ in _TEGRASTATS.findall(text):
         if _POWER_NAME.search(name) and name not in UNUSED and (unit or name.startswith(("VDD", "POM", "VIN"))):
@@ -108,7 +109,11 @@ def tegrastats_watts(text: str) -> Optional[float]:
 
 
 class Meter:
-    """Watts while something runs: `with meter: ...; meter.mean()`. `source` is None where nothing can be measured."""
+    """Measure the power while other code runs: `with meter: ...`, then `meter.mean()`.
+
+    Attributes:
+        source: where the power is read from; None if it cannot be measured.
+    """
 
     def __init__(self, root: Path = Path("/"), interval_s: float = INTERVAL_S) -> None:
         self._rails, self._interval_s = rails(root), interval_s
@@ -137,11 +142,11 @@ class Meter:
             self._thread = None
 
     def mean(self) -> Optional[float]:
-        """Mean watts of the last `with`; None without a sample."""
+        """Return the mean power of the last `with` block, in watts; None without a sample."""
         return sum(self._samples) / len(self._samples) if self._samples else None
 
     def idle(self, seconds: float) -> Optional[float]:
-        """Mean watts of doing nothing."""
+        """Return the mean power while this process sleeps, in watts; None if power cannot be measured."""
         if self.source is None:
             return None
         with self:
@@ -150,7 +155,7 @@ class Meter:
 
     def _rail_loop(self) -> None:
         while not self._over.wait(self._interval_s):
-            self._keep(rail_watts(self._rails))
+            self._add_sample(rail_watts(self._rails))
 
     def _tegrastats_loop(self) -> None:
         command = ["tegrastats", "--interval", str(int(self._interval_s * 1000))]
@@ -163,11 +168,11 @@ class Meter:
             for text in lines:
                 if self._over.is_set():
                     break
-                self._keep(tegrastats_watts(text))
+                self._add_sample(tegrastats_watts(text))
         self._over.wait()
         watch.join()
         process.wait()
 
-    def _keep(self, watts: Optional[float]) -> None:
+    def _add_sample(self, watts: Optional[float]) -> None:
         if watts is not None:
             self._samples.append(watts)

@@ -1,10 +1,15 @@
-"""One label file of the YOLO detection format, by the rules of Ultralytics 8.4.190 (verify_image_label), row by row.
+"""Parse a label file in the YOLO detection format, with the rules of Ultralytics 8.4.190 (verify_image_label).
 
-A row is `class x_centre y_centre width height`, or `class x1 y1 x2 y2 x3 y3 ...` in a file of polygons; the numbers are
-fractions of the image. As Ultralytics: a row of more than six columns makes the file one of polygons, whose boxes are
-the extremes of their points; numbers may miss 0..1 by 0.01 (and are clipped here); repeated rows are dropped; an empty
-or absent file is a background image. Stricter: a box without area, a point outside the image and a file of a million
-rows are findings too, where Ultralytics trains on them. What it rejects, it drops with the image and goes on.
+A row is `class x_centre y_centre width height`, or `class x1 y1 x2 y2 x3 y3 ...` in a file of polygons. The numbers are
+fractions of the image. As in Ultralytics:
+
+- If a row has more than six columns, the file holds polygons. The box of a polygon is the extremes of its points.
+- Numbers may be outside 0..1 by 0.01; they are clipped here.
+- Repeated rows are dropped.
+- An empty or absent file means a background image.
+
+Stricter than Ultralytics: a box without area, a point outside the image and a file with too many rows are findings.
+Ultralytics trains on these. If it rejects a file, it drops the image and continues.
 """
 
 from __future__ import annotations
@@ -17,15 +22,15 @@ from typing import Dict, List, Tuple
 
 Box = Tuple[int, float, float, float, float]  # class, x centre, y centre, width, height as fractions of the image
 
-TOLERANCE = 0.01  # Ultralytics' own, for annotation tools that round outwards
-MAX_ROWS = 10_000  # objects in one image; COCO's densest has 93, and Ultralytics reports at most 300 an image
-MAX_FINDINGS = 20  # listed per file, so that a wrong file does not bury the others
+TOLERANCE = 0.01  # as Ultralytics, for annotation tools that round outwards
+MAX_ROWS = 10_000  # objects in one image; COCO has at most 93, and Ultralytics reports at most 300 detections per image
+MAX_FINDINGS = 20  # findings listed per file, so that a bad file does not hide the others
 MAX_BYTES = 32 << 20
 
 
 @dataclass
 class Labels:
-    """Boxes of one file in file order; findings and notes as (line, what)."""
+    """Contents of one label file: boxes in file order, and findings (errors) and notes as (line, text)."""
 
     boxes: List[Box] = field(default_factory=list)
     findings: List[Tuple[int, str]] = field(default_factory=list)
@@ -33,12 +38,17 @@ class Labels:
 
 
 def label_path(image: Path) -> Path:
-    """Label file of an image: the last folder `images` becomes `labels`, the suffix .txt (img2label_paths)."""
+    """Return the label file of an image: the last folder `images` becomes `labels`, and the suffix .txt (img2label_paths)."""
     return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
 
 
 def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
-    """Read the bytes of a label file for `classes` classes; `pose_columns` trailing keypoint columns are dropped."""
+    """Parse the bytes of a label file.
+
+    Args:
+        classes: number of classes.
+        pose_columns: number of keypoint columns at the end of a row, which are dropped.
+    """
     out = Labels()
     if len(data) > MAX_BYTES:
         out.findings.append((1, f"{len(data) >> 20} MiB is no label file"))
@@ -77,10 +87,10 @@ def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
 
 
 def _row(row: List[str], classes: int, polygons: bool) -> Tuple[Box, List[float]]:
-    """The box of one row, and its numbers.
+    """Return the box of one row, and its numbers.
 
     Raises:
-        ValueError: what is wrong with the row.
+        ValueError: the row is malformed; the message says how.
     """
     columns = len(row)
     if polygons and columns == 5:
@@ -117,7 +127,7 @@ def _number(token: str) -> float:
 
 
 def _extremes(points: List[float]) -> List[float]:
-    """Box around the points x1 y1 x2 y2 ..., clipped to the image: x centre, y centre, width, height."""
+    """Return the box (x centre, y centre, width, height) around the points x1 y1 x2 y2 ..., clipped to the image."""
     clipped = [min(max(value, 0.0), 1.0) for value in points]
     left, right = min(clipped[0::2]), max(clipped[0::2])
     top, bottom = min(clipped[1::2]), max(clipped[1::2])

@@ -1,10 +1,10 @@
-"""Latency of engines: warm-up, percentiles that their sample size allows, and rounds in turn with one process an engine.
+"""Measure the latency of engines: warm-up, timed calls, and the percentiles that the sample size allows.
 
-`python -m yolo_compress.runtime.measure.latency '{"engine": "DIR", "n": 1000}'` measures one engine and prints JSON; without an
-argument it serves `measure_in_turn`, one JSON line in, one out. Engines do not share a process because one library's waiting
-threads slow the next one by up to 40 %.
+`python -m yolo_compress.runtime.measure.latency '{"engine": "DIR", "n": 1000}'` measures one engine and prints JSON. Without an
+argument it serves `measure_in_turn`: it reads and answers one JSON line at a time. Every engine has its own process, because the
+waiting threads of one library slow the next one by up to 40 %.
 
-A spec is a JSON object, `messages.Spec`.
+The argument is a spec, a JSON object of type `messages.Spec`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .messages import About, Percentiles, Round, RoundRequest, Spec
 
 __all__ = ["LEAST_SAMPLES", "Served", "main", "measure", "measure_in_turn", "open_spec", "percentiles"]
 
-# Smallest sample that a percentile is stated from: MLPerf Inference's early stopping needs this many queries at 99 %
-# confidence (https://github.com/mlcommons/inference_policies, appendix on early stopping).
+# Smallest number of samples for a percentile: MLPerf Inference's early stopping needs this many queries at 99 % confidence
+# (https://github.com/mlcommons/inference_policies, appendix on early stopping).
 LEAST_SAMPLES = {50: 1, 90: 64, 95: 130, 99: 662}
-ROUND_WARMUP_MS, ROUND_WARMUP_N = 20.0, 5  # a process that idled a round has cold caches
+ROUND_WARMUP_MS, ROUND_WARMUP_N = 20.0, 5  # after an idle round the caches are cold
 QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.02, 0.1, 2.0
 
 
@@ -41,10 +41,10 @@ def measure(
     """Time single calls, one after another.
 
     Args:
-        call: one inference, returning when done.
-        n: samples.
-        warmup_ms, warmup_n: the warm-up goes on until both are reached.
-        calls: several bound calls to cycle through instead of `call`, for several input images.
+        call: function that runs one inference and returns when it is done.
+        n: number of samples.
+        warmup_ms, warmup_n: the warm-up continues until both are reached.
+        calls: several functions to cycle through instead of `call`, for several input images.
 
     Returns:
         samples_n, ms.
@@ -70,7 +70,7 @@ def measure(
 
 
 def percentiles(samples_ms: Sequence[float]) -> Percentiles:
-    """p50, p90, p95 and p99 in ms with `latency_n`; None where there are fewer samples than `LEAST_SAMPLES`."""
+    """Return p50, p90, p95 and p99 in ms, and the number of samples. A percentile is None with too few samples (`LEAST_SAMPLES`)."""
 
     def at(percent: int) -> Optional[float]:
         enough = len(samples_ms) >= LEAST_SAMPLES[percent]
@@ -86,7 +86,7 @@ def percentiles(samples_ms: Sequence[float]) -> Percentiles:
 
 
 class Served:
-    """An opened backend with its inputs bound, answering requests for rounds; what a child process holds."""
+    """An opened backend with bound inputs, in a measuring process. It answers requests for rounds."""
 
     def __init__(self, backend: Backend, spec: Spec) -> None:
         quick = bool(spec.get("quick", False))
@@ -99,7 +99,7 @@ class Served:
         self._warm = False
 
     def about(self) -> About:
-        """What runs, and where."""
+        """Return the reply to the spec: the opened engine and the machine."""
         return {
             "executed": self.backend.executed,
             "precision": self.backend.precision,
@@ -111,7 +111,7 @@ class Served:
         }
 
     def one_round(self, n: int) -> Round:
-        """n samples after a warm-up (long the first time), then silence: library threads no longer spin on return."""
+        """Take n samples after a warm-up, which is long the first time. Then wait until the library's threads stop spinning."""
         warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
         samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
         self._warm = True
@@ -120,7 +120,7 @@ class Served:
 
 
 def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.ndarray]:
-    """Batches to cycle through."""
+    """Return the input batches to cycle through: the images of a .npy file, or noise."""
     size = backend.batch or batch
     if file is None:
         shape = (size, backend.channels) + tuple(backend.imgsz)
@@ -135,7 +135,7 @@ def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.nd
 
 
 def peak_memory_mib() -> Optional[float]:
-    """The most that this process ever held of the machine's memory, libraries included; None where the kernel does not say."""
+    """Return the peak memory of this process, libraries included, in MiB; None if the kernel does not report it."""
     for text in (read_line("/proc/self/status") or "").splitlines():
         if text.startswith("VmHWM:"):
             return round(int(text.split()[1]) / 1024, 1)
@@ -143,7 +143,7 @@ def peak_memory_mib() -> Optional[float]:
 
 
 def _wait_for_quiet() -> bool:
-    """Wait until this process uses less than a tenth of a processor; False if it does not within two seconds."""
+    """Wait until this process uses less than 10 % of a processor. Return False if that takes more than two seconds."""
     limit = time.perf_counter() + QUIET_LIMIT_S
     while time.perf_counter() < limit:
         before = time.process_time()
@@ -154,14 +154,14 @@ def _wait_for_quiet() -> bool:
 
 
 def open_spec(spec: Spec) -> Backend:
-    """Open the engine that a spec names."""
+    """Open the engine of a spec."""
     return open_engine(Path(spec["engine"]), threads=spec.get("threads"), onnx_sha256=spec.get("onnx_sha256"))
 
 
 def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
-    """Serve lines, or measure the spec given as argument; other packages pass their own `open_backend`, with a spec of their own.
+    """Answer requests on stdin, or measure the spec given as argument. Other packages pass their own `open_backend`.
 
-    File descriptor 1 is set aside first, so that nothing a library prints can break the protocol.
+    stdout is redirected to stderr first, so that output of a library cannot break the protocol.
     """
     arguments = sys.argv[1:] if argv is None else argv
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -170,8 +170,8 @@ def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List
     with open_backend(spec) as backend:
         served = Served(backend, spec)
         if arguments:
-            taken = served.one_round(int(spec.get("n", 1000)))
-            result = dict(served.about(), **taken, **percentiles(taken["samples_ms"]))
+            samples = served.one_round(int(spec.get("n", 1000)))
+            result = dict(served.about(), **samples, **percentiles(samples["samples_ms"]))
             print(json.dumps(result), file=replies, flush=True)
             return 0
         print(json.dumps(served.about()), file=replies, flush=True)

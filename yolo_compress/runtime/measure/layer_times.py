@@ -1,10 +1,10 @@
-"""What each layer of a network costs on this machine at several widths: the table that `prune.latency_ms` plans with.
+"""Time each layer of a model on this machine at several widths. `prune.latency_ms` plans with the table.
 
     python3 -m yolo_compress.runtime.measure.layer_times FOLDER --runtime onnxruntime > table.json
 
-FOLDER is what `yolo-compress probe` wrote: the network at several widths as ONNX, and `layers.json`, which says which node
-belongs to which convolution and how many MACs it has at each width. Needs numpy and one engine library. `qat.sensitivity_price`
-writes the same of one network in FP32 and in INT8.
+FOLDER is the output of `yolo-compress probe`: ONNX files of the model at several widths, and `layers.json`, which maps nodes to
+convolutions and has their MACs at each width. Only numpy and one engine library are needed. `qat.sensitivity_price` writes the
+same kind of folder for one model in FP32 and INT8.
 """
 
 from __future__ import annotations
@@ -30,54 +30,55 @@ SCHEMA = 1
 LAYERS = "layers.json"
 PROFILED_RUNS = 40
 TIMED_RUNS = 100
-ROUNDS = 3  # the networks take turns, so that drift meets all of them alike
+ROUNDS = 3  # the models take turns, so that drift affects all of them equally
 
 
 class _Macs(TypedDict):
-    file: str  # ONNX, in the folder of `layers.json`
+    file: str  # ONNX file, in the folder of `layers.json`
     macs: Dict[str, float]  # convolution -> MACs of one image
 
 
 class Network(_Macs, total=False):
-    """One network of `layers.json`."""
+    """One model in `layers.json`."""
 
-    precision: str  # that it is timed in; default: the one asked for
+    precision: str  # precision of the timed engine; default: the one on the command line
 
 
 class _Probe(TypedDict):
-    networks: List[Network]  # the first one at full width
-    nodes: Dict[str, str]  # convolution -> the part of a node's name that it and its activation share
+    networks: List[Network]  # the first one has full width
+    nodes: Dict[str, str]  # convolution -> common part of the node names of the convolution and its activation
     imgsz: List[int]  # [height, width] of the input, px
 
 
 class Probe(_Probe, total=False):
-    """`layers.json`."""
+    """The document in `layers.json`."""
 
-    convs: Dict[str, str]  # convolution -> its ONNX node; each has to have a node of the engine to itself
+    convs: Dict[str, str]  # convolution -> its ONNX node; the engine must not fuse it with another convolution
 
 
 class LayerTable(TypedDict):
-    """The table. A curve is a list of [MACs, ms], one a network."""
+    """The latency table. A curve is a list of [MACs, ms], one point per model."""
 
     schema: int
     runtime: str
     precision: str
     imgsz: List[int]  # [height, width] of the input, px
-    threads: Optional[int]  # of one inference on a CPU; null: every usable processor
+    threads: Optional[int]  # threads of one inference on a CPU; null: one per usable processor
     device: DeviceState
-    whole_ms: float  # one inference of the first network
+    whole_ms: float  # latency of the first model
     layers: Dict[str, List[List[float]]]  # convolution -> its curve, activation included
-    rest: List[List[float]]  # of all other nodes, over the square root of all MACs
+    rest: List[List[float]]  # curve of all other nodes, over the square root of the model's MACs
 
 
 def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> LayerTable:
-    """Build each network of the folder, time its layers and the whole, and return the table.
+    """Build an engine of each model in the folder, time its layers and its latency, and return the table.
 
     Raises:
-        EngineError: not a folder of `probe`, the library rejects a network, or a convolution of `convs` cannot be told apart.
+        EngineError: `layers.json` is missing or malformed, the library rejects a model, or it fuses a convolution of `convs`
+            with another one.
         RuntimeUnavailable: the library is missing.
     """
-    described = _described(folder)
+    described = _read_probe(folder)
     layers: Dict[str, List[List[float]]] = {name: [] for name in described["nodes"]}
     rest: List[List[float]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +90,7 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
         whole = _whole_ms(engines[0], threads)
         times = _in_turn(engines, threads)
     for network, nodes in zip(described["networks"], times):
-        _require_apart(nodes, described.get("convs", {}), "{} of {}".format(network["file"], runtime))
+        _require_own_node(nodes, described.get("convs", {}), "{} of {}".format(network["file"], runtime))
         own = _by_layer(nodes, described["nodes"])
         for name, macs in network["macs"].items():
             layers[name].append([float(macs), own.pop(name, 0.0)])
@@ -108,7 +109,10 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
 
 
 def _whole_ms(engine: Path, threads: Optional[int]) -> float:
-    """The lowest of the medians of a few openings: other work, or badly placed threads, only ever make it slower."""
+    """Return the latency in ms: open the engine a few times and use the lowest median.
+
+    Other processes and badly placed threads can only make an engine slower.
+    """
     medians = []
     for _ in range(ROUNDS):
         with open_engine(engine, threads=threads) as backend:
@@ -119,20 +123,23 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
 
 
 def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
-    """Node times of each engine, the least over the rounds."""
+    """Return the times of the nodes of each engine in ms, the minimum over the rounds."""
     rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
     for _ in range(ROUNDS):
         for index, engine in enumerate(engines):
             with open_engine(engine, threads=threads) as backend:
                 rounds[index].append(backend.node_ms(PROFILED_RUNS))
-    return [{name: min(each[name] for each in taken if name in each) for name in taken[0]} for taken in rounds]
+    return [
+        {name: min(times[name] for times in of_engine if name in times) for name in of_engine[0]}
+        for of_engine in rounds
+    ]
 
 
-def _described(folder: Path) -> Probe:
-    """`layers.json`, if it has the form that `yolo-compress probe` gives it.
+def _read_probe(folder: Path) -> Probe:
+    """Read and check `layers.json`.
 
     Raises:
-        EngineError: it has not, or is not there.
+        EngineError: it is missing or malformed.
     """
     try:
         found: Probe = json_text.read(folder / LAYERS)
@@ -148,14 +155,17 @@ def _described(folder: Path) -> Probe:
             and all(one.get("precision", PRECISIONS[0]) in PRECISIONS for one in networks)
         )
         if not sound:
-            raise ValueError("of another form")
+            raise ValueError("malformed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{folder}: no readable {LAYERS} ({error}); write it with yolo-compress probe") from error
     return found
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
-    """Sum by convolution; "" takes what belongs to none. A library's name holds the ONNX name of what it fused."""
+    """Sum the node times by convolution; "" is the sum of nodes of no convolution.
+
+    The library's name of a node contains the ONNX names of the nodes that it fused.
+    """
     totals: Dict[str, float] = {"": 0.0}
     places = sorted(convs.items(), key=lambda item: -len(item[1]))  # /a/conv10 before /a/conv1
     for node, ms in nodes_ms.items():
@@ -164,11 +174,11 @@ def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, fl
     return totals
 
 
-def _require_apart(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
-    """Every convolution has a node that names it and no other: a node of several gives no time of any.
+def _require_own_node(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
+    """Check that every convolution has its own node in the engine. A node of several convolutions gives no time of one.
 
     Raises:
-        EngineError: names the first convolution that has none, and the nodes that it shares.
+        EngineError: a convolution has no node of its own. The message lists the nodes that it shares.
     """
     named = {node: [conv for conv, name in convs.items() if name in node] for node in nodes_ms}
     for conv, name in convs.items():
@@ -177,7 +187,7 @@ def _require_apart(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str
             raise EngineError(
                 f"{where}: none of {len(nodes_ms)} timed nodes is {conv} ({name}) alone, "
                 + (f"it is fused into {', '.join(shared)}" if shared else "and none names it")
-                + "; its milliseconds are not known, only its GFLOPs"
+                + "; its latency is not known, only its GFLOPs"
             )
 
 

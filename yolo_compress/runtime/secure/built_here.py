@@ -1,7 +1,7 @@
-"""Which engines were built here: their digests, in a file of the user, outside of every bundle.
+"""Record of the engines that were built on this machine: their digests, in a file of the user, outside every bundle.
 
-The signature of a bundle covers no engines, since each robot builds its own. Where a key is pinned, this record tells an
-engine that build.py made from one that came with the bundle.
+The signature of a bundle does not cover engines, because each robot builds its own. With a pinned key, this record shows whether
+`build.py` built an engine here, or the engine came with the bundle.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..errors import naming
 
 
 def record(engine: Path, needed: bool) -> None:
-    """Add an engine that was built just now.
+    """Add a newly built engine to the record.
 
     Args:
-        engine: its folder; `engine.json` vouches for the other files.
-        needed: a key is pinned. Without one nothing asks for the record.
+        engine: folder of the engine. The digest is that of `engine.json`, which has the digests of the other files.
+        needed: whether a key is pinned. Without a key the record is not used, and a failed write is ignored.
 
     Raises:
-        OSError: it cannot be written, and is needed.
+        OSError: the record cannot be written, and is needed.
     """
     file = _file()
     try:
@@ -31,7 +31,9 @@ def record(engine: Path, needed: bool) -> None:
                 raise FileNotFoundError(errno.ENOENT, "no home folder; set XDG_STATE_HOME")
             os.makedirs(str(file.parent), 0o700, exist_ok=True)
             with open(str(file), "ab") as stream:
-                stream.write(b"\n" + _digest(engine).encode("ascii") + b"\n")  # after a line that was cut short, too
+                stream.write(
+                    b"\n" + _digest(engine).encode("ascii") + b"\n"
+                )  # starts a new line even after an incomplete one
                 stream.flush()
                 os.fsync(stream.fileno())
     except OSError:
@@ -40,7 +42,7 @@ def record(engine: Path, needed: bool) -> None:
 
 
 def recorded(engine: Path) -> bool:
-    """Whether this user built the engine on this machine."""
+    """Return whether this user built the engine on this machine."""
     try:
         return _digest(engine) in _file().read_text(encoding="ascii", errors="replace").split()
     except OSError:

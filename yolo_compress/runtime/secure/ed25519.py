@@ -1,9 +1,9 @@
-"""Ed25519 signatures (RFC 8032, section 5.1): by `cryptography` where it imports, else by the reference below.
+"""Ed25519 signatures (RFC 8032, section 5.1), by `cryptography` if it is installed, else by the reference code below.
 
-Both answer alike, because what implementations disagree on is decided before either is asked: S must be below the group's
-order L, the key must be a canonical point that is not of small order, and [S]B = R + [k]A is checked without the cofactor.
-The reference takes milliseconds and is not constant in time: it verifies on the robot, where there is no secret, and signs on
-a workstation that nobody else measures.
+Both give the same result. The cases on which implementations disagree are checked first: S must be below the group's order L, and
+the key must be a canonical point that is not of small order. [S]B = R + [k]A is checked without the cofactor.
+The reference code takes milliseconds and does not run in constant time. That is safe here: verification on the robot uses no
+secret, and signing runs on a workstation where nobody can measure its time.
 
 Points are in extended coordinates (X, Y, Z, T), x = X/Z, y = Y/Z, xy = T/Z, of the curve -x^2 + y^2 = 1 + d x^2 y^2 over the
 integers modulo P.
@@ -29,7 +29,7 @@ _NEUTRAL: _Point = (0, 1, 1, 0)
 
 
 def verify(public_key_32: bytes, signature_64: bytes, message: bytes) -> bool:
-    """Whether `signature_64` is that of `message` under the key. Anything malformed is False, never an exception."""
+    """Return whether the signature of the message is valid. Malformed input gives False, never an exception."""
     if len(public_key_32) != KEY_BYTES or len(signature_64) != SIGNATURE_BYTES:
         return False
     key = _decode(public_key_32)
@@ -45,7 +45,7 @@ def verify(public_key_32: bytes, signature_64: bytes, message: bytes) -> bool:
 
 
 def public_key(seed_32: bytes) -> bytes:
-    """The 32 bytes to pin on the robot, of a private seed.
+    """Return the public key (32 bytes) of a private seed. The robot pins it.
 
     Raises:
         ValueError: the seed is not 32 bytes.
@@ -54,7 +54,7 @@ def public_key(seed_32: bytes) -> bytes:
 
 
 def sign(seed_32: bytes, message: bytes) -> bytes:
-    """The 64 bytes of a signature. Deterministic: the same seed and message give the same bytes.
+    """Return the signature of a message, 64 bytes. The same seed and message always give the same bytes.
 
     Raises:
         ValueError: the seed is not 32 bytes.
@@ -67,7 +67,7 @@ def sign(seed_32: bytes, message: bytes) -> bytes:
 
 
 def _cryptography() -> Optional[Any]:
-    """The module of the library, or None where it is absent or older than Ed25519 (2.6)."""
+    """Return the module of `cryptography`, or None if it is absent or older than 2.6, which added Ed25519."""
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
@@ -86,7 +86,7 @@ def _verify_by(library: Any, public_key_32: bytes, signature_64: bytes, message:
 
 
 def _expand(seed_32: bytes) -> Tuple[int, bytes]:
-    """The secret scalar and the prefix of the nonce (section 5.1.5)."""
+    """Return the secret scalar and the prefix of the nonce (section 5.1.5)."""
     if len(seed_32) != KEY_BYTES:
         raise ValueError(f"a private seed has {KEY_BYTES} bytes, got {len(seed_32)}")
     digest = hashlib.sha512(seed_32).digest()
@@ -99,7 +99,7 @@ def _hash_int(data: bytes) -> int:
 
 
 def _add(p: _Point, q: _Point) -> _Point:
-    """Section 5.1.4; complete, so it doubles too."""
+    """Add two points (section 5.1.4). The formula is complete, so it also doubles a point."""
     a = (p[1] - p[0]) * (q[1] - q[0]) % P
     b = (p[1] + p[0]) * (q[1] + q[0]) % P
     c = 2 * p[3] * q[3] * _D % P
@@ -129,7 +129,7 @@ def _encode(point: _Point) -> bytes:
 
 
 def _decode(data: bytes) -> Optional[_Point]:
-    """The point, or None: y not below P, no such point, or the sign of x = 0 set (section 5.1.3)."""
+    """Decode a point (section 5.1.3); None if y >= P, if no such point exists, or if x is 0 and its sign bit is set."""
     y = int.from_bytes(data, "little")
     sign_of_x, y = y >> 255, y & ((1 << 255) - 1)
     if y >= P:
@@ -146,7 +146,7 @@ def _decode(data: bytes) -> Optional[_Point]:
 
 
 def _base() -> _Point:
-    """y = 4/5, x even."""
+    """Return the base point: y = 4/5, x even."""
     point = _decode((4 * pow(5, -1, P) % P).to_bytes(32, "little"))
     assert point is not None
     return point

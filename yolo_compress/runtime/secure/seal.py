@@ -1,8 +1,8 @@
-"""The seal of a bundle: `manifest.json` vouches for every file, `manifest.sig` for the manifest (Ed25519, by ed25519.py).
+"""Manifest and signature of a bundle: `manifest.json` has the SHA-256 of every file, `manifest.sig` is its Ed25519 signature.
 
-`verify` comes before everything else that a robot does with a bundle: it reads bytes, hashes them and parses JSON; it hands
-nothing to an engine library and follows no link. It cannot vouch for the code that calls it: who can alter a bundle in place can
-alter its launchers, so a robot that must not trust the carrier lets the installed `switch.py` look at what arrives.
+A robot calls `verify` before it uses a bundle in any other way. `verify` only reads and hashes files and parses JSON. It passes
+nothing to an engine library and follows no link. It cannot protect the code that calls it: an attacker who can change a bundle in
+place can change its launchers too. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
 """
 
 from __future__ import annotations
@@ -25,28 +25,25 @@ from ..files import FileEntry
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 SCHEMA = 1
-MADE_HERE = (
-    "engines",
-    "device.json",
-    "device.json.partial",
-)  # what the robot's own commands write at the root; not vouched for
+# Files and folders that the robot's own commands write into the bundle; the manifest does not list them.
+MADE_HERE = ("engines", "device.json", "device.json.partial")
 KEY_VARIABLE = "YOLO_COMPRESS_KEY"
 KEY_FILE = "/etc/yolo_compress/bundle.pub"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
-MAX_MANIFEST_BYTES = 8 << 20  # 50,000 files; a larger one is no manifest
+MAX_MANIFEST_BYTES = 8 << 20  # enough for 50,000 files
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class Validation(TypedDict, total=False):
     """The validation images of the workstation."""
 
-    digest: str  # of the workstation's own record of them
-    content: str  # as `measure.groundtruth.image_set` gives it, from the images and their boxes
+    digest: str  # digest of the workstation's list of the images
+    content: str  # digest of the images and their boxes, by `measure.groundtruth.image_set`
     images: int
 
 
 class GoldenAbout(TypedDict):
-    """The golden images, in short; golden.json holds the rest."""
+    """Summary of the golden images; golden.json has the details."""
 
     images: int
     boxes: int
@@ -55,52 +52,52 @@ class GoldenAbout(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """What a bundle is, as `yolo-compress bundle` says it. `commands.common.opened` checks what the commands read of it."""
+    """Description of a bundle by `yolo-compress bundle`. `commands.common.opened` checks the values that commands use."""
 
-    name: str  # of the recipe
-    target: str  # what it is configured for: "plain", "triton", ...
+    name: str  # name of the recipe
+    target: str  # system that the bundle is for: "plain", "triton", ...
     names: List[str]  # class names in the order of their index
     imgsz: List[int]  # [height, width] of the input, px
-    max_det: int  # detections of an image that NMS keeps
+    max_det: int  # largest number of detections per image after NMS
     onnx: Dict[str, str]  # stem ("int8-openvino") -> file
-    gate: Mapping[str, object]  # of the report, and `forced`: whether the bundle was made although it failed
+    gate: Mapping[str, object]  # gate of the report, and `forced`: whether the bundle was made although it failed
     golden: GoldenAbout
     val: Validation
     made_with: Mapping[str, object]  # commit, Python and package versions of the workstation
-    recipe_fingerprint: Optional[str]  # of the report's artefact
+    recipe_fingerprint: Optional[str]  # fingerprint of the report's artefact
 
 
 class Versioned(About):
-    """A bundle that is being made."""
+    """Description of a bundle with its version."""
 
-    version: int  # rises from bundle to bundle
+    version: int  # higher than that of every earlier bundle
 
 
 class Manifest(Versioned):
-    """manifest.json. `verify` checks `version` and these two."""
+    """The document in manifest.json. `verify` checks `version`, `schema` and `files`."""
 
     schema: int
-    files: Dict[str, FileEntry]  # name, relative and with `/` ->
+    files: Dict[str, FileEntry]  # relative path with `/` -> size and SHA-256
 
 
 class BundleRefused(EngineError):
-    """A bundle that is damaged, altered, older than allowed, or not signed by the pinned key."""
+    """The bundle is damaged, altered, older than allowed, or not signed by the pinned key."""
 
 
 def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: Optional[bytes]) -> Manifest:
-    """Hash every file below `directory`, write the manifest last, and sign it where there is a seed.
+    """Hash every file below `directory`, write the manifest, and sign it if there is a seed.
 
     Args:
-        directory: of the bundle, complete but for manifest and signature.
-        about: what else the manifest says.
-        version: rises from bundle to bundle; a robot can refuse an older one.
-        seed: 32 bytes of the private key; None leaves the bundle unsigned.
+        directory: folder of the bundle, complete except for manifest and signature.
+        about: description of the bundle, which becomes part of the manifest.
+        version: must be higher than that of earlier bundles, since a robot can refuse an older one.
+        seed: 32 bytes of the private key; None: do not sign.
 
     Returns:
         The manifest.
 
     Raises:
-        BundleRefused: a link or another thing that is no plain file lies in the folder, or a name that `verify` would refuse.
+        BundleRefused: the folder holds a link or special file, or a file name that `verify` would refuse.
     """
     root = Path(directory)
     files: Dict[str, FileEntry] = {}
@@ -125,18 +122,18 @@ def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: 
 def verify(
     directory: "str | os.PathLike[str]", public_key: Optional[bytes] = None, at_least: Optional[int] = None
 ) -> Manifest:
-    """Compare every byte below `directory` with the manifest, and the manifest with its signature.
+    """Check every file below `directory` against the manifest, and the manifest against its signature.
 
     Args:
-        directory: of the bundle. It may be reached by a link; nothing in it may be one.
-        public_key: 32 bytes; the bundle has to be signed with its private half. See `pinned_key`.
-        at_least: the bundle's version must not be below this.
+        directory: folder of the bundle. The path may be a link, but the folder must not hold links.
+        public_key: 32 bytes; the bundle must be signed with the private key of this one. None: no check. See `pinned_key`.
+        at_least: lowest version that is accepted.
 
     Returns:
         The manifest.
 
     Raises:
-        BundleRefused: says which file, and why.
+        BundleRefused: the check failed. The message has the file and the reason.
     """
     root = Path(directory)
     content = _read(root / MANIFEST, MAX_MANIFEST_BYTES, "no bundle, or one that was not copied whole")
@@ -145,26 +142,26 @@ def verify(
     manifest = _formed(content, root / MANIFEST)
     if at_least is not None and manifest["version"] < at_least:
         raise BundleRefused(f"{root}: version {manifest['version']}, but {at_least} ran on this robot already; refused")
-    vouched = manifest["files"]
-    there = set(_listed(root))
-    missing, extra = sorted(set(vouched) - there), sorted(there - set(vouched))
+    entries = manifest["files"]
+    present = set(_listed(root))
+    missing, extra = sorted(set(entries) - present), sorted(present - set(entries))
     if missing:
         raise BundleRefused(f"{root / missing[0]}: missing{_more(missing)}; copy the bundle again")
     if extra:
         raise BundleRefused(f"{root / extra[0]}: not in {MANIFEST}{_more(extra)}; delete it or copy the bundle again")
-    for name in sorted(vouched):
-        _check_file(root / name, vouched[name])
+    for name in sorted(entries):
+        _check_file(root / name, entries[name])
     return manifest
 
 
 def pinned_key() -> Optional[bytes]:
-    """The public key that this machine trusts alone: the file $YOLO_COMPRESS_KEY, else /etc/yolo_compress/bundle.pub.
+    """Read the only public key that this machine trusts, from $YOLO_COMPRESS_KEY or /etc/yolo_compress/bundle.pub.
 
     Returns:
-        32 bytes, or None where no key is pinned.
+        32 bytes, or None if no key is pinned.
 
     Raises:
-        BundleRefused: a file is named or there, and holds no key: that must not read as "no key".
+        BundleRefused: the file exists or the variable is set, but no key can be read. This must not count as "no key".
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
@@ -174,7 +171,7 @@ def pinned_key() -> Optional[bytes]:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
-            pass  # there, perhaps, but out of reach: said below
+            pass  # the file may exist but be unreadable, which raises below
     try:
         return key_of(path.read_text(encoding="ascii"))
     except OSError as error:
@@ -184,10 +181,10 @@ def pinned_key() -> Optional[bytes]:
 
 
 def key_of(text: str) -> bytes:
-    """32 bytes of a key written as hex or base64.
+    """Parse a key (32 bytes) in hex or base64.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is not such a key.
     """
     word = text.strip()
     try:
@@ -200,7 +197,7 @@ def key_of(text: str) -> bytes:
 
 
 def _check_signature(root: Path, content: bytes, public_key: bytes) -> None:
-    """Refuse what the pinned key did not sign; before a byte of the manifest is parsed."""
+    """Raise BundleRefused if the pinned key did not sign the manifest. Runs before the manifest is parsed."""
     from .ed25519 import verify as signed
 
     text = _read(root / SIGNATURE, 1024, "unsigned, and this machine has a pinned key")
@@ -215,11 +212,10 @@ def _check_signature(root: Path, content: bytes, public_key: bytes) -> None:
 
 
 def _formed(content: bytes, where: Path) -> Manifest:
-    """The manifest, if it has the form that `seal` gives it."""
+    """Parse the manifest and check its format."""
     try:
-        manifest: Any = json_text.parse(
-            content
-        )  # a key twice is refused: two readers may not see two manifests in one file
+        # Duplicate keys are refused, because two parsers could read them differently.
+        manifest: Any = json_text.parse(content)
     except ValueError as error:
         raise BundleRefused(f"{where}: damaged ({error}); copy the bundle again") from error
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")) or manifest["schema"] != SCHEMA:
@@ -230,16 +226,16 @@ def _formed(content: bytes, where: Path) -> Manifest:
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise BundleRefused(f"{where}: lists no files; copy the bundle again")
-    for name, vouched in files.items():
+    for name, entry in files.items():
         _check_name(name, where)
         if (
-            not isinstance(vouched, dict)
-            or set(vouched) != {"sha256", "size"}
-            or not _is_count(vouched["size"])
-            or not isinstance(vouched["sha256"], str)
-            or not _HEX.fullmatch(vouched["sha256"])
+            not isinstance(entry, dict)
+            or set(entry) != {"sha256", "size"}
+            or not _is_count(entry["size"])
+            or not isinstance(entry["sha256"], str)
+            or not _HEX.fullmatch(entry["sha256"])
         ):
-            raise BundleRefused(f"{where}: {name!r} has {str(vouched)[:100]}, its sha256 and size expected")
+            raise BundleRefused(f"{where}: {name!r} has {str(entry)[:100]}, its sha256 and size expected")
     return cast(Manifest, manifest)
 
 
@@ -248,20 +244,20 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_name(name: str, where: Path) -> None:
-    """Refuse what is no plain relative path below the bundle, in the one spelling that `_listed` gives."""
+    """Raise BundleRefused unless the name is a plain relative path below the bundle, in the form that `_listed` returns."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") for part in parts) and "\\" not in name and ":" not in name
     if not plain or not name.isprintable():
         raise BundleRefused(f"{where}: file name {name!r} is no plain path below the bundle; refused")
     if name in (MANIFEST, SIGNATURE) or parts[0] in MADE_HERE:
-        raise BundleRefused(f"{where}: {name!r} is none of the files that a manifest lists; refused")
+        raise BundleRefused(f"{where}: {name!r} must not be listed in a manifest; refused")
 
 
 def _listed(root: Path) -> Iterable[str]:
-    """Relative names of the plain files below `root`, but for the manifest, the signature and what the robot made.
+    """Yield the relative paths of the files below `root`, except manifest, signature and `MADE_HERE`.
 
     Raises:
-        BundleRefused: a link, or anything else that is neither file nor folder.
+        BundleRefused: there is a link, or anything else that is neither file nor folder.
     """
     waiting = [""]
     while waiting:
@@ -269,7 +265,7 @@ def _listed(root: Path) -> Iterable[str]:
         try:
             entries = sorted(os.listdir(str(root / folder)))
         except OSError as error:
-            raise BundleRefused(f"{root / folder}: {error.strerror}; cannot be looked through") from error
+            raise BundleRefused(f"{root / folder}: {error.strerror}; the folder cannot be read") from error
         for entry in entries:
             name = folder + entry
             if name in (MANIFEST, SIGNATURE) or name in MADE_HERE:
@@ -281,19 +277,19 @@ def _listed(root: Path) -> Iterable[str]:
                 yield name
             else:
                 kind = "a link" if stat.S_ISLNK(mode) else "no plain file"
-                raise BundleRefused(f"{root / name}: {kind}, which no bundle holds; refused")
+                raise BundleRefused(f"{root / name}: {kind}, which a bundle must not hold; refused")
 
 
-def _check_file(path: Path, vouched: FileEntry) -> None:
+def _check_file(path: Path, entry: FileEntry) -> None:
     size = os.lstat(str(path)).st_size
-    if size != vouched["size"]:
-        raise BundleRefused(f"{path}: {size} bytes, {vouched['size']} expected (truncated?); copy the bundle again")
-    if _hashed(path) != (size, vouched["sha256"]):
+    if size != entry["size"]:
+        raise BundleRefused(f"{path}: {size} bytes, {entry['size']} expected (truncated?); copy the bundle again")
+    if _hashed(path) != (size, entry["sha256"]):
         raise BundleRefused(f"{path}: sha256 is not the one in {MANIFEST} (altered); refused, copy the bundle again")
 
 
 def _hashed(path: Path) -> Tuple[int, str]:
-    """Size and sha256 of a plain file."""
+    """Return the size in bytes and the SHA-256 of a plain file."""
     digest, size = hashlib.sha256(), 0
     try:
         with _opened(path) as stream:
@@ -306,7 +302,11 @@ def _hashed(path: Path) -> Tuple[int, str]:
 
 
 def _read(path: Path, limit: int, absent: str) -> bytes:
-    """A small file whole."""
+    """Read a whole file of at most `limit` bytes.
+
+    Args:
+        absent: what it means if the file is absent, for the error.
+    """
     try:
         with _opened(path) as stream:
             content = stream.read(limit + 1)
@@ -318,7 +318,7 @@ def _read(path: Path, limit: int, absent: str) -> bytes:
 
 
 def _opened(path: Path) -> Any:
-    """For reading; a link, a pipe or a device in place of the file is an OSError, and nothing waits for its other end."""
+    """Open a plain file for reading. A link, a pipe or a device raises OSError, without waiting for the pipe's other end."""
     stream = os.fdopen(os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
@@ -327,10 +327,13 @@ def _opened(path: Path) -> Any:
 
 
 def written(path: Path, content: bytes, synced: bool = True) -> None:
-    """Write a file whole or not at all; its bytes are on the disk when this returns, if `synced`.
+    """Write a file atomically.
+
+    Args:
+        synced: sync the bytes to the disk before returning.
 
     Raises:
-        OSError: names the file; what was there is as it was.
+        OSError: the file cannot be written. An earlier file of this name is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:

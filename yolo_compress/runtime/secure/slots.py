@@ -1,14 +1,14 @@
-"""Two slots and the link `current` between them: whatever moment the power goes, `current` leads to a bundle that ran.
+"""Two slots for bundles, and the link `current` to the one in use. After a power loss, `current` still leads to a tested bundle.
 
     ROOT/slots/a/       a bundle, with its engines
-    ROOT/slots/a.json   written when a's engines had passed the golden frames: no slot without one is ever switched to
+    ROOT/slots/a.json   mark of slot a, written after its engines passed the golden images. A slot without a mark is never used
     ROOT/slots/b/ ...
-    ROOT/current        -> slots/a; what the robot starts. Replaced by one rename
-    ROOT/state.json     the newest version that was ever current, so that a roll-back opens no door to older bundles
-    ROOT/incoming/      a bundle on its way in
-    ROOT/lock           held while anything is changed
+    ROOT/current        -> slots/a, the bundle that the robot starts. Replaced by one rename
+    ROOT/state.json     the newest version that was ever current. After a roll-back, older bundles are still refused
+    ROOT/incoming/      a bundle that is being unpacked
+    ROOT/lock           locked during every change
 
-Only the slot that `current` does not lead to is written to, and its mark goes before its first byte does.
+Only the slot that is not in use is written to. Its mark is removed first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .. import json_text
 from ..errors import EngineError, RuntimeFailure
 from .seal import BundleRefused, Manifest, written
 
-ROOT = "/var/lib/yolo_compress"  # unless the variable or --root says otherwise
+ROOT = "/var/lib/yolo_compress"  # default; the variable below or --root override it
 ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
 NAMES = ("a", "b")
 STATE_SCHEMA = 1
@@ -38,29 +38,29 @@ class _Passed(TypedDict):
 
 
 class Mark(_Passed, total=False):
-    """Which bundle a slot holds, written when its engines had passed."""
+    """Identity of the bundle in a slot, written after its engines passed the golden images."""
 
     name: Optional[str]
 
 
 class State(TypedDict):
-    """state.json."""
+    """The document in state.json."""
 
     schema: int
-    newest: int  # version
+    newest: int  # newest version that was ever current
 
 
 class SlotsBusy(RuntimeFailure):
-    """Another call holds the lock."""
+    """Another process holds the lock."""
 
     exit_code = 75
 
 
 class Slots:
-    """The folder of a robot's slots. Every write is whole and on the disk when the method returns.
+    """The folder of a robot's slots. Every write is atomic, and on the disk when the method returns.
 
     Args:
-        root: made where it is not there.
+        root: folder; `locked` creates it if needed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -71,10 +71,10 @@ class Slots:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """For one that changes anything.
+        """Hold the lock. Every change needs it.
 
         Raises:
-            SlotsBusy: somebody else does.
+            SlotsBusy: another process holds the lock.
         """
         os.makedirs(str(self.root / "slots"), exist_ok=True)
         with open(str(self.root / "lock"), "w", encoding="ascii") as held:
@@ -83,26 +83,26 @@ class Slots:
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-                raise SlotsBusy(f"{self.root}: another switch.py is at work; try again when it is done") from error
-            os.set_inheritable(held.fileno(), True)  # a child that outlives this process keeps the lock
+                raise SlotsBusy(f"{self.root}: another switch.py is running; try again when it is done") from error
+            os.set_inheritable(held.fileno(), True)  # a child that outlives this process holds the lock
             yield
 
     def path(self, name: str) -> Path:
-        """Folder of a slot."""
+        """Return the folder of a slot."""
         return self.root / "slots" / name
 
     def current(self) -> Optional[str]:
-        """Name of the slot that runs; None before the first installation.
+        """Return the name of the slot in use; None before the first installation.
 
         Raises:
-            EngineError: `current` is no link to a slot: not made here.
+            EngineError: `current` is not a link to a slot, so `switch.py` did not make it.
         """
         try:
             target = os.readlink(str(self._link))
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise EngineError(f"{self._link}: no link ({error.strerror}); remove it and install again") from error
+            raise EngineError(f"{self._link}: not a link ({error.strerror}); remove it and install again") from error
         for name in NAMES:
             if target == f"slots/{name}":
                 return name
@@ -111,51 +111,55 @@ class Slots:
         )
 
     def idle(self) -> str:
-        """Name of the slot that does not run."""
+        """Return the name of the slot that is not in use."""
         return "b" if self.current() == "a" else "a"
 
     def mark(self, name: str) -> Optional[Mark]:
-        """What was written when the slot passed; None where it has not."""
-        found: Optional[Mark] = _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
-        return found
+        """Return the mark of a slot; None if its engines have not passed the golden images."""
+        mark: Optional[Mark] = _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
+        return mark
 
     def newest(self) -> Optional[int]:
-        """The highest version that was ever current here; None before the first installation."""
+        """Return the highest version that was ever current; None before the first installation.
+
+        Raises:
+            EngineError: a file is damaged, or the slot in use has no mark.
+        """
         state: Optional[State] = _read(self._state, {"schema": int, "newest": int})
         current = self.current()
         mark = None if current is None else self.mark(current)
         if current is not None and mark is None:
             raise EngineError(f"{self.path(current)}.json: missing, though the slot is current; remove {self._link}")
-        found = [state["newest"]] if state else []
-        return max(found + ([mark["version"]] if mark else []), default=None)
+        versions = ([state["newest"]] if state else []) + ([mark["version"]] if mark else [])
+        return max(versions, default=None)
 
     def product(self) -> Optional[str]:
-        """Name of the bundle that runs; None before the first installation."""
+        """Return the name of the bundle in use; None before the first installation."""
         current = self.current()
         mark = None if current is None else self.mark(current)
         return None if mark is None else mark.get("name")
 
     def check_product(self, manifest: Manifest, bundle: Path) -> None:
-        """One key may sign bundles of several products; a robot's slots hold those of one.
+        """Check that a bundle is of the same product as the one in use. One key may sign bundles of several products.
 
         Raises:
-            BundleRefused: the manifest is of another name than the bundle that runs.
+            BundleRefused: the bundle has another name than the one in use.
         """
-        runs = self.product()
-        if runs is not None and manifest.get("name") != runs:
+        product = self.product()
+        if product is not None and manifest.get("name") != product:
             raise BundleRefused(
-                f"{bundle}: of {manifest.get('name')!r}, but {self.root} runs {runs!r}; refused, another product needs another --root"
+                f"{bundle}: of {manifest.get('name')!r}, but {self.root} is of {product!r}; refused, other products need another --root"
             )
 
     def clear_incoming(self) -> None:
-        """Remove what an earlier call left there."""
+        """Remove the files that an earlier call left in `incoming`."""
         if os.path.lexists(str(self.incoming)):
             shutil.rmtree(str(self.incoming))
 
     def fill(self, name: str, bundle: Path) -> None:
-        """Make a bundle, unpacked below `incoming`, the content of an idle slot. The slot loses its mark first."""
+        """Move a bundle that was unpacked below `incoming` into an idle slot. The mark of the slot is removed first."""
         if name == self.current():
-            raise ValueError(f"slot {name} runs")
+            raise ValueError(f"slot {name} is in use")
         mark = self.path(name + ".json")
         if mark.exists():
             os.unlink(str(mark))
@@ -166,18 +170,18 @@ class Slots:
         sync_folder(self.path(name).parent)
 
     def accept(self, name: str, mark: Mark) -> None:
-        """Put a slot's engines on the disk, then its mark."""
+        """Sync a slot's files to the disk, then write its mark."""
         sync_tree(self.path(name))
         _write(self.path(name + ".json"), mark)
 
     def keep_newest(self, version: int) -> None:
-        """Remember a version, before `current` leaves it."""
+        """Record a version in state.json, before `current` changes to an older one."""
         _write(self._state, {"schema": STATE_SCHEMA, "newest": max(version, self.newest() or 0)})
 
     def switch(self, name: str) -> None:
-        """Let `current` lead to a slot that has passed."""
+        """Point `current` to a slot whose engines passed the golden images."""
         if self.mark(name) is None:
-            raise ValueError(f"slot {name} has not passed")
+            raise ValueError(f"slot {name} has no mark")
         new = self.root / "current.new"
         if os.path.lexists(str(new)):
             os.unlink(str(new))
@@ -187,7 +191,7 @@ class Slots:
 
 
 def sync_folder(path: Path) -> None:
-    """Returns when the folder's entries are on the disk."""
+    """Sync a folder's entries to the disk."""
     descriptor = os.open(str(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -196,7 +200,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Returns when every file and folder below is on the disk."""
+    """Sync every file and folder below a folder to the disk."""
     for folder, _, files in os.walk(str(path)):
         for file in files:
             sync_folder(Path(folder) / file)
@@ -204,10 +208,13 @@ def sync_tree(path: Path) -> None:
 
 
 def _read(path: Path, wanted: Dict[str, type]) -> Any:
-    """A small JSON object of ours that has the keys `wanted`, of these types; None where there is none.
+    """Read a JSON object that this module wrote; None if the file does not exist.
+
+    Args:
+        wanted: required key -> its type.
 
     Raises:
-        EngineError: it is damaged: every write here is whole, so somebody else was at it.
+        EngineError: the file is damaged. Writes here are atomic, so another program changed it.
     """
     try:
         document = json_text.read(path)

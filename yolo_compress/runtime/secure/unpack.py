@@ -1,6 +1,6 @@
-"""A bundle, folder or tar, into a new folder, before anything of it is trusted: plain files below the folder, and no more than so many.
+"""Copy an untrusted bundle (folder or tar) into a new folder: only plain files below the folder, with limits of size and number.
 
-`tarfile` by itself would follow what the archive says; its filters are newer than Python 3.8. So each member is looked at here.
+`tarfile` alone would extract links and unsafe paths, and its filters do not exist in Python 3.8. So each member is checked here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Callable, Iterator, Set, Tuple
 from ..errors import naming
 from .seal import MADE_HERE, MANIFEST, BundleRefused
 
-MAX_BYTES = 2 << 30  # of all files; a YOLOv8x in three precisions takes 0.5 GiB
+MAX_BYTES = 2 << 30  # sum of all files; a YOLOv8x in three precisions takes 0.5 GiB
 MAX_FILES = 10000
-_READ = 1 << 20  # at a time; also the largest header of a tar that is read whole
+_READ = 1 << 20  # bytes per read; also the largest tar header that is accepted
 _MAX_DEPTH = 16
 
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
@@ -27,19 +27,20 @@ _Member = Tuple[str, int, BinaryIO]
 
 
 def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> Path:
-    """Copy the files of a bundle and put every byte on the disk.
+    """Copy the files of a bundle into a new folder and sync them to the disk.
 
     Args:
         bundle: a folder, a `.tar` or a `.tar.gz`.
-        into: made here; must not exist.
-        max_bytes, max_files: more is refused, wherever it is noticed.
+        into: folder to create; must not exist.
+        max_bytes, max_files: limits; a larger bundle is refused.
 
     Returns:
-        The folder that holds the manifest: `into`, or the one folder in it.
+        The folder that holds the manifest: `into`, or the only folder in it.
 
     Raises:
-        BundleRefused: absolute or `..` paths, links, devices, a file twice, too much, a damaged archive, or no manifest.
-        OSError: the disk said no, or there is no such bundle.
+        BundleRefused: the bundle has absolute or `..` paths, links, devices, duplicate files or no manifest, is too large, or is a
+            damaged archive.
+        OSError: the bundle does not exist, or its files cannot be written.
     """
     os.mkdir(str(into), 0o755)
     if bundle.is_dir():
@@ -49,14 +50,14 @@ def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int 
         try:
             _write(_of_tar(archive, bundle, max_files), into, bundle, max_bytes, max_files)
         except _DAMAGED as error:
-            raise BundleRefused(f"{bundle}: no whole tar ({error}); copy the bundle again") from error
+            raise BundleRefused(f"{bundle}: damaged or incomplete tar ({error}); copy the bundle again") from error
         finally:
             archive.close()
     entries = os.listdir(str(into))
     root = into / entries[0] if MANIFEST not in entries and len(entries) == 1 else into
     if not (root / MANIFEST).is_file():
         raise BundleRefused(f"{bundle}: holds no {MANIFEST}; is it a bundle?")
-    for name in MADE_HERE:  # no manifest vouches for it, so it must not come from outside
+    for name in MADE_HERE:  # the manifest does not cover these, so they must not come from outside
         if os.path.lexists(str(root / name)):
             raise BundleRefused(f"{bundle}: holds {name!r}, which only the robot's own commands make; refused")
     return root
@@ -95,7 +96,7 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
 
 
 def _of_folder(bundle: Path) -> Iterator[_Member]:
-    """Plain files of a bundle in use, without the engines built in it; what else lies there is for `seal.verify` to judge."""
+    """Yield the plain files of a bundle in a folder, without the files that were made there. `seal.verify` checks the rest."""
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -115,7 +116,7 @@ def _of_folder(bundle: Path) -> Iterator[_Member]:
 
 def _of_tar(archive: tarfile.TarFile, bundle: Path, max_files: int) -> Iterator[_Member]:
     for count, member in enumerate(archive):
-        name = member.name[2:] if member.name.startswith("./") else member.name  # `tar -C bundle .` says ./
+        name = member.name[2:] if member.name.startswith("./") else member.name  # `tar -C bundle .` writes ./NAME
         parts = name.split("/")
         if count > 4 * max_files:
             raise BundleRefused(f"{bundle}: more than {count} entries; refused")
@@ -133,7 +134,7 @@ def _of_tar(archive: tarfile.TarFile, bundle: Path, max_files: int) -> Iterator[
 
 
 def _opened(bundle: Path, max_bytes: int) -> tarfile.TarFile:
-    """A tar, plain or by gzip, that is read in pieces and not beyond its limit."""
+    """Open a tar, plain or with gzip, that is read in pieces and only up to a limit."""
     raw = open(str(bundle), "rb")
     zipped = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
@@ -145,41 +146,41 @@ def _opened(bundle: Path, max_bytes: int) -> tarfile.TarFile:
         raise
     except _DAMAGED as error:
         raw.close()
-        raise BundleRefused(f"{bundle}: no tar ({error}); a bundle is a folder, a .tar or a .tar.gz") from error
+        raise BundleRefused(f"{bundle}: not a tar ({error}); a bundle is a folder, a .tar or a .tar.gz") from error
 
 
 class _Archive(tarfile.TarFile):
     def close(self) -> None:
-        """Also the file, which `TarFile` leaves to the caller."""
+        """Close the archive and its file, which `TarFile` does not close."""
         super().close()
         self.fileobj.close()  # type: ignore[union-attr]
 
 
 class _Limited:
-    """A file that gives no more than `_READ` bytes a call and none beyond `limit`: a header may claim any size."""
+    """A file that returns at most `_READ` bytes per call, and nothing beyond `limit`, because a tar header may state any size."""
 
     def __init__(self, stream: Any, limit: int, bundle: Path, close: Callable[[], None]) -> None:
         self._stream, self._limit, self._bundle, self._close = stream, limit, bundle, close
         self.name = str(bundle)
 
     def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes."""
+        """Read at most `size` bytes."""
         if size < 0 or size > _READ:
             raise BundleRefused(f"{self._bundle}: a header of {size} bytes; refused")
         self._check(self._stream.tell() + size)
         return bytes(self._stream.read(size))
 
     def seek(self, position: int, whence: int = 0) -> int:
-        """Forward skipping inflates, so it counts too."""
+        """Seek within the limit. Seeking forward decompresses data, so the limit applies."""
         self._check(position)
         return int(self._stream.seek(position, whence))
 
     def tell(self) -> int:
-        """Bytes of the inflated archive so far."""
+        """Return the position in the decompressed archive, bytes."""
         return int(self._stream.tell())
 
     def close(self) -> None:
-        """Of the file."""
+        """Close the file."""
         self._stream.close()
         self._close()
 

@@ -1,1 +1,1 @@
-"""TensorRT 8.5 to 11: build, run, its log, and CUDA memory."""
+"""TensorRT 8.5 to 11: build and run engines, log, and CUDA memory."""

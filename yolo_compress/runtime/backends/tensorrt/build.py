@@ -1,9 +1,11 @@
-"""ONNX to a TensorRT plan, 8.5 to 11.x by feature. Never ran on real TensorRT; see run.py.
+"""Build a TensorRT plan from ONNX, for TensorRT 8.5 to 11.x by feature. Never ran on real TensorRT; see run.py.
 
-Up to 10.x precision is a builder flag; 11 took the flags away, and the graph's own types decide. So fp16 wants the
-half-typed export there, and int8 is explicit Q/DQ everywhere: with float16 between the codes from 11 on, with float32 up to 10, where
-FP16 is set beside INT8 (with INT8 alone, layers between Q/DQ pairs run in FP32, ultralytics #26159). fp32 clears TF32, so that it
-is FP32.
+Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags; the types in the graph decide.
+
+- fp32 clears the TF32 flag, so that FP32 is used.
+- fp16 needs the float16 export in TensorRT 11.
+- int8 always uses explicit Q/DQ, with float16 between the Q/DQ pairs in TensorRT 11 and float32 up to 10. Up to 10 the FP16 flag is
+  set too; with INT8 alone, layers between Q/DQ pairs run in FP32 (ultralytics #26159).
 """
 
 from __future__ import annotations
@@ -31,31 +33,31 @@ def build(
     max_batch: int = 1,
     timing_cache: Optional[Path] = None,
 ) -> Dict[str, Path]:
-    """Parse, configure, build, and write plan, timing cache and sidecar into `out`.
+    """Build a plan and write it into `out`, with the timing cache and the sidecar.
 
     Args:
-        onnx: the export of that precision.
-        out: directory to fill.
-        names, imgsz: default to the ONNX's metadata.
-        workspace_mib: limit of scratch memory, or TensorRT's default.
-        max_batch: largest batch of a graph with a dynamic one.
-        timing_cache: file of an earlier build, to start from (same device and version; TensorRT ignores it otherwise).
+        onnx: the export of this precision.
+        out: directory for the files.
+        names, imgsz: class names, and input size (height, width) in px; default: the metadata of the ONNX file.
+        workspace_mib: limit of scratch memory, MiB; None: TensorRT's default.
+        max_batch: largest batch of a graph with a dynamic batch.
+        timing_cache: file of an earlier build to start from. TensorRT ignores it if it is of another device or version.
 
     Raises:
-        RuntimeUnavailable: bindings, driver or device missing.
-        EngineError: the parser or builder refuses, or the graph cannot give the precision.
+        RuntimeUnavailable: the bindings, the driver or a device is missing.
+        EngineError: the parser or builder rejects the graph, or the graph does not have the types of the precision.
     """
     trt = library()
     options: Options = {"max_batch": max_batch, "workspace_mib": workspace_mib}
     info = describe_onnx(onnx, RUNTIME, precision, trt.__version__, names, imgsz, options)
-    info.built_on[GPU] = cuda.device_name()  # a plan is of a GPU too
+    info.built_on[GPU] = cuda.device_name()  # a plan depends on the GPU
     log = logger(trt)
     log.take()
     maker = builder(trt)
     network = _parse(trt, maker, log, onnx)
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the precision census of `executed` needs it
-    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # 2:4 weights get sparse kernels where those win; others nothing
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # allows sparse kernels for 2:4 weights, where they are faster
     _set_precision(trt, network, config, precision, onnx)
     _set_profile(trt, maker, network, config, max_batch, onnx)
     if workspace_mib is not None:
@@ -68,14 +70,14 @@ def build(
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / ENGINE_FILE).write_bytes(bytes(plan))
-    cache = config.get_timing_cache()  # the one that it filled; what it was given is const to it
+    cache = config.get_timing_cache()  # TensorRT fills its own copy, not the one that it was given
     (out / TIMING_CACHE).write_bytes(bytes(cache.serialize()))
     save_info(info, out, [ENGINE_FILE, TIMING_CACHE])
     return {name: out / name for name in (ENGINE_FILE, TIMING_CACHE, SIDECAR)}
 
 
 def strongly_typed() -> bool:
-    """Whether the TensorRT here takes precision from the graph's types alone; False where there is none."""
+    """Return whether the installed TensorRT takes the precision from the types in the graph; False without TensorRT."""
     try:
         return not hasattr(library().BuilderFlag, "FP16")
     except RuntimeUnavailable:
@@ -83,7 +85,7 @@ def strongly_typed() -> bool:
 
 
 def _start_timing_cache(config: Any, earlier: Optional[Path]) -> None:
-    """Start from the earlier build's cache if TensorRT takes it (same device and version), else from an empty one."""
+    """Start from the cache of an earlier build if TensorRT accepts it (same device and version), else from an empty one."""
     start = earlier.read_bytes() if earlier is not None and earlier.is_file() else b""
     cache = config.create_timing_cache(start)
     if start and (cache is None or not config.set_timing_cache(cache, False)):
@@ -94,7 +96,7 @@ def _start_timing_cache(config: Any, earlier: Optional[Path]) -> None:
 
 def _parse(trt: Any, maker: Any, log: Any, onnx: Path) -> Any:
     flags = 0
-    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # gone in 11, where nothing else exists
+    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # removed in 11, where it is always on
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     network = maker.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -105,10 +107,10 @@ def _parse(trt: Any, maker: Any, log: Any, onnx: Path) -> Any:
 
 
 def _set_precision(trt: Any, network: Any, config: Any, precision: str, onnx: Path) -> None:
-    """Set the flags that the version has; where it has none, make sure that the graph is typed as asked."""
+    """Set the builder flags of the precision. If this TensorRT has no such flags, check the types in the graph."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     if precision == "int8" and not any(layer.type == trt.LayerType.QUANTIZE for layer in layers):
-        raise EngineError(f"{onnx}: int8 asked, but the graph holds no Q/DQ nodes; give the int8 export")
+        raise EngineError(f"{onnx}: int8 requested, but the graph has no Q/DQ nodes; use the int8 export")
     if precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "FP16"):
@@ -117,8 +119,8 @@ def _set_precision(trt: Any, network: Any, config: Any, precision: str, onnx: Pa
         return
     if precision == "fp16" and not _produces(layers, trt.DataType.HALF):
         raise EngineError(
-            f"{onnx}: fp16 asked, but its tensors are float32 and TensorRT {trt.__version__} takes precision from the "
-            "graph; give the fp16 export"
+            f"{onnx}: fp16 requested, but its tensors are float32 and TensorRT {trt.__version__} takes the precision from "
+            "the graph; use the fp16 export"
         )
 
 
@@ -127,7 +129,7 @@ def _produces(layers: List[Any], dtype: Any) -> bool:
 
 
 def _set_profile(trt: Any, maker: Any, network: Any, config: Any, max_batch: int, onnx: Path) -> None:
-    """A dynamic batch needs an optimisation profile; other dynamic sizes are refused."""
+    """Add the optimisation profile that a dynamic batch needs; raise EngineError for other dynamic sizes."""
     source = network.get_input(0)
     shape = tuple(source.shape)
     if -1 not in shape:
@@ -140,7 +142,7 @@ def _set_profile(trt: Any, maker: Any, network: Any, config: Any, max_batch: int
     profile.set_shape(source.name, (1,) + shape[1:], (1,) + shape[1:], (max_batch,) + shape[1:])
     if config.add_optimization_profile(profile) < 0:
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} takes no batch from 1 to {max_batch}; its log says why")
-    # Several contexts of one profile are allowed by 8.6 on demand and by later versions as a matter of course.
+    # Several contexts may share one profile: in 8.6 with this flag, in later versions always.
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         sharing = trt.PreviewFeature.PROFILE_SHARING_0806
         if not config.get_preview_feature(sharing):

@@ -1,8 +1,8 @@
-"""Device memory, page-locked host memory, a stream and its CUDA graphs, through cuda-python or pycuda; and a probe of the driver.
+"""CUDA through cuda-python or pycuda: device memory, page-locked host memory, a stream, CUDA graphs, and a probe of the driver.
 
-Never ran on a device; calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda 2026.1
-(test_cuda.py). The probe uses ctypes and comes before everything else: without a driver `tensorrt.Runtime` returns an object
-around a null pointer, whose first use ends the process.
+Never ran on a device. Calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda 2026.1
+(test_cuda.py). The probe uses ctypes and runs first: without a driver, `tensorrt.Runtime` wraps a null pointer, and its first use
+ends the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR an
 
 
 def driver_problem() -> Optional[str]:
-    """None if the CUDA driver is there and sees a device, else what is wrong."""
+    """Return None if the CUDA driver works and finds a device, else the problem."""
     try:
         driver = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError as error:
@@ -36,10 +36,10 @@ def driver_problem() -> Optional[str]:
 
 
 def device_name() -> str:
-    """Name and compute capability of device 0 ("Orin (sm_87)"), after `driver_problem` was None.
+    """Return the name and compute capability of device 0 ("Orin (sm_87)"). Call it only if `driver_problem` returns None.
 
     Raises:
-        RuntimeUnavailable: the driver does not say.
+        RuntimeUnavailable: the driver gives an error.
     """
     driver = ctypes.CDLL(DRIVER_LIBRARY)
     device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
@@ -48,12 +48,12 @@ def device_name() -> str:
     for number, attribute in zip(numbers, COMPUTE_CAPABILITY):
         codes.append(driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device))
     if any(codes):
-        raise RuntimeUnavailable(f"CUDA driver does not describe device 0 (codes {codes})", "look at nvidia-smi")
+        raise RuntimeUnavailable(f"CUDA driver does not describe device 0 (codes {codes})", "check nvidia-smi")
     return f"{name.value.decode(errors='replace')} (sm_{numbers[0].value}{numbers[1].value})"
 
 
 class CudaMemory(Protocol):
-    """Raw device pointers and one stream; copies are asynchronous on that stream. Every call may raise CudaError."""
+    """Device memory by raw pointers, and one stream. Copies are asynchronous on the stream. Every call may raise CudaError."""
 
     @property
     def stream(self) -> int:
@@ -64,10 +64,10 @@ class CudaMemory(Protocol):
     def free(self, pointer: int) -> None: ...
 
     def pinned(self, count: int) -> np.ndarray:
-        """`count` float32 of page-locked memory, which the device copies from and to without the driver's detour."""
+        """Allocate `count` float32 of page-locked memory, which the device copies directly, without a buffer of the driver."""
 
     def unpin(self, host: np.ndarray) -> None:
-        """Free what `pinned` returned; the array and its views must not be touched again."""
+        """Free an array that `pinned` returned. Do not use the array or its views afterwards."""
 
     def to_device(self, pointer: int, host: np.ndarray) -> None: ...
 
@@ -76,19 +76,19 @@ class CudaMemory(Protocol):
     def synchronize(self) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """A graph of what `work` puts on the stream, which it does not run. CudaError, or what `work` raises: no graph."""
+        """Capture the calls that `work` puts on the stream as a graph, without running them. Raises the errors of `work` too."""
 
     def launch(self, graph: Any) -> None: ...
 
     def forget(self, graph: Any) -> None:
-        """Destroy a graph, before the memory that it uses is freed."""
+        """Destroy a graph. Do this before freeing the memory that it uses."""
 
     def close(self) -> None:
-        """Wait for the stream; then destroy graphs, memory and stream, in this order."""
+        """Wait for the stream, then destroy the graphs, the memory and the stream."""
 
 
 class CudaPython:
-    """cuda-python: `cuda.bindings` (11.8.7, and 12.8 and later), `cuda.cudart` before."""
+    """`CudaMemory` by cuda-python: `cuda.bindings` (11.8.7, and 12.8 and later), `cuda.cudart` in older releases."""
 
     def __init__(self) -> None:
         try:
@@ -99,12 +99,12 @@ class CudaPython:
         self._pointers: List[int] = []
         self._hosts: Dict[int, np.ndarray] = {}
         self._graphs: List[Any] = []
-        # Non-blocking: work of others on the default stream, which waits for blocking streams, would end a capture.
+        # Non-blocking, because the default stream waits for blocking streams, and its use by other code would end a capture.
         self._stream = self._ok(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         self.stream = int(self._stream)
 
     def _ok(self, result: Any) -> Any:
-        """Value of a call that returned (code, value) or (code,)."""
+        """Return the value of a call that returned (code, value) or (code,); raise CudaError if the code is not 0."""
         if int(result[0]) != 0:
             text = self._cuda.cudaGetErrorString(result[0])[1]
             raise CudaError(f"CUDA: {text.decode() if isinstance(text, bytes) else text} (code {int(result[0])})")
@@ -148,14 +148,14 @@ class CudaPython:
             ended = cuda.cudaStreamEndCapture(self._stream)  # else the stream stays in capture
             if int(ended[0]) == 0:
                 cuda.cudaGraphDestroy(ended[1])
-            cuda.cudaGetLastError()  # an invalidated capture is kept as the last error
+            cuda.cudaGetLastError()  # clears the error of the invalidated capture
             raise
         ended = cuda.cudaStreamEndCapture(self._stream)
         if int(ended[0]) != 0:
             cuda.cudaGetLastError()
         graph = self._ok(ended)
         try:
-            # `cudaGraphInstantiate` takes (graph, log, size) in CUDA 11 and (graph, flags) from 12; this one is the same since 11.4.
+            # `cudaGraphInstantiate` has other arguments in CUDA 11 than from 12 on; this function is the same since 11.4.
             executable = self._ok(cuda.cudaGraphInstantiateWithFlags(graph, 0))
         finally:
             cuda.cudaGraphDestroy(graph)  # the executable is a copy
@@ -184,10 +184,11 @@ class CudaPython:
 
 
 class PyCuda:
-    """pycuda in the device's primary context, which TensorRT and torch use too; without graphs, for it captures no streams.
+    """`CudaMemory` by pycuda, without graphs, since pycuda cannot capture a stream. Make all calls from one thread.
 
-    The context is pushed and popped here: `pycuda.autoinit` would make a second one beside torch's, and both it and
-    `autoprimaryctx` push theirs in the thread that imports them first, whose end aborts the process. All calls belong to one thread.
+    It uses the device's primary context, as TensorRT and torch do. This class pushes and pops the context itself.
+    `pycuda.autoinit` would create a second context. Both it and `autoprimaryctx` push the context in the thread that imports
+    them first, and the process aborts when that thread ends.
     """
 
     def __init__(self) -> None:
@@ -197,13 +198,13 @@ class PyCuda:
         self._allocations: Dict[int, Any] = {}
         self._hosts: Dict[int, Tuple[np.ndarray, Any]] = {}
         self._context: Any = None
-        with self._said():
+        with self._converted_errors():
             driver.init()
             context = driver.Device(0).retain_primary_context()
             context.push()
             self._context = context
         try:
-            with self._said():
+            with self._converted_errors():
                 self._stream: Any = driver.Stream()
         except CudaError:
             self._leave()
@@ -211,49 +212,49 @@ class PyCuda:
         self.stream = int(self._stream.handle)
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
-        """pycuda's errors, which have a base of their own, as ours."""
+    def _converted_errors(self) -> Iterator[None]:
+        """Convert pycuda's errors to CudaError."""
         try:
             yield
         except self._cuda.Error as error:
             raise CudaError(f"CUDA: {error}") from error
 
     def _leave(self) -> None:
-        """Take the context off this thread's stack; the last reference gives it back."""
+        """Pop the context from this thread's stack. Deleting the last reference releases it."""
         context, self._context = self._context, None
-        with self._said():
+        with self._converted_errors():
             context.pop()
 
     def alloc(self, size: int) -> int:
-        with self._said():
+        with self._converted_errors():
             allocation = self._cuda.mem_alloc(size)
         self._allocations[int(allocation)] = allocation
         return int(allocation)
 
     def free(self, pointer: int) -> None:
-        with self._said():
+        with self._converted_errors():
             self._allocations.pop(pointer).free()
 
     def pinned(self, count: int) -> np.ndarray:
-        with self._said():
+        with self._converted_errors():
             host = self._cuda.pagelocked_empty((count,), np.float32)
         self._hosts[host.ctypes.data] = (host, host.base)  # its base is the allocation
         return host
 
     def unpin(self, host: np.ndarray) -> None:
-        with self._said():
+        with self._converted_errors():
             self._hosts.pop(host.ctypes.data)[1].free()
 
     def to_device(self, pointer: int, host: np.ndarray) -> None:
-        with self._said():
+        with self._converted_errors():
             self._cuda.memcpy_htod_async(pointer, host, self._stream)
 
     def to_host(self, host: np.ndarray, pointer: int) -> None:
-        with self._said():
+        with self._converted_errors():
             self._cuda.memcpy_dtoh_async(host, pointer, self._stream)
 
     def synchronize(self) -> None:
-        with self._said():
+        with self._converted_errors():
             self._stream.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Any:
@@ -277,10 +278,10 @@ class PyCuda:
 
 
 def open_memory() -> CudaMemory:
-    """The first of cuda-python and pycuda that imports and starts.
+    """Return a `CudaMemory` by cuda-python, or by pycuda if that does not work.
 
     Raises:
-        RuntimeUnavailable: neither does.
+        RuntimeUnavailable: neither works.
     """
     reasons = []
     for kind in (CudaPython, PyCuda):

@@ -1,9 +1,9 @@
-"""One execution context of a TensorRT engine, run plainly or as a CUDA graph. Never ran on a device.
+"""One execution context of a TensorRT engine, run directly or as a CUDA graph. Never ran on a device.
 
-A graph holds on to the state of the context that it was captured from: shapes, addresses, activations. So each `Execution` has a
-context and buffers of its own, and another shape ends its graph (NVIDIA's Best Practices, "CUDA Graphs"). The first run of a shape
-is plain, since TensorRT then does what cannot be captured (NVIDIA/TensorRT #2603); the second is captured, and from then on a run
-is one launch.
+A graph depends on the state of the context that it was captured from: shapes, addresses and activations. So each `Execution` has
+its own context and buffers, and a new shape discards the graph (NVIDIA's Best Practices, "CUDA Graphs"). The first run of a shape
+is direct, because TensorRT then does work that cannot be captured (NVIDIA/TensorRT #2603). The second run is captured. Every
+later run is one launch of the graph.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .cuda import CudaMemory
 
 
 class Tensors(NamedTuple):
-    """Names of an engine's one input and one output."""
+    """Names of the input and the output of an engine."""
 
     input: str
     output: str
 
 
 class HostAndDevice:
-    """A tensor on both sides: page-locked memory here, its copy there; grows, so that a smaller batch uses the same addresses.
+    """A tensor with page-locked host memory and device memory. It only grows, so a smaller batch uses the same addresses.
 
     Args:
-        memory: that both are of.
-        host: False leaves this side out.
+        memory: allocator of both.
+        host: False: allocate only device memory.
     """
 
     def __init__(self, memory: CudaMemory, host: bool = True) -> None:
@@ -41,7 +41,7 @@ class HostAndDevice:
         self.host = self._held
 
     def fit(self, shape: Tuple[int, ...]) -> None:
-        """Make room for float32 of that shape. Nothing may be at work on the old room, nor a graph hold it."""
+        """Allocate memory for float32 of this shape. No inference may be running on the old memory, and no graph may use it."""
         count = math.prod(shape)
         if count > self._count:
             self.close()
@@ -53,7 +53,7 @@ class HostAndDevice:
             self.host = self._held[:count].reshape(shape)
 
     def close(self) -> None:
-        """Free both sides."""
+        """Free host and device memory."""
         if self._count:
             self._count, pointer = 0, self.pointer
             held, self._held, self.host = self._held, np.empty(0, np.float32), np.empty(0, np.float32)
@@ -63,19 +63,19 @@ class HostAndDevice:
 
 
 class Execution:
-    """Callable: one inference on what lies in the input, done on return.
+    """An execution context with its buffers. A call runs one inference on the content of `source` and returns when it is done.
 
     Args:
         engine: tensorrt.ICudaEngine.
-        memory: whose stream it runs on.
-        tensors: its input and its output, both float32.
-        where: the engine's file, for messages.
-        refused: why no graph is wanted, or None.
+        memory: allocator of the buffers; inferences run on its stream.
+        tensors: names of the input and the output, both float32.
+        where: file of the engine, for messages.
+        refused: reason not to use a graph, or None.
         transfers: whether a run includes the copies from and to the host.
 
     Attributes:
         source, result: the input and the output.
-        refused: why there is no graph; None where there is one, or will be at the second run of a shape.
+        refused: why there is no graph; None if there is one, or will be one from the second run of a shape.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Execution:
             raise EngineError(f"{where}: no execution context (device memory full?); TensorRT's log (stderr) says why")
         self.source, self.result = HostAndDevice(memory, transfers), HostAndDevice(memory, transfers)
         self._shape: Optional[Tuple[int, ...]] = None
-        self._plain_runs = 0  # of this shape
+        self._plain_runs = 0  # with this shape
         self._graph: Any = None
 
     def fit(self, shape: Tuple[int, ...]) -> None:
-        """Prepare for inputs of that shape; the addresses stay until another comes.
+        """Prepare for inputs of this shape. The addresses stay the same until the shape changes.
 
         Raises:
-            EngineError: TensorRT does not take it.
-            CudaError: no memory for it.
+            EngineError: TensorRT rejects the shape.
+            CudaError: there is not enough memory.
         """
         if shape == self._shape:
             return
@@ -142,7 +142,7 @@ class Execution:
             self._memory.to_host(self.result.host, self.result.pointer)
 
     def _capture(self) -> None:
-        """Graph of `_enqueue`; where there can be none it is said, here and by `refused`, and runs stay plain."""
+        """Capture `_enqueue` as a graph. If that fails, print the reason, set `refused`, and continue without a graph."""
         try:
             self._graph = self._memory.capture(self._enqueue)
         except (CudaError, EngineError) as error:
@@ -155,7 +155,7 @@ class Execution:
             self._memory.forget(graph)
 
     def close(self) -> None:
-        """Graph first, which uses the context's activations and the buffers; then the context, then the buffers."""
+        """Destroy the graph, the context and the buffers, in this order, because the graph uses the other two."""
         self._forget()
         self.context = self._shape = None
         self.source.close()

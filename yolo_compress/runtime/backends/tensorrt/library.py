@@ -1,4 +1,4 @@
-"""TensorRT's bindings and the driver, seen to work before they are used; and the name of an engine's file."""
+"""Import of TensorRT's bindings after a check of the driver, and names that the TensorRT files share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from . import cuda
 
 RUNTIME = "tensorrt"
 ENGINE_FILE = "engine.plan"
-GPU = "gpu"  # what the sidecar's `built_on` calls the device that the plan was built on
-BROKEN = "10.2.0"  # its Linux wheel looks for a library of Windows (ultralytics PR 24367)
+GPU = "gpu"  # key in the sidecar's `built_on` for the device that the plan was built on
+BROKEN = "10.2.0"  # its Linux wheel looks for a Windows library (ultralytics PR 24367)
 HINT = "pip install tensorrt on a machine with an NVIDIA GPU; on a Jetson: sudo apt install python3-libnvinfer"
 
 
 def library() -> Any:
-    """The tensorrt module, after the driver was seen to work.
+    """Import tensorrt after checking that the driver works.
 
     Raises:
-        RuntimeUnavailable: no bindings, no driver, no device, or a broken release.
+        RuntimeUnavailable: the bindings, the driver or a device is missing, or the release is broken.
     """
     try:
         import tensorrt

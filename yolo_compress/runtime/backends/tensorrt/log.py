@@ -1,4 +1,4 @@
-"""TensorRT's log, and the two starts that only the log explains. Never ran on a device."""
+"""TensorRT's logger, and creation of its Runtime and Builder, whose errors are only in the log. Never ran on a device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DRIVER_HINT = "update NVIDIA's driver, or install the TensorRT and cuda-python o
 
 @lru_cache(maxsize=None)
 def logger(trt: Any) -> Any:
-    """The process's one logger (TensorRT complains of a second): to stderr, as its own; and errors are kept for ours.
+    """Return the logger of this process (TensorRT complains about a second one). It writes to stderr and collects errors.
 
-    It has `take()`, the errors since the last time, and `words()`, those for the end of a message.
+    `take()` returns and clears the collected errors. `words()` does the same, and returns the last one as the end of a message.
     """
 
     class Log(trt.ILogger):  # type: ignore[name-defined]
@@ -31,21 +31,23 @@ def logger(trt: Any) -> Any:
             print(printable(f"[TensorRT] {message}"), file=sys.stderr, flush=True)
 
         def take(self) -> List[str]:
-            taken, self.errors = self.errors, []
-            return taken
+            errors, self.errors = self.errors, []
+            return errors
 
         def words(self) -> str:
-            taken = self.take()
-            return f": {taken[-1]}" if taken else ""
+            errors = self.take()
+            return f": {errors[-1]}" if errors else ""
 
     return Log(trt.ILogger)
 
 
 def runtime(trt: Any) -> Any:
-    """tensorrt.Runtime. With a driver that is too old it wraps a null pointer, and all that tells is the log.
+    """Create a tensorrt.Runtime.
+
+    With a driver that is too old, it wraps a null pointer, and using it ends the process. Only the log shows this.
 
     Raises:
-        RuntimeUnavailable: it is one; a use of it would end the process.
+        RuntimeUnavailable: TensorRT logged an error.
     """
     log = logger(trt)
     log.take()
@@ -57,15 +59,15 @@ def runtime(trt: Any) -> Any:
 
 
 def builder(trt: Any) -> Any:
-    """tensorrt.Builder.
+    """Create a tensorrt.Builder.
 
     Raises:
-        RuntimeUnavailable: there is none, as with a driver that is too old.
+        RuntimeUnavailable: TensorRT cannot create one, for example because the driver is too old.
     """
     log = logger(trt)
     log.take()
     try:
         return trt.Builder(log)
     except TypeError as error:  # "factory function returned nullptr"
-        said = log.words() or f": {error}"
-        raise RuntimeUnavailable(f"TensorRT {trt.__version__} does not start{said}", DRIVER_HINT) from error
+        reason = log.words() or f": {error}"
+        raise RuntimeUnavailable(f"TensorRT {trt.__version__} does not start{reason}", DRIVER_HINT) from error

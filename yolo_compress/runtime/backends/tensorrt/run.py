@@ -1,8 +1,8 @@
-"""TensorRT 8.5 to 11.x: runs a plan file, by the features that the installed version has.
+"""Run a plan file with TensorRT 8.5 to 11.x, by the features of the installed version.
 
-Nothing in this file, in the other files of this folder ever ran on real TensorRT or on a device. Names are checked against the
-bindings of 8.6 to 11.4 (test_tensorrt_api.py), 8.5 is by documentation. All versions from 8.5 have named I/O tensors and
-`execute_async_v3`, so the older binding interface is not used.
+The files in this folder never ran on real TensorRT or on a device. Names are checked against the bindings of 8.6 to 11.4
+(test_tensorrt_api.py); 8.5 follows its documentation. All versions from 8.5 on have named I/O tensors and `execute_async_v3`, so
+the older binding interface is not used.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 
 
 def built_elsewhere(info: EngineInfo) -> Optional[str]:
-    """What GPU a plan was built on and which one is here, where they differ; TensorRT loads some of those with a warning.
+    """Return a message if a plan was built on another GPU than this one, else None. TensorRT only warns about some of these.
 
-    None for the sidecars that name none.
+    None too if the sidecar does not state the GPU.
     """
     built_on, here = info.built_on.get(GPU), cuda.device_name()
     return None if built_on in (None, here) else f"built on {built_on}, here is {here}"
 
 
 def _wanted(cuda_graph: Optional[bool]) -> bool:
-    """Whether to run as a CUDA graph: as asked, else as the environment says, else yes."""
-    said = os.environ.get(GRAPH_VARIABLE) or "1"
-    if said not in ("0", "1"):
-        raise EngineError(f"{GRAPH_VARIABLE}={said}: 0 or 1 expected")
-    return said == "1" if cuda_graph is None else cuda_graph
+    """Return whether to use a CUDA graph: the argument, else the environment variable, else True."""
+    setting = os.environ.get(GRAPH_VARIABLE) or "1"
+    if setting not in ("0", "1"):
+        raise EngineError(f"{GRAPH_VARIABLE}={setting}: 0 or 1 expected")
+    return setting == "1" if cuda_graph is None else cuda_graph
 
 
 class TensorRTBackend:
-    """A plan with one float32 input and one float32 output. Plans only run where they were built.
+    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the GPU model it was built on.
 
     Args:
         path: directory made by `build`.
-        precision: that the engine must have, or None.
-        cuda_graph: run as a CUDA graph, where that can be captured; `executed` says whether it was. None: as the environment's
-            YOLO_COMPRESS_CUDA_GRAPH says (0 or 1), else True.
+        precision: precision that the engine must have; None: any.
+        cuda_graph: run as a CUDA graph if it can be captured; `executed` says whether it was. None: the environment variable
+            YOLO_COMPRESS_CUDA_GRAPH (0 or 1), else True.
 
     Raises:
-        RuntimeUnavailable: bindings, driver, device or CUDA memory from Python missing.
-        EngineError: an altered engine, or one of another TensorRT, GPU or signature.
-        CudaError: no device memory for it.
+        RuntimeUnavailable: the bindings, the driver, a device or access to CUDA memory from Python is missing.
+        EngineError: the engine is altered, of another TensorRT or GPU, or has other inputs or outputs.
+        CudaError: there is not enough device memory.
     """
 
     def __init__(self, path: Path, precision: Optional[str] = None, cuda_graph: Optional[bool] = None) -> None:
@@ -68,12 +68,12 @@ class TensorRTBackend:
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
         if self.info.library != trt.__version__:
             raise EngineError(
-                f"{path}: built with TensorRT {self.info.library}, here {trt.__version__}; plans do not carry over, "
+                f"{path}: built with TensorRT {self.info.library}, here {trt.__version__}; plans are not portable, "
                 "build the engine again on this machine"
             )
         elsewhere = built_elsewhere(self.info)
         if elsewhere is not None:
-            raise EngineError(f"{path}: {elsewhere}; plans do not carry over, build the engine again here")
+            raise EngineError(f"{path}: {elsewhere}; plans are not portable, build the engine again here")
         self._trt = trt
         self._file = path / ENGINE_FILE
         self._executions: List[Execution] = []
@@ -87,7 +87,7 @@ class TensorRTBackend:
             raise
 
     def _load(self) -> None:
-        """Deserialise the plan, look at its tensors, and run it until its graph is captured or known not to be."""
+        """Deserialise the plan, check its tensors, and run it twice to capture its CUDA graph."""
         log = logger(self._trt)
         self._runtime = runtime(self._trt)
         log.take()
@@ -104,7 +104,7 @@ class TensorRTBackend:
         if self._refused is None:
             self._main.fit((self.batch or 1, self.channels) + self.imgsz)
             self._main.source.host[...] = 0
-            for _ in range(2):  # plainly, and captured
+            for _ in range(2):  # the second run is captured
                 self._main()
 
     def _execution(self, transfers: bool = True, refused: Optional[str] = None) -> Execution:
@@ -115,7 +115,7 @@ class TensorRTBackend:
         return made
 
     def _signature(self) -> Tensors:
-        """Names of the input and the output; refuses any other signature."""
+        """Return the names of the input and the output; raise EngineError if the plan has other tensors."""
         engine, trt = self._engine, self._trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [t for t in tensors if engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
@@ -135,23 +135,24 @@ class TensorRTBackend:
         self._main.fit(images_BCHW.shape)
         self._main.source.host[...] = images_BCHW
         self._main()
-        output = self._main.result.host  # page-locked: gone with `close`, and with a larger batch
+        output = self._main.result.host  # page-locked memory, freed by `close` and by a larger batch
         return output.copy() if copy else output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """See `Backend.bind`. Each has a context of its own, with its activations, until the engine is closed."""
+        """See `Backend.bind`. Each bound call has its own context and activations until the engine is closed."""
         images_BCHW = check_input(images_BCHW, self)
         run = self._execution(transfers=False, refused=self._main.refused)
         run.fit(images_BCHW.shape)
         self._memory.to_device(run.source.pointer, images_BCHW)
-        for _ in range(2):  # plainly, and captured
+        for _ in range(2):  # the second run is captured
             run()
         return run
 
     @property
     def executed(self) -> str:
-        """Convolutions by the type of their input, from the engine inspector (needs the plan's own detailed report); and whether
-        all of it runs as CUDA graphs.
+        """Arithmetic of the convolutions, from the engine inspector, and whether all inferences run as CUDA graphs.
+
+        The inspector needs a plan that was built with detailed profiling.
         """
         inspector = self._engine.create_engine_inspector()
         report = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
@@ -160,9 +161,9 @@ class TensorRTBackend:
         return f"{words}, CUDA graph" if refused is None else f"{words}, no CUDA graph: {refused}"
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Least milliseconds of each layer of the plan, by name; fused layers carry the names of all their nodes.
+        """Return the minimum time of each layer of the plan in ms, by name. A fused layer has the names of all its nodes.
 
-        The profiler slows its context, which is one of its own, and cannot look into a graph: take the time of the whole by `bind`.
+        The profiler slows the inference and cannot time a graph, so use `bind` to measure the latency.
         """
         samples: Dict[str, List[float]] = {}
 
@@ -185,7 +186,7 @@ class TensorRTBackend:
         return {name: min(values) for name, values in samples.items()}
 
     def close(self) -> None:
-        """Free device and page-locked memory; neither the engine nor an output that was not copied can be used afterwards."""
+        """Free device and page-locked memory. Do not use the engine or an output that was not copied afterwards."""
         if self._executions:
             self._memory.synchronize()
         while self._executions:
@@ -202,12 +203,12 @@ class TensorRTBackend:
 
     @staticmethod
     def form() -> str:
-        """Name of the INT8 form that it takes (`registry.Int8File`)."""
+        """Return the name of the INT8 form that this TensorRT takes (`registry.Int8File`)."""
         return "tensorrt11" if strongly_typed() else "tensorrt10"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """None where this runtime works, else what is missing and what to install."""
+        """Return None if this runtime works, else what is missing and what to install."""
         try:
             library()
             cuda.open_memory().close()
@@ -224,15 +225,15 @@ class TensorRTBackend:
         imgsz: Optional[Tuple[int, int]] = None,
         **options: Any,
     ) -> Dict[str, Path]:
-        """Build a plan on this machine; options are those of `tensorrt_build.build`."""
+        """Build a plan on this machine. See `tensorrt.build.build` for the options."""
         return build(Path(onnx), Path(out), precision, names, imgsz, **options)
 
 
 def convolution_types(layers: Sequence[Any]) -> Dict[str, int]:
-    """Count convolution layers of an inspector report by arithmetic.
+    """Count the convolution layers of an inspector report by arithmetic.
 
-    Up to 10.x an input says {"Format/Datatype": "... Int8 format"}, 11.x {"Format": ..., "DataType": ...}. A report of
-    names only (plan built without detailed profiling) counts as nothing.
+    Up to 10.x an input has {"Format/Datatype": "... Int8 format"}, in 11.x {"Format": ..., "DataType": ...}. If the plan was
+    built without detailed profiling, the report has only names, and the result is empty.
     """
     counts: Counter = Counter()
     for layer in layers:
@@ -241,13 +242,13 @@ def convolution_types(layers: Sequence[Any]) -> Dict[str, int]:
         kind = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}".lower()
         if not ("conv" in kind or "correlation" in kind) or not layer.get("Inputs"):
             continue
-        said = " ".join(str(value) for key, value in layer["Inputs"][0].items() if "type" in key.lower()).lower()
+        datatype = " ".join(str(value) for key, value in layer["Inputs"][0].items() if "type" in key.lower()).lower()
         for word, arithmetic in _WORDS:
-            if word in said:
+            if word in datatype:
                 counts[arithmetic] += 1
                 break
         else:
-            counts[said or "unknown"] += 1
+            counts[datatype or "unknown"] += 1
     return dict(counts)
 
 
