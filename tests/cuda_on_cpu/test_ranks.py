@@ -143,6 +143,7 @@ def test_hooks_travel_to_other_ranks_with_a_feature_loss_of_a_file(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # xdist pins a worker to one processor
 def test_data_workers_draw_by_epoch_and_rank_and_a_resume_repeats_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

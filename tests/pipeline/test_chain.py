@@ -183,7 +183,7 @@ def test_report_holds_the_evidence_and_takes_a_robot_beside(finished: Bench) -> 
     published = artifact(finished, "report")
     before = published.file("report.html").read_bytes()
     report = json.loads(published.file("report.json").read_text())
-    validate(report)
+    validate_report(report)
     measured = [row["id"] for row in report["rows"] if row["status"] == "ok"]
     assert set(report["latency_quantiles"]) == set(measured)
     assert {"a", "b", "shown_a", "shown_b", "conf"} == set(report["errors"])

@@ -70,6 +70,7 @@ NOT_RUN = {
     },
     "yolo-compress run recipe=yolov8s-coco": "a GPU and some days",
     "yolo-compress prune recipe='yolov8s-coco'": "the same",
+    "yolo-compress prune recipe=yolov8s-coco run.device=0,1": "two GPUs; tests/cuda_on_cpu/test_ranks.py has two ranks on a CPU",
     "torchrun": "several GPUs",
     "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/lint/test_rtx.py does it",
 }
