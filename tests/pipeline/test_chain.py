@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
+from tests.support.report_schema import validate as validate_report
 from tests.support.stage_schema import METRICS, check
 from tests.support.typed import validate
 from yolo_compress.evaluate.published import made_for
