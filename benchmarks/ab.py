@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.store import environment
 
 TRUTHS = 7  # an image, as in COCO's val2017

@@ -24,7 +24,7 @@ from yolo_compress.bundle.targets import deepstream
 from yolo_compress.data.data_yaml import read_yaml
 from yolo_compress.distill.logits import soft_labels
 from yolo_compress.errors import CompressError, DataError, GateFailed, NumericsError
-from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.evaluate.coco import absolute_boxes, mean_ap
 from yolo_compress.evaluate.tide import errors
 from yolo_compress.evaluate.torch_backend import TorchBackend

@@ -15,8 +15,8 @@ from yolo_compress import home, progress
 from yolo_compress.cli.grammar import Command
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, open_contender
-from yolo_compress.evaluate.ab.document import compare
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
@@ -100,7 +100,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(chosen: Settings) -> AB:
-    """Compare both models; returns the A/B document of `evaluate.ab.document`, and writes it to `out` if given.
+    """Compare both models; returns the A/B document of `evaluate.ab.comparison`, and writes it to `out` if given.
 
     Raises:
         RecipeError: classes, sizes or image sets differ, or a side is no model.

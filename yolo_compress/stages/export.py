@@ -11,7 +11,7 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CompressError, NumericsError
-from yolo_compress.evaluate.compare import max_abs_difference
+from yolo_compress.evaluate.backend_difference import max_abs_difference
 from yolo_compress.evaluate.layer_difference import first_bad_layer
 from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.evaluate.ab.schema import AB, Side
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.report import devices, evidence, numbers

@@ -17,7 +17,7 @@ from tests.support.matching_scenes import drawn as drawn_scenes
 from tests.support.typed import validate
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.evaluate import bootstrap
-from yolo_compress.evaluate.ab.document import compare, verdict
+from yolo_compress.evaluate.ab.comparison import compare, verdict
 from yolo_compress.evaluate.ab.latency_ratio import latency_ratio
 from yolo_compress.evaluate.ab.operating_point import mcnemar
 from yolo_compress.evaluate.ab.schema import AB

@@ -16,7 +16,7 @@ from tests.support.given import find
 from yolo_compress.data.dataset import load
 from yolo_compress.errors import DataError, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.compare import max_abs_difference
+from yolo_compress.evaluate.backend_difference import max_abs_difference
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.runtime.detect.detector import Detector

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tests.support.matching_scenes import NAMES, scene
 from tests.support.report_case import device, document, row, rows, untimed, whole
 from tests.support.report_schema import validate
-from yolo_compress.evaluate.ab.document import compare
+from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.report import devices, schema
 from yolo_compress.report.write import write
 

@@ -15,7 +15,7 @@ import onnxruntime
 import openvino
 import pytest
 
-from yolo_compress.evaluate.compare import max_abs_difference
+from yolo_compress.evaluate.backend_difference import max_abs_difference
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
