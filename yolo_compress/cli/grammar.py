@@ -71,11 +71,11 @@ def parse(argv: Sequence[str]) -> Command:
     """Split a command line into verb, options, overrides and words.
 
     Args:
-        argv: the words after the program's name. None at all asks for help, and so does `--help` anywhere.
+        argv: Words after the program's name. An empty list asks for help, and so does `--help` anywhere.
 
     Raises:
-        RecipeError: unknown verb, option or knob (says which was probably meant), a word out of place, an option or a
-                knob twice.
+        RecipeError: A verb, option or knob is unknown (the message suggests the nearest one), a word is out of place, or an
+                option or knob is given twice.
     """
     if not argv:
         return Command("help")

@@ -90,7 +90,7 @@ def _of_name(name: str, everything: bool, width: int) -> Iterator[str]:
 
 def _of_section(name: str, everything: bool, width: int) -> Iterator[str]:
     """Yield a line about the section, then a block for each group of its knobs."""
-    yield _wrapped(f"Section {name} of the recipe. {' '.join((recipe.SECTIONS[name].__doc__ or '').split())}", width)
+    yield _wrapped(f"Section `{name}` of the recipe. {' '.join((recipe.SECTIONS[name].__doc__ or '').split())}", width)
     keys = _knobs(name)
     column = max(map(len, keys)) + 4
     for group in GROUPS:

@@ -1,4 +1,4 @@
-"""Description of a family of detectors: a table of its layers, and the properties and functions that the methods use."""
+"""Description of a family of detectors: the types of its layers, and what pruning, distillation and quantisation ask of it."""
 
 from __future__ import annotations
 

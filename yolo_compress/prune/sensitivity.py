@@ -24,7 +24,10 @@ RATIOS = (0.25, 0.5, 0.75)
 
 
 def ties(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return the groups by tie. Groups of a tie must lose the same number of channels, so they are measured together."""
+    """Return the channel groups in sets that must lose the same number of channels, and so are measured together.
+
+    The key is the name of the set, `Group.tie`.
+    """
     tied: dict[str, list[Group]] = {}
     for group in groups:
         tied.setdefault(group.tie, []).append(group)

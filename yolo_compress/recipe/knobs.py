@@ -164,8 +164,8 @@ WarmupEpochs = Annotated[float, knob(
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(
-    "true: the learning rate falls from lr0 to lr0*lrf along a cosine. false: along a straight line.",
-    when="Change it only to repeat a training that used a straight line.",
+    "true: the learning rate falls from lr0 to lr0*lrf along a cosine. false: it falls linearly.",
+    when="Change it only to reproduce a training with a linear learning rate.",
     group="Advanced")]
 Mosaic = Annotated[float, knob(
     "Probability that a training image is a mosaic of four images.",
@@ -176,17 +176,17 @@ CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
     when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
     group="Training", unit="epochs")]
 Weights = Annotated[str | None, knob(
-    "Checkpoint of a detector of the classes of the data set, used without training. It is looked up as given, then in "
+    "Checkpoint that already detects the classes of the data set. It is not trained. It is looked up as given, then in "
     "weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Excludes pretrained and model.",
     when="Give it when you have a trained detector of the classes of your data set.",
     group="Model", pattern=TEXT)]
 Pretrained = Annotated[str | None, knob(
     "Checkpoint of any classes from which the training starts. All its tensors are used, except for the outputs of "
-    "classes that it does not have. It is looked up like weights. Excludes weights and model.",
+    "classes that it does not have. It is looked up like weights. Not together with `weights` or `model`.",
     when="Give it, such as yolov8s.pt, when you have no trained detector of your classes.",
     group="Model", pattern=TEXT)]
 Model = Annotated[Scratch | None, knob(
-    "Architecture to train from random weights. Excludes weights and pretrained.",
+    "Architecture to train from random weights. Not together with `weights` or `pretrained`.",
     when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
     group="Model")]
 CalibImages = Annotated[int, knob(

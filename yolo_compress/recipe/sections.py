@@ -135,7 +135,7 @@ class TrainConfig(Section):
     lr0: Lr0 = 1e-3
     lrf: Annotated[float, knob(
         "Learning rate of the last epoch, as a fraction of lr0.",
-        when="Raise it (0.1) when the loss still falls quickly before the rate becomes small.",
+        when="Raise it, for example to 0.1, when the loss still falls quickly at the end of the training.",
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.01
     momentum: Annotated[float, knob(
         "Momentum of SGD, or beta1 of Adam and AdamW.",
@@ -319,7 +319,7 @@ class PruneConfig(TrainConfig):
         group="Advanced")] = True
     calib_images: Annotated[int, knob(
         "Number of training images for the criterion, for reconstruct and for the new BatchNorm statistics.",
-        when="Raise it when scenes vary much; pruning then takes longer.",
+        when="Raise it when the scenes vary a lot. Pruning takes longer with more images.",
         group="Advanced", unit="images", ge=1)] = 96
     teach_from_parent: Annotated[bool, knob(
         "During fine-tuning, also distil from the model before pruning.",

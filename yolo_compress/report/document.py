@@ -49,7 +49,7 @@ TORCH_KEYS = (
 
 
 def unknown_data() -> DataFacts:
-    """Return the facts of an unknown dataset."""
+    """Return the entries that stand in the report if nothing is known about the data set."""
     return {
         "yaml": None,
         "names": [],

@@ -99,7 +99,7 @@ def step(state: State, verdict: str, until: float, cap: float = 1.0) -> State:
     Args:
         state: State before the verdict.
         verdict: "abort", "advance" or "hold".
-        until: A's time of the last frame that was used, as Unix time in s.
+        until: Time of the last frame that the verdict counts, by the clock of model A (the one in production): Unix time, s.
         cap: Largest exposure, 0 to 1.
     """
     if state.status == "aborted":

@@ -97,15 +97,16 @@ def _total(title: str, both: Sequence[float], form: str) -> str:
 def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
     """Check everything about `prune` that does not depend on trained weights.
 
-    A budget in ms without a table cannot be checked, because it needs timing.
+    `prune.latency_ms` is checked only with `prune.latency_table`, because otherwise the layers would have to be timed.
 
     Args:
         config: Section `prune` with kind "channel".
-        model: Model that the chain starts from. Training does not change its widths.
+        model: Model of `baseline`, untrained. Training does not change its channel counts.
         imgsz_hw: Height and width of the input, px.
 
     Raises:
-        RecipeError: The criterion is unknown, the table is of another model or image size, or the budget is unreachable.
+        RecipeError: The criterion is unknown, the table was measured with another model or image size, or no pruning reaches
+            the budget.
         EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
     """

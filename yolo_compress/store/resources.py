@@ -26,11 +26,13 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 
 
 def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
-    """Return the free disk space that a stage with models needs: `SPARE` times the estimate, at least `FREE_MIB`.
+    """Return the free disk space in MiB that a stage needs for its models.
+
+    It is `SPARE` times the estimated size of what the stage writes, but at least `FREE_MIB`.
 
     Args:
-        section: Section of the stage in the recipe. Without inputs it gives the model that the stage starts from.
-        inputs: Input artefacts. Their largest file is taken as the float32 model.
+        section: Section of the stage in the recipe. If there are no inputs, the size of its initial model counts.
+        inputs: Input artefacts. The size of their largest file is taken as that of the float32 model.
     """
     sizes = [entry["size"] for artifact in inputs for entry in artifact.manifest.files.values()]
     if sizes:

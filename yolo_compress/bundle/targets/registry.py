@@ -1,6 +1,6 @@
-"""Targets: write the files that a server needs in the bundle, and check them against the model.
+"""Targets: one module for each inference server. It writes the server's configuration into the bundle and checks it.
 
-The files follow the sources and documents of the three servers, which each module names. They have not run on the servers yet.
+The formats follow the server's source code and documentation, which the module cites. No server has loaded the files yet.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _STEP = 1e4  # thresholds have four decimals
 
 @dataclass(frozen=True)
 class _Model:
-    """The shown detections of a model by image, and the truths that they find."""
+    """The detections of one model above the score threshold, per image, and which ground-truth boxes they match."""
 
     shown: list[np.ndarray]
     found_N: np.ndarray

@@ -23,7 +23,10 @@ def price(quantisation: Quantisation) -> tuple[str, Mapping[str, float]]:
 
 
 def gains_of_groups(quantisation: Quantisation | None) -> dict[str, str]:
-    """Draw the gain of each group of tensors alone in float (rise of mAP or fall of the loss), with its price at the edge."""
+    """Draw a bar for each group of tensors: how much mAP rises, or the loss falls, if only this group stays in float.
+
+    The cost of the group in float (ms or GFLOPs) is at the right edge.
+    """
     if not quantisation:
         return {}
     gains = quantisation["gives_back"]

@@ -297,7 +297,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
 
 
 def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Accuracy:
-    """Measure the mAP of an engine with the workstation's settings: score above 0.001, NMS at IoU 0.7, COCO's AP.
+    """Measure the mAP of an engine as the stage `bench` does on the workstation: score above 0.001, NMS at IoU 0.7, COCO AP.
 
     Raises:
         SourceError: an image cannot be read, or no image has a labelled box.

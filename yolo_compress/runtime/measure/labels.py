@@ -87,7 +87,7 @@ def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
 
 
 def _row(row: List[str], classes: int, polygons: bool) -> Tuple[Box, List[float]]:
-    """Return the box of one row, and its numbers.
+    """Parse one row of a label file. Return its box, and all numbers of the row.
 
     Raises:
         ValueError: the row is malformed; the message says how.
