@@ -34,10 +34,11 @@ def chain(tmp_path: Path) -> Iterator[Chain]:
 
 @pytest.fixture
 def on_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which `main` replaces."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Restore the handler of SIGTERM, which `main` replaces. Do not ignore SIGINT, as a process in the background does."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 def says(chain: Chain, stage: str) -> tuple[str, str]:
