@@ -18,13 +18,15 @@ def open_engine(
     Args:
         path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`.
         threads: threads of one inference on a CPU; None: one per usable processor. Not allowed for an engine on a GPU.
-        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from; None: any.
+        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from. None: any ONNX file.
 
     Returns:
-        A backend to call (see `Backend`) or to pass to a `Detector`. Use it as a context manager, since it holds device memory.
+        A backend to call (see `Backend`) or to pass to a `Detector`. Use the backend in a `with` block, since it may hold device
+        memory.
 
     Raises:
-        EngineError: see `load_info`, which runs before anything is deserialised; or `threads` was given for an engine on a GPU.
+        EngineError: `load_info` rejects the files, which are checked before an engine library reads them. Or `threads` is not
+            None and the engine runs on a GPU.
         RuntimeUnavailable: the library or device is missing.
     """
     directory = Path(path)
@@ -43,13 +45,15 @@ def open_engine(
 
 
 def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
-    """Return the stem of the export for a runtime, in the version installed here: its own form (`int8-openvino`) if there is one.
+    """Return the name of the ONNX file, without `.onnx`, to build an engine of this runtime and precision from.
+
+    Some runtimes need their own INT8 file, such as `int8-openvino`. The result depends on the installed version of the runtime.
 
     Args:
-        stems: available files, without `.onnx`.
+        stems: names of the available files, without `.onnx`.
 
     Returns:
-        A stem, or None if no file suits.
+        One of `stems`, or None if no file suits.
     """
     own = BACKENDS[runtime].form()
     return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)

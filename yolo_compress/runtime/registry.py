@@ -1,7 +1,7 @@
-"""The only list of runtimes, one row each.
+"""The list of runtimes (ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
 
-Help, recipe, check, lint targets, INT8 files, engines, bench, report, bundle and the robot's commands read it. To add a runtime,
-add a row here and a `Backend` in `backends/`; docs/extending.md has an example.
+This is the only such list: the command line, the recipe, `lint`, `export`, `bench`, the report, the bundle and the robot's commands
+read it. To add a runtime, add an entry here and a `Backend` in `backends/`; docs/extending.md has an example.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class Int8File(NamedTuple):
 
     Attributes:
         stem: File name without `.onnx`.
-        form: Name of the form, a target of `export.qdq.insert_qdq`. The report uses it as the runtime of a row if the installed
-            version of the runtime takes another form.
-        title: Title of such a row in the report.
+        form: Name of this kind of INT8 file, a target of `export.qdq.insert_qdq`. If the installed version of the runtime takes
+            another kind, the report shows this name in place of the runtime.
+        title: Title in the report for this kind of file.
         lint: Target of `lint` that the file is checked against.
-        zero_point: Zero point of activations: 0 (INT8) or 128 (UINT8). None: no Q/DQ; the scales are in a separate file.
+        zero_point: Zero point of activations: 0 (INT8) or 128 (UINT8). None: the file has no Q/DQ; the scales are in another file.
         quantised_outputs: Whether the outputs of convolutions are also quantised before the activation.
         half: Whether the float tensors between Q/DQ pairs, and the scales, are float16.
     """
@@ -34,19 +34,19 @@ class Int8File(NamedTuple):
 
 
 class Runtime(NamedTuple):
-    """A runtime.
+    """A library that executes engines, and what the package must know about that library.
 
     Attributes:
         name: Name in recipes, options and engine folders (`onnxruntime-int8`).
         title: Name in the report.
-        about: Version and device that lint's rules for it were checked with.
+        about: Version and device that the rules of `lint` for this runtime were checked with.
         package: Distribution whose version goes into the fingerprint of `engine` and `bench`.
         needs: Software that must be installed on a robot.
         backend: `module:class` below `runtime/`, imported on use.
-        int8: INT8 files that `export` writes for it.
-        gpu: Whether engines run on a GPU. Then they have no `threads`, and run only on the device they were built on.
-        opsets: Smallest and largest ONNX operator set that it reads; None: no known limit.
-        build_options: Additional options of `build`.
+        int8: INT8 files that `export` writes for this runtime.
+        gpu: Whether engines run on a GPU. Such engines have no option `threads`, and run only on the device they were built on.
+        opsets: Smallest and largest ONNX operator set that the runtime reads; None: no known limit.
+        build_options: Additional options of the backend's `build`.
     """
 
     name: str
@@ -115,7 +115,7 @@ def names(gpu: Optional[bool] = None) -> Tuple[str, ...]:
 
 
 def titles() -> Dict[str, str]:
-    """Map each runtime, and each form of an INT8 file, to its title in a report."""
+    """Return a dict from the name of each runtime, and of each kind of INT8 file (`form`), to its title in a report."""
     title_by_name = {row.name: row.title for row in RUNTIMES.values()}
     for row in RUNTIMES.values():
         for file in row.int8:
@@ -124,12 +124,12 @@ def titles() -> Dict[str, str]:
 
 
 def qdq_forms() -> Dict[str, Int8File]:
-    """Map each form with Q/DQ to its file."""
+    """Return a dict from the name of each kind of INT8 file with Q/DQ nodes (`form`) to its `Int8File`."""
     return {file.form: file for row in RUNTIMES.values() for file in row.int8 if file.zero_point is not None}
 
 
 def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
-    """Return the runtime and the row of an INT8 file, by its name without `.onnx`; None for other files."""
+    """Return the `Runtime` and the `Int8File` of an INT8 file. `stem` is the file's name without `.onnx`. None for other files."""
     for row in RUNTIMES.values():
         for file in row.int8:
             if file.stem == stem:

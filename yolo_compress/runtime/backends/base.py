@@ -1,7 +1,8 @@
-"""The Backend protocol, and the sidecar of an engine. An engine directory holds engine files and the sidecar, `engine.json`.
+"""The `Backend` protocol that every engine implements, and `engine.json`, the file that describes an engine (its sidecar).
 
-The sidecar has the source ONNX, the library, and the SHA-256 of each file. `load_info` checks the files before an engine library
-deserialises them.
+An engine directory holds the engine files and the sidecar. The sidecar states the SHA-256 of the ONNX file that the engine was
+built from, the version of the engine library, and the SHA-256 of each engine file. `load_info` checks the files before an engine
+library deserialises them.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the 
 
 
 class Backend(Protocol):
-    """One loaded engine. A context manager, because some hold device memory."""
+    """A loaded engine that runs inference. Use it in a `with` block, because some engines hold device memory."""
 
     @property
     def names(self) -> Tuple[str, ...]:
-        """Class names, in the order of the output's score rows."""
+        """Class names in the order of their index."""
 
     @property
     def precision(self) -> str:
@@ -59,27 +60,28 @@ class Backend(Protocol):
 
     @property
     def batch(self) -> Optional[int]:
-        """Number of images per call; None: any number."""
+        """Number of images per call. None: the engine takes any number."""
 
     @property
     def executed(self) -> str:
-        """Text: the number types that the runtime computes with here, such as "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
+        """Number types that the runtime really computes with, as text: "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         """Run one inference.
 
         Args:
             images_BCHW: float32 RGB or grey in 0..1.
-            copy: False: the output may be memory of the library, which the next call overwrites.
+            copy: If False, the output may be memory of the library. The next call then overwrites the output.
 
         Returns:
-            output_B(4+nc)A, float32: centre x, centre y, width, height in letterboxed px, then class scores.
+            output_B(4+nc)A, float32: for each of A anchors, centre x, centre y, width, height in letterboxed px, then the scores
+            of the nc classes.
         """
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         """Return a function without arguments that runs one inference on these images and returns when it is done.
 
-        Latency is measured on it. On a GPU it does not include copies between host and device memory.
+        Latency is measured by calling this function. On a GPU, the function does not copy between host and device memory.
         """
 
     def __enter__(self) -> "Backend": ...
@@ -91,10 +93,10 @@ class EngineBackend(Backend, Protocol):
     """A backend of an engine library that can time the nodes of its graph."""
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Return the minimum time of each node in ms over `runs` profiled inferences, by the library's name of the node.
+        """Return a dict from node name to time in ms: the minimum over `runs` profiled inferences.
 
-        The minimum is used because other processes can only make a node slower. They may interrupt nearly every run at the
-        same node: the median of a node of 2 ms was then 40 ms.
+        The names are those of the engine library. The minimum is used because other processes can only make a node slower.
+        They may interrupt nearly every run at the same node: the median of a node of 2 ms was then 40 ms.
         """
 
     def __enter__(self) -> "EngineBackend": ...
@@ -102,7 +104,7 @@ class EngineBackend(Backend, Protocol):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The contents of the sidecar.
+    """Description of an engine, as stored in the sidecar `engine.json`.
 
     Attributes:
         imgsz: height and width of the input, px.
@@ -144,10 +146,12 @@ def describe_onnx(
     imgsz: Optional[Tuple[int, int]] = None,
     options: Optional[Options] = None,
 ) -> EngineInfo:
-    """Return the EngineInfo of an ONNX file that will be built or opened. names and imgsz default to the file's metadata.
+    """Return the `EngineInfo` of an ONNX file from which an engine is built, or which is opened directly.
+
+    If `names` or `imgsz` is None, the value is read from the metadata of the ONNX file.
 
     Raises:
-        EngineError: the file does not exist, the precision is unknown, or the names or imgsz are not known.
+        EngineError: the file does not exist, the precision is unknown, or the metadata lacks `names` or `imgsz`.
     """
     if precision not in PRECISIONS:
         raise EngineError(f"precision {precision!r}: one of {', '.join(PRECISIONS)} expected")
@@ -169,7 +173,7 @@ def describe_onnx(
 
 
 def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> EngineInfo:
-    """Hash the engine files and write the sidecar. Return the info with `files` filled in."""
+    """Hash the engine files and write the sidecar `engine.json`. Return `info` with the hashes in its attribute `files`."""
     hashed: Dict[str, FileEntry] = {
         name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size}
         for name in sorted(files)
@@ -187,14 +191,15 @@ def _from_json(document: Any) -> EngineInfo:
 
 
 def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
-    """Read the sidecar and verify every engine file against it.
+    """Read the sidecar `engine.json`, check that every engine file has the size and SHA-256 in the sidecar, and return the sidecar.
 
     Args:
         directory: directory of the engine.
-        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from; None: any.
+        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from. None: any ONNX file.
 
     Raises:
-        EngineError: the sidecar is missing or damaged, a file is missing, altered or truncated, or the source ONNX is another.
+        EngineError: the sidecar is missing or damaged, a file is missing, altered or truncated, or the engine was built from
+            another ONNX file.
     """
     sidecar = directory / SIDECAR
     info = _read_sidecar(sidecar)
@@ -218,7 +223,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
 
 
 def _read_sidecar(sidecar: Path) -> EngineInfo:
-    """Read the sidecar and check its format."""
+    """Read the sidecar `engine.json` and check its format. The engine files are not checked."""
     try:
         info = _from_json(json_text.read(sidecar))
         formed = all(isinstance(entry["sha256"], str) and entry["size"] >= 0 for entry in info.files.values())
@@ -237,15 +242,17 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
 def resolve(
     path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
 ) -> EngineInfo:
-    """Return the verified info of an engine directory, or the info of a bare ONNX file.
+    """Return the `EngineInfo` of an engine directory, after checking its files, or of an ONNX file that is opened directly.
 
     Args:
-        precision: precision that the engine must have; None: any. For a bare ONNX file, its precision (default fp32).
+        path: engine directory or ONNX file.
+        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
+            file; None: fp32.
         library: version of the engine library.
-        engine_files: files that the runtime will open; the sidecar must list each.
+        engine_files: files that the runtime will open. The sidecar must list each of them.
 
     Raises:
-        EngineError: see `load_info`; or the engine is of another runtime or precision.
+        EngineError: `load_info` rejects the directory, or the engine is for another runtime or precision.
     """
     if not path.is_dir():
         return describe_onnx(path, runtime, precision or "fp32", library)
@@ -282,7 +289,7 @@ def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
     """Return the images as a contiguous array.
 
     Raises:
-        ValueError: the engine does not take their type or shape.
+        ValueError: the engine does not accept the type or shape of the images.
     """
     batch = backend.batch
     wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
@@ -293,7 +300,7 @@ def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
 
 
 def census_words(precision: str, counts: Dict[str, int]) -> str:
-    """Describe the executed arithmetic in words, from the number of convolutions by type ({"fp32": 7, "int8": 57})."""
+    """Return the text of `Backend.executed`. `counts` is the number of convolutions by type: {"fp32": 7, "int8": 57}."""
     total = sum(counts.values())
     if not total:
         return f"{precision} asked; no convolution could be read from the library's report"

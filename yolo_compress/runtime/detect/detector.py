@@ -1,4 +1,4 @@
-"""Detector: letterbox, engine and NMS. Evaluation, drawing and the robot all use this code."""
+"""`Detector` turns an image into detections: letterbox, engine and NMS. Evaluation, drawing and the robot all use this code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .pre import Canvas, Letterbox
 
 
 class Detector:
-    """A backend with its pre- and postprocessing. Use it from one thread at a time, because it holds the model's input.
+    """An opened engine with letterbox before it and NMS after it. The default thresholds are those of a mAP measurement.
 
-    `prepare`, the backend and `found` are the three steps of `detect`; `stream.Pipeline` runs them in several threads.
-    The defaults are those of a mAP measurement.
+    Use a detector from one thread at a time, because the detector reuses one array for the model's input. `detect` has three
+    steps: `prepare`, the engine, and `found`. `stream.Pipeline` runs the three steps in several threads.
 
     Args:
         backend: an opened engine, as from `open_engine`. The caller closes it.
-        conf: score threshold, 0 to 1; a score must exceed it. A deployment usually has 0.25.
+        conf: score threshold, 0 to 1. A detection has a higher score. A deployment usually has 0.25.
         iou: IoU threshold of NMS, 0 to 1. A box is removed if it overlaps a better one of its class by more.
         max_det: largest number of detections per image; the best are used.
         multi_label: True: a box may give detections of several classes, as in a mAP measurement. False: only the best class.
@@ -67,18 +67,18 @@ class Detector:
         return found
 
     def prepare(self, images: Sequence[np.ndarray], canvas: Canvas) -> Tuple[np.ndarray, List[Letterbox]]:
-        """Letterbox the images of one call into the canvas.
+        """Letterbox the images of one inference into `canvas`.
 
-        If the batch is fixed and there are fewer images, the other places keep their old content.
+        If the engine has a fixed batch and there are fewer images, the rest of the batch keeps its old content.
 
         Returns:
-            The part of the canvas to run the engine on, and the placement of each image.
+            The input array for the engine, and the placement of each image in the model's input.
         """
         placed = [canvas.place(index, image) for index, image in enumerate(images)]
         return canvas.images_BCHW[: self.backend.batch or len(images)], placed
 
     def found(self, output_BCA: np.ndarray, placed: Sequence[Letterbox]) -> List[np.ndarray]:
-        """Apply NMS and convert the boxes to px of each image. Safe to call from several threads."""
+        """Return the detections of each image from the engine's output: NMS, then boxes in px of the image. Thread-safe."""
         return [self._found(output_CA, where) for output_CA, where in zip(output_BCA, placed)]
 
     def _found(self, output_CA: np.ndarray, placed: Letterbox) -> np.ndarray:

@@ -25,7 +25,7 @@ def nms(
 
     Args:
         output_CA: [4 + classes, anchors]: centre x, centre y, width, height in letterboxed px, then class scores.
-        conf: score threshold, 0 to 1; a score must exceed it.
+        conf: score threshold, 0 to 1. A detection has a higher score.
         iou: IoU threshold, 0 to 1. A box is removed if it overlaps a better one of its class by more.
         max_det: largest number of detections; the best are used.
         multi_label: True: a box may give detections of several classes, as in validation. False: only the best class.
@@ -34,7 +34,7 @@ def nms(
         detections_N6 float32 in letterboxed px, highest score first.
 
     Raises:
-        ValueError: the output has another shape.
+        ValueError: `output_CA` does not have two dimensions with at least one class.
         NotFinite: a coordinate, or the best score of an anchor, is NaN or infinite.
     """
     if output_CA.ndim != 2 or output_CA.shape[0] < 5:
@@ -68,7 +68,8 @@ def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.nda
 def _greedy(boxes_M4: np.ndarray, iou: float, max_det: int) -> List[int]:
     """Return the indices of the boxes that remain after greedy suppression.
 
-    Boxes must be sorted, highest score first. A set of boxes of one block is an int with a bit per box.
+    Boxes must be sorted, highest score first. They are processed in blocks. A set of boxes in a block is an int with one bit for
+    each box.
     """
     selected: List[int] = []
     for start in range(0, len(boxes_M4), BLOCK):

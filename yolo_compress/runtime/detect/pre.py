@@ -29,7 +29,7 @@ class Letterbox(NamedTuple):
     """Placement of an image in the model's input; `post.to_image` inverts it.
 
     Attributes:
-        ratio: (vertical, horizontal) letterboxed px per px of the source image. They differ only by rounding.
+        ratio: (vertical, horizontal) scale: letterboxed px per px of the source image. The two differ only by rounding.
         pad_left, pad_top: width of the grey border, letterboxed px.
         height, width: size of the source image, px.
     """
@@ -150,7 +150,8 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
 class Canvas:
     """A reusable array for the model's input. Use it from one thread at a time.
 
-    A grey border in the same place as the last one is not written again, so no other code may write to the array.
+    If the next image has its grey border in the same place, the border is not written again. So no other code may write to the
+    array.
 
     Args:
         images_BCHW: float32 array that `place` fills, image by image.
@@ -161,10 +162,11 @@ class Canvas:
         self._bordered: List[Tuple[int, ...]] = [()] * len(images_BCHW)
 
     def place(self, index: int, image_HW3: np.ndarray) -> Letterbox:
-        """Letterbox an image into place `index`: scale its long side to that of the input, shrink it to fit, centre it on grey.
+        """Letterbox an image into element `index` of the batch, and return its placement.
 
-        There are two scaling steps, as in Ultralytics: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)`
-        (rounds to nearest). For square inputs the second step does nothing.
+        The image is scaled so that its long side is that of the input, shrunk to fit, and centred on grey. There are two scaling
+        steps, as in Ultralytics: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)` (rounds to nearest). For
+        square inputs the second step does nothing.
         """
         if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
             raise ValueError(f"letterbox takes uint8 RGB [H, W, 3], got {image_HW3.dtype} {list(image_HW3.shape)}")
@@ -193,7 +195,7 @@ class Canvas:
 def letterbox(
     image_HW3: np.ndarray, imgsz_hw: Tuple[int, int], out: Optional[np.ndarray] = None, channels: int = 3
 ) -> Tuple[np.ndarray, Letterbox]:
-    """Letterbox one image, see `Canvas.place`.
+    """Scale one image to the model's input size with grey borders, as float32. `Canvas.place` describes the steps.
 
     Args:
         image_HW3: uint8 RGB.
@@ -202,7 +204,7 @@ def letterbox(
         channels: channels of the model's input: 3 (RGB) or 1 (grey).
 
     Returns:
-        chw_CHW, float32 in 0..1 (`out` if given), and the placement.
+        chw_CHW, float32 in 0..1, and the placement of the image. The array is `out` if that is not None.
     """
     shape = (channels,) + tuple(imgsz_hw)
     chw_CHW = np.empty(shape, np.float32) if out is None else out
@@ -240,7 +242,7 @@ def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_numpy(image_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize with numpy as cv2's INTER_LINEAR does: 11-bit weights, and the 2x2 mean if both sides are exactly halved."""
+    """Resize an image with numpy as cv2's INTER_LINEAR does: 11-bit weights, and the 2x2 mean if both sides are halved."""
     source_h, source_w = image_HW3.shape[:2]
     if (source_h, source_w) == (2 * height, 2 * width):
         wide = image_HW3.astype(np.uint16)

@@ -18,14 +18,14 @@ MISSING = 0.02  # share of frames that may be missing; some containers only esti
 
 
 class Picture(NamedTuple):
-    """An image of a source. `read` returns image_HW3, uint8 RGB, or raises `pre.UnreadableImage`."""
+    """An image that is not decoded yet. `read` returns image_HW3, uint8 RGB, or raises `pre.UnreadableImage`."""
 
     name: str
     read: Callable[[], np.ndarray]
 
 
 class Source(NamedTuple):
-    """Images in order and their number. The number is None for a camera, and for a video that does not state it."""
+    """Images in order, and their number. The number is None for a camera, and for a video that does not state its length."""
 
     pictures: Iterator[Picture]
     total: Optional[int]
@@ -38,8 +38,8 @@ def open_source(source: Union[str, Path]) -> Source:
         source: a path, an address with `://`, or the number of a camera.
 
     Raises:
-        SourceError: the source does not exist, holds no image, or cannot be opened. The iterator of images raises it if a
-            camera is lost or a video is truncated.
+        SourceError: the source does not exist, holds no image, or cannot be opened. If a camera is lost or a video is truncated,
+            the iterator over the images raises this error.
         RuntimeUnavailable: OpenCV, which a video or camera needs, is not installed.
     """
     text = str(source)

@@ -1,8 +1,9 @@
 """Pipeline for many images: decoding, letterbox, inference and NMS of different images run in parallel.
 
 A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections.
-It borrows an idle engine for the inference. There are more tasks than engines, so the other tasks decode or run NMS meanwhile.
-On a CPU, several engines with few threads are faster than one with many, because a layer does not scale well over threads.
+The task borrows an idle engine for the inference. There are more tasks than engines, so the other tasks decode or run NMS
+meanwhile. On a CPU, several engines with few threads are faster than one engine with many threads, because a layer does not scale
+well over threads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ AHEAD = 2  # limit of batches per task that are waiting, in progress, or done an
 
 
 class Found(NamedTuple):
-    """Result of one image.
+    """Detections in one image, or the reason why the image could not be read.
 
     Attributes:
         name: name of the image.
@@ -89,10 +90,12 @@ def _close_in_thread(thread: ThreadPoolExecutor, backend: Backend) -> None:
 
 
 class Pipeline:
-    """Pipeline over several engines, a context manager. A call yields the results in order while later images are processed.
+    """Detect objects in many images with several engines in parallel. Use it in a `with` block, which closes the engines.
+
+    A call with images yields the results in order while later images are processed. `open_pipeline` makes a pipeline.
 
     Args:
-        opens: functions that open an engine, one for each engine that runs in parallel; see `open_pipeline`.
+        opens: functions without arguments. Each opens one engine. All engines run in parallel.
         conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a deployment.
     """
 
@@ -113,7 +116,7 @@ class Pipeline:
             self._canvases.put(self._steps.blank())
 
     def __call__(self, pictures: Iterable[Picture]) -> Generator[Found, None, None]:
-        """Yield the result of each image in order. An error in a thread is raised here, in the image's place, and ends the work.
+        """Yield the result of each image in order. An error in a thread is raised in place of the image's result and ends the work.
 
         Raises:
             NotFinite: the output for an image holds NaN or infinity.
@@ -188,14 +191,15 @@ def open_pipeline(
     iou: float = 0.7,
     max_det: int = MAX_DET,
 ) -> Pipeline:
-    """Open a pipeline for an engine directory.
+    """Return a `Pipeline` with one or more copies of an engine.
 
     Args:
+        engine: engine directory.
         engines: number of copies that run in parallel and share the processors. None: one per processor, at most 4; one on a GPU.
-        conf, iou, max_det: see `post.nms`.
+        conf, iou, max_det: thresholds and limit of NMS, see `post.nms`.
 
     Raises:
-        EngineError: see `load_info`; it is raised before anything is deserialised.
+        EngineError: `load_info` rejects the files, which are checked before an engine library reads them.
         RuntimeUnavailable: the library or device is missing.
     """
     on_gpu = RUNTIMES[load_info(Path(engine)).runtime].gpu

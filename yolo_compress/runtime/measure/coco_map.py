@@ -1,7 +1,7 @@
 """COCO's matching of detections to ground truth, and its average precision, with numpy only. Results equal those of pycocotools.
 
-Shape suffixes: N truths, D detections that count, T IoU thresholds, A area ranges, K classes, R recall points. A truth is a row
-(class, x1, y1, x2, y2), a detection (x1, y1, x2, y2, score, class), both in px of the image.
+A "truth" here is a ground-truth box: a row (class, x1, y1, x2, y2). A detection is a row (x1, y1, x2, y2, score, class). Both are in
+px of the image. Shape suffixes: N truths, D detections that count, T IoU thresholds, A area ranges, K classes, R recall points.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
 
 
 class Matches(NamedTuple):
-    """Which truth each detection matches, for every IoU threshold and area range.
+    """The ground-truth box that each detection matches, for every IoU threshold and area range.
 
-    Detections are sorted by class, then by falling score; equal scores are in the order of images and rows. Truths are in the
-    order of the input.
+    Detections are sorted by class, then by falling score; equal scores are in the order of images and rows. Ground-truth boxes are
+    in the order of the input.
 
     Attributes:
         image_D, row_D: image of each detection, and its row in that image.
-        truth_ATD: index of the matched truth; -1: none.
-        counts_ATD: whether the detection counts as right or wrong. It does not if its truth is outside the area range, or if it
-            has no truth and is outside the range itself.
-        image_N, class_N: image and class of each truth.
-        counted_AN: whether the truth is inside the area range.
+        truth_ATD: index of the matched ground-truth box; -1: the detection matches no box.
+        counts_ATD: whether the detection counts as right or wrong. A matched detection does not count if the ground-truth box is
+            outside the area range. An unmatched detection does not count if the detection is outside the area range.
+        image_N, class_N: image and class of each ground-truth box.
+        counted_AN: whether the ground-truth box is inside the area range.
         images, classes: number of images and classes.
         areas: names of the area ranges.
     """
@@ -68,19 +68,20 @@ def match(
     areas: Sequence[str] = tuple(AREAS),
     most: int = MAX_DETECTIONS,
 ) -> Matches:
-    """Match detections to truths as COCOeval does.
+    """Match detections to ground-truth boxes as COCOeval does.
 
-    In each image and class, detections are processed by falling score. Each takes the free truth with the highest IoU.
+    In each image and class, detections are processed by falling score. Each detection takes the ground-truth box with the highest
+    IoU among those that no earlier detection took.
 
     Args:
-        truths: one N5 array per image.
-        detections: one N6 array per image, in the same order.
+        truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) per image.
+        detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
         classes: number of classes; labels are 0 to classes - 1. Detections with other labels do not count.
         areas: keys of `AREAS`.
         most: limit of detections per class and image; the best count.
 
     Raises:
-        ValueError: a different number of truths and detections, or a truth of a class out of range.
+        ValueError: `truths` and `detections` have different lengths, or the class of a ground-truth box is out of range.
     """
     if len(truths) != len(detections):
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
@@ -121,7 +122,7 @@ def match(
 
 
 def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate the rows as float64. Return them, the image of each row, and its index in the image."""
+    """Concatenate the rows of all images as float64. Return the rows, the image of each row, and the row's index in the image."""
     parts = [np.asarray(part, np.float64).reshape(-1, width) for part in rows]
     lengths = [len(part) for part in parts]
     image = np.repeat(np.arange(len(parts), dtype=np.int64), lengths)
@@ -130,7 +131,7 @@ def _flat(rows: Sequence[np.ndarray], width: int) -> Tuple[np.ndarray, np.ndarra
 
 
 def counting(rows_N6: np.ndarray, most: int = MAX_DETECTIONS) -> np.ndarray:
-    """Return a mask of the detections of an image that count: the best `most` of each class."""
+    """Return a mask of the detections in one image that mAP counts: the best `most` of each class."""
     order = np.lexsort((-rows_N6[:, 4], rows_N6[:, 5]))
     mask = np.zeros(len(rows_N6), bool)
     mask[order[_rank(rows_N6[order, 5]) < most]] = True
@@ -166,9 +167,10 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _match_group(
     found_D4: np.ndarray, truth_G4: np.ndarray, inside_AG: np.ndarray, index_G: np.ndarray, out_ATD: np.ndarray
 ) -> None:
-    """Match one class in one image for all area ranges and thresholds. Writes the indices of the truths into `out_ATD`.
+    """Match one class in one image for all area ranges and IoU thresholds. Write the index of each matched box into `out_ATD`.
 
-    A truth outside the area range is matched only if no truth inside is free. With equal IoU the last truth wins, as in COCO.
+    A ground-truth box outside the area range is matched only if all boxes inside the range are taken. If two boxes have the same
+    IoU, the last one is matched, as in COCO.
     """
     iou_DG = box_iou(found_D4[:, None], truth_G4[None])
     bounds_T = np.minimum(IOUS_T, _ALMOST_ONE)
@@ -188,7 +190,7 @@ def _match_group(
 
 
 def precision(matches: Matches, area: str = "all") -> np.ndarray:
-    """Return precision_TRK as COCOeval does: the best precision at this or a higher recall. NaN: no truths of the class."""
+    """Return COCOeval's precision_TRK: the best precision at this or a higher recall. NaN: the class has no ground-truth box."""
     a = matches.areas.index(area)
     truths_K = np.bincount(matches.class_N[matches.counted_AN[a]], minlength=matches.classes)
     out_TRK = np.full((len(IOUS_T), len(RECALLS_R), matches.classes), np.nan)
@@ -222,11 +224,11 @@ class MeanAP(TypedDict):
 def mean_ap(
     truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
 ) -> MeanAP:
-    """Compute COCO's box AP over all areas. Without detections it is 0.0.
+    """Compute COCO's box AP over all areas. If there are no detections, the AP is 0.0.
 
     Args:
-        truths: one N5 array per image.
-        detections: one N6 array per image, in the same order.
+        truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) in px per image.
+        detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
         names: class names in the order of their index, all different.
         most: limit of detections per class and image; the best count.
 
