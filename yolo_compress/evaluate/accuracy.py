@@ -31,11 +31,11 @@ class ImageTruth(Truth, Protocol):
 
 
 class Accuracy(MeanAP):
-    """The AP of a backend, with its detections and the image set."""
+    """The AP of a backend, the detections behind it, and the digest of the images."""
 
     images: int
     image_set: str | None  # digest of the samples
-    executed: str  # the arithmetic that the runtime chose, in words
+    executed: str  # the arithmetic that the runtime chose, as text
     detections: list[np.ndarray]  # one N6 array per image, boxes in px of the source image
 
 
@@ -50,21 +50,21 @@ def accuracy(
     workers: int = 0,
     max_det: int = MAX_DET,
 ) -> Accuracy:
-    """Run the backend on the images and evaluate its detections.
+    """Run a backend on images with ground truth, and return the AP and the detections.
 
     Args:
-        backend: an opened backend; stays open.
+        backend: an opened backend. It is not closed.
         samples: images with ground truth.
-        names: class names of the data set; must equal those of the backend.
-        imgsz: height and width, px; must equal that of the backend.
-        progress: called after each batch with its number of images.
-        image_set: digest of the samples, for the result.
-        workers: threads that read images ahead; 0: read them in this thread.
-        max_det: largest number of detections per image after NMS. `runtime.limits.counted` gives how many mAP counts.
+        names: class names of the data set. They must equal the backend's class names.
+        imgsz: height and width, px. They must equal the backend's `imgsz`.
+        progress: called after each batch with the number of images in the batch.
+        image_set: digest of the samples. It is copied into the result.
+        workers: number of threads that read images ahead. 0: read the images in this thread.
+        max_det: largest number of detections per image after NMS. `runtime.limits.counted` says how many of them mAP counts.
 
     Raises:
         RecipeError: backend and data set differ in classes or image size.
-        DataError: an image cannot be read, or its size differs from that of its sample.
+        DataError: an image cannot be read, or the size of an image differs from the size in its sample.
         NumericsError: the output holds NaN or infinity.
     """
     if tuple(backend.names) != tuple(names):
@@ -102,7 +102,7 @@ def _load(sample: ImageTruth) -> np.ndarray:
 
 
 def _read_ahead(samples: Iterable[ImageTruth], workers: int) -> Iterator[np.ndarray]:
-    """Yield the images in order. With workers, a limited number of images is read ahead."""
+    """Yield the images in order. If `workers` is above 0, that many threads read a limited number of images ahead."""
     if workers < 1:
         yield from map(_load, samples)
         return

@@ -11,15 +11,16 @@ from yolo_compress.runtime.backends.base import Backend
 
 
 def max_abs_difference(first: Backend, second: Backend, images: Iterable[np.ndarray]) -> dict[str, float]:
-    """Return the largest difference of the outputs over all anchors of all images.
+    """Return the largest difference between the outputs of two backends, over all anchors of all images.
 
     Args:
-        first, second: backends with equal classes and imgsz. If a backend has a larger fixed batch, the image is repeated.
+        first, second: backends with equal classes and `imgsz`. If a backend has a fixed batch above 1, each image is repeated to
+            fill the batch.
         images: letterboxed chw_3HW float32 arrays.
 
     Returns:
-        scores: largest difference of a class score (0 to 1). boxes_px: largest difference of centre, width or height, in
-        letterboxed px. images: number of images.
+        A dict with three keys. `scores`: largest difference of a class score (0 to 1). `boxes_px`: largest difference of a centre,
+        width or height, in letterboxed px. `images`: number of images.
 
     Raises:
         NumericsError: an output holds NaN or infinity.

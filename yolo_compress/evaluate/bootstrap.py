@@ -1,12 +1,12 @@
 """Paired bootstrap over images (Efron 1979): mAP of two models on many resamples of the images, the same for both models.
 
 A replicate draws as many images as there are, with replacement, so image i counts w_i times. Matching is done within an image, so
-a replicate is COCO's AP with each detection and truth counted w_i times. The detections are sorted only once. A replicate then
-needs only cumulative sums over the detections that matched a truth. With all weights 1, the result is pycocotools' AP, up to
+a replicate is COCO's AP with each detection and ground-truth box of image i counted w_i times. The detections are sorted only once.
+A replicate then needs only cumulative sums over the matched detections. If all weights are 1, the result is pycocotools' AP, up to
 rounding.
 
-Shape suffixes: R replicates, B replicates of a chunk, I images, A area ranges, K classes, T IoU thresholds, N truths, D detections,
-E detections that matter at one threshold (see `_threshold`).
+"Truth" in the code is a ground-truth box. Shape suffixes: R replicates, B replicates of a chunk, I images, A area ranges, K classes,
+T IoU thresholds, N ground-truth boxes, D detections, E detections that affect the AP at one threshold (see `_threshold`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _LADDER = np.append(RECALLS_R, [np.inf, np.inf])
 
 
 class Replicates(NamedTuple):
-    """AP of each replicate: AP50-95 by area range and class, and AP50 by class over all areas. NaN: no truth."""
+    """AP of a model in each replicate: AP50-95 by area range and class, and AP50 by class. NaN: there is no ground-truth box."""
 
     ap50_95_RAK: np.ndarray
     ap50_RK: np.ndarray
 
 
 def resamples(images: int, replicates: int, seed: int) -> np.ndarray:
-    """Draw the bootstrap samples: weights_RI, uint16, is how often each image counts in each replicate."""
+    """Draw the bootstrap samples. Return weights_RI, uint16: how often each image counts in each replicate."""
     generator = np.random.default_rng(seed)
     return np.stack(
         [np.bincount(generator.integers(0, images, images), minlength=images) for _ in range(replicates)]
@@ -44,7 +44,7 @@ def resamples(images: int, replicates: int, seed: int) -> np.ndarray:
 
 
 def interval(values_R: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the ends of the percentile interval at LEVEL; None if no replicate has a value."""
+    """Return the lower and upper end of the 95 % percentile interval; (None, None) if no replicate has a value."""
     finite = values_R[np.isfinite(values_R)]
     if not len(finite):
         return None, None
@@ -53,7 +53,7 @@ def interval(values_R: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def over_classes(ap_RK: np.ndarray) -> np.ndarray:
-    """Return map_R, the mean AP over the classes that have truths in the replicate; NaN if there is none."""
+    """Return the mAP of each replicate: the mean AP over the classes with ground-truth boxes in it; NaN if there are none."""
     finite_RK = np.isfinite(ap_RK)
     with np.errstate(invalid="ignore"):
         return np.where(finite_RK, ap_RK, 0).sum(axis=1) / finite_RK.sum(axis=1)
@@ -63,7 +63,7 @@ def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replica
     """Compute the AP of each model in each replicate, with the same weights for all models.
 
     Args:
-        models: matches of each model, with the same truths.
+        models: matches of each model's detections with the same ground-truth boxes.
         weights_RI: weights from `resamples`, or any other counts.
     """
     plans = [_plan(matches) for matches in models]
@@ -97,13 +97,13 @@ def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replica
 
 @dataclass(frozen=True)
 class _Threshold:
-    """The detections that matter at one IoU threshold.
+    """The detections that affect the AP at one IoU threshold. `_threshold` selects them.
 
     Attributes:
         image_E: image of each detection.
-        place_E: number of detections in `_Part.image_D` up to this one.
-        right_E: whether each detection is right; None: all are.
-        change_E: correction to the count of detections, relative to `_Part.image_D`; None: no correction.
+        place_E: number of detections in `_Part.image_D` up to and including this detection.
+        right_E: whether each detection is right. None: all are right.
+        change_E: correction to the number of detections that count, relative to `_Part.image_D`. None: no correction.
     """
 
     image_E: np.ndarray
@@ -114,7 +114,7 @@ class _Threshold:
 
 @dataclass(frozen=True)
 class _Part:
-    """One class in one area range."""
+    """Ground-truth boxes and detections of one class in one area range, prepared for the AP of many replicates."""
 
     area: int
     label: int
@@ -124,7 +124,7 @@ class _Part:
     thresholds: tuple[_Threshold, ...]
 
     def average_precision(self, weights_BI: np.ndarray) -> np.ndarray:
-        """Return ap_BT; NaN where no truth counts."""
+        """Return ap_BT, the AP of each replicate at each IoU threshold; NaN where no ground-truth box counts."""
         truths_B1 = weights_BI[:, self.truth_images_N].sum(axis=1, keepdims=True)
         counted_BD = np.zeros((len(weights_BI), len(self.image_D) + 1))
         np.cumsum(weights_BI[:, self.image_D], axis=1, out=counted_BD[:, 1:])
@@ -138,7 +138,8 @@ class _Part:
 def _average(weights_BI: np.ndarray, at: _Threshold, counted_BD: np.ndarray, truths_B1: np.ndarray) -> np.ndarray:
     """Return the AP of each replicate at one threshold.
 
-    It is the mean over 101 recalls of the best precision at this or a higher recall; 0 if the recall is not reached.
+    The AP is the mean over 101 recalls. At each recall, the best precision at this or a higher recall is used; 0 if the recall is not
+    reached.
     """
     weights_BE = weights_BI[:, at.image_E]
     right_BE = np.cumsum(weights_BE if at.right_E is None else weights_BE * at.right_E, axis=1)
@@ -154,7 +155,7 @@ def _average(weights_BI: np.ndarray, at: _Threshold, counted_BD: np.ndarray, tru
 
 
 def _passed(recall: np.ndarray) -> np.ndarray:
-    """Count COCO's recall points up to each recall, as floats. A faster `searchsorted(RECALLS_R, recall, "right")`."""
+    """Return the number of COCO's recall points up to each recall, as floats: a faster `searchsorted(RECALLS_R, recall, "right")`."""
     guess = (recall * (len(RECALLS_R) - 1)).astype(np.intp)  # may be off by one: 0.29 * 100 is below 29 in floats
     return guess + (_LADDER[guess] <= recall) + (_LADDER[guess + 1] <= recall).astype(np.float64)
 
@@ -181,10 +182,10 @@ def _parts(matches: Matches, a: int) -> Iterator[_Part]:
 
 
 def _threshold(image_D: np.ndarray, right_D: np.ndarray, change_D: np.ndarray, places_D: np.ndarray) -> _Threshold:
-    """Select the detections that matter at one threshold.
+    """Select the detections that affect the AP at one IoU threshold.
 
-    The precision has a maximum only at a right detection. Detections that count differently than at the highest threshold are
-    needed for the correction.
+    These are the right detections, because the precision has a maximum only at a right detection. Detections that count at this
+    threshold but not at the highest one, or the reverse, are also selected for `change_E`.
     """
     matter = np.flatnonzero(right_D | (change_D != 0))
     right_E, change_E = right_D[matter], change_D[matter]

@@ -47,17 +47,17 @@ def absolute_boxes(truth: Truth) -> np.ndarray:
 def mean_ap(
     truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str], most: int = MAX_DETECTIONS
 ) -> MeanAP:
-    """Compute COCO's box AP over all areas. Without detections it is 0.0.
+    """Compute COCO's box AP over all areas. If there are no detections, the AP is 0.0.
 
     Args:
         truths: ground truth of each image.
-        detections: one N6 array per image, in the same order.
+        detections: one N6 array per image (x1, y1, x2, y2, score, class), in the same order.
         names: class names in the order of their index, all different.
-        most: limit of detections per class and image; the best count.
+        most: limit of detections per class and image. Those with the highest scores count.
 
     Raises:
         DataError: there is no ground truth, class names repeat, or a class is out of range.
-        ValueError: the numbers of truths and detections differ.
+        ValueError: `truths` and `detections` have different lengths.
     """
     if len(truths) != len(detections):
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
@@ -81,7 +81,7 @@ def mean_ap(
 
 
 def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int, most: int) -> np.ndarray:
-    """Return precision_TRK of COCOeval over all areas, without its output on stdout."""
+    """Return COCOeval's precision_TRK over all areas. COCOeval's output on stdout is suppressed."""
     from pycocotools.cocoeval import COCOeval
 
     boxes = [absolute_boxes(truth) for truth in truths]

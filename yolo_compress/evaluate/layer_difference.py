@@ -20,16 +20,16 @@ LEAST = 1e-5  # minimum tolerance, relative to the largest value of the layer; f
 
 
 def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> str:
-    """Compare the outputs layer by layer on the same images, and describe the first layer that differs.
+    """Compare the outputs of a torch model and its ONNX file layer by layer, and describe the first layer that differs.
 
     Args:
-        model: A detector in float32; `model.model` are its layers. Not changed.
-        file: Its FP32 ONNX file. The exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
-        images_BCHW: Float32 in 0..1; the batch is that of the file.
+        model: A detector in float32. `model.model` holds its layers. The model is not changed.
+        file: The model's FP32 ONNX file. The exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
+        images_BCHW: Float32 in 0..1. The batch size must be that of the file.
 
     Returns:
         Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If all other
-        layers agree, it names the head.
+        layers agree, the text names the head.
     """
     exact, images = copy.deepcopy(model).double(), torch.from_numpy(images_BCHW)
     rounded, exactly = _outputs(model, images), _outputs(exact, images.double())

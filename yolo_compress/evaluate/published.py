@@ -40,9 +40,9 @@ class For(NamedTuple):
 
 
 def made_for(file: str) -> For | None:
-    """Return the runtime and precision of an exported file by its name.
+    """Return the runtime and precision that an exported file is made for, read from the file's name.
 
-    None if the file is not a model, or is a graph with NMS, which `export` checks.
+    The result is None if the file is not a model, or if its graph contains NMS. `export` checks graphs with NMS itself.
     """
     path = PurePosixPath(file)
     precision = cast(Precision, path.stem.partition("-")[0])
@@ -58,7 +58,7 @@ def made_for(file: str) -> For | None:
 
 
 def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that runs an ONNX graph node by node. The graph has one input and one output of any shape."""
+    """Return a function that runs an ONNX graph node by node, without fusion. The graph has one input and one output."""
     session = open_session(file, usable_cpus(), "none")
     name = session.get_inputs()[0].name
 
@@ -74,7 +74,7 @@ def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: i
 
     Args:
         file: Output of `with_nms` with its default thresholds and `max_det`.
-        source: The graph without NMS that it was made from.
+        source: The graph without NMS from which `file` was made.
         images: Letterboxed chw_3HW float32 arrays.
 
     Returns:
@@ -107,12 +107,12 @@ class Simulated(OrtBackend):
 
     @property
     def executed(self) -> str:
-        """See `Backend.executed`; names the file."""
+        """Text for `Backend.executed`; it includes the name of the file."""
         return f"simulated, {self._shown} node by node"
 
 
 def open_published(file: Path, precision: str, scratch: Path) -> Backend:
-    """Open an exported file for evaluation.
+    """Return a backend that evaluates an exported file for which no engine can be built here.
 
     Args:
         file: A file for which `made_for` is not None.

@@ -18,7 +18,7 @@ ENGINES = "engines.json"  # file in the artefact of `engine`
 
 
 class EngineRow(TypedDict):
-    """A row of `engines.json`."""
+    """A row of `engines.json`: a requested engine, or the reason why this engine was not built."""
 
     model: Model
     runtime: str  # a runtime's name, such as "openvino"
@@ -42,7 +42,7 @@ class Subject(TypedDict):
 
     model: Model
     runtime: str  # a runtime's name, or "torch"; in an untimed row, the runtime that the file is made for
-    precision: Precision  # the requested one
+    precision: Precision  # the requested precision
     file: str | None  # file of `export` that the engine is built from; null for torch
     reason: str | None  # why there is no engine or no measurement
     parameters: int
@@ -52,7 +52,7 @@ class Subject(TypedDict):
 class Accuracy(TypedDict):
     """The accuracy of an engine or a file."""
 
-    executed: str  # the arithmetic that the runtime chose, in words
+    executed: str  # the arithmetic that the runtime chose, as text
     map50_95: float  # mean over IoU 0.5 to 0.95
     map50: float
     per_class: dict[str, float | None]  # map50_95 by class name; null without ground truth
@@ -87,7 +87,7 @@ class UntimedBenchRow(Subject, Accuracy):
 
 
 class MissingBenchRow(Subject):
-    """Row of a requested engine that was not measured."""
+    """Row of a requested engine that was not measured. The key `reason` says why."""
 
     status: Literal["missing"]
 

@@ -1,6 +1,6 @@
 """Detections of a bench row on disk: a float32 .npy with a row per detection: image index, x1, y1, x2, y2 in px, score, class.
 
-It has all detections that mAP counts, with scores above 0.001.
+The file has all detections that mAP counts, with scores above 0.001.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def row_name(row: Mapping[str, object]) -> str:
 
 
 def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> None:
-    """Write the detections, one N6 array per image, limited to the best `most` of each class.
+    """Write detections to `file`: one N6 array per image, limited to the best `most` of each class.
 
     Raises:
         StorageError: the file cannot be written.
@@ -37,13 +37,14 @@ def keep(file: Path, detections: Sequence[np.ndarray], most: int = MAX_DETECTION
 
 
 def kept(file: Path, images: int) -> list[np.ndarray]:
-    """Read the detections that `keep` wrote: one N6 array per image.
+    """Read the detections that `keep` wrote, and return one N6 array per image.
 
     Args:
-        images: number of images.
+        file: file that `keep` wrote.
+        images: number of images, including those without detections.
 
     Raises:
-        CorruptArtifact: the table is malformed, or has more images.
+        CorruptArtifact: the table is malformed, or has an image index of `images` or more.
     """
     table_N7 = np.load(file, allow_pickle=False)
     if table_N7.ndim != 2 or table_N7.shape[1] != 7 or not ((table_N7[:, 0] >= 0) & (table_N7[:, 0] < images)).all():

@@ -1,7 +1,7 @@
 """TIDE's six types of detection errors (Bolya et al., arXiv 2008.08115), and the cost of each type in AP50.
 
-A detection that matched no truth has the first type that applies. IoU is with the truths of its image; the order is that of
-`tidecv`.
+"Truth" below and in the code is a ground-truth box. A detection that matched no truth has the first type that applies. The IoU is
+that of the detection with the truths of the same image. The order of the types is that of `tidecv`.
 
     localisation    right class, IoU from 0.1 to 0.5
     classification  another class, IoU from 0.5
@@ -9,17 +9,18 @@ A detection that matched no truth has the first type that applies. IoU is with t
     background      IoU up to 0.1 with every truth
     both            all others: another class and a poor box
 
-A truth is `missed` if no detection matched it, and no localisation or classification error would match it after correction.
+A truth has the type `missed` if no detection matched it, and if no corrected localisation or classification error would match it.
 
-The cost of a type is the increase of AP50 if only its errors were corrected:
+The cost of a type is the increase of AP50 if only the errors of this type were corrected:
 
-- The best localisation or classification error of each free truth becomes right; the others are removed.
-- Duplicate, background and both errors are removed.
+- For each truth without a match, the localisation or classification error with the highest score becomes right. Other errors of
+  these two types are removed.
+- Errors of the types `duplicate`, `background` and `both` are removed.
 - A missed truth no longer counts.
 
 The costs do not add up to 1 - AP50, because one error can hide another.
 
-Shape suffixes: N detections of an image, G its truths, D all detections, T all truths, K classes, R recall points.
+Shape suffixes: N detections in an image, G truths in an image, D all detections, T all truths, K classes, R recall points.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ErrorType(ErrorSum):
 
 
 class ModelErrors(TypedDict):
-    """The errors in one model's detections."""
+    """Number and cost in AP50 of each type of error in one model's detections."""
 
     ap50: float  # a fraction, mean over the classes with objects
     truths: int  # objects
@@ -61,7 +62,10 @@ class ModelErrors(TypedDict):
 
 
 class _Judged(NamedTuple):
-    """All detections and truths of the data set. `target_D` is the free truth that a corrected detection would match, or -1."""
+    """All detections with their error types, and all ground-truth boxes.
+
+    `target_D` is the index of the unmatched ground-truth box that the detection would match after correction; -1: none.
+    """
 
     score_D: np.ndarray
     class_D: np.ndarray
@@ -72,16 +76,16 @@ class _Judged(NamedTuple):
 
 
 def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int = MAX_DETECTIONS) -> ModelErrors:
-    """Count the errors of each type and compute the cost of each type.
+    """Count the detection errors of each TIDE type, and compute the cost of each type in AP50.
 
     Args:
-        truths: one G5 array per image: class, x1, y1, x2, y2 in px.
+        truths: ground-truth boxes, one G5 array per image: class, x1, y1, x2, y2 in px.
         detections: one N6 array per image, in the same order: x1, y1, x2, y2, score, class.
         most: limit of detections per image; the best count.
 
     Raises:
-        DataError: there is no truth.
-        ValueError: the numbers of truths and detections differ.
+        DataError: there is no ground-truth box.
+        ValueError: `truths` and `detections` have different lengths.
     """
     if len(truths) != len(detections):
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
@@ -135,7 +139,10 @@ def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most:
 
 
 def _judge_image(truths_G5: np.ndarray, found_N6: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the type and target of each detection of an image, and which truths were matched. Detections are sorted by score."""
+    """Return the error type and target of each detection in an image, and a mask of the matched ground-truth boxes.
+
+    Detections must be sorted by score. The target is the ground-truth box that a corrected detection would match.
+    """
     type_N, target_N = np.full(len(found_N6), BKG), np.full(len(found_N6), -1)
     matched_G = np.zeros(len(truths_G5), bool)
     if not len(truths_G5) or not len(found_N6):
@@ -195,9 +202,9 @@ def _ap(
     class_T: np.ndarray,
     of_T: np.ndarray | None = None,
 ) -> float:
-    """Return COCO's AP at one IoU (101 recalls): the mean over the classes of `of_T` (default `class_T`).
+    """Return COCO's AP at one IoU threshold (101 recalls): the mean over the classes in `of_T`, or in `class_T` if that is None.
 
-    Classes without truths and detections are left out.
+    Classes that have neither ground-truth boxes nor detections are left out.
     """
     aps = []
     for cls in np.unique(class_T if of_T is None else of_T):

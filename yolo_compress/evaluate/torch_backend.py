@@ -18,7 +18,9 @@ _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
 class TorchBackend:
-    """Backend for a detector in torch. In eval mode its forward returns y or (y, ...), y [B, 4 + nc, A], boxes in letterboxed px.
+    """Backend that runs a detector in torch.
+
+    In eval mode, the detector's `forward` must return y or (y, ...). y is [B, 4 + nc, A] with boxes in letterboxed px.
 
     Args:
         module: a detector, fused or not. It is not changed: a copy is used if the device, type or mode differs.
@@ -26,10 +28,10 @@ class TorchBackend:
         imgsz: height and width, px.
         device: "cpu", "cuda:0" and so on.
         precision: fp64, fp32 or fp16. On a CPU, torch chooses how to run fp16.
-        threads: CPU threads, for the whole process, since torch has no other setting; None: do not change them.
+        threads: number of CPU threads. It applies to the whole process, since torch has no other setting. None: do not change it.
 
     Raises:
-        RecipeError: the precision is not one of these.
+        RecipeError: the precision is not fp64, fp32 or fp16.
         EnvironmentLacks: the device does not exist.
     """
 
@@ -92,7 +94,7 @@ class TorchBackend:
         return output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """See `Backend.bind`. The images are already on the device, and the call waits for the GPU."""
+        """Return a function that runs one inference on these images, which are already on the device, and waits for the GPU."""
         images = self._tensor(images_BCHW)
 
         def run() -> None:

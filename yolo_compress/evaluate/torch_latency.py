@@ -1,7 +1,7 @@
 """Measure the latency of a torch module in a separate process, with `runtime.measure.latency`, as for an engine.
 
-`spec` writes the module to a file and returns the spec for `measure_in_turn`. `python -m yolo_compress.evaluate.torch_latency`
-opens it. So `runtime` does not depend on torch.
+`spec` writes the module to a file and returns the spec for `measure_in_turn`. The measuring process,
+`python -m yolo_compress.evaluate.torch_latency`, opens that file. So `yolo_compress.runtime` does not depend on torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODULE = "yolo_compress.evaluate.torch_latency"
 
 
 class TorchSpec(Spec, total=False):
-    """A latency spec of a torch module."""
+    """What to measure, for a torch module in place of an engine: `messages.Spec` with the file of the pickled module."""
 
     checkpoint: str  # file with the pickled module
     sha256: str  # SHA-256 of that file, hex
@@ -46,11 +46,11 @@ def spec(
     threads: int | None = None,
     **options: Any,
 ) -> TorchSpec:
-    """Pickle the module into `directory` and return its latency spec.
+    """Pickle the module into `directory`, and return the spec with which `measure_in_turn` measures its latency.
 
     Args:
-        directory: scratch folder; the caller removes it.
-        options: other keys of a latency spec (inputs, warmup_ms, quick, label, ...).
+        directory: scratch folder. The caller removes it.
+        options: other keys of `messages.Spec` (`inputs`, `warmup_ms`, `quick`, `label`, ...).
     """
     file = directory / f"torch-{precision}.pt"
     buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (2.14: c10::Error in a destructor)
@@ -70,7 +70,7 @@ def spec(
 
 
 def open_spec(described: TorchSpec) -> TorchBackend:
-    """Open the module that `spec` wrote. Its hash is checked first, because unpickling runs code."""
+    """Open the module that `spec` wrote. The hash of the file is checked first, because unpickling runs code."""
     file = Path(described["checkpoint"])
     if sha256_file(file) != described["sha256"]:
         raise EngineError(f"{file}: sha256 is not the one in the spec; not loaded")

@@ -1,6 +1,6 @@
 """mAP by Ultralytics' own matching and AP code, on the same detections as pycocotools.
 
-The bench shows it so that users can compare with the output of Ultralytics. Apart from `train`, only this module imports
+The stage `bench` shows this mAP so that users can compare with the output of Ultralytics. Apart from `train`, only this module imports
 ultralytics' engine, for the matching of its validator. Unlike in pycocotools, all 300 detections count, and the precision curve
 is integrated differently. Boxes are compared in px of the source image, clipped to it. The validator uses letterboxed px without
 clipping; the effect on mAP is below 0.002 (tested).
@@ -30,7 +30,7 @@ def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], na
 
     Raises:
         DataError: there is no ground truth.
-        ValueError: the numbers of truths and detections differ.
+        ValueError: `truths` and `detections` have different lengths.
     """
     harden()
     import torch

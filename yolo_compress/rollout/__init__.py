@@ -1,1 +1,1 @@
-"""Staged rollout: shadow logs of two models, statistical tests that are valid at every look, and the state of the release."""
+"""Staged rollout: shadow logs of two models, statistical tests that stay valid if repeated, and the state of the release."""

@@ -1,10 +1,10 @@
-"""Sequential tests by betting, which one may look at after every value without raising the error rate.
+"""Sequential tests by betting: the test can be evaluated after every value, and the error rate does not rise.
 
 A gambler bets against the hypothesis "the mean of values in 0..1 is at most m". At step t his wealth is multiplied by
 1 + lambda_t (x_t - m), where lambda_t depends on earlier values only. If the hypothesis is true, his expected wealth does not grow.
-By Ville's inequality, it then ever reaches 1/alpha with a probability of at most alpha. So the hypothesis is rejected once the wealth
-reaches 1/alpha, and one may look and stop at any time. Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
-betting", arXiv 2010.09686, section 4. Quantiles are as in Howard and Ramdas, arXiv 1906.09712.
+By Ville's inequality, the probability that his wealth ever reaches 1/alpha is then at most alpha. So the hypothesis is rejected once
+the wealth reaches 1/alpha, and the test may be evaluated and stopped at any time. Source: Waudby-Smith and Ramdas, "Estimating means
+of bounded random variables by betting", arXiv 2010.09686, section 4. Quantiles are as in Howard and Ramdas, arXiv 1906.09712.
 
 The hypothesis is about the mean of each value, given the values before it. Correlated values, such as the frames of one second, count
 as more evidence than they are. So the caller passes values that are far enough apart.
@@ -22,18 +22,24 @@ _MAX_BET = 0.75  # as a fraction of the bet that can lose all wealth; arXiv 2010
 
 
 def above(values_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """Return whether the mean of values in 0..1 is above `mean`. `alpha` is the error probability over all looks together."""
+    """Return whether the mean of values in 0..1 is shown to be above `mean`.
+
+    `alpha` is the error probability over all evaluations together, if the test is repeated as values arrive.
+    """
     return float(log_wealth(values_T, mean, alpha).max(initial=0.0)) >= math.log(1 / alpha)
 
 
 def below(values_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """Return whether the mean is below `mean`, by the wealth after the last value. Earlier, higher wealth does not count."""
+    """Return whether the mean of values in 0..1 is shown to be below `mean`, with error probability `alpha`.
+
+    Only the wealth after the last value counts, even if it was higher before.
+    """
     wealth_T = log_wealth(1 - values_T, 1 - mean, alpha)
     return bool(len(wealth_T)) and float(wealth_T[-1]) >= math.log(1 / alpha)
 
 
 def log_wealth(values_T: np.ndarray, mean: float, alpha: float, variance: float | None = None) -> np.ndarray:
-    """Return the logarithm of the wealth after each value, for bets that the mean is above `mean`.
+    """Return the logarithm of the gambler's wealth after each value, for bets that the mean is above `mean`.
 
     Args:
         values_T: Values in 0..1.
@@ -65,7 +71,7 @@ def _variance_before(values_T: np.ndarray) -> np.ndarray:
 
 
 def mean_bounds(values_T: np.ndarray, alpha: float) -> tuple[float, float]:
-    """Return (largest mean that the values are above, smallest mean that they are below), each at `alpha`, within 1e-4."""
+    """Return the lower and upper bound of the mean, to within 1e-4. Each bound is wrong with probability `alpha`."""
     low = _largest(lambda mean: above(values_T, mean, alpha))
     high = 1 - _largest(lambda mean: above(1 - values_T, mean, alpha))
     return low, high
@@ -81,10 +87,15 @@ def _largest(true_at: object) -> float:
 
 
 def quantile_bounds(values_T: np.ndarray, share: float, alpha: float) -> tuple[float, float]:
-    """Return (lower, upper) bound of the quantile at `share`. Each is wrong with probability `alpha` over all looks.
+    """Return the lower and upper bound of a quantile. Each bound is wrong with probability `alpha` over all evaluations.
 
-    The values may have any range. The bets depend on the time alone, so the wealth falls monotonically with the threshold. That
+    The values may have any range. The bets do not depend on the values, so the wealth falls monotonically with the threshold. That
     allows a binary search for the outermost threshold that is rejected.
+
+    Args:
+        values_T: Values in the order of time.
+        share: Which quantile: 0.5 is the median, 0.99 is p99.
+        alpha: Error probability of each bound.
 
     Returns:
         The bounds; (-inf, inf) while there are too few values.
@@ -92,11 +103,11 @@ def quantile_bounds(values_T: np.ndarray, share: float, alpha: float) -> tuple[f
     ordered_T = np.sort(values_T)
 
     def quantile_is_above(threshold: float) -> bool:
-        """The share of values at or below the threshold is less than `share`."""
+        """Return whether the share of values at or below the threshold is shown to be less than `share`."""
         return _rejected((values_T > threshold).astype(np.float64), 1 - share, alpha)
 
     def quantile_is_below(threshold: float) -> bool:
-        """The share of values below the threshold is more than `share`."""
+        """Return whether the share of values below the threshold is shown to be more than `share`."""
         return _rejected((values_T < threshold).astype(np.float64), share, alpha)
 
     n_below, n_above = 0, 0  # number of smallest values below the quantile, and of largest values above it
@@ -113,6 +124,6 @@ def quantile_bounds(values_T: np.ndarray, share: float, alpha: float) -> tuple[f
 
 
 def _rejected(indicator_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """Return whether "the mean of the indicator is at most `mean`" is rejected."""
+    """Return whether the hypothesis "the mean of the indicator is at most `mean`" is rejected."""
     wealth_T = log_wealth(indicator_T, mean, alpha, variance=mean * (1 - mean))
     return float(wealth_T.max(initial=0.0)) >= math.log(1 / alpha)

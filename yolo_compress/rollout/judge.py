@@ -1,6 +1,7 @@
-"""Verdict of a staged rollout: decide whether more robots may run the canary B, from the detections of A and B on the same frames.
+"""Verdict of a staged rollout: decide whether more robots may run the new model, from detections of two models on the same frames.
 
-A rule compares one quantity with its budget, by a test that is valid at every look (`bets.py`). The verdict of a look is:
+Model A is the one in use. Model B is the new one, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
+compares one quantity with its budget, by a test that stays valid if repeated (`bets.py`). The verdict of a look is:
 
     abort    A rule is surely beyond its budget, or B is dead: A has as many frames and hours after B's last line as a stage needs.
     advance  Every rule is surely within its budget, on enough frames over enough time, and also in the later half of the frames.
@@ -8,8 +9,8 @@ A rule compares one quantity with its budget, by a test that is valid at every l
 
 The error rates hold over all looks and stages of one release. A canary within all budgets is aborted with a probability of at most
 `ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage, uses
-only its own frames and a fifth of alpha. For an abort, the rules share that fifth. For an advance, each rule may use all of it,
-because all rules must agree.
+only its own frames and a fifth of `ALPHA`. For an abort, the rules share that fifth. For an advance, each rule may use the whole
+fifth, because all rules must agree.
 
 Time stamps come from the robot's clock, which may not be set yet at start-up. So time is counted from frame to frame, a gap counts as
 at most `PAUSE_S`, and frames with a time in the future are left out.
@@ -56,7 +57,7 @@ MAX_AHEAD_S = 86400.0  # largest time by which the robot's clock may be ahead of
 
 @dataclass(frozen=True)
 class Budgets:
-    """How much worse than A the canary B may be, as means over frames; and how much evidence a stage needs.
+    """How much worse than model A, the one in use, the canary B may be, as means over frames; and the evidence that a stage needs.
 
     The defaults of `disagreement`, `count` and `score` are above the values of compressed models on three small data sets (BCCD,
     NEU-DET, digits), compared with their baselines: 0.07 to 0.17 in `disagreement`, up to 0.08 in `count` and 0.07 in `score`
@@ -66,11 +67,11 @@ class Budgets:
         problems: Fraction of frames where only B has a problem, minus the fraction where only A has one.
         disagreement: Fraction of the boxes of A and B without a partner of their class at IoU 0.5.
         count: Difference of the numbers of boxes, as a fraction of the larger number.
-        score: Difference of the scores of partners.
+        score: Difference between the scores of two boxes that are partners.
         p50_ratio, p99_ratio: End-to-end latency of B divided by that of A.
         recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. Needs labels.
-        frames: Smallest number of pairs, at least `SPACING_S` apart.
-        hours: Smallest time that they cover; a gap counts as at most a minute.
+        frames: Smallest number of frames with detections of both models. Frames closer than `SPACING_S` are not counted.
+        hours: Smallest time that these frames cover; a gap counts as at most a minute.
     """
 
     problems: float = 0.01
@@ -85,7 +86,7 @@ class Budgets:
 
 
 def budgets(text: str | None) -> Budgets:
-    """Read budgets such as `disagreement:0.3,p99_ratio:2`. The others have their defaults.
+    """Parse budgets such as `disagreement:0.3,p99_ratio:2`. Budgets that are not named keep their defaults.
 
     Raises:
         RecipeError: A name is unknown or repeated, or a value is out of range.
@@ -112,7 +113,7 @@ def budgets(text: str | None) -> Budgets:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Result of one rule: the quantity, its interval (at the level of an abort), and whether the budget is met."""
+    """Result of one rule: the quantity, its interval (at the error level of an abort), and whether the quantity meets the budget."""
 
     name: str
     value: float
@@ -133,18 +134,19 @@ def judge(
     cap: float = 1.0,
     now: float | None = None,
 ) -> tuple[Document, State]:
-    """Judge the evidence of the current stage.
+    """Decide from two shadow logs whether the release aborts, advances to more robots, or holds.
 
     Args:
-        log_a, log_b: Logs of the model in use and of the canary.
-        state: State of the release before this look.
-        allowed: Budgets.
-        truth: Labels: frame name to boxes_N5 (x1, y1, x2, y2 px, class).
-        cap: Largest exposure that this look may lead to, 0 to 1.
-        now: Unix time in seconds. Default: this machine's clock.
+        log_a: Log of model A, the one in use.
+        log_b: Log of model B, the canary.
+        state: State of the release before this evaluation.
+        allowed: How much worse B may be, and how much evidence a stage needs.
+        truth: Ground-truth boxes: frame name to boxes_N5 (x1, y1, x2, y2 px, class). None: there are no labels.
+        cap: Largest fraction of the robots that may run B after this evaluation, 0 to 1.
+        now: Unix time in seconds. None: this machine's clock.
 
     Returns:
-        The document (NaN and infinity as null), and the state after this look.
+        The document that `rollout` prints (NaN and infinity as null), and the new state of the release.
 
     Raises:
         DataError: The logs have no frame in common, were not written at the same time, or all frames of one are in the future.
@@ -214,7 +216,7 @@ def _check_models(log_a: Log, log_b: Log, state: State) -> None:
 
 
 def _without_future(log: Log, now: float) -> tuple[Log, int]:
-    """Return the log without frames in the future, and their number."""
+    """Return the log without frames in the future, and the number of frames that were left out."""
     frames = tuple(frame for frame in log.frames if frame.at <= now + MAX_AHEAD_S)
     if not frames:
         raise DataError(
@@ -231,7 +233,7 @@ def _hours(frames: Sequence[Frame]) -> float:
 
 
 def _paired(log_a: Log, log_b: Log) -> Pairs:
-    """Pair the frames of the two logs.
+    """Pair the frames of two shadow logs.
 
     Raises:
         DataError: The logs have no frame in common, or were not written at the same time.
@@ -288,7 +290,7 @@ MAX_SILENT = 0.1  # below this, B's log may be late or the robot off; above it, 
 def _verdict(
     rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets
 ) -> tuple[Status, list[str]]:
-    """Return the verdict by the rules and the amount of evidence, with its reasons."""
+    """Return the verdict from the results of the rules and the amount of evidence, and the reasons for the verdict."""
     beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
     if beyond:
         return "abort", beyond
@@ -310,7 +312,7 @@ def _interval(rule: _Rule) -> str:
 def _rules(
     used: Sequence[tuple[Frame, Frame]], allowed: Budgets, truth: Mapping[str, np.ndarray] | None
 ) -> list[_Rule]:
-    """Return the results of all rules on the pairs `used`."""
+    """Return the results of all rules. `used` holds the paired frames of models A and B."""
     both = [(a, b) for a, b in used if a.problem is None and b.problem is None]
     paired = [partners(a, b) for a, b in both]
     signed: dict[str, list[float]] = {
@@ -338,19 +340,19 @@ def _rules(
 
 
 def disagreement(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the fraction of the boxes of both frames that have no partner."""
+    """Return the fraction of all boxes in two frames that have no partner in the other frame. `pairs` holds the partners."""
     boxes = len(a.boxes_N6) + len(b.boxes_N6)
     return 1 - 2 * len(pairs) / boxes if boxes else 0.0
 
 
 def count_shift(a: Frame, b: Frame) -> float:
-    """Return the number of boxes of B minus that of A, as a fraction of the larger number."""
+    """Return the number of boxes in frame `b` minus the number in frame `a`, as a fraction of the larger number."""
     most = max(len(a.boxes_N6), len(b.boxes_N6))
     return (len(b.boxes_N6) - len(a.boxes_N6)) / most if most else 0.0
 
 
 def score_shift(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the mean score of B minus A over partners. There must be at least one pair."""
+    """Return the mean of the score in `b` minus the score in `a`, over boxes that are partners. `pairs` must not be empty."""
     return float(np.mean([b.boxes_N6[j, 4] - a.boxes_N6[i, 4] for i, j in pairs]))
 
 
@@ -367,7 +369,7 @@ def _mean_rule(
     beyond: float,
     one_sided: bool,
 ) -> _Rule:
-    """Return the rule for a mean: at most `budget` if it is one-sided, else from -`budget` to `budget`."""
+    """Return the result of the rule for a mean. It must be at most `budget`; if `one_sided` is False, also at least -`budget`."""
     low, width = span[0], span[1] - span[0]
     unit_T = (values_T - low) / width
     upper, lower = (budget - low) / width, (-budget - low) / width
@@ -386,7 +388,10 @@ def _mean_rule(
 def _quantile_rule(
     name: str, ms_a: np.ndarray, ms_b: np.ndarray, share: float, budget: float, within: float, beyond: float
 ) -> _Rule:
-    """Return the rule for the ratio of B's quantile to A's. The bounds of A and of B use half of the level each."""
+    """Return the result of the rule for a latency ratio: a quantile of B's latency divided by the same quantile of A's.
+
+    The bounds of A's quantile and of B's quantile use half of the error level each.
+    """
 
     def ratio(level: float) -> tuple[float, float]:
         (low_a, high_a), (low_b, high_b) = (quantile_bounds(ms, share, level / 2) for ms in (ms_a, ms_b))

@@ -1,4 +1,7 @@
-"""The types of what `rollout` prints and of its state file, both schema 1. NaN and infinity are written as null."""
+"""Types of the document that `rollout` prints and of its state file, both schema 1. NaN and infinity are written as null.
+
+Model A is the one in use, model B the new one (the canary).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ Status = Literal["abort", "advance", "hold"]
 
 
 class Model(TypedDict):
-    """A model of the release, by its bundle."""
+    """Name and version of the bundle that one of the two models comes from."""
 
     name: str
     version: int
@@ -22,22 +25,22 @@ class Verdict(TypedDict):
 
 
 class Evidence(TypedDict):
-    """The frames that the verdict rests on."""
+    """Numbers of frames that the verdict is based on, and of lines that were left out."""
 
-    paired: int  # frames of both logs
-    used: int  # of these, far enough apart and of this stage
-    hours: float  # that they cover
-    silent_b: float  # share of A's frames that B says nothing of
-    alone_a: int  # frames of A without partner
+    paired: int  # frames that are in both logs
+    used: int  # paired frames that belong to this stage and are far enough apart
+    hours: float  # time that the used frames cover
+    silent_b: float  # share of A's frames for which B has no line
+    alone_a: int  # frames of A that B's log does not have
     alone_b: int
-    bad_lines: list[int]  # lines that cannot be read, of A and B; so the next three
-    ahead: list[int]  # lines from after now
+    bad_lines: list[int]  # [A, B]: number of lines that cannot be read
+    ahead: list[int]  # [A, B]: number of lines with a time in the future
     duplicates: list[int]
-    skew_s: float  # how much later B says the same frames
+    skew_s: float  # median time of B's lines minus that of A's lines for the same frames
 
 
 class Rule(TypedDict):
-    """A quantity beside its budget, with its interval at the level of an abort."""
+    """Result of one rule: a quantity, its budget, and the quantity's interval at the error level of an abort."""
 
     name: str
     value: float | None
@@ -49,14 +52,14 @@ class Rule(TypedDict):
 
 
 class Document(TypedDict):
-    """A look at a release."""
+    """The document that `rollout` prints: the verdict on a release, with the evidence and the result of each rule."""
 
     schema: int
     a: Model
     b: Model
     verdict: Verdict
-    stage: float  # share of the robots that the evidence is of
-    exposure: float  # share of the robots that are to run B now
+    stage: float  # share of the robots in the stage that the evidence comes from
+    exposure: float  # share of the robots that must run B from now on
     release: str  # "running", "aborted" or "done"
     evidence: Evidence
     rules: list[Rule]
@@ -64,7 +67,7 @@ class Document(TypedDict):
 
 
 class StateFile(TypedDict):
-    """The state of a release between two looks."""
+    """The state of a release between two calls of `rollout`."""
 
     schema: int
     a: tuple[str, int]  # name and version

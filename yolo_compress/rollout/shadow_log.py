@@ -1,5 +1,7 @@
 """Shadow logs: detections of two models that run on the same frames. `detect.py --shadow` writes one JSON line for each frame.
 
+Model A is the one in use, model B the new one. A line is:
+
 {"schema": 1, "frame": name, "at": unix seconds, "model": {"name", "version"}, "ms": end to end,
  "detections": [[x1, y1, x2, y2, score, class], ...], "problem": null or text}
 """
@@ -33,7 +35,7 @@ LARGEST = 1e100  # limit of the numbers in a line, so that the area of a box is 
 
 
 class Frame(NamedTuple):
-    """One line: frame name, Unix time in s, latency in ms, boxes_N6 (x1, y1, x2, y2 px, score, class), problem."""
+    """One line of a shadow log: frame name, Unix time in s, latency in ms, boxes_N6 (x1, y1, x2, y2 px, score, class), problem."""
 
     name: str
     at: float
@@ -44,7 +46,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Log:
-    """One log: its model (name, version), its frames in the order of time, and the number of bad and duplicate lines."""
+    """A shadow log: model (name, version), frames in the order of time, and the numbers of bad and duplicate lines."""
 
     path: Path
     model: tuple[str, int]
@@ -54,7 +56,7 @@ class Log:
 
 
 def read(path: Path) -> Log:
-    """Read a log. Lines may be out of order or repeated. A last line without a newline is still being written, and is ignored.
+    """Read a shadow log. Lines may be out of order or repeated. A last line without a newline is still being written and ignored.
 
     Raises:
         DataError: The log has no line, too many bad lines, or lines of two models.
@@ -134,7 +136,9 @@ def _boxes(rows: Any, columns: int) -> np.ndarray:
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Read labels from lines {"frame": name, "boxes": [[...], ...]}. Return frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+    """Read ground-truth boxes. Return a dict from frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+
+    Each line of the file is {"frame": name, "boxes": [[x1, y1, x2, y2, class], ...]}.
 
     Raises:
         DataError: A line is invalid, or a frame is repeated.
@@ -161,7 +165,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Frames of A and B in pairs, in the order of A's time; the numbers of frames without a partner; B's median lag in s."""
+    """Paired frames of models A and B in the order of A's time, the numbers of unpaired frames, and B's median lag in s."""
 
     frames: tuple[tuple[Frame, Frame], ...]
     alone_a: int
@@ -170,10 +174,10 @@ class Pairs:
 
 
 def pair(frames_a: Sequence[Frame], frames_b: Sequence[Frame]) -> Pairs:
-    """Pair frames by name, and by time if a name is repeated because a camera was restarted.
+    """Pair the frames of two logs by name, and by time if a name is repeated because a camera was restarted.
 
-    B's lag is the median time difference over the names that occur once. After the lag is subtracted, partners may be
-    `MAX_APART_S` apart. The caller must check the lag against `MAX_SKEW_S`: equal names may be a coincidence.
+    B's lag is the median time difference over the names that occur once. After the lag is subtracted, the times of a pair may
+    differ by up to `MAX_APART_S`. The caller must check the lag against `MAX_SKEW_S`: equal names may be a coincidence.
     """
     by_name: dict[str, tuple[list[Frame], list[Frame]]] = defaultdict(lambda: ([], []))
     for side, frames in enumerate((frames_a, frames_b)):
@@ -208,12 +212,15 @@ def unscored(frame: Frame) -> np.ndarray:
 
 
 def partners(a: Frame, b: Frame) -> list[tuple[int, int]]:
-    """Return pairs of indices: boxes of two frames with the same class and an IoU of at least 0.5."""
+    """Return the partners among the boxes of two frames, as pairs of indices: same class, IoU of at least 0.5."""
     return matched(unscored(a), unscored(b))
 
 
 def matched(one_N5: np.ndarray, two_M5: np.ndarray, least_iou: float = 0.5) -> list[tuple[int, int]]:
-    """Return pairs of indices: boxes of the same class, the pair with the largest IoU first. The last column is the class."""
+    """Match two sets of boxes, and return pairs of indices: same class, IoU of at least `least_iou`.
+
+    The pair with the largest IoU is matched first. Each box is in at most one pair. The last column of both arrays is the class.
+    """
     if not len(one_N5) or not len(two_M5):
         return []
     low_NM2 = np.maximum(one_N5[:, None, :2], two_M5[None, :, :2])

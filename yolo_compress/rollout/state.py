@@ -21,10 +21,10 @@ STAGES = (0.01, 0.05, 0.25, 1.0)  # shares of the robots that run B
 
 @dataclass(frozen=True)
 class State:
-    """State of a release between two looks.
+    """State of a release between two calls of `rollout`.
 
     Attributes:
-        a, b: (name, version) of the models. Other models are another release.
+        a, b: (name, version) of model A, the one in use, and of model B, the new one. Other models are another release.
         status: running, aborted (final) or done (B runs on all robots, and can still be aborted).
         stage: Index into STAGES.
         since: A's time of the last frame that an earlier stage used, as Unix time in s.
@@ -58,7 +58,7 @@ def stage_of(text: str) -> int:
 
 
 def state_json(state: State) -> StateFile:
-    """Return the document of the state file."""
+    """Convert a state to the JSON document of the state file."""
     return {
         "schema": SCHEMA,
         "a": state.a,
@@ -70,7 +70,7 @@ def state_json(state: State) -> StateFile:
 
 
 def state_from(document: Any, where: str) -> State:
-    """Return the state from the document of a state file. `where` is the file, for error messages.
+    """Convert the JSON document of a state file to a state. `where` is the path of the file, for error messages.
 
     Raises:
         DataError: The document is not a state.
@@ -94,13 +94,13 @@ def state_from(document: Any, where: str) -> State:
 
 
 def step(state: State, verdict: str, until: float, cap: float = 1.0) -> State:
-    """Return the state after a verdict. Exposure grows by at most one stage, and not above `cap`.
+    """Return the state of the release after a verdict. The share of robots that run B grows by at most one stage, up to `cap`.
 
     Args:
         state: State before the verdict.
         verdict: "abort", "advance" or "hold".
         until: Time of the last frame that the verdict counts, by the clock of model A (the one in production): Unix time, s.
-        cap: Largest exposure, 0 to 1.
+        cap: Largest share of robots that may run B, 0 to 1.
     """
     if state.status == "aborted":
         return state

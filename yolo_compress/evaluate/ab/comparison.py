@@ -1,4 +1,7 @@
-"""The A/B document (schema 1): differences between models A and B on the same images, with intervals, and a verdict."""
+"""Compare two models on the same images: A, usually the baseline, and B, the new model.
+
+The result is the A/B document (schema 1): differences in accuracy and latency with intervals, and a verdict.
+"""
 
 from __future__ import annotations
 
@@ -37,23 +40,23 @@ def compare(
     about_b: Side | None = None,
     image_set: str | None = None,
 ) -> AB:
-    """Compare two models' detections of the same images.
+    """Return the A/B document that compares the detections of models A and B on the same images.
 
     Args:
-        truths: one N5 array per image: class, xyxy in px.
+        truths: ground-truth boxes, one N5 array per image: class, xyxy in px.
         detections_a, detections_b: one N6 array per image: xyxy in px, score, class. All scores above 0.001, not only above `conf`.
         names: class names in the order of their index.
-        margin: share of A's mAP50-95 that B may lose.
+        margin: fraction of model A's mAP50-95 that model B may lose.
         conf: score threshold in deployment.
         max_det: largest number of detections per image after NMS, the same for both.
         replicates: number of bootstrap replicates.
         seed: seed of the bootstrap.
-        latency_a, latency_b: latencies in ms by round, measured in turn; None: no latency.
-        about_a, about_b: description of each model; default: the labels A and B.
+        latency_a, latency_b: latencies in ms, one list per round; the models were measured in turn. None: do not compare latency.
+        about_a, about_b: description of each model. None: the labels are "A" and "B".
         image_set: digest of the images.
 
     Raises:
-        DataError: there is no ground truth, or a truth has a class without a name.
+        DataError: there is no ground-truth box, or the class of a box has no name.
         RecipeError: a setting is out of range.
         ValueError: the numbers of images differ, or `latency_ratio` rejects the latencies.
     """
@@ -98,15 +101,18 @@ def compare(
 
 
 def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
-    """Decide whether B is as good as A: pass if the whole interval of the difference is above -margin x A's mAP, fail if below.
+    """Decide whether model B loses at most the allowed part of model A's mAP50-95: "pass", "fail" or "inconclusive".
+
+    The limit is -`margin` x A's mAP. The verdict is "pass" if the whole interval of the difference is above the limit, and "fail"
+    if the whole interval is below the limit.
 
     Args:
-        map50_95: difference over all classes; there must be objects.
-        margin: share of A's mAP that B may lose.
-        images: number of images with objects. With fewer than MIN_IMAGES the verdict is "inconclusive".
+        map50_95: difference over all classes. Its values must not be null.
+        margin: fraction of A's mAP50-95 that B may lose.
+        images: number of images with objects. If this is less than `MIN_IMAGES`, the verdict is "inconclusive".
 
     Returns:
-        The verdict. `smallest_difference` is half the width of the interval, the smallest true difference that these images can
+        The verdict. `smallest_difference` is half the width of the interval: the smallest true difference that these images can
         show.
     """
     a, b, delta = map50_95["a"], map50_95["b"], map50_95["delta"]
@@ -138,7 +144,7 @@ def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
 
 
 def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str) -> Total:
-    """Return the difference of mAP over all areas (mean over the classes with truths), with the interval of each model."""
+    """Return the difference of mAP between the models, and each model's interval. mAP is the mean over classes with objects."""
 
     def over(model: Replicates) -> np.ndarray:
         return over_classes(model.ap50_RK if what == "ap50" else model.ap50_95_RAK[:, 0])
@@ -149,7 +155,7 @@ def _total(points: Sequence[Replicates], drawn: Sequence[Replicates], what: str)
 
 
 def _difference(a: float, b: float, drawn_a_R: np.ndarray, drawn_b_R: np.ndarray) -> Difference:
-    """Return the difference B - A and its interval; all None if there is no truth."""
+    """Return the difference B - A and its interval. All values are None if there is no ground-truth box."""
     if not np.isfinite(a):
         return {"a": None, "b": None, "delta": None, "low": None, "high": None}
     low, high = interval(drawn_b_R - drawn_a_R)

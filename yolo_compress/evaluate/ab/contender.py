@@ -1,8 +1,8 @@
-"""One model of an A/B comparison: an engine, an ONNX file or a checkpoint that is run now, or a measured row of a bench.
+"""One model of an A/B comparison: an engine, an ONNX file or a checkpoint that is run now, or a row that `bench` measured earlier.
 
-Each has `label` (the text on the command line), `imgsz` (height and width in px; None: any), `runs` (whether inference is run), and
-`detections(data, imgsz, progress)`. This returns one N6 array for each image of `data.val`, and the executed arithmetic. It raises
-RecipeError if classes, size or images differ from the data set.
+Each class here has `label` (the text on the command line), `imgsz` (height and width in px; None: any), `runs` (whether inference is
+run), and the method `detections(data, imgsz, progress)`. The method returns one N6 array for each image of `data.val`, and the
+executed arithmetic as text. The method raises RecipeError if classes, size or images differ from the data set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SAME_MAP = 1e-9  # stored detections are exact; only the order of sums differs
 
 @dataclass
 class Engine:
-    """An engine directory. For a bare .onnx, an engine for ONNX Runtime is built in the scratch folder."""
+    """An engine directory, as one model of the comparison. For an .onnx file, `open_contender` builds the engine first."""
 
     label: str
     folder: Path
@@ -61,7 +61,7 @@ class Engine:
 
 @dataclass
 class Checkpoint:
-    """An Ultralytics .pt on torch, with BatchNorm folded into the convolutions, as Ultralytics runs it."""
+    """An Ultralytics checkpoint (.pt) that torch runs. BatchNorm is folded into the convolutions, as Ultralytics does."""
 
     label: str
     file: Path
@@ -93,7 +93,7 @@ class Checkpoint:
 
 @dataclass
 class Measured:
-    """A row of a bench artefact. Its stored detections and latencies are used; no inference is run."""
+    """A row that the stage `bench` measured. The stored detections and latencies are used; no inference is run."""
 
     label: str
     bench: Artifact
@@ -121,7 +121,7 @@ class Measured:
         return found, self.row["executed"]
 
     def rounds(self) -> Rounds:
-        """Return the latencies by round, ms."""
+        """Return the stored latencies in ms, one list per round."""
         return json.loads(self.bench.file("latency.json").read_text())[row_name(self.row)]
 
 
@@ -129,14 +129,14 @@ Contender = Engine | Checkpoint | Measured
 
 
 def open_contender(text: str, scratch: Path) -> Contender:
-    """Open the model that `text` names, and check its files against their recorded digests.
+    """Open the model that `text` names, and check the model's files against their recorded digests.
 
     Args:
-        text: path of an engine folder, .onnx or .pt, or BENCH:ROW.
-        scratch: folder for the engine that is built from a bare .onnx.
+        text: path of an engine folder, of an .onnx file or of a .pt file; or BENCH:ROW for a row of a `bench` artefact.
+        scratch: folder for temporary files. If `text` is an .onnx file, an engine for ONNX Runtime is built there.
 
     Raises:
-        RecipeError: the text names none of these, or a row that does not exist.
+        RecipeError: `text` is none of these, or names a row that does not exist.
         CorruptArtifact, EngineError: a file was altered.
     """
     path, colon, name = Path(text), *text.rpartition(":")[1:]
@@ -182,7 +182,7 @@ def one_size(both: Sequence[Contender], asked: Size | None) -> Size:
     """Return the input size (height, width) in px that both models take.
 
     Raises:
-        RecipeError: the sizes differ, or no size is given.
+        RecipeError: the sizes differ, or no model has a fixed size and `asked` is None.
     """
     sizes = {side.label: side.imgsz for side in both if side.imgsz is not None}
     if asked is not None:

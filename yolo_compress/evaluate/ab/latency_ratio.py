@@ -13,9 +13,10 @@ Rounds = Sequence[Sequence[float]]  # latencies in ms, one list per round
 
 
 def latency_ratio(rounds_a: Rounds, rounds_b: Rounds, replicates: int, seed: int) -> LatencyRatio:
-    """Bootstrap the ratio of the median latencies in two steps: resample the rounds, then the samples in each round.
+    """Return the ratio of the median latencies of models A and B, with a bootstrap interval.
 
-    The same rounds are drawn for both models, because both share the state of the machine in a round.
+    Each replicate resamples the rounds, then the samples in each round. The same rounds are drawn for both models, because both
+    models share the state of the machine in a round.
 
     Raises:
         ValueError: the numbers of rounds differ, or a round has no samples.

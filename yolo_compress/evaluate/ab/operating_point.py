@@ -1,8 +1,8 @@
 """Compare two models at the score threshold of the deployment: objects found and missed, and images where the models differ.
 
-A detection is shown if its score exceeds the threshold, as in `runtime.detect.post.nms`. A truth is found if a shown detection
-matches it by COCO's rule at IoU 0.5. B's detections are matched with A's by the same rule, to measure how boxes and scores moved.
-Shape suffixes: N truths, D detections, I images.
+A detection is shown if its score exceeds the threshold, as in `runtime.detect.post.nms`. A ground-truth box ("truth" in the code) is
+found if a shown detection matches the box by COCO's rule at IoU 0.5. Model B's detections are matched with model A's by the same
+rule, to measure how boxes and scores moved. Shape suffixes: N ground-truth boxes, D detections, I images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STEP = 1e4  # thresholds have four decimals
 
 @dataclass(frozen=True)
 class _Model:
-    """The detections of one model above the score threshold, per image, and which ground-truth boxes they match."""
+    """One model's detections above the score threshold in each image, and the ground-truth boxes that the detections match."""
 
     shown: list[np.ndarray]
     found_N: np.ndarray
@@ -60,17 +60,18 @@ def operating(
     conf: float,
     most: int,
 ) -> tuple[Operating, list[Flip]]:
-    """Compute the sections `operating` and `flips` of the A/B document.
+    """Compare models A and B at one score threshold: the sections `operating` and `flips` of the A/B document.
 
     Args:
-        truths, detections_a, detections_b: see `match`; there must be a truth.
-        all_b: matches of B with all scores; its first area range is "all".
+        truths, detections_a, detections_b: ground-truth boxes and detections, as for `coco_map.match`. At least one ground-truth
+            box is needed.
+        all_b: matches of model B's detections with all scores. The first area range must be "all".
         conf: score threshold of both models.
         most: limit of detections per class and image.
 
     Returns:
-        The comparison at `conf`. And the images where B loses or gains a truth or shows a false detection that A does not, sorted
-        by the number of lost truths.
+        Two values. The first is the comparison at `conf`. The second is a list of the images where B loses or gains an object, or
+        shows a false detection that A does not show. The images with the most lost objects come first.
     """
     a, b = (_Model.at(truths, rows, all_b.classes, conf, most) for rows in (detections_a, detections_b))
     a_only_N, b_only_N = a.found_N & ~b.found_N, b.found_N & ~a.found_N
@@ -99,15 +100,16 @@ def operating(
 
 
 def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
-    """Test whether A and B find equally many truths that the other one misses. Each image is one observation.
+    """Test whether model A finds as many objects that B misses as B finds that A misses. Each image is one observation.
 
     Errors in an image are correlated (in a dark image all objects may be missed), so a test over boxes would find differences
     between equal models. This is an exact permutation test: the sign of each image's difference is random, and p is the two-sided
-    share of sign patterns whose sum is at least as far from 0. If every image has at most one such truth, it is McNemar's exact
-    test.
+    share of sign patterns whose sum is at least as far from 0. If every image has at most one object that only one model finds,
+    the result is McNemar's exact test.
 
     Args:
-        a_only_I, b_only_I: number of truths in each image that only A or only B finds.
+        a_only_I: number of objects in each image that only A finds.
+        b_only_I: number of objects in each image that only B finds.
     """
     difference_I = np.asarray(a_only_I, np.int64) - np.asarray(b_only_I, np.int64)
     sizes = np.abs(difference_I[difference_I != 0])
@@ -128,7 +130,7 @@ def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
 
 
 def restoring_threshold(matches: Matches, wanted: int) -> float | None:
-    """Return the highest threshold, with four decimals, at which a model finds `wanted` truths; None if it never does."""
+    """Return the highest score threshold, to four decimals, at which a model finds `wanted` objects; None if there is none."""
     score_D = np.sort(matches.score_D[matches.truth_ATD[0, 0] >= 0])[::-1]
     if wanted > len(score_D):
         return None
@@ -143,10 +145,10 @@ def restoring_threshold(matches: Matches, wanted: int) -> float | None:
 
 
 def _paired(a: _Model, b: _Model, classes: int, most: int) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Pair B's shown detections with A's.
+    """Pair the detections that model B shows with those that model A shows.
 
     Returns:
-        Scores and IoU of the pairs; and for each image, the number of B's false detections without a partner in A.
+        Scores and IoU of the pairs, and for each image the number of B's false detections that have no partner among A's detections.
     """
     as_truths = [np.column_stack([rows[:, 5], rows[:, :4]]) for rows in a.shown]
     pairs = match(as_truths, b.shown, classes, ("all",), most)

@@ -1,4 +1,4 @@
-"""Types of the A/B document, schema 1, which compares a model A (often the baseline) with a model B. Missing figures are null."""
+"""Types of the A/B document, schema 1. It compares model A, often the baseline, with model B. Missing figures are null."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing_extensions import TypedDict
 
 
 class Side(TypedDict):
-    """Description of one model."""
+    """Description of one of the two models in the A/B document."""
 
     label: str
     row: NotRequired[str]  # id of its bench row; absent if `ab` made the document
-    executed: NotRequired[str]  # the executed arithmetic, in words; present only if `ab` made the document
+    executed: NotRequired[str]  # the executed arithmetic, as text; present only if `ab` made the document
     imgsz: NotRequired[list[int]]  # [height, width] of the input, px; present only if `ab` made the document
 
 
 class Settings(TypedDict):
-    margin: float  # share of A's map50_95 that B may lose
+    margin: float  # fraction of model A's map50_95 that model B may lose
     conf: float  # score that a detection must exceed to be shown
     replicates: int  # bootstrap resamples
     seed: int
@@ -33,7 +33,7 @@ class ABVerdict(TypedDict):
 
 
 class Difference(TypedDict):
-    """mAP of both models; all null without objects."""
+    """mAP of models A and B and the difference with its interval. All values are null if there are no objects."""
 
     a: float | None
     b: float | None
@@ -53,7 +53,7 @@ class Part(Difference):
 
 
 class Shown(TypedDict):
-    """One model at score `conf`."""
+    """Objects found and missed by one model at the score threshold `conf`."""
 
     recall: float
     missed: int  # number of missed objects
@@ -69,7 +69,7 @@ class McNemar(TypedDict):
 
 
 class ScoreShift(TypedDict):
-    """Score of B minus score of A, of detections that both have; null where there are none."""
+    """Score of model B minus score of model A, over the detections that both models have. Null if there are none."""
 
     median: float | None
     p10: float | None
@@ -83,7 +83,7 @@ class Agreement(TypedDict):
 
 
 class Operating(TypedDict):
-    """Both models at the score that they are deployed with."""
+    """Comparison of both models at the score threshold of the deployment."""
 
     conf: float
     a: Shown
@@ -95,7 +95,7 @@ class Operating(TypedDict):
 
 
 class Flip(TypedDict):
-    """An image on which the models differ."""
+    """An image in which only one model finds an object, or only model B shows a false detection."""
 
     image: int  # index in the validation images
     lost: int  # objects that only A finds
@@ -104,7 +104,7 @@ class Flip(TypedDict):
 
 
 class PrecisionCurves(TypedDict):
-    """Precision at IoU 0.5 at the recalls 0, 0.01, ..., 1: the mean over the classes."""
+    """Precision of models A and B at IoU 0.5 for the recalls 0, 0.01, ..., 1: the mean over the classes."""
 
     a: list[float]
     b: list[float]
@@ -121,7 +121,7 @@ class LatencyRatio(TypedDict):
 
 
 class AB(TypedDict):
-    """The A/B document."""
+    """The A/B document: accuracy and latency of models A and B on the same images, their differences, and a verdict."""
 
     schema: int
     a: Side
