@@ -1,1 +1,1 @@
-"""The bundle for a robot: its files, its golden self-test and its signature. Its code is `yolo_compress.runtime`."""
+"""Make the bundle for a robot: its files, its golden self-test and its signature. The code in a bundle is `yolo_compress.runtime`."""

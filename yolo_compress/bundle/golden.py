@@ -1,8 +1,8 @@
 """Golden images for the self-test of a bundle: validation images, expected detections, and tolerances.
 
-The expected detections are those of each engine on this workstation. For an INT8 file whose runtime is missing here, they are those
-of the file itself. The tolerance for another runtime or arithmetic is twice the difference between the engines here, measured on up
-to 32 images. `golden.json` has the measured differences too.
+The expected detections are those of each engine on the machine that makes the bundle. If the runtime of an INT8 file is not installed
+there, the file is executed node by node instead. The tolerance for another runtime or arithmetic is twice the difference between the
+engines on that machine, measured on up to 32 images. `golden.json` has the measured differences too.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ Found = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
-    """Write images and `golden.json` into `folder`. Return their entry for the manifest.
+    """Write the golden images and `golden.json` into `folder`. Return the entry for the manifest that summarises them.
 
     Args:
         folder: Folder to make.
-        dataset: Data set; its validation images are used.
-        export: Artefact of the stage export.
-        engines: Artefact of the stage engine.
+        dataset: Data set. Golden images are taken from its validation images.
+        export: Artefact of the stage `export`.
+        engines: Artefact of the stage `engine`.
         count: Number of golden images.
 
     Raises:
@@ -109,9 +109,10 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
 def _detected(
     export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
 ) -> tuple[dict[str, Found], dict[str, EngineOf]]:
-    """Return detections, and arithmetic and library, of each engine of the compressed model, by `runtime-precision`.
+    """Run each engine of the compressed model on the images. Return two dicts with the key `runtime-precision`.
 
-    For INT8 on a runtime that is missing here, its ONNX file is executed node by node.
+    The first dict has the detections, the second the arithmetic and library of each engine. If the runtime of an INT8 file is not
+    installed here, the ONNX file is executed node by node.
     """
     found, about = dict[str, Found](), dict[str, EngineOf]()
     for row in engine_rows(engines):
@@ -135,9 +136,10 @@ def _detected(
 
 
 def confidence(found: Found, count: int) -> float:
-    """Return the score threshold of the self-test.
+    """Return the score threshold of the golden self-test.
 
-    It is 0.25, or lower for a model with low scores: the score of box number `count`, or of the last box if there are fewer.
+    The threshold is 0.25, or lower for a model with low scores: then it is the `count`-th highest score, or the lowest score if
+    there are fewer boxes.
     """
     scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
     return min(CONF, float(scores[min(count, len(scores)) - 1])) if len(scores) else CONF
@@ -146,10 +148,10 @@ def confidence(found: Found, count: int) -> float:
 def tolerate(
     found: Mapping[str, Found], conf: float, boxes: int
 ) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
-    """Return the tolerances by precision, and the measured differences by pair of engines.
+    """Return the tolerances of the golden self-test by precision, and the measured differences by pair of engines.
 
     Args:
-        found: Detections with a score of at least the floor, by `runtime-precision`: one array N6 for each image.
+        found: Detections with a score of at least `FLOOR` x `conf`, by `runtime-precision`: one array N6 for each image.
         conf: Score threshold of the self-test.
         boxes: Number of boxes above `conf` in the golden images. `unmatched` is a share of it.
     """
@@ -176,7 +178,7 @@ def tolerate(
 
 
 def _share(one: Difference) -> float:
-    """Return the fraction of the boxes that have no partner."""
+    """Return the fraction of the boxes that the other engine did not detect (boxes without a partner)."""
     return one.unmatched / max(one.unmatched + one.compared, 1)
 
 

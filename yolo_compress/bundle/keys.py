@@ -1,4 +1,4 @@
-"""Keys for the signature of a bundle: a private key (seed) that stays on the workstation, and a public key that a robot pins."""
+"""Keys for the signature of a bundle: a private key (seed) that stays on the user's machine, and a public key that a robot trusts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PREFIX = "seed:"  # marks the private key, since both keys are 32 bytes
 
 
 class Keys(TypedDict):
-    """What `keygen` prints."""
+    """The JSON document that `yolo-compress keygen` prints: the files of the two keys."""
 
     key: str  # file of the private key, which stays on this machine
     public_key: str  # file of the public key
-    pin_as: str  # where a robot looks for it
+    pin_as: str  # path on a robot where the public key must be
 
 
 def keygen(out: Path) -> Keys:

@@ -1,4 +1,7 @@
-"""The commands at the root of a bundle. Each starts a module of `runtime/`, or says in one line what the robot lacks."""
+"""The commands at the root of a bundle, such as `detect.py`.
+
+Each command starts a module of `runtime/`. If the robot lacks something, the command says so in one line.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,6 @@ if __name__ == "__main__":
 def launcher(command: str) -> str:
     """Return the source of `command`.py, which starts `runtime/commands/<command>.py`.
 
-    Its exit code is 4 if Python is too old or numpy is missing.
+    If Python is too old or numpy is missing, the exit code of the launcher is 4.
     """
     return _TEXT.format(command=command)

@@ -1,4 +1,4 @@
-"""`yolo-compress bundle`: make one folder or tar for the robot, from a chain that has a report and passed its gate."""
+"""`yolo-compress bundle`: make one folder or tar for the robot, from a recipe whose compressed model passed its gate."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ runtime/ is yolo_compress/runtime of the version in manifest.json (made_with), l
 
 @dataclass(frozen=True)
 class Order:
-    """Options of the command.
+    """Options of the command `yolo-compress bundle`.
 
     Attributes:
         out: Folder, or a file that ends in .tar or .tar.gz. It must not exist.
         target: Key of `registry.TARGETS`.
-        version: Version of the bundle. It must rise from bundle to bundle.
-        seed: Private key; None for an unsigned bundle.
-        golden: Number of images of the self-test.
+        version: Version of the bundle. Each new bundle needs a higher version.
+        seed: Private key. None: do not sign the bundle.
+        golden: Number of golden images for the self-test.
         force: Make a bundle even if the gate failed. The manifest says that it was forced.
     """
 
@@ -109,20 +109,28 @@ def _count(options: Mapping[str, str], key: str, default: int) -> int:
 
 
 class Made(TypedDict):
-    """What `bundle` prints."""
+    """The JSON document that `yolo-compress bundle` prints."""
 
-    bundle: str  # path
-    name: str  # of the recipe
+    bundle: str  # path of the bundle
+    name: str  # name of the recipe
     version: int
     target: str
     signed: bool
-    gate: Mapping[str, object]  # as the manifest has it
+    gate: Mapping[str, object]  # result of the gate, as in the manifest
     size_mib: float
-    files: int  # that the manifest lists
+    files: int  # number of files that the manifest lists
 
 
 def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool = True) -> Made:
-    """Bring the chain up to date, check its gate, and write the bundle under a temporary name first.
+    """Run the stages of the recipe that are not up to date, check the gate, and write the bundle.
+
+    The bundle is written under a temporary name and then renamed.
+
+    Args:
+        recipe: Recipe of the compressed model.
+        asked: Options of the command.
+        store: Store of the artefacts. None: the default store.
+        wait: Whether to wait for another process that runs the same stages.
 
     Raises:
         GateFailed: The gate failed, and `force` is not set. Nothing is written.
@@ -166,7 +174,7 @@ def _marked(partial: Path) -> AbstractContextManager[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove unfinished bundles of killed calls. Nobody holds their locks."""
+    """Remove the temporary folders of bundles whose process was killed. No process holds the lock of such a folder."""
     for left in folder.glob(f"{PARTIAL}*"):
         if left.is_dir() and not left.is_symlink():
             with suppress(Locked, StorageError):  # another call uses it, or it belongs to another user
@@ -176,7 +184,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _gate(report: Artifact, asked: Order) -> dict[str, object]:
-    """Return the report's gate for the manifest.
+    """Return the result of the gate from the report, as the manifest states it.
 
     Raises:
         GateFailed: The gate failed, and the bundle is not forced.
@@ -241,10 +249,10 @@ def _fill(
 
 
 def _networks(root: Path, export: Artifact) -> dict[str, str]:
-    """Copy all ONNX files of the compressed model, and the calibration cache if there is one.
+    """Copy all ONNX files of the compressed model into the bundle, and the calibration cache if there is one.
 
     Returns:
-        Stem to file, for the ONNX files that build.py builds engines from.
+        A dict from stem (name without `.onnx`) to file, for the ONNX files that build.py builds engines from.
     """
     (root / "onnx").mkdir()
     found = {}
@@ -260,7 +268,7 @@ def _networks(root: Path, export: Artifact) -> dict[str, str]:
 
 
 def code(root: Path) -> None:
-    """Write `runtime/` and the commands that start it."""
+    """Write the folder `runtime/` and the commands that start its modules into the bundle."""
     source = Path(str(runtime.__file__)).parent
     shutil.copytree(source, root / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""Input and output of an ONNX file, for the configuration of a target."""
+"""Read the input and output of an ONNX file, for the configuration of an inference server such as Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. In `shape`, -1 is a dynamic dimension."""
+    """An input or output of an ONNX file. In `shape`, -1 is a dynamic dimension."""
 
     name: str
     kind: str
@@ -34,12 +34,12 @@ class Network:
 
     @property
     def batch(self) -> int:
-        """Images in one inference; -1 if it is dynamic."""
+        """Number of images in one inference; -1 if the batch is dynamic."""
         return self.input.shape[0]
 
 
 def read(path: Path) -> Network:
-    """Read input and output of the file's graph.
+    """Return the names and shapes of the input and the output of an ONNX file.
 
     Raises:
         RecipeError: The graph does not have one input and one output.
@@ -61,7 +61,7 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def require(path: Path, got: object, expected: object, what: str) -> None:
-    """Check a value that was read back from a configuration.
+    """Raise an error if a value in a server's configuration differs from the value of the model.
 
     Args:
         path: File of the configuration.

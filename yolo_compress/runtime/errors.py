@@ -1,4 +1,4 @@
-"""Errors on the robot and of engines. The exit codes are the same as those of the package's other errors."""
+"""Errors of engines and of the commands on the robot. The exit codes are those of the package's other errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CudaError(RuntimeFailure):
 
 
 class EngineError(RuntimeFailure):
-    """The engine is altered, truncated, built for another machine, or does not support the request."""
+    """An engine is altered, truncated, built for another machine, or does not support what the caller asks for."""
 
 
 class NotFinite(EngineError):
@@ -57,7 +57,7 @@ class SourceError(RuntimeFailure):
 
 @contextmanager
 def naming(path: "str | os.PathLike[str]") -> Iterator[None]:
-    """Add the file name to an OSError raised in this block. The error of a failed write has none."""
+    """Add the file name to an OSError that is raised in the `with` block. The error of a failed write has no file name."""
     try:
         yield
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Programs that run the detector on the robot, one file each: Triton, DeepStream, Isaac ROS."""
+"""Configuration for the programs that can run the detector on the robot: Triton, DeepStream, Isaac ROS. One module for each."""

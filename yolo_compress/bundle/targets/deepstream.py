@@ -47,10 +47,12 @@ _INT8 = """# INT8: nvinfer's own INT8 mode needs a calibrator, but this model ha
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """Write the FP32 file, and the INT8 file if there is one, in the parser's layout, nvinfer's configuration and the labels.
+    """Write the files for DeepStream: ONNX files in the parser's layout, the configuration of nvinfer, and the class names.
+
+    The FP32 file is written, and the INT8 file if there is one.
 
     Returns:
-        The files, relative to `directory`.
+        The written files, relative to `directory`.
 
     Raises:
         RecipeError: A class name cannot be in labels.txt.
@@ -90,7 +92,10 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
 
 
 def rows(network: Network, out: Path) -> None:
-    """Write the model with `output` [B, A, 6] in place of output0 [B, 4 + nc, A] (centre x, y, width, height, scores)."""
+    """Write an ONNX file to `out` in which `output` [B, A, 6] replaces output0 [B, 4 + nc, A].
+
+    A row of `output` is x1, y1, x2, y2, score, class. A column of output0 is centre x, centre y, width, height, then nc scores.
+    """
     model = onnx.load(str(network.path))
     graph = model.graph
     integers = {"rows_0": 0, "rows_2": 2, "rows_4": 4, "rows_end": network.output.shape[1], "rows_axis": 2}
@@ -126,10 +131,10 @@ def rows(network: Network, out: Path) -> None:
 
 
 def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
-    """Check on noise that the rewritten file has the boxes of its source.
+    """Check on noise that the rewritten ONNX file returns the same boxes as the file it was made from.
 
     Raises:
-        RecipeError: They differ by more than `MOST_APART`.
+        RecipeError: The boxes differ by more than `MOST_APART`.
     """
     batch, *sides = source.input.shape
     noise_BCHW = np.random.default_rng(0).random((max(batch, 1), *sides), dtype=np.float32)

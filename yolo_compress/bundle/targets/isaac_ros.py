@@ -1,8 +1,9 @@
 """Isaac ROS: `isaac_ros_tensor_rt` runs the engine, and `isaac_ros_yolov8` decodes its output.
 
 The decoder (yolov8_decoder_node.cpp, releases 2.1 to 4.4) always reads 8400 anchors in float32, with rows x, y, w, h and the classes.
-It does NMS itself. So the model must have 640x640 px, a batch of 1 and no NMS in the graph. Without `num_classes` the decoder reads 80
-classes. NVIDIA's own launch files do not set it; with fewer classes the decoder then reads past the end of the tensor.
+The decoder does NMS itself. So the model must have 640x640 px, a batch of 1 and no NMS in the graph. If `num_classes` is not set, the
+decoder reads 80 classes. NVIDIA's own launch files do not set `num_classes`. If the model has fewer than 80 classes, the decoder then
+reads past the end of the tensor.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def generate_launch_description():
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """Write the parameters of the two nodes, and the launch file that starts them. Return the files.
+    """Write the parameters of the two ROS nodes, and the launch file that starts them. Return the written files.
 
     Raises:
         RecipeError: The decoder cannot read the model's output.

@@ -1,6 +1,7 @@
-"""Targets: one module for each inference server. It writes the server's configuration into the bundle and checks it.
+"""Targets of `yolo-compress bundle`: inference servers that can run the detector on the robot, such as Triton.
 
-The formats follow the server's source code and documentation, which the module cites. No server has loaded the files yet.
+Each target has a module that writes the server's configuration into the bundle and checks the configuration. The formats follow the
+server's source code and documentation, which the module cites. No server has loaded the files yet.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ ROS2_NODE = "ros2_node.py"
 
 
 def write(target: str, directory: Path, about: Versioned) -> list[str]:
-    """Write a target's files into a bundle, and check them.
+    """Write the configuration of an inference server into a bundle, and check the written files against the models.
 
     Every target also gets `ros2_node.py`, a ROS 2 node that uses the bundle's own runtime.
 
     Args:
         target: Key of TARGETS.
         directory: Folder of the bundle, with the ONNX files in it.
-        about: Entries of the manifest: name, version, names, onnx (stem to file below `directory`).
+        about: Entries of the manifest: `name`, `version`, `names`, and `onnx` (a dict from stem to file below `directory`).
 
     Returns:
-        The files written, relative to `directory`.
+        The written files, relative to `directory`.
 
     Raises:
         RecipeError: There is no such target, or the target cannot use this model.

@@ -45,12 +45,12 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 
 
 def model_name(about: Versioned) -> str:
-    """Return the recipe's name with `_` for every character that is not a letter, digit, - or _."""
+    """Return the model's name for Triton: the recipe's name with `_` for every character except letters, digits, `-` and `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(about["name"])) or "model"
 
 
 def write(directory: Path, network: Network, about: Versioned, precision: str) -> list[str]:
-    """Write the model repository, and return its files."""
+    """Write Triton's model repository into the bundle, and return the written files."""
     name, version = model_name(about), str(about["version"])
     folder = directory / REPOSITORY / name
     (folder / version).mkdir(parents=True)
@@ -99,7 +99,7 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
 
 
 def parse_pbtxt(text: str) -> dict[str, list[Any]]:
-    """Parse the protobuf text format, as far as `_CONFIG` uses it. Every field is a list, every message a dict."""
+    """Parse protobuf text, as far as `_CONFIG` uses the format. The value of every field is a list; a message is a dict."""
     words = re.findall(r'"[^"\n]*"|[A-Za-z0-9_.-]+|[{}\[\],:]', re.sub(r"(?m)#.*$", "", text))
 
     def message(end: str | None) -> dict[str, list[Any]]:

@@ -1,1 +1,1 @@
-"""Backends: one file or folder for each runtime. Each implements `Backend` (base.py)."""
+"""Backends run engines: one file or folder for each runtime. Each backend implements the protocol `Backend` (base.py)."""

@@ -26,7 +26,7 @@ def _varint(data: memoryview, at: int) -> Tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Yield (number, payload) of the length-delimited fields; skip the others."""
+    """Yield (field number, payload) of each length-delimited protobuf field; skip other fields."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

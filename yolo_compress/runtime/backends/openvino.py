@@ -35,13 +35,14 @@ def _library() -> Any:
 class OpenVINOBackend:
     """Backend for OpenVINO's CPU plugin, tuned for latency.
 
-    fp32 and int8 set INFERENCE_PRECISION_HINT to f32. Otherwise the plugin runs float layers in bf16 on processors that have
-    it, which moves boxes by a pixel. fp16 leaves the choice of bf16, f16 or f32 to the plugin; `executed` says which.
+    For fp32 and int8, INFERENCE_PRECISION_HINT is f32. Otherwise the plugin runs float layers in bf16 on processors that support
+    bf16, and boxes move by a pixel. For fp16, the plugin chooses bf16, f16 or f32; `executed` states the choice.
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
         threads: threads of one inference; None: one per usable processor.
-        precision: precision that an engine directory must have; None: any. For an ONNX file, its precision (default fp32).
+        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
+            file; None: fp32.
 
     Raises:
         RuntimeUnavailable: the library is missing.
@@ -98,7 +99,7 @@ class OpenVINOBackend:
 
     @property
     def executed(self) -> str:
-        """Arithmetic of the convolutions, from `runtimePrecision` in the compiled graph."""
+        """Number types of the convolutions as text, from `runtimePrecision` in the compiled graph."""
         if self._executed is None:
             counts: Counter = Counter()
             for operation in self._compiled.get_runtime_model().get_ops():
@@ -131,7 +132,7 @@ class OpenVINOBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the INT8 form that this runtime takes (`registry.Int8File`)."""
+        """Return the name of the kind of INT8 file that this runtime needs: `form` of a `registry.Int8File`."""
         return "openvino"
 
     @staticmethod
@@ -151,7 +152,9 @@ class OpenVINOBackend:
         names: Optional[Sequence[str]] = None,
         imgsz: Optional[Tuple[int, int]] = None,
     ) -> Dict[str, Path]:
-        """Convert the ONNX file of this precision to IR. Weights are stored as float16 for fp16 only.
+        """Convert an ONNX file to OpenVINO's IR in the folder `out`. Return the written files by name.
+
+        `onnx` must be the export for `precision`. Weights are stored as float16 for fp16 only.
 
         Raises:
             EngineError: OpenVINO cannot read the graph, or the precision is int8 and the graph has no quantisation.

@@ -78,7 +78,8 @@ class OrtBackend:
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
         threads: threads of one inference; None: one per usable processor.
-        precision: precision that an engine directory must have; None: any. For an ONNX file, its precision (default fp32).
+        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
+            file; None: fp32.
         optimisation: level of graph optimisation: none, basic, extended or all.
 
     Raises:
@@ -120,9 +121,9 @@ class OrtBackend:
 
     @property
     def executed(self) -> str:
-        """Arithmetic of the convolutions, from the input types in a profile of one inference.
+        """Number types of the convolutions as text, from the input types in a profile of one inference.
 
-        On CPUs without FP16 kernels, FP16 graphs run in FP32 with casts; the profile shows this.
+        On CPUs without FP16 kernels, FP16 graphs run in FP32 with casts. The profile shows this.
         """
         if self._executed is None:
             counts, casts = self._census()
@@ -150,7 +151,7 @@ class OrtBackend:
         return {name: min(values) for name, values in samples.items()}
 
     def _profile(self, runs: int) -> List[_Kernel]:
-        """Kernel events of `runs` inferences on a blank image, in a session of its own."""
+        """Return the kernel events in the profile of `runs` inferences on a blank image, in a separate session."""
         folder = tempfile.mkdtemp(prefix="yolo_compress_profile_")
         try:
             session = open_session(self._file, self.threads, self._optimisation, str(Path(folder) / "ort"))
@@ -170,7 +171,7 @@ class OrtBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the INT8 form that this runtime takes (`registry.Int8File`)."""
+        """Return the name of the kind of INT8 file that this runtime needs: `form` of a `registry.Int8File`."""
         return "onnxruntime"
 
     @staticmethod
@@ -190,7 +191,9 @@ class OrtBackend:
         names: Optional[Sequence[str]] = None,
         imgsz: Optional[Tuple[int, int]] = None,
     ) -> Dict[str, Path]:
-        """Copy the ONNX file of this precision and test it with one inference. Return the written files, by name.
+        """Copy an ONNX file into the folder `out` and test the copy with one inference. Return the written files by name.
+
+        `onnx` must be the export for `precision`.
 
         Raises:
             EngineError: ONNX Runtime rejects the file, or the precision is int8 and the graph has no quantisation.

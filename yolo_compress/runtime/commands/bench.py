@@ -1,7 +1,7 @@
 """`python3 bench.py`: measure the engines on this robot: golden self-test, mAP, latency, throughput, memory and power.
 
-Writes `device.json`, which `yolo-compress report add=device.json` adds to the workstation's rows. Exit code 1: the golden
-self-test failed, so an engine's detections differ from those of the workstation's engine.
+Writes `device.json`. On the machine that made the bundle, `yolo-compress report add=device.json` adds its rows to the report. Exit
+code 1: the golden self-test failed, so an engine's detections differ from the expected detections in the bundle.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Subject(TypedDict):
 
     model: str  # "compressed"
     runtime: str
-    precision: str  # the requested one
-    executed: str  # the arithmetic that the library chose, in words
+    precision: str  # the requested precision
+    executed: str  # the arithmetic that the library chose, as text
     library: str  # version of the runtime
     golden: golden.SelfTest
 
@@ -82,7 +82,7 @@ class Accuracy(_Ap, total=False):
 
 
 class EndToEnd(TypedDict):
-    """Latency from a decoded image to its detections, one image at a time. A percentile is null with too few calls."""
+    """Latency from a decoded image to its detections, one image at a time. A percentile is null if too few calls were timed."""
 
     end_to_end_p50_ms: Optional[float]
     end_to_end_p90_ms: Optional[float]
@@ -162,7 +162,7 @@ class _Opened(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Settings of a measurement.
+    """Settings of `bench.py`: images, number of calls, duration and threads.
 
     Attributes:
         labelled: validation images with labels; None: do not measure mAP.
@@ -297,7 +297,9 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
 
 
 def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Accuracy:
-    """Measure the mAP of an engine as the stage `bench` does on the workstation: score above 0.001, NMS at IoU 0.7, COCO AP.
+    """Measure the mAP of an engine on this robot: score above 0.001, NMS at IoU 0.7, COCO AP.
+
+    The stage `bench` of a recipe measures the mAP in the same way.
 
     Raises:
         SourceError: an image cannot be read, or no image has a labelled box.
@@ -329,7 +331,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
 
 
 def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
-    """Return the digest of the labelled images: the workstation's, if these are its validation images, else one computed here."""
+    """Return the digest of the labelled images: the one in the bundle if they are its validation images, else a computed one."""
     content = image_set([(sha256_file(one.image), one.boxes) for one in labelled], bundle.names)
     known = bundle.manifest.get("val", {})
     return str(known.get("digest", content)) if content == known.get("content") else content
@@ -381,7 +383,7 @@ def throughput(
 def _latency(
     bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], engines: Sequence[_Opened]
 ) -> List[Alone]:
-    """Measure latency and memory of each engine alone. Every engine has its own process, and they take turns."""
+    """Measure the latency and memory of each engine without pre- and postprocessing. Each has its own process; they take turns."""
     say(f"latency: {plan.iterations} calls per engine, in {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         file = os.path.join(scratch, "inputs.npy")
@@ -409,7 +411,7 @@ def _alone(result: Measured, iterations: int) -> Alone:
 
 
 def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.ndarray]) -> Power:
-    """Measure the power under the pipeline's full load and the energy per image; None without a power meter."""
+    """Measure the power under the pipeline's full load and the energy per image. The values are None if there is no power meter."""
     if meter.source is None:
         return {"power_w": None, "energy_mj_per_frame": None}
     say(f"{folder.name}: power, {plan.power_s:g} s")
@@ -433,7 +435,7 @@ def _missing(bundle: Bundle, runtime: str, rows: Sequence[MeasuredRow]) -> Missi
 
 
 def _engines(bundle: Bundle, asked: Optional[Sequence[str]]) -> List[Path]:
-    """Return the folders of the engines to measure, after checking that each is intact and of this bundle."""
+    """Return the folders of the engines to measure, after checking that each engine is intact and belongs to this bundle."""
     if asked:
         return [engine_folder(bundle, name) for name in dict.fromkeys(asked)]
     names = built_engines(bundle.directory / ENGINES)

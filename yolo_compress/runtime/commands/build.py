@@ -29,7 +29,7 @@ BUILT = "build.json"
 
 
 class BuildOptions(TypedDict, total=False):
-    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`; None: TensorRT's default."""
+    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. If a value is None, TensorRT's default is used."""
 
     workspace_mib: Optional[int]
     timing_cache: Optional[Path]
@@ -80,7 +80,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
-    """Return the requested runtimes; without a request the one for the GPU, or else those for the CPU.
+    """Return the runtimes to build engines for: the requested ones, or a default.
+
+    If `asked` is None, the default is the runtime for the GPU if it works, else the runtimes for the CPU.
 
     Raises:
         RuntimeUnavailable: a requested runtime does not work here, this is a Jetson without TensorRT, or no runtime works.
@@ -115,7 +117,7 @@ def build(
 ) -> List[Built]:
     """Build an engine for each runtime and precision, each in its own folder below `out`.
 
-    An engine that is up to date is not rebuilt, unless `force`, `workspace_mib` or `timing_cache` is given.
+    An engine that is up to date is not rebuilt, unless `force`, `workspace_mib` or `timing_cache` is set.
 
     Raises:
         EngineError: the bundle has no ONNX file for a precision, or a library rejects it.
@@ -189,9 +191,10 @@ def _has_timing_cache(runtime: str) -> bool:
 
 
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
-    """Return the library version of an engine that is up to date, else None.
+    """Return the library version of an engine if the engine is up to date, else None.
 
-    Up to date means intact, trusted, built from this ONNX file by the installed library version, and on this GPU if it needs one.
+    An engine is up to date if it is intact, trusted, and built from this ONNX file by the installed library version. If it runs on
+    a GPU, it must also have been built on this GPU.
     """
     try:
         info = load_info(folder, bundle.onnx_sha256(stem))

@@ -39,8 +39,9 @@ class Bundle:
     Attributes:
         names: class names in the order of their index.
         imgsz: height and width of the input, px.
-        onnx: stem of an ONNX file ("fp32", "int8-openvino") -> its path below `directory`.
-        pinned: whether this machine has a pinned key. If so, engines that came with the bundle are refused.
+        onnx: stem of an ONNX file ("fp32", "int8-openvino") -> path of the file below `directory`.
+        pinned: whether this machine has a pinned key: a public key that must have signed the bundle. If so, engines that came
+            with the bundle are refused.
     """
 
     directory: Path
@@ -53,7 +54,7 @@ class Bundle:
     pinned: bool = False
 
     def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Return the stem of the ONNX file for this runtime, in the version installed here; None if the bundle has none."""
+        """Return the stem of the ONNX file for this precision and the installed version of this runtime; None if there is none."""
         from ..engine import onnx_form
 
         return onnx_form(self.onnx, runtime, precision)
@@ -98,11 +99,11 @@ def max_det(manifest: About) -> int:
 def opened(directory: Path) -> Bundle:
     """Verify a bundle and read its manifest. If this machine has a pinned key, the signature is checked with it.
 
-    With a pinned key, a bundle outside the slots is refused if it is of another product than the slots, or older than the
-    newest version that ever ran there. A bundle in a slot may be older: that is a roll-back.
+    If a key is pinned, a bundle outside the slots is refused in two cases: its name differs from that of the bundles in the slots,
+    or it is older than the newest version that ever ran there. A bundle in a slot may be older: that is a roll-back.
 
     Raises:
-        BundleRefused: see `seal.verify`; or the manifest lacks a value that the commands need.
+        BundleRefused: `seal.verify` refuses the bundle, or the manifest lacks a value that the commands need.
     """
     pinned = pinned_key()
     slots = None if pinned is None or in_slot(directory) else Slots(slots_root())
@@ -146,8 +147,8 @@ def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
         engine: name in `engines/` (`tensorrt-int8`), or a path. None: the first in the order of `PREFERENCE`.
 
     Raises:
-        RuntimeUnavailable: no engine was built, or not this one.
-        EngineError: the engine is altered, of another bundle, or a key is pinned and it was not built here.
+        RuntimeUnavailable: no engine was built, or the named engine was not built.
+        EngineError: the engine is altered, belongs to another bundle, or was not built here although a key is pinned.
     """
     folder = bundle.directory / ENGINES
     if engine is not None and os.sep in engine:
@@ -186,7 +187,7 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
 def trusted(bundle: Bundle, engine: Path) -> bool:
     """Return whether an engine may be opened.
 
-    True if no key is pinned, if the engine lies in a slot, or if a record says that `build.py` built it on this machine.
+    The result is True if no key is pinned, if the engine lies in a slot, or if `build.py` recorded that it built the engine here.
     """
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 

@@ -87,10 +87,10 @@ def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> Lis
 
 
 class ShadowLog:
-    """The log file of --shadow, a context manager. If the disk fails, this is reported once and detection continues.
+    """The log file of the option `--shadow`, used in a `with` block. A failing disk is reported once, and detection continues.
 
     Attributes:
-        lost: number of lines that could not be written. `rollout` sees a gap there.
+        lost: number of lines that could not be written. `yolo-compress rollout` counts these frames as missing.
 
     Raises:
         OSError: the file cannot be opened for a reason other than a full or failing disk.
@@ -107,7 +107,7 @@ class ShadowLog:
                 raise
 
     def write(self, found: Found) -> None:
-        """Write one line, unbuffered."""
+        """Write the detections in one image as a line of the log, unbuffered."""
         line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
         data = (("\n" if self._torn else "") + line).encode("utf-8")
         try:

@@ -41,7 +41,10 @@ class Status(TypedDict):
 
 
 class Unhealthy(RuntimeFailure):
-    """A slot's engines could not be built or failed the golden images. The exit code is that of the failed command."""
+    """The engines of a slot could not be built, or their detections in the golden images differ from the expected ones.
+
+    The exit code is that of the failed command.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -101,17 +104,17 @@ def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build
 
     Args:
         bundle: folder or tar.
-        force: install the bundle even if its gate failed on the workstation.
-        build, health: build and test the engines of a slot, or raise `Unhealthy`.
+        force: install the bundle even if its gate failed: the limits for the compressed model's accuracy and latency.
+        build, health: functions that build and test the engines of a slot, or raise `Unhealthy`.
 
     Returns:
         The status after the installation, as `status` returns it.
 
     Raises:
-        BundleRefused: the bundle is damaged, not signed by the pinned key, of another product than the one in use, not newer
+        BundleRefused: the bundle is damaged, not signed by the pinned key, has another name than the bundle in use, is not newer
             than all versions that ever ran here, or its gate failed.
-        Unhealthy: the engines cannot be built or fail the golden images. The current slot is unchanged.
-        SlotsBusy, EngineError, OSError: see `Slots`.
+        Unhealthy: the engines cannot be built or fail the test on the golden images. The current slot is unchanged.
+        SlotsBusy, EngineError, OSError: a method of `Slots` failed.
     """
     with slots.locked():
         slots.clear_incoming()
@@ -153,7 +156,7 @@ def _test_and_switch(slots: Slots, unpacked: Path, mark: Mark, build: Step, heal
 
 
 def _check(slots: Slots, name: str, mark: Mark, health: Step) -> None:
-    """Check that a slot holds the bundle in its mark, unaltered, and that its engines pass the golden images."""
+    """Check that a slot holds the bundle that its mark names, unaltered, and that the engines pass the test on the golden images."""
     verify(slots.path(name), pinned_key())
     if _manifest_sha256(slots.path(name)) != mark["manifest_sha256"]:
         raise BundleRefused(f"{slots.path(name)}: not the bundle that was tested here; install it again")
@@ -175,7 +178,7 @@ def rollback(slots: Slots, health: Step = health) -> Status:
 
 
 def switch(slots: Slots, health: Step = health) -> Status:
-    """Undo a roll-back: switch to the newer bundle in the other slot. Raises the same errors as `rollback`."""
+    """Undo a roll-back: test the newer bundle in the other slot and switch to it. Raises the same errors as `rollback`."""
     return _switch_to_other(slots, health, older=False)
 
 

@@ -1,11 +1,12 @@
-"""Build a TensorRT plan from ONNX, for TensorRT 8.5 to 11.x by feature. Never ran on real TensorRT; see run.py.
+"""Build a TensorRT plan (engine file) from ONNX, for TensorRT 8.5 to 11.x. Never ran on real TensorRT; see run.py.
 
-Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags; the types in the graph decide.
+The code tests which features the installed version has. Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags; the
+types in the graph decide.
 
 - fp32 clears the TF32 flag, so that FP32 is used.
 - fp16 needs the float16 export in TensorRT 11.
-- int8 always uses explicit Q/DQ, with float16 between the Q/DQ pairs in TensorRT 11 and float32 up to 10. Up to 10 the FP16 flag is
-  set too; with INT8 alone, layers between Q/DQ pairs run in FP32 (ultralytics #26159).
+- int8 always uses explicit Q/DQ, with float16 between the Q/DQ pairs in TensorRT 11 and float32 up to 10. Up to 10, the FP16 flag is
+  set too. If only the INT8 flag is set, layers between Q/DQ pairs run in FP32 (ultralytics #26159).
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ def build(
     max_batch: int = 1,
     timing_cache: Optional[Path] = None,
 ) -> Dict[str, Path]:
-    """Build a plan and write it into `out`, with the timing cache and the sidecar.
+    """Build a TensorRT plan, and write the plan, the timing cache and `engine.json` into `out`. Return the files by name.
 
     Args:
-        onnx: the export of this precision.
+        onnx: ONNX file that was exported for `precision`.
         out: directory for the files.
-        names, imgsz: class names, and input size (height, width) in px; default: the metadata of the ONNX file.
+        names, imgsz: class names, and input size (height, width) in px. None: read from the metadata of the ONNX file.
         workspace_mib: limit of scratch memory, MiB; None: TensorRT's default.
         max_batch: largest batch of a graph with a dynamic batch.
-        timing_cache: file of an earlier build to start from. TensorRT ignores it if it is of another device or version.
+        timing_cache: timing cache of an earlier build. TensorRT ignores a cache from another device or version.
 
     Raises:
         RuntimeUnavailable: the bindings, the driver or a device is missing.
@@ -77,7 +78,7 @@ def build(
 
 
 def strongly_typed() -> bool:
-    """Return whether the installed TensorRT takes the precision from the types in the graph; False without TensorRT."""
+    """Return whether the installed TensorRT takes the precision from the types in the graph. False if TensorRT is missing."""
     try:
         return not hasattr(library().BuilderFlag, "FP16")
     except RuntimeUnavailable:
@@ -85,7 +86,7 @@ def strongly_typed() -> bool:
 
 
 def _start_timing_cache(config: Any, earlier: Optional[Path]) -> None:
-    """Start from the cache of an earlier build if TensorRT accepts it (same device and version), else from an empty one."""
+    """Set the timing cache of a build: the cache of an earlier build on the same device and version, else an empty cache."""
     start = earlier.read_bytes() if earlier is not None and earlier.is_file() else b""
     cache = config.create_timing_cache(start)
     if start and (cache is None or not config.set_timing_cache(cache, False)):

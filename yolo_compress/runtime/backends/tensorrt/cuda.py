@@ -53,7 +53,7 @@ def device_name() -> str:
 
 
 class CudaMemory(Protocol):
-    """Device memory by raw pointers, and one stream. Copies are asynchronous on the stream. Every call may raise CudaError."""
+    """Allocate and copy device memory, on one CUDA stream. Copies are asynchronous. Every call may raise CudaError."""
 
     @property
     def stream(self) -> int:
@@ -186,9 +186,9 @@ class CudaPython:
 class PyCuda:
     """`CudaMemory` by pycuda, without graphs, since pycuda cannot capture a stream. Make all calls from one thread.
 
-    It uses the device's primary context, as TensorRT and torch do. This class pushes and pops the context itself.
-    `pycuda.autoinit` would create a second context. Both it and `autoprimaryctx` push the context in the thread that imports
-    them first, and the process aborts when that thread ends.
+    The class uses the device's primary context, as TensorRT and torch do, and pushes and pops the context itself.
+    `pycuda.autoinit` would create a second context. `pycuda.autoinit` and `pycuda.autoprimaryctx` push the context in the thread
+    that imports them first, and the process aborts when that thread ends.
     """
 
     def __init__(self) -> None:
@@ -278,10 +278,10 @@ class PyCuda:
 
 
 def open_memory() -> CudaMemory:
-    """Return a `CudaMemory` by cuda-python, or by pycuda if that does not work.
+    """Return a `CudaMemory` that uses cuda-python, or pycuda if cuda-python does not work.
 
     Raises:
-        RuntimeUnavailable: neither works.
+        RuntimeUnavailable: neither cuda-python nor pycuda works.
     """
     reasons = []
     for kind in (CudaPython, PyCuda):

@@ -27,11 +27,11 @@ class Tensors(NamedTuple):
 
 
 class HostAndDevice:
-    """A tensor with page-locked host memory and device memory. It only grows, so a smaller batch uses the same addresses.
+    """A tensor with page-locked host memory and device memory. The memory only grows, so a smaller batch uses the same addresses.
 
     Args:
-        memory: allocator of both.
-        host: False: allocate only device memory.
+        memory: allocator of the host memory and the device memory.
+        host: If False, only device memory is allocated.
     """
 
     def __init__(self, memory: CudaMemory, host: bool = True) -> None:
@@ -70,12 +70,12 @@ class Execution:
         memory: allocator of the buffers; inferences run on its stream.
         tensors: names of the input and the output, both float32.
         where: file of the engine, for messages.
-        refused: reason not to use a graph, or None.
+        refused: reason not to use a CUDA graph. None: use a graph.
         transfers: whether a run includes the copies from and to the host.
 
     Attributes:
         source, result: the input and the output.
-        refused: why there is no graph; None if there is one, or will be one from the second run of a shape.
+        refused: reason why inferences do not run as a CUDA graph. None: they do, from the second run of a shape.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ DRIVER_HINT = "update NVIDIA's driver, or install the TensorRT and cuda-python o
 def logger(trt: Any) -> Any:
     """Return the logger of this process (TensorRT complains about a second one). It writes to stderr and collects errors.
 
-    `take()` returns and clears the collected errors. `words()` does the same, and returns the last one as the end of a message.
+    `take()` returns and clears the collected errors. `words()` clears them too, and returns the last error as the end of a message.
     """
 
     class Log(trt.ILogger):  # type: ignore[name-defined]
@@ -44,7 +44,7 @@ def logger(trt: Any) -> Any:
 def runtime(trt: Any) -> Any:
     """Create a tensorrt.Runtime.
 
-    With a driver that is too old, it wraps a null pointer, and using it ends the process. Only the log shows this.
+    If the driver is too old, the Runtime wraps a null pointer, and its first use ends the process. Only the log shows this.
 
     Raises:
         RuntimeUnavailable: TensorRT logged an error.
@@ -62,7 +62,7 @@ def builder(trt: Any) -> Any:
     """Create a tensorrt.Builder.
 
     Raises:
-        RuntimeUnavailable: TensorRT cannot create one, for example because the driver is too old.
+        RuntimeUnavailable: TensorRT cannot create a Builder, for example because the driver is too old.
     """
     log = logger(trt)
     log.take()

@@ -27,9 +27,9 @@ GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 
 
 def built_elsewhere(info: EngineInfo) -> Optional[str]:
-    """Return a message if a plan was built on another GPU than this one, else None. TensorRT only warns about some of these.
+    """Return a message if a plan was built on another GPU than this one, else None.
 
-    None too if the sidecar does not state the GPU.
+    TensorRT only warns about some such plans. If the sidecar `engine.json` does not state the GPU, the result is None.
     """
     built_on, here = info.built_on.get(GPU), cuda.device_name()
     return None if built_on in (None, here) else f"built on {built_on}, here is {here}"
@@ -49,12 +49,12 @@ class TensorRTBackend:
     Args:
         path: directory made by `build`.
         precision: precision that the engine must have; None: any.
-        cuda_graph: run as a CUDA graph if it can be captured; `executed` says whether it was. None: the environment variable
-            YOLO_COMPRESS_CUDA_GRAPH (0 or 1), else True.
+        cuda_graph: Whether to run inferences as a CUDA graph, if TensorRT's work can be captured. `executed` says whether it was.
+            None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1); if that is not set, True.
 
     Raises:
         RuntimeUnavailable: the bindings, the driver, a device or access to CUDA memory from Python is missing.
-        EngineError: the engine is altered, of another TensorRT or GPU, or has other inputs or outputs.
+        EngineError: the engine is altered, was built for another TensorRT version or GPU, or has other inputs or outputs.
         CudaError: there is not enough device memory.
     """
 
@@ -139,7 +139,10 @@ class TensorRTBackend:
         return output.copy() if copy else output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """See `Backend.bind`. Each bound call has its own context and activations until the engine is closed."""
+        """Return a function that runs one inference on these images and waits for the GPU.
+
+        Each such function has its own execution context and activations in device memory until the engine is closed.
+        """
         images_BCHW = check_input(images_BCHW, self)
         run = self._execution(transfers=False, refused=self._main.refused)
         run.fit(images_BCHW.shape)
@@ -150,7 +153,7 @@ class TensorRTBackend:
 
     @property
     def executed(self) -> str:
-        """Arithmetic of the convolutions, from the engine inspector, and whether all inferences run as CUDA graphs.
+        """Number types of the convolutions as text, from the engine inspector, and whether all inferences run as CUDA graphs.
 
         The inspector needs a plan that was built with detailed profiling.
         """
@@ -203,7 +206,7 @@ class TensorRTBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the INT8 form that this TensorRT takes (`registry.Int8File`)."""
+        """Return the name of the kind of INT8 file that this TensorRT version needs: `form` of a `registry.Int8File`."""
         return "tensorrt11" if strongly_typed() else "tensorrt10"
 
     @staticmethod
@@ -225,7 +228,7 @@ class TensorRTBackend:
         imgsz: Optional[Tuple[int, int]] = None,
         **options: Any,
     ) -> Dict[str, Path]:
-        """Build a plan on this machine. See `tensorrt.build.build` for the options."""
+        """Build a TensorRT plan on this machine, and return the written files by name. `options` are those of `build.build`."""
         return build(Path(onnx), Path(out), precision, names, imgsz, **options)
 
 
