@@ -130,7 +130,7 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
         recipe: Recipe of the compressed model.
         asked: Options of the command.
         store: Store of the artefacts. None: the default store.
-        wait: Whether to wait for another process that runs the same stages.
+        wait: Whether to wait if another process holds the lock of the store. False: raise `Locked`.
 
     Raises:
         GateFailed: The gate failed, and `force` is not set. Nothing is written.

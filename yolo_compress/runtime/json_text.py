@@ -1,4 +1,4 @@
-"""Strict JSON parser: no duplicate keys, limited depth, and only numbers that a float can hold."""
+"""Strict JSON parser: it refuses duplicate keys, deep nesting, and numbers that a float cannot hold."""
 
 from __future__ import annotations
 

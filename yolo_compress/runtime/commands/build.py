@@ -82,7 +82,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
     """Return the runtimes to build engines for: the requested ones, or a default.
 
-    If `asked` is None, the default is the runtime for the GPU if it works, else the runtimes for the CPU.
+    If `asked` is None or empty, the default is the runtime for the GPU if it works, else the runtimes for the CPU.
 
     Raises:
         RuntimeUnavailable: a requested runtime does not work here, this is a Jetson without TensorRT, or no runtime works.

@@ -1,1 +1,1 @@
-"""Latency, layer times, mAP, golden images, and the state of the device."""
+"""Measurements on this machine: latency, layer times, mAP, the golden self-test, and the state of the device."""

@@ -53,7 +53,7 @@ def usable_cpus() -> int:
 
 
 def ask(command: List[str]) -> Optional[str]:
-    """Return the output of a read-only query tool, or None if the tool is absent, fails or hangs."""
+    """Run a command that only reads, such as `nvidia-smi`. Return its output, or None if the command is absent, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -64,7 +64,7 @@ def ask(command: List[str]) -> Optional[str]:
 
 
 def device_state() -> DeviceState:
-    """Return the present state of this machine."""
+    """Return processor, clocks, load, temperatures and power mode of this machine, as far as they can be read."""
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     temperatures = {}
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):

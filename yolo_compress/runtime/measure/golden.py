@@ -1,8 +1,9 @@
-"""The golden self-test: compare an engine's detections in a few real images with those of the workstation's engines.
+"""The golden self-test: compare an engine's detections in a few real images with the expected detections in the bundle.
 
-`golden/golden.json` has the expected detections, the tolerances and how they were measured. A detection is compared with the one
-of the same class that overlaps it most (IoU of at least 0.5), its partner. Every detection above `conf` needs a partner. The
-partner's score may be as low as `floor`, so a score near the threshold counts as a score difference, not as a missing box.
+The machine that made the bundle computed the expected detections with its own engines. `golden/golden.json` has the expected
+detections, the tolerances and how they were measured. The partner of a detection is the detection in the other set that has the same
+class and overlaps it most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score
+may be as low as `floor`, so a score near the threshold counts as a score difference, not as a missing box.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MOST = 90  # percent
 
 
 class Difference(NamedTuple):
-    """Differences between two sets of detections.
+    """Differences in box and score between two sets of detections of the same images.
 
     Attributes:
         worst_box_px, worst_score: largest difference of a coordinate in px of the image, and of a score.
-        most_box_px, most_score: 90th percentile of the differences. With INT8 the worst box says little, because rounding can
-            decide which of two cells a box comes from.
+        most_box_px, most_score: 90th percentile of the differences. For INT8 the worst box says little, because rounding can
+            decide which of two grid cells a box comes from.
         unmatched: boxes without a partner.
         compared: boxes with a partner.
     """
@@ -46,17 +47,17 @@ class Difference(NamedTuple):
 
 
 class Image(TypedDict):
-    """A golden image."""
+    """File of a golden image in the bundle, and the name of the validation image that it was made from."""
 
     file: str  # .npy in `golden/`
-    name: str  # of the validation image
+    name: str  # name of the validation image
 
 
 class EngineOf(TypedDict):
     """The engine that made the expected detections."""
 
-    executed: str  # the arithmetic that its library chose, in words
-    library: str  # its version; "none" where the file was evaluated node by node
+    executed: str  # the arithmetic that the engine library chose, as text
+    library: str  # version of the engine library; "none" if the file was executed node by node
 
 
 class Tolerance(TypedDict):
@@ -86,7 +87,7 @@ class Golden(TypedDict):
 
 
 class SelfTest(TypedDict):
-    """Result of the self-test of one engine: the figures of `Difference`, and the verdict."""
+    """Result of the golden self-test of one engine: the figures of `Difference`, and whether the engine passed."""
 
     worst_box_px: float
     worst_score: float
@@ -101,12 +102,12 @@ class SelfTest(TypedDict):
 
 
 def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
-    """Run the golden self-test of an engine.
+    """Compare an engine's detections in the golden images with the expected ones, and return the result.
 
     Args:
-        bundle: directory of a verified bundle (`seal.verify`).
-        backend: an opened engine; stays open.
-        runtime, library: runtime of the engine, and version of the library.
+        bundle: directory of a bundle that `seal.verify` accepted.
+        backend: an opened engine. It is not closed.
+        runtime, library: runtime of the engine, and version of the engine library.
 
     Raises:
         EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
@@ -169,11 +170,11 @@ def detections(backend: Backend, images: Sequence[np.ndarray], floor: float, iou
 
 
 def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf: float) -> Difference:
-    """Compare two sets of detections.
+    """Return the differences in box and score between two sets of detections of the same images.
 
     Args:
         expected, found: one N6 array (xyxy, score, class) per image, in the same order.
-        conf: a detection with at least this score needs a partner.
+        conf: a detection with at least this score needs a partner in the other set: same class, IoU of at least 0.5.
     """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):
@@ -190,7 +191,7 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
 
 def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
-    """Return the index pairs of partners: same class, matched greedily by falling IoU."""
+    """Match the boxes of two sets, and return pairs of indices: same class, largest IoU first, each box at most once."""
     if not len(one_N6) or not len(two_M6):
         return []
     a, b = one_N6[:, None], two_M6[None]

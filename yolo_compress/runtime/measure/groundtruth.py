@@ -1,6 +1,6 @@
 """Read validation images and boxes on the robot: a YOLO folder (`images/`, `labels/`), or a COCO json and a folder of images.
 
-Label files are parsed by labels.py. The workstation's preflight uses it too, so the boxes are exactly the same.
+labels.py parses the label files. The check of a data set before training uses labels.py too, so the boxes are exactly the same.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Labelled(NamedTuple):
 
 
 def yolo_folder(folder: Path, classes: int) -> List[Labelled]:
-    """Read every image below `folder/images` with its labels. An image without a label file is background.
+    """Return the images below `folder/images` with their boxes. An image without a label file is background: it has no boxes.
 
     Raises:
-        SourceError: there is no image, no label file, or a label file has an error. The message has its file and line.
+        SourceError: there is no image, no label file, or a label file has an error. The message has the file and the line.
     """
     root = (folder / "images").resolve()
     images = sorted(path for path in _files(root) if path.suffix[1:].lower() in IMAGE_SUFFIXES)
@@ -53,15 +53,16 @@ def yolo_folder(folder: Path, classes: int) -> List[Labelled]:
 
 
 def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
-    """Read the images and boxes of a COCO json.
+    """Return the images and boxes that a COCO json lists.
 
     Args:
+        file: the COCO json.
         images: folder that the `file_name` of an image is relative to.
         names: class names of the model; categories are mapped to them by name.
 
     Raises:
-        SourceError: the file cannot be read, has boxes of a category that the model does not have, or has a crowd, which the
-            matching does not support.
+        SourceError: the file cannot be read, has boxes of a category that the model does not have, or has a box that is marked as a
+            crowd. The matching does not support crowds.
     """
     try:
         document = json_text.read(file)
@@ -95,7 +96,7 @@ def absolute(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
 
 
 def image_set(rows: Sequence[Tuple[str, Sequence[Box]]], names: Sequence[str]) -> str:
-    """Return a digest of a set of images and boxes. It does not depend on file names and folders.
+    """Return a digest of a set of images and their boxes. The digest does not depend on file names and folders.
 
     Args:
         rows: (SHA-256 of the image file, boxes) of each image.

@@ -23,7 +23,7 @@ STDERR_KEPT = 2000  # last characters of a failed child's stderr that are report
 
 
 class _Child:
-    """One measuring process. It is ended after the measurement and on any failure."""
+    """A child process that measures one engine. The process is ended after the measurement and on any failure."""
 
     def __init__(self, spec: Spec) -> None:
         self.label = str(spec.get("label") or spec.get("engine") or spec.get("module"))
@@ -39,12 +39,12 @@ class _Child:
         )
 
     def start(self, spec: Spec) -> About:
-        """Make the process open the engine of the spec."""
+        """Make the process open the engine that `spec` describes. Return the process's description of the engine and machine."""
         about: About = self._ask(spec)
         return about
 
     def one_round(self, n: int) -> Round:
-        """Make the process time `n` calls."""
+        """Make the process time `n` inferences, and return the samples."""
         reply: Round = self._ask({"n": n})
         return reply
 
@@ -111,10 +111,10 @@ def measure_in_turn(
     n_per_round: int,
     progress: Optional[Callable[[int], Any]] = None,
 ) -> List[Measured]:
-    """Measure several engines in turn. Every second round goes through the engines in reverse order.
+    """Measure the latency of several engines in turn. Every second round goes through the engines in reverse order.
 
     Args:
-        specs: the engines to measure.
+        specs: one `messages.Spec` for each engine to measure.
         rounds: number of rounds; an even number cancels linear drift.
         n_per_round: samples per engine and round.
         progress: called with 1 after each round of each engine, rounds * len(specs) times in total.

@@ -53,14 +53,14 @@ class Rail(NamedTuple):
 
 
 def state(root: Path = Path("/")) -> JetsonState:
-    """Return `device_state` with the JetPack version and the clocks."""
+    """Return the result of `device_state`, with the JetPack version and the clocks of a Jetson added."""
     found: Dict[str, object] = dict(device_state(), clocks=clocks(root))
     found["jetpack"] = ask(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack"])
     return cast(JetsonState, {key: value for key, value in found.items() if value})
 
 
 def clocks(root: Path = Path("/")) -> Dict[str, int]:
-    """Return the readable clocks of GPU, memory and processor, with the keys of `CLOCKS`."""
+    """Return the present clocks of GPU, memory and processor. The keys are those of `CLOCKS`; unreadable clocks are left out."""
     found = {}
     for name, patterns in CLOCKS.items():
         for pattern in patterns:
@@ -73,7 +73,7 @@ def clocks(root: Path = Path("/")) -> Dict[str, int]:
 
 
 def rails(root: Path = Path("/")) -> List[Rail]:
-    """Return the rails whose sum is the board's power; empty without an INA3221 with readable channels."""
+    """Return the power rails whose sum is the board's power. The list is empty if no INA3221 channel is readable."""
     found = []
     for folder in sorted(root.glob(RAILS)):
         for channel in (1, 2, 3):  # 4 to 6 are shunt voltages, 7 their sum
@@ -97,7 +97,7 @@ def rail_watts(measured: List[Rail]) -> Optional[float]:
 
 
 def tegrastats_watts(text: str) -> Optional[float]:
-    """Return the power in one line of tegrastats, in watts: the total if it has one, else the sum of the rails; None without any."""
+    """Return the power in a line of tegrastats, in watts: the total if the line has it, else the sum of the rails; None if neither."""
     found: Dict[str, float] = {}
     for name, now, unit, _, _ in _TEGRASTATS.findall(text):
         if _POWER_NAME.search(name) and name not in UNUSED and (unit or name.startswith(("VDD", "POM", "VIN"))):
@@ -142,7 +142,7 @@ class Meter:
             self._thread = None
 
     def mean(self) -> Optional[float]:
-        """Return the mean power of the last `with` block, in watts; None without a sample."""
+        """Return the mean power during the last `with` block, in watts; None if there is no sample."""
         return sum(self._samples) / len(self._samples) if self._samples else None
 
     def idle(self, seconds: float) -> Optional[float]:

@@ -1,10 +1,8 @@
 """Measure the latency of engines: warm-up, timed calls, and the percentiles that the sample size allows.
 
-`python -m yolo_compress.runtime.measure.latency '{"engine": "DIR", "n": 1000}'` measures one engine and prints JSON. Without an
-argument it serves `measure_in_turn`: it reads and answers one JSON line at a time. Every engine has its own process, because the
-waiting threads of one library slow the next one by up to 40 %.
-
-The argument is a spec, a JSON object of type `messages.Spec`.
+`python -m yolo_compress.runtime.measure.latency '{"engine": "DIR", "n": 1000}'` measures one engine and prints JSON. The argument is
+a JSON object of type `messages.Spec`. If there is no argument, the process serves `measure_in_turn`: it reads and answers one JSON
+line at a time. Every engine has its own process, because the waiting threads of one library slow down the next library by up to 40 %.
 """
 
 from __future__ import annotations
@@ -38,13 +36,13 @@ QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.02, 0.1, 2.0
 def measure(
     call: Callable[[], Any], n: int, warmup_ms: float = 200.0, warmup_n: int = 50, calls: Optional[List] = None
 ) -> np.ndarray:
-    """Time single calls, one after another.
+    """Time `n` calls, one after another, after a warm-up. Return the time of each call in ms.
 
     Args:
-        call: function that runs one inference and returns when it is done.
+        call: function that runs one inference and returns when the inference is done.
         n: number of samples.
-        warmup_ms, warmup_n: the warm-up continues until both are reached.
-        calls: several functions to cycle through instead of `call`, for several input images.
+        warmup_ms, warmup_n: the warm-up continues until it has taken this time and has made this number of calls.
+        calls: several functions to cycle through instead of `call`, such as one for each input image.
 
     Returns:
         samples_n, ms.
@@ -70,7 +68,10 @@ def measure(
 
 
 def percentiles(samples_ms: Sequence[float]) -> Percentiles:
-    """Return p50, p90, p95 and p99 in ms, and the number of samples. A percentile is None with too few samples (`LEAST_SAMPLES`)."""
+    """Return p50, p90, p95 and p99 in ms, and the number of samples.
+
+    A percentile is None if there are fewer samples than `LEAST_SAMPLES` requires.
+    """
 
     def at(percent: int) -> Optional[float]:
         enough = len(samples_ms) >= LEAST_SAMPLES[percent]
@@ -86,7 +87,7 @@ def percentiles(samples_ms: Sequence[float]) -> Percentiles:
 
 
 class Served:
-    """An opened backend with bound inputs, in a measuring process. It answers requests for rounds."""
+    """An opened engine in a measuring process, with its input images. It answers the requests to time a round of calls."""
 
     def __init__(self, backend: Backend, spec: Spec) -> None:
         quick = bool(spec.get("quick", False))
@@ -99,7 +100,7 @@ class Served:
         self._warm = False
 
     def about(self) -> About:
-        """Return the reply to the spec: the opened engine and the machine."""
+        """Return the description of the opened engine and the machine: the reply to a `Spec`."""
         return {
             "executed": self.backend.executed,
             "precision": self.backend.precision,
@@ -111,7 +112,10 @@ class Served:
         }
 
     def one_round(self, n: int) -> Round:
-        """Take n samples after a warm-up, which is long the first time. Then wait until the library's threads stop spinning."""
+        """Time `n` calls after a warm-up, then wait until the threads of the engine library are idle.
+
+        The warm-up before the first round is the longest.
+        """
         warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
         samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
         self._warm = True
@@ -120,7 +124,7 @@ class Served:
 
 
 def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.ndarray]:
-    """Return the input batches to cycle through: the images of a .npy file, or noise."""
+    """Return the input batches for the timed calls: the images in a .npy file, or noise if `file` is None."""
     size = backend.batch or batch
     if file is None:
         shape = (size, backend.channels) + tuple(backend.imgsz)
@@ -154,12 +158,14 @@ def _wait_for_quiet() -> bool:
 
 
 def open_spec(spec: Spec) -> Backend:
-    """Open the engine of a spec."""
+    """Open the engine that a `Spec` describes."""
     return open_engine(Path(spec["engine"]), threads=spec.get("threads"), onnx_sha256=spec.get("onnx_sha256"))
 
 
 def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
-    """Answer requests on stdin, or measure the spec given as argument. Other packages pass their own `open_backend`.
+    """Measure the engine that the argument describes, or answer requests on stdin if there is no argument.
+
+    `open_backend` opens the engine from a `Spec`. Other packages pass their own function, such as one for a torch module.
 
     stdout is redirected to stderr first, so that output of a library cannot break the protocol.
     """

@@ -39,7 +39,7 @@ class _Macs(TypedDict):
 
 
 class Network(_Macs, total=False):
-    """One model in `layers.json`."""
+    """One model (an ONNX file) in `layers.json`, with the MACs of its convolutions."""
 
     precision: str  # precision of the timed engine; default: the one on the command line
 
@@ -57,7 +57,7 @@ class Probe(_Probe, total=False):
 
 
 class LayerTable(TypedDict):
-    """The latency table. A curve is a list of [MACs, ms], one point per model."""
+    """The latency table: time of each convolution as a curve. A curve is a list of [MACs, ms] with one point per model."""
 
     schema: int
     runtime: str
@@ -71,11 +71,11 @@ class LayerTable(TypedDict):
 
 
 def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = None) -> LayerTable:
-    """Build an engine of each model in the folder, time its layers and its latency, and return the table.
+    """Return the latency table: build an engine of each model in `folder`, and measure its latency and the times of its layers.
 
     Raises:
-        EngineError: `layers.json` is missing or malformed, the library rejects a model, or it fuses a convolution of `convs`
-            with another one.
+        EngineError: `layers.json` is missing or malformed, or the library rejects a model. Or the library fuses a convolution that
+            `convs` in `layers.json` lists with another convolution.
         RuntimeUnavailable: the library is missing.
     """
     described = _read_probe(folder)
@@ -109,7 +109,7 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
 
 
 def _whole_ms(engine: Path, threads: Optional[int]) -> float:
-    """Return the latency in ms: open the engine a few times and use the lowest median.
+    """Return the latency of an engine in ms: open the engine a few times, and use the lowest of the medians.
 
     Other processes and badly placed threads can only make an engine slower.
     """
@@ -123,7 +123,7 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
 
 
 def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
-    """Return the times of the nodes of each engine in ms, the minimum over the rounds."""
+    """Measure engines in turn. Return a dict from node name to ms for each engine: the minimum over the rounds."""
     rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
     for _ in range(ROUNDS):
         for index, engine in enumerate(engines):
@@ -139,7 +139,7 @@ def _read_probe(folder: Path) -> Probe:
     """Read and check `layers.json`.
 
     Raises:
-        EngineError: it is missing or malformed.
+        EngineError: `layers.json` is missing or malformed.
     """
     try:
         found: Probe = json_text.read(folder / LAYERS)
@@ -162,7 +162,7 @@ def _read_probe(folder: Path) -> Probe:
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
-    """Sum the node times by convolution; "" is the sum of nodes of no convolution.
+    """Return the sum of the node times of each convolution. The key "" is the sum over all other nodes.
 
     The library's name of a node contains the ONNX names of the nodes that it fused.
     """
@@ -175,10 +175,10 @@ def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, fl
 
 
 def _require_own_node(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
-    """Check that every convolution has its own node in the engine. A node of several convolutions gives no time of one.
+    """Check that every convolution has its own node in the engine. A fused node would not give the time of each convolution.
 
     Raises:
-        EngineError: a convolution has no node of its own. The message lists the nodes that it shares.
+        EngineError: a convolution has no node of its own. The message lists the nodes that the convolution shares.
     """
     named = {node: [conv for conv, name in convs.items() if name in node] for node in nodes_ms}
     for conv, name in convs.items():

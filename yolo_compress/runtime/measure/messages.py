@@ -8,7 +8,7 @@ from .device import DeviceState
 
 
 class Spec(TypedDict, total=False):
-    """Which engine to measure, and how. Another `module` may read further keys."""
+    """Request to open an engine, and how to measure its latency. If `module` is not `latency`, it may read more keys."""
 
     label: str  # name in error messages
     engine: str  # folder of the engine
@@ -24,13 +24,13 @@ class Spec(TypedDict, total=False):
 
 
 class RoundRequest(TypedDict):
-    """Request for one round."""
+    """Request to time one round of calls."""
 
     n: int  # timed calls
 
 
 class Round(TypedDict):
-    """Reply to `RoundRequest`."""
+    """Reply to a `RoundRequest`: the samples of one round, and the state of the process."""
 
     samples_ms: List[float]
     quiet: bool  # whether the process became idle afterwards
@@ -38,10 +38,10 @@ class Round(TypedDict):
 
 
 class About(TypedDict):
-    """Reply to a spec: the opened engine and the machine."""
+    """Reply to a `Spec`: the opened engine and the machine."""
 
-    executed: str  # the arithmetic that the library chose, in words
-    precision: str  # the requested one
+    executed: str  # the arithmetic that the library chose, as text
+    precision: str  # the requested precision
     imgsz: List[int]  # [height, width] of the input, px
     threads: Optional[int]
     input: str  # the .npy file, or "noise"
@@ -50,7 +50,7 @@ class About(TypedDict):
 
 
 class Measured(About):
-    """Result of all rounds of one spec."""
+    """Latencies of one engine over all rounds, with the description of the engine."""
 
     samples_ms: List[float]
     rounds_ms: List[List[float]]  # the same samples by round
@@ -59,7 +59,7 @@ class Measured(About):
 
 
 class Percentiles(TypedDict):
-    """Percentiles of the latency. A percentile is null with fewer samples than `latency.LEAST_SAMPLES`."""
+    """Percentiles of the latency in ms. A percentile is null if there are fewer samples than `latency.LEAST_SAMPLES` requires."""
 
     latency_p50_ms: Optional[float]
     latency_p90_ms: Optional[float]

@@ -1,1 +1,1 @@
-"""Sealed bundles: signature, unpacking, the two slots, and which engines were built here."""
+"""Security of bundles on a robot: signature, unpacking, the two slots, and the record of engines that were built here."""

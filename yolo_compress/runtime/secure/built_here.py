@@ -1,7 +1,7 @@
 """Record of the engines that were built on this machine: their digests, in a file of the user, outside every bundle.
 
-The signature of a bundle does not cover engines, because each robot builds its own. With a pinned key, this record shows whether
-`build.py` built an engine here, or the engine came with the bundle.
+The signature of a bundle does not cover engines, because each robot builds its own engines. If a key is pinned, this record shows
+whether `build.py` built an engine here, or the engine came with the bundle.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def record(engine: Path, needed: bool) -> None:
 
     Args:
         engine: folder of the engine. The digest is that of `engine.json`, which has the digests of the other files.
-        needed: whether a key is pinned. Without a key the record is not used, and a failed write is ignored.
+        needed: whether a key is pinned. If no key is pinned, the record is not used, and a failed write is ignored.
 
     Raises:
-        OSError: the record cannot be written, and is needed.
+        OSError: the record cannot be written, and `needed` is True.
     """
     file = _file()
     try:
@@ -42,7 +42,7 @@ def record(engine: Path, needed: bool) -> None:
 
 
 def recorded(engine: Path) -> bool:
-    """Return whether this user built the engine on this machine."""
+    """Return whether the record says that this user built the engine on this machine."""
     try:
         return _digest(engine) in _file().read_text(encoding="ascii", errors="replace").split()
     except OSError:

@@ -35,9 +35,9 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class Validation(TypedDict, total=False):
-    """The validation images of the workstation."""
+    """The validation images that the compressed model was evaluated on."""
 
-    digest: str  # digest of the workstation's list of the images
+    digest: str  # digest of the list of images on the machine that made the bundle
     content: str  # digest of the images and their boxes, by `measure.groundtruth.image_set`
     images: int
 
@@ -63,7 +63,7 @@ class About(TypedDict, total=False):
     gate: Mapping[str, object]  # gate of the report, and `forced`: whether the bundle was made although it failed
     golden: GoldenAbout
     val: Validation
-    made_with: Mapping[str, object]  # commit, Python and package versions of the workstation
+    made_with: Mapping[str, object]  # commit, and Python and package versions on the machine that made the bundle
     recipe_fingerprint: Optional[str]  # fingerprint of the report's artefact
 
 
@@ -85,13 +85,13 @@ class BundleRefused(EngineError):
 
 
 def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: Optional[bytes]) -> Manifest:
-    """Hash every file below `directory`, write the manifest, and sign it if there is a seed.
+    """Hash every file of a bundle, write `manifest.json`, and sign the manifest if `seed` is not None. Return the manifest.
 
     Args:
         directory: folder of the bundle, complete except for manifest and signature.
         about: description of the bundle, which becomes part of the manifest.
-        version: must be higher than that of earlier bundles, since a robot can refuse an older one.
-        seed: 32 bytes of the private key; None: do not sign.
+        version: version of the bundle. It must be higher than that of earlier bundles, since a robot can refuse an older bundle.
+        seed: private key, 32 bytes. None: do not sign.
 
     Returns:
         The manifest.
@@ -126,8 +126,9 @@ def verify(
 
     Args:
         directory: folder of the bundle. The path may be a link, but the folder must not hold links.
-        public_key: 32 bytes; the bundle must be signed with the private key of this one. None: no check. See `pinned_key`.
-        at_least: lowest version that is accepted.
+        public_key: 32 bytes. The bundle must be signed with the matching private key. None: do not check the signature.
+            `pinned_key` returns the key that this machine trusts.
+        at_least: lowest version that is accepted. None: any version.
 
     Returns:
         The manifest.
@@ -161,7 +162,7 @@ def pinned_key() -> Optional[bytes]:
         32 bytes, or None if no key is pinned.
 
     Raises:
-        BundleRefused: the file exists or the variable is set, but no key can be read. This must not count as "no key".
+        BundleRefused: the file exists or the variable is set, but no key can be read. This case must not count as "no key".
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
@@ -302,10 +303,10 @@ def _hashed(path: Path) -> Tuple[int, str]:
 
 
 def _read(path: Path, limit: int, absent: str) -> bytes:
-    """Read a whole file of at most `limit` bytes.
+    """Read a file of at most `limit` bytes.
 
     Args:
-        absent: what it means if the file is absent, for the error.
+        absent: text about what a missing file means. The error adds this text.
     """
     try:
         with _opened(path) as stream:

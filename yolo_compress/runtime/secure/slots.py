@@ -57,10 +57,10 @@ class SlotsBusy(RuntimeFailure):
 
 
 class Slots:
-    """The folder of a robot's slots. Every write is atomic, and on the disk when the method returns.
+    """The folder of a robot's two slots. Every write is atomic, and is on the disk when the method returns.
 
     Args:
-        root: folder; `locked` creates it if needed.
+        root: the folder. `locked` creates the folder if it does not exist.
     """
 
     def __init__(self, root: Path) -> None:
@@ -71,7 +71,7 @@ class Slots:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock. Every change needs it.
+        """Hold the lock of the slots during a `with` block. Every change of a slot needs the lock.
 
         Raises:
             SlotsBusy: another process holds the lock.
@@ -140,10 +140,10 @@ class Slots:
         return None if mark is None else mark.get("name")
 
     def check_product(self, manifest: Manifest, bundle: Path) -> None:
-        """Check that a bundle is of the same product as the one in use. One key may sign bundles of several products.
+        """Check that a bundle has the same name (product) as the bundle in use. One key may sign bundles of several products.
 
         Raises:
-            BundleRefused: the bundle has another name than the one in use.
+            BundleRefused: the bundle has another name than the bundle in use.
         """
         product = self.product()
         if product is not None and manifest.get("name") != product:

@@ -1,4 +1,4 @@
-"""Copy an untrusted bundle (folder or tar) into a new folder: only plain files below the folder, with limits of size and number.
+"""Copy an untrusted bundle (folder or tar) into a new folder: only plain files, with limits for their size and number.
 
 `tarfile` alone would extract links and unsafe paths, and its filters do not exist in Python 3.8. So each member is checked here.
 """
@@ -96,7 +96,10 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
 
 
 def _of_folder(bundle: Path) -> Iterator[_Member]:
-    """Yield the plain files of a bundle in a folder, without the files that were made there. `seal.verify` checks the rest."""
+    """Yield the plain files of a bundle that is a folder, except files that the robot's commands write (`MADE_HERE`).
+
+    `seal.verify` checks the other files.
+    """
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -134,7 +137,7 @@ def _of_tar(archive: tarfile.TarFile, bundle: Path, max_files: int) -> Iterator[
 
 
 def _opened(bundle: Path, max_bytes: int) -> tarfile.TarFile:
-    """Open a tar, plain or with gzip, that is read in pieces and only up to a limit."""
+    """Open a tar, plain or with gzip. The archive is read in pieces, and only up to a limit a little above `max_bytes`."""
     raw = open(str(bundle), "rb")
     zipped = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
