@@ -119,7 +119,7 @@ class _Part:
     area: int
     label: int
     whole: bool  # whether the area range is "all"
-    truth_images_N: np.ndarray  # image of each truth
+    truth_images_N: np.ndarray  # image of each ground-truth box
     image_D: np.ndarray  # image of each detection that counts at the highest threshold, best first
     thresholds: tuple[_Threshold, ...]
 

@@ -47,7 +47,7 @@ def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> st
 
 
 def _outputs(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Return the output of each layer except the head, by index."""
+    """Return a dict from the index of a layer in the torch model to the layer's output. The head is left out."""
     found: dict[int, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda _, __, output, index=index: found.update({index: output.detach().clone()}))
@@ -63,7 +63,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
 
 def _onnx_outputs(file: Path, images_BCHW: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the output of the last ONNX node of each layer, by index."""
+    """Return a dict from the index of a layer to the output of the layer's last ONNX node."""
     graph = onnx.load(str(file))
     last = {
         int(found[1]): node.output[0] for node in graph.graph.node if (found := re.match(r"/model\.(\d+)/", node.name))

@@ -126,7 +126,7 @@ def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most:
 def _judge(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most: int) -> _Judged:
     columns: list[tuple[np.ndarray, ...]] = []
     class_T, matched_T = [], []
-    first = 0  # of this image's truths among all
+    first = 0  # index of this image's first ground-truth box among all boxes
     for truths_G5, found_N6 in zip(truths, detections, strict=True):
         best_N6 = found_N6[np.argsort(-found_N6[:, 4], kind="stable")[:most]].astype(np.float64)
         type_N, target_N, matched_G = _judge_image(truths_G5.astype(np.float64), best_N6)

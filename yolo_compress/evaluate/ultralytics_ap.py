@@ -51,7 +51,7 @@ def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], na
         labels.append(actual[:, 0].numpy())
     rows_N6 = np.concatenate([np.asarray(found, np.float32).reshape(-1, 6) for found in detections])
     result = ap_per_class(np.concatenate(correct), rows_N6[:, 4], rows_N6[:, 5], np.concatenate(labels))
-    ap_KT, classes = result[5], result[6]  # of the classes that have ground truth
+    ap_KT, classes = result[5], result[6]  # AP and indices of the classes that have ground truth
     per_class: dict[str, float | None] = dict.fromkeys(names)
     per_class.update({names[int(k)]: float(ap.mean()) for k, ap in zip(classes, ap_KT, strict=True)})
     return {"map50_95": float(ap_KT.mean()), "map50": float(ap_KT[:, 0].mean()), "per_class": per_class}

@@ -18,7 +18,8 @@ at most `PAUSE_S`, and frames with a time in the future are left out.
 The error rates are those of the rules. They do not cover missing lines of B: a dead process, or a log of B that is much shorter than
 A's. A canary that stops and restarts is held while it has no line for more than `MAX_SILENT` of A's frames.
 
-The verdict cannot cover scenes that did not occur, such as night. Without labels (`truth`), it does not see what both models miss.
+The verdict cannot cover scenes that did not occur, such as night. If there are no labels (`truth`), the verdict does not cover objects
+that both models miss.
 """
 
 from __future__ import annotations

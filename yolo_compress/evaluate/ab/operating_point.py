@@ -26,7 +26,7 @@ class _Model:
 
     shown: list[np.ndarray]
     found_N: np.ndarray
-    wrong: list[np.ndarray]  # one mask per image: shown detections that match no truth
+    wrong: list[np.ndarray]  # one mask per image: shown detections that match no ground-truth box
 
     @classmethod
     def at(

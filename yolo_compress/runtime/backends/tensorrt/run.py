@@ -164,7 +164,9 @@ class TensorRTBackend:
         return f"{words}, CUDA graph" if refused is None else f"{words}, no CUDA graph: {refused}"
 
     def node_ms(self, runs: int) -> Dict[str, float]:
-        """Return the minimum time of each layer of the plan in ms, by name. A fused layer has the names of all its nodes.
+        """Return a dict from layer name in the plan to time in ms: the minimum over `runs` inferences.
+
+        The name of a fused layer contains the names of all its nodes.
 
         The profiler slows the inference and cannot time a graph, so use `bind` to measure the latency.
         """
