@@ -20,7 +20,7 @@ MAPPING_KEYS = ("bundle", "device", "golden", "libraries", "data", "environment"
 
 @dataclass(frozen=True)
 class DeviceFile:
-    """A `device.json`. Values of type `Json` are not checked.
+    """Content of a `device.json`: measurements on a robot. Values of type `Json` are not checked.
 
     Attributes:
         content: All keys of the file.
