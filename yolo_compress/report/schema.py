@@ -319,7 +319,7 @@ class QuantisationFile(_InFloat):
     then: float  # measure with the groups of `left` in float
     left: list[str]  # groups that stay in float
     images: int  # number of calibration images for the measurement
-    groups: dict[str, float]  # group -> measure with that group alone in float
+    groups: dict[str, float]  # group -> measure with only that group in float
     price: str  # unit of the cost of float: "gflops", or the runtime whose latency in ms is the cost
     compute_gflops: dict[str, float]  # group -> sum of the GFLOPs of its convolutions
     price_ms: NotRequired[dict[str, float]]  # group -> additional ms in float; absent if the cost is in GFLOPs
