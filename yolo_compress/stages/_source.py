@@ -60,7 +60,7 @@ def start(
     if (channels := checkpoint.image_channels(model)) != dataset.channels:
         raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
     own, supported = [int(stride) for stride in model.stride], strides()  # P2 and P6 variants have others
-    judged = what == "baseline" or config.pretrained is not None  # for a teacher from `weights`, the stage `distill` reports what differs
+    judged = what == "baseline" or config.pretrained is not None  # for a teacher, `distill` reports what differs
     if judged and own not in supported:
         expected = " or ".join(map(str, supported))
         raise RecipeError(f"{key}: strides {own}, expected {expected}: only YOLOv8n, s, m, l and x are supported")

@@ -43,7 +43,7 @@ ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
 # Largest difference from torch by float32 rounding. A well-trained model stays below a tenth of it; a wrong graph differs by px.
 MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 # A model trained for a few steps amplifies rounding, so that torch in float32 differs as much from torch in float64. ONNX Runtime
-# sums in another order, which gives about the same difference. Above this multiple of it the graph must be wrong.
+# sums in another order, which gives about the same difference. Above this multiple of that difference the graph must be wrong.
 MAX_ROUNDINGS = 10
 
 
