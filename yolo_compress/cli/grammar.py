@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> Command:
             words.append(value)
         elif verb.option(key) or (
             key in everywhere and key.partition(".")[0] not in recipe.SECTIONS
-        ):  # `engine` is both a verb and an option
+        ):  # `engine` is an option and a section
             _check_option(verb, key, value, options)
             options[key] = value
         elif not verb.knobs:

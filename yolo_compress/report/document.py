@@ -36,7 +36,7 @@ from yolo_compress.report.schema import (
 # A figure cannot be reproduced without these. The report lists those that a run did not record.
 PROVENANCE = ("commit", "device", "versions", "imgsz_px", "batch", "warm_up")
 
-FLOAT_STAGES = ("baseline", "sparsify", "prune", "distill")  # the last of these in a recipe makes the compressed float model
+FLOAT_STAGES = ("baseline", "sparsify", "prune", "distill")  # the last of them makes the compressed float model
 TORCH_KEYS = (
     "latency_p50_ms",
     "latency_p90_ms",
