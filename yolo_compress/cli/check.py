@@ -18,7 +18,7 @@ NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "o
 
 
 def handle(command: Command) -> int:
-    """Print the packages, devices and disk space of this machine. If a recipe names a data set, also print what it contains.
+    """Print the packages, devices and disk space of this machine. If a data set is named, print what it contains too.
 
     Raises:
         EnvironmentLacks: A package or disk space is missing. It is raised last, after everything is printed.

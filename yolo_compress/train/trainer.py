@@ -467,7 +467,7 @@ class HookedTrainer(DetectionTrainer):
         )
 
     def _shares(self) -> dict[str, float]:
-        """Return each hook's loss as a fraction of the total loss of this epoch. A large fraction means that it dominates the labels."""
+        """Return each hook's loss as a fraction of the total loss of this epoch. A large one means that it dominates the labels."""
         means = {name: float(value) for name, value in self.tloss.items()}
         own = [name for name in means if name not in self._criterion.base.loss_names]
         total = sum(means.values())
