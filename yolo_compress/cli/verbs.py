@@ -55,7 +55,7 @@ class Option:
 
     @property
     def switch(self) -> bool:
-        """Whether `--name` alone means true."""
+        """Whether the option is a switch: `--name` without a value means true."""
         return self.choices == SWITCH
 
 

@@ -59,7 +59,7 @@ def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
 
     Raises:
         CorruptArtifact: A file is of neither kind, has another schema, or has a key of the wrong type.
-        RecipeError: A file is given twice.
+        RecipeError: `files` lists a file twice.
         StorageError: A file cannot be read.
     """
     pairs: list[tuple[Path, DeviceFile | ReportFile]] = []

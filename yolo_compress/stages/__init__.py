@@ -1,4 +1,4 @@
-"""The stages, one module each, with a function `run(job) -> metrics`. The types of the metrics are in `metrics.py`.
+"""The stages of a recipe. Each has a module with a function `run(job) -> metrics`. `metrics.py` has the types of the metrics.
 
 A stage does not know about caching, make or the command line.
 """

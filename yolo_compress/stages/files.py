@@ -53,7 +53,7 @@ class AskedMs(TypedDict):
 QatSensitivity = TypedDict(  # noqa: UP013
     "QatSensitivity",
     {
-        "groups": dict[str, float],  # group -> measure with that group alone in float
+        "groups": dict[str, float],  # group -> measure with only that group in float
         "float": float,  # measure of the float model
         "int8": float,  # measure of the INT8 model
         "layer_ms": dict[

@@ -3,7 +3,7 @@
     root/store/<stage>-<fingerprint[:16]>/            payload and manifest.json, complete or absent
     root/store/<stage>-<fingerprint[:16]>.partial/    output of a running or killed stage, which can resume
     root/store/<stage>-....partial/work/              files that a stage needs to resume; never published
-    root/<recipe>/<stage> -> ../store/...             friendly name
+    root/<recipe>/<stage> -> ../store/...             link to a result of the recipe
 
 `publication` describes the steps of publishing, and what a kill between them leaves. A stage that runs again also writes into
 its `.partial`. The old artefact stays until the new one is committed.

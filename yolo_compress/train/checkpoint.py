@@ -52,7 +52,7 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
 def _architecture(yaml: str) -> dict[str, object]:
     """Return the architecture from the yaml file of Ultralytics.
 
-    The file is read by its full path: given a name, Ultralytics prefers a file of the working directory.
+    The file is read by its full path. If Ultralytics gets only a name, it prefers a file of the working directory.
     """
     file, scale = families.yaml_file(yaml, ROOT / "cfg" / "models")
     return {**YAML.load(file), "scale": scale, "yaml_file": yaml}

@@ -81,7 +81,7 @@ class TrainHook:
         """Called once after training, also after an error. Remove taps here."""
 
     def to_stock(self, model: nn.Module) -> None:
-        """Replace the modules that `on_model` inserted by stock classes, in place. `model` is the EMA after training."""
+        """Replace the modules that `on_model` inserted by Ultralytics' own classes, in place. `model` is the EMA after training."""
 
     def state_dict(self) -> dict[str, object]:
         """Return the state that a resume needs beyond `modules()`: only tensors and plain values."""

@@ -63,7 +63,7 @@ def train(
     work: Path,
     what: str,
 ) -> nn.Module:
-    """Train `model` and return the EMA as a stock float32 module on the CPU, in evaluation mode.
+    """Train `model` and return its EMA: a float32 module of Ultralytics' own classes, on the CPU, in evaluation mode.
 
     Args:
         model: Stock Ultralytics detector, changed in place. Its widths do not change.
@@ -502,7 +502,7 @@ class HookedTrainer(DetectionTrainer):
         self._leave(to=1)
         if self._bars:
             figures = {name: float(value) for name, value in (self.tloss or {}).items()} | self.hook_rows
-            if self._validated and self.metrics is not None:  # rank 0 alone has them
+            if self._validated and self.metrics is not None:  # only rank 0 has them
                 figures["map50_95"] = float(self.metrics.get("metrics/mAP50-95(B)", 0.0))
             self._bars[0][1](1, **figures)
 
