@@ -2,14 +2,14 @@
 
     from yolo_compress import Detector, load, open_engine, run
 
-    artifact = run(load("digits", [("prune.keep_flops", "0.6")]), "report")  # a recipe up to a stage; what is there is reused
+    artifact = run(load("digits", [("prune.keep_flops", "0.6")]), "report")  # runs up to `report`; reuses finished stages
     print(artifact.metrics["verdict"]["line"], artifact.file("report.html"))
 
     with open_engine("weights/digits/engine/compressed/onnxruntime-int8") as engine:
         detections_N6 = Detector(engine, conf=0.25, multi_label=False)(image_HW3)  # uint8 RGB; x1, y1, x2, y2, score, class
 
-Errors that a user can mend are `errors.CompressError`, those of an engine `runtime.errors.RuntimeFailure`. A name is
-imported when it is first used; importing this package imports nothing else.
+Errors that a user can fix are subclasses of `errors.CompressError`. Errors of an engine are `runtime.errors.RuntimeFailure`.
+Importing this package is fast: a module such as torch is imported only when a name that needs it is first used.
 """
 
 from importlib import import_module
@@ -33,7 +33,7 @@ _MODULES = {
     "run": "pipeline",
 }
 
-if not TYPE_CHECKING:  # a type checker would take any name for one that is here
+if not TYPE_CHECKING:  # otherwise a type checker would accept every attribute name of this package
 
     def __getattr__(name: str) -> object:
         if name in _MODULES:

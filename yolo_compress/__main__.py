@@ -1,4 +1,4 @@
-"""`python -m yolo_compress`: the same as `yolo-compress`."""
+"""Run the command line: `python -m yolo_compress` does the same as the command `yolo-compress`."""
 
 import sys
 

@@ -36,7 +36,7 @@ class EnvironmentLacks(CompressError):
 
 
 class LostRank(EnvironmentLacks):
-    """Another process of a distributed run ended, which that process, or whoever started it, explains."""
+    """Another process of a distributed run ended. That process, or the launcher that started it, prints the cause."""
 
 
 class CorruptArtifact(CompressError):

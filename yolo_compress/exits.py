@@ -1,4 +1,4 @@
-"""The end of a command that failed: one line on stderr and the exit code. A bug also shows its traceback."""
+"""Report why a command failed: one line on stderr, and the exit code. For a bug, also print the traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def explain(error: BaseException, continues: bool) -> int:
         continues: Whether the same command, run again, continues where it stopped.
 
     Returns:
-        The exit code. It is 0 only if the reader of the output has closed it, as `| head` does.
+        The exit code. It is 0 only if the reader of stdout has closed the pipe, as `| head` does.
     """
     if ranks.several() and isinstance(error, KeyboardInterrupt | Terminated | LostRank) and _explained():
         return SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", SIGTERM)

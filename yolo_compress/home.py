@@ -23,13 +23,13 @@ def datasets() -> Path:
 
 
 def holds(path: Path) -> bool:
-    """Return whether `path` is one of the two folders, or is inside one."""
+    """Return whether `path` is the folder of weights or of data sets, or is inside one of them."""
     full = path.absolute()
     return any(full.is_relative_to(folder.absolute()) for folder in (weights(), datasets()))
 
 
 def is_recipe_name(name: str) -> bool:
-    """Return whether a recipe can have this name.
+    """Return whether `name` is allowed as the name of a recipe.
 
     A name is printable, starts with a letter or digit, has no / or \\, and is not `store`.
     """

@@ -1,9 +1,10 @@
-"""The chain: the order of the stages, which of them are up to date, and how one is run.
+"""Run the stages of a recipe in order, and skip those that are up to date.
 
 The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints
-of its inputs and the digest of the data. For `engine` and `bench` it also covers this machine and its engine libraries.
-Fingerprints decide what runs again; times of files do not matter. A stage that runs again may give other bytes with the same
-fingerprint. So a manifest also records the content of the inputs, and an artefact made from other content is stale.
+of its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine
+libraries. Fingerprints decide which stages run again; modification times of files do not matter. A stage that runs again may
+write other bytes under the same fingerprint. A manifest therefore also records a hash of the content of each input. An artefact
+that was made from other content is stale.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the chain.
+    """Properties of a stage of the pipeline, such as `prune`, that are the same for every recipe.
 
     Attributes:
         needs: Stages whose artefacts are its inputs.
-        stand_in: Stage whose artefact is used if the recipe leaves this one out. None: it cannot be left out.
-        version: Increased when a change of the code gives other bytes for the same config.
-        trains: It may train. The other ranks of a distributed run only take part in training.
-        models: It writes models, so the disk space depends on their size.
+        stand_in: Stage whose artefact is used if the recipe leaves this stage out. None: this stage cannot be left out.
+        version: Number that is increased when a change of the code gives other bytes for the same config.
+        trains: The stage may train. The other ranks of a distributed run only take part in training.
+        models: The stage writes models, so the disk space that it needs depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
-        checked: Its module has a `check(recipe, dataset)`, which runs before all stages to find errors before any training.
+        checked: The stage's module has a function `check(recipe, dataset)`. It runs before all stages, to find errors early.
     """
 
     needs: tuple[str, ...] = ()
@@ -93,7 +94,7 @@ class MachineKey(TypedDict):
 
 
 class Key(TypedDict):
-    """Everything that decides the result of a stage. Its hash is the fingerprint."""
+    """Everything that decides the result of a stage. The hash of this mapping is the stage's fingerprint."""
 
     stage: str
     version: int  # version of the stage
@@ -107,7 +108,7 @@ class Key(TypedDict):
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage of a recipe with everything that decides its result."""
+    """A stage of one recipe, with its fingerprint and everything that the fingerprint covers."""
 
     stage: str
     key: Key
@@ -128,7 +129,7 @@ class Status:
 
 
 def provider(recipe: Recipe, stage: str) -> str:
-    """Return the stage whose artefact is used for `stage` in this recipe: itself or a stand-in.
+    """Return the name of the stage whose artefact is used for `stage` in this recipe: `stage` itself or its stand-in.
 
     Raises:
         RecipeError: The recipe leaves out a stage that has no stand-in.
@@ -144,7 +145,7 @@ def provider(recipe: Recipe, stage: str) -> str:
 
 
 def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
-    """Return the stages that `target` needs, and `target` itself, in the order in which they run."""
+    """Return `target` and all stages that it needs, by name, in the order in which they run. Nothing runs here."""
     planned: dict[str, Planned] = {}
 
     def visit(stage: str) -> None:
@@ -169,7 +170,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },
             }
-        if stage == "report":  # it shows the recipe; its own section is in `config` already
+        if stage == "report":  # the report shows the whole recipe; the section `report` is in `config` already
             key["recipe"] = recipe.model_dump(mode="json", exclude={"report"})
         planned[stage] = Planned(stage, key, inputs)
 
@@ -178,7 +179,10 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
 
 
 def _measures_here(recipe: Recipe, stage: str) -> bool:
-    """Return whether the result of the stage depends on the speed of this machine: widths, or groups in float."""
+    """Return whether latencies timed on this machine decide the result of the stage.
+
+    They may decide the widths of `prune`, or the groups that `qat` keeps in float.
+    """
     prune, qat = recipe.prune, recipe.qat
     if stage == "prune" and prune:
         return prune.latency_ms is not None and prune.latency_table is None
@@ -186,7 +190,10 @@ def _measures_here(recipe: Recipe, stage: str) -> bool:
 
 
 def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
-    """Return the section for the key: files are replaced by their SHA-256; with `weights`, knobs of training are dropped."""
+    """Return the stage's section of the recipe, as the fingerprint covers it.
+
+    File names are replaced by the SHA-256 of the files. If `weights` is given, the training knobs have no effect and are dropped.
+    """
     config = getattr(recipe, stage).model_dump(mode="json")
     if config.get("weights") is not None:
         return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
@@ -194,7 +201,7 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
         config["pretrained"] = {"sha256": sha256_file(find_weights(config["pretrained"]))}
     for knob in OWN:
         file, _, function = str(config.get(knob, "")).rpartition(":")
-        if file:  # a user's own, `file.py:function`
+        if file:  # a user's own criterion, `file.py:function`
             if not Path(file).is_file():
                 raise RecipeError(f"{stage}.{knob}: no file {file!r}")
             config[knob] = {"sha256": sha256_file(Path(file)), "function": function}
@@ -208,7 +215,11 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
 
 
 def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
-    """Return the recipe with a number for each `auto`, and its dataset after the preflight. Print the images left out."""
+    """Replace each `auto` in the recipe by a number, and check all images and labels. Print which images are left out.
+
+    Returns:
+        The recipe without `auto`, and the dataset of the images that passed.
+    """
     dataset = _load_dataset(recipe, store)
     return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
 
@@ -242,15 +253,15 @@ def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
 
 
 def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool = True, again: bool = False) -> Artifact:
-    """Bring `target` up to date and return its artefact. Stages that are up to date do not run again.
+    """Run the recipe up to the stage `target` and return the artefact of `target`. Stages that are up to date do not run again.
 
     Args:
         recipe: Recipe from `recipe.load`.
         target: A key of `STAGES`: "baseline", "prune", "export", "report", ...
         store: Store of the artefacts. Default: `home.weights()`, which is `weights/` of the working directory.
-        wait: Wait for another run that holds the store; False raises `Locked`.
-        again: Run `target` again although it is up to date. The old artefact stays until the new one is published. If the new one
-            differs, as measurements do, the artefacts made from the old one are stale.
+        wait: If another run holds the store, wait for that run to end. If False, raise `Locked`.
+        again: Run `target` again even if it is up to date. The old artefact stays until the new one is published. If the new
+            artefact differs, as measurements do, the artefacts made from the old one become stale.
 
     Returns:
         The published artefact. A report is also returned if its gate failed; see `metrics["gate"]["passed"]`.
@@ -279,7 +290,10 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
 
 
 def _agreed(recipe: Recipe, target: str) -> dict[str, str]:
-    """Return what must be equal on all ranks: the recipe without the knobs of the machine, the stage, and the versions."""
+    """Return the values that must be equal on all ranks of a distributed run.
+
+    These are the recipe without the settings of the machine, the stage `target`, and the versions of the libraries.
+    """
     content = recipe.model_dump(mode="json")
     for knob in type(recipe.run).MACHINE:
         content["run"].pop(knob)
@@ -290,12 +304,12 @@ def _agreed(recipe: Recipe, target: str) -> dict[str, str]:
 def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) -> dict[str, Artifact]:
     """Return the artefacts of the stages that are up to date.
 
-    A stage is up to date if its inputs are, and if its artefact was made from their present content.
+    A stage is up to date if all its inputs are up to date, and if its artefact was made from their present content.
 
     Args:
         store: Store of the artefacts.
-        chain: Result of `plan`.
-        but: A stage to leave out.
+        chain: Stages of the recipe, from `plan`.
+        but: Name of a stage that counts as not up to date. None: no such stage.
 
     Raises:
         CorruptArtifact: A manifest is damaged.
@@ -310,7 +324,7 @@ def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) 
 
 
 def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """Return the content hash of each input, as the manifest records it."""
+    """Return the content hash of each input artefact, by the input's name. The manifest records the same mapping."""
     return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
@@ -339,7 +353,7 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
 
 
 def _label(recipe: Recipe, store: Store) -> str:
-    """Return the folder name of the recipe (`recipe_folder.label`). Print a notice if it is not the recipe's name."""
+    """Return the name of the recipe's folder (`recipe_folder.label`). Print a notice if this differs from the recipe's name."""
     name = recipe_folder.label(store.root, recipe)
     if name != recipe.name:
         other = recipe_folder.owner_of(store.root, recipe.name)
@@ -352,7 +366,7 @@ def _label(recipe: Recipe, store: Store) -> str:
 
 
 def _published(store: Store, planned: Planned, artifacts: Mapping[str, Artifact]) -> Artifact | None:
-    """Return the artefact of the stage if it was made from the content of these inputs, else None."""
+    """Return the stored artefact of the stage if it was made from the content of `artifacts`, its inputs. Otherwise None."""
     found = store.find(planned.stage, planned.fingerprint)
     return found if found and found.manifest.inputs == _contents(planned, artifacts) else None
 
@@ -371,7 +385,7 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Check that training on several GPUs has a process for each, and that the processes can share every batch.
+    """Check that there is one process per GPU, and that each batch can be divided among the processes.
 
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
@@ -387,13 +401,15 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
 
 
 def _trains(recipe: Recipe, stage: str) -> bool:
-    """Return whether a stage of the recipe trains: it has epochs, and no weights are given."""
+    """Return whether a stage of the recipe trains: its `epochs` is above 0 and no `weights` are given."""
     config = getattr(recipe, stage)
     return bool(STAGES[stage].trains and config and getattr(config, "weights", None) is None and config.epochs)
 
 
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
-    """Check that no last batch has one image if the deepest layer has one pixel. BatchNorm would have no variance.
+    """Check that BatchNorm always has a variance to compute: more than one value per channel.
+
+    A last batch of one image has only one value per channel if the deepest feature map has one pixel.
 
     Raises:
         RecipeError: A stage has such a batch.
@@ -415,7 +431,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
 
 
 def _training_images(config: Any, dataset: Dataset) -> int:
-    """Return the number of training images of a section: of the dataset, or of `distill` without labels."""
+    """Return the number of images that a stage trains on: those of the dataset, or those of `distill` without labels."""
     if getattr(config, "images", None) is not None:
         return len(dataset.unlabelled)
     return getattr(config, "data_free", None) or len(dataset.train)
@@ -450,7 +466,7 @@ def _execute(
 
 
 def _empty(partial: Path) -> None:
-    """Delete everything in the `.partial` except `work` and `work.json`. Create `work` if it is missing."""
+    """Delete everything in `partial`, the folder that a stage writes into, except `work` and `work.json`. Create `work`."""
     (partial / WORK).mkdir(exist_ok=True)
     for entry in partial.iterdir():
         if entry.name not in (WORK, BEGUN):
@@ -460,13 +476,13 @@ def _empty(partial: Path) -> None:
 def report_over(
     recipe: Recipe, files: list[Path], out: Path, *, store: Store | None = None, wait: bool = True
 ) -> dict[str, Any]:
-    """Bring the report up to date, and write a copy with the rows of other machines into `out`.
+    """Bring the report up to date, and write a copy of it into `out` that also has measurements of other machines.
 
     Args:
         recipe: Recipe from `recipe.load`.
-        files: `device.json` of robots and `report.json` of other recipes.
-        out: Folder outside the store. It is created if needed, and a report in it is overwritten. The published report does not
-            change.
+        files: Files `device.json` of robots, and files `report.json` of other recipes.
+        out: Folder outside the store. It is created if needed, and a report in it is overwritten. The report in the store does
+            not change.
 
     Returns:
         The metrics of the new report: `verdict`, `gate` and `table`.
@@ -492,7 +508,7 @@ def report_over(
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
-    """Return what `prune` would remove, without training.
+    """Return which channels `prune` would remove from the model. Nothing is trained.
 
     Raises:
         RecipeError: See `_planning`.
@@ -503,10 +519,10 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
-    """Write the unpruned model at several widths into the folder `out`. A robot then times its layers (`runtime.layers`).
+    """Write the unpruned model at several widths into the folder `out`. A robot can then time the layers (`runtime.layers`).
 
     Raises:
-        RecipeError: See `_planning`, or the folder is not empty.
+        RecipeError: The folder is not empty. For other causes see `_planning`.
         StorageError: The folder cannot be written.
     """
     folder = Path(out)
@@ -522,7 +538,8 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
 def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     """Yield a job of `prune` with temporary folders, and the checkpoint that it would prune.
 
-    That is the result of `sparsify` if it is up to date, else the baseline, else the weights given for the baseline.
+    The checkpoint is the result of `sparsify` if that is up to date, else the trained baseline, else the weights that the recipe
+    gives for the baseline.
 
     Raises:
         RecipeError: The recipe does not prune, or its baseline is not trained yet.
@@ -541,7 +558,7 @@ def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
 
 
 def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
-    """Yield the state of every stage, with the differences that make it stale. Runs no stage and does not import torch."""
+    """Yield the state of every stage, with the differences that make it stale. No stage runs and torch is not imported."""
     store = store or Store(home.weights())
     recipe, dataset = prepare(recipe, store)
     done: dict[str, Artifact] = {}
@@ -578,7 +595,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
 
 
 def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
-    """Return a line for each input that differs, or may differ, from the one that the artefact was made from."""
+    """Return one line of text for each input that differs, or may differ, from the input that `artifact` was made from."""
     lines = []
     for need, source in planned.inputs.items():
         before = artifact.manifest.inputs.get(need)
@@ -590,16 +607,17 @@ def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Art
 
 
 def _drift(artifact: Artifact) -> tuple[str, ...]:
-    """Return the library versions that differ from those that made the artefact. They do not make it stale."""
+    """Return one line for each library whose version differs from when the artefact was made. It is not stale because of that."""
     made = artifact.manifest.environment.get("packages", {})
     now = environment.describe()["packages"]
     return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])
 
 
 def referred(store: Store, recipe: Recipe | None = None) -> set[str]:
-    """Return the fingerprints that `gc` must keep: artefacts with a friendly name, those of `recipe`, and all their inputs.
+    """Return the fingerprints of the artefacts that `gc` must not remove.
 
-    An artefact with a damaged manifest has no known inputs.
+    These are the artefacts that a link `<recipe>/<stage>` points to, the artefacts of `recipe`, and all their inputs. The inputs
+    of an artefact with a damaged manifest are unknown.
 
     Raises:
         CompressError: The recipe cannot be planned, for example because its data or weights are missing.
@@ -623,7 +641,7 @@ def referred(store: Store, recipe: Recipe | None = None) -> set[str]:
 
 
 def _named(store: Store) -> Iterator[tuple[str, Artifact]]:
-    """Yield (stage, artefact) of all artefacts with a friendly name."""
+    """Yield (stage, artefact) for every artefact that a link `<recipe>/<stage>` points to."""
     for name in store.recipes():
         for stage in STAGES:
             with suppress(CorruptArtifact):

@@ -1,7 +1,7 @@
 """Progress output of the package, on stderr: rich bars on a terminal, plain lines elsewhere.
 
 `YOLO_COMPRESS_PROGRESS=off` turns both off. Stdout is for results (`result`). If the reader closes the output (`| head`),
-the output ends, but the run goes on.
+nothing more is printed, but the run goes on.
 """
 
 import errno
@@ -60,7 +60,7 @@ def result(text: str) -> bool:
 
 
 def _printable(text: str) -> str:
-    """Return text that is safe for a terminal: control characters become escapes such as \\x1b, except tabs and newlines."""
+    """Return text that is safe to print: control characters, except tabs and newlines, become escapes such as \\x1b."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -75,7 +75,7 @@ def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator
         done: Steps of an earlier run. The estimate of the time left ignores them.
 
     Yields:
-        A function `advance(n=1, **fields)`. It counts n steps and shows the fields (`box=1.23 kd=0.5`).
+        A function `advance(n=1, **fields)`. It adds n finished steps and shows `fields` beside the bar (`box=1.23 kd=0.5`).
     """
     if _silent():
         yield lambda n=1, **fields: None
@@ -99,13 +99,13 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
-    """Write and flush text. Once the reader is gone, redirect the stream to /dev/null, so that the exit raises nothing.
+    """Write and flush text. If the reader has closed the stream, redirect it to /dev/null, so that Python exits without error.
 
     Returns:
-        Whether the text may still be read.
+        False if the reader has closed the stream, else True.
 
     Raises:
-        StorageError: stdout is a file, and its disk is full. On a full disk under stderr the log just ends.
+        StorageError: stdout is a file, and its disk is full. If the disk of stderr is full, the log ends without an error.
     """
     if stream is None:  # Python started with this descriptor closed
         return False
@@ -158,7 +158,10 @@ def _show(fields: dict[str, Any]) -> str:
 
 
 class _PlainBar:
-    """Lines for logs: the outermost bar writes one at each tenth, any bar after ten seconds without a line."""
+    """Progress as lines for a log.
+
+    The outermost bar writes a line at each tenth of its steps. Any bar writes one after ten seconds without a line.
+    """
 
     def __init__(self, description: str, total: int, unit: str, done: int) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -206,7 +209,7 @@ def _plain_bar(description: str, total: int, unit: str, done: int) -> Iterator[C
 
 
 class _Quiet:
-    """Stderr for rich. Without it, rich's refresh thread shows a traceback when the terminal is closed."""
+    """Stream to stderr that ignores a closed terminal. Otherwise the refresh thread of rich would print a traceback."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

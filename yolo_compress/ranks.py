@@ -13,7 +13,7 @@ RUN = "yolo-compress-"  # prefix of the run id if `yolo-compress` started the ra
 
 
 def rank() -> int:
-    """Return the rank of this process among all, 0 if it is the only one."""
+    """Return the rank of this process among all processes of the run: 0 if it is the only one."""
     return _number("RANK", 0) if several() else 0
 
 
@@ -23,7 +23,7 @@ def world() -> int:
 
 
 def local_rank() -> int:
-    """Return the rank of this process among those of this machine."""
+    """Return the rank of this process among the processes of the run on this machine."""
     return _number("LOCAL_RANK", 0) if several() else 0
 
 
@@ -33,7 +33,7 @@ def local_world() -> int:
 
 
 def several() -> bool:
-    """Return whether this process is one of several."""
+    """Return whether the run has more than one process."""
     return world() > 1
 
 
@@ -44,7 +44,7 @@ def launched() -> bool:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else default  # `check_environment` refuses other text
+    return int(text) if text.isdigit() else default  # `check_environment` rejects text that is not a number
 
 
 def check_environment() -> None:
@@ -83,7 +83,7 @@ def devices(device: str) -> list[str]:
 
 
 def check_devices(device: str, found: int) -> None:
-    """Check that the GPUs of `run.device` exist, and that there are as many as processes on this machine.
+    """Check that the GPUs of `run.device` exist, and that this machine runs one process per GPU.
 
     Args:
         device: `run.device`.
@@ -91,7 +91,7 @@ def check_devices(device: str, found: int) -> None:
 
     Raises:
         EnvironmentLacks: A GPU does not exist.
-        RecipeError: The number of GPUs is not that of processes on this machine.
+        RecipeError: The number of GPUs differs from the number of processes on this machine.
     """
     if device == "cpu":
         return
@@ -110,13 +110,13 @@ def check_devices(device: str, found: int) -> None:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this rank, one of `run.device`."""
+    """Return the entry of `run.device` that this rank computes on, such as "cpu" or a CUDA index."""
     named = devices(device)
     return named[local_rank()] if len(named) > 1 else named[0]
 
 
 def check_batch(key: str, batch: int) -> None:
-    """Check that the batch is a multiple of the number of processes.
+    """Check that the batch size is a multiple of the number of processes.
 
     Otherwise a run would train with a smaller batch than it records.
 
@@ -125,7 +125,7 @@ def check_batch(key: str, batch: int) -> None:
         batch: Images per batch over all processes.
 
     Raises:
-        RecipeError: It is not a multiple. The message gives the nearest one.
+        RecipeError: The batch size is not a multiple. The message gives the nearest multiple.
     """
     if batch % world():
         near = max(1, round(batch / world())) * world()

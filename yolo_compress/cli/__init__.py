@@ -1,1 +1,1 @@
-"""The command line: one row a verb in `verbs`, one file a verb with its handler."""
+"""The command line `yolo-compress`. `verbs` has a table of the verbs, and `cli/<verb>.py` has the function for each."""

@@ -33,7 +33,7 @@ LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call. `imgsz=None` takes the size of the engine or bench."""
+    """Options of one call of `ab`. If `imgsz` is None, the image size is that of the engine or bench."""
 
     a: str
     b: str
@@ -47,7 +47,7 @@ class Settings:
 
 
 def handle(command: Command) -> int:
-    """Compare two models; exit code 1 unless b passes."""
+    """Compare model A, the one in use, with model B, the new one. Return exit code 1 unless model B passes."""
     document = run(settings(command.options))
     progress.result(text(document))
     progress.result(json.dumps(document))
@@ -100,11 +100,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(chosen: Settings) -> AB:
-    """Compare both models; returns the A/B document of `evaluate.ab.comparison`, and writes it to `out` if given.
+    """Compare both models, and return the result as made by `evaluate.ab.comparison`. If `out` is given, write it there too.
 
     Raises:
-        RecipeError: classes, sizes or image sets differ, or a side is no model.
-        CompressError, EngineError, RuntimeUnavailable: other errors that a user can mend.
+        RecipeError: Classes, sizes or image sets differ, or `a` or `b` is not a model.
+        CompressError, EngineError, RuntimeUnavailable: Other errors that a user can fix.
     """
     with tempfile.TemporaryDirectory(prefix="yolo_compress_ab_") as folder:
         scratch = [Path(folder) / key for key in "ab"]
@@ -136,7 +136,7 @@ def run(chosen: Settings) -> AB:
 
 
 def _data(name: str) -> Dataset:
-    """Load the data set. An image that cannot be used is left out for both models and printed."""
+    """Load the data set. If an image cannot be used, leave it out for both models and print its name."""
     cache = home.weights() / ".cache" / "data.json" if home.weights().is_dir() else None
     data = load(name, on_bad="skip", allow_overlap=True, cache=cache)
     for note in [*data.skipped, *data.notes]:
@@ -152,7 +152,10 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Give the latencies of both, measured in turn here or by one bench. Otherwise print a notice and give None."""
+    """Return the latencies of model A and model B. They must be measured in turn, here or by the same bench.
+
+    If that is not possible, print a notice and return None for both.
+    """
     first, second = both
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):
         return first.rounds(), second.rounds()
@@ -174,7 +177,7 @@ def _latency(
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """Give the verdict, and its figures as a table."""
+    """Return the result of a comparison as text: the verdict, then a table of the measurements."""
     conf, at, latency = document["settings"]["conf"], document["operating"], document["latency"]
     rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95 % interval")]
     for name, key in (("mAP50-95", "map50_95"), ("mAP50", "map50")):

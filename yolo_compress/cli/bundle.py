@@ -10,7 +10,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Write the bundle; print the commands for the robot."""
+    """Write the bundle, and print the commands to run on the robot."""
     summary = make.make(command.load(), make.order(command.options), wait=command.wait)
     result(f"on the robot, in {command.options['out']}: python3 build.py, python3 bench.py, python3 detect.py SOURCE")
     result(json.dumps(summary))

@@ -7,6 +7,6 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Print the recipe."""
+    """Print the whole recipe as YAML, with defaults and the overrides of the command line."""
     result(command.load().dump().rstrip("\n"))
     return 0

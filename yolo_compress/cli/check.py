@@ -18,7 +18,7 @@ NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "o
 
 
 def handle(command: Command) -> int:
-    """Print what this machine has, and what the data set holds if one is given.
+    """Print the packages, devices and disk space of this machine. If a data set is named, print what it contains too.
 
     Raises:
         EnvironmentLacks: A package or disk space is missing. It is raised last, after everything is printed.
@@ -43,7 +43,7 @@ def handle(command: Command) -> int:
 
 
 def machine() -> tuple[dict[str, str], list[str]]:
-    """Give facts by name as text, and a list of what is missing, each with the remedy."""
+    """Return properties of this machine (name -> text), and a list of what is missing, each with what to do."""
     lacks = [
         f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
         for name in NEEDED

@@ -59,13 +59,13 @@ def seconds(chosen: Recipe, dataset: Dataset, models: Mapping[str, nn.Module]) -
 
 
 def _trained(chosen: Recipe, name: str) -> TrainConfig | None:
-    """Return the section of a stage, or None if the recipe has no such stage or loads its weights."""
+    """Return the section of a stage that trains. Return None if the recipe has no such stage, or loads finished weights for it."""
     section: TrainConfig | None = getattr(chosen, name)
     return None if section is None or getattr(section, "weights", None) is not None else section
 
 
 def _step_seconds(chosen: Recipe, dataset: Dataset, model: nn.Module, batch: int) -> float:
-    """Time training steps (forward, loss, backward) in float32. Return the estimated seconds per image of the fastest."""
+    """Time training steps (forward, loss, backward) in float32. Return the seconds per image, estimated from the fastest step."""
     samples = [dataset.train[i % len(dataset.train)] for i in range(batch * TIMED_STEPS)]
     on_cpu = chosen.run.device == "cpu"
     taken, started = [], time.perf_counter()

@@ -1,7 +1,8 @@
-"""`yolo-compress fetch`, the only verb that uses the network: official weights, COCO, and the digits, which are drawn here.
+"""`yolo-compress fetch`: download official weights and COCO, or draw the digits. No other verb uses the network.
 
-A download is checked by its size and, where that is published, by its sha256. It has a temporary name until it is whole, and
-continues where an earlier call stopped. An archive is unpacked into a temporary folder beside its place.
+A download is checked by its size. If the sha256 is published, that is checked too. The file has a temporary name until the
+download is complete, and the next call continues an interrupted download. An archive is unpacked into a temporary folder beside
+its final place.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Source:
     """A file or archive on the network.
 
     Attributes:
-        url: its address.
-        most: size of the download in bytes; an upper limit where the size is not published.
-        sha256: as published; None where it is not published, and then only the archive's own checksums are checked.
-        into: folder below `home.datasets()` that the archive is unpacked into; None for a file in `home.weights()`.
-        holds: folder below `home.datasets()` -> number of files in it once the archive is unpacked.
-        unpacked: upper limit of the unpacked size in bytes.
+        url: Address of the file.
+        most: Size of the download in bytes. If the size is not published, an upper limit.
+        sha256: The published SHA-256. None: it is not published, and only the archive's own checksums are checked.
+        into: Folder below `home.datasets()` that the archive is unpacked into. None: a file in `home.weights()`.
+        holds: Folder below `home.datasets()` -> number of files in it once the archive is unpacked.
+        unpacked: Upper limit of the unpacked size in bytes.
     """
 
     url: str
@@ -56,13 +57,13 @@ class Source:
 
     @property
     def place(self) -> Path:
-        """Its path once it is complete."""
+        """Path of the file or folder once the download is complete."""
         if self.into is None:
             return home.weights() / self.name
         return home.datasets() / next(iter(self.holds))
 
     def done(self) -> bool:
-        """Whether it is complete. A call that was killed leaves a folder with fewer files."""
+        """Whether the file, or the unpacked archive, is complete. A killed call leaves a folder with fewer files."""
         if self.into is None:
             return self.place.exists()
         return all(_files(home.datasets() / folder) >= count for folder, count in self.holds.items())
@@ -72,7 +73,7 @@ def _weights(name: str, size: int, sha256: str) -> Source:
     return Source(f"{ASSETS}/v8.4.0/{name}", size, sha256)
 
 
-WEIGHTS = {  # sizes are upper limits except of n, whose is published; the digests are those that GitHub states
+WEIGHTS = {  # the size of n is published, the other sizes are upper limits; the digests are those that GitHub shows
     source.name: source
     for source in (
         _weights("yolov8n.pt", 6_549_796, "f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36"),
@@ -122,14 +123,14 @@ MAX_MEMBERS = 300_000  # of an archive
 
 
 def handle(command: Command) -> int:
-    """Download each name; print its path."""
+    """Download each file or data set that the command line names, and print its path."""
     for name in command.words:
         progress.result(str(fetch(name)))
     return 0
 
 
 def fetch(name: str) -> Path:
-    """Fetch `yolov8{n,s,m,l,x}.pt`, `coco128`, `coco` or `digits` (drawn here, no network); returns its path.
+    """Download `yolov8{n,s,m,l,x}.pt`, `coco128` or `coco`, or draw `digits` without the network. Return the path.
 
     Raises:
         RecipeError: Any other name.
@@ -174,7 +175,7 @@ def _fetch(source: Source, folder: Path) -> None:
 
 
 def _say_other(source: Source) -> None:
-    """Print a notice if the existing file is not the published one. It may be of an earlier release, or the user's own."""
+    """Print a notice if the existing file differs from the published one: it may be an earlier release or the user's own."""
     if source.sha256 and source.into is None and (found := sha256_file(source.place)) != source.sha256:
         progress.notice(
             f"{source.place} exists and is used, but is not the file published today (sha256 {found[:12]}..., expected "
@@ -205,13 +206,13 @@ def _download(source: Source, part: Path) -> None:
 
 
 def _receive(source: Source, part: Path, have: int) -> None:
-    """Append the missing bytes. If the server cannot continue, download the whole file."""
+    """Download the bytes after the first `have`, and append them to `part`. If the server cannot do that, download the whole file."""
     import requests
 
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(source.url, stream=True, headers=headers, timeout=WAIT_SECONDS) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable and have:
-            return  # nothing is missing; the checks that follow say whether it is right
+            return  # no bytes are missing; `_download` then checks the size and sha256
         response.raise_for_status()
         have = have if response.status_code == requests.codes.partial_content else 0
         total = have + int(response.headers.get("Content-Length") or 0)
@@ -234,7 +235,7 @@ def _receive(source: Source, part: Path, have: int) -> None:
 
 @contextmanager
 def _explained(source: Source) -> Iterator[None]:
-    """Turn errors of the network into one line. Errors of the disk are left to the caller."""
+    """Turn network errors inside the block into an error with a one-line message. Disk errors are raised unchanged."""
     import requests
 
     try:
@@ -248,7 +249,10 @@ def _explained(source: Source) -> Iterator[None]:
 
 
 def _unpack(source: Source, archive: Path, into: Path) -> None:
-    """Unpack into `into`: only plain files below it, and no more bytes than expected. Each checksum is checked."""
+    """Unpack an archive into the folder `into`: only plain files inside it, and no more bytes than expected.
+
+    The checksum of each file is checked.
+    """
     try:
         with zipfile.ZipFile(archive) as opened:
             members = [member for member in opened.infolist() if not member.is_dir()]
@@ -269,11 +273,11 @@ def _unpack(source: Source, archive: Path, into: Path) -> None:
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)
         raise
-    os.sync()  # once, where a sync of each of 118,000 files takes minutes
+    os.sync()  # one sync for all: a sync for each of 118,000 files takes minutes
 
 
 def _check(source: Source, members: list[Any]) -> None:
-    """Raise ValueError for an archive that would write outside its folder, or more than expected."""
+    """Raise ValueError if the archive would write outside its folder, or more bytes than expected."""
     names = [member.filename for member in members]
     if len(members) > MAX_MEMBERS or len(set(names)) < len(names):
         raise ValueError(f"{len(names)} files, expected {MAX_MEMBERS} at most, each once")
@@ -289,7 +293,10 @@ def _check(source: Source, members: list[Any]) -> None:
 
 
 def _merge(source: Path, target: Path) -> None:
-    """Move the contents of a folder into another, which may hold other files: one rename each where the name is free."""
+    """Move the contents of the folder `source` into the folder `target`, which may have other files.
+
+    If `target` has no entry of the same name, a file or folder is moved by one rename.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
         place = target / entry.name

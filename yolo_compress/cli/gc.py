@@ -14,7 +14,10 @@ from yolo_compress.store.store import Store
 
 
 def handle(command: Command) -> int:
-    """Delete what neither the given recipe nor a friendly name refers to; print what was deleted and what was not."""
+    """Delete the artefacts that no recipe uses, and print what was deleted and what was not.
+
+    An artefact is used if the recipe of the command line needs it, or if a link `<recipe>/<stage>` leads to it.
+    """
     store = Store(home.weights())
     recipe = command.load() if command.names_recipe else None
     with store.lock("gc", command.wait):

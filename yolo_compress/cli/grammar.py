@@ -1,7 +1,7 @@
 """The grammar of the command line: `yolo-compress VERB [recipe=NAME|FILE] [section.key=value ...] [lock=fail] ...`.
 
-`key=value` is the form that users know from `yolo`; `--key value` and `--key=value` mean the same. This module splits
-words by the rows of `verbs`. `recipe.load` reads the values, and `cli/<verb>.py` carries out the verb.
+Users know `key=value` from the command `yolo`; `--key value` and `--key=value` mean the same. This module splits the command
+line, by the table in `verbs`. `recipe.load` reads the values, and `cli/<verb>.py` runs the verb.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "-V": "version
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, split.
+    """A command line, split into verb, recipe, overrides, options and words.
 
     Attributes:
-        verb: a key of `VERBS`.
-        recipe: name or file of the recipe.
-        overrides: `(section.key, value)` in the order given, each a knob of the recipe; values are still text.
-        options: `lock`, `force`, `target`, ..., where given.
-        words: the names after `fetch`, the file after `lint`, the verb after `help`.
+        verb: A key of `VERBS`, such as "prune".
+        recipe: Name or file of the recipe.
+        overrides: `(section.key, value)` for each setting of the recipe, in the order of the command line. Values are text.
+        options: The options on the command line by name: `lock`, `force`, `target`, ...
+        words: Words without `=` after the verb: the names after `fetch`, the file after `lint`, the verb after `help`.
     """
 
     verb: str
@@ -45,7 +45,7 @@ class Command:
 
     @property
     def dry_run(self) -> bool:
-        """Whether to show only the plan."""
+        """Whether to print what would be done, and to do nothing."""
         return self.options.get("dry_run") == "true"
 
     @property
@@ -55,11 +55,11 @@ class Command:
 
     @property
     def names_recipe(self) -> bool:
-        """Whether the command line chooses a recipe or sets a knob."""
+        """Whether the command line names a recipe or changes a setting of it."""
         return bool(self.overrides) or self.recipe != DEFAULT_RECIPE
 
     def load(self) -> Recipe:
-        """Read the recipe with the overrides.
+        """Return the recipe of the command line with its overrides applied.
 
         Raises:
             RecipeError: A recipe or value that is not valid.
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> Command:
     """Split a command line into verb, options, overrides and words.
 
     Args:
-        argv: Words after the program's name. An empty list asks for help, and so does `--help` anywhere.
+        argv: Words after the program's name. If the list is empty or contains `--help`, the verb is `help`.
 
     Raises:
         RecipeError: A verb, option or knob is unknown (the message suggests the nearest one), a word is out of place, or an
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> Command:
             words.append(value)
         elif verb.option(key) or (
             key in everywhere and key.partition(".")[0] not in recipe.SECTIONS
-        ):  # `engine` is both
+        ):  # `engine` is an option and a section
             _check_option(verb, key, value, options)
             options[key] = value
         elif not verb.knobs:
@@ -149,7 +149,7 @@ def _check_option(verb: Verb, key: str, value: str, given: Mapping[str, str]) ->
 
 
 def _check_whole(verb: Verb, words: Sequence[str], options: Mapping[str, str]) -> None:
-    """Check what no single argument shows: options and words that are missing, or that are too many."""
+    """Check the command line as a whole: no required option or word is missing, and there are not too many words."""
     if absent := [option.name for option in verb.options if option.needed and option.name not in options]:
         raise RecipeError(f"{_WHERE}: {verb.name} needs {' and '.join(absent)}; {verb.usage}")
     for option in verb.options:
@@ -168,11 +168,11 @@ def _check_whole(verb: Verb, words: Sequence[str], options: Mapping[str, str]) -
 
 
 def unknown_verb(word: str, also: Iterable[str] = ()) -> str:
-    """Give the message for a word that is no verb.
+    """Return the error message for a word that is not a verb, with the most similar verb.
 
     Args:
-        word: What stands where a verb is expected.
-        also: Other words that are allowed there.
+        word: Word of the command line in the place of a verb.
+        also: Other words that are allowed in this place.
     """
     if "=" in word or word.startswith("--"):
         return f"{_WHERE}: the verb comes first, got {got(word)}; verbs are {', '.join(VERBS)}"

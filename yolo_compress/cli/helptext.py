@@ -1,4 +1,4 @@
-"""`yolo-compress help`: made from the rows of `verbs` and the knobs of the recipe, so that no value is written twice."""
+"""`yolo-compress help`. The text is made from the table in `verbs` and the settings of the recipe, so no value is written twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ yolo-compress help --all      all knobs of all sections"""
 
 
 def handle(command: Command) -> int:
-    """Print the help of the program, or that of a verb or section."""
+    """Print the help of the program, or of the verb or section that the command line names."""
     name = command.words[0] if command.words else None
     if name is not None and name not in VERBS and name not in recipe.SECTIONS:
         raise RecipeError(unknown_verb(name, recipe.SECTIONS))
@@ -45,12 +45,12 @@ def handle(command: Command) -> int:
 
 
 def help_text(name: str | None = None, everything: bool = False, width: int | None = None) -> str:
-    """Give the help of a verb or section, or of the program.
+    """Return the help of a verb or section, or of the program.
 
     Args:
-        name: key of `VERBS` or of `recipe.SECTIONS`; None for the program.
-        everything: advanced knobs too; for the program, the knobs of all sections.
-        width: columns; None for those of the terminal, 80 where there is none.
+        name: Key of `VERBS` or of `recipe.SECTIONS`. None: the program.
+        everything: Include advanced knobs. For the program, include the knobs of all sections.
+        width: Number of columns. None: the width of the terminal, or 80 if there is no terminal.
     """
     columns = min(max(width or shutil.get_terminal_size((80, 24)).columns, NARROWEST), WIDEST)
     if name:
@@ -111,7 +111,10 @@ def _knob(key: str, column: int, width: int) -> str:
 
 
 def _options(verb: Verb, width: int) -> Iterator[str]:
-    """Yield a block with an entry for each option. Bare words are one entry, and so are the recipe's knobs."""
+    """Yield a block of help with one entry per option of the verb.
+
+    Words without `=` have one entry together, and so have the settings of the recipe.
+    """
     rows = [*([verb.words.option] if verb.words else []), *([ANY_KNOB] if verb.knobs else []), *verb.options]
     column = max((len(row.name) for row in rows), default=0) + 4
     entries = []
@@ -124,7 +127,7 @@ def _options(verb: Verb, width: int) -> Iterator[str]:
 
 
 def _entry(name: str, facts: list[str], unit: str, sentences: list[str], column: int, width: int) -> str:
-    """A name with its facts wrapped beside it; each sentence below on lines of its own."""
+    """Return one entry of the help: `name` with `facts` wrapped beside it, and each sentence below on its own lines."""
     about = "; ".join([*facts, f"unit:{TIED}{unit}"] if unit else facts)
     head = _wrapped(f"  {name:<{column - 2}}{about}", width, " " * column).replace(TIED, " ")
     return "\n".join([head, *(_wrapped(INDENT + text, width, INDENT) for text in sentences)])

@@ -42,7 +42,7 @@ REST_MINUTES = 4  # estimated time of export, engine, bench and report
 
 @dataclass(frozen=True)
 class Order:
-    """The options of the command line."""
+    """The options of the verb `init` on the command line."""
 
     data: str
     weights: str
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """Data, models and machine, as `look` found them."""
+    """What `look` found: the data set, the checkpoints and the machine."""
 
     dataset: Dataset
     origins: dict[str, str]  # baseline and teacher -> weights or pretrained
@@ -64,7 +64,7 @@ class Facts:
 
 
 def handle(command: Command) -> int:
-    """Write the recipe. Print it and the commands to run next."""
+    """Write the recipe that suits the data and the target. Print the recipe and the commands to run next."""
     made = run(order(command.options, command.overrides))
     result(made.pop("text"))
     result(f"written to {made['recipe']}; next:")
@@ -98,13 +98,13 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
 
 
 def run(asked: Order) -> dict[str, Any]:
-    """Write the recipe.
+    """Inspect data, checkpoints and machine, and write the recipe file.
 
     Returns:
         `recipe` (the file), `text` (its content), `minutes` (estimate by stage) and `next` (commands).
 
     Raises:
-        CompressError: A run would refuse the data or a checkpoint, or the file cannot be written.
+        CompressError: The data or a checkpoint could not be used in a run, or the file cannot be written.
     """
     with storage_errors(asked.out), tempfile.TemporaryFile(dir=asked.out.parent):
         pass  # if the folder is not writable, fail now and not after minutes
@@ -130,7 +130,7 @@ def run(asked: Order) -> dict[str, Any]:
 
 
 def look(asked: Order) -> Facts:
-    """Inspect data, checkpoints and machine.
+    """Inspect the data set, the checkpoints and the machine, and return what was found.
 
     Raises:
         CompressError: See `run`.
@@ -153,7 +153,7 @@ def look(asked: Order) -> Facts:
 
 
 def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
-    """Load the model from which a stage starts. `pipeline.check` checks later whether it fits the data set."""
+    """Load the model that a stage starts from. `pipeline.check` checks later whether this model fits the data set."""
     if origin == "weights":
         return train_checkpoint.load_model(path)
     return transfer.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]
@@ -163,7 +163,7 @@ Section = list[tuple[str, Any, str]]  # (knob, value, reason) of each row
 
 
 def compose(asked: Order, facts: Facts) -> dict[str, Section]:
-    """Return the sections of the recipe, each knob with value and reason, without the overrides of the command line."""
+    """Return the sections of the new recipe: for each knob its value and the reason. Overrides are not applied yet."""
     dataset, target = facts.dataset, TARGETS[asked.target]
     images = len(dataset.train)
     sections: dict[str, Section] = {

@@ -1,4 +1,4 @@
-"""The device classes that `yolo-compress init` writes a recipe for: one row each. Imports no torch, so that the help is fast."""
+"""Table of the device classes that `yolo-compress init` writes a recipe for. Imports no torch, so that the help is fast."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Target:
     """A device class that the engine will run on, and the settings that follow from it.
 
     Attributes:
-        title: As the head of the recipe names it.
-        round_to: Channel counts are multiples of this, and why.
-        weight_bits: `qat.weight_bits`, and why.
-        smallest_px: Smaller inputs of the model save no time that matters.
+        title: Name of the device class in the first line of the recipe.
+        round_to: Channel counts are multiples of this number; with the reason.
+        weight_bits: Value of `qat.weight_bits`; with the reason.
+        smallest_px: Smallest input size of the model, px. Smaller inputs hardly save time on this device.
         after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
     """
 

@@ -11,7 +11,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Write both keys; print where each belongs."""
+    """Write the private and the public key, and print where to store each."""
     made = keygen(Path(command.options["out"]))
     result(f"on the robot: install {made['public_key']} as {made['pin_as']}; keep {made['key']} off every robot")
     result(json.dumps(made))

@@ -1,4 +1,4 @@
-"""`yolo-compress lint`: faults of an ONNX file, found before an engine is built from it."""
+"""`yolo-compress lint`: find faults of an ONNX file before an engine is built from the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Print the findings; exit code 1 if one of them is an error."""
+    """Print the findings about an ONNX file. Return exit code 1 if a finding is an error."""
     text, document = isolated.check_isolated(Path(command.words[0]), command.options.get("target", DEFAULT))
     result(text)
     result(json.dumps(document))

@@ -1,6 +1,6 @@
-"""The command line: `grammar` reads the words, a row of `verbs` names the handler, and `cli/<verb>.py` holds it.
+"""Entry point of the command line. `grammar` parses it, and the table in `verbs` names the function in `cli/<verb>.py` to call.
 
-Progress and errors go to stderr. Stdout holds the answer: a table where there is one, and one JSON document as its last line.
+Progress and errors go to stderr. Results go to stdout: a table if the verb has one, then a JSON document on the last line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Handler = Callable[[grammar.Command], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (errors.py and exits.py list them)."""
+    """Run one command of `yolo-compress` and return its exit code. errors.py and exits.py list the exit codes."""
     signal.signal(signal.SIGTERM, _terminate)
     continues = False
     try:
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         return handler(verb)(command)
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        if ranks.several():  # a launcher that ends all ranks would interrupt one that is about to end
+        if ranks.several():  # a launcher that stops all ranks would interrupt a rank that is about to exit
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return explain(error, continues)
 
 
 def handler(verb: Verb) -> Handler:
-    """Import the function that carries out a verb."""
+    """Import and return the function that runs a verb."""
     module, _, function = verb.handler.partition(":")
     found: Handler = getattr(import_module(module), function)
     return found
@@ -51,7 +51,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _check_outside_store(verb: Verb, command: grammar.Command) -> None:
-    """Refuse to write into the store, whatever the verb."""
+    """Check that no output path of the command is inside the store. Raise RecipeError otherwise."""
     written = [option.name for option in verb.options if option.writes and option.name in command.options]
     if not written:
         return

@@ -30,7 +30,7 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call. `out=None` writes to stdout; `engines=None` lets `open_pipeline` choose."""
+    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses."""
 
     source: str
     engine: Path
@@ -42,7 +42,7 @@ class Settings:
 
 
 def handle(command: Command) -> int:
-    """Detect in every image; print the summary as the last line."""
+    """Detect objects in every image, and print the summary as the last line."""
     summary = run(settings(command.options))
     progress.result(json.dumps(summary))
     if ended := summary["ended_by"]:
@@ -95,16 +95,17 @@ def _count(options: Mapping[str, str]) -> int | None:
 
 
 def run(chosen: Settings) -> dict[str, Any]:
-    """Detect in every image. Ctrl-C, SIGTERM or a closed stdout end it early, with a summary of the images so far.
+    """Detect objects in every image and return a summary. Ctrl-C, SIGTERM or a closed stdout end the run early, with a summary.
 
     Returns:
-        source, engine, pictures (number of images that were processed), unreadable and first_unreadable, detections (boxes),
-        seconds, fps, latency_p50_ms ... as `latency.percentiles`, ended_by ("interrupted", "terminated" or None), out.
+        A summary with the keys `source`, `engine`, `pictures` (number of images processed), `unreadable`, `first_unreadable`,
+        `detections` (number of boxes), `seconds`, `fps`, `ended_by` ("interrupted", "terminated" or None) and `out`. The
+        latencies have the keys of `latency.percentiles`, such as `latency_p50_ms`.
 
     Raises:
-        SourceError, EngineError, RuntimeUnavailable, NotFinite: see `runtime`.
-        RecipeError: `out` holds the lines of an earlier call.
-        StorageError: the disk is full or cannot be written.
+        SourceError, EngineError, RuntimeUnavailable, NotFinite: See `runtime`.
+        RecipeError: The folder `out` has results of an earlier call.
+        StorageError: The disk is full or cannot be written.
     """
     source = open_source(chosen.source)
     if Path(chosen.source).is_dir():
@@ -156,7 +157,7 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 
 def complain(summary: Mapping[str, Any]) -> None:
-    """Raise DataError if images could not be read. The results of the others are written by then."""
+    """Raise DataError if the summary counts unreadable images. Results of the other images are already written."""
     if summary["unreadable"]:
         read = summary["pictures"]
         raise DataError(
@@ -167,7 +168,10 @@ def complain(summary: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], bool]]:
-    """Yield a function that writes the line of an image, and the image itself with `draw`; it returns False once stdout is closed."""
+    """Yield a function that writes the result of an image as a line. With the option `draw`, it writes the image too.
+
+    The function returns False once the reader has closed stdout.
+    """
     if chosen.out is None:
         yield lambda found: progress.result(line(found, names))
         return

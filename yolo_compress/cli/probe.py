@@ -1,4 +1,4 @@
-"""`yolo-compress probe`: the model at several widths, for a robot to time its layers."""
+"""`yolo-compress probe`: write the model at several widths, so that a robot can time the layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Write the folder; print the commands that follow."""
+    """Write the model at several widths into a folder, and print the commands to run next."""
     folder = pipeline.probe(command.load(), command.options["out"])
     measure = f"python3 -m yolo_compress.runtime.measure.layer_times {shlex.quote(str(folder))}"
     result(f"on the robot: {measure} --runtime RUNTIME > table.json")

@@ -31,7 +31,7 @@ def start(command: Command, words: Sequence[str], is_stage: bool) -> int | None:
         The exit code of the ranks. None if none were started: this process must run the command itself.
 
     Raises:
-        RecipeError: torchrun started several processes of a command that needs one, or their number is not that of the GPUs.
+        RecipeError: torchrun started several processes for a command that needs one, or not as many processes as GPUs.
         EnvironmentLacks: See `ranks.check_environment` and `ranks.check_devices`.
     """
     ranks.check_environment()
@@ -83,9 +83,9 @@ def launch(words: Sequence[str], count: int) -> int:
 
 
 def _exit_code(failures: Mapping[int, Any]) -> int:
-    """Return the exit code of the rank that made the others end.
+    """Return the exit code of the rank that failed first and so made the others end.
 
-    A rank that a signal killed could print no error, so this prints one for it. Ranks that only lost the connection count last.
+    If a signal killed that rank, it printed no error, so this function prints one. Ranks that only lost the connection count last.
     """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     for rank, code in sorted(codes.items()):

@@ -21,7 +21,7 @@ from yolo_compress.rollout.shadow_log import read, read_truth
 
 
 def handle(command: Command) -> int:
-    """Judge a release; exit code 1 on abort."""
+    """Judge the release of a new model, and print the verdict. Return exit code 1 if the release must be aborted."""
     document = run(command.options, command.wait)
     result(text(document))
     result(json.dumps(document))
@@ -29,18 +29,18 @@ def handle(command: Command) -> int:
 
 
 def run(options: Mapping[str, str], wait: bool = True) -> Document:
-    """Judge the logs of both models, and store the state if a file is given for it.
+    """Judge model B, the new one, against model A, the one in use, from their logs. If a state file is given, store the state in it.
 
     Args:
-        options: a and b; optional truth, stage, state, cap, budgets.
-        wait: whether to wait for another call with the same state file.
+        options: Options of the command line. `a` and `b` are needed; `truth`, `stage`, `state`, `cap` and budgets are optional.
+        wait: Whether to wait for another call with the same state file.
 
     Returns:
-        The document of `rollout.judge.judge`.
+        The verdict, as made by `rollout.judge.judge`.
 
     Raises:
-        RecipeError, DataError, StorageError: a wrong option, a log that cannot be used, a state file that cannot be written.
-        Locked: another call uses the state file, and `wait` is false.
+        RecipeError, DataError, StorageError: An option is wrong, a log cannot be used, or the state file cannot be written.
+        Locked: Another call uses the state file, and `wait` is false.
     """
     allowed, cap = judge.budgets(options.get("budgets")), _cap(options.get("cap", "1"))
     log_a, log_b = read(Path(options["a"])), read(Path(options["b"]))
@@ -85,7 +85,7 @@ def _load(path: Path) -> state.State | None:
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """Give the verdict and its reasons, then a table with a line for each rule."""
+    """Return the verdict as text: the decision and its reasons, then a table with a line for each rule."""
     verdict, a, b = document["verdict"], document["a"], document["b"]
     lines = [
         f"{verdict['status']} at {document['stage']:.0%}: {b['name']} version {b['version']} beside "

@@ -1,4 +1,4 @@
-"""The stages as verbs: each runs what it needs first, and `run` goes up to the report."""
+"""The verbs that run a stage, such as `yolo-compress prune`. Earlier stages run first if needed; `run` runs all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yolo_compress.report.summary import bench_text
 
 
 def handle(command: Command) -> int:
-    """Run a stage; exit code 1 if the report's gate fails."""
+    """Run a stage and all stages that it needs. Return exit code 1 if the report's gate fails."""
     recipe = command.load()
     if command.dry_run:
         return _dry_run(recipe)
@@ -26,7 +26,7 @@ def handle(command: Command) -> int:
     target = "report" if command.verb == "run" else command.verb
     artifact = pipeline.run(recipe, target, wait=command.wait, again=command.force)
     if ranks.rank() > 0:
-        return 0  # rank 0 answers
+        return 0  # only rank 0 prints the result
     answer: dict[str, Any] = {
         "recipe": recipe.name,
         "stage": artifact.stage,
@@ -46,7 +46,7 @@ def handle(command: Command) -> int:
 
 
 def _dry_run(recipe: Recipe) -> int:
-    """Print the plan of `prune` for the artefacts that exist; write nothing."""
+    """Print what `prune` would remove from the model as it is now. Nothing is written."""
     plan = pipeline.dry_run(recipe)
     result(plan["table"])
     result(json.dumps({"recipe": recipe.name, **{key: value for key, value in plan.items() if key != "table"}}))
@@ -54,7 +54,7 @@ def _dry_run(recipe: Recipe) -> int:
 
 
 def _report_over(recipe: Recipe, command: Command) -> int:
-    """Write a second report that also shows the rows of other machines."""
+    """Write a copy of the report that also shows the measurements of other machines."""
     out = Path(command.options.get("out", f"report-{folder.label(home.weights(), recipe)}"))
     metrics = pipeline.report_over(recipe, list(file_list(command.options["add"])), out, wait=command.wait)
     result(metrics.pop("table"))
@@ -64,7 +64,7 @@ def _report_over(recipe: Recipe, command: Command) -> int:
 
 
 def file_list(text: str) -> Iterator[Path]:
-    """Yield the files of a list with commas. Where a name has commas itself, the longest name of an existing file counts."""
+    """Yield the files of a comma-separated list. If a file name contains commas, take the longest name of an existing file."""
     parts = text.split(",")
     while parts:
         names = {count: ",".join(parts[:count]) for count in range(len(parts), 0, -1)}

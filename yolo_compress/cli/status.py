@@ -10,7 +10,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Print a line a stage, and the reasons below it."""
+    """Print for each stage whether it is up to date, and the reasons below."""
     recipe = command.load()
     rows = list(pipeline.status(recipe))
     for row in rows:

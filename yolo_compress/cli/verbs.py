@@ -1,6 +1,6 @@
-"""The verbs of the command line: one row each, from which the parser, the usage lines, the help and the dispatch are made.
+"""Table of the verbs of the command line and their options. The parser, the usage lines and the help are made from this table.
 
-A new verb is a row here and a file `cli/<verb>.py` with its handler. Nothing else lists verbs or their options.
+To add a verb, add a row here and a file `cli/<verb>.py` with its function. No other module lists verbs or their options.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Option:
     """An option of a verb, `name=VALUE` or `--name VALUE`.
 
     Attributes:
-        name: left side.
-        form: right side as the usage line shows it; empty for a switch, `--name`.
-        text: what it does, and when to set it.
-        default: as the help shows it.
-        values: allowed values in words, where `choices` is empty.
-        unit: unit of the value.
-        needed: whether the verb requires it.
-        choices: the only allowed values; any text where empty.
-        requires: another option of the verb, without which this one is an error.
-        writes: whether its value is a path that the verb writes. Such a path must lie outside the store.
+        name: Name on the left of `=`.
+        form: Placeholder for the value in the usage line. Empty for a switch, `--name`.
+        text: What the option does, and when to set it.
+        default: Default value, as the help shows it.
+        values: Description of the allowed values, if `choices` is empty.
+        unit: Unit of the value.
+        needed: Whether the verb requires the option.
+        choices: The allowed values. Empty: any text is allowed.
+        requires: Name of another option of the verb. Without that option, this option is an error.
+        writes: Whether the value is a path that the verb writes. Such a path must be outside the store.
     """
 
     name: str
@@ -49,28 +49,28 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """The option in a usage line, in brackets where it is optional."""
+        """The option as the usage line shows it, in brackets if it is optional."""
         text = f"{self.name}={self.form}" if self.form else f"--{self.name}"
         return text if self.needed else f"[{text}]"
 
     @property
     def switch(self) -> bool:
-        """Whether `--name` alone means true."""
+        """Whether the option is a switch: `--name` without a value means true."""
         return self.choices == SWITCH
 
 
 @dataclass(frozen=True)
 class Words:
-    """The bare words after a verb, such as the file after `lint`.
+    """Description of the words without `=` after a verb, such as the file after `lint`.
 
     Attributes:
-        usage: as the usage line shows them.
-        noun: what one word is called in an error.
-        text: what they are for.
-        default: as the help shows it, where the verb works without a word.
-        values: allowed words.
-        least: least number of words.
-        most: largest number of words; None for any number.
+        usage: The words as the usage line shows them.
+        noun: Name of one word in error messages.
+        text: What the words are for.
+        default: What the verb uses if there is no word, as the help shows it.
+        values: Allowed words.
+        least: Least number of words.
+        most: Largest number of words. None: any number.
     """
 
     usage: str
@@ -83,19 +83,19 @@ class Words:
 
     @property
     def count(self) -> str:
-        """How many words the verb takes, as an error says it."""
+        """Number of words that the verb takes, as text for an error message."""
         if self.most is None:
             return f"one or more {self.noun}s"
         return f"one {self.noun}" if self.least else f"at most one {self.noun}"
 
     @property
     def option(self) -> Option:
-        """The same as an option, for the help."""
+        """The words described as an `Option`, so that the help shows them like one."""
         return Option(self.usage, "", self.text, self.default, self.values, needed=self.least > 0)
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Allowed values in words, from the list that the verb itself reads."""
+    """Return the text "one of ..." for the help, from the list of names that the verb itself reads."""
     return "one of " + ", ".join(names)
 
 
@@ -119,17 +119,17 @@ def _conf(text: str) -> Option:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb.
+    """A command of `yolo-compress`, such as `prune`: its options, its help, and the function that runs it.
 
     Attributes:
-        name: the word on the command line.
-        help: its line in the help.
-        heading: where the help shows it.
-        handler: `module:function` that carries it out, `(grammar.Command) -> exit code`. Imported when the verb runs.
-        options: its options, beside the recipe's knobs.
-        words: the bare words that follow it; None if it takes none.
-        knobs: whether it takes the recipe's knobs, `section.key=value`.
-        continues: whether the same command, run again after an interrupt, continues where it stopped.
+        name: The word on the command line.
+        help: Line about the verb in the help.
+        heading: Heading in the help under which the verb stands.
+        handler: `module:function` that runs the verb, `(grammar.Command) -> exit code`. Imported when the verb runs.
+        options: Options of the verb, in addition to the recipe's knobs.
+        words: Words without `=` that follow the verb. None: the verb takes none.
+        knobs: Whether the verb takes the recipe's knobs, `section.key=value`.
+        continues: Whether the same command, run again after an interrupt, continues where it stopped.
     """
 
     name: str
@@ -143,7 +143,7 @@ class Verb:
 
     @property
     def form(self) -> str:
-        """What follows the verb in its usage line."""
+        """The part of the usage line after the verb: words and options."""
         parts = [self.words.usage] if self.words else []
         for option in self.options:
             parts.append(option.usage)
@@ -153,11 +153,11 @@ class Verb:
 
     @property
     def usage(self) -> str:
-        """Its usage line."""
+        """The usage line of the verb."""
         return f"usage: yolo-compress {self.name} {self.form}".rstrip()
 
     def option(self, name: str) -> Option | None:
-        """Its option of that name."""
+        """Return the verb's option of this name, or None."""
         return next((option for option in self.options if option.name == name), None)
 
 
@@ -284,5 +284,5 @@ VERBS = {row.name: row for row in (
 
 
 def options() -> dict[str, Option]:
-    """The options of all verbs by name; a name that several verbs have stands once."""
+    """Return the options of all verbs by name. A name that several verbs use occurs once."""
     return {option.name: option for row in VERBS.values() for option in row.options}

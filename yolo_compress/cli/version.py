@@ -1,4 +1,4 @@
-"""`yolo-compress version`."""
+"""`yolo-compress version`: print the version of this package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Print the version."""
+    """Print the version of this package."""
     result(__version__)
     return 0

@@ -1,1 +1,1 @@
-"""Data sets: the data yaml, the preflight of every image and label, its cache, and the built-in digits."""
+"""Data sets: read the data yaml, check every image and label (preflight), cache the result, and draw the built-in digits."""

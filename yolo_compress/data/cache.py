@@ -1,4 +1,4 @@
-"""Cache of the preflight: results by file path, so that a second preflight needs one stat a file.
+"""Cache of the preflight: results by file path, so that a second preflight needs only one `stat` call per file.
 
 An entry is valid while size, mtime, ctime and inode are unchanged. A cache that cannot be read is ignored, and it is safe
 to delete. It is JSON, never pickle. Ultralytics' labels.cache is not read.
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # raise it when images.py or labels.py changes its result for a file
+VERSION = 1  # increase this number when images.py or labels.py changes its result for a file
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """State of a file, to see without reading it whether it changed. ctime also shows edits that restore the mtime."""
+    """Size, times and inode of a file, which show whether the file changed. ctime also shows edits that restore the mtime."""
 
     size: int
     mtime_ns: int
@@ -43,7 +43,7 @@ class Stamp:
 
 
 class FileCache:
-    """JSON values by (kind, absolute path), each valid for one stamp of the file. Without a `file` it starts empty."""
+    """Cache of JSON values by (kind, absolute path). A value is valid for one stamp of the file. If `file` is None, start empty."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -59,7 +59,7 @@ class FileCache:
             return
 
     def get(self, kind: str, path: Path, stamp: Stamp, read: Callable[[Any], Any]) -> Any:
-        """Return `read(stored value)`; None if no value is stored for this stamp, or if `read` fails."""
+        """Return the cached value, converted by `read`. None: no value is stored for this stamp, or `read` failed."""
         try:
             known, value = self.entries[f"{kind}:{path}"]
             return read(value) if known == stamp.as_list() else None
@@ -71,7 +71,7 @@ class FileCache:
         self.changed = True
 
     def save(self) -> None:
-        """Write the cache if it changed.
+        """Write the cache to its file if a value changed.
 
         Raises:
             StorageError: The folder cannot be written.

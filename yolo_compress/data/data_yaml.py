@@ -1,7 +1,7 @@
-"""The data yaml: find it, read it strictly, and list the image files of each split.
+"""Find and read data yamls, and list the image files of each split.
 
-Ultralytics does not read it, for two reasons. It runs the text under `download:` when images are missing; here `download:` is
-ignored. And it reads the entries of image lists relative to the working directory.
+This package does not let Ultralytics read the data yaml, for two reasons. If images are missing, Ultralytics runs the text under
+`download:`, which is ignored here. And Ultralytics reads the entries of image lists relative to the working directory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNREAD_SUFFIXES = frozenset(("gif", "pbm", "pgm", "ppm", "tga", "exr", "hdr", "i
 COMPANIONS = frozenset(  # suffixes of other files that are usual in folders of images
     ("cache", "csv", "db", "html", "ini", "json", "md", "npy", "npz", "pdf", "py", "txt", "xml", "yaml", "yml", "zip")
 )
-MAX_CLASSES = 20_000  # the most that strict_yaml reads; the largest detection set has 1,203
+MAX_CLASSES = 20_000  # limit of strict_yaml; the largest detection data set has 1,203 classes
 MAX_KEYPOINTS = 10_000
 MAX_FOLDERS = 100_000  # in one split
 NEWLINE = b"\n"
@@ -54,7 +54,7 @@ class DataYaml:
 
 @dataclass(frozen=True)
 class Listed:
-    """One listed image. `source` is "list.txt:3" or the folder; `name` is its path relative to the data root."""
+    """An image file of a split. `source`: "list.txt:3" or a folder. `name`: path of the image relative to the data root."""
 
     path: Path
     name: str
@@ -62,7 +62,7 @@ class Listed:
 
 
 def shown(path: Path | str) -> str:
-    """Return `path` for a message: relative if it is below the working directory."""
+    """Return `path` as messages show it: relative if it is below the working directory, else as given."""
     return strict_yaml.shown(_relative(path))
 
 
@@ -71,9 +71,9 @@ def _relative(path: Path | str) -> str:
 
 
 def left_out(names: Iterable[str]) -> str | None:
-    """Return one line that counts the files without an image suffix; None if there are none.
+    """Return one line of text with the number of files that are not images. None: there are none.
 
-    It does not count hidden files, nor labels, lists, caches and others that are usual in folders of images.
+    Hidden files are not counted, nor labels, lists, caches and other files that are usual in folders of images.
     """
     suffixes = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
     counts = Counter(suffix for suffix in suffixes if suffix[1:] not in COMPANIONS)
@@ -90,7 +90,9 @@ def data_folders() -> list[Path]:
 
 
 def find_yaml(name: str) -> Path:
-    """Return the path of the data yaml `name`: as given, in `data_folders()`, or shipped. The suffix .yaml is optional.
+    """Return the path of a data yaml. `name` is a path, a name in `data_folders()`, or a data yaml of this package.
+
+    The suffix .yaml is optional.
 
     Raises:
         RecipeError: There is no such file. The message lists the folders searched and the yamls in them.
@@ -179,10 +181,10 @@ def _names(values: Mapping[str, object], bad: _MakeError) -> tuple[str, ...]:
 
 
 def _root(file: Path, values: Mapping[str, object], bad: _MakeError) -> Path:
-    """Return the folder of `path:`, relative to the yaml or else to one of `data_folders()`.
+    """Return the data root: the folder under `path:`, relative to the yaml, or else relative to one of `data_folders()`.
 
-    The second is for yamls of Ultralytics, which has all data sets in one folder. The `path:` of a shipped yaml is only
-    searched in `data_folders()`, never in the folder of the code.
+    `data_folders()` is for yamls of Ultralytics, which has all data sets in one folder. For a yaml of this package, `path:` is
+    searched only in `data_folders()`, never in the folder of the code.
     """
     text = values.get("path")
     if text is not None and (not isinstance(text, str) or "\0" in text):
@@ -198,7 +200,7 @@ def _root(file: Path, values: Mapping[str, object], bad: _MakeError) -> Path:
 
 
 def _checked_entry(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
-    """Return the entry of a split. Exports of Roboflow write ../train for ./train, which is corrected.
+    """Return the entry of a split, checked. Exports of Roboflow have `../train` instead of `./train`; this is corrected.
 
     Raises:
         DataError: `..` leads out of `root`.
@@ -217,7 +219,7 @@ def _escapes(root: Path, folder: Path, entry: str) -> bool:
 
 
 class Listing(NamedTuple):
-    """Image files of a split, sorted by path; findings about its folders and lists; a note if files were left out."""
+    """Image files of a split, sorted by path. Also findings about folders and lists, and a note if files were left out."""
 
     images: list[Listed]
     findings: list[str]
@@ -228,9 +230,8 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
     """List the image files of a split.
 
     Folders are searched with all subfolders and symbolic links. Hidden files and folders and files that are not images
-    are left out, as in Ultralytics. A relative entry of a list is relative to the folder of the list. Ultralytics does
-    that for `./` only; its other entries are relative to the working directory, so a data set depends on where one
-    starts the program.
+    are left out, as in Ultralytics. A relative entry in a list file is relative to the folder of the list file. Ultralytics
+    does that only for entries with `./`. It reads other entries relative to the working directory.
 
     Raises:
         DataError: A folder or list of the data yaml does not exist, or an entry of a list leads out of the data root.
@@ -262,7 +263,7 @@ def _listed(root: Path, path: Path, source: str) -> Listed:
 
 
 def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
-    """Yield the images below `top`, and findings as text. Append the names of other files to `others`."""
+    """Yield the images in the folder `top` and its subfolders, and findings as text. Append names of other files to `others`."""
 
     def fail(error: OSError) -> None:
         failed.append(f"{shown(error.filename)}: {error.strerror}")
@@ -293,7 +294,10 @@ def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
 
 
 def _leads_back(link: str, folder: str, top: Path) -> bool:
-    """Return whether a link leads to one of the folders from `top` to it, also through other links."""
+    """Return whether the folder link `link` leads back to a folder that contains it, at or below `top`.
+
+    The link may lead there through other links.
+    """
     parents = [Path(folder)]
     while parents[-1] != top:
         parents.append(parents[-1].parent)

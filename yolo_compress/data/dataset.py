@@ -1,7 +1,8 @@
-"""Preflight of a data set: read every image and label before any training, and compute the digest of each split.
+"""Check every image and label of a data set before any training (preflight), and compute the digest of each split.
 
-Ultralytics leaves out files that it cannot read, and reports mAP over the rest. Here a finding stops the run. With
-`on_bad="skip"` it removes the image for every model. Layout and label rules are those of Ultralytics, in labels.py and images.py.
+Ultralytics leaves out files that it cannot read, and reports mAP over the rest. Here a finding stops the run. If `on_bad` is
+"skip", the image of the finding is left out for every model. Folders and labels follow the rules of Ultralytics; see labels.py
+and images.py.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from yolo_compress.runtime.limits import MAX_DET, counted
 __all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
 
 MAX_UNLABELLED = 0.3
-LISTED_FINDINGS = 10  # in an error message; BadData.findings has all of them
+LISTED_FINDINGS = 10  # largest number of findings in an error message; BadData.findings has all of them
 
 
 class BadData(DataError):
-    """Some files of a data set cannot be used. `findings` has a line for each: "path:line: what is wrong"."""
+    """Some files of a data set cannot be used. `findings` has one line per fault: "path:line: what is wrong"."""
 
     def __init__(self, message: str, findings: Sequence[str]) -> None:
         super().__init__(message)
@@ -39,7 +40,7 @@ class BadData(DataError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that passed the preflight.
+    """A data set that passed the preflight: class names, training and validation images with their boxes, and digests.
 
     The digests depend on class names, image bytes, boxes, and file names relative to the data root.
     """
@@ -80,7 +81,7 @@ def load(
         allow_overlap: Accept validation images that are also training images.
         limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`). It needs no
             seed.
-        limit_val: The same for the validation split.
+        limit_val: Number of validation images to read, chosen in the same way.
         max_unlabelled: Largest fraction of the images of a split that may have no label file. They are background.
         max_det: Number of detections that NMS keeps in an image. Images with more objects give a note.
         cache: JSON file with the results of earlier preflights.
@@ -151,7 +152,7 @@ def with_unlabelled(
     allow_overlap: bool = False,
     cache: Path | None = None,
 ) -> Dataset:
-    """Return the data set with the images of `folder` as `unlabelled`. Label files in the folder are not read.
+    """Return the data set with the images of `folder` added as `unlabelled`. Label files in the folder are not read.
 
     Raises:
         DataError: The folder does not exist, or has no image.
@@ -191,7 +192,7 @@ def _read(
     progress: Progress | None = None,
     labelled: bool = True,
 ) -> tuple[list[Read], list[str]]:
-    """Read images and labels through the cache. Return the results, and a note if the cache cannot be written."""
+    """Read images and labels, with the cache if there is one. Return the results, and a note if the cache cannot be written."""
     store = FileCache(cache)
     read = Reader(data, store, labelled).read_all(listed, progress)
     try:
@@ -202,7 +203,7 @@ def _read(
 
 
 def recheck(dataset: Dataset) -> None:
-    """Check that no file of the data set changed since it was loaded. Only files with another stamp are read.
+    """Check that no file of the data set changed since it was loaded. Only files with another size or time are read again.
 
     Raises:
         DataError: A file is gone, is new or has other bytes. The message names the first one.
@@ -224,10 +225,10 @@ def recheck(dataset: Dataset) -> None:
 
 
 def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """Return at most `count` samples chosen by `seed`, sorted by name.
+    """Return at most `count` samples for calibration, chosen by `seed` and sorted by name.
 
-    The samples with the smallest sha256(seed, image) are chosen. So one image more or less changes at most one sample, and
-    the choice does not depend on the version of a random generator.
+    The samples with the smallest sha256(seed, image) are chosen. If an image is added or removed, at most one chosen sample
+    changes. The choice does not depend on the version of a random generator.
 
     Args:
         samples: Training samples. Never pass validation samples.
@@ -252,9 +253,9 @@ def _evenly_spaced(listed: list[Listed], limit: int | None, key: str) -> list[Li
 
 
 def _repeated(results: Sequence[Read]) -> list[str]:
-    """Return findings about validation images that are listed twice: mAP would count them twice.
+    """Return findings about validation images that are listed twice, because mAP would count them twice.
 
-    Training images may be listed twice; that is oversampling.
+    Training images may be listed twice: this is oversampling.
     """
     first: dict[Path, str] = {}
     out = []
@@ -279,7 +280,7 @@ def _check_split(
     max_unlabelled: float,
     max_det: int,
 ) -> list[str]:
-    """Check the samples of a split, and return notes about them.
+    """Check that a split has images, boxes and enough label files. Return notes about the split.
 
     Raises:
         DataError: The split has no image, no box, or too few label files.
@@ -376,7 +377,7 @@ def _failure(data: DataYaml, findings: Iterable[str], hint: str) -> BadData:
 
 
 def _lines(findings: Sequence[str]) -> str:
-    """Return the first findings as indented lines, and the number of the others."""
+    """Return text with the first findings as indented lines, and the number of further findings."""
     more = [f"... and {len(findings) - LISTED_FINDINGS} more"] if len(findings) > LISTED_FINDINGS else []
     return "".join(f"\n  {line}" for line in [*findings[:LISTED_FINDINGS], *more])
 

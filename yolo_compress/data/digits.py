@@ -30,7 +30,7 @@ from yolo_compress.files.lock import lock
 from yolo_compress.runtime import json_text
 from yolo_compress.runtime.commands.common import Parser
 
-VERSION = 1  # raise it when the same parameters give other bytes
+VERSION = 1  # increase this number when the same parameters give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
 MAX_COVERED = 0.4  # fraction of a digit's ink; above it, people cannot read the digit either
 INK = 0.35  # a pixel with at least this alpha belongs to the digit; its box and its covered area follow from that
@@ -40,8 +40,8 @@ RECORD = "digits.json"
 def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: int = 0) -> None:
     """Draw `train` and `val` square scenes of `imgsz` px to images/{train,val} and labels/{train,val} under `out`.
 
-    If `out` already has exactly these files, nothing is done. Otherwise the scenes are drawn to `out`.partial, which is
-    then renamed, so `out` is never half drawn. A folder drawn with other parameters is replaced.
+    If `out` already has exactly these files, nothing is done. Otherwise the scenes are drawn into a folder `out`.partial, which
+    is then renamed, so `out` is never incomplete. A folder drawn with other parameters is replaced.
 
     Raises:
         RecipeError: A count is below 1, or the images are too small for digits.
@@ -70,7 +70,10 @@ def draw(out: Path, train: int = 600, val: int = 150, imgsz: int = 128, seed: in
 
 
 def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
-    """Write images and labels, and return the sha256 of each file. A scene depends only on seed, split and number."""
+    """Draw the scenes, write images and labels to `out`, and return the SHA-256 of each file by its path in the folder.
+
+    A scene depends only on the seed, the split and the scene's number.
+    """
     scans, classes = source_digits()
     imgsz, files = parameters["imgsz"], {}
     for split, name in enumerate(("train", "val")):
@@ -88,7 +91,7 @@ def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
 
 
 class Record(TypedDict):
-    """What was drawn, beside it."""
+    """Content of the file that records which scenes a folder has: parameters and SHA-256 of every file."""
 
     parameters: dict[str, int]
     files: dict[str, str]  # path in the folder -> SHA-256, hex
@@ -106,7 +109,7 @@ def is_complete(out: Path, parameters: dict[str, int]) -> bool:
 
 
 def source_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the scans as (1797, 8, 8) float 0..1, and their classes (1797,)."""
+    """Return the scans of handwritten digits as (1797, 8, 8) float 0..1, and their classes as (1797,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -114,7 +117,7 @@ def source_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_sources(count: int, split: str) -> np.ndarray:
-    """Return the indices of the source digits for a split. The two splits share none."""
+    """Return the indices of the scans that scenes of a split use. The two splits share no scan."""
     index = np.arange(count)
     return index[(index % VAL_EVERY == 0) == (split == "val")]
 
@@ -167,13 +170,16 @@ def background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
 
 
 def _near(rng: np.random.Generator, image: Image.Image, x: float, y: float) -> tuple[int, ...]:
-    """Return a colour near that at (x, y), so that strokes and blobs have less contrast than most digits."""
+    """Return a colour similar to the image's colour at (x, y). Strokes and blobs then have less contrast than most digits."""
     at = image.getpixel((int(np.clip(x, 0, image.width - 1)), int(np.clip(y, 0, image.height - 1))))
     return tuple(int(c) for c in np.clip(np.array(at) + rng.normal(0, 40, 3), 0, 255))
 
 
 def _stamp(rng: np.random.Generator, scan: np.ndarray, imgsz: int) -> np.ndarray:
-    """Draw one scan at a random place of an empty layer (H, W) 0..1: 17 to 38 % of its side, rotated by up to 25 degrees."""
+    """Return an empty layer (H, W) 0..1 with one scan drawn at a random place.
+
+    The scan's side is 17 to 38 % of the layer's side. The scan is rotated by up to 25 degrees.
+    """
     height = rng.uniform(0.17, 0.38) * imgsz
     size = (round(height * rng.uniform(0.75, 1.05)), round(height))
     framed = Image.fromarray(np.pad(scan, 1).astype(np.float32))  # a blank border, so that the ink fades out

@@ -1,4 +1,4 @@
-"""Check of one image file: it must be complete and of a format that OpenCV decodes to the same pixels as Pillow.
+"""Check one image file: it must be complete, and OpenCV must decode its format to the same pixels as Pillow.
 
 Pillow decodes each file once, fully. A format is accepted if cv2.imdecode (5.0.0) was compared with Pillow: PNG, JPEG, BMP,
 TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha is ignored) or CMYK.
@@ -22,12 +22,12 @@ MAX_PIXELS = 100_000_000  # 300 MB decoded; larger images are decompression bomb
 
 
 class Finding(ValueError):
-    """An image cannot be used; the message is the reason."""
+    """An image cannot be used. The message of this exception is the reason."""
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Turn off Pillow's warnings about large or wrongly tagged images. `probe` raises findings for those that matter."""
+    """Turn off Pillow's warnings about large or wrongly tagged images, which `probe` checks itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -55,10 +55,10 @@ def probe(data: bytes) -> tuple[int, int]:
 
 
 def _open(data: bytes):  # type: ignore[no-untyped-def]
-    """Open `data` with Pillow's own decoders. Only the header is read.
+    """Open the encoded image `data` with Pillow's own decoders. Only the header is read.
 
-    This replaces `PIL.Image.open`, because Ultralytics 8.4.190 patches that on import: for a file of unknown format its
-    version installs pi-heif with pip. Once pi-heif is registered, the same bytes give another finding.
+    This function replaces `PIL.Image.open`, which Ultralytics 8.4.190 patches on import. For a file of unknown format, the
+    patched function installs pi-heif with pip. Once pi-heif is registered, the same bytes give another finding.
 
     Raises:
         Finding: The format is not known.
@@ -108,7 +108,7 @@ def _checked_size(image, data: bytes) -> tuple[int, int]:  # type: ignore[no-unt
 
 
 def _bits(image, data: bytes) -> int:  # type: ignore[no-untyped-def]
-    """Return the stored bits of a channel. Pillow opens 16-bit RGB as if it had 8 bits."""
+    """Return the number of bits per channel in the file. Pillow opens 16-bit RGB as if it had 8 bits."""
     if image.format == "PNG":
         return data[24]  # IHDR bit depth
     if image.format == "TIFF":

@@ -1,4 +1,4 @@
-"""Reader of images and labels: each image becomes a sample or findings. It uses threads and the cache."""
+"""Read and check images and their labels, in threads and with a cache. Each image becomes a sample or a list of findings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class FileState:
-    """A file of a data set when it was read; `sha256` is None for a label file that did not exist."""
+    """State of a data set's file when it was read. `sha256` is None if it is a label file that did not exist."""
 
     path: Path
     stamp: Stamp | None
@@ -42,7 +42,7 @@ class FileState:
 
 @dataclass
 class Read:
-    """Result for one listed image: a sample, or findings. `files` are its image and label file."""
+    """Result for one image: a sample, or findings. `files` are the image file and the label file."""
 
     listed: Listed
     sample: Sample | None = None
@@ -57,14 +57,14 @@ class _NotCached(Exception):
 
 
 class Reader:
-    """Reads images and labels through the cache; only images if `labelled` is False."""
+    """Reads and checks images and labels, and caches the results. If `labelled` is False, it reads only images."""
 
     def __init__(self, data: DataYaml, store: FileCache, labelled: bool = True) -> None:
         self.data, self.store, self.labelled = data, store, labelled
         self.kind = f"labels/{len(data.names)}/{data.pose_columns}"  # the result for a label file also depends on these
 
     def read_all(self, listed: Sequence[Listed], progress: Progress | None) -> list[Read]:
-        """Return the results in the order of `listed`. Only files that are not in the cache are read, in threads."""
+        """Return the results for the images in `listed`, in that order. Files that are not in the cache are read in threads."""
         out = [self._cached(item) for item in listed]
         todo = [i for i, result in enumerate(out) if result is None]
         done = len(out) - len(todo)

@@ -1,1 +1,1 @@
-"""Reading and writing of files: atomic writes, locks, strict YAML and JSON, CSV."""
+"""Read and write files: atomic writes, locks, strict YAML and JSON, CSV."""

@@ -112,7 +112,7 @@ def require_free(path: Path, needed_mib: float, what: str) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file name is that of an unfinished atomic write."""
+    """Return whether `name` is the name of the temporary file of an unfinished atomic write."""
     return name.startswith(TEMPORARY)
 
 
@@ -148,7 +148,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, replace an existing file, and make that durable.
+    """Rename `source` to `target`, replacing an existing file, and wait until the rename is on the disk.
 
     Raises:
         OSError: The file system failed. It is not turned into a `StorageError`.

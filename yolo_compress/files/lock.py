@@ -26,7 +26,10 @@ _held: dict[str, int] = {}
 
 
 def _close_in_child() -> None:
-    """Close the locks in a forked data worker, which would hold them after its parent was killed. The parent's stay locked."""
+    """Close the lock files in a forked child process. Otherwise the child would hold the locks after its parent was killed.
+
+    The locks of the parent process are not affected.
+    """
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
@@ -40,9 +43,9 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path` during the block.
 
     Args:
-        path: Lock file. It and its folder are made if missing.
+        path: Lock file. The file and its folder are created if missing.
         what: What this process does, such as "prune of recipe bccd". Waiting processes show it.
-        wait: If another process holds the lock: wait, after one line on stderr, or raise.
+        wait: What to do if another process holds the lock. True: print a line to stderr and wait. False: raise `Locked`.
 
     Raises:
         Locked: Another process holds the lock, and `wait` is False.
@@ -95,7 +98,10 @@ def _describe(descriptor: int, what: str) -> None:
 
 
 def holder(path: Path) -> str:
-    """Return which process holds, or last held, a lock. Its line may be missing if it has only just taken the lock."""
+    """Return text about the process that holds, or last held, a lock.
+
+    If the process has only just taken the lock, its line in the lock file may be missing.
+    """
     try:
         info = json_text.read(path)
         since = datetime.fromisoformat(info["since"])

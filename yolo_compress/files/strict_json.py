@@ -1,4 +1,4 @@
-"""Strict reader of JSON files that other programs may have written or damaged."""
+"""Read JSON files strictly, because other programs may have written or damaged them."""
 
 from __future__ import annotations
 

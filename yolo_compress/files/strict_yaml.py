@@ -1,4 +1,4 @@
-"""Strict reader of YAML: one document of limited size, no duplicate keys, tags or aliases. It returns the line of every key.
+"""Read YAML strictly: one document of limited size, no duplicate keys, tags or aliases. Also return the line of every key.
 
 PyYAML uses the last of duplicate keys, reads `1e-4` as text and `no` as false, and expands aliases without limit.
 Here plain scalars follow the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema): `1e-4` is a number,
@@ -40,7 +40,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping read from YAML.
+    """A mapping that was read from a YAML file, with the line of every key.
 
     Attributes:
         source: Name of the file in messages.
@@ -62,7 +62,7 @@ class Document:
 
 
 def shown(path: object) -> str:
-    """Return a path that a message can print in any locale, on one line."""
+    """Return a path as text that can be printed in any locale, on one line."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
@@ -129,7 +129,10 @@ def dump(data: dict[str, Any]) -> str:
 
 
 class _Composer(yaml.SafeLoader):
-    """Builds PyYAML's node graph, and raises for tags, anchors, aliases and too large files. It never makes objects of nodes."""
+    """Parser that builds PyYAML's graph of nodes, and raises for tags, anchors, aliases and too large files.
+
+    It never turns nodes into Python objects.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -159,7 +162,7 @@ class _Composer(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `resolve` reads as another type. PyYAML itself quotes by the rules of YAML 1.1 only."""
+    """YAML writer that quotes text which `resolve` would read as another type. PyYAML itself quotes only by YAML 1.1."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

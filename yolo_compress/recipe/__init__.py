@@ -1,1 +1,1 @@
-"""The recipe: sections and knobs, the reader of recipe files, and the checks that need no data."""
+"""Define the sections and knobs of a recipe, read recipe files, and check them as far as possible without data."""

@@ -22,7 +22,7 @@ _MAKE = {
 
 
 def contradictions(recipe: Sections) -> Iterator[str]:
-    """Yield an error message for each combination of settings that cannot work."""
+    """Yield an error message for each combination of settings in the recipe that cannot work together."""
     for name, needed in (("engine", "export"), ("bench", "engine"), ("report", "bench")):
         if getattr(recipe, name) and not getattr(recipe, needed):
             yield f"{name} needs the section {needed}: add {needed}: {{}}, or leave {name} out too ({name}=null)"

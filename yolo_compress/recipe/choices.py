@@ -19,11 +19,11 @@ from yolo_compress.errors import RecipeError
 
 
 class Choice(NamedTuple):
-    """One value of a knob.
+    """One allowed value of a knob, such as a pruning criterion, and the function that implements it.
 
     Attributes:
-        where: "module:name" of its function.
-        text: Its explanation in the help. Neighbouring rows with the same text share one sentence.
+        where: "module:name" of the function.
+        text: Explanation in the help. Neighbouring rows with the same text share one sentence.
     """
 
     where: str
@@ -83,7 +83,7 @@ def find(rows: Mapping[str, Choice], value: str, knob: str) -> Any:
         knob: Name of the knob for error messages, such as "prune.criterion".
 
     Raises:
-        RecipeError: The name, file or function does not exist, or the file cannot be imported. The message has the line.
+        RecipeError: The name, file or function does not exist, or the file cannot be imported. The message gives the line.
     """
     if value in rows:
         module, _, name = rows[value].where.partition(":")
@@ -119,10 +119,10 @@ def check_signature(function: Any, parameters: Sequence[str], value: str, knob: 
 
 
 def blame(error: BaseException, path: str) -> str:
-    """Return the type and first line of an error, with the last line of the user's file in its traceback.
+    """Return text for an error in a user's file: its type and first line, and the line of the file where it was raised.
 
     Args:
-        error: What the user's file raised.
+        error: Exception that code in the user's file raised.
         path: The user's file.
     """
     line = error.lineno if isinstance(error, SyntaxError) else None

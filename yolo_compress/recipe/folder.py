@@ -1,7 +1,7 @@
-"""The folder `weights/NAME` with the links to a recipe's results, and what happens if two recipe files have one name.
+"""Choose the folder `weights/NAME` for the links to a recipe's results, so that two recipe files of one name do not share it.
 
-The file `.recipe` in the folder has the path of its recipe file, relative to `weights/`. So it stays valid when the working
-folder moves.
+The file `.recipe` in the folder has the path of the recipe file, relative to `weights/`. The path stays valid if the working
+folder is moved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def label(root: Path, recipe: Recipe) -> str:
 
 
 def owner_of(root: Path, name: str) -> str | None:
-    """Return the recipe file of a folder, relative to the root; None if the folder has no readable `.recipe`."""
+    """Return the path, relative to `root`, of the recipe file that owns the folder. None: it has no readable `.recipe`."""
     try:
         return (root / name / OWNER).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
     except OSError:

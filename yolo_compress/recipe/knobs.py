@@ -1,4 +1,4 @@
-"""Definition of a knob: its help, its limits and the accepted forms of its value. Also the knobs that several sections share."""
+"""Define knobs, the settings of a recipe: help, limits and accepted values. Also define the knobs that several sections share."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)  # the order in which the help shows
 
 
 class Words(NamedTuple):
-    """Help of a knob, without its default and allowed values."""
+    """Help of a knob, without default and allowed values."""
 
     text: str  # what the knob does
     when: str  # when to change it

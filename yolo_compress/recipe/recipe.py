@@ -1,7 +1,7 @@
-"""Reader of recipes: YAML files with one section for each stage, checked as a whole before any work.
+"""Read recipes: YAML files with one section for each stage. A recipe is checked as a whole before any stage runs.
 
-A stage whose section is absent or null passes its input on. An empty section (`distill: {}`) uses the defaults.
-The pipeline sets the order of the stages, not the file. Nothing here imports torch, so `status` answers within a second.
+If the section of a stage is absent or null, the stage is left out. An empty section (`distill: {}`) uses the defaults.
+`pipeline` sets the order of the stages, not the file. Nothing here imports torch, so `status` answers within a second.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SHIPPED = "shipped"  # `Recipe.source` of a recipe of the package
 
 
 class Recipe(Sections):
-    """A whole checked recipe, as `load` returns it. It is immutable.
+    """The settings of all stages, checked as a whole. `load` returns a recipe. It is immutable.
 
     Attributes:
         name, data, run, teacher, ...: See `Sections`; `options()` describes the knobs.
@@ -73,7 +73,7 @@ class Recipe(Sections):
 
     @property
     def source(self) -> str:
-        """Path of the recipe file, "shipped", or "" if the recipe was not loaded. `==` ignores it."""
+        """Path of the recipe file, "shipped", or "" if the recipe was not loaded. The operator `==` ignores this property."""
         return self._source
 
     def __eq__(self, other: object) -> bool:
@@ -241,7 +241,7 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
 
 
 def _drop_alternatives(raw: dict[str, Any], section: str, knobs: Sequence[str], overridden: Mapping[str, str]) -> None:
-    """If the command line sets one of `knobs`, which exclude each other, clear the others in `raw`."""
+    """Clear settings in `raw` that the command line excludes: of `knobs`, only one may be set at a time."""
     given = {knob: overridden.get(f"{section}.{knob}") for knob in knobs}
     if isinstance(raw.get(section), dict) and any(text not in (None, "null") for text in given.values()):
         raw[section] = {**raw[section], **{knob: None for knob, text in given.items() if text is None}}
@@ -262,7 +262,7 @@ def _drop_idle(
 
 
 def _refuse_idle(recipe: Recipe, section: str, knob: str) -> None:
-    """Raise if the command line sets a training knob of a model that is not trained. A file may have such knobs."""
+    """Raise RecipeError if the command line sets a training knob of a model that is not trained. A file may have such knobs."""
     source = getattr(recipe, section)
     if isinstance(source, SourceConfig) and source.weights is not None and knob not in ("", "weights"):
         raise RecipeError(

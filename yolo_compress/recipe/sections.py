@@ -47,7 +47,7 @@ from .knobs import (
 # Packed by hand: a few lines a knob instead of a dozen.
 # fmt: off
 class Section(BaseModel):
-    """Base of all sections: frozen, strict types, no unknown keys, no NaN or infinity."""
+    """Base class of all sections of a recipe: frozen, with strict types, without unknown keys, NaN or infinity."""
 
     # defer_build: pydantic builds the schemas when a recipe is read, not when the package is imported
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
@@ -127,7 +127,7 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    """One training. The defaults suit the fine-tuning of a trained model; stages override some."""
+    """Settings of one training. The defaults suit the fine-tuning of a trained model; sections of stages override some."""
 
     epochs: Epochs = 10
     batch: Batch = 16
@@ -173,7 +173,7 @@ class TrainConfig(Section):
 
 
 class SourceConfig(TrainConfig):
-    """The teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
+    """Source of the teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
 
     `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights.
     The defaults of the training are those of Ultralytics.
@@ -202,12 +202,12 @@ class SourceConfig(TrainConfig):
 
     @property
     def origin(self) -> str:
-        """Name of the knob of `ORIGINS` that is set."""
+        """Name of the knob that is set: `weights`, `pretrained` or `model`."""
         return next(name for name in self.ORIGINS if getattr(self, name) is not None)
 
     @property
     def checkpoint(self) -> str | None:
-        """File of the checkpoint to read; None for a training from random weights."""
+        """File of the checkpoint to start from. None: training starts from random weights."""
         return self.weights or self.pretrained
 
 
@@ -335,7 +335,7 @@ class PruneConfig(TrainConfig):
 
     @classmethod
     def idle(cls, kind: str) -> list[str]:
-        """The knobs that have no effect with this `kind`."""
+        """Return the names of the knobs that have no effect with this `kind`."""
         if kind == "channel":
             return ["sparsity"]
         read = {*TrainConfig.model_fields, "kind", "calib_images", "teach_from_parent", *cls.MASKS[kind]}
@@ -343,13 +343,13 @@ class PruneConfig(TrainConfig):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """(knob that sets the budget, its value); keep_flops 0.5 where none is set."""
+        """(name of the knob that sets the budget, its value). If no knob sets a budget: ("keep_flops", 0.5)."""
         given = [(knob, getattr(self, knob)) for knob in self.BUDGETS if getattr(self, knob) is not None]
         return given[0] if given else ("keep_flops", 0.5)
 
 
 class DistillConfig(TrainConfig):
-    """Distillation from the teacher, or from the baseline where the recipe has no teacher."""
+    """Distillation from the teacher. If the recipe has no teacher, the baseline is the teacher."""
 
     teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
         "What the student learns from. frozen: the model of the section teacher, unchanged. mutual: the same model, "
@@ -425,7 +425,7 @@ class DistillConfig(TrainConfig):
 
     @classmethod
     def idle(cls, teacher: str) -> list[str]:
-        """The knobs that have no effect with this `teacher`."""
+        """Return the names of the knobs that have no effect with this `teacher`."""
         head = ["temperature", "alpha", "logit_weight", "box_weight", "iou_weight"]
         unlabelled = ["images", "data_free"]
         return {"mutual": unlabelled, "self": [*head, *unlabelled]}.get(teacher, [])
@@ -484,8 +484,8 @@ class QatConfig(TrainConfig):
 class ExportConfig(Section):
     """ONNX and TorchScript files.
 
-    The calibration knobs here are for the INT8 files of the baseline, which has no QAT. The section qat has those of
-    the compressed model.
+    The calibration knobs here are for the INT8 files of the baseline, which has no QAT. The calibration knobs for the
+    compressed model are in the section `qat`.
     """
 
     precisions: Annotated[tuple[Precision, ...], BeforeValidator(as_tuple), knob(
@@ -596,7 +596,7 @@ class ReportConfig(Section):
 
 
 class Sections(Section):
-    """All sections of a recipe. This class checks each section alone; `Recipe` also checks them together.
+    """All sections of a recipe. This class checks each section by itself; `Recipe` also checks them together.
 
     Attributes:
         name: Name of the recipe file; the links `weights/<name>/<stage>` lead to its artefacts.

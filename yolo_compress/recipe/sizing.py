@@ -1,4 +1,4 @@
-"""Rules that choose epochs, batch, optimizer and other knobs from the number of images: for `auto` in a recipe, and for `init`.
+"""Choose epochs, batch, optimizer and other knobs from the number of images, for `auto` in a recipe and for `init`.
 
 A fine-tuning needs a number of optimizer steps. A small data set has few steps in an epoch, so it needs more epochs.
 Epochs fall with the fourth root of the number of images: 100 images get 100 epochs, 1,600 images 50, 100,000 images 20 (18 by
@@ -46,7 +46,7 @@ WHOLE_IMAGES, WHOLE_SHARE = 10, 5  # without mosaic: at most 10 epochs, and at m
 
 @dataclass(frozen=True)
 class Choice:
-    """A value of a knob, and the reason for it."""
+    """A value that a rule chose for a knob, and the reason."""
 
     value: Any
     why: str
@@ -147,7 +147,7 @@ def resolve(recipe: Recipe, images: int, classes: int) -> Recipe:
 
 
 def said(asked: Recipe, resolved: Recipe) -> str | None:
-    """Return one line with the value that replaced each `auto`; None if there was no `auto`."""
+    """Return one line of text with the value that replaced each `auto`. None: the recipe had no `auto`."""
     parts = []
     for name in EPOCHS:
         before, after = getattr(asked, name), getattr(resolved, name)

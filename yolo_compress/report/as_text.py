@@ -27,7 +27,7 @@ def missing_lines(document: Document) -> list[str]:
 
 
 def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
-    """Return (passed, text) of each check of the gate except mAP. `passed` is None for MLPerf's targets: they are no limits."""
+    """Return (passed, text) for each check of the gate except mAP. `passed` is None for MLPerf's targets, which are not limits."""
     gate = document["gate"]
     lines: list[tuple[bool | None, str]] = []
     for check in gate["checks"]:
@@ -45,7 +45,7 @@ def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
 
 
 def untested_lines(document: Document) -> list[str]:
-    """Return what the run did not test and did not record."""
+    """Return one line for each thing that the run did not test or did not record."""
     lines = list(document["not_tested"])
     if document["not_recorded"]:
         lines.append(f"Not recorded by this run: {', '.join(document['not_recorded'])}.")
@@ -134,7 +134,7 @@ def _section(table: Table) -> list[str]:
 
 
 def provenance(document: Document) -> list[tuple[str, str]]:
-    """Return (name, value) of all that is needed to repeat the run: command, data, image set, environment, fingerprints."""
+    """Return (name, value) pairs that are needed to repeat the run: command, data, image set, environment, fingerprints."""
     data = document["data"]
     facts: list[tuple[str, Any]] = [
         ("command", document["reproduce"]["command"]),

@@ -1,4 +1,4 @@
-"""Bench rows: their ids, their order, the rows that they are compared with, and the ratios that the report adds."""
+"""Identify, sort and compare bench rows. A bench row has the measurements of one model in one runtime and precision."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Form = TypeVar("Form", bound=Mapping[str, object])
 
 
 def with_ids(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
-    """Give each row an id, and sort the rows by device, runtime, model and precision.
+    """Return bench rows sorted by device, runtime, model and precision, each with an id.
 
     Args:
-        rows: Rows from the metrics of bench or from a `device.json`. A row with an id keeps it.
+        rows: Rows from the metrics of the stage `bench` or from a `device.json`. If a row has an id, the id does not change.
 
     Raises:
         RecipeError: A row has an unknown model, precision or status, or occurs twice.
@@ -62,19 +62,19 @@ def with_ids(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
 
 
 def with_keys(row: Form, keys: Mapping[str, object]) -> Form:
-    """Return a copy of a row or stage with the given keys added or replaced. Its type must have these keys."""
+    """Return a copy of `row`, a bench row or a stage's entry, with `keys` added or replaced. The type of `row` must have them."""
     return cast(Form, {**row, **keys})
 
 
 def label(row: BenchRow) -> str:
-    """Return the precision, runtime and device of a row as text. For an untimed file it names the file's target runtime."""
+    """Return the precision, runtime and device of a row as text. For a file without an engine, name its target runtime."""
     device = f" on {row['device']}" if row.get("device") else ""
     where = "for" if row["status"] == "untimed" else "on"
     return f"{row['precision'].upper()} {where} {runtime(row['runtime'])}{device}"
 
 
 def has_accuracy(row: BenchRow) -> TypeGuard[EvaluatedBenchRow]:
-    """Return whether the mAP of the row was evaluated."""
+    """Return whether the row has an mAP."""
     return row["status"] in ("ok", "untimed") and row["map50_95"] is not None
 
 
@@ -95,7 +95,7 @@ def peer_row(rows: Sequence[BenchRow], row: BenchRow) -> MeasuredBenchRow | None
 
 
 def one_image_set(rows: Sequence[BenchRow], chain: Sequence[StageFigures]) -> str | None:
-    """Check that every mAP is over the same images, and return the digest of that image set.
+    """Check that every mAP was measured on the same images, and return the digest of that image set. None: there is no mAP.
 
     Raises:
         RecipeError: There are two image sets, or a row with mAP has none.

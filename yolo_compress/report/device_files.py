@@ -20,7 +20,7 @@ MAPPING_KEYS = ("bundle", "device", "golden", "libraries", "data", "environment"
 
 @dataclass(frozen=True)
 class DeviceFile:
-    """A `device.json`. Values of type `Json` are not checked.
+    """Content of a `device.json`: measurements on a robot. Values of type `Json` are not checked.
 
     Attributes:
         content: All keys of the file.
@@ -59,7 +59,7 @@ def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
 
     Raises:
         CorruptArtifact: A file is of neither kind, has another schema, or has a key of the wrong type.
-        RecipeError: A file is given twice.
+        RecipeError: `files` lists a file twice.
         StorageError: A file cannot be read.
     """
     pairs: list[tuple[Path, DeviceFile | ReportFile]] = []

@@ -18,16 +18,16 @@ DERIVED_KEYS = ("id", "retention", "speed_up", "size_ratio", "notes")  # `bench_
 
 
 def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None) -> Document:
-    """Return the document with the rows of other machines added, and the gate judged again over all rows.
+    """Return the report's document with the measurements of other machines added, and the gate judged again over all rows.
 
     A `device.json` adds rows of the compressed model, each with its `device`. A row without mAP shows its latency and is not
-    judged. A `report.json` of another recipe adds its baseline, in every runtime and precision, as a point of reference. It
-    must be measured on this machine.
+    judged. A `report.json` of another recipe adds that recipe's baseline, in every runtime and precision, as a reference. The
+    baseline must have been measured on this machine.
 
     Args:
         document: Result of `document.build`, or the content of a `report.json`.
-        files: Files to add, each device once.
-        onnx: SHA-256 of the ONNX files of this recipe, in hex. A robot must have measured these. None: no check.
+        files: Files to add, at most one per device.
+        onnx: SHA-256 of the ONNX files of this recipe, in hex. A robot must have measured these files. None: no check.
 
     Raises:
         CorruptArtifact: A file is of neither kind, or has another schema.
@@ -62,7 +62,7 @@ def _check_once(what: str, names: Iterable[str]) -> None:
 
 
 def _check_model(file: Path, found: DeviceFile, document: Document) -> None:
-    """Check that bundle name, classes and image size of the robot's model are those of this report."""
+    """Check that the robot's model has the bundle name, classes and image size of this report."""
     facts: dict[str, tuple[Json, object]] = {
         "bundle": (found.bundle.get("name"), document["recipe"]),
         "classes": (found.content.get("names"), document["data"]["names"]),
@@ -120,7 +120,7 @@ def _rows(file: Path, found: DeviceFile, device: str, image_set: str | None) -> 
 
 
 def _references(file: Path, found: ReportFile, document: Document) -> list[Reference]:
-    """Return the rows of another recipe's baseline as points of reference. The gate ignores them."""
+    """Return the rows of another recipe's baseline, for comparison only: the gate ignores them."""
     here, there = _measured_on(document["environment"].get("device")), _measured_on(found.device)
     if here != there:
         raise RecipeError(f"add: {file} was measured on {there}, this report on {here}: their latencies do not compare")
@@ -143,7 +143,10 @@ def _measured_on(device: Json) -> str:
 
 
 def _without_derived(row: Row) -> dict[str, object]:
-    """Return the row without its ratios and notes, so that they can be computed again. A removed p99 is not restored."""
+    """Return the row without the ratios and notes that the report adds, so that they can be computed again.
+
+    If the report had removed p99 because too few calls were timed, p99 is not restored.
+    """
     measured = {key: value for key, value in row.items() if key not in DERIVED_KEYS}
     if row["status"] in ("ok", "untimed") and row["map50_95"] is None and not row.get("device"):
         measured["map50_95"] = (

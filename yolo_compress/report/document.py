@@ -1,4 +1,4 @@
-"""Build the report as one JSON document (`report.schema`). All other forms of the report are made from it alone."""
+"""Build the report as one JSON document (`report.schema`). HTML, Markdown and terminal text are made from this document."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from yolo_compress.report.schema import (
 # A figure cannot be reproduced without these. The report lists those that a run did not record.
 PROVENANCE = ("commit", "device", "versions", "imgsz_px", "batch", "warm_up")
 
-FLOAT_STAGES = ("baseline", "sparsify", "prune", "distill")  # the last of a chain makes the compressed float model
+FLOAT_STAGES = ("baseline", "sparsify", "prune", "distill")  # the last of them makes the compressed float model
 TORCH_KEYS = (
     "latency_p50_ms",
     "latency_p90_ms",
@@ -49,7 +49,7 @@ TORCH_KEYS = (
 
 
 def unknown_data() -> DataFacts:
-    """Return the entries that stand in the report if nothing is known about the data set."""
+    """Return the data set's entries in the report if nothing is known about the data set."""
     return {
         "yaml": None,
         "names": [],
@@ -67,12 +67,12 @@ class Findings:
 
     Attributes:
         recipe: Name of the recipe.
-        rows: Bench rows from `with_ids`. A row with mAP None shows its latency and is not judged.
+        rows: Bench rows from `with_ids`. If mAP is None, the report shows the latency and the gate ignores the row.
         min_retention: Least share of the baseline's mAP50-95, 0 to 1.
         max_latency_ms: Limit of p50 latency for the worst row that has a latency. None: no limit.
         max_size_mib: Limit of the engine's size for the same row. None: no limit.
         chain: Stages in the order in which they ran.
-        data: Facts on the dataset.
+        data: Name, classes, image counts and digests of the data set.
         ab: Comparison of the baseline in FP32 with the worst row of the gate.
         errors: TIDE's error types of the same two rows.
         latency_quantiles: Row id -> latencies in ms at the quantiles 0, 1, ..., 100 %.
@@ -111,7 +111,7 @@ class Findings:
 
 
 def build(findings: Findings) -> Document:
-    """Check the findings, judge the gate and return the document. The findings do not change.
+    """Check the results in `findings`, judge the gate and return the report's document. `findings` does not change.
 
     Raises:
         RecipeError: Rows or stages were measured on different image sets, a row has no image set, or the figures of a stage
@@ -146,7 +146,7 @@ def build(findings: Findings) -> Document:
 
 
 class Judgement(TypedDict):
-    """The keys of a document that depend only on the bench rows and the limits."""
+    """The keys of the report's document that depend only on the bench rows and the limits of the gate."""
 
     verdict: Verdict
     gate: Gate
@@ -157,7 +157,7 @@ class Judgement(TypedDict):
 def judge_rows(
     rows: Sequence[BenchRow], min_retention: float, max_latency_ms: float | None, max_size_mib: float | None
 ) -> Judgement:
-    """Judge the gate, and return the keys of the document that depend only on rows and limits; see `gate.judge`."""
+    """Judge the gate. Return the keys of the document that depend only on the rows and limits. For the rules see `gate.judge`."""
     gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
     shown = with_ratios(rows)
     return {"verdict": verdict(shown, gate), "gate": gate, "rows": shown, "missing": missing(rows)}
@@ -168,7 +168,7 @@ def _not_recorded(environment: Mapping[str, object]) -> list[str]:
 
 
 def _chain(chain: Sequence[StageFigures], rows: Sequence[Row]) -> list[ChainStage]:
-    """Add to each stage its mAP difference from the baseline, and the latency in torch where bench timed its model."""
+    """Return the stages with two additions: mAP difference from the baseline, and latency in torch if `bench` timed the model."""
     base = next((finite(stage.get("map50_95")) for stage in chain if stage["stage"] == "baseline"), None)
     floats = [stage["stage"] for stage in chain if stage["stage"] in FLOAT_STAGES]
     models = {floats[-1]: "compressed", "baseline": "original"} if floats else {}
@@ -176,14 +176,14 @@ def _chain(chain: Sequence[StageFigures], rows: Sequence[Row]) -> list[ChainStag
     for stage in chain:
         value, delta = finite(stage.get("map50_95")), None
         if stage["stage"] not in ("baseline", "teacher") and value is not None and base is not None:
-            delta = value - base  # the teacher is another model and has none
+            delta = value - base  # the teacher is another model and has no difference
         timed = _torch_figures(models.get(stage["stage"]), rows)
         stages.append(cast(ChainStage, {**timed, **stage, "delta_map50_95": delta}))
     return stages
 
 
 def _torch_figures(model: str | None, rows: Sequence[Row]) -> Mapping[str, object]:
-    """Return latency and intervals of a model in PyTorch from its bench row, or an empty mapping if there is none."""
+    """Return the latency and intervals of a model from its bench row in PyTorch. If there is no such row, return no keys."""
     for row in rows:
         if (row["runtime"], row["model"], row["status"]) == ("torch", model, "ok"):
             figures: Mapping[str, object] = row

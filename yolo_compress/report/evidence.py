@@ -1,4 +1,4 @@
-"""Compute figures of the report from files of bench and qat: raw latencies, detections, placement and sensitivity."""
+"""Compute measurements for the report from files of the stages `bench` and `qat`: latencies, detections, placement, sensitivity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DETECTIONS = "detections.npy"  # of a training stage
 
 
 class Inputs(Protocol):
-    """The attributes of `stages.Job` that are used here. Layering rules forbid to import it."""
+    """The attributes of `stages.Job` that this module uses. Modules of `report` may not import `stages`."""
 
     @property
     def inputs(self) -> Mapping[str, Artifact]: ...
@@ -52,17 +52,20 @@ def latency_quantiles(bench: Artifact) -> dict[str, list[float]]:
 
 
 def truths(job: Inputs) -> list[np.ndarray]:
-    """Return the objects of each validation image, N5: class, xyxy in px."""
+    """Return the ground-truth boxes of each validation image, N5: class, xyxy in px."""
     return [absolute_boxes(sample) for sample in job.dataset.val]
 
 
 def detections(job: Inputs, row: BenchRow) -> list[np.ndarray]:
-    """Return the detections of each validation image, N6: xyxy in px, score, class. The row must be of this machine."""
+    """Return the stored detections of each validation image, N6: xyxy in px, score, class. `row` must be of this machine."""
     return kept(job.inputs["bench"].file(f"detections/{row['id']}.npy"), len(job.dataset.val))
 
 
 def compared_rows(rows: Sequence[BenchRow], min_retention: float) -> tuple[BenchRow, BenchRow] | None:
-    """Return the reference row and the worst row of the gate, both of this machine; None if either is missing."""
+    """Return the baseline's FP32 row and the gate's row with the least retention, both of this machine.
+
+    Return None if either row is missing.
+    """
     here = {row["id"]: row for row in rows if not row.get("device")}
     gate = judge(list(here.values()), min_retention)
     if gate["reference"] is None or gate["worst"] is None:
@@ -73,7 +76,7 @@ def compared_rows(rows: Sequence[BenchRow], min_retention: float) -> tuple[Bench
 def with_intervals(
     job: Inputs, rows: Sequence[BenchRow], chain: Sequence[StageFigures]
 ) -> tuple[list[BenchRow], list[StageFigures]]:
-    """Add the 95 % intervals of mAP to the rows and stages whose detections are stored."""
+    """Return the rows and stages with 95 % intervals of mAP, wherever the detections are stored."""
     reference = reference_row(rows)
     assert job.recipe.report is not None
     replicates = min(REPLICATES, job.recipe.report.ab_replicates)
@@ -93,15 +96,15 @@ def with_intervals(
 
 
 def _own_interval(stage: str, found: Mapping[str, Interval]) -> Mapping[str, object]:
-    """Return the interval of a stage, without the difference from the baseline for the baseline itself and the teacher."""
+    """Return the mAP interval of a stage. For the baseline and the teacher, leave out the difference from the baseline."""
     ends = found.get(stage, Interval())
     return {key: end for key, end in ends.items() if not (key.startswith("delta") and stage in ("baseline", "teacher"))}
 
 
 def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
-    """Replace the intervals of the two rows that A/B compares by those of A/B.
+    """Return the rows with the mAP intervals of the A/B comparison in place of their own, for the two rows that it compares.
 
-    A/B uses more resamples. The report must not show two intervals of the same figure.
+    The A/B comparison uses more resamples, and the report must not show two different intervals of the same mAP.
     """
     if ab is None:
         return list(rows)
@@ -120,7 +123,7 @@ def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]
 
 
 def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
-    """Return TIDE's error types of both compared rows, over all detections and over those scored above `report.conf`."""
+    """Return TIDE's error types of the two rows of `compared_rows`: over all detections, and over those above `report.conf`."""
     assert job.recipe.report is not None
     conf = job.recipe.report.conf
     both = compared_rows(rows, job.recipe.report.min_retention)
@@ -131,14 +134,14 @@ def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
 
 
 def _model_errors(job: Inputs, row: BenchRow, conf: float) -> tuple[ModelErrors, ModelErrors]:
-    """Return the errors over all detections of a row, and over those with a score above `conf`."""
+    """Return TIDE's errors of one row twice: over all detections, and over the detections with a score above `conf`."""
     actual, found, most = truths(job), detections(job, row), counted(job.recipe.data.max_det)
     shown = [boxes_N6[boxes_N6[:, 4] > conf] for boxes_N6 in found]
     return cast(ModelErrors, tide.errors(actual, found, most)), cast(ModelErrors, tide.errors(actual, shown, most))
 
 
 def placement(qat: Artifact) -> list[Tensor]:
-    """Return the rows of `placement.csv`; empty for an artefact of an earlier version."""
+    """Return the rows of `placement.csv`: the precision of each tensor. Empty for an artefact of an earlier version."""
     if "placement.csv" not in qat.manifest.files:
         return []
     lines = qat.file("placement.csv").read_text(encoding="utf-8").splitlines()
@@ -146,7 +149,7 @@ def placement(qat: Artifact) -> list[Tensor]:
 
 
 def quantisation(qat: Artifact) -> QuantisationFile | None:
-    """Return the result of `qat.sensitivity`, or None if it was off."""
+    """Return the measured sensitivity to INT8, or None if `qat.sensitivity` was off."""
     if "sensitivity.json" not in qat.manifest.files:
         return None
     return cast(QuantisationFile, json.loads(qat.file("sensitivity.json").read_text(encoding="utf-8")))

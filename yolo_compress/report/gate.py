@@ -33,9 +33,9 @@ def judge(
 ) -> Gate:
     """Judge the INT8 rows of the compressed model, or its float rows if the recipe has no INT8. The worst row decides.
 
-    A row passes if its mAP50-95 is at least `min_retention` times that of the reference. A row without a usable mAP fails, and
-    so does every row if the reference has none. The worst row must also have the classes, input and output of the baseline.
-    The limits on latency and size apply to the worst row that has a latency.
+    A row passes if its mAP50-95 is at least `min_retention` times the mAP50-95 of the baseline in FP32. A row without a usable
+    mAP fails. If the baseline has no usable mAP, every row fails. The worst row must also have the classes, input and output of
+    the baseline. The limits on latency and size apply to the worst row that has a latency.
 
     Args:
         rows: Rows from `with_ids`. mAP may be NaN.
@@ -76,7 +76,7 @@ def judge(
 
 
 def _decide(gate: Gate, candidates: Mapping[str, EvaluatedBenchRow], reference: MeasuredBenchRow) -> None:
-    """Fill in the keys of `gate` that depend on the worst row and on the worst row with a latency, in place."""
+    """Fill in, in place, the keys of `gate` that depend on the worst row, and on the worst row that has a latency."""
     worst = min(gate["judged"], key=_retention)
     timed = min(
         (one for one in gate["judged"] if candidates[one["id"]]["status"] == "ok"), key=_retention, default=None
@@ -111,7 +111,7 @@ def _tiers(retention: float | None) -> Tiers | None:
 
 
 def _check_limit(row: BenchRow, key: str, name: str, unit: str, knob: str, limit: float | None) -> list[Check]:
-    """Check one figure of the row against its limit. Return no check if there is no limit."""
+    """Check one measurement of the row, its latency or size, against the limit. If `limit` is None, return no check."""
     if limit is None:
         return []
     value = finite(row.get(key))
@@ -123,7 +123,7 @@ def _check_limit(row: BenchRow, key: str, name: str, unit: str, knob: str, limit
 
 
 def _check_signature(row: EvaluatedBenchRow, reference: MeasuredBenchRow) -> list[Check]:
-    """Check that a row has the classes, input and output of the baseline. Return no check if either was not recorded."""
+    """Check that a row has the classes, input and output of the baseline. If one of them was not recorded, return no check."""
     value, limit = row.get("signature"), reference.get("signature")
     if value is None or limit is None:
         return []
@@ -155,7 +155,7 @@ def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_r
 
 
 def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
-    """Return the verdict: the first line of every form of the report, about the worst row."""
+    """Return the verdict on the worst row. It is the first line of the report as HTML, Markdown and text."""
     status: Literal["pass", "fail"] = "pass" if gate["passed"] else "fail"
     if gate["retention"] is None or gate["worst"] is None or gate["reference"] is None:
         return {"status": status, "line": f"FAIL: {gate['reason']}", "row": gate["worst"]}
@@ -176,7 +176,10 @@ def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
 
 
 def gain(ratio: float | None, better: str, worse: str) -> str:
-    """Return a ratio as text with the word `better`, or its inverse with `worse` if it is below 1; empty without a ratio."""
+    """Return a ratio as text, followed by the word `better`. If it is below 1, return its inverse, followed by `worse`.
+
+    If `ratio` is None, return an empty text.
+    """
     if ratio is None or ratio <= 0:
         return ""
     return f"{times(ratio)} {better}" if ratio >= 1 else f"{times(1 / ratio)} {worse}"

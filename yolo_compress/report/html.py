@@ -34,7 +34,7 @@ from yolo_compress.report.tables.chain import chain_table, pruning_table
 
 
 def render(document: Document, gallery: Gallery) -> str:
-    """Return the page. All text from outside (names, files, findings, YAML) is escaped; only our own SVG is not."""
+    """Return the report as an HTML page. Text from outside (names, files, YAML) is escaped; only SVG of this package is not."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -103,7 +103,7 @@ def signs(text: str) -> str:
 
 
 class Tile(NamedTuple):
-    """A figure of the judged row (`now`), of the baseline in FP32 (`was`), and their ratio (`gain`), as text."""
+    """A box of the page with one measurement, as text: of the judged row (`now`), the FP32 baseline (`was`), the ratio (`gain`)."""
 
     title: str
     now: str
@@ -138,7 +138,7 @@ def tiles(document: Document) -> list[Tile]:
 
 
 class JudgedLine(NamedTuple):
-    """A judged row as text. `reason` is empty if the row has a retention."""
+    """A bench row that the gate judged, as text. `reason` is empty if the row has a retention."""
 
     label: str
     retention: str

@@ -1,4 +1,4 @@
-"""Choose images for the gallery: those with most lost objects, those with most new false positives, and random ones."""
+"""Choose images for the gallery: with the most lost objects, with the most new false positives, and random images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose(flips: Sequence[Flip], images: int, count: int, seed: int) -> list[tu
     Args:
         flips: Images on which the models differ.
         images: Number of validation images.
-        count: Most images per section.
+        count: Largest number of images per section.
         seed: Seed for the random images.
     """
     lost = sorted(

@@ -1,4 +1,4 @@
-"""95 % intervals of every mAP and of its difference from the baseline, by bootstrap with the same resamples for all models."""
+"""Compute 95 % intervals of mAP and of mAP differences from the baseline, by bootstrap. All models share the resamples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def intervals(
     seed: int,
     most: int = MAX_DETECTIONS,
 ) -> dict[str, Interval]:
-    """Return the ends of the intervals of each model: of its mAP50-95 and of the difference from the reference.
+    """Return the 95 % intervals for each model: of its mAP50-95, and of the mAP50-95 difference from the model `reference`.
 
     Args:
-        truths: Objects of each image, N5: class, xyxy.
+        truths: Ground-truth boxes of each image, N5: class, xyxy.
         models: Name -> detections of each image, N6: xyxy, score, class.
-        reference: Name of the model that differences are relative to; it has no difference itself.
+        reference: Name of the model that differences are relative to. This model has no difference.
         classes: Number of classes.
         replicates: Number of resamples.
         seed: Seed of the resampling.
-        most: Most detections per class and image that are evaluated.
+        most: Largest number of detections per class and image that are evaluated.
     """
     weights_RI = resamples(len(truths), replicates, seed)
     map_R = {}

@@ -1,4 +1,4 @@
-"""Format figures. A missing figure is a dash, never 0."""
+"""Format numbers for the report. A missing number is a dash, never 0."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def finite(value: Any) -> float | None:
 
 
 def fixed(value: Any, digits: int = 3) -> str:
-    """Format a number with a fixed count of decimals, such as mAP."""
+    """Format a number, such as mAP, with `digits` decimals."""
     number = finite(value)
     return DASH if number is None else f"{number:.{digits}f}"
 
 
 def signed(value: Any, digits: int = 3) -> str:
-    """Format a difference with its sign."""
+    """Format a difference with its sign and `digits` decimals."""
     number = finite(value)
     return DASH if number is None else f"{round(number, digits) or 0.0:+.{digits}f}"  # never -0.000
 
 
 def interval(low: Any, high: Any, write: Callable[[Any], str]) -> str:
-    """Format both ends of an interval, or a dash if one is missing."""
+    """Format an interval, each end by `write`. If an end is missing, return a dash."""
     return DASH if finite(low) is None or finite(high) is None else f"{write(low)} to {write(high)}"
 
 
@@ -60,7 +60,7 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def percent_apart(value: float, bound: float) -> tuple[str, str]:
-    """Format both as per cent, with as many decimals as are needed to see that they differ, even by 1e-9."""
+    """Format `value` and `bound` as per cent, with enough decimals to show that they differ, even by 1e-9."""
     for digits in range(1, 13):
         texts = percent(value, digits), percent(bound, digits)
         if texts[0] != texts[1] or value == bound:
@@ -69,7 +69,7 @@ def percent_apart(value: float, bound: float) -> tuple[str, str]:
 
 
 def times(value: Any) -> str:
-    """Format a ratio, such as `2.4x`. The letter x replaces the multiplication sign, which not every terminal can show."""
+    """Format a ratio, such as `2.4x`, with the letter x: not every terminal can show a multiplication sign."""
     number = finite(value)
     return DASH if number is None else f"{number:.2f}x" if number < 1 else f"{number:.1f}x"
 
@@ -97,12 +97,12 @@ def duration(value: Any) -> str:
 
 
 def model(name: str) -> str:
-    """Return the name of a model for the report."""
+    """Return a model's name in the report for its name in JSON, such as "baseline" for "original"."""
     return MODELS.get(name, name)
 
 
 def runtime(name: str) -> str:
-    """Return the name of a runtime for the report."""
+    """Return a runtime's name in the report for its name in JSON, such as "openvino"."""
     return RUNTIMES.get(name, name)
 
 
@@ -126,7 +126,7 @@ def probability(value: Any) -> str:
 
 
 def one_line(key: str, value: Any) -> Any:
-    """Return a value of the environment on one line; mappings and lists become text."""
+    """Return a value of the environment so that it fits on one line: mappings and lists become text."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {one_line(name, item)}" for name, item in value.items())
     if isinstance(value, list):

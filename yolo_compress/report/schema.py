@@ -35,7 +35,7 @@ Measure = Literal["loss", "map50_95"]
 
 
 class Interval(TypedDict, total=False):
-    """Ends of 95 % intervals; absent if no detections are stored or `report.ab_replicates` is 0."""
+    """Ends of 95 % intervals of mAP. The keys are absent if no detections are stored or `report.ab_replicates` is 0."""
 
     map50_95_low: float | None
     map50_95_high: float | None
@@ -191,7 +191,7 @@ class Missing(TypedDict):
 
 
 class Judged(TypedDict):
-    """The gate's judgement of one row."""
+    """The gate's judgement of one bench row."""
 
     id: str  # id of the row
     retention: float | None
@@ -243,7 +243,7 @@ class Verdict(TypedDict):
 
 
 class StageFigures(Interval):
-    """A stage of the chain: its model and its measurements."""
+    """The model that a stage of the recipe made, with its measurements."""
 
     stage: str  # "teacher", "baseline", "sparsify", "prune", "distill" or "qat"
     fingerprint: str  # fingerprint of its artefact
@@ -308,9 +308,9 @@ _InFloat = TypedDict("_InFloat", {"float": float})  # noqa: UP013
 
 
 class QuantisationFile(_InFloat):
-    """Sensitivity to INT8, by `qat.sensitivity`, with one group of tensors in float at a time.
+    """Sensitivity to INT8, by `qat.sensitivity`, with one group of tensors in float at a time and all others in INT8.
 
-    `float` is the measure of the float model.
+    The measure is mAP or the loss. The key `float` has the measure of the float model.
     """
 
     measure: Measure
@@ -319,15 +319,15 @@ class QuantisationFile(_InFloat):
     then: float  # measure with the groups of `left` in float
     left: list[str]  # groups that stay in float
     images: int  # number of calibration images for the measurement
-    groups: dict[str, float]  # group -> measure with that group alone in float
-    price: str  # "gflops", or the runtime whose latency in ms is the price
+    groups: dict[str, float]  # group -> measure with only that group in float
+    price: str  # unit of the cost of float: "gflops", or the runtime whose latency in ms is the cost
     compute_gflops: dict[str, float]  # group -> sum of the GFLOPs of its convolutions
-    price_ms: NotRequired[dict[str, float]]  # group -> additional ms in float; absent if the price is GFLOPs
+    price_ms: NotRequired[dict[str, float]]  # group -> additional ms in float; absent if the cost is in GFLOPs
     layer_ms: NotRequired[dict[str, list[float]]]  # convolution -> ms [in float, in INT8]; absent if `price_ms` is
 
 
 class Quantisation(QuantisationFile):
-    gives_back: dict[str, float]  # group -> gain with that group alone in float: rise of mAP, or fall of the loss
+    gives_back: dict[str, float]  # group -> gain with only that group in float: rise of mAP, or fall of the loss
 
 
 class Tensor(TypedDict):
@@ -409,7 +409,7 @@ class Reference(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """Facts on the dataset; null where unknown."""
+    """Name, classes, image counts and digests of the data set; null where unknown."""
 
     yaml: str | None  # file name
     names: list[str]  # class names in the order of their index
@@ -444,7 +444,7 @@ class Environment(TypedDict, total=False):
 
 
 class Document(TypedDict):
-    """`report.json`. The HTML, Markdown and terminal forms are made from it alone."""
+    """Content of `report.json`. The HTML, Markdown and terminal reports are made only from this."""
 
     schema: int  # SCHEMA
     recipe: str  # name of the recipe

@@ -1,4 +1,4 @@
-"""Check the files of the stages that the charts are drawn from."""
+"""Check the results of the stages from which the report draws its charts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AB_SCHEMA = 1
 
 
 def gammas(given: Gammas | None) -> Gammas | None:
-    """Check the histograms of gammas; None if there are none."""
+    """Check and return the histograms of BatchNorm gammas. None: there are none."""
     if not given or not given["epochs"]:
         return None
     bins = len(given["edges"]) - 1
@@ -39,7 +39,7 @@ def gammas(given: Gammas | None) -> Gammas | None:
 
 
 def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
-    """Check the counts [before, after] pruning of each layer. `what` names them in errors."""
+    """Check and return the numbers [before, after] pruning for each layer: channels or MACs, as `what` says in error messages."""
     if not given:
         return None
     for layer, pair in given.items():
@@ -49,7 +49,7 @@ def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, lis
 
 
 def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]] | None:
-    """Check the pairs (epoch, mAP50-95) of fine-tuning; None if there are none."""
+    """Check and return the pairs (epoch, mAP50-95) of fine-tuning. None: there are none."""
     if not given:
         return None
     epochs = [-1.0, *(point[0] for point in given)]
@@ -60,7 +60,7 @@ def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]
 
 
 def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
-    """Check the sensitivity to pruning, and add `most_sensitive`: the groups with the worst `mean_change`, worst first."""
+    """Check the sensitivity to pruning. Return it with `most_sensitive` added: the groups with the worst `mean_change`."""
     if not given:
         return None
     if absent := [key for key in SENSITIVITY_KEYS if key not in given]:
@@ -86,7 +86,10 @@ def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
 
 
 def harm(measure: Measure, change: float | None) -> float:
-    """Return a change so that a larger value is worse, for the loss and for mAP. An unknown change is infinitely bad."""
+    """Return the change of a measure with the sign for which larger is worse: a rise of the loss, or a fall of mAP.
+
+    If `change` is None, return infinity.
+    """
     if change is None:
         return math.inf
     return change if measure == "loss" else -change
@@ -103,7 +106,7 @@ def _most_sensitive(given: SensitivityFile) -> list[SensitiveGroup]:
 
 
 def ab(given: AB | None, image_set: str | None) -> AB | None:
-    """Check the schema of the A/B document, and that it is over the images of the report."""
+    """Check and return the result of the A/B comparison: its schema, and that it used the images of the report."""
     if not given:
         return None
     if given["schema"] != AB_SCHEMA:
@@ -114,7 +117,7 @@ def ab(given: AB | None, image_set: str | None) -> AB | None:
 
 
 def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchRow]) -> dict[str, list[float]] | None:
-    """Check the latencies in ms at 0, 1, ..., 100 % of the timed calls, by row id."""
+    """Check and return, by row id, the latencies in ms at the quantiles 0, 1, ..., 100 % of the timed calls."""
     if not given:
         return None
     known = {row["id"] for row in rows}
@@ -127,7 +130,10 @@ def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchR
 
 
 def quantisation(given: QuantisationFile | None) -> Quantisation | None:
-    """Check the sensitivity to INT8, and add `gives_back`: the gain with each group alone in float, above 0 if it helps."""
+    """Check the sensitivity to INT8. Return it with `gives_back` added: the gain if only one group is in float, for each group.
+
+    A gain above 0 means that float improves the measure.
+    """
     if not given or not given["groups"]:
         return None
     required = QUANTISATION_KEYS if given.get("price", "gflops") == "gflops" else (*QUANTISATION_KEYS, "price_ms")

@@ -10,6 +10,6 @@ from yolo_compress.report.document import Findings, build
 
 
 def bench_text(recipe: str, rows: Sequence[Mapping[str, object]], width: int = 120) -> str:
-    """Return the rows as a table, without a verdict."""
+    """Return the bench rows as a table of text with at most `width` columns, without a verdict."""
     text = render_text(build(Findings(recipe, with_ids(rows), min_retention=0.0)), width)
     return text[text.index("Bench\n") :]  # the verdict above it is only valid in the report, which knows the limits

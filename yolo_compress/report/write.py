@@ -1,4 +1,4 @@
-"""Write the three forms of the report into a folder."""
+"""Write the report into a folder, as HTML, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(document: Document, gallery_items: Sequence[gallery.Item], out: Path) 
         out: Folder.
 
     Returns:
-        Paths by "html", "md" and "json".
+        Paths of the written files, under the keys "html", "md" and "json".
 
     Raises:
         DataError: A gallery image cannot be read.

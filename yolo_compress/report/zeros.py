@@ -12,7 +12,7 @@ _TENSORRT = {
 
 
 def zeros_note(kind: str, sparsity: float) -> list[str]:
-    """Return a sentence on the zeros of the weights, then one for each runtime.
+    """Return a sentence on the share of zero weights, then a sentence for each runtime on what the zeros do there.
 
     Args:
         kind: `unstructured` or `two_four`.

@@ -1,4 +1,4 @@
-"""The stages, one module each, with a function `run(job) -> metrics`. The types of the metrics are in `metrics.py`.
+"""The stages of a recipe. Each has a module with a function `run(job) -> metrics`. `metrics.py` has the types of the metrics.
 
 A stage does not know about caching, make or the command line.
 """
@@ -19,13 +19,13 @@ from yolo_compress.store.manifest import Artifact
 
 @dataclass(frozen=True)
 class Job:
-    """Input of a stage.
+    """Everything that a stage gets when it runs: settings, data, input artefacts and output folders.
 
     Attributes:
         config: Section of the stage in the recipe. Everything else that the stage reads must be in the fingerprint.
         recipe: The recipe. Stages read `data` and `run` from it; only `report` uses all of it.
         dataset: Images and labels that passed the preflight.
-        inputs: Artefacts by stage name. For a stage that the recipe leaves out it is the artefact of its stand-in.
+        inputs: Input artefacts by stage name. If the recipe leaves a stage out, its entry is the artefact of the stand-in stage.
         out: Folder that becomes the artefact.
         work: Scratch folder. It survives a kill, and is deleted when the artefact is published.
     """
@@ -44,7 +44,7 @@ class Job:
 
 
 def load_progress(file: Path, keys: Mapping[str, type]) -> dict[str, Any] | None:
-    """Read a JSON file that an earlier, killed run of the stage left in `work`; None if there is none.
+    """Read a JSON file that an earlier, killed run of the stage left in `work`. Return None if the file does not exist.
 
     Args:
         file: JSON file in `work`.

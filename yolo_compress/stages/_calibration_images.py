@@ -24,7 +24,7 @@ BATCH = 16
 
 
 def calibration_samples(job: Job, count: int) -> list[Sample]:
-    """Choose `count` training images by the recipe's seed. If there are fewer, take all and print a line."""
+    """Return `count` training images, chosen by the recipe's seed. If there are fewer, return all and print a line."""
     samples = calibration_subset(job.dataset.train, count, job.recipe.run.seed)
     if len(samples) < count:
         progress.say(f"calibration: all {len(samples)} training images, fewer than the {count} of calib_images")
@@ -84,7 +84,7 @@ def letterboxed(
 
 
 def write_list(job: Job, samples: Sequence[Sample]) -> str:
-    """Write names and SHA-256 of the calibration images to `calibration.json`, and return the fingerprint of the set."""
+    """Write the names and SHA-256 of the calibration images to `calibration.json`. Return one hash of the whole list."""
     rows: list[CalibrationImage] = [{"name": sample.name, "sha256": sample.sha256} for sample in samples]
     atomic_write(job.out / "calibration.json", json.dumps(rows, indent=1) + "\n")
     return fingerprint({"images": [row["sha256"] for row in rows]})

@@ -1,4 +1,4 @@
-"""Price of a group of tensors in float: the GFLOPs of its convolutions, or the latency of layers in FP32 and in INT8."""
+"""Measure the cost of a group of tensors in float: the GFLOPs of its convolutions, or their latency in FP32 and in INT8."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ ASKED = "qat.sensitivity_price"
 
 
 def check(price: str) -> None:
-    """Check that the runtime of the price can run on this machine.
+    """Check that the runtime whose latency is the cost can run on this machine.
+
+    Args:
+        price: Unit of the cost: "gflops", which needs no runtime, or the name of a runtime.
 
     Raises:
-        EnvironmentLacks: It cannot; the message says what to install.
+        EnvironmentLacks: The runtime is missing. The message says what to install.
     """
     if price != "gflops":
         latency.require(price, ASKED)
 
 
 def compute_gflops(model: nn.Module, placed: Plan, imgsz_hw: tuple[int, int]) -> dict[str, float]:
-    """Return the GFLOPs of the convolutions that read each INT8 group of the plan, by group."""
+    """Return, for each group of INT8 tensors in `placed`, the GFLOPs of the convolutions that read these tensors."""
     shapes = conv_shapes(model, imgsz_hw)
     return {group.name: 2e-9 * sum(shapes[name].macs for name in group.convs) for group in placed.int8}
 
 
 def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dict[str, tuple[float, float]]:
-    """Return the latency of each convolution with its activation, in ms: (FP32, INT8) by name, on this machine.
+    """Time each convolution with its activation on this machine, and return (FP32, INT8) in ms by the convolution's name.
 
-    Both engines are built from the complete model in the form that `export` writes for the runtime. They are timed in turn.
+    Two engines are built from the complete model, with the ONNX file that `export` writes for the runtime. They are timed in turn.
 
     Raises:
         EnvironmentLacks, CompressError: See `prune.latency.take_table`.

@@ -20,7 +20,10 @@ FOLDER = "inverted"
 
 
 def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Sample, ...]:
-    """Invert `count` images from the teacher, copy them to `inverted/` of the artefact, and return samples without boxes."""
+    """Optimise `count` images until the teacher detects objects in them, and return them as samples without boxes.
+
+    The images are also copied to the folder `inverted` of the artefact.
+    """
     folder = job.work / FOLDER
     folder.mkdir(exist_ok=True)
     files = [folder / f"{number:06d}.png" for number in range(count)]

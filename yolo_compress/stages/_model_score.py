@@ -1,4 +1,4 @@
-"""Measures of a model for sensitivity analyses: its loss or its mAP on given images."""
+"""Measure a model for a sensitivity analysis: its loss or its mAP on chosen images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from yolo_compress.train import losses
 
 @torch.no_grad()
 def loss(job: Job, samples: Sequence[Sample], model: nn.Module) -> float:
-    """Return the mean detection loss over the images; lower is better."""
+    """Return the mean detection loss of the model over the images in `samples`. Lower is better."""
     values = losses.losses(model, job.dataset, samples, max(job.imgsz_hw))
     return float(torch.stack(list(values)).mean())
 
 
 def map50_95(job: Job, samples: Sequence[Sample], model: nn.Module) -> float:
-    """Return mAP50-95 on the images; higher is better."""
+    """Return the model's mAP50-95 on the images in `samples`. Higher is better."""
     names, size = job.dataset.names, job.imgsz_hw
     with TorchBackend(model, names, size, device=device(job)) as backend:
         return float(accuracy(backend, list(samples), names, size, max_det=job.recipe.data.max_det)["map50_95"])

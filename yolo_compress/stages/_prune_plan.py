@@ -1,4 +1,7 @@
-"""Plan a cut of `prune` from the budget, importance and caps. A budget in ms is checked by timing the pruned model."""
+"""Choose which channels `prune` removes, from the budget, the importance of channels and the limits per channel group.
+
+If the budget is in ms, the pruned model is built and timed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ FORWARDS_PER_STEP = (
 
 
 class DryRun(TypedDict):
-    """Plan of a dry run. Lists and tuples are [before, after] pruning."""
+    """What `prune` would remove, and the cost of the model. Lists and tuples are [before, after] pruning."""
 
     table: str  # table for the terminal
     widths: dict[str, tuple[int, int]]  # group -> channels
@@ -48,7 +51,7 @@ class DryRun(TypedDict):
 
 
 def dry_run(job: Job, weights: Path) -> DryRun:
-    """Return what one cut of the checkpoint would remove. Nothing is trained or built.
+    """Return which channels `prune` would remove from the checkpoint in one step. Nothing is trained or built.
 
     For a budget in ms the latency comes from the table of layer times. Only `prune` itself builds and times the model.
 
@@ -78,7 +81,7 @@ def dry_run(job: Job, weights: Path) -> DryRun:
 
 
 def probe(job: Job, weights: Path, folder: Path) -> None:
-    """Write the model at several widths into `folder`, as input of `runtime.measure.layer_times`."""
+    """Write the model at several widths into `folder`. A robot can then time the layers (`runtime.measure.layer_times`)."""
     latency.write_probe(checkpoint.load_model(weights), folder, job.imgsz_hw, job.dataset.names, job.config.round_to)
 
 
@@ -95,7 +98,7 @@ def _total(title: str, both: Sequence[float], form: str) -> str:
 
 
 def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
-    """Check everything about `prune` that does not depend on trained weights.
+    """Check the section `prune` as far as possible without trained weights.
 
     `prune.latency_ms` is checked only with `prune.latency_table`, because otherwise the layers would have to be timed.
 
@@ -123,7 +126,7 @@ def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> N
 
 
 def _floors(config: PruneConfig, dense: Mapping[str, int]) -> dict[str, int]:
-    """Return the least channels of each group: `prune.floor` times the width before the first round."""
+    """Return how many channels each group must keep: `prune.floor` times its width before the first round, by group."""
     return {name: max(1, round(config.floor * width)) for name, width in dense.items()}
 
 
@@ -136,7 +139,7 @@ def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: LayerTa
 
 
 class Planner:
-    """Plan the cuts of one model, from its full widths to the budget."""
+    """Chooses which channels to remove from one model, in one or several rounds, until the model meets the budget."""
 
     def __init__(self, job: Job, model: nn.Module) -> None:
         self.job = job
@@ -149,18 +152,18 @@ class Planner:
         self.least: Mapping[str, int] = {}
 
     def one_cut(self, model: nn.Module) -> Plan:
-        """Plan a single cut to the budget. A budget in ms is judged by the table of layer times."""
+        """Return the channels to remove to meet the budget in one step. If it is in ms, latency comes from the table of layer times."""
         groups = prunable(model)
         importance = scores(self._evidence(model, groups), find(self.config.criterion))
         return self._choose(model, groups, importance, self.shapes, self.budget)
 
     def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, LatencyBudget]:
-        """Plan the cut of round `number`, counted from 1.
+        """Return the channels to remove in round `number`, counted from 1.
 
         Measurements are stored in `work`, because a resumed run must choose the same widths as the killed one.
 
         Returns:
-            The plan, the evidence that it was made from, and the metrics of a latency budget.
+            The plan (which channels to remove), the evidence for it, and the metrics of a latency budget.
         """
         groups = prunable(model)
         evidence = self._evidence(model, groups)
@@ -201,12 +204,12 @@ class Planner:
     # --- budgets ------------------------------------------------------------------------------------------------------
 
     def _at(self, part: float) -> Budget:
-        """Return the budget after the share `part` of the rounds. Every round reduces the cost by the same factor."""
+        """Return the budget to meet after a fraction `part` of all rounds. Every round reduces the cost by the same factor."""
         start = float(self.table["whole_ms"]) if self.table else self.budget.unit
         return replace(self.budget, target=start * (self.budget.target / start) ** part)
 
     def _table(self, model: nn.Module) -> LayerTable:
-        """Read the given table of layer times, or time the layers on this machine once and store the table in `work`."""
+        """Return the table of layer times: read from `prune.latency_table`, or timed here once and stored in `work`."""
         config, size = self.config, self.job.imgsz_hw
         if config.latency_table is not None:
             return latency.read_table(Path(config.latency_table), size)
@@ -227,9 +230,9 @@ class Planner:
         return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
 
     def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, LatencyBudget]:
-        """Find the plan whose pruned model has a latency of `latency_ms` when it is built and timed.
+        """Return the plan whose pruned model, built and timed here, has the latency `prune.latency_ms`; and the latency metrics.
 
-        The limit by the table that led to this plan is stored in `work`.
+        The table of layer times needs another limit than `latency_ms` to give this plan. That limit is stored in `work`.
         """
         assert self.table is not None and self.config.latency_ms is not None
         planner = lambda ms: choose_for(replace(self.budget, target=ms))  # noqa: E731
@@ -257,7 +260,10 @@ class Planner:
     def _sensitivity(
         self, model: nn.Module, evidence: Evidence, importance: Mapping[str, Tensor], work: Path
     ) -> dict[str, int]:
-        """Measure the sensitivity of each group and return its least channels. A killed measurement continues."""
+        """Measure how sensitive each group is to pruning. Return the number of channels that each group must keep, by group.
+
+        If an earlier run was killed during the measurement, continue it.
+        """
         config, tied = self.config, sensitivity.ties(evidence.groups)
         by_loss = config.sensitivity == "loss"
         samples = self.samples[: self._images(len(tied))] if by_loss else self.samples
@@ -290,6 +296,6 @@ class Planner:
         return sensitivity.least(evidence.groups, caps)
 
     def _images(self, tied: int) -> int:
-        """Return the number of images per measurement, so that all take about EPOCHS_OF_SENSITIVITY training epochs."""
+        """Return the number of images per measurement. All measurements then take about EPOCHS_OF_SENSITIVITY training epochs."""
         passes = EPOCHS_OF_SENSITIVITY * FORWARDS_PER_STEP * len(self.job.dataset.train)
         return max(4, min(len(self.samples), passes // (1 + tied * len(sensitivity.RATIOS))))

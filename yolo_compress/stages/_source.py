@@ -20,7 +20,10 @@ from yolo_compress.train.transfer import Taken
 
 
 def run(job: Job, what: str) -> ModelMetrics:
-    """Load `weights`, or train from `pretrained` or from a random `model`."""
+    """Load the model from `weights`, or train it from the checkpoint `pretrained` or from random weights of `model`.
+
+    Return the metrics of the stage.
+    """
     config: SourceConfig = job.config
     model = start(config, job.dataset, job.recipe.run.seed, what, progress.say)
     if config.weights is not None:
@@ -31,7 +34,7 @@ def run(job: Job, what: str) -> ModelMetrics:
 def start(
     config: SourceConfig, dataset: Dataset, seed: int, what: str, say: Callable[[str], None] = lambda text: None
 ) -> nn.Module:
-    """Return the model before any training.
+    """Return the model that a section starts from, before any training.
 
     Args:
         config: Section of the model in the recipe.
@@ -57,7 +60,7 @@ def start(
     if (channels := checkpoint.image_channels(model)) != dataset.channels:
         raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
     own, supported = [int(stride) for stride in model.stride], strides()  # P2 and P6 variants have others
-    judged = what == "baseline" or config.pretrained is not None  # of a given teacher, `distill` says what differs
+    judged = what == "baseline" or config.pretrained is not None  # for a teacher, `distill` reports what differs
     if judged and own not in supported:
         expected = " or ".join(map(str, supported))
         raise RecipeError(f"{key}: strides {own}, expected {expected}: only YOLOv8n, s, m, l and x are supported")

@@ -1,4 +1,4 @@
-"""Code that the training stages share: schedule, training, validation, and writing of the model."""
+"""Functions that all training stages use: schedule, training, validation, and writing the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def settings(job: Job, **changes: Any) -> TrainSettings:
 
 
 def model_of(job: Job, need: str) -> nn.Module:
-    """Load the model of an input onto the device of the recipe. Only this function and `fit` choose the device of a model."""
+    """Load the model of the input artefact `need` onto the recipe's device. Only this function and `fit` choose a model's device."""
     return checkpoint.load_model(job.inputs[need].file("model.pt")).to(device(job))
 
 
@@ -75,7 +75,7 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **cha
 
 
 def teacher_hook(file: Path) -> Teach:
-    """Return the hook of `teach_from_parent`, which uses the model before the stage as teacher.
+    """Return the training hook for `teach_from_parent`: distillation with the model before the stage as teacher.
 
     Student and teacher differ only in channels or precision, so the scores are not softened (temperature 1).
 
@@ -121,7 +121,7 @@ def device(job: Job) -> str:
 
 
 def measure(job: Job, model: nn.Module, what: str = "") -> Validated:
-    """Validate a torch model by the same code as every engine, and store its detections.
+    """Validate a torch model with the code that also evaluates every engine, and store its detections.
 
     Args:
         job: Job of the stage.
@@ -136,5 +136,5 @@ def measure(job: Job, model: nn.Module, what: str = "") -> Validated:
         result = accuracy(backend, job.dataset.val, names, job.imgsz_hw, progress=advance, max_det=most)
     keep(
         job.out / "detections.npy", result["detections"], counted(most)
-    )  # the report computes an interval of mAP from them
+    )  # the report computes an interval of mAP from the stored detections
     return {"map50_95": result["map50_95"], "map50": result["map50"], "images": len(job.dataset.val)}

@@ -9,7 +9,7 @@ from yolo_compress.stages.metrics import ModelMetrics
 
 
 def run(job: Job) -> ModelMetrics:
-    """Write `model.pt` of the given or trained baseline."""
+    """Load or train the baseline, write it as `model.pt`, and return its metrics."""
     return _source.run(job, "baseline")
 
 

@@ -1,6 +1,7 @@
-"""Stage `bench`: accuracy, latency and size of torch and of every engine, and accuracy of the files without an engine.
+"""Stage `bench`: measure accuracy, latency and size of both models in torch and as engines.
 
-All rows use the same code for accuracy, and all timed rows use the same code for latency.
+Exported files without an engine get only an accuracy. The same code measures the accuracy of all rows and the latency of all
+timed rows.
 """
 
 from __future__ import annotations
@@ -57,13 +58,13 @@ Status = Literal["ok", "untimed", "missing"]
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A row before its measurement.
+    """A model, engine or file that is to be measured: a row of the bench table before its measurement.
 
     Attributes:
         subject: Model, runtime and precision.
         status: Status of the row after the measurement.
         path: Model, engine or file that another process can open; None for a missing row.
-        size_mib: Size of the engine; None if it is not timed.
+        size_mib: Size of the engine; None if the engine is not timed.
     """
 
     subject: Subject
@@ -73,12 +74,12 @@ class _Candidate:
 
     @property
     def name(self) -> str:
-        """See `row_name`."""
+        """Name of the row, from model, runtime and precision; see `row_name`."""
         return row_name(self.subject)
 
 
 def run(job: Job) -> BenchMetrics:
-    """Measure one row per model, runtime and precision. Write the latency of each call, and the detections."""
+    """Measure each model in each runtime and precision, and return the rows. Write the latency of each call and the detections."""
     candidates = _with_published(job, _candidates(job))
     evaluated = [one for one in candidates if one.status != "missing"]
     (job.out / "detections").mkdir()
@@ -90,7 +91,7 @@ def run(job: Job) -> BenchMetrics:
 
 
 def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None) -> BenchRow:
-    """Return the row of a candidate for the metrics."""
+    """Return the bench row of a candidate, with its accuracy and latency if they were measured."""
     if found is None:
         return {**candidate.subject, "status": "missing"}
     if latency is None or candidate.size_mib is None:
@@ -99,7 +100,7 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 
 def _candidates(job: Job) -> list[_Candidate]:
-    """Return the candidates of both models in torch FP32, then those of the engines."""
+    """Return what has to be measured: both models in torch FP32, then all engines."""
     sources = _sources(job)
     found = [
         _Candidate(
@@ -122,7 +123,7 @@ def _candidates(job: Job) -> list[_Candidate]:
 
 
 def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
-    """Add an untimed candidate for each file of `export` that no engine on this machine was built from."""
+    """Return the candidates with the files of `export` added that no engine here was built from. They are not timed."""
     export = job.inputs["export"]
     sources = _sources(job)
     built = {one.subject["file"] for one in candidates if one.status == "ok"}
@@ -187,7 +188,7 @@ def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -
 
 
 def _signature(backend: Backend) -> Signature:
-    """Return the classes, the input size in px and the output shape for one image."""
+    """Return what a model takes and gives: its classes, the input size in px and the output shape for one image."""
     blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 

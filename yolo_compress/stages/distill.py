@@ -22,10 +22,11 @@ from yolo_compress.stages.metrics import DistillMetrics, of_model
 
 
 def run(job: Job) -> DistillMetrics:
-    """Write `model.pt` of the student after distillation.
+    """Train the student with the teacher, write it as `model.pt`, and return the metrics.
 
-    The class loss is (1 - alpha) times that of the labels plus alpha times that of the teacher (Hinton et al.,
-    arXiv 1503.02531). Without labels the metric `trained_on` describes the images, and gives mAP before and after.
+    The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al.,
+    arXiv 1503.02531). If the training uses no labels, the metric `trained_on` describes the images. It also gives mAP before and
+    after.
     """
     config: DistillConfig = job.config
     student, teacher = model_of(job, "prune"), model_of(job, "teacher")
@@ -42,7 +43,7 @@ def run(job: Job) -> DistillMetrics:
     else:
         samples, what = job.dataset.unlabelled, "images without labels"
     unlabelled_job = replace(job, dataset=replace(job.dataset, train=samples))
-    # Without boxes, the class loss of the labels would train every detection to be background. The other terms are 0.
+    # The images have no boxes, so the class loss from labels would train every detection to be background. Other terms are 0.
     trained = fit(unlabelled_job, student, [teaching(config, teacher)], "distill", class_gain=0.0)
     metrics = finish(job, trained)
     before = of_model(job.inputs["prune"])["map50_95"]
@@ -52,7 +53,7 @@ def run(job: Job) -> DistillMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that teacher and student fit, with the models that the chain starts from.
+    """Check, before any stage runs, that the teacher can teach the student. The recipe's initial models stand for both.
 
     Raises:
         RecipeError: See `_source.start`, `Teach` and `checkpoint.load_model`.
@@ -76,7 +77,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def teaching(config: DistillConfig, teacher: nn.Module) -> Teach:
-    """Return the distillation hook of the section. With `teacher: self` the argument `teacher` is not used."""
+    """Return the training hook for distillation, with the settings of `config`. If `config.teacher` is "self", ignore `teacher`."""
     soft_share = config.alpha if config.labelled else 1.0
     head = {
         "class_weight": config.logit_weight * soft_share * CLASS_GAIN,

@@ -24,7 +24,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 def run(job: Job) -> EngineMetrics:
-    """Write the engines into `<model>/<runtime>-<precision>`, and `engines.json` with the rows for `bench`."""
+    """Build the engines into `<model>/<runtime>-<precision>`. Write `engines.json` with an entry for each, for the stage `bench`."""
     config: EngineConfig = job.config
     export = job.inputs["export"]
     missing = _missing(config)
@@ -63,14 +63,14 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
     Raises:
         EnvironmentLacks: A runtime is not installed.
-        RecipeError: INT8 of a runtime saturates on this processor.
+        RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong.
     """
     assert recipe.engine is not None
     _saturated(recipe, _missing(recipe.engine))
 
 
 def _missing(config: EngineConfig) -> dict[str, str | None]:
-    """Return the requested runtimes, each with what to install if it is missing, else None.
+    """Return the requested runtimes: name -> what to install if the runtime is missing, else None.
 
     Raises:
         EnvironmentLacks: A runtime that the recipe names is missing.
@@ -83,7 +83,7 @@ def _missing(config: EngineConfig) -> dict[str, str | None]:
 
 
 def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the installed runtimes whose INT8 saturates on this processor, with the reason.
+    """Return the installed runtimes whose INT8 sums overflow (saturate) on this processor: name -> reason.
 
     Raises:
         RecipeError: The recipe names such a runtime.
@@ -103,7 +103,10 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
 
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
-    """Return the exported ONNX file for a runtime: the form made for it if there is one. None if there is no file."""
+    """Return the exported ONNX file to build from: the file made for this runtime if there is one, else the general file.
+
+    Return None if there is no file.
+    """
     stems = {Path(name).stem for name in files if name.startswith(f"{model}/") and name.endswith(".onnx")}
     stem = onnx_form(stems, runtime, precision)
     return None if stem is None else f"{model}/{stem}.onnx"

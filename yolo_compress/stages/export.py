@@ -43,14 +43,15 @@ ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
 # Largest difference from torch by float32 rounding. A well-trained model stays below a tenth of it; a wrong graph differs by px.
 MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 # A model trained for a few steps amplifies rounding, so that torch in float32 differs as much from torch in float64. ONNX Runtime
-# sums in another order, which gives about the same difference. Above this multiple of it the graph must be wrong.
+# sums in another order, which gives about the same difference. Above this multiple of that difference the graph must be wrong.
 MAX_ROUNDINGS = 10
 
 
 def run(job: Job) -> ExportMetrics:
     """Write the folders `original` (baseline) and `compressed`: ONNX files of each precision and runtime, and TorchScript.
 
-    INT8 of the baseline is PTQ. INT8 of the compressed model has the scales of `qat`, or PTQ without `qat`.
+    INT8 of the baseline is made by PTQ. INT8 of the compressed model uses the scales of `qat`. If the recipe has no `qat`, it is
+    made by PTQ too.
     """
     return {
         "original": _export(job, "original", job.inputs["baseline"], None),
@@ -80,7 +81,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:
-    """Write all files of one model into the folder `name`. `ranges` is the artefact of `qat`; None means PTQ."""
+    """Write all exported files of one model into the folder `name`. `ranges` is the artefact of `qat`; None means PTQ."""
     config: ExportConfig = job.config
     folder = job.out / name
     folder.mkdir()
@@ -97,7 +98,7 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
 
 
 def _nms_files(job: Job, folder: Path) -> NmsFiles:
-    """Write a copy of each ONNX file with NMS in its graph, and check its boxes."""
+    """Write a copy of each ONNX file in `folder` with NMS in the graph, and check the copy's boxes against the file without NMS."""
     images, boxes = _compared_images(job), 0
     for file in sorted(folder.glob("*.onnx")):
         made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
@@ -134,7 +135,7 @@ def _onnx(job: Job, model: nn.Module, out: Path, opset: int | None = None) -> No
 
 
 def _compared_images(job: Job) -> list[np.ndarray]:
-    """Return letterboxed validation images for the comparison with torch."""
+    """Return letterboxed validation images, on which exported files are compared with torch."""
     samples, channels = job.dataset.val[:COMPARED_IMAGES], job.dataset.channels
     return [letterbox(read_image(sample.image), job.imgsz_hw, channels=channels)[0] for sample in samples]
 
@@ -143,7 +144,7 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
     """Compare the exported FP32 ONNX file with torch on real images, and return the largest differences.
 
     Raises:
-        NumericsError: They differ by more than rounding. The message names the first layer that differs.
+        NumericsError: The outputs differ by more than rounding. The message names the first layer that differs.
     """
     names, images = job.dataset.names, _compared_images(job)
     with TorchBackend(model, names, job.imgsz_hw) as torch_side, OrtBackend(file) as onnx_side:
@@ -169,7 +170,7 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
 
 
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> Int8Files:
-    """Write Q/DQ files and INT8 TorchScript, with weights and scales from `qat` if it ran, else by PTQ of `model`."""
+    """Write Q/DQ files and INT8 TorchScript. Weights and scales come from `ranges` (of `qat`), or from PTQ of `model` if None."""
     config: ExportConfig = job.config
     floats = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
@@ -206,12 +207,12 @@ def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Pat
 
 
 def _lint(file: Path, target: str, whole: bool) -> lint.Report:
-    """Check an INT8 file for its runtime.
+    """Check an INT8 ONNX file against the rules of its target runtime, and return the findings.
 
     Args:
         file: ONNX file.
         target: Target of the lint.
-        whole: The plan puts all tensors in INT8, so a warning about float operations is a fault too.
+        whole: All tensors are meant to be in INT8, so a warning about float operations is a fault too.
 
     Raises:
         CompressError: The lint found faults, which is a bug of the export.

@@ -18,7 +18,7 @@ Measure = Literal["loss", "map50_95"]
 
 
 class CalibrationImage(TypedDict):
-    """An entry of calibration.json."""
+    """An entry of calibration.json: one calibration image."""
 
     name: str
     sha256: str  # SHA-256 of the file, in hex
@@ -36,14 +36,14 @@ class PruneSensitivity(TypedDict):
 
 
 class PruneSensitivityBegun(TypedDict, total=False):
-    """The unfinished sensitivity.json of `prune` in `work`."""
+    """The unfinished sensitivity.json in `work` of `prune`, from which a killed measurement continues."""
 
     groups: dict[str, list[float]]
     dense: float
 
 
 class AskedMs(TypedDict):
-    """asked.json in `work` of `prune`: the limit by the table of layer times that led to a latency of `latency_ms`."""
+    """asked.json in `work` of `prune`: the limit, by the table of layer times, for which the pruned model met `latency_ms`."""
 
     asked_ms: float
     metrics: LatencyBudget
@@ -53,12 +53,12 @@ class AskedMs(TypedDict):
 QatSensitivity = TypedDict(  # noqa: UP013
     "QatSensitivity",
     {
-        "groups": dict[str, float],  # group -> measure with that group alone in float
+        "groups": dict[str, float],  # group -> measure with only that group in float
         "float": float,  # measure of the float model
         "int8": float,  # measure of the INT8 model
         "layer_ms": dict[
             str, tuple[float, float]
-        ],  # convolution -> ms [in float, in INT8]; absent if the price is GFLOPs
+        ],  # convolution -> ms [in float, in INT8]; absent if the cost is in GFLOPs
         "compute_gflops": dict[str, float],  # group -> sum of the GFLOPs of its convolutions
         "price_ms": dict[str, float],  # group -> additional ms in float; absent if `layer_ms` is
         "measure": Measure,
@@ -66,7 +66,7 @@ QatSensitivity = TypedDict(  # noqa: UP013
         "worst": float,  # limit: least mAP, or largest loss
         "left": list[str],  # groups that stay in float
         "then": float,  # measure with the groups of `left` in float
-        "price": str,  # "gflops", or the runtime whose latency in ms is the price
+        "price": str,  # unit of the cost of float: "gflops", or the runtime whose latency in ms is the cost
     },
     total=False,
 )

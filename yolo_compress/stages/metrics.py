@@ -5,7 +5,7 @@ Conventions:
     The unit of a key is its suffix: `_ms`, `_mib` (2**20 bytes), `_px` (pixels). `compute_gflops` is 2 x GMACs of one image.
     A `NotRequired` key is absent where its comment says so.
 
-`tests/support/stage_schema.py` validates a finished chain against these types and forbids all other keys.
+`tests/support/stage_schema.py` validates the results of a finished recipe against these types and forbids all other keys.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Repaired(TypedDict):
 
 
 class LatencyBudget(TypedDict, total=False):
-    """Metrics of a budget in ms; absent for other budgets."""
+    """Metrics of `prune` if the budget is in ms; absent for other budgets."""
 
     latency_target_ms: float  # requested latency
     latency_runtime: str  # runtime of the target
@@ -61,13 +61,13 @@ class LatencyBudget(TypedDict, total=False):
 
 
 class Cut(Repaired, LatencyBudget):
-    """Metrics of cutting channels."""
+    """Metrics of `prune` if it removed channels."""
 
     kept_flops: float  # FLOPs after / before
 
 
 class Zeroed(Repaired):
-    """Metrics of setting weights to zero."""
+    """Metrics of `prune` if it set weights to zero."""
 
     kind: Literal["unstructured", "two_four"]
 
@@ -84,14 +84,14 @@ class DistillMetrics(ModelMetrics):
 
 
 class Sensitive(TypedDict, total=False):
-    """Metrics of `qat.sensitivity`; absent if it is off."""
+    """Metrics of the INT8 sensitivity analysis; absent if `qat.sensitivity` is off."""
 
     sensitivity_enough: bool  # whether `qat.max_drop` is met with the chosen groups in float
-    float_price_ms: float  # additional ms of these groups in float; absent if the price is GFLOPs
+    float_price_ms: float  # additional ms of these groups in float; absent if the cost is in GFLOPs
 
 
 class QatMetrics(ModelMetrics, Sensitive):
-    """mAP is that of the quantised model."""
+    """Metrics of `qat`. mAP is that of the quantised model."""
 
     map50_95_float_weights: float  # mAP of the same weights without quantisers
     calibration_set: str  # digest of the calibration images
@@ -114,14 +114,14 @@ class Int8Files(TypedDict):
 
 
 class NmsFiles(TypedDict):
-    """Size of the comparison between the files with NMS in the graph and those without."""
+    """Number of images and boxes on which the files with NMS in the graph were compared with the files without."""
 
     nms_images: int  # number of images
     nms_boxes: int  # number of boxes
 
 
 class ExportedModel(FloatFiles):
-    """Metrics of the files of one model."""
+    """Metrics of `export` on the files of one model."""
 
     # See `Int8Files`; absent without INT8.
     int8_convs: NotRequired[int]
@@ -137,7 +137,7 @@ class ExportMetrics(TypedDict):
 
 
 class EngineMetrics(TypedDict):
-    """Number of rows in `engines.json`."""
+    """Metrics of `engine`: how many engines were built, and how many could not be built."""
 
     engines: int  # engines that were built
     missing: int  # engines that could not be built
@@ -150,5 +150,5 @@ class BenchMetrics(TypedDict):
 
 
 def of_model(artifact: Artifact) -> ModelMetrics:
-    """Return the metrics of an artefact with a model. Any stage may have made it, because of stand-ins."""
+    """Return the metrics of an artefact that has a `model.pt`, whichever stage made the artefact."""
     return cast(ModelMetrics, artifact.metrics)

@@ -32,9 +32,10 @@ from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed
 
 
 def run(job: Job) -> PruneMetrics:
-    """Write `model.pt` of the pruned model, in stock classes. For channels also write `channels.json` and `flops.json`.
+    """Prune the model, fine-tune it, and write it as `model.pt`, in Ultralytics' own classes. Return the metrics.
 
-    With `prune.sensitivity` also write `sensitivity.json` and `sensitivity.csv`.
+    If channels are removed, also write `channels.json` and `flops.json`. If `prune.sensitivity` is on, also write
+    `sensitivity.json` and `sensitivity.csv`.
     """
     model = model_of(job, "sparsify")
     if job.config.kind == "channel":
@@ -60,7 +61,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
-    """Remove channels in one cut or in rounds, and fine-tune after each."""
+    """Remove channels in one or several rounds, with fine-tuning after each. Return the model and the metrics."""
     rounds = job.config.rounds
     planner = Planner(job, model)
     curve: list[dict[str, object]] = []
@@ -75,7 +76,7 @@ def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
 
 
 def _part(job: Job, number: int) -> Job:
-    """Return the job of one round, with its share of the epochs and its own scratch folder."""
+    """Return a copy of the job for round `number`, with the round's share of the epochs and its own scratch folder."""
     config: PruneConfig = job.config
     share, rest = divmod(knobs.number(config.epochs), config.rounds)
     epochs = share + (rest if number == config.rounds else 0)
@@ -100,7 +101,10 @@ def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
 
 
 def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:
-    """Set weights of small magnitude to zero, and keep them zero in fine-tuning. Widths do not change."""
+    """Set weights of small magnitude to zero, and fine-tune with these weights fixed at zero. Return the model and the metrics.
+
+    The number of channels does not change.
+    """
     config: PruneConfig = job.config
     if config.kind == "two_four":
         zero_masks = masks.two_four(model)
@@ -115,7 +119,7 @@ def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:
 
 
 def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired:
-    """Re-estimate BatchNorm in place, and return mAP before and after it."""
+    """Re-estimate the BatchNorm statistics in place, and return mAP before and after that."""
     cut = measure(job, model, "after the cut")["map50_95"]
     reestimate_batchnorm(model, letterboxed(samples, job.imgsz_hw, job.dataset.channels))
     repaired = measure(job, model, "after re-estimating BatchNorm")["map50_95"]

@@ -32,7 +32,7 @@ PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 
 
 def run(job: Job) -> QatMetrics:
-    """Write `model.pt` in stock classes, `quant.json` with its scales, and `placement.csv`.
+    """Quantise the model and train it. Write `model.pt` in Ultralytics' own classes, `quant.json` (scales) and `placement.csv`.
 
     `placement.csv` lists each tensor with its precision, the group that shares its scale, and the reason. mAP in the metrics is
     that of the quantised model.
@@ -83,9 +83,10 @@ def run(job: Job) -> QatMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the model can be quantised, that `float_groups` exist, and that the price can be timed.
+    """Check, before any stage runs, that the model can be quantised, and that the groups in `float_groups` exist.
 
-    Pruning does not rename groups, so the groups of the baseline are those of the pruned model.
+    Also check that the cost of float can be measured on this machine. Pruning does not rename groups, so the baseline has the
+    groups of the pruned model.
 
     Raises:
         RecipeError: See `quant.plan.plan` and `_source.start`.
@@ -102,7 +103,10 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Sensitive]:
-    """Choose the groups that stay in float, in addition to `fixed` of the recipe. A killed measurement continues."""
+    """Measure the sensitivity to INT8, and return the groups of tensors that stay in float, with the metrics.
+
+    The groups in `fixed`, from the recipe, stay in float too. If an earlier run was killed during the measurement, continue it.
+    """
     config: QatConfig = job.config
     value = partial(MEASURES[config.sensitivity], job, images)
     better = config.sensitivity == "map50_95"

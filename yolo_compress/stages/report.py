@@ -1,4 +1,4 @@
-"""Stage `report`: write the report as HTML, Markdown and JSON from the metrics of the chain, and judge the gate."""
+"""Stage `report`: judge the gate, and write the report as HTML, Markdown and JSON from the results of all stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VALIDATED = "metrics/mAP50-95(B)"  # column of mAP50-95 in Ultralytics' results.
 
 
 class Metrics(TypedDict):
-    """The metrics of the stage.
+    """Metrics of the stage `report`: verdict, gate and table.
 
     Attributes:
         table: Text of the report for a terminal of `WIDTH` columns.
@@ -93,7 +93,7 @@ def _written(job: Job, document: Document) -> Metrics:
 
 
 def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
-    """Compare the baseline in FP32 (A) with the worst row of the gate (B); None if either is missing."""
+    """Compare the baseline in FP32 (model A) with the worst row of the gate (model B). Return None if either is missing."""
     both = evidence.compared_rows(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
@@ -123,10 +123,10 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
-    """Return the rows for the comparison of latency: the baseline on the same runtime (A) and the timed row of the gate (B).
+    """Return the two rows whose latency is compared: the baseline (A), and the worst row of the gate that has a latency (B).
 
-    The worst row itself may be a file without an engine here, which has no latency. Without a baseline on the same runtime, A is
-    `baseline`, and the comparison includes the difference between the runtimes.
+    B need not be the worst row of all, which may be a file without an engine and so without a latency. A is the baseline in the
+    runtime of B. If there is no such row, A is `baseline`, and the comparison includes the difference between the runtimes.
     """
     timed = next((row for row in rows if row["id"] == gate["timed"]), None)
     return None if timed is None else (peer_row(rows, timed) or baseline, timed)
@@ -137,7 +137,7 @@ def _contender(row: BenchRow) -> Side:
 
 
 def _own(job: Job, stage: str) -> bool:
-    """Return whether the recipe has this stage, so that no stand-in provides its artefact."""
+    """Return whether the recipe has this stage. If not, the artefact in `job.inputs` is that of its stand-in."""
     return job.inputs[stage].stage == stage
 
 
@@ -188,7 +188,7 @@ def _prune_file(job: Job, name: str) -> Any:
 
 
 def _recovery(job: Job) -> list[tuple[int, float]]:
-    """Return (epoch, mAP50-95) of the validated epochs of fine-tuning (`run.val_every`)."""
+    """Return (epoch, mAP50-95) for each epoch of fine-tuning that was validated; `run.val_every` sets which."""
     prune = job.inputs["prune"]
     if not _own(job, "prune") or "results.csv" not in prune.manifest.files:
         return []

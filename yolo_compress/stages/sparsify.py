@@ -23,7 +23,10 @@ REESTIMATE_IMAGES = PruneConfig.model_fields["calib_images"].default  # same num
 
 
 def run(job: Job) -> SparsifyMetrics:
-    """Write `model.pt` with sparse gammas, and `gammas.json` with their histograms before training and after each epoch."""
+    """Train with a sparsity penalty, write `model.pt`, and return the metrics.
+
+    Also write `gammas.json`: histograms of the BatchNorm gammas before training and after each epoch.
+    """
     model = model_of(job, "baseline")
     before = masses(model)
     hook = penalty_hook(job, model)
@@ -42,7 +45,7 @@ def finish_sparse(job: Job, trained: nn.Module) -> ModelMetrics:
     images without augmentation differ from those of training.
 
     Raises:
-        NumericsError: mAP is as low with the new averages.
+        NumericsError: mAP is still collapsed after BatchNorm was re-estimated.
     """
     before = of_model(job.inputs["baseline"])["map50_95"]
     metrics = finish(job, trained)
@@ -65,7 +68,7 @@ def finish_sparse(job: Job, trained: nn.Module) -> ModelMetrics:
 
 
 def penalty_hook(job: Job, model: nn.Module) -> SparseTraining:
-    """Return the hook that adds the penalty of the section."""
+    """Return the training hook that adds the penalty of the section `sparsify` to the loss."""
     config: SparsifyConfig = job.config
     scale = macs_scale(model, prunable(model), job.imgsz_hw) if config.lambda_scale == "macs" else None
     return SparseTraining(PENALTIES[config.penalty](), config.l1, config.ramp_epochs, scale, config.gamma_lr_scale)

@@ -1,4 +1,4 @@
-"""Stage `teacher`: the model that teaches in `distill`. It is given, or trained on the same data."""
+"""Stage `teacher`: load the model that teaches in `distill`, or train it on the same data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yolo_compress.stages.metrics import ModelMetrics
 
 
 def run(job: Job) -> ModelMetrics:
-    """Write `model.pt` of the teacher."""
+    """Load or train the teacher, write it as `model.pt`, and return its metrics."""
     return _source.run(job, "teacher")
 
 

@@ -1,1 +1,1 @@
-"""The artefact store in `weights/`: artefacts, manifests, fingerprints, source weights and checks of free disk space."""
+"""The store of stage results (artefacts) in `weights/`: manifests, fingerprints, source weights and checks of disk space."""

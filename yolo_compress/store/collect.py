@@ -12,8 +12,8 @@ from yolo_compress.store.store import Store
 def gc(store: Store, keep: set[str]) -> dict[Path, int]:
     """Remove all artefacts and `.partial` folders whose fingerprint is not in `keep`, and artefacts with a damaged manifest.
 
-    A `.partial` that its stage can continue stays; see `interrupted`. Files with other names in `root/store` stay too. The caller
-    must hold `store.lock`.
+    If the stage can continue from a `.partial`, the folder stays; see `interrupted`. Files with other names in `root/store` stay
+    too. The caller must hold `store.lock`.
 
     Returns:
         Removed path -> its size in bytes.
@@ -35,7 +35,7 @@ def gc(store: Store, keep: set[str]) -> dict[Path, int]:
 
 
 def interrupted(store: Store) -> dict[Path, int]:
-    """Return the `.partial` folders that their stage can continue, with their size in bytes.
+    """Return the `.partial` folders from which a killed stage can continue, each with its size in bytes.
 
     Raises:
         StorageError: The store cannot be read.
@@ -49,7 +49,7 @@ def interrupted(store: Store) -> dict[Path, int]:
 
 
 def _is_damaged(path: Path) -> bool:
-    """Return whether the manifest is missing or damaged. False if the file system cannot read it."""
+    """Return whether the manifest of an artefact is missing or damaged. If the file system cannot read it, return False."""
     try:
         Manifest.from_json(json_text.content(path / MANIFEST) if (path / MANIFEST).is_file() else b"")
     except ValueError:

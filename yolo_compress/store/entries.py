@@ -21,7 +21,7 @@ _NAME = re.compile(r"(?P<stage>[a-z0-9_]+)-(?P<short>[0-9a-f]{16})(?P<state>|\.p
 
 
 class Entry(NamedTuple):
-    """A path in `root/store` whose name has one of the three forms.
+    """An artefact in `root/store`, or a `.partial` or `.trash` folder beside it. The module's docstring lists the names.
 
     Attributes:
         short: First 16 digits of the fingerprint.
@@ -54,7 +54,10 @@ def partial_of(directory: Path) -> Path:
 
 
 def can_continue(partial: Path) -> bool:
-    """Return whether a `.partial` is worth keeping: it has files in `work`, or a manifest and only needs publication."""
+    """Return whether work in a `.partial` folder can be reused.
+
+    That is so if the folder has files in `work`, or if it has a manifest and only has to be published.
+    """
     return (partial / MANIFEST).is_file() or ((partial / WORK).is_dir() and any((partial / WORK).iterdir()))
 
 
@@ -69,7 +72,7 @@ def remove(path: Path) -> int:
 
 
 def to_trash(path: Path) -> Path:
-    """Rename an entry to `.trash`, replacing an existing one, and return the new path."""
+    """Rename an entry of the store to `.trash` and return the new path. An existing `.trash` of that name is replaced."""
     trash = path.with_name(path.name.removesuffix(PARTIAL).removesuffix(TRASH) + TRASH)
     if trash != path:
         if os.path.lexists(trash):

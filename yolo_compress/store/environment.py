@@ -1,4 +1,4 @@
-"""Describe the machine and the library versions for manifests and the report. No described library is imported."""
+"""Describe the machine and the library versions for manifests and the report. None of these libraries is imported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ PACKAGES = (
 
 
 class Environment(TypedDict, total=False):
-    """Result of `describe`. A manifest of an earlier version may lack a key. Null: unknown."""
+    """Versions, processor and operating system, as `describe` returns them.
+
+    Null means unknown. A manifest of an earlier version of this package may lack a key.
+    """
 
     python: str  # version of Python
     platform: str  # "Linux x86_64"
@@ -76,7 +79,7 @@ def memory_bytes() -> int:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that this code runs from, with `+` if it has changes; None outside a checkout."""
+    """Return the git commit that this code runs from, with `+` if files were changed. None: the code is not in a git checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -34,12 +34,12 @@ def _check_json(value: Any, where: str) -> None:
 
 
 def plain(value: Mapping[str, object]) -> dict[str, Any]:
-    """Return a copy in JSON types, equal to what is read back from a manifest: tuples become lists."""
+    """Return a copy of `value` in JSON types, such as lists for tuples. It equals what is read back from a manifest."""
     return dict(json.loads(canonical(value)))
 
 
 def fingerprint(key: Mapping[str, object]) -> str:
-    """Return the SHA-256 of the canonical JSON, 64 hex digits."""
+    """Return the fingerprint of a key: the SHA-256 of its canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical(key).encode()).hexdigest()
 
 
@@ -58,7 +58,7 @@ def explain(new: Mapping[str, object], old: Mapping[str, object]) -> list[str]:
 
 
 def _flatten(key: Mapping[str, object], stage: str) -> dict[str, str]:
-    """Return the leaves of a key by dotted path, as canonical JSON. True and 1, or 1 and 1.0, differ, as in the hash."""
+    """Return each single value of a key as canonical JSON, by its dotted path. As in the hash, 1 differs from True and 1.0."""
     leaves: dict[str, str] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ BEGUN = "work.json"  # in the `.partial`: content hashes of the inputs that `wor
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record that makes a folder an artefact.
+    """Content of `manifest.json`: how an artefact was made, and the hashes of its files.
 
     Attributes:
         schema: Version of the manifest's format.
@@ -30,8 +30,8 @@ class Manifest:
         version: Version of the stage.
         fingerprint: SHA-256 of `key`, in hex.
         key: Everything that decides the result.
-        inputs: Name of an input in `key` -> `content` of the artefact that was read.
-        files: Payload file -> its hash and size. Names are relative, with `/`.
+        inputs: Name of an input in `key` -> property `content` of the artefact that was read.
+        files: Name of a file of the artefact -> hash and size of that file. Names are relative, with `/`.
         metrics: Metrics of the stage.
         environment: Machine and library versions.
         seconds: Run time of the stage.
@@ -52,7 +52,7 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """SHA-256, in hex, of payload and metrics, which later stages read. It can differ between runs with the same key."""
+        """SHA-256, in hex, of the artefact's files and metrics. Two runs with the same key may have different `content`."""
         return hashlib.sha256(canonical({"files": self.files, "metrics": self.metrics}).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -109,7 +109,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published folder in the store. Its files never change.
+    """The stored result of a stage: a folder in the store whose files never change.
 
     Attributes:
         path: Path of the folder.
@@ -200,7 +200,7 @@ def verify_payload(artifact: Artifact, present: set[str]) -> None:
 
 
 def payload(directory: Path, without_work: bool = False) -> Iterator[str]:
-    """Yield the relative names of all files except the manifest, in a fixed order. Empty folders are ignored.
+    """Yield the relative names of an artefact's files, except the manifest, in a fixed order. Empty folders are ignored.
 
     Args:
         directory: Folder of the artefact, or its `.partial`.

@@ -1,7 +1,7 @@
-"""The steps that turn a `.partial` into an artefact. The process may be killed after any of them.
+"""Publish the output folder of a stage, its `.partial`, as an artefact. The process may be killed after any step.
 
-The steps: seal the payload (hash and fsync), write the manifest into the `.partial`, remove `work`, rename. Writing the manifest
-is the commit. After a kill before it, the stage resumes from `work`. After a kill behind it, `complete` does the other steps.
+The steps: hash and fsync the files, write the manifest into the `.partial`, remove `work`, rename the folder. If the process is
+killed before the manifest is written, the stage resumes from `work`. If it is killed later, `complete` does the other steps.
 """
 
 import os
@@ -33,7 +33,7 @@ from yolo_compress.store.manifest import (
 
 
 def complete(directory: Path) -> None:
-    """Finish a publication that was killed after its manifest was written. Delete the manifest if it no longer fits the files.
+    """Finish a publication that was killed after its manifest was written. If the files differ from the manifest, delete it.
 
     Raises:
         StorageError: A file cannot be read or written.
@@ -57,15 +57,18 @@ def complete(directory: Path) -> None:
 
 
 def publishing(folder: Path, stage: str) -> AbstractContextManager[None]:
-    """Return the lock of a publication. Readers need it for `complete`, and a run holds its own lock for hours."""
+    """Return the lock for publishing a stage's artefact. It is held only briefly, so that readers can call `complete`.
+
+    The lock of a run (`Store.lock`) is a different one, held for hours.
+    """
     return lock(folder / ".publishing", f"publishing {stage}")
 
 
 def seal(partial: Path) -> dict[str, FileEntry]:
-    """Delete leftovers of killed calls, hash and fsync the payload, and return the entry of each file for the manifest.
+    """Hash and fsync the files in `partial`, and return the manifest's entry for each. Leftovers of killed calls are deleted.
 
     Raises:
-        ValueError: The payload holds a link or something else that is not a regular file.
+        ValueError: The folder holds a link or something else that is not a regular file.
     """
     _sweep(partial)
     files = {name: _seal(partial / name) for name in payload(partial, without_work=True)}
@@ -75,7 +78,7 @@ def seal(partial: Path) -> dict[str, FileEntry]:
 
 
 def _sweep(partial: Path) -> None:
-    """Delete files that a killed atomic write or a killed publication left in the payload."""
+    """Delete files that a killed atomic write or a killed publication left in `partial`."""
     (partial / MANIFEST).unlink(missing_ok=True)
     for name in list(payload(partial, without_work=True)):
         if is_temporary(Path(name).name):
@@ -91,7 +94,7 @@ def _seal(path: Path) -> FileEntry:
 
 
 def commit(partial: Path, directory: Path) -> None:
-    """Remove `work` and rename the `.partial` to the artefact. Payload and manifest must be on the disk.
+    """Remove `work` and rename the folder `partial` to `directory`. Its files and manifest must be on the disk already.
 
     A folder cannot be renamed over one that has files, so an old artefact is renamed to `.trash` first. A kill between
     the two renames leaves the committed `.partial`, and `complete` finishes it.

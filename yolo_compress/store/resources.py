@@ -1,4 +1,4 @@
-"""Disk space and memory of a stage: an estimate before it starts, and errors when memory runs out."""
+"""Estimate the disk space that a stage needs, and explain errors when memory runs out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
 
     Args:
         section: Section of the stage in the recipe. If there are no inputs, the size of its initial model counts.
-        inputs: Input artefacts. The size of their largest file is taken as that of the float32 model.
+        inputs: Input artefacts. The size of their largest file counts as the size of the float32 model.
     """
     sizes = [entry["size"] for artifact in inputs for entry in artifact.manifest.files.values()]
     if sizes:
@@ -49,7 +49,7 @@ def memory_errors(stage: str) -> Iterator[None]:
     """Turn out-of-memory errors into an error that says which knobs to lower.
 
     Raises:
-        EnvironmentLacks: The memory was not enough.
+        EnvironmentLacks: The block ran out of memory.
     """
     try:
         yield

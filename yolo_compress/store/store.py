@@ -3,7 +3,7 @@
     root/store/<stage>-<fingerprint[:16]>/            payload and manifest.json, complete or absent
     root/store/<stage>-<fingerprint[:16]>.partial/    output of a running or killed stage, which can resume
     root/store/<stage>-....partial/work/              files that a stage needs to resume; never published
-    root/<recipe>/<stage> -> ../store/...             friendly name
+    root/<recipe>/<stage> -> ../store/...             link to a result of the recipe
 
 `publication` describes the steps of publishing, and what a kill between them leaves. A stage that runs again also writes into
 its `.partial`. The old artefact stays until the new one is committed.
@@ -40,7 +40,7 @@ from yolo_compress.store.publication import commit, complete, publishing, seal
 
 
 class Store:
-    """Artefacts in `root/store`.
+    """The store of all stage results (artefacts): a folder `root/store`, and links `root/<recipe>/<stage>` into it.
 
     Publishing and garbage collection (`collect.gc`) need `lock`; finding and verifying do not. Every method raises
     `StorageError` if the file system reports an error.
@@ -55,7 +55,7 @@ class Store:
         return self.folder / f"{stage}-{fingerprint[:16]}"
 
     def lock(self, what: str, wait: bool = True) -> AbstractContextManager[None]:
-        """Return the lock that a run holds; see `yolo_compress.files.lock.lock`."""
+        """Return the lock of the store: only one run at a time may publish or remove artefacts. See `files.lock.lock`."""
         return lock(self.root / ".lock", what, wait)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
@@ -70,7 +70,7 @@ class Store:
             return read_artifact(directory, stage, fingerprint) if directory.is_dir() else None
 
     def verify(self, artifact: Artifact) -> None:
-        """Check every file of the artefact against its manifest. Results of earlier calls are not reused.
+        """Check every file of the artefact against the hashes in its manifest. Each call reads all files again.
 
         Raises:
             CorruptArtifact: A file is changed, missing or not listed.
@@ -81,12 +81,14 @@ class Store:
             verify_payload(artifact, set(payload(artifact.path)))
 
     def partial(self, stage: str, fingerprint: str, inputs: Mapping[str, str] | None = None) -> Path:
-        """Return the folder that a stage writes into. Create it if needed; files of an earlier, killed run stay.
+        """Return the folder that a stage writes into before its result is published. It is created if needed.
+
+        Files of an earlier, killed run stay in the folder.
 
         Args:
             stage: Name of the stage.
             fingerprint: Fingerprint of the stage.
-            inputs: `content` of each input. A folder that was begun with other inputs is deleted. None: no check.
+            inputs: Input's name -> `content` of its artefact. A folder begun with other inputs is deleted first. None: no check.
         """
         partial = partial_of(self.directory(stage, fingerprint))
         with storage_errors(partial):
@@ -110,7 +112,7 @@ class Store:
         inputs: Mapping[str, str] = MappingProxyType({}),
         recipe: str | None = None,
     ) -> Artifact:
-        """Publish the `.partial` of this fingerprint as artefact. It replaces an old one.
+        """Publish the folder that the stage wrote as the artefact of this fingerprint. It replaces an old artefact.
 
         Args:
             stage: Name of the stage.
@@ -119,8 +121,8 @@ class Store:
             metrics: Metrics of the stage.
             environment: Machine and library versions.
             seconds: Run time of the stage.
-            inputs: `content` of the artefacts that the stage read, by their names in the key.
-            recipe: Name of the recipe. The friendly name is set with the commit, so that a kill leaves no artefact without one.
+            inputs: Name of an input in `key` -> `content` of the artefact that the stage read.
+            recipe: Name of the recipe. Its link is set in the same step, so that a kill leaves no artefact without a link.
 
         Raises:
             ValueError: The metrics hold NaN, the key has another fingerprint, or a file is a link. This is a bug of the stage.
@@ -153,7 +155,7 @@ class Store:
             return Artifact(directory, manifest)
 
     def check_name(self, recipe: str, stage: str) -> None:
-        """Check, before any stage runs, that `link` will succeed. Create the folder of the friendly names.
+        """Check, before any stage runs, that `link` will succeed. Create the recipe's folder of links.
 
         Raises:
             RecipeError: The recipe's name is not allowed as name of a folder in `root`.
@@ -194,7 +196,7 @@ class Store:
                 atomic_symlink(name, target)
 
     def linked(self, recipe: str, stage: str) -> Artifact | None:
-        """Return the artefact that the friendly name links to; None if the link or the artefact does not exist.
+        """Return the artefact that the link `root/<recipe>/<stage>` points to. None: the link or the artefact does not exist.
 
         Raises:
             CorruptArtifact: The manifest of the artefact is damaged.
@@ -209,7 +211,7 @@ class Store:
             return read_artifact(self.folder / directory.name, stage)
 
     def recipes(self) -> list[str]:
-        """Return the names of the folders in `root` that can hold friendly names, sorted."""
+        """Return the names of the folders in `root` that can hold the links of a recipe, sorted."""
         with storage_errors(self.root, "read"):
             folders = [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
         return sorted(path.name for path in folders if home.is_recipe_name(path.name))
@@ -221,7 +223,7 @@ class Store:
 
 
 def _begun_from(partial: Path) -> dict[str, str]:
-    """Return the `content` of the inputs that a `.partial` was begun with; empty if it is not recorded."""
+    """Return the `content` of the inputs that a `.partial` was begun with, by input name. Empty: they are not recorded."""
     try:
         return dict(json_text.read(partial / BEGUN))
     except (FileNotFoundError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""All use of Ultralytics' engine: loading and saving checkpoints, one training loop with hooks, and its validator."""
+"""Everything that uses Ultralytics' training code: load and save checkpoints, train with hooks, and validate."""
 
 from yolo_compress.nets.hardening import harden
 

@@ -52,7 +52,7 @@ def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> Dete
 def _architecture(yaml: str) -> dict[str, object]:
     """Return the architecture from the yaml file of Ultralytics.
 
-    The file is read by its full path: given a name, Ultralytics prefers a file of the working directory.
+    The file is read by its full path. If Ultralytics gets only a name, it prefers a file of the working directory.
     """
     file, scale = families.yaml_file(yaml, ROOT / "cfg" / "models")
     return {**YAML.load(file), "scale": scale, "yaml_file": yaml}
@@ -76,10 +76,10 @@ def load_model(path: Path) -> DetectionModel:
 def load_any(path: Path) -> nn.Module:
     """Load the float32 module of any checkpoint that consists of Ultralytics and torch classes.
 
-    `names` of the module is a dictionary by index, or missing.
+    The attribute `names` of the module is a dictionary by class index, or missing.
 
-    `pickled.check` reads the pickle before anything is loaded. Torch's restricted loader then loads it, and may use only
-    the classes that the pickle refers to. Ultralytics' own loader is not used: it changes blanks and quotes in the path,
+    `pickled.check` reads the pickle before anything is loaded. Torch's restricted loader then loads the file, and may use only
+    the classes that the pickle refers to. Ultralytics' own loader is not used, because it changes blanks and quotes in the path
     and searches the network for a missing file.
 
     Raises:
@@ -127,7 +127,7 @@ _ALIASES: dict[str, object] = {  # names of older versions, and names that are n
 
 
 def _resolve(name: str) -> Any:
-    """Return the class or function for a name that `pickled.check` accepted."""
+    """Import and return the class or function `name`, which `pickled.check` has accepted."""
     if name in _ALIASES:
         return _ALIASES[name]
     module, _, attribute = name.rpartition(".")
@@ -140,7 +140,7 @@ def _resolve(name: str) -> Any:
 
 
 def _names(names: Any) -> dict[int, str]:
-    """Return the class names by index.
+    """Return the class names of a checkpoint by class index.
 
     Raises:
         ValueError: The indices are not 0, 1, 2, ..., or a name is neither text nor a number.
@@ -155,7 +155,7 @@ def _names(names: Any) -> dict[int, str]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn any exception of a loader into CorruptArtifact. A bad file can cause every kind of exception."""
+    """Turn any exception inside the block into CorruptArtifact. A damaged checkpoint can cause every kind of exception."""
     try:
         yield
     except (CompressError, OSError, MemoryError):
@@ -226,7 +226,7 @@ def check_finite(model: nn.Module, where: str) -> None:
     """Check that all tensors are finite and no running variance is negative.
 
     Raises:
-        NumericsError: Names the first bad tensor.
+        NumericsError: A tensor is not. The message names the first such tensor.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -300,7 +300,7 @@ def check_classes(model: DetectionModel, names: Sequence[str], what: str) -> Non
     """Check that the class names of the model equal those of the data set, in the same order.
 
     Raises:
-        RecipeError: They differ. The message lists the differences and starts with `what`.
+        RecipeError: The names differ. The message lists the differences and starts with `what`.
     """
     have = [str(model.names[i]) for i in range(len(model.names))]
     want = list(names)

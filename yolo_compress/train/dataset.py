@@ -1,4 +1,7 @@
-"""Ultralytics' augmentations on images and labels that passed the preflight, without its label and image caches."""
+"""Load training images with Ultralytics' augmentations, from a data set that passed the preflight.
+
+The label and image caches of Ultralytics are not used.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ RAM_CACHE_BYTES = 1 << 30  # decoded training images up to this size stay in mem
 
 
 class PreflightDataset(YOLODataset):
-    """A YOLODataset with the images and labels of `data.load`, so training and evaluation use the same boxes.
+    """An Ultralytics `YOLODataset` with the images and labels of `data.load`. Training and evaluation then use the same boxes.
 
     Ultralytics' own scan is not used, for three reasons. It drops bad images with only a warning. It writes `labels.cache`
     next to the data, which concurrent runs share and the next run unpickles. It reads `.npy` files, which are not hashed.
@@ -54,7 +57,11 @@ class PreflightDataset(YOLODataset):
         return (image.copy() if self.cache == "ram" and self.augment else image), original_hw, resized_hw
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Seed the generators for this image if in a worker: its augmentation then depends on no worker and no resume."""
+        """Return an image with its labels, augmented.
+
+        In a data worker, seed the random generators for this image first. The augmentation then does not depend on which worker
+        loads the image, or on whether the run was resumed.
+        """
         if isinstance(index, SeededIndex) and get_worker_info() is not None:
             if index.epoch != self._epoch:
                 self._epoch = index.epoch
@@ -63,7 +70,7 @@ class PreflightDataset(YOLODataset):
         return super().__getitem__(index)  # type: ignore[no-any-return]
 
     def start_epoch(self) -> None:
-        """Clear the mosaic buffer of the last epoch, so that an epoch depends on its seed alone."""
+        """Clear the mosaic buffer of the last epoch, so that an epoch depends only on its seed."""
         if self.cache == "ram":
             return
         for i in self.buffer:
@@ -72,7 +79,7 @@ class PreflightDataset(YOLODataset):
 
 
 class SeededIndex(int):
-    """Index of an image, with the seeds for its worker: run seed, epoch, rank and position in the epoch."""
+    """Index of an image, with the seeds for its augmentation: run seed, epoch, rank and position in the epoch."""
 
     epoch: int
     seeds: tuple[int, ...]
@@ -84,9 +91,10 @@ class SeededIndex(int):
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler whose permutation depends on (seed, epoch) alone. Each rank takes every `world`-th index.
+    """Sampler whose order of images depends only on (seed, epoch). Each rank takes every `world`-th index.
 
-    Each `iter` is one epoch and is counted here, because a loader that prefetches starts the next epoch before the trainer.
+    Each call of `iter` is one epoch. The sampler counts the epochs itself, because a loader that prefetches starts the next epoch
+    before the trainer does.
     """
 
     def __init__(self, count: int, seed: int, *, rank: int = 0, world: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The one extension point of training: sparse training, distillation and QAT are lists of hooks over one loop."""
+"""Hooks, with which pruning, distillation and quantisation extend the training loop. There is no other way to extend it."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class TrainHook:
         return nn.ModuleDict()
 
     def rates(self, model: nn.Module) -> dict[str, float]:
-        """Return a factor on the learning rate by parameter name of the model. Parameters not named have factor 1."""
+        """Return factors on the learning rate: parameter name of the model -> factor. All other parameters have factor 1."""
         return {}
 
     def undecayed(self, model: nn.Module) -> Iterable[str]:
-        """Return names of further parameters of the model without weight decay. Biases and BatchNorm never have it."""
+        """Return names of parameters of the model to train without weight decay. Biases and BatchNorm never have weight decay."""
         return ()
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         """Called before each epoch. `epoch` counts from 0."""
 
     def extra_loss(self, batch: Batch, predictions: Any) -> dict[str, Tensor]:
-        """Return scalar losses of this batch by name. `predictions` is the output of the student's head in training mode."""
+        """Return further losses of this batch, scalars by name. `predictions` is the output of the model's head in training mode."""
         return {}
 
     def before_step(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class TrainHook:
         """Called once after training, also after an error. Remove taps here."""
 
     def to_stock(self, model: nn.Module) -> None:
-        """Replace the modules that `on_model` inserted by stock classes, in place. `model` is the EMA after training."""
+        """Replace the modules that `on_model` inserted by Ultralytics' own classes, in place. `model` is the EMA after training."""
 
     def state_dict(self) -> dict[str, object]:
         """Return the state that a resume needs beyond `modules()`: only tensors and plain values."""

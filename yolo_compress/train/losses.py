@@ -1,4 +1,4 @@
-"""The detection loss of labelled images without augmentation. Pruning criteria compute its gradients."""
+"""Compute the detection loss on labelled images without augmentation. Pruning criteria use the gradients of this loss."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Note:
 
 
 class _Refused(Exception):
-    """The file is refused. The message is the reason, and `remedy` says what to do."""
+    """The checkpoint is not safe to load. The message is the reason, and `remedy` says what to do."""
 
     remedy = "Download or export it again"
 
@@ -84,7 +84,7 @@ class _Wrapped(_Refused):
 
 @dataclass
 class _Reading:
-    """What is known while the program is read."""
+    """State while the pickle's program is read: stored tensors, memory so far, and names that the program refers to."""
 
     members: dict[str, int]  # name of a stored tensor -> bytes in the archive
     tensor_bytes: int = 0  # of all tensors that the program creates
@@ -98,7 +98,8 @@ def check(path: Path) -> set[str]:
         The names of classes and functions (`module.name`) that the file refers to. All are allowed.
 
     Raises:
-        CorruptArtifact: The file is not a complete archive of `torch.save`, or its program does what no YOLO checkpoint does.
+        CorruptArtifact: The file is not a complete archive of `torch.save`, or its program does something that no YOLO checkpoint
+            does.
         OSError: The file cannot be read.
     """
     try:
@@ -170,7 +171,7 @@ def _check_directory(file: io.BufferedReader, size: int) -> None:
 
 
 def _interpret(program: bytes, members: dict[str, int]) -> tuple[Any, set[str]]:
-    """Read the program. Return the note of its final object, and the names that it refers to."""
+    """Read a pickle's program without running it. Return the note of its final object, and the names that it refers to."""
     reading = _Reading(members)
     stack: list[Any] = []
     marks: list[int] = []
@@ -241,7 +242,7 @@ def _pop(stack: list[Any], marks: list[int], count: int | None = None) -> list[A
 
 
 def _tuple(items: list[Any]) -> Note:
-    """Return the note of a tuple."""
+    """Return the note (placeholder) of a tuple with these items."""
     note = Note("tuple", tuple(items))
     note.depth = _depth(items)
     return note
@@ -292,7 +293,7 @@ def _global(argument: str, reading: _Reading) -> Note:
 
 
 def _call(stack: list[Any]) -> tuple[str, tuple[Any, ...]]:
-    """Remove a call from the stack. Return the name of the function and its arguments."""
+    """Remove a function call from the stack. Return the name of the function and the arguments."""
     arguments, called = stack.pop(), stack.pop()
     if not isinstance(called, Note) or called.kind != "global":
         raise _Refused("a call of something that is not a known name")
@@ -306,7 +307,7 @@ def _call(stack: list[Any]) -> tuple[str, tuple[Any, ...]]:
 
 
 def _called(name: str, arguments: tuple[Any, ...], reading: _Reading) -> Note:
-    """Return the note of the result of a call."""
+    """Check a function call, and return the note (placeholder) of its result."""
     if name not in CALLS:
         raise _Refused(f"{name} is called, which no YOLO checkpoint does")
     return CALLS[name](arguments, reading)

@@ -21,7 +21,7 @@ def multiplies_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a training run. Fields are named as in Ultralytics where it has the setting."""
+    """Settings of a training run. If Ultralytics has the same setting, the field has the name used there."""
 
     epochs: int
     batch: int

@@ -1,4 +1,4 @@
-"""Distributed training: the process group of a command, and the trainings that rank 0 shares with the other ranks.
+"""Distributed training: form the process group of a command, and share the trainings of rank 0 with the other ranks.
 
 Only rank 0 plans, measures, and reads and writes the store. The other ranks wait for a training. They receive its model, data
 and hooks from rank 0, so all ranks make the same decisions.
@@ -32,7 +32,7 @@ _control: Any = None  # gloo group over which rank 0 sends trainings and results
 
 @dataclass(frozen=True)
 class Training:
-    """The arguments of `trainer.train`."""
+    """The arguments of `trainer.train`, which rank 0 sends to the other ranks."""
 
     model: nn.Module
     dataset: Dataset
@@ -51,7 +51,7 @@ def formed(device: str, agreed: Mapping[str, str]) -> Iterator[None]:
         agreed: Values that must be equal on all ranks, by name.
 
     Raises:
-        RecipeError, EnvironmentLacks: See `ranks.check_devices`. RecipeError also on rank 0 if ranks differ in `agreed`.
+        RecipeError, EnvironmentLacks: See `ranks.check_devices`. Rank 0 also raises RecipeError if ranks differ in `agreed`.
         LostRank: Another rank ended.
     """
     global _control
@@ -73,7 +73,7 @@ def formed(device: str, agreed: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _losses() -> Iterator[None]:
-    """Turn the errors of a broken connection between ranks into LostRank."""
+    """Turn errors of a broken connection between ranks, inside the block, into LostRank."""
     try:
         yield
     except RuntimeError as error:
@@ -125,7 +125,7 @@ def from_rank_0(make: Callable[[], Made]) -> Made:
 
 
 def share(training: Training) -> None:
-    """Send this training from rank 0 to the other ranks, which then take part."""
+    """Send this training from rank 0 to the other ranks, which then take part in it."""
     if is_formed():
         from_rank_0(lambda: replace(training, dataset=replace(training.dataset, files=())))
 
@@ -136,14 +136,14 @@ def end(result: Any) -> None:
 
 
 def follow(take_part: Callable[[Training], None]) -> Any:
-    """Take part in the trainings of rank 0, on another rank. Return the result that rank 0 passed to `end`."""
+    """On a rank other than 0, take part in all trainings of rank 0. Return the result that rank 0 passed to `end`."""
     while isinstance(received := from_rank_0(lambda: None), Training):
         take_part(received)
     return received
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of rank 0, in place."""
+    """Overwrite the tensors in place, on all ranks, with the values on rank 0."""
     if not is_formed():
         return
     for tensor in tensors:
@@ -156,7 +156,10 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average the gradients over the ranks, in place. A rank without a gradient counts as 0 if another rank has one."""
+    """Average the gradients of the parameters over all ranks, in place.
+
+    If only some ranks have a gradient for a parameter, the gradient of the other ranks counts as 0.
+    """
     if not is_formed() or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)

@@ -63,7 +63,7 @@ def train(
     work: Path,
     what: str,
 ) -> nn.Module:
-    """Train `model` and return the EMA as a stock float32 module on the CPU, in evaluation mode.
+    """Train `model` and return its EMA: a float32 module of Ultralytics' own classes, on the CPU, in evaluation mode.
 
     Args:
         model: Stock Ultralytics detector, changed in place. Its widths do not change.
@@ -76,7 +76,7 @@ def train(
     Raises:
         NumericsError: The loss or a weight is NaN or infinite. `resume.pt` has the last good epoch.
         CorruptArtifact: `resume.pt` does not fit this run.
-        EnvironmentLacks: The device does not exist, its memory does not suffice, or a data worker was killed or hangs.
+        EnvironmentLacks: The device does not exist or has too little memory, or a data worker was killed or hangs.
     """
     before = widths(model)
     if settings.epochs == 0:
@@ -95,7 +95,7 @@ def train(
 
 
 def take_part(device: str, workers: int, threads: int | None) -> Any:
-    """Take part in all trainings of rank 0, on another rank, with the device of this machine.
+    """On a rank other than 0, take part in all trainings of rank 0, with the device of this machine.
 
     Returns:
         The result that rank 0 passed to `together.end`.
@@ -124,7 +124,7 @@ def _check_one_device(settings: TrainSettings) -> None:
 
 
 def _run(training: Training) -> nn.Module:
-    """Run the training loop. Return the EMA, still with the modules that hooks inserted."""
+    """Run the training loop. Return the EMA of the model, which still has the modules that hooks inserted."""
     hooks, settings, what = training.hooks, training.settings, training.what
     trainer = HookedTrainer(training.model, training.dataset, settings, hooks, training.work, what)
     try:
@@ -149,7 +149,7 @@ def _run(training: Training) -> nn.Module:
 
 
 def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSettings) -> nn.Module:
-    """Apply the hooks without training: `on_model`, `on_end` and `to_stock`. PTQ is QAT with 0 epochs."""
+    """Return the model after its hooks ran without training: `on_model`, `on_end` and `to_stock`. PTQ is QAT with 0 epochs."""
     model = model.to("cpu" if settings.device == "cpu" else f"cuda:{settings.device.split(',')[0]}").eval()
     for hook in hooks:
         hook.on_model(model)
@@ -160,12 +160,15 @@ def _untrained(model: nn.Module, hooks: Sequence[TrainHook], settings: TrainSett
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means that memory does not suffice."""
+    """Return whether the cause of an error is too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 class HookedTrainer(DetectionTrainer):
-    """A DetectionTrainer for a given module, with hooks, data that passed the preflight, atomic saves and exact resume."""
+    """Ultralytics' DetectionTrainer, changed to train a module as it is. It calls hooks, saves atomically and resumes exactly.
+
+    It reads the images and labels that passed the preflight.
+    """
 
     def __init__(
         self,
@@ -320,9 +323,10 @@ class HookedTrainer(DetectionTrainer):
             self.ema.update(self.model)
 
     def _extra_parts(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the hooks' modules, a list a module.
+        """Return the parameters of the modules that hooks train: one list per module.
 
-        Their gradients are clipped separately. Clipped together, large ones would shorten the steps of the student.
+        The gradients of each module are clipped separately. Otherwise large gradients of a module would shorten the steps of
+        the student.
         """
         return [list(module.parameters()) for hook in self.hooks for module in hook.modules().values()]
 
@@ -413,7 +417,7 @@ class HookedTrainer(DetectionTrainer):
         return metrics, fitness
 
     def save_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Add a row to results.csv and rewrite the file atomically. Validation metrics are only in rows of epochs with one."""
+        """Add a row to results.csv and rewrite the file atomically. Only rows of validated epochs have validation metrics."""
         row: dict[str, float] = {"epoch": self.epoch + 1}
         for name, value in {**metrics, **self.hook_rows}.items():
             if name.startswith(("metrics/", "val/")) and not self._validated:
@@ -446,7 +450,8 @@ class HookedTrainer(DetectionTrainer):
         """Stop at the first batch whose loss is NaN or infinite.
 
         Raises:
-            NumericsError: Names the loss, the epoch and some images of the batch. The file `BAD_BATCH` lists all images.
+            NumericsError: There is such a batch. The message names the loss, the epoch and some images of the batch. The file
+                `BAD_BATCH` lists all of its images.
         """
         if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one transfer from the device
             return
@@ -462,7 +467,7 @@ class HookedTrainer(DetectionTrainer):
         )
 
     def _shares(self) -> dict[str, float]:
-        """Return the share of each hook's loss in the total loss of this epoch. It shows a loss that dominates the labels."""
+        """Return each hook's loss as a fraction of the total loss of this epoch. A large one means that it dominates the labels."""
         means = {name: float(value) for name, value in self.tloss.items()}
         own = [name for name in means if name not in self._criterion.base.loss_names]
         total = sum(means.values())
@@ -497,7 +502,7 @@ class HookedTrainer(DetectionTrainer):
         self._leave(to=1)
         if self._bars:
             figures = {name: float(value) for name, value in (self.tloss or {}).items()} | self.hook_rows
-            if self._validated and self.metrics is not None:  # rank 0 alone has them
+            if self._validated and self.metrics is not None:  # only rank 0 has them
                 figures["map50_95"] = float(self.metrics.get("metrics/mAP50-95(B)", 0.0))
             self._bars[0][1](1, **figures)
 
@@ -556,7 +561,10 @@ def settle(model: nn.Module, steps: int) -> None:
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Scale the learning rate of parameters by `rates`, in place. They move to new groups that are otherwise equal."""
+    """Multiply learning rates by the factors in `rates` (parameter name -> factor), in place.
+
+    The parameters move to new groups of the optimizer, which are otherwise equal.
+    """
     factor = {id(model.get_parameter(name)): rate for name, rate in rates.items()}
     for group in list(optimizer.param_groups):
         for rate in sorted({factor[id(p)] for p in group["params"] if id(p) in factor}):
@@ -566,7 +574,10 @@ def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapp
 
 
 def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> None:
-    """Turn off weight decay for parameters by name, in place. They move to new groups that are otherwise equal."""
+    """Turn off weight decay for the parameters in `names`, in place.
+
+    The parameters move to new groups of the optimizer, which are otherwise equal.
+    """
     chosen = {id(model.get_parameter(name)) for name in names}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in chosen]

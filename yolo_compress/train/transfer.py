@@ -21,14 +21,14 @@ MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four detection levels has 29 la
 
 @dataclass(frozen=True)
 class Taken:
-    """What was loaded from the checkpoint.
+    """How much of a new model was loaded from the checkpoint.
 
     Attributes:
         tensors: Number of tensors loaded.
         of_tensors: Number of tensors of the new model.
         parameters: Number of parameters loaded.
         of_parameters: Number of parameters of the new model.
-        classes: Class names that the checkpoint knows too.
+        classes: Class names of the new model that the checkpoint has too.
         same: Whether the class names of checkpoint and new model are equal and in the same order.
     """
 
@@ -45,8 +45,8 @@ def load_pretrained(
 ) -> tuple[DetectionModel, Taken]:
     """Load a float32 detector for the classes `names` from a checkpoint with any classes.
 
-    All tensors are loaded, except the outputs of classes that the checkpoint does not know. The class branch keeps the width
-    of the checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name, without case and outer blanks.
+    All tensors are loaded, except the outputs of classes that the checkpoint does not have. The class branch keeps the width
+    of the checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name; case and outer blanks are ignored.
     Outputs of new classes start at random, with the biases of Ultralytics' `bias_init`.
 
     Args:

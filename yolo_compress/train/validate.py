@@ -1,4 +1,7 @@
-"""Ultralytics' own validator on data that passed the preflight. Its mAP is that of `yolo val`, to compare with pycocotools."""
+"""Validate with Ultralytics' own validator, on data that passed the preflight. This gives the mAP of `yolo val`.
+
+It is compared with the mAP by pycocotools.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def validate(
 
     Args:
         model: Stock detector; a copy is fused and validated.
-        dataset: Its validation images are used.
+        dataset: Data set whose validation images are used.
         imgsz_px: Long side of the letterbox.
         rect: True: rectangular batches, the default of `yolo val`. False: square letterboxes, as for an exported model.
     """
@@ -48,7 +51,7 @@ def validate(
 
 
 class _Validator(DetectionValidator):
-    """A DetectionValidator for a given loader, without AutoBackend and data checks."""
+    """Ultralytics' DetectionValidator, changed to use an existing data loader, without AutoBackend and data checks."""
 
     dataset_dict: dict
 
