@@ -20,9 +20,8 @@ from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
 from yolo_compress.runtime.measure.layer_times import LayerTable
 
-Price = Callable[
-    [np.ndarray, np.ndarray], float
-]  # (out_N, in_N), output and input channels of the N convolutions -> cost
+# (out_N, in_N), the numbers of output and input channels of the N convolutions -> cost
+Price = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
