@@ -301,7 +301,7 @@ def hit(
         CompressError: No pruned model came within `TOLERANCE` of the limit.
         RecipeError: The limit cannot be reached, or the unpruned model already meets it.
     """
-    unpruned_ms = min(table_ms, rig.fastest_ms(unpruned))  # layer times measured under load can be several times too slow
+    unpruned_ms = min(table_ms, rig.fastest_ms(unpruned))  # a table measured under load can be several times too slow
     if limit_ms >= unpruned_ms:
         raise RecipeError(
             f"prune: latency_ms={limit_ms:g} is already met: the unpruned model takes {unpruned_ms:.3g} ms; set a smaller limit"
