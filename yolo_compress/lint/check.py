@@ -48,7 +48,7 @@ class Report:
 
     @property
     def rules(self) -> dict[str, int]:
-        """Return rule id -> number of findings."""
+        """Number of findings for each rule: rule id -> count."""
         return dict(Counter(finding.rule for finding in self.findings))
 
     def text(self) -> str:
