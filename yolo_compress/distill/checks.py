@@ -1,4 +1,4 @@
-"""Check that distillation has an effect: conditions for every loss term at the first batch and in every epoch."""
+"""Check that every distillation loss has an effect on the student, at the first batch and in every epoch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCALE = 2.0**16
 def check_terms(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bool) -> None:
     """Check the loss terms of one batch: each must be finite, not 0, and have a gradient to the student.
 
-    The backward pass ends at the student's outputs and taps, so it is short.
+    The backward pass stops at the tensors in `student`, so it is fast.
 
     Args:
-        terms: Loss terms by name, with gradient.
-        student: Tensors of the student on which the terms depend.
-        same: Student and teacher have equal weights, so terms may be 0.
+        terms: Name -> loss term, with gradient.
+        student: Tensors of the student on which the terms depend: its head outputs and its tapped feature maps.
+        same: True if student and teacher have equal weights. Terms may then be 0.
 
     Raises:
         NumericsError: A term is not finite, 0, or without a gradient to the student.
@@ -33,7 +33,7 @@ def check_terms(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bo
             )
         if float(term.detach()) == 0.0:
             if same:
-                continue  # `check_effect` fails if it stays 0 for an epoch
+                continue  # `check_effect` fails if the term stays 0 for an epoch
             raise NumericsError(
                 f"distill: {name} is 0 at the first batch although teacher and student differ, so it has no effect; set "
                 "other layers, another feature_loss, or its weight to 0"
@@ -51,7 +51,7 @@ def check_terms(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bo
 
 
 def check_frozen(teacher: nn.Module) -> None:
-    """Assert that no parameter of a frozen teacher has a gradient and that its BatchNorm statistics are fixed."""
+    """Assert that a frozen teacher does not change: no parameter has a gradient, and BatchNorm statistics are fixed."""
     trainable = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
     updating = [
         name for name, module in teacher.named_modules() if isinstance(module, nn.BatchNorm2d) and module.training
@@ -61,14 +61,14 @@ def check_frozen(teacher: nn.Module) -> None:
 
 
 def check_effect(totals: Mapping[str, Tensor], epoch: int) -> None:
-    """Check the sums of the terms over an epoch.
+    """Check that no loss term was 0 during a whole epoch.
 
     Args:
-        totals: Sum of each term over the epoch, by name.
+        totals: Name -> sum of the loss term over the epoch.
         epoch: Number of the epoch, from 0.
 
     Raises:
-        NumericsError: A term was 0 in every batch.
+        NumericsError: A loss term was 0 in every batch.
     """
     without_effect = [name for name, total in totals.items() if float(total) == 0.0]
     if without_effect:

@@ -23,13 +23,13 @@ from yolo_compress.recipe import choices
 
 KNOB = "distill.feature_loss"
 EPSILON = 1e-9  # prevents division by 0 if all teacher scores are 0
-FLAT = 1e-6  # below the standard deviation of any map that is not constant, above the rounding error of a constant one
-MOMENT_BYTES = 256 << 20  # largest float64 tensor when the aligners start; batch 32 at 640 px would take 1.4 GiB
+FLAT = 1e-6  # below the standard deviation of any map that is not constant, above the rounding error of a constant map
+MOMENT_BYTES = 256 << 20  # largest float64 tensor in `Aligner.start`; all of batch 32 at 640 px would take 1.4 GiB
 MASKED = 0.65  # share of masked locations, as in MGD for one-stage detectors (arXiv 2205.01529)
 
 
 def l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return the mean squared difference: FitNets' hint loss (arXiv 1412.6550, equation 3), as a mean.
+    """Return the mean squared difference of two feature maps: FitNets' hint loss (arXiv 1412.6550, equation 3), as a mean.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -38,10 +38,10 @@ def l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tenso
 
 
 def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return the mean squared difference, weighted at each location by the teacher's best class score.
+    """Return the mean squared difference of two feature maps, weighted at each location by the teacher's best class score.
 
-    This is FitNets' hint loss (arXiv 1412.6550) with the weighting of Ultralytics' own distillation (`loss_sl2`, 8.4). Without
-    weights the background dominates, since it covers most of the map.
+    This is FitNets' hint loss (arXiv 1412.6550) with the weighting of Ultralytics' own distillation (`loss_sl2`, 8.4). If all
+    locations have the same weight, the background dominates, since it covers most of the map.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -51,10 +51,11 @@ def weighted_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor)
 
 
 def channel_wise(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return the channel-wise distillation loss, CWD (arXiv 2011.13256): each channel is a distribution over locations.
+    """Return the channel-wise distillation loss, CWD (arXiv 2011.13256), which compares where each channel is active.
 
-    It is the KL divergence between the teacher's and the student's softmax over H x W, averaged over channels and images.
-    T = 1, as in MMRazor for detectors. Adding a constant to a channel changes nothing.
+    The softmax over all H x W locations turns a channel into a distribution. The loss is the KL divergence between the teacher's
+    and the student's distribution, averaged over channels and images. The temperature is 1, as in MMRazor for detectors. A
+    constant that is added to a channel does not change the loss.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -65,10 +66,11 @@ def channel_wise(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor
 
 
 def pearson(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return one minus the correlation of each channel over images and locations, averaged: PKD (arXiv 2207.02039).
+    """Return one minus the Pearson correlation between student and teacher, averaged over channels: PKD (arXiv 2207.02039).
 
-    The paper's form, half the mean squared difference of the standardised maps, is the same number. A positive factor or an
-    offset of a channel changes nothing, so teacher and student may have different magnitudes.
+    The correlation of a channel is computed over all images and locations. The paper states the same number as half the mean
+    squared difference of the standardised maps. A positive factor or an offset of a channel does not change the loss, so teacher
+    and student may have different magnitudes.
 
     Returns:
         Scalar in 0..2, 0 for equal maps.
@@ -83,11 +85,11 @@ def _standardised(feat_BCHW: Tensor) -> Tensor:
 
 
 def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return the squared distance of attention maps, averaged over images (arXiv 1612.03928, equation 2).
+    """Return the squared distance between the attention maps of student and teacher, averaged over images.
 
-    An attention map is the sum of squares over channels, normalised over locations. The squared distance is 2 - 2 cos. It is
-    squared because the norm in the paper has no gradient at 0. The numbers of channels may differ, and their order has no
-    effect.
+    An attention map is the sum of squares over channels, normalised over locations (arXiv 1612.03928, equation 2). The squared
+    distance is 2 - 2 cos. The distance is squared because the norm in the paper has no gradient at 0. Student and teacher may have
+    different numbers of channels, and the order of channels has no effect.
 
     Returns:
         Scalar in 0..2, 0 for equal maps.
@@ -99,10 +101,10 @@ def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -
 
 
 def relation(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return the mean squared difference between similarities of the images in a batch (arXiv 1907.09682, equations 1 to 4).
+    """Return how much student and teacher differ in the similarities between the images of a batch, as a mean squared difference.
 
-    The similarities are the Gram matrix over images with normalised rows. The numbers of channels may differ. For a batch of one
-    image the loss is 0.
+    The similarities are the Gram matrix over images with normalised rows (arXiv 1907.09682, equations 1 to 4). Student and teacher
+    may have different numbers of channels. For a batch of one image the loss is 0.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -117,12 +119,12 @@ def _gram(feat_BCHW: Tensor) -> Tensor:
 
 
 class Aligner(nn.Conv2d):
-    """A 1x1 convolution from the student's to the teacher's number of channels.
+    """A trained 1x1 convolution that maps the student's feature map to the teacher's number of channels.
 
-    It is initialised as the identity, so equal models start with a loss of 0. `start` then sets it to the ridge regression of
-    the teacher's map on the student's. This is necessary because channel i of a pruned model is not channel i of the unpruned
-    model. For YOLOv8n with half of its MACs, the squared distance to the teacher's maps is 2 to 6 times their variance with the
-    identity, and 0.2 to 0.5 times with the regression (`benchmarks/distillation.py aligners`).
+    The weights start as the identity, so the loss of equal models is 0. `start` then sets the weights to the ridge regression of the
+    teacher's map on the student's. This is necessary because channel i of a pruned model is not channel i of the unpruned model.
+    For YOLOv8n pruned to half of its MACs, the squared distance to the teacher's maps was measured relative to the variance of these
+    maps (`benchmarks/distillation.py aligners`). It is 2 to 6 with the identity, and 0.2 to 0.5 with the regression.
     """
 
     started: Tensor  # a buffer, so that a resumed run does not call `start` again
@@ -135,10 +137,10 @@ class Aligner(nn.Conv2d):
 
     @torch.no_grad()
     def start(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> None:
-        """Set the weights by ridge regression on the first batch. Later calls do nothing.
+        """Set the weights by ridge regression of the teacher's map on the student's, for the first batch. Later calls do nothing.
 
-        The regression of the residual is added to the identity, so equal maps leave the identity unchanged. With
-        torch.distributed the moments are summed over all ranks, so that all ranks have equal weights.
+        The regression of the residual is added to the identity. If both maps are equal, the weights therefore stay the identity.
+        With torch.distributed, the moments are summed over all ranks, so that all ranks have equal weights.
         """
         if bool(self.started):
             return
@@ -153,7 +155,7 @@ class Aligner(nn.Conv2d):
         mean_C, mean_D = moments[-1, :width], moments[-1, width:-1]
         covariance_CC = moments[:-1, :width] - torch.outer(mean_C, mean_C)
         cross_CD = moments[:-1, width:-1] - torch.outer(mean_C, mean_D)
-        # Stronger if there are few locations per channel. On BCCD no smaller lambda was better on other images, at any level.
+        # The ridge is stronger if there are few locations per channel. On BCCD no smaller lambda was better on unseen images.
         ridge = width / n * covariance_CC.diagonal().mean().clamp(min=EPSILON)
         regression_CD = torch.linalg.solve(covariance_CC + ridge * torch.eye(width).to(covariance_CC), cross_CD)
         self.weight += regression_CD.T.to(self.weight).view_as(self.weight)
@@ -172,8 +174,9 @@ class Aligner(nn.Conv2d):
 class Generator(nn.Module):
     """Generator of MGD (arXiv 2205.01529): reconstructs the teacher's map from a randomly masked map of the student.
 
-    Each location of the student's map must contain information about its neighbours. For equal maps the loss is therefore not 0:
-    a third of a map does not determine the rest. The mask comes from torch's global generator, which the trainer seeds per epoch.
+    Each location of the student's map therefore has to contain information about its neighbours. The loss is not 0 even for equal
+    maps, since a third of a map does not determine the rest. The mask comes from torch's global random generator, which the trainer
+    seeds in each epoch.
     """
 
     def __init__(self, channels: int) -> None:
@@ -195,11 +198,11 @@ def _no_adapter(student_channels: int, teacher_channels: int) -> nn.Module:
 
 
 class FeatureLoss(NamedTuple):
-    """A distance between maps, and a function that makes the adapter for the student's map.
+    """A distance between two feature maps, and a function that makes the adapter for the student's map.
 
     Attributes:
         distance: (student_BCHW, teacher_BCHW, weight_B1HW) -> scalar.
-        adapter: (student's channels, teacher's channels) -> module for the student's map.
+        adapter: (student's number of channels, teacher's number of channels) -> module that the student's map passes first.
     """
 
     distance: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -212,14 +215,14 @@ RELATION = FeatureLoss(relation, _no_adapter)
 
 
 def find(name: str) -> FeatureLoss:
-    """Return a feature loss by its name in `choices.FEATURE_LOSSES`, or a user's own by `file.py:function`.
+    """Return the feature loss called `name`: a name in `choices.FEATURE_LOSSES`, or `file.py:function` for a user's own loss.
 
-    A user's function is a distance and gets an `Aligner` as adapter; a user's `FeatureLoss` has its own adapter. A user's loss is
-    tested on small maps.
+    If the user's object is a function, the function is the distance and the adapter is an `Aligner`. If the object is a
+    `FeatureLoss`, that object has its own adapter. A user's loss is tested on small maps.
 
     Raises:
-        RecipeError: There is no such name, file or function, it does not take `(student_BCHW, teacher_BCHW, weight_B1HW)`, or
-            it does not return a finite scalar with a gradient to the student.
+        RecipeError: There is no such name, file or function, the function does not take
+            `(student_BCHW, teacher_BCHW, weight_B1HW)`, or it does not return a finite scalar with a gradient to the student.
     """
     found = choices.find(choices.FEATURE_LOSSES, name, KNOB)
     loss = found if isinstance(found, FeatureLoss) else FeatureLoss(found)

@@ -1,4 +1,4 @@
-"""Distillation as a training hook: loss terms between student and teacher, with a schedule. Raises if a term has no effect."""
+"""Training hook for distillation: adds losses between student and teacher, with a schedule, and checks that each has an effect."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from yolo_compress.train.hook import TrainHook
 class Teach(TrainHook):
     """Hook that adds distillation losses to the training of a student.
 
-    The losses are `kd_feature` between layers, `kd_class` (Hinton's soft labels on the class logits), `kd_box` (distributions of
-    box sides), `kd_iou` (decoded boxes), and those of the teacher itself (`peer`). They are logged as `train/<name>`, and their
-    shares of the total loss as `share/<name>`.
+    The losses are `kd_feature` (feature maps of layers), `kd_class` (Hinton's soft labels on the class logits), `kd_box`
+    (distributions of box sides), `kd_iou` (decoded boxes) and `peer` (the own loss of a teacher that is trained, too). Each loss is
+    logged as `train/<name>`, and its share of the total loss as `share/<name>`.
 
     Args:
-        source: The teacher.
+        source: The teacher, see `teacher.Source`.
         feature_weight: Weight of `kd_feature`; 0 disables it.
         class_weight: Weight of `kd_class`, including Hinton's alpha; 0 disables it.
         box_weight: Weight of `kd_box`; 0 disables it.
         iou_weight: Weight of `kd_iou`; 0 disables it.
         temperature: T of the soft class labels; box sides have T = 1.
         feature_loss: A name of `choices.FEATURE_LOSSES`, or `file.py:function`.
-        layers: Layers for `kd_feature`, as `NAME` or `STUDENT=TEACHER`. With None, the teacher's default layers.
-        ramp_epochs: Number of epochs over which all weights rise linearly, from `1 / ramp_epochs` in the first epoch. With 0
-            they are constant.
+        layers: Layers for `kd_feature`, each as `NAME` or `STUDENT=TEACHER`. If None, the default layers of `source` are used.
+        ramp_epochs: Number of epochs over which all weights rise linearly, from the share `1 / ramp_epochs` in the first epoch.
+            If 0, the weights are constant.
         off_epochs: Number of last epochs without distillation. The teacher does not run in them.
 
     Raises:
         RecipeError: The teacher does not match the student, or the maps of two layers have different sizes.
-        NumericsError: A term is not finite or has no effect (see `checks`).
+        NumericsError: A loss is not finite or has no effect (see `checks`).
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Teach(TrainHook):
         self.ramp_epochs, self.off_epochs = ramp_epochs, off_epochs
         self.extras = nn.ModuleDict()
         self.totals: dict[str, Tensor] = {}
-        self._taps: list[Taps] = []  # of the student, of the source
+        self._taps: list[Taps] = []  # taps of the student, taps of the teacher
         self._scale = 1.0
         self._checked = False
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the state for other ranks. A feature loss from a user's file is sent by its name."""
+        """Return the state to pickle for the processes of other ranks. A user's own feature loss is replaced by its name."""
         return {**vars(self), "feature": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -146,7 +146,7 @@ class Teach(TrainHook):
         return torch.stack(terms).sum()
 
     def _head_loss(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum of the head terms, for the loss of a teacher that is trained, too."""
+        """Return the weighted sum of `kd_class`, `kd_box` and `kd_iou` between two heads, for a teacher that is trained, too."""
         with in_float32(learner["scores"]):
             terms = head_terms(learner, other, self.weights, self.temperature)
         weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
@@ -162,20 +162,23 @@ class Teach(TrainHook):
 
 
 def in_float32(like: Tensor) -> torch.autocast:
-    """Disable autocast. In float16 a sum over a map of P3 can exceed 65,504, the largest number."""
+    """Return a context that disables autocast on the device of `like`, so that losses are computed in float32.
+
+    In float16 a sum over a feature map of P3 can exceed 65,504, the largest number.
+    """
     return torch.autocast(like.device.type, enabled=False)
 
 
 def _weights_by_level(weight_BA: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
-    """Return the weights of the anchors as one map (B, 1, H, W) per level of the head."""
+    """Convert the weights of the anchors to one map (B, 1, H, W) for each level of the head."""
     parts = torch.split(weight_BA, [feat.shape[-2] * feat.shape[-1] for feat in feats], dim=1)
     return [part.view(part.shape[0], 1, *feat.shape[-2:]) for part, feat in zip(parts, feats, strict=True)]
 
 
 def _matching_level(levels_B1HW: Sequence[Tensor], feat_BCHW: Tensor) -> Tensor:
-    """Return the weight map with the height and width of a feature map.
+    """Return the weight map that has the height and width of a feature map.
 
-    If no level has this size (strides below 8), the nearest level is resized.
+    If no level has this size (layers with a stride below 8), the map of the nearest level is resized.
     """
     size = feat_BCHW.shape[-2:]
     nearest = min(levels_B1HW, key=lambda level: abs(level.shape[-1] - size[1]))

@@ -1,6 +1,7 @@
-"""Generate images without data: optimise noise until its statistics equal a model's BatchNorm averages.
+"""Generate training images from a model: optimise noise until its activations have the model's BatchNorm statistics.
 
-This is DeepInversion (Yin et al., arXiv 1912.08795) without its class term, since there are no labels for the images.
+No data set is needed. This is DeepInversion (Yin et al., arXiv 1912.08795) without the class term of the paper, since the images
+have no labels.
 
 Shapes: images_B3HW in 0..1.
 """
@@ -17,8 +18,8 @@ from yolo_compress.nets.eval_mode import evaluating
 
 BATCH = 16  # images that are optimised together; the statistics of fewer images cannot match the averages
 RATE = 0.1  # learning rate of Adam, for values of 0..1: 300 steps can change a value by much more than 1
-TV_WEIGHT = 4.0  # relative to a misfit near 1; with much smaller values the images stay noise
-L2_WEIGHT = 5e-3  # small: it only has an effect where the other terms have none
+TV_WEIGHT = 4.0  # relative to a misfit near 1; with much smaller weights the images stay noise
+L2_WEIGHT = 5e-3  # small, so this term only has an effect where the other terms have none
 JITTER_PX = 32  # images are shifted by up to the largest stride, which prevents a visible grid of cells
 
 
@@ -31,20 +32,21 @@ def invert(
     seed: int,
     skip: Callable[[range], bool] = lambda numbers: False,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Generate images with the teacher's BatchNorm statistics, one batch at a time.
+    """Yield generated images on which the teacher's activations have its BatchNorm statistics, one batch at a time.
 
-    A batch depends only on the teacher, its position and `seed`, so an interrupted run can skip finished batches.
+    The images of a batch depend only on the teacher, the arguments and the number of the batch. An interrupted run can therefore
+    skip finished batches.
 
     Args:
         teacher: Stock detector. It is not changed; images are generated on its device.
         count: Total number of images.
         size_hw: Height and width in px, multiples of the largest stride.
-        steps: Adam steps per batch.
-        seed: Seed of the noise and the shifts.
-        skip: Takes the image numbers of a batch and returns whether the batch already exists.
+        steps: Number of Adam steps per batch.
+        seed: Seed of the initial noise and of the random shifts.
+        skip: Function that takes the image numbers of a batch and returns True if the batch already exists.
 
     Yields:
-        Image numbers from 0, and images_B3HW in 0..1.
+        (image numbers, counted from 0; images_B3HW in 0..1) for each batch that is not skipped.
     """
     norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     misfit = _Misfit(norms)
@@ -83,7 +85,7 @@ def _batch(teacher: nn.Module, misfit: _Misfit, count: int, size_hw: tuple[int, 
 
 
 def total_variation(images_B3HW: Tensor) -> Tensor:
-    """Return the root mean square of the differences to the neighbours below and to the right.
+    """Return the root mean square of the differences between each pixel and its neighbours below and to the right.
 
     Squares are summed over channels and averaged over locations.
     """
@@ -94,10 +96,10 @@ def total_variation(images_B3HW: Tensor) -> Tensor:
 
 
 class _Misfit:
-    """Distance of the inputs' mean and variance from the running averages, averaged over all BatchNorms.
+    """Measures how far the mean and variance of BatchNorm inputs are from the running statistics, averaged over all BatchNorms.
 
-    Distances of means are relative to standard deviations, and distances of variances to variances. The values of YOLOv8's layers
-    differ by orders of magnitude, so with the absolute distances of the paper a few layers would dominate.
+    Differences of means are divided by the standard deviation, and differences of variances by the variance. The values of YOLOv8's
+    layers differ by orders of magnitude, so with the absolute differences of the paper a few layers would dominate.
     """
 
     def __init__(self, norms: list[nn.BatchNorm2d]) -> None:

@@ -17,10 +17,10 @@ EPSILON = 1e-9
 def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
     """Return Hinton's distillation loss (arXiv 1503.02531, section 2) for sigmoid scores, with one Bernoulli per class.
 
-    With p = sigmoid(z / T) the term of a class is T^2 * KL(p_teacher || p_student). Its gradient by the student's logit is
-    T * (p_student - p_teacher). For large T this tends to (z_student - z_teacher) / 4, independent of T. The weight therefore
-    does not have to be tuned again for another temperature. The KL divergence is the binary cross-entropy minus the teacher's
-    entropy, a constant, so equal models give 0.
+    With p = sigmoid(z / T) the term of a class is T^2 * KL(p_teacher || p_student). The gradient of this term by the student's logit
+    is T * (p_student - p_teacher). For large T the gradient tends to (z_student - z_teacher) / 4, independent of T. The weight of the
+    loss therefore does not have to be tuned again for another temperature. The KL divergence is the binary cross-entropy minus the
+    teacher's entropy, which is a constant. For equal models the loss is 0.
 
     Args:
         student_BCA: Student's class logits.
@@ -41,8 +41,8 @@ def soft_labels(student_BCA: Tensor, teacher_BCA: Tensor, weight_BA: Tensor, tem
 def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temperature: float) -> Tensor:
     """Return the localisation distillation loss (Zheng et al., arXiv 2102.12252, equation 4) on the DFL bins of box sides.
 
-    YOLOv8 predicts a side as a distribution over R bins. Its width shows how certain the teacher is. The term of a side is
-    T^2 * KL(p_teacher || p_student) of softmax(z / T); see `soft_labels` for the factor T^2.
+    YOLOv8 predicts the length of a box side as a distribution over R bins. A narrow distribution shows that the teacher is certain.
+    With p = softmax(z / T) the term of a side is T^2 * KL(p_teacher || p_student); see `soft_labels` for the factor T^2.
 
     Args:
         student_BDA: Student's logits in the order of Detect, all bins of one side after those of another.
@@ -63,11 +63,11 @@ def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temp
 
 
 def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> Tensor:
-    """Return one minus the IoU between the decoded boxes of student and teacher at each anchor (PP-YOLOE's third term).
+    """Return one minus the IoU between the decoded boxes of student and teacher, averaged over anchors (PP-YOLOE's third term).
 
-    A side is the expectation over its bins, as Detect decodes it, and above 0. Both boxes therefore contain the centre of the
-    anchor and overlap, so the IoU has a gradient everywhere, and GIoU is not necessary. The IoU is the same in cells as in px, so
-    the positions of the anchors are not needed.
+    The distance from the anchor's centre to a box side is the mean over the bins, as Detect decodes it. This distance is above 0.
+    Both boxes therefore contain the centre of the anchor and overlap, so the IoU always has a gradient, and GIoU is not necessary.
+    The IoU is the same in cells as in px, so the positions of the anchors are not needed.
 
     Args:
         student_BDA: Student's logits in the order of Detect, all bins of one side after those of another: left, top, right, bottom.
@@ -84,7 +84,7 @@ def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> T
 
 
 def _sides(logits_BDA: Tensor) -> Tensor:
-    """Return the distances from the anchor's centre to the four sides, in cells."""
+    """Return the distances from the anchor's centre to the four sides of the decoded box, in cells."""
     share_B4RA = logits_BDA.unflatten(1, (4, -1)).softmax(dim=2)
     bins_R = torch.arange(share_B4RA.shape[2], device=share_B4RA.device, dtype=share_B4RA.dtype)
     return (share_B4RA * bins_R[:, None]).sum(dim=2)
@@ -98,12 +98,12 @@ def _area(sides_B4A: Tensor) -> Tensor:
 def head_terms(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], weights: Mapping[str, float], temperature: float
 ) -> dict[str, Tensor]:
-    """Return the unweighted loss terms between two heads: those of `kd_class`, `kd_box` and `kd_iou` whose weight is not 0.
+    """Return name -> unweighted loss term between two heads: `kd_class`, `kd_box` and `kd_iou`, if their weights are not 0.
 
     Args:
         student: Raw outputs of Detect: class logits `scores` and box logits `boxes`.
-        teacher: The same for the teacher, without gradient. Its scores are the weights of the anchors.
-        weights: Weight of each term by name.
+        teacher: The same for the teacher, without gradient. The teacher's best class scores are the weights of the anchors.
+        weights: Name of the loss term -> its weight. Only whether a weight is 0 has an effect.
         temperature: T of the class labels; box sides have T = 1.
     """
     own, other = ({name: outputs[name].float() for name in ("scores", "boxes")} for outputs in (student, teacher))

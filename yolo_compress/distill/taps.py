@@ -1,4 +1,4 @@
-"""Taps: read the outputs of named layers of a model during training."""
+"""Taps: forward hooks that read the outputs of named layers of a model during training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROBE_CELLS = 2  # side of the probe image in cells of the coarsest level
 
 
 class Taps:
-    """Forward hooks on the layers `names` of a model.
+    """Stores the outputs of the layers `names` of a model in each forward pass, by forward hooks.
 
-    Attach them only when training starts: a copy of a model with taps (the EMA) would have the taps, too.
+    Call `attach` only when training starts. Otherwise a copy of the model, such as the EMA, would have the hooks, too.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, net: nn.Module) -> None:
-        """Register the hooks. A second call does nothing."""
+        """Register the forward hooks on the model `net`. A second call does nothing."""
         if not self._handles:
             modules = dict(net.named_modules())
             self._handles = [modules[name].register_forward_hook(self._make_hook(name)) for name in self.names]
@@ -40,24 +40,26 @@ class Taps:
         return save_output
 
     def take(self) -> list[Tensor]:
-        """Return the maps of the last forward pass in the order of the names, and release them."""
+        """Return the outputs of the layers in the last forward pass, in the order of `names`, and release them."""
         outputs, self._outputs = self._outputs, {}
         return [outputs[name] for name in self.names]
 
     def remove(self) -> None:
-        """Remove the hooks and release all maps."""
+        """Remove the hooks and release all stored outputs."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._outputs = [], {}
 
 
 def split_pairs(layers: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (student's layer, teacher's layer) for each of `layers`, written as `model.15` or `model.18=model.21`."""
+    """Return (student's layer, teacher's layer) for each of `layers`, which are written as `model.15` or `model.18=model.21`."""
     return [(student, teacher or student) for student, _, teacher in (layer.partition("=") for layer in layers)]
 
 
 def map_shapes(net: nn.Module, names: Sequence[str], role: str) -> list[tuple[int, int, int]]:
-    """Return (C, H, W) of the feature map of each layer, for a square black image of PROBE_CELLS cells of the largest stride.
+    """Return the shape (C, H, W) of the feature map of each layer, for a square black image.
+
+    The side of the image is `PROBE_CELLS` times the largest stride.
 
     Args:
         net: Stock detector. It is not changed.
@@ -96,10 +98,10 @@ def map_shapes(net: nn.Module, names: Sequence[str], role: str) -> list[tuple[in
 
 
 def matched_widths(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """Return (student's, teacher's) number of channels for each pair of layers.
+    """Return (student's number of channels, teacher's number of channels) for each pair of layers.
 
     Raises:
-        RecipeError: A layer does not exist, or the maps of a pair differ in height or width.
+        RecipeError: A layer does not exist, or the two feature maps of a pair differ in height or width.
     """
     own = map_shapes(student, [name for name, _ in pairs], "student")
     other = map_shapes(teacher, [name for _, name in pairs], "teacher")

@@ -1,4 +1,4 @@
-"""Teachers: a frozen model, a peer that is trained, too, or the student's own deeper layers."""
+"""Teachers for distillation: a frozen model, a second model that is trained, too, or the student's own deeper layers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Source(ABC):
     """Base class of teachers for the hook `Teach`.
 
     Attributes:
-        net: the model whose layers are tapped, set after `on_model`.
+        net: the model whose layers are read for `kd_feature`. `on_model` sets this attribute.
     """
 
     net: nn.Module
 
     @abstractmethod
     def on_model(self, student: nn.Module) -> None:
-        """Prepare for a student. Called once, after the student is on its device.
+        """Prepare the teacher for a student. Called once, after the student is on its device.
 
         Raises:
             RecipeError: This teacher does not match the student.
@@ -45,7 +45,7 @@ class Source(ABC):
         """
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        """Return (student's, teacher's) layers to compare. The default layers are the inputs of the head."""
+        """Return (student's layer, teacher's layer) for each comparison. If `layers` is None, these are the inputs of the head."""
         return (
             split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
@@ -56,25 +56,25 @@ class Source(ABC):
             raise AssertionError(f"the teacher's {' and '.join(trainable)} carry a gradient")
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return modules of the teacher that are trained, by name."""
+        """Return name -> module for all modules of the teacher that are trained with the student."""
         return {}
 
     def own_loss(
         self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
     ) -> dict[str, Tensor]:
-        """Return the losses of `modules()` by name. Called after `outputs` with the same batch."""
+        """Return name -> loss with which the modules of `modules()` are trained. Called after `outputs` with the same batch."""
         return {}
 
 
 class Frozen(Source):
     """A teacher with fixed weights (arXiv 1503.02531).
 
-    It gets the same batches as the student, in evaluation mode, so its BatchNorm does not change. It runs under `no_grad`;
-    tensors of `inference_mode` cannot be used in a loss.
+    The teacher gets the same batches as the student. It is in evaluation mode, so its BatchNorm statistics do not change. It runs
+    under `no_grad`, since tensors of `inference_mode` cannot be used in a loss.
 
-    With mixed precision its convolutions are stored in half precision, which halves their memory and avoids casts in each step.
-    The memory format is channels last, which is faster (`benchmarks/distillation.py steps`). If its weights equal the student's,
-    the format stays that of the student: both then round alike, and all terms are exactly 0.
+    With mixed precision, the teacher's convolutions are stored in half precision. This halves their memory and avoids casts in each
+    step. The teacher's memory format is channels last, which is faster (`benchmarks/distillation.py steps`). If teacher and student
+    have equal weights, the teacher keeps the student's memory format: both then round alike, and all loss terms are exactly 0.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -106,8 +106,9 @@ class Frozen(Source):
 class Peer(Source):
     """A second student: both learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
 
-    The student's optimizer trains it at the rate `lr0` without weight decay. A resumed run restores it, but checkpoints do not
-    contain it. Its loss, `peer`, is its detection loss plus the head terms with the student as teacher.
+    The student's optimizer trains the second student, at the learning rate `lr0` without weight decay. A resumed run restores the
+    second student, but checkpoints do not contain it. Its loss `peer` is its detection loss plus `kd_class`, `kd_box` and `kd_iou`
+    with the first student as teacher.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -139,8 +140,8 @@ class Peer(Source):
 class Own(Source):
     """The student as its own teacher: deep layers teach shallow ones (self-distillation, after arXiv 1905.08094).
 
-    The inputs of the head teach the maps of the backbone with the same stride. There are no head terms, since the model has only
-    one head.
+    The feature maps that enter the head teach the maps of the backbone with the same stride. `kd_class`, `kd_box` and `kd_iou` are
+    not available, since the model has only one head.
     """
 
     def on_model(self, student: nn.Module) -> None:
@@ -161,10 +162,10 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Check that a teacher matches a student.
+    """Check that teacher and student have the same class names and the same layout of the head's outputs.
 
     Raises:
-        RecipeError: Classes, levels, strides or bins of box sides of the two heads differ.
+        RecipeError: Class names, levels, strides or numbers of bins per box side differ.
     """
     own, other = (
         {"classes": list(model.names.values()), **detect.output_layout(model)}  # type: ignore[union-attr,operator]

@@ -1,8 +1,8 @@
 """Write TensorRT's calibration cache, for INT8 without Q/DQ nodes on TensorRT 8 and 10 (JetPack 5 and 6) and on the DLA.
 
-The cache is a text file. The first line has the version of TensorRT and the calibrator. Each other line has a tensor and its
-scale, the bytes of a float32 in hexadecimal. Weights have no line: TensorRT computes their ranges from the graph, per output
-channel. The graph here therefore contains the weights after rounding to INT8.
+The cache is a text file. The first line has the version of TensorRT and the calibrator. Each other line has the name of a tensor and
+its scale, written as the bytes of a float32 in hexadecimal. Weights have no line: TensorRT computes their ranges from the graph, per
+output channel. The exported graph therefore contains the weights after rounding to INT8.
 
 TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`, trtexec with `--int8 --calib=FILE`. TensorRT 11
 cannot read it. The format follows files that TensorRT wrote; no cache of ours has been read by TensorRT yet.
@@ -38,19 +38,19 @@ DEFAULT_VERSION = "8502"  # TensorRT 8.5.2, JetPack 5.1
 
 
 def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = DEFAULT_VERSION) -> int:
-    """Write the scales of the tensors of a float graph.
+    """Write a TensorRT calibration cache with the scales of the tensors of a float ONNX graph.
 
-    Without Q/DQ nodes TensorRT runs a layer in INT8 only if all its tensors have a scale. The cache therefore also has the
-    outputs of convolutions before their activation (`state.outputs`) and of sigmoids (0 to 1).
+    If a graph has no Q/DQ nodes, TensorRT runs a layer in INT8 only if all tensors of the layer have a scale. The cache therefore also
+    contains the outputs of convolutions before the activation (`state.outputs`) and the outputs of sigmoids (0 to 1).
 
     Args:
-        float_onnx: Graph from which the engine is built, with the weights that belong to `state`. It is only read.
+        float_onnx: ONNX file from which the engine is built, with the weights that belong to `state`. It is only read.
         out: File to write.
-        state: As for `qdq.insert_qdq`.
+        state: Ranges of the model, as for `qdq.insert_qdq`.
         version: TensorRT version for the first line, digits without dots.
 
     Returns:
-        Number of scales.
+        Number of scales in the cache.
 
     Raises:
         CorruptArtifact: Graph and state do not belong together.
@@ -72,11 +72,11 @@ def write_cache(float_onnx: Path, out: Path, state: QuantState, version: str = D
 
 
 def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
-    """Write a graph without Q/DQ nodes, with weights rounded to INT8, and its cache `CACHE` in the same folder.
+    """Write an ONNX file without Q/DQ nodes, with weights rounded to INT8, and its calibration cache `CACHE` in the same folder.
 
     Args:
         float_onnx: As for `write_cache`.
-        out: Graph to write.
+        out: ONNX file to write.
         state: As for `write_cache`.
 
     Raises:
@@ -94,7 +94,7 @@ def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
 
 
 def read_cache(cache: Path) -> dict[str, float]:
-    """Return the scale of each tensor in a calibration cache.
+    """Return tensor name -> scale for all tensors in a calibration cache.
 
     Raises:
         CorruptArtifact: The file is not a calibration cache.
@@ -113,13 +113,13 @@ def read_cache(cache: Path) -> dict[str, float]:
 
 
 def write_explicit(implicit: Path, out: Path) -> None:
-    """Write a graph with Q/DQ nodes that computes what TensorRT computes from a graph and its cache, for other runtimes.
+    """Write an ONNX file with Q/DQ nodes that other runtimes can run, to reproduce what TensorRT computes with a calibration cache.
 
-    A convolution runs in INT8 if its input and output have scales. The range of its weights is the largest absolute value per
-    output channel. TensorRT fuses a convolution with its activation, so there is no rounding between the two.
+    A convolution runs in INT8 if its input and output have scales in the cache. The range of its weights is the largest absolute
+    value per output channel. TensorRT fuses a convolution with its activation, so nothing is rounded between the two.
 
     Args:
-        implicit: Graph written by `write_implicit`, with its cache in the same folder. It is only read.
+        implicit: ONNX file written by `write_implicit`, with its cache in the same folder. It is only read.
         out: File to write.
 
     Raises:

@@ -24,7 +24,7 @@ from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.nets.families import family_of
 
-MIN_OPSET = 13  # the first with a DequantizeLinear per output channel
+MIN_OPSET = 13  # the first opset in which DequantizeLinear can have one scale per output channel
 MAX_IR_VERSION = 10  # the latest that ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 all read
 
 
@@ -50,9 +50,9 @@ def export_onnx(
         imgsz_hw: Height and width in pixels, multiples of the model's largest stride.
         names: Class names in the order of the class scores.
         opset: ONNX operator set.
-        batch: Number of images per call; with `dynamic_batch` only the value in the metadata.
-        dynamic_batch: Make the first dimension dynamic.
-        simplify: Run onnxsim.
+        batch: Number of images per call. If `dynamic_batch` is True, this is only the value in the metadata.
+        dynamic_batch: Make the first dimension of input and output dynamic.
+        simplify: Simplify the graph with onnxsim.
 
     Raises:
         RecipeError: The size or opset is not supported.
@@ -93,7 +93,9 @@ def export_onnx(
 def export_torchscript(
     model: nn.Module, out: Path, imgsz_hw: tuple[int, int], *, names: Sequence[str], batch: int = 1
 ) -> None:
-    """Write the FP32 TorchScript file, with the `config.txt` that `ultralytics.YOLO("x.torchscript")` reads.
+    """Write the FP32 TorchScript file of a stock detector. It contains the `config.txt` that `ultralytics.YOLO` reads.
+
+    The arguments are those of `export_onnx`.
 
     Raises:
         RecipeError, NumericsError, StorageError: See `export_onnx`.
@@ -105,10 +107,9 @@ def export_torchscript(
 
 
 def save_torchscript(traced: torch.jit.ScriptModule, out: Path, metadata: Mapping[str, object]) -> None:
-    """Write a traced module and its `config.txt`.
+    """Write a traced module to a TorchScript file, with `metadata` as its `config.txt`.
 
-    The file is first written to memory: if the disk is full, torch 2.14's own writer ends the process with an exception in a
-    destructor.
+    The file is first written to memory. torch 2.14's own writer ends the process if the disk is full (exception in a destructor).
 
     Raises:
         StorageError: The file cannot be written.
@@ -126,10 +127,10 @@ def write_metadata(graph: onnx.ModelProto, metadata: Mapping[str, object]) -> No
 def prepare(
     model: nn.Module, imgsz_hw: tuple[int, int], names: Sequence[str], batch: int, kind: str
 ) -> tuple[nn.Module, torch.Tensor, dict[str, object]]:
-    """Return a fused copy of a model in export mode, an example input of zeros, and the metadata of Ultralytics' export.
+    """Return (fused copy of the model in export mode, example input of zeros, metadata as in Ultralytics' export).
 
     Args:
-        kind: "onnx" or "torchscript".
+        kind: Ultralytics' name of the file format: "onnx" or "torchscript".
     """
     net: Any = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     family = family_of(net, "export")
@@ -196,7 +197,7 @@ def _weight_names(graph: onnx.ModelProto) -> set[str]:
 
 @contextmanager
 def quiet_trace() -> Iterator[None]:
-    """Hide warnings of tracing: branches on a fixed shape become constants as intended, and the exporter is deprecated."""
+    """Hide two warnings of tracing: a branch on a fixed shape becomes constant (as intended), and torch's exporter is deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -24,17 +24,17 @@ NMS_CONF, NMS_IOU = 0.25, 0.7
 
 
 def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = MAX_DET) -> None:
-    """Write a graph followed by ONNX's NonMaxSuppression, which all runtimes support (TensorRT as INMSLayer).
+    """Write a copy of an ONNX file whose output is the final boxes: NonMaxSuppression is added at the end of the graph.
 
-    `output0` becomes `[1, max_det, 6]` float32, as with Ultralytics' `nms=True`: x1, y1, x2, y2 in px of the input, score,
-    class. Rows are sorted by score; unused rows are zero. A box has only its best class, as in
-    `runtime.detect.post.nms(multi_label=False)`.
+    All runtimes support this ONNX operator (TensorRT as INMSLayer). `output0` becomes `[1, max_det, 6]` float32, as with Ultralytics'
+    `nms=True`: x1, y1, x2, y2 in px of the input, score, class. Rows are sorted by score; unused rows are zero. A box has only its
+    best class, as in `runtime.detect.post.nms(multi_label=False)`.
 
     Args:
         source: Exported file with `output0` `[1, 4 + nc, A]`, of any precision. It is only read.
         out: File to write.
         conf: Minimum score, exclusive.
-        iou: A box is removed if its IoU with a better box of its class exceeds this.
+        iou: A box is removed if its IoU with a better box of the same class exceeds this value.
         max_det: Number of rows of the output.
 
     Raises:
@@ -114,7 +114,7 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
 
 
 def _output_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
-    """Return the shape of `output0` as (batch, rows, anchors), 0 for a dynamic size."""
+    """Return the shape of `output0` as (batch, rows, anchors). A dynamic size is returned as 0."""
     output = next(item for item in model.graph.output if item.name == OUTPUT)
     batch, rows, anchors = (size.dim_value for size in output.type.tensor_type.shape.dim)
     return batch, rows, anchors

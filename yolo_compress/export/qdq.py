@@ -1,19 +1,19 @@
 """Write INT8 ONNX graphs: insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float graph.
 
-All forms have the same scales on the same tensors and the same INT8 weights: symmetric, one scale per output channel on axis 0,
-7 or 8 bits as trained. Biases stay float and the opset does not change.
+Each runtime needs its own form of the graph. All forms have the same scales on the same tensors and the same INT8 weights: symmetric,
+one scale per output channel on axis 0, 7 or 8 bits as trained. Biases stay float and the opset does not change.
 
-A tensor has one Q/DQ pair after the node that computes it, and all its readers use this pair. Outputs of pools, upsamplings,
-chunks and concatenations of INT8 tensors have a pair, too. Its scale is that of the inputs, so it changes no value, but it tells
-the importer that the layer is INT8.
+A tensor has one Q/DQ pair after the node that computes the tensor, and all nodes that read the tensor use this pair. Outputs of
+pools, upsamplings, chunks and concatenations of INT8 tensors have a pair, too. This pair has the scale of the inputs, so it changes no
+value. It tells the runtime's ONNX importer that the layer is INT8.
 
 The forms differ in these fields of `runtime.registry.Int8File`:
 
-* Zero point: 0 with INT8 activations for TensorRT, which supports no other zero point and no INT32 bias. Otherwise 128 with UINT8
+* `zero_point`: 0 with INT8 activations for TensorRT, which supports no other zero point and no INT32 bias. Otherwise 128 with UINT8
   activations, which are the same values plus 128.
-* Half: scales are exact in float16, and the graph needs opset 19. TensorRT 11 takes the precision from the types in the graph,
+* `half`: scales are exact in float16, and the graph needs opset 19. TensorRT 11 takes the precision from the types in the graph,
   and `fp16.to_fp16` converts all float tensors to float16.
-* Quantised outputs: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`.
+* `quantised_outputs`: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ FORWARDING = {"MaxPool", "Resize", "Split", "Concat"}
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of inserted nodes.
+    """Numbers of convolutions and Q/DQ pairs in an INT8 graph.
 
     Attributes:
-        convs: INT8 convolutions.
-        activations: Q/DQ pairs of the plan's tensors and of layers that forward them.
-        outputs: Q/DQ pairs inside blocks, see `_pairs_in_blocks`.
+        convs: number of INT8 convolutions.
+        activations: number of Q/DQ pairs on the INT8 tensors between layers.
+        outputs: number of Q/DQ pairs inside blocks, see `_pairs_in_blocks`.
     """
 
     convs: int
@@ -85,18 +85,18 @@ class Pair:
 
 
 def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Counts:
-    """Write the INT8 form of a float graph and check the number of its Q/DQ nodes.
+    """Write an INT8 ONNX file: a float graph with Q/DQ nodes inserted, in the form that one runtime needs. Return node counts.
 
     Args:
         float_onnx: File written by `export_onnx`, opset 13 or later. It is only read.
         out: File to write.
         state: Ranges of the model in `float_onnx`, with BatchNorm folded (`quant.ranges.fold`).
-        form: Key of `FORMS`.
+        form: Key of `FORMS`, such as "tensorrt10" or "onnxruntime".
 
     Raises:
-        RecipeError: The form is unknown.
-        CorruptArtifact: Graph and state do not belong together: a convolution is missing or has other channels.
-        CompressError: The new graph differs from the plan.
+        RecipeError: `form` is unknown.
+        CorruptArtifact: Graph and `state` do not belong together: a convolution is missing or has other channels.
+        CompressError: The new graph does not have the expected Q/DQ nodes (see `_check`).
     """
     if form not in FORMS:
         raise RecipeError(f"Q/DQ form {form!r} is unknown, expected one of {', '.join(FORMS)}")
@@ -138,7 +138,7 @@ def _activation_type(file: Int8File) -> tuple[int, int]:
 
 
 def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.NodeProto]:
-    """Return the node of each convolution, found by the name of its weight (`<module>.weight`).
+    """Return convolution -> ONNX node. The node is found by the name of its weight, `<convolution>.weight`.
 
     Simplifiers do not rename weights.
 
@@ -211,9 +211,9 @@ def int8_weight(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple
 
 
 def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
-    """Return the range of every INT8 tensor of a float graph, by ONNX name.
+    """Return ONNX tensor name -> range (amax) for every tensor of a float graph that becomes INT8.
 
-    These are the tensors of `state` and the outputs of layers that only move their values.
+    These are the tensors of `state`, and the outputs of layers that only move the values of these tensors.
 
     Raises:
         CorruptArtifact: A block or a sum is missing in the graph, or a concatenation has inputs with different scales or in
@@ -359,7 +359,7 @@ def _pairs_in_blocks(
     pairs: dict[str, Pair],
     activation_type: tuple[int, int],
 ) -> dict[str, Pair]:
-    """Return pairs for tensors inside blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8."""
+    """Return tensor -> Q/DQ pair for tensors inside Conv blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8."""
     dtype, zero_point = activation_type
     readers = readers_of(graph)
     inner: dict[str, Pair] = {}

@@ -1,4 +1,4 @@
-"""Export INT8 TorchScript for torch on a CPU, with torch's quantised convolutions and the scales of the other INT8 files.
+"""Export an INT8 TorchScript file for torch on a CPU. It has torch's quantised convolutions and the scales of the other INT8 files.
 
 The same tensors as in the Q/DQ forms are INT8, as UINT8 with zero point 128, since `quantized::conv2d` accepts no signed
 activations. Weights are the INT8 values of the other forms, per output channel. They have 7 bits, since with 8 bits fbgemm and
@@ -61,9 +61,9 @@ class Int8Conv(nn.Module):
 
     Args:
         conv: Float convolution with BatchNorm folded in.
-        amax_C: Range of its weight per output channel.
-        in_amax: Range of its input.
-        out_amax: Range of its output.
+        amax_C: Range (largest absolute value) of the weight, per output channel.
+        in_amax: Range of the input.
+        out_amax: Range of the output.
         qmax: Largest INT8 value of a weight.
     """
 
@@ -120,7 +120,7 @@ def export_int8_torchscript(
         EnvironmentLacks: This torch has no quantised convolutions.
         CorruptArtifact: Model and state do not belong together, or the state has no ranges of the convolutions' outputs.
         CompressError: The traced model differs from the plan.
-        RecipeError, NumericsError: See `export_onnx`.
+        RecipeError, NumericsError: See `float_onnx.export_onnx`.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), _engine(), quiet_trace(), _quiet_deprecation():
@@ -193,7 +193,7 @@ def find_engine() -> str:
     """Return the first of `ENGINES` that this torch supports.
 
     Raises:
-        EnvironmentLacks: It supports none, or has no quantised convolutions.
+        EnvironmentLacks: This torch supports none of them, or has no quantised convolutions.
     """
     quantized = torch.backends.quantized
     supported = [engine for engine in ENGINES if engine in quantized.supported_engines]

@@ -28,12 +28,12 @@ SHOWN = 8  # findings per rule in the text report; the JSON lists all
 
 @dataclass(frozen=True)
 class Report:
-    """Result of a check.
+    """The findings for an ONNX file that was checked against the rules of a target.
 
     Attributes:
-        file: path of the ONNX file, as the caller gave it.
+        file: path of the ONNX file, as the caller passed it.
         target: runtime and versions that the file was checked against.
-        facts: opset and node counts, see `facts`.
+        facts: name -> opset or node count, see the function `facts`.
         findings: sorted by severity, then by rule, then by position in the graph.
     """
 
@@ -43,12 +43,12 @@ class Report:
     findings: tuple[Finding, ...]
 
     def count(self, severity: str) -> int:
-        """Return the number of findings of a severity."""
+        """Return the number of findings with the severity `severity`."""
         return sum(finding.severity == severity for finding in self.findings)
 
     @property
     def rules(self) -> dict[str, int]:
-        """Number of findings per rule id."""
+        """Number of findings for each rule: rule id -> count."""
         return dict(Counter(finding.rule for finding in self.findings))
 
     def text(self) -> str:
@@ -84,7 +84,7 @@ def _counted(count: int, word: str) -> str:
 
 
 def check(file: Path, name: str = DEFAULT) -> Report:
-    """Check an ONNX file against every rule that applies to a target.
+    """Check an ONNX file against every rule that applies to a target, and return the report.
 
     Args:
         file: Any ONNX file. It is only read.
@@ -112,7 +112,7 @@ def findings(graph: Graph, row: Target) -> tuple[Finding, ...]:
 
 
 def facts(graph: Graph) -> dict[str, int]:
-    """Return the opset and the numbers of convolutions, INT8 convolutions, Q nodes and DQ nodes."""
+    """Return the opset and the numbers of convolutions, INT8 convolutions, Q nodes and DQ nodes, by name."""
     kinds = Counter(node.op_type for node in graph.nodes)
     convs = [node for node in graph.nodes if node.op_type in ("Conv", "ConvTranspose")]
     return {

@@ -110,7 +110,7 @@ class Graph:
             yield name, item.data_type
 
     def is_constant(self, tensor: str) -> bool:
-        """Return whether a tensor is stored, or follows from a stored tensor by Q and DQ nodes alone."""
+        """Return whether a tensor is stored, or is computed from a stored tensor by Q and DQ nodes only."""
         while True:
             tensor = self.source_of(tensor)
             if tensor in self._constants:
@@ -134,9 +134,10 @@ class Graph:
         return self._sources.get(tensor, tensor)
 
     def readers(self, tensor: str) -> list[tuple[NodeProto | None, str]]:
-        """Return (node, input name) of each reader of a tensor, looking through Identity and no-op casts.
+        """Return (node, name of the node's input) for each node that reads a tensor.
 
-        The node is None where the tensor is an output of the graph.
+        If an Identity node or a cast to the same type reads the tensor, the nodes that read its output are returned instead. If the
+        tensor is an output of the graph, the list also has an entry with None as the node.
         """
         found: list[tuple[NodeProto | None, str]] = []
         stack: list[tuple[NodeProto | None, str]] = [(None, tensor)]
@@ -152,7 +153,7 @@ class Graph:
         return found
 
     def forwarded_inputs(self, node: NodeProto, through: Iterable[str] = FORWARDING_OPS) -> list[str]:
-        """Return the inputs whose values a node forwards unchanged, empty if it computes new values."""
+        """Return the inputs whose values a node forwards unchanged. If the node computes new values, the list is empty."""
         if node.op_type not in through or node.op_type not in FORWARDING_OPS:
             return []
         if node.op_type in ("Resize", "Upsample") and attribute(node, "mode", b"nearest") != b"nearest":
@@ -224,11 +225,11 @@ class Graph:
         return found
 
     def arrives_int8(self, tensor: str) -> bool:
-        """Return whether all values of a tensor come from DQ nodes, so its reader can run in INT8."""
+        """Return whether all values of a tensor come from DQ nodes, so that a layer that reads the tensor can run in INT8."""
         return all(self.params_of(name) is not None for name in self.origins(tensor))
 
     def is_int8(self, node: NodeProto) -> bool:
-        """Return whether both input and weight of a layer are INT8."""
+        """Return whether the input and the weight of the layer `node` are both INT8."""
         return self.params_of(node.input[1]) is not None and self.arrives_int8(node.input[0])
 
     def weight(self, node: NodeProto) -> str:
@@ -268,7 +269,7 @@ class Graph:
     def is_dfl(self, node: NodeProto) -> bool:
         """Return whether a node is DFL: its input is a softmax over bins and its weights are 0, 1, 2, ... or their INT8 values.
 
-        One output channel is no proof: the class convolution of a model with one class has one, too.
+        One output channel is not sufficient: the class convolution of a model with one class also has one output channel.
         """
         bins_N = self.value(self.weight(node))
         if bins_N is None or bins_N.size < 2 or bins_N.size != max(bins_N.shape):

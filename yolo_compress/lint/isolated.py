@@ -23,14 +23,14 @@ COMPILER = ("tensorrt-rtx",)  # no limits for these targets: a build takes minut
 
 
 def check_isolated(file: Path, target: str) -> tuple[str, dict[str, Any]]:
-    """Run `check.check` in a child process.
+    """Run `check.check` in a child process with limits on time and memory.
 
     Returns:
         The report as text and as a JSON document.
 
     Raises:
         CompressError: See `check.check`.
-        CorruptArtifact: Also if the child exceeded its time or memory limit, or crashed.
+        CorruptArtifact: See `check.check`. Also raised if the child process exceeded its time or memory limit, or crashed.
     """
     answer = _run_child(file, target)
     return answer["text"], answer["document"]

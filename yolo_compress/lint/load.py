@@ -1,4 +1,4 @@
-"""Load an ONNX file from any source. All reading happens here, and no file outside its folder is opened."""
+"""Load an ONNX file, which may come from an untrusted source. No file outside the folder of the ONNX file is opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READ_BY_NAME = {Q, DQ, *WEIGHTED, *POOLS, "Add", "Cast", "Identity", "MatMul", "
 
 
 def read(path: Path) -> Graph:
-    """Read an ONNX file and infer its types and shapes.
+    """Read an ONNX file, infer its types and shapes, and return it as a `Graph`.
 
     Raises:
         EnvironmentLacks: There is no such file.
@@ -193,7 +193,7 @@ def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
 
 
 def _least_inputs(node: onnx.NodeProto, opset: int) -> int:
-    """Return the number of inputs that the ONNX standard requires of an operator, 0 if the operator is unknown.
+    """Return how many inputs the ONNX standard requires for the operator of a node, or 0 if the operator is unknown.
 
     Rules read some operators by name in any domain: ONNX Runtime has its own Q and DQ with the same inputs.
     """

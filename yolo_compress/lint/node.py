@@ -34,7 +34,7 @@ class QuantParams:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Key that is equal for nodes with equal parameters. A computed scale equals only itself."""
+        """Key for comparisons: equal for nodes with equal parameters. A scale that is computed in the graph equals only itself."""
         if self.scale is None or self.zero is None:
             return (tuple(self.node.input[1:]), self.type)
         axis = self.axis if self.scale.size > 1 else 0
@@ -58,7 +58,7 @@ def name_of(node: NodeProto) -> str:
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """Return an attribute of a node, or the default if the node does not have it.
+    """Return the attribute `name` of a node, or `default` if the node does not have this attribute.
 
     Raises:
         CorruptArtifact: The attribute does not have the type of the default.

@@ -84,7 +84,7 @@ def one_sided_layers(graph: Graph, target: Target) -> Hits:
 
 
 def int8_tails(graph: Graph, target: Target) -> Hits:
-    """Find INT8 convolutions that no other layer with weights follows, not counting DFL."""
+    """Find INT8 convolutions at the end of the model: no other layer with weights, except DFL, follows them."""
     for node in _weighted(graph):
         if node.op_type != "Gemm" and graph.is_int8(node) and node.output[0] not in graph.before_layers:
             yield name_of(node), "an output convolution computes in INT8"

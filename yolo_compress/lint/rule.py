@@ -1,4 +1,4 @@
-"""Types of rules and findings."""
+"""Types of the ONNX check: a rule, and a finding (one fault at one place in the graph)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolo_compress.lint.targets import RUNTIMES, Target
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 Hits = Iterator[tuple[str, str]]  # (name of the node or tensor, description of the fault)
-WHOLE = "graph"  # the node of a hit that concerns the whole file
+WHOLE = "graph"  # stands in place of a node name if a fault concerns the whole file
 
 
 @dataclass(frozen=True)

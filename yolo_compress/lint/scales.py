@@ -1,6 +1,6 @@
-"""Rules on scales that must be equal: INT8 values pass a concat, add, pool or upsampling only if both sides have one scale.
+"""Rules on scales that must be equal. A concat, add, pool or upsampling runs in INT8 only if its inputs and output share a scale.
 
-NVIDIA's yolov7_qat: equal scales around concats and pools raised 180 frames a second to 207, at the same mAP.
+In NVIDIA's yolov7_qat, equal scales around concats and pools raised the speed from 180 to 207 frames per second, at the same mAP.
 """
 
 from __future__ import annotations

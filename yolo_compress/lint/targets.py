@@ -15,7 +15,7 @@ CPU = registry.names(gpu=False)
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime, or versions of one, that must accept the ONNX file.
+    """A runtime, or certain versions of a runtime, that the ONNX file is checked against.
 
     Attributes:
         name: key of `TARGETS`.
@@ -64,7 +64,7 @@ TARGETS = {row.name: row for row in _ROWS}
 
 
 def target(name: str) -> Target:
-    """Return the target with this name.
+    """Return the target whose key in `TARGETS` is `name`.
 
     Raises:
         RecipeError: The name is unknown.

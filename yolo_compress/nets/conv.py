@@ -1,4 +1,4 @@
-"""Check Ultralytics' Conv block (`conv`, `bn`, `act`), select its channels, and concatenate two blocks."""
+"""Functions on Ultralytics' Conv block (`conv`, `bn`, `act`): check a block, keep some of its channels, join two blocks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from yolo_compress.errors import RecipeError
 
 
 def norm_after(modules: Mapping[str, nn.Module], conv: str) -> nn.Module | None:
-    """Return the BatchNorm that follows the convolution named `conv`, or None if there is none or it was fused.
+    """Return the BatchNorm that follows the convolution named `conv`, or None if the block has no BatchNorm or it was fused.
 
     Args:
-        modules: Modules of the model by name.
+        modules: Module name -> module, for all modules of the model.
         conv: Name of the convolution.
     """
     return modules.get(f"{conv.removesuffix('conv')}bn") if conv.endswith("conv") else None
@@ -46,7 +46,7 @@ def check_conv2d(name: str, conv: nn.Module) -> None:
     """Check that a convolution is a plain Conv2d without groups.
 
     Raises:
-        RecipeError: It is of another class or grouped.
+        RecipeError: The module is of another class, or the convolution has groups.
     """
     if type(conv) is not nn.Conv2d:
         raise RecipeError(
@@ -59,12 +59,12 @@ def check_conv2d(name: str, conv: nn.Module) -> None:
 def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None = None) -> None:
     """Keep the listed channels of a Conv2d (groups=1) or BatchNorm2d and remove the others, in place.
 
-    The parameters are new objects without gradients.
+    The module gets new parameter objects without gradients.
 
     Args:
-        module: Convolution or normalisation.
+        module: The Conv2d or BatchNorm2d to change.
         out_K: Indices of the output channels to keep; None keeps all.
-        in_K: Indices of the input channels to keep; None keeps all. BatchNorm2d ignores it.
+        in_K: Indices of the input channels to keep; None keeps all. Ignored for a BatchNorm2d.
     """
     if isinstance(module, nn.Conv2d):
         if out_K is not None:
@@ -89,8 +89,8 @@ def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None =
 def copy_with_outputs(conv: Conv, index_K: Tensor) -> Conv:
     """Return a copy of a Conv block that has only the listed output channels.
 
-    BatchNorm settings, flags and dtype do not change. The copy shares the activation module with the block: stock models have
-    one for all blocks (`Conv.default_act`), and it holds no tensors.
+    BatchNorm settings, flags and dtype do not change. The copy and the original share one activation module. Stock models
+    also have one activation module for all blocks (`Conv.default_act`), and the activation has no parameters.
     """
     part = copy.deepcopy(conv, {id(conv.act): conv.act})
     keep_channels(part.conv, index_K)
@@ -99,7 +99,7 @@ def copy_with_outputs(conv: Conv, index_K: Tensor) -> Conv:
 
 
 def concatenate_outputs(first: Conv, second: Conv) -> Conv:
-    """Return one Conv block with the output channels of two blocks that read the same input."""
+    """Return one Conv block that outputs the channels of `first`, then those of `second`. Both must read the same input."""
     merged = copy.deepcopy(first, {id(first.act): first.act})
     merged.conv.weight = _concatenated(first.conv.weight, second.conv.weight)
     merged.conv.out_channels = merged.bn.num_features = first.conv.out_channels + second.conv.out_channels

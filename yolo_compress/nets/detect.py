@@ -1,7 +1,8 @@
-"""Ultralytics' Detect head: its branches, inputs and raw outputs, and its form in exported files.
+"""Ultralytics' Detect head: its branches, inputs and raw outputs, and how exported files represent the head.
 
 Each level has a box branch (`cv2`) and a class branch (`cv3`). A branch is two Conv blocks and a bare convolution.
-DFL turns the distribution over the bins of a box side into its length. It is a convolution with constant weights 0, 1, 2, ...
+The head predicts the length of a box side as a distribution over bins. DFL (distribution focal loss) computes the mean of this
+distribution. In Ultralytics, DFL is a convolution with the constant weights 0, 1, 2, ...
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def extends_detect(head: nn.Module) -> bool:
 
 
 def box_branches(model: Any) -> list[nn.Sequential]:
-    """Return the box branch of each level. Its last convolution outputs the bins."""
+    """Return the box branch of each level. The last convolution of a branch outputs the logits of the bins."""
     return list(model.model[-1].cv2)
 
 
 def class_branches(model: Any) -> list[nn.Sequential]:
-    """Return the class branch of each level. Its last convolution outputs the class logits."""
+    """Return the class branch of each level. The last convolution of a branch outputs the class logits."""
     return list(model.model[-1].cv3)
 
 
@@ -55,13 +56,13 @@ def outputs(model: Any) -> list[str]:
 
 
 def output_layout(model: Any) -> dict[str, object]:
-    """Return the properties of the head that must be equal in student and teacher."""
+    """Return the properties of the head that must be equal in student and teacher, by name: levels, strides and bins."""
     head = model.model[-1]
     return {"levels": head.nl, "strides": head.stride.tolist(), "bins of a box side": head.reg_max}
 
 
 def constants(model: nn.Module) -> set[str]:
-    """Return the names of the convolutions with constant weights, which are those of DFL."""
+    """Return the names of the convolutions that DFL consists of. Their weights are constants and are never trained."""
     return {f"{name}.conv" for name, module in model.named_modules() if isinstance(module, DFL)}
 
 
@@ -71,7 +72,7 @@ def freeze_constants(model: Any) -> None:
 
 
 def return_raw_outputs(model: Any) -> None:
-    """Make the head return raw outputs instead of decoded boxes, in place. It then stores no anchors either.
+    """Make the head return raw outputs instead of decoded boxes, in place. The head then stores no anchors either.
 
     Only the training flag of the head itself changes. Its BatchNorms keep their mode.
     """
@@ -79,7 +80,10 @@ def return_raw_outputs(model: Any) -> None:
 
 
 def raw_outputs(model: Any, images_BCHW: Tensor) -> list[Tensor]:
-    """Return the bins of the box sides and the class logits, before decoding. Calls `return_raw_outputs`."""
+    """Run the model and return the raw outputs of the head: logits of the box bins and of the classes, before decoding.
+
+    The function calls `return_raw_outputs`, so the head of `model` changes.
+    """
     return_raw_outputs(model)
     raw = model(images_BCHW)
     return [raw["boxes"], raw["scores"]]
@@ -88,8 +92,9 @@ def raw_outputs(model: Any, images_BCHW: Tensor) -> list[Tensor]:
 class Expectation(nn.Module):
     """DFL computed as a quotient of two sums of exponentials.
 
-    The result is the expectation of a softmax over `reg_max` bins, as in Ultralytics. Ultralytics computes it as a convolution
-    of the softmax. ONNX Runtime runs that many times slower (`benchmarks/dfl.py`), and pruning does not reduce this cost.
+    The result is the expectation of a softmax over `reg_max` bins, the same value as in Ultralytics. Ultralytics applies a
+    convolution to the softmax. In ONNX Runtime this convolution is many times slower than the quotient (`benchmarks/dfl.py`), and
+    pruning does not make it faster.
     """
 
     def __init__(self, reg_max: int) -> None:
@@ -97,10 +102,10 @@ class Expectation(nn.Module):
         self.register_buffer("sums", torch.stack([torch.arange(reg_max, dtype=torch.float32), torch.ones(reg_max)]))
 
     def forward(self, sides_BNA: Tensor) -> Tensor:
-        """Return the lengths of the box sides, B4A, in strides.
+        """Return the lengths of the box sides in units of the stride, shape (B, 4, A) with A anchors.
 
         Args:
-            sides_BNA: Logits of the bins, N = 4 * reg_max.
+            sides_BNA: Logits of the bins, with N = 4 * reg_max.
         """
         batch, channels, anchors = sides_BNA.shape
         bins = sides_BNA.view(batch, 4, channels // 4, anchors)
@@ -109,20 +114,23 @@ class Expectation(nn.Module):
 
 
 def for_export(model: Any, kind: str) -> None:
-    """Make the head of a copy return one tensor and compute DFL as `Expectation`, in place.
+    """Prepare the head for export, in place: it returns one tensor and computes DFL as `Expectation`.
 
     Args:
-        model: Copy of the model.
+        model: Copy of the model to export. The head of this copy is changed.
         kind: Ultralytics' name of the file format: "onnx" or "torchscript".
     """
     head = model.model[-1]
     head.dfl = Expectation(head.reg_max)
-    # same settings as in ultralytics/engine/exporter.py (8.4.190)
+    # the same settings as in ultralytics/engine/exporter.py (8.4.190)
     head.export, head.format, head.dynamic, head.shape = True, kind, False, None
 
 
 def exported_prefix(conv: str) -> str | None:
-    """Return the common prefix of the ONNX nodes that replace the DFL convolution; None for any other convolution."""
+    """Return the common name prefix of the ONNX nodes that replace the DFL convolution.
+
+    If `conv` is the name of any other convolution, return None.
+    """
     return f"/{conv.removesuffix('.dfl.conv')}/dfl/" if conv.endswith(".dfl.conv") else None
 
 

@@ -1,6 +1,7 @@
-"""The registry of families. Find the family of a model, check that it can be pruned, and trace its data flow.
+"""Registry of model families. The functions find the family of a model, check that the model can be pruned, trace its data flow.
 
-To add a family, write a file with a `Family` in it and add a row to `FAMILIES`.
+A family is a set of architectures with the same layers, such as YOLOv8 n to x. To add a family, write a file that defines a
+`Family` and add a row to `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ FAMILIES: dict[str, Family] = {"yolov8": YOLOV8}
 
 
 def family_of(model: nn.Module, doing: str) -> Family:
-    """Find the family of a model by the classes of its layers.
+    """Return the family whose layer classes include all layer classes of a model.
 
     Args:
         model: Stock model; may be pruned, fused or fake-quantised.
-        doing: First word of the error message: "prune", "quantise", "export" or "distill".
+        doing: Verb at the start of the error message: "prune", "quantise", "export" or "distill".
 
     Raises:
-        RecipeError: No family has all layers of the model; the message names the first unknown one.
+        RecipeError: No family has all layers of the model. The message names the first unknown layer.
     """
     supported = f"supported are {'; '.join(family.made_of for family in FAMILIES.values())}"
     layers = getattr(model, "model", None)
@@ -45,7 +46,7 @@ def family_of(model: nn.Module, doing: str) -> Family:
 
 
 def check_prunable(model: nn.Module) -> Family:
-    """Check that the channels of every block can be selected and that all weights are finite; return the family.
+    """Return the family of a model, after a check that channels of every block can be removed and all weights are finite.
 
     Raises:
         RecipeError: A block, the head or the model is of an unknown class, or a convolution is fused, quantised or wrapped.
@@ -61,7 +62,9 @@ def check_prunable(model: nn.Module) -> Family:
 
 
 def flow_of(model: nn.Module) -> Flow:
-    """Return the data flow of a model. The layers are visited in the order of Ultralytics' `forward`.
+    """Return the data flow of a model: which tensor each convolution reads, and which tensors are summed or concatenated.
+
+    The layers are visited in the order of Ultralytics' `forward`.
 
     Raises:
         RecipeError: The family is unknown (see `family_of`), or a block has connections that the family does not support.
@@ -85,24 +88,24 @@ def refresh_attributes(model: nn.Module, family: Family) -> None:
 
 
 def strides() -> list[list[int]]:
-    """Return the strides of each family, in px."""
+    """Return, for each family, the strides of the feature maps that enter the head, in px."""
     return [list(family.strides) for family in FAMILIES.values()]
 
 
 def yaml_layers() -> set[str]:
-    """Return the names that layers before the head have in the yaml files of supported models."""
+    """Return the layer names that Ultralytics' yaml files of supported models use before the head, such as `C2f`."""
     return set[str]().union(*(family.yaml_layers for family in FAMILIES.values()))
 
 
 def yaml_file(name: str, folder: Path) -> tuple[Path, str]:
-    """Return the path of Ultralytics' file for a yaml name, and the size of the model ("n" to "x").
+    """Return the path of Ultralytics' yaml file for a model name, and the size of the model ("n" to "x").
 
     Args:
         name: Name in the recipe, such as `yolov8n.yaml`.
         folder: Ultralytics' folder `cfg/models`.
 
     Raises:
-        RecipeError: No family has a yaml of this name.
+        RecipeError: No family has a yaml file of this name.
     """
     for family in FAMILIES.values():
         if found := family.yaml.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Description of a family of detectors: the types of its layers, and what pruning, distillation and quantisation ask of it."""
+"""Types that describe a family of detectors: its layer classes, and its functions for pruning, distillation and quantisation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from yolo_compress.nets.flow import Flow
 
 
 class Layer(NamedTuple):
-    """Functions for one class of layer in `model.model`.
+    """Functions for one layer class, where a layer is an entry of `model.model`.
 
     Attributes:
-        check: (name, layer) -> None. Raises RecipeError if channels of the layer cannot be selected.
+        check: (name, layer) -> None. Raises RecipeError if channels of the layer cannot be removed.
         wire: (flow, name, layer, input tensors) -> output tensor. Adds the operations of the layer to the flow.
     """
 
@@ -25,7 +25,10 @@ class Layer(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A Conv block of the split view. It holds the output channels of the block `stock` from `offset` on."""
+    """A Conv block of the split view: a slice of the output channels of the stock block `stock`, starting at channel `offset`.
+
+    The split view is a copy of the model for dependency tracing, in which some blocks are divided (`Family.split`).
+    """
 
     stock: str
     offset: int
@@ -33,15 +36,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """What pruning, quantisation, export, distillation and training need to know about an architecture.
+    """Properties and functions of an architecture that pruning, quantisation, export, distillation and training use.
 
     Attributes:
         made_of: Description for error messages: "YOLOv8 detection models: Conv, C2f, ...".
-        layers: Exact class of a layer, head included -> its functions.
+        layers: Exact class of a layer -> the functions for this class. The class of the head is included.
         head: Class of the last layer.
         split: Replaces the blocks that dependency tracing cannot follow, in place, and returns the model. Call it on a copy.
-        parts: Returns the Conv blocks of the split view that are slices of a stock block, by name. All parts of a stock block
-            must have the same number of channels.
+        parts: Returns the Conv blocks of the split view that are slices of a stock block: name in the split view -> `Part`.
+            All slices of a stock block must have the same number of channels.
         outputs: Returns the names of the convolutions whose output channels are the model's outputs. They are never pruned.
         refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
         for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.
@@ -69,7 +72,7 @@ class Family:
     yaml_names: str
 
     def first_unknown_layer(self, layers: nn.Sequential) -> int | None:
-        """Return the index of the first layer that this family does not have, or None if it has all."""
+        """Return the index of the first layer whose class is not in this family, or None if all classes are."""
         last = len(layers) - 1
         for index, layer in enumerate(layers):
             known = (

@@ -1,6 +1,6 @@
 """Data flow of a detector: the input tensor of each convolution, and the tensors that share a sum, concatenation or pool.
 
-A tensor has the name of the module that outputs it. `model.2.cv1` is the output of that block after its activation.
+A tensor has the name of the module that outputs it. `model.2.cv1` is the output of this Conv block after the activation.
 `model.2.m.0` is the sum of a bottleneck with a shortcut. `images` is the input of the model.
 """
 
@@ -15,9 +15,9 @@ class Flow:
     Attributes:
         root: Parent links of a union-find over tensors, in the order of the model. Tensors with the same root are connected
             by sums, concatenations or pools.
-        joined: (tensor, module in which it is joined with others).
+        joined: (tensor, name of the module in which the tensor is summed, concatenated or pooled).
         reads: Convolution -> its input tensor, or "" if no layer outputs that tensor.
-        float_only: Convolution that never computes in INT8 -> the reason.
+        float_only: Convolution that always stays in float -> the reason.
         sums: Output tensor of a module with a shortcut -> names of the child modules that form the branch, in order.
             The module computes `x + branch(x)`.
     """
@@ -35,7 +35,7 @@ class Flow:
         return tensor
 
     def find(self, tensor: str) -> str:
-        """Return the root of a tensor: the first tensor, in the order of the model, that is connected with it."""
+        """Return the root of a tensor: the first tensor in the order of the model that is connected with `tensor`."""
         while self.root[tensor] != tensor:
             tensor = self.root[tensor]
         return tensor
@@ -50,7 +50,7 @@ class Flow:
         self.reads[conv], self.float_only[conv] = source, why
 
     def join(self, where: str, *tensors: str) -> str:
-        """Connect tensors that enter the module `where`, which only moves or adds values. Return the first tensor."""
+        """Connect the tensors that enter the module `where`, and return the first tensor. The module only moves or adds values."""
         first = min((self.find(tensor) for tensor in tensors), key=list(self.root).index)
         for tensor in tensors:
             self.root[self.find(tensor)] = first
@@ -58,7 +58,7 @@ class Flow:
         return tensors[0]
 
     def shortcut(self, module: str, source: str, *branch: str) -> str:
-        """Add a module that adds its input to the output of a branch, and return the tensor of the sum.
+        """Add a module that computes `x + branch(x)`, and return the name of the sum's tensor.
 
         Args:
             module: Name of the module.

@@ -20,10 +20,10 @@ SETTINGS = {
 
 
 def harden() -> None:
-    """Set the environment variables.
+    """Set the environment variables that stop ultralytics from installing packages, using the network and unpickling code.
 
     Raises:
-        RuntimeError: ultralytics, which reads them at import, was imported before without them.
+        RuntimeError: ultralytics was imported earlier without these variables. It reads them only at import.
     """
     if "ultralytics" in sys.modules and os.environ.get("ULTRALYTICS_SAFE_LOAD") != "1":
         raise RuntimeError(
@@ -33,5 +33,5 @@ def harden() -> None:
 
 
 def let_warnings_through() -> None:
-    """Show warnings of ultralytics. Call it after the import of ultralytics, which sets the level of its logger."""
+    """Make ultralytics log its warnings again. Call this after the import of ultralytics, since the import sets the log level."""
     logging.getLogger("ultralytics").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Copy a model to torch's meta device. A forward pass then gives shapes and an autograd graph without memory or time."""
+"""Copy a model to torch's meta device. A forward pass there yields shapes and an autograd graph but computes no values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def shadow(model: nn.Module) -> nn.Module:
 
 
 def blank_images(model: nn.Module, imgsz_hw: tuple[int, int]) -> Tensor:
-    """Return one image on the meta device, 1CHW. C is the number of input channels of the model's first convolution."""
+    """Return one image without values on the meta device, shape (1, C, H, W).
+
+    C is the number of input channels of the model's first convolution.
+    """
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     return torch.empty(1, channels, *imgsz_hw, device="meta")
 

@@ -1,8 +1,8 @@
 """The family of YOLOv8 detectors (n to x), and the split view of C2f.
 
-Stock `C2f` computes both halves with one convolution `cv1` and divides its output with `chunk`. Dependency tracing cannot follow
-`chunk` (Torch-Pruning 1.6.1 raises IndexError). It traces `SplitC2f` instead, where each half has its own convolution.
-Checkpoints hold stock classes only. Plain Ultralytics and ULTRALYTICS_SAFE_LOAD=1 refuse all other classes.
+The split view is a copy of a model in which every `C2f` is replaced by a `SplitC2f`. Stock `C2f` has one convolution `cv1` and
+divides its output into two halves with `chunk`. Torch-Pruning 1.6.1 cannot trace `chunk` (IndexError). In `SplitC2f` each half has
+its own convolution. Checkpoints contain only stock classes: plain Ultralytics and ULTRALYTICS_SAFE_LOAD=1 refuse all others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAYER_ATTRIBUTES = ("i", "f", "type", "np")  # set by Ultralytics' parse_model 
 
 
 class SplitC2f(nn.Module):
-    """C2f with two convolutions in place of `cv1`; its outputs equal those of C2f.
+    """C2f with two convolutions, `cv1a` and `cv1b`, in place of `cv1`. The outputs equal those of C2f.
 
     The output of `cv1a` goes to the concatenation only. The output of `cv1b` goes to the bottlenecks too.
     """
@@ -59,7 +59,7 @@ def merge_c2f(model: nn.Module) -> nn.Module:
     """Replace every SplitC2f of `model` by a C2f, in place, and return `model`.
 
     Raises:
-        RecipeError: The halves of a block have different widths, but the `chunk` of C2f cuts in equal halves.
+        RecipeError: The two halves of a block have different numbers of channels. C2f needs equal halves because of `chunk`.
     """
     for parent, name, block in _children(model, SplitC2f):
         setattr(parent, name, _merged(block))
@@ -109,7 +109,10 @@ def _refresh(model: nn.Module) -> None:
 
 
 def _split_by_sizes(model: nn.Module) -> None:
-    """Make C2f use `split` with sizes, as Ultralytics' exporter does. In ONNX `chunk` would become slices."""
+    """Make C2f use `split` with sizes instead of `chunk`, in place, as Ultralytics' exporter does.
+
+    The ONNX exporter would turn `chunk` into slices.
+    """
     for module in model.modules():
         if type(module) is C2f:
             module.forward = module.forward_split

@@ -1,4 +1,4 @@
-"""Re-estimate BatchNorm statistics of a pruned model. It recovers accuracy at little cost, before any training."""
+"""Re-estimate the BatchNorm statistics of a pruned model. This recovers accuracy in a few forward passes, without training."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from yolo_compress.nets.eval_mode import evaluating
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: float | None = None) -> int:
-    """Replace the BatchNorm statistics of a model by those of the given images, in place.
+    """Replace the BatchNorm statistics of a model, in place, by the mean and variance of activations on `batches`.
 
-    After channels are removed, the inputs of all later layers change, and their running means and variances are wrong. The
-    method is Adaptive BN of EagleEye (Li et al., arXiv 2007.02491). Training flags and momenta are restored.
+    When channels are removed, the inputs of all later layers change. The running means and variances of these layers are then
+    wrong. The method is Adaptive BN of EagleEye (Li et al., arXiv 2007.02491). Training flags and momenta are restored.
 
     Args:
-        model: float32 model on its device (in half precision sums of squares overflow).
-        batches: `images_BCHW`, RGB, 0 to 1, letterboxed as in training. All batches have the same weight, so they should
-            have the same size.
-        momentum: None averages over all batches; a number is the weight of the latest batch.
+        model: float32 model on the device to use. In half precision the sums of squares overflow.
+        batches: Batches `images_BCHW`, RGB, 0 to 1, letterboxed as in training. All batches have the same weight, so they
+            should have the same size.
+        momentum: Weight of the latest batch in a running average. If None, all batches have the same weight.
 
     Returns:
-        The number of images.
+        The number of images that were used.
 
     Raises:
         DataError: There are no images.
-        NumericsError: The statistics of a layer are NaN or infinite.
+        NumericsError: A new mean or variance is NaN or infinite.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     momenta = {name: norm.momentum for name, norm in norms.items()}
@@ -38,7 +38,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor], momentum: 
     try:
         with evaluating(model):
             for images_BCHW in batches:
-                if images_seen == 0:  # without any batch the old statistics stay
+                if images_seen == 0:  # if there is no batch, the old statistics stay
                     _start(norms.values(), momentum)
                 model(images_BCHW.to(like.device, like.dtype))
                 images_seen += len(images_BCHW)

@@ -1,4 +1,8 @@
-"""Choose the channels to keep from their importance, so that the pruned model meets a budget."""
+"""Choose which channels a pruned model keeps: the most important ones whose cost meets a budget.
+
+In this file a tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block.
+A price is a function that computes the cost of a model: MACs, parameters or ms (`cost.Price`).
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,19 @@ from yolo_compress.runtime.measure.layer_times import LayerTable
 
 Scope = Literal["global", "local", "isomorphic"]
 
-TOLERANCE = 0.02  # relative to the target; the recipe documents it
+TOLERANCE = 0.02  # allowed deviation from the target cost, relative; documented in the recipe
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limit for the cost of the pruned model.
+    """Limit for the cost of the pruned model, in MACs, parameters or ms.
 
     Attributes:
-        knob: name of the knob, for messages.
-        price: computes the cost of a model: MACs, parameters or ms.
-        target: largest cost that is allowed, in units of the price.
-        unit: cost that corresponds to a knob value of 1: the cost of the unpruned model for a share, 1 for milliseconds.
+        knob: name of the setting in the recipe, for messages.
+        price: function that computes the cost of a model from its channel counts: MACs, parameters or ms.
+        target: largest cost that is allowed, in the unit that `price` returns.
+        unit: cost that corresponds to a knob value of 1. If the knob is a share, this is the cost of the unpruned model. If the
+            knob is in milliseconds, this is 1.
     """
 
     knob: str
@@ -38,22 +43,22 @@ class Budget:
     unit: float
 
     def of(self, cost: float) -> float:
-        """Return a cost as a value of the knob, rounded up to three decimals so that a budget of this value allows it."""
+        """Convert a cost to a value of the knob, rounded up to three decimals. A budget of this value allows the cost."""
         return ceil(1000 * cost / self.unit - 1e-9) / 1000
 
 
 def keep_flops(shapes: Mapping[str, ConvShape], share: float) -> Budget:
-    """Return a budget of MACs, as a share of the MACs of the model with these `shapes`."""
+    """Return a budget that limits the MACs to `share` times the MACs of the model with these `shapes`."""
     return _share("keep_flops", shapes, macs_price, share)
 
 
 def keep_params(shapes: Mapping[str, ConvShape], share: float) -> Budget:
-    """Return a budget of parameters, as a share of the parameters of the model with these `shapes`."""
+    """Return a budget that limits the parameters to `share` times the parameters of the model with these `shapes`."""
     return _share("keep_params", shapes, parameters_price, share)
 
 
 def latency_ms(shapes: Mapping[str, ConvShape], table: LayerTable, limit: float) -> Budget:
-    """Return a budget of latency in ms, estimated with `cost.latency_price`.
+    """Return a budget that limits the latency to `limit` ms, as estimated by `cost.latency_price`.
 
     Raises:
         RecipeError: The unpruned model already meets the limit.
@@ -81,11 +86,11 @@ class Plan:
     """Channels to keep, and the cost of the pruned model.
 
     Attributes:
-        keep: group name -> ascending channel indices, the argument of `graph.prune`.
+        keep: group name -> indices of the channels to keep, ascending. This is the argument of `graph.prune`.
         widths: group name -> (channels before, channels after), in order of execution.
         macs: convolution -> (MACs before, MACs after) for one image.
         parameters_before, parameters_after: parameters of convolutions and BatchNorms.
-        cost: cost of the pruned model, in units of the budget's price.
+        cost: cost of the pruned model in the unit of the budget: MACs, parameters or ms.
     """
 
     keep: dict[str, Tensor]
@@ -122,24 +127,25 @@ def choose(
     scope: Scope = "global",
     least: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Choose the most important channels whose cost is within the budget and as close to it as rounding allows.
+    """Choose the most important channels so that the cost of the model is as close below the budget as rounding allows.
 
     Channels are removed in blocks of `min(round_to, group.unit)`, lowest importance first. Once the budget is met, blocks that
-    still fit are restored, highest importance first. The k-th most important channels of both C2f halves share one score,
-    since they can only be removed together.
+    still fit are restored, highest importance first. The two halves of a C2f block must keep equal numbers of channels. The k-th
+    most important channels of both halves therefore share one score.
 
     Args:
         model: Stock model. It is not changed.
         groups: `graph.prunable(model)`.
         scores: Group name -> `importance_C`.
-        budget: Limit for the cost of the result.
-        round_to: A power of two. New widths are multiples of it if the width before is one.
+        budget: Limit for the cost of the pruned model.
+        round_to: A power of two. If the width of a group is a multiple of `round_to`, so is the new width.
         shapes: `cost.conv_shapes` of the model.
-        floor: Minimum share of channels that every group keeps; at least one block stays.
-        scope: Which groups are ranked together: all (`global`), each alone (`local`), or those whose members have the same
-            roles and kernels (`isomorphic`; Fang et al., arXiv 2407.04616). Each class loses the same share of its channels.
-        least: Group name -> minimum number of channels, in addition to `floor`. It comes from the sensitivity analysis, or
-            from the model before the first round of pruning.
+        floor: Minimum share of its channels that every group keeps. At least one block of each group stays.
+        scope: Which channel groups are ranked together. `global` ranks all groups together and `local` ranks each group alone.
+            `isomorphic` ranks together the groups whose members have the same roles and kernel sizes (Fang et al., arXiv
+            2407.04616). Each set of groups that are ranked together loses the same share of its channels.
+        least: Group name -> minimum number of channels, in addition to `floor`. The sensitivity analysis computes these
+            numbers, or they follow from the model before the first round of pruning.
 
     Raises:
         RecipeError: A setting is out of range, or the budget cannot be met within 2 %.
@@ -187,10 +193,10 @@ def check_reachable(
     floor: float,
     least: Mapping[str, int],
 ) -> None:
-    """Check, without scores, that `choose` can reach the budget with the same arguments.
+    """Check that `choose` can reach the budget with these arguments. No importance scores are needed.
 
     Raises:
-        RecipeError: A setting is out of range, or the budget is too small. The message has the smallest possible budget.
+        RecipeError: A setting is out of range, or the budget is too small. The message states the smallest possible budget.
     """
     _check_settings(round_to, floor, "global")
     ties = _ties(model, groups, {group.name: torch.zeros(group.width) for group in groups}, round_to, floor, least)
@@ -215,7 +221,10 @@ def _macs_per_conv(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, 
 
 
 def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
-    """Return, for each tie, the (convolution, role) of the slices that have its width."""
+    """Return, for each tie, (convolution, role) of every member of its groups. These sides have as many channels as the tie.
+
+    BatchNorms are left out.
+    """
     by_name = {group.name: group for group in groups}
     return [
         [
@@ -230,15 +239,15 @@ def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[l
 
 @dataclass(frozen=True)
 class _Tie:
-    """Groups that must have equal widths.
+    """A set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block.
 
     Attributes:
         names: names of the groups.
-        structure: equal for isomorphic ties, see `_structure`.
-        width: number of channels of each group.
-        unit: channels per block.
-        least: minimum number of channels to keep.
-        blocks: importance of each block, ascending, so the first blocks are removed first.
+        structure: key that is equal for ties with the same roles and kernel sizes, see `_structure`.
+        width: number of channels of each group before pruning.
+        unit: number of channels per block; a block is removed as a whole.
+        least: minimum number of channels that each group keeps.
+        blocks: importance of each block, ascending. The first blocks are removed first.
     """
 
     names: tuple[str, ...]
@@ -301,16 +310,16 @@ def _ties(
 
 
 def _structure(model: nn.Module, groups: Iterable[Group]) -> object:
-    """Return a key that is equal for isomorphic ties: the roles of their members and the kernel sizes of convolutions."""
+    """Return a key made of the roles of all members and the kernel sizes of their convolutions. Isomorphic ties have equal keys."""
     members = (member for group in groups for member in group.members)
     kernels = ((member.role, getattr(model.get_submodule(member.module), "kernel_size", None)) for member in members)
     return tuple(sorted(kernels, key=str))
 
 
 def _removal_order(ties: Sequence[_Tie], scope: Scope) -> list[int]:
-    """Return the index of the tie that loses a block at each step, until all ties have their minimum width.
+    """Return the order of removal: for each step, the index of the tie that loses a block.
 
-    With equal scores, all ties lose blocks evenly.
+    The order ends when all ties have their minimum width. If all scores are equal, all ties lose blocks evenly.
     """
     classes: dict[object, list[tuple[float, float, int]]] = {}
     for index, tie in enumerate(ties):
@@ -330,13 +339,13 @@ def _removal_order(ties: Sequence[_Tie], scope: Scope) -> list[int]:
     return order
 
 
-_Cost = Callable[[np.ndarray], float]  # widths of all ties -> cost
+_Cost = Callable[[np.ndarray], float]  # widths of all ties -> cost of the model
 
 
 def _remove_until_met(order: Sequence[int], ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
-    """Return the widths after the fewest steps of `order` that meet the target.
+    """Return the widths of all ties after the fewest removal steps for which the cost is at most `target`.
 
-    The cost decreases with every step, so the function bisects.
+    The cost decreases with every step, so the number of steps is found by bisection.
     """
     units = np.array([tie.unit for tie in ties])
     full_widths = np.array([tie.width for tie in ties])
@@ -355,7 +364,7 @@ def _remove_until_met(order: Sequence[int], ties: Sequence[_Tie], price: _Cost, 
 
 
 def _restore_fitting(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, target: float) -> np.ndarray:
-    """Restore blocks that still fit under the target, highest importance first."""
+    """Return `widths` plus the removed blocks that fit without exceeding the cost `target`, highest importance first."""
     widths = widths.copy()
     while True:
         fitting = []
@@ -372,6 +381,6 @@ def _restore_fitting(widths: np.ndarray, ties: Sequence[_Tie], price: _Cost, tar
 
 
 def _top_channels(score_C: Tensor, count: int) -> Tensor:
-    """Return the ascending indices of the `count` most important channels. Of equal channels the first ones stay."""
+    """Return the indices of the `count` most important channels, ascending. Of channels with equal scores, the first are kept."""
     order = torch.sort(score_C.cpu(), descending=True, stable=True).indices
     return order[:count].sort().values

@@ -1,6 +1,6 @@
-"""Statistics of a model on calibration images: moments of the inputs of convolutions, and gradients of the loss.
+"""Statistics of a model on calibration images: mean and covariance of the inputs of convolutions, and gradients of the loss.
 
-Shapes: mean_C, cov_CC, gate_C, fisher_O.
+Suffixes of tensor names are their shapes, C input and O output channels: mean_C, cov_CC, gate_C, fisher_O.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Squared first-order changes of the loss, averaged over batches (float64), by module name.
+    """Squares of the first-order changes of the loss when weights become 0, averaged over batches (float64).
+
+    Both attributes are dictionaries by module name.
 
     Attributes:
-        gate: BatchNorm -> (gamma dL/dgamma + beta dL/dbeta)^2 per channel: the squared change if the output is scaled to 0.
+        gate: BatchNorm -> (gamma dL/dgamma + beta dL/dbeta)^2 per channel. This is the squared first-order change of the loss if
+            the output of the channel becomes 0.
         fisher: Conv2d -> sum of (w dL/dw)^2 over the weights of each output channel.
     """
 
@@ -41,14 +44,16 @@ class Gradients:
 
 
 class Evidence:
-    """Inputs of a criterion: the model, its groups, and statistics that are computed when first used.
+    """Everything that a pruning criterion may use: the model, its channel groups, and statistics on calibration images.
+
+    The statistics are computed when they are first used.
 
     Args:
         model: Stock model. It is not changed.
         groups: `graph.prunable(model)`.
-        images: Returns batches of calibration images, `images_BCHW`, RGB 0 to 1, letterboxed.
-        losses: Takes a model and yields its detection loss for each labelled batch, a scalar with gradient.
-        seed: Seed for random criteria.
+        images: Function that returns batches of calibration images, `images_BCHW`, RGB 0 to 1, letterboxed.
+        losses: Function that takes a model and yields its detection loss for each labelled batch, a scalar with gradient.
+        seed: Seed of the criterion `random`.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class Evidence:
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        """Moments of the input of every convolution that reads a group.
+        """Mean and covariance of the input of every convolution that reads channels of a group, by module name.
 
         Raises:
             DataError: There are no images.
@@ -77,7 +82,7 @@ class Evidence:
 
     @cached_property
     def gradients(self) -> Gradients:
-        """Squared first-order changes for every module of a group.
+        """Squared first-order changes of the loss for every module that belongs to a channel group.
 
         Raises:
             DataError: There are no images.
@@ -88,7 +93,7 @@ class Evidence:
 
 @torch.no_grad()
 def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor]) -> dict[str, Moments]:
-    """Return the moments of the inputs of all convolutions that read a group.
+    """Return mean and covariance of the input of each convolution that reads channels of a group, by module name.
 
     The images run through the model in evaluation mode. Memory use is one C x C matrix per convolution.
 
@@ -124,7 +129,7 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
     moments = {}
     for name, (total_C, squares_CC) in sums.items():
         mean_C = total_C.cpu() / pixels[name]
-        # a float32 product is symmetric only up to 1e-7
+        # a float32 matrix product is symmetric only up to 1e-7
         squares_CC = (squares_CC + squares_CC.T).cpu() / (2 * pixels[name])
         moments[name] = Moments(mean_C, squares_CC - torch.outer(mean_C, mean_C))
         if not bool(torch.isfinite(moments[name].cov_CC).all()):
@@ -135,7 +140,9 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
 
 
 def loss_gradients(model: nn.Module, groups: Iterable[Group], losses: Iterable[Tensor]) -> Gradients:
-    """Back-propagate each loss separately and return the squared first-order changes. Gradients and flags are restored.
+    """Back-propagate each loss separately and return the averaged squares of the first-order changes of the loss.
+
+    The gradients and training flags of the model are restored.
 
     Raises:
         DataError: There are no losses.

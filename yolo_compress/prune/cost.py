@@ -1,7 +1,8 @@
-"""Compute the cost of a model with given widths without building it: MACs, parameters or milliseconds.
+"""Compute the cost of a pruned model from its channel counts, without building the model: MACs, parameters or milliseconds.
 
-A price is a function of the output and input channels of all convolutions, in the order of `conv_shapes`. It decreases with
-every channel that is removed. MACs are multiply-accumulates of convolutions for one image; GFLOPs are 2 x GMACs.
+A price is a function that returns this cost. Its arguments are the numbers of output and input channels of all convolutions, in the
+order of `conv_shapes`. The cost decreases with every channel that is removed. MACs are the multiply-accumulates of all convolutions
+for one image; GFLOPs are 2 x GMACs.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
 from yolo_compress.runtime.measure.layer_times import LayerTable
 
-Price = Callable[[np.ndarray, np.ndarray], float]  # (out_N, in_N), the channels of the N convolutions -> cost
+# (out_N, in_N), the numbers of output and input channels of the N convolutions -> cost
+Price = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Sizes of a convolution from which prices are computed.
+    """Sizes of a convolution, from which its MACs and parameters follow for any number of channels.
 
     Attributes:
-        area: MACs per input and output channel: kernel height x width x output pixels / groups.
-        kernel: weights per input and output channel: kernel height x width / groups.
-        own: further parameters per output channel: its bias, and gamma and beta of its BatchNorm.
-        out_channels, in_channels: channels of the convolution in the model.
+        area: MACs for each pair of an input and an output channel: kernel height x width x output pixels / groups.
+        kernel: weights for each pair of an input and an output channel: kernel height x width / groups.
+        own: further parameters per output channel: the bias, and gamma and beta of the BatchNorm.
+        out_channels, in_channels: numbers of channels of the convolution in the model.
     """
 
     area: int
@@ -41,12 +43,12 @@ class ConvShape:
 
     @property
     def macs(self) -> int:
-        """MACs for one image."""
+        """MACs of the convolution for one image."""
         return self.area * self.out_channels * self.in_channels
 
 
 def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvShape]:
-    """Return the shape of every convolution, DFL included, by name, for an image of `imgsz_hw` pixels.
+    """Return convolution name -> shape for every convolution, DFL included, for an image of `imgsz_hw` pixels.
 
     Only shapes are traced; no values are computed.
     """
@@ -76,9 +78,9 @@ def conv_macs(model: nn.Module, imgsz_hw: tuple[int, int]) -> int:
 
 
 def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, int]:
-    """Return, by group name, the MACs per image that are saved if one channel of the group is removed.
+    """Return group name -> MACs per image that the model saves if one channel of the group is removed.
 
-    All members that write or read the channel count.
+    The saving is the sum over all convolutions of the group that write or read the channel.
     """
     shapes = conv_shapes(model, imgsz_hw)
 
@@ -95,27 +97,31 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs_price(shapes: Mapping[str, ConvShape]) -> Price:
-    """Return a price in MACs per image."""
+    """Return a function that computes the MACs per image from the channels of all convolutions."""
     area_N = np.array([shape.area for shape in shapes.values()], dtype=np.int64)
     return lambda out_N, in_N: int((area_N * out_N * in_N).sum())
 
 
 def parameters_price(shapes: Mapping[str, ConvShape]) -> Price:
-    """Return a price in parameters of convolutions and BatchNorms. Supported detectors have no other parameters."""
+    """Return a function that computes the number of parameters from the channels of all convolutions.
+
+    Parameters of convolutions and BatchNorms are counted. Supported detectors have no others.
+    """
     kernel_N = np.array([shape.kernel for shape in shapes.values()], dtype=np.int64)
     own_N = np.array([shape.own for shape in shapes.values()], dtype=np.int64)
     return lambda out_N, in_N: int((kernel_N * out_N * in_N + own_N * out_N).sum())
 
 
 def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
-    """Return a price in ms per inference, from the times of each layer at several widths (`runtime.measure.layer_times`).
+    """Return a function that estimates the latency in ms per inference from the channels of all convolutions.
 
-    The time of a convolution with its activation is interpolated linearly in its MACs. The time of all other layers (splits,
-    concats, pooling, decoding) is interpolated in the square root of all MACs, which is proportional to the width. The sum is
-    scaled to the time of the whole model, since the profiler slows down single layers.
+    The estimate uses times of each layer that were measured at several widths (`runtime.measure.layer_times`). The time of a
+    convolution with its activation is interpolated linearly in the MACs of the convolution. The total time of all other layers
+    (splits, concats, pooling, decoding) is interpolated in the square root of the model's MACs, which is proportional to the width.
+    The sum is scaled to the time of the whole model, since the profiler slows down single layers.
 
     Raises:
-        RecipeError: The table lacks a convolution, so it belongs to another model.
+        RecipeError: The table of layer times lacks a convolution, so the table belongs to another model.
     """
     missing = [name for name in shapes if name not in table["layers"]]
     if missing:
@@ -136,9 +142,9 @@ def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
 
 
 def _interpolate(curve: np.ndarray, x: float) -> float:
-    """Interpolate a curve linearly after making it non-decreasing.
+    """Return the value at `x` of a curve, given as points, by linear interpolation. The curve is first made non-decreasing.
 
-    Below the first point the line through the first two points continues, but not below 0.
+    If `x` is below the first point, the line through the first two points is extended, but the value is at least 0.
     """
     xs, ys = curve[0], np.maximum.accumulate(curve[1])
     if x < xs[0] and len(xs) > 1 and xs[1] > xs[0]:
@@ -147,11 +153,11 @@ def _interpolate(curve: np.ndarray, x: float) -> float:
 
 
 class Widths:
-    """Compute the channels of every convolution from the widths of groups. Prices take these channels.
+    """Converts the widths of channel groups to the channels of every convolution, the arguments of a price function.
 
     Args:
         shapes: `conv_shapes` of the model.
-        members: For each width, (convolution, role "out" or "in") of every slice that has this width.
+        members: For each width, (convolution, role "out" or "in") of every convolution side that has this many channels.
         full: Widths of the unpruned model.
     """
 
@@ -170,6 +176,6 @@ class Widths:
         self._fixed = {role: channels[role] - self._slots[role] @ np.array(full, dtype=np.int64) for role in channels}
 
     def channels(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (out_N, in_N): output and input channels of the N convolutions."""
+        """Return (out_N, in_N): numbers of output and input channels of the N convolutions."""
         out, inputs = (self._fixed[role] + self._slots[role] @ widths for role in ("out", "in"))
         return out, inputs

@@ -1,11 +1,11 @@
-"""Criteria: compute the importance of each channel of a group.
+"""Pruning criteria: functions that score how important each channel of a channel group is.
 
-A criterion takes the evidence (the model and its statistics on calibration images) and a group. It returns `importance_C`, one
-non-negative float32 score per channel, on the CPU. `choices.CRITERIA` lists the criteria.
+A criterion takes the `Evidence` (the model and its statistics on calibration images) and a channel group. It returns
+`importance_C`, one non-negative float32 score per channel, on the CPU. `choices.CRITERIA` lists the criteria.
 
-Scores are divided by the mean of the group. Magnitudes depend on fan-in and resolution, so a global ranking of raw magnitudes would
-remove the early layers. The scores of `obs` are output errors, which are comparable without this step. Of equal scores the
-budget keeps the first channels.
+Scores are divided by the mean score of the group. Magnitudes depend on fan-in and resolution, so a global ranking of raw magnitudes
+would remove the early layers. The scores of `obs` are output errors, which are comparable without this division. If channels have
+equal scores, `budget.choose` keeps the first of them.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def fpgm(evidence: Evidence, group: Group) -> Tensor:
 
 
 def lamp(evidence: Evidence, group: Group) -> Tensor:
-    """Score a filter by its energy divided by the energy of all filters that are not smaller.
+    """Score a filter by its energy (sum of squared weights) divided by the energy of all filters with at least this energy.
 
-    This is LAMP (Lee et al., arXiv 2010.07611, equation 1) for channels.
+    This is LAMP (Lee et al., arXiv 2010.07611, equation 1) applied to channels instead of weights.
 
     Raises:
         NumericsError: A weight is NaN or infinite.
@@ -82,7 +82,7 @@ def lamp(evidence: Evidence, group: Group) -> Tensor:
 def taylor(evidence: Evidence, group: Group) -> Tensor:
     """Score a channel by the squared first-order change of the loss if it is removed.
 
-    Molchanov et al., arXiv 1906.10771, equation 8, with gates after BatchNorm.
+    The method is equation 8 of Molchanov et al., arXiv 1906.10771, with gates after BatchNorm.
 
     Raises:
         DataError, NumericsError: See `Evidence.gradients`.
@@ -103,7 +103,7 @@ def hessian(evidence: Evidence, group: Group) -> Tensor:
 
 
 def activation(evidence: Evidence, group: Group) -> Tensor:
-    """Score a channel by its standard deviation at the inputs of the layers that read it (after Hu et al., arXiv 1607.03250).
+    """Score a channel by the standard deviation of its values, as its next layers read them (after Hu et al., arXiv 1607.03250).
 
     A constant channel carries no information.
 
@@ -117,22 +117,22 @@ def activation(evidence: Evidence, group: Group) -> Tensor:
 def random(evidence: Evidence, group: Group) -> Tensor:
     """Score channels at random, as a control for other criteria (Mittal et al., arXiv 1801.10447).
 
-    Equal seeds and group names give equal scores.
+    The scores depend only on the seed and the name of the group.
     """
     generator = torch.Generator().manual_seed(crc32(f"{evidence.seed}:{group.name}".encode()))
     return _normalised(torch.rand(1, group.width, generator=generator))
 
 
 def scores(evidence: Evidence, criterion: Criterion) -> dict[str, Tensor]:
-    """Return the importance of every group, by name."""
+    """Return group name -> importance of each channel, for every group of the model."""
     return {group.name: criterion(evidence, group) for group in evidence.groups}
 
 
 def find(name: str) -> Criterion:
-    """Return a criterion by its name in `choices.CRITERIA`, or a user's own by `file.py:function`.
+    """Return the criterion called `name`: a name in `choices.CRITERIA`, or `file.py:function` for a user's own function.
 
     Raises:
-        RecipeError: There is no such name, file or function, or it does not take `(evidence, group)`.
+        RecipeError: There is no such name, file or function, or the function does not take `(evidence, group)`.
     """
     criterion: Criterion = choices.find(choices.CRITERIA, name, KNOB)
     choices.check_signature(criterion, ("evidence", "group"), name, KNOB)
@@ -140,10 +140,10 @@ def find(name: str) -> Criterion:
 
 
 def _filter_scores(model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the scores of a group from the filters that write it.
+    """Return the scores of a group's channels, computed from the filters that write the channels.
 
     Args:
-        measure: Maps filters_CN to score_C.
+        measure: Function that maps filters_CN to score_C.
     """
     measured = []
     for member in group.having("out"):
@@ -155,7 +155,11 @@ def _filter_scores(model: nn.Module, group: Group, measure: Callable[[Tensor], T
 
 
 def _module_scores(values: dict[str, Tensor], group: Group, role: str) -> Tensor:
-    """Return the scores of a group from scores of whole modules, using the group's members with this role."""
+    """Return the scores of a group's channels, averaged over its members that have the role `role`.
+
+    Args:
+        values: Module name -> score of each channel of the module.
+    """
     members = [member for member in group.members if member.role == role]
     parts = [values[member.module][member.offset : member.offset + group.width] for member in members]
     return _normalised(torch.stack(parts).float())

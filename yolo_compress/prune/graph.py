@@ -1,11 +1,12 @@
-"""Find channel groups and remove channels from a model. No other file imports torch_pruning (1.6.1).
+"""Find channel groups of a model and remove channels from it. A channel group is a set of channels that must be removed together.
 
-DepGraph (Fang et al., arXiv 2301.12900) traces a copy of the model without weights, in the split view of its family. It finds the
-slices of convolutions and BatchNorms that share channels. Groups use the module names of the stock model: a part of a block is
-a slice of it at an offset. Importance, budget and removal therefore work on stock classes.
+DepGraph (Fang et al., arXiv 2301.12900) finds the slices of convolutions and BatchNorms that share channels. It traces a copy of the
+model without weights, in the split view, where blocks that DepGraph cannot follow are divided (see `nets.yolov8`). Groups use the
+module names of the stock model: a block of the split view is a slice of a stock block at a channel offset. Importance, budget and
+removal therefore work on stock classes.
 
 Channels are removed with one index_select per tensor. DepGraph's own removal is not used: it rebuilds every tensor once per group
-and loses `requires_grad`.
+and loses `requires_grad`. No other file imports torch_pruning (1.6.1).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _TRACE_HW = (64, 64)  # 2 x 2 cells at stride 32: the smallest image for which n
 
 @dataclass(frozen=True)
 class Member:
-    """A slice of a module that belongs to a group: channels `offset` to `offset + group.width` of its side `role`."""
+    """The slice of a module that belongs to a channel group: `group.width` channels, starting at channel `offset`.
+
+    The side `role` tells whether they are output channels, input channels or BatchNorm features.
+    """
 
     module: str
     role: Literal["out", "in", "norm"]  # output or input channels of a Conv2d, features of a BatchNorm2d
@@ -43,8 +47,9 @@ class Group:
     Attributes:
         name: the first convolution that writes the channels, in the split view (`model.1`, `model.2.cv1a`, `model.22.cv2.0.1`).
         width: number of channels.
-        tie: groups with the same tie must keep the same number of channels (parts of a block); otherwise the group's name.
-        members: writers and readers of the channels and their BatchNorms, by module name of the stock model.
+        tie: key of a set of groups that must keep equal numbers of channels, such as the two halves of a C2f block. If no other
+            group is in the set, this is the name of the group.
+        members: convolutions that write or read the channels, and their BatchNorms, by module name in the stock model.
     """
 
     name: str
@@ -54,19 +59,19 @@ class Group:
 
     @property
     def unit(self) -> int:
-        """Largest power of two that divides `width`. Widths cannot be rounded to larger multiples."""
+        """Largest power of two that divides `width`. The group's new width cannot be rounded to a larger multiple."""
         return self.width & -self.width
 
     def having(self, role: str) -> tuple[Member, ...]:
-        """Return the members with this role."""
+        """Return the members whose role is `role`: "out", "in" or "norm"."""
         return tuple(member for member in self.members if member.role == role)
 
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be traced or trained
 def prunable(model: nn.Module) -> list[Group]:
-    """Return the groups of all channels that can be removed, in order of execution.
+    """Return the channel groups that can be pruned, in order of execution.
 
-    These are all channels except those of the images and the outputs of the model (`Family.outputs`).
+    They contain all channels except those of the input images and the outputs of the model (`Family.outputs`).
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
@@ -95,18 +100,18 @@ def prunable(model: nn.Module) -> list[Group]:
 
 @torch.inference_mode(False)
 def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
-    """Remove all channels of each group that are not in its keep-list, in place.
+    """Remove channels from a model, in place. Each group in `keep` loses all channels that are not listed there.
 
-    The classes stay those of Ultralytics, and `model.yaml` does not change. Ultralytics' own trainer rebuilds a model from its
-    yaml, so it cannot train a pruned model.
+    The modules keep their Ultralytics classes, and `model.yaml` does not change. Ultralytics' own trainer rebuilds a model from
+    `model.yaml`, so that trainer cannot train a pruned model.
 
     Args:
         model: Stock model, pruned or not.
-        keep: Group name -> ascending indices of the channels to keep. Other groups keep all channels.
+        keep: Group name -> ascending indices of the channels to keep. Groups that are not in `keep` keep all channels.
 
     Raises:
-        RecipeError: A group is unknown, a keep-list is empty, unsorted or out of range, or parts of a block have different
-            counts.
+        RecipeError: A group is unknown, a list of indices is empty, unsorted or out of range, or groups with the same `tie` would
+            keep different numbers of channels.
         NumericsError: See `families.check_prunable`.
     """
     groups = prunable(model)
@@ -127,10 +132,11 @@ def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
 
 
 def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
-    """Check that keep-lists match the groups.
+    """Check that the lists of channels to keep are valid for these groups. `keep` is as for `prune`.
 
     Raises:
-        RecipeError: A group is unknown, a list is empty, unsorted or out of range, or parts of a block have different counts.
+        RecipeError: A group is unknown, a list is empty, unsorted or out of range, or groups with the same `tie` would keep
+            different numbers of channels.
     """
     by_name = {group.name: group for group in groups}
     for name, index in keep.items():
@@ -168,7 +174,10 @@ def _trace(split: nn.Module) -> torch_pruning.DependencyGraph:
 def _members(
     found: torch_pruning.Group, names: Mapping[nn.Module, str], graph: torch_pruning.DependencyGraph
 ) -> list[Member]:
-    """Return the convolutions and BatchNorms of a DepGraph group, by name in the split view, one member per run of channels."""
+    """Return the members of a DepGraph group: its convolutions and BatchNorms, with their module names in the split view.
+
+    Each run of consecutive channels of a module is one member.
+    """
     members = []
     width = len(found[0].idxs)
     for item in found.items:
@@ -193,13 +202,13 @@ def _members(
 
 def _group(name: str, width: int, members: Iterable[Member], parts: Mapping[str, Part]) -> Group:
     tie = parts[name].stock if name in parts else name
-    # Parts of a block read the same input, which is one member.
+    # The slices of a block read the same input, so their input side is one member.
     stock = dict.fromkeys(_stock_member(member, parts) for member in members)
     return Group(name, width, tie, tuple(stock))
 
 
 def _stock_member(member: Member, parts: Mapping[str, Part]) -> Member:
-    """Return a member of the split view with the module name and offset of the stock model."""
+    """Convert a member of the split view to the module name and channel offset of the stock model."""
     block, _, module = member.module.rpartition(".")
     if block not in parts:
         return member

@@ -1,11 +1,11 @@
-"""Prune to a latency in ms: measure layer times at several widths, then build and time candidates until one meets the limit.
+"""Prune to a latency in ms: measure layer times at several widths, then build and time pruned models until one meets the limit.
 
-A table of layer times (`runtime.measure.layer_times`) proposes the widths. Each candidate is built and timed in turn with the
-unpruned model, which verifies them. The comparison uses the ratio of the two times, so a machine that becomes slower between
-two measurements does not change the result.
+The widths are chosen with a table of layer times (`runtime.measure.layer_times`). Each pruned model is then built, and timed in turn
+with the unpruned model. Only the ratio of the two times is used, so a machine that becomes slower between two measurements does
+not change the result.
 
-Widths are multiples of `round_to`. Since there are about forty groups, this is fine enough: YOLOv8n's MACs are met within 0.1 % in
-steps of 16. Smaller steps would not change the time, since vector units process 16 channels at once.
+The width of each channel group is a multiple of `round_to`. A model has about forty groups, so this is fine enough: YOLOv8n's MACs
+are met within 0.1 % in steps of 16. Smaller steps would not change the time, since vector units process 16 channels at once.
 """
 
 from __future__ import annotations
@@ -40,27 +40,28 @@ from yolo_compress.runtime.measure.messages import Spec
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 UNPRUNED = "100.onnx"  # the unpruned model, the first of `WIDTHS`
 TOLERANCE = 0.05  # largest error of the pruned model's latency, relative to the limit; the recipe documents it
-CLOSE_ENOUGH = 0.02  # relative error at which the search stops, three standard errors below the tolerance
+CLOSE_ENOUGH = 0.02  # relative error at which the search stops, three standard errors below TOLERANCE
 TRIES = 6
-# Per launch. Rounds are short, so that other load on the machine slows both models of a pair alike.
+# Values per launch. Rounds are short, so that other load on the machine slows both compared models alike.
 ROUNDS, SAMPLES = 6, 15
 LAUNCHES = (5, 12)  # smallest and largest number of launches per comparison; it stops when the median is `SETTLED`
 SETTLED = 0.01  # relative standard error of the ratio
 
-Planner = Callable[[float], Plan]  # limit in ms according to the table -> plan
+Planner = Callable[[float], Plan]  # latency limit in ms, as estimated from the layer times -> channels to keep
 
 
 def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], round_to: int) -> None:
-    """Write the model at all `WIDTHS` as ONNX, with the description that `runtime.measure.layer_times` reads.
+    """Write ONNX files of the model at all `WIDTHS`, and the `layers.json` that `runtime.measure.layer_times` reads.
 
-    The first channels of each group stay, since the latency does not depend on which channels are removed.
+    These files are the probe: they are only timed. Each group keeps its first channels, since the latency does not depend on which
+    channels are removed.
 
     Args:
         model: Stock model. It is not changed.
         folder: Output folder, created if it does not exist.
         imgsz_hw: Height and width in pixels.
         names: Class names in the order of their index.
-        round_to: Widths are multiples of this, as in the plans that use the table.
+        round_to: Widths are multiples of this number. Use the same number when channels are chosen with the layer times.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = []
@@ -85,7 +86,7 @@ def _narrow_width(group: Group, width: float, round_to: int) -> int:
 
 
 def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """Return, for each convolution, the prefix that the ONNX nodes of the convolution and its activation share."""
+    """Return convolution -> the name prefix that the ONNX nodes of the convolution and of its activation have in common."""
     prefixes: dict[str, str] = {}
     for node in onnx.load(str(file)).graph.node:
         name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
@@ -103,17 +104,17 @@ def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[
 
 
 def take_table(folder: Path, runtime: str, precision: str, knob: str = "prune.latency_runtime") -> LayerTable:
-    """Time the layers of a probe on this machine, in a child process.
+    """Time the layers of a probe (`write_probe`) on this machine, in a child process, and return the table of layer times.
 
     Args:
         folder: Folder written by `write_probe`.
         runtime: Key of `BACKENDS`.
-        precision: Precision of the models for which `layers.json` has none.
-        knob: Name of the knob that selects the runtime, for errors.
+        precision: Precision of the models for which `layers.json` gives no precision.
+        knob: Name of the recipe setting that selects the runtime, for error messages.
 
     Raises:
         EnvironmentLacks: The runtime is not installed, or cannot run on this machine.
-        CompressError: The layers could not be timed. The message has the reason.
+        CompressError: The layers could not be timed. The message states the reason.
     """
     require(runtime, knob)
     command = [sys.executable, "-m", "yolo_compress.runtime.measure.layer_times", str(folder), "--runtime", runtime,
@@ -129,7 +130,7 @@ def require(runtime: str, knob: str) -> None:
     """Check that a runtime can run on this machine.
 
     Raises:
-        EnvironmentLacks: The runtime cannot run. The message has the knob and the package to install.
+        EnvironmentLacks: The runtime cannot run. The message names the recipe setting `knob` and the package to install.
     """
     lacking = BACKENDS[runtime].probe()
     if lacking:
@@ -142,7 +143,7 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> LayerTable:
     Raises:
         CorruptArtifact: The file is not a table of this schema.
         StorageError: The file cannot be read.
-        RecipeError: There is no such file, or it was measured at another image size.
+        RecipeError: There is no such file, or the layers were timed at another image size.
     """
     if not file.is_file():
         raise RecipeError(f"prune.latency_table: no file {str(file)!r}")
@@ -171,17 +172,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_curve(rows: Any) -> bool:
-    """Return whether a value is a list of points (MACs, ms)."""
+    """Return whether a value read from JSON is a list of points (MACs, ms)."""
     points = rows if isinstance(rows, list) else []
     return bool(points) and all(isinstance(row, list) and len(row) == 2 and all(map(_is_number, row)) for row in points)
 
 
 @dataclass(frozen=True)
 class Rig:
-    """Builds and times models on one runtime of this machine.
+    """Builds engines and times them on this machine, for one runtime, precision and image size.
 
     Attributes:
-        folder: folder for ONNX files and engines.
+        folder: folder where ONNX files and engines are written.
     """
 
     folder: Path
@@ -191,18 +192,21 @@ class Rig:
     precision: str
 
     def build_model(self, model: nn.Module, name: str) -> Path:
-        """Build an engine of a model and return its path. An engine with the same name is replaced."""
+        """Build an engine of a model and return the path of the engine. An engine with the same name is replaced."""
         file = self.folder / f"{name}.onnx"
         export_onnx(model, file, self.imgsz_hw, names=self.names)
         return self.build_onnx(file, name)
 
     def build_onnx(self, file: Path, name: str) -> Path:
-        """Build an engine of an ONNX file and return its path."""
+        """Build an engine of an ONNX file and return the path of the engine."""
         BACKENDS[self.runtime].build(file, self.folder / name, self.precision)
         return self.folder / name
 
     def compare(self, engine: Path, unpruned: Path) -> Comparison:
-        """Time `engine` and `unpruned` in turn, with new processes for each launch, until their ratio is precise enough."""
+        """Time `engine` and `unpruned` in turn and return the comparison.
+
+        Each launch starts new processes. Launches are repeated until the ratio of the two times is precise enough (`SETTLED`).
+        """
         specs: list[Spec] = [{"label": path.name, "engine": str(path)} for path in (engine, unpruned)]
         least, most = LAUNCHES
         ratios: list[float] = []
@@ -215,7 +219,10 @@ class Rig:
         return Comparison(float(np.median(ratios)), unpruned_ms)
 
     def fastest_ms(self, engine: Path) -> float:
-        """Time `engine` alone and return the smallest median of a round in ms. Other load only makes rounds slower."""
+        """Time `engine` in several rounds and return the smallest median of a round in ms.
+
+        The smallest value is the best estimate, since other load on the machine only makes rounds slower.
+        """
         spec: Spec = {"label": engine.name, "engine": str(engine)}
         launches = [measure_in_turn([spec], ROUNDS, SAMPLES)[0]["rounds_ms"] for _ in range(LAUNCHES[0])]
         return min(float(np.median(taken)) for rounds in launches for taken in rounds)
@@ -225,11 +232,12 @@ class Rig:
 class Comparison:
     """Latency of a model relative to the unpruned model.
 
-    Other load makes rounds two to four times slower, and rarely for both models alike. The fastest rounds of the two models can
-    therefore not be compared. Neighbouring rounds are slowed alike.
+    Other load on the machine makes rounds two to four times slower, and rarely for both models alike. The fastest rounds of the two
+    models can therefore not be compared. Two neighbouring rounds, one of each model, are slowed alike.
 
     Attributes:
-        share: latency divided by that of the unpruned model: median over launches of the median over neighbouring rounds.
+        share: latency of the model divided by the latency of the unpruned model. It is the median over launches; the value of a
+            launch is the median ratio of neighbouring rounds.
         unpruned_ms: smallest median of a round of the unpruned model in ms.
     """
 
@@ -238,10 +246,10 @@ class Comparison:
 
 
 def _standard_error(ratios: Sequence[float]) -> float:
-    """Return the relative standard error of the median. A single outlier hardly changes it.
+    """Return the relative standard error of the median of `ratios`. A single outlier hardly changes this error.
 
-    It is computed from the median absolute deviation. For normal noise, the factor 1.48 converts this to a standard deviation,
-    and 1.25 converts the standard error of a mean to that of a median.
+    The error is computed from the median absolute deviation. For normal noise, the factor 1.48 converts this deviation to a standard
+    deviation. The factor 1.25 converts the standard error of a mean to that of a median.
     """
     middle = np.median(ratios)
     deviation = np.median(np.abs(np.array(ratios) - middle))
@@ -250,12 +258,12 @@ def _standard_error(ratios: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Hit:
-    """Result of `hit`.
+    """The channels to keep that `hit` found for a latency limit, and the measured latencies.
 
     Attributes:
-        asked_ms: limit according to the table with which the plan was made.
-        measured_ms: latency of the pruned model.
-        unpruned_ms: latency of the unpruned model.
+        asked_ms: latency limit with which `plan` was made, as estimated from the layer times.
+        measured_ms: measured latency of the pruned model.
+        unpruned_ms: measured latency of the unpruned model.
         plan: channels to keep.
     """
 
@@ -274,22 +282,23 @@ def hit(
     unpruned: Path,
     say: Callable[[str], None],
 ) -> Hit:
-    """Find a plan whose pruned model, built and timed, has a latency of `limit_ms`.
+    """Find which channels to keep so that the pruned model has a measured latency of `limit_ms`.
 
-    The table predicts relative times better than absolute ones. The limit for the table is therefore adjusted after each
-    measurement, by interpolation between the nearest results below and above the limit.
+    Each pruned model is built and timed. The layer times predict relative latencies better than absolute ones. The limit that is
+    passed to `planner` is therefore adjusted after each measurement, by interpolation between the nearest results below and above
+    `limit_ms`.
 
     Args:
         model: Model to prune. It is not changed.
-        planner: Returns the plan for a limit in ms according to the table.
+        planner: Function that returns the channels to keep for a limit in ms, as estimated from the layer times.
         limit_ms: Latency to reach.
-        table_ms: Latency of the unpruned model according to the table.
+        table_ms: Latency of the unpruned model according to the table of layer times.
         rig: Builds and times models.
         unpruned: Engine of the unpruned model, built by `rig`.
-        say: Is called with one line of text per try.
+        say: Function that is called with one line of text for each pruned model that was timed.
 
     Raises:
-        CompressError: No try came within `TOLERANCE`.
+        CompressError: No pruned model came within `TOLERANCE` of the limit.
         RecipeError: The limit cannot be reached, or the unpruned model already meets it.
     """
     unpruned_ms = min(table_ms, rig.fastest_ms(unpruned))  # a table measured under load can be several times too slow
@@ -298,7 +307,7 @@ def hit(
             f"prune: latency_ms={limit_ms:g} is already met: the unpruned model takes {unpruned_ms:.3g} ms; set a smaller limit"
         )
     limit_for_table = limit_ms / unpruned_ms * table_ms
-    tried: list[tuple[float, float, Plan]] = []  # (limit for the table, ratio to the unpruned model, plan)
+    tried: list[tuple[float, float, Plan]] = []  # (limit for `planner`, ratio to the unpruned model, plan)
     while len(tried) < TRIES:
         try:
             plan = planner(limit_for_table)
@@ -330,11 +339,13 @@ def hit(
 
 
 def _next_limit(limit_ms: float, unpruned: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
-    """Return the next limit for the table, interpolated between the nearest too fast and the nearest too slow result.
+    """Return the next latency limit for the planner, interpolated between the nearest too fast and nearest too slow result.
 
     Args:
-        unpruned: (measured ms, ms according to the table) of the unpruned model, the first slow result.
-        tried: (measured ms, limit for the table in ms) of each try. Without a fast result, (0, 0) is used.
+        limit_ms: Latency to reach.
+        unpruned: (measured ms, ms according to the layer times) of the unpruned model, the first slow result.
+        tried: (measured ms, limit passed to the planner in ms) of each timed model. If none was fast enough, (0, 0) is used as
+            the fast result.
     """
     slow = min((pair for pair in tried if pair[0] > limit_ms), default=unpruned)
     fast = max((pair for pair in tried if pair[0] <= limit_ms), default=(0.0, 0.0))

@@ -1,7 +1,7 @@
-"""Set weights to zero: unstructured and 2:4 sparsity by magnitude, preserved during later training.
+"""Set the smallest weights to zero, with unstructured or 2:4 sparsity, and keep them at zero during later training.
 
-No file stores the masks: a convolution weight that is exactly 0.0 in a checkpoint stays 0.0 in every later stage. The width of
-the model does not change, so only runtimes that skip zeros become faster.
+No file stores the masks: a convolution weight that is exactly 0.0 in a checkpoint stays 0.0 in every later stage. Layers keep
+all channels, so the model is faster only on runtimes that skip zeros.
 
 Shapes: weight_OIHW, mask_OIHW (True: the weight stays).
 """
@@ -23,7 +23,7 @@ Scope = Literal["global", "local"]
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return the convolutions that become sparse: all except the first one, the outputs of the head, and DFL.
+    """Return the convolutions that become sparse, by name: all except the first one, the outputs of the head, and DFL.
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
@@ -36,15 +36,15 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 @torch.no_grad()
 def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> dict[str, Tensor]:
-    """Return masks that remove the weights with the smallest magnitudes (Han et al., arXiv 1506.02626).
+    """Return convolution -> mask that sets the weights with the smallest magnitudes to zero (Han et al., arXiv 1506.02626).
 
     Args:
         model: Stock model. It is not changed.
-        sparsity: Share of the weights to remove, in (0, 1).
-        scope: `local` removes this share from each convolution. `global` ranks all weights together by w^2 divided by the sum
-            over all weights of the convolution that are not smaller (LAMP, Lee et al., arXiv 2010.07611, equation 1). |w| is
-            not comparable between layers, since BatchNorm cancels the scale of the weights before it.
-            `benchmarks/sparsity.py` compares both scopes.
+        sparsity: Share of the weights to set to zero, in (0, 1).
+        scope: `local` sets this share of each convolution's weights to zero. `global` ranks the weights of all convolutions
+            together, by the LAMP score (Lee et al., arXiv 2010.07611, equation 1): w^2 divided by the sum of w^2 over all weights
+            of the convolution that are not smaller. |w| itself is not comparable between layers, since a BatchNorm cancels the
+            magnitude of the weights before it. `benchmarks/sparsity.py` compares both scopes.
 
     Raises:
         RecipeError: A setting is out of range.
@@ -65,12 +65,12 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
 
 @torch.no_grad()
 def two_four(model: nn.Module) -> dict[str, Tensor]:
-    """Return masks that keep the two largest of every four consecutive input channels (Mishra et al., arXiv 2104.08378).
+    """Return convolution -> mask that keeps the two largest of the weights of every four consecutive input channels.
 
-    The choice is separate for each output channel and kernel position. This is the layout of Sparse Tensor Cores and of
-    TensorRT's check ("Sparsity" in its developer guide). Convolutions whose number of input channels is not a multiple of four
-    are unchanged. Of equal magnitudes the first ones stay. Channels are not permuted, unlike in NVIDIA's ASP, so fine-tuning
-    has to recover more.
+    This is 2:4 sparsity (Mishra et al., arXiv 2104.08378). The choice is separate for each output channel and kernel position, as
+    Sparse Tensor Cores and TensorRT require ("Sparsity" in TensorRT's developer guide). If a convolution's number of input channels
+    is not a multiple of four, the convolution has no mask. Of weights with equal magnitudes the first ones stay. Channels are not
+    permuted, unlike in NVIDIA's ASP, so fine-tuning has to recover more.
 
     Raises:
         RecipeError: No convolution has a suitable number of input channels.
@@ -92,7 +92,7 @@ def two_four(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set all weights that are False in the masks to exactly zero, in place."""
+    """Set all weights for which a mask is False to exactly zero, in place."""
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
         weight.masked_fill_(~mask.to(weight.device), 0.0)
@@ -100,7 +100,7 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def sparsity_of(model: nn.Module) -> float:
-    """Return the share of exact zeros among the weights of all convolutions."""
+    """Return the share of weights that are exactly zero, over all convolutions except DFL."""
     weights = _conv_weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
@@ -109,8 +109,9 @@ def sparsity_of(model: nn.Module) -> float:
 class HoldZeros(TrainHook):
     """Hook that keeps convolution weights at zero if they are zero when training starts.
 
-    It sets their gradients to zero before each optimizer step. SGD and Adam change a weight only by past gradients and by
-    weight decay, a multiple of the weight. Both are zero, and so are the EMA and the INT8 value of the weight.
+    The hook sets the gradients of these weights to zero before each optimizer step. SGD and Adam change a weight only by its
+    gradients and by weight decay, which is a multiple of the weight. Both are zero. The EMA and the INT8 value of the weight are
+    therefore zero, too.
     """
 
     def __init__(self) -> None:
@@ -134,7 +135,10 @@ def _conv_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _mask_of_largest(values_N: Tensor, share: float) -> Tensor:
-    """Return a mask of all values except the smallest `share`. The count is exact; of equal values the first ones stay."""
+    """Return a mask that is False for the smallest `share` of the values and True for all others.
+
+    The number of False entries is exact. Of equal values the first ones are True.
+    """
     mask = torch.zeros(len(values_N), dtype=torch.bool)
     stay = len(values_N) - round(share * len(values_N))
     mask[values_N.argsort(descending=True, stable=True)[:stay]] = True
@@ -142,9 +146,9 @@ def _mask_of_largest(values_N: Tensor, share: float) -> Tensor:
 
 
 def _lamp(magnitudes: Tensor) -> Tensor:
-    """Return, flat, the energy of each weight divided by the energy of all weights that are not smaller.
+    """Return the LAMP score of each weight, flattened: its square divided by the sum of squares of all weights not smaller than it.
 
-    The largest weight of a layer has the score 1, so no layer loses all weights.
+    The largest weight of a layer has the score 1, so no layer loses all its weights.
     """
     energy_N, order_N = magnitudes.double().square().flatten().sort(descending=True, stable=True)
     share_N = energy_N / energy_N.cumsum(0).clamp_min(torch.finfo(energy_N.dtype).tiny)

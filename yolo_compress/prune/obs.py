@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for channels: importance when the remaining channels compensate for the removed ones.
+"""Criterion `obs`, Optimal Brain Surgeon for channels: output error after the remaining channels compensate for removed ones.
 
 Shapes: cov_CC, inverse_CC, energy_CC.
 """
@@ -19,22 +19,22 @@ COMPACT = 0.2  # matrices are reduced when this share of their channels is remov
 
 @dataclass
 class _Reader:
-    """A convolution that reads the group.
+    """Matrices of a convolution that reads the channels of the scored group.
 
     Attributes:
-        inverse_CC: inverse covariance of its input channels.
-        energy_CC: W^T W of its weights, divided by the variance of its output.
+        inverse_CC: inverse covariance of the convolution's input channels.
+        energy_CC: W^T W of the convolution's weights W, divided by the variance of its output.
     """
 
     inverse_CC: Tensor
     energy_CC: Tensor
 
     def cost_C(self) -> Tensor:
-        """Return the squared output error for each channel, if it is removed and the others compensate."""
+        """Return, for each channel, the squared output error if this channel is removed and the others compensate."""
         return (self.energy_CC.diagonal() / self.inverse_CC.diagonal()).clamp_min(0.0)
 
     def remove(self, c: int) -> None:
-        """Remove channel c and move its weights to the other channels: one step of Gaussian elimination by rank-one updates."""
+        """Remove channel `c` and let the other channels compensate: one step of Gaussian elimination by rank-one updates."""
         row_C, column_C = self.inverse_CC[c].clone(), self.energy_CC[c].clone()
         share_C = row_C / row_C[c]
         half_C = column_C - 0.5 * column_C[c] * share_C
@@ -46,26 +46,26 @@ class _Reader:
         self.inverse_CC[c, c] = 1.0
 
     def keep(self, index_K: Tensor) -> None:
-        """Reduce the matrices to the remaining channels."""
+        """Reduce the matrices to the channels `index_K`."""
         self.inverse_CC, self.energy_CC = (m[index_K][:, index_K] for m in (self.inverse_CC, self.energy_CC))
 
 
 def obs(evidence: Evidence, group: Group) -> Tensor:
     """Score a channel by the output error of the next layers once this channel and all less important ones are removed.
 
-    Channels are removed one at a time, always the one for which the others compensate best (Hassibi and Stork 1993 for weights;
-    ZipLM, Kurtic et al., arXiv 2302.04089, algorithm 1, for channels). The score of a channel is the total error at its
-    removal, relative to the variance of the output and summed over all readers.
+    Channels are removed one at a time. Each step removes the channel for which the others compensate best (Hassibi and Stork 1993
+    for weights; ZipLM, Kurtic et al., arXiv 2302.04089, algorithm 1, for channels). The score of a channel is the total error when
+    it is removed, relative to the variance of the output and summed over all convolutions that read the group.
 
-    The error grows with every removed channel, so redundant layers lose channels first. It is comparable between layers. The
-    scores predict the error after `reconstruct`, so use both together.
+    The error grows with every removed channel, so redundant layers lose channels first. Errors are comparable between layers. The
+    scores predict the error after `reconstruct.reconstruct`, so use this criterion together with reconstruction.
 
     Raises:
         DataError, NumericsError: See `Evidence.moments`.
     """
     readers = [_reader(evidence, group, member.module, member.offset) for member in group.having("in")]
     score_C = torch.zeros(group.width, dtype=torch.float64)
-    remaining_K = torch.arange(group.width)  # channels that are still in the matrices
+    remaining_K = torch.arange(group.width)  # channels that the matrices still contain
     removed_K = torch.zeros(group.width, dtype=torch.bool)
     error = 0.0
     for _ in range(group.width):

@@ -1,8 +1,8 @@
-"""Penalties of sparse training, as subgradients: L1 on all or on weak gammas, or group lasso on all weights of a channel.
+"""Penalties of sparse training, as subgradients: L1 on all gammas, L1 on weak gammas, or group lasso on all weights of a channel.
 
-Shapes: T are the channels of all groups concatenated, O and I output and input channels of a convolution, C channels of a
-BatchNorm. The positions of every tensor's channels among the T are computed once. A step is then a few passes over the weights,
-without a loop over groups.
+Shapes: T are the channels of all groups, concatenated. O and I are output and input channels of a convolution, C channels of a
+BatchNorm. For each tensor, the positions of its channels in T are computed once. A training step then needs a few passes over the
+weights and no loop over groups.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.prune.cost import channel_macs
 from yolo_compress.prune.graph import Group
 
-SMALLEST_NORM = 1e-12  # minimum of a divisor: for a norm of 0 the subgradient is then 0 instead of NaN
+SMALLEST_NORM = 1e-12  # minimum of a divisor: if a norm is 0, the subgradient is then 0 instead of NaN
 
 
 class Penalty(ABC):
-    """A penalty that sums over the channels of all groups, with a factor per group."""
+    """Base class of penalties on weights. A penalty is a sum over the channels of all groups, with one factor per group."""
 
     @abstractmethod
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
-        """Prepare for a model. Called once, after the model is on its device.
+        """Prepare the penalty for a model. Called once, after the model is on its device.
 
         Args:
-            scale: Group name -> factor of the penalty; 1 for other groups.
+            model: Stock model that will be trained.
+            groups: `graph.prunable(model)`.
+            scale: Group name -> factor of the penalty. Groups that are not in `scale` have the factor 1.
         """
 
     @abstractmethod
     def add_subgradient(self, model: nn.Module, strength: float) -> None:
-        """Add `strength` times the subgradient to the gradients of the model.
+        """Add `strength` times the subgradient of the penalty to the gradients of the model, in place.
 
         Raises:
             RecipeError: A weight is frozen, so the penalty has no effect on it.
@@ -41,7 +43,10 @@ class Penalty(ABC):
 
 
 class L1(Penalty):
-    """`sum_g s_g sum |gamma|` (Network Slimming, arXiv 1708.06519, equation 1); its subgradient is `s_g sign(gamma)`."""
+    """L1 penalty on gammas, `sum_g s_g sum |gamma|` with the factor `s_g` of group g. The subgradient is `s_g sign(gamma)`.
+
+    This is equation 1 of Network Slimming (arXiv 1708.06519).
+    """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
         norms = _places(model, groups)["norm"]
@@ -58,14 +63,15 @@ class L1(Penalty):
 
 
 class Polarization(Penalty):
-    """`sum_g s_g sum |gamma|` over the channels that are weaker than the mean of their group. Strong channels are unchanged.
+    """L1 penalty on the gammas of weak channels only: those below the mean of their group. Strong channels have no penalty.
 
-    L1 reduces all gammas alike. The order of channels does not change until many gammas are 0, and unimportant layers lose all
-    channels. Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
-    `sum |gamma - mean|` from L1. For t = 1 this is twice the penalty here, except for the derivative of the mean, which is near 0.
+    The penalty is `sum_g s_g sum |gamma|` with the factor `s_g` of group g. The strength of a channel is the sum of its |gamma| over
+    the BatchNorms of the group, as in the criterion `bn_gamma`.
 
-    Here the mean is that of a group instead of the model, so that no layer loses all channels. The strength of a channel is the
-    sum of its |gamma| over the BatchNorms of the group, as in the criterion `bn_gamma`.
+    Plain L1 reduces all gammas alike. The order of channels does not change until many gammas are 0, and unimportant layers lose
+    all channels. Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
+    `sum |gamma - mean|` from L1. For their t = 1 this is twice the penalty here, except for the derivative of the mean, which is
+    near 0. They use the mean over the model. Here each group has its own mean, so that no layer loses all channels.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -76,7 +82,7 @@ class Polarization(Penalty):
         self._sizes = [len(place_C) for place_C in norms.values()]
         width_G = torch.tensor([group.width for group in groups], device=self._place.device)
         own_T = torch.arange(len(groups), device=self._place.device).repeat_interleave(width_G)
-        # The last entry is for channels in no group.
+        # The last entry is for channels that belong to no group.
         self._group_T = torch.cat([own_T, own_T.new_tensor([len(groups)])])
         self._width_G = torch.cat([width_G, width_G.new_tensor([1])])
 
@@ -92,19 +98,21 @@ class Polarization(Penalty):
 
 
 class GroupLasso(Penalty):
-    """`sum_g s_g sum_k n_gk`, where `n_gk` is the L2 norm of all weights that are removed with channel k of group g.
+    """Group lasso: penalises the L2 norm of all weights that are removed together with a channel.
 
-    As in the sparse training of DepGraph (arXiv 2301.12900), these are the filters that write the channel, the slices of the
-    filters that read it, and its gammas, for all members of the group, without biases. All members of a group thus weaken the
-    same channels.
+    The penalty is `sum_g s_g sum_k n_gk`. `s_g` is the factor of group g and `n_gk` is the norm for channel k of this group. As in
+    the sparse training of DepGraph (arXiv 2301.12900), the norm contains the filters that write the channel, the slices of the
+    filters that read the channel, and its gammas, but no biases. All members of a group thus weaken the same channels.
 
-    With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`, and 0 if all weights of the channel
-    are 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel that it writes and to the one that it reads, so
-    its derivative is `w_OI * (r_O + r_I)` with `r = s / n`. `r` is 0 for channels in no group (images, outputs of Detect).
+    With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`. If all weights of the channel are 0, the
+    derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel O that it writes and to the channel I
+    that it reads, so its derivative is `w_OI * (r_O + r_I)` with `r = s / n`. For channels that belong to no group (images, outputs
+    of Detect) `r` is 0.
 
-    DepGraph penalises `c_k n_k^2`, with `c_k` from 1 to 16 and larger for weaker channels. Here the factor `1 / n_k` has this
-    effect without a range to choose. Yuan and Lin multiply the norm by the root of the number of weights. Here it is not, so the
-    subgradient of a channel has the length `s_g`, and lambda acts on a gamma at most as strongly as in L1.
+    DepGraph penalises `c_k n_k^2`, with `c_k` from 1 to 16 and larger for weaker channels. Here the factor `1 / n_k` has the same
+    effect, and no range of `c_k` has to be chosen. Yuan and Lin multiply the norm by the root of the number of weights. Here the norm
+    is not multiplied. The subgradient of a channel therefore has the length `s_g`, and lambda acts on a gamma at most as strongly
+    as in L1.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -139,10 +147,10 @@ class GroupLasso(Penalty):
             gradient.addcmul_(filter_OIHW, ratio_O.view(-1, 1, 1, 1) + ratio_I.view(1, -1, 1, 1))
 
     def _norm_T(self, gammas: list[Tensor], filters: list[Tensor]) -> Tensor:
-        """Return `n_gk` of all channels. The last entry is for channels in no group.
+        """Return the norm `n_gk` of every channel. The last entry is for channels that belong to no group.
 
-        It processes one tensor at a time: with all tensors at once the squares exceed the cache, which takes four times as
-        long on a CPU.
+        The function processes one tensor at a time. If all tensors are processed at once, their squares exceed the cache, and a CPU
+        takes four times as long.
         """
         out, patches = [], []
         for filter_OIHW in filters:
@@ -157,9 +165,10 @@ PENALTIES: Mapping[str, type[Penalty]] = {"l1": L1, "polarization": Polarization
 
 
 def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, float]:
-    """Return a factor per group: the MACs of one of its channels, divided by the mean over all channels.
+    """Return group name -> factor that makes a penalty proportional to FLOPs, as in MorphNet (Gordon et al., arXiv 1711.06798).
 
-    The penalty is then proportional to FLOPs, as in MorphNet (Gordon et al., arXiv 1711.06798), for the widths at the start.
+    The factor is the MACs that one channel of the group costs, divided by the mean over all channels. The MACs are those of the
+    model before training.
     """
     macs = channel_macs(model, groups, imgsz_hw)
     mean = sum(group.width * macs[group.name] for group in groups) / sum(group.width for group in groups)
@@ -167,7 +176,10 @@ def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, i
 
 
 def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, dict[str, Tensor]]:
-    """Return role -> module -> position of each channel of that side among the T, and T for channels in no group."""
+    """Return role -> module -> position in T of each channel on that side of the module.
+
+    For a channel that belongs to no group, the position is the length of T.
+    """
     width = sum(group.width for group in groups)
     places: dict[str, dict[str, Tensor]] = {"norm": {}, "out": {}, "in": {}}
     start = 0
@@ -182,7 +194,7 @@ def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, dict[str, Te
 
 
 def _per_channel(model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> Tensor:
-    """Return the factor of each of the T channels, followed by 0 for channels in no group."""
+    """Return the penalty factor of each of the T channels, followed by a 0 for channels that belong to no group."""
     values = [scale.get(group.name, 1.0) for group in groups for _ in range(group.width)]
     weight = next(model.parameters())
     return torch.tensor([*values, 0.0], dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""Reconstruction: adapt weights so that the remaining channels compensate for removed ones, before any training.
+"""Reconstruction: adapt the weights so that the remaining channels compensate for the removed ones. No training is needed.
 
 Channels are correlated. Let x_R be the removed and x_K the remaining input channels of a convolution. The best affine estimate of
 x_R is A x_K + b with A = cov_RK cov_KK^-1. A convolution is linear, so the weight W_K + W_R A on x_K gives the output before
@@ -28,10 +28,11 @@ RIDGE = 1e-4  # relative to the mean variance; limits the inverse in directions 
 def reconstruct(
     model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor], moments: Mapping[str, Moments]
 ) -> None:
-    """Move the weights of removed input channels to the remaining ones, in place. Call it before `graph.prune`.
+    """Add the effect of input channels that will be removed to the weights of the remaining channels, in place.
 
-    The constant b is added to the bias of the convolution, or subtracted from the running mean of its BatchNorm. At the border,
-    where the input is padding, the same A and b are used.
+    Call this function before `graph.prune`. The head of this file defines the matrix A and the constant b. The weight times b is
+    added to the bias of the convolution, or subtracted from the running mean of its BatchNorm. At the border of the image, where
+    the input is padding, the same A and b are used.
 
     Args:
         model: The unpruned model.
@@ -77,6 +78,6 @@ def _reconstruct(conv: nn.Module, norm: nn.Module | None, removed_R: Tensor, mom
 
 
 def add_ridge(cov_CC: Tensor) -> Tensor:
-    """Return the covariance plus `RIDGE` times its mean variance on the diagonal, so that it is invertible."""
+    """Return the covariance with `RIDGE` times the mean variance added to its diagonal, so that the matrix is invertible."""
     variance = cov_CC.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     return cov_CC + RIDGE * variance * torch.eye(len(cov_CC), dtype=cov_CC.dtype)

@@ -1,8 +1,9 @@
-"""Sensitivity analysis: measure the loss (or mAP) of the model with only one group pruned, and limit the pruning per group.
+"""Sensitivity analysis: measure the loss or mAP with one tie of channel groups pruned at a time, and limit the pruning of each tie.
 
-The weights that read the least important channels of a group are set to zero. The model then computes the same as the pruned model,
-so no channels have to be removed. A sensitive group has a cap: the share of its channels for which the loss stays within the
-allowed increase. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
+A tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block. To measure a tie,
+the weights that read its least important channels are set to zero. The model then computes the same as the pruned model, so no
+channels have to be removed. The cap of a tie is the share of its channels that can be removed while the loss (or mAP) stays within
+the allowed change. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ RATIOS = (0.25, 0.5, 0.75)
 
 
 def ties(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return the channel groups in sets that must lose the same number of channels, and so are measured together.
+    """Return the channel groups in sets that must lose equal numbers of channels: `Group.tie` -> groups.
 
-    The key is the name of the set, `Group.tie`.
+    The groups of a set are measured together.
     """
     tied: dict[str, list[Group]] = {}
     for group in groups:
@@ -43,22 +44,24 @@ def measure(
     done: dict[str, list[float]],
     after_each: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Measure the model with one tie pruned by each of `RATIOS`, for every tie.
+    """Measure the loss or mAP of the model with one tie pruned, for every tie and every share in `RATIOS`.
+
+    A tie is a set of channel groups that must lose equal numbers of channels.
 
     Args:
         model: Stock model. It is unchanged after the call.
         groups: `graph.prunable(model)`.
         scores: Group name -> `importance_C`. The least important channels are removed.
-        moments: Moments of the inputs of convolutions, for reconstruction. With None, there is no reconstruction.
-        value: Returns the loss (lower is better) or mAP (higher is better) of the model.
-        done: Values of ties measured before; the new values are added in place.
-        after_each: Called after each tie to save `done` and show progress.
+        moments: Moments of the inputs of convolutions, for reconstruction. If None, weights are not reconstructed.
+        value: Function that returns the loss (lower is better) or mAP (higher is better) of the model.
+        done: `Group.tie` -> values of ties that were measured before. The new values are added in place.
+        after_each: Function that is called after each tie, to save `done` and show progress.
 
     Returns:
-        `done`: values at all `RATIOS` by the name of the tie.
+        `done`: `Group.tie` -> loss or mAP for each share in `RATIOS`.
 
     Raises:
-        NumericsError: A value is NaN or infinite.
+        NumericsError: A loss or mAP is NaN or infinite.
     """
     for name, members in ties(groups).items():
         if name in done:
@@ -82,7 +85,7 @@ def thinned(
     ratio: float,
     moments: Mapping[str, Moments] | None,
 ) -> Iterator[None]:
-    """Make the model compute as if these groups had lost `ratio` of their channels, inside a `with` block."""
+    """Make the model compute as if the groups `members` had lost the share `ratio` of their channels, inside a `with` block."""
     keep = {}
     for group in members:
         count = max(1, round((1 - ratio) * group.width))
@@ -115,15 +118,15 @@ def _zero_readers(modules: Mapping[str, nn.Module], members: Sequence[Group], ke
 def caps(
     rows: Mapping[str, Sequence[float]], unpruned: float, max_drop: float, higher_is_better: bool
 ) -> dict[str, float]:
-    """Return the largest share of channels that each tie may lose.
+    """Return `Group.tie` -> cap, the largest share of channels that the groups of the tie may lose.
 
-    It is the share at which the loss has risen, or the mAP has fallen, by `max_drop`. Values between the measured ratios are
-    interpolated linearly. The cap never exceeds the last ratio.
+    At the cap the loss has risen, or the mAP has fallen, by `max_drop`. Values between the measured `RATIOS` are interpolated
+    linearly. The cap never exceeds the last of `RATIOS`.
 
     Args:
-        rows: Values at all `RATIOS` by the name of the tie, from `measure`.
-        unpruned: Value of the unpruned model.
-        max_drop: Allowed change, relative to `unpruned`.
+        rows: `Group.tie` -> loss or mAP for each share in `RATIOS`, from `measure`.
+        unpruned: Loss or mAP of the unpruned model.
+        max_drop: Allowed change of the loss or mAP, relative to `unpruned`.
         higher_is_better: True for mAP, False for loss.
     """
     limit = unpruned * (1 - max_drop) if higher_is_better else unpruned * (1 + max_drop)
@@ -144,12 +147,17 @@ def caps(
 
 
 def least(groups: Sequence[Group], cap: Mapping[str, float]) -> dict[str, int]:
-    """Return the minimum number of channels of each group, for `budget.choose`."""
+    """Return group name -> minimum number of channels to keep, for the argument `least` of `budget.choose`.
+
+    Args:
+        groups: `graph.prunable` of the model.
+        cap: `Group.tie` -> largest share of channels to remove, from `caps`.
+    """
     return {group.name: ceil((1 - cap[group.tie]) * group.width - 1e-9) for group in groups}
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the table of the report: the unpruned model, then one row per tie with its values and its cap."""
+    """Return the rows of the report's sensitivity table: the unpruned model, then one row per tie with its values and cap."""
     columns = [f"{found['measure']}_at_{ratio:g}" for ratio in found["ratios"]]
     dense = {"group": "dense", **dict.fromkeys(columns, found["dense"])}
     ties = (

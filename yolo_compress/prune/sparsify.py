@@ -14,31 +14,32 @@ from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.prune.penalty import Penalty
 from yolo_compress.train.hook import TrainHook
 
-BIN_WIDTH = 0.05  # of |gamma|; trained YOLOv8 gammas lie between 0 and 4, most near 1
+BIN_WIDTH = 0.05  # width of a histogram bin of |gamma|; trained YOLOv8 gammas lie between 0 and 4, most near 1
 BINS = 81  # the last bin counts all values from 4.0 on
 # A channel with a smaller |gamma| has almost no effect: its variance, 1e-4, is a tenth of the eps of the next BatchNorm, 1e-3.
 SMALL = 1e-2
-CUTS_PERCENT = (25, 50, 75)  # of the channels of each group; fixed, since only `prune` knows the budget
-LITTLE = 0.95  # ratio of the gamma mass after to that before (weaker half of the channels) that training without lambda reaches
-COLLAPSED = 0.1  # a model has collapsed if its mAP50-95 falls below this share of the mAP50-95 before
+CUTS_PERCENT = (25, 50, 75)  # share of the channels of each group, in %; fixed, since only `prune` knows the budget
+# Training without lambda reaches this ratio: gamma mass of the weaker half of the channels, after training divided by before.
+LITTLE = 0.95
+COLLAPSED = 0.1  # a model has collapsed if its mAP50-95 falls below this share of its mAP50-95 before sparse training
 DETECTS = 0.05  # mAP50-95 before training below which collapse is not checked
 
 
 class SparseTraining(TrainHook):
     """Hook that adds the subgradient of `lambda * penalty` to the gradients of prunable channels.
 
-    It is added once per optimizer step, after the gradients are unscaled. Mixed precision, accumulation and batch size therefore
-    do not multiply it. Ultralytics sums its loss over a batch, so `lambda_` is relative to that sum. If the gradient scaler
-    skips a step, the penalty is skipped, too. Logged values are those of the raw weights, not of the EMA.
+    The subgradient is added once per optimizer step, after the gradients are unscaled. Mixed precision, accumulation and batch size
+    therefore do not multiply the penalty. Ultralytics sums its loss over a batch, so `lambda_` is relative to that sum. If the
+    gradient scaler skips a step, the penalty is skipped, too. Logged values are those of the trained weights, not of the EMA.
 
     Args:
         penalty: Penalty that is not yet bound to a model.
         lambda_: Strength, > 0 and finite.
         ramp_epochs: Number of epochs over which the strength rises linearly, from `lambda_ / ramp_epochs` in the first epoch.
-            With 0 it is constant.
-        scale: Group name -> factor of lambda; 1 for other groups.
-        gamma_lr_scale: Factor of the learning rate for gammas. A step of Adam is at most the learning rate: at 0.001 hundreds
-            of steps leave a gamma of 1 near 1, whatever lambda is. Filters must not have the higher rate.
+            If 0, the strength is constant.
+        scale: Group name -> factor of lambda. Groups that are not in `scale` have the factor 1.
+        gamma_lr_scale: Factor of the learning rate for gammas; filters keep the normal rate. A step of Adam is at most the
+            learning rate. With a rate of 0.001, a gamma of 1 is still near 1 after hundreds of steps, whatever lambda is.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class SparseTraining(TrainHook):
         self.penalty.add_subgradient(model, self._strength)
 
     def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
-        """Return the mean |gamma| and the share of gammas below `SMALL`.
+        """Return the values to log after an epoch: the mean |gamma| and the share of gammas below `SMALL`.
 
         Raises:
             NumericsError: A gamma is NaN or infinite, or all gammas of a group are below `SMALL`. The trainer saves after this
-                call, so `resume.pt` has the epoch before.
+                call, so `resume.pt` still contains the previous epoch.
         """
         magnitudes = _magnitudes(model, self._groups)
         self._check_finite(magnitudes, epoch)
@@ -103,9 +104,9 @@ class SparseTraining(TrainHook):
                 )
 
     def _check_alive(self, magnitudes: Mapping[str, Tensor], epoch: int) -> None:
-        """Check that every group has at least one large gamma.
+        """Check that every channel group has at least one gamma of `SMALL` or more.
 
-        The gammas of a single residual branch may all be small, since the branch shares a group with its trunk.
+        The gammas of a residual branch may all be small, since the branch and its trunk belong to the same group.
         """
         for group in self._groups:
             gammas = list(_slices(magnitudes, group))
@@ -131,10 +132,10 @@ class SparseTraining(TrainHook):
 
 
 def mass_under_cut(model: nn.Module, groups: Sequence[Group], cut_percent: float) -> float:
-    """Return the share of `sum |gamma|` in the weakest `cut_percent` % of the channels of each group.
+    """Return how much of `sum |gamma|` belongs to the weakest `cut_percent` % of the channels of each group, as a fraction.
 
-    Equal gammas give `cut_percent / 100`; successful sparse training brings it near 0. The mass of a channel is the sum of its
-    |gamma| over the BatchNorms of the group, so the order is that of the criterion `bn_gamma`. Counts are rounded.
+    If all gammas are equal, the result is `cut_percent / 100`. Successful sparse training brings it near 0. Channels are ranked by
+    the sum of their |gamma| over the BatchNorms of the group, as in the criterion `bn_gamma`. Channel counts are rounded.
     """
     magnitudes = _magnitudes(model, groups)
     cut = total = 0.0
@@ -147,13 +148,13 @@ def mass_under_cut(model: nn.Module, groups: Sequence[Group], cut_percent: float
 
 
 def masses(model: nn.Module) -> dict[str, float]:
-    """Return `mass_under_cut` for each of `CUTS_PERCENT`. Keys are text, as JSON requires."""
+    """Return percentage -> `mass_under_cut`, for each percentage in `CUTS_PERCENT`. Keys are strings, as JSON requires."""
     groups = prunable(model)
     return {str(percent): mass_under_cut(model, groups, percent) for percent in CUTS_PERCENT}
 
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Return one line with the `masses` before and after, and a hint if lambda had little effect."""
+    """Return one line of text with the `masses` before and after sparse training, and a hint if lambda had little effect."""
 
     def row(shares: Mapping[str, float]) -> str:
         return ", ".join(f"{share:.1%}" for share in shares.values())
@@ -175,13 +176,13 @@ def _resume_note(epoch: int) -> str:
 
 @torch.no_grad()
 def _magnitudes(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
-    """Return |gamma| of each BatchNorm in float32 on the CPU, in the order of the groups."""
+    """Return BatchNorm -> |gamma| in float32 on the CPU, in the order of the groups."""
     names = dict.fromkeys(member.module for group in groups for member in group.having("norm"))
     return {name: model.get_submodule(name).weight.float().abs().cpu() for name in names}
 
 
 def _slices(magnitudes: Mapping[str, Tensor], group: Group) -> Iterable[Tensor]:
-    """Yield the part of each BatchNorm that belongs to the group."""
+    """Yield, for each BatchNorm of the group, the |gamma| of the channels that belong to the group."""
     for member in group.having("norm"):
         yield magnitudes[member.module][member.offset : member.offset + group.width]
 

@@ -1,1 +1,1 @@
-"""INT8 quantisation of a model: plan of the INT8 tensors, calibration, fake quantisation for QAT, sensitivity."""
+"""INT8 quantisation of a model: choice of the INT8 tensors, calibration, fake quantisation for QAT, sensitivity analysis."""

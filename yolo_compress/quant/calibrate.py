@@ -1,4 +1,7 @@
-"""Calibrate activation ranges on images without augmentation. Memory use does not depend on the number of images."""
+"""Calibrate the ranges of activations on images without augmentation. Memory use does not depend on the number of images.
+
+The range of a tensor, `amax`, is the largest absolute value that its INT8 values represent. The scale is amax / 127.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,12 @@ from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX, WEIGHT_BITS, QuantState
 
 
 class Histogram:
-    """Histogram of `|x|` with a fixed number of equal bins from 0 to `top`. If a value exceeds `top`, bins merge in pairs."""
+    """Histogram of absolute values, with a fixed number of equal bins from 0 to `top`.
 
-    BINS = 2048  # at least half of them are in use, so a range is exact to 1/1024 of the largest value
+    If a new value exceeds `top`, `top` doubles and neighbouring bins are merged in pairs.
+    """
+
+    BINS = 2048  # at least half of the bins are in use, so a range is exact to 1/1024 of the largest value
 
     def __init__(self) -> None:
         self.counts: np.ndarray = np.zeros(self.BINS, np.int64)
@@ -28,12 +34,12 @@ class Histogram:
         self.amax = 0.0
 
     def collect(self, x: Tensor, amax: float, bins: bool = True) -> None:
-        """Add the values of a tensor.
+        """Add the absolute values of a tensor to the histogram.
 
         Args:
             x: Tensor of any shape.
             amax: Largest absolute value of `x`, above 0.
-            bins: Fill the bins; otherwise only update the maximum.
+            bins: True fills the bins. False only updates the maximum.
         """
         self.amax = max(self.amax, amax)
         if not bins:
@@ -48,7 +54,7 @@ class Histogram:
             parts = [torch.histc(part.float().abs(), self.BINS, 0.0, self.top) for part in x.split(1 << 22)]
             self.counts += sum(part.cpu().numpy().astype(np.int64) for part in parts)
             return
-        counts: Any = np.zeros(self.BINS + 1, np.int64)  # the last one counts values equal to the top
+        counts: Any = np.zeros(self.BINS + 1, np.int64)  # the last entry counts values equal to `top`
         for part in x.split(1 << 16):  # parts that fit the cache: 9 times faster than torch.histc (torch 2.14)
             index = part.float().abs().mul_(self.BINS / self.top).to(torch.int64)
             counts += np.bincount(index.numpy(), minlength=self.BINS + 1)
@@ -66,14 +72,17 @@ def _max(histogram: Histogram, percentile: float) -> float:
 
 
 def _percentile(histogram: Histogram, percentile: float) -> float:
-    """Return the upper edge of the bin that contains the percentile. It is above 0 even if nearly all values are 0."""
+    """Return the range at a percentile: the upper edge of the bin that contains the percentile.
+
+    The range is above 0 even if nearly all values are 0.
+    """
     counts, edges = histogram.used()
     below = np.cumsum(counts)
     return float(edges[1:][np.searchsorted(below, below[-1] * (percentile / 100))])
 
 
 def _mse(histogram: Histogram, percentile: float) -> float:
-    """Return the range with the smallest squared error of rounding and clipping.
+    """Return the range for which INT8 rounding and clipping have the smallest mean squared error. `percentile` is not used.
 
     ModelOpt's function is not used because version 0.47 has a bug: it passes the number of bits as the bias of the fake
     quantiser (`calib/histogram.py`, `fake_tensor_quant(centers, amax, num_bits, unsigned)`), so the first candidate wins.
@@ -91,13 +100,14 @@ def _mse(histogram: Histogram, percentile: float) -> float:
 
 
 def _entropy(histogram: Histogram, percentile: float) -> float:
-    """Return the range whose 128 INT8 levels have the smallest Kullback-Leibler divergence from the clipped distribution.
+    """Return the range for which 128 INT8 levels have the smallest KL divergence from the clipped distribution of values.
 
-    S. Migacz, "8-bit inference with TensorRT", GTC 2017. Both distributions are smoothed, as in MXNet and ONNX Runtime.
+    The method is from S. Migacz, "8-bit inference with TensorRT", GTC 2017. Both distributions are smoothed, as in MXNet and ONNX
+    Runtime. `percentile` is not used.
 
-    ModelOpt's function is not used because version 0.47 does not smooth. A range that ends in an empty bin then has an
-    infinite divergence. A range with only empty bins has NaN, which numpy's argmin selects. This happens for images, which
-    fill at most 256 of the 2048 bins and have few dark pixels.
+    ModelOpt's function is not used because version 0.47 does not smooth. A range that ends in an empty bin then has an infinite
+    divergence. A range with only empty bins has the divergence NaN, and numpy's argmin selects NaN. This happens for the input
+    images, which fill at most 256 of the 2048 bins and have few dark pixels.
     """
     counts, edges = histogram.used()
     counts[0] = min(counts[0], counts[1])  # zeros are exact in any range; as in pytorch-quantization
@@ -120,8 +130,8 @@ def _entropy(histogram: Histogram, percentile: float) -> float:
 
 
 LEVELS = QMAX + 1  # number of absolute INT8 values
-LEAST_BINS = 128  # smallest range, one bin per level (as in pytorch-quantization and ModelOpt)
-SMOOTHING = 1e-4  # share of a uniform distribution, as in MXNet and ONNX Runtime
+LEAST_BINS = 128  # smallest range that is tried, one bin per level (as in pytorch-quantization and ModelOpt)
+SMOOTHING = 1e-4  # share of a uniform distribution that is mixed in, as in MXNet and ONNX Runtime
 
 CALIBRATORS: dict[str, Callable[[Histogram, float], float]] = {
     "max": _max,
@@ -139,21 +149,23 @@ def ptq(
     left: Collection[str] = (),
     weight_bits: int = WEIGHT_BITS,
 ) -> QuantState:
-    """Quantise without training: calibrate the range of every tensor and weight that `quant.plan.plan` places in INT8.
+    """Return the calibrated ranges of every activation tensor and weight that `quant.plan.plan` sets to INT8.
+
+    This is post-training quantisation (PTQ): no weight is trained or changed.
 
     Args:
         model: A detector. It is in evaluation mode during the call and otherwise unchanged.
-        batches: Returns the calibration images, `images_BCHW` float 0 to 1, without augmentation.
-        method: Key of `CALIBRATORS`, applied to all values of a group's tensors together. The range of a weight is always its
-            maximum per output channel.
+        batches: Function that returns the calibration images, `images_BCHW` float 0 to 1, without augmentation.
+        method: Key of `CALIBRATORS`. The method is applied to the values of all tensors that share a scale together. The range
+            of a weight is always its largest absolute value per output channel.
         percentile: Percentile of the absolute values in %, for the method "percentile".
-        left: Names of groups of the plan to leave in float.
+        left: Names of the groups (`quant.plan.Group`) to leave in float.
         weight_bits: Bits of the INT8 weights, 7 or 8.
 
     Raises:
         DataError: There are no images.
         NumericsError: An activation or a weight is NaN or infinite.
-        RecipeError: The method or a group is unknown.
+        RecipeError: The method or a group name is unknown.
     """
     return calibrate(model, plan(model, left), batches(), method, percentile, weight_bits)
 
@@ -166,7 +178,10 @@ def calibrate(
     percentile: float = 99.99,
     weight_bits: int = WEIGHT_BITS,
 ) -> QuantState:
-    """Calibrate as `ptq` does, for a given plan."""
+    """Return the calibrated ranges of every activation tensor and weight that the plan `placed` sets to INT8.
+
+    The other arguments and the errors are those of `ptq`.
+    """
     if method not in CALIBRATORS:
         raise RecipeError(f"calibration method {method!r} is unknown, expected one of {', '.join(CALIBRATORS)}")
     modules = dict(model.named_modules())
@@ -196,14 +211,21 @@ def _fill_histograms(
     batches: Iterable[Tensor],
     bins: bool,
 ) -> None:
-    """Run the batches through the model in evaluation mode and fill the histograms."""
+    """Run the batches through the model in evaluation mode and add the activations to the histograms.
+
+    Args:
+        modules: Module name -> module.
+        tensors: Tensor name (as in `nets.flow`) -> histogram.
+        outputs: Convolution -> histogram of its output before the activation.
+        bins: As for `Histogram.collect`.
+    """
     handles = [
         modules[name].register_forward_hook(_output_hook(name, histogram, bins))
         for name, histogram in tensors.items()
         if name != IMAGES
     ]
     for name, histogram in outputs.items():
-        last = norm_after(modules, name) or modules[name]  # before the activation
+        last = norm_after(modules, name) or modules[name]  # the last module before the activation
         handles.append(last.register_forward_hook(_output_hook(name, histogram, bins)))
     weight = next(model.parameters())
     count = 0

@@ -1,4 +1,7 @@
-"""Fake quantisation for training with ModelOpt. No other file imports ModelOpt."""
+"""Fake quantisation for quantisation-aware training (QAT) with ModelOpt. No other file imports ModelOpt.
+
+The range of a tensor or weight, `amax`, is the largest absolute value that its INT8 values represent.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ ACTIVATION_BITS = 8
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Hide messages that do not concern the user: deprecations inside ModelOpt 0.47 and torch's note about missing CUDA."""
+    """Hide two messages during an import: deprecations inside ModelOpt 0.47, and torch's note about missing CUDA."""
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -39,16 +42,16 @@ def _quiet_import() -> Iterator[None]:
 
 
 def check_installed() -> None:
-    """Check that this environment can train with fake quantisation.
+    """Check that ModelOpt is installed, so that this environment can train with fake quantisation.
 
     Raises:
-        EnvironmentLacks: See `_modelopt`.
+        EnvironmentLacks: ModelOpt or `huggingface_hub` is not installed.
     """
     _modelopt()
 
 
 def _modelopt() -> ModuleType:
-    """Import and return ModelOpt's quantised modules. The import takes seconds, so it runs on first use.
+    """Import and return ModelOpt's package of quantised modules. The import takes seconds, so it happens on the first call.
 
     Raises:
         EnvironmentLacks: ModelOpt or `huggingface_hub` is not installed. ModelOpt imports the latter without requiring it.
@@ -63,7 +66,7 @@ def _modelopt() -> ModuleType:
 
 
 class QuantisedOutput(nn.Module):
-    """The activation of a block followed by the quantiser of the block's output. Replaces `Conv.act`."""
+    """Replacement for `Conv.act`: the activation of a Conv block, followed by the fake quantiser of the block's output."""
 
     def __init__(self, act: nn.Module, quantizer: nn.Module) -> None:
         super().__init__()
@@ -75,12 +78,14 @@ class QuantisedOutput(nn.Module):
 
 
 class QuantisedSum(nn.Module):
-    """A block with a shortcut followed by the quantiser of its sum. Parameters have the same names as in the block.
+    """Replacement for a block with a shortcut: the block, followed by the fake quantiser of its sum.
+
+    Parameters have the same names as in the block.
 
     Args:
-        block: Computes `x + branch(x)`.
-        branch: Names of the children of the block that run one after the other as the branch.
-        quantizer: Quantiser of the sum.
+        block: Block that computes `x + branch(x)`.
+        branch: Names of the block's child modules that form the branch, in the order in which they run.
+        quantizer: Fake quantiser of the sum.
     """
 
     add = True  # the attribute by which the model family recognises a shortcut in the stock block
@@ -105,21 +110,21 @@ class QuantisedSum(nn.Module):
 def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
     """Insert fake quantisers for the tensors and weights of `state` into a model, in place.
 
-    A tensor is quantised where it is computed (`QuantisedOutput`, `QuantisedSum`), the image where the first convolution
-    reads it. All tensors of a group share one quantiser. Weights have one range per output channel. Both are symmetric INT8,
-    weights with `state.weight_bits` bits. Gradients are straight-through.
+    A tensor is quantised where it is computed (`QuantisedOutput`, `QuantisedSum`). The input image is quantised where the first
+    convolution reads it. Tensors that share a scale share one quantiser. Weights have one range per output channel. Tensors and
+    weights are symmetric INT8; weights have `state.weight_bits` bits. Gradients are straight-through.
 
-    Ranges are buffers, or parameters if `learned`. State dicts are therefore compatible between models that were attached
-    with the same plan. `copy.deepcopy` of the model works; pickling does not.
+    Ranges are buffers, or parameters if `learned` is True. If two models have the same INT8 tensors, each can load the state dict
+    of the other. `copy.deepcopy` of the model works; pickling does not.
 
     Args:
         model: A detector with stock modules.
-        state: Ranges of the model.
-        learned: Train the ranges with the weights (LSQ, see `LearnedRange`).
+        state: Ranges of the tensors and weights of the model.
+        learned: Train the ranges together with the weights (LSQ, see `LearnedRange`).
 
     Raises:
         CorruptArtifact: `state` has a tensor or convolution that the model does not have, a wrong number of channels, or
-            different scales for tensors of a group.
+            different ranges for tensors that must share a scale.
         EnvironmentLacks: ModelOpt is not installed.
     """
     quant_nn, quantiser = _modelopt(), LearnedRange if learned else FixedRange
@@ -137,7 +142,7 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
         conv = modules[name]
         quant_nn.QuantModuleRegistry.convert(conv)
         conv.input_quantizer.disable()
-        # As many codes below 0 as above: a BatchNorm with negative gamma then folds without moving any code.
+        # As many INT8 values below 0 as above: a BatchNorm with negative gamma then folds with a change of sign only.
         amax_O111 = torch.tensor(amax_C).view(-1, 1, 1, 1).to(conv.weight.device)
         conv.weight_quantizer = quantiser(amax_O111, state.weight_bits, narrow_range=True)
     for group in placed.groups:
@@ -166,7 +171,7 @@ def _insert_quantizer(model: nn.Module, placed: Plan, tensor: str, quantizer: nn
 
 
 def read(model: nn.Module) -> QuantState:
-    """Return the current ranges of an attached model, without `outputs`.
+    """Return the current ranges of a model with fake quantisers (`attach`). The field `outputs` of the result is empty.
 
     Raises:
         CorruptArtifact: The model has no fake quantisers.
@@ -196,7 +201,7 @@ def read(model: nn.Module) -> QuantState:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove all fake quantisers from a model, in place. Weights stay as trained; ranges are lost, so call `read` before."""
+    """Remove all fake quantisers from a model, in place. The trained weights stay. The ranges are lost, so call `read` before."""
     for _, conv in list(_attached(model)):
         conv.export()
         conv.__dict__.pop("_parallel_state", None)  # ModelOpt 0.47 does not remove its process groups
@@ -213,7 +218,10 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def in_float(model: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
-    """Disable the quantisers of some groups, and of the weights of the convolutions that read them, inside a `with` block."""
+    """Make the model compute `groups` in float inside a `with` block.
+
+    The quantisers of these tensors are disabled, and those of the weights of all convolutions that read them.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     disabled: list[Any] = []
     for group in groups:
@@ -242,16 +250,17 @@ def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class FakeQuant(TrainHook):
     """Hook for QAT: calibrate the ranges before training, then train the weights with fake quantisation.
 
-    The ranges stay fixed, or are trained too with `learned`.
+    The ranges stay fixed during training, or are trained as well if `learned` is True.
 
     Args:
-        calibrate: Returns the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. It runs on the
-            float model before training. After training it runs on the quantised model, for the ranges of `outputs` alone.
-        state: Ranges of a resumed run, which replace the first calibration.
-        learned: Train the ranges (`LearnedRange`).
+        calibrate: Function that returns the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. The
+            function runs on the float model before training. After training it runs on the quantised model, and only the field
+            `outputs` of this second result is used.
+        state: Ranges of a resumed run. If set, they replace the calibration before training.
+        learned: Train the ranges together with the weights (`LearnedRange`).
 
     Attributes:
-        state: Current ranges; after `to_stock` those of the trained model.
+        state: Current ranges. After `to_stock` they are the ranges of the trained model.
     """
 
     def __init__(
@@ -266,25 +275,28 @@ class FakeQuant(TrainHook):
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
-        """Calibrate unless there is a state, then insert the fake quantisers."""
+        """Calibrate the model if `state` has no ranges yet, then insert the fake quantisers."""
         if self.state is None:
             self.state = self._calibrate(model)
         attach(model, self.state, self.learned)
         self._model = model
 
     def undecayed(self, model: nn.Module) -> list[str]:
-        """Learned ranges: a decay of the logarithm of a range would pull every range towards 1."""
+        """Return the names of parameters without weight decay: the learned ranges.
+
+        The parameter is the logarithm of a range, so a decay would pull every range towards 1.
+        """
         return [name for name, _ in model.named_parameters() if name.endswith(LOGARITHM)]
 
     def to_stock(self, model: nn.Module) -> None:
-        """Read the ranges into `state`, then remove the fake quantisers."""
+        """Read the trained ranges into `state`, then remove the fake quantisers from the model."""
         trained = read(model)
         calibrated = self._calibrate(model)
         self.state = replace(trained, outputs=calibrated.outputs, method=calibrated.method)
         detach(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ranges as JSON types."""
+        """Return the ranges as JSON types, for a checkpoint of the training."""
         return {} if self.state is None else {"quant": self.state.to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

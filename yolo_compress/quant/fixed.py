@@ -1,7 +1,8 @@
-"""A fake quantiser with a fixed scale, in the place of ModelOpt's: no look at the device, no copy of the layout, on any device.
+"""A fake quantiser with a fixed scale that replaces ModelOpt's, because ModelOpt's is slow on a GPU.
 
-ModelOpt 0.47's `TensorQuantizer` makes every tensor contiguous, a copy of each one that CUDA trains channels_last. Its formula
-for CUDA reads the range back to the host where its extension is not compiled, and waits for the GPU each time.
+ModelOpt 0.47's `TensorQuantizer` makes every tensor contiguous. On CUDA, models train in the channels_last layout, so each tensor is
+copied. If ModelOpt's CUDA extension is not compiled, its formula also copies the range to the host, which waits for the GPU each
+time. The quantiser in this file does neither.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 
 class FixedRange(nn.Module):
-    """Symmetric codes within a range that is calibrated once; gradients pass straight through.
+    """Fake quantiser that rounds to symmetric integers within a fixed range. Gradients are straight-through.
 
     Args:
-        amax: One number, or one an output channel, of shape (C, 1, 1, 1).
-        num_bits: Of the codes.
-        narrow_range: Codes from `-high` rather than `-high - 1`.
+        amax: Range, the largest absolute value that is represented: a scalar, or one value per output channel with shape
+            (C, 1, 1, 1).
+        num_bits: Bits of the quantised values.
+        narrow_range: Use the integers from `-high` instead of from `-high - 1`.
     """
 
     amax: Tensor
@@ -32,11 +34,11 @@ class FixedRange(nn.Module):
         self.low = -self.high if narrow_range else -self.high - 1
 
     def disable(self) -> None:
-        """Let tensors pass as they are."""
+        """Stop quantising: `forward` then returns its input unchanged."""
         self.is_enabled = False
 
     def enable(self) -> None:
-        """Quantise again."""
+        """Quantise again after `disable`."""
         self.is_enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +49,10 @@ class FixedRange(nn.Module):
 
 
 class _Rounding(torch.autograd.Function):
-    """ModelOpt 0.47's formula, value for value, with one new tensor instead of three; gradients pass straight through."""
+    """Round to the quantised values, with straight-through gradients.
+
+    The results equal those of ModelOpt 0.47 exactly, but one new tensor is allocated instead of three.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, low: float, high: float) -> Tensor:

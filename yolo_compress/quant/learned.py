@@ -1,4 +1,4 @@
-"""A fake quantiser with a trained range. It uses torch's learnable ops, since ModelOpt has LSQ only for NVFP4 weights."""
+"""A fake quantiser whose range is trained (LSQ). It uses torch's learnable ops, since ModelOpt has LSQ only for NVFP4 weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor, nn
 
 from yolo_compress.quant.ranges import AMAX_FLOOR
 
-LOGARITHM = "log_amax"  # the parameter's name
+LOGARITHM = "log_amax"  # name of the parameter that holds the logarithm of the range
 
 
 class LearnedRange(nn.Module):
-    """Fake quantiser with learned step size, LSQ (Esser et al., arXiv 1902.08153).
+    """Fake quantiser whose range is trained: learned step size quantisation, LSQ (Esser et al., arXiv 1902.08153).
 
-    The gradient with respect to the scale is equation 3 of the paper. As in its section 2.2 it is multiplied by
-    `1 / sqrt(N * high)`, where N is the number of elements per scale. Outside the range the input has no gradient.
+    The gradient with respect to the scale is equation 3 of the paper. As in section 2.2 of the paper, this gradient is multiplied
+    by `1 / sqrt(N * high)`, where N is the number of elements per scale. Inputs outside the range get no gradient.
 
-    The parameter is the logarithm of the range, as in TQT (arXiv 1903.08066). The range then stays above 0, and optimizer
-    steps are relative to it.
+    The trained parameter is the logarithm of the range, as in TQT (arXiv 1903.08066). The range then stays above 0, and optimizer
+    steps are relative to the range.
 
     Args:
-        amax: Initial range: a scalar, or one value per output channel with shape (C, 1, 1, 1).
+        amax: Initial range, the largest absolute value that is represented: a scalar, or one value per output channel with shape
+            (C, 1, 1, 1).
         num_bits: Bits of the quantised values.
         narrow_range: Use the integers from `-high` instead of from `-high - 1`.
     """

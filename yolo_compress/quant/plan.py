@@ -1,12 +1,12 @@
-"""Plan which tensors of a detector are INT8, which of them share a scale, and which convolutions read them.
+"""Decide which tensors of a detector are INT8, which of them share a scale, and which convolutions read them.
 
-Tensors are named as in `nets.flow`. A tensor is quantised once, where it is computed, and all readers use the INT8 values. No
-tensor is read both as INT8 and as float.
+Tensors are named as in `nets.flow`. A tensor is quantised once, where it is computed, and all layers that read the tensor use the
+INT8 values. No tensor is read both as INT8 and as float.
 
-All inputs and the output of a sum or concatenation share a scale, and so do input and output of a pool, upsampling or chunk.
-Only then can these layers run in INT8: TensorRT moves a DequantizeLinear forward through them, and it cancels with the next
-QuantizeLinear if the scales are equal (NVIDIA, "Working with Quantized Types"). NVIDIA measured 180 images a second on YOLOv7
-without shared scales and 207 with them (yolo_deepstream).
+All inputs and the output of a sum or concatenation share a scale. Input and output of a pool, upsampling or chunk share a scale, too.
+Only then can these layers run in INT8: TensorRT moves a DequantizeLinear node forward through them, and this node cancels with the
+next QuantizeLinear node if the scales are equal (NVIDIA, "Working with Quantized Types"). NVIDIA measured 180 images per second on
+YOLOv7 without shared scales and 207 with shared scales (yolo_deepstream).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ LEFT_IN_FLOAT = "left in float as asked"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share a scale.
+    """A set of tensors that share a scale, and the convolutions that read these tensors.
 
     Attributes:
         tensors: names in the order of the model; the first is the name of the group.
         convs: convolutions that read one of the tensors, including output convolutions of the head.
-        joins: modules whose sum, concatenation or pool makes the tensors share a scale.
-        why_float: reason why the group is float, empty if it is INT8.
+        joins: names of the modules whose sum, concatenation or pool requires that the tensors share a scale.
+        why_float: reason why the tensors are float; empty if they are INT8.
     """
 
     tensors: tuple[str, ...]
@@ -44,19 +44,19 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Name of the group: its first tensor."""
+        """Name of the group, which is the name of its first tensor."""
         return self.tensors[0]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Precision of every tensor between two layers and of every convolution of a detector, with reasons for float.
+    """The precision, INT8 or float, of every convolution of a detector and of every tensor between layers, with reasons for float.
 
     Attributes:
-        groups: all groups, INT8 and float.
-        reads: convolution -> the tensor that it reads, "" for the convolution of DFL.
+        groups: all groups of tensors that share a scale, INT8 and float.
+        reads: convolution -> the tensor that the convolution reads, or "" for the convolution of DFL.
         skipped: (convolution, reason) of each convolution that stays float.
-        sums: see `Flow.sums`.
+        sums: output tensor of a block with a shortcut -> the block's branch, see `nets.flow.Flow.sums`.
     """
 
     groups: tuple[Group, ...]
@@ -66,26 +66,26 @@ class Plan:
 
     @cached_property
     def int8(self) -> tuple[Group, ...]:
-        """The INT8 groups."""
+        """The groups whose tensors are INT8."""
         return tuple(group for group in self.groups if not group.why_float)
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """The INT8 tensors, group by group."""
+        """The names of the INT8 tensors, group by group."""
         return tuple(tensor for group in self.int8 for tensor in group.tensors)
 
     @cached_property
     def convs(self) -> tuple[str, ...]:
-        """The INT8 convolutions, in the order of definition."""
+        """The names of the INT8 convolutions, in the order of definition in the model."""
         floats = dict(self.skipped)
         return tuple(name for name in self.reads if name not in floats)
 
     def group_of(self, tensor: str) -> Group:
-        """Return the group of a tensor."""
+        """Return the group that contains the tensor `tensor`."""
         return next(group for group in self.groups if tensor in group.tensors)
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Yield (tensor, "int8" or "float", name of the group, reason) as text for the report."""
+        """Yield the rows of the report's placement table: (tensor, "int8" or "float", name of its group, reason for float)."""
         for group in self.groups:
             readers = f"{len(group.convs)} convolution{'s' * (len(group.convs) != 1)}"
             why = group.why_float or f"read by {readers}"
@@ -96,17 +96,18 @@ class Plan:
 
 
 def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
-    """Plan INT8 for every tensor that a convolution reads, except the inputs of the head's output convolutions and of DFL.
+    """Return the placement of a model: every tensor that a convolution reads is INT8, except before the outputs of the head.
 
-    Boxes (0 to 640 px) and logits come from the output convolutions. With an INT8 input, boxes would have the resolution of
-    one INT8 step. Ultralytics' QAT leaves the same convolutions in float.
+    The inputs of the head's output convolutions and of DFL stay float. Boxes (0 to 640 px) and logits come from these convolutions.
+    If their inputs were INT8, boxes would have the resolution of one INT8 step. Ultralytics' QAT leaves the same convolutions in
+    float.
 
     Args:
         model: A detector of a supported family, pruned or not, with or without fake quantisers. It is not changed.
-        left: Names of groups to leave in float, with all convolutions that read them.
+        left: Names of groups to leave in float. All convolutions that read their tensors stay float, too.
 
     Raises:
-        RecipeError: A block belongs to no supported family, a group of `left` is unknown, or nothing is left to quantise.
+        RecipeError: A block belongs to no supported family, a name in `left` is unknown, or no tensor is left to quantise.
     """
     flow = flow_of(model)
     groups = _groups(flow, left)
@@ -128,9 +129,9 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
 
 
 def _groups(flow: Flow, left: Collection[str]) -> tuple[Group, ...]:
-    """Return the groups in the order of their first tensors.
+    """Return the groups of tensors that share a scale, in the order of their first tensors.
 
-    A group is float if only float convolutions read it, or if it is in `left`.
+    A group is float if only float convolutions read its tensors, or if its name is in `left`.
     """
     members: dict[str, list[str]] = {}
     for tensor in flow.root:

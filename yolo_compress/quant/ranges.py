@@ -1,8 +1,8 @@
 """Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute them, export reads them.
 
-A range is the largest absolute value that INT8 represents, `amax`. INT8 values are `round(x * qmax / amax)`, symmetric with
-zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and `QuantState.weight_qmax` for weights. All INT8 files
-contain the same values.
+The range of a tensor, `amax`, is the largest absolute value that its INT8 values represent. INT8 values are
+`round(x * qmax / amax)`, symmetric with zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and
+`QuantState.weight_qmax` for weights. The INT8 files of all runtimes contain the same values.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ AMAX_FLOOR = 1e-6  # smallest range: ModelOpt treats ranges up to 2**-24 as zero
 
 @dataclass(frozen=True)
 class QuantState:
-    """Ranges by module name, in the order of the model.
+    """Ranges (amax) of all INT8 tensors and weights of a model, in the order of the model.
 
     Attributes:
-        activations: Tensor (named as in `nets.flow`) -> amax; equal for tensors that share a scale.
-        weights: Convolution -> amax of its weight per output channel.
-        outputs: Convolution -> amax of its output after BatchNorm and before the activation. Some runtimes need it to fuse
-            layers.
-        folded: BatchNorm is folded into the ranges of the weights.
+        activations: Tensor (named as in `nets.flow`) -> amax. Tensors that share a scale have equal values.
+        weights: Convolution -> amax of its weight, one value per output channel.
+        outputs: Convolution -> amax of its output after BatchNorm and before the activation. Some runtimes need this range to
+            fuse layers.
+        folded: Whether the ranges of the weights are those after BatchNorm is folded into the convolutions (`fold`).
         method: Calibration method of the activations, for the report.
         weight_bits: Bits of the INT8 weights: 8, or 7 (values -63 to 63).
     """
@@ -72,7 +72,7 @@ class QuantState:
         return tuple(self.weights)
 
     def without(self, groups: Iterable[Group]) -> QuantState:
-        """Return the state without some groups of the plan and the convolutions that read them, which become float."""
+        """Return a state in which `groups` are float: their tensors are removed, and the convolutions that read these tensors."""
         groups = list(groups)
         tensors = {tensor for group in groups for tensor in group.tensors}
         convs = {conv for group in groups for conv in group.convs}
@@ -97,7 +97,7 @@ class QuantState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantState:
-        """Return the state from the result of `to_json`.
+        """Return the state that `to_json` converted to `data`.
 
         Raises:
             CorruptArtifact: Keys are missing or of the wrong type, or the version is not supported.
@@ -119,12 +119,12 @@ class QuantState:
             ) from error
 
     def dumps(self) -> str:
-        """Return the state as a JSON document. Equal states give equal bytes."""
+        """Return the state as the text of a JSON document. Equal states give equal text."""
         return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> QuantState:
-        """Read a file written with `dumps`.
+        """Read the state from a file that contains the text of `dumps`.
 
         Raises:
             CorruptArtifact: The file is not JSON, or not a quantiser state.
@@ -134,14 +134,14 @@ class QuantState:
 
 
 def fold(state: QuantState, model: nn.Module) -> QuantState:
-    """Return the state for the model after its BatchNorms are folded into its convolutions.
+    """Return the ranges of a model after its BatchNorms are folded into its convolutions.
 
-    The folded weight of output channel c is `w_c * gamma_c / sqrt(var_c + eps)`. Its range is multiplied by the absolute value
-    of that factor, so INT8 values change at most their sign (the values of weights are symmetric, -127 to 127). If the factor
-    is 0, the range becomes `AMAX_FLOOR`, since a scale must not be 0.
+    The folded weight of output channel c is `w_c * gamma_c / sqrt(var_c + eps)`. The range of the weight is multiplied by the
+    absolute value of the same factor. The INT8 values of weights therefore change at most their sign, since they are symmetric
+    (-127 to 127). If the factor is 0, the range becomes `AMAX_FLOOR`, since a scale must not be 0.
 
     Args:
-        state: Ranges of `model`.
+        state: Ranges of `model` before folding.
         model: The model before folding, with the convolution-BatchNorm blocks of Ultralytics (`x.conv`, `x.bn`).
 
     Raises:

@@ -21,7 +21,9 @@ MAX_ERROR = 0.02  # relative to the exact sum; saturation halves the sum
 
 
 def saturates(runtime: str) -> bool:
-    """Return whether a runtime saturates: run two convolutions with the largest INT8 values and compare with the exact sum.
+    """Return whether the sums of a runtime saturate on this processor when weights have 8 bits.
+
+    The function runs two convolutions with the largest INT8 values and compares the result with the exact sum.
 
     Args:
         runtime: Key of `BACKENDS`. The runtime must be installed.
@@ -36,7 +38,10 @@ def saturates(runtime: str) -> bool:
 
 
 def _largest_values_model() -> onnx.ModelProto:
-    """Return a model that computes ones from ones, with UINT8 activations (zero point 128) and INT8 weights as for CPUs."""
+    """Return an ONNX model whose output for an input of ones is exactly one, computed with the largest INT8 values.
+
+    Activations are UINT8 with zero point 128 and weights are INT8, as in the files for CPU runtimes.
+    """
     graph = helper.make_graph(
         [],
         "largest_codes",
@@ -53,7 +58,7 @@ def _largest_values_model() -> onnx.ModelProto:
         return output
 
     def quantised(name: str) -> str:
-        """Add Q and DQ with the range 1, so that a value of 1 becomes the largest INT8 value."""
+        """Add a Q/DQ pair with the range 1, so that a value of 1 becomes the largest INT8 value. Return the name of its output."""
         pair = [
             constant(f"{name}_scale", np.array(1 / QMAX, np.float32)),
             constant(f"{name}_zero", np.array(128, np.uint8)),

@@ -1,7 +1,8 @@
-"""Measure how much each group of the plan loses in INT8, and choose the cheapest groups to leave in float.
+"""Measure how much the model loses because each group of tensors is INT8, and choose the cheapest groups to leave in float.
 
-With a group in float, the convolutions that read it are float too, so no tensor is read in both precisions. NVIDIA measures
-one block at a time in the same way, without costs (yolo_deepstream, `sensitive_analysis`).
+A group is a set of tensors that share a scale (`quant.plan.Group`). If a group is in float, the convolutions that read its tensors
+are float, too, so no tensor is read in both precisions. NVIDIA measures one block at a time in the same way, but without the cost in
+latency (yolo_deepstream, `sensitive_analysis`).
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from yolo_compress.quant.fakequant import in_float
 from yolo_compress.quant.plan import Plan
 
 Value = Callable[[nn.Module], float]
-RESOLUTION_MS = 1e-3  # resolution of the runtimes' profiles, and so the smallest cost of a group
+RESOLUTION_MS = 1e-3  # resolution of the runtimes' profiles, used as the smallest cost of a group
 
 
 def measure(
     model: nn.Module, placed: Plan, value: Value, done: dict[str, float], after_each: Callable[[], None]
 ) -> dict[str, float]:
-    """Measure the quantised model with one group in float, for every INT8 group of the plan.
+    """Measure the loss or mAP of the quantised model with one group of tensors in float, for every INT8 group.
 
     Args:
         model: Model with fake quantisers (`fakequant.attach`). It is unchanged after the call.
         placed: `quant.plan.plan(model)`.
-        value: Returns the loss (lower is better) or mAP (higher is better) of the model.
-        done: Values of groups measured before; the new values are added in place.
-        after_each: Called after each group to save `done` and show progress.
+        value: Function that returns the loss (lower is better) or mAP (higher is better) of the model.
+        done: Name of the group in float -> loss or mAP, for groups that were measured before. New values are added in place.
+        after_each: Function that is called after each group, to save `done` and show progress.
 
     Returns:
-        `done`: value of the model by the name of the group in float.
+        `done`, with the values of all INT8 groups.
 
     Raises:
-        NumericsError: A value is NaN or infinite.
+        NumericsError: A loss or mAP is NaN or infinite.
     """
     for group in placed.int8:
         if group.name in done:
@@ -51,17 +52,20 @@ def measure(
 
 
 def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the latency in ms that each INT8 group costs in float: how much slower the convolutions that read it are.
+    """Return, for each INT8 group, how many ms slower its convolutions are in float than in INT8.
+
+    These are the convolutions that read a tensor of the group.
 
     Args:
         placed: `quant.plan.plan(model)`.
         layer_ms: Convolution -> (FP32 ms, INT8 ms), each with its activation, from engines of the complete model.
 
     Returns:
-        Name of the group -> cost in ms, at least `RESOLUTION_MS`. A group with a cost of 0 would always be chosen first.
+        Name of the group -> cost in ms, at least `RESOLUTION_MS`. Otherwise `choose` would always take a group with a cost of 0
+        first.
 
     Raises:
-        CompressError: A convolution of the plan was not timed.
+        CompressError: An INT8 convolution of `placed` is missing in `layer_ms`.
     """
     convs = {group.name: [name for name in group.convs if name in placed.convs] for group in placed.int8}
     if untimed := sorted({name for names in convs.values() for name in names} - set(layer_ms)):
@@ -84,24 +88,24 @@ def choose(
     limit: float,
     higher_is_better: bool,
 ) -> tuple[tuple[str, ...], float]:
-    """Choose groups to leave in float so that `value` reaches `limit`.
+    """Choose which groups of tensors to leave in float so that the loss or mAP of the model reaches `limit` at low cost.
 
-    The search is greedy by gain per cost, where the gain of a group is measured with this group alone in float. Each step is
-    measured, since groups are not independent. A group without gain is never chosen. At the end each chosen group returns to
-    INT8 if the others suffice.
+    Groups are chosen in the order of gain divided by cost, until the limit is reached. The gain is the improvement when only this
+    group is in float (`single_values`). The model is measured again after each choice, since the gains do not add up. A group
+    without gain is never chosen. At the end, each chosen group returns to INT8 if the model reaches the limit without it.
 
     Args:
         model: Model with fake quantisers.
-        placed: Its plan.
+        placed: `quant.plan.plan(model)`.
         single_values: Result of `measure`.
-        price: Cost of each group in float, above 0: GFLOPs of its convolutions, or `price_ms`.
-        value: As in `measure`.
-        int8: Value with all groups in INT8.
-        limit: Worst value that is acceptable.
+        price: Group name -> cost of leaving the group in float, above 0: GFLOPs of its convolutions, or ms from `price_ms`.
+        value: Function that returns the loss or mAP of the model, as in `measure`.
+        int8: Loss or mAP with all groups in INT8.
+        limit: Worst loss or mAP that is acceptable.
         higher_is_better: True for mAP, False for loss.
 
     Returns:
-        Names of the chosen groups, and the value with them in float.
+        Names of the chosen groups, and the loss or mAP with these groups in float.
     """
     sign = 1.0 if higher_is_better else -1.0
     gain = {name: sign * (single - int8) for name, single in single_values.items()}
@@ -127,7 +131,7 @@ def choose(
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the table of the report: the float model, the INT8 model, then one row per group by descending gain."""
+    """Return the rows of the report's sensitivity table: the float model, the INT8 model, then one row per group by gain."""
     name, better = found["measure"], 1 if found["measure"] == "map50_95" else -1
     ends = [{"group": "all float", name: found["float"]}, {"group": "all int8", name: found["int8"]}]
     ranked = sorted(found["groups"].items(), key=lambda item: better * (found["int8"] - item[1]))
