@@ -42,7 +42,7 @@ class For(NamedTuple):
 def made_for(file: str) -> For | None:
     """Return the runtime and precision that an exported file is made for, read from the file's name.
 
-    The result is None if the file is not a model, or if its graph contains NMS. `export` checks graphs with NMS itself.
+    The result is None if the file is not a model. It is also None if its graph contains NMS, because `export` has checked it.
     """
     path = PurePosixPath(file)
     precision = cast(Precision, path.stem.partition("-")[0])

@@ -42,9 +42,10 @@ class Family:
         made_of: Description for error messages: "YOLOv8 detection models: Conv, C2f, ...".
         layers: Exact class of a layer -> the functions for this class. The class of the head is included.
         head: Class of the last layer.
-        split: Replaces the blocks that dependency tracing cannot follow, in place, and returns the model. Call it on a copy.
-        parts: Returns the Conv blocks of the split view that are slices of a stock block: name in the split view -> `Part`.
-            All slices of a stock block must have the same number of channels.
+        split: Replaces, in place, each block that dependency tracing cannot follow with equivalent Conv blocks, and returns the
+            model, the "split view". Call it on a copy.
+        parts: Returns, of the split view, the Conv blocks that hold some channels of a block of Ultralytics: name -> `Part`.
+            All slices of one such block must have the same number of channels.
         outputs: Returns the names of the convolutions whose output channels are the model's outputs. They are never pruned.
         refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
         for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.

@@ -221,9 +221,9 @@ def _macs_per_conv(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, 
 
 
 def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
-    """Return, for each tie, (convolution, role) of every member of its groups. These sides have as many channels as the tie.
+    """Return, for each tie, the convolutions of its groups. A tie is a set of channel groups that must keep equal numbers of channels.
 
-    BatchNorms are left out.
+    A convolution comes with its role: "out" if the tie sets its output channels, "in" if it sets its input channels.
     """
     by_name = {group.name: group for group in groups}
     return [

@@ -25,8 +25,8 @@ def run(job: Job) -> DistillMetrics:
     """Train the student with the teacher, write it as `model.pt`, and return the metrics.
 
     The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al.,
-    arXiv 1503.02531). If the training uses no labels, the metric `trained_on` describes the images. It also gives mAP before and
-    after.
+    arXiv 1503.02531). If the training uses no labels, the metric `trained_on` is a text with the kind and number of the
+    images, and with the mAP before and after the distillation.
     """
     config: DistillConfig = job.config
     student, teacher = model_of(job, "prune"), model_of(job, "teacher")

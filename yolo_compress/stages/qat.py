@@ -85,8 +85,8 @@ def run(job: Job) -> QatMetrics:
 def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that the model can be quantised, and that the groups in `float_groups` exist.
 
-    Also check that the cost of float can be measured on this machine. Pruning does not rename groups, so the baseline has the
-    groups of the pruned model.
+    Also check that the cost of groups in float (`qat.sensitivity_price`) can be measured on this machine. The checks use the
+    baseline, because the pruned model does not exist yet; pruning does not rename groups.
 
     Raises:
         RecipeError: See `quant.plan.plan` and `_source.start`.

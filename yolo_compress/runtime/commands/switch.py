@@ -156,7 +156,7 @@ def _test_and_switch(slots: Slots, unpacked: Path, mark: Mark, build: Step, heal
 
 
 def _check(slots: Slots, name: str, mark: Mark, health: Step) -> None:
-    """Check that a slot holds the bundle that its mark names, unaltered, and that the engines pass the test on the golden images."""
+    """Check that a slot holds the bundle in its record (`mark`), that no file was altered, and that its engines pass the self-test."""
     verify(slots.path(name), pinned_key())
     if _manifest_sha256(slots.path(name)) != mark["manifest_sha256"]:
         raise BundleRefused(f"{slots.path(name)}: not the bundle that was tested here; install it again")
