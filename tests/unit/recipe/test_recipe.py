@@ -385,12 +385,25 @@ def test_contradictions(overrides: tuple[str, ...]) -> None:
 
 
 def test_valid_combinations() -> None:
-    recipe.load("digits", pairs("qat=null", "export.precisions=fp32,fp16"))
-    recipe.load("digits", pairs("qat.calibrator=percentile", "qat.percentile=99.9", "qat.epochs=0"))
-    recipe.load("digits", pairs("prune=null", "sparsify=null", "teacher.weights=a.pt", "baseline.weights=b.pt"))
-    recipe.load("digits", pairs("baseline.weights=given.pt"))  # the file's baseline.epochs stays, for training it
-    recipe.load("digits", pairs("prune=null", "sparsify=null", "distill.teacher=self"))
-    recipe.load("digits", pairs("export=null", "engine=null", "bench=null", "report=null"))
+    def left_out(*words: str) -> set[str]:
+        loaded = recipe.load("digits", pairs(*words))
+        return {name for name in recipe.SECTIONS if getattr(loaded, name) is None}
+
+    assert left_out("qat=null", "export.precisions=fp32,fp16") == {"teacher", "qat"}
+    assert left_out("qat.calibrator=percentile", "qat.percentile=99.9", "qat.epochs=0") == {"teacher"}
+    assert left_out("prune=null", "sparsify=null", "teacher.weights=a.pt", "baseline.weights=b.pt") == {
+        "prune",
+        "sparsify",
+    }
+    assert left_out("baseline.weights=given.pt") == {"teacher"}  # the file's baseline.epochs stays, for training it
+    assert left_out("prune=null", "sparsify=null", "distill.teacher=self") == {"teacher", "prune", "sparsify"}
+    assert left_out("export=null", "engine=null", "bench=null", "report=null") == {
+        "teacher",
+        "export",
+        "engine",
+        "bench",
+        "report",
+    }
 
 
 def test_teacher_is_the_student_through_a_link(tmp_path: Path) -> None:
