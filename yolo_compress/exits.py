@@ -17,6 +17,7 @@ from yolo_compress.progress import notice
 from yolo_compress.runtime.errors import RuntimeFailure
 
 BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; shells use the others
+LOST_RANK = 76  # from a rank to its launcher: it lost the others and has printed nothing
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -31,7 +32,9 @@ def explain(error: BaseException, continues: bool) -> int:
         The exit code. It is 0 only if the reader of stdout has closed the pipe, as `| head` does.
     """
     if ranks.several() and isinstance(error, KeyboardInterrupt | Terminated | LostRank) and _explained():
-        return SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", SIGTERM)
+        if isinstance(error, KeyboardInterrupt):
+            return SIGINT
+        return LOST_RANK if isinstance(error, LostRank) else SIGTERM
     if isinstance(error, KeyboardInterrupt | Terminated):
         word, code = ("terminated", SIGTERM) if isinstance(error, Terminated) else ("interrupted", SIGINT)
         notice(f"{word}; the same command continues where it stopped" if continues else word)

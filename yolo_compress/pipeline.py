@@ -91,6 +91,7 @@ class DataKey(TypedDict):
 class MachineKey(TypedDict):
     cpu: str  # name of the processor
     libraries: dict[str, str | None]  # runtime -> installed version
+    device: NotRequired[str]  # `run.device` of `bench`, if it is a GPU
 
 
 class Key(TypedDict):
@@ -170,6 +171,8 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },
             }
+            if stage == "bench" and recipe.run.device != "cpu":  # its rows of torch are measured on `run.device`
+                key["machine"]["device"] = recipe.run.device
         if stage == "report":  # the report shows the whole recipe; the section `report` is in `config` already
             key["recipe"] = recipe.model_dump(mode="json", exclude={"report"})
         planned[stage] = Planned(stage, key, inputs)

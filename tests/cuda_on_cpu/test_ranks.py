@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from ultralytics.engine import trainer as engine
 
 from tests.pipeline.conftest import prepare
 from tests.support.noise_set import noise_set
 from tests.support.small_training import model, settings, small_set
-from yolo_compress import ranks
+from yolo_compress import exits, ranks
 from yolo_compress.cli import processes
 from yolo_compress.cli.main import main
 from yolo_compress.distill.hook import Teach
@@ -40,12 +39,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_gpus_in_one_process_are_refused_and_the_work_folder_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        engine, "select_device", lambda *a, **k: torch.device("cuda:0")
-    )  # as on a machine with two GPUs
+def test_two_gpus_in_one_process_are_refused_and_the_work_folder_stays(tmp_path: Path) -> None:
     dataset, work = small_set(tmp_path / "set"), tmp_path / "work"
     work.mkdir()
     (work / "resume.pt").write_bytes(b"100 epochs of work")
@@ -312,9 +306,16 @@ def test_the_rank_that_failed_gives_the_exit_code(capsys: pytest.CaptureFixture[
         def __init__(self, exitcode: int) -> None:
             self.exitcode = exitcode
 
-    assert processes._exit_code({0: Failure(4), 1: Failure(7)}) == 7
+    lost = Failure(exits.LOST_RANK)
+    assert processes._exit_code({0: lost, 1: Failure(7)}) == 7
     assert processes._exit_code({0: Failure(1)}) == 1, "the gate"
     assert processes._exit_code({0: Failure(-15), 1: Failure(4)}) == 4
-    assert capsys.readouterr().err == ""
-    assert processes._exit_code({0: Failure(4), 1: Failure(-9)}) == 4
-    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    assert capsys.readouterr().err == "", "those ranks have printed their error"
+    for failures, line in (
+        ({0: lost, 1: Failure(-9)}, "rank 1 was killed by SIGKILL"),
+        ({0: lost, 1: Failure(143)}, "rank 1 was killed by SIGTERM"),
+        ({0: lost, 1: lost}, "the ranks lost the connection to each other"),
+    ):
+        assert processes._exit_code(failures) == 4
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and line in errors

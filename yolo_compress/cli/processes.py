@@ -14,7 +14,7 @@ from typing import Any
 from yolo_compress import ranks
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import LostRank, RecipeError, Terminated
-from yolo_compress.exits import BUG
+from yolo_compress.exits import BUG, LOST_RANK, SIGTERM
 from yolo_compress.progress import notice
 from yolo_compress.runtime.measure.device import usable_cpus
 
@@ -70,6 +70,7 @@ def launch(words: Sequence[str], count: int) -> int:
             run_id=ranks.RUN + uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            local_addr="localhost",  # not the name of this machine, which a container may not resolve
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
@@ -83,17 +84,24 @@ def launch(words: Sequence[str], count: int) -> int:
 
 
 def _exit_code(failures: Mapping[int, Any]) -> int:
-    """Return the exit code of the rank that failed first and so made the others end.
+    """Return the exit code of the command, from the ranks that ended with an error.
 
-    If a signal killed that rank, it printed no error, so this function prints one. Ranks that only lost the connection count last.
+    A rank that was killed by a signal, and ranks that only lost the connection to another, have printed no error. If no other
+    rank has printed one, this function does.
     """
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    for rank, code in sorted(codes.items()):
-        if code < 0 and code != -signal.SIGTERM:
-            notice(
-                f"error: rank {rank} was killed by {signal.Signals(-code).name} and the other ranks have ended; the same "
-                "command continues"
-            )
-            return BUG if code == -signal.SIGSEGV else LostRank.exit_code
-    own = [code for code in codes.values() if code > 0 and code != LostRank.exit_code]
-    return own[0] if own else max(LostRank.exit_code, 1)
+    codes = {
+        rank: -signal.SIGTERM if failure.exitcode == SIGTERM else failure.exitcode for rank, failure in failures.items()
+    }
+    killed = {rank: -code for rank, code in sorted(codes.items()) if code < 0}
+    own = [code for code in codes.values() if code > 0 and code != LOST_RANK]
+    by_others = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+    if own and not by_others:  # the launcher ends the other ranks by SIGTERM
+        return own[0]
+    for rank, number in (by_others or killed).items():
+        notice(
+            f"error: rank {rank} was killed by {signal.Signals(number).name} and the other ranks have ended; the same "
+            "command continues"
+        )
+        return BUG if number == signal.SIGSEGV else LostRank.exit_code
+    notice("error: the ranks lost the connection to each other and have ended; the same command continues")
+    return LostRank.exit_code

@@ -19,13 +19,18 @@ from torch import Tensor, distributed, nn
 
 from yolo_compress import ranks
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import LostRank, RecipeError
+from yolo_compress.errors import EnvironmentLacks, LostRank, RecipeError
 from yolo_compress.train.hook import TrainHook
 from yolo_compress.train.settings import TrainSettings
 
 Made = TypeVar("Made")
 STEP_PATIENCE = timedelta(hours=3)  # timeout of one collective call during training, as in Ultralytics
-PATIENCE = timedelta(days=30)  # timeout of ranks that wait for the next training; a lost connection is noticed at once
+PATIENCE = timedelta(
+    days=30
+)  # timeout of ranks that wait for the next training; the end of a process is noticed at once
+
+# In messages of gloo and NCCL about another rank that ended or does not answer.
+PEER_ENDED = ("by peer", "Broken pipe", "Socket closed", "remote process", "imed out", "imeout")
 
 _control: Any = None  # gloo group over which rank 0 sends trainings and results
 
@@ -73,14 +78,22 @@ def formed(device: str, agreed: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _losses() -> Iterator[None]:
-    """Turn errors of a broken connection between ranks, inside the block, into LostRank."""
+    """Turn errors of the connection between ranks, inside the block, into errors that a user can fix.
+
+    Raises:
+        LostRank: Another rank closed the connection, or did not answer in time.
+        EnvironmentLacks: The ranks cannot communicate for another reason. The message has the library's first line.
+    """
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
+        text = str(error)
+        if any(word in text for word in PEER_ENDED):
             raise LostRank(
                 "the connection to another rank is lost: its process or machine stopped; the same command continues"
             ) from error
+        if isinstance(error, distributed.DistError) or "gloo" in text or "NCCL" in text:
+            raise EnvironmentLacks(f"the ranks cannot communicate: {text.strip().splitlines()[0]}") from error
         raise
 
 

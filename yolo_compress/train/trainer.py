@@ -123,6 +123,10 @@ def _check_one_device(settings: TrainSettings) -> None:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _run(training: Training) -> nn.Module:
     """Run the training loop. Return the EMA of the model, which still has the modules that hooks inserted."""
     hooks, settings, what = training.hooks, training.settings, training.what
@@ -133,12 +137,12 @@ def _run(training: Training) -> nn.Module:
         if _out_of_memory(error):
             raise EnvironmentLacks(
                 f"{what}: out of memory at batch {settings.batch} and imgsz {settings.imgsz_px}: lower "
-                f"{what.split()[0]}.batch or data.imgsz; the same command continues"
+                f"{what.split()[0]}.batch or data.imgsz; the same command continues ({_first_line(error)})"
             ) from error
         if "DataLoader" not in str(error):
             raise
         raise EnvironmentLacks(
-            f"{what}: a data worker ended or hangs ({str(error).strip().splitlines()[0]}): give more memory, or a lower "
+            f"{what}: a data worker ended or hangs ({_first_line(error)}): give more memory, or a lower "
             "run.workers (0: no workers); the same command continues"
         ) from error
     finally:
@@ -340,7 +344,13 @@ class HookedTrainer(DetectionTrainer):
         return self.work / "resume.pt"
 
     def save_model(self) -> bool:
-        """Write the state after this epoch to `resume.pt`, atomically."""
+        """Write the state after this epoch to `resume.pt`, atomically.
+
+        Raises:
+            NumericsError: The last step of the epoch left a value that is not finite. `resume.pt` stays as it was.
+        """
+        for model in (unwrap_model(self.model), self.ema.ema):
+            check_finite(model, f"{self.what}: after epoch {self.epoch + 1}")
         state = {
             "epoch": self.epoch,
             "model": unwrap_model(self.model).state_dict(),
@@ -395,9 +405,8 @@ class HookedTrainer(DetectionTrainer):
         try:
             yield
         except Exception as error:
-            words = (str(error).splitlines() or [""])[0]
             raise CorruptArtifact(
-                f"{self.resume_file}: cannot be continued ({type(error).__name__}: {words}); "
+                f"{self.resume_file}: cannot be continued ({type(error).__name__}: {_first_line(error)}); "
                 f"delete {self.work.parent} to start this stage again"
             ) from error
 

@@ -250,6 +250,26 @@ def test_a_loss_that_is_not_finite_names_its_images(
     assert (tmp_path / "resume.pt").exists() == (number == 3)
 
 
+class PoisonsLastStep(TrainHook):
+    """Makes a weight NaN after the last batch of an epoch, whose loss was finite, as an infinite gradient does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_epoch_end(self, epoch: int, model: nn.Module) -> dict[str, float]:
+        if epoch == self.epoch:
+            next(model.parameters()).data.flatten()[0] = float("nan")
+        return {}
+
+
+@pytest.mark.fault(37)
+def test_weights_that_are_not_finite_are_not_saved(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match=r"^t: after epoch 2: model\.0\.conv\.weight holds NaN"):
+        train_trainer.train(model(), dataset, settings(batch=4), [PoisonsLastStep(1)], tmp_path, "t")
+    saved = torch.load(tmp_path / "resume.pt", weights_only=False)
+    assert saved["epoch"] == 0 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
 class Full(TrainHook):
     """A device that has memory for so many images."""
 
