@@ -1,4 +1,4 @@
-"""Seconds and memory of an A/B comparison of COCO's size: `evaluate.ab.compare` on invented detections.
+"""Seconds and memory of an A/B comparison of COCO's size: `evaluate.ab.comparison.compare` on invented detections.
 
     python benchmarks/ab.py --images 5000 --detections 100000 --replicates 1000 --classes 80
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import sys
 import tempfile
@@ -14,11 +13,10 @@ from yolo_compress import __version__, home, ranks
 from yolo_compress.errors import CompressError, EnvironmentLacks, LostRank, Terminated
 from yolo_compress.files.atomic import free_mib, storage_error
 from yolo_compress.progress import notice
-from yolo_compress.runtime.errors import RuntimeFailure
+from yolo_compress.runtime.errors import DISK, RuntimeFailure
 
 BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; shells use the others
 LOST_RANK = 76  # from a rank to its launcher: it lost the others and has printed nothing
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def explain(error: BaseException, continues: bool) -> int:

@@ -278,7 +278,7 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
     ranks.check_environment()
     if not ranks.several():
         with store.lock(f"{target} of recipe {recipe.name}", wait):
-            return _run(recipe, target, store, again)
+            return _run(recipe, target, store, again).last
     from yolo_compress.train import together, trainer
 
     machine = recipe.run
@@ -287,7 +287,7 @@ def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool =
             ended: Artifact = trainer.take_part(machine.device, machine.workers, machine.threads)
             return ended
         with store.lock(f"{target} of recipe {recipe.name}", wait):
-            artifact = _run(recipe, target, store, again)
+            artifact = _run(recipe, target, store, again).last
         together.end(artifact)
         return artifact
 
@@ -331,7 +331,20 @@ def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, 
     return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
-def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
+@dataclass(frozen=True)
+class _Finished:
+    """What a run used and made: the recipe without `auto`, the data set, and the artefacts by stage in the order of the chain."""
+
+    recipe: Recipe
+    dataset: Dataset
+    artifacts: dict[str, Artifact]
+
+    @property
+    def last(self) -> Artifact:
+        return list(self.artifacts.values())[-1]
+
+
+def _run(recipe: Recipe, target: str, store: Store, again: bool) -> _Finished:
     asked, (recipe, dataset) = recipe, prepare(recipe, store)
     if text := sizing.said(asked, recipe):
         progress.say(text)
@@ -352,7 +365,7 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> Artifact:
             progress.say(f"{stage}: up to date")
         artifacts[stage] = found or _execute(recipe, planned, dataset, artifacts, store, name)
         store.link(name, artifacts[stage])
-    return artifacts[last]
+    return _Finished(recipe, dataset, artifacts)
 
 
 def _label(recipe: Recipe, store: Store) -> str:
@@ -500,14 +513,12 @@ def report_over(
     store.check_outside(out, "out")
     device_files.read(files)  # before any training
     with store.lock(f"report of recipe {recipe.name}", wait):
-        published = _run(recipe, "report", store, again=False)
-        recipe, dataset = prepare(recipe, store)
-        planned = plan(recipe, dataset, "report")
-        artifacts = current(store, planned)
-        inputs = {need: artifacts[source] for need, source in planned["report"].inputs.items()}
-        for artifact in (published, *inputs.values()):
+        done = _run(recipe, "report", store, again=False)
+        inputs = {need: done.artifacts[provider(done.recipe, need)] for need in STAGES["report"].needs}
+        for artifact in (done.last, *inputs.values()):
             store.verify(artifact)
-        return dict(report.add(Job(recipe.report, recipe, dataset, inputs, out, out), published, files))
+        job = Job(done.recipe.report, done.recipe, done.dataset, inputs, out, out)
+        return dict(report.add(job, done.last, files))
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
@@ -522,7 +533,8 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
 
 
 def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
-    """Write the unpruned model at several widths into the folder `out`. A robot can then time the layers (`runtime.layers`).
+    """Write the unpruned model at several widths into the folder `out`. A robot can then time the layers
+    (`runtime.measure.layer_times`).
 
     Raises:
         RecipeError: The folder is not empty. For other causes see `_planning`.

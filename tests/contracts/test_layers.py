@@ -62,7 +62,6 @@ ANYWHERE = {"yolo_compress.train.hook", "yolo_compress.recipe.choices"}
 STANDARD = set(sys.stdlib_module_names)
 RUNTIME_THIRD_PARTIES = {"numpy", "cv2", "PIL", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography"}
 ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # from the robot's installation, only for the ROS 2 node
-READERS = {"numpy", "cv2", "PIL"}  # what the robot needs besides an engine library: numpy, and cv2 or PIL
 
 
 def name_of(file: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # increase this number when images.py or labels.py changes its result for a file
+VERSION = 1  # increase this number when data/images.py or runtime/measure/labels.py changes its result for a file
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from yolo_compress.runtime.measure.coco_map import IOUS_T, RECALLS_R, Matches
+from yolo_compress.runtime.measure.coco_map import EPSILON, IOUS_T, RECALLS_R, Matches
 
 LEVEL = 0.95  # confidence level of every interval
-_EPSILON = np.spacing(1)  # as COCO
 _CHUNK_ELEMENTS = 200_000  # elements of the widest array, so that it stays in the processor's cache
 _CHUNK = (8, 32)  # minimum and maximum number of replicates in a chunk
 _LADDER = np.append(RECALLS_R, [np.inf, np.inf])
@@ -146,7 +145,7 @@ def _average(weights_BI: np.ndarray, at: _Threshold, counted_BD: np.ndarray, tru
     counted_BE = counted_BD[:, at.place_E]
     if at.change_E is not None:
         counted_BE += np.cumsum(weights_BE * at.change_E, axis=1)
-    counted_BE += _EPSILON
+    counted_BE += EPSILON
     precision_BE = np.divide(right_BE, counted_BE, out=counted_BE)
     best_BE = np.maximum.accumulate(precision_BE[:, ::-1], axis=1)[:, ::-1]
     passed_BE = _passed(right_BE / np.maximum(truths_B1, 1))

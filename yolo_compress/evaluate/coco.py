@@ -20,7 +20,7 @@ from yolo_compress.runtime.measure.coco_map import MeanAP
 
 
 class Truth(Protocol):
-    """Ground truth of an image; `data.Sample` implements it.
+    """Ground truth of an image; `data.reader.Sample` implements it.
 
     `boxes` are (class, centre x, centre y, width, height), as fractions of the image. `width` and `height` are in px.
     """

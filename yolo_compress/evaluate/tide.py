@@ -33,10 +33,10 @@ from typing_extensions import TypedDict
 
 from yolo_compress.errors import DataError
 from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.measure.coco_map import RECALLS_R
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1  # the paper's t_f and t_b
-RECALLS_R = np.linspace(0, 1, 101)  # as COCO
 RIGHT = -1  # the type of a detection that matched
 CLS, LOC, BOTH, DUP, BKG = range(5)
 

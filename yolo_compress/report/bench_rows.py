@@ -18,11 +18,11 @@ from yolo_compress.report.schema import (
     StageFigures,
     Status,
 )
+from yolo_compress.runtime.measure.latency import LEAST_SAMPLES
 
 ALLOWED = {"model": get_args(Model), "precision": get_args(Precision), "status": get_args(Status)}
 
-# Least number of timed calls for a 99th percentile, by MLPerf Inference's early-stopping rule.
-P99_MIN_N = 662
+P99_MIN_N = LEAST_SAMPLES[99]
 
 Form = TypeVar("Form", bound=Mapping[str, object])
 

@@ -11,9 +11,9 @@ from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.files import strict_json
 from yolo_compress.report.bench_rows import ALLOWED
 from yolo_compress.report.schema import SCHEMA, Json
+from yolo_compress.runtime.commands.bench import SCHEMA as DEVICE_SCHEMA
 from yolo_compress.runtime.errors import printable
 
-DEVICE_SCHEMA = 1  # of `device.json`, which `bench.py` of a bundle writes on the robot
 ROW_TEXT_KEYS = ("model", "runtime", "precision", "status")
 MAPPING_KEYS = ("bundle", "device", "golden", "libraries", "data", "environment")
 

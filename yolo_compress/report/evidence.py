@@ -129,15 +129,18 @@ def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
     both = compared_rows(rows, job.recipe.report.min_retention)
     if both is None:
         return None
-    (a, shown_a), (b, shown_b) = (_model_errors(job, row, conf) for row in both)
+    actual = truths(job)
+    (a, shown_a), (b, shown_b) = (_model_errors(job, actual, row, conf) for row in both)
     return {"conf": conf, "a": a, "shown_a": shown_a, "b": b, "shown_b": shown_b}
 
 
-def _model_errors(job: Inputs, row: BenchRow, conf: float) -> tuple[ModelErrors, ModelErrors]:
-    """Return TIDE's errors of one row twice: over all detections, and over the detections with a score above `conf`."""
-    actual, found, most = truths(job), detections(job, row), counted(job.recipe.data.max_det)
+def _model_errors(
+    job: Inputs, actual: Sequence[np.ndarray], row: BenchRow, conf: float
+) -> tuple[ModelErrors, ModelErrors]:
+    """Return TIDE's errors of one row as two results: over all detections, and over those with a score above `conf`."""
+    found, most = detections(job, row), counted(job.recipe.data.max_det)
     shown = [boxes_N6[boxes_N6[:, 4] > conf] for boxes_N6 in found]
-    return cast(ModelErrors, tide.errors(actual, found, most)), cast(ModelErrors, tide.errors(actual, shown, most))
+    return tide.errors(actual, found, most), tide.errors(actual, shown, most)
 
 
 def placement(qat: Artifact) -> list[Tensor]:

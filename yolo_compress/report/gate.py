@@ -33,9 +33,9 @@ def judge(
 ) -> Gate:
     """Judge the INT8 rows of the compressed model, or its float rows if the recipe has no INT8. The worst row decides.
 
-    A row passes if its mAP50-95 is at least `min_retention` times the mAP50-95 of the baseline in FP32. A row without a usable
-    mAP fails. If the baseline has no usable mAP, every row fails. The worst row must also have the classes, input and output of
-    the baseline. The limits on latency and size apply to the worst row that has a latency.
+    A row passes if its mAP50-95 is at least `min_retention` times the mAP50-95 of the baseline in FP32. A row whose mAP is NaN
+    fails, and a row without mAP (None) is ignored. If the baseline has no usable mAP, every row fails. The worst row must also
+    have the classes, input and output of the baseline. The limits on latency and size apply to the worst row that has a latency.
 
     Args:
         rows: Rows from `with_ids`. mAP may be NaN.

@@ -18,6 +18,7 @@ from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing'
 
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.rows import Signature
+from yolo_compress.evaluate.tide import ModelErrors
 
 # New in 3: rows of files without an engine ("untimed"), gate.timed, McNemar's test by image.
 # New in 2: ab, errors, placement, devices.
@@ -342,26 +343,6 @@ class Tensor(TypedDict):
 # Error types
 
 
-class ErrorSum(TypedDict):
-    count: int
-    cost: float  # rise of AP50 if these errors were corrected
-
-
-class ErrorType(ErrorSum):
-    name: str  # one of `evaluate.tide.TYPES`
-
-
-class ModelErrors(TypedDict):
-    """Result of `evaluate.tide.errors` for one model."""
-
-    ap50: float  # mean over the classes with objects
-    truths: int  # number of objects
-    detections: int
-    types: list[ErrorType]
-    false_positives: ErrorSum
-    false_negatives: ErrorSum
-
-
 class ErrorTypes(TypedDict):
     """TIDE's error types of the baseline (a) and of the compressed model (b)."""
 
@@ -432,7 +413,7 @@ class Reproduce(TypedDict):
 class Environment(TypedDict, total=False):
     """Machine, versions and settings of the run. A key that was not recorded is absent and listed in `not_recorded`."""
 
-    commit: str
+    commit: str | None  # "not a checkout" if the code is not in one; null: git did not answer
     device: dict[str, Json]  # `runtime.measure.device.device_state`
     versions: dict[str, str | None]  # library -> version
     imgsz_px: list[int]  # [height, width]

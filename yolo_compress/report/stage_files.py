@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate.ab.comparison import SCHEMA as AB_SCHEMA
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import (
@@ -24,7 +25,6 @@ MEASURES = get_args(Measure)
 SENSITIVITY_KEYS = tuple(SensitivityFile.__annotations__)
 QUANTISATION_KEYS = ("measure", "float", "int8", "worst", "then", "left", "images", "groups", "price", "compute_gflops")
 MOST_SENSITIVE = 5
-AB_SCHEMA = 1
 
 
 def gammas(given: Gammas | None) -> Gammas | None:

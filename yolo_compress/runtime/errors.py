@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import contextmanager
 from typing import Iterator
+
+# A disk that is full, over quota, failing or read-only, or a file above the limit of its size.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class RuntimeFailure(Exception):

@@ -12,7 +12,7 @@ from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.evaluate.backend_difference import max_abs_difference
-from yolo_compress.evaluate.layer_difference import first_bad_layer
+from yolo_compress.evaluate.layer_difference import MAX_ROUNDINGS, first_bad_layer
 from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
@@ -44,7 +44,6 @@ ADVICE = {*(rule.id for rule in SHAPES), "weight-saturates"}
 MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 # A model trained for a few steps amplifies rounding, so that torch in float32 differs as much from torch in float64. ONNX Runtime
 # sums in another order, which gives about the same difference. Above this multiple of that difference the graph must be wrong.
-MAX_ROUNDINGS = 10
 
 
 def run(job: Job) -> ExportMetrics:

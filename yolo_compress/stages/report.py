@@ -202,7 +202,7 @@ def _environment(job: Job) -> Environment:
     config = job.recipe.bench
     assert config is not None
     return {
-        "commit": recorded.get("commit") or "not a checkout",
+        "commit": recorded.get("commit"),
         "device": bench.metrics["device"],
         "versions": {**recorded.get("packages", {}), "python": recorded.get("python")},
         "imgsz_px": list(job.imgsz_hw),

@@ -79,10 +79,13 @@ def memory_bytes() -> int:
 
 
 def commit() -> str | None:
-    """Return the git commit that this code runs from, with `+` if files were changed. None: the code is not in a git checkout."""
+    """Return the git commit that this code runs from, with `+` if files were changed, or the words "not a checkout".
+
+    None: git does not answer.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return "not a checkout"
     try:
         revision = _git(root, "rev-parse", "--short=12", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")

@@ -24,7 +24,7 @@ RAM_CACHE_BYTES = 1 << 30  # decoded training images up to this size stay in mem
 
 
 class PreflightDataset(YOLODataset):
-    """An Ultralytics `YOLODataset` with the images and labels of `data.load`. Training and evaluation then use the same boxes.
+    """An Ultralytics `YOLODataset` with the images and labels of `data.dataset.load`. Training and evaluation then use the same boxes.
 
     Ultralytics' own scan is not used, for three reasons. It drops bad images with only a warning. It writes `labels.cache`
     next to the data, which concurrent runs share and the next run unpickles. It reads `.npy` files, which are not hashed.

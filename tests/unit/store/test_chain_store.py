@@ -163,9 +163,17 @@ def test_recipes_of_one_content_have_each_a_report_of_their_own(chain: Chain) ->
 
 def test_a_report_shows_the_knobs_that_made_no_other_bytes(chain: Chain) -> None:
     chain.run("report")
-    other = chain.recipe("r", ("run.device", "0"))
+    other = chain.recipe("r", ("run.workers", "3"))
     row = next(row for row in pipeline.status(other, chain.store) if row.stage == "report")
-    assert row.state == "stale" and row.why == ("recipe.run.device: cpu -> 0",)
+    assert row.state == "stale" and row.why == ("recipe.run.workers: 0 -> 3",)
+
+
+def test_a_bench_on_a_gpu_is_another_one(chain: Chain) -> None:
+    """Its rows of torch are measured on `run.device`; the models before it are the same wherever they were trained."""
+    chain.run("bench")
+    rows = {row.stage: row for row in pipeline.status(chain.recipe("r", ("run.device", "0")), chain.store)}
+    assert rows["bench"].state == "stale" and rows["bench"].why == ("machine.device: not set -> 0",)
+    assert {rows[stage].state for stage in ("baseline", "prune", "export", "engine")} == {"up to date"}
 
 
 # gc

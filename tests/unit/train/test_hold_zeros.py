@@ -106,7 +106,7 @@ def test_fake_quantisers_keep_zeros(dataset: Dataset, tmp_path: Path) -> None:
     model, masks = sparse("two_four")
     before = deepcopy(model)
     quantiser = FakeQuant(partial(ptq, batches=lambda: [images(4)], method="max"))
-    ema, last = trained(dataset, tmp_path, model, [quantiser, HoldZeros()])  # the order of `stages.training.fit`
+    ema, last = trained(dataset, tmp_path, model, [quantiser, HoldZeros()])  # the order of `stages._training.fit`
     assert moved(ema, masks) == moved(last, masks) == []
     for name, mask in masks.items():
         codes = last.get_submodule(name).weight_quantizer(weight(last, name))  # `last` is still attached

@@ -12,11 +12,10 @@ from typing import IO, Any, Callable, List, Optional, Sequence
 from ..detect.draw import line, write_picture
 from ..detect.sources import open_source
 from ..detect.stream import Found, open_pipeline
-from ..errors import SourceError
+from ..errors import DISK, SourceError
 from .common import HERE, Bundle, Parser, answer, engine_folder, guarded, opened, outside, positive, say
 
 SHADOW_SCHEMA = 1
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a disk that is full, over quota, read-only or failing
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:

@@ -22,7 +22,7 @@ AREAS: Dict[str, Tuple[float, float]] = {  # px^2 of the source image, limits in
     "large": (96.0**2, 1e10),
 }
 _ALMOST_ONE = 1 - 1e-10  # as COCO: with a threshold of 1, a perfect box still matches
-_EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
+EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
 
 
 class Matches(NamedTuple):
@@ -206,7 +206,7 @@ def precision(matches: Matches, area: str = "all") -> np.ndarray:
 def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarray:
     found_D = np.cumsum(right_D).astype(np.float64)
     wrong_D = np.cumsum(counted_D & ~right_D).astype(np.float64)
-    precision_D = found_D / (wrong_D + found_D + _EPSILON)
+    precision_D = found_D / (wrong_D + found_D + EPSILON)
     best_D = np.maximum.accumulate(precision_D[::-1])[::-1]
     return np.append(best_D, 0.0)[np.searchsorted(found_D / truths, RECALLS_R, side="left")]
 
