@@ -138,7 +138,7 @@ def ab(names: tuple[str, ...] = ("cell", "<script>alert(1)</script>"), **changes
         "settings": {"margin": 0.01, "conf": 0.3, "replicates": 1000, "seed": 0, "iou": 0.5},
         "verdict": {
             "status": "inconclusive",
-            "line": "INCONCLUSIVE: whether B keeps A's mAP50-95 within 1 % cannot be told: 0.600 -> 0.590",
+            "line": "INCONCLUSIVE: these images cannot show whether mAP50-95 of B is more than 1 % below that of A: 0.600 -> 0.590",
             "smallest_difference": 0.01,
         },
         "map50_95": total(0.6, -0.01),

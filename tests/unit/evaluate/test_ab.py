@@ -182,7 +182,9 @@ def test_what_a_clear_loss_and_a_clear_gain_say() -> None:
     truths, found = scene(6, images=40)
     nothing = [rows[:0] for rows in found]
     lost = compare(truths, found, nothing, NAMES, replicates=50)
-    assert lost["verdict"]["status"] == "fail" and lost["verdict"]["line"].startswith("FAIL: B loses more than 1 %")
+    assert lost["verdict"]["status"] == "fail" and lost["verdict"]["line"].startswith(
+        "FAIL: mAP50-95 of B is more than 1 % below"
+    )
     assert lost["operating"]["threshold_b"] is None and lost["operating"]["agreement"]["median_iou"] is None
     assert compare(truths, nothing, found, NAMES, replicates=50)["verdict"]["status"] == "pass"
 
@@ -195,7 +197,7 @@ def test_the_verdict_is_by_the_interval_against_the_margin(low: float, high: flo
     said = verdict({"a": 0.5, "b": 0.49, "delta": -0.01, "low": low, "high": high}, margin=0.01, images=87)
     assert said["status"] == status and said["line"].startswith(status.upper())
     assert said["smallest_difference"] == pytest.approx((high - low) / 2)
-    assert f"87 images can show a difference of {(high - low) / 2:.4f} or more" in said["line"]
+    assert f"the smallest difference that 87 images can show is {(high - low) / 2:.4f}" in said["line"]
 
 
 def test_the_operating_point_by_hand() -> None:

@@ -128,18 +128,18 @@ def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
     elif high is not None and high < bound:
         status = "fail"
     what = {
-        "pass": f"B keeps A's mAP50-95 within {100 * margin:g} %",
-        "fail": f"B loses more than {100 * margin:g} % of A's mAP50-95",
-        "inconclusive": f"whether B keeps A's mAP50-95 within {100 * margin:g} % cannot be told",
+        "pass": f"mAP50-95 of B is at most {100 * margin:g} % below that of A",
+        "fail": f"mAP50-95 of B is more than {100 * margin:g} % below that of A",
+        "inconclusive": f"these images cannot show whether mAP50-95 of B is more than {100 * margin:g} % below that of A",
     }[status]
     line = f"{status.upper()}: {what}: {a:.3f} -> {b:.3f}, {delta:+.4f}"
     if not enough:
-        line += f"; {images} image{'s' * (images != 1)} with objects, {MIN_IMAGES} are the least that an interval is taken from"
+        line += f"; {images} image{'s' * (images != 1)} with objects, an interval needs at least {MIN_IMAGES}"
     if low is None or high is None or not enough:
         return {"status": status, "line": line, "smallest_difference": None}
     smallest = (high - low) / 2
-    line += f" (95 % {low:+.4f} to {high:+.4f}, bound {bound:+.4f})"
-    line += f"; {images} images can show a difference of {smallest:.4f} or more"
+    line += f" (95 % interval {low:+.4f} to {high:+.4f}, limit {bound:+.4f})"
+    line += f"; the smallest difference that {images} images can show is {smallest:.4f}"
     return {"status": status, "line": line, "smallest_difference": smallest}
 
 
