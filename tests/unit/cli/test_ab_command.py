@@ -72,7 +72,9 @@ def test_rows_of_a_bench_are_compared_without_running_anything(data: Path, capsy
     words = (f"a={folder}:{ROWS[0]}", f"b={folder}:{ROWS[1]}", f"data={data}", "replicates=100", "out=found.json")
     code, lines, err = called(capsys, *words)
     document = json.loads(lines[-1])
-    assert code == 0 and lines[0] == document["verdict"]["line"] and lines[0].startswith("PASS: mAP50-95 of B is at most")
+    assert (
+        code == 0 and lines[0] == document["verdict"]["line"] and lines[0].startswith("PASS: mAP50-95 of B is at most")
+    )
     assert document == json.loads(Path("found.json").read_text())
     assert document["latency"] == {"a_p50_ms": 10, "b_p50_ms": 4, "ratio": 2.5, "low": 2.5, "high": 2.5}
     assert document["images"] == 12 and document["a"]["imgsz"] == list(IMGSZ) and not err.strip()

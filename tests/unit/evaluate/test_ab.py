@@ -315,6 +315,8 @@ def test_of_too_few_images_nothing_is_decided(images: int) -> None:
         replicates=20,
     )
     assert said["verdict"]["status"] == "inconclusive"
-    assert f"; {images} image{'s' * (images > 1)} with objects, an interval needs at least 10" in said["verdict"]["line"]
+    assert (
+        f"; {images} image{'s' * (images > 1)} with objects, an interval needs at least 10" in said["verdict"]["line"]
+    )
     enough = compare([truth] * 10, [found] * 10, [found] * 10, ["a"], replicates=20)
     assert enough["verdict"]["status"] == "pass"
