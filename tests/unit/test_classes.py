@@ -255,7 +255,10 @@ def test_one_box_in_all_of_val(a: np.ndarray, b: np.ndarray, expected: tuple[int
     )
     assert [round(found["map50_95"][key], 9) for key in "ab"] == list(expected)
     assert [part["a"] is None for part in found["by_class"]] == [False, True, True]
-    assert found["verdict"]["status"] == "inconclusive" and "; 1 image with objects, 10 are" in found["verdict"]["line"]
+    assert (
+        found["verdict"]["status"] == "inconclusive"
+        and "; 1 image with objects, an interval needs at least 10" in found["verdict"]["line"]
+    )
     for rows, value in ((a, expected[0]), (b, expected[1])):
         mean = mean_ap(truths, [rows, none], names(3))
         assert mean["map50_95"] == pytest.approx(value) and mean["per_class"]["class 1"] is None
