@@ -88,7 +88,9 @@ class _Latency(TypedDict):
     latency_p95_ms: NotRequired[float | None]
     latency_p99_ms: float | None
     latency_n: int | None  # timed calls
-    latency_quiet: NotRequired[bool | None]  # whether the machine was idle before each round
+    latency_quiet: NotRequired[
+        bool | None
+    ]  # whether other programs were idle in all rounds, and the engine between them
     threads: NotRequired[int | None]  # threads of one inference on a CPU; null: all processors
     size_mib: NotRequired[float | None]  # size of the engine; absent for a device
 

@@ -12,6 +12,7 @@ from yolo_compress.distill.checks import same_weights
 from yolo_compress.distill.hook import Teach
 from yolo_compress.distill.teacher import Frozen, Own, Peer, Source
 from yolo_compress.errors import RecipeError
+from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe.checks import SAME_NET
 from yolo_compress.recipe.knobs import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
@@ -102,6 +103,10 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         recipe.teacher or recipe.baseline, dataset, seed, "teacher" if recipe.teacher else "baseline"
     )
     teaching(config, teacher).on_model(student)
+    if recipe.teacher and config.teacher != "self" and (ours := parameters(teacher)) < (theirs := parameters(student)):
+        progress.say(
+            f"distill: the teacher has fewer parameters ({ours:,}) than the student ({theirs:,}), and may hold it back"
+        )
     given = recipe.baseline.weights and recipe.teacher and recipe.teacher.weights
     if (
         config.teacher != "self"

@@ -222,6 +222,12 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
         f"One training with one seed ({job.recipe.run.seed}): the intervals cover the choice of validation images, not of the seed.",
         "mAP holds for the validation images: other cameras, light or objects were not tested.",
     ]
+    timed = [row for row in rows if row["status"] == "ok" and row.get("latency_quiet") is not None]
+    if disturbed := sum(not row["latency_quiet"] for row in timed):
+        sentences.append(
+            f"Other programs used the processors while {disturbed} of {len(timed)} engines were timed. Repeat `bench` with "
+            "force=true on a quiet machine before you trust a latency."
+        )
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         sentences.append(
             "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node. "

@@ -71,6 +71,13 @@ def test_a_pair_that_fits_passes(shop: Path) -> None:
     check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
 
 
+def test_a_smaller_teacher_is_said_and_accepted(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(teacher={"model": "yolov8n.yaml"}, baseline={"model": "yolov8s.yaml", "epochs": 1})
+    assert "the teacher has fewer parameters (3," in capsys.readouterr().err
+    check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
+    assert "fewer parameters" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("yaml", "names", "message"),
     [
