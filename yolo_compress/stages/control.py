@@ -36,7 +36,7 @@ from yolo_compress.stages.prune import parts, tuned
 
 
 def run(job: Job) -> ControlMetrics:
-    """Train the controls. Write `<control>/model.pt` for each, and return their metrics.
+    """Train the controls. For each, write `<control>/model.pt` and the `results.csv` of its trainings. Return their metrics.
 
     No control is trained if all of them would take longer than `control.max_minutes`.
     """
@@ -89,8 +89,9 @@ def _trained(job: Job, net: ControlNet) -> nn.Module:
         section, what = getattr(job.recipe, stage), f"{stage} of control {net}"
         if section is None:
             continue
-        own = replace(job, config=section, work=job.work / stage, out=job.work / stage)
+        own = replace(job, config=section, work=job.work / stage, out=job.out / stage)
         own.work.mkdir(exist_ok=True)
+        own.out.mkdir()
         if stage == "prune" and net == "narrowed":
             narrow(own, model)
         if not section.epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,8 @@ def test_each_control_lacks_what_it_should(tmp_path: Path, monkeypatch: pytest.M
     expected["narrowed"] = [expected["taught"][0], ("cut in prune", 0, False), *expected["taught"][1:]]
     for net, runs in expected.items():
         called.clear()
+        shutil.rmtree(own.out, ignore_errors=True)
+        own.out.mkdir()
         control._trained(own, net)  # type: ignore[arg-type]
         named = [(what.replace(f" of control {net}", ""), epochs, teacher) for what, epochs, teacher in called]
         assert named == runs
