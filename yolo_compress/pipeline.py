@@ -169,7 +169,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
             "seed": recipe.run.seed,
         }
-        if dataset.held:
+        if recipe.data.hold_back:
             key["data"]["hold_back"] = recipe.data.hold_back
         if row.machine or _measures_here(recipe, stage):
             key["machine"] = {

@@ -108,14 +108,14 @@ def test_the_report_compares_what_bench_kept(chain: Bench) -> None:
 
 def test_controls_lack_one_part_of_the_chain_each(finished: Bench) -> None:
     control, pruned = artifact(finished, "control"), artifact(finished, "prune")
-    taught, narrowed = (control.metrics["models"][net] for net in ("taught", "narrowed"))
+    longer, taught, narrowed = (control.metrics["models"][net] for net in ("longer", "taught", "narrowed"))
     assert taught["epochs"] == narrowed["epochs"] == 4, "one of sparsify, two of prune, one of distill"
     assert taught["parameters"] == artifact(finished, "baseline").metrics["parameters"]
     assert narrowed["compute_gflops"] == pytest.approx(pruned.metrics["compute_gflops"], rel=0.02)
     steps = json.loads(artifact(finished, "report").file("report.json").read_text())["control"]["steps"]
-    assert [step["name"] for step in steps] == ["baseline", "taught", "narrowed", "compressed"]
-    assert [step["map50_95"] for step in steps[1:3]] == [taught["map50_95"], narrowed["map50_95"]]
-    assert sum(step["change"] for step in steps[1:]) == pytest.approx(steps[3]["map50_95"] - steps[0]["map50_95"])
+    assert [step["name"] for step in steps] == ["baseline", "longer", "taught", "narrowed", "compressed"]
+    assert [step["map50_95"] for step in steps[1:4]] == [net["map50_95"] for net in (longer, taught, narrowed)]
+    assert sum(step["change"] for step in steps[1:]) == pytest.approx(steps[4]["map50_95"] - steps[0]["map50_95"])
 
 
 def test_losses_of_the_hooks_are_in_results_csv(finished: Bench) -> None:
@@ -257,6 +257,7 @@ def test_a_changed_knob_makes_its_stage_and_later_ones_stale(finished: Bench) ->
         "sparsify",
         "prune",
         "distill",
+        "control",
     ]
     assert [stage for stage, state in states.items() if state == "stale"] == [
         "qat",

@@ -93,11 +93,9 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
 
 def _check_control(recipe: Sections, control: ControlConfig) -> Iterator[str]:
     able = possible(recipe)
-    if not able:
-        yield "control repeats the training of sparsify, prune and distill, and nothing of that trains here; set control=null"
-    elif control.nets != "auto" and (idle := [net for net in control.nets if net not in able]):
+    if control.nets != "auto" and (idle := [net for net in control.nets if net not in able]):
         missing = {"longer": "a stage that trains with labels", "taught": "a teacher", "narrowed": "prune.kind=channel"}
-        yield f"control.nets: {idle[0]} needs {missing[idle[0]]}; this recipe can have {', '.join(able)}"
+        yield f"control.nets: {idle[0]} needs {missing[idle[0]]}; this recipe can have {', '.join(able) or 'no control'}"
 
 
 def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:

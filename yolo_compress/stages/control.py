@@ -41,6 +41,8 @@ def run(job: Job) -> ControlMetrics:
     No control is trained if all of them would take longer than `control.max_minutes`.
     """
     nets = controls.chosen(job.recipe)
+    if not nets:
+        return {"models": {}, "expected_minutes": 0.0, "skipped": "no stage trains in this recipe"}
     minutes = expected_minutes(job, len(nets), "narrowed" in nets)
     limit = job.config.max_minutes
     if limit is not None and minutes > limit:
@@ -64,6 +66,8 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     nets = controls.chosen(recipe)
     stages = controls.trainings(recipe)
     epochs = sum(number(getattr(recipe, stage).epochs) for stage in stages)
+    if not nets:
+        return
     progress.say(
         f"control: {', '.join(nets)} will each train for {epochs} epochs, as {' and '.join(stages)} do; control=null leaves them out"
     )

@@ -46,6 +46,7 @@ def load(*overrides: str) -> recipe.Recipe:
         (("distill=null",), ("longer", "taught", "narrowed")),
         (("prune.epochs=0", "distill=null"), ("longer", "narrowed")),  # sparsify still trains
         (("prune.kind=two_four",), ("longer", "taught")),
+        (("prune.epochs=0", "distill=null", "sparsify=null"), ()),
         (("prune=null", "sparsify=null"), ("longer",)),  # `taught` would be the compressed model itself
         (("prune.epochs=0", "sparsify=null", "distill.data_free=8", "distill.alpha=0.5"), ("taught", "narrowed")),
     ],
@@ -63,7 +64,7 @@ def test_no_section_no_controls() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("prune.epochs=0", "distill=null", "sparsify=null"), "nothing of that trains here; set control=null"),
+        (("prune.epochs=0", "distill=null", "sparsify=null", "control.nets=longer"), "this recipe can have no control"),
         (
             ("prune.kind=two_four", "control.nets=narrowed"),
             "narrowed needs prune.kind=channel; this recipe can have longer, taught",
@@ -102,6 +103,11 @@ def test_the_time_is_that_of_the_stages_that_are_repeated(tmp_path: Path) -> Non
     assert control.expected_minutes(own, 1, True) == 6
     assert control.expected_minutes(own, 3, True) == pytest.approx(6 + 2 * 6 / controls.PRUNED_STEP)
     assert control.expected_minutes(own, 2, False) == 12, "nothing was cut, so the chain trained dense models itself"
+
+
+def test_without_a_training_there_is_nothing_to_repeat(tmp_path: Path) -> None:
+    found = control.run(job(tmp_path, "prune.epochs=0", "distill=null", "sparsify=null"))
+    assert found == {"models": {}, "expected_minutes": 0.0, "skipped": "no stage trains in this recipe"}
 
 
 def test_above_max_minutes_nothing_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
