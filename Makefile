@@ -40,7 +40,7 @@ HOLD := $(or $(YOLO_COMPRESS_HOME),.)
 MADE := weights/store weights/.cache weights/.lock datasets/digits datasets/digits.partial datasets/digits.lock
 PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 
-STAGES := baseline teacher sparsify prune distill qat export bench report
+STAGES := baseline teacher sparsify prune distill qat export bench control report
 
 .PHONY: help setup demo test check style fast-tests slow-tests real-test gpu-test fuzz all engine bundle status cfg gc clean $(STAGES)
 .DEFAULT_GOAL := help

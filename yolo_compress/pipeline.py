@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from yolo_compress import home, progress, ranks
-from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
+from yolo_compress.data.dataset import Dataset, load, recheck, with_held_back, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import sizing
 from yolo_compress.recipe.choices import OWN
+from yolo_compress.recipe.controls import REPEATED
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.store import environment
@@ -73,9 +74,12 @@ STAGES: dict[str, Stage] = {
     "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
     "engine": Stage(("export",), version=2, machine=True, checked=True),
     "bench": Stage(("export", "engine", "baseline", "distill"), version=3, models=False, machine=True),
+    "control": Stage(
+        ("baseline", "teacher", "sparsify", "prune", "distill"), stand_in="baseline", trains=True, checked=True
+    ),
     "report": Stage(
-        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench"),
-        version=5,
+        ("teacher", "baseline", "sparsify", "prune", "distill", "qat", "export", "engine", "bench", "control"),
+        version=6,
         models=False,
     ),
 }
@@ -86,6 +90,7 @@ SHOWN = 10  # number of findings and notes on the data that a run prints
 class DataKey(TypedDict):
     digest: str  # of all images and labels
     imgsz: list[int]  # [height, width] of the input, px
+    hold_back: NotRequired[float]  # absent if no image is held back
 
 
 class MachineKey(TypedDict):
@@ -164,6 +169,8 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             "data": {"digest": dataset.digest, "imgsz": list(recipe.data.imgsz_hw)},
             "seed": recipe.run.seed,
         }
+        if recipe.data.hold_back:
+            key["data"]["hold_back"] = recipe.data.hold_back
         if row.machine or _measures_here(recipe, stage):
             key["machine"] = {
                 "cpu": environment.cpu_name(),
@@ -244,6 +251,9 @@ def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
         dataset = with_unlabelled(
             dataset, recipe.distill.images, on_bad=data.on_bad, allow_overlap=data.allow_overlap, cache=cache
         )
+    if data.hold_back:
+        dataset = with_held_back(dataset, data.hold_back)
+        progress.say(f"data: {len(dataset.held)} training images are held back")
     if dataset.skipped:
         progress.say(f"data: {len(dataset.skipped)} findings, these images are left out of every model:")
         for finding in dataset.skipped[:SHOWN]:
@@ -406,7 +416,7 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
     """
-    trainings = [stage for stage in stages if _trains(recipe, stage)]
+    trainings = _trainings(recipe, stages)
     if trainings and not ranks.several() and len(ranks.devices(recipe.run.device)) > 1:
         raise RecipeError(
             f"run.device={recipe.run.device}: {trainings[0]} trains on several GPUs only as a command of its own: "
@@ -416,10 +426,15 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
         ranks.check_batch(f"{stage}.batch", int(getattr(recipe, stage).batch))
 
 
-def _trains(recipe: Recipe, stage: str) -> bool:
-    """Return whether a stage of the recipe trains: its `epochs` is above 0 and no `weights` are given."""
-    config = getattr(recipe, stage)
-    return bool(STAGES[stage].trains and config and getattr(config, "weights", None) is None and config.epochs)
+def _trainings(recipe: Recipe, stages: Iterable[str]) -> list[str]:
+    """Return the sections that the given stages train with: `epochs` is above 0 and no `weights` are given."""
+    named = dict.fromkeys(name for stage in stages for name in (REPEATED if stage == "control" else (stage,)))
+    sections = {name: getattr(recipe, name) for name in named if STAGES[name].trains}
+    return [
+        name
+        for name, section in sections.items()
+        if section and section.epochs and not getattr(section, "weights", None)
+    ]
 
 
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
@@ -432,9 +447,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
     """
     if max(recipe.data.imgsz_hw) > IMGSZ_STEP:
         return
-    for stage in stages:
-        if not _trains(recipe, stage):
-            continue
+    for stage in _trainings(recipe, stages):
         config = getattr(recipe, stage)
         images = -(-_training_images(config, dataset) // ranks.world())
         batch = min(int(config.batch) // ranks.world(), images)

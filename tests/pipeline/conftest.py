@@ -118,6 +118,7 @@ def recipe(folder: Path, name: str = "tiny", **sections: object) -> Path:
         "export": {"calib_images": 8},
         "engine": {},
         "bench": {"iterations": 20, "rounds": 2, "warmup": 2},
+        "control": {},
         "report": {"min_retention": 0.0, "images": 4},
     }
     usual.update(sections)

@@ -106,6 +106,18 @@ def test_the_report_compares_what_bench_kept(chain: Bench) -> None:
     assert set(gate["tiers"] or {"95": 0, "99": 0, "99.9": 0}) == {"95", "99", "99.9"}
 
 
+def test_controls_lack_one_part_of_the_chain_each(finished: Bench) -> None:
+    control, pruned = artifact(finished, "control"), artifact(finished, "prune")
+    longer, taught, narrowed = (control.metrics["models"][net] for net in ("longer", "taught", "narrowed"))
+    assert taught["epochs"] == narrowed["epochs"] == 4, "one of sparsify, two of prune, one of distill"
+    assert taught["parameters"] == artifact(finished, "baseline").metrics["parameters"]
+    assert narrowed["compute_gflops"] == pytest.approx(pruned.metrics["compute_gflops"], rel=0.02)
+    steps = json.loads(artifact(finished, "report").file("report.json").read_text())["control"]["steps"]
+    assert [step["name"] for step in steps] == ["baseline", "longer", "taught", "narrowed", "compressed"]
+    assert [step["map50_95"] for step in steps[1:4]] == [net["map50_95"] for net in (longer, taught, narrowed)]
+    assert sum(step["change"] for step in steps[1:]) == pytest.approx(steps[4]["map50_95"] - steps[0]["map50_95"])
+
+
 def test_losses_of_the_hooks_are_in_results_csv(finished: Bench) -> None:
     def columns(stage: str) -> list[str]:
         return artifact(finished, stage).file("results.csv").read_text().split("\n")[0].split(",")
@@ -245,6 +257,7 @@ def test_a_changed_knob_makes_its_stage_and_later_ones_stale(finished: Bench) ->
         "sparsify",
         "prune",
         "distill",
+        "control",
     ]
     assert [stage for stage, state in states.items() if state == "stale"] == [
         "qat",

@@ -23,6 +23,7 @@ METRICS: dict[str, Any] = {
     "export": metrics.ExportMetrics,
     "engine": metrics.EngineMetrics,
     "bench": metrics.BenchMetrics,
+    "control": metrics.ControlMetrics,
 }
 FILES: dict[tuple[str, str], Any] = {
     ("prune", "channels.json"): dict[str, list[int]],

@@ -11,13 +11,13 @@ from torch import nn
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.prune.cost import conv_macs
+from yolo_compress.recipe.controls import PRUNED_STEP
 from yolo_compress.recipe.recipe import Recipe, TrainConfig
 from yolo_compress.train import losses
 from yolo_compress.train.settings import multiplies_bfloat16
 
 TIMED_STEPS = 2
 FORWARD = 1 / 3  # forward pass of a teacher, or validation of an image, relative to a training step
-PRUNED_STEP = 0.65  # step of a pruned model with half of the MACs, relative to a step of the baseline
 # Factor for augmentation, optimizer and EMA: an epoch takes 4.6 s, its steps alone 3.2 s (YOLOv8n, 55 images, 320 px, 2 cores).
 OVERHEAD = 1.45
 BFLOAT16_STEP = 0.63  # step in bfloat16, relative to float32 (benchmarks/trainer_overhead.py --mixed)

@@ -5,6 +5,7 @@ Progress and errors go to stderr. Results go to stdout: a table if the verb has 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,12 +18,17 @@ from yolo_compress.cli.verbs import STAGE, VERBS, Verb
 from yolo_compress.errors import Terminated
 from yolo_compress.exits import explain
 
+# How long OpenMP threads of torch wait for work before they sleep. The default takes processors from other
+# programs: beside them a training step takes several times as long (benchmarks/beside_other_work.py).
+OPENMP_WAIT = {"GOMP_SPINCOUNT": "1000"}
+
 Handler = Callable[[grammar.Command], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of `yolo-compress` and return its exit code. errors.py and exits.py list the exit codes."""
     signal.signal(signal.SIGTERM, _terminate)
+    _share_processors()
     continues = False
     try:
         words = list(sys.argv[1:] if argv is None else argv)
@@ -44,6 +50,12 @@ def handler(verb: Verb) -> Handler:
     module, _, function = verb.handler.partition(":")
     found: Handler = getattr(import_module(module), function)
     return found
+
+
+def _share_processors() -> None:
+    """Set `OPENMP_WAIT`, unless the user has set how OpenMP waits. It must be set before torch is imported."""
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", *OPENMP_WAIT)):
+        os.environ.update(OPENMP_WAIT)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

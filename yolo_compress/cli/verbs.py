@@ -187,6 +187,7 @@ VERBS = {row.name: row for row in (
     Verb("export", "write ONNX files in FP32, FP16 and INT8, and TorchScript", "The chain", STAGE),
     Verb("engine", "build an engine for each runtime and precision", "The chain", STAGE),
     Verb("bench", "measure mAP, latency and size of every engine", "The chain", STAGE),
+    Verb("control", "train the models that the compressed one is compared with", "The chain", STAGE),
     Verb("report", "write report.html, .md and .json; exit code 1 when the gate fails", "The chain", STAGE, (
         RECIPE, LOCK, FORCE,
         Option("add", "device.json[,more.json]", "Write another report that also shows these measurements of robots. The "

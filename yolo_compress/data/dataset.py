@@ -24,7 +24,17 @@ from yolo_compress.data.reader import FileState, Progress, Read, Reader, Sample,
 from yolo_compress.errors import DataError, RecipeError, StorageError
 from yolo_compress.runtime.limits import MAX_DET, counted
 
-__all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
+__all__ = [
+    "BadData",
+    "Dataset",
+    "Sample",
+    "calibration_subset",
+    "find_yaml",
+    "load",
+    "recheck",
+    "with_held_back",
+    "with_unlabelled",
+]
 
 MAX_UNLABELLED = 0.3
 LISTED_FINDINGS = 10  # largest number of findings in an error message; BadData.findings has all of them
@@ -58,6 +68,7 @@ class Dataset:
     files: tuple[FileState, ...] = field(repr=False, compare=False, default=())
     unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; not part of `digest`
     unlabelled_digest: str = ""
+    held: tuple[Sample, ...] = ()  # training images that no stage trains on, see `with_held_back`
 
 
 def load(
@@ -183,6 +194,26 @@ def with_unlabelled(
         notes=(*dataset.notes, *notes),
         files=(*dataset.files, *files.values()),
     )
+
+
+def with_held_back(dataset: Dataset, share: float) -> Dataset:
+    """Return the data set with a share of its training images moved from `train` to `held`.
+
+    The images are chosen by their SHA-256, so copies of an image stay together. The choice needs no seed.
+
+    Raises:
+        DataError: `held` would have no image with a box, or `train` none.
+    """
+    ranked = sorted({_sha256(["held", sample.sha256]): sample.sha256 for sample in dataset.train}.items())
+    chosen = {image for _, image in ranked[: round(share * len(ranked))]}
+    held, train = ([s for s in dataset.train if (s.sha256 in chosen) == side] for side in (True, False))
+    for what, samples in (("held back", held), ("left to train on", train)):
+        if not any(sample.boxes for sample in samples):
+            raise DataError(
+                f"data.hold_back={share:g}: of {len(dataset.train)} training images, {len(samples)} are {what}, and none of them "
+                "has an object; set another data.hold_back (0: no image is held back)"
+            )
+    return replace(dataset, train=tuple(train), held=tuple(held))
 
 
 def _read(

@@ -69,7 +69,7 @@ class Latency(TypedDict):
     latency_p95_ms: float | None
     latency_p99_ms: float | None
     latency_n: int  # timed calls
-    latency_quiet: bool  # whether the machine was idle before each round
+    latency_quiet: bool  # whether other programs were idle in all rounds, and the engine between them
     threads: int | None  # threads of one inference on a CPU; null: one per processor, or a GPU
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import home
+from .controls import possible
 from .knobs import number
-from .sections import DistillConfig, PruneConfig, Section, Sections, SourceConfig
+from .sections import ControlConfig, DistillConfig, PruneConfig, Section, Sections, SourceConfig
 
 SAME_NET = (
     "distill: teacher and student are the same model, so there is nothing to learn: "
@@ -33,6 +34,8 @@ def contradictions(recipe: Sections) -> Iterator[str]:
         yield from _check_distill(recipe, recipe.distill)
     if recipe.prune:
         yield from _check_prune(recipe.prune)
+    if recipe.control:
+        yield from _check_control(recipe, recipe.control)
     if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.export and recipe.export.nms and (recipe.export.batch != 1 or recipe.export.dynamic_batch):
@@ -86,6 +89,13 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
             yield f"prune.{knob} has no effect with prune.latency_table, which names its own runtime and precision: leave it out"
     if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round at least one epoch"
+
+
+def _check_control(recipe: Sections, control: ControlConfig) -> Iterator[str]:
+    able = possible(recipe)
+    if control.nets != "auto" and (idle := [net for net in control.nets if net not in able]):
+        missing = {"longer": "a stage that trains with labels", "taught": "a teacher", "narrowed": "prune.kind=channel"}
+        yield f"control.nets: {idle[0]} needs {missing[idle[0]]}; this recipe can have {', '.join(able) or 'no control'}"
 
 
 def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:

@@ -27,6 +27,7 @@ else:
     Criterion = Literal[tuple(CRITERIA)]
     FeatureLoss = Literal[tuple(FEATURE_LOSSES)]
 OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
+ControlNet = Literal["longer", "taught", "narrowed"]  # in the order of what each adds
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
 Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
@@ -78,8 +79,8 @@ def as_tuple(value: Any) -> Any:
     return items
 
 
-def runtimes_value(value: Any) -> Any:
-    """Return "auto", or the runtimes as a tuple."""
+def auto_or_tuple(value: Any) -> Any:
+    """Return "auto", or the items as a tuple (`as_tuple`)."""
     return value if value == "auto" else as_tuple(value)
 
 

@@ -22,6 +22,7 @@ from .checks import contradictions
 from .messages import allowed, did_you_mean, got, nearest, takes_text
 from .sections import (
     BenchConfig,
+    ControlConfig,
     DataConfig,
     DistillConfig,
     EngineConfig,
@@ -49,10 +50,11 @@ SECTIONS: dict[str, type[Section]] = {
     "export": ExportConfig,
     "engine": EngineConfig,
     "bench": BenchConfig,
+    "control": ControlConfig,
     "report": ReportConfig,
 }
 __all__ = [
-    "SECTIONS", "BenchConfig", "DataConfig", "DistillConfig", "EngineConfig", "ExportConfig", "PruneConfig",
+    "SECTIONS", "BenchConfig", "ControlConfig", "DataConfig", "DistillConfig", "EngineConfig", "ExportConfig", "PruneConfig",
     "QatConfig", "Recipe", "ReportConfig", "RunConfig", "SourceConfig", "SparsifyConfig", "TrainConfig", "check_key",
     "load", "names", "options",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from .knobs import (
     CalibImages,
     CalibratorKnob,
     CloseMosaic,
+    ControlNet,
     Cosine,
     Criterion,
     Epochs,
@@ -37,10 +38,10 @@ from .knobs import (
     WarmupEpochs,
     Weights,
     as_tuple,
+    auto_or_tuple,
     device_value,
     imgsz_value,
     knob,
-    runtimes_value,
 )
 
 
@@ -83,6 +84,11 @@ class DataConfig(Section):
         "a class in an image, as COCO does. With more than 300 here, it counts up to this number.",
         when="Raise it when an image may hold more objects.",
         group="Data", unit="detections", ge=1, le=100_000)] = 300
+    hold_back: Annotated[float, knob(
+        "Fraction of the training images that no stage trains on. If distill ends with a lower mAP on them than it began with, "
+        "the chain goes on with the model before it. 0: no image is held back.",
+        when="Set 0.05 to 0.1 with 1,000 or more training images; with fewer, each image is needed for training.",
+        group="Data", unit="fraction", ge=0, le=0.5)] = 0.0
     limit_train: Annotated[int | None, knob(
         "Number of training images to use, evenly spaced in the sorted list. null: all.",
         when="Set it for a quick trial.",
@@ -498,7 +504,7 @@ class ExportConfig(Section):
         group="Advanced", ge=13, le=20)] = 17
     batch: Annotated[int, knob(
         "Images in one inference.",
-        when="Raise it when as_tuple cameras share one inference.",
+        when="Raise it when many cameras share one inference.",
         group="Files", unit="images", ge=1, le=4096)] = 1
     dynamic_batch: Annotated[bool, knob(
         "Write files that take any number of images in one inference.",
@@ -530,7 +536,7 @@ class ExportConfig(Section):
 class EngineConfig(Section):
     """Engines built from the ONNX files, one for each runtime and precision."""
 
-    runtimes: Annotated[Literal["auto"] | tuple[Runtime, ...], BeforeValidator(runtimes_value), knob(
+    runtimes: Annotated[Literal["auto"] | tuple[Runtime, ...], BeforeValidator(auto_or_tuple), knob(
         "Runtimes to build engines for. auto: every runtime that can be imported here.",
         when="Name one to save time.",
         group="Engine")] = "auto"
@@ -556,6 +562,24 @@ class BenchConfig(Section):
         when="Raise it when the speed of the machine changes over minutes.",
         group="Measurement", unit="rounds", ge=1, le=1000)] = 3
     threads: Threads = None
+
+
+class ControlConfig(Section):
+    """Models without the compression, trained like the compressed model: they show what each part of the chain gains.
+
+    Each control repeats the epochs and schedules of sparsify, prune and distill.
+    """
+
+    nets: Annotated[Literal["auto"] | tuple[ControlNet, ...], BeforeValidator(auto_or_tuple), knob(
+        "Controls to train. longer: the baseline, without a teacher. taught: the baseline, with the teachers of the chain. "
+        "narrowed: the baseline cut to the MACs of the pruned model, all layers alike, with the same teachers. auto: all that "
+        "differ in this recipe.",
+        when="Name one to save time.",
+        group="Comparison")] = "auto"
+    max_minutes: Annotated[float | None, knob(
+        "Longest expected time of all controls. Above this, none is trained, and the report says so. null: no limit.",
+        when="Set it when the run must end by a certain time.",
+        group="Comparison", unit="min", gt=0, le=1e6)] = None
 
 
 class ReportConfig(Section):
@@ -615,4 +639,5 @@ class Sections(Section):
     export: ExportConfig | None = None
     engine: EngineConfig | None = None
     bench: BenchConfig | None = None
+    control: ControlConfig | None = None
     report: ReportConfig | None = None

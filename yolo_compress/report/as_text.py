@@ -14,6 +14,7 @@ from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table, place
 from yolo_compress.report.tables.chain import chain_table, pruning_table
+from yolo_compress.report.tables.control import control_table
 from yolo_compress.report.tables.grid import Table
 
 
@@ -57,12 +58,18 @@ def render_text(document: Document, width: int = 100) -> str:
     parts = [document["verdict"]["line"]]
     if document["ab"]:
         parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
-    tables = (chain_table(document), bench_table(document), files_table(document), devices_table(document))
+    tables = _tables(document)
     parts += [_text_table(table, width) for table in tables if table.lines]
     missing = missing_lines(document)
     if missing:
         parts.append("\n".join(["Missing", *(f"  {line}" for line in missing)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(document: Document) -> tuple[Table, ...]:
+    """Return the tables that both the terminal and Markdown show first."""
+    chain, control = chain_table(document), control_table(document["control"])
+    return chain, control, bench_table(document), files_table(document), devices_table(document)
 
 
 def _text_table(table: Table, width: int) -> str:
@@ -98,7 +105,7 @@ def render_markdown(document: Document) -> str:
     if also := gate_lines(document):
         words = {True: "passed: ", False: "failed: ", None: ""}
         parts.append("\n".join(f"- {words[passed]}{_escape(what)}" for passed, what in also))
-    for table in (chain_table(document), bench_table(document), files_table(document), devices_table(document)):
+    for table in _tables(document):
         parts += _section(table)
     parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]
     ab = document["ab"]

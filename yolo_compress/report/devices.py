@@ -49,7 +49,8 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
     _check_once("device", (one["name"] for one in devices))
     _check_once("reference", (one["id"] for one in references))
     gate = document["gate"]
-    again = judge_rows(with_ids(rows), gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"])
+    limits = gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"]
+    again = judge_rows(with_ids(rows), *limits, document["control"])
     return cast(Document, to_json({**document, **again, "devices": devices, "references": references}))
 
 

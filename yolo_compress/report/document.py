@@ -11,12 +11,14 @@ from typing import Any, TypedDict, cast
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.report import stage_files
 from yolo_compress.report.bench_rows import missing, one_image_set, with_ratios
+from yolo_compress.report.controls import judged_control
 from yolo_compress.report.gate import judge, verdict
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import (
     SCHEMA,
     BenchRow,
     ChainStage,
+    Control,
     DataFacts,
     Document,
     Environment,
@@ -73,6 +75,7 @@ class Findings:
         max_size_mib: Limit of the engine's size for the same row. None: no limit.
         chain: Stages in the order in which they ran.
         data: Name, classes, image counts and digests of the data set.
+        control: Comparison with models that lack parts of the chain. `retention` is not computed yet.
         ab: Comparison of the baseline in FP32 with the worst row of the gate.
         errors: TIDE's error types of the same two rows.
         latency_quantiles: Row id -> latencies in ms at the quantiles 0, 1, ..., 100 %.
@@ -95,6 +98,7 @@ class Findings:
     max_size_mib: float | None = None
     chain: Sequence[StageFigures] = ()
     data: DataFacts = field(default_factory=unknown_data)
+    control: Control | None = None
     ab: AB | None = None
     errors: ErrorTypes | None = None
     latency_quantiles: Mapping[str, Sequence[float]] | None = None
@@ -118,7 +122,9 @@ def build(findings: Findings) -> Document:
             are malformed.
     """
     image_set = one_image_set(findings.rows, findings.chain)
-    judgement = judge_rows(findings.rows, findings.min_retention, findings.max_latency_ms, findings.max_size_mib)
+    judgement = judge_rows(
+        findings.rows, findings.min_retention, findings.max_latency_ms, findings.max_size_mib, findings.control
+    )
     document: Document = {
         "schema": SCHEMA,
         "recipe": findings.recipe,
@@ -150,17 +156,29 @@ class Judgement(TypedDict):
 
     verdict: Verdict
     gate: Gate
+    control: Control | None
     rows: list[Row]
     missing: list[Missing]
 
 
 def judge_rows(
-    rows: Sequence[BenchRow], min_retention: float, max_latency_ms: float | None, max_size_mib: float | None
+    rows: Sequence[BenchRow],
+    min_retention: float,
+    max_latency_ms: float | None,
+    max_size_mib: float | None,
+    control: Control | None,
 ) -> Judgement:
-    """Judge the gate. Return the keys of the document that depend only on the rows and limits. For the rules see `gate.judge`."""
+    """Judge the gate. Return the keys of the document that depend only on rows, limits and controls. For the rules see `gate.judge`."""
     gate = judge(rows, min_retention, max_latency_ms, max_size_mib)
     shown = with_ratios(rows)
-    return {"verdict": verdict(shown, gate), "gate": gate, "rows": shown, "missing": missing(rows)}
+    compared = judged_control(control, shown, gate)
+    return {
+        "verdict": verdict(shown, gate, compared),
+        "gate": gate,
+        "rows": shown,
+        "missing": missing(rows),
+        "control": compared,
+    }
 
 
 def _not_recorded(environment: Mapping[str, object]) -> list[str]:

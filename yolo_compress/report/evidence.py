@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol, cast
 
 import numpy as np
@@ -12,15 +13,18 @@ import numpy as np
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.evaluate import tide
 from yolo_compress.evaluate.ab.schema import AB
+from yolo_compress.evaluate.bootstrap import interval
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.stored_detections import kept
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.report.bench_rows import has_accuracy, reference_row, with_keys
 from yolo_compress.report.charts.curves import every_per_cent
+from yolo_compress.report.controls import added, steps
 from yolo_compress.report.gate import judge
-from yolo_compress.report.intervals import REPLICATES, intervals
+from yolo_compress.report.intervals import REPLICATES, intervals, resampled
 from yolo_compress.report.schema import (
     BenchRow,
+    Control,
     ErrorTypes,
     Interval,
     ModelErrors,
@@ -32,6 +36,7 @@ from yolo_compress.runtime.limits import counted
 from yolo_compress.store.manifest import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage
+CONTROL_FIGURES = ("map50_95", "map50", "compute_gflops", "parameters")
 
 
 class Inputs(Protocol):
@@ -99,6 +104,35 @@ def _own_interval(stage: str, found: Mapping[str, Interval]) -> Mapping[str, obj
     """Return the mAP interval of a stage. For the baseline and the teacher, leave out the difference from the baseline."""
     ends = found.get(stage, Interval())
     return {key: end for key, end in ends.items() if not (key.startswith("delta") and stage in ("baseline", "teacher"))}
+
+
+def control(job: Inputs) -> Control | None:
+    """Return the comparison with the controls, with the interval of each step if detections are stored.
+
+    Return None if the recipe has no section `control`.
+    """
+    if job.recipe.control is None:
+        return None
+    artifact = job.inputs["control"]
+    found: Control = {"steps": [], "better": None, "retention": None, "skipped": artifact.metrics["skipped"]}
+    if found["skipped"] is not None:
+        return found
+    files = {name: artifact.file(f"{name}/{DETECTIONS}") for name in artifact.metrics["models"]}
+    ends = {"baseline": job.inputs["baseline"], "compressed": job.inputs["distill"]}
+    figures = {**artifact.metrics["models"], **{name: end.metrics for name, end in ends.items()}}
+    epochs = dict.fromkeys(figures, next(iter(artifact.metrics["models"].values()))["epochs"]) | {"baseline": 0}
+    models = {name: {key: figures[name][key] for key in CONTROL_FIGURES} | {"epochs": epochs[name]} for name in figures}
+    found["steps"] = steps(added(job.recipe), models)
+    stored = {name: end.file(DETECTIONS) for name, end in ends.items() if DETECTIONS in end.manifest.files}
+    assert job.recipe.report is not None
+    replicates = min(REPLICATES, job.recipe.report.ab_replicates)
+    if replicates and len(stored) == len(ends):
+        loaded = {name: kept(file, len(job.dataset.val)) for name, file in (files | stored).items()}
+        classes, seed, most = len(job.dataset.names), job.recipe.run.seed, counted(job.recipe.data.max_det)
+        map_R = resampled(truths(job), loaded, classes, replicates, seed, most)
+        for before, step in pairwise(found["steps"]):
+            step["change_low"], step["change_high"] = interval(map_R[step["name"]] - map_R[before["name"]])
+    return found
 
 
 def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:

@@ -8,10 +8,12 @@ from typing import Literal
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.report.bench_rows import has_accuracy, label, reference_row
+from yolo_compress.report.controls import CONTROLS
 from yolo_compress.report.numbers import finite, fixed, percent, percent_apart, times
 from yolo_compress.report.schema import (
     BenchRow,
     Check,
+    Control,
     EvaluatedBenchRow,
     Gate,
     Judged,
@@ -154,8 +156,14 @@ def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_r
     return entry
 
 
-def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
-    """Return the verdict on the worst row. It is the first line of the report as HTML, Markdown and text."""
+def verdict(rows: Sequence[Row], gate: Gate, control: Control | None = None) -> Verdict:
+    """Return the verdict on the worst row. It is the first line of the report as HTML, Markdown and text.
+
+    Args:
+        rows: Rows of the report.
+        gate: Judgement on these rows.
+        control: Comparison with the controls. The line names the better one.
+    """
     status: Literal["pass", "fail"] = "pass" if gate["passed"] else "fail"
     if gate["retention"] is None or gate["worst"] is None or gate["reference"] is None:
         return {"status": status, "line": f"FAIL: {gate['reason']}", "row": gate["worst"]}
@@ -171,6 +179,8 @@ def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
     gains = [gain(timed["speed_up"], "faster", "slower"), gain(timed["size_ratio"], "smaller", "larger")]
     if tail := ", ".join(text for text in gains if text):
         line += f"; {label(timed)} is {tail}" if timed is not row else f"{'; ' if bound else ', '}{tail}"
+    if control and control["retention"] is not None:
+        line += f"; {percent(control['retention'])} of the better control, {CONTROLS[control['better'] or '']}"
     line = "; ".join([line, *(check["reason"] for check in gate["checks"] if check["reason"])])
     return {"status": status, "line": line, "row": row["id"]}
 

@@ -31,6 +31,7 @@ from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
 from yolo_compress.report.tables.chain import chain_table, pruning_table
+from yolo_compress.report.tables.control import control_table
 
 
 def render(document: Document, gallery: Gallery) -> str:
@@ -66,6 +67,7 @@ def render(document: Document, gallery: Gallery) -> str:
         judged=_judged(document),
         gate_lines=gate_lines(document),
         chain=chain_table(document),
+        control=control_table(document["control"]),
         bench=bench_table(document),
         pruning=pruning_table(document),
         files=files_table(document),

@@ -34,11 +34,7 @@ def intervals(
         seed: Seed of the resampling.
         most: Largest number of detections per class and image that are evaluated.
     """
-    weights_RI = resamples(len(truths), replicates, seed)
-    map_R = {}
-    for name, detections in models.items():  # one model at a time, because its matches need much memory
-        (drawn,) = replicate([match(truths, detections, classes, ("all",), most)], weights_RI)
-        map_R[name] = over_classes(drawn.ap50_95_RAK[:, 0])
+    map_R = resampled(truths, models, classes, replicates, seed, most)
     found = {}
     for name, values_R in map_R.items():
         low, high = interval(values_R)
@@ -47,3 +43,20 @@ def intervals(
             ends["delta_low"], ends["delta_high"] = interval(values_R - map_R[reference])
         found[name] = ends
     return found
+
+
+def resampled(
+    truths: Sequence[np.ndarray],
+    models: Mapping[str, Sequence[np.ndarray]],
+    classes: int,
+    replicates: int,
+    seed: int,
+    most: int = MAX_DETECTIONS,
+) -> dict[str, np.ndarray]:
+    """Return map50_95_R of each model: its mAP50-95 in each resample. For the arguments see `intervals`."""
+    weights_RI = resamples(len(truths), replicates, seed)
+    map_R = {}
+    for name, detections in models.items():  # one model at a time, because its matches need much memory
+        (drawn,) = replicate([match(truths, detections, classes, ("all",), most)], weights_RI)
+        map_R[name] = over_classes(drawn.ap50_95_RAK[:, 0])
+    return map_R

@@ -88,7 +88,9 @@ class _Latency(TypedDict):
     latency_p95_ms: NotRequired[float | None]
     latency_p99_ms: float | None
     latency_n: int | None  # timed calls
-    latency_quiet: NotRequired[bool | None]  # whether the machine was idle before each round
+    latency_quiet: NotRequired[
+        bool | None
+    ]  # whether other programs were idle in all rounds, and the engine between them
     threads: NotRequired[int | None]  # threads of one inference on a CPU; null: all processors
     size_mib: NotRequired[float | None]  # size of the engine; absent for a device
 
@@ -258,6 +260,9 @@ class StageFigures(Interval):
     map50: float | None
     epochs: int | None
     trained_on: NotRequired[str]  # only of a distillation without labels: a phrase that describes its images
+    # Only of a distillation with `data.hold_back`: mAP50-95 on the images held back. The stage keeps the better model.
+    held_map50_95_before: NotRequired[float | None]
+    held_map50_95_after: NotRequired[float | None]
     # Only of prune:
     map50_95_after_cut: NotRequired[float | None]
     map50_95_after_bn: NotRequired[float | None]  # after re-estimating BatchNorm, before any training
@@ -275,6 +280,30 @@ class ChainStage(StageFigures):
     """A stage as the report shows it."""
 
     delta_map50_95: float | None  # map50_95 minus the baseline's; null for the baseline and the teacher
+
+
+class ControlStep(TypedDict):
+    """A model between the baseline and the compressed model, and what it has more than the model of the step before."""
+
+    name: str  # "baseline", "longer", "taught", "narrowed" or "compressed"
+    map50_95: float | None  # of the float model in torch
+    map50: float | None
+    compute_gflops: float
+    parameters: int
+    epochs: int  # epochs of training after the baseline
+    adds: list[str]  # what this model has more than that of the step before; empty for the baseline
+    change: float | None  # map50_95 minus that of the step before; null for the baseline
+    change_low: NotRequired[float | None]  # ends of its 95 % interval, over the same images; absent as in `Interval`
+    change_high: NotRequired[float | None]
+
+
+class Control(TypedDict):
+    """Comparison of the compressed model with models that were trained like it, but lack parts of the chain (`stages.control`)."""
+
+    steps: list[ControlStep]  # from the baseline to the compressed model; empty if no control was trained
+    better: str | None  # name of the control with the highest map50_95
+    retention: float | None  # map50_95 of the row that the gate judges / that of the better control
+    skipped: str | None  # why no control was trained
 
 
 class Gammas(TypedDict):
@@ -435,6 +464,7 @@ class Document(TypedDict):
     missing: list[Missing]
     data: Data
     chain: list[ChainStage]  # in the order in which the stages ran
+    control: Control | None  # null if the recipe has no section `control`
     not_tested: list[str]  # sentences on what the run did not test
     not_recorded: list[str]  # keys of `environment` that are absent
     gammas: Gammas | None

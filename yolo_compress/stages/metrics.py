@@ -77,7 +77,17 @@ class PruneMetrics(ModelMetrics, Repaired, LatencyBudget):
     kind: NotRequired[Literal["unstructured", "two_four"]]  # absent if channels were cut
 
 
-class DistillMetrics(ModelMetrics):
+class HeldBack(TypedDict, total=False):
+    """Metrics of `distill` on the training images that are held back; absent without `data.hold_back`.
+
+    The model with the higher value is the result of the stage.
+    """
+
+    held_map50_95_before: float  # mAP50-95 of the student before distillation
+    held_map50_95_after: float
+
+
+class DistillMetrics(ModelMetrics, HeldBack):
     trained_on: NotRequired[
         str
     ]  # a phrase that describes the images of a distillation without labels; absent with labels
@@ -147,6 +157,14 @@ class BenchMetrics(TypedDict):
     rows: list[BenchRow]  # one per model, runtime and precision
     images: int  # number of validation images
     device: DeviceState  # state of the machine after the measurement
+
+
+class ControlMetrics(TypedDict):
+    """Metrics of `control`."""
+
+    models: dict[str, ModelMetrics]  # control -> metrics; empty if none was trained
+    expected_minutes: float  # time of all controls, estimated before they train
+    skipped: str | None  # why none was trained
 
 
 def of_model(artifact: Artifact) -> ModelMetrics:

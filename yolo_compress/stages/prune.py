@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -65,14 +65,20 @@ def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
     rounds = job.config.rounds
     planner = Planner(job, model)
     curve: list[dict[str, object]] = []
-    for number in range(1, rounds + 1):
-        part, what = (job, "prune") if rounds == 1 else (_part(job, number), f"prune {number}/{rounds}")
+    for number, (part, what) in enumerate(parts(job, "prune"), 1):
         cut = _cut(part, model, planner, number)
-        model = _tuned(part, model, what)
+        model = tuned(part, model, what)
         curve += _rows(part.out / "results.csv", len(curve))
     if rounds > 1 and curve:
         atomic_write(job.out / "results.csv", csv_text(curve))
     return model, cut
+
+
+def parts(job: Job, what: str) -> Iterator[tuple[Job, str]]:
+    """Yield the job and the name of each round of pruning. `job.config` is the section `prune`."""
+    rounds = job.config.rounds
+    for number in range(1, rounds + 1):
+        yield (job, what) if rounds == 1 else (_part(job, number), f"{what} {number}/{rounds}")
 
 
 def _part(job: Job, number: int) -> Job:
@@ -115,7 +121,7 @@ def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:
     progress.say(f"prune: {masks.sparsity_of(model):.1%} of the weights are zero; {dense} convolutions have none")
     kind: Literal["unstructured", "two_four"] = "two_four" if config.kind == "two_four" else "unstructured"
     metrics: Zeroed = {"kind": kind, **_repaired(job, model, calibration_samples(job, config.calib_images))}
-    return _tuned(job, model, "prune"), metrics
+    return tuned(job, model, "prune"), metrics
 
 
 def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired:
@@ -127,7 +133,7 @@ def _repaired(job: Job, model: nn.Module, samples: Sequence[Sample]) -> Repaired
     return {"map50_95_after_cut": cut, "map50_95_after_bn": repaired}
 
 
-def _tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
+def tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
     """Fine-tune the model, with the baseline as teacher if `prune.teach_from_parent` is true."""
     hooks = (
         [teacher_hook(job.inputs["baseline"].file("model.pt"))]

@@ -29,7 +29,8 @@ from yolo_compress.store.manifest import Artifact
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
            "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
-           "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on")  # fmt: skip
+           "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on", "held_map50_95_before",
+           "held_map50_95_after")  # fmt: skip
 WIDTH = 120
 VALIDATED = "metrics/mAP50-95(B)"  # column of mAP50-95 in Ultralytics' results.csv
 
@@ -61,6 +62,7 @@ def run(job: Job) -> Metrics:
         max_size_mib=job.config.max_size_mib,
         chain=chain,
         data=_data(job),
+        control=evidence.control(job),
         ab=ab,
         errors=evidence.error_types(job, rows),
         latency_quantiles=evidence.latency_quantiles(bench),
@@ -220,11 +222,19 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
         f"One training with one seed ({job.recipe.run.seed}): the intervals cover the choice of validation images, not of the seed.",
         "mAP holds for the validation images: other cameras, light or objects were not tested.",
     ]
+    timed = [row for row in rows if row["status"] == "ok" and row.get("latency_quiet") is not None]
+    if disturbed := sum(not row["latency_quiet"] for row in timed):
+        sentences.append(
+            f"Other programs used the processors while {disturbed} of {len(timed)} engines were timed. Repeat `bench` with "
+            "force=true on a quiet machine before you trust a latency."
+        )
     if not any(row["runtime"] == "tensorrt" and row["status"] == "ok" for row in rows):
         sentences.append(
             "Nothing ran on TensorRT here. Its INT8 files were evaluated node by node. "
             "Build and measure on the robot before you deploy."
         )
+    if job.recipe.control and (skipped := job.inputs["control"].metrics["skipped"]):
+        sentences.append(f"No control was trained: {skipped}.")
     if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
         sentences += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
     return sentences

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from yolo_compress.data import data_yaml
 from yolo_compress.data import dataset as data_module
 from yolo_compress.data.cache import Stamp
-from yolo_compress.data.dataset import BadData, calibration_subset, load, recheck
+from yolo_compress.data.dataset import BadData, Dataset, Sample, calibration_subset, load, recheck, with_held_back
 from yolo_compress.errors import DataError, RecipeError
 
 YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n"
@@ -441,3 +442,35 @@ def test_more_objects_than_coco_counts_are_noted(root: Path) -> None:
     assert any(
         note.startswith("val: 1 images have over 300 objects, but NMS keeps 300 detections of an") for note in notes
     )
+
+
+EMPTY = Dataset(Path("d.yaml"), ("a",), 3, (), (), (), (), "", "", "")
+
+
+def samples(contents: str, boxes: tuple[tuple[float, ...], ...] = ((0, 0.5, 0.5, 0.2, 0.2),)) -> tuple[Sample, ...]:
+    """Return a sample for each letter; equal letters are copies of one image."""
+    return tuple(
+        Sample(image=Path(f"{number}.png"), name=f"{number}.png", width=8, height=8, boxes=boxes, sha256=letter)  # type: ignore[arg-type]
+        for number, letter in enumerate(contents)
+    )
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 2), (0.25, 5), (0.5, 10)])
+def test_images_held_back_are_no_training_images(share: float, count: int) -> None:
+    letters = "abcdefghijklmnopqrst"
+    whole = replace(EMPTY, train=samples(letters))
+    split = with_held_back(whole, share)
+    assert len(split.held) == count and set(split.train) | set(split.held) == set(whole.train)
+    assert not {s.sha256 for s in split.train} & {s.sha256 for s in split.held}
+    other = with_held_back(replace(EMPTY, train=samples(letters[::-1])), share)
+    assert {s.sha256 for s in other.held} == {s.sha256 for s in split.held}, "the order has no part in the choice"
+    twice = with_held_back(replace(EMPTY, train=samples(letters * 2)), share)
+    assert len(twice.held) == 2 * count and not {s.sha256 for s in twice.train} & {s.sha256 for s in twice.held}
+
+
+@pytest.mark.parametrize(("contents", "share"), [("a", 0.4), ("abc", 0.1), ("ab", 0.0)])
+def test_held_back_of_too_few_images_is_refused(contents: str, share: float) -> None:
+    with pytest.raises(DataError, match=r"^data\.hold_back="):
+        with_held_back(replace(EMPTY, train=samples(contents)), share)
+    with pytest.raises(DataError, match="10 are held back, and none of them has an object"):
+        with_held_back(replace(EMPTY, train=samples("abcdefghijklmnopqrst", boxes=())), 0.5)

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.support.noise_set import draw, noise_set
 from tests.support.typed import validate
-from yolo_compress.data.dataset import BadData, Dataset, load, with_unlabelled
+from yolo_compress.data.dataset import BadData, Dataset, load, with_held_back, with_unlabelled
 from yolo_compress.distill.inversion import BATCH, _Misfit, invert, total_variation
 from yolo_compress.distill.teacher import Frozen, Own, Peer
 from yolo_compress.errors import CorruptArtifact, DataError, NumericsError, RecipeError
-from yolo_compress.pipeline import plan
+from yolo_compress.pipeline import plan, prepare
 from yolo_compress.pipeline import run as run_pipeline
 from yolo_compress.recipe import recipe
 from yolo_compress.stages import Job, distill
@@ -68,6 +69,13 @@ def test_a_pair_that_fits_passes(shop: Path) -> None:
         check(distill=config)
     check(distill={"teacher": "self"}, teacher=None)
     check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
+
+
+def test_a_smaller_teacher_is_said_and_accepted(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(teacher={"model": "yolov8n.yaml"}, baseline={"model": "yolov8s.yaml", "epochs": 1})
+    assert "the teacher has fewer parameters (3," in capsys.readouterr().err
+    check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
+    assert "fewer parameters" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -331,3 +339,40 @@ def test_images_that_are_there_are_not_made_again(shop: Path, monkeypatch: pytes
     monkeypatch.setattr("yolo_compress.distill.inversion._batch", lambda *_: pytest.fail("made again"))
     assert inverted_samples(replace(now, out=shop / "again"), net, 2, steps=1) == first
     assert {(sample.width, sample.height, sample.boxes) for sample in first} == {(64, 64, ())}
+
+
+# --- images held back -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.4), (0.4, 0.5), (0.4, 0.4)])
+def test_the_better_model_on_images_held_back_is_kept(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, before: float, after: float
+) -> None:
+    student, trained = (checkpoint.new_model("yolov8n.yaml", NAMES, 3, seed) for seed in (0, 1))
+    data = with_held_back(load("set.yaml"), 0.5)
+    asked: list[int] = []
+
+    def measured(job: Job, samples: Any, model: nn.Module) -> float:
+        assert samples == data.held
+        asked.append(id(model))
+        return before if model is student else after
+
+    monkeypatch.setattr(distill, "map50_95", measured)
+    monkeypatch.setattr(distill, "model_of", lambda *_: student)
+    job = Job(None, chosen(), data, {}, shop, shop)
+    model, held = distill._better(job, trained)
+    assert model is (student if before > after else trained), "of two equal models the trained one"
+    assert held == {"held_map50_95_before": before, "held_map50_95_after": after} and len(asked) == 2
+    assert distill._better(replace(job, dataset=load("set.yaml")), trained) == (trained, {}) and len(asked) == 2
+
+
+def test_held_back_images_are_in_the_fingerprint_and_nothing_else_changes_it(shop: Path) -> None:
+    def stamps(**data: Any) -> dict[str, str]:
+        made = chosen(data={"yaml": "set.yaml", "imgsz": 64, **data})
+        return {
+            stage: one.fingerprint for stage, one in plan(*prepare(made, Store(shop / "weights")), "distill").items()
+        }
+
+    none, half, most = stamps(), stamps(hold_back=0.5), stamps(hold_back=0.25)
+    assert none == stamps(hold_back=0.0) and not set(none.values()) & set(half.values()) & set(most.values())
+    assert all(none[stage] != half[stage] != most[stage] for stage in none)

@@ -223,6 +223,7 @@ def test_schema_and_plain_types() -> None:
         "gate",
         "rows",
         "missing",
+        "control",
         "data",
         "chain",
         "not_tested",

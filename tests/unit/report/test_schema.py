@@ -15,6 +15,7 @@ from tests.support.report_case import device, document, row, rows, untimed, whol
 from tests.support.report_schema import validate
 from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.report import devices, schema
+from yolo_compress.report.controls import steps
 from yolo_compress.report.write import write
 
 SENSITIVITY = {
@@ -27,9 +28,21 @@ SENSITIVITY = {
 }
 
 
+FIGURES = {"map50_95": 0.6, "map50": 0.9, "compute_gflops": 2.0, "parameters": 3_000_000, "epochs": 9}
+CONTROL = {
+    "steps": steps(
+        {"baseline": [], "longer": ["longer training"], "compressed": ["the choice of channels"]},
+        {"baseline": FIGURES, "longer": FIGURES, "compressed": FIGURES},
+    ),
+    "better": None,
+    "retention": None,
+    "skipped": None,
+}
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """Return a document without empty sections: it has a robot, another recipe, an untimed file and a failed check."""
-    full: dict[str, Any] = {"sensitivity": SENSITIVITY, "max_latency_ms": 9.0, "max_size_mib": 99.0}
+    full: dict[str, Any] = {"sensitivity": SENSITIVITY, "control": CONTROL, "max_latency_ms": 9.0, "max_size_mib": 99.0}
     theirs = whole(recipe="yolov8s", rows=[row("original", "openvino", "fp32", 0.64)], latency_quantiles=None)
     for name, content in (("device", device()), ("other", theirs)):
         (folder / f"{name}.json").write_text(json.dumps(content))

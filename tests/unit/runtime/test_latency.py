@@ -19,6 +19,7 @@ from yolo_compress.evaluate import torch_latency
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.errors import EngineError, LatencyError
+from yolo_compress.runtime.measure import device, latency
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import Served, _inputs, measure, percentiles
 from yolo_compress.runtime.measure.messages import Measured
@@ -124,6 +125,44 @@ def test_the_first_round_warms_up_longer() -> None:
     served = Served(SimpleNamespace(**{**vars(backend()), "bind": bind}), {"warmup_ms": 0, "warmup_n": 100})
     assert len(served.one_round(10)["samples_ms"]) == 10 and count[0] == 110
     assert served.one_round(10)["quiet"] is True
+
+
+# ---- other programs
+
+
+STAT = "cpu  100 20 30 4000 50 6 7 8 90 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n"
+
+
+def test_the_time_of_all_programs_is_without_idle_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "read_line", lambda path: {"/proc/stat": STAT.strip()}[path])
+    assert device.busy_s() == (100 + 20 + 30 + 6 + 7 + 8) / os.sysconf("SC_CLK_TCK")
+    for text in (None, "intr 1 2 3", "cpu 1 2 3", "cpu a b c d e f g h"):
+        monkeypatch.setattr(device, "read_line", lambda path, text=text: text)
+        assert device.busy_s() is None
+
+
+@pytest.mark.parametrize(
+    ("passed", "all_s", "own_s", "expected"),
+    [(2.0, 5.0, 3.0, 1.0), (2.0, 3.0, 3.0, 0.0), (2.0, 2.9, 3.0, 0.0), (0.4, 1.0, 0.1, None), (2.0, None, 3.0, None)],
+)
+def test_what_other_programs_used(
+    monkeypatch: pytest.MonkeyPatch, passed: float, all_s: float | None, own_s: float, expected: float | None
+) -> None:
+    clocks = {"perf": iter([10.0, 10.0 + passed]), "own": iter([1.0, 1.0 + own_s])}
+    totals = iter([50.0, None if all_s is None else 50.0 + all_s])
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clocks["perf"]))
+    monkeypatch.setattr(latency.time, "process_time", lambda: next(clocks["own"]))
+    monkeypatch.setattr(latency, "busy_s", lambda: next(totals))
+    found = latency.others_cpus()()
+    assert found is None if expected is None else found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("others", "quiet"), [(None, True), (0.2, True), (0.3, False)])
+def test_a_round_beside_another_program_is_not_quiet(
+    monkeypatch: pytest.MonkeyPatch, others: float | None, quiet: bool
+) -> None:
+    monkeypatch.setattr(latency, "others_cpus", lambda: lambda: others)
+    assert Served(backend(), {"warmup_ms": 0}).one_round(10)["quiet"] is quiet
 
 
 # ---- processes

@@ -62,6 +62,12 @@ def chain_table(document: Document) -> Table:
     notes += [
         f"{stage['stage']} trained on {stage['trained_on']}." for stage in document["chain"] if "trained_on" in stage
     ]
+    notes += [
+        f"{stage['stage']} kept the better of its first and last model on images held back: mAP50-95 "
+        f"{n.fixed(stage['held_map50_95_before'])} before, {n.fixed(stage.get('held_map50_95_after'))} after."
+        for stage in document["chain"]
+        if "held_map50_95_before" in stage
+    ]
     return Table("Chain", columns(CHAIN), tuple(lines), tuple(notes))
 
 

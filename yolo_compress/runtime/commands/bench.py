@@ -96,7 +96,7 @@ class Alone(Percentiles):
 
     memory_mib: Optional[float]  # peak memory of that process
     threads: Optional[int]  # threads of one inference on a CPU
-    latency_quiet: bool  # whether the machine was idle before each round
+    latency_quiet: bool  # whether other programs were idle in all rounds, and the engine between them
 
 
 class Power(TypedDict):

@@ -52,6 +52,17 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def busy_s() -> Optional[float]:
+    """Return the processor time of all programs since the machine started, in s; None if the kernel does not report it."""
+    fields = ((read_line("/proc/stat") or "").splitlines() or [""])[
+        0
+    ].split()  # cpu user nice system idle iowait irq softirq steal
+    if len(fields) < 9 or fields[0] != "cpu" or not all(field.isdigit() for field in fields[1:9]):
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def ask(command: List[str]) -> Optional[str]:
     """Run a command that only reads, such as `nvidia-smi`. Return its output, or None if the command is absent, fails or hangs."""
     if shutil.which(command[0]) is None:

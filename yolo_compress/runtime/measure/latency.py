@@ -20,7 +20,7 @@ import numpy as np
 from ..backends.base import Backend
 from ..detect.pre import LUMA_3
 from ..engine import open_engine
-from .device import device_state, read_line
+from .device import busy_s, device_state, read_line
 from .interleaved import measure_in_turn
 from .messages import About, Percentiles, Round, RoundRequest, Spec
 
@@ -31,6 +31,8 @@ __all__ = ["LEAST_SAMPLES", "Served", "main", "measure", "measure_in_turn", "ope
 LEAST_SAMPLES = {50: 1, 90: 64, 95: 130, 99: 662}
 ROUND_WARMUP_MS, ROUND_WARMUP_N = 20.0, 5  # after an idle round the caches are cold
 QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.02, 0.1, 2.0
+# Other programs disturb a round if they use more than this, in processors. Below this time the kernel's counters are too coarse.
+OTHERS_CPUS, OTHERS_LEAST_S = 0.25, 0.5
 
 
 def measure(
@@ -114,12 +116,15 @@ class Served:
     def one_round(self, n: int) -> Round:
         """Time `n` calls after a warm-up, then wait until the threads of the engine library are idle.
 
-        The warm-up before the first round is the longest.
+        The warm-up before the first round is the longest. The round was quiet if these threads became idle, and if other programs
+        used hardly any processor during the round.
         """
         warmup = (ROUND_WARMUP_MS, ROUND_WARMUP_N) if self._warm else (self.warmup_ms, self.warmup_n)
+        used_by_others = others_cpus()
         samples = measure(self.calls[0], n, warmup[0], warmup[1], self.calls)
+        others = used_by_others()
         self._warm = True
-        quiet = _wait_for_quiet()
+        quiet = _wait_for_quiet() and (others is None or others < OTHERS_CPUS)
         return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": quiet, "memory_mib": peak_memory_mib()}
 
 
@@ -155,6 +160,29 @@ def _wait_for_quiet() -> bool:
         if time.process_time() - before < QUIET_SHARE * QUIET_WINDOW_S:
             return True
     return False
+
+
+def others_cpus() -> Callable[[], Optional[float]]:
+    """Start to count the processor time of other programs.
+
+    Returns:
+        Function that returns how many processors other programs have used on average since then. None: the kernel does not count, or
+        less than `OTHERS_LEAST_S` have passed. Virtual machines that share the processor count too, where the kernel knows them.
+    """
+
+    def others_s() -> Optional[float]:
+        total = busy_s()
+        return None if total is None else total - time.process_time()
+
+    start, before = time.perf_counter(), others_s()
+
+    def since() -> Optional[float]:
+        passed, after = time.perf_counter() - start, others_s()
+        if before is None or after is None or passed < OTHERS_LEAST_S:
+            return None
+        return max(0.0, (after - before) / passed)
+
+    return since
 
 
 def open_spec(spec: Spec) -> Backend:

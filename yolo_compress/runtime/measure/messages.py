@@ -33,7 +33,7 @@ class Round(TypedDict):
     """Reply to a `RoundRequest`: the samples of one round, and the state of the process."""
 
     samples_ms: List[float]
-    quiet: bool  # whether the process became idle afterwards
+    quiet: bool  # whether other programs were idle during the round, and this process after it
     memory_mib: Optional[float]  # peak memory of the process; null if the kernel does not report it
 
 
@@ -54,7 +54,7 @@ class Measured(About):
 
     samples_ms: List[float]
     rounds_ms: List[List[float]]  # the same samples by round
-    quiet: bool  # False if its threads were still busy during the rounds of other engines
+    quiet: bool  # whether all rounds were quiet
     memory_mib: Optional[float]  # peak memory of its process, after the last round
 
 

@@ -1,0 +1,67 @@
+"""Compare the compressed model with the controls, which were trained like it but lack parts of the chain (`stages.control`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from yolo_compress.recipe.controls import has_teacher
+from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.report.numbers import finite
+from yolo_compress.report.schema import Control, ControlStep, Gate, Row
+
+CONTROLS = {  # control -> its description in the report
+    "longer": "the baseline trained as long",
+    "taught": "the baseline trained as long with the same teacher",
+    "narrowed": "a narrower model trained as long with the same teacher",
+}
+
+
+def added(recipe: Recipe) -> dict[str, list[str]]:
+    """Return what each model has more than the one before it, from the baseline to the compressed model."""
+    channels = recipe.prune is not None and recipe.prune.kind == "channel"
+    pruned = ["the choice of channels"] if channels else ["zero weights"] if recipe.prune else []
+    return {
+        "baseline": [],
+        "longer": ["longer training"],
+        "taught": ["the teacher"] if has_teacher(recipe) else [],
+        "narrowed": ["fewer channels in every layer"] if channels else [],
+        "compressed": [*pruned, *(["sparse training"] if recipe.sparsify else [])],
+    }
+
+
+def steps(parts: Mapping[str, Sequence[str]], models: Mapping[str, Mapping[str, object]]) -> list[ControlStep]:
+    """Return the steps from the baseline to the compressed model. Parts of a model that is absent count for the next one.
+
+    Args:
+        parts: Result of `added`.
+        models: Name as in `parts` -> figures of the model: those of `ControlStep` without `name`, `adds` and `change`.
+    """
+    found: list[ControlStep] = []
+    adds: list[str] = []
+    for name, new in parts.items():
+        adds += new
+        if name not in models:
+            continue
+        step = cast(ControlStep, {"name": name, **models[name], "adds": adds, "change": None})
+        if found:
+            before, now = finite(found[-1]["map50_95"]), finite(step["map50_95"])
+            step["change"] = None if before is None or now is None else now - before
+        found.append(step)
+        adds = []
+    return found
+
+
+def judged_control(control: Control | None, rows: Sequence[Row], gate: Gate) -> Control | None:
+    """Return the comparison with `better` and `retention` for the worst row of the gate."""
+    if control is None:
+        return None
+    known = {
+        step["name"]: value
+        for step in control["steps"]
+        if step["name"] in CONTROLS and (value := finite(step["map50_95"])) is not None
+    }
+    better = max(known, key=known.__getitem__, default=None)
+    worst = next((finite(row["map50_95"]) for row in rows if row["id"] == gate["worst"] and "map50_95" in row), None)
+    retention = None if better is None or worst is None or known[better] <= 0 else worst / known[better]
+    return {**control, "better": better, "retention": retention}
