@@ -12,7 +12,7 @@ from onnx import TensorProto
 from yolo_compress.lint.graph import WEIGHTED, Graph
 from yolo_compress.lint.node import DQ, Q, QuantParams, attribute, name_of
 from yolo_compress.lint.rule import Hits, Rule
-from yolo_compress.lint.targets import CPU, TENSORRT, Target
+from yolo_compress.lint.targets import SYMMETRIC, TENSORRT, UNSIGNED, Target
 
 QMAX = 127
 CPU_WEIGHT_CODES = 63  # largest INT8 weight: 255 * 63 * 2 fits in 16 bits, 255 * 127 * 2 does not
@@ -147,10 +147,11 @@ CODES = (
     Rule(
         "zero-point",
         "error",
-        'TensorRT refuses the file: "Non-zero zero point is not supported"; only the DLA has a flag to allow it.',
+        'TensorRT refuses the file: "Non-zero zero point is not supported"; only the DLA has a flag to allow it. NCNN is not built '
+        "from it.",
         "Quantise symmetrically (ONNX Runtime: ActivationSymmetric and WeightSymmetric); here: export, int8.onnx.",
         nonzero_zero_points,
-        TENSORRT,
+        SYMMETRIC,
     ),
     Rule(
         "code-type",
@@ -226,7 +227,7 @@ CODES = (
         "On x86 ONNX Runtime runs signed activations slower than FP32, and OpenVINO on AVX2 loses most of the mAP.",
         "Use UINT8 activations with zero point 128 and the same scales; here: int8-onnxruntime.onnx, int8-openvino.onnx.",
         signed_features,
-        CPU,
+        UNSIGNED,
     ),
     Rule(
         "weight-saturates",
@@ -235,6 +236,6 @@ CODES = (
         "to 0.049.",
         "Use 7-bit weights (ONNX Runtime: reduce_range=True). Here export writes them for CPUs; qat.weight_bits=7 trains them.",
         saturating_weights,
-        CPU,
+        UNSIGNED,
     ),
 )

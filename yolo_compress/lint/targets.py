@@ -11,6 +11,9 @@ DEFAULT = "tensorrt"
 RUNTIMES = registry.names()
 TENSORRT = (DEFAULT,)
 CPU = registry.names(gpu=False)
+# Runtimes whose INT8 activations are UINT8 with zero point 128, and those that take only zero point 0.
+UNSIGNED = tuple(row.name for row in registry.RUNTIMES.values() if any(file.zero_point for file in row.int8))
+SYMMETRIC = tuple(name for name in RUNTIMES if name not in UNSIGNED)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.runtime.engine import BACKENDS, open_engine
+from yolo_compress.runtime.registry import RUNTIMES
 
 CHANNELS, SIDE, ROWS = 64, 32, 5
 QMAX = 127
@@ -30,17 +31,18 @@ def saturates(runtime: str) -> bool:
     """
     with tempfile.TemporaryDirectory() as scratch:
         file, engine = Path(scratch, "int8.onnx"), Path(scratch, "engine")
-        onnx.save(_largest_values_model(), str(file))
+        zero_point = next((one.zero_point for one in RUNTIMES[runtime].int8 if one.zero_point is not None), 0)
+        onnx.save(_largest_values_model(zero_point), str(file))
         BACKENDS[runtime].build(file, engine, "int8")
         with open_engine(engine) as backend:
             sums = backend(np.ones((1, 3, SIDE, SIDE), np.float32))
     return bool(np.abs(sums - 1).max() > MAX_ERROR)
 
 
-def _largest_values_model() -> onnx.ModelProto:
+def _largest_values_model(zero_point: int) -> onnx.ModelProto:
     """Return an ONNX model whose output for an input of ones is exactly one, computed with the largest INT8 values.
 
-    Activations are UINT8 with zero point 128 and weights are INT8, as in the files for CPU runtimes.
+    Weights are INT8. Activations are UINT8 with zero point 128, or INT8 with zero point 0, as in the file for the runtime.
     """
     graph = helper.make_graph(
         [],
@@ -61,7 +63,7 @@ def _largest_values_model() -> onnx.ModelProto:
         """Add a Q/DQ pair with the range 1, so that a value of 1 becomes the largest INT8 value. Return the name of its output."""
         pair = [
             constant(f"{name}_scale", np.array(1 / QMAX, np.float32)),
-            constant(f"{name}_zero", np.array(128, np.uint8)),
+            constant(f"{name}_zero", np.array(zero_point, np.uint8 if zero_point else np.int8)),
         ]
         return add("DequantizeLinear", [add("QuantizeLinear", [name, *pair], f"{name}_Q"), *pair], f"{name}_DQ")
 

@@ -1,4 +1,4 @@
-"""The list of runtimes (ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
+"""The list of runtimes (NCNN, ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
 
 This is the only such list: the command line, the recipe, `lint`, `export`, `bench`, the report, the bundle and the robot's commands
 read it. To add a runtime, add an entry here and a `Backend` in `backends/`; docs/extending.md has an example.
@@ -47,6 +47,7 @@ class Runtime(NamedTuple):
         gpu: Whether engines run on a GPU. Such engines have no option `threads`, and run only on the device they were built on.
         opsets: Smallest and largest ONNX operator set that the runtime reads; None: no known limit.
         build_options: Additional options of the backend's `build`.
+        most_images: Largest number of images in one inference; None: no limit.
     """
 
     name: str
@@ -59,12 +60,22 @@ class Runtime(NamedTuple):
     gpu: bool = False
     opsets: Tuple[Optional[int], Optional[int]] = (None, None)
     build_options: Tuple[str, ...] = ()
+    most_images: Optional[int] = None
 
 
 # From the slowest to the fastest, as measured by bench.py. The last one that is installed is the default on a robot.
 RUNTIMES: Dict[str, Runtime] = {
     row.name: row
     for row in (
+        Runtime(
+            name="ncnn",
+            title="NCNN",
+            about="NCNN 1.0.20261020, CPU",
+            package="ncnn",
+            needs="ncnn",
+            backend="backends.ncnn:NcnnBackend",  # takes int8.onnx
+            most_images=1,
+        ),
         Runtime(
             name="onnxruntime",
             title="ONNX Runtime",

@@ -13,7 +13,7 @@ from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
-from yolo_compress.recipe.recipe import EngineConfig, Recipe
+from yolo_compress.recipe.recipe import EngineConfig, ExportConfig, Recipe
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
@@ -27,7 +27,7 @@ def run(job: Job) -> EngineMetrics:
     """Build the engines into `<model>/<runtime>-<precision>`. Write `engines.json` with an entry for each, for the stage `bench`."""
     config: EngineConfig = job.config
     export = job.inputs["export"]
-    missing = _missing(config)
+    missing = _missing(config, job.recipe.export)
     saturated = _saturated(job.recipe, missing)
     rows: list[EngineRow] = []
     for runtime in missing:
@@ -66,17 +66,27 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong.
     """
     assert recipe.engine is not None
-    _saturated(recipe, _missing(recipe.engine))
+    _saturated(recipe, _missing(recipe.engine, recipe.export))
 
 
-def _missing(config: EngineConfig) -> dict[str, str | None]:
-    """Return the requested runtimes: name -> what to install if the runtime is missing, else None.
+def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str | None]:
+    """Return the requested runtimes: name -> why no engine can be built, such as what to install. None: it can be built.
 
     Raises:
         EnvironmentLacks: A runtime that the recipe names is missing.
+        RecipeError: A runtime that the recipe names cannot take the images of `export.batch`.
     """
     wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
-    missing = {runtime: BACKENDS[runtime].probe() for runtime in wanted}
+    images = export.batch if export else 1
+    missing: dict[str, str | None] = {}
+    for runtime in wanted:
+        most = RUNTIMES[runtime].most_images
+        if most is not None and images > most:
+            missing[runtime] = f"{runtime} takes {most} image in an inference, export.batch is {images}"
+            if config.runtimes != "auto":
+                raise RecipeError(f"engine.runtimes: {missing[runtime]}; leave one of the two out")
+        else:
+            missing[runtime] = BACKENDS[runtime].probe()
     if config.runtimes != "auto" and any(missing.values()):
         raise EnvironmentLacks("; ".join(f"engine.runtimes: {hint}" for hint in missing.values() if hint))
     return missing

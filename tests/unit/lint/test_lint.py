@@ -24,7 +24,7 @@ from yolo_compress.lint import isolated
 from yolo_compress.lint.check import RULES, SHOWN, Report, check
 from yolo_compress.lint.graph import Graph
 from yolo_compress.lint.rule import SEVERITIES, WHOLE
-from yolo_compress.lint.targets import RUNTIMES, TARGETS
+from yolo_compress.lint.targets import RUNTIMES, TARGETS, UNSIGNED
 
 F16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 
@@ -411,7 +411,7 @@ def test_a_sound_graph_and_a_float_one_are_sound_for_every_target(name: str, tmp
     expected = {"float-between": [WHOLE]} if name in ("tensorrt", "tensorrt-11.4", "dla-11.4") else {}
     if name == "dla-8.5":
         expected = {"dla-qdq": [WHOLE]}
-    if TARGETS[name].runtime != "tensorrt":
+    if TARGETS[name].runtime in UNSIGNED:
         expected = {"feature-signed": ["images_Q", "feature_Q"]}
     assert found(net, name, tmp_path) == expected
     assert found(plain(opset=13), name, tmp_path) == {}

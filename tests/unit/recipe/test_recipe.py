@@ -166,7 +166,7 @@ def test_contradictions_of_prune(overrides: tuple[str, ...], message: str) -> No
 
 
 def test_sensitivity_price_takes_gflops_or_a_cpu_runtime() -> None:
-    assert "expected one of gflops, onnxruntime, openvino" in refusal(
+    assert "expected one of gflops, ncnn, onnxruntime, openvino" in refusal(
         "qat.sensitivity=loss", "qat.sensitivity_price=tensorrt"
     )
     assert "qat.sensitivity_price has no effect with qat.sensitivity=off" in refusal("qat.sensitivity_price=openvino")
@@ -270,7 +270,7 @@ WRONG = {
     "export.precisions=fp32,fp32": "expected each item once",
     "export.precisions=[]": "got [], expected a list of fp32, fp16, int8",
     "export.precisions=[fp32": "export.precisions:1: expected ',' or ']'",
-    "engine.runtimes=trt": "expected auto or a list of onnxruntime, openvino, tensorrt",
+    "engine.runtimes=trt": "expected auto or a list of ncnn, onnxruntime, openvino, tensorrt",
 }
 
 

@@ -20,6 +20,7 @@ from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.runtime.backends.base import SIDECAR, census_words, check_output, describe_onnx, load_info
+from yolo_compress.runtime.backends.ncnn import NcnnBackend
 from yolo_compress.runtime.backends.onnx_metadata import metadata, names_and_imgsz
 from yolo_compress.runtime.backends.openvino import OpenVINOBackend
 from yolo_compress.runtime.backends.ort import OrtBackend
@@ -30,8 +31,9 @@ from yolo_compress.train import checkpoint
 
 NAMES = ("bolt", "nut", "screw")
 IMGSZ = (64, 96)
-CPU: dict[str, Any] = {"onnxruntime": OrtBackend, "openvino": OpenVINOBackend}
-FILE = {"onnxruntime": "engine.onnx", "openvino": "engine.bin"}
+ONNX: dict[str, Any] = {"onnxruntime": OrtBackend, "openvino": OpenVINOBackend}  # they also open an ONNX file
+CPU: dict[str, Any] = {**ONNX, "ncnn": NcnnBackend}
+FILE = {"onnxruntime": "engine.onnx", "openvino": "engine.bin", "ncnn": "engine.bin"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_fp16_engines_are_near_torch_and_say_what_ran(
         assert executed.startswith("fp32 (fp16 weights, ") and executed.endswith(" casts)")
 
 
-@pytest.mark.parametrize("runtime", CPU)
+@pytest.mark.parametrize("runtime", ONNX)
 def test_a_dynamic_batch_gives_what_single_images_give(
     runtime: str, exported: dict[str, Path], engines: dict[tuple[str, str], Path]
 ) -> None:
@@ -126,7 +128,7 @@ def test_engines_that_share_the_processors_are_bound_to_none(
 
 
 @pytest.mark.fault(77)
-@pytest.mark.parametrize("runtime", CPU)
+@pytest.mark.parametrize("runtime", ONNX)
 def test_a_detector_finds_the_same_at_any_batch(runtime: str, exported: dict[str, Path]) -> None:
     pictures = [(255 * image.transpose(1, 2, 0)).astype(np.uint8) for image in images(3)]
     pictures[1] = pictures[1][:40, :50]
