@@ -24,8 +24,8 @@ from yolo_compress import home, progress, ranks
 from yolo_compress.data.dataset import Dataset, load, recheck, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
+from yolo_compress.recipe import auto_values
 from yolo_compress.recipe import folder as recipe_folder
-from yolo_compress.recipe import sizing
 from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
@@ -224,7 +224,7 @@ def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
         The recipe without `auto`, and the dataset of the images that passed.
     """
     dataset = _load_dataset(recipe, store)
-    return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
+    return auto_values.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
 
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
@@ -346,7 +346,7 @@ class _Finished:
 
 def _run(recipe: Recipe, target: str, store: Store, again: bool) -> _Finished:
     asked, (recipe, dataset) = recipe, prepare(recipe, store)
-    if text := sizing.said(asked, recipe):
+    if text := auto_values.said(asked, recipe):
         progress.say(text)
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)

@@ -19,7 +19,7 @@ import numpy as np
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
-from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_published
 from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
@@ -36,7 +36,7 @@ from yolo_compress.runtime.measure.golden import (
     detections,
     difference,
 )
-from yolo_compress.runtime.secure.seal import GoldenAbout
+from yolo_compress.runtime.secure.signed_manifest import GoldenAbout
 from yolo_compress.store.manifest import Artifact
 
 MEASURED_IMAGES = 32
@@ -54,7 +54,7 @@ ABOUT = (
     "the FP32 engines, measured on images_measured images; at least as large as same. For FP32 the worst difference counts, else the "
     f"difference that {MOST} % of the boxes stay below."
 )
-Found = list[np.ndarray]
+Detections = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
@@ -108,13 +108,13 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
 
 def _detected(
     export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
-) -> tuple[dict[str, Found], dict[str, EngineOf]]:
+) -> tuple[dict[str, Detections], dict[str, EngineOf]]:
     """Run each engine of the compressed model on the images. Return two dicts with the key `runtime-precision`.
 
     The first dict has the detections, the second the arithmetic and library of each engine. If the runtime of an INT8 file is not
     installed here, the ONNX file is executed node by node.
     """
-    found, about = dict[str, Found](), dict[str, EngineOf]()
+    found, about = dict[str, Detections](), dict[str, EngineOf]()
     for row in engine_rows(engines):
         if row["model"] == "compressed" and not row["reason"]:
             key = f"{row['runtime']}-{row['precision']}"
@@ -135,7 +135,7 @@ def _detected(
     return found, about
 
 
-def confidence(found: Found, count: int) -> float:
+def confidence(found: Detections, count: int) -> float:
     """Return the score threshold of the golden self-test.
 
     The threshold is 0.25, or lower for a model with low scores: then it is the `count`-th highest score, or the lowest score if
@@ -146,7 +146,7 @@ def confidence(found: Found, count: int) -> float:
 
 
 def tolerate(
-    found: Mapping[str, Found], conf: float, boxes: int
+    found: Mapping[str, Detections], conf: float, boxes: int
 ) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
     """Return the tolerances of the golden self-test by precision, and the measured differences by pair of engines.
 
@@ -193,7 +193,7 @@ def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
     ]
 
 
-def _chosen(found: Found, conf: float, count: int) -> list[int]:
+def _chosen(found: Detections, conf: float, count: int) -> list[int]:
     """Return the indices of `count` images: evenly spaced images with a box, then images without one if there are too few."""
     seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
     others = [i for i in range(len(found)) if i not in seen]

@@ -13,7 +13,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write, fsync_directory, storage_errors
 from yolo_compress.progress import notice
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
+from yolo_compress.runtime.secure.signed_manifest import KEY_BYTES, KEY_FILE, key_of
 
 PREFIX = "seed:"  # marks the private key, since both keys are 32 bytes
 

@@ -29,7 +29,7 @@ from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.registry import RUNTIMES
-from yolo_compress.runtime.secure.seal import About, Manifest, seal
+from yolo_compress.runtime.secure.signed_manifest import About, Manifest, seal
 from yolo_compress.store import environment
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store

@@ -9,7 +9,7 @@ from pathlib import Path
 from yolo_compress import home, pipeline
 from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
-from yolo_compress.store import collect
+from yolo_compress.store import garbage
 from yolo_compress.store.store import Store
 
 
@@ -21,8 +21,8 @@ def handle(command: Command) -> int:
     store = Store(home.weights())
     recipe = command.load() if command.names_recipe else None
     with store.lock("gc", command.wait):
-        removed = collect.gc(store, pipeline.referred(store, recipe))
-        interrupted = collect.interrupted(store)
+        removed = garbage.gc(store, pipeline.referred(store, recipe))
+        interrupted = garbage.interrupted(store)
     for path in removed:
         result(f"removed {path}")
     for path, size in interrupted.items():

@@ -25,7 +25,7 @@ from yolo_compress.files import strict_yaml
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.progress import result
 from yolo_compress.prune.cost import parameters
-from yolo_compress.recipe import recipe, sizing
+from yolo_compress.recipe import auto_values, recipe
 from yolo_compress.recipe.messages import did_you_mean, got
 from yolo_compress.recipe.sections import QatConfig, SourceConfig
 from yolo_compress.runtime.measure.device import usable_cpus
@@ -115,7 +115,7 @@ def run(asked: Order) -> dict[str, Any]:
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
     # overrides may be `auto`
-    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
+    sized = auto_values.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
@@ -199,7 +199,7 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
     if images < (asked_images := QatConfig.model_fields["calib_images"].default):
         sections["qat"].append(("calib_images", images, f"all there are; {asked_images} where there are more"))
     sections |= {name: [] for name in ("export", "engine", "bench")}
-    gate = sizing.min_retention(len(dataset.val))
+    gate = auto_values.min_retention(len(dataset.val))
     sections["report"] = [("min_retention", gate.value, gate.why)]
     return sections
 
@@ -235,17 +235,17 @@ def _source(stage: str, asked: Order, facts: Facts) -> Section:
 
 def _trained(stage: str, images: int, asked: Order) -> Section:
     """Return the training schedule of a stage, from the number of images and an override of the epochs."""
-    epochs = sizing.epochs(stage, images)
+    epochs = auto_values.epochs(stage, images)
     given = dict(asked.overrides).get(f"{stage}.epochs", "")
-    last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
-    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": last}
+    last = auto_values.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
+    rules = {"epochs": epochs, "batch": auto_values.batch(images), "close_mosaic": last}
     return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
 
 
 def _imgsz(asked: Order, facts: Facts) -> tuple[int, str]:
     if facts.origins["baseline"] == "weights":
         return 640, "Ultralytics' default; set the size that the checkpoint was trained at"
-    choice = sizing.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
+    choice = auto_values.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
     return choice.value, choice.why
 
 

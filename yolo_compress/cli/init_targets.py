@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..recipe import sizing
+from ..recipe import auto_values
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class Target:
     """
 
     title: str
-    round_to: sizing.Choice
-    weight_bits: sizing.Choice
+    round_to: auto_values.Choice
+    weight_bits: auto_values.Choice
     smallest_px: int
     after: tuple[str, ...]
 
 
 _BUNDLE = "yolo-compress bundle recipe={recipe} out={name}.tar"
 _LINT = "yolo-compress lint {weights}/{name}/export/compressed/int8.onnx target=tensorrt-"
-_TENSOR_CORES = sizing.Choice(16, "Tensor Cores take 16 channels at once in FP16")
-_TENSORRT_BITS = sizing.Choice(8, "TensorRT runs 8-bit weights")
+_TENSOR_CORES = auto_values.Choice(16, "Tensor Cores take 16 channels at once in FP16")
+_TENSORRT_BITS = auto_values.Choice(8, "TensorRT runs 8-bit weights")
 TARGETS: dict[str, Target] = {
     "cpu": Target(
         "a CPU",
-        sizing.Choice(16, "AVX-512 takes 16 channels at once"),
-        sizing.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
+        auto_values.Choice(16, "AVX-512 takes 16 channels at once"),
+        auto_values.Choice(7, "8-bit weights saturate on a CPU without VNNI"),
         320,
         (_BUNDLE,),
     ),

@@ -13,7 +13,7 @@ from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
 from yolo_compress.recipe import folder
 from yolo_compress.recipe.recipe import Recipe
-from yolo_compress.report.summary import bench_text
+from yolo_compress.report.as_text import bench_text
 
 
 def handle(command: Command) -> int:

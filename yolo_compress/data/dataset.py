@@ -22,7 +22,7 @@ from yolo_compress.data.cache import FileCache, Stamp
 from yolo_compress.data.data_yaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
 from yolo_compress.data.reader import FileState, Progress, Read, Reader, Sample, label_path
 from yolo_compress.errors import DataError, RecipeError, StorageError
-from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.max_detections import MAX_DET, counted
 
 __all__ = ["BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_unlabelled"]
 

@@ -28,7 +28,7 @@ from yolo_compress.errors import CompressError, RecipeError, StorageError
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.files.lock import lock
 from yolo_compress.runtime import json_text
-from yolo_compress.runtime.commands.common import Parser
+from yolo_compress.runtime.commands.command_line import Parser
 
 VERSION = 1  # increase this number when the same parameters give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation

@@ -12,7 +12,7 @@ import numpy as np
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.files.atomic import storage_errors
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import counting
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from yolo_compress.errors import DataError
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import RECALLS_R
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")

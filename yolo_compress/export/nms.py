@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import write_metadata
 from yolo_compress.files.atomic import storage_errors
-from yolo_compress.runtime.limits import MAX_DET
+from yolo_compress.runtime.max_detections import MAX_DET
 
 RAW, OUTPUT = "raw0", "output0"
 PREFIX = "/nms"

@@ -29,7 +29,7 @@ else:
 OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
-Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
+Auto = Literal["auto"]  # from the number of training images, by the rules of `auto_values.py`
 
 
 def imgsz_value(value: Any) -> Any:
@@ -84,7 +84,7 @@ def runtimes_value(value: Any) -> Any:
 
 
 def number(value: int | Auto) -> int:
-    """Return the value of a knob as an int. Call it after `sizing.resolve`, which replaces every `auto`."""
+    """Return the value of a knob as an int. Call it after `auto_values.resolve`, which replaces every `auto`."""
     assert value != "auto"
     return value
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
 from yolo_compress.report.schema import Interval
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import match
 
 REPLICATES = 400  # most resamples; with these, another seed moves the ends of an interval by a tenth of its width

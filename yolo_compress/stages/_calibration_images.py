@@ -17,7 +17,7 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
-from yolo_compress.stages.files import CalibrationImage
+from yolo_compress.stages.file_types import CalibrationImage
 from yolo_compress.store.fingerprint import fingerprint
 
 BATCH = 16

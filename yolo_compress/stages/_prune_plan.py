@@ -30,7 +30,7 @@ from yolo_compress.stages import Job, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import device
-from yolo_compress.stages.files import AskedMs, PruneSensitivity, PruneSensitivityBegun
+from yolo_compress.stages.file_types import AskedMs, PruneSensitivity, PruneSensitivityBegun
 from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 

@@ -20,7 +20,7 @@ from yolo_compress.progress import bar, say
 from yolo_compress.prune import masks
 from yolo_compress.prune.cost import conv_macs, parameters
 from yolo_compress.recipe.recipe import TrainConfig
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.stages import Job
 from yolo_compress.stages.metrics import ModelMetrics, Validated
 from yolo_compress.train import checkpoint, trainer

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_published
 from yolo_compress.evaluate.rows import (
     Accuracy,
     BenchRow,
@@ -38,7 +38,7 @@ from yolo_compress.recipe.recipe import BenchConfig
 from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles

@@ -15,7 +15,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.checks import SAME_NET
 from yolo_compress.recipe.knobs import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
-from yolo_compress.stages import Job, _source
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._inverted_images import inverted_samples
 from yolo_compress.stages._training import CLASS_GAIN, finish, fit, model_of
 from yolo_compress.stages.metrics import DistillMetrics, of_model
@@ -56,12 +56,12 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that the teacher can teach the student. The recipe's initial models stand for both.
 
     Raises:
-        RecipeError: See `_source.start`, `Teach` and `checkpoint.load_model`.
+        RecipeError: See `_load_or_train.start`, `Teach` and `checkpoint.load_model`.
     """
     assert recipe.distill is not None
     config, seed = recipe.distill, recipe.run.seed
-    student = _source.start(recipe.baseline, dataset, seed, "baseline")
-    teacher = _source.start(
+    student = _load_or_train.start(recipe.baseline, dataset, seed, "baseline")
+    teacher = _load_or_train.start(
         recipe.teacher or recipe.baseline, dataset, seed, "teacher" if recipe.teacher else "baseline"
     )
     teaching(config, teacher).on_model(student)

@@ -12,8 +12,8 @@ from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.evaluate.backend_difference import max_abs_difference
+from yolo_compress.evaluate.exported_files import check_nms
 from yolo_compress.evaluate.layer_difference import MAX_ROUNDINGS, first_bad_layer
-from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
@@ -31,7 +31,7 @@ from yolo_compress.recipe.recipe import ExportConfig, Recipe
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
-from yolo_compress.stages import Job, _source
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
 from yolo_compress.store.manifest import Artifact
@@ -71,7 +71,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         check_calibration(recipe, dataset, "export")
         if recipe.export.torchscript:
             find_engine()
-        model = _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         acts = {
             repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)
         }

@@ -24,7 +24,7 @@ from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
-from yolo_compress.stages import Job, _prune_plan, _source
+from yolo_compress.stages import Job, _load_or_train, _prune_plan
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
@@ -56,7 +56,9 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     check_calibration(recipe, dataset, "prune")
     if recipe.prune.kind == "channel":
         _prune_plan.check(
-            recipe.prune, _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.data.imgsz_hw
+            recipe.prune,
+            _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline"),
+            recipe.data.imgsz_hw,
         )
 
 

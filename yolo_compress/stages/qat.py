@@ -20,11 +20,11 @@ from yolo_compress.quant.fakequant import FakeQuant, attach, check_installed
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState
 from yolo_compress.recipe.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, _float_cost, _source, load_progress
+from yolo_compress.stages import Job, _float_cost, _load_or_train, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
-from yolo_compress.stages.files import QatSensitivity
+from yolo_compress.stages.file_types import QatSensitivity
 from yolo_compress.stages.metrics import QatMetrics, Sensitive
 from yolo_compress.train.hook import TrainHook
 
@@ -89,7 +89,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     baseline, because the pruned model does not exist yet; pruning does not rename groups.
 
     Raises:
-        RecipeError: See `quant.plan.plan` and `_source.start`.
+        RecipeError: See `quant.plan.plan` and `_load_or_train.start`.
         DataError: See `check_calibration`.
         EnvironmentLacks: See `_float_cost.check` and `fakequant.check_installed`.
     """
@@ -97,7 +97,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     check_calibration(recipe, dataset, "qat")
     check_installed()
     _float_cost.check(recipe.qat.sensitivity_price)
-    plan(_source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
+    plan(_load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
 
 def _sensitivity(

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.evaluate.ab.schema import AB, Side
 from yolo_compress.files.atomic import atomic_write
-from yolo_compress.report import devices, evidence, numbers
+from yolo_compress.report import devices, measurements, numbers
 from yolo_compress.report.as_text import render_text
 from yolo_compress.report.bench_rows import label, peer_row, with_ids
 from yolo_compress.report.charts.gallery import Item
@@ -49,9 +49,9 @@ class Metrics(TypedDict):
 def run(job: Job) -> Metrics:
     """Write report.html, report.md and report.json, and ab.json if there is an A/B comparison."""
     bench = job.inputs["bench"]
-    rows, chain = evidence.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
+    rows, chain = measurements.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
     ab = _ab(job, rows)
-    rows = evidence.with_ab_intervals(rows, ab)
+    rows = measurements.with_ab_intervals(rows, ab)
     qat = job.inputs["qat"] if _own(job, "qat") else None
     found = Findings(
         recipe=job.recipe.name,
@@ -62,15 +62,15 @@ def run(job: Job) -> Metrics:
         chain=chain,
         data=_data(job),
         ab=ab,
-        errors=evidence.error_types(job, rows),
-        latency_quantiles=evidence.latency_quantiles(bench),
+        errors=measurements.error_types(job, rows),
+        latency_quantiles=measurements.latency_quantiles(bench),
         gammas=_gammas(job),
         channels=_prune_file(job, "channels.json"),
         flops=_prune_file(job, "flops.json"),
         sensitivity=_prune_file(job, "sensitivity.json"),
         recovery=_recovery(job),
-        quantisation=evidence.quantisation(qat) if qat else None,
-        placement=evidence.placement(qat) if qat else (),
+        quantisation=measurements.quantisation(qat) if qat else None,
+        placement=measurements.placement(qat) if qat else (),
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={shlex.quote(job.recipe.name)}"},
         not_tested=_not_tested(job, rows),
@@ -94,7 +94,7 @@ def _written(job: Job, document: Document) -> Metrics:
 
 def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
     """Compare the baseline in FP32 (model A) with the worst row of the gate (model B). Return None if either is missing."""
-    both = evidence.compared_rows(rows, job.config.min_retention)
+    both = measurements.compared_rows(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
     baseline, compressed = both
@@ -102,9 +102,9 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
     latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
     latency_a, latency_b = (latency[row["id"]] for row in pair) if pair else (None, None)
     document = compare(
-        evidence.truths(job),
-        evidence.detections(job, baseline),
-        evidence.detections(job, compressed),
+        measurements.truths(job),
+        measurements.detections(job, baseline),
+        measurements.detections(job, compressed),
         job.dataset.names,
         margin=job.config.ab_margin,
         conf=job.config.conf,
@@ -232,10 +232,10 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
 
 def _gallery(job: Job, document: Document) -> list[Item]:
     """Return the images of the gallery: up to `report.images` in each section of `image_choice.SECTIONS`."""
-    both = evidence.compared_rows(document["rows"], job.config.min_retention)
+    both = measurements.compared_rows(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []
-    first, second = (evidence.detections(job, row) for row in both)
+    first, second = (measurements.detections(job, row) for row in both)
     flips = document["ab"]["flips"] if document["ab"] else ()
     return [
         Item(

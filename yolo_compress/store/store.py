@@ -42,7 +42,7 @@ from yolo_compress.store.publication import commit, complete, publishing, seal
 class Store:
     """The store of all stage results (artefacts): a folder `root/store`, and links `root/<recipe>/<stage>` into it.
 
-    Publishing and garbage collection (`collect.gc`) need `lock`; finding and verifying do not. Every method raises
+    Publishing and garbage collection (`garbage.gc`) need `lock`; finding and verifying do not. Every method raises
     `StorageError` if the file system reports an error.
     """
 

@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.bundle.network_io import Network, read, require
 from yolo_compress.errors import RecipeError
-from yolo_compress.evaluate.published import literal
-from yolo_compress.runtime.limits import MAX_DET
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.evaluate.exported_files import literal
+from yolo_compress.runtime.max_detections import MAX_DET
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"

@@ -13,7 +13,7 @@ from typing import Any
 
 from yolo_compress.bundle.network_io import Network, Tensor, read, require
 from yolo_compress.runtime.backends.base import sha256_file
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 REPOSITORY = "triton/model_repository"
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"

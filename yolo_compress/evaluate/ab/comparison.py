@@ -15,7 +15,7 @@ from yolo_compress.evaluate.ab.latency_ratio import Rounds, latency_ratio
 from yolo_compress.evaluate.ab.operating_point import IOU, operating
 from yolo_compress.evaluate.ab.schema import AB, ABVerdict, Difference, Part, Side, Total
 from yolo_compress.evaluate.bootstrap import Replicates, interval, over_classes, replicate, resamples
-from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.max_detections import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import AREAS, match, precision
 
 SCHEMA = 1

@@ -22,7 +22,7 @@ from .. import registry
 from ..backends.base import Backend, load_info, sha256_file
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
-from ..detect.sources import Picture
+from ..detect.sources import SourceImage
 from ..detect.stream import open_pipeline
 from ..engine import BACKENDS, open_engine
 from ..errors import NotFinite, SourceError
@@ -31,24 +31,10 @@ from ..measure.groundtruth import Labelled, absolute, coco_file, image_set, yolo
 from ..measure.interleaved import measure_in_turn
 from ..measure.latency import measure, percentiles
 from ..measure.messages import Measured, Percentiles, Spec
-from ..secure.seal import written
+from ..secure.signed_manifest import written
 from .build import choose_runtimes
-from .common import (
-    ENGINES,
-    HERE,
-    Bundle,
-    BundleId,
-    Parser,
-    answer,
-    built_engines,
-    engine_folder,
-    guarded,
-    opened,
-    outside,
-    positive,
-    say,
-    seconds,
-)
+from .bundle import ENGINES, HERE, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
+from .command_line import Parser, answer, positive, run_command, say, seconds
 
 SCHEMA = 1
 OUT = "device.json"
@@ -205,7 +191,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         parser.error(f"--latency-table times models in float: --engine one of {', '.join(floats)} expected")
 
     def action() -> int:
-        bundle = opened(directory)
+        bundle = open_bundle(directory)
         if options.latency_table is not None:
             return _latency_table(options)
         out = outside(bundle, options.out or directory / OUT, "--out")
@@ -225,7 +211,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         answer(json.dumps({"device": str(out), "golden": document["golden"]}))
         return 0 if document["golden"]["passed"] else 1
 
-    return guarded(action)
+    return run_command(action)
 
 
 def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
@@ -305,7 +291,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
         SourceError: an image cannot be read, or no image has a labelled box.
         NotFinite: the output for an image holds NaN or infinity.
     """
-    from ..limits import counted
+    from ..max_detections import counted
     from ..measure.coco_map import mean_ap as coco_mean_ap
 
     detector, truths, found = Detector(engine, max_det=bundle.max_det), [], []
@@ -365,7 +351,7 @@ def throughput(
     def pictures() -> Any:
         number = 0
         while time.perf_counter() < stop[0]:
-            yield Picture(str(number), partial(np.asarray, images[number % len(images)]))
+            yield SourceImage(str(number), partial(np.asarray, images[number % len(images)]))
             number += 1
 
     with open_pipeline(folder) as pipeline:

@@ -22,8 +22,9 @@ from ..engine import BACKENDS
 from ..errors import EngineError, RuntimeUnavailable, naming
 from ..measure import jetson
 from ..secure import built_here
-from ..secure.seal import BundleRefused, written
-from .common import ENGINES, HERE, Bundle, Parser, answer, guarded, opened, outside, positive, say, trusted
+from ..secure.signed_manifest import BundleRefused, written
+from .bundle import ENGINES, HERE, Bundle, open_bundle, outside, trusted
+from .command_line import Parser, answer, positive, run_command, say
 
 BUILT = "build.json"
 
@@ -63,7 +64,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     options = parser.parse_args(argv)
 
     def action() -> int:
-        bundle = opened(directory)
+        bundle = open_bundle(directory)
         rows = build(
             bundle,
             outside(bundle, options.out or directory / ENGINES, "--out"),
@@ -76,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         answer(json.dumps({"bundle": bundle.about(), "engines": rows}))
         return 0
 
-    return guarded(action)
+    return run_command(action)
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, TypedDict
 
 from ..errors import EngineError, RuntimeFailure
-from ..secure.seal import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
+from ..secure.signed_manifest import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from ..secure.slots import NAMES, ROOT, ROOT_VARIABLE, Mark, Slots
 from ..secure.unpack import unpack
-from .common import Parser, answer, guarded, mapping
+from .bundle import mapping
+from .command_line import Parser, answer, run_command
 
 BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large model takes an hour on a small Jetson
 
@@ -242,4 +243,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         answer(json.dumps(result))
         return 0
 
-    return guarded(action)
+    return run_command(action)

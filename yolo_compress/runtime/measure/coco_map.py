@@ -11,7 +11,7 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 
-from ..limits import MAX_DETECTIONS
+from ..max_detections import MAX_DETECTIONS
 
 IOUS_T = np.linspace(0.5, 0.95, 10)
 RECALLS_R = np.linspace(0.0, 1.0, 101)

@@ -105,7 +105,7 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
     """Compare an engine's detections in the golden images with the expected ones, and return the result.
 
     Args:
-        bundle: directory of a bundle that `seal.verify` accepted.
+        bundle: directory of a bundle that `signed_manifest.verify` accepted.
         backend: an opened engine. It is not closed.
         runtime, library: runtime of the engine, and version of the engine library.
 

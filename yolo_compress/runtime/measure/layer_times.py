@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import json_text
 from ..backends.base import PRECISIONS
-from ..commands.common import Parser, answer, guarded
+from ..commands.command_line import Parser, answer, run_command
 from ..engine import BACKENDS, open_engine
 from ..errors import EngineError
 from .device import DeviceState, device_state
@@ -199,7 +199,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
-    return guarded(
+    return run_command(
         lambda: answer(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
     )
 

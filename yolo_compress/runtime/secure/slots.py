@@ -24,7 +24,7 @@ from typing import Any, Dict, Iterator, Optional, TypedDict, Union
 
 from .. import json_text
 from ..errors import EngineError, RuntimeFailure
-from .seal import BundleRefused, Manifest, written
+from .signed_manifest import BundleRefused, Manifest, written
 
 ROOT = "/var/lib/yolo_compress"  # default; the variable below or --root override it
 ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"

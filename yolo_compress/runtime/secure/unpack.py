@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Set, Tuple
 
 from ..errors import naming
-from .seal import MADE_HERE, MANIFEST, BundleRefused
+from .signed_manifest import MADE_HERE, MANIFEST, BundleRefused
 
 MAX_BYTES = 2 << 30  # sum of all files; a YOLOv8x in three precisions takes 0.5 GiB
 MAX_FILES = 10000
@@ -98,7 +98,7 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
 def _of_folder(bundle: Path) -> Iterator[_Member]:
     """Yield the plain files of a bundle that is a folder, except files that the robot's commands write (`MADE_HERE`).
 
-    `seal.verify` checks the other files.
+    `signed_manifest.verify` checks the other files.
     """
     waiting = [""]
     while waiting:

@@ -52,7 +52,7 @@ class GoldenAbout(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """Description of a bundle by `yolo-compress bundle`. `commands.common.opened` checks the values that commands use."""
+    """Description of a bundle by `yolo-compress bundle`. `commands.bundle.open_bundle` checks the values that commands use."""
 
     name: str  # name of the recipe
     target: str  # system that the bundle is for: "plain", "triton", ...

@@ -1,7 +1,7 @@
 """Evaluate exported files for which no engine can be built on this machine, so that every file for a robot has an accuracy.
 
 ONNX Runtime with its optimiser off executes a Q/DQ graph node by node. This is the arithmetic that `quant.fakequant` trains
-(tests/unit/export/test_published.py). Rounding inside the fused kernels of an engine is not simulated.
+(tests/unit/export/test_exported_files.py). Rounding inside the fused kernels of an engine is not simulated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.backends.ort import OrtBackend, open_session
 from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.limits import MAX_DET
+from yolo_compress.runtime.max_detections import MAX_DET
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.runtime.measure.golden import difference
 from yolo_compress.runtime.registry import int8_file

@@ -28,7 +28,7 @@ from yolo_compress.report.schema import (
     StageFigures,
     Tensor,
 )
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.store.manifest import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage

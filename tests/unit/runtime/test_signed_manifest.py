@@ -16,8 +16,8 @@ import pytest
 
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure import seal as sealed
-from yolo_compress.runtime.secure.seal import MANIFEST, SIGNATURE, BundleRefused, pinned_key, seal, verify
+from yolo_compress.runtime.secure import signed_manifest as sealed
+from yolo_compress.runtime.secure.signed_manifest import MANIFEST, SIGNATURE, BundleRefused, pinned_key, seal, verify
 
 SEED, OTHER = bytes(range(32)), bytes(32)
 ROOT = Path(__file__).resolve().parents[3]
@@ -244,7 +244,7 @@ def test_a_key_that_cannot_be_reached_does_not_read_as_no_key(tmp_path: Path, mo
 def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'yolo_compress')!r})\n"
-        f"from runtime.secure.seal import verify\nverify({str(bundle)!r})\n"
+        f"from runtime.secure.signed_manifest import verify\nverify({str(bundle)!r})\n"
         "print(sorted({'numpy', 'onnxruntime', 'openvino', 'tensorrt', 'pickle', 'ctypes'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 from yolo_compress.errors import CompressError, CorruptArtifact
-from yolo_compress.evaluate.published import For, check_nms, made_for, open_published
+from yolo_compress.evaluate.exported_files import For, check_nms, made_for, open_published
 from yolo_compress.export.calibration_cache import CACHE, IMPLICIT, read_cache, write_explicit, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
