@@ -1,8 +1,9 @@
 """Golden images for the self-test of a bundle: validation images, expected detections, and tolerances.
 
-The expected detections are those of each engine on the machine that makes the bundle. If the runtime of an INT8 file is not installed
-there, the file is executed node by node instead. The tolerance for another runtime or arithmetic is twice the difference between the
-engines on that machine, measured on up to 32 images. `golden.json` has the measured differences too.
+Each engine of the compressed model makes its own expected detections, on the machine that makes the bundle. If the runtime of an
+INT8 file is not installed there, the ONNX file is executed node by node. A robot may use another runtime or arithmetic. So the
+tolerance is twice the difference between the engines on that machine, measured on up to 32 images. `golden.json` also has the
+measured differences.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Detections = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
-    """Write the golden images and `golden.json` into `folder`. Return the entry for the manifest that summarises them.
+    """Write the golden images and `golden.json` into `folder`. Return a summary of both for the manifest.
 
     Args:
         folder: Folder to make.
@@ -138,7 +139,7 @@ def _detected(
 def confidence(found: Detections, count: int) -> float:
     """Return the score threshold of the golden self-test.
 
-    The threshold is 0.25, or lower for a model with low scores: then it is the `count`-th highest score, or the lowest score if
+    The threshold is 0.25. For a model with lower scores, the threshold is the `count`-th highest score, or the lowest score if
     there are fewer boxes.
     """
     scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
@@ -153,7 +154,7 @@ def tolerate(
     Args:
         found: Detections with a score of at least `FLOOR` x `conf`, by `runtime-precision`: one array N6 for each image.
         conf: Score threshold of the self-test.
-        boxes: Number of boxes above `conf` in the golden images. `unmatched` is a share of it.
+        boxes: Number of boxes above `conf` in the golden images. The tolerance `unmatched` is a fraction of this number.
     """
     precisions = {key: key.rpartition("-")[2] for key in found}
     tolerances: dict[str, Tolerance] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
@@ -178,7 +179,7 @@ def tolerate(
 
 
 def _share(one: Difference) -> float:
-    """Return the fraction of the boxes that the other engine did not detect (boxes without a partner)."""
+    """Return the fraction of boxes without a partner: boxes that only one of the two engines detected."""
     return one.unmatched / max(one.unmatched + one.compared, 1)
 
 
@@ -194,7 +195,7 @@ def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
 
 
 def _chosen(found: Detections, conf: float, count: int) -> list[int]:
-    """Return the indices of `count` images: evenly spaced images with a box, then images without one if there are too few."""
+    """Return the indices of `count` images. Images with a box come first, evenly spaced. Images without a box fill the rest."""
     seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
     others = [i for i in range(len(found)) if i not in seen]
     return sorted(_spread(seen, count) + _spread(others, max(count - len(seen), 0)))

@@ -1,4 +1,4 @@
-"""Keys for the signature of a bundle: a private key (seed) that stays on the user's machine, and a public key that a robot trusts."""
+"""Keys for the signature of a bundle. The private key (seed) stays on the user's machine. A robot trusts the public key."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def read_seed(path: Path) -> bytes:
     """Return the 32 bytes of a private key that `keygen` wrote. Warn if other users have access to the file.
 
     Raises:
-        RecipeError: The file does not exist, or is no private key.
+        RecipeError: The file does not exist, or is not a private key.
     """
     try:
         text = path.read_text(encoding="ascii").strip()

@@ -1,8 +1,9 @@
 """DeepStream: ONNX files with the output layout of DeepStream-Yolo's parser, and the configuration of nvinfer.
 
-`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6] for
-each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes, or three
-outputs, and would draw wrong boxes. Our models have [4 + nc, A], so a few nodes are added at the end of the FP32 and INT8 files.
+`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6]
+for each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes,
+or three outputs. They would draw wrong boxes. Models of this package output [4 + nc, A]. So a few nodes are added at the end of the
+FP32 and INT8 files.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _dims(tensor: Tensor, batch: int) -> list[str]:
 
 
 def check(directory: Path, network: Network, about: Versioned) -> None:
-    """Read the configuration back. Compare it with the ONNX file in the repository, and that file with the model.
+    """Read the configuration back, and compare it with the ONNX file in the repository. Also compare this file with the model.
 
     Raises:
         RecipeError: A value differs.
@@ -99,7 +99,7 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
 
 
 def parse_pbtxt(text: str) -> dict[str, list[Any]]:
-    """Parse protobuf text, as far as `_CONFIG` uses the format. The value of every field is a list; a message is a dict."""
+    """Parse the part of the protobuf text format that `_CONFIG` uses. The value of every field is a list. A message is a dict."""
     words = re.findall(r'"[^"\n]*"|[A-Za-z0-9_.-]+|[{}\[\],:]', re.sub(r"(?m)#.*$", "", text))
 
     def message(end: str | None) -> dict[str, list[Any]]:
