@@ -33,7 +33,7 @@ LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `ab`. If `imgsz` is None, the image size is that of the engine or bench."""
+    """Options of one call of `ab`. If `imgsz` is None, the engine or bench sets the image size."""
 
     a: str
     b: str
@@ -100,7 +100,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(chosen: Settings) -> AB:
-    """Compare both models, and return the result as made by `evaluate.ab.comparison`. If `out` is given, write it there too.
+    """Compare both models, and return the A/B document. If `out` is given, also write the document to that file.
 
     Raises:
         RecipeError: Classes, sizes or image sets differ, or `a` or `b` is not a model.

@@ -98,7 +98,7 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
 
 
 def run(asked: Order) -> dict[str, Any]:
-    """Inspect data, checkpoints and machine, and write the recipe file.
+    """Inspect the data, the checkpoints and the machine, and write the recipe file.
 
     Returns:
         `recipe` (the file), `text` (its content), `minutes` (estimate by stage) and `next` (commands).

@@ -9,12 +9,12 @@ from ..recipe import auto_values
 
 @dataclass(frozen=True)
 class Target:
-    """A device class that the engine will run on, and the settings that follow from it.
+    """A class of devices that can run the engine, and the settings for this class.
 
     Attributes:
         title: Name of the device class in the first line of the recipe.
-        round_to: Channel counts are multiples of this number; with the reason.
-        weight_bits: Value of `qat.weight_bits`; with the reason.
+        round_to: Number of which all channel counts are multiples, and the reason.
+        weight_bits: Value of `qat.weight_bits`, and the reason.
         smallest_px: Smallest input size of the model, px. Smaller inputs hardly save time on this device.
         after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.
     """

@@ -1,4 +1,4 @@
-"""`yolo-compress keygen`: a private key that signs bundles, and the public key that robots check with."""
+"""`yolo-compress keygen`: write a private key, which signs bundles, and its public key, with which robots check them."""
 
 from __future__ import annotations
 

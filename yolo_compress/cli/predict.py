@@ -30,7 +30,7 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses."""
+    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses it."""
 
     source: str
     engine: Path
@@ -157,7 +157,7 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 
 def complain(summary: Mapping[str, Any]) -> None:
-    """Raise DataError if the summary counts unreadable images. Results of the other images are already written."""
+    """Raise DataError if the summary counts unreadable images. The results of all readable images are already written."""
     if summary["unreadable"]:
         read = summary["pictures"]
         raise DataError(
