@@ -19,7 +19,7 @@ VERSION = 1  # increase this number when data/images.py or runtime/measure/label
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size, times and inode of a file, which show whether the file changed. ctime also shows edits that restore the mtime."""
+    """Size, times and inode of a file. A change of the file changes one of them: an edit that restores the mtime changes the ctime."""
 
     size: int
     mtime_ns: int

@@ -91,7 +91,7 @@ def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
 
 
 class Record(TypedDict):
-    """Content of the file that records which scenes a folder has: parameters and SHA-256 of every file."""
+    """Content of the file that describes the scenes in a folder: the parameters, and the SHA-256 of every file."""
 
     parameters: dict[str, int]
     files: dict[str, str]  # path in the folder -> SHA-256, hex

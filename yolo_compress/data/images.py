@@ -22,7 +22,7 @@ MAX_PIXELS = 100_000_000  # 300 MB decoded; larger images are decompression bomb
 
 
 class Finding(ValueError):
-    """An image cannot be used. The message of this exception is the reason."""
+    """An image cannot be used. The message says why."""
 
 
 @contextmanager
