@@ -101,10 +101,11 @@ def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -
 
 
 def relation(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return how much student and teacher differ in the similarities between the images of a batch, as a mean squared difference.
+    """Return the mean squared difference between the image similarities of student and teacher.
 
-    The similarities are the Gram matrix over images with normalised rows (arXiv 1907.09682, equations 1 to 4). Student and teacher
-    may have different numbers of channels. For a batch of one image the loss is 0.
+    A similarity compares the feature maps of two images of the batch. All similarities of a model are a Gram matrix with normalised
+    rows (arXiv 1907.09682, equations 1 to 4). Student and teacher may have different numbers of channels. For a batch of one image
+    the loss is 0.
 
     Returns:
         Scalar, 0 for equal maps.

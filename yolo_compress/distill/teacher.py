@@ -1,4 +1,4 @@
-"""Teachers for distillation: a frozen model, a second model that is trained, too, or the student's own deeper layers."""
+"""Teachers for distillation: a frozen model, a model that is trained together with the student, or the student's deeper layers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Frozen(Source):
 
     With mixed precision, the teacher's convolutions are stored in half precision. This halves their memory and avoids casts in each
     step. The teacher's memory format is channels last, which is faster (`benchmarks/distillation.py steps`). If teacher and student
-    have equal weights, the teacher keeps the student's memory format: both then round alike, and all loss terms are exactly 0.
+    have equal weights, the teacher has the student's memory format. Both then round alike, so all loss terms are exactly 0.
     """
 
     def __init__(self, net: nn.Module) -> None:
