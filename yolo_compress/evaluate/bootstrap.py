@@ -1,4 +1,4 @@
-"""Paired bootstrap over images (Efron 1979): mAP of two models on many resamples of the images, the same for both models.
+"""Paired bootstrap over images (Efron 1979): the mAP of two models on many resamples of the images. Both models share the resamples.
 
 A replicate draws as many images as there are, with replacement, so image i counts w_i times. Matching is done within an image, so
 a replicate is COCO's AP with each detection and ground-truth box of image i counted w_i times. The detections are sorted only once.
@@ -100,9 +100,10 @@ class _Threshold:
 
     Attributes:
         image_E: image of each detection.
-        place_E: number of detections in `_Part.image_D` up to and including this detection.
+        place_E: number of detections in `_Part.image_D` up to this detection, including it.
         right_E: whether each detection is right. None: all are right.
-        change_E: correction to the number of detections that count, relative to `_Part.image_D`. None: no correction.
+        change_E: 1 if the detection counts only at this threshold, -1 if it counts only at the highest one, else 0. None: all are
+            0.
     """
 
     image_E: np.ndarray

@@ -1,4 +1,4 @@
-"""Evaluate exported files for which no engine can be built on this machine, so that every file for a robot has an accuracy.
+"""Evaluate exported files from which no engine can be built on this machine. Every file for a robot then has an accuracy.
 
 ONNX Runtime with its optimiser off executes a Q/DQ graph node by node. This is the arithmetic that `quant.fakequant` trains
 (tests/unit/export/test_exported_files.py). Rounding inside the fused kernels of an engine is not simulated.
@@ -112,7 +112,7 @@ class Simulated(OrtBackend):
 
 
 def open_published(file: Path, precision: str, scratch: Path) -> Backend:
-    """Return a backend that evaluates an exported file for which no engine can be built here.
+    """Return a backend for an exported file from which no engine can be built on this machine.
 
     Args:
         file: A file for which `made_for` is not None.

@@ -41,7 +41,7 @@ def kept(file: Path, images: int) -> list[np.ndarray]:
 
     Args:
         file: file that `keep` wrote.
-        images: number of images, including those without detections.
+        images: number of all images, with and without detections.
 
     Raises:
         CorruptArtifact: the table is malformed, or has an image index of `images` or more.

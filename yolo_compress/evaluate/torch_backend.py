@@ -94,7 +94,7 @@ class TorchBackend:
         return output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """Return a function that runs one inference on these images, which are already on the device, and waits for the GPU."""
+        """Copy the images to the device. Return a function that runs one inference on them and waits for the GPU."""
         images = self._tensor(images_BCHW)
 
         def run() -> None:

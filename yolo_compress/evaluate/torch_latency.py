@@ -26,7 +26,7 @@ MODULE = "yolo_compress.evaluate.torch_latency"
 
 
 class TorchSpec(Spec, total=False):
-    """What to measure, for a torch module in place of an engine: `messages.Spec` with the file of the pickled module."""
+    """Request to measure a torch module: `messages.Spec` with the file of the pickled module in place of an engine."""
 
     checkpoint: str  # file with the pickled module
     sha256: str  # SHA-256 of that file, hex

@@ -1,8 +1,8 @@
-"""One model of an A/B comparison: an engine, an ONNX file or a checkpoint that is run now, or a row that `bench` measured earlier.
+"""One model of an A/B comparison. An engine, ONNX file or checkpoint is run now. A row of `bench` was measured earlier.
 
-Each class here has `label` (the text on the command line), `imgsz` (height and width in px; None: any), `runs` (whether inference is
-run), and the method `detections(data, imgsz, progress)`. The method returns one N6 array for each image of `data.val`, and the
-executed arithmetic as text. The method raises RecipeError if classes, size or images differ from the data set.
+Each class has the attributes `label` (the text on the command line), `imgsz` (height and width in px; None: any) and `runs`
+(whether inference is run). Its method `detections(data, imgsz, progress)` returns one N6 array for each image of `data.val`, and
+the executed arithmetic as text. The method raises RecipeError if classes, size or images differ from the data set.
 """
 
 from __future__ import annotations
