@@ -51,8 +51,8 @@ def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
 def storage_error(error: BaseException, path: Path, action: str = "write") -> StorageError | None:
     """Return a `StorageError` if the cause of an error is the file system, else None.
 
-    The message has the path, the reason and, on a full disk, the free space. Libraries (torch, ONNX, OpenVINO, numpy) raise
-    other errors for a failed write. Such an error counts if the disk of `path` is full now.
+    The message has the path, the reason and, on a full disk, the free space. Libraries (torch, ONNX, OpenVINO, numpy) raise other
+    errors for a failed write. They become a `StorageError` if the disk of `path` is full now.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(_explain(error, path, action))

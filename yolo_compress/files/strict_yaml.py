@@ -162,7 +162,7 @@ class _Composer(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML writer that quotes text which `resolve` would read as another type. PyYAML itself quotes only by YAML 1.1."""
+    """YAML writer with quotes around text that `resolve` would otherwise read as another type. PyYAML itself follows YAML 1.1."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
