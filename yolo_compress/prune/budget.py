@@ -1,6 +1,6 @@
-"""Choose which channels a pruned model keeps: the most important ones whose cost meets a budget.
+"""Choose the channels of a pruned model: as many of the most important channels as a budget allows.
 
-In this file a tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block.
+In this file a tie is a set of channel groups that must keep equal numbers of channels. An example is the two halves of a C2f block.
 A price is a function that computes the cost of a model: MACs, parameters or ms (`cost.Price`).
 """
 
@@ -138,7 +138,7 @@ def choose(
         groups: `graph.prunable(model)`.
         scores: Group name -> `importance_C`.
         budget: Limit for the cost of the pruned model.
-        round_to: A power of two. If the width of a group is a multiple of `round_to`, so is the new width.
+        round_to: A power of two. If the width of a group is a multiple of `round_to`, the new width is a multiple too.
         shapes: `cost.conv_shapes` of the model.
         floor: Minimum share of its channels that every group keeps. At least one block of each group stays.
         scope: Which channel groups are ranked together. `global` ranks all groups together and `local` ranks each group alone.

@@ -43,7 +43,7 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
         sparsity: Share of the weights to set to zero, in (0, 1).
         scope: `local` sets this share of each convolution's weights to zero. `global` ranks the weights of all convolutions
             together, by the LAMP score (Lee et al., arXiv 2010.07611, equation 1): w^2 divided by the sum of w^2 over all weights
-            of the convolution that are not smaller. |w| itself is not comparable between layers, since a BatchNorm cancels the
+            of the convolution that are not smaller. A ranking by |w| would not compare layers fairly, since a BatchNorm cancels the
             magnitude of the weights before it. `benchmarks/sparsity.py` compares both scopes.
 
     Raises:
@@ -111,7 +111,7 @@ class HoldZeros(TrainHook):
 
     The hook sets the gradients of these weights to zero before each optimizer step. SGD and Adam change a weight only by its
     gradients and by weight decay, which is a multiple of the weight. Both are zero. The EMA and the INT8 value of the weight are
-    therefore zero, too.
+    therefore also zero.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ def _mask_of_largest(values_N: Tensor, share: float) -> Tensor:
 
 
 def _lamp(magnitudes: Tensor) -> Tensor:
-    """Return the LAMP score of each weight, flattened: its square divided by the sum of squares of all weights not smaller than it.
+    """Return the LAMP score of each weight, flattened: its square divided by the sum of squares of all weights that are not smaller.
 
     The largest weight of a layer has the score 1, so no layer loses all its weights.
     """

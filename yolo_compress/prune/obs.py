@@ -55,7 +55,7 @@ def obs(evidence: Evidence, group: Group) -> Tensor:
 
     Channels are removed one at a time. Each step removes the channel for which the others compensate best (Hassibi and Stork 1993
     for weights; ZipLM, Kurtic et al., arXiv 2302.04089, algorithm 1, for channels). The score of a channel is the total error when
-    it is removed, relative to the variance of the output and summed over all convolutions that read the group.
+    it is removed. The error is relative to the variance of the output, and summed over all convolutions that read the group.
 
     The error grows with every removed channel, so redundant layers lose channels first. Errors are comparable between layers. The
     scores predict the error after `reconstruct.reconstruct`, so use this criterion together with reconstruction.

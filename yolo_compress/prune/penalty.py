@@ -63,7 +63,7 @@ class L1(Penalty):
 
 
 class Polarization(Penalty):
-    """L1 penalty on the gammas of weak channels only: those below the mean of their group. Strong channels have no penalty.
+    """L1 penalty on the gammas of weak channels only. A channel is weak if its strength is below the mean of its group.
 
     The penalty is `sum_g s_g sum |gamma|` with the factor `s_g` of group g. The strength of a channel is the sum of its |gamma| over
     the BatchNorms of the group, as in the criterion `bn_gamma`.
@@ -101,8 +101,9 @@ class GroupLasso(Penalty):
     """Group lasso: penalises the L2 norm of all weights that are removed together with a channel.
 
     The penalty is `sum_g s_g sum_k n_gk`. `s_g` is the factor of group g and `n_gk` is the norm for channel k of this group. As in
-    the sparse training of DepGraph (arXiv 2301.12900), the norm contains the filters that write the channel, the slices of the
-    filters that read the channel, and its gammas, but no biases. All members of a group thus weaken the same channels.
+    the sparse training of DepGraph (arXiv 2301.12900), the norm is over three kinds of weights: filters that write the channel,
+    slices of filters that read the channel, and its gammas. Biases are left out. All members of a group thus weaken the same
+    channels.
 
     With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`. If all weights of the channel are 0, the
     derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel O that it writes and to the channel I
@@ -167,7 +168,7 @@ PENALTIES: Mapping[str, type[Penalty]] = {"l1": L1, "polarization": Polarization
 def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, float]:
     """Return group name -> factor that makes a penalty proportional to FLOPs, as in MorphNet (Gordon et al., arXiv 1711.06798).
 
-    The factor is the MACs that one channel of the group costs, divided by the mean over all channels. The MACs are those of the
+    The factor is the MACs that one channel of the group costs, divided by the mean over all channels. The MACs are counted in the
     model before training.
     """
     macs = channel_macs(model, groups, imgsz_hw)
