@@ -19,8 +19,7 @@ OWNER = ".recipe"
 def label(root: Path, recipe: Recipe) -> str:
     """Return the name of the recipe's folder: the name of the recipe, or that name and a hash of the file's path.
 
-    The hash is added if the folder belongs to another recipe file that still exists. So results of one recipe are never
-    shown as those of another.
+    The hash is added if the folder belongs to another recipe file that still exists. So two recipe files never share a folder.
     """
     if not recipe.source:
         return recipe.name

@@ -54,7 +54,7 @@ def device_value(value: Any) -> Any:
     """Return the device as text: the YAML number `0` becomes "0".
 
     Raises:
-        ValueError: The value is neither cpu nor a list of different CUDA indices.
+        ValueError: The value is not cpu, and not a list of different CUDA indices.
     """
     text = str(value) if type(value) is int else value
     indices = text.split(",") if isinstance(text, str) else []
@@ -64,7 +64,7 @@ def device_value(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list, or the command line's `fp32,int8`, as a tuple. Other values are returned as they are.
+    """Return a list, or the command line's `fp32,int8`, as a tuple. Other values are returned unchanged.
 
     Raises:
         ValueError: An item is repeated.

@@ -117,9 +117,9 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
         The recipe, checked as a whole. Data and weights are not read yet.
 
     Raises:
-        RecipeError: The recipe does not exist, is not strict YAML, or has an unknown key, a value out of range or
-            sections that cannot work together. The message has the file and line (or "command line"), the key, the
-            value and the allowed values.
+        RecipeError: The recipe does not exist or is not strict YAML. Or it has an unknown key, a value out of range, or sections
+            that cannot work together. The message has the file and line (or "command line"), the key, the value and the allowed
+            values.
         StorageError: The file exists but cannot be read.
     """
     document, name, source = _read(name_or_path)
@@ -129,7 +129,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
 
 
 def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Return the recipe of a parsed document. Overrides and errors are those of `load`.
+    """Return the recipe of a parsed document. For the overrides and errors see `load`.
 
     Raises:
         RecipeError: See `load`.

@@ -175,8 +175,8 @@ class TrainConfig(Section):
 class SourceConfig(TrainConfig):
     """Source of the teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
 
-    `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights.
-    The defaults of the training are those of Ultralytics.
+    `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights. The
+    training has the defaults of Ultralytics.
     """
 
     weights: Weights = None
@@ -599,7 +599,7 @@ class Sections(Section):
     """All sections of a recipe. This class checks each section by itself; `Recipe` also checks them together.
 
     Attributes:
-        name: Name of the recipe file; the links `weights/<name>/<stage>` lead to its artefacts.
+        name: Name of the recipe file. The links `weights/<name>/<stage>` lead to its artefacts.
         data, run, teacher, ...: One section each. A stage whose section is None is left out.
     """
 
