@@ -94,7 +94,7 @@ class _Latency(TypedDict):
 
 
 class _OnDevice(TypedDict, total=False):
-    """Further measurements of a device, null where it cannot measure them; absent for this machine."""
+    """Further measurements of a device. Null: the device cannot measure this. For this machine the keys are absent."""
 
     # Time from a decoded image to its detections, one image after another.
     end_to_end_p50_ms: float | None
@@ -116,13 +116,13 @@ class MeasuredBenchRow(_Accuracy, _Latency, _OnDevice):
 
 
 class UntimedBenchRow(_Accuracy):
-    """A file that no engine on this machine was built from. It has accuracy, but neither latency nor size."""
+    """A file that no engine on this machine was built from. It has an accuracy, but no latency and no size."""
 
     status: Literal["untimed"]
 
 
 class MissingBenchRow(_Subject):
-    """A requested measurement that failed or was not possible. A device writes the keys of its other rows too, as null."""
+    """A requested measurement that failed or was not possible. A device writes all keys of a measured row, with null as value."""
 
     status: Literal["missing"]
     executed: NotRequired[None]
@@ -309,7 +309,7 @@ _InFloat = TypedDict("_InFloat", {"float": float})  # noqa: UP013
 
 
 class QuantisationFile(_InFloat):
-    """Sensitivity to INT8, by `qat.sensitivity`, with one group of tensors in float at a time and all others in INT8.
+    """Sensitivity to INT8, by `qat.sensitivity`. One group of tensors at a time is in float, and all other groups are in INT8.
 
     The measure is mAP or the loss. The key `float` has the measure of the float model.
     """
@@ -390,7 +390,7 @@ class Reference(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """Name, classes, image counts and digests of the data set; null where unknown."""
+    """Name, classes, image counts and digests of the data set. Null means unknown."""
 
     yaml: str | None  # file name
     names: list[str]  # class names in the order of their index
