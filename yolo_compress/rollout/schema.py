@@ -25,7 +25,7 @@ class Verdict(TypedDict):
 
 
 class Evidence(TypedDict):
-    """Numbers of frames that the verdict is based on, and of lines that were left out."""
+    """Numbers of frames behind the verdict, and of lines that were left out."""
 
     paired: int  # frames that are in both logs
     used: int  # paired frames that belong to this stage and are far enough apart

@@ -56,7 +56,9 @@ class Log:
 
 
 def read(path: Path) -> Log:
-    """Read a shadow log. Lines may be out of order or repeated. A last line without a newline is still being written and ignored.
+    """Read a shadow log. Lines may be out of order or repeated.
+
+    A last line without a newline is ignored, because it is still being written.
 
     Raises:
         DataError: The log has no line, too many bad lines, or lines of two models.
@@ -165,7 +167,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Paired frames of models A and B in the order of A's time, the numbers of unpaired frames, and B's median lag in s."""
+    """Paired frames of models A and B in the order of A's time, numbers of unpaired frames, and the median lag of B in s."""
 
     frames: tuple[tuple[Frame, Frame], ...]
     alone_a: int
