@@ -1,8 +1,7 @@
-"""The `Backend` protocol that every engine implements, and `engine.json`, the file that describes an engine (its sidecar).
+"""The `Backend` protocol, which every engine implements, and the sidecar `engine.json`, which describes an engine.
 
-An engine directory holds the engine files and the sidecar. The sidecar states the SHA-256 of the ONNX file that the engine was
-built from, the version of the engine library, and the SHA-256 of each engine file. `load_info` checks the files before an engine
-library deserialises them.
+An engine directory holds the engine files and the sidecar. The sidecar states the SHA-256 of the source ONNX file, the version of
+the engine library, and the SHA-256 of each engine file. `load_info` checks the files before an engine library deserialises them.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Backend(Protocol):
         """
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """Return a function without arguments that runs one inference on these images and returns when it is done.
+        """Return a function without arguments. It runs one inference on these images, and returns when the inference is done.
 
         Latency is measured by calling this function. On a GPU, the function does not copy between host and device memory.
         """
@@ -95,8 +94,8 @@ class EngineBackend(Backend, Protocol):
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Return a dict from node name to time in ms: the minimum over `runs` profiled inferences.
 
-        The names are those of the engine library. The minimum is used because other processes can only make a node slower.
-        They may interrupt nearly every run at the same node: the median of a node of 2 ms was then 40 ms.
+        The engine library gives the names. The minimum is used because other processes can only make a node slower. They may
+        interrupt nearly every run at the same node. The median time of such a node was 40 ms instead of 2 ms.
         """
 
     def __enter__(self) -> "EngineBackend": ...
@@ -111,7 +110,7 @@ class EngineInfo:
         names: class names in the order of their index.
         onnx_sha256: SHA-256 of the ONNX file that the engine was built from.
         library: version of the engine library.
-        files: file name -> its size and SHA-256; empty for a bare ONNX file.
+        files: file name -> its size and SHA-256. Empty: a bare ONNX file.
         built_on: the machine that built the engine.
         options: build options.
     """
@@ -146,7 +145,7 @@ def describe_onnx(
     imgsz: Optional[Tuple[int, int]] = None,
     options: Optional[Options] = None,
 ) -> EngineInfo:
-    """Return the `EngineInfo` of an ONNX file from which an engine is built, or which is opened directly.
+    """Return the `EngineInfo` of an ONNX file, to build an engine from the file or to open it directly.
 
     If `names` or `imgsz` is None, the value is read from the metadata of the ONNX file.
 
@@ -242,12 +241,11 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
 def resolve(
     path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
 ) -> EngineInfo:
-    """Return the `EngineInfo` of an engine directory, after checking its files, or of an ONNX file that is opened directly.
+    """Check and return the `EngineInfo` of an engine directory, or of an ONNX file that is opened directly.
 
     Args:
         path: engine directory or ONNX file.
-        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
-            file; None: fp32.
+        precision: for a directory, the required precision (None: any). For an ONNX file, the precision of the file (None: fp32).
         library: version of the engine library.
         engine_files: files that the runtime will open. The sidecar must list each of them.
 
@@ -279,7 +277,7 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
 
 
 def check_channels(channels: Any, where: Path) -> int:
-    """Return the number of input channels; raise EngineError if it is neither 3 (RGB) nor 1 (grey)."""
+    """Return the number of input channels. Raise EngineError unless it is 3 (RGB) or 1 (grey)."""
     if channels not in (1, 3):
         raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
     return int(channels)

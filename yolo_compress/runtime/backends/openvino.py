@@ -40,9 +40,8 @@ class OpenVINOBackend:
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
-        threads: threads of one inference; None: one per usable processor.
-        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
-            file; None: fp32.
+        threads: threads of one inference. None: one per usable processor.
+        precision: for a directory, the required precision (None: any). For an ONNX file, the precision of the file (None: fp32).
 
     Raises:
         RuntimeUnavailable: the library is missing.
@@ -132,7 +131,7 @@ class OpenVINOBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this runtime needs: `form` of a `registry.Int8File`."""
+        """Return the kind of INT8 file that this runtime needs: the `form` of a `registry.Int8File`."""
         return "openvino"
 
     @staticmethod
@@ -154,7 +153,7 @@ class OpenVINOBackend:
     ) -> Dict[str, Path]:
         """Convert an ONNX file to OpenVINO's IR in the folder `out`. Return the written files by name.
 
-        `onnx` must be the export for `precision`. Weights are stored as float16 for fp16 only.
+        `onnx` must have been exported for `precision`. Only for fp16 are weights stored as float16.
 
         Raises:
             EngineError: OpenVINO cannot read the graph, or the precision is int8 and the graph has no quantisation.

@@ -78,7 +78,7 @@ class EndToEnd(TypedDict):
 
 
 class Alone(Percentiles):
-    """Latency of the engine alone, measured in a separate process."""
+    """Latency of the engine without pre- and postprocessing, measured in a separate process."""
 
     memory_mib: Optional[float]  # peak memory of that process
     threads: Optional[int]  # threads of one inference on a CPU
@@ -86,7 +86,7 @@ class Alone(Percentiles):
 
 
 class Power(TypedDict):
-    """Power draw; null without a power meter."""
+    """Power draw. Null: this machine has no power meter."""
 
     power_w: Optional[float]  # under the pipeline's full load
     energy_mj_per_frame: Optional[float]  # mJ per image under that load
@@ -151,10 +151,10 @@ class Plan(NamedTuple):
     """Settings of `bench.py`: images, number of calls, duration and threads.
 
     Attributes:
-        labelled: validation images with labels; None: do not measure mAP.
+        labelled: validation images with labels. None: do not measure mAP.
         iterations: timed calls per engine.
         power_s: duration of the power measurement, seconds.
-        threads: threads of one inference on a CPU; None: one per usable processor.
+        threads: threads of one inference on a CPU. None: one per usable processor.
     """
 
     labelled: Optional[List[Labelled]] = None
@@ -317,7 +317,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
 
 
 def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
-    """Return the digest of the labelled images: the one in the bundle if they are its validation images, else a computed one."""
+    """Return the digest of the labelled images. If they are the validation images of the bundle, this is the digest in the bundle."""
     content = image_set([(sha256_file(one.image), one.boxes) for one in labelled], bundle.names)
     known = bundle.manifest.get("val", {})
     return str(known.get("digest", content)) if content == known.get("content") else content
@@ -369,7 +369,7 @@ def throughput(
 def _latency(
     bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], engines: Sequence[_Opened]
 ) -> List[Alone]:
-    """Measure the latency and memory of each engine without pre- and postprocessing. Each has its own process; they take turns."""
+    """Measure the latency and memory of each engine without pre- and postprocessing. Engines have a process each, and take turns."""
     say(f"latency: {plan.iterations} calls per engine, in {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         file = os.path.join(scratch, "inputs.npy")

@@ -30,7 +30,7 @@ BUILT = "build.json"
 
 
 class BuildOptions(TypedDict, total=False):
-    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. If a value is None, TensorRT's default is used."""
+    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. None: TensorRT's default."""
 
     workspace_mib: Optional[int]
     timing_cache: Optional[Path]
@@ -192,7 +192,7 @@ def _has_timing_cache(runtime: str) -> bool:
 
 
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
-    """Return the library version of an engine if the engine is up to date, else None.
+    """Return the library version of an engine. None: the engine is not up to date.
 
     An engine is up to date if it is intact, trusted, and built from this ONNX file by the installed library version. If it runs on
     a GPU, it must also have been built on this GPU.

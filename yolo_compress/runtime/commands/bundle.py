@@ -37,8 +37,8 @@ class Bundle:
         names: class names in the order of their index.
         imgsz: height and width of the input, px.
         onnx: stem of an ONNX file ("fp32", "int8-openvino") -> path of the file below `directory`.
-        pinned: whether this machine has a pinned key: a public key that must have signed the bundle. If so, engines that came
-            with the bundle are refused.
+        pinned: whether this machine has a pinned key: the public key of the only accepted signer. If so, engines that came with the
+            bundle are refused.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class Bundle:
     pinned: bool = False
 
     def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Return the stem of the ONNX file for this precision and the installed version of this runtime; None if there is none."""
+        """Return the stem of the ONNX file for this precision and the installed version of this runtime. None: no file suits."""
         from ..engine import onnx_form
 
         return onnx_form(self.onnx, runtime, precision)
@@ -96,8 +96,8 @@ def max_det(manifest: About) -> int:
 def open_bundle(directory: Path) -> Bundle:
     """Verify a bundle and read its manifest. If this machine has a pinned key, the signature is checked with it.
 
-    If a key is pinned, a bundle outside the slots is refused in two cases: its name differs from that of the bundles in the slots,
-    or it is older than the newest version that ever ran there. A bundle in a slot may be older: that is a roll-back.
+    If a key is pinned, a bundle outside the slots is refused in two cases: its name differs from the bundles in the slots, or it is
+    older than the newest version that ever ran there. A bundle in a slot may be older, after a roll-back.
 
     Raises:
         BundleRefused: `signed_manifest.verify` refuses the bundle, or the manifest lacks a value that the commands need.
@@ -184,7 +184,7 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
 def trusted(bundle: Bundle, engine: Path) -> bool:
     """Return whether an engine may be opened.
 
-    The result is True if no key is pinned, if the engine lies in a slot, or if `build.py` recorded that it built the engine here.
+    The result is True if no key is pinned, if the engine lies in a slot, or if `build.py` recorded the engine as built here.
     """
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 
@@ -209,7 +209,7 @@ def in_slot(path: Path) -> bool:
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:
-    """Return the path after checking that it lies outside the bundle. A file added to a bundle makes its verification fail.
+    """Check that a path lies outside the bundle, and return it. After an added file, the bundle would fail its verification.
 
     Args:
         option: command-line option that gave the path, for the error.
@@ -227,7 +227,7 @@ def outside(bundle: Bundle, path: Path, option: str) -> Path:
 
 
 def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[str, object]:
-    """Return the JSON object under a key of the manifest; empty if the key is missing.
+    """Return the JSON object under a key of the manifest. If the key is missing, return an empty object.
 
     Args:
         where: path of the manifest, for the error.

@@ -29,7 +29,7 @@ def seconds(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of a command's options. If help cannot be printed, the command fails (argparse would exit with code 0)."""
+    """Parser of a command's options. If the help cannot be printed, the command fails. Plain argparse would exit with code 0."""
 
     def print_help(self, file: Any = None) -> None:
         code = run_command(lambda: answer(self.format_help().rstrip("\n")))
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(action: Callable[[], Optional[int]]) -> int:
-    """Run a command and return its exit code. An error is printed on stderr as one line and gives the exit code."""
+    """Run a command and return its exit code. An error is printed on stderr as one line, and decides the exit code."""
     try:
         return action() or 0
     except RuntimeFailure as error:

@@ -22,8 +22,8 @@ SHADOW_SCHEMA = 1
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Detect until the source ends or Ctrl-C is pressed, and return the exit code.
 
-    Exit code 3: an image could not be read, a camera was lost, or a video is truncated. 6: stdout or the shadow log could not
-    be written.
+    Exit code 3: an image could not be read, a camera was lost, or a video is truncated. Exit code 6: stdout or the shadow log could
+    not be written.
     """
     parser = Parser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")

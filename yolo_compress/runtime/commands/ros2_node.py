@@ -1,8 +1,8 @@
 """`python3 ros2_node.py`: a ROS 2 node that turns images into detections.
 
-It reads sensor_msgs/Image from `image` and publishes vision_msgs/Detection2DArray on `detections`, with boxes in px of the
-image. It needs ROS 2 Humble or later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (log file for
-rollout). It never ran on a robot; the tests use stand-ins for rclpy and the messages.
+It reads sensor_msgs/Image from `image` and publishes vision_msgs/Detection2DArray on `detections`, with boxes in px of the image.
+It needs ROS 2 Humble or later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (log file for rollout).
+It never ran on a robot. The tests use stand-ins for rclpy and the messages.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kin
 
     Args:
         names: class names in the order of their index.
-        header: header of the image; the result has the same time and frame.
+        header: header of the image, which becomes the header of the result.
         kinds: the module vision_msgs.msg.
     """
     array = kinds.Detection2DArray()

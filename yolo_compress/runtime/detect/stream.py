@@ -1,9 +1,8 @@
 """Pipeline for many images: decoding, letterbox, inference and NMS of different images run in parallel.
 
-A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections.
-The task borrows an idle engine for the inference. There are more tasks than engines, so the other tasks decode or run NMS
-meanwhile. On a CPU, several engines with few threads are faster than one engine with many threads, because a layer does not scale
-well over threads.
+A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections. The
+task borrows an idle engine for the inference. There are more tasks than engines: tasks without an engine decode or run NMS. On a
+CPU, several engines with few threads are faster than one engine with many, because a layer does not scale well over threads.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ class ImageDetections(NamedTuple):
 
     Attributes:
         name: name of the image.
-        image_HW3: uint8 RGB; None if it could not be read.
+        image_HW3: uint8 RGB. None: the image could not be read.
         detections_N6: xyxy in px of the image, score, class.
-        problem: the reason why the image could not be read, or None.
+        problem: the reason why the image could not be read. None: it was read.
         ms: time from reading the file (for a video: from the decoded frame) to the detections, milliseconds.
     """
 
@@ -96,7 +95,7 @@ class Pipeline:
 
     Args:
         opens: functions without arguments. Each opens one engine. All engines run in parallel.
-        conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a deployment.
+        conf, iou, max_det, multi_label: see `post.nms`. The defaults suit a deployment.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Pipeline:
             self._canvases.put(self._steps.blank())
 
     def __call__(self, images: Iterable[SourceImage]) -> Generator[ImageDetections, None, None]:
-        """Yield the result of each image in order. An error in a thread is raised in place of the image's result and ends the work.
+        """Yield the result of each image in order. An error in a thread is raised in place of the image's result, and ends the work.
 
         Raises:
             NotFinite: the output for an image holds NaN or infinity.

@@ -70,8 +70,8 @@ def match(
 ) -> Matches:
     """Match detections to ground-truth boxes as COCOeval does.
 
-    In each image and class, detections are processed by falling score. Each detection takes the ground-truth box with the highest
-    IoU among those that no earlier detection took.
+    In each image and class, detections are processed by falling score. Each detection takes the free ground-truth box with the
+    highest IoU. A box that an earlier detection took is not free.
 
     Args:
         truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) per image.
@@ -155,7 +155,7 @@ def _inside(boxes_N4: np.ndarray, areas: Sequence[str]) -> np.ndarray:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of boxes (..., 4) x, y, width, height, with broadcasting. The order of operations is that of pycocotools."""
+    """Return the IoU of boxes (..., 4) x, y, width, height, with broadcasting. The operations have the order of pycocotools."""
     width = np.minimum(a[..., 2] + a[..., 0], b[..., 2] + b[..., 0]) - np.maximum(a[..., 0], b[..., 0])
     height = np.minimum(a[..., 3] + a[..., 1], b[..., 3] + b[..., 1]) - np.maximum(a[..., 1], b[..., 1])
     over = (width > 0) & (height > 0)
@@ -230,7 +230,7 @@ def mean_ap(
         truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) in px per image.
         detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
         names: class names in the order of their index, all different.
-        most: limit of detections per class and image; the best count.
+        most: largest number of detections per class and image that count. The best are taken.
 
     Raises:
         ValueError: there is no ground truth, class names repeat, or `match` rejects the input.

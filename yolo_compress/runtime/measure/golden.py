@@ -1,9 +1,9 @@
 """The golden self-test: compare an engine's detections in a few real images with the expected detections in the bundle.
 
 The machine that made the bundle computed the expected detections with its own engines. `golden/golden.json` has the expected
-detections, the tolerances and how they were measured. The partner of a detection is the detection in the other set that has the same
-class and overlaps it most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score
-may be as low as `floor`, so a score near the threshold counts as a score difference, not as a missing box.
+detections, the tolerances and how they were measured. A detection and its partner in the other set have the same class and overlap
+most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score may be as low as
+`floor`. So a score near the threshold counts as a difference of scores, not as a missing box.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
     Args:
         bundle: directory of a bundle that `signed_manifest.verify` accepted.
         backend: an opened engine. It is not closed.
-        runtime, library: runtime of the engine, and version of the engine library.
+        runtime, library: runtime of the engine, and version of its library.
 
     Raises:
         EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
@@ -212,7 +212,7 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
 
 
 def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
-    """Return the figures that exceed the tolerance, as text; None if there are none."""
+    """Return the figures that exceed the tolerance, as text. None: no figure does."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
     beyond = [
         f"{what} {got:.4g}, {allowed:.4g} allowed"

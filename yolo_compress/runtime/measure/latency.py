@@ -139,7 +139,7 @@ def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.nd
 
 
 def peak_memory_mib() -> Optional[float]:
-    """Return the peak memory of this process, libraries included, in MiB; None if the kernel does not report it."""
+    """Return the peak memory of this process with its libraries, in MiB. None: the kernel does not report it."""
     for text in (read_line("/proc/self/status") or "").splitlines():
         if text.startswith("VmHWM:"):
             return round(int(text.split()[1]) / 1024, 1)

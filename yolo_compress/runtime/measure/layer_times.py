@@ -74,8 +74,8 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
     """Return the latency table: build an engine of each model in `folder`, and measure its latency and the times of its layers.
 
     Raises:
-        EngineError: `layers.json` is missing or malformed, or the library rejects a model. Or the library fuses a convolution that
-            `convs` in `layers.json` lists with another convolution.
+        EngineError: `layers.json` is missing or malformed, or the library rejects a model. Or the library fuses two convolutions of
+            `layers.json` into one node.
         RuntimeUnavailable: the library is missing.
     """
     described = _read_probe(folder)
@@ -109,7 +109,7 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
 
 
 def _whole_ms(engine: Path, threads: Optional[int]) -> float:
-    """Return the latency of an engine in ms: open the engine a few times, and use the lowest of the medians.
+    """Return the latency of an engine in ms: the lowest median after opening the engine a few times.
 
     Other processes and badly placed threads can only make an engine slower.
     """
@@ -175,7 +175,7 @@ def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, fl
 
 
 def _require_own_node(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
-    """Check that every convolution has its own node in the engine. A fused node would not give the time of each convolution.
+    """Check that every convolution has its own node in the engine. A node of two convolutions would not give the time of each.
 
     Raises:
         EngineError: a convolution has no node of its own. The message lists the nodes that the convolution shares.

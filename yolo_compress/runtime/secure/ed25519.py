@@ -86,7 +86,7 @@ def _verify_by(library: Any, public_key_32: bytes, signature_64: bytes, message:
 
 
 def _expand(seed_32: bytes) -> Tuple[int, bytes]:
-    """Return the secret scalar and the prefix of the nonce (section 5.1.5)."""
+    """Return the secret scalar, and the prefix of the nonce, of a private key (section 5.1.5)."""
     if len(seed_32) != KEY_BYTES:
         raise ValueError(f"a private seed has {KEY_BYTES} bytes, got {len(seed_32)}")
     digest = hashlib.sha512(seed_32).digest()
@@ -129,7 +129,7 @@ def _encode(point: _Point) -> bytes:
 
 
 def _decode(data: bytes) -> Optional[_Point]:
-    """Decode a point (section 5.1.3); None if y >= P, if no such point exists, or if x is 0 and its sign bit is set."""
+    """Decode a point (section 5.1.3). None: y >= P, no such point exists, or x is 0 and its sign bit is set."""
     y = int.from_bytes(data, "little")
     sign_of_x, y = y >> 255, y & ((1 << 255) - 1)
     if y >= P:

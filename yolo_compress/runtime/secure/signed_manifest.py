@@ -1,8 +1,8 @@
 """Manifest and signature of a bundle: `manifest.json` has the SHA-256 of every file, `manifest.sig` is its Ed25519 signature.
 
 A robot calls `verify` before it uses a bundle in any other way. `verify` only reads and hashes files and parses JSON. It passes
-nothing to an engine library and follows no link. It cannot protect the code that calls it: an attacker who can change a bundle in
-place can change its launchers too. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
+nothing to an engine library and follows no link. `verify` cannot protect its caller: an attacker who can change a bundle in place
+can also change its launchers. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GoldenAbout(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """Description of a bundle by `yolo-compress bundle`. `commands.bundle.open_bundle` checks the values that commands use."""
+    """Description of a bundle, written by `yolo-compress bundle`. `commands.bundle.open_bundle` checks the values that commands use."""
 
     name: str  # name of the recipe
     target: str  # system that the bundle is for: "plain", "triton", ...
@@ -90,7 +90,7 @@ def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: 
     Args:
         directory: folder of the bundle, complete except for manifest and signature.
         about: description of the bundle, which becomes part of the manifest.
-        version: version of the bundle. It must be higher than that of earlier bundles, since a robot can refuse an older bundle.
+        version: version of the bundle. It must be higher than all earlier versions, since a robot can refuse an older bundle.
         seed: private key, 32 bytes. None: do not sign.
 
     Returns:
@@ -162,7 +162,7 @@ def pinned_key() -> Optional[bytes]:
         32 bytes, or None if no key is pinned.
 
     Raises:
-        BundleRefused: the file exists or the variable is set, but no key can be read. This case must not count as "no key".
+        BundleRefused: the file exists or the variable is set, but no key can be read. This must not count as "no key".
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
@@ -258,7 +258,7 @@ def _listed(root: Path) -> Iterable[str]:
     """Yield the relative paths of the files below `root`, except manifest, signature and `MADE_HERE`.
 
     Raises:
-        BundleRefused: there is a link, or anything else that is neither file nor folder.
+        BundleRefused: there is a link, or something else than a file or folder.
     """
     waiting = [""]
     while waiting:
@@ -306,7 +306,7 @@ def _read(path: Path, limit: int, absent: str) -> bytes:
     """Read a file of at most `limit` bytes.
 
     Args:
-        absent: text about what a missing file means. The error adds this text.
+        absent: meaning of a missing file, as the end of the error message.
     """
     try:
         with _opened(path) as stream:

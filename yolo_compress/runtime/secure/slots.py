@@ -92,7 +92,7 @@ class Slots:
         return self.root / "slots" / name
 
     def current(self) -> Optional[str]:
-        """Return the name of the slot in use; None before the first installation.
+        """Return the name of the slot in use. None: nothing was installed yet.
 
         Raises:
             EngineError: `current` is not a link to a slot, so `switch.py` did not make it.
@@ -115,12 +115,12 @@ class Slots:
         return "b" if self.current() == "a" else "a"
 
     def mark(self, name: str) -> Optional[Mark]:
-        """Return the mark of a slot; None if its engines have not passed the golden images."""
+        """Return the mark of a slot. None: its engines have not passed the golden images."""
         mark: Optional[Mark] = _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
         return mark
 
     def newest(self) -> Optional[int]:
-        """Return the highest version that was ever current; None before the first installation.
+        """Return the highest version that was ever current. None: nothing was installed yet.
 
         Raises:
             EngineError: a file is damaged, or the slot in use has no mark.
@@ -134,7 +134,7 @@ class Slots:
         return max(versions, default=None)
 
     def product(self) -> Optional[str]:
-        """Return the name of the bundle in use; None before the first installation."""
+        """Return the name of the bundle in use. None: nothing was installed yet."""
         current = self.current()
         mark = None if current is None else self.mark(current)
         return None if mark is None else mark.get("name")
@@ -208,7 +208,7 @@ def sync_tree(path: Path) -> None:
 
 
 def _read(path: Path, wanted: Dict[str, type]) -> Any:
-    """Read a JSON object that this module wrote; None if the file does not exist.
+    """Read a JSON object that this module wrote. None: the file does not exist.
 
     Args:
         wanted: required key -> its type.

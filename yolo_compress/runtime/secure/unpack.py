@@ -96,9 +96,9 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
 
 
 def _of_folder(bundle: Path) -> Iterator[_Member]:
-    """Yield the plain files of a bundle that is a folder, except files that the robot's commands write (`MADE_HERE`).
+    """Yield the plain files of a bundle folder. Files that the robot's commands write (`MADE_HERE`) are left out.
 
-    `signed_manifest.verify` checks the other files.
+    `signed_manifest.verify` checks all yielded files.
     """
     waiting = [""]
     while waiting:
@@ -160,7 +160,7 @@ class _Archive(tarfile.TarFile):
 
 
 class _Limited:
-    """A file that returns at most `_READ` bytes per call, and nothing beyond `limit`, because a tar header may state any size."""
+    """A file that returns at most `_READ` bytes per call, and nothing beyond `limit`. A tar header may state any size."""
 
     def __init__(self, stream: Any, limit: int, bundle: Path, close: Callable[[], None]) -> None:
         self._stream, self._limit, self._bundle, self._close = stream, limit, bundle, close

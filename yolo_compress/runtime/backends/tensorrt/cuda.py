@@ -64,7 +64,7 @@ class CudaMemory(Protocol):
     def free(self, pointer: int) -> None: ...
 
     def pinned(self, count: int) -> np.ndarray:
-        """Allocate `count` float32 of page-locked memory, which the device copies directly, without a buffer of the driver."""
+        """Allocate page-locked memory for `count` float32. The device copies such memory directly, without a buffer of the driver."""
 
     def unpin(self, host: np.ndarray) -> None:
         """Free an array that `pinned` returned. Do not use the array or its views afterwards."""
@@ -76,7 +76,7 @@ class CudaMemory(Protocol):
     def synchronize(self) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Capture the calls that `work` puts on the stream as a graph, without running them. Raises the errors of `work` too."""
+        """Capture the calls that `work` puts on the stream as a graph, without running them. Errors of `work` are raised."""
 
     def launch(self, graph: Any) -> None: ...
 
@@ -186,9 +186,9 @@ class CudaPython:
 class PyCuda:
     """`CudaMemory` by pycuda, without graphs, since pycuda cannot capture a stream. Make all calls from one thread.
 
-    The class uses the device's primary context, as TensorRT and torch do, and pushes and pops the context itself.
-    `pycuda.autoinit` would create a second context. `pycuda.autoinit` and `pycuda.autoprimaryctx` push the context in the thread
-    that imports them first, and the process aborts when that thread ends.
+    The class uses the device's primary context, as TensorRT and torch do, and pushes and pops the context itself. `pycuda.autoinit`
+    would create a second context. The thread that first imports `pycuda.autoinit` or `pycuda.autoprimaryctx` pushes the context.
+    The process aborts when this thread ends.
     """
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ class PyCuda:
             raise CudaError(f"CUDA: {error}") from error
 
     def _leave(self) -> None:
-        """Pop the context from this thread's stack. Deleting the last reference releases it."""
+        """Pop the context from this thread's stack. When its last reference is deleted, the context is released."""
         context, self._context = self._context, None
         with self._converted_errors():
             context.pop()

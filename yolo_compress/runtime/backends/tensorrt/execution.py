@@ -63,7 +63,7 @@ class HostAndDevice:
 
 
 class Execution:
-    """An execution context with its buffers. A call runs one inference on the content of `source` and returns when it is done.
+    """An execution context with its buffers. A call runs one inference on the content of `source`, and waits for the result.
 
     Args:
         engine: tensorrt.ICudaEngine.
@@ -75,7 +75,7 @@ class Execution:
 
     Attributes:
         source, result: the input and the output.
-        refused: reason why inferences do not run as a CUDA graph. None: they do, from the second run of a shape.
+        refused: reason why inferences do not run as a CUDA graph. None: from the second run of a shape on, they run as one.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Execution:
             self._memory.forget(graph)
 
     def close(self) -> None:
-        """Destroy the graph, the context and the buffers, in this order, because the graph uses the other two."""
+        """Destroy the graph, then the context and the buffers, which the graph uses."""
         self._forget()
         self.context = self._shape = None
         self.source.close()

@@ -13,9 +13,10 @@ DRIVER_HINT = "update NVIDIA's driver, or install the TensorRT and cuda-python o
 
 @lru_cache(maxsize=None)
 def logger(trt: Any) -> Any:
-    """Return the logger of this process (TensorRT complains about a second one). It writes to stderr and collects errors.
+    """Return the logger of this process, which writes to stderr and collects errors. TensorRT complains about a second logger.
 
-    `take()` returns and clears the collected errors. `words()` clears them too, and returns the last error as the end of a message.
+    `take()` returns and clears the collected errors. `words()` also clears them, and returns the last error as the end of a
+    message.
     """
 
     class Log(trt.ILogger):  # type: ignore[name-defined]

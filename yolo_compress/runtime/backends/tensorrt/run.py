@@ -36,7 +36,7 @@ def built_elsewhere(info: EngineInfo) -> Optional[str]:
 
 
 def _wanted(cuda_graph: Optional[bool]) -> bool:
-    """Return whether to use a CUDA graph: the argument, else the environment variable, else True."""
+    """Return whether to use a CUDA graph: the argument if given, else the environment variable, else True."""
     setting = os.environ.get(GRAPH_VARIABLE) or "1"
     if setting not in ("0", "1"):
         raise EngineError(f"{GRAPH_VARIABLE}={setting}: 0 or 1 expected")
@@ -44,11 +44,11 @@ def _wanted(cuda_graph: Optional[bool]) -> bool:
 
 
 class TensorRTBackend:
-    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the GPU model it was built on.
+    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the kind of GPU that built it.
 
     Args:
         path: directory made by `build`.
-        precision: precision that the engine must have; None: any.
+        precision: required precision of the engine. None: any.
         cuda_graph: Whether to run inferences as a CUDA graph, if TensorRT's work can be captured. `executed` says whether it was.
             None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1); if that is not set, True.
 
@@ -208,7 +208,7 @@ class TensorRTBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this TensorRT version needs: `form` of a `registry.Int8File`."""
+        """Return the kind of INT8 file that this TensorRT version needs: the `form` of a `registry.Int8File`."""
         return "tensorrt11" if strongly_typed() else "tensorrt10"
 
     @staticmethod
@@ -230,7 +230,7 @@ class TensorRTBackend:
         imgsz: Optional[Tuple[int, int]] = None,
         **options: Any,
     ) -> Dict[str, Path]:
-        """Build a TensorRT plan on this machine, and return the written files by name. `options` are those of `build.build`."""
+        """Build a TensorRT plan on this machine, and return the written files by name. For `options` see `build.build`."""
         return build(Path(onnx), Path(out), precision, names, imgsz, **options)
 
 
