@@ -1,6 +1,6 @@
 """The stages of a recipe. Each has a module with a function `run(job) -> metrics`. `metrics.py` has the types of the metrics.
 
-A stage does not know about caching, make or the command line.
+A stage knows nothing of the store, of `make` or of the command line.
 """
 
 from __future__ import annotations

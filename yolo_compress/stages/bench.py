@@ -1,7 +1,7 @@
 """Stage `bench`: measure accuracy, latency and size of both models in torch and as engines.
 
-Exported files without an engine get only an accuracy. The same code measures the accuracy of all rows and the latency of all
-timed rows.
+Exported files without an engine get only an accuracy. The same code measures the accuracy of all rows, and the latency of all timed
+rows.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class _Candidate:
     Attributes:
         subject: Model, runtime and precision.
         status: Status of the row after the measurement.
-        path: Model, engine or file that another process can open; None for a missing row.
-        size_mib: Size of the engine; None if the engine is not timed.
+        path: Model, engine or file that another process can open. None: the row is missing.
+        size_mib: Size of the engine. None: the engine is not timed.
     """
 
     subject: Subject
@@ -100,7 +100,7 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 
 def _candidates(job: Job) -> list[_Candidate]:
-    """Return what has to be measured: both models in torch FP32, then all engines."""
+    """Return the candidates for measurement: both models in torch FP32, then all engines."""
     sources = _sources(job)
     found = [
         _Candidate(
@@ -188,7 +188,7 @@ def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -
 
 
 def _signature(backend: Backend) -> Signature:
-    """Return what a model takes and gives: its classes, the input size in px and the output shape for one image."""
+    """Return the classes of a model, its input size in px, and the shape of its output for one image."""
     blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 

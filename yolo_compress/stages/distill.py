@@ -24,9 +24,9 @@ from yolo_compress.stages.metrics import DistillMetrics, of_model
 def run(job: Job) -> DistillMetrics:
     """Train the student with the teacher, write it as `model.pt`, and return the metrics.
 
-    The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al.,
-    arXiv 1503.02531). If the training uses no labels, the metric `trained_on` is a text with the kind and number of the
-    images, and with the mAP before and after the distillation.
+    The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al., arXiv
+    1503.02531). If the training uses no labels, the metric `trained_on` is a text. It has the kind and number of the images, and
+    the mAP before and after the distillation.
     """
     config: DistillConfig = job.config
     student, teacher = model_of(job, "prune"), model_of(job, "teacher")
@@ -53,7 +53,7 @@ def run(job: Job) -> DistillMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the teacher can teach the student. The recipe's initial models stand for both.
+    """Check, before any stage runs, that the teacher can teach the student. The check uses the models before any training.
 
     Raises:
         RecipeError: See `_load_or_train.start`, `Teach` and `checkpoint.load_model`.

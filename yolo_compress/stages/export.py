@@ -49,8 +49,8 @@ MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 def run(job: Job) -> ExportMetrics:
     """Write the folders `original` (baseline) and `compressed`: ONNX files of each precision and runtime, and TorchScript.
 
-    INT8 of the baseline is made by PTQ. INT8 of the compressed model uses the scales of `qat`. If the recipe has no `qat`, it is
-    made by PTQ too.
+    INT8 files of the baseline are made by PTQ. INT8 files of the compressed model have the scales of `qat`. Without `qat` in the
+    recipe, they are also made by PTQ.
     """
     return {
         "original": _export(job, "original", job.inputs["baseline"], None),
@@ -80,7 +80,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:
-    """Write all exported files of one model into the folder `name`. `ranges` is the artefact of `qat`; None means PTQ."""
+    """Write all exported files of one model into the folder `name`. `ranges` is the artefact of `qat`. None: use PTQ."""
     config: ExportConfig = job.config
     folder = job.out / name
     folder.mkdir()
@@ -97,7 +97,7 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
 
 
 def _nms_files(job: Job, folder: Path) -> NmsFiles:
-    """Write a copy of each ONNX file in `folder` with NMS in the graph, and check the copy's boxes against the file without NMS."""
+    """Write a copy of each ONNX file in `folder` with NMS in the graph. Check the copy's boxes against the file without NMS."""
     images, boxes = _compared_images(job), 0
     for file in sorted(folder.glob("*.onnx")):
         made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
@@ -169,7 +169,10 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
 
 
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> Int8Files:
-    """Write Q/DQ files and INT8 TorchScript. Weights and scales come from `ranges` (of `qat`), or from PTQ of `model` if None."""
+    """Write Q/DQ files and INT8 TorchScript.
+
+    Weights and scales come from `ranges` of `qat`. If `ranges` is None, PTQ of `model` makes them.
+    """
     config: ExportConfig = job.config
     floats = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
@@ -211,7 +214,7 @@ def _lint(file: Path, target: str, whole: bool) -> lint.Report:
     Args:
         file: ONNX file.
         target: Target of the lint.
-        whole: All tensors are meant to be in INT8, so a warning about float operations is a fault too.
+        whole: All tensors should be INT8. A warning about float operations is then also a fault.
 
     Raises:
         CompressError: The lint found faults, which is a bug of the export.

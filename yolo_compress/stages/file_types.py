@@ -43,7 +43,7 @@ class PruneSensitivityBegun(TypedDict, total=False):
 
 
 class AskedMs(TypedDict):
-    """asked.json in `work` of `prune`: the limit, by the table of layer times, for which the pruned model met `latency_ms`."""
+    """asked.json in `work` of `prune`: the limit on the scale of the layer times that made the pruned model meet `latency_ms`."""
 
     asked_ms: float
     metrics: LatencyBudget

@@ -140,7 +140,7 @@ def _tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
 
 
 def _rows(file: Path, epochs_before: int) -> list[dict[str, object]]:
-    """Return the rows of a round's results.csv, with `epochs_before` added to each epoch."""
+    """Return the rows of one round's results.csv. `epochs_before` is added to each epoch."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as handle:

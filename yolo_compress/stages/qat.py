@@ -34,8 +34,8 @@ PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 def run(job: Job) -> QatMetrics:
     """Quantise the model and train it. Write `model.pt` in Ultralytics' own classes, `quant.json` (scales) and `placement.csv`.
 
-    `placement.csv` lists each tensor with its precision, the group that shares its scale, and the reason. mAP in the metrics is
-    that of the quantised model.
+    `placement.csv` has a row for each tensor: its precision, the group that shares its scale, and the reason. mAP in the metrics is
+    measured on the quantised model.
     """
     config: QatConfig = job.config
     model = model_of(job, "distill")
@@ -83,7 +83,7 @@ def run(job: Job) -> QatMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the model can be quantised, and that the groups in `float_groups` exist.
+    """Check, before any stage runs, that the model can be quantised and has the groups in `float_groups`.
 
     Also check that the cost of groups in float (`qat.sensitivity_price`) can be measured on this machine. The checks use the
     baseline, because the pruned model does not exist yet; pruning does not rename groups.
@@ -103,7 +103,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Sensitive]:
-    """Measure the sensitivity to INT8, and return the groups of tensors that stay in float, with the metrics.
+    """Measure the sensitivity to INT8. Return the groups of tensors that stay in float, and the metrics.
 
     The groups in `fixed`, from the recipe, stay in float too. If an earlier run was killed during the measurement, continue it.
     """

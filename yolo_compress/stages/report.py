@@ -123,9 +123,9 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
-    """Return the two rows whose latency is compared: the baseline (A), and the worst row of the gate that has a latency (B).
+    """Return the two rows for the comparison of latency: the baseline (A), and the worst row of the gate with a latency (B).
 
-    B need not be the worst row of all, which may be a file without an engine and so without a latency. A is the baseline in the
+    The worst row of all may be a file without an engine, which has no latency. B is then another row. A is the baseline in the
     runtime of B. If there is no such row, A is `baseline`, and the comparison includes the difference between the runtimes.
     """
     timed = next((row for row in rows if row["id"] == gate["timed"]), None)
@@ -137,7 +137,7 @@ def _contender(row: BenchRow) -> Side:
 
 
 def _own(job: Job, stage: str) -> bool:
-    """Return whether the recipe has this stage. If not, the artefact in `job.inputs` is that of its stand-in."""
+    """Return whether the recipe has this stage. If not, `job.inputs` has the artefact of its stand-in."""
     return job.inputs[stage].stage == stage
 
 
@@ -182,13 +182,13 @@ def _gammas(job: Job) -> Gammas | None:
 
 
 def _prune_file(job: Job, name: str) -> Any:
-    """Return the content of a JSON file of `prune`; None if the recipe does not prune or `prune` did not write it."""
+    """Return the content of a JSON file of `prune`. None: the recipe does not prune, or `prune` did not write the file."""
     prune = job.inputs["prune"]
     return json.loads(prune.file(name).read_text()) if _own(job, "prune") and name in prune.manifest.files else None
 
 
 def _recovery(job: Job) -> list[tuple[int, float]]:
-    """Return (epoch, mAP50-95) for each epoch of fine-tuning that was validated; `run.val_every` sets which."""
+    """Return (epoch, mAP50-95) for each validated epoch of fine-tuning. `run.val_every` decides which epochs are validated."""
     prune = job.inputs["prune"]
     if not _own(job, "prune") or "results.csv" not in prune.manifest.files:
         return []
