@@ -56,7 +56,7 @@ class Manifest:
         return hashlib.sha256(canonical({"files": self.files, "metrics": self.metrics}).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the text of the manifest with a checksum over all fields, which also reveals a changed metric.
+        """Return the text of the manifest, with a checksum over all fields. The checksum also reveals a changed metric.
 
         Raises:
             ValueError: A metric is NaN or infinite.
@@ -69,10 +69,10 @@ class Manifest:
     def from_json(cls, text: str | bytes) -> "Manifest":
         """Parse the text of a manifest.
 
-        Schema 1 is accepted too. It has no `inputs`, so a stage with inputs is then stale.
+        Schema 1 is also accepted. It has no `inputs`, so the artefact of a stage with inputs is then stale.
 
         Raises:
-            ValueError: The text is no manifest, has another schema, was changed, or lists a file outside its folder.
+            ValueError: The text is not a manifest, has another schema, was changed, or lists a file outside its folder.
         """
         return cls._from_content(json_text.parse(text.encode() if isinstance(text, str) else text))
 

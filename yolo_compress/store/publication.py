@@ -1,7 +1,7 @@
 """Publish the output folder of a stage, its `.partial`, as an artefact. The process may be killed after any step.
 
 The steps: hash and fsync the files, write the manifest into the `.partial`, remove `work`, rename the folder. If the process is
-killed before the manifest is written, the stage resumes from `work`. If it is killed later, `complete` does the other steps.
+killed before the manifest is written, the stage resumes from `work`. After a later kill, `complete` does the remaining steps.
 """
 
 import os
@@ -33,7 +33,7 @@ from yolo_compress.store.manifest import (
 
 
 def complete(directory: Path) -> None:
-    """Finish a publication that was killed after its manifest was written. If the files differ from the manifest, delete it.
+    """Finish a publication that was killed after its manifest was written. If the files differ from the manifest, delete the manifest.
 
     Raises:
         StorageError: A file cannot be read or written.
@@ -57,7 +57,7 @@ def complete(directory: Path) -> None:
 
 
 def publishing(folder: Path, stage: str) -> AbstractContextManager[None]:
-    """Return the lock for publishing a stage's artefact. It is held only briefly, so that readers can call `complete`.
+    """Return the lock for publishing a stage's artefact. The lock is held only briefly, so that readers can call `complete`.
 
     The lock of a run (`Store.lock`) is a different one, held for hours.
     """

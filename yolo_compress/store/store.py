@@ -5,8 +5,8 @@
     root/store/<stage>-....partial/work/              files that a stage needs to resume; never published
     root/<recipe>/<stage> -> ../store/...             link to a result of the recipe
 
-`publication` describes the steps of publishing, and what a kill between them leaves. A stage that runs again also writes into
-its `.partial`. The old artefact stays until the new one is committed.
+`publication` describes the steps of publishing, and the state after a kill between them. A stage that runs again also writes into
+its `.partial`. The old artefact stays until the new artefact is committed.
 """
 
 import os
@@ -168,7 +168,7 @@ class Store:
             raise StorageError(f"cannot link {name}: there is already a file or folder with this name; move it away")
 
     def check_outside(self, path: Path, option: str) -> None:
-        """Check that an output path is neither in this store nor in an artefact of another store. Links are followed.
+        """Check that an output path is outside this store, and outside artefacts of other stores. Links are followed.
 
         Raises:
             RecipeError: The path is in a store. The message names `option`.
@@ -223,7 +223,7 @@ class Store:
 
 
 def _begun_from(partial: Path) -> dict[str, str]:
-    """Return the `content` of the inputs that a `.partial` was begun with, by input name. Empty: they are not recorded."""
+    """Return input name -> `content`, for the inputs that a `.partial` was begun with. Empty: they are not recorded."""
     try:
         return dict(json_text.read(partial / BEGUN))
     except (FileNotFoundError, ValueError, TypeError):
