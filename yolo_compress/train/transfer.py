@@ -21,7 +21,7 @@ MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four detection levels has 29 la
 
 @dataclass(frozen=True)
 class Taken:
-    """How much of a new model was loaded from the checkpoint.
+    """Numbers of tensors, parameters and classes of a new model that came from the checkpoint.
 
     Attributes:
         tensors: Number of tensors loaded.
@@ -128,7 +128,7 @@ def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
 
 
 def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
-    """Return the yaml of a checkpoint with its head replaced by that of a detector.
+    """Return the yaml of a checkpoint, with the head of a detector in place of its own.
 
     Raises:
         ValueError: A layer or scale is not one of YOLOv8, or there are more layers than in any YOLOv8.
