@@ -1,10 +1,10 @@
 """Run the stages of a recipe in order, and skip those that are up to date.
 
-The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints
-of its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine
-libraries. Fingerprints decide which stages run again; modification times of files do not matter. A stage that runs again may
-write other bytes under the same fingerprint. A manifest therefore also records a hash of the content of each input. An artefact
-that was made from other content is stale.
+The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints of
+its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine libraries.
+Fingerprints decide which stages run again; modification times of files do not matter. A stage that runs again may write other bytes
+under the same fingerprint. A manifest therefore also records a hash of the content of each input. If the content of an input has
+changed, the artefact is stale.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """Properties of a stage of the pipeline, such as `prune`, that are the same for every recipe.
+    """Properties of a stage, such as `prune`. They are equal for all recipes.
 
     Attributes:
         needs: Stages whose artefacts are its inputs.
@@ -146,7 +146,7 @@ def provider(recipe: Recipe, stage: str) -> str:
 
 
 def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
-    """Return `target` and all stages that it needs, by name, in the order in which they run. Nothing runs here."""
+    """Return `target` and all stages that it needs, by name, in the order of the run. Nothing runs here."""
     planned: dict[str, Planned] = {}
 
     def visit(stage: str) -> None:
@@ -327,13 +327,13 @@ def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) 
 
 
 def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """Return the content hash of each input artefact, by the input's name. The manifest records the same mapping."""
+    """Return the name of each input -> the content hash of its artefact. The manifest records the same mapping."""
     return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a run used and made: the recipe without `auto`, the data set, and the artefacts by stage in the order of the chain."""
+    """A finished run: the recipe without `auto`, the data set, and the artefacts by stage in the order of the chain."""
 
     recipe: Recipe
     dataset: Dataset
@@ -401,7 +401,7 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Check that there is one process per GPU, and that each batch can be divided among the processes.
+    """Check that each GPU has one process, and that each batch can be divided among the processes.
 
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
@@ -425,7 +425,7 @@ def _trains(recipe: Recipe, stage: str) -> bool:
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
     """Check that BatchNorm always has a variance to compute: more than one value per channel.
 
-    A last batch of one image has only one value per channel if the deepest feature map has one pixel.
+    If the deepest feature map has one pixel, a last batch of one image has only one value per channel.
 
     Raises:
         RecipeError: A stage has such a batch.
@@ -447,7 +447,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
 
 
 def _training_images(config: Any, dataset: Dataset) -> int:
-    """Return the number of images that a stage trains on: those of the dataset, or those of `distill` without labels."""
+    """Return the number of images that a stage trains on: images of the dataset, or unlabelled images of `distill`."""
     if getattr(config, "images", None) is not None:
         return len(dataset.unlabelled)
     return getattr(config, "data_free", None) or len(dataset.train)
@@ -482,7 +482,7 @@ def _execute(
 
 
 def _empty(partial: Path) -> None:
-    """Delete everything in `partial`, the folder that a stage writes into, except `work` and `work.json`. Create `work`."""
+    """Empty the folder `partial`, which a stage writes into, except for `work` and `work.json`. Create `work` if needed."""
     (partial / WORK).mkdir(exist_ok=True)
     for entry in partial.iterdir():
         if entry.name not in (WORK, BEGUN):
@@ -553,8 +553,8 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
 def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     """Yield a job of `prune` with temporary folders, and the checkpoint that it would prune.
 
-    The checkpoint is the result of `sparsify` if that is up to date, else the trained baseline, else the weights that the recipe
-    gives for the baseline.
+    The checkpoint is the first of these: the result of `sparsify` if that is up to date, the trained baseline, the `weights` of the
+    baseline in the recipe.
 
     Raises:
         RecipeError: The recipe does not prune, or its baseline is not trained yet.
@@ -610,7 +610,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
 
 
 def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
-    """Return one line of text for each input that differs, or may differ, from the input that `artifact` was made from."""
+    """Return one line of text for each input that has changed, or may have changed, since `artifact` was made."""
     lines = []
     for need, source in planned.inputs.items():
         before = artifact.manifest.inputs.get(need)
@@ -622,7 +622,7 @@ def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Art
 
 
 def _drift(artifact: Artifact) -> tuple[str, ...]:
-    """Return one line for each library whose version differs from when the artefact was made. It is not stale because of that."""
+    """Return one line for each library whose version has changed since the artefact was made. This does not make it stale."""
     made = artifact.manifest.environment.get("packages", {})
     now = environment.describe()["packages"]
     return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])

@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Write one line to stderr, even if progress is off: a reason to wait, an image that was skipped."""
+    """Write one line to stderr, even if progress is off. Examples are a reason to wait, and an image that was skipped."""
     text = _printable(text)
     if _live is not None:
         _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -99,13 +99,13 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
-    """Write and flush text. If the reader has closed the stream, redirect it to /dev/null, so that Python exits without error.
+    """Write and flush text. If the reader has closed the stream, redirect the stream to /dev/null. Python then exits without error.
 
     Returns:
         False if the reader has closed the stream, else True.
 
     Raises:
-        StorageError: stdout is a file, and its disk is full. If the disk of stderr is full, the log ends without an error.
+        StorageError: stdout is a file, and its disk is full. A full disk of stderr is no error: the log just ends.
     """
     if stream is None:  # Python started with this descriptor closed
         return False
