@@ -13,7 +13,7 @@ class Target:
 
     Attributes:
         title: Name of the device class in the first line of the recipe.
-        round_to: Number of which all channel counts are multiples, and the reason.
+        round_to: Value of `prune.round_to`, and the reason.
         weight_bits: Value of `qat.weight_bits`, and the reason.
         smallest_px: Smallest input size of the model, px. Smaller inputs hardly save time on this device.
         after: Commands after the run; `{recipe}` is the recipe's file, `{name}` its name, `{weights}` the folder of results.

@@ -179,7 +179,7 @@ def test_settings_that_mean_nothing(
 
 def test_two_models_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = called(capsys, "a=x.pt", "data=d.yaml")
-    assert code == 2 and "ab needs b; usage: yolo-compress ab a=ART b=ART data=DATA.yaml" in err
+    assert code == 2 and "ab needs b; usage: yolo-compress ab a=MODEL b=MODEL data=DATA.yaml" in err
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "64,96"}).imgsz == (64, 96)
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "640"}).imgsz == (640, 640)
 
