@@ -29,9 +29,11 @@ from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
+from yolo_compress.runtime.files import sha256_file
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.store import environment
 from yolo_compress.store.fingerprint import explain, fingerprint
-from yolo_compress.store.manifest import BEGUN, WORK, Artifact, sha256_file
+from yolo_compress.store.manifest import BEGUN, WORK, Artifact
 from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
@@ -166,7 +168,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
         }
         if row.machine or _measures_here(recipe, stage):
             key["machine"] = {
-                "cpu": environment.cpu_name(),
+                "cpu": cpu_model(),
                 "libraries": {
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },

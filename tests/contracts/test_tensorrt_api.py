@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 
 from tests.support.given import GIVEN
-from yolo_compress.runtime.backends.base import SIDECAR, sha256_file
+from yolo_compress.runtime.backends.base import SIDECAR
 from yolo_compress.runtime.backends.tensorrt import cuda
 from yolo_compress.runtime.backends.tensorrt.build import TIMING_CACHE, build
 from yolo_compress.runtime.backends.tensorrt.run import ENGINE_FILE, GRAPH_VARIABLE, TensorRTBackend, convolution_types
 from yolo_compress.runtime.commands import build as robot_build
 from yolo_compress.runtime.errors import CudaError, EngineError, RuntimeUnavailable
+from yolo_compress.runtime.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = GIVEN.get("YOLO_COMPRESS_TENSORRT_APIS")

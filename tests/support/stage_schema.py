@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.support.typed import validate
 from yolo_compress.evaluate import rows
+from yolo_compress.report.schema import SensitivityFile
 from yolo_compress.runtime.files import FileEntry
 from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import file_types, metrics
@@ -27,7 +28,7 @@ METRICS: dict[str, Any] = {
 FILES: dict[tuple[str, str], Any] = {
     ("prune", "channels.json"): dict[str, list[int]],
     ("prune", "flops.json"): dict[str, list[int]],
-    ("prune", "sensitivity.json"): file_types.PruneSensitivity,
+    ("prune", "sensitivity.json"): SensitivityFile,
     ("qat", "sensitivity.json"): file_types.QatSensitivity,
     ("qat", "calibration.json"): list[file_types.CalibrationImage],
     ("export", "calibration.json"): list[file_types.CalibrationImage],

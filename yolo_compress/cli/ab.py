@@ -20,15 +20,14 @@ from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, o
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.evaluate.latency_inputs import write_inputs
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.messages import got
 from yolo_compress.report.numbers import fixed, signed, three_digits, times
-from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.messages import Spec
 
 ROUNDS, SAMPLES = 4, 50  # of each engine; an even number of rounds cancels drift
-LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,7 @@ def _latency(
         progress.notice("latency: not compared; that needs one bench that measured both, or two engines that run here")
         return None, None
     inputs = scratch[0] / "inputs.npy"
-    chosen = [data.val[i % len(data.val)] for i in range(LATENCY_IMAGES)]
-    images = np.stack([letterbox(read_image(sample.image), imgsz)[0] for sample in chosen])
-    with storage_errors(inputs):
-        np.save(inputs, images)
+    write_inputs(inputs, data.val, imgsz)
     specs: list[Spec] = [
         {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
         for side, path in zip((first, second), scratch, strict=True)

@@ -10,6 +10,7 @@ from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
 from yolo_compress.progress import result
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.store import environment
 from yolo_compress.store.resources import FREE_MIB
 from yolo_compress.store.store import Store
@@ -50,7 +51,7 @@ def machine() -> tuple[dict[str, str], list[str]]:
         if environment.version(name) is None
     ]
     facts = {
-        "cpu": f"{environment.cpu_name()}, {environment.describe()['cores']} cores",
+        "cpu": f"{cpu_model()}, {environment.describe()['cores']} cores",
         "memory": f"{environment.memory_bytes() / 2**30:.1f} GiB",
         "disk": _disk(lacks),
         "jetpack": _jetpack(),

@@ -23,7 +23,7 @@ from yolo_compress.data.shipped import draw_digits
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.files.atomic import fsync_file, replace, require_free, storage_errors
 from yolo_compress.files.lock import lock
-from yolo_compress.runtime.backends.base import sha256_file
+from yolo_compress.runtime.files import sha256_file
 
 ASSETS = "https://github.com/ultralytics/assets/releases/download"
 MIB = 1 << 20

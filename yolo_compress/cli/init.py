@@ -28,7 +28,7 @@ from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe import auto_values, recipe
 from yolo_compress.recipe.messages import did_you_mean, got
 from yolo_compress.recipe.sections import QatConfig, SourceConfig
-from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.runtime.measure.device import cpu_model, usable_cpus
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
@@ -269,9 +269,7 @@ def _describe_machine(facts: Facts) -> str:
         index = int(facts.device.split(",")[0])
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         return f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
-    return (
-        f"{environment.cpu_name()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
-    )
+    return f"{cpu_model()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
 
 
 def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:

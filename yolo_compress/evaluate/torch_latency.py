@@ -18,7 +18,8 @@ from torch import nn
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets.hardening import harden
-from yolo_compress.runtime.backends.base import EngineError, sha256_file
+from yolo_compress.runtime.backends.base import EngineError
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.latency import main
 from yolo_compress.runtime.measure.messages import Spec
 

@@ -15,7 +15,6 @@ from .choices import CRITERIA, FEATURE_LOSSES
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
-Precision = Literal["fp32", "fp16", "int8"]
 if TYPE_CHECKING:  # a type checker cannot read the values of a Literal from a table
     Runtime = str
     FloatCost = str

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..runtime.registry import Precision
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knobs import (
     TEXT,
@@ -27,7 +28,6 @@ from .knobs import (
     Optimizer,
     OwnFunction,
     Percentile,
-    Precision,
     Pretrained,
     Runtime,
     SomeEpochs,

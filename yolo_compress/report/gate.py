@@ -150,7 +150,7 @@ def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_r
         entry["retention"], entry["passed"] = retention, retention >= min_retention - ROUNDING
         if not entry["passed"]:
             share, bound = percent_apart(retention, min_retention)
-            entry["reason"] = f"{label(row)} keeps {share}, below the gate of {bound}"
+            entry["reason"] = f"{label(row)} has {share}, below the gate of {bound}"
     return entry
 
 
@@ -165,7 +165,7 @@ def verdict(rows: Sequence[Row], gate: Gate) -> Verdict:
     if gate["retention"] < gate["min_retention"] - ROUNDING:
         share, low = percent_apart(gate["retention"], gate["min_retention"])
         bound = f", below the gate of {low}"
-    line = f"{status.upper()}: {label(row)} keeps {share} of the baseline's mAP50-95 "
+    line = f"{status.upper()}: {label(row)} has {share} of the baseline's mAP50-95 "
     line += f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])}){bound}"
     timed = by_id[gate["timed"]] if gate["timed"] else row
     gains = [gain(timed["speed_up"], "faster", "slower"), gain(timed["size_ratio"], "smaller", "larger")]

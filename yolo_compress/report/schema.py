@@ -12,13 +12,15 @@ Conventions:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from yolo_compress.evaluate.ab.schema import AB
-from yolo_compress.evaluate.rows import Signature
+from yolo_compress.evaluate.rows import Model, Signature
 from yolo_compress.evaluate.tide import ModelErrors
+from yolo_compress.runtime.registry import Precision
 
 # New in 3: rows of files without an engine ("untimed"), gate.timed, McNemar's test by image.
 # New in 2: ab, errors, placement, devices.
@@ -26,8 +28,6 @@ SCHEMA: Final = 3
 
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 
-Model = Literal["original", "compressed"]
-Precision = Literal["fp32", "fp16", "int8"]
 Status = Literal["ok", "untimed", "missing"]
 Measure = Literal["loss", "map50_95"]
 
@@ -290,8 +290,8 @@ class SensitivityFile(TypedDict):
     measure: Measure
     dense: float  # measure of the model before pruning
     ratios: list[float]  # removed shares of the group's channels, ascending
-    groups: dict[str, list[float | None]]  # group -> measure at each ratio
-    caps: dict[str, float | None]  # group -> largest share that pruning may remove; null: no limit
+    groups: Mapping[str, Sequence[float | None]]  # group -> measure at each ratio
+    caps: Mapping[str, float | None]  # group -> largest share that pruning may remove; null: no limit
     images: int  # number of images for the measurement
 
 

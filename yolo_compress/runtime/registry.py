@@ -7,7 +7,10 @@ read it. To add a runtime, add an entry here and a `Backend` in `backends/`; doc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple, get_args
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: Tuple[Precision, ...] = get_args(Precision)
 
 
 class Int8File(NamedTuple):

@@ -25,12 +25,13 @@ from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.report.schema import SensitivityFile
 from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import Job, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import device
-from yolo_compress.stages.file_types import AskedMs, PruneSensitivity, PruneSensitivityBegun
+from yolo_compress.stages.file_types import AskedMs, PruneSensitivityBegun
 from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 
@@ -283,7 +284,7 @@ class Planner:
             moments = evidence.moments if config.reconstruct else None
             sensitivity.measure(model, evidence.groups, importance, moments, value, state["groups"], save)
         caps = sensitivity.caps(state["groups"], state["dense"], config.max_drop, higher_is_better=not by_loss)
-        found: PruneSensitivity = {
+        found: SensitivityFile = {
             "measure": "loss" if by_loss else "map50_95",
             "dense": state["dense"],
             "ratios": list(sensitivity.RATIOS),

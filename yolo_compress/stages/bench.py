@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.exported_files import made_for, open_published
+from yolo_compress.evaluate.latency_inputs import write_inputs
 from yolo_compress.evaluate.rows import (
     Accuracy,
     BenchRow,
@@ -35,8 +36,8 @@ from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.recipe.recipe import BenchConfig
+from yolo_compress.report.schema import Status
 from yolo_compress.runtime.backends.base import Backend
-from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.max_detections import counted
 from yolo_compress.runtime.measure.device import device_state
@@ -49,11 +50,6 @@ from yolo_compress.stages._training import device
 from yolo_compress.stages.metrics import BenchMetrics, of_model
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
-
-LATENCY_IMAGES = 8  # number of real images that the timed calls use in turn
-
-
-Status = Literal["ok", "untimed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -201,9 +197,7 @@ def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
     config: BenchConfig = job.config
     inputs = job.work / "inputs.npy"
     batch = job.recipe.export.batch if job.recipe.export else 1
-    count = -(-LATENCY_IMAGES // batch) * batch
-    images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:count]]
-    np.save(inputs, np.stack([images[index % len(images)] for index in range(count)]))
+    write_inputs(inputs, job.dataset.val, job.imgsz_hw, batch)
     threads = config.threads
     specs: list[Spec] = []
     for one in candidates:

@@ -28,6 +28,7 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import WEIGHT_BITS, QuantState, fold
 from yolo_compress.recipe.recipe import ExportConfig, Recipe
+from yolo_compress.report import numbers
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
@@ -92,7 +93,7 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
         (folder / "fp32.onnx").unlink()
     if config.nms:
         made |= _nms_files(job, folder)
-    progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    progress.say(f"export: {numbers.model(name)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime import json_text
-from yolo_compress.runtime.files import FileEntry
+from yolo_compress.runtime.files import FileEntry, sha256_file
 from yolo_compress.store.environment import Environment
 from yolo_compress.store.fingerprint import canonical, fingerprint
 
@@ -151,8 +151,8 @@ class Artifact:
         return self.path / name
 
 
-def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
-    """Read the manifest of an artefact, and check its stage and, if given, its fingerprint. The payload is not checked.
+def read_artifact(directory: Path, stage: str | None = None, fingerprint: str | None = None) -> Artifact:
+    """Read the manifest of an artefact. If stage or fingerprint are given, check them. The payload is not checked.
 
     Raises:
         CorruptArtifact: The manifest is missing, damaged or of another artefact.
@@ -236,9 +236,3 @@ def is_inside(name: str) -> bool:
         and str(path) == name
         and "\0" not in name
     )
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex. The file is read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

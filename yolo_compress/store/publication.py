@@ -19,17 +19,9 @@ from yolo_compress.files.atomic import (
     storage_errors,
 )
 from yolo_compress.files.lock import lock
-from yolo_compress.runtime.files import FileEntry
+from yolo_compress.runtime.files import FileEntry, sha256_file
 from yolo_compress.store.entries import delete, entry_of, partial_of, to_trash
-from yolo_compress.store.manifest import (
-    BEGUN,
-    MANIFEST,
-    WORK,
-    payload,
-    read_artifact,
-    sha256_file,
-    verify_payload,
-)
+from yolo_compress.store.manifest import BEGUN, MANIFEST, WORK, payload, read_artifact, verify_payload
 
 
 def complete(directory: Path) -> None:

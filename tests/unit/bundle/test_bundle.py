@@ -196,15 +196,15 @@ def test_a_key_that_could_not_be_written_leaves_no_file(tmp_path: Path) -> None:
 def report(passed: bool) -> Any:
     gate = {
         "passed": passed, "retention": 0.97, "min_retention": 0.98, "max_latency_ms": None, "max_size_mib": None,
-        "tiers": {"95": True, "99": False, "99.9": False}, "checks": [], "reason": None if passed else "keeps 97 %",
+        "tiers": {"95": True, "99": False, "99.9": False}, "checks": [], "reason": None if passed else "has 97 %",
     }  # fmt: skip
-    return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 keeps 97 %"}})
+    return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 has 97 %"}})
 
 
 @pytest.mark.fault(42)
 def test_a_failed_gate_makes_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
     asked = make.order({"out": "/nowhere/a"})
-    with pytest.raises(GateFailed, match=r"INT8 keeps 97 %; no bundle is made \(force=true"):
+    with pytest.raises(GateFailed, match=r"INT8 has 97 %; no bundle is made \(force=true"):
         make._gate(report(False), asked)
     forced = make._gate(report(False), make.order({"out": "/nowhere/a", "force": "true"}))
     assert forced["forced"] and not forced["passed"] and forced["reason"] and forced["tiers"]["95"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.bundle.network_io import Network, Tensor, read, require
-from yolo_compress.runtime.backends.base import sha256_file
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 REPOSITORY = "triton/model_repository"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.rows import MeasuredBenchRow, bench_rows
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
-from yolo_compress.runtime import json_text
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.coco_map import mean_ap
 from yolo_compress.runtime.measure.messages import Spec
-from yolo_compress.store.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
+from yolo_compress.store.manifest import MANIFEST, Artifact, payload, read_artifact, verify_payload
 
 Progress = Callable[[int], Any]
 Size = tuple[int, int]
@@ -156,18 +154,15 @@ def open_contender(text: str, scratch: Path) -> Contender:
 
 
 def _measured(text: str, folder: Path, name: str) -> Measured:
-    stage = "bench"
     if not (folder / MANIFEST).is_file():
         raise RecipeError(
             f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
         )
-    with suppress(ValueError):  # if the manifest is damaged, `read_artifact` below reports it
-        stage = Manifest.from_json(json_text.content(folder / MANIFEST)).stage
-    if stage != "bench":
+    bench = read_artifact(folder)
+    if bench.stage != "bench":
         raise RecipeError(
-            f"{text}: an artefact of {stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
+            f"{text}: an artefact of {bench.stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
         )
-    bench = read_artifact(folder, "bench")
     verify_payload(bench, set(payload(folder)))
     rows = {row_name(row): row for row in bench_rows(bench)}
     if name not in rows:

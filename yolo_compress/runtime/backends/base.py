@@ -6,7 +6,6 @@ the engine library, and the SHA-256 of each engine file. `load_info` checks the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -18,8 +17,9 @@ import numpy as np
 
 from .. import json_text
 from ..errors import EngineError, LatencyError, RuntimeUnavailable
-from ..files import FileEntry
+from ..files import FileEntry, sha256_file
 from ..measure.device import cpu_model
+from ..registry import PRECISIONS
 from .onnx_metadata import names_and_imgsz
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 SIDECAR = "engine.json"
-PRECISIONS = ("fp32", "fp16", "int8")
 Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the sidecar
 
 
@@ -125,15 +124,6 @@ class EngineInfo:
     built_on: Dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
     schema: int = 1
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def describe_onnx(
@@ -309,3 +299,12 @@ def census_words(precision: str, counts: Dict[str, int]) -> str:
     if len(ranked) == 1:
         return f"{ranked[0]} (all {total} convolutions; {precision} asked)"
     return f"{ranked[0]} ({parts}; of {total} convolutions)"
+
+
+def problem(use: Callable[[], object]) -> Optional[str]:
+    """Call `use`, a first use of an engine library. Return what is missing and what to install. None: nothing is missing."""
+    try:
+        use()
+    except RuntimeUnavailable as error:
+        return str(error)
+    return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from ..measure.device import usable_cpus
-from .base import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
+from .base import census_words, check_channels, check_input, check_output, describe_onnx, problem, resolve, save_info
 
 RUNTIME = "openvino"
 ENGINE_FILE = "engine.xml"
@@ -137,11 +137,7 @@ class OpenVINOBackend:
     @staticmethod
     def probe() -> Optional[str]:
         """Return None if this runtime works, else what to install."""
-        try:
-            _library()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        return problem(_library)
 
     @staticmethod
     def build(

@@ -19,13 +19,14 @@ from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from .. import registry
-from ..backends.base import Backend, load_info, sha256_file
+from ..backends.base import Backend, load_info
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
 from ..detect.sources import SourceImage
 from ..detect.stream import open_pipeline
 from ..engine import BACKENDS, open_engine
 from ..errors import NotFinite, SourceError
+from ..files import sha256_file
 from ..measure import golden, jetson
 from ..measure.groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from ..measure.interleaved import measure_in_turn

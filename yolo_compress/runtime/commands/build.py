@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import List, Optional, Sequence, TypedDict
 
 from .. import json_text, registry
-from ..backends.base import PRECISIONS, load_info, sha256_file
+from ..backends.base import PRECISIONS, load_info
 from ..backends.tensorrt.build import TIMING_CACHE
 from ..backends.tensorrt.run import built_elsewhere
 from ..engine import BACKENDS
 from ..errors import EngineError, RuntimeUnavailable, naming
+from ..files import sha256_file
 from ..measure import jetson
 from ..secure import built_here
 from ..secure.signed_manifest import BundleRefused, written

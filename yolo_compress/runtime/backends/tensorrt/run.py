@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ...errors import EngineError, RuntimeUnavailable
-from ..base import EngineInfo, census_words, check_channels, check_input, check_output, resolve
+from ...errors import EngineError
+from ..base import EngineInfo, census_words, check_channels, check_input, check_output, problem, resolve
 from . import cuda
 from .build import build, strongly_typed
 from .execution import Execution, Tensors
@@ -214,12 +214,7 @@ class TensorRTBackend:
     @staticmethod
     def probe() -> Optional[str]:
         """Return None if this runtime works, else what is missing and what to install."""
-        try:
-            library()
-            cuda.open_memory().close()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        return problem(library) or problem(lambda: cuda.open_memory().close())
 
     @staticmethod
     def build(
