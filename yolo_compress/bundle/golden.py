@@ -179,7 +179,7 @@ def tolerate(
 
 
 def _share(one: Difference) -> float:
-    """Return the fraction of boxes without a partner: boxes that only one of the two engines detected."""
+    """Return the fraction of boxes without a partner, which only one of the two engines detected."""
     return one.unmatched / max(one.unmatched + one.compared, 1)
 
 

@@ -132,7 +132,7 @@ def rows(network: Network, out: Path) -> None:
 
 
 def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
-    """Check on noise that the rewritten ONNX file returns the same boxes as the file it was made from.
+    """Run the rewritten ONNX file and its source on noise, and check that both return the same boxes.
 
     Raises:
         RecipeError: The boxes differ by more than `MOST_APART`.

@@ -45,7 +45,7 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 
 
 def model_name(about: Versioned) -> str:
-    """Return the model's name for Triton: the recipe's name with `_` for every character except letters, digits, `-` and `_`."""
+    """Return the model's name for Triton. It is the recipe's name, but all characters except letters, digits and `-` become `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(about["name"])) or "model"
 
 
