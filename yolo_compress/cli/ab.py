@@ -1,4 +1,4 @@
-"""`yolo-compress ab`: is model B as good as model A? Both run on the same images, or are read from a bench."""
+"""`yolo-compress ab`: is model B as good as model A? Both run on the same images, or a bench has already measured them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Settings:
 
 
 def handle(command: Command) -> int:
-    """Compare model A, the one in use, with model B, the new one. Return exit code 1 unless model B passes."""
+    """Compare model A, which is in use, with the new model B. Return exit code 1 unless model B passes."""
     document = run(settings(command.options))
     progress.result(text(document))
     progress.result(json.dumps(document))
@@ -151,7 +151,7 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Return the latencies of model A and model B. They must be measured in turn, here or by the same bench.
+    """Return the latencies of model A and model B. Only latencies that were measured in turn, here or by one bench, are comparable.
 
     If that is not possible, print a notice and return None for both.
     """

@@ -19,7 +19,7 @@ NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "o
 
 
 def handle(command: Command) -> int:
-    """Print the packages, devices and disk space of this machine. If a data set is named, print what it contains too.
+    """Print the packages, devices and disk space of this machine. If a data set is named, also print its contents.
 
     Raises:
         EnvironmentLacks: A package or disk space is missing. It is raised last, after everything is printed.
@@ -44,7 +44,7 @@ def handle(command: Command) -> int:
 
 
 def machine() -> tuple[dict[str, str], list[str]]:
-    """Return properties of this machine (name -> text), and a list of what is missing, each with what to do."""
+    """Return properties of this machine (name -> text), and one line for each missing thing, with its remedy."""
     lacks = [
         f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
         for name in NEEDED

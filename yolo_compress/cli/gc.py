@@ -14,7 +14,7 @@ from yolo_compress.store.store import Store
 
 
 def handle(command: Command) -> int:
-    """Delete the artefacts that no recipe uses, and print what was deleted and what was not.
+    """Delete the artefacts that no recipe uses. Print the deleted artefacts, and the interrupted stages that stay.
 
     An artefact is used if the recipe of the command line needs it, or if a link `<recipe>/<stage>` leads to it.
     """

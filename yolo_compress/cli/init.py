@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `look` found: the data set, the checkpoints and the machine."""
+    """Facts that `look` found about the data set, the checkpoints and the machine."""
 
     dataset: Dataset
     origins: dict[str, str]  # baseline and teacher -> weights or pretrained
@@ -130,7 +130,7 @@ def run(asked: Order) -> dict[str, Any]:
 
 
 def look(asked: Order) -> Facts:
-    """Inspect the data set, the checkpoints and the machine, and return what was found.
+    """Inspect the data set, the checkpoints and the machine, and return the facts.
 
     Raises:
         CompressError: See `run`.
@@ -258,7 +258,7 @@ def _describe_data(dataset: Dataset) -> str:
 
 
 def _image_size(samples: Sequence[Sample]) -> str:
-    """Return the size that all images have, or the most frequent one, as text in px."""
+    """Return the size of the images in px, as text. If the sizes differ, return the most frequent size."""
     sizes = [(sample.width, sample.height) for sample in samples]
     width, height = statistics.mode(sizes)
     return f"{width}x{height}" if len(set(sizes)) == 1 else f"{width}x{height} (most frequent)"

@@ -1,4 +1,4 @@
-"""`yolo-compress predict`: detect objects in images with an engine; a JSON line per image, and a summary."""
+"""`yolo-compress predict`: detect objects in images with an engine. Print a JSON line per image, and a summary."""
 
 from __future__ import annotations
 

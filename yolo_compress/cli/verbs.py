@@ -90,12 +90,12 @@ class Words:
 
     @property
     def option(self) -> Option:
-        """The words described as an `Option`, so that the help shows them like one."""
+        """The words as an `Option`, for the help."""
         return Option(self.usage, "", self.text, self.default, self.values, needed=self.least > 0)
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Return the text "one of ..." for the help, from the list of names that the verb itself reads."""
+    """Return the text "one of ..." for the help. `names` is the list that the verb itself reads."""
     return "one of " + ", ".join(names)
 
 
@@ -125,7 +125,7 @@ class Verb:
     Attributes:
         name: The word on the command line.
         help: Line about the verb in the help.
-        heading: Heading in the help under which the verb stands.
+        heading: Heading above the verb in the help.
         handler: `module:function` that runs the verb, `(grammar.Command) -> exit code`. Imported when the verb runs.
         options: Options of the verb, in addition to the recipe's knobs.
         words: Words without `=` that follow the verb. None: the verb takes none.
