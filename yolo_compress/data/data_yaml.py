@@ -62,7 +62,7 @@ class Listed:
 
 
 def shown(path: Path | str) -> str:
-    """Return `path` as messages show it: relative if it is below the working directory, else as given."""
+    """Return `path` for messages: relative if it is below the working directory, else unchanged."""
     return strict_yaml.shown(_relative(path))
 
 
@@ -200,7 +200,7 @@ def _root(file: Path, values: Mapping[str, object], bad: _MakeError) -> Path:
 
 
 def _checked_entry(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
-    """Return the entry of a split, checked. Exports of Roboflow have `../train` instead of `./train`; this is corrected.
+    """Return the entry of a split, checked. Exports of Roboflow wrongly have `../train` for `./train`. This is corrected.
 
     Raises:
         DataError: `..` leads out of `root`.

@@ -88,7 +88,7 @@ def load(
         progress: Called with (images done, all images).
 
     Raises:
-        RecipeError: The yaml does not exist, or a limit is below 1.
+        RecipeError: The data yaml does not exist, or a limit is below 1.
         BadData: There are findings; the message has the first ten.
         DataError: The yaml is malformed. Or a split is empty, has no box, or has more images without a label file than
             `max_unlabelled` allows.
@@ -206,7 +206,7 @@ def recheck(dataset: Dataset) -> None:
     """Check that no file of the data set changed since it was loaded. Only files with another size or time are read again.
 
     Raises:
-        DataError: A file is gone, is new or has other bytes. The message names the first one.
+        DataError: A file is missing, is new or has other bytes. The message names the first such file.
     """
     for state in dataset.files:
         what = None
