@@ -23,7 +23,7 @@ class Source(ABC):
     """Base class of teachers for the hook `Teach`.
 
     Attributes:
-        net: the model whose layers are read for `kd_feature`. `on_model` sets this attribute.
+        net: the model from which `kd_feature` reads layers. `on_model` sets this attribute.
     """
 
     net: nn.Module
@@ -62,7 +62,7 @@ class Source(ABC):
     def own_loss(
         self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
     ) -> dict[str, Tensor]:
-        """Return name -> loss with which the modules of `modules()` are trained. Called after `outputs` with the same batch."""
+        """Return name -> loss for the training of `modules()`. Called after `outputs`, with the same batch."""
         return {}
 
 
@@ -104,7 +104,7 @@ class Frozen(Source):
 
 
 class Peer(Source):
-    """A second student: both learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
+    """A second student. Both students learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
 
     The student's optimizer trains the second student, at the learning rate `lr0` without weight decay. A resumed run restores the
     second student, but checkpoints do not contain it. Its loss `peer` is its detection loss plus `kd_class`, `kd_box` and `kd_iou`
