@@ -63,7 +63,7 @@ def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replica
 
     Args:
         models: matches of each model's detections with the same ground-truth boxes.
-        weights_RI: weights from `resamples`, or any other counts.
+        weights_RI: how often each image counts in each replicate, as `resamples` returns it.
     """
     plans = [_plan(matches) for matches in models]
     widest = max((len(part.image_D) for plan in plans for part in plan), default=1)
@@ -184,8 +184,8 @@ def _parts(matches: Matches, a: int) -> Iterator[_Part]:
 def _threshold(image_D: np.ndarray, right_D: np.ndarray, change_D: np.ndarray, places_D: np.ndarray) -> _Threshold:
     """Select the detections that affect the AP at one IoU threshold.
 
-    These are the right detections, because the precision has a maximum only at a right detection. Detections that count at this
-    threshold but not at the highest one, or the reverse, are also selected for `change_E`.
+    These are the right detections, because the precision has a maximum only at a right detection. Detections that count either at
+    this threshold or at the highest threshold, but not at both, are also selected, for `change_E`.
     """
     matter = np.flatnonzero(right_D | (change_D != 0))
     right_E, change_E = right_D[matter], change_D[matter]

@@ -70,7 +70,7 @@ def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: int = MAX_DET) -> int:
-    """Check that a graph with NMS gives the same boxes as its source graph followed by the project's own NMS.
+    """Check that a graph with NMS gives the same boxes as its source graph with the NMS of `runtime.detect.post`.
 
     Args:
         file: Output of `with_nms` with its default thresholds and `max_det`.
@@ -107,7 +107,7 @@ class Simulated(OrtBackend):
 
     @property
     def executed(self) -> str:
-        """Text for `Backend.executed`; it includes the name of the file."""
+        """Text for `Backend.executed`, with the name of the file."""
         return f"simulated, {self._shown} node by node"
 
 

@@ -28,8 +28,8 @@ def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> st
         images_BCHW: Float32 in 0..1. The batch size must equal the batch size of the file.
 
     Returns:
-        Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If all other
-        layers agree, the text names the head.
+        Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If only the head
+        differs, the text names the head.
     """
     exact, images = copy.deepcopy(model).double(), torch.from_numpy(images_BCHW)
     rounded, exactly = _outputs(model, images), _outputs(exact, images.double())

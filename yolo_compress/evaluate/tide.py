@@ -184,8 +184,8 @@ def _iou(a_N4: np.ndarray, b_G4: np.ndarray) -> np.ndarray:
 def _best_of_each_truth(found: _Judged) -> np.ndarray:
     """Return a mask over the errors: for each unmatched ground-truth box, the error with the highest score.
 
-    A box can correct only one error. Localisation and classification errors are ranked together. If scores are equal, the
-    first one is taken.
+    A box can correct only one error. Localisation and classification errors are ranked together. Of errors with equal scores, the
+    first is taken.
     """
     best_D = np.zeros(len(found.score_D), bool)
     with_target = np.flatnonzero(found.target_D >= 0)

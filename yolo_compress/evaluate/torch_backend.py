@@ -1,4 +1,4 @@
-"""A torch module as a Backend, so that the same code measures torch and the engines."""
+"""A backend for torch modules. With it, the same code measures torch and the engines."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TorchBackend:
 
     @property
     def executed(self) -> str:
-        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 unless cuDNN is set otherwise."""
+        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 by default."""
         if self._device.type == "cpu":
             return self.precision
         tf32 = self.precision == "fp32" and torch.backends.cudnn.allow_tf32
