@@ -123,7 +123,7 @@ class Graph:
     # One step
 
     def _is_noop(self, node: NodeProto) -> bool:
-        """Return whether a node is Identity or a Cast to the same type. ModelOpt's exporter adds such casts after Q/DQ."""
+        """Return whether a node is Identity, or a Cast from a type to itself. ModelOpt's exporter adds such casts after Q/DQ."""
         if node.op_type == "Cast":
             kind = self.types.get(node.input[0])
             return kind is not None and kind == attribute(node, "to", 0)
