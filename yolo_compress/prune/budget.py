@@ -143,7 +143,7 @@ def choose(
         floor: Minimum share of its channels that every group keeps. At least one block of each group stays.
         scope: Which channel groups are ranked together. `global` ranks all groups together and `local` ranks each group alone.
             `isomorphic` ranks together the groups whose members have the same roles and kernel sizes (Fang et al., arXiv
-            2407.04616). Each set of groups that are ranked together loses the same share of its channels.
+            2407.04616). Groups that are ranked together form a set. Each set loses the same share of its channels.
         least: Group name -> minimum number of channels, in addition to `floor`. The sensitivity analysis computes these
             numbers, or they follow from the model before the first round of pruning.
 
@@ -245,7 +245,7 @@ class _Tie:
         names: names of the groups.
         structure: key that is equal for ties with the same roles and kernel sizes, see `_structure`.
         width: number of channels of each group before pruning.
-        unit: number of channels per block; a block is removed as a whole.
+        unit: number of channels per block. A block is removed as a whole.
         least: minimum number of channels that each group keeps.
         blocks: importance of each block, ascending. The first blocks are removed first.
     """

@@ -339,7 +339,7 @@ def hit(
 
 
 def _next_limit(limit_ms: float, unpruned: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
-    """Return the next latency limit for the planner, interpolated between the nearest too fast and nearest too slow result.
+    """Return the next latency limit for the planner. It is interpolated between the two nearest results, one too fast and one too slow.
 
     Args:
         limit_ms: Latency to reach.

@@ -51,7 +51,7 @@ class _Reader:
 
 
 def obs(evidence: Evidence, group: Group) -> Tensor:
-    """Score a channel by the output error of the next layers once this channel and all less important ones are removed.
+    """Score a channel by the output error of the next layers, after this channel and all less important channels are removed.
 
     Channels are removed one at a time. Each step removes the channel for which the others compensate best (Hassibi and Stork 1993
     for weights; ZipLM, Kurtic et al., arXiv 2302.04089, algorithm 1, for channels). The score of a channel is the total error when

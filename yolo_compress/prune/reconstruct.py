@@ -5,7 +5,7 @@ x_R is A x_K + b with A = cov_RK cov_KK^-1. A convolution is linear. So the weig
 pruning, without the part of x_R that x_K does not determine.
 
 This is the least-squares step of channel pruning (He et al., arXiv 1707.06168, equation 1). It solves one C x C problem per
-convolution instead of one per filter, and needs one pass of images through the unpruned model.
+convolution, not one per filter. It needs one pass of images through the unpruned model.
 
 Shapes: weight_OIHW, estimate_RK.
 """
