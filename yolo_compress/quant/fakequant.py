@@ -114,8 +114,8 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
     convolution reads it. Tensors that share a scale share one quantiser. Weights have one range per output channel. Tensors and
     weights are symmetric INT8; weights have `state.weight_bits` bits. Gradients are straight-through.
 
-    Ranges are buffers, or parameters if `learned` is True. If two models have the same INT8 tensors, each can load the state dict
-    of the other. `copy.deepcopy` of the model works; pickling does not.
+    Ranges are buffers, or parameters if `learned` is True. Two models with the same INT8 tensors can load each other's state dict.
+    `copy.deepcopy` of the model works, but pickling does not.
 
     Args:
         model: A detector with stock modules.
