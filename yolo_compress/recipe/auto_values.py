@@ -97,7 +97,7 @@ def imgsz(samples: Sequence[Sample], smallest_px: int) -> Choice:
 
     Args:
         samples: Training images.
-        smallest_px: Smallest side, unless the images are smaller.
+        smallest_px: Smallest side. Smaller images have a smaller side.
     """
     longest = statistics.median(max(sample.width, sample.height) for sample in samples)
     sides = sorted(

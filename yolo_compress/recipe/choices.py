@@ -1,4 +1,4 @@
-"""Tables of the pruning criteria and feature losses, and the loader for a user's own function (`file.py:function`).
+"""Tables of the pruning criteria and of the feature losses. Also loads a user's own function (`file.py:function`).
 
 To add one, write the function and add a row here. Recipe, help and stages read these tables. torch is imported only when `find`
 loads a function.
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
     Attributes:
         where: "module:name" of the function.
-        text: Explanation in the help. Neighbouring rows with the same text share one sentence.
+        text: Explanation in the help. Neighbouring rows with equal texts share one sentence.
     """
 
     where: str

@@ -1,4 +1,4 @@
-"""Choose the folder `weights/NAME` for the links to a recipe's results, so that two recipe files of one name do not share it.
+"""Choose the folder `weights/NAME` for the links to a recipe's results. Two recipe files with the same name get two folders.
 
 The file `.recipe` in the folder has the path of the recipe file, relative to `weights/`. The path stays valid if the working
 folder is moved.

@@ -85,7 +85,7 @@ def _limited(limits: Iterable[Any]) -> str:
 
 
 def _members(kind: Any, limits: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield (member, its limits) for each member of a union, also inside `Annotated`. Another type has one member."""
+    """Yield (member, limits of the member) for each member of a union, also inside `Annotated`. Another type is its only member."""
     if get_origin(kind) is Annotated:
         inner, *notes = get_args(kind)
         own = [item for note in notes for item in (note.metadata if isinstance(note, FieldInfo) else [note])]

@@ -107,7 +107,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
     """Read a recipe and apply the overrides of the command line in order. The last override of a key wins.
 
     Args:
-        name_or_path: Name of a shipped recipe (`names()`), or a file: a path with a folder, or one in .yaml or .yml.
+        name_or_path: Name of a shipped recipe (`names()`), or a path. A path has a folder in it, or ends in .yaml or .yml.
         overrides: Pairs such as `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists. For a knob that
             takes any text (a path, a device) the value is not parsed, so `run.device=0` is "0". `null` clears a knob
             that may be null. An override for a section that the recipe does not have adds this section with its

@@ -127,7 +127,7 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    """Settings of one training. The defaults suit the fine-tuning of a trained model; sections of stages override some."""
+    """Settings of one training. The defaults suit the fine-tuning of a trained model. Sections of stages have some other defaults."""
 
     epochs: Epochs = 10
     batch: Batch = 16
