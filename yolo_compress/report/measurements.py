@@ -35,7 +35,7 @@ DETECTIONS = "detections.npy"  # of a training stage
 
 
 class Inputs(Protocol):
-    """The attributes of `stages.Job` that this module uses. It stands for the class, since `report` may not import `stages`."""
+    """The attributes of `stages.Job` that this module uses. `report` may not import the class from `stages`."""
 
     @property
     def inputs(self) -> Mapping[str, Artifact]: ...
@@ -104,7 +104,7 @@ def _own_interval(stage: str, found: Mapping[str, Interval]) -> Mapping[str, obj
 def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
     """Return the rows, and give the two rows of the A/B comparison its intervals of mAP.
 
-    The A/B comparison uses more resamples, and the report must not show two different intervals of the same mAP.
+    The A/B comparison uses more resamples. The report must not show two different intervals of one mAP.
     """
     if ab is None:
         return list(rows)

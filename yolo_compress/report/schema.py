@@ -164,7 +164,7 @@ class _Ratios(TypedDict):
 
 
 class MeasuredRow(MeasuredBenchRow, _Ratios):
-    """`MeasuredBenchRow` in the report; latency_p99_ms is null below 662 timed calls."""
+    """`MeasuredBenchRow` in the report. latency_p99_ms is null below 662 timed calls."""
 
 
 class UntimedRow(UntimedBenchRow, _Ratios):
@@ -425,7 +425,7 @@ class Environment(TypedDict, total=False):
 
 
 class Document(TypedDict):
-    """Content of `report.json`. The HTML, Markdown and terminal reports are made only from this."""
+    """Content of `report.json`. The HTML, Markdown and terminal reports are made from this document alone."""
 
     schema: int  # SCHEMA
     recipe: str  # name of the recipe

@@ -48,7 +48,7 @@ def jpeg_uri(
         detections_N6: xyxy in px of the image, score, class.
         marks: Flags of the objects and detections.
         names: Class names in the order of their index.
-        width_px: Width of the JPEG; a very tall image becomes narrower.
+        width_px: Width of the JPEG. A very tall image becomes narrower.
         quality: JPEG quality, 1 to 95.
     """
     scale = min(1.0, MAX_ASPECT * image_HW3.shape[1] / image_HW3.shape[0]) * width_px / image_HW3.shape[1]
