@@ -1,6 +1,6 @@
-"""Verdict of a staged rollout: decide whether more robots may run the new model, from detections of two models on the same frames.
+"""Verdict of a staged rollout: may more robots run the new model? The detections of two models on the same frames decide.
 
-Model A is the one in use. Model B is the new one, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
+Model A is in use. Model B is the new model, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
 compares one quantity with its budget, by a test that stays valid if repeated (`bets.py`). The verdict of a look is:
 
     abort    A rule is surely beyond its budget, or B is dead: A has as many frames and hours after B's last line as a stage needs.
@@ -8,9 +8,9 @@ compares one quantity with its budget, by a test that stays valid if repeated (`
     hold     Otherwise. Unknown is not a pass.
 
 The error rates hold over all looks and stages of one release. A canary within all budgets is aborted with a probability of at most
-`ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage, uses
-only its own frames and a fifth of `ALPHA`. For an abort, the rules share that fifth. For an advance, each rule may use the whole
-fifth, because all rules must agree.
+`ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage,
+uses only its own frames and a fifth of `ALPHA`. For an abort, all rules together may use this fifth. For an advance, each rule may
+use the whole fifth, because all rules must agree.
 
 Time stamps come from the robot's clock, which may not be set yet at start-up. So time is counted from frame to frame, and a gap
 counts as at most `PAUSE_S`. Frames with a time in the future are left out.
@@ -65,14 +65,14 @@ class Budgets:
     these values.
 
     Attributes:
-        problems: Fraction of frames where only B has a problem, minus the fraction where only A has one.
+        problems: Fraction of frames where only B has a problem, minus the fraction where only A has a problem.
         disagreement: Fraction of the boxes of A and B without a partner of their class at IoU 0.5.
         count: Difference of the numbers of boxes, as a fraction of the larger number.
         score: Difference between the scores of two boxes that are partners.
         p50_ratio, p99_ratio: End-to-end latency of B divided by the end-to-end latency of A.
         recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. Needs labels.
         frames: Smallest number of frames with detections of both models. Frames closer than `SPACING_S` are not counted.
-        hours: Smallest time that these frames cover; a gap counts as at most a minute.
+        hours: Smallest time that these frames cover. A gap counts as at most a minute.
     """
 
     problems: float = 0.01
@@ -138,7 +138,7 @@ def judge(
     """Decide from two shadow logs whether the release aborts, advances to more robots, or holds.
 
     Args:
-        log_a: Log of model A, the one in use.
+        log_a: Log of model A, which is in use.
         log_b: Log of model B, the canary.
         state: State of the release before this evaluation.
         allowed: How much worse B may be, and how much evidence a stage needs.

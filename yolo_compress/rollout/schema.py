@@ -1,6 +1,6 @@
 """Types of the document that `rollout` prints and of its state file, both schema 1. NaN and infinity are written as null.
 
-Model A is the one in use, model B the new one (the canary).
+Model A is in use. Model B is the new model (the canary).
 """
 
 from __future__ import annotations

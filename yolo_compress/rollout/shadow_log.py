@@ -1,6 +1,6 @@
 """Shadow logs: detections of two models that run on the same frames. `detect.py --shadow` writes one JSON line for each frame.
 
-Model A is the one in use, model B the new one. A line is:
+Model A is in use, and model B is the new model. A line is:
 
 {"schema": 1, "frame": name, "at": unix seconds, "model": {"name", "version"}, "ms": end to end,
  "detections": [[x1, y1, x2, y2, score, class], ...], "problem": null or text}
