@@ -1,7 +1,7 @@
 """The list of runtimes (ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
 
 This is the only such list: the command line, the recipe, `lint`, `export`, `bench`, the report, the bundle and the robot's commands
-read it. To add a runtime, add an entry here and a `Backend` in `backends/`; docs/extending.md has an example.
+read it. To add a runtime, add an entry here and a `Backend` in `backends/`. docs/extending.md has an example.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Backend(Protocol):
 
     @property
     def executed(self) -> str:
-        """Number types that the runtime really computes with, as text: "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
+        """Number types in which the runtime really computes, as text: "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         """Run one inference.

@@ -26,7 +26,7 @@ def _varint(data: memoryview, at: int) -> Tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Yield (field number, payload) of each length-delimited protobuf field; skip other fields."""
+    """Yield (field number, payload) of each length-delimited protobuf field. Other fields are skipped."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

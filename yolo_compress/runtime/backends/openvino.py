@@ -136,7 +136,7 @@ class OpenVINOBackend:
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what to install."""
+        """Return a text that says what to install. None: this runtime works."""
         return problem(_library)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU. The engine is the ONNX file; its graph is optimised for the machine when it is opened."""
+"""ONNX Runtime on the CPU. The engine is the ONNX file. Its graph is optimised for the machine when the file is opened."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class OrtBackend:
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what to install."""
+        """Return a text that says what to install. None: this runtime works."""
         return problem(_library)
 
     @staticmethod

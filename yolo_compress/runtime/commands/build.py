@@ -82,7 +82,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
-    """Return the runtimes to build engines for: the requested ones, or a default.
+    """Return the runtimes for which engines are built: the requested runtimes, or a default.
 
     If `asked` is None or empty, the default is the runtime for the GPU if it works, else the runtimes for the CPU.
 
@@ -119,7 +119,7 @@ def build(
 ) -> List[Built]:
     """Build an engine for each runtime and precision, each in its own folder below `out`.
 
-    An engine that is up to date is not rebuilt, unless `force`, `workspace_mib` or `timing_cache` is set.
+    If `force`, `workspace_mib` or `timing_cache` is set, engines that are up to date are also rebuilt.
 
     Raises:
         EngineError: the bundle has no ONNX file for a precision, or a library rejects it.

@@ -4,8 +4,8 @@
 installed code verifies the new bundle before any code of it runs. Then the new bundle's own `build.py` and `bench.py` build and
 test the engines, each in its own process. So the test covers the code that will run.
 
-`install` accepts only a version newer than all that ever ran here. `rollback` goes to the other slot if its bundle is older.
-`switch` goes there if its bundle is newer. A second `rollback` is an error, because no older bundle is left.
+`install` accepts only a version that is newer than all versions that ever ran here. `rollback` goes to the other slot if its bundle
+is older. `switch` goes there if its bundle is newer. A second `rollback` is an error, because no older bundle is left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Status(TypedDict):
 
 
 class Unhealthy(RuntimeFailure):
-    """The engines of a slot could not be built, or their detections in the golden images differ from the expected ones.
+    """The engines of a slot could not be built, or their detections in the golden images differ from the expected detections.
 
     The exit code is the exit code of the failed command.
     """
@@ -65,7 +65,7 @@ def health(slot: Path) -> None:
     """Test every engine of a slot on the golden images with the slot's own `bench.py`.
 
     Raises:
-        Unhealthy: boxes or scores differ from the expected ones by more than the tolerance.
+        Unhealthy: boxes or scores differ from the expected values by more than the tolerance.
     """
     _run(slot, ["bench.py", "--golden"], HEALTH_SECONDS)
 
@@ -202,7 +202,7 @@ def _switch_to_other(slots: Slots, health: Step, older: bool) -> Status:
 
 
 def status(slots: Slots) -> Status:
-    """Return which slot is in use and what both slots hold."""
+    """Return the name of the slot in use, and the bundles in both slots."""
     current = slots.current()
     marks = {name: slots.mark(name) for name in NAMES}
     current_mark = None if current is None else marks[current]

@@ -20,7 +20,7 @@ class Detector:
     Args:
         backend: an opened engine, as from `open_engine`. The caller closes it.
         conf: score threshold, 0 to 1. Every detection has a higher score. Deployments often use 0.25.
-        iou: IoU threshold of NMS, 0 to 1. A box is removed if it overlaps a better one of its class by more.
+        iou: IoU threshold of NMS, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
         max_det: largest number of detections per image. The best are returned.
         multi_label: True: a box may give detections of several classes, as for a measurement of mAP. False: only its best class.
     """

@@ -26,7 +26,7 @@ def nms(
     Args:
         output_CA: [4 + classes, anchors]: centre x, centre y, width, height in letterboxed px, then class scores.
         conf: score threshold, 0 to 1. Every detection has a higher score.
-        iou: IoU threshold, 0 to 1. A box is removed if it overlaps a better one of its class by more.
+        iou: IoU threshold, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
         max_det: largest number of detections. The best are returned.
         multi_label: True: a box may give detections of several classes, as in validation. False: only its best class.
 

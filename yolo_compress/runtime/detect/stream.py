@@ -194,7 +194,8 @@ def open_pipeline(
 
     Args:
         engine: engine directory.
-        engines: number of copies that run in parallel and share the processors. None: one per processor, at most 4; one on a GPU.
+        engines: number of copies that run in parallel and share the processors. None: one on a GPU, else one per processor, at most
+            4.
         conf, iou, max_det: thresholds and limit of NMS, see `post.nms`.
 
     Raises:

@@ -28,7 +28,7 @@ EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
 class Matches(NamedTuple):
     """The ground-truth box that each detection matches, for every IoU threshold and area range.
 
-    Detections are sorted by class, then by falling score; equal scores are in the order of images and rows. Ground-truth boxes are
+    Detections are sorted by class, then by falling score. Equal scores are in the order of images and rows. Ground-truth boxes are
     in the order of the input.
 
     Attributes:
@@ -76,9 +76,9 @@ def match(
     Args:
         truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) per image.
         detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
-        classes: number of classes; labels are 0 to classes - 1. Detections with other labels do not count.
+        classes: number of classes. Labels are 0 to classes - 1. Detections with other labels do not count.
         areas: keys of `AREAS`.
-        most: limit of detections per class and image; the best count.
+        most: largest number of detections per class and image that count. The best are taken.
 
     Raises:
         ValueError: `truths` and `detections` have different lengths, or the class of a ground-truth box is out of range.
@@ -212,7 +212,7 @@ def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarra
 
 
 class MeanAP(TypedDict):
-    """COCO's box AP, a fraction from 0 to 1; null for a class without ground truth."""
+    """COCO's box AP, a fraction from 0 to 1. Null: the class has no ground truth."""
 
     map50_95: float  # mean over the classes with ground truth, IoU 0.5 to 0.95
     map50: float  # the same at IoU 0.5

@@ -102,7 +102,7 @@ class SelfTest(TypedDict):
 
 
 def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
-    """Compare an engine's detections in the golden images with the expected ones, and return the result.
+    """Compare an engine's detections in the golden images with the expected detections, and return the result.
 
     Args:
         bundle: directory of a bundle that `signed_manifest.verify` accepted.
@@ -174,7 +174,8 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
     Args:
         expected, found: one N6 array (xyxy, score, class) per image, in the same order.
-        conf: a detection with at least this score needs a partner in the other set: same class, IoU of at least 0.5.
+        conf: every detection with at least this score needs a partner in the other set, with the same class and an IoU of at least
+            0.5.
     """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):
@@ -191,7 +192,7 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
 
 def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
-    """Match the boxes of two sets, and return pairs of indices: same class, largest IoU first, each box at most once."""
+    """Match boxes of the same class in two sets, by falling IoU. Return pairs of indices. Each box is in at most one pair."""
     if not len(one_N6) or not len(two_M6):
         return []
     a, b = one_N6[:, None], two_M6[None]

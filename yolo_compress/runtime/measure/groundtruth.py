@@ -1,6 +1,6 @@
 """Read validation images and boxes on the robot: a YOLO folder (`images/`, `labels/`), or a COCO json and a folder of images.
 
-labels.py parses the label files. The check of a data set before training uses labels.py too, so the boxes are exactly the same.
+labels.py parses the label files. The preflight also uses labels.py, so the boxes are exactly equal.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
     Args:
         file: the COCO json.
         images: folder that the `file_name` of an image is relative to.
-        names: class names of the model; categories are mapped to them by name.
+        names: class names of the model. Categories are mapped to classes by name.
 
     Raises:
         SourceError: the file cannot be read, or has boxes of a category that the model does not have. Or a box is marked as a

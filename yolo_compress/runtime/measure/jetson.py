@@ -1,7 +1,7 @@
 """State of a Jetson that affects latency (JetPack, power mode, clocks), and its power from the INA3221 rails or tegrastats.
 
 Values that cannot be read are left out, never guessed. Paths and output formats are from NVIDIA's documentation and the source of
-jtop; this file never ran on a Jetson. `root` is put before every path, for tests.
+jtop. This file never ran on a Jetson. `root` is put before every path, for tests.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def clocks(root: Path = Path("/")) -> Dict[str, int]:
 
 
 def rails(root: Path = Path("/")) -> List[Rail]:
-    """Return the power rails whose sum is the board's power. The list is empty if no INA3221 channel is readable."""
+    """Return the power rails that add up to the board's power. The list is empty if no INA3221 channel is readable."""
     found = []
     for folder in sorted(root.glob(RAILS)):
         for channel in (1, 2, 3):  # 4 to 6 are shunt voltages, 7 their sum

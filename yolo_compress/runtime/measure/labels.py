@@ -30,7 +30,7 @@ MAX_BYTES = 32 << 20
 
 @dataclass
 class Labels:
-    """Contents of a label file: boxes in file order, and errors (`findings`) and notes, each as (line, text)."""
+    """Contents of a label file: boxes in file order, errors (`findings`) and notes. An error or note is (line, text)."""
 
     boxes: List[Box] = field(default_factory=list)
     findings: List[Tuple[int, str]] = field(default_factory=list)

@@ -42,7 +42,7 @@ def measure(
         call: function that runs one inference and returns when the inference is done.
         n: number of samples.
         warmup_ms, warmup_n: the warm-up continues until it has taken this time and has made this number of calls.
-        calls: several functions to cycle through instead of `call`, such as one for each input image.
+        calls: functions that are called in turn in place of `call`, such as one function per input image.
 
     Returns:
         samples_n, ms.
@@ -167,7 +167,7 @@ def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List
 
     `open_backend` opens the engine from a `Spec`. Other packages pass their own function, such as one for a torch module.
 
-    stdout is redirected to stderr first, so that output of a library cannot break the protocol.
+    First, stdout is redirected to stderr. Output of a library then cannot break the protocol.
     """
     arguments = sys.argv[1:] if argv is None else argv
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

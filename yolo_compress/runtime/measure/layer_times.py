@@ -162,7 +162,7 @@ def _read_probe(folder: Path) -> Probe:
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
-    """Return the sum of the node times of each convolution. The key "" is the sum over all other nodes.
+    """Return convolution -> sum of the times of its nodes. The key "" has the sum over all other nodes.
 
     The library's name of a node contains the ONNX names of the nodes that it fused.
     """

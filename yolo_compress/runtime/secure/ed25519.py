@@ -1,9 +1,9 @@
 """Ed25519 signatures (RFC 8032, section 5.1), by `cryptography` if it is installed, else by the reference code below.
 
-Both give the same result. The cases in which implementations disagree are checked first: S must be below the group's order L, and
-the key must be a canonical point that is not of small order. [S]B = R + [k]A is checked without the cofactor.
-The reference code takes milliseconds and does not run in constant time. That is safe here: verification on the robot uses no
-secret, and signing runs on the user's machine, where nobody else can measure the time.
+Both give the same result. Implementations disagree in some cases, which are checked first. S must be below the group's order L. The
+key must be a canonical point that is not of small order. [S]B = R + [k]A is checked without the cofactor. The reference code takes
+milliseconds and does not run in constant time. That is safe here: verification on the robot uses no secret, and signing runs on the
+user's machine, where nobody else can measure the time.
 
 Points are in extended coordinates (X, Y, Z, T), x = X/Z, y = Y/Z, xy = T/Z, of the curve -x^2 + y^2 = 1 + d x^2 y^2 over the
 integers modulo P.

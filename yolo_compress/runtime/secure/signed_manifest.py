@@ -1,8 +1,8 @@
 """Manifest and signature of a bundle: `manifest.json` has the SHA-256 of every file, `manifest.sig` is its Ed25519 signature.
 
-A robot calls `verify` before it uses a bundle in any other way. `verify` only reads and hashes files and parses JSON. It passes
-nothing to an engine library and follows no link. `verify` cannot protect its caller: an attacker who can change a bundle in place
-can also change its launchers. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
+A robot calls `verify` before any other use of a bundle. `verify` only reads and hashes files and parses JSON. It passes nothing to
+an engine library and follows no link. `verify` cannot protect its caller: an attacker who can change a bundle in place can also
+change its launchers. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Validation(TypedDict, total=False):
 
 
 class GoldenAbout(TypedDict):
-    """Summary of the golden images; golden.json has the details."""
+    """Summary of the golden images. golden.json has the details."""
 
     images: int
     boxes: int

@@ -31,8 +31,8 @@ def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int 
 
     Args:
         bundle: a folder, a `.tar` or a `.tar.gz`.
-        into: folder to create; must not exist.
-        max_bytes, max_files: limits; a larger bundle is refused.
+        into: folder to create. It must not exist.
+        max_bytes, max_files: limits. A larger bundle is refused.
 
     Returns:
         The folder that holds the manifest: `into`, or the only folder in it.

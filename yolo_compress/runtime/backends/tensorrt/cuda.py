@@ -104,7 +104,7 @@ class CudaPython:
         self.stream = int(self._stream)
 
     def _ok(self, result: Any) -> Any:
-        """Return the value of a call that returned (code, value) or (code,); raise CudaError if the code is not 0."""
+        """Return the value of a call that returned (code, value) or (code,). Raise CudaError if the code is not 0."""
         if int(result[0]) != 0:
             text = self._cuda.cudaGetErrorString(result[0])[1]
             raise CudaError(f"CUDA: {text.decode() if isinstance(text, bytes) else text} (code {int(result[0])})")
@@ -281,7 +281,7 @@ def open_memory() -> CudaMemory:
     """Return a `CudaMemory` that uses cuda-python, or pycuda if cuda-python does not work.
 
     Raises:
-        RuntimeUnavailable: neither cuda-python nor pycuda works.
+        RuntimeUnavailable: cuda-python and pycuda both do not work.
     """
     reasons = []
     for kind in (CudaPython, PyCuda):

@@ -67,7 +67,7 @@ class Execution:
 
     Args:
         engine: tensorrt.ICudaEngine.
-        memory: allocator of the buffers; inferences run on its stream.
+        memory: allocator of the buffers. Inferences run on its stream.
         tensors: names of the input and the output, both float32.
         where: file of the engine, for messages.
         refused: reason not to use a CUDA graph. None: use a graph.

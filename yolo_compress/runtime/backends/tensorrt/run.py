@@ -27,7 +27,7 @@ GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 
 
 def built_elsewhere(info: EngineInfo) -> Optional[str]:
-    """Return a message if a plan was built on another GPU than this one, else None.
+    """Return a message if a plan was built on another GPU. None: it was built on this GPU.
 
     TensorRT only warns about some such plans. If the sidecar `engine.json` does not state the GPU, the result is None.
     """
@@ -50,7 +50,7 @@ class TensorRTBackend:
         path: directory made by `build`.
         precision: required precision of the engine. None: any.
         cuda_graph: Whether to run inferences as a CUDA graph, if TensorRT's work can be captured. `executed` says whether it was.
-            None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1); if that is not set, True.
+            None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1, default 1).
 
     Raises:
         RuntimeUnavailable: the bindings, the driver, a device or access to CUDA memory from Python is missing.
@@ -115,7 +115,7 @@ class TensorRTBackend:
         return made
 
     def _signature(self) -> Tensors:
-        """Return the names of the input and the output; raise EngineError if the plan has other tensors."""
+        """Return the names of the input and the output. Raise EngineError if the plan has other tensors."""
         engine, trt = self._engine, self._trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [t for t in tensors if engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
@@ -213,7 +213,7 @@ class TensorRTBackend:
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what is missing and what to install."""
+        """Return a text that says what is missing and what to install. None: this runtime works."""
         return problem(library) or problem(lambda: cuda.open_memory().close())
 
     @staticmethod
