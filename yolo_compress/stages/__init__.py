@@ -23,7 +23,7 @@ class Job:
 
     Attributes:
         config: Section of the stage in the recipe. Everything else that the stage reads must be in the fingerprint.
-        recipe: The recipe. Stages read `data` and `run` from it; only `report` uses all of it.
+        recipe: The recipe. Stages read `data` and `run` from it. Only `report` uses all of it.
         dataset: Images and labels that passed the preflight.
         inputs: Input artefacts by stage name. If the recipe leaves a stage out, its entry is the artefact of the stand-in stage.
         out: Folder that becomes the artefact.

@@ -44,8 +44,8 @@ def start(
         say: Receives a line on the weights that came from a checkpoint.
 
     Raises:
-        RecipeError: `weights` has other classes or another order, or a checkpoint has other image channels or strides, or is of
-            another architecture or task.
+        RecipeError: `weights` has other classes or another order of classes. Or a checkpoint has other image channels or strides,
+            or is of another architecture or task.
     """
     if config.model is not None:
         return checkpoint.new_model(config.model, dataset.names, dataset.channels, seed)

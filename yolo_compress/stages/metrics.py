@@ -28,7 +28,7 @@ class Validated(TypedDict):
 
 
 class ModelMetrics(Validated):
-    """Metrics of every stage that writes a `model.pt`. `baseline` and `teacher` have no others."""
+    """Metrics of every stage that writes a `model.pt`. `baseline` and `teacher` have no other metrics."""
 
     parameters: int
     compute_gflops: float

@@ -1,4 +1,4 @@
-"""Stage `prune`: remove channels to meet a budget, reconstruct, re-estimate BatchNorm and fine-tune; or set weights to zero.
+"""Stage `prune`: remove channels to meet a budget, or set weights to zero. Then repair and fine-tune the model.
 
 Channels are removed in one cut or in several rounds.
 """
@@ -88,7 +88,7 @@ def _part(job: Job, number: int) -> Job:
 
 
 def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
-    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place; return the metrics."""
+    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place. Return the metrics."""
     cut, evidence, budget = planner.cut(model, job.work, number)
     if job.config.reconstruct:
         reconstruct(model, evidence.groups, cut.keep, evidence.moments)

@@ -86,7 +86,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that the model can be quantised and has the groups in `float_groups`.
 
     Also check that the cost of groups in float (`qat.sensitivity_price`) can be measured on this machine. The checks use the
-    baseline, because the pruned model does not exist yet; pruning does not rename groups.
+    baseline, because the pruned model does not exist yet. Pruning does not rename groups.
 
     Raises:
         RecipeError: See `quant.plan.plan` and `_load_or_train.start`.
