@@ -109,7 +109,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The stored result of a stage: a folder in the store whose files never change.
+    """The stored result of a stage: a folder in the store. Its files never change.
 
     Attributes:
         path: Path of the folder.
@@ -131,7 +131,7 @@ class Artifact:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Metrics of the stage. The unit is in the name (`..._ms`, `..._mib`); mAP is a fraction from 0 to 1."""
+        """Metrics of the stage. The unit is in the name (`..._ms`, `..._mib`). mAP is a fraction from 0 to 1."""
         return self.manifest.metrics
 
     def file(self, name: str) -> Path:

@@ -51,7 +51,7 @@ def complete(directory: Path) -> None:
 def publishing(folder: Path, stage: str) -> AbstractContextManager[None]:
     """Return the lock for publishing a stage's artefact. The lock is held only briefly, so that readers can call `complete`.
 
-    The lock of a run (`Store.lock`) is a different one, held for hours.
+    A run holds another lock for hours (`Store.lock`).
     """
     return lock(folder / ".publishing", f"publishing {stage}")
 
@@ -88,8 +88,8 @@ def _seal(path: Path) -> FileEntry:
 def commit(partial: Path, directory: Path) -> None:
     """Remove `work` and rename the folder `partial` to `directory`. Its files and manifest must be on the disk already.
 
-    A folder cannot be renamed over one that has files, so an old artefact is renamed to `.trash` first. A kill between
-    the two renames leaves the committed `.partial`, and `complete` finishes it.
+    A folder cannot replace a folder with files, so an old artefact is first renamed to `.trash`. A kill between the two renames
+    leaves the committed `.partial`, and `complete` finishes it.
     """
     crash_point("before removal of work")
     if (partial / WORK).is_dir():

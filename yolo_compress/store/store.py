@@ -42,8 +42,8 @@ from yolo_compress.store.publication import commit, complete, publishing, seal
 class Store:
     """The store of all stage results (artefacts): a folder `root/store`, and links `root/<recipe>/<stage>` into it.
 
-    Publishing and garbage collection (`garbage.gc`) need `lock`; finding and verifying do not. Every method raises
-    `StorageError` if the file system reports an error.
+    Publishing and garbage collection (`garbage.gc`) need `lock`. Finding and verifying do not. Every method raises `StorageError`
+    if the file system reports an error.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,7 +59,7 @@ class Store:
         return lock(self.root / ".lock", what, wait)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artefact, or None. Only the manifest is read; see `verify` for the payload.
+        """Return the published artefact, or None. Only the manifest is read. `verify` checks the payload.
 
         Raises:
             CorruptArtifact: The folder exists, but its manifest is damaged or of another fingerprint.
@@ -88,7 +88,8 @@ class Store:
         Args:
             stage: Name of the stage.
             fingerprint: Fingerprint of the stage.
-            inputs: Input's name -> `content` of its artefact. A folder begun with other inputs is deleted first. None: no check.
+            inputs: Name of an input -> `content` of its artefact. A folder from a run with other inputs is deleted first. None: no
+                check.
         """
         partial = partial_of(self.directory(stage, fingerprint))
         with storage_errors(partial):
