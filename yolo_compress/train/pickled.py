@@ -60,7 +60,7 @@ class Note:
         content: Name of a global, items of a tuple or list, entries of a dict, or number of elements of a storage or tensor.
         depth: Levels of data inside.
         item_bytes: Bytes per element of a storage.
-        done: True once it is inside another object. It may not change any more, so that no object contains itself.
+        done: True once the note is inside another object. It may then not change any more. So no object can contain itself.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Note:
 
 
 class _Refused(Exception):
-    """The checkpoint is not safe to load. The message is the reason, and `remedy` says what to do."""
+    """The checkpoint is not safe to load. The message has the reason, and `remedy` has the remedy."""
 
     remedy = "Download or export it again"
 

@@ -456,7 +456,7 @@ class HookedTrainer(DetectionTrainer):
         return False
 
     def _check_batch(self) -> None:
-        """Stop at the first batch whose loss is NaN or infinite.
+        """Raise an error if the loss of a batch is NaN or infinite.
 
         Raises:
             NumericsError: There is such a batch. The message names the loss, the epoch and some images of the batch. The file
@@ -554,7 +554,7 @@ def _with_timeout(loader: InfiniteDataLoader) -> InfiniteDataLoader:
 
 
 def settle(model: nn.Module, steps: int) -> None:
-    """Raise the momentum of BatchNorm in short runs, in place, so that the statistics match the final weights.
+    """Raise the momentum of BatchNorm for a short run, in place. The statistics then match the final weights.
 
     Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, a fifth of the statistics still comes from the
     weights at the start, and the error grows from layer to layer. A YOLOv8n trained on eight images had mAP 0.00 with

@@ -1,4 +1,4 @@
-"""Transfer learning: a detector for new classes that starts from the weights of a checkpoint with other classes."""
+"""Transfer learning: load a checkpoint with other classes as the start of a detector for new classes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def load_pretrained(
 ) -> tuple[DetectionModel, Taken]:
     """Load a float32 detector for the classes `names` from a checkpoint with any classes.
 
-    All tensors are loaded, except the outputs of classes that the checkpoint does not have. The class branch keeps the width
-    of the checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name; case and outer blanks are ignored.
-    Outputs of new classes start at random, with the biases of Ultralytics' `bias_init`.
+    All tensors are loaded, except the outputs of classes that the checkpoint does not have. The class branch keeps the width of the
+    checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name. Case and outer blanks are ignored. Outputs of new
+    classes start at random, with the biases of Ultralytics' `bias_init`.
 
     Args:
         path: Checkpoint of any classes.
