@@ -1,8 +1,8 @@
-"""Run the stages of a recipe in order, and skip those that are up to date.
+"""Run the stages of a recipe in order, and skip stages that are up to date.
 
 The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints of
 its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine libraries.
-Fingerprints decide which stages run again; modification times of files do not matter. A stage that runs again may write other bytes
+Fingerprints decide which stages run again. Modification times of files do not matter. A stage that runs again may write other bytes
 under the same fingerprint. A manifest therefore also records a hash of the content of each input. If the content of an input has
 changed, the artefact is stale.
 """
@@ -48,8 +48,9 @@ class Stage:
 
     Attributes:
         needs: Stages whose artefacts are its inputs.
-        stand_in: Stage whose artefact is used if the recipe leaves this stage out. None: this stage cannot be left out.
-        version: Number that is increased when a change of the code gives other bytes for the same config.
+        stand_in: If the recipe leaves this stage out, the artefact of the stage `stand_in` is used. None: this stage cannot be left
+            out.
+        version: Number to increase when a change of the code changes the result of the stage.
         trains: The stage may train. The other ranks of a distributed run only take part in training.
         models: The stage writes models, so the disk space that it needs depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
@@ -371,7 +372,7 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> _Finished:
 
 
 def _label(recipe: Recipe, store: Store) -> str:
-    """Return the name of the recipe's folder (`recipe_folder.label`). Print a notice if this differs from the recipe's name."""
+    """Return the name of the recipe's folder (`recipe_folder.label`). If it differs from the recipe's name, print a notice."""
     name = recipe_folder.label(store.root, recipe)
     if name != recipe.name:
         other = recipe_folder.owner_of(store.root, recipe.name)
@@ -419,7 +420,7 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
 
 
 def _trains(recipe: Recipe, stage: str) -> bool:
-    """Return whether a stage of the recipe trains: its `epochs` is above 0 and no `weights` are given."""
+    """Return whether a stage of the recipe trains: it has no `weights`, and its `epochs` is above 0."""
     config = getattr(recipe, stage)
     return bool(STAGES[stage].trains and config and getattr(config, "weights", None) is None and config.epochs)
 
@@ -494,7 +495,7 @@ def _empty(partial: Path) -> None:
 def report_over(
     recipe: Recipe, files: list[Path], out: Path, *, store: Store | None = None, wait: bool = True
 ) -> dict[str, Any]:
-    """Bring the report up to date, and write a copy of it into `out` that also has measurements of other machines.
+    """Bring the report up to date. Write a copy into `out`, with measurements of other machines added.
 
     Args:
         recipe: Recipe from `recipe.load`.
