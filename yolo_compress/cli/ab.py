@@ -159,7 +159,9 @@ def _latency(
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):
         return first.rounds(), second.rounds()
     if isinstance(first, Measured) or isinstance(second, Measured):
-        progress.notice("latency: not compared; that needs one bench that measured both, or two engines that run here")
+        progress.notice(
+            "latency is not compared: only one bench that measured both models, or two engines that run here, can be compared"
+        )
         return None, None
     inputs = scratch[0] / "inputs.npy"
     write_inputs(inputs, data.val, imgsz)

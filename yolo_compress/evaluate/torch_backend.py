@@ -47,7 +47,7 @@ class TorchBackend:
         threads: int | None = None,
     ) -> None:
         if precision not in _DTYPES:
-            raise RecipeError(f"torch backend: precision {precision!r}, one of {', '.join(_DTYPES)} expected")
+            raise RecipeError(f"torch backend: precision {precision!r}, expected one of {', '.join(_DTYPES)}")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise EnvironmentLacks(
                 f"device {device}: torch {torch.__version__} sees no GPU; use cpu, or install a driver"
@@ -90,7 +90,7 @@ class TorchBackend:
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         output = self._forward(self._tensor(images_BCHW)).float().cpu().numpy()
         if output.ndim != 3 or output.shape[1] != 4 + len(self.names):
-            raise RecipeError(f"the model gives {list(output.shape)}, [B, {4 + len(self.names)}, anchors] expected")
+            raise RecipeError(f"the model returns {list(output.shape)}, expected [B, {4 + len(self.names)}, anchors]")
         return output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:

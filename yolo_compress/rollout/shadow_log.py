@@ -98,7 +98,7 @@ def read(path: Path) -> Log:
 def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
     entry = json.loads(line, parse_constant=_no_constant)
     if entry["schema"] != SCHEMA:
-        raise ValueError(f"schema {entry['schema']!r}, {SCHEMA} expected")
+        raise ValueError(f"schema {entry['schema']!r}, expected {SCHEMA}")
     name, version, frame, problem = entry["model"]["name"], entry["model"]["version"], entry["frame"], entry["problem"]
     at, ms = _number(entry["at"]), _number(entry["ms"])
     if not (

@@ -32,7 +32,7 @@ def open_engine(
     directory = Path(path)
     info = load_info(directory, onnx_sha256)
     if info.runtime not in BACKENDS:
-        raise EngineError(f"{directory}: of runtime {info.runtime!r}, one of {', '.join(BACKENDS)} expected")
+        raise EngineError(f"{directory}: of runtime {info.runtime!r}, expected one of {', '.join(BACKENDS)}")
     row = registry.RUNTIMES[info.runtime]
     opened: EngineBackend
     if not row.gpu:

@@ -127,7 +127,7 @@ def test_the_same_bundle_again_is_nothing_to_do(tmp_path: Path) -> None:
 def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     slots = Slots(tmp_path / "root")
     put(slots, make_bundle(tmp_path / "1", 2))
-    with pytest.raises(BundleRefused, match="above 2 expected"):
+    with pytest.raises(BundleRefused, match="expected one above 2"):
         put(slots, make_bundle(tmp_path / "2", version, other=True))
     assert running(slots) == 2
 
@@ -141,7 +141,7 @@ def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, mo
 
 
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleRefused, match="gate is None, a JSON object expected"):
+    with pytest.raises(BundleRefused, match="gate is None, expected a JSON object"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
 
 
@@ -186,7 +186,7 @@ def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:
         put(slots, make_bundle(tmp_path / str(version), version))
     assert rollback(slots, fake_health)["version"] == 1 == running(slots)
     for replayed in (3, 5):
-        with pytest.raises(BundleRefused, match="above 5 expected"):
+        with pytest.raises(BundleRefused, match="expected one above 5"):
             put(slots, make_bundle(tmp_path / f"again{replayed}", replayed))
     assert running(slots) == 1
     put(slots, make_bundle(tmp_path / "6", 6))
@@ -305,7 +305,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert last(["rollback", *root])["version"] == 1
     assert "nothing older" in last(["rollback", *root], 5)
     assert last(["switch", *root])["current"] == "b"
-    assert "above 2 expected" in last(["install", str(make_bundle(tmp_path / "old", 1, x=1)), *root], 5)
+    assert "expected one above 2" in last(["install", str(make_bundle(tmp_path / "old", 1, x=1)), *root], 5)
     assert "No such file" in last(["install", str(tmp_path / "nowhere"), *root], 6)
     with Slots(tmp_path / "root").locked():
         assert "another switch.py" in last(["rollback", *root], 75)

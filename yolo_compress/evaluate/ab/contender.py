@@ -107,14 +107,14 @@ class Measured:
         if self.row["image_set"] != data.val_digest:
             raise RecipeError(
                 f"{self.label}: measured over image set {self.row['image_set'][:16]} ({self.bench.metrics['images']} images), "
-                f"{data.yaml.name} has {data.val_digest[:16]} ({len(data.val)} images); give the data of that bench, whole"
+                f"{data.yaml.name} has {data.val_digest[:16]} ({len(data.val)} images); give the whole data set of that bench"
             )
         found = kept(self.bench.file(f"detections/{row_name(self.row)}.npy"), len(data.val))
         value = mean_ap([absolute_boxes(sample) for sample in data.val], found, data.names)["map50_95"]
         if abs(value - self.row["map50_95"]) > _SAME_MAP:
             raise CorruptArtifact(
-                f"{self.label}: the detections kept give mAP50-95 {value:.6f}, the row says {self.row['map50_95']:.6f}; an "
-                "earlier version kept only those that pictures show: run `bench` again"
+                f"{self.label}: the stored detections give mAP50-95 {value:.6f}, but the row has {self.row['map50_95']:.6f}: an "
+                "earlier version stored fewer detections; run `bench` again"
             )
         return found, self.row["executed"]
 

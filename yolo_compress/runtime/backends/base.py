@@ -143,7 +143,7 @@ def describe_onnx(
         EngineError: the file does not exist, the precision is unknown, or the metadata lacks `names` or `imgsz`.
     """
     if precision not in PRECISIONS:
-        raise EngineError(f"precision {precision!r}: one of {', '.join(PRECISIONS)} expected")
+        raise EngineError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if not onnx.is_file():
         raise EngineError(f"{onnx}: no such ONNX file; run export first")
     if names is None or imgsz is None:
@@ -194,7 +194,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     info = _read_sidecar(sidecar)
     if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
         raise EngineError(
-            f"{directory}: built from ONNX {info.onnx_sha256[:16]}, {onnx_sha256[:16]} expected; build the engine again"
+            f"{directory}: built from ONNX {info.onnx_sha256[:16]}, expected {onnx_sha256[:16]}; build the engine again"
         )
     for name, entry in info.files.items():
         path = directory / name
@@ -204,7 +204,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
             raise EngineError(f"{path}: missing; build the engine again")
         if path.stat().st_size != entry["size"]:
             raise EngineError(
-                f"{path}: {path.stat().st_size} bytes, {entry['size']} expected (truncated?); build the engine again"
+                f"{path}: {path.stat().st_size} bytes, expected {entry['size']} (truncated?); build the engine again"
             )
         if sha256_file(path) != entry["sha256"]:
             raise EngineError(f"{path}: sha256 is not the one in {SIDECAR} (altered); not loaded, build it again")
@@ -252,7 +252,7 @@ def resolve(
         raise EngineError(f"{path / SIDECAR}: has no entry for {', '.join(unlisted)}; build the engine again")
     if precision is not None and precision != info.precision:
         raise EngineError(
-            f"{path}: holds {info.precision}, {precision} expected; an engine is not converted on loading"
+            f"{path}: holds {info.precision}, expected {precision}; an engine is not converted on loading"
         )
     return info
 
@@ -261,7 +261,7 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
     """Raise EngineError if the output shape is not [B, 4 + number of classes, A]."""
     if len(shape) != 3 or (isinstance(shape[1], int) and shape[1] >= 0 and shape[1] != 4 + len(info.names)):
         raise EngineError(
-            f"{where}: output {list(shape)}, [batch, {4 + len(info.names)}, anchors] expected for "
+            f"{where}: output {list(shape)}, expected [batch, {4 + len(info.names)}, anchors] for "
             f"{len(info.names)} classes; build it from the export of the same model (without NMS in the graph)"
         )
 
@@ -269,7 +269,7 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
 def check_channels(channels: Any, where: Path) -> int:
     """Return the number of input channels. Raise EngineError unless it is 3 (RGB) or 1 (grey)."""
     if channels not in (1, 3):
-        raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
+        raise EngineError(f"{where}: takes images of {channels} channels, expected 3 (RGB) or 1 (grey); export again")
     return int(channels)
 
 
@@ -283,7 +283,7 @@ def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
     wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
     shape = images_BCHW.shape
     if images_BCHW.dtype != np.float32 or shape[1:] != wanted[1:] or (batch is not None and shape[0] != batch):
-        raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, float32 {list(wanted)} expected")
+        raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, expected float32 {list(wanted)}")
     return np.ascontiguousarray(images_BCHW)
 
 

@@ -91,7 +91,7 @@ class OrtBackend:
     ) -> None:
         ort = _library()
         if optimisation not in OPTIMISATION:
-            raise EngineError(f"optimisation {optimisation!r}: one of {', '.join(OPTIMISATION)} expected")
+            raise EngineError(f"optimisation {optimisation!r}, expected one of {', '.join(OPTIMISATION)}")
         path = Path(path)
         self.info = resolve(path, RUNTIME, precision, ort.__version__, [ENGINE_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path

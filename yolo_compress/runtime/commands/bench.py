@@ -189,7 +189,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         parser.error("--coco needs --data, the folder of its images")
     floats = [f"{runtime}-{precision}" for runtime in BACKENDS for precision in ("fp32", "fp16")]
     if options.latency_table is not None and not set(options.engine or []) <= set(floats):
-        parser.error(f"--latency-table times models in float: --engine one of {', '.join(floats)} expected")
+        parser.error(f"--latency-table times models in float: give one of {', '.join(floats)} as --engine")
 
     def action() -> int:
         bundle = open_bundle(directory)

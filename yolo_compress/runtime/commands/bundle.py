@@ -237,5 +237,5 @@ def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[st
     """
     value = manifest.get(key, {})
     if not isinstance(value, dict):
-        raise BundleRefused(f"{where}: {key} is {value!r}, a JSON object expected; make the bundle again")
+        raise BundleRefused(f"{where}: {key} is {value!r}, expected a JSON object; make the bundle again")
     return value

@@ -33,7 +33,7 @@ def to_rgb(message: Any) -> np.ndarray:
         ValueError: the encoding is not in `CHANNELS`, or there are fewer bytes than the message states.
     """
     if message.encoding not in CHANNELS:
-        raise ValueError(f"encoding {message.encoding!r}, one of {', '.join(CHANNELS)} expected")
+        raise ValueError(f"encoding {message.encoding!r}, expected one of {', '.join(CHANNELS)}")
     bytes_px = _BYTES[message.encoding]
     height, width, step = int(message.height), int(message.width), int(message.step)
     data = np.frombuffer(message.data, np.uint8)

@@ -142,7 +142,7 @@ def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build
 def _check_newer(bundle: Path, version: int, newest: Optional[int]) -> None:
     if newest is not None and version <= newest:
         raise BundleRefused(
-            f"{bundle}: version {version}, above {newest} expected (the newest version that ran here); make the bundle again "
+            f"{bundle}: version {version}, expected one above {newest} (the newest version that ran here); make the bundle again "
             "with a higher version, or use rollback"
         )
 

@@ -90,7 +90,7 @@ def load_array(data: bytes) -> np.ndarray:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError("format {}.{} of .npy, 1.0 or 2.0 expected".format(*version))
+        raise ValueError("format {}.{} of .npy, expected 1.0 or 2.0".format(*version))
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(file)
@@ -111,7 +111,7 @@ def _read_numpy(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise UnreadableImage(f"{path}: {error}") from error
     if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
-        raise UnreadableImage(f"{path}: {image_HW3.dtype} {list(image_HW3.shape)}, uint8 RGB [H, W, 3] expected")
+        raise UnreadableImage(f"{path}: {image_HW3.dtype} {list(image_HW3.shape)}, expected uint8 RGB [H, W, 3]")
     return image_HW3
 
 
@@ -208,7 +208,7 @@ def letterbox(
     shape = (channels,) + tuple(imgsz_hw)
     chw_CHW = np.empty(shape, np.float32) if out is None else out
     if chw_CHW.shape != shape or chw_CHW.dtype != np.float32:
-        raise ValueError(f"out is {chw_CHW.dtype} {list(chw_CHW.shape)}, float32 {list(shape)} expected")
+        raise ValueError(f"out is {chw_CHW.dtype} {list(chw_CHW.shape)}, expected float32 {list(shape)}")
     return chw_CHW, Canvas(chw_CHW[None]).place(0, image_HW3)
 
 

@@ -157,7 +157,7 @@ def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
     try:
         golden: Golden = json_text.read(file)
         if golden["schema"] != SCHEMA:
-            raise EngineError(f"{file}: schema {golden['schema']!r}, {SCHEMA} expected; make the bundle again")
+            raise EngineError(f"{file}: schema {golden['schema']!r}, expected {SCHEMA}; make the bundle again")
         images = [read_image(bundle / FOLDER / image["file"]) for image in golden["images"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{file}: cannot read the golden images ({error}); make the bundle again") from error

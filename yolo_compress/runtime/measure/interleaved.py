@@ -86,7 +86,7 @@ class _Child:
             return dict(json.loads(line))
         except (ValueError, TypeError) as error:
             raise LatencyError(
-                f"{self.label}: the measuring process answered {line[:200]!r}, a JSON object expected"
+                f"{self.label}: the measuring process answered {line[:200]!r}, expected a JSON object"
             ) from error
 
     def close(self) -> None:

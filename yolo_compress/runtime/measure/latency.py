@@ -131,7 +131,7 @@ def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.nd
         return [np.random.default_rng(0).random(shape, dtype=np.float32)]
     images_NCHW = np.load(file, allow_pickle=False)
     if images_NCHW.ndim != 4 or len(images_NCHW) < size:
-        raise ValueError(f"{file}: array {list(images_NCHW.shape)}, at least [{size}, 3, H, W] expected")
+        raise ValueError(f"{file}: array {list(images_NCHW.shape)}, expected at least [{size}, 3, H, W]")
     if backend.channels == 1:
         share_311 = (LUMA_3 / np.float32(1 << 15)).astype(np.float32)[:, None, None]
         images_NCHW = (images_NCHW * share_311).sum(axis=1, keepdims=True)

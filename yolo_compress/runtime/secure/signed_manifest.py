@@ -221,9 +221,9 @@ def _formed(content: bytes, where: Path) -> Manifest:
         raise BundleRefused(f"{where}: damaged ({error}); copy the bundle again") from error
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")) or manifest["schema"] != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BundleRefused(f"{where}: schema {found!r}, {SCHEMA} expected; it is of another version of yolo_compress")
+        raise BundleRefused(f"{where}: schema {found!r}, expected {SCHEMA}; it is of another version of yolo_compress")
     if not _is_count(manifest.get("version")):
-        raise BundleRefused(f"{where}: version {manifest.get('version')!r}, a whole number expected")
+        raise BundleRefused(f"{where}: version {manifest.get('version')!r}, expected a whole number")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise BundleRefused(f"{where}: lists no files; copy the bundle again")
@@ -236,7 +236,7 @@ def _formed(content: bytes, where: Path) -> Manifest:
             or not isinstance(entry["sha256"], str)
             or not _HEX.fullmatch(entry["sha256"])
         ):
-            raise BundleRefused(f"{where}: {name!r} has {str(entry)[:100]}, its sha256 and size expected")
+            raise BundleRefused(f"{where}: {name!r} has {str(entry)[:100]}, expected its sha256 and size")
     return cast(Manifest, manifest)
 
 
@@ -284,7 +284,7 @@ def _listed(root: Path) -> Iterable[str]:
 def _check_file(path: Path, entry: FileEntry) -> None:
     size = os.lstat(str(path)).st_size
     if size != entry["size"]:
-        raise BundleRefused(f"{path}: {size} bytes, {entry['size']} expected (truncated?); copy the bundle again")
+        raise BundleRefused(f"{path}: {size} bytes, expected {entry['size']} (truncated?); copy the bundle again")
     if _hashed(path) != (size, entry["sha256"]):
         raise BundleRefused(f"{path}: sha256 is not the one in {MANIFEST} (altered); refused, copy the bundle again")
 

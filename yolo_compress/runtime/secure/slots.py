@@ -107,7 +107,7 @@ class Slots:
             if target == f"slots/{name}":
                 return name
         raise EngineError(
-            f"{self._link}: leads to {target!r}, slots/a or slots/b expected; remove it and install again"
+            f"{self._link}: leads to {target!r}, expected slots/a or slots/b; remove it and install again"
         )
 
     def idle(self) -> str:
@@ -223,7 +223,7 @@ def _read(path: Path, wanted: Dict[str, type]) -> Any:
     except ValueError as error:
         raise EngineError(f"{path}: damaged ({error}); not written by switch.py, look before you remove it") from error
     if not isinstance(document, dict) or not all(type(document.get(key)) is kind for key, kind in wanted.items()):
-        raise EngineError(f"{path}: {', '.join(wanted)} expected; not written by switch.py, look before you remove it")
+        raise EngineError(f"{path}: expected {', '.join(wanted)}; not written by switch.py, look before you remove it")
     return document
 
 
