@@ -401,7 +401,7 @@ def test_an_input_of_other_channels_is_refused(tmp_path: Path) -> None:
     onnx.helper.set_model_props(model, {"names": "{0: 'a'}", "imgsz": "[64, 64]"})
     onnx.save(model, str(tmp_path / "net.onnx"))
     with (
-        pytest.raises(EngineError, match="images of 4 channels, 3 .RGB. or 1 .grey. expected"),
+        pytest.raises(EngineError, match="images of 4 channels, expected 3 .RGB. or 1 .grey."),
         OrtBackend(tmp_path / "net.onnx"),
     ):
         pass
