@@ -1,4 +1,4 @@
-"""`yolo-compress keygen`: write a private key, which signs bundles, and its public key, with which robots check them."""
+"""`yolo-compress keygen`: write a private key, to sign bundles, and its public key, for robots that check the signatures."""
 
 from __future__ import annotations
 
