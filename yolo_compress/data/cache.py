@@ -19,7 +19,7 @@ VERSION = 1  # increase this number when data/images.py or runtime/measure/label
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size, times and inode of a file. A change of the file changes one of them: an edit that restores the mtime changes the ctime."""
+    """Size, times and inode of a file. An edit changes at least one of these values: even if it restores the mtime, the ctime changes."""
 
     size: int
     mtime_ns: int

@@ -89,7 +89,7 @@ def load(
 
     Raises:
         RecipeError: The data yaml does not exist, or a limit is below 1.
-        BadData: There are findings; the message has the first ten.
+        BadData: There are findings. The message has the first ten.
         DataError: The yaml is malformed. Or a split is empty, has no box, or has more images without a label file than
             `max_unlabelled` allows.
         StorageError: The digits cannot be drawn.
