@@ -162,7 +162,7 @@ class Teach(TrainHook):
 
 
 def in_float32(like: Tensor) -> torch.autocast:
-    """Return a context that disables autocast on the device of `like`, so that losses are computed in float32.
+    """Return a context without autocast on the device of `like`, in which losses are computed in float32.
 
     A sum over a feature map of P3 can exceed 65,504, the largest number in float16.
     """

@@ -45,7 +45,7 @@ class Source(ABC):
         """
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        """Return (student's layer, teacher's layer) for each comparison. If `layers` is None, these are the inputs of the head."""
+        """Return (student's layer, teacher's layer) for each comparison. If `layers` is None, the inputs of both heads are compared."""
         return (
             split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
