@@ -70,7 +70,7 @@ def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: int = MAX_DET) -> int:
-    """Check that a graph with NMS gives the same boxes as its source graph with the NMS of `runtime.detect.post`.
+    """Check that NMS inside a graph gives the same boxes as the source graph, followed by the NMS of `runtime.detect.post`.
 
     Args:
         file: Output of `with_nms` with its default thresholds and `max_det`.

@@ -17,7 +17,7 @@ IMAGES = 8  # number of real images that the timed calls use in turn
 def write_inputs(file: Path, samples: Sequence[Sample], imgsz_hw: tuple[int, int], batch: int = 1) -> None:
     """Write letterboxed images to a .npy file, for `inputs` of `messages.Spec`.
 
-    If there are fewer samples than images, samples are repeated.
+    If there are too few samples, samples are repeated.
 
     Args:
         file: File to write.

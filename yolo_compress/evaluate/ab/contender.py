@@ -130,7 +130,7 @@ def open_contender(text: str, scratch: Path) -> Contender:
     """Open the model that `text` names, and check the model's files against their recorded digests.
 
     Args:
-        text: path of an engine folder, of an .onnx file or of a .pt file; or BENCH:ROW for a row of a `bench` artefact.
+        text: path of an engine folder, an .onnx file or a .pt file. Or BENCH:ROW for a row of a `bench` artefact.
         scratch: folder for temporary files. If `text` is an .onnx file, an engine for ONNX Runtime is built there.
 
     Raises:

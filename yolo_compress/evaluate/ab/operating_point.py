@@ -100,7 +100,7 @@ def operating(
 
 
 def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
-    """Test whether the number of objects that only model A finds equals the number that only model B finds, by image.
+    """Test whether models A and B find equally many objects that the other model misses.
 
     Each image is one observation. Errors in an image are correlated: in a dark image all objects may be missed. So a test over
     boxes would find differences between equal models. This is an exact permutation test, which makes the sign of each image's
