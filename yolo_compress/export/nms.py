@@ -1,4 +1,4 @@
-"""Add NMS to an ONNX graph, for programs without NMS of their own. Decoders such as that of Isaac ROS read the raw output."""
+"""Add NMS to an ONNX graph, for programs without NMS. Decoders with NMS, such as Isaac ROS, read the raw output."""
 
 from __future__ import annotations
 

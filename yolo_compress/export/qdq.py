@@ -1,11 +1,12 @@
 """Write INT8 ONNX graphs: insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float graph.
 
-Each runtime needs its own form of the graph. All forms have the same scales on the same tensors and the same INT8 weights: symmetric,
-one scale per output channel on axis 0, 7 or 8 bits as trained. Biases stay float and the opset does not change.
+Each runtime needs its own form of the graph. All forms have the same scales on the same tensors, and the same INT8 weights. Weights
+are symmetric, with one scale per output channel on axis 0, and 7 or 8 bits as trained. Biases stay float and the opset does not
+change.
 
-A tensor has one Q/DQ pair after the node that computes the tensor, and all nodes that read the tensor use this pair. Pools,
-upsamplings, chunks and concatenations of INT8 tensors also have a pair at their output. This pair has the scale of the inputs, so
-it changes no value. It tells the runtime's ONNX importer that the layer is INT8.
+A tensor has one Q/DQ pair, after the node that computes it. All readers of the tensor use this pair. Pools, upsamplings, chunks and
+concatenations of INT8 tensors also have a pair at their output. This pair has the scale of the inputs, so it changes no value. It
+tells the runtime's ONNX importer that the layer is INT8.
 
 The forms differ in these fields of `runtime.registry.Int8File`:
 
