@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def kept_flops(self) -> float:
-        """MACs of the pruned model divided by those of the unpruned model."""
+        """MACs of the pruned model divided by the MACs of the unpruned model."""
         return self.macs_after / self.macs_before
 
 

@@ -1,9 +1,9 @@
 """Find channel groups of a model and remove channels from it. A channel group is a set of channels that must be removed together.
 
-DepGraph (Fang et al., arXiv 2301.12900) finds the slices of convolutions and BatchNorms that share channels. It traces a copy of the
-model without weights, in the split view, where blocks that DepGraph cannot follow are divided (see `nets.yolov8`). Groups use the
-module names of the stock model: a block of the split view is a slice of a stock block at a channel offset. Importance, budget and
-removal therefore work on stock classes.
+DepGraph (Fang et al., arXiv 2301.12900) finds the slices of convolutions and BatchNorms that share channels. It traces a copy of
+the model without weights, in the split view, where blocks that DepGraph cannot follow are divided (see `nets.yolov8`). Groups use
+the module names of the stock model. A block of the split view is a slice of a stock block, at a channel offset. Importance, budget
+and removal therefore work on stock classes.
 
 Channels are removed with one index_select per tensor. DepGraph's own removal is not used: it rebuilds every tensor once per group
 and loses `requires_grad`. No other file imports torch_pruning (1.6.1).

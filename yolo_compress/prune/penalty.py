@@ -69,9 +69,9 @@ class Polarization(Penalty):
     the BatchNorms of the group, as in the criterion `bn_gamma`.
 
     Plain L1 reduces all gammas alike. The order of channels does not change until many gammas are 0, and unimportant layers lose
-    all channels. Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
-    `sum |gamma - mean|` from L1. For their t = 1 this is twice the penalty here, except for the derivative of the mean, which is
-    near 0. They use the mean over the model. Here each group has its own mean, so that no layer loses all channels.
+    all channels. The penalty of Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer",
+    equation 2) is L1 minus `sum |gamma - mean|`. With their t = 1 it is twice the penalty here, if the derivative of the mean (near
+    0) is neglected. Their mean is over the model. Here each group has its own mean, so that no layer loses all channels.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -106,9 +106,8 @@ class GroupLasso(Penalty):
     channels.
 
     With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`. If all weights of the channel are 0, the
-    derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel O that it writes and to the channel I
-    that it reads, so its derivative is `w_OI * (r_O + r_I)` with `r = s / n`. For channels that belong to no group (images, outputs
-    of Detect) `r` is 0.
+    derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to two channels: it writes O and reads I. So its
+    derivative is `w_OI * (r_O + r_I)` with `r = s / n`. For channels that belong to no group (images, outputs of Detect) `r` is 0.
 
     DepGraph penalises `c_k n_k^2`, with `c_k` from 1 to 16 and larger for weaker channels. Here the factor `1 / n_k` has the same
     effect, and no range of `c_k` has to be chosen. Yuan and Lin multiply the norm by the root of the number of weights. Here the norm
