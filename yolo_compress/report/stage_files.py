@@ -39,7 +39,7 @@ def gammas(given: Gammas | None) -> Gammas | None:
 
 
 def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
-    """Check and return [before, after] pruning for each layer. `what` names the numbers in error messages: channels or MACs."""
+    """Check and return layer -> [number before pruning, number after]. `what` is the name of the numbers: channels or MACs."""
     if not given:
         return None
     for layer, pair in given.items():
