@@ -167,7 +167,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Paired frames of models A and B in the order of A's time, numbers of unpaired frames, and the median lag of B in s."""
+    """Paired frames of models A and B in the order of A's time. Also the numbers of unpaired frames, and B's median lag in s."""
 
     frames: tuple[tuple[Frame, Frame], ...]
     alone_a: int
