@@ -96,8 +96,8 @@ def max_det(manifest: About) -> int:
 def open_bundle(directory: Path) -> Bundle:
     """Verify a bundle and read its manifest. If this machine has a pinned key, the signature is checked with it.
 
-    If a key is pinned, a bundle outside the slots is refused in two cases: its name differs from the bundles in the slots, or it is
-    older than the newest version that ever ran there. A bundle in a slot may be older, after a roll-back.
+    If a key is pinned, a bundle outside the slots must have the name of the bundles in the slots. It must not be older than the
+    newest version that ever ran there. A bundle in a slot may be older, after a roll-back.
 
     Raises:
         BundleRefused: `signed_manifest.verify` refuses the bundle, or the manifest lacks a value that the commands need.

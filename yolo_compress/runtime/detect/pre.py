@@ -150,7 +150,7 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
 class Canvas:
     """A reusable array for the model's input. Use it from one thread at a time.
 
-    If two images in turn have the same grey border, the border is written only once. So no other code may write to the array.
+    A grey border is not written again if the next image has the same border. So no other code may write to the array.
 
     Args:
         images_BCHW: float32 array that `place` fills, image by image.

@@ -1,4 +1,4 @@
-"""COCO's matching of detections to ground truth, and its average precision, with numpy only. Results equal those of pycocotools.
+"""COCO's matching of detections to ground truth, and its average precision, with numpy only. The results equal pycocotools.
 
 A "truth" here is a ground-truth box: a row (class, x1, y1, x2, y2). A detection is a row (x1, y1, x2, y2, score, class). Both are in
 px of the image. Shape suffixes: N truths, D detections that count, T IoU thresholds, A area ranges, K classes, R recall points.
