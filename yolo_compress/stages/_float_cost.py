@@ -22,7 +22,7 @@ ASKED = "qat.sensitivity_price"
 
 
 def check(price: str) -> None:
-    """Check that the cost can be measured on this machine: that the runtime in `price` runs here.
+    """Check that the runtime in `price` can run on this machine.
 
     Args:
         price: Unit of the cost: "gflops", which needs no runtime, or the name of a runtime.
