@@ -556,8 +556,8 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
 def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     """Yield a job of `prune` with temporary folders, and the checkpoint that it would prune.
 
-    The checkpoint is the first of these: the result of `sparsify` if that is up to date, the trained baseline, the `weights` of the
-    baseline in the recipe.
+    The checkpoint is the result of `sparsify` if that is up to date. Else it is the trained baseline, else the file `weights` of
+    the baseline in the recipe.
 
     Raises:
         RecipeError: The recipe does not prune, or its baseline is not trained yet.
