@@ -108,7 +108,7 @@ LOCK = Option("lock", "fail", "What to do while another command uses the store: 
               "wait", choices=("wait", "fail"))
 FORCE = Option("force", "true", "Run the stage again, even if it is up to date. With the verb run, this stage is report.",
                "false", choices=SWITCH)
-DATA = Option("data.yaml", "FILE", "Data set to look at.", values="a data set file", needed=True)
+DATA = Option("data.yaml", "FILE", "Data set for which the recipe is written.", values="a data set file", needed=True)
 STAGE = "yolo_compress.cli.stage:handle"
 _MODEL = ("an engine folder, a .onnx file, a .pt file, or BENCH:ROW, a row of a bench, as in "
           "weights/digits/bench:compressed-onnxruntime-int8")
@@ -216,7 +216,7 @@ VERBS = {row.name: row for row in (
     Verb("ab", "test whether model b is as good as model a; exit code 1: no", "Use the result",
          "yolo_compress.cli.ab:handle", (
         Option("a", "MODEL", "Model in use, such as the baseline.", values=_MODEL, needed=True),
-        Option("b", "MODEL", "New model, which is judged.", values="as a", needed=True),
+        Option("b", "MODEL", "New model, which is judged.", values="like those of a", needed=True),
         Option("data", "DATA.yaml", "Data set whose validation images are used.", values="a data set file", needed=True),
         Option("imgsz", "SIDE|HEIGHT,WIDTH", "Size of the models' input. Set it to compare two .pt files.",
                "the size of the engines", "one side or height,width, multiples of 32", "px"),
@@ -231,7 +231,7 @@ VERBS = {row.name: row for row in (
     Verb("lint", "find faults of an ONNX file; exit code 1: there are errors", "Use the result",
          "yolo_compress.cli.lint:handle", (
         Option("target", "NAME", "Runtime that will execute the file.", lint_targets.DEFAULT, one_of(lint_targets.TARGETS)),
-    ), Words("FILE.onnx", "file", "ONNX file to check. It need not come from this program.", "a file"), knobs=False, continues=False),
+    ), Words("FILE.onnx", "file", "ONNX file to check, of this or any other program.", "a file"), knobs=False, continues=False),
     Verb("bundle", "write a folder or .tar for the robot; the gate must have passed", "Robots",
          "yolo_compress.cli.bundle:handle", (
         RECIPE, LOCK,
@@ -239,10 +239,10 @@ VERBS = {row.name: row for row in (
         Option("out", "FOLDER|FILE.tar", "Folder or archive to write.",
                                          values="a folder or a file .tar or .tar.gz that does not exist yet",
                needed=True, writes=True),
-        Option("target", "NAME", "System that will run the bundle. Its configuration files are also written.", "plain",
+        Option("target", "NAME", "System for which configuration files are added. plain: no such files.", "plain",
                "one of plain, isaac_ros, deepstream, triton"),
-        Option("version", "N", "Version of the bundle. A robot installs a bundle only if its version is higher than all "
-                               "versions that it ever ran.", "the time, in seconds",
+        Option("version", "N", "Version of the bundle. A robot installs only bundles with a higher version than all earlier "
+                               "bundles.", "the time, in seconds",
                "a whole number >= 1"),
         Option("key", "FILE", "Private key that signs the bundle, from `yolo-compress keygen`.", "none, not signed", "a file"),
         Option("golden", "N", "Number of validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),
@@ -257,8 +257,9 @@ VERBS = {row.name: row for row in (
     Verb("rollout", "judge a new model b from logs of robots; exit code 1: abort", "Robots",
          "yolo_compress.cli.rollout:handle", (
         Option("a", "LOG.jsonl", "Log of the model in use.", values="a file that detect.py --shadow wrote", needed=True),
-        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="as a", needed=True),
-        Option("truth", "LABELS.jsonl", "Labels of some of the images, so that missed objects count too.", "none", "a file"),
+        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="like those of a", needed=True),
+        Option("truth", "LABELS.jsonl", "Labels of some of the images. With them, the verdict also covers missed objects.",
+                                        "none", "a file"),
         Option("state", "FILE.json", "File that keeps the state of the release from call to call.",
                                      "none, each call starts a new release", "a file",
                writes=True),

@@ -19,7 +19,7 @@ VERSION = 1  # increase this number when data/images.py or runtime/measure/label
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size, times and inode of a file. An edit changes at least one of these values: even if it restores the mtime, the ctime changes."""
+    """Size, times and inode of a file. Every edit changes one of these values. An edit that restores the mtime changes the ctime."""
 
     size: int
     mtime_ns: int

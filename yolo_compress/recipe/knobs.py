@@ -164,12 +164,12 @@ WarmupEpochs = Annotated[float, knob(
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(
-    "true: the learning rate falls from lr0 to lr0*lrf along a cosine. false: it falls linearly.",
+    "How the learning rate falls from lr0 to lr0*lrf. true: along a cosine. false: linearly.",
     when="Change it only to reproduce a training with a linear learning rate.",
     group="Advanced")]
 Mosaic = Annotated[float, knob(
     "Probability that a training image is a mosaic of four images.",
-    when="Lower it (0.5) in short trainings, so that more images look as they do in validation.",
+    when="Lower it (0.5) in short trainings: unchanged images are more like those of validation.",
     group="Training", unit="fraction", ge=0, le=1)]
 CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
     "Number of epochs without mosaic at the end of the training. auto: a fifth of the epochs, at most 10.",
@@ -178,12 +178,12 @@ CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
 Weights = Annotated[str | None, knob(
     "Checkpoint that already detects the classes of the data set. It is used without training. Its path is tried as given, "
     "then in weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Not together with pretrained or model.",
-    when="Give it when you have a trained detector of the classes of your data set.",
+    when="Give a file when you have a trained detector of the classes of your data set.",
     group="Model", pattern=TEXT)]
 Pretrained = Annotated[str | None, knob(
     "Checkpoint of any classes from which the training starts. All its tensors are used. Outputs of classes that it does "
     "not have start at random. Its path is tried in the same places as weights. Not together with weights or model.",
-    when="Give it, such as yolov8s.pt, when you have no trained detector of your classes.",
+    when="Give a file such as yolov8s.pt when you have no trained detector of your classes.",
     group="Model", pattern=TEXT)]
 Model = Annotated[Scratch | None, knob(
     "Architecture to train from random weights. Not together with weights or pretrained.",
@@ -194,9 +194,9 @@ CalibImages = Annotated[int, knob(
     when="Raise it when there are many classes or varied scenes. For COCO, 512 is suitable.",
     group="Calibration", unit="images", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob(
-    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: the percentage in "
-    "percentile is not clipped. mse: least squared error of rounding and clipping. entropy: least Kullback-Leibler "
-    "divergence.",
+    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: the knob percentile "
+    "sets how many values are not clipped. mse: least squared error of rounding and clipping. entropy: least "
+    "Kullback-Leibler divergence.",
     when="Try another one when INT8 loses mAP and FP16 does not.",
     group="Calibration")]
 Percentile = Annotated[float, knob(

@@ -72,7 +72,7 @@ class DataConfig(Section):
         group="Data")] = "error"
     allow_overlap: Annotated[bool, knob(
         "Accept validation images that are also training images.",
-        when="Set true only if you know why: the mAP is then too high.",
+        when="Set true only for a good reason, because the mAP is then too high.",
         group="Data")] = False
     max_unlabelled: Annotated[float, knob(
         "Largest fraction of the images of a split that may have no label file. These images count as background.",
@@ -139,7 +139,7 @@ class TrainConfig(Section):
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.01
     momentum: Annotated[float, knob(
         "Momentum of SGD, or beta1 of Adam and AdamW.",
-        when="Set 0.937, the value of Ultralytics, with optimizer=SGD.",
+        when="With optimizer=SGD, set 0.937, the value of Ultralytics.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, knob(
         "Weight decay of the optimizer. It does not apply to biases and BatchNorm.",
@@ -173,10 +173,10 @@ class TrainConfig(Section):
 
 
 class SourceConfig(TrainConfig):
-    """Source of the teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
+    """Source of the baseline or the teacher. Set exactly one of `weights`, `pretrained` and `model`.
 
-    `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights. The
-    training has the defaults of Ultralytics.
+    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint of any classes. With `model`, it
+    starts from random weights. The training has the defaults of Ultralytics.
     """
 
     weights: Weights = None
@@ -236,7 +236,7 @@ class SparsifyConfig(TrainConfig):
         when="Set 1 for SGD and for long trainings.",
         group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
     ramp_epochs: Annotated[float, knob(
-        "Epochs at the start of the training during which lambda rises from 0.",
+        "Number of epochs at the start of the training in which lambda rises from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
@@ -352,9 +352,9 @@ class DistillConfig(TrainConfig):
     """Distillation from the teacher. If the recipe has no teacher, the baseline is the teacher."""
 
     teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
-        "What the student learns from. frozen: the model of the section teacher, unchanged. mutual: the same model, "
-        "trained too, from the labels and the student (arXiv 1706.00384). self: the student's deep layers teach its "
-        "shallow layers.",
+        "Teacher of the student. frozen: the model of the section teacher, which does not change. mutual: this model is "
+        "also trained, on the labels and the student's outputs (arXiv 1706.00384). self: the student's deep layers teach "
+        "its shallow layers.",
         when="Try mutual or self when there is no larger teacher.",
         group="Teacher")] = "frozen"
     images: Annotated[str | None, knob(
@@ -368,7 +368,7 @@ class DistillConfig(TrainConfig):
         when="Set it (64) when there are no training images.",
         group="Advanced", unit="images", ge=1, le=100_000)] = None
     data_free_steps: Annotated[int, knob(
-        "With data_free: optimizer steps to generate an image.",
+        "With data_free: number of optimizer steps per image.",
         when="Raise it when the generated images look like noise.",
         group="Advanced", unit="steps", ge=1, le=100_000)] = 300
 
@@ -413,7 +413,7 @@ class DistillConfig(TrainConfig):
         allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
     )] = None
     ramp_epochs: Annotated[float, knob(
-        "Epochs at the start of the training during which the weights of all distillation losses rise from 0.",
+        "Number of epochs at the start of the training in which the weights of all distillation losses rise from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
     off_without_mosaic: Annotated[bool, knob(
@@ -445,7 +445,7 @@ class QatConfig(TrainConfig):
     percentile: Percentile = 99.99
     weight_bits: Annotated[Literal[7, 8], knob(
         "Bits of the INT8 weights, in training and in every file. 8-bit weights saturate on CPUs without VNNI.",
-        when="Set 8 when the robot runs TensorRT, or every CPU it may run on has VNNI.",
+        when="Set 8 when the robot runs TensorRT, or when all its possible CPUs have VNNI.",
         group="Precision", unit="bits")] = 7
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
         "Measure the model on the calibration images with one group of tensors in float at a time. Then keep the "
