@@ -20,7 +20,7 @@ import numpy as np
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
-from yolo_compress.evaluate.exported_files import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_exported
 from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
@@ -130,7 +130,7 @@ def _detected(
             if key not in found:
                 with ExitStack() as stack:
                     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    simulated = stack.enter_context(open_published(export.file(file), target.precision, scratch))
+                    simulated = stack.enter_context(open_exported(export.file(file), target.precision, scratch))
                     found[key] = detections(simulated, images, LEAST_SCORE, IOU)
                     about[key] = {"executed": simulated.executed, "library": "none"}
     return found, about

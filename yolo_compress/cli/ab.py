@@ -153,7 +153,7 @@ def _latency(
 ) -> tuple[Rounds | None, Rounds | None]:
     """Return the latencies of model A and model B. Only latencies that were measured in turn, here or by one bench, are comparable.
 
-    If that is not possible, print a notice and return None for both.
+    If the latencies are not comparable, print a notice and return None for both.
     """
     first, second = both
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):

@@ -1,4 +1,4 @@
-"""Table of the device classes that `yolo-compress init` writes a recipe for. Imports no torch, so that the help is fast."""
+"""Table of the device classes for `yolo-compress init`. This module does not import torch, so that the help is fast."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses it."""
+    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses one."""
 
     source: str
     engine: Path

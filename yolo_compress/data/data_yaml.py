@@ -40,7 +40,7 @@ _MakeError = Callable[[str, str], DataError]  # (key, message) -> error with fil
 
 @dataclass(frozen=True)
 class DataYaml:
-    """Checked content of a data yaml. `train` and `val` are entries as written; `root` is absolute."""
+    """Checked content of a data yaml. `train` and `val` have the entries of the file, unchanged. `root` is absolute."""
 
     file: Path
     root: Path

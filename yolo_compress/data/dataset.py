@@ -79,8 +79,7 @@ def load(
             yamls. The digits of the shipped yaml are drawn first if they do not exist.
         on_bad: "skip" leaves out images with a finding, and lists the findings in `skipped`.
         allow_overlap: Accept validation images that are also training images.
-        limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`). It needs no
-            seed.
+        limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`).
         limit_val: Number of validation images to read, chosen in the same way.
         max_unlabelled: Largest fraction of the images of a split that may have no label file. They are background.
         max_det: Number of detections that NMS keeps in an image. Images with more objects give a note.

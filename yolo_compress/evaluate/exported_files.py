@@ -111,7 +111,7 @@ class Simulated(OrtBackend):
         return f"simulated, {self._shown} node by node"
 
 
-def open_published(file: Path, precision: str, scratch: Path) -> Backend:
+def open_exported(file: Path, precision: str, scratch: Path) -> Backend:
     """Return a backend for an exported file from which no engine can be built on this machine.
 
     Args:

@@ -4,8 +4,9 @@ The cache is a text file. The first line has the version of TensorRT and the cal
 its scale, written as the bytes of a float32 in hexadecimal. Weights have no line: TensorRT computes their ranges from the graph, per
 output channel. The exported graph therefore contains the weights after rounding to INT8.
 
-TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`, trtexec with `--int8 --calib=FILE`. TensorRT 11
-cannot read it. The format follows files that TensorRT wrote. TensorRT has not yet read a cache from this module.
+TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`. The program trtexec reads it with `--int8
+--calib=FILE`. TensorRT 11 cannot read it. The format follows files that TensorRT wrote. TensorRT has not yet read a cache from this
+module.
 """
 
 from __future__ import annotations

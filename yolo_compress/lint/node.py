@@ -76,7 +76,7 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 
 def constant_of(node: NodeProto) -> TensorProto:
-    """Return the tensor of a Constant node, from any of its attribute forms."""
+    """Return the tensor of a Constant node. Its attribute may have any of the forms that ONNX allows."""
     item = node.attribute[0]
     if item.type == AttributeProto.TENSOR:
         return item.t

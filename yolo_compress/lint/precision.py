@@ -1,4 +1,4 @@
-"""Rules on FP16 and BF16. Up to TensorRT 10 builder flags set the precision, from 11 on the types in the graph."""
+"""Rules on FP16 and BF16. Up to TensorRT 10, builder flags set the precision. From 11 on, the types in the graph set it."""
 
 from __future__ import annotations
 

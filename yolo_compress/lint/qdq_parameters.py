@@ -1,7 +1,7 @@
 """Rules on the parameters of single Q and DQ nodes: integer types, zero points, scales, axes.
 
-NVIDIA, "Working with Quantized Types" (8.5 to 11.x): INT8 is symmetric. Activations have one scale per tensor, weights one
-per output channel, and biases are not INT32. The rules quote the errors that TensorRT-RTX 1.7.1 gives otherwise.
+NVIDIA, "Working with Quantized Types" (8.5 to 11.x): INT8 is symmetric. Activations have one scale per tensor. Weights have one
+scale per output channel. Biases are not INT32. The rules quote the errors of TensorRT-RTX 1.7.1 for other files.
 """
 
 from __future__ import annotations

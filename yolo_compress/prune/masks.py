@@ -65,7 +65,7 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
 
 @torch.no_grad()
 def two_four(model: nn.Module) -> dict[str, Tensor]:
-    """Return convolution -> mask that keeps the two largest of the weights of every four consecutive input channels.
+    """Return convolution -> mask. Of the weights of every four consecutive input channels, the mask keeps the two largest.
 
     This is 2:4 sparsity (Mishra et al., arXiv 2104.08378). The choice is separate for each output channel and kernel position, as
     Sparse Tensor Cores and TensorRT require ("Sparsity" in TensorRT's developer guide). If a convolution's number of input channels
@@ -110,8 +110,8 @@ class HoldZeros(TrainHook):
     """Hook that keeps convolution weights at zero if they are zero when training starts.
 
     The hook sets the gradients of these weights to zero before each optimizer step. SGD and Adam change a weight only by its
-    gradients and by weight decay, which is a multiple of the weight. Both are zero. The EMA and the INT8 value of the weight are
-    therefore also zero.
+    gradients and by weight decay, which is a multiple of the weight. For these weights both changes are zero. The EMA and the INT8
+    value of the weight are therefore also zero.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A fake quantiser with a fixed scale that replaces ModelOpt's, because ModelOpt's is slow on a GPU.
+"""A fake quantiser with a fixed scale. It replaces the fake quantiser of ModelOpt, which is slow on a GPU.
 
 ModelOpt 0.47's `TensorQuantizer` makes every tensor contiguous. On CUDA, models train in the channels_last layout, so each tensor
 is copied. Without its compiled CUDA extension, ModelOpt also copies the range to the host, and each such copy waits for the GPU.

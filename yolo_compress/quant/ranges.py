@@ -1,4 +1,4 @@
-"""Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute them, export reads them.
+"""Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute the ranges. Export reads them.
 
 The range of a tensor, `amax`, is the largest absolute value that its INT8 values represent. INT8 values are
 `round(x * qmax / amax)`, symmetric with zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and

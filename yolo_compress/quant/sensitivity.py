@@ -61,8 +61,7 @@ def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[
         layer_ms: Convolution -> (FP32 ms, INT8 ms), each with its activation, from engines of the complete model.
 
     Returns:
-        Name of the group -> cost in ms, at least `RESOLUTION_MS`. Otherwise `choose` would always take a group with a cost of 0
-        first.
+        Name of the group -> cost in ms, at least `RESOLUTION_MS`. With a cost of 0, a group would always be chosen first.
 
     Raises:
         CompressError: An INT8 convolution of `placed` is missing in `layer_ms`.

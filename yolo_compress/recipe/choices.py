@@ -1,7 +1,7 @@
 """Tables of the pruning criteria and of the feature losses. Also loads a user's own function (`file.py:function`).
 
-To add one, write the function and add a row here. Recipe, help and stages read these tables. torch is imported only when `find`
-loads a function.
+To add a criterion or a loss, write the function and add a row here. Recipe, help and stages read these tables. torch is imported
+only when `find` loads a function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read recipes: YAML files with one section for each stage. A recipe is checked as a whole before any stage runs.
 
-If the section of a stage is absent or null, the stage is left out. An empty section (`distill: {}`) uses the defaults.
-`pipeline` sets the order of the stages, not the file. Nothing here imports torch, so `status` answers within a second.
+If the section of a stage is absent or null, the stage is left out. An empty section (`distill: {}`) uses the defaults. The order of
+the stages comes from `pipeline`, not from the file. Nothing here imports torch, so `status` answers within a second.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Recipe(Sections):
         return made
 
     def dump(self) -> str:
-        """Return the effective recipe as YAML. `load` reads an equal recipe from it, if the file has the recipe's name."""
+        """Return the effective recipe as YAML. If a file with this text has the recipe's name, `load` returns an equal recipe."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
 
 

@@ -99,7 +99,7 @@ class DataConfig(Section):
 
 
 class RunConfig(Section):
-    """Settings of the machine, and the seed. Only `seed` changes results, so only it is part of a stage's fingerprint."""
+    """Settings of the machine, and the seed. Only `seed` changes results, so only `seed` is part of a stage's fingerprint."""
 
     MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
 

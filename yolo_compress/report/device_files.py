@@ -44,7 +44,7 @@ class ReportFile:
         recipe: Name of the other recipe.
         image_set: Digest of its validation images.
         device: Machine that it was measured on.
-        rows: Bench rows. The keys in `ROW_TEXT_KEYS` are text in each.
+        rows: Bench rows. In each row, the keys in `ROW_TEXT_KEYS` are text.
     """
 
     content: dict[str, Json]

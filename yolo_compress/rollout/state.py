@@ -27,7 +27,7 @@ class State:
         a, b: (name, version) of model A, which is in use, and of the new model B. Other models belong to another release.
         status: running, aborted (final) or done (B runs on all robots, and can still be aborted).
         stage: Index into STAGES.
-        since: A's time of the last frame that an earlier stage used, as Unix time in s.
+        since: Time of the last frame that an earlier stage used, by the clock of model A: Unix time in s.
     """
 
     a: tuple[str, int]

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.exported_files import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_exported
 from yolo_compress.evaluate.latency_inputs import write_inputs
 from yolo_compress.evaluate.rows import (
     Accuracy,
@@ -76,7 +76,7 @@ class _Candidate:
 
 def run(job: Job) -> BenchMetrics:
     """Measure each model in each runtime and precision, and return the rows. Write the latency of each call and the detections."""
-    candidates = _with_published(job, _candidates(job))
+    candidates = _with_exported_files(job, _candidates(job))
     evaluated = [one for one in candidates if one.status != "missing"]
     (job.out / "detections").mkdir()
     with bar("bench: mAP", len(evaluated) * len(job.dataset.val), "image") as advance:
@@ -118,7 +118,7 @@ def _candidates(job: Job) -> list[_Candidate]:
     return found
 
 
-def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
+def _with_exported_files(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
     """Return the candidates with the files of `export` added that no engine here was built from. They are not timed."""
     export = job.inputs["export"]
     sources = _sources(job)
@@ -157,7 +157,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
     if subject["runtime"] == "torch":
         return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw, device=device(job))
     if candidate.status == "untimed":
-        return open_published(Path(path), subject["precision"], job.work)
+        return open_exported(Path(path), subject["precision"], job.work)
     return open_engine(path, threads=None if RUNTIMES[subject["runtime"]].gpu else config.threads)
 
 

@@ -34,8 +34,8 @@ PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 def run(job: Job) -> QatMetrics:
     """Quantise the model and train it. Write `model.pt` in Ultralytics' own classes, `quant.json` (scales) and `placement.csv`.
 
-    `placement.csv` has a row for each tensor: its precision, its group, and the reason for float. Tensors of a group share a scale.
-    mAP in the metrics is measured on the quantised model.
+    `placement.csv` has a row for each tensor: its precision, its group, and the reason for the precision. Tensors of a group share
+    a scale. mAP in the metrics is measured on the quantised model.
     """
     config: QatConfig = job.config
     model = model_of(job, "distill")

@@ -128,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _run(training: Training) -> nn.Module:
-    """Run the training loop. The EMA still has the modules that hooks inserted."""
+    """Run the training loop and return the EMA of the model. The EMA still has the modules that hooks inserted."""
     hooks, settings, what = training.hooks, training.settings, training.what
     trainer = HookedTrainer(training.model, training.dataset, settings, hooks, training.work, what)
     try:

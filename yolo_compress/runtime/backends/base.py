@@ -180,7 +180,7 @@ def _from_json(document: Any) -> EngineInfo:
 
 
 def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
-    """Read the sidecar `engine.json`, check that every engine file has the size and SHA-256 in the sidecar, and return the sidecar.
+    """Read and return the sidecar `engine.json`. Check that every engine file has the size and SHA-256 that the sidecar states.
 
     Args:
         directory: directory of the engine.

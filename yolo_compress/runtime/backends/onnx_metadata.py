@@ -63,7 +63,7 @@ def metadata(path: Path) -> Dict[str, str]:
 
 
 def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
-    """Return the class names and the input size (height, width) in px, from the metadata that Ultralytics uses too.
+    """Return the class names and the input size (height, width) in px, from metadata in the format of Ultralytics.
 
     Raises:
         EngineError: the metadata lacks class names or input size.

@@ -149,7 +149,7 @@ class OpenVINOBackend:
     ) -> Dict[str, Path]:
         """Convert an ONNX file to OpenVINO's IR in the folder `out`. Return the written files by name.
 
-        `onnx` must have been exported for `precision`. Only for fp16 are weights stored as float16.
+        `onnx` must have been exported for `precision`. Weights are stored as float16 only for fp16.
 
         Raises:
             EngineError: OpenVINO cannot read the graph, or the precision is int8 and the graph has no quantisation.

@@ -1,7 +1,7 @@
 """`python3 bench.py`: measure the engines on this robot: golden self-test, mAP, latency, throughput, memory and power.
 
-Writes `device.json`. On the machine that made the bundle, `yolo-compress report add=device.json` adds its rows to the report. Exit
-code 1: the golden self-test failed, so an engine's detections differ from the expected detections in the bundle.
+The command writes `device.json`. On the machine that made the bundle, `yolo-compress report add=device.json` adds its rows to the
+report. Exit code 1: the golden self-test failed, so an engine's detections differ from the expected detections in the bundle.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
 
 
 def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
-    """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine, stdout a JSON line."""
+    """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine. stdout gets a JSON line."""
     tested = {}
     for folder in folders:
         info = load_info(folder)

@@ -1,7 +1,7 @@
 """`python3 build.py`: build this robot's engines from the bundle's ONNX files, and record the machine that built them.
 
-TensorRT is used where it works, otherwise ONNX Runtime and OpenVINO. On a Jetson without TensorRT the build fails, because
-the GPU would be idle without notice.
+TensorRT is used where it works, otherwise ONNX Runtime and OpenVINO. On a Jetson without TensorRT the build fails. Otherwise the
+GPU would stay unused without notice.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Labels:
 
 
 def label_path(image: Path) -> Path:
-    """Return the label file of an image: the last folder `images` becomes `labels`, and the suffix .txt (img2label_paths)."""
+    """Return the label file of an image. The last folder `images` in its path becomes `labels`, and the suffix becomes .txt."""
     return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
 
 

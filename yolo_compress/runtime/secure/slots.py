@@ -1,4 +1,4 @@
-"""Two slots for bundles, and the link `current` to the one in use. After a power loss, `current` still leads to a tested bundle.
+"""Two slots for bundles, and the link `current` to the slot in use. After a power loss, `current` still leads to a tested bundle.
 
     ROOT/slots/a/       a bundle, with its engines
     ROOT/slots/a.json   mark of slot a, written after its engines passed the golden images. A slot without a mark is never used

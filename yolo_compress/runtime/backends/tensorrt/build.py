@@ -1,4 +1,4 @@
-"""Build a TensorRT plan (engine file) from ONNX, for TensorRT 8.5 to 11.x. Never ran on real TensorRT; see run.py.
+"""Build a TensorRT plan (engine file) from ONNX, for TensorRT 8.5 to 11.x. This file never ran on real TensorRT; see run.py.
 
 The code tests which features the installed version has. Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags: the
 types in the graph decide.

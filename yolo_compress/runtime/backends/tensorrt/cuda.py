@@ -1,8 +1,8 @@
 """CUDA through cuda-python or pycuda: device memory, page-locked host memory, a stream, CUDA graphs, and a probe of the driver.
 
-Never ran on a device. Calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda 2026.1
-(test_cuda.py). The probe uses ctypes and runs first: without a driver, `tensorrt.Runtime` wraps a null pointer, and its first use
-ends the process.
+This file never ran on a device. Calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda
+2026.1 (test_cuda.py). The probe uses ctypes and runs first: without a driver, `tensorrt.Runtime` wraps a null pointer, and its
+first use ends the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One execution context of a TensorRT engine, run directly or as a CUDA graph. Never ran on a device.
+"""One execution context of a TensorRT engine, run directly or as a CUDA graph. This file never ran on a device.
 
 A graph depends on the state of the context that it was captured from: shapes, addresses and activations. So each `Execution` has
 its own context and buffers, and a new shape discards the graph (NVIDIA's Best Practices, "CUDA Graphs"). The first run of a shape

@@ -1,4 +1,4 @@
-"""TensorRT's logger, and creation of its Runtime and Builder, whose errors are only in the log. Never ran on a device."""
+"""TensorRT's logger. Also creates its Runtime and Builder, whose errors are only in the log. This file never ran on a device."""
 
 from __future__ import annotations
 
