@@ -23,7 +23,7 @@ Scope = Literal["global", "local"]
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return the convolutions that become sparse, by name. The first convolution, the outputs of the head and DFL stay dense.
+    """Return the convolutions that become sparse, by name. The first convolution, the outputs of the head and DFL keep all weights.
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
