@@ -214,7 +214,7 @@ def test_more_rows_than_anchors_is_not_a_transposed_output(classes: int, anchors
     info = describe_onnx(onnx_file, "onnxruntime", "fp32", "1", names(classes), (32, 32))
     check_output(info, [1, 4 + classes, anchors], tmp_path)
     if classes + 4 != anchors:
-        with pytest.raises(EngineError, match=f"expected for {classes} classes"):
+        with pytest.raises(EngineError, match=f"anchors. for {classes} classes"):
             check_output(info, [1, anchors, 4 + classes], tmp_path)
 
 
