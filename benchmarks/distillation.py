@@ -43,6 +43,7 @@ from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.pipeline import prepare, provider
 from yolo_compress.recipe.recipe import DistillConfig, TrainConfig, load
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.stages._training import finish, fit
@@ -166,7 +167,7 @@ def measured(recipe: Any, config: DistillConfig | None, kept: Path) -> float:
     settings = section.model_dump(mode="json", include=read)
     key = {"config": settings, "taught": config is not None, "seed": recipe.run.seed}
     key["inputs"] = {name: artifact.fingerprint for name, artifact in inputs.items()}
-    key["cpu"] = environment.cpu_name()  # which says in what precision it trains
+    key["cpu"] = cpu_model()  # which says in what precision it trains
     folder = kept / fingerprint(key)[:16]
     done = folder / "result.json"
     if not done.is_file():

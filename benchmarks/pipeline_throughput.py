@@ -63,7 +63,7 @@ def main() -> None:
             pipelines = {count: stack.enter_context(open_pipeline(engine, count, CONF, IOU)) for count in args.engines}
             for size, folder in folders.items():
                 rows[size] = measured(ways(detector, pipelines, folder), args.rounds, len(dataset.val))
-                decode = timed(lambda: [picture.read() for picture in open_source(folder).pictures])[0]  # noqa: B023
+                decode = timed(lambda: [picture.read() for picture in open_source(folder).images])[0]  # noqa: B023
                 rows[size]["decode_ms"] = round(1e3 * decode / len(dataset.val), 3)
     settings = {key: getattr(args, key) for key in ("runtime", "weights", "precision", "imgsz", "rounds", "data")}
     report(rows, {"settings": settings, "executed": executed, "environment": environment.describe()})
@@ -83,10 +83,10 @@ def ways(detector: Detector, pipelines: dict[int, Pipeline], folder: Path) -> di
     """What takes every picture once, by name."""
 
     def one_at_a_time() -> list[np.ndarray]:
-        return [detector(picture.read()) for picture in open_source(folder).pictures]
+        return [detector(picture.read()) for picture in open_source(folder).images]
 
     def piped(pipeline: Pipeline) -> list[np.ndarray]:
-        return [found.detections_N6 for found in pipeline(open_source(folder).pictures)]
+        return [found.detections_N6 for found in pipeline(open_source(folder).images)]
 
     return {SEQUENTIAL: one_at_a_time} | {f"{count} engines": partial(piped, run) for count, run in pipelines.items()}
 

@@ -24,7 +24,7 @@ class RecipeError(CompressError):
 
 
 class DataError(CompressError):
-    """Images or labels are wrong, so that a result would be wrong."""
+    """Images or labels are wrong. A result from them would be wrong too."""
 
     exit_code = 3
 
@@ -64,4 +64,4 @@ class Locked(CompressError):
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM, so that `finally` blocks run and the store stays intact."""
+    """This process got SIGTERM. As an exception, it lets `finally` blocks run, so the store stays intact."""

@@ -23,7 +23,7 @@ def datasets() -> Path:
 
 
 def holds(path: Path) -> bool:
-    """Return whether `path` is the folder of weights or of data sets, or is inside one of them."""
+    """Return whether `path` is the folder of weights or of data sets, or a path inside these folders."""
     full = path.absolute()
     return any(full.is_relative_to(folder.absolute()) for folder in (weights(), datasets()))
 

@@ -1,10 +1,10 @@
-"""Run the stages of a recipe in order, and skip those that are up to date.
+"""Run the stages of a recipe in order, and skip stages that are up to date.
 
-The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints
-of its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine
-libraries. Fingerprints decide which stages run again; modification times of files do not matter. A stage that runs again may
-write other bytes under the same fingerprint. A manifest therefore also records a hash of the content of each input. An artefact
-that was made from other content is stale.
+The fingerprint of a stage is known before it runs. It covers the stage, its version, its section of the recipe, the fingerprints of
+its inputs and the digest of the data. For `engine` and `bench` the fingerprint also covers this machine and its engine libraries.
+Fingerprints decide which stages run again. Modification times of files do not matter. A stage that runs again may write other bytes
+under the same fingerprint. A manifest therefore also records a hash of the content of each input. If the content of an input has
+changed, the artefact is stale.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from yolo_compress import home, progress, ranks
 from yolo_compress.data.dataset import Dataset, load, recheck, with_held_back, with_unlabelled
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.files.atomic import require_free, storage_errors
+from yolo_compress.recipe import auto_values
 from yolo_compress.recipe import folder as recipe_folder
-from yolo_compress.recipe import sizing
 from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.controls import REPEATED
 from yolo_compress.recipe.knobs import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
+from yolo_compress.runtime.files import sha256_file
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.store import environment
 from yolo_compress.store.fingerprint import explain, fingerprint
-from yolo_compress.store.manifest import BEGUN, WORK, Artifact, sha256_file
+from yolo_compress.store.manifest import BEGUN, WORK, Artifact
 from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
@@ -43,12 +45,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """Properties of a stage of the pipeline, such as `prune`, that are the same for every recipe.
+    """Properties of a stage, such as `prune`. They are equal for all recipes.
 
     Attributes:
         needs: Stages whose artefacts are its inputs.
-        stand_in: Stage whose artefact is used if the recipe leaves this stage out. None: this stage cannot be left out.
-        version: Number that is increased when a change of the code gives other bytes for the same config.
+        stand_in: If the recipe leaves this stage out, the artefact of the stage `stand_in` is used. None: this stage cannot be left
+            out.
+        version: Number to increase when a change of the code changes the result of the stage.
         trains: The stage may train. The other ranks of a distributed run only take part in training.
         models: The stage writes models, so the disk space that it needs depends on their size.
         machine: This machine and its engine libraries are part of the fingerprint.
@@ -151,7 +154,7 @@ def provider(recipe: Recipe, stage: str) -> str:
 
 
 def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
-    """Return `target` and all stages that it needs, by name, in the order in which they run. Nothing runs here."""
+    """Return `target` and all stages that it needs, by name, in the order of the run. Nothing runs here."""
     planned: dict[str, Planned] = {}
 
     def visit(stage: str) -> None:
@@ -173,7 +176,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             key["data"]["hold_back"] = recipe.data.hold_back
         if row.machine or _measures_here(recipe, stage):
             key["machine"] = {
-                "cpu": environment.cpu_name(),
+                "cpu": cpu_model(),
                 "libraries": {
                     name: environment.version(package) for name, package in environment.ENGINE_PACKAGES.items()
                 },
@@ -231,7 +234,7 @@ def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
         The recipe without `auto`, and the dataset of the images that passed.
     """
     dataset = _load_dataset(recipe, store)
-    return sizing.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
+    return auto_values.resolve(recipe, len(dataset.train), len(dataset.names)), dataset
 
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
@@ -337,13 +340,13 @@ def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) 
 
 
 def _contents(planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """Return the content hash of each input artefact, by the input's name. The manifest records the same mapping."""
+    """Return the name of each input -> the content hash of its artefact. The manifest records the same mapping."""
     return {need: artifacts[source].manifest.content for need, source in planned.inputs.items()}
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a run used and made: the recipe without `auto`, the data set, and the artefacts by stage in the order of the chain."""
+    """A finished run: the recipe without `auto`, the data set, and the artefacts by stage in the order of the chain."""
 
     recipe: Recipe
     dataset: Dataset
@@ -356,7 +359,7 @@ class _Finished:
 
 def _run(recipe: Recipe, target: str, store: Store, again: bool) -> _Finished:
     asked, (recipe, dataset) = recipe, prepare(recipe, store)
-    if text := sizing.said(asked, recipe):
+    if text := auto_values.said(asked, recipe):
         progress.say(text)
     artifacts: dict[str, Artifact] = {}
     last = provider(recipe, target)
@@ -379,7 +382,7 @@ def _run(recipe: Recipe, target: str, store: Store, again: bool) -> _Finished:
 
 
 def _label(recipe: Recipe, store: Store) -> str:
-    """Return the name of the recipe's folder (`recipe_folder.label`). Print a notice if this differs from the recipe's name."""
+    """Return the name of the recipe's folder (`recipe_folder.label`). If it differs from the recipe's name, print a notice."""
     name = recipe_folder.label(store.root, recipe)
     if name != recipe.name:
         other = recipe_folder.owner_of(store.root, recipe.name)
@@ -411,7 +414,7 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Check that there is one process per GPU, and that each batch can be divided among the processes.
+    """Check that each GPU has one process, and that each batch can be divided among the processes.
 
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
@@ -440,7 +443,7 @@ def _trainings(recipe: Recipe, stages: Iterable[str]) -> list[str]:
 def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> None:
     """Check that BatchNorm always has a variance to compute: more than one value per channel.
 
-    A last batch of one image has only one value per channel if the deepest feature map has one pixel.
+    If the deepest feature map has one pixel, a last batch of one image has only one value per channel.
 
     Raises:
         RecipeError: A stage has such a batch.
@@ -460,7 +463,7 @@ def _check_batches(recipe: Recipe, dataset: Dataset, stages: Iterable[str]) -> N
 
 
 def _training_images(config: Any, dataset: Dataset) -> int:
-    """Return the number of images that a stage trains on: those of the dataset, or those of `distill` without labels."""
+    """Return the number of images that a stage trains on: images of the dataset, or unlabelled images of `distill`."""
     if getattr(config, "images", None) is not None:
         return len(dataset.unlabelled)
     return getattr(config, "data_free", None) or len(dataset.train)
@@ -495,7 +498,7 @@ def _execute(
 
 
 def _empty(partial: Path) -> None:
-    """Delete everything in `partial`, the folder that a stage writes into, except `work` and `work.json`. Create `work`."""
+    """Empty the folder `partial`, which a stage writes into, except for `work` and `work.json`. Create `work` if needed."""
     (partial / WORK).mkdir(exist_ok=True)
     for entry in partial.iterdir():
         if entry.name not in (WORK, BEGUN):
@@ -505,7 +508,7 @@ def _empty(partial: Path) -> None:
 def report_over(
     recipe: Recipe, files: list[Path], out: Path, *, store: Store | None = None, wait: bool = True
 ) -> dict[str, Any]:
-    """Bring the report up to date, and write a copy of it into `out` that also has measurements of other machines.
+    """Bring the report up to date. Write a copy into `out`, with measurements of other machines added.
 
     Args:
         recipe: Recipe from `recipe.load`.
@@ -566,8 +569,8 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
 def _planning(recipe: Recipe, store: Store) -> Iterator[tuple[Any, Path]]:
     """Yield a job of `prune` with temporary folders, and the checkpoint that it would prune.
 
-    The checkpoint is the result of `sparsify` if that is up to date, else the trained baseline, else the weights that the recipe
-    gives for the baseline.
+    The checkpoint is the result of `sparsify` if that is up to date. Else it is the trained baseline, else the file `weights` of
+    the baseline in the recipe.
 
     Raises:
         RecipeError: The recipe does not prune, or its baseline is not trained yet.
@@ -623,7 +626,7 @@ def status(recipe: Recipe, store: Store | None = None) -> Iterator[Status]:
 
 
 def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Artifact]) -> tuple[str, ...]:
-    """Return one line of text for each input that differs, or may differ, from the input that `artifact` was made from."""
+    """Return one line of text for each input that has changed, or may have changed, since `artifact` was made."""
     lines = []
     for need, source in planned.inputs.items():
         before = artifact.manifest.inputs.get(need)
@@ -635,7 +638,7 @@ def _changed_inputs(planned: Planned, artifact: Artifact, done: Mapping[str, Art
 
 
 def _drift(artifact: Artifact) -> tuple[str, ...]:
-    """Return one line for each library whose version differs from when the artefact was made. It is not stale because of that."""
+    """Return one line for each library whose version has changed since the artefact was made. This does not make it stale."""
     made = artifact.manifest.environment.get("packages", {})
     now = environment.describe()["packages"]
     return tuple(f"made with {name} {made[name]}, now {now.get(name)}" for name in made if now.get(name) != made[name])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0  # so that the log of a long training stays short
 PLAIN_PARTS = 10
+PLAIN_LEAST_SECONDS = 1.0  # a short loop writes its last line alone
 REFRESH_PER_SECOND = 2  # each refresh takes some milliseconds of CPU: at 2 Hz well under 1 % of a training
 
 # control characters C0 and C1, and changes of the writing direction
@@ -39,7 +40,7 @@ def say(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Write one line to stderr, even if progress is off: a reason to wait, an image that was skipped."""
+    """Write one line to stderr, even if progress is off. Examples are a reason to wait, and an image that was skipped."""
     text = _printable(text)
     if _live is not None:
         _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -99,13 +100,13 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
-    """Write and flush text. If the reader has closed the stream, redirect it to /dev/null, so that Python exits without error.
+    """Write and flush text. If the reader has closed the stream, redirect the stream to /dev/null. Python then exits without error.
 
     Returns:
         False if the reader has closed the stream, else True.
 
     Raises:
-        StorageError: stdout is a file, and its disk is full. If the disk of stderr is full, the log ends without an error.
+        StorageError: stdout is a file, and its disk is full. A full disk of stderr is no error: the log just ends.
     """
     if stream is None:  # Python started with this descriptor closed
         return False
@@ -160,7 +161,8 @@ def _show(fields: dict[str, Any]) -> str:
 class _PlainBar:
     """Progress as lines for a log.
 
-    The outermost bar writes a line at each tenth of its steps. Any bar writes one after ten seconds without a line.
+    The outermost bar writes a line at each tenth of its steps, but at most one a second. Any bar writes a line if there was none for
+    ten seconds.
     """
 
     def __init__(self, description: str, total: int, unit: str, done: int) -> None:
@@ -174,7 +176,7 @@ class _PlainBar:
         self.done += n
         self.fields.update(fields)
         tenth = not self.nested and 0 < self.total <= (self.done - self.shown) * PLAIN_PARTS
-        if tenth or time.monotonic() - _last_line >= PLAIN_SECONDS:
+        if time.monotonic() - _last_line >= (PLAIN_LEAST_SECONDS if tenth else PLAIN_SECONDS):
             self.show()
 
     def show(self) -> None:

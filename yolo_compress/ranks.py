@@ -38,7 +38,7 @@ def several() -> bool:
 
 
 def launched() -> bool:
-    """Return whether `yolo-compress` itself started this rank, and not the user with torchrun."""
+    """Return whether `yolo-compress` itself started this rank. False: the user started it, with torchrun."""
     return several() and os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN)
 
 

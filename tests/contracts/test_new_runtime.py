@@ -82,12 +82,12 @@ import json
 from yolo_compress.store import environment
 from yolo_compress.bundle.make import README
 from yolo_compress.export.qdq import FORMS
-from yolo_compress.evaluate.published import made_for
+from yolo_compress.evaluate.exported_files import made_for
 from yolo_compress.lint.targets import CPU, TARGETS
 from yolo_compress.quant.saturation import saturates
 from yolo_compress.report import numbers
 from yolo_compress.runtime.commands.build import choose_runtimes
-from yolo_compress.runtime.commands.common import PREFERENCE
+from yolo_compress.runtime.commands.bundle import PREFERENCE
 from yolo_compress.runtime.engine import BACKENDS, onnx_form
 print(json.dumps({
     "check": environment.ENGINE_PACKAGES["echo"],

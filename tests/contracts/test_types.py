@@ -14,7 +14,7 @@ DOORS = {
     "files/strict_json.py": 1,  # any JSON file
     "files/strict_yaml.py": 1,  # any YAML file
     "recipe/recipe.py": 6,  # a recipe, before pydantic has checked it
-    "recipe/sizing.py": 1,  # a section's knobs, `auto` among them
+    "recipe/auto_values.py": 1,  # a section's knobs, `auto` among them
     "rollout/judge.py": 1,  # budgets from the command line
     "runtime/engine.py": 1,  # the backends by name: classes, not data
     "runtime/json_text.py": 1,  # any JSON text

@@ -42,12 +42,13 @@ from yolo_compress.report import as_text, devices
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.runtime.backends import onnx_metadata
 from yolo_compress.runtime.backends.base import load_info
-from yolo_compress.runtime.commands import common
+from yolo_compress.runtime.commands.bundle import open_bundle
+from yolo_compress.runtime.commands.command_line import run_command
 from yolo_compress.runtime.detect import sources
 from yolo_compress.runtime.detect.pre import UnreadableImage
 from yolo_compress.runtime.errors import RuntimeFailure
 from yolo_compress.runtime.measure import golden, groundtruth, layer_times
-from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.runtime.secure.signed_manifest import seal
 from yolo_compress.runtime.secure.slots import Slots
 from yolo_compress.store import fingerprint
 from yolo_compress.store.manifest import read_artifact, verify_payload
@@ -232,7 +233,7 @@ def image_file(folder: Path) -> Made:
         try:
             _load_set(file)
             with contextlib.suppress(UnreadableImage):  # predict counts it and goes on
-                for picture in sources.open_source(path).pictures:
+                for picture in sources.open_source(path).images:
                     assert picture.read().dtype == np.uint8
         finally:
             path.unlink()
@@ -365,7 +366,7 @@ def bundle_manifest(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / "manifest.json").write_bytes(content)
-        return common.guarded(lambda: bool(common.opened(root).about()) - 1)
+        return run_command(lambda: bool(open_bundle(root).about()) - 1)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 
@@ -380,7 +381,7 @@ def slot_mark(folder: Path) -> Made:
         (folder / "slots/a.json").write_bytes(case[0])
         (folder / "state.json").write_bytes(case[1])
         slots = Slots(folder)
-        return common.guarded(lambda: len(f"{slots.product()}{slots.newest()}") and 0)
+        return run_command(lambda: len(f"{slots.product()}{slots.newest()}") and 0)
 
     return st.tuples(json_bytes(mark), json_bytes(state)), call, (json.dumps(mark).encode(), json.dumps(state).encode())
 
@@ -408,7 +409,7 @@ def golden_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / golden.FILE).write_bytes(content)
-        return common.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
 
     return json_bytes(GOLDEN), call, json.dumps(GOLDEN).encode()
 
@@ -432,7 +433,7 @@ def golden_image(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / "0.npy").write_bytes(content)
-        return common.guarded(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
 
     return altered(samples), call, samples[0]
 
@@ -562,7 +563,7 @@ def probe_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (folder / layer_times.LAYERS).write_bytes(content)
-        return common.guarded(lambda: bool(layer_times._read_probe(folder)) - 1)
+        return run_command(lambda: bool(layer_times._read_probe(folder)) - 1)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 
@@ -577,7 +578,7 @@ def coco_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (folder / "coco.json").write_bytes(content)
-        return common.guarded(lambda: len(groundtruth.coco_file(folder / "coco.json", folder, ["bolt", "nut"])) and 0)
+        return run_command(lambda: len(groundtruth.coco_file(folder / "coco.json", folder, ["bolt", "nut"])) and 0)
 
     return json_bytes(tree), call, json.dumps(tree).encode()
 

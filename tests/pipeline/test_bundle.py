@@ -23,7 +23,7 @@ from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.golden import Golden, detections, difference
-from yolo_compress.runtime.secure.seal import Manifest, verify
+from yolo_compress.runtime.secure.signed_manifest import Manifest, verify
 from yolo_compress.store.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -15,7 +15,7 @@ from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.golden import FILE, FOLDER, SCHEMA, detections
-from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.runtime.secure.signed_manifest import seal
 from yolo_compress.train import checkpoint
 
 NAMES, IMGSZ = ("bolt", "nut", "screw"), (64, 96)

@@ -32,7 +32,7 @@ from yolo_compress.data.dataset import Dataset
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe import recipe
 from yolo_compress.report.write import write
-from yolo_compress.runtime.secure.seal import KEY_VARIABLE
+from yolo_compress.runtime.secure.signed_manifest import KEY_VARIABLE
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
 

@@ -25,7 +25,7 @@ from yolo_compress.bundle import golden, make
 from yolo_compress.bundle.keys import keygen, read_seed
 from yolo_compress.files.atomic import TEMPORARY
 from yolo_compress.runtime.commands import switch as robot_switch
-from yolo_compress.runtime.secure import ed25519, seal
+from yolo_compress.runtime.secure import ed25519, signed_manifest
 from yolo_compress.runtime.secure.slots import NAMES, Slots, SlotsBusy
 from yolo_compress.runtime.secure.unpack import unpack
 
@@ -177,11 +177,13 @@ class Release:
     def _check_bundle(self, path: Path, exports: set[str]) -> None:
         """Check that the bundle is complete and signed, and that its model was exported."""
         scratch = self.folder / "unpacked"
-        manifest = seal.verify(path if path.is_dir() else unpack(path, scratch), self.key)
+        manifest = signed_manifest.verify(path if path.is_dir() else unpack(path, scratch), self.key)
         shutil.rmtree(scratch, ignore_errors=True)
         assert manifest["version"] == _number(path.name)
         assert manifest["files"]["onnx/fp32.onnx"]["sha256"] in exports, f"{path}: its model was never exported"
-        assert {"README.txt", "build.py", "runtime/secure/seal.py", "golden/golden.json"} <= set(manifest["files"])
+        assert {"README.txt", "build.py", "runtime/secure/signed_manifest.py", "golden/golden.json"} <= set(
+            manifest["files"]
+        )
 
     def _check_robot(self, words: tuple[str, ...]) -> None:
         before, installs = self.ran, words[:2] == ("switch.py", "install")
@@ -208,15 +210,15 @@ class Release:
             marks[name] = mark and mark["version"]
             if mark:
                 slot = self.slots.path(name)
-                assert seal.verify(slot, self.key)["version"] == mark["version"]
-                content = (slot / seal.MANIFEST).read_bytes()
+                assert signed_manifest.verify(slot, self.key)["version"] == mark["version"]
+                content = (slot / signed_manifest.MANIFEST).read_bytes()
                 assert hashlib.sha256(content).hexdigest() == mark["manifest_sha256"]
                 engine, model = slot / "engines/x/engine.bin", slot / "onnx/fp32.onnx"
                 assert engine.read_bytes()[::-1] == model.read_bytes(), f"slot {name} has half an engine"
         current = self.slots.current()
         if current:
             assert marks[current], "current leads to a slot that has not passed"
-            manifest = json.loads((self.slots.root / "current" / seal.MANIFEST).read_bytes())
+            manifest = json.loads((self.slots.root / "current" / signed_manifest.MANIFEST).read_bytes())
             assert manifest["version"] == marks[current]
         return Ran(marks, current, marks[current] if current else None, self.slots.newest() or 0)
 
@@ -236,7 +238,7 @@ class Release:
             (folder / "onnx/fp32.onnx").write_bytes(os.urandom(SIZE))
             (folder / "build.py").write_text(BUILD)
             (folder / "bench.py").write_text(BENCH)
-            seal.seal(folder, {"name": "r"}, version, read_seed(self.folder / KEY))
+            signed_manifest.seal(folder, {"name": "r"}, version, read_seed(self.folder / KEY))
             if shipped != folder:
                 with tarfile.open(shipped, "w") as archive:
                     archive.add(folder, folder.name)

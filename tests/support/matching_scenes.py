@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from yolo_compress.evaluate import coco
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import AREAS
 
 NAMES = ("bolt", "nut", "screw")

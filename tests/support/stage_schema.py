@@ -7,9 +7,10 @@ from typing import Any
 
 from tests.support.typed import validate
 from yolo_compress.evaluate import rows
+from yolo_compress.report.schema import SensitivityFile
 from yolo_compress.runtime.files import FileEntry
 from yolo_compress.runtime.measure.layer_times import LayerTable
-from yolo_compress.stages import files, metrics
+from yolo_compress.stages import file_types, metrics
 from yolo_compress.store.environment import Environment
 from yolo_compress.store.manifest import Artifact
 
@@ -28,10 +29,10 @@ METRICS: dict[str, Any] = {
 FILES: dict[tuple[str, str], Any] = {
     ("prune", "channels.json"): dict[str, list[int]],
     ("prune", "flops.json"): dict[str, list[int]],
-    ("prune", "sensitivity.json"): files.PruneSensitivity,
-    ("qat", "sensitivity.json"): files.QatSensitivity,
-    ("qat", "calibration.json"): list[files.CalibrationImage],
-    ("export", "calibration.json"): list[files.CalibrationImage],
+    ("prune", "sensitivity.json"): SensitivityFile,
+    ("qat", "sensitivity.json"): file_types.QatSensitivity,
+    ("qat", "calibration.json"): list[file_types.CalibrationImage],
+    ("export", "calibration.json"): list[file_types.CalibrationImage],
     ("engine", "engines.json"): list[rows.EngineRow],
     ("bench", "latency.json"): dict[str, list[list[float]]],
     ("prune", "latency.json"): LayerTable,

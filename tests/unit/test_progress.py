@@ -39,6 +39,14 @@ def test_plain_lines_come_each_tenth_with_fields_and_times(clock: Clock, capsys)
     assert lines[-1] == "sparsify: 25/25 epochs (100%), 1:40 elapsed  box=0.04938 kd=0.5 lr=warm"
 
 
+def test_a_short_bar_writes_its_last_line_alone(clock: Clock, capsys) -> None:
+    with progress.bar("read", 100, "images") as advance:
+        for _ in range(100):
+            clock.now += 0.009
+            advance()
+    assert capsys.readouterr().err.splitlines() == ["read: 100/100 images (100%), 0:01 elapsed"]
+
+
 def test_slow_steps_are_shown_each_and_fast_ones_are_not(clock: Clock, capsys) -> None:
     with progress.bar("val", 1000) as advance:
         for _ in range(4):

@@ -1,8 +1,9 @@
 """Golden images for the self-test of a bundle: validation images, expected detections, and tolerances.
 
-The expected detections are those of each engine on the machine that makes the bundle. If the runtime of an INT8 file is not installed
-there, the file is executed node by node instead. The tolerance for another runtime or arithmetic is twice the difference between the
-engines on that machine, measured on up to 32 images. `golden.json` has the measured differences too.
+Each engine of the compressed model makes its own expected detections, on the machine that makes the bundle. If the runtime of an
+INT8 file is not installed there, the ONNX file is executed node by node. A robot may use another runtime or arithmetic. So the
+tolerance is twice the difference between the engines on that machine, measured on up to 32 images. `golden.json` also has the
+measured differences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
-from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_exported
 from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
@@ -36,7 +37,7 @@ from yolo_compress.runtime.measure.golden import (
     detections,
     difference,
 )
-from yolo_compress.runtime.secure.seal import GoldenAbout
+from yolo_compress.runtime.secure.signed_manifest import GoldenAbout
 from yolo_compress.store.manifest import Artifact
 
 MEASURED_IMAGES = 32
@@ -54,11 +55,11 @@ ABOUT = (
     "the FP32 engines, measured on images_measured images; at least as large as same. For FP32 the worst difference counts, else the "
     f"difference that {MOST} % of the boxes stay below."
 )
-Found = list[np.ndarray]
+Detections = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
-    """Write the golden images and `golden.json` into `folder`. Return the entry for the manifest that summarises them.
+    """Write the golden images and `golden.json` into `folder`. Return a summary of both for the manifest.
 
     Args:
         folder: Folder to make.
@@ -108,13 +109,13 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
 
 def _detected(
     export: Artifact, engines: Artifact, images: Sequence[np.ndarray]
-) -> tuple[dict[str, Found], dict[str, EngineOf]]:
+) -> tuple[dict[str, Detections], dict[str, EngineOf]]:
     """Run each engine of the compressed model on the images. Return two dicts with the key `runtime-precision`.
 
     The first dict has the detections, the second the arithmetic and library of each engine. If the runtime of an INT8 file is not
     installed here, the ONNX file is executed node by node.
     """
-    found, about = dict[str, Found](), dict[str, EngineOf]()
+    found, about = dict[str, Detections](), dict[str, EngineOf]()
     for row in engine_rows(engines):
         if row["model"] == "compressed" and not row["reason"]:
             key = f"{row['runtime']}-{row['precision']}"
@@ -129,16 +130,16 @@ def _detected(
             if key not in found:
                 with ExitStack() as stack:
                     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    simulated = stack.enter_context(open_published(export.file(file), target.precision, scratch))
+                    simulated = stack.enter_context(open_exported(export.file(file), target.precision, scratch))
                     found[key] = detections(simulated, images, LEAST_SCORE, IOU)
                     about[key] = {"executed": simulated.executed, "library": "none"}
     return found, about
 
 
-def confidence(found: Found, count: int) -> float:
+def confidence(found: Detections, count: int) -> float:
     """Return the score threshold of the golden self-test.
 
-    The threshold is 0.25, or lower for a model with low scores: then it is the `count`-th highest score, or the lowest score if
+    The threshold is 0.25. For a model with lower scores, the threshold is the `count`-th highest score, or the lowest score if
     there are fewer boxes.
     """
     scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
@@ -146,14 +147,14 @@ def confidence(found: Found, count: int) -> float:
 
 
 def tolerate(
-    found: Mapping[str, Found], conf: float, boxes: int
+    found: Mapping[str, Detections], conf: float, boxes: int
 ) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
     """Return the tolerances of the golden self-test by precision, and the measured differences by pair of engines.
 
     Args:
         found: Detections with a score of at least `FLOOR` x `conf`, by `runtime-precision`: one array N6 for each image.
         conf: Score threshold of the self-test.
-        boxes: Number of boxes above `conf` in the golden images. `unmatched` is a share of it.
+        boxes: Number of boxes above `conf` in the golden images. The tolerance `unmatched` is a fraction of this number.
     """
     precisions = {key: key.rpartition("-")[2] for key in found}
     tolerances: dict[str, Tolerance] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
@@ -178,7 +179,7 @@ def tolerate(
 
 
 def _share(one: Difference) -> float:
-    """Return the fraction of the boxes that the other engine did not detect (boxes without a partner)."""
+    """Return the fraction of boxes without a partner, which only one of the two engines detected."""
     return one.unmatched / max(one.unmatched + one.compared, 1)
 
 
@@ -193,8 +194,8 @@ def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
     ]
 
 
-def _chosen(found: Found, conf: float, count: int) -> list[int]:
-    """Return the indices of `count` images: evenly spaced images with a box, then images without one if there are too few."""
+def _chosen(found: Detections, conf: float, count: int) -> list[int]:
+    """Return the indices of `count` images. Images with a box come first, evenly spaced. Images without a box fill the rest."""
     seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
     others = [i for i in range(len(found)) if i not in seen]
     return sorted(_spread(seen, count) + _spread(others, max(count - len(seen), 0)))

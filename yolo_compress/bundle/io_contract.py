@@ -1,4 +1,4 @@
-"""Check that all models of a bundle have the same input and output, so that each precision can replace another."""
+"""Check that all models of a bundle have the same input and output. A robot can then exchange one precision for another."""
 
 from __future__ import annotations
 

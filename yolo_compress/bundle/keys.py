@@ -1,4 +1,4 @@
-"""Keys for the signature of a bundle: a private key (seed) that stays on the user's machine, and a public key that a robot trusts."""
+"""Keys for the signature of a bundle. The private key (seed) stays on the user's machine. A robot trusts the public key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write, fsync_directory, storage_errors
 from yolo_compress.progress import notice
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.seal import KEY_BYTES, KEY_FILE, key_of
+from yolo_compress.runtime.secure.signed_manifest import KEY_BYTES, KEY_FILE, key_of
 
 PREFIX = "seed:"  # marks the private key, since both keys are 32 bytes
 
@@ -76,7 +76,7 @@ def read_seed(path: Path) -> bytes:
     """Return the 32 bytes of a private key that `keygen` wrote. Warn if other users have access to the file.
 
     Raises:
-        RecipeError: The file does not exist, or is no private key.
+        RecipeError: The file does not exist, or is not a private key.
     """
     try:
         text = path.read_text(encoding="ascii").strip()

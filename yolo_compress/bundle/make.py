@@ -1,4 +1,4 @@
-"""`yolo-compress bundle`: make one folder or tar for the robot, from a recipe whose compressed model passed its gate."""
+"""`yolo-compress bundle`: make one folder or tar for the robot. The compressed model of the recipe must have passed its gate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.groundtruth import image_set
 from yolo_compress.runtime.registry import RUNTIMES
-from yolo_compress.runtime.secure.seal import About, Manifest, seal
+from yolo_compress.runtime.secure.signed_manifest import About, Manifest, seal
 from yolo_compress.store import environment
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
@@ -174,7 +174,7 @@ def _marked(partial: Path) -> AbstractContextManager[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the temporary folders of bundles whose process was killed. No process holds the lock of such a folder."""
+    """Remove temporary folders that killed processes left. No process holds the lock of such a folder."""
     for left in folder.glob(f"{PARTIAL}*"):
         if left.is_dir() and not left.is_symlink():
             with suppress(Locked, StorageError):  # another call uses it, or it belongs to another user

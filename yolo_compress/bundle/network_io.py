@@ -34,7 +34,7 @@ class Network:
 
     @property
     def batch(self) -> int:
-        """Number of images in one inference; -1 if the batch is dynamic."""
+        """Number of images in one inference. -1: the batch is dynamic."""
         return self.input.shape[0]
 
 

@@ -1,4 +1,4 @@
-"""`yolo-compress ab`: is model B as good as model A? Both run on the same images, or are read from a bench."""
+"""`yolo-compress ab`: is model B as good as model A? Both run on the same images, or a bench has already measured them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, o
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
 from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.files.atomic import atomic_write, storage_errors
+from yolo_compress.evaluate.latency_inputs import write_inputs
+from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.messages import got
 from yolo_compress.report.numbers import fixed, signed, three_digits, times
-from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.messages import Spec
 
 ROUNDS, SAMPLES = 4, 50  # of each engine; an even number of rounds cancels drift
-LATENCY_IMAGES = 8  # real images that the timed calls cycle through
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `ab`. If `imgsz` is None, the image size is that of the engine or bench."""
+    """Options of one call of `ab`. If `imgsz` is None, the engine or bench sets the image size."""
 
     a: str
     b: str
@@ -47,7 +46,7 @@ class Settings:
 
 
 def handle(command: Command) -> int:
-    """Compare model A, the one in use, with model B, the new one. Return exit code 1 unless model B passes."""
+    """Compare model A, which is in use, with the new model B. Return exit code 1 unless model B passes."""
     document = run(settings(command.options))
     progress.result(text(document))
     progress.result(json.dumps(document))
@@ -100,7 +99,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def run(chosen: Settings) -> AB:
-    """Compare both models, and return the result as made by `evaluate.ab.comparison`. If `out` is given, write it there too.
+    """Compare both models, and return the A/B document. If `out` is given, also write the document to that file.
 
     Raises:
         RecipeError: Classes, sizes or image sets differ, or `a` or `b` is not a model.
@@ -152,21 +151,20 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Return the latencies of model A and model B. They must be measured in turn, here or by the same bench.
+    """Return the latencies of model A and model B. Only latencies that were measured in turn, here or by one bench, are comparable.
 
-    If that is not possible, print a notice and return None for both.
+    If the latencies are not comparable, print a notice and return None for both.
     """
     first, second = both
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):
         return first.rounds(), second.rounds()
     if isinstance(first, Measured) or isinstance(second, Measured):
-        progress.notice("latency: not compared; that needs one bench that measured both, or two engines that run here")
+        progress.notice(
+            "latency is not compared: only one bench that measured both models, or two engines that run here, can be compared"
+        )
         return None, None
     inputs = scratch[0] / "inputs.npy"
-    chosen = [data.val[i % len(data.val)] for i in range(LATENCY_IMAGES)]
-    images = np.stack([letterbox(read_image(sample.image), imgsz)[0] for sample in chosen])
-    with storage_errors(inputs):
-        np.save(inputs, images)
+    write_inputs(inputs, data.val, imgsz)
     specs: list[Spec] = [
         {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
         for side, path in zip((first, second), scratch, strict=True)

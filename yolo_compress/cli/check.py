@@ -10,6 +10,7 @@ from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
 from yolo_compress.progress import result
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.store import environment
 from yolo_compress.store.resources import FREE_MIB
 from yolo_compress.store.store import Store
@@ -18,7 +19,7 @@ NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "o
 
 
 def handle(command: Command) -> int:
-    """Print the packages, devices and disk space of this machine. If a data set is named, print what it contains too.
+    """Print the packages, devices and disk space of this machine. If a data set is named, also print its contents.
 
     Raises:
         EnvironmentLacks: A package or disk space is missing. It is raised last, after everything is printed.
@@ -43,14 +44,14 @@ def handle(command: Command) -> int:
 
 
 def machine() -> tuple[dict[str, str], list[str]]:
-    """Return properties of this machine (name -> text), and a list of what is missing, each with what to do."""
+    """Return properties of this machine (name -> text), and one line for each missing thing, with its remedy."""
     lacks = [
         f"{name} is not installed: `make setup` in a checkout, else `pip install {name}`"
         for name in NEEDED
         if environment.version(name) is None
     ]
     facts = {
-        "cpu": f"{environment.cpu_name()}, {environment.describe()['cores']} cores",
+        "cpu": f"{cpu_model()}, {environment.describe()['cores']} cores",
         "memory": f"{environment.memory_bytes() / 2**30:.1f} GiB",
         "disk": _disk(lacks),
         "jetpack": _jetpack(),

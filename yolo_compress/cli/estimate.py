@@ -29,7 +29,7 @@ def seconds(chosen: Recipe, dataset: Dataset, models: Mapping[str, nn.Module]) -
     Args:
         chosen: The recipe, with every `auto` resolved.
         dataset: The data set of the recipe.
-        models: `baseline` and, if the recipe has one, `teacher`, before training.
+        models: The models before training: `baseline`, and `teacher` if the recipe has a teacher.
 
     Raises:
         EnvironmentLacks: A batch does not fit into memory.

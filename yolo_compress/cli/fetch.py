@@ -23,7 +23,7 @@ from yolo_compress.data.shipped import draw_digits
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.files.atomic import fsync_file, replace, require_free, storage_errors
 from yolo_compress.files.lock import lock
-from yolo_compress.runtime.backends.base import sha256_file
+from yolo_compress.runtime.files import sha256_file
 
 ASSETS = "https://github.com/ultralytics/assets/releases/download"
 MIB = 1 << 20
@@ -39,7 +39,8 @@ class Source:
         url: Address of the file.
         most: Size of the download in bytes. If the size is not published, an upper limit.
         sha256: The published SHA-256. None: it is not published, and only the archive's own checksums are checked.
-        into: Folder below `home.datasets()` that the archive is unpacked into. None: a file in `home.weights()`.
+        into: Folder below `home.datasets()` that the archive is unpacked into. None: the download is one file, for
+            `home.weights()`.
         holds: Folder below `home.datasets()` -> number of files in it once the archive is unpacked.
         unpacked: Upper limit of the unpacked size in bytes.
     """
@@ -133,7 +134,7 @@ def fetch(name: str) -> Path:
     """Download `yolov8{n,s,m,l,x}.pt`, `coco128` or `coco`, or draw `digits` without the network. Return the path.
 
     Raises:
-        RecipeError: Any other name.
+        RecipeError: `name` is none of these.
         EnvironmentLacks: No network. The message says where to put the file.
         CorruptArtifact: The download is not the published file, or not a valid archive. It is deleted.
         StorageError: The disk is full or cannot be written. The next call continues the download.
@@ -175,7 +176,7 @@ def _fetch(source: Source, folder: Path) -> None:
 
 
 def _say_other(source: Source) -> None:
-    """Print a notice if the existing file differs from the published one: it may be an earlier release or the user's own."""
+    """Print a notice if the existing file differs from the published file. It may be an earlier release, or the user's own file."""
     if source.sha256 and source.into is None and (found := sha256_file(source.place)) != source.sha256:
         progress.notice(
             f"{source.place} exists and is used, but is not the file published today (sha256 {found[:12]}..., expected "
@@ -249,9 +250,9 @@ def _explained(source: Source) -> Iterator[None]:
 
 
 def _unpack(source: Source, archive: Path, into: Path) -> None:
-    """Unpack an archive into the folder `into`: only plain files inside it, and no more bytes than expected.
+    """Unpack an archive into the folder `into`, and check the checksum of each file.
 
-    The checksum of each file is checked.
+    `_check` first refuses archives with files outside the folder, or with more bytes than expected.
     """
     try:
         with zipfile.ZipFile(archive) as opened:

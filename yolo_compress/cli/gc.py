@@ -9,20 +9,20 @@ from pathlib import Path
 from yolo_compress import home, pipeline
 from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
-from yolo_compress.store import collect
+from yolo_compress.store import garbage
 from yolo_compress.store.store import Store
 
 
 def handle(command: Command) -> int:
-    """Delete the artefacts that no recipe uses, and print what was deleted and what was not.
+    """Delete the artefacts that no recipe uses. Print the deleted artefacts, and the interrupted stages that stay.
 
     An artefact is used if the recipe of the command line needs it, or if a link `<recipe>/<stage>` leads to it.
     """
     store = Store(home.weights())
     recipe = command.load() if command.names_recipe else None
     with store.lock("gc", command.wait):
-        removed = collect.gc(store, pipeline.referred(store, recipe))
-        interrupted = collect.interrupted(store)
+        removed = garbage.gc(store, pipeline.referred(store, recipe))
+        interrupted = garbage.interrupted(store)
     for path in removed:
         result(f"removed {path}")
     for path, size in interrupted.items():

@@ -74,8 +74,8 @@ def parse(argv: Sequence[str]) -> Command:
         argv: Words after the program's name. If the list is empty or contains `--help`, the verb is `help`.
 
     Raises:
-        RecipeError: A verb, option or knob is unknown (the message suggests the nearest one), a word is out of place, or an
-                option or knob is given twice.
+        RecipeError: A verb, option or knob is unknown or given twice, or a word is out of place. The message suggests the nearest
+            known word.
     """
     if not argv:
         return Command("help")
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _pairs(verb: Verb, words: Sequence[str], everywhere: Mapping[str, Option]) -> Iterator[tuple[str, str]]:
-    """Yield (key, value) of every argument, with an empty key for a bare word."""
+    """Yield (key, value) of every argument. The key of a word without `=` is empty."""
     rest = list(words)
     while rest:
         word = rest.pop(0)

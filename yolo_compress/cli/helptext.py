@@ -113,7 +113,7 @@ def _knob(key: str, column: int, width: int) -> str:
 def _options(verb: Verb, width: int) -> Iterator[str]:
     """Yield a block of help with one entry per option of the verb.
 
-    Words without `=` have one entry together, and so have the settings of the recipe.
+    All words without `=` share one entry. All settings of the recipe share another entry.
     """
     rows = [*([verb.words.option] if verb.words else []), *([ANY_KNOB] if verb.knobs else []), *verb.options]
     column = max((len(row.name) for row in rows), default=0) + 4

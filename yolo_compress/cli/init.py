@@ -25,10 +25,10 @@ from yolo_compress.files import strict_yaml
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.progress import result
 from yolo_compress.prune.cost import parameters
-from yolo_compress.recipe import recipe, sizing
+from yolo_compress.recipe import auto_values, recipe
 from yolo_compress.recipe.messages import did_you_mean, got
 from yolo_compress.recipe.sections import QatConfig, SourceConfig
-from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.runtime.measure.device import cpu_model, usable_cpus
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `look` found: the data set, the checkpoints and the machine."""
+    """Facts that `look` found about the data set, the checkpoints and the machine."""
 
     dataset: Dataset
     origins: dict[str, str]  # baseline and teacher -> weights or pretrained
@@ -98,7 +98,7 @@ def order(options: Mapping[str, str], overrides: Sequence[tuple[str, str]]) -> O
 
 
 def run(asked: Order) -> dict[str, Any]:
-    """Inspect data, checkpoints and machine, and write the recipe file.
+    """Inspect the data, the checkpoints and the machine, and write the recipe file.
 
     Returns:
         `recipe` (the file), `text` (its content), `minutes` (estimate by stage) and `next` (commands).
@@ -115,7 +115,7 @@ def run(asked: Order) -> dict[str, Any]:
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
     pipeline.check(chosen, facts.dataset)
     # overrides may be `auto`
-    sized = sizing.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
+    sized = auto_values.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
     text = _text(TARGETS[asked.target].title, _as_asked(sections, chosen, asked.overrides), seconds)
     atomic_write(asked.out, text)
@@ -130,7 +130,7 @@ def run(asked: Order) -> dict[str, Any]:
 
 
 def look(asked: Order) -> Facts:
-    """Inspect the data set, the checkpoints and the machine, and return what was found.
+    """Inspect the data set, the checkpoints and the machine, and return the facts.
 
     Raises:
         CompressError: See `run`.
@@ -199,7 +199,7 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
     if images < (asked_images := QatConfig.model_fields["calib_images"].default):
         sections["qat"].append(("calib_images", images, f"all there are; {asked_images} where there are more"))
     sections |= {name: [] for name in ("export", "engine", "bench")}
-    gate = sizing.min_retention(len(dataset.val))
+    gate = auto_values.min_retention(len(dataset.val))
     sections["report"] = [("min_retention", gate.value, gate.why)]
     return sections
 
@@ -235,17 +235,17 @@ def _source(stage: str, asked: Order, facts: Facts) -> Section:
 
 def _trained(stage: str, images: int, asked: Order) -> Section:
     """Return the training schedule of a stage, from the number of images and an override of the epochs."""
-    epochs = sizing.epochs(stage, images)
+    epochs = auto_values.epochs(stage, images)
     given = dict(asked.overrides).get(f"{stage}.epochs", "")
-    last = sizing.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
-    rules = {"epochs": epochs, "batch": sizing.batch(images), "close_mosaic": last}
+    last = auto_values.close_mosaic(int(given) if given.isdecimal() and len(given) < 9 else epochs.value)
+    rules = {"epochs": epochs, "batch": auto_values.batch(images), "close_mosaic": last}
     return [(knob, choice.value, choice.why) for knob, choice in rules.items()]
 
 
 def _imgsz(asked: Order, facts: Facts) -> tuple[int, str]:
     if facts.origins["baseline"] == "weights":
         return 640, "Ultralytics' default; set the size that the checkpoint was trained at"
-    choice = sizing.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
+    choice = auto_values.imgsz(facts.dataset.train, TARGETS[asked.target].smallest_px)
     return choice.value, choice.why
 
 
@@ -258,7 +258,7 @@ def _describe_data(dataset: Dataset) -> str:
 
 
 def _image_size(samples: Sequence[Sample]) -> str:
-    """Return the size that all images have, or the most frequent one, as text in px."""
+    """Return the size of the images in px, as text. If the sizes differ, return the most frequent size."""
     sizes = [(sample.width, sample.height) for sample in samples]
     width, height = statistics.mode(sizes)
     return f"{width}x{height}" if len(set(sizes)) == 1 else f"{width}x{height} (most frequent)"
@@ -269,9 +269,7 @@ def _describe_machine(facts: Facts) -> str:
         index = int(facts.device.split(",")[0])
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         return f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
-    return (
-        f"{environment.cpu_name()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
-    )
+    return f"{cpu_model()}, {facts.cores} cores, {environment.memory_bytes() / 2**30:.0f} GiB; no CUDA device"
 
 
 def _text(title: str, written: Mapping[str, Section], seconds: Mapping[str, float]) -> str:

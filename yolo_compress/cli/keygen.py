@@ -1,4 +1,4 @@
-"""`yolo-compress keygen`: a private key that signs bundles, and the public key that robots check with."""
+"""`yolo-compress keygen`: write a private key, to sign bundles, and its public key, for robots that check the signatures."""
 
 from __future__ import annotations
 

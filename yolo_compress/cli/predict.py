@@ -1,4 +1,4 @@
-"""`yolo-compress predict`: detect objects in images with an engine; a JSON line per image, and a summary."""
+"""`yolo-compress predict`: detect objects in images with an engine. Print a JSON line per image, and a summary."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.recipe.messages import got
 from yolo_compress.runtime.backends.base import load_info
-from yolo_compress.runtime.detect.draw import line, write_picture
+from yolo_compress.runtime.detect.draw import line, write_drawing
 from yolo_compress.runtime.detect.sources import IMAGE_SUFFIXES, open_source
-from yolo_compress.runtime.detect.stream import Found, open_pipeline
+from yolo_compress.runtime.detect.stream import ImageDetections, open_pipeline
 from yolo_compress.runtime.measure.latency import percentiles
 
 LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
@@ -30,7 +30,7 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses."""
+    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses one."""
 
     source: str
     engine: Path
@@ -119,7 +119,7 @@ def run(chosen: Settings) -> dict[str, Any]:
         open_pipeline(chosen.engine, chosen.engines, chosen.conf, chosen.iou) as pipeline,
         _writer(chosen, names) as write,
         progress.bar("predict", source.total or 0, "images") as advance,
-        closing(pipeline(source.pictures)) as stream,
+        closing(pipeline(source.images)) as stream,
     ):
         start = time.perf_counter()
         try:
@@ -157,7 +157,7 @@ def run(chosen: Settings) -> dict[str, Any]:
 
 
 def complain(summary: Mapping[str, Any]) -> None:
-    """Raise DataError if the summary counts unreadable images. Results of the other images are already written."""
+    """Raise DataError if the summary counts unreadable images. The results of all readable images are already written."""
     if summary["unreadable"]:
         read = summary["pictures"]
         raise DataError(
@@ -167,7 +167,7 @@ def complain(summary: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Found], bool]]:
+def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[ImageDetections], bool]]:
     """Yield a function that writes the result of an image as a line. With the option `draw`, it writes the image too.
 
     The function returns False once the reader has closed stdout.
@@ -182,12 +182,12 @@ def _writer(chosen: Settings, names: tuple[str, ...]) -> Iterator[Callable[[Foun
         (pictures if chosen.draw else out).mkdir(parents=True, exist_ok=True)
         stream = open(out / LINES, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
 
-    def write(found: Found) -> bool:
+    def write(found: ImageDetections) -> bool:
         with storage_errors(out):
             stream.write(line(found, names) + "\n")
             if chosen.draw and found.image_HW3 is not None:
                 file = pictures / f"{Path(found.name).name.replace('#', '-')}.jpg"
-                write_picture(file, found.image_HW3, found.detections_N6, names)
+                write_drawing(file, found.image_HW3, found.detections_N6, names)
         return True
 
     try:

@@ -86,8 +86,8 @@ def launch(words: Sequence[str], count: int) -> int:
 def _exit_code(failures: Mapping[int, Any]) -> int:
     """Return the exit code of the command, from the ranks that ended with an error.
 
-    A rank that was killed by a signal, and ranks that only lost the connection to another, have printed no error. If no other
-    rank has printed one, this function does.
+    Ranks that were killed by a signal, and ranks that lost the connection to another rank, have printed no error. If no other rank
+    has printed one, this function does.
     """
     codes = {
         rank: -signal.SIGTERM if failure.exitcode == SIGTERM else failure.exitcode for rank, failure in failures.items()

@@ -29,7 +29,7 @@ def handle(command: Command) -> int:
 
 
 def run(options: Mapping[str, str], wait: bool = True) -> Document:
-    """Judge model B, the new one, against model A, the one in use, from their logs. If a state file is given, store the state in it.
+    """Judge the new model B against model A, which is in use, from their logs. If a state file is given, store the state in it.
 
     Args:
         options: Options of the command line. `a` and `b` are needed; `truth`, `stage`, `state`, `cap` and budgets are optional.

@@ -13,7 +13,7 @@ from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
 from yolo_compress.recipe import folder
 from yolo_compress.recipe.recipe import Recipe
-from yolo_compress.report.summary import bench_text
+from yolo_compress.report.as_text import bench_text
 
 
 def handle(command: Command) -> int:
@@ -46,7 +46,7 @@ def handle(command: Command) -> int:
 
 
 def _dry_run(recipe: Recipe) -> int:
-    """Print what `prune` would remove from the model as it is now. Nothing is written."""
+    """Print which channels `prune` would remove from the present model. Nothing is written."""
     plan = pipeline.dry_run(recipe)
     result(plan["table"])
     result(json.dumps({"recipe": recipe.name, **{key: value for key, value in plan.items() if key != "table"}}))
@@ -64,7 +64,7 @@ def _report_over(recipe: Recipe, command: Command) -> int:
 
 
 def file_list(text: str) -> Iterator[Path]:
-    """Yield the files of a comma-separated list. If a file name contains commas, take the longest name of an existing file."""
+    """Yield the files of a comma-separated list. A file name may contain commas: the longest name of an existing file is taken."""
     parts = text.split(",")
     while parts:
         names = {count: ",".join(parts[:count]) for count in range(len(parts), 0, -1)}

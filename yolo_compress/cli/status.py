@@ -1,4 +1,4 @@
-"""`yolo-compress status`: which stages are up to date, which are not, and why."""
+"""`yolo-compress status`: show which stages are up to date, and why the other stages are not."""
 
 from __future__ import annotations
 

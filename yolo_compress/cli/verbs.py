@@ -90,12 +90,12 @@ class Words:
 
     @property
     def option(self) -> Option:
-        """The words described as an `Option`, so that the help shows them like one."""
+        """The words as an `Option`, for the help."""
         return Option(self.usage, "", self.text, self.default, self.values, needed=self.least > 0)
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Return the text "one of ..." for the help, from the list of names that the verb itself reads."""
+    """Return the text "one of ..." for the help. `names` is the list that the verb itself reads."""
     return "one of " + ", ".join(names)
 
 
@@ -103,11 +103,12 @@ def one_of(names: Iterable[str]) -> str:
 # fmt: off
 SWITCH = ("true", "false")
 RECIPE = Option("recipe", "NAME|FILE", "Recipe to follow.", DEFAULT_RECIPE, "name of a shipped recipe, or a .yaml file")
-LOCK = Option("lock", "fail", "What to do while another command uses the store: wait for it, or fail with exit code 75.",
+LOCK = Option("lock", "fail", "What to do while another command uses the store: wait for its end, or fail with exit code "
+                              "75.",
               "wait", choices=("wait", "fail"))
-FORCE = Option("force", "true", "Run the stage of the verb again although it is up to date; with run, the report.",
+FORCE = Option("force", "true", "Run the stage again, even if it is up to date. With the verb run, this stage is report.",
                "false", choices=SWITCH)
-DATA = Option("data.yaml", "FILE", "Data set to look at.", values="a data set file", needed=True)
+DATA = Option("data.yaml", "FILE", "Data set for which the recipe is written.", values="a data set file", needed=True)
 STAGE = "yolo_compress.cli.stage:handle"
 _MODEL = ("an engine folder, a .onnx file, a .pt file, or BENCH:ROW, a row of a bench, as in "
           "weights/digits/bench:compressed-onnxruntime-int8")
@@ -124,7 +125,7 @@ class Verb:
     Attributes:
         name: The word on the command line.
         help: Line about the verb in the help.
-        heading: Heading in the help under which the verb stands.
+        heading: Heading above the verb in the help.
         handler: `module:function` that runs the verb, `(grammar.Command) -> exit code`. Imported when the verb runs.
         options: Options of the verb, in addition to the recipe's knobs.
         words: Words without `=` that follow the verb. None: the verb takes none.
@@ -165,11 +166,14 @@ _KNOBS = "[section.key=value ...]"
 VERBS = {row.name: row for row in (
     Verb("init", "write a recipe for your own data; trains nothing", "The chain", "yolo_compress.cli.init:handle", (
         DATA,
-        Option("weights", "FILE.pt", "Checkpoint of the model to compress. One of the same classes is used as it is; from one of "
-               "other classes the training starts.", values="a YOLOv8 checkpoint", needed=True),
-        Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is used or trained by the same rule.",
-               "none, the unpruned model teaches", "a checkpoint"),
-        Option("target", "NAME", "Where the engine will run: decides channel steps, weight bits and the least input size.", "cpu",
+        Option("weights", "FILE.pt", "Checkpoint of the model to compress. If it has the classes of the data set, it is "
+                                     "used without training. Otherwise the training starts from it.",
+                                     values="a YOLOv8 checkpoint", needed=True),
+        Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is trained only if its classes differ "
+                                     "from the data set.",
+               "none, the unpruned model is the teacher", "a checkpoint"),
+        Option("target", "NAME", "Class of device that will run the engine. It decides the channel steps, the weight bits "
+                                 "and the smallest input size.", "cpu",
                one_of(INIT_TARGETS)),
         Option("out", "FILE.yaml", "Recipe to write.", "DATA-recipe.yaml", "a file .yaml that does not exist yet", writes=True),
     ), continues=False),
@@ -179,7 +183,8 @@ VERBS = {row.name: row for row in (
     Verb("sparsify", "train with a penalty that makes unimportant channels small", "The chain", STAGE),
     Verb("prune", "remove channels to meet a budget, then fine-tune", "The chain", STAGE, (
         RECIPE, LOCK, FORCE,
-        Option("dry_run", "true", "Show the plan alone, in seconds: channels, GFLOPs, parameters and expected time.",
+        Option("dry_run", "true", "Only show what would be pruned: channels, GFLOPs, parameters and estimated latency. This "
+                                  "takes seconds.",
                "false", choices=SWITCH),
     )),
     Verb("distill", "fine-tune with the teacher's features and soft labels", "The chain", STAGE),
@@ -190,94 +195,101 @@ VERBS = {row.name: row for row in (
     Verb("control", "train the models that the compressed one is compared with", "The chain", STAGE),
     Verb("report", "write report.html, .md and .json; exit code 1 when the gate fails", "The chain", STAGE, (
         RECIPE, LOCK, FORCE,
-        Option("add", "device.json[,more.json]", "Write another report that also shows these measurements of robots. The "
-               "published report stays as it is. A file whose name has commas is taken as it is.",
+        Option("add", "device.json[,more.json]", "Write a second report, which also shows these measurements of robots. The "
+                                                 "first report does not change. A file name may contain commas.",
                values="files that bench.py wrote on robots, or report.json of other recipes"),
-        Option("out", "FOLDER", "With add: folder of that report.", "report-RECIPE", "a folder", requires="add", writes=True),
+        Option("out", "FOLDER", "With add: folder of the second report.", "report-RECIPE", "a folder", requires="add", writes=True),
     )),
     Verb("predict", "detect objects in images, videos or a camera: a JSON line per image", "Use the result",
          "yolo_compress.cli.predict:handle", (
-        Option("source", "IMAGE|FOLDER|VIDEO|CAMERA", "What to detect in.",
+        Option("source", "IMAGE|FOLDER|VIDEO|CAMERA", "Images in which to detect objects.",
                values="a file, a folder, an address with ://, or the number of a camera", needed=True),
-        Option("engine", "FOLDER", "Engine to use.", values="a folder below weights/RECIPE/engine", needed=True),
+        Option("engine", "FOLDER", "Engine that detects the objects.", values="a folder below weights/RECIPE/engine", needed=True),
         Option("out", "FOLDER", "Folder for detections.jsonl.", "stdout", "a folder", writes=True),
-        Option("draw", "true", "Also write the images with their boxes; needs out.", "false", choices=SWITCH),
-        _conf("Score that a detection must exceed. Lower it to miss fewer objects."),
-        Option("iou", "0.7", "Overlap (IoU) above which non-maximum suppression drops the box with the lower score. Raise it "
-               "for crowded scenes.", "0.7", "a number >= 0 and <= 1", "fraction"),
-        Option("engines", "N", "Engines that run at the same time. Set 1 for the shortest time per image.",
+        Option("draw", "true", "Also write the images with boxes drawn on them. This needs out.", "false", choices=SWITCH),
+        _conf("Score threshold. Only detections with a higher score are written. Lower it to miss fewer objects."),
+        Option("iou", "0.7", "Largest overlap (IoU) of two boxes of a class. Non-maximum suppression drops the box with the "
+                             "lower score if they overlap more. Raise it for crowded scenes.",
+                             "0.7", "a number >= 0 and <= 1", "fraction"),
+        Option("engines", "N", "Number of engines that run in parallel. Set 1 for the shortest time per image.",
                "1 on a GPU, otherwise one per processor, at most 4", "a whole number >= 1 and <= 64", "engines"),
     ), knobs=False, continues=False),
-    Verb("ab", "test if model b is as good as a on the same images; exit code 1: no", "Use the result",
+    Verb("ab", "test whether model b is as good as model a; exit code 1: no", "Use the result",
          "yolo_compress.cli.ab:handle", (
-        Option("a", "ART", "Model to compare with.", values=_MODEL, needed=True),
-        Option("b", "ART", "Model to judge.", values="as a", needed=True),
-        Option("data", "DATA.yaml", "Data set; its validation images are used.", values="a data set file", needed=True),
+        Option("a", "MODEL", "Model in use, such as the baseline.", values=_MODEL, needed=True),
+        Option("b", "MODEL", "New model, which is judged.", values="like those of a", needed=True),
+        Option("data", "DATA.yaml", "Data set whose validation images are used.", values="a data set file", needed=True),
         Option("imgsz", "SIDE|HEIGHT,WIDTH", "Size of the models' input. Set it to compare two .pt files.",
                "the size of the engines", "one side or height,width, multiples of 32", "px"),
-        _conf("Score at which detections are compared one by one. Set the threshold that your program uses."),
+        _conf("Score threshold for the comparison of single detections. Set the threshold that your program uses."),
         Option("margin", "0.01", "Fraction of a's mAP50-95 that b may lose and still pass.", "0.01",
                "a number >= 0 and <= 1", "fraction"),
-        Option("replicates", "1000", "Bootstrap resamples of the images for every interval.", "1000",
+        Option("replicates", "1000", "Number of bootstrap resamples of the images for each interval.", "1000",
                "a whole number >= 1 and <= 100000", "resamples"),
         Option("seed", "0", "Seed of the resamples.", "0", "a whole number >= 0 and <= 4294967295"),
-        Option("out", "FILE.json", "File for the whole comparison.", "none", "a file", writes=True),
+        Option("out", "FILE.json", "File for the complete result.", "none", "a file", writes=True),
     ), knobs=False, continues=False),
-    Verb("lint", "find faults in any ONNX file before building it; exit code 1: errors", "Use the result",
+    Verb("lint", "find faults of an ONNX file; exit code 1: there are errors", "Use the result",
          "yolo_compress.cli.lint:handle", (
-        Option("target", "NAME", "Runtime that will read the file.", lint_targets.DEFAULT, one_of(lint_targets.TARGETS)),
-    ), Words("FILE.onnx", "file", "File to check; any ONNX file.", "a file"), knobs=False, continues=False),
-    Verb("bundle", "write what a robot needs, as a folder or .tar; needs a passed gate", "Robots",
+        Option("target", "NAME", "Runtime that will execute the file.", lint_targets.DEFAULT, one_of(lint_targets.TARGETS)),
+    ), Words("FILE.onnx", "file", "ONNX file to check, of this or any other program.", "a file"), knobs=False, continues=False),
+    Verb("bundle", "write a folder or .tar for the robot; the gate must have passed", "Robots",
          "yolo_compress.cli.bundle:handle", (
         RECIPE, LOCK,
-        Option("force", "true", "Write the bundle although the gate failed; the bundle then says so.", "false", choices=SWITCH),
-        Option("out", "FOLDER|FILE.tar", "Where to write it.", values="a folder or a file .tar or .tar.gz that does not exist yet",
+        Option("force", "true", "Write the bundle even if the gate failed. Its manifest then says so.", "false", choices=SWITCH),
+        Option("out", "FOLDER|FILE.tar", "Folder or archive to write.",
+                                         values="a folder or a file .tar or .tar.gz that does not exist yet",
                needed=True, writes=True),
-        Option("target", "NAME", "Also write the files that this system expects.", "plain",
+        Option("target", "NAME", "System for which configuration files are added. plain: no such files.", "plain",
                "one of plain, isaac_ros, deepstream, triton"),
-        Option("version", "N", "Version of the bundle. A robot installs only a higher one than it ever ran.", "the time, in seconds",
+        Option("version", "N", "Version of the bundle. A robot installs only bundles with a higher version than all earlier "
+                               "bundles.", "the time, in seconds",
                "a whole number >= 1"),
         Option("key", "FILE", "Private key that signs the bundle, from `yolo-compress keygen`.", "none, not signed", "a file"),
-        Option("golden", "N", "Validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),
+        Option("golden", "N", "Number of validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),
     )),
     Verb("keygen", "write a private key, and the public key that robots check with", "Robots", "yolo_compress.cli.keygen:handle", (
         Option("out", "FILE", "File of the private key; the public key goes to FILE.pub.",
                values="a file that does not exist yet", needed=True, writes=True),
     ), knobs=False, continues=False),
     Verb("probe", "write the model at several widths, for a robot to time its layers", "Robots", "yolo_compress.cli.probe:handle", (
-        RECIPE, Option("out", "FOLDER", "Where to write them.", values="a folder", needed=True, writes=True),
+        RECIPE, Option("out", "FOLDER", "Folder for the models.", values="a folder", needed=True, writes=True),
     )),
-    Verb("rollout", "judge a new model b by robot logs of a and b; exit code 1: abort", "Robots",
+    Verb("rollout", "judge a new model b from logs of robots; exit code 1: abort", "Robots",
          "yolo_compress.cli.rollout:handle", (
         Option("a", "LOG.jsonl", "Log of the model in use.", values="a file that detect.py --shadow wrote", needed=True),
-        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="as a", needed=True),
-        Option("truth", "LABELS.jsonl", "Labels of some of the images, so that missed objects count too.", "none", "a file"),
-        Option("state", "FILE.json", "File that holds the state from call to call.", "none, each call starts anew", "a file",
+        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="like those of a", needed=True),
+        Option("truth", "LABELS.jsonl", "Labels of some of the images. With them, the verdict also covers missed objects.",
+                                        "none", "a file"),
+        Option("state", "FILE.json", "File that keeps the state of the release from call to call.",
+                                     "none, each call starts a new release", "a file",
                writes=True),
-        Option("stage", "5%", "Share of the robots that run b now.", "what state holds, else 1%",
+        Option("stage", "5%", "Share of the robots that run b now.", "the share in state, else 1%",
                one_of(f"{share:.0%}" for share in ROLLOUT_STAGES)),
-        Option("cap", "25%", "Largest share of the robots that this call may lead to.", "100%",
+        Option("cap", "25%", "Largest share of the robots that may run b after this call.", "100%",
                "a share from 0.01 to 1, or 1% to 100%"),
-        Option("budgets", "NAME:NUMBER,...", "By how much b may be worse, and how many frames and hours are needed.",
+        Option("budgets", "NAME:NUMBER,...", "Limits for how much worse b may be, and the frames and hours that a stage "
+                                             "needs.",
                "problems:0.01, disagreement:0.2, count:0.1, score:0.1, p50_ratio:1.2, p99_ratio:1.5, recall:0.02, frames:500, hours:1",
                "each name once; a ratio >= 1, the others > 0 and < 1, frames and hours >= 0"),
         LOCK,
     ), knobs=False, continues=False),
     Verb("fetch", "download weights or data; the only verb that uses the network", "Housekeeping", "yolo_compress.cli.fetch:handle",
-         (), Words("NAME ...", "name", "What to download; digits is drawn here, without network.",
+         (), Words("NAME ...", "name", "Names of the files or data sets to download. digits is drawn on this machine, "
+                                       "without network.",
                    "yolov8n.pt to yolov8x.pt, coco128, coco or digits", most=None), knobs=False),
     Verb("check", "check this machine and the data: torch, CUDA, TensorRT, disk, images", "Housekeeping",
          "yolo_compress.cli.check:handle", (RECIPE,)),
-    Verb("status", "show which stages are up to date, which are not, and why", "Housekeeping",
+    Verb("status", "show which stages are up to date, and why others are not", "Housekeeping",
          "yolo_compress.cli.status:handle", (RECIPE,)),
     Verb("cfg", "print the whole recipe as YAML, with defaults and overrides", "Housekeeping",
          "yolo_compress.cli.cfg:handle", (RECIPE,)),
     Verb("gc", "delete artefacts that no recipe uses; interrupted stages stay", "Housekeeping",
          "yolo_compress.cli.gc:handle", (RECIPE, LOCK)),
-    Verb("help", "print this help, or that of a verb or section with its knobs", "Housekeeping",
+    Verb("help", "print this help, or the help of a verb or section", "Housekeeping",
          "yolo_compress.cli.helptext:handle", (
-        Option("all", "", "Show the advanced knobs too; without a verb: all knobs of all sections.", "false", choices=SWITCH),
-    ), Words("[VERB|SECTION]", "verb or section", "What to explain.", "a verb, or a section of the recipe",
+        Option("all", "", "Also show the advanced knobs. Without a verb, show all knobs of all sections.", "false", choices=SWITCH),
+    ), Words("[VERB|SECTION]", "verb or section", "Verb or section to explain.", "a verb, or a section of the recipe",
              "all verbs, without their knobs", least=0), knobs=False),
     Verb("version", "print the version", "Housekeeping", "yolo_compress.cli.version:handle", (), knobs=False),
 )}

@@ -1,7 +1,7 @@
 """Cache of the preflight: results by file path, so that a second preflight needs only one `stat` call per file.
 
-An entry is valid while size, mtime, ctime and inode are unchanged. A cache that cannot be read is ignored, and it is safe
-to delete. It is JSON, never pickle. Ultralytics' labels.cache is not read.
+An entry is valid while size, mtime, ctime and inode are unchanged. A cache that cannot be read is ignored. The cache may be deleted
+at any time. It is JSON, never pickle. Ultralytics' labels.cache is not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERSION = 1  # increase this number when data/images.py or runtime/measure/label
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size, times and inode of a file, which show whether the file changed. ctime also shows edits that restore the mtime."""
+    """Size, times and inode of a file. Every edit changes one of these values. An edit that restores the mtime changes the ctime."""
 
     size: int
     mtime_ns: int

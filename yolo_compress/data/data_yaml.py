@@ -40,7 +40,7 @@ _MakeError = Callable[[str, str], DataError]  # (key, message) -> error with fil
 
 @dataclass(frozen=True)
 class DataYaml:
-    """Checked content of a data yaml. `train` and `val` are entries as written; `root` is absolute."""
+    """Checked content of a data yaml. `train` and `val` have the entries of the file, unchanged. `root` is absolute."""
 
     file: Path
     root: Path
@@ -54,7 +54,7 @@ class DataYaml:
 
 @dataclass(frozen=True)
 class Listed:
-    """An image file of a split. `source`: "list.txt:3" or a folder. `name`: path of the image relative to the data root."""
+    """An image file of a split. `source` is where it is listed: "list.txt:3" or a folder. `name` is its path below the data root."""
 
     path: Path
     name: str
@@ -62,7 +62,7 @@ class Listed:
 
 
 def shown(path: Path | str) -> str:
-    """Return `path` as messages show it: relative if it is below the working directory, else as given."""
+    """Return `path` for messages: relative if it is below the working directory, else unchanged."""
     return strict_yaml.shown(_relative(path))
 
 
@@ -73,7 +73,7 @@ def _relative(path: Path | str) -> str:
 def left_out(names: Iterable[str]) -> str | None:
     """Return one line of text with the number of files that are not images. None: there are none.
 
-    Hidden files are not counted, nor labels, lists, caches and other files that are usual in folders of images.
+    Hidden files are not counted. Labels, lists, caches and other files that are usual beside images are not counted either.
     """
     suffixes = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
     counts = Counter(suffix for suffix in suffixes if suffix[1:] not in COMPANIONS)
@@ -200,7 +200,7 @@ def _root(file: Path, values: Mapping[str, object], bad: _MakeError) -> Path:
 
 
 def _checked_entry(root: Path, entry: str, bad: Callable[[str], DataError]) -> str:
-    """Return the entry of a split, checked. Exports of Roboflow have `../train` instead of `./train`; this is corrected.
+    """Return the entry of a split, checked. Exports of Roboflow wrongly have `../train` for `./train`. This is corrected.
 
     Raises:
         DataError: `..` leads out of `root`.
@@ -219,7 +219,7 @@ def _escapes(root: Path, folder: Path, entry: str) -> bool:
 
 
 class Listing(NamedTuple):
-    """Image files of a split, sorted by path. Also findings about folders and lists, and a note if files were left out."""
+    """Image files of a split, sorted by path, with findings about folders and lists. A note says which other files were left out."""
 
     images: list[Listed]
     findings: list[str]

@@ -22,7 +22,7 @@ from yolo_compress.data.cache import FileCache, Stamp
 from yolo_compress.data.data_yaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
 from yolo_compress.data.reader import FileState, Progress, Read, Reader, Sample, label_path
 from yolo_compress.errors import DataError, RecipeError, StorageError
-from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.max_detections import MAX_DET, counted
 
 __all__ = [
     "BadData",
@@ -90,8 +90,7 @@ def load(
             yamls. The digits of the shipped yaml are drawn first if they do not exist.
         on_bad: "skip" leaves out images with a finding, and lists the findings in `skipped`.
         allow_overlap: Accept validation images that are also training images.
-        limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`). It needs no
-            seed.
+        limit_train: Number of training images to read, evenly spaced in the sorted list (`i * len // limit`).
         limit_val: Number of validation images to read, chosen in the same way.
         max_unlabelled: Largest fraction of the images of a split that may have no label file. They are background.
         max_det: Number of detections that NMS keeps in an image. Images with more objects give a note.
@@ -99,8 +98,8 @@ def load(
         progress: Called with (images done, all images).
 
     Raises:
-        RecipeError: The yaml does not exist, or a limit is below 1.
-        BadData: There are findings; the message has the first ten.
+        RecipeError: The data yaml does not exist, or a limit is below 1.
+        BadData: There are findings. The message has the first ten.
         DataError: The yaml is malformed. Or a split is empty, has no box, or has more images without a label file than
             `max_unlabelled` allows.
         StorageError: The digits cannot be drawn.
@@ -237,7 +236,7 @@ def recheck(dataset: Dataset) -> None:
     """Check that no file of the data set changed since it was loaded. Only files with another size or time are read again.
 
     Raises:
-        DataError: A file is gone, is new or has other bytes. The message names the first one.
+        DataError: A file is missing, is new or has other bytes. The message names the first such file.
     """
     for state in dataset.files:
         what = None

@@ -1,10 +1,10 @@
 """Draw the built-in data set: scenes of real handwritten digits. Equal seeds and library versions give equal bytes.
 
-The 1,797 digits are the scans that scikit-learn ships (8 x 8 px, 16 grey levels, from the UCI "Optical Recognition of
-Handwritten Digits" set). Every fifth scan (index % 5 == 0) appears only in validation scenes, the others only in training
-scenes. A scene has 3 to 7 digits of different size, angle and contrast. They are lighter or darker than the background,
-which has gradients, noise, strokes and blobs. A box fits tightly around the rotated ink. Later digits may cover earlier
-ones, but at most `MAX_COVERED` of a digit's ink, so that people can still read every labelled digit.
+The 1,797 digits are the scans that scikit-learn ships (8 x 8 px, 16 grey levels, from the UCI "Optical Recognition of Handwritten
+Digits" set). Every fifth scan (index % 5 == 0) appears only in validation scenes. The other scans appear only in training scenes. A
+scene has 3 to 7 digits of different size, angle and contrast. They are lighter or darker than the background, which has gradients,
+noise, strokes and blobs. A box fits tightly around the rotated ink. Later digits may cover earlier ones, but at most `MAX_COVERED`
+of a digit's ink, so that people can still read every labelled digit.
 
     python -m yolo_compress.data.digits FOLDER [--train 600] [--val 150] [--imgsz 128] [--seed 0]
 """
@@ -28,7 +28,7 @@ from yolo_compress.errors import CompressError, RecipeError, StorageError
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.files.lock import lock
 from yolo_compress.runtime import json_text
-from yolo_compress.runtime.commands.common import Parser
+from yolo_compress.runtime.commands.command_line import Parser
 
 VERSION = 1  # increase this number when the same parameters give other bytes
 VAL_EVERY = 5  # source digits with index % 5 == 0 are for validation
@@ -91,7 +91,7 @@ def _draw_scenes(out: Path, parameters: dict[str, int]) -> dict[str, str]:
 
 
 class Record(TypedDict):
-    """Content of the file that records which scenes a folder has: parameters and SHA-256 of every file."""
+    """Content of the file that describes the scenes in a folder: the parameters, and the SHA-256 of every file."""
 
     parameters: dict[str, int]
     files: dict[str, str]  # path in the folder -> SHA-256, hex

@@ -1,7 +1,7 @@
 """Check one image file: it must be complete, and OpenCV must decode its format to the same pixels as Pillow.
 
-Pillow decodes each file once, fully. A format is accepted if cv2.imdecode (5.0.0) was compared with Pillow: PNG, JPEG, BMP,
-TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha is ignored) or CMYK.
+Pillow decodes each file once, fully. Formats are accepted if cv2.imdecode (5.0.0) was compared with Pillow for them: PNG, JPEG,
+BMP, TIFF, WebP, JPEG 2000, AVIF and MPO with 1 or 8 bits; grey, palette, RGB, RGBA (alpha is ignored) or CMYK.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_PIXELS = 100_000_000  # 300 MB decoded; larger images are decompression bomb
 
 
 class Finding(ValueError):
-    """An image cannot be used. The message of this exception is the reason."""
+    """An image cannot be used. The message says why."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class FileState:
-    """State of a data set's file when it was read. `sha256` is None if it is a label file that did not exist."""
+    """State of an image or label file when it was read. `sha256` is None for a label file that did not exist."""
 
     path: Path
     stamp: Stamp | None

@@ -101,10 +101,11 @@ def attention(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -
 
 
 def relation(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Return how much student and teacher differ in the similarities between the images of a batch, as a mean squared difference.
+    """Return the mean squared difference between the image similarities of student and teacher.
 
-    The similarities are the Gram matrix over images with normalised rows (arXiv 1907.09682, equations 1 to 4). Student and teacher
-    may have different numbers of channels. For a batch of one image the loss is 0.
+    A similarity compares the feature maps of two images of the batch. All similarities of a model are a Gram matrix with normalised
+    rows (arXiv 1907.09682, equations 1 to 4). Student and teacher may have different numbers of channels. For a batch of one image
+    the loss is 0.
 
     Returns:
         Scalar, 0 for equal maps.
@@ -121,10 +122,11 @@ def _gram(feat_BCHW: Tensor) -> Tensor:
 class Aligner(nn.Conv2d):
     """A trained 1x1 convolution that maps the student's feature map to the teacher's number of channels.
 
-    The weights start as the identity, so the loss of equal models is 0. `start` then sets the weights to the ridge regression of the
-    teacher's map on the student's. This is necessary because channel i of a pruned model is not channel i of the unpruned model.
-    For YOLOv8n pruned to half of its MACs, the squared distance to the teacher's maps was measured relative to the variance of these
-    maps (`benchmarks/distillation.py aligners`). It is 2 to 6 with the identity, and 0.2 to 0.5 with the regression.
+    The weights start as the identity, so the loss of equal models is 0. `start` then sets the weights to the ridge regression of
+    the teacher's map on the student's. This is necessary because channel i of a pruned model is not channel i of the unpruned
+    model. The distance to the teacher's maps was measured for YOLOv8n pruned to half of its MACs (`benchmarks/distillation.py
+    aligners`). Relative to the variance of the maps, the squared distance is 2 to 6 with the identity, and 0.2 to 0.5 with the
+    regression.
     """
 
     started: Tensor  # a buffer, so that a resumed run does not call `start` again
@@ -221,8 +223,8 @@ def find(name: str) -> FeatureLoss:
     `FeatureLoss`, that object has its own adapter. A user's loss is tested on small maps.
 
     Raises:
-        RecipeError: There is no such name, file or function, the function does not take
-            `(student_BCHW, teacher_BCHW, weight_B1HW)`, or it does not return a finite scalar with a gradient to the student.
+        RecipeError: There is no such name, file or function. Or the function does not take `(student_BCHW, teacher_BCHW,
+            weight_B1HW)`, or does not return a finite scalar with a gradient to the student.
     """
     found = choices.find(choices.FEATURE_LOSSES, name, KNOB)
     loss = found if isinstance(found, FeatureLoss) else FeatureLoss(found)

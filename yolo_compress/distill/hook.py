@@ -22,8 +22,8 @@ class Teach(TrainHook):
     """Hook that adds distillation losses to the training of a student.
 
     The losses are `kd_feature` (feature maps of layers), `kd_class` (Hinton's soft labels on the class logits), `kd_box`
-    (distributions of box sides), `kd_iou` (decoded boxes) and `peer` (the own loss of a teacher that is trained, too). Each loss is
-    logged as `train/<name>`, and its share of the total loss as `share/<name>`.
+    (distributions of box sides), `kd_iou` (decoded boxes) and `peer` (loss of a teacher that is trained together with the student).
+    Each loss is logged as `train/<name>`, and its share of the total loss as `share/<name>`.
 
     Args:
         source: The teacher, see `teacher.Source`.
@@ -146,7 +146,7 @@ class Teach(TrainHook):
         return torch.stack(terms).sum()
 
     def _head_loss(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum of `kd_class`, `kd_box` and `kd_iou` between two heads, for a teacher that is trained, too."""
+        """Return the weighted sum of `kd_class`, `kd_box` and `kd_iou` between two heads, for the loss of a trained teacher."""
         with in_float32(learner["scores"]):
             terms = head_terms(learner, other, self.weights, self.temperature)
         weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
@@ -162,9 +162,9 @@ class Teach(TrainHook):
 
 
 def in_float32(like: Tensor) -> torch.autocast:
-    """Return a context that disables autocast on the device of `like`, so that losses are computed in float32.
+    """Return a context without autocast on the device of `like`, in which losses are computed in float32.
 
-    In float16 a sum over a feature map of P3 can exceed 65,504, the largest number.
+    A sum over a feature map of P3 can exceed 65,504, the largest number in float16.
     """
     return torch.autocast(like.device.type, enabled=False)
 

@@ -45,7 +45,7 @@ def soft_sides(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor, temp
     With p = softmax(z / T) the term of a side is T^2 * KL(p_teacher || p_student); see `soft_labels` for the factor T^2.
 
     Args:
-        student_BDA: Student's logits in the order of Detect, all bins of one side after those of another.
+        student_BDA: Student's logits in the order of Detect: all bins of the first side, then all bins of the second, and so on.
         teacher_BDA: Teacher's logits, without gradient.
         weight_BA: Weight of each anchor, for example the teacher's best score.
         temperature: T >= 1.
@@ -70,7 +70,7 @@ def soft_boxes(student_BDA: Tensor, teacher_BDA: Tensor, weight_BA: Tensor) -> T
     The IoU is the same in cells as in px, so the positions of the anchors are not needed.
 
     Args:
-        student_BDA: Student's logits in the order of Detect, all bins of one side after those of another: left, top, right, bottom.
+        student_BDA: Student's logits in the order of Detect: all bins of the left side, then of the top, right and bottom side.
         teacher_BDA: Teacher's logits, without gradient.
         weight_BA: Weight of each anchor, for example the teacher's best score.
 

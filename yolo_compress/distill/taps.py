@@ -19,7 +19,7 @@ PROBE_CELLS = 2  # side of the probe image in cells of the coarsest level
 class Taps:
     """Stores the outputs of the layers `names` of a model in each forward pass, by forward hooks.
 
-    Call `attach` only when training starts. Otherwise a copy of the model, such as the EMA, would have the hooks, too.
+    Call `attach` only when training starts. Otherwise a copy of the model, such as the EMA, would also have the hooks.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

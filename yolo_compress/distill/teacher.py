@@ -1,4 +1,4 @@
-"""Teachers for distillation: a frozen model, a second model that is trained, too, or the student's own deeper layers."""
+"""Teachers for distillation: a frozen model, a model that is trained together with the student, or the student's deeper layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Source(ABC):
     """Base class of teachers for the hook `Teach`.
 
     Attributes:
-        net: the model whose layers are read for `kd_feature`. `on_model` sets this attribute.
+        net: the model from which `kd_feature` reads layers. `on_model` sets this attribute.
     """
 
     net: nn.Module
@@ -45,7 +45,7 @@ class Source(ABC):
         """
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        """Return (student's layer, teacher's layer) for each comparison. If `layers` is None, these are the inputs of the head."""
+        """Return (student's layer, teacher's layer) for each comparison. If `layers` is None, the inputs of both heads are compared."""
         return (
             split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
@@ -62,7 +62,7 @@ class Source(ABC):
     def own_loss(
         self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
     ) -> dict[str, Tensor]:
-        """Return name -> loss with which the modules of `modules()` are trained. Called after `outputs` with the same batch."""
+        """Return name -> loss for the training of `modules()`. Called after `outputs`, with the same batch."""
         return {}
 
 
@@ -74,7 +74,7 @@ class Frozen(Source):
 
     With mixed precision, the teacher's convolutions are stored in half precision. This halves their memory and avoids casts in each
     step. The teacher's memory format is channels last, which is faster (`benchmarks/distillation.py steps`). If teacher and student
-    have equal weights, the teacher keeps the student's memory format: both then round alike, and all loss terms are exactly 0.
+    have equal weights, the teacher has the student's memory format. Both then round alike, so all loss terms are exactly 0.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -104,7 +104,7 @@ class Frozen(Source):
 
 
 class Peer(Source):
-    """A second student: both learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
+    """A second student. Both students learn from the labels and from each other (Deep Mutual Learning, arXiv 1706.00384).
 
     The student's optimizer trains the second student, at the learning rate `lr0` without weight decay. A resumed run restores the
     second student, but checkpoints do not contain it. Its loss `peer` is its detection loss plus `kd_class`, `kd_box` and `kd_iou`

@@ -1,1 +1,1 @@
-"""Evaluation: accuracy, differences and errors of models on the same images, with the same code for every backend."""
+"""Evaluation: accuracy, differences and errors of models on the same images. One code serves all backends."""

@@ -17,7 +17,7 @@ from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
 from yolo_compress.runtime.errors import NotFinite
-from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.max_detections import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import MeanAP
 
 DYNAMIC_BATCH = 4  # images per call if the backend takes any number
@@ -60,7 +60,7 @@ def accuracy(
         progress: called after each batch with the number of images in the batch.
         image_set: digest of the samples. It is copied into the result.
         workers: number of threads that read images ahead. 0: read the images in this thread.
-        max_det: largest number of detections per image after NMS. `runtime.limits.counted` says how many of them mAP counts.
+        max_det: largest number of detections per image after NMS. `runtime.max_detections.counted` says how many of them mAP counts.
 
     Raises:
         RecipeError: backend and data set differ in classes or image size.

@@ -1,4 +1,4 @@
-"""Paired bootstrap over images (Efron 1979): mAP of two models on many resamples of the images, the same for both models.
+"""Paired bootstrap over images (Efron 1979): the mAP of two models on many resamples of the images. Both models share the resamples.
 
 A replicate draws as many images as there are, with replacement, so image i counts w_i times. Matching is done within an image, so
 a replicate is COCO's AP with each detection and ground-truth box of image i counted w_i times. The detections are sorted only once.
@@ -63,7 +63,7 @@ def replicate(models: Sequence[Matches], weights_RI: np.ndarray) -> list[Replica
 
     Args:
         models: matches of each model's detections with the same ground-truth boxes.
-        weights_RI: weights from `resamples`, or any other counts.
+        weights_RI: how often each image counts in each replicate, as `resamples` returns it.
     """
     plans = [_plan(matches) for matches in models]
     widest = max((len(part.image_D) for plan in plans for part in plan), default=1)
@@ -100,9 +100,10 @@ class _Threshold:
 
     Attributes:
         image_E: image of each detection.
-        place_E: number of detections in `_Part.image_D` up to and including this detection.
+        place_E: number of detections in `_Part.image_D` up to this detection, including it.
         right_E: whether each detection is right. None: all are right.
-        change_E: correction to the number of detections that count, relative to `_Part.image_D`. None: no correction.
+        change_E: 1 if the detection counts only at this threshold, -1 if it counts only at the highest one, else 0. None: all are
+            0.
     """
 
     image_E: np.ndarray
@@ -183,8 +184,8 @@ def _parts(matches: Matches, a: int) -> Iterator[_Part]:
 def _threshold(image_D: np.ndarray, right_D: np.ndarray, change_D: np.ndarray, places_D: np.ndarray) -> _Threshold:
     """Select the detections that affect the AP at one IoU threshold.
 
-    These are the right detections, because the precision has a maximum only at a right detection. Detections that count at this
-    threshold but not at the highest one, or the reverse, are also selected for `change_E`.
+    These are the right detections, because the precision has a maximum only at a right detection. Detections that count either at
+    this threshold or at the highest threshold, but not at both, are also selected, for `change_E`.
     """
     matter = np.flatnonzero(right_D | (change_D != 0))
     right_E, change_E = right_D[matter], change_D[matter]

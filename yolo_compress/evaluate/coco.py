@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from yolo_compress.errors import DataError
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import MeanAP
 
 

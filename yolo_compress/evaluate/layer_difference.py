@@ -1,4 +1,4 @@
-"""Find the first layer of an exported graph whose output differs from that of the torch model."""
+"""Find the first layer whose output in an exported graph differs from its output in the torch model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def first_bad_layer(model: nn.Module, file: Path, images_BCHW: np.ndarray) -> st
     Args:
         model: A detector in float32. `model.model` holds its layers. The model is not changed.
         file: The model's FP32 ONNX file. The exporter names nodes after layers (`/model.4/cv1/conv/Conv`).
-        images_BCHW: Float32 in 0..1. The batch size must be that of the file.
+        images_BCHW: Float32 in 0..1. The batch size must equal the batch size of the file.
 
     Returns:
-        Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If all other
-        layers agree, the text names the head.
+        Text such as "model.4 (C2f), by 0.12 of 3.1": the layer, the largest difference, and the largest value. If only the head
+        differs, the text names the head.
     """
     exact, images = copy.deepcopy(model).double(), torch.from_numpy(images_BCHW)
     rounded, exactly = _outputs(model, images), _outputs(exact, images.double())

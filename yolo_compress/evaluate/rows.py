@@ -10,10 +10,10 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from yolo_compress.runtime.registry import Precision
 from yolo_compress.store.manifest import Artifact
 
 Model = Literal["original", "compressed"]
-Precision = Literal["fp32", "fp16", "int8"]
 ENGINES = "engines.json"  # file in the artefact of `engine`
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.files.atomic import storage_errors
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import counting
 
 
@@ -41,7 +41,7 @@ def kept(file: Path, images: int) -> list[np.ndarray]:
 
     Args:
         file: file that `keep` wrote.
-        images: number of images, including those without detections.
+        images: number of all images, with and without detections.
 
     Raises:
         CorruptArtifact: the table is malformed, or has an image index of `images` or more.

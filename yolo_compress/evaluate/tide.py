@@ -1,7 +1,7 @@
 """TIDE's six types of detection errors (Bolya et al., arXiv 2008.08115), and the cost of each type in AP50.
 
-"Truth" below and in the code is a ground-truth box. A detection that matched no truth has the first type that applies. The IoU is
-that of the detection with the truths of the same image. The order of the types is that of `tidecv`.
+"Truth" below and in the code is a ground-truth box. A detection that matched no truth has the first of these types that applies, in
+the order of `tidecv`. The IoU is measured between the detection and the truths of the same image.
 
     localisation    right class, IoU from 0.1 to 0.5
     classification  another class, IoU from 0.5
@@ -32,7 +32,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from yolo_compress.errors import DataError
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import RECALLS_R
 
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
@@ -81,7 +81,7 @@ def errors(truths: Sequence[np.ndarray], detections: Sequence[np.ndarray], most:
     Args:
         truths: ground-truth boxes, one G5 array per image: class, x1, y1, x2, y2 in px.
         detections: one N6 array per image, in the same order: x1, y1, x2, y2, score, class.
-        most: limit of detections per image; the best count.
+        most: largest number of detections per image that count. The best are taken.
 
     Raises:
         DataError: there is no ground-truth box.
@@ -184,8 +184,8 @@ def _iou(a_N4: np.ndarray, b_G4: np.ndarray) -> np.ndarray:
 def _best_of_each_truth(found: _Judged) -> np.ndarray:
     """Return a mask over the errors: for each unmatched ground-truth box, the error with the highest score.
 
-    A box can correct only one error. Localisation and classification errors are ranked together. If scores are equal, the
-    first one is taken.
+    A box can correct only one error. Localisation and classification errors are ranked together. Of errors with equal scores, the
+    first is taken.
     """
     best_D = np.zeros(len(found.score_D), bool)
     with_target = np.flatnonzero(found.target_D >= 0)
@@ -204,7 +204,7 @@ def _ap(
 ) -> float:
     """Return COCO's AP at one IoU threshold (101 recalls): the mean over the classes in `of_T`, or in `class_T` if that is None.
 
-    Classes that have neither ground-truth boxes nor detections are left out.
+    Classes without ground-truth boxes and without detections are left out.
     """
     aps = []
     for cls in np.unique(class_T if of_T is None else of_T):

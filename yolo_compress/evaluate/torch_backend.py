@@ -1,4 +1,4 @@
-"""A torch module as a Backend, so that the same code measures torch and the engines."""
+"""A backend for torch modules. With it, the same code measures torch and the engines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TorchBackend:
         threads: int | None = None,
     ) -> None:
         if precision not in _DTYPES:
-            raise RecipeError(f"torch backend: precision {precision!r}, one of {', '.join(_DTYPES)} expected")
+            raise RecipeError(f"torch backend: precision {precision!r}, expected one of {', '.join(_DTYPES)}")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise EnvironmentLacks(
                 f"device {device}: torch {torch.__version__} sees no GPU; use cpu, or install a driver"
@@ -72,7 +72,7 @@ class TorchBackend:
 
     @property
     def executed(self) -> str:
-        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 unless cuDNN is set otherwise."""
+        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 by default."""
         if self._device.type == "cpu":
             return self.precision
         tf32 = self.precision == "fp32" and torch.backends.cudnn.allow_tf32
@@ -90,11 +90,11 @@ class TorchBackend:
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         output = self._forward(self._tensor(images_BCHW)).float().cpu().numpy()
         if output.ndim != 3 or output.shape[1] != 4 + len(self.names):
-            raise RecipeError(f"the model gives {list(output.shape)}, [B, {4 + len(self.names)}, anchors] expected")
+            raise RecipeError(f"the model returns {list(output.shape)}, expected [B, {4 + len(self.names)}, anchors]")
         return output
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """Return a function that runs one inference on these images, which are already on the device, and waits for the GPU."""
+        """Copy the images to the device. Return a function that runs one inference on them and waits for the GPU."""
         images = self._tensor(images_BCHW)
 
         def run() -> None:

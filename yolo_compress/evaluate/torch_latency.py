@@ -18,7 +18,8 @@ from torch import nn
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets.hardening import harden
-from yolo_compress.runtime.backends.base import EngineError, sha256_file
+from yolo_compress.runtime.backends.base import EngineError
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.latency import main
 from yolo_compress.runtime.measure.messages import Spec
 
@@ -26,7 +27,7 @@ MODULE = "yolo_compress.evaluate.torch_latency"
 
 
 class TorchSpec(Spec, total=False):
-    """What to measure, for a torch module in place of an engine: `messages.Spec` with the file of the pickled module."""
+    """Request to measure a torch module: `messages.Spec` with the file of the pickled module in place of an engine."""
 
     checkpoint: str  # file with the pickled module
     sha256: str  # SHA-256 of that file, hex

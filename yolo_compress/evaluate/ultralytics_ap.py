@@ -1,9 +1,9 @@
 """mAP by Ultralytics' own matching and AP code, on the same detections as pycocotools.
 
-The stage `bench` shows this mAP so that users can compare with the output of Ultralytics. Apart from `train`, only this module imports
-ultralytics' engine, for the matching of its validator. Unlike in pycocotools, all 300 detections count, and the precision curve
-is integrated differently. Boxes are compared in px of the source image, clipped to it. The validator uses letterboxed px without
-clipping; the effect on mAP is below 0.002 (tested).
+The stage `bench` shows this mAP so that users can compare it with the output of Ultralytics. The matching is a method of
+Ultralytics' validator. Only this module and `train` import Ultralytics' engine. Two things differ from pycocotools: all 300
+detections count, and the precision curve is integrated in another way. Boxes are compared in px of the source image, clipped to it.
+The validator uses letterboxed px without clipping. The effect of this on mAP is below 0.002 (tested).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class UltralyticsAP(TypedDict):
 
 
 def ultralytics_ap(truths: Sequence[Truth], detections: Sequence[np.ndarray], names: Sequence[str]) -> UltralyticsAP:
-    """Compute the AP as Ultralytics' validator does. The arguments are those of `coco.mean_ap`.
+    """Compute the AP as Ultralytics' validator does. For the arguments see `coco.mean_ap`.
 
     Raises:
         DataError: there is no ground truth.

@@ -4,8 +4,9 @@ The cache is a text file. The first line has the version of TensorRT and the cal
 its scale, written as the bytes of a float32 in hexadecimal. Weights have no line: TensorRT computes their ranges from the graph, per
 output channel. The exported graph therefore contains the weights after rounding to INT8.
 
-TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`, trtexec with `--int8 --calib=FILE`. TensorRT 11
-cannot read it. The format follows files that TensorRT wrote; no cache of ours has been read by TensorRT yet.
+TensorRT reads the cache with `IInt8EntropyCalibrator2.read_calibration_cache`. The program trtexec reads it with `--int8
+--calib=FILE`. TensorRT 11 cannot read it. The format follows files that TensorRT wrote. TensorRT has not yet read a cache from this
+module.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def read_cache(cache: Path) -> dict[str, float]:
 
 
 def write_explicit(implicit: Path, out: Path) -> None:
-    """Write an ONNX file with Q/DQ nodes that other runtimes can run, to reproduce what TensorRT computes with a calibration cache.
+    """Write an ONNX file with Q/DQ nodes that computes the same as TensorRT with a calibration cache. Other runtimes can run the file.
 
     A convolution runs in INT8 if its input and output have scales in the cache. The range of its weights is the largest absolute
     value per output channel. TensorRT fuses a convolution with its activation, so nothing is rounded between the two.

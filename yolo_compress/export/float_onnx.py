@@ -95,7 +95,7 @@ def export_torchscript(
 ) -> None:
     """Write the FP32 TorchScript file of a stock detector. It contains the `config.txt` that `ultralytics.YOLO` reads.
 
-    The arguments are those of `export_onnx`.
+    For the arguments see `export_onnx`.
 
     Raises:
         RecipeError, NumericsError, StorageError: See `export_onnx`.

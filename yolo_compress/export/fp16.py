@@ -39,11 +39,11 @@ def decode_tail(graph: onnx.GraphProto) -> list[str]:
 def to_fp16(float_onnx: Path, out: Path, precision: str = "fp16") -> None:
     """Convert an ONNX file to float16 weights and activations. Input `images` and output `output0` stay float32.
 
-    Q/DQ nodes are converted, too. The box decode after the head's output convolutions stays float32: above 512 float16 has steps of
+    Q/DQ nodes are converted too. The box decode after the head's output convolutions stays float32. Above 512, float16 has steps of
     0.5, so a box at 600 px would move by a quarter of a pixel.
 
-    ONNX Runtime's own converter (1.32) is not used. Between nodes that stay float32, it casts to float16 and back, which rounds the
-    boxes. The graph written here has one cast after the input and one after each output convolution.
+    ONNX Runtime's own converter (1.32) is not used, because it rounds the boxes: it casts to float16 and back between nodes that
+    stay float32. The graph written here has one cast after the input, and one after each output convolution.
 
     Args:
         float_onnx: File written by `export_onnx`, or by `qdq.insert_qdq` for "tensorrt11". It is only read.
@@ -112,7 +112,7 @@ def _insert_casts(graph: onnx.GraphProto, tail: set[str]) -> None:
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    """Replace Constant nodes by initializers, in place, so that `to_fp16` sees which inputs of nodes are constant."""
+    """Replace Constant nodes by initializers, in place. `to_fp16` then recognises constant inputs of nodes."""
     for node in [node for node in graph.node if node.op_type == "Constant"]:
         (value,) = node.attribute
         if value.name == "value":

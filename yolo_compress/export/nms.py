@@ -1,4 +1,4 @@
-"""Add NMS to an ONNX graph, for programs that read final boxes. Decoders such as Isaac ROS' read the raw output instead."""
+"""Add NMS to an ONNX graph, for programs without NMS. Decoders with NMS, such as Isaac ROS, read the raw output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import write_metadata
 from yolo_compress.files.atomic import storage_errors
-from yolo_compress.runtime.limits import MAX_DET
+from yolo_compress.runtime.max_detections import MAX_DET
 
 RAW, OUTPUT = "raw0", "output0"
 PREFIX = "/nms"
@@ -26,9 +26,9 @@ NMS_CONF, NMS_IOU = 0.25, 0.7
 def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_IOU, max_det: int = MAX_DET) -> None:
     """Write a copy of an ONNX file whose output is the final boxes: NonMaxSuppression is added at the end of the graph.
 
-    All runtimes support this ONNX operator (TensorRT as INMSLayer). `output0` becomes `[1, max_det, 6]` float32, as with Ultralytics'
-    `nms=True`: x1, y1, x2, y2 in px of the input, score, class. Rows are sorted by score; unused rows are zero. A box has only its
-    best class, as in `runtime.detect.post.nms(multi_label=False)`.
+    All runtimes support this ONNX operator (TensorRT as INMSLayer). `output0` becomes `[1, max_det, 6]` float32, as with
+    Ultralytics' `nms=True`: x1, y1, x2, y2 in px of the input, score, class. Rows are sorted by score. Unused rows are zero. A box
+    has only its best class, as in `runtime.detect.post.nms(multi_label=False)`.
 
     Args:
         source: Exported file with `output0` `[1, 4 + nc, A]`, of any precision. It is only read.

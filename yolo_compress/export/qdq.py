@@ -1,11 +1,12 @@
 """Write INT8 ONNX graphs: insert QuantizeLinear and DequantizeLinear (Q/DQ) nodes into a float graph.
 
-Each runtime needs its own form of the graph. All forms have the same scales on the same tensors and the same INT8 weights: symmetric,
-one scale per output channel on axis 0, 7 or 8 bits as trained. Biases stay float and the opset does not change.
+Each runtime needs its own form of the graph. All forms have the same scales on the same tensors, and the same INT8 weights. Weights
+are symmetric, with one scale per output channel on axis 0, and 7 or 8 bits as trained. Biases stay float and the opset does not
+change.
 
-A tensor has one Q/DQ pair after the node that computes the tensor, and all nodes that read the tensor use this pair. Outputs of
-pools, upsamplings, chunks and concatenations of INT8 tensors have a pair, too. This pair has the scale of the inputs, so it changes no
-value. It tells the runtime's ONNX importer that the layer is INT8.
+A tensor has one Q/DQ pair, after the node that computes it. All readers of the tensor use this pair. Pools, upsamplings, chunks and
+concatenations of INT8 tensors also have a pair at their output. This pair has the scale of the inputs, so it changes no value. It
+tells the runtime's ONNX importer that the layer is INT8.
 
 The forms differ in these fields of `runtime.registry.Int8File`:
 
@@ -177,7 +178,7 @@ def quantise_weight(
         name: Module name of the convolution.
         amax_C: Range of each output channel.
         qmax: Largest INT8 value, 63 or 127.
-        half: Round the scale up to float16; the INT8 values stay the same.
+        half: Round the scale up to float16. The INT8 values do not change.
 
     Raises:
         CorruptArtifact: The weight is not stored in the graph, or has another number of output channels.
@@ -238,7 +239,7 @@ def _planned_tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, flo
 
 
 def _last_block_of_sum(graph: onnx.GraphProto, name: str, state: QuantState) -> str:
-    """Return the last block of `state` inside the module `name` if the module is a sum, "" if it is a block."""
+    """If the module `name` is a sum, return the last block of `state` inside it. If the module is a block, return ""."""
     blocks = [node.input[1].removesuffix(".conv.weight") for node in graph.node if node.op_type == "Conv"]
     inside = [block for block in blocks if block.startswith(f"{name}.") and block in state.activations]
     return inside[-1] if inside and name not in blocks else ""
@@ -375,7 +376,7 @@ def _pairs_in_blocks(
 
 
 def _check(graph: onnx.GraphProto, names: Iterable[str], counts: Counts, out: Path) -> None:
-    """Check that the graph has exactly the planned Q/DQ nodes, and that planned convolutions read INT8 inputs and weights."""
+    """Check that the graph has exactly the planned Q/DQ nodes. Check that planned convolutions read INT8 inputs and weights."""
     kinds = [node.op_type for node in graph.node]
     pairs = counts.activations + counts.outputs
     got = kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")

@@ -1,11 +1,11 @@
-"""Export an INT8 TorchScript file for torch on a CPU. It has torch's quantised convolutions and the scales of the other INT8 files.
+"""Export an INT8 TorchScript file for torch on a CPU: torch's quantised convolutions with the scales of the other INT8 files.
 
 The same tensors as in the Q/DQ forms are INT8, as UINT8 with zero point 128, since `quantized::conv2d` accepts no signed
 activations. Weights are the INT8 values of the other forms, per output channel. They have 7 bits, since with 8 bits fbgemm and
 oneDNN saturate on processors without VNNI.
 
-The output of a convolution is INT8 with the range in `state.outputs`. Its activation then runs in float. In INT8
-(`quantized::sigmoid`, `quantized::mul`) it takes as long, and QNNPACK supports only the scale 1/256.
+The output of a convolution is INT8 with the range in `state.outputs`. The activation after the convolution runs in float. INT8
+activations (`quantized::sigmoid`, `quantized::mul`) take as long, and QNNPACK supports only the scale 1/256.
 
 The file contains weights and biases, and `torch.jit.load` packs them for the engine of its process. A file runs on fbgemm, x86,
 onednn and qnnpack, whichever engine wrote it, and also if the engine changes after loading (torch 2.14.1). The layout of the file
@@ -219,7 +219,7 @@ def _engine() -> Iterator[None]:
 
 @contextmanager
 def _quiet_deprecation() -> Iterator[None]:
-    """Hide torch's warning that quantised tensors are deprecated; the head of this file explains it."""
+    """Hide torch's warning that quantised tensors are deprecated. The docstring of this file explains the warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor.* deprecated", UserWarning)
         yield

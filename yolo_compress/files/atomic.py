@@ -39,7 +39,7 @@ def crash_point(label: str) -> None:
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turn errors of the file system inside the block into a `StorageError`; see `storage_error`."""
+    """Turn errors of the file system inside the block into a `StorageError` (see `storage_error`)."""
     try:
         yield
     except Exception as error:
@@ -51,8 +51,8 @@ def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
 def storage_error(error: BaseException, path: Path, action: str = "write") -> StorageError | None:
     """Return a `StorageError` if the cause of an error is the file system, else None.
 
-    The message has the path, the reason and, on a full disk, the free space. Libraries (torch, ONNX, OpenVINO, numpy) raise
-    other errors for a failed write. Such an error counts if the disk of `path` is full now.
+    The message has the path, the reason and, on a full disk, the free space. Libraries (torch, ONNX, OpenVINO, numpy) raise other
+    errors for a failed write. They become a `StorageError` if the disk of `path` is full now.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(_explain(error, path, action))
@@ -84,7 +84,7 @@ def _free_hint(free: float) -> str:
 
 
 def free_mib(path: Path) -> float:
-    """Return the free space in MiB of the file system of `path`, which need not exist; nan if it is unknown."""
+    """Return the free space in MiB of the file system of `path`. `path` need not exist. nan: the space is unknown."""
     for folder in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(folder).free / 2**20

@@ -22,8 +22,8 @@ def load(
         constant: Returns the value for the words NaN and Infinity. By default they are an error.
 
     Raises:
-        error: The file is too large, not UTF-8, not JSON or nested too deeply; or it has a repeated key, NaN, infinity or
-            a number larger than a float.
+        error: The file is too large, not UTF-8, not JSON or nested too deeply. Or it has a repeated key, NaN, infinity or a number
+            larger than a float.
         StorageError: The file cannot be read.
     """
     try:

@@ -75,8 +75,8 @@ def load(path: str | os.PathLike[str], error: type[CompressError] = RecipeError)
         error: Class to raise for a missing or invalid file, such as `DataError` for a data yaml.
 
     Raises:
-        error: The file is missing, not a regular file, too large, not UTF-8, not YAML, or has something that this module
-            does not allow.
+        error: The file is missing, not a regular file, too large, not UTF-8 or not YAML. Or it has something that this module
+            refuses.
         StorageError: The file exists but cannot be read.
     """
     return parse(_decode(_read(path, error), shown(path), error), shown(path), error)
@@ -162,7 +162,7 @@ class _Composer(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML writer that quotes text which `resolve` would read as another type. PyYAML itself quotes only by YAML 1.1."""
+    """YAML writer with quotes around text that `resolve` would otherwise read as another type. PyYAML itself follows YAML 1.1."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

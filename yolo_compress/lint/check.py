@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.lint import load
-from yolo_compress.lint.codes import CODES
 from yolo_compress.lint.compiler import COMPILED
+from yolo_compress.lint.equal_scales import SCALES
 from yolo_compress.lint.graph import Graph
 from yolo_compress.lint.node import DQ, Q
 from yolo_compress.lint.operators import OPERATORS
 from yolo_compress.lint.placement import PLACEMENT
 from yolo_compress.lint.precision import PRECISION
+from yolo_compress.lint.qdq_parameters import CODES
 from yolo_compress.lint.rule import SEVERITIES, Finding, Rule
-from yolo_compress.lint.scales import SCALES
 from yolo_compress.lint.shapes import SHAPES
 from yolo_compress.lint.targets import DEFAULT, Target, target
 

@@ -1,4 +1,4 @@
-"""Rules that build the file with TensorRT-RTX, NVIDIA's compiler that runs on any x86 machine without a GPU."""
+"""Rules that build the file with TensorRT-RTX. This compiler of NVIDIA runs on any x86 machine, without a GPU."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Graph:
     # One step
 
     def _is_noop(self, node: NodeProto) -> bool:
-        """Return whether a node is Identity or a Cast to the same type. ModelOpt's exporter adds such casts after Q/DQ."""
+        """Return whether a node is Identity, or a Cast from a type to itself. ModelOpt's exporter adds such casts after Q/DQ."""
         if node.op_type == "Cast":
             kind = self.types.get(node.input[0])
             return kind is not None and kind == attribute(node, "to", 0)
@@ -181,13 +181,13 @@ class Graph:
         return self.params(node) if node is not None and node.op_type == DQ else None
 
     def quantizers(self, op: str = Q) -> Iterator[QuantParams]:
-        """Yield the parameters of the Q (or DQ) nodes of activations, without those of weights and biases."""
+        """Yield the parameters of all Q nodes (or all DQ nodes) of activations. Weights and biases are left out."""
         for node in self.nodes:
             if node.op_type == op and not self.is_constant(node.input[0]):
                 yield self.params(node)
 
     def origins(self, tensor: str, through: Iterable[str] = FORWARDING_OPS) -> list[str]:
-        """Return the tensors whose values reach this tensor, looking back through nodes that forward values."""
+        """Return the tensors whose values reach this tensor. Nodes that only forward values are followed backwards."""
         found: dict[str, None] = {}
         seen: set[str] = set()
         stack = [tensor]
@@ -206,10 +206,10 @@ class Graph:
     def final_readers(
         self, tensor: str, through: Iterable[str] = FORWARDING_OPS, also: Iterable[str] = ()
     ) -> list[NodeProto | None]:
-        """Return the nodes that read the values of a tensor, looking through nodes that forward values.
+        """Return the nodes that use the values of a tensor. Nodes that only forward values are followed to their readers.
 
         Args:
-            also: Further operators to look through.
+            also: Further operators to follow.
         """
         found: list[NodeProto | None] = []
         seen: set[str] = set()
@@ -225,7 +225,7 @@ class Graph:
         return found
 
     def arrives_int8(self, tensor: str) -> bool:
-        """Return whether all values of a tensor come from DQ nodes, so that a layer that reads the tensor can run in INT8."""
+        """Return whether all values of a tensor come from DQ nodes. A layer that reads such a tensor can run in INT8."""
         return all(self.params_of(name) is not None for name in self.origins(tensor))
 
     def is_int8(self, node: NodeProto) -> bool:
@@ -233,14 +233,14 @@ class Graph:
         return self.params_of(node.input[1]) is not None and self.arrives_int8(node.input[0])
 
     def weight(self, node: NodeProto) -> str:
-        """Return the name of a layer's stored weight, float or integer, or of its second input if that is computed."""
+        """Return the name of a layer's stored weight, float or integer. If the weight is computed, return the name of that tensor."""
         name = self.source_of(node.input[1])
         while name in self.producer and self.producer[name].op_type in (Q, DQ):
             name = self.source_of(self.producer[name].input[0])
         return name
 
     def channels(self, node: NodeProto) -> tuple[int, int] | None:
-        """Return (input, output) channels of a Conv or ConvTranspose, None if the shape of the weight is unknown."""
+        """Return (input, output) channels of a Conv or ConvTranspose. None: the shape of the weight is unknown."""
         shape = self.shapes.get(self.weight(node))
         if not shape or len(shape) < 3 or shape[0] is None or shape[1] is None:
             return None
@@ -267,7 +267,7 @@ class Graph:
         return (product or node.op_type in WEIGHTED) and not self.is_dfl(node)
 
     def is_dfl(self, node: NodeProto) -> bool:
-        """Return whether a node is DFL: its input is a softmax over bins and its weights are 0, 1, 2, ... or their INT8 values.
+        """Return whether a node is DFL: its input is a softmax over bins, and its weights are 0, 1, 2, ... or their INT8 values.
 
         One output channel is not sufficient: the class convolution of a model with one class also has one output channel.
         """

@@ -158,7 +158,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
 
 
 def _check_order(graph: onnx.GraphProto, opset: int, path: Path) -> None:
-    """Check what `Graph` relies on: each tensor is computed once and before it is read, and no node lacks inputs.
+    """Check the assumptions of `Graph`: each tensor is computed once, before it is read, and no node lacks an input.
 
     Raises:
         CorruptArtifact: The graph breaks one of these rules, or a name is not UTF-8.

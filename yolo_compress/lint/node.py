@@ -18,8 +18,8 @@ class QuantParams:
     """Quantisation parameters of a Q or DQ node.
 
     Attributes:
-        scale: scalar or one value per channel; None if computed in the graph instead of stored.
-        zero: zero point, shaped like the scale; zeros if the node has none, None if computed in the graph.
+        scale: scalar or one value per channel. None: the graph computes the scale.
+        zero: zero point, shaped like the scale. Zeros: the node has none. None: the graph computes the zero point.
         type: element type of the quantised tensor (`onnx.TensorProto`).
         axis: axis of the channels, used only with more than one scale.
         scale_type: element type of the scale.
@@ -76,7 +76,7 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 
 def constant_of(node: NodeProto) -> TensorProto:
-    """Return the tensor of a Constant node, from any of its attribute forms."""
+    """Return the tensor of a Constant node. Its attribute may have any of the forms that ONNX allows."""
     item = node.attribute[0]
     if item.type == AttributeProto.TENSOR:
         return item.t

@@ -1,4 +1,4 @@
-"""Rules on operator sets, on operators that a target lacks, and on layers that a DLA cannot run."""
+"""Rules on operator sets, on operators that a target does not support, and on layers that no DLA can run."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def _feeds_int8(graph: Graph, node: NodeProto) -> bool:
 
 
 def float_adds(graph: Graph, target: Target) -> Hits:
-    """Find sums before INT8 layers whose residual input is float. If neither input is residual, one must be INT8."""
+    """Find sums with a float residual input that an INT8 layer reads. If neither input is residual, one of the two must be INT8."""
     for node in graph.nodes:
         if node.op_type != "Add" or any(graph.is_constant(name) for name in node.input):
             continue
@@ -39,7 +39,7 @@ def float_adds(graph: Graph, target: Target) -> Hits:
 
 
 def _residual(graph: Graph, node: NodeProto) -> str | None:
-    """Return the input from which the other input is computed, None if there is none."""
+    """Return the residual input of a sum: the input from which the other input is computed. None: neither input is residual."""
     for residual, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
         if graph.before_qdq(residual) in graph.upstream(other):
             return residual
@@ -98,7 +98,7 @@ def quantised_outputs(graph: Graph, target: Target) -> Hits:
 
 
 def joined_outputs(graph: Graph) -> Iterator[tuple[str, list[NodeProto], NodeProto]]:
-    """Yield (output, the nodes after the last Concat, that Concat) for each output that concatenates tensors.
+    """Yield (output, nodes after the last Concat, last Concat) for each output that concatenates tensors.
 
     The nodes after the Concat only forward, cast or quantise values.
     """

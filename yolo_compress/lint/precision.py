@@ -1,4 +1,4 @@
-"""Rules on FP16 and BF16. Up to TensorRT 10 builder flags set the precision, from 11 on the types in the graph."""
+"""Rules on FP16 and BF16. Up to TensorRT 10, builder flags set the precision. From 11 on, the types in the graph set it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def half_typed_pairs(graph: Graph, target: Target) -> Hits:
 
 
 def bfloat16(graph: Graph, target: Target) -> Hits:
-    """Find bfloat16 layers. ONNX Runtime 1.32 has no bfloat16 convolution on CPUs (NOT_IMPLEMENTED), OpenVINO has one."""
+    """Find bfloat16 layers. On CPUs, OpenVINO has a bfloat16 convolution. ONNX Runtime 1.32 has none (NOT_IMPLEMENTED)."""
     if target.runtime == "openvino" or (target.runtime == "tensorrt" and target.lowest >= BF16_TENSORRT):
         return
     for node in graph.nodes:

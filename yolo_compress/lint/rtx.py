@@ -1,7 +1,7 @@
 """Compile an ONNX file with TensorRT for RTX, which builds ahead of time on a CPU, and list the kernels.
 
-It has the ONNX importer of TensorRT (its messages name the same source files) and is strongly typed like TensorRT 11. A layer
-is therefore INT8 only where Q/DQ nodes request it. Kernels and times hold for RTX cards, not for TensorRT on a Jetson.
+It has the ONNX importer of TensorRT: its messages name the same source files. It is strongly typed, like TensorRT 11. A layer is
+therefore INT8 only where Q/DQ nodes request it. Kernels and times hold for RTX cards, not for TensorRT on a Jetson.
 """
 
 from __future__ import annotations

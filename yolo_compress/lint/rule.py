@@ -20,10 +20,10 @@ class Rule:
     """A rule that `check` applies to a graph.
 
     Attributes:
-        id: short, stable name; users search for it.
+        id: short name that never changes. Users search for it.
         severity: "error": the target refuses the file or computes wrong results; "warning": the model is slower or less
             accurate than necessary; "info": no action is necessary.
-        consequence: what happens if the fault stays.
+        consequence: effect of the fault on the engine.
         fix: how to remove the fault.
         find: yields each place with the fault.
         runtimes: runtimes for which the rule applies.
@@ -44,7 +44,7 @@ class Finding:
     Attributes:
         rule: id of the rule.
         node: name of the node or tensor, or WHOLE.
-        what: description of the fault at this place.
+        what: description of this fault, with its values.
     """
 
     rule: str

@@ -26,7 +26,7 @@ def _prunable_channels(graph: Graph, node: NodeProto) -> dict[str, int]:
 def _not_multiples(graph: Graph, multiple: int, int8_only: bool) -> Hits:
     """Find convolutions with a channel count that is not a multiple of `multiple`.
 
-    Above 8 a convolution is left to the rule for half of `multiple` if it already breaks that rule.
+    If `multiple` is above 8, convolutions that break the rule for half of `multiple` are left out. That rule reports them.
     """
     for node in graph.nodes:
         if node.op_type in ("Conv", "ConvTranspose") and (not int8_only or graph.is_int8(node)):

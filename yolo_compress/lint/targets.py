@@ -22,10 +22,10 @@ class Target:
 
     Attributes:
         name: key of `TARGETS`.
-        runtime: name of the runtime; it selects the rules.
+        runtime: name of the runtime, which selects the rules.
         about: versions and devices as text for the report.
-        min_opset, max_opset: range of supported opsets; None if no limit is known.
-        lowest, highest: range of TensorRT versions (major, minor); (0, 0) for other runtimes.
+        min_opset, max_opset: range of supported opsets. None: no limit is known.
+        lowest, highest: range of TensorRT versions (major, minor). (0, 0) for other runtimes.
         dla: the target is the deep learning accelerator of an Orin or Xavier, not its GPU.
         compiled: the check also builds the file with the runtime's own library.
     """

@@ -1,6 +1,6 @@
-"""Choose which channels a pruned model keeps: the most important ones whose cost meets a budget.
+"""Choose the channels of a pruned model: as many of the most important channels as a budget allows.
 
-In this file a tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block.
+In this file a tie is a set of channel groups that must keep equal numbers of channels. An example is the two halves of a C2f block.
 A price is a function that computes the cost of a model: MACs, parameters or ms (`cost.Price`).
 """
 
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def kept_flops(self) -> float:
-        """MACs of the pruned model divided by those of the unpruned model."""
+        """MACs of the pruned model divided by the MACs of the unpruned model."""
         return self.macs_after / self.macs_before
 
 
@@ -138,12 +138,12 @@ def choose(
         groups: `graph.prunable(model)`.
         scores: Group name -> `importance_C`.
         budget: Limit for the cost of the pruned model.
-        round_to: A power of two. If the width of a group is a multiple of `round_to`, so is the new width.
+        round_to: A power of two. If the width of a group is a multiple of `round_to`, the new width is a multiple too.
         shapes: `cost.conv_shapes` of the model.
         floor: Minimum share of its channels that every group keeps. At least one block of each group stays.
         scope: Which channel groups are ranked together. `global` ranks all groups together and `local` ranks each group alone.
             `isomorphic` ranks together the groups whose members have the same roles and kernel sizes (Fang et al., arXiv
-            2407.04616). Each set of groups that are ranked together loses the same share of its channels.
+            2407.04616). Groups that are ranked together form a set. Each set loses the same share of its channels.
         least: Group name -> minimum number of channels, in addition to `floor`. The sensitivity analysis computes these
             numbers, or they follow from the model before the first round of pruning.
 
@@ -245,7 +245,7 @@ class _Tie:
         names: names of the groups.
         structure: key that is equal for ties with the same roles and kernel sizes, see `_structure`.
         width: number of channels of each group before pruning.
-        unit: number of channels per block; a block is removed as a whole.
+        unit: number of channels per block. A block is removed as a whole.
         least: minimum number of channels that each group keeps.
         blocks: importance of each block, ascending. The first blocks are removed first.
     """

@@ -1,4 +1,4 @@
-"""Statistics of a model on calibration images: mean and covariance of the inputs of convolutions, and gradients of the loss.
+"""Statistics of a model on calibration images: means and covariances of convolution inputs, and gradients of the loss.
 
 Suffixes of tensor names are their shapes, C input and O output channels: mean_C, cov_CC, gate_C, fisher_O.
 """

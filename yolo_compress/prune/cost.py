@@ -117,8 +117,8 @@ def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
 
     The estimate uses times of each layer that were measured at several widths (`runtime.measure.layer_times`). The time of a
     convolution with its activation is interpolated linearly in the MACs of the convolution. The total time of all other layers
-    (splits, concats, pooling, decoding) is interpolated in the square root of the model's MACs, which is proportional to the width.
-    The sum is scaled to the time of the whole model, since the profiler slows down single layers.
+    (splits, concats, pooling, decoding) is interpolated in the square root of the model's MACs. This root is proportional to the
+    width. The sum is scaled to the time of the whole model, since the profiler slows down single layers.
 
     Raises:
         RecipeError: The table of layer times lacks a convolution, so the table belongs to another model.

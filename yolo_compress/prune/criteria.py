@@ -174,7 +174,7 @@ def _lamp(filters_CN: Tensor) -> Tensor:
 def _normalised(scores_MC: Tensor) -> Tensor:
     """Divide the scores of each member by their mean, and return the mean over members.
 
-    If all scores of a member are 0, they stay 0 instead of NaN, and the other members set the order.
+    If all scores of a member are 0, they stay 0 instead of NaN. The other members then decide the order.
     """
     mean_M1 = scores_MC.mean(1, keepdim=True)
     tiny = torch.finfo(scores_MC.dtype).tiny

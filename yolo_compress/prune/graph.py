@@ -1,9 +1,9 @@
 """Find channel groups of a model and remove channels from it. A channel group is a set of channels that must be removed together.
 
-DepGraph (Fang et al., arXiv 2301.12900) finds the slices of convolutions and BatchNorms that share channels. It traces a copy of the
-model without weights, in the split view, where blocks that DepGraph cannot follow are divided (see `nets.yolov8`). Groups use the
-module names of the stock model: a block of the split view is a slice of a stock block at a channel offset. Importance, budget and
-removal therefore work on stock classes.
+DepGraph (Fang et al., arXiv 2301.12900) finds the slices of convolutions and BatchNorms that share channels. It traces a copy of
+the model without weights, in the split view, where blocks that DepGraph cannot follow are divided (see `nets.yolov8`). Groups use
+the module names of the stock model. A block of the split view is a slice of a stock block, at a channel offset. Importance, budget
+and removal therefore work on stock classes.
 
 Channels are removed with one index_select per tensor. DepGraph's own removal is not used: it rebuilds every tensor once per group
 and loses `requires_grad`. No other file imports torch_pruning (1.6.1).
@@ -47,8 +47,8 @@ class Group:
     Attributes:
         name: the first convolution that writes the channels, in the split view (`model.1`, `model.2.cv1a`, `model.22.cv2.0.1`).
         width: number of channels.
-        tie: key of a set of groups that must keep equal numbers of channels, such as the two halves of a C2f block. If no other
-            group is in the set, this is the name of the group.
+        tie: key of a set of groups that must keep equal numbers of channels, such as the two halves of a C2f block. If the group is
+            alone in its set, the key is its name.
         members: convolutions that write or read the channels, and their BatchNorms, by module name in the stock model.
     """
 
@@ -71,7 +71,7 @@ class Group:
 def prunable(model: nn.Module) -> list[Group]:
     """Return the channel groups that can be pruned, in order of execution.
 
-    They contain all channels except those of the input images and the outputs of the model (`Family.outputs`).
+    The groups contain all channels, except the channels of the input images and of the outputs of the model (`Family.outputs`).
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
@@ -110,8 +110,8 @@ def prune(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         keep: Group name -> ascending indices of the channels to keep. Groups that are not in `keep` keep all channels.
 
     Raises:
-        RecipeError: A group is unknown, a list of indices is empty, unsorted or out of range, or groups with the same `tie` would
-            keep different numbers of channels.
+        RecipeError: A group is unknown, or a list of indices is empty, unsorted or out of range. Or groups with the same `tie`
+            would keep different numbers of channels.
         NumericsError: See `families.check_prunable`.
     """
     groups = prunable(model)
@@ -135,7 +135,7 @@ def check_keep(groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
     """Check that the lists of channels to keep are valid for these groups. `keep` is as for `prune`.
 
     Raises:
-        RecipeError: A group is unknown, a list is empty, unsorted or out of range, or groups with the same `tie` would keep
+        RecipeError: A group is unknown, or a list is empty, unsorted or out of range. Or groups with the same `tie` would keep
             different numbers of channels.
     """
     by_name = {group.name: group for group in groups}

@@ -236,8 +236,8 @@ class Comparison:
     models can therefore not be compared. Two neighbouring rounds, one of each model, are slowed alike.
 
     Attributes:
-        share: latency of the model divided by the latency of the unpruned model. It is the median over launches; the value of a
-            launch is the median ratio of neighbouring rounds.
+        share: latency of the model divided by the latency of the unpruned model. Each launch has a value: the median ratio of
+            neighbouring rounds. The share is the median of these values.
         unpruned_ms: smallest median of a round of the unpruned model in ms.
     """
 
@@ -248,8 +248,8 @@ class Comparison:
 def _standard_error(ratios: Sequence[float]) -> float:
     """Return the relative standard error of the median of `ratios`. A single outlier hardly changes this error.
 
-    The error is computed from the median absolute deviation. For normal noise, the factor 1.48 converts this deviation to a standard
-    deviation. The factor 1.25 converts the standard error of a mean to that of a median.
+    The error is computed from the median absolute deviation. For normal noise, the factor 1.48 converts this deviation to a
+    standard deviation. The factor 1.25 converts the standard error of a mean to the standard error of a median.
     """
     middle = np.median(ratios)
     deviation = np.median(np.abs(np.array(ratios) - middle))
@@ -261,7 +261,7 @@ class Hit:
     """The channels to keep that `hit` found for a latency limit, and the measured latencies.
 
     Attributes:
-        asked_ms: latency limit with which `plan` was made, as estimated from the layer times.
+        asked_ms: latency limit that the planner got for `plan`, on the scale of the layer times.
         measured_ms: measured latency of the pruned model.
         unpruned_ms: measured latency of the unpruned model.
         plan: channels to keep.
@@ -282,7 +282,7 @@ def hit(
     unpruned: Path,
     say: Callable[[str], None],
 ) -> Hit:
-    """Find which channels to keep so that the pruned model has a measured latency of `limit_ms`.
+    """Find the channels to keep for which the measured latency of the pruned model is `limit_ms`.
 
     Each pruned model is built and timed. The layer times predict relative latencies better than absolute ones. The limit that is
     passed to `planner` is therefore adjusted after each measurement, by interpolation between the nearest results below and above
@@ -295,7 +295,7 @@ def hit(
         table_ms: Latency of the unpruned model according to the table of layer times.
         rig: Builds and times models.
         unpruned: Engine of the unpruned model, built by `rig`.
-        say: Function that is called with one line of text for each pruned model that was timed.
+        say: Function to call with one line of text after each timed model.
 
     Raises:
         CompressError: No pruned model came within `TOLERANCE` of the limit.
@@ -339,7 +339,7 @@ def hit(
 
 
 def _next_limit(limit_ms: float, unpruned: tuple[float, float], tried: Sequence[tuple[float, float]]) -> float:
-    """Return the next latency limit for the planner, interpolated between the nearest too fast and nearest too slow result.
+    """Return the next latency limit for the planner. It is interpolated between the two nearest results, one too fast and one too slow.
 
     Args:
         limit_ms: Latency to reach.

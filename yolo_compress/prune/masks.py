@@ -23,7 +23,7 @@ Scope = Literal["global", "local"]
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return the convolutions that become sparse, by name: all except the first one, the outputs of the head, and DFL.
+    """Return the convolutions that become sparse, by name. The first convolution, the outputs of the head and DFL keep all weights.
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
@@ -43,7 +43,7 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
         sparsity: Share of the weights to set to zero, in (0, 1).
         scope: `local` sets this share of each convolution's weights to zero. `global` ranks the weights of all convolutions
             together, by the LAMP score (Lee et al., arXiv 2010.07611, equation 1): w^2 divided by the sum of w^2 over all weights
-            of the convolution that are not smaller. |w| itself is not comparable between layers, since a BatchNorm cancels the
+            of the convolution that are not smaller. A ranking by |w| would not compare layers fairly, since a BatchNorm cancels the
             magnitude of the weights before it. `benchmarks/sparsity.py` compares both scopes.
 
     Raises:
@@ -65,7 +65,7 @@ def unstructured(model: nn.Module, sparsity: float, scope: Scope = "local") -> d
 
 @torch.no_grad()
 def two_four(model: nn.Module) -> dict[str, Tensor]:
-    """Return convolution -> mask that keeps the two largest of the weights of every four consecutive input channels.
+    """Return convolution -> mask. Of the weights of every four consecutive input channels, the mask keeps the two largest.
 
     This is 2:4 sparsity (Mishra et al., arXiv 2104.08378). The choice is separate for each output channel and kernel position, as
     Sparse Tensor Cores and TensorRT require ("Sparsity" in TensorRT's developer guide). If a convolution's number of input channels
@@ -110,8 +110,8 @@ class HoldZeros(TrainHook):
     """Hook that keeps convolution weights at zero if they are zero when training starts.
 
     The hook sets the gradients of these weights to zero before each optimizer step. SGD and Adam change a weight only by its
-    gradients and by weight decay, which is a multiple of the weight. Both are zero. The EMA and the INT8 value of the weight are
-    therefore zero, too.
+    gradients and by weight decay, which is a multiple of the weight. For these weights both changes are zero. The EMA and the INT8
+    value of the weight are therefore also zero.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ def _mask_of_largest(values_N: Tensor, share: float) -> Tensor:
 
 
 def _lamp(magnitudes: Tensor) -> Tensor:
-    """Return the LAMP score of each weight, flattened: its square divided by the sum of squares of all weights not smaller than it.
+    """Return the LAMP score of each weight, flattened: its square divided by the sum of squares of all weights that are not smaller.
 
     The largest weight of a layer has the score 1, so no layer loses all its weights.
     """

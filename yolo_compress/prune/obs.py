@@ -51,11 +51,12 @@ class _Reader:
 
 
 def obs(evidence: Evidence, group: Group) -> Tensor:
-    """Score a channel by the output error of the next layers once this channel and all less important ones are removed.
+    """Score a channel by the output error of the next layers, after this channel and all less important channels are removed.
 
-    Channels are removed one at a time. Each step removes the channel for which the others compensate best (Hassibi and Stork 1993
-    for weights; ZipLM, Kurtic et al., arXiv 2302.04089, algorithm 1, for channels). The score of a channel is the total error when
-    it is removed, relative to the variance of the output and summed over all convolutions that read the group.
+    Channels are removed one at a time. Each step removes the channel for which the other channels compensate best. The method is by
+    Hassibi and Stork (1993) for weights, and by Kurtic et al. (ZipLM, arXiv 2302.04089, algorithm 1) for channels. The score of a
+    channel is the total error when it is removed. The error is relative to the variance of the output, and summed over all
+    convolutions that read the group.
 
     The error grows with every removed channel, so redundant layers lose channels first. Errors are comparable between layers. The
     scores predict the error after `reconstruct.reconstruct`, so use this criterion together with reconstruction.

@@ -63,15 +63,15 @@ class L1(Penalty):
 
 
 class Polarization(Penalty):
-    """L1 penalty on the gammas of weak channels only: those below the mean of their group. Strong channels have no penalty.
+    """L1 penalty on the gammas of weak channels only. A channel is weak if its strength is below the mean of its group.
 
     The penalty is `sum_g s_g sum |gamma|` with the factor `s_g` of group g. The strength of a channel is the sum of its |gamma| over
     the BatchNorms of the group, as in the criterion `bn_gamma`.
 
     Plain L1 reduces all gammas alike. The order of channels does not change until many gammas are 0, and unimportant layers lose
-    all channels. Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer", equation 2) subtract
-    `sum |gamma - mean|` from L1. For their t = 1 this is twice the penalty here, except for the derivative of the mean, which is
-    near 0. They use the mean over the model. Here each group has its own mean, so that no layer loses all channels.
+    all channels. The penalty of Zhuang et al. (NeurIPS 2020, "Neuron-level Structured Pruning using Polarization Regularizer",
+    equation 2) is L1 minus `sum |gamma - mean|`. With their t = 1 it is twice the penalty here, if the derivative of the mean (near
+    0) is neglected. Their mean is over the model. Here each group has its own mean, so that no layer loses all channels.
     """
 
     def bind(self, model: nn.Module, groups: Sequence[Group], scale: Mapping[str, float]) -> None:
@@ -101,13 +101,13 @@ class GroupLasso(Penalty):
     """Group lasso: penalises the L2 norm of all weights that are removed together with a channel.
 
     The penalty is `sum_g s_g sum_k n_gk`. `s_g` is the factor of group g and `n_gk` is the norm for channel k of this group. As in
-    the sparse training of DepGraph (arXiv 2301.12900), the norm contains the filters that write the channel, the slices of the
-    filters that read the channel, and its gammas, but no biases. All members of a group thus weaken the same channels.
+    the sparse training of DepGraph (arXiv 2301.12900), the norm is over three kinds of weights: filters that write the channel,
+    slices of filters that read the channel, and its gammas. Biases are left out. All members of a group thus weaken the same
+    channels.
 
     With `n_gk^2 = sum of theta^2`, the derivative by a weight theta is `s_g theta / n_gk`. If all weights of the channel are 0, the
-    derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to the channel O that it writes and to the channel I
-    that it reads, so its derivative is `w_OI * (r_O + r_I)` with `r = s / n`. For channels that belong to no group (images, outputs
-    of Detect) `r` is 0.
+    derivative is 0. A gamma belongs to one channel. A weight `w_OI` belongs to two channels: it writes O and reads I. So its
+    derivative is `w_OI * (r_O + r_I)` with `r = s / n`. For channels that belong to no group (images, outputs of Detect) `r` is 0.
 
     DepGraph penalises `c_k n_k^2`, with `c_k` from 1 to 16 and larger for weaker channels. Here the factor `1 / n_k` has the same
     effect, and no range of `c_k` has to be chosen. Yuan and Lin multiply the norm by the root of the number of weights. Here the norm
@@ -167,7 +167,7 @@ PENALTIES: Mapping[str, type[Penalty]] = {"l1": L1, "polarization": Polarization
 def macs_scale(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, float]:
     """Return group name -> factor that makes a penalty proportional to FLOPs, as in MorphNet (Gordon et al., arXiv 1711.06798).
 
-    The factor is the MACs that one channel of the group costs, divided by the mean over all channels. The MACs are those of the
+    The factor is the MACs that one channel of the group costs, divided by the mean over all channels. The MACs are counted in the
     model before training.
     """
     macs = channel_macs(model, groups, imgsz_hw)

@@ -1,11 +1,11 @@
 """Reconstruction: adapt the weights so that the remaining channels compensate for the removed ones. No training is needed.
 
 Channels are correlated. Let x_R be the removed and x_K the remaining input channels of a convolution. The best affine estimate of
-x_R is A x_K + b with A = cov_RK cov_KK^-1. A convolution is linear, so the weight W_K + W_R A on x_K gives the output before
-pruning, except for the part of x_R that x_K does not determine.
+x_R is A x_K + b with A = cov_RK cov_KK^-1. A convolution is linear. So the weight W_K + W_R A on x_K gives the output before
+pruning, without the part of x_R that x_K does not determine.
 
 This is the least-squares step of channel pruning (He et al., arXiv 1707.06168, equation 1). It solves one C x C problem per
-convolution instead of one per filter, and needs one pass of images through the unpruned model.
+convolution, not one per filter. It needs one pass of images through the unpruned model.
 
 Shapes: weight_OIHW, estimate_RK.
 """

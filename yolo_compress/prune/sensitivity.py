@@ -2,8 +2,8 @@
 
 A tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block. To measure a tie,
 the weights that read its least important channels are set to zero. The model then computes the same as the pruned model, so no
-channels have to be removed. The cap of a tie is the share of its channels that can be removed while the loss (or mAP) stays within
-the allowed change. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
+channels have to be removed. The cap of a tie is the largest share of its channels for which the loss (or mAP) stays within the
+allowed change. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class SparseTraining(TrainHook):
 
     The subgradient is added once per optimizer step, after the gradients are unscaled. Mixed precision, accumulation and batch size
     therefore do not multiply the penalty. Ultralytics sums its loss over a batch, so `lambda_` is relative to that sum. If the
-    gradient scaler skips a step, the penalty is skipped, too. Logged values are those of the trained weights, not of the EMA.
+    gradient scaler skips a step, it also skips the penalty. Logged values belong to the trained weights, not to the EMA.
 
     Args:
         penalty: Penalty that is not yet bound to a model.
@@ -134,8 +134,9 @@ class SparseTraining(TrainHook):
 def mass_under_cut(model: nn.Module, groups: Sequence[Group], cut_percent: float) -> float:
     """Return how much of `sum |gamma|` belongs to the weakest `cut_percent` % of the channels of each group, as a fraction.
 
-    If all gammas are equal, the result is `cut_percent / 100`. Successful sparse training brings it near 0. Channels are ranked by
-    the sum of their |gamma| over the BatchNorms of the group, as in the criterion `bn_gamma`. Channel counts are rounded.
+    If all gammas are equal, the result is `cut_percent / 100`. After a successful sparse training, the result is near 0. Channels
+    are ranked by the sum of their |gamma| over the BatchNorms of the group, as in the criterion `bn_gamma`. Channel counts are
+    rounded.
     """
     magnitudes = _magnitudes(model, groups)
     cut = total = 0.0

@@ -84,8 +84,8 @@ def _percentile(histogram: Histogram, percentile: float) -> float:
 def _mse(histogram: Histogram, percentile: float) -> float:
     """Return the range for which INT8 rounding and clipping have the smallest mean squared error. `percentile` is not used.
 
-    ModelOpt's function is not used because version 0.47 has a bug: it passes the number of bits as the bias of the fake
-    quantiser (`calib/histogram.py`, `fake_tensor_quant(centers, amax, num_bits, unsigned)`), so the first candidate wins.
+    ModelOpt's function is not used because version 0.47 has a bug: it passes the number of bits as the bias of the fake quantiser.
+    The first candidate then always wins (`calib/histogram.py`, `fake_tensor_quant(centers, amax, num_bits, unsigned)`).
     """
     counts, edges = histogram.used()
     centers, weights = ((edges[1:] + edges[:-1]) / 2).astype(np.float32), counts.astype(np.float32)
@@ -180,7 +180,7 @@ def calibrate(
 ) -> QuantState:
     """Return the calibrated ranges of every activation tensor and weight that the plan `placed` sets to INT8.
 
-    The other arguments and the errors are those of `ptq`.
+    For the other arguments and the errors see `ptq`.
     """
     if method not in CALIBRATORS:
         raise RecipeError(f"calibration method {method!r} is unknown, expected one of {', '.join(CALIBRATORS)}")

@@ -42,7 +42,7 @@ def _quiet_import() -> Iterator[None]:
 
 
 def check_installed() -> None:
-    """Check that ModelOpt is installed, so that this environment can train with fake quantisation.
+    """Check that ModelOpt is installed. Training with fake quantisation needs it.
 
     Raises:
         EnvironmentLacks: ModelOpt or `huggingface_hub` is not installed.
@@ -84,7 +84,7 @@ class QuantisedSum(nn.Module):
 
     Args:
         block: Block that computes `x + branch(x)`.
-        branch: Names of the block's child modules that form the branch, in the order in which they run.
+        branch: Names of the block's child modules that form the branch, in the order of execution.
         quantizer: Fake quantiser of the sum.
     """
 
@@ -114,8 +114,8 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
     convolution reads it. Tensors that share a scale share one quantiser. Weights have one range per output channel. Tensors and
     weights are symmetric INT8; weights have `state.weight_bits` bits. Gradients are straight-through.
 
-    Ranges are buffers, or parameters if `learned` is True. If two models have the same INT8 tensors, each can load the state dict
-    of the other. `copy.deepcopy` of the model works; pickling does not.
+    Ranges are buffers, or parameters if `learned` is True. Two models with the same INT8 tensors can load each other's state dict.
+    `copy.deepcopy` of the model works, but pickling does not.
 
     Args:
         model: A detector with stock modules.
@@ -123,8 +123,8 @@ def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
         learned: Train the ranges together with the weights (LSQ, see `LearnedRange`).
 
     Raises:
-        CorruptArtifact: `state` has a tensor or convolution that the model does not have, a wrong number of channels, or
-            different ranges for tensors that must share a scale.
+        CorruptArtifact: `state` does not fit the model: a tensor or convolution does not exist, a number of channels differs, or
+            tensors that must share a scale have different ranges.
         EnvironmentLacks: ModelOpt is not installed.
     """
     quant_nn, quantiser = _modelopt(), LearnedRange if learned else FixedRange
@@ -220,7 +220,7 @@ def detach(model: nn.Module) -> None:
 def in_float(model: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
     """Make the model compute `groups` in float inside a `with` block.
 
-    The quantisers of these tensors are disabled, and those of the weights of all convolutions that read them.
+    The quantisers of these tensors are disabled. So are the weight quantisers of all convolutions that read the tensors.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     disabled: list[Any] = []

@@ -1,8 +1,8 @@
-"""A fake quantiser with a fixed scale that replaces ModelOpt's, because ModelOpt's is slow on a GPU.
+"""A fake quantiser with a fixed scale. It replaces the fake quantiser of ModelOpt, which is slow on a GPU.
 
-ModelOpt 0.47's `TensorQuantizer` makes every tensor contiguous. On CUDA, models train in the channels_last layout, so each tensor is
-copied. If ModelOpt's CUDA extension is not compiled, its formula also copies the range to the host, which waits for the GPU each
-time. The quantiser in this file does neither.
+ModelOpt 0.47's `TensorQuantizer` makes every tensor contiguous. On CUDA, models train in the channels_last layout, so each tensor
+is copied. Without its compiled CUDA extension, ModelOpt also copies the range to the host, and each such copy waits for the GPU.
+The quantiser in this file makes no such copies.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FixedRange(nn.Module):
 class _Rounding(torch.autograd.Function):
     """Round to the quantised values, with straight-through gradients.
 
-    The results equal those of ModelOpt 0.47 exactly, but one new tensor is allocated instead of three.
+    The results equal ModelOpt 0.47 exactly, but one new tensor is allocated instead of three.
     """
 
     @staticmethod

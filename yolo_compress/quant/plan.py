@@ -3,10 +3,10 @@
 Tensors are named as in `nets.flow`. A tensor is quantised once, where it is computed, and all layers that read the tensor use the
 INT8 values. No tensor is read both as INT8 and as float.
 
-All inputs and the output of a sum or concatenation share a scale. Input and output of a pool, upsampling or chunk share a scale, too.
-Only then can these layers run in INT8: TensorRT moves a DequantizeLinear node forward through them, and this node cancels with the
-next QuantizeLinear node if the scales are equal (NVIDIA, "Working with Quantized Types"). NVIDIA measured 180 images per second on
-YOLOv7 without shared scales and 207 with shared scales (yolo_deepstream).
+All inputs and the output of a sum or concatenation share a scale. Input and output of a pool, upsampling or chunk also share a
+scale. Only then can these layers run in INT8. TensorRT moves a DequantizeLinear node forward through such a layer. If the scales
+are equal, this node cancels with the next QuantizeLinear node (NVIDIA, "Working with Quantized Types"). NVIDIA measured 180 images
+per second on YOLOv7 without shared scales and 207 with shared scales (yolo_deepstream).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Group:
     """A set of tensors that share a scale, and the convolutions that read these tensors.
 
     Attributes:
-        tensors: names in the order of the model; the first is the name of the group.
+        tensors: names in the order of the model. The first name is also the name of the group.
         convs: convolutions that read one of the tensors, including output convolutions of the head.
-        joins: names of the modules whose sum, concatenation or pool requires that the tensors share a scale.
-        why_float: reason why the tensors are float; empty if they are INT8.
+        joins: names of the modules for which the tensors must share a scale: their sums, concatenations and pools.
+        why_float: reason why the tensors are float. Empty: they are INT8.
     """
 
     tensors: tuple[str, ...]
@@ -104,7 +104,7 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
 
     Args:
         model: A detector of a supported family, pruned or not, with or without fake quantisers. It is not changed.
-        left: Names of groups to leave in float. All convolutions that read their tensors stay float, too.
+        left: Names of groups to leave in float. All convolutions that read their tensors also stay float.
 
     Raises:
         RecipeError: A block belongs to no supported family, a name in `left` is unknown, or no tensor is left to quantise.

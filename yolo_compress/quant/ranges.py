@@ -1,4 +1,4 @@
-"""Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute them, export reads them.
+"""Ranges of a quantised model as plain data, independent of any library. PTQ and QAT compute the ranges. Export reads them.
 
 The range of a tensor, `amax`, is the largest absolute value that its INT8 values represent. INT8 values are
 `round(x * qmax / amax)`, symmetric with zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and
@@ -40,7 +40,7 @@ class QuantState:
         weights: Convolution -> amax of its weight, one value per output channel.
         outputs: Convolution -> amax of its output after BatchNorm and before the activation. Some runtimes need this range to
             fuse layers.
-        folded: Whether the ranges of the weights are those after BatchNorm is folded into the convolutions (`fold`).
+        folded: Whether the ranges of the weights hold for convolutions into which BatchNorm was folded (see `fold`).
         method: Calibration method of the activations, for the report.
         weight_bits: Bits of the INT8 weights: 8, or 7 (values -63 to 63).
     """
@@ -72,7 +72,7 @@ class QuantState:
         return tuple(self.weights)
 
     def without(self, groups: Iterable[Group]) -> QuantState:
-        """Return a state in which `groups` are float: their tensors are removed, and the convolutions that read these tensors."""
+        """Return a copy of the state without the tensors in `groups`, and without the convolutions that read these tensors."""
         groups = list(groups)
         tensors = {tensor for group in groups for tensor in group.tensors}
         convs = {conv for group in groups for conv in group.convs}

@@ -1,8 +1,8 @@
 """Measure how much the model loses because each group of tensors is INT8, and choose the cheapest groups to leave in float.
 
-A group is a set of tensors that share a scale (`quant.plan.Group`). If a group is in float, the convolutions that read its tensors
-are float, too, so no tensor is read in both precisions. NVIDIA measures one block at a time in the same way, but without the cost in
-latency (yolo_deepstream, `sensitive_analysis`).
+A group is a set of tensors that share a scale (`quant.plan.Group`). If a group is in float, all convolutions that read its tensors
+are also float. So no tensor is read in both precisions. NVIDIA measures one block at a time in the same way, but without the cost
+in latency (yolo_deepstream, `sensitive_analysis`).
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def price_ms(placed: Plan, layer_ms: Mapping[str, tuple[float, float]]) -> dict[
         layer_ms: Convolution -> (FP32 ms, INT8 ms), each with its activation, from engines of the complete model.
 
     Returns:
-        Name of the group -> cost in ms, at least `RESOLUTION_MS`. Otherwise `choose` would always take a group with a cost of 0
-        first.
+        Name of the group -> cost in ms, at least `RESOLUTION_MS`. With a cost of 0, a group would always be chosen first.
 
     Raises:
         CompressError: An INT8 convolution of `placed` is missing in `layer_ms`.
@@ -88,7 +87,7 @@ def choose(
     limit: float,
     higher_is_better: bool,
 ) -> tuple[tuple[str, ...], float]:
-    """Choose which groups of tensors to leave in float so that the loss or mAP of the model reaches `limit` at low cost.
+    """Choose groups of tensors to leave in float. With them, the loss or mAP of the model reaches `limit` at low cost.
 
     Groups are chosen in the order of gain divided by cost, until the limit is reached. The gain is the improvement when only this
     group is in float (`single_values`). The model is measured again after each choice, since the gains do not add up. A group

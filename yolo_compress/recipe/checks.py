@@ -125,7 +125,7 @@ def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:
         yield f"distill.alpha={distill.alpha} has no effect without labels: leave it out"
     if distill.data_free is None and distill.data_free_steps != _default(distill, "data_free_steps"):
         yield "distill.data_free_steps has no effect without distill.data_free: leave it out"
-    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else `sizing.resolve` checks the recipe again
+    known = "auto" not in (distill.close_mosaic, distill.epochs)  # else `auto_values.resolve` checks the recipe again
     if distill.off_without_mosaic and known and not 0 < number(distill.close_mosaic) < number(distill.epochs):
         yield (
             f"distill.off_without_mosaic=true trains the last distill.close_mosaic={distill.close_mosaic} of "

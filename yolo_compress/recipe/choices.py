@@ -1,7 +1,7 @@
-"""Tables of the pruning criteria and feature losses, and the loader for a user's own function (`file.py:function`).
+"""Tables of the pruning criteria and of the feature losses. Also loads a user's own function (`file.py:function`).
 
-To add one, write the function and add a row here. Recipe, help and stages read these tables. torch is imported only when `find`
-loads a function.
+To add a criterion or a loss, write the function and add a row here. Recipe, help and stages read these tables. torch is imported
+only when `find` loads a function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
     Attributes:
         where: "module:name" of the function.
-        text: Explanation in the help. Neighbouring rows with the same text share one sentence.
+        text: Explanation in the help. Neighbouring rows with equal texts share one sentence.
     """
 
     where: str
@@ -35,7 +35,7 @@ CRITERIA: dict[str, Choice] = {
         "yolo_compress.prune.obs:obs",
         "output error of the next layers after the remaining channels are refitted (Optimal Brain Surgeon)",
     ),
-    "bn_gamma": Choice("yolo_compress.prune.criteria:bn_gamma", "mean |gamma| of its BatchNorms"),
+    "bn_gamma": Choice("yolo_compress.prune.criteria:bn_gamma", "mean |gamma| of the channel's BatchNorms"),
     "l1": Choice("yolo_compress.prune.criteria:l1", "computed from the weights"),
     "l2": Choice("yolo_compress.prune.criteria:l2", "computed from the weights"),
     "fpgm": Choice("yolo_compress.prune.criteria:fpgm", "computed from the weights"),
@@ -46,12 +46,16 @@ CRITERIA: dict[str, Choice] = {
     "random": Choice("yolo_compress.prune.criteria:random", "random numbers, for comparison"),
 }
 FEATURE_LOSSES: dict[str, Choice] = {
-    "weighted_l2": Choice("yolo_compress.distill.feature:weighted_l2", "as in Ultralytics"),
+    "weighted_l2": Choice(
+        "yolo_compress.distill.feature:weighted_l2", "L2 weighted by the teacher's scores, as in Ultralytics"
+    ),
     "fitnet": Choice("yolo_compress.distill.feature:l2", "L2 (arXiv 1412.6550)"),
-    "cwd": Choice("yolo_compress.distill.feature:channel_wise", "arXiv 2011.13256"),
-    "pkd": Choice("yolo_compress.distill.feature:pearson", "arXiv 2207.02039"),
-    "mgd": Choice("yolo_compress.distill.feature:MGD", "arXiv 2205.01529"),
-    "attention": Choice("yolo_compress.distill.feature:ATTENTION", "arXiv 1612.03928"),
+    "cwd": Choice(
+        "yolo_compress.distill.feature:channel_wise", "softmax of each channel over the locations (arXiv 2011.13256)"
+    ),
+    "pkd": Choice("yolo_compress.distill.feature:pearson", "Pearson correlation (arXiv 2207.02039)"),
+    "mgd": Choice("yolo_compress.distill.feature:MGD", "reconstruction of masked maps (arXiv 2205.01529)"),
+    "attention": Choice("yolo_compress.distill.feature:ATTENTION", "attention maps (arXiv 1612.03928)"),
     "relation": Choice("yolo_compress.distill.feature:RELATION", "Gram matrix over a batch (arXiv 1907.09682)"),
 }
 OWN = ("criterion", "feature_loss")  # knobs that also take file.py:function

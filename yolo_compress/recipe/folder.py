@@ -1,4 +1,4 @@
-"""Choose the folder `weights/NAME` for the links to a recipe's results, so that two recipe files of one name do not share it.
+"""Choose the folder `weights/NAME` for the links to a recipe's results. Two recipe files with the same name get two folders.
 
 The file `.recipe` in the folder has the path of the recipe file, relative to `weights/`. The path stays valid if the working
 folder is moved.
@@ -19,8 +19,7 @@ OWNER = ".recipe"
 def label(root: Path, recipe: Recipe) -> str:
     """Return the name of the recipe's folder: the name of the recipe, or that name and a hash of the file's path.
 
-    The hash is added if the folder belongs to another recipe file that still exists. So results of one recipe are never
-    shown as those of another.
+    The hash is added if the folder belongs to another recipe file that still exists. So two recipe files never share a folder.
     """
     if not recipe.source:
         return recipe.name

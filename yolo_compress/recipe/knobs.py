@@ -15,7 +15,6 @@ from .choices import CRITERIA, FEATURE_LOSSES
 
 IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 is 32
 
-Precision = Literal["fp32", "fp16", "int8"]
 if TYPE_CHECKING:  # a type checker cannot read the values of a Literal from a table
     Runtime = str
     FloatCost = str
@@ -30,7 +29,7 @@ OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 ControlNet = Literal["longer", "taught", "narrowed"]  # in the order of what each adds
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
 Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
-Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
+Auto = Literal["auto"]  # from the number of training images, by the rules of `auto_values.py`
 
 
 def imgsz_value(value: Any) -> Any:
@@ -55,7 +54,7 @@ def device_value(value: Any) -> Any:
     """Return the device as text: the YAML number `0` becomes "0".
 
     Raises:
-        ValueError: The value is neither cpu nor a list of different CUDA indices.
+        ValueError: The value is not cpu, and not a list of different CUDA indices.
     """
     text = str(value) if type(value) is int else value
     indices = text.split(",") if isinstance(text, str) else []
@@ -65,7 +64,7 @@ def device_value(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list, or the command line's `fp32,int8`, as a tuple. Other values are returned as they are.
+    """Return a list, or the command line's `fp32,int8`, as a tuple. Other values are returned unchanged.
 
     Raises:
         ValueError: An item is repeated.
@@ -85,7 +84,7 @@ def auto_or_tuple(value: Any) -> Any:
 
 
 def number(value: int | Auto) -> int:
-    """Return the value of a knob as an int. Call it after `sizing.resolve`, which replaces every `auto`."""
+    """Return the value of a knob as an int. Call it after `auto_values.resolve`, which replaces every `auto`."""
     assert value != "auto"
     return value
 
@@ -132,15 +131,15 @@ def words(field: FieldInfo) -> Words:
 # fmt: off
 TEXT = r"(?s)\S.*"  # not blank
 Epochs = Annotated[Annotated[int, Field(ge=0, le=100_000)] | Auto, knob(
-    "Passes over the training images. 0: no training. auto: chosen by the number of training images.",
+    "Number of passes over the training images. 0: no training. auto: chosen by the number of training images.",
     when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
     group="Training", unit="epochs")]
 SomeEpochs = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Auto, knob(
-    "Passes over the training images. auto: chosen by the number of training images.",
+    "Number of passes over the training images. auto: chosen by the number of training images.",
     when="Raise it while mAP still rises at the end of results.csv; lower it for a quick trial.",
     group="Training", unit="epochs")]
 Batch = Annotated[Annotated[int, Field(ge=1, le=4096)] | Auto, knob(
-    "Images in one training step. The optimizer steps after every batch. auto: chosen by the number of training images.",
+    "Number of images in one training step. auto: chosen by the number of training images.",
     when="Lower it when memory runs out, and lower lr0 with it.",
     group="Training", unit="images")]
 Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
@@ -148,63 +147,64 @@ Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
     when="Set SGD for long trainings on large data sets, with lr0=0.01 and momentum=0.937.",
     group="Advanced")]
 Lr0 = Annotated[float, knob(
-    "Learning rate after warm-up, which is the highest of the training.",
+    "Highest learning rate of the training, reached after warm-up.",
     when="Lower it when the loss jumps or becomes NaN. SGD takes about ten times the rate of AdamW.",
     group="Training", gt=0, le=1)]
 SourceOptimizer = Annotated[Literal["SGD", "AdamW", "Adam", "MuSGD"] | Auto, knob(
-    "Optimizer of the training. auto: the choice of Ultralytics, AdamW up to 10,000 steps of 64 images, MuSGD above.",
+    "Optimizer of the training. auto: the choice of Ultralytics. This is AdamW for up to 10,000 steps of 64 images, and "
+    "MuSGD for more.",
     when="Set it only to repeat a training that used another one.",
     group="Advanced")]
 SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
-    "Learning rate after warm-up, which is the highest of the training. auto: the choice of Ultralytics, "
-    "0.002 * 5 / (4 + classes) for AdamW and Adam, 0.01 for SGD and MuSGD.",
+    "Highest learning rate of the training, reached after warm-up. auto: the choice of Ultralytics. This is 0.002 * 5 / (4 "
+    "+ classes) for AdamW and Adam, and 0.01 for SGD and MuSGD.",
     when="Lower it when the loss jumps or becomes NaN.",
     group="Training")]
 WarmupEpochs = Annotated[float, knob(
-    "Epochs at the start of the training during which the learning rate rises to lr0. Fractions are allowed.",
+    "Number of epochs at the start of the training in which the learning rate rises to lr0. Fractions are allowed.",
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(
-    "true: the learning rate falls from lr0 to lr0*lrf along a cosine. false: it falls linearly.",
+    "How the learning rate falls from lr0 to lr0*lrf. true: along a cosine. false: linearly.",
     when="Change it only to reproduce a training with a linear learning rate.",
     group="Advanced")]
 Mosaic = Annotated[float, knob(
     "Probability that a training image is a mosaic of four images.",
-    when="Lower it (0.5) in short trainings, so that more images look as they do in validation.",
+    when="Lower it (0.5) in short trainings: unchanged images are more like those of validation.",
     group="Training", unit="fraction", ge=0, le=1)]
 CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
     "Number of epochs without mosaic at the end of the training. auto: a fifth of the epochs, at most 10.",
-    when="Set a tenth to a fifth of epochs; 0 where mosaic is 0.",
+    when="Set a tenth to a fifth of epochs. Set 0 when mosaic is 0.",
     group="Training", unit="epochs")]
 Weights = Annotated[str | None, knob(
-    "Checkpoint that already detects the classes of the data set. It is not trained. It is looked up as given, then in "
-    "weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Excludes pretrained and model.",
-    when="Give it when you have a trained detector of the classes of your data set.",
+    "Checkpoint that already detects the classes of the data set. It is used without training. Its path is tried as given, "
+    "then in weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Not together with pretrained or model.",
+    when="Give a file when you have a trained detector of the classes of your data set.",
     group="Model", pattern=TEXT)]
 Pretrained = Annotated[str | None, knob(
-    "Checkpoint of any classes from which the training starts. All its tensors are used, except for the outputs of "
-    "classes that it does not have. It is looked up like weights. Not together with `weights` or `model`.",
-    when="Give it, such as yolov8s.pt, when you have no trained detector of your classes.",
+    "Checkpoint of any classes from which the training starts. All its tensors are used. Outputs of classes that it does "
+    "not have start at random. Its path is tried in the same places as weights. Not together with weights or model.",
+    when="Give a file such as yolov8s.pt when you have no trained detector of your classes.",
     group="Model", pattern=TEXT)]
 Model = Annotated[Scratch | None, knob(
-    "Architecture to train from random weights. Not together with `weights` or `pretrained`.",
+    "Architecture to train from random weights. Not together with weights or pretrained.",
     when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
     group="Model")]
 CalibImages = Annotated[int, knob(
     "Number of training images, without augmentation, from which the INT8 scales are calibrated.",
-    when="Raise it when there are many classes or varied scenes, such as 512 for COCO.",
+    when="Raise it when there are many classes or varied scenes. For COCO, 512 is suitable.",
     group="Calibration", unit="images", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob(
-    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: a given "
-    "percentage of the values is not clipped. mse: least squared error of rounding and clipping. entropy: least "
+    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: the knob percentile "
+    "sets how many values are not clipped. mse: least squared error of rounding and clipping. entropy: least "
     "Kullback-Leibler divergence.",
     when="Try another one when INT8 loses mAP and FP16 does not.",
     group="Calibration")]
 Percentile = Annotated[float, knob(
-    "Percentage of the values of a tensor that are not clipped. For calibrator=percentile only.",
+    "Percentage of the values of a tensor that are not clipped. Only used with calibrator=percentile.",
     when="Lower it when a few very large values make the scale too coarse.",
     group="Advanced", unit="percent", gt=50, le=100)]
 Threads = Annotated[int | None, knob(
-    "CPU threads of each engine. null: the runtime chooses.",
+    "Number of CPU threads of each engine. null: the runtime chooses.",
     when="Set the number of cores that the robot gives to the detector.",
     group="Measurement", unit="threads", ge=1, le=1024)]

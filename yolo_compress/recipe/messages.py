@@ -17,7 +17,7 @@ _SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word most similar to a mistyped word; None if no word is similar."""
+    """Return the known word most similar to a mistyped word. None: no word is similar."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return near[0] if near else None
 
@@ -39,7 +39,7 @@ def got(value: object) -> str:
 
 
 def typed(value: object) -> str:
-    """Return a value as one types it on the command line: `null`, `true`, `0.5`, `fp32,int8`."""
+    """Return a value in the form of the command line: `null`, `true`, `0.5`, `fp32,int8`."""
     if isinstance(value, tuple):
         return ",".join(typed(item) for item in value)
     if value is None or isinstance(value, bool):
@@ -85,7 +85,7 @@ def _limited(limits: Iterable[Any]) -> str:
 
 
 def _members(kind: Any, limits: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield (member, its limits) for each member of a union, also inside `Annotated`. Another type has one member."""
+    """Yield (member, limits of the member) for each member of a union, also inside `Annotated`. Another type is its only member."""
     if get_origin(kind) is Annotated:
         inner, *notes = get_args(kind)
         own = [item for note in notes for item in (note.metadata if isinstance(note, FieldInfo) else [note])]

@@ -1,7 +1,7 @@
 """Read recipes: YAML files with one section for each stage. A recipe is checked as a whole before any stage runs.
 
-If the section of a stage is absent or null, the stage is left out. An empty section (`distill: {}`) uses the defaults.
-`pipeline` sets the order of the stages, not the file. Nothing here imports torch, so `status` answers within a second.
+If the section of a stage is absent or null, the stage is left out. An empty section (`distill: {}`) uses the defaults. The order of
+the stages comes from `pipeline`, not from the file. Nothing here imports torch, so `status` answers within a second.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Recipe(Sections):
         return made
 
     def dump(self) -> str:
-        """Return the effective recipe as YAML. `load` reads an equal recipe from it, if the file has the recipe's name."""
+        """Return the effective recipe as YAML. If a file with this text has the recipe's name, `load` returns an equal recipe."""
         return strict_yaml.dump(self.model_dump(mode="json", exclude={"name"}))
 
 
@@ -109,7 +109,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
     """Read a recipe and apply the overrides of the command line in order. The last override of a key wins.
 
     Args:
-        name_or_path: Name of a shipped recipe (`names()`), or a file: a path with a folder, or one in .yaml or .yml.
+        name_or_path: Name of a shipped recipe (`names()`), or a path. A path has a folder in it, or ends in .yaml or .yml.
         overrides: Pairs such as `("prune.keep_flops", "0.6")`. Values are YAML scalars or flow lists. For a knob that
             takes any text (a path, a device) the value is not parsed, so `run.device=0` is "0". `null` clears a knob
             that may be null. An override for a section that the recipe does not have adds this section with its
@@ -119,9 +119,9 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
         The recipe, checked as a whole. Data and weights are not read yet.
 
     Raises:
-        RecipeError: The recipe does not exist, is not strict YAML, or has an unknown key, a value out of range or
-            sections that cannot work together. The message has the file and line (or "command line"), the key, the
-            value and the allowed values.
+        RecipeError: The recipe does not exist or is not strict YAML. Or it has an unknown key, a value out of range, or sections
+            that cannot work together. The message has the file and line (or "command line"), the key, the value and the allowed
+            values.
         StorageError: The file exists but cannot be read.
     """
     document, name, source = _read(name_or_path)
@@ -131,7 +131,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[tuple[str, st
 
 
 def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Return the recipe of a parsed document. Overrides and errors are those of `load`.
+    """Return the recipe of a parsed document. For the overrides and errors see `load`.
 
     Raises:
         RecipeError: See `load`.

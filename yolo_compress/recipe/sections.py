@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..runtime.registry import Precision
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knobs import (
     TEXT,
@@ -28,7 +29,6 @@ from .knobs import (
     Optimizer,
     OwnFunction,
     Percentile,
-    Precision,
     Pretrained,
     Runtime,
     SomeEpochs,
@@ -58,7 +58,7 @@ class DataConfig(Section):
     """The images, their labels and the size of the model's input."""
 
     yaml: Annotated[str, knob(
-        "Data set file (YAML) with the folders of the images and the class names. It is looked up as given, then in "
+        "Data set file (YAML) with the folders of the images and the class names. Its path is tried as given, then in "
         "datasets/, then in the folders of YOLO_COMPRESS_DATA, then among the shipped files.",
         when="Give the file of your own data set.",
         group="Data", pattern=TEXT)]
@@ -73,15 +73,15 @@ class DataConfig(Section):
         group="Data")] = "error"
     allow_overlap: Annotated[bool, knob(
         "Accept validation images that are also training images.",
-        when="Set true only if you know why: the mAP is then too high.",
+        when="Set true only for a good reason, because the mAP is then too high.",
         group="Data")] = False
     max_unlabelled: Annotated[float, knob(
         "Largest fraction of the images of a split that may have no label file. These images count as background.",
         when="Raise it when your data set has more images without objects.",
         group="Data", unit="fraction", ge=0, le=1)] = 0.3
     max_det: Annotated[int, knob(
-        "Largest number of detections that NMS keeps in an image, here and on the robot. mAP counts at most 100 detections of "
-        "a class in an image, as COCO does. With more than 300 here, it counts up to this number.",
+        "Largest number of detections in an image after NMS, here and on the robot. mAP counts at most 100 detections of a "
+        "class in an image, as COCO does. If max_det is above 300, mAP counts up to max_det.",
         when="Raise it when an image may hold more objects.",
         group="Data", unit="detections", ge=1, le=100_000)] = 300
     hold_back: Annotated[float, knob(
@@ -105,16 +105,16 @@ class DataConfig(Section):
 
 
 class RunConfig(Section):
-    """Settings of the machine, and the seed. Only `seed` changes results, so only it is part of a stage's fingerprint."""
+    """Settings of the machine, and the seed. Only `seed` changes results, so only `seed` is part of a stage's fingerprint."""
 
     MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "threads", "val_every"})
 
     device: Annotated[str, BeforeValidator(device_value), knob(
-        "Where torch trains and evaluates: cpu, or the indices of CUDA GPUs.",
+        "Device on which torch trains and evaluates: cpu, or the indices of CUDA GPUs.",
         when="Set 0 for the first GPU, 0,1 to train on two.",
         group="Machine", allowed="cpu or CUDA indices, as in 0 or 0,1")] = "cpu"
     workers: Annotated[int, knob(
-        "Processes that load images. 0: the training process loads them itself, which is reproducible.",
+        "Number of processes that load images. 0: the training process loads them itself. Only then are runs reproducible.",
         when="Raise it (4 to 8) when a GPU waits for images.",
         group="Machine", unit="processes", ge=0, le=256)] = 0
     seed: Annotated[int, knob(
@@ -122,18 +122,18 @@ class RunConfig(Section):
         when="Change it to see how much the result varies from run to run.",
         group="Training", ge=0, le=2**32 - 1)] = 0
     threads: Annotated[int | None, knob(
-        "CPU threads of torch. null: torch chooses.",
+        "Number of CPU threads of torch. null: torch chooses.",
         when="Lower it when other programs need the processors.",
         group="Machine", unit="threads", ge=1, le=1024)] = None
     val_every: Annotated[int, knob(
-        "Epochs between two validations during a training, for the curve in results.csv. 0: the last epoch only. "
-        "Validation does not change the weights.",
+        "Number of epochs from one validation to the next, for the curve in results.csv. 0: only the last epoch is "
+        "validated. Validation does not change the weights.",
         when="Lower it for a finer curve; raise it when validation takes too long.",
         group="Training", unit="epochs", ge=0, le=100_000)] = 10
 
 
 class TrainConfig(Section):
-    """Settings of one training. The defaults suit the fine-tuning of a trained model; sections of stages override some."""
+    """Settings of one training. The defaults suit the fine-tuning of a trained model. Sections of stages have some other defaults."""
 
     epochs: Epochs = 10
     batch: Batch = 16
@@ -145,10 +145,10 @@ class TrainConfig(Section):
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.01
     momentum: Annotated[float, knob(
         "Momentum of SGD, or beta1 of Adam and AdamW.",
-        when="Set 0.937, the value of Ultralytics, with optimizer=SGD.",
+        when="With optimizer=SGD, set 0.937, the value of Ultralytics.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, knob(
-        "Weight decay. Biases and BatchNorm have none.",
+        "Weight decay of the optimizer. It does not apply to biases and BatchNorm.",
         when="Raise it when the validation mAP falls while the training loss still falls.",
         group="Advanced", unit="factor", ge=0, le=1)] = 5e-4
     warmup_epochs: WarmupEpochs = 1.0
@@ -172,30 +172,30 @@ class TrainConfig(Section):
         when="Set 0.5 when images have no up and down, as under a microscope or from the air.",
         group="Training", unit="fraction", ge=0, le=1)] = 0.0
     amp: Annotated[bool, knob(
-        "Mixed precision in training: float16 on CUDA, bfloat16 on a CPU with AMX. No effect on other CPUs, nor in "
-        "qat on any CPU.",
+        "Train in mixed precision: float16 on CUDA, bfloat16 on a CPU with AMX. It has no effect on other CPUs. In qat, it "
+        "has no effect on any CPU.",
         when="Set false when the loss becomes NaN.",
         group="Advanced")] = True
 
 
 class SourceConfig(TrainConfig):
-    """Source of the teacher or the baseline. Set exactly one of `weights`, `pretrained` and `model`.
+    """Source of the baseline or the teacher. Set exactly one of `weights`, `pretrained` and `model`.
 
-    `weights` is a finished detector. `pretrained` trains from a checkpoint of any classes, `model` from random weights.
-    The defaults of the training are those of Ultralytics.
+    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint of any classes. With `model`, it
+    starts from random weights. The training has the defaults of Ultralytics.
     """
 
     weights: Weights = None
     pretrained: Pretrained = None
     model: Model = None
     detection_part: Annotated[bool, knob(
-        "Start from the detection part of a segmentation, pose or oriented-box checkpoint. For pretrained only.",
+        "Start from the detection part of a segmentation, pose or oriented-box checkpoint. Only used with pretrained.",
         when="Set true when there is no checkpoint of a detector to start from.",
         group="Model")] = False
     freeze: Annotated[int, knob(
-        "Number of layers, from the first, that stay as in the checkpoint. 10: the backbone. 0: all layers are "
-        "trained. For pretrained only.",
-        when="Set 10 when there are very few images, or to train faster.",
+        "Number of first layers that are not trained. 10: the backbone. 0: all layers are trained. Only used with "
+        "pretrained.",
+        when="Set 10 when there are very few images, or when training takes too long.",
         group="Model", unit="layers", ge=0, le=21)] = 0
     epochs: Epochs = 100
     optimizer: SourceOptimizer = "auto"  # type: ignore[assignment]  # allows more values than fine-tuning
@@ -228,21 +228,21 @@ class SparsifyConfig(TrainConfig):
         when="Set l1 for long trainings with SGD; in short ones it lowers all gammas alike.",
         group="Penalty")] = "polarization"
     l1: Annotated[float, knob(
-        "Weight of the penalty in the loss (lambda). The loss is summed over the images of a batch.",
+        "Weight of the penalty (lambda), relative to the loss summed over the images of a batch.",
         when="Lower it when mAP falls too far; raise it when too few gammas become small.",
         group="Penalty", unit="factor", gt=0, le=1)] = 0.1
     lambda_scale: Annotated[Literal["uniform", "macs"], knob(
-        "Factor on lambda for each channel group. uniform: 1 for all. macs: proportional to the multiply-accumulates "
-        "(MACs) of one channel of the group, 1 on average.",
+        "Factor on lambda for each channel group. uniform: 1 for all groups. macs: proportional to the multiply-accumulates "
+        "(MACs) of one channel of the group, with the mean 1.",
         when="Set macs when compute matters more than the number of parameters.",
         group="Advanced")] = "uniform"
     gamma_lr_scale: Annotated[float, knob(
-        "Learning rate of the gammas, as a multiple of lr0. Adam changes a weight by about the learning rate in a "
-        "step, so with 1 a short training hardly changes gammas near 1.",
+        "Learning rate of the gammas, as a multiple of lr0. In one step, Adam changes a weight by about the learning rate. "
+        "With 1, a short training therefore hardly changes the gammas.",
         when="Set 1 for SGD and for long trainings.",
         group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
     ramp_epochs: Annotated[float, knob(
-        "Epochs at the start of the training during which lambda rises from 0.",
+        "Number of epochs at the start of the training in which lambda rises from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
@@ -252,26 +252,26 @@ class PruneConfig(TrainConfig):
     """Remove channels to meet a budget, or set weights to 0. Then fine-tune, unless `epochs` is 0."""
 
     kind: Annotated[Literal["channel", "unstructured", "two_four"], knob(
-        "What is removed. channel: whole channels, so layers become narrower, and faster on every runtime. "
-        "unstructured: single weights become 0. two_four: 2 of every 4 weights become 0; Sparse Tensor Cores skip them.",
+        "What is removed. channel: whole channels. Layers become narrower, and faster on every runtime. unstructured: "
+        "single weights become 0. two_four: 2 of every 4 weights become 0, which Sparse Tensor Cores skip.",
         when="Change it only when the robot's runtime gains from zeros among the weights.",
         group="Criterion")] = "channel"
     sparsity: Annotated[float, knob(
-        "Fraction of the weights that become 0. For kind=unstructured only.",
+        "Fraction of the weights that become 0. Only used with kind=unstructured.",
         when="Raise it until mAP falls too far.",
         group="Advanced", unit="fraction", gt=0, lt=1)] = 0.5
     criterion: Annotated[Criterion | OwnFunction, knob(
-        f"Importance of a channel group; the least important are removed. {described(CRITERIA)}",
+        f"How the importance of a channel is computed. The least important channels are removed. {described(CRITERIA)}",
         when="Set bn_gamma after sparsify with penalty l1 or polarization.",
         group="Criterion", allowed=allowed(CRITERIA))] = "obs"
     scope: Annotated[Literal["global", "local", "isomorphic"], knob(
-        "Which channels are ranked together. local: the channels of one channel group. global: those of all groups. "
-        "isomorphic: those of groups with the same structure (arXiv 2407.04616).",
+        "Which channels are ranked together. local: the channels of one channel group. global: the channels of all groups. "
+        "isomorphic: the channels of all groups with the same structure (arXiv 2407.04616).",
         when="Try global or isomorphic when you want some layers to lose more channels than others.",
         group="Advanced")] = "local"
     keep_flops: Annotated[float | None, knob(
-        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. Without any budget, "
-        "0.5 applies.",
+        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. If no budget is set, "
+        "keep_flops is 0.5.",
         when="Lower it for more speed, raise it for more mAP.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     keep_params: Annotated[float | None, knob(
@@ -279,8 +279,8 @@ class PruneConfig(TrainConfig):
         when="Set it instead of keep_flops when file size or memory is the limit.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     latency_ms: Annotated[float | None, knob(
-        "Budget: latency of one inference. The pruned model is built and timed on this machine until its latency is "
-        "within 5 % of this.",
+        "Budget: latency of one inference. Pruned models are built and timed on this machine, until one has this latency "
+        "within 5 %.",
         when="Set it instead of keep_flops when you know the time that an image may take.",
         group="Budget", unit="ms", gt=0, le=1e5)] = None
     latency_runtime: Annotated[Runtime, knob(
@@ -292,13 +292,13 @@ class PruneConfig(TrainConfig):
         when="With latency_ms: set fp16 when the robot's runtime computes in FP16.",
         group="Advanced")] = "fp32"
     latency_table: Annotated[str | None, knob(
-        "File with layer times from another machine; `yolo-compress probe` writes the layers to time there. "
-        "latency_ms is then met according to this table, and nothing is timed here.",
+        "File with layer times from another machine, measured with the models of `yolo-compress probe`. latency_ms then "
+        "refers to these times, and nothing is timed here.",
         when="Set it when the robot is another machine than this one.",
         group="Budget", pattern=TEXT)] = None
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
-        "Prune one channel group at a time, and measure how far the loss rises or mAP falls. max_drop then limits "
-        "what each group may lose. loss takes about as long as two epochs.",
+        "Prune one channel group at a time, and measure how far the loss rises or mAP falls. max_drop then limits how many "
+        "channels each group may lose. The measurement of the loss takes about as long as two epochs.",
         when="Set loss when mAP after pruning is too low.",
         group="Criterion")] = "off"
     max_drop: Annotated[float, knob(
@@ -306,12 +306,12 @@ class PruneConfig(TrainConfig):
         when="Lower it to protect sensitive layers; raise it when the budget cannot be reached.",
         group="Criterion", unit="fraction", gt=0, le=10)] = 0.1
     rounds: Annotated[int, knob(
-        "Number of pruning steps until the budget is met, each followed by fine-tuning. They share the epochs.",
+        "Number of pruning steps until the budget is met. Fine-tuning follows each step, and the steps share the epochs.",
         when="Raise it (2 to 4) when much is removed and there are many epochs.",
         group="Training", unit="rounds", ge=1, le=100)] = 1
     round_to: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], knob(
-        "Channel counts become multiples of this. AVX-512 and Tensor Cores process 16 channels at once, AVX2 8, "
-        "Tensor Cores in INT8 32.",
+        "Channel counts become multiples of this number. AVX2 processes 8 channels at once, AVX-512 and Tensor Cores 16, "
+        "and Tensor Cores in INT8 32.",
         when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
         group="Budget", unit="channels")] = 16
     floor: Annotated[float, knob(
@@ -319,17 +319,17 @@ class PruneConfig(TrainConfig):
         when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
     reconstruct: Annotated[bool, knob(
-        "Before any training, refit the weights of the remaining channels by least squares, so that they replace the "
-        "removed ones (arXiv 1707.06168).",
-        when="Set false only to measure what it gains.",
+        "Before any training, refit the weights of the remaining channels by least squares, so that they compensate for the "
+        "removed channels (arXiv 1707.06168).",
+        when="Set false only to measure the gain from reconstruct.",
         group="Advanced")] = True
     calib_images: Annotated[int, knob(
         "Number of training images for the criterion, for reconstruct and for the new BatchNorm statistics.",
         when="Raise it when the scenes vary a lot. Pruning takes longer with more images.",
         group="Advanced", unit="images", ge=1)] = 96
     teach_from_parent: Annotated[bool, knob(
-        "During fine-tuning, also distil from the model before pruning.",
-        when="Set false when memory runs out, or to measure what it gains.",
+        "Use the model before pruning as a teacher during fine-tuning.",
+        when="Set false when memory runs out, or to measure the gain from this teacher.",
         group="Training")] = True
     epochs: Epochs = 40
 
@@ -358,9 +358,9 @@ class DistillConfig(TrainConfig):
     """Distillation from the teacher. If the recipe has no teacher, the baseline is the teacher."""
 
     teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
-        "What the student learns from. frozen: the model of the section teacher, unchanged. mutual: the same model, "
-        "trained too, from the labels and the student (arXiv 1706.00384). self: the student's deep layers teach its "
-        "shallow layers.",
+        "Teacher of the student. frozen: the model of the section teacher, which does not change. mutual: this model is "
+        "also trained, on the labels and the student's outputs (arXiv 1706.00384). self: the student's deep layers teach "
+        "its shallow layers.",
         when="Try mutual or self when there is no larger teacher.",
         group="Teacher")] = "frozen"
     images: Annotated[str | None, knob(
@@ -374,35 +374,36 @@ class DistillConfig(TrainConfig):
         when="Set it (64) when there are no training images.",
         group="Advanced", unit="images", ge=1, le=100_000)] = None
     data_free_steps: Annotated[int, knob(
-        "With data_free: optimizer steps to generate an image.",
+        "With data_free: number of optimizer steps per image.",
         when="Raise it when the generated images look like noise.",
         group="Advanced", unit="steps", ge=1, le=100_000)] = 300
 
     temperature: Annotated[float, knob(
-        "Divides the class logits of teacher and student before they are compared (arXiv 1503.02531). At 2, the score "
-        "of a logit of -6 rises from 0.002 to 0.05. Above 2, background outweighs the objects.",
+        "Divisor of the class logits of teacher and student before the comparison (arXiv 1503.02531). With 2, the score of "
+        "a logit of -6 rises from 0.002 to 0.05. Above 2, background outweighs the objects.",
         when="Set 1 when the teacher is the baseline itself.",
         group="Loss", unit="factor", ge=1, le=100)] = 2.0
     alpha: Annotated[float, knob(
-        "Share of the teacher's soft labels in the class loss; 1-alpha is the share of the labels of the data set.",
+        "Share of the teacher's soft labels in the class loss. The labels of the data set have the share 1-alpha.",
         when="Lower it when the teacher is often wrong.",
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.5
     logit_weight: Annotated[float, knob(
-        "Weight of the soft-label loss. 0: none.",
+        "Weight of the soft-label loss. 0: no soft-label loss.",
         when="Raise it when the teacher is much better than the student.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     feature_weight: Annotated[float, knob(
-        "Weight of the feature loss. 0: none. Ultralytics' `dis` gives weighted_l2 a weight of 6, which outweighs the "
-        "labels when the student is pruned.",
+        "Weight of the feature loss. 0: no feature loss. Ultralytics uses 6 for weighted_l2 (its setting `dis`). If the "
+        "student is pruned, 6 outweighs the labels.",
         when="Change it together with feature_loss: about 0.2 for pkd, 80 for relation.",
         group="Loss", unit="factor", ge=0, le=1000)] = 0.3
     box_weight: Annotated[float, knob(
-        "Weight of the loss between the distributions of box sides of student and teacher (arXiv 2102.12252). 0: none.",
+        "Weight of the box loss, between the distributions of box sides of student and teacher (arXiv 2102.12252). 0: no "
+        "box loss.",
         when="Raise it (3) when objects are found but their boxes do not fit well.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     iou_weight: Annotated[float, knob(
-        "Weight of 1 - IoU between the decoded boxes of student and teacher. 0: none. PP-YOLOE uses 2.5, with 1.0 for "
-        "classes and 0.5 for distributions.",
+        "Weight of the IoU loss: 1 - IoU of the decoded boxes of student and teacher. 0: no IoU loss. PP-YOLOE uses 2.5, "
+        "together with 1.0 for classes and 0.5 for distributions.",
         when="Set it when boxes do not fit well and box_weight does not help.",
         group="Advanced", unit="factor", ge=0, le=1000)] = 0.0
     feature_loss: Annotated[FeatureLoss | OwnFunction, knob(
@@ -418,7 +419,7 @@ class DistillConfig(TrainConfig):
         allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
     )] = None
     ramp_epochs: Annotated[float, knob(
-        "Epochs at the start of the training during which the weights of all distillation losses rise from 0.",
+        "Number of epochs at the start of the training in which the weights of all distillation losses rise from 0.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
     off_without_mosaic: Annotated[bool, knob(
@@ -450,7 +451,7 @@ class QatConfig(TrainConfig):
     percentile: Percentile = 99.99
     weight_bits: Annotated[Literal[7, 8], knob(
         "Bits of the INT8 weights, in training and in every file. 8-bit weights saturate on CPUs without VNNI.",
-        when="Set 8 when the robot runs TensorRT, or every CPU it may run on has VNNI.",
+        when="Set 8 when the robot runs TensorRT, or when all its possible CPUs have VNNI.",
         group="Precision", unit="bits")] = 7
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
         "Measure the model on the calibration images with one group of tensors in float at a time. Then keep the "
@@ -458,18 +459,18 @@ class QatConfig(TrainConfig):
         when="Set loss when INT8 loses too much mAP.",
         group="Precision")] = "off"
     max_drop: Annotated[float, knob(
-        "With sensitivity: how far the loss may rise, or mAP fall, before training, as a fraction of the float "
-        "model's value.",
+        "With sensitivity: largest rise of the loss, or fall of mAP, from the float model to INT8 before training. It is a "
+        "fraction of the float model's value.",
         when="Lower it for more mAP, raise it for more layers in INT8.",
         group="Precision", unit="fraction", gt=0, le=10)] = 0.01
     sensitivity_price: Annotated[FloatCost, knob(
-        "With sensitivity: cost of a group in float. gflops: compute of its convolutions, the same on every machine. "
-        "onnxruntime, openvino: extra milliseconds of its convolutions compared with INT8, measured on this machine.",
+        "With sensitivity: cost of a group in float. gflops: GFLOPs of its convolutions, equal on every machine. "
+        "onnxruntime, openvino: extra time of its convolutions compared with INT8, measured on this machine.",
         when="Set the robot's runtime when the robot's CPU is like this one.",
         group="Advanced")] = "gflops"
     float_groups: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None, BeforeValidator(as_tuple), knob(
-        "Groups of tensors that stay in float, by their names in placement.csv.",
+        "Groups of tensors that stay in float. placement.csv has their names.",
         when="Set it when you know which layers lose mAP in INT8.",
         group="Advanced", allowed="null or a list of names, as in model.2.cv1,model.4.cv2")] = None
     learned_scales: Annotated[bool, knob(
@@ -477,8 +478,8 @@ class QatConfig(TrainConfig):
         when="Try it when INT8 loses mAP after a training with fixed scales.",
         group="Advanced")] = False
     teach_from_parent: Annotated[bool, knob(
-        "During training, also distil from the float model.",
-        when="Set false when memory runs out, or to measure what it gains.",
+        "Use the float model as a teacher during training.",
+        when="Set false when memory runs out, or to measure the gain from this teacher.",
         group="Training")] = True
     epochs: Epochs = 3
     lr0: Lr0 = 1e-4
@@ -499,23 +500,23 @@ class ExportConfig(Section):
         when="Leave out precisions that none of your robots uses.",
         group="Files")] = ("fp32", "fp16", "int8")
     opset: Annotated[int, knob(
-        "ONNX opset. Per-channel Q/DQ needs 13.",
+        "Version of the ONNX operator set (opset) in the files. Per-channel Q/DQ needs 13 or more.",
         when="Set an opset that the robot's runtime reads; `yolo-compress lint FILE target=...` checks it.",
         group="Advanced", ge=13, le=20)] = 17
     batch: Annotated[int, knob(
-        "Images in one inference.",
-        when="Raise it when many cameras share one inference.",
+        "Number of images in one inference.",
+        when="Raise it when several cameras share one inference.",
         group="Files", unit="images", ge=1, le=4096)] = 1
     dynamic_batch: Annotated[bool, knob(
         "Write files that take any number of images in one inference.",
         when="Set true when the number of images changes from inference to inference.",
         group="Files")] = False
     simplify: Annotated[bool, knob(
-        "Simplify the ONNX graph with onnxsim, then compare its outputs with torch again.",
+        "Simplify the ONNX graph with onnxsim. Its outputs are then compared with torch again.",
         when="Set false when onnxsim fails.",
         group="Advanced")] = True
     torchscript: Annotated[bool, knob(
-        "Also write TorchScript files. If the precisions include int8, this adds int8.torchscript, for torch on a CPU.",
+        "Also write TorchScript files. If the precisions include int8, one of them is int8.torchscript, for torch on a CPU.",
         when="Set false when none of your programs loads TorchScript.",
         group="Files")] = True
     nms: Annotated[bool, knob(
@@ -524,8 +525,8 @@ class ExportConfig(Section):
         when="Set true when your program has no NMS of its own.",
         group="Files")] = False
     calibration_cache: Annotated[bool, knob(
-        "Also write int8-implicit.onnx and int8-implicit.cache: the same scales without Q/DQ, for TensorRT 8 and 10 "
-        "and for the DLA. These files have never run on a device.",
+        "Also write int8-implicit.onnx and int8-implicit.cache: INT8 with the same scales, but without Q/DQ nodes. TensorRT "
+        "8 and 10 and the DLA can read them. These files have never run on a device.",
         when="Set true for the DLA of a Jetson Orin or Xavier.",
         group="Advanced")] = False
     calib_images: CalibImages = 128
@@ -541,7 +542,7 @@ class EngineConfig(Section):
         when="Name one to save time.",
         group="Engine")] = "auto"
     workspace_mib: Annotated[int, knob(
-        "Memory that TensorRT may use while it builds an engine.",
+        "Largest memory that TensorRT may use while it builds an engine.",
         when="Lower it when a build runs out of memory.",
         group="Engine", unit="MiB", ge=16, le=1 << 20)] = 2048
 
@@ -550,15 +551,15 @@ class BenchConfig(Section):
     """Accuracy, latency and size of every engine."""
 
     warmup: Annotated[int, knob(
-        "Inferences of each engine, in each round, before timing starts.",
+        "Number of inferences of each engine before its timing starts, in each round.",
         when="Raise it when the processor takes longer to reach its full clock rate.",
         group="Measurement", unit="inferences", ge=0, le=1_000_000)] = 50
     iterations: Annotated[int, knob(
-        "Timed inferences of each engine, over all rounds. p99 needs at least 662.",
-        when="Lower it for a quick look, raise it for a p99 that varies less.",
+        "Number of timed inferences of each engine, over all rounds. p99 needs at least 662.",
+        when="Lower it for a quick look. Raise it for a p99 that varies less.",
         group="Measurement", unit="inferences", ge=1, le=10_000_000)] = 700
     rounds: Annotated[int, knob(
-        "Rounds in which the engines are timed in turn. They share the iterations.",
+        "Number of rounds. In each round all engines are timed in turn. The rounds share the iterations.",
         when="Raise it when the speed of the machine changes over minutes.",
         group="Measurement", unit="rounds", ge=1, le=1000)] = 3
     threads: Threads = None
@@ -589,9 +590,9 @@ class ReportConfig(Section):
     """
 
     min_retention: Annotated[float, knob(
-        "Gate: mAP50-95 of the compressed engine divided by that of the baseline in FP32. Below this, the exit code "
-        "is 1.",
-        when="Set how much mAP your use can lose: 0.98 allows 2 % of the baseline's.",
+        "Gate: smallest retention. The retention is mAP50-95 of the compressed engine divided by mAP50-95 of the baseline "
+        "in FP32. Below the limit, the exit code is 1.",
+        when="Set it by the mAP that your use can lose. 0.98 allows a loss of 2 %.",
         group="Gate", unit="fraction", ge=0, le=1)] = 0.98
     max_latency_ms: Annotated[float | None, knob(
         "Gate: largest p50 latency of one inference of the engine that the gate judges. null: no limit.",
@@ -602,19 +603,20 @@ class ReportConfig(Section):
         when="Set it when the robot's storage is small.",
         group="Gate", unit="MiB", gt=0, le=1e6)] = None
     ab_margin: Annotated[float, knob(
-        "A/B comparison: largest loss of mAP50-95 for the verdict pass, as a fraction of the baseline's mAP50-95.",
+        "A/B comparison: largest loss of mAP50-95 with the verdict pass, as a fraction of the baseline's mAP50-95.",
         when="Raise it when the validation images are too few for a verdict.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.01
     ab_replicates: Annotated[int, knob(
-        "A/B comparison: bootstrap resamples of the images for every interval. 0: no A/B comparison.",
+        "A/B comparison: number of bootstrap resamples of the images for each interval. 0: no A/B comparison.",
         when="Lower it when the report takes too long.",
         group="Comparison", unit="resamples", ge=0, le=100_000)] = 1000
     conf: Annotated[float, knob(
-        "A/B comparison: score that a detection must exceed to count.",
+        "A/B comparison: score threshold. Only detections with a higher score count.",
         when="Set the threshold that your program uses.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.25
     images: Annotated[int, knob(
-        "Number of validation images in the report for each of three kinds: largest losses, new false positives, random.",
+        "Number of validation images in the report, for each of three kinds: most lost objects, most new false positives, "
+        "random.",
         when="Set 0 for a small file.",
         group="Comparison", unit="images", ge=0, le=1000)] = 12
 
@@ -623,7 +625,7 @@ class Sections(Section):
     """All sections of a recipe. This class checks each section by itself; `Recipe` also checks them together.
 
     Attributes:
-        name: Name of the recipe file; the links `weights/<name>/<stage>` lead to its artefacts.
+        name: Name of the recipe file. The links `weights/<name>/<stage>` lead to its artefacts.
         data, run, teacher, ...: One section each. A stage whose section is None is left out.
     """
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from yolo_compress.report import numbers as n
+from yolo_compress.report.bench_rows import with_ids
 from yolo_compress.report.charts.quantised import quantisation_table, summary
+from yolo_compress.report.document import Findings, build
 from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table, place
@@ -28,7 +30,7 @@ def missing_lines(document: Document) -> list[str]:
 
 
 def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
-    """Return (passed, text) for each check of the gate except mAP. `passed` is None for MLPerf's targets, which are not limits."""
+    """Return (passed, text) for each check of the gate, without mAP. `passed` is None for MLPerf's targets, which are not limits."""
     gate = document["gate"]
     lines: list[tuple[bool | None, str]] = []
     for check in gate["checks"]:
@@ -91,6 +93,12 @@ def _text_table(table: Table, width: int) -> str:
     hidden = [column.title for i, column in enumerate(table.columns) if i not in keep]
     note = textwrap.wrap(f"(not shown at this width: {', '.join(hidden)})", width) if hidden else []
     return "\n".join([table.title, texts[0], rule, *texts[1:], *note])
+
+
+def bench_text(recipe: str, rows: Sequence[Mapping[str, object]], width: int = 120) -> str:
+    """Return the bench rows as a table of text with at most `width` columns. The gate has not judged them yet."""
+    text = render_text(build(Findings(recipe, with_ids(rows), min_retention=0.0)), width)
+    return text[text.index("Bench\n") :]  # the verdict above it is only valid in the report, which knows the limits
 
 
 def render_markdown(document: Document) -> str:

@@ -62,7 +62,7 @@ def with_ids(rows: Iterable[Mapping[str, object]]) -> list[BenchRow]:
 
 
 def with_keys(row: Form, keys: Mapping[str, object]) -> Form:
-    """Return a copy of `row`, a bench row or a stage's entry, with `keys` added or replaced. The type of `row` must have them."""
+    """Return a copy of `row`, a bench row or a stage's entry, with `keys` added or replaced. The type of `row` must have these keys."""
     return cast(Form, {**row, **keys})
 
 
@@ -79,14 +79,14 @@ def has_accuracy(row: BenchRow) -> TypeGuard[EvaluatedBenchRow]:
 
 
 def reference_row(rows: Sequence[BenchRow]) -> MeasuredBenchRow | None:
-    """Return the row that retention is relative to: the baseline in FP32 on this machine, in torch if that was measured."""
+    """Return the reference of all retentions: the row of the FP32 baseline on this machine, preferably in torch."""
     here = [row for row in rows if not row.get("device") and row["model"] == "original" and row["precision"] == "fp32"]
     measured = [row for row in here if row["status"] == "ok"]
     return next((row for row in measured if row["runtime"] == "torch"), measured[0] if measured else None)
 
 
 def peer_row(rows: Sequence[BenchRow], row: BenchRow) -> MeasuredBenchRow | None:
-    """Return the row that speed-up and size ratio are relative to: the baseline in FP32 on the same runtime and device."""
+    """Return the reference of a row's speed-up and size ratio: the row of the FP32 baseline on the same runtime and device."""
     for other in rows:
         same_place = other["runtime"] == row["runtime"] and other.get("device") == row.get("device")
         if same_place and (other["model"], other["precision"]) == ("original", "fp32") and other["status"] == "ok":

@@ -44,7 +44,7 @@ class ReportFile:
         recipe: Name of the other recipe.
         image_set: Digest of its validation images.
         device: Machine that it was measured on.
-        rows: Bench rows. The keys in `ROW_TEXT_KEYS` are text in each.
+        rows: Bench rows. In each row, the keys in `ROW_TEXT_KEYS` are text.
     """
 
     content: dict[str, Json]
@@ -123,7 +123,7 @@ def _check_row(file: Path, row: Any, statuses: Sequence[str]) -> None:
 
 
 def _escape_control(value: Any) -> Any:
-    """Escape control characters in all texts of a JSON value. A terminal would execute those of an untrusted file."""
+    """Escape control characters in all texts of a JSON value. A terminal would execute control characters of an untrusted file."""
     if isinstance(value, dict):
         return {printable(key): _escape_control(one) for key, one in value.items()}
     if isinstance(value, list):

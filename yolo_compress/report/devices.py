@@ -20,9 +20,9 @@ DERIVED_KEYS = ("id", "retention", "speed_up", "size_ratio", "notes")  # `bench_
 def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None) -> Document:
     """Return the report's document with the measurements of other machines added, and the gate judged again over all rows.
 
-    A `device.json` adds rows of the compressed model, each with its `device`. A row without mAP shows its latency and is not
-    judged. A `report.json` of another recipe adds that recipe's baseline, in every runtime and precision, as a reference. The
-    baseline must have been measured on this machine.
+    A `device.json` adds rows of the compressed model, each with its `device`. The report shows the latency of a row without mAP,
+    but the gate does not judge this row. A `report.json` of another recipe adds that recipe's baseline, in every runtime and
+    precision, as a reference. The baseline must have been measured on this machine.
 
     Args:
         document: Result of `document.build`, or the content of a `report.json`.
@@ -101,7 +101,7 @@ def _device(file: Path, found: DeviceFile, used_names: Set[str]) -> Device:
 
 
 def _machine(about: Mapping[str, Json]) -> str:
-    """Return the name of the machine's board, GPU or processor, whichever is known first, or an empty text."""
+    """Return the name of the machine: its board, else its GPU, else its processor, else an empty text."""
     return str(about.get("board") or str(about.get("gpu") or "").split(",")[0] or about.get("cpu") or "")
 
 
@@ -144,7 +144,7 @@ def _measured_on(device: Json) -> str:
 
 
 def _without_derived(row: Row) -> dict[str, object]:
-    """Return the row without the ratios and notes that the report adds, so that they can be computed again.
+    """Return the row without the ratios and notes of the report, which are then computed again.
 
     If the report had removed p99 because too few calls were timed, p99 is not restored.
     """

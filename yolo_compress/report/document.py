@@ -69,7 +69,8 @@ class Findings:
 
     Attributes:
         recipe: Name of the recipe.
-        rows: Bench rows from `with_ids`. If mAP is None, the report shows the latency and the gate ignores the row; NaN fails it.
+        rows: Bench rows from `with_ids`. If mAP is None, the report shows the latency and the gate ignores the row. A row with the
+            mAP NaN fails the gate.
         min_retention: Least share of the baseline's mAP50-95, 0 to 1.
         max_latency_ms: Limit of p50 latency for the worst row that has a latency. None: no limit.
         max_size_mib: Limit of the engine's size for the same row. None: no limit.

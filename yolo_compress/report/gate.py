@@ -33,11 +33,11 @@ def judge(
     max_latency_ms: float | None = None,
     max_size_mib: float | None = None,
 ) -> Gate:
-    """Judge the INT8 rows of the compressed model, or its float rows if the recipe has no INT8. The worst row decides.
+    """Judge the INT8 rows of the compressed model. If there are none, judge its float rows. The worst row decides.
 
-    A row passes if its mAP50-95 is at least `min_retention` times the mAP50-95 of the baseline in FP32. A row whose mAP is NaN
-    fails, and a row without mAP (None) is ignored. If the baseline has no usable mAP, every row fails. The worst row must also
-    have the classes, input and output of the baseline. The limits on latency and size apply to the worst row that has a latency.
+    A row passes if its mAP50-95 is at least `min_retention` times the mAP50-95 of the baseline in FP32. A row with the mAP NaN
+    fails. A row without mAP (None) is ignored. If the baseline has no usable mAP, every row fails. The worst row must also have the
+    classes, input and output of the baseline. The limits on latency and size apply to the worst row that has a latency.
 
     Args:
         rows: Rows from `with_ids`. mAP may be NaN.
@@ -78,7 +78,7 @@ def judge(
 
 
 def _decide(gate: Gate, candidates: Mapping[str, EvaluatedBenchRow], reference: MeasuredBenchRow) -> None:
-    """Fill in, in place, the keys of `gate` that depend on the worst row, and on the worst row that has a latency."""
+    """Set, in place, the keys of `gate` for the worst row, and the keys for the worst row with a latency."""
     worst = min(gate["judged"], key=_retention)
     timed = min(
         (one for one in gate["judged"] if candidates[one["id"]]["status"] == "ok"), key=_retention, default=None
@@ -125,7 +125,7 @@ def _check_limit(row: BenchRow, key: str, name: str, unit: str, knob: str, limit
 
 
 def _check_signature(row: EvaluatedBenchRow, reference: MeasuredBenchRow) -> list[Check]:
-    """Check that a row has the classes, input and output of the baseline. If one of them was not recorded, return no check."""
+    """Check that a row has the classes, input and output of the baseline. If a row did not record them, return no check."""
     value, limit = row.get("signature"), reference.get("signature")
     if value is None or limit is None:
         return []
@@ -152,7 +152,7 @@ def _judge_row(row: EvaluatedBenchRow, reference: MeasuredBenchRow | None, min_r
         entry["retention"], entry["passed"] = retention, retention >= min_retention - ROUNDING
         if not entry["passed"]:
             share, bound = percent_apart(retention, min_retention)
-            entry["reason"] = f"{label(row)} keeps {share}, below the gate of {bound}"
+            entry["reason"] = f"{label(row)} has {share}, below the gate of {bound}"
     return entry
 
 
@@ -173,7 +173,7 @@ def verdict(rows: Sequence[Row], gate: Gate, control: Control | None = None) -> 
     if gate["retention"] < gate["min_retention"] - ROUNDING:
         share, low = percent_apart(gate["retention"], gate["min_retention"])
         bound = f", below the gate of {low}"
-    line = f"{status.upper()}: {label(row)} keeps {share} of the baseline's mAP50-95 "
+    line = f"{status.upper()}: {label(row)} has {share} of the baseline's mAP50-95 "
     line += f"({fixed(reference['map50_95'])} -> {fixed(row['map50_95'])}){bound}"
     timed = by_id[gate["timed"]] if gate["timed"] else row
     gains = [gain(timed["speed_up"], "faster", "slower"), gain(timed["size_ratio"], "smaller", "larger")]

@@ -35,7 +35,7 @@ from yolo_compress.report.tables.control import control_table
 
 
 def render(document: Document, gallery: Gallery) -> str:
-    """Return the report as an HTML page. Text from outside (names, files, YAML) is escaped; only SVG of this package is not."""
+    """Return the report as an HTML page. All text from outside (names, files, YAML) is escaped. Only the SVG of this package is not."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -105,7 +105,7 @@ def signs(text: str) -> str:
 
 
 class Tile(NamedTuple):
-    """A box of the page with one measurement, as text: of the judged row (`now`), the FP32 baseline (`was`), the ratio (`gain`)."""
+    """A box of the page with one measurement, as text: `now` for the judged row, `was` for the FP32 baseline, `gain` for the ratio."""
 
     title: str
     now: str

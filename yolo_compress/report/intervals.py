@@ -8,7 +8,7 @@ import numpy as np
 
 from yolo_compress.evaluate.bootstrap import interval, over_classes, replicate, resamples
 from yolo_compress.report.schema import Interval
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import match
 
 REPLICATES = 400  # most resamples; with these, another seed moves the ends of an interval by a tenth of its width
@@ -23,7 +23,7 @@ def intervals(
     seed: int,
     most: int = MAX_DETECTIONS,
 ) -> dict[str, Interval]:
-    """Return the 95 % intervals for each model: of its mAP50-95, and of the mAP50-95 difference from the model `reference`.
+    """Return two 95 % intervals for each model: of its mAP50-95, and of the difference from the mAP50-95 of the model `reference`.
 
     Args:
         truths: Ground-truth boxes of each image, N5: class, xyxy.
@@ -32,7 +32,7 @@ def intervals(
         classes: Number of classes.
         replicates: Number of resamples.
         seed: Seed of the resampling.
-        most: Largest number of detections per class and image that are evaluated.
+        most: Largest number of detections per class and image that count.
     """
     map_R = resampled(truths, models, classes, replicates, seed, most)
     found = {}

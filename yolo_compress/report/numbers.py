@@ -39,7 +39,7 @@ def signed(value: Any, digits: int = 3) -> str:
 
 
 def interval(low: Any, high: Any, write: Callable[[Any], str]) -> str:
-    """Format an interval, each end by `write`. If an end is missing, return a dash."""
+    """Format an interval. `write` formats each end. If an end is missing, return a dash."""
     return DASH if finite(low) is None or finite(high) is None else f"{write(low)} to {write(high)}"
 
 
@@ -126,7 +126,7 @@ def probability(value: Any) -> str:
 
 
 def one_line(key: str, value: Any) -> Any:
-    """Return a value of the environment so that it fits on one line: mappings and lists become text."""
+    """Return a value of the environment for one line of text. Mappings and lists become text."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {one_line(name, item)}" for name, item in value.items())
     if isinstance(value, list):

@@ -12,13 +12,15 @@ Conventions:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from yolo_compress.evaluate.ab.schema import AB
-from yolo_compress.evaluate.rows import Signature
+from yolo_compress.evaluate.rows import Model, Signature
 from yolo_compress.evaluate.tide import ModelErrors
+from yolo_compress.runtime.registry import Precision
 
 # New in 3: rows of files without an engine ("untimed"), gate.timed, McNemar's test by image.
 # New in 2: ab, errors, placement, devices.
@@ -26,8 +28,6 @@ SCHEMA: Final = 3
 
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 
-Model = Literal["original", "compressed"]
-Precision = Literal["fp32", "fp16", "int8"]
 Status = Literal["ok", "untimed", "missing"]
 Measure = Literal["loss", "map50_95"]
 
@@ -96,7 +96,7 @@ class _Latency(TypedDict):
 
 
 class _OnDevice(TypedDict, total=False):
-    """Further measurements of a device, null where it cannot measure them; absent for this machine."""
+    """Further measurements of a device. Null: the device cannot measure this. For this machine the keys are absent."""
 
     # Time from a decoded image to its detections, one image after another.
     end_to_end_p50_ms: float | None
@@ -118,13 +118,13 @@ class MeasuredBenchRow(_Accuracy, _Latency, _OnDevice):
 
 
 class UntimedBenchRow(_Accuracy):
-    """A file that no engine on this machine was built from. It has accuracy, but neither latency nor size."""
+    """A file that no engine on this machine was built from. It has an accuracy, but no latency and no size."""
 
     status: Literal["untimed"]
 
 
 class MissingBenchRow(_Subject):
-    """A requested measurement that failed or was not possible. A device writes the keys of its other rows too, as null."""
+    """A requested measurement that failed or was not possible. A device writes all keys of a measured row, with null as value."""
 
     status: Literal["missing"]
     executed: NotRequired[None]
@@ -166,7 +166,7 @@ class _Ratios(TypedDict):
 
 
 class MeasuredRow(MeasuredBenchRow, _Ratios):
-    """`MeasuredBenchRow` in the report; latency_p99_ms is null below 662 timed calls."""
+    """`MeasuredBenchRow` in the report. latency_p99_ms is null below 662 timed calls."""
 
 
 class UntimedRow(UntimedBenchRow, _Ratios):
@@ -319,8 +319,8 @@ class SensitivityFile(TypedDict):
     measure: Measure
     dense: float  # measure of the model before pruning
     ratios: list[float]  # removed shares of the group's channels, ascending
-    groups: dict[str, list[float | None]]  # group -> measure at each ratio
-    caps: dict[str, float | None]  # group -> largest share that pruning may remove; null: no limit
+    groups: Mapping[str, Sequence[float | None]]  # group -> measure at each ratio
+    caps: Mapping[str, float | None]  # group -> largest share that pruning may remove; null: no limit
     images: int  # number of images for the measurement
 
 
@@ -338,7 +338,7 @@ _InFloat = TypedDict("_InFloat", {"float": float})  # noqa: UP013
 
 
 class QuantisationFile(_InFloat):
-    """Sensitivity to INT8, by `qat.sensitivity`, with one group of tensors in float at a time and all others in INT8.
+    """Sensitivity to INT8, by `qat.sensitivity`. One group of tensors at a time is in float, and all other groups are in INT8.
 
     The measure is mAP or the loss. The key `float` has the measure of the float model.
     """
@@ -419,7 +419,7 @@ class Reference(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """Name, classes, image counts and digests of the data set; null where unknown."""
+    """Name, classes, image counts and digests of the data set. Null means unknown."""
 
     yaml: str | None  # file name
     names: list[str]  # class names in the order of their index
@@ -454,7 +454,7 @@ class Environment(TypedDict, total=False):
 
 
 class Document(TypedDict):
-    """Content of `report.json`. The HTML, Markdown and terminal reports are made only from this."""
+    """Content of `report.json`. The HTML, Markdown and terminal reports are made from this document alone."""
 
     schema: int  # SCHEMA
     recipe: str  # name of the recipe

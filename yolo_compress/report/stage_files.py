@@ -39,7 +39,7 @@ def gammas(given: Gammas | None) -> Gammas | None:
 
 
 def pairs(what: str, given: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | None:
-    """Check and return the numbers [before, after] pruning for each layer: channels or MACs, as `what` says in error messages."""
+    """Check and return layer -> [number before pruning, number after]. `what` is the name of the numbers: channels or MACs."""
     if not given:
         return None
     for layer, pair in given.items():
@@ -60,7 +60,7 @@ def recovery(given: Sequence[Sequence[float]] | None) -> list[list[float | None]
 
 
 def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
-    """Check the sensitivity to pruning. Return it with `most_sensitive` added: the groups with the worst `mean_change`."""
+    """Check the sensitivity to pruning, and add `most_sensitive`: the groups with the worst `mean_change`."""
     if not given:
         return None
     if absent := [key for key in SENSITIVITY_KEYS if key not in given]:
@@ -86,7 +86,7 @@ def sensitivity(given: SensitivityFile | None) -> Sensitivity | None:
 
 
 def harm(measure: Measure, change: float | None) -> float:
-    """Return the change of a measure with the sign for which larger is worse: a rise of the loss, or a fall of mAP.
+    """Return how much worse a measure became: the rise of the loss, or the fall of mAP.
 
     If `change` is None, return infinity.
     """
@@ -130,7 +130,7 @@ def quantiles(given: Mapping[str, Sequence[float]] | None, rows: Sequence[BenchR
 
 
 def quantisation(given: QuantisationFile | None) -> Quantisation | None:
-    """Check the sensitivity to INT8. Return it with `gives_back` added: the gain if only one group is in float, for each group.
+    """Check the sensitivity to INT8, and add `gives_back`: for each group, the gain if only this group is in float.
 
     A gain above 0 means that float improves the measure.
     """

@@ -12,7 +12,7 @@ _TENSORRT = {
 
 
 def zeros_note(kind: str, sparsity: float) -> list[str]:
-    """Return a sentence on the share of zero weights, then a sentence for each runtime on what the zeros do there.
+    """Return a sentence on the share of zero weights, then one sentence for each runtime on the effect of zeros there.
 
     Args:
         kind: `unstructured` or `two_four`.

@@ -22,7 +22,7 @@ _MAX_BET = 0.75  # as a fraction of the bet that can lose all wealth; arXiv 2010
 
 
 def above(values_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """Return whether the mean of values in 0..1 is shown to be above `mean`.
+    """Return whether values in 0..1 show that their mean is above `mean`.
 
     `alpha` is the error probability over all evaluations together, if the test is repeated as values arrive.
     """
@@ -30,7 +30,7 @@ def above(values_T: np.ndarray, mean: float, alpha: float) -> bool:
 
 
 def below(values_T: np.ndarray, mean: float, alpha: float) -> bool:
-    """Return whether the mean of values in 0..1 is shown to be below `mean`, with error probability `alpha`.
+    """Return whether values in 0..1 show that their mean is below `mean`, with error probability `alpha`.
 
     Only the wealth after the last value counts, even if it was higher before.
     """
@@ -89,8 +89,8 @@ def _largest(true_at: object) -> float:
 def quantile_bounds(values_T: np.ndarray, share: float, alpha: float) -> tuple[float, float]:
     """Return the lower and upper bound of a quantile. Each bound is wrong with probability `alpha` over all evaluations.
 
-    The values may have any range. The bets do not depend on the values, so the wealth falls monotonically with the threshold. That
-    allows a binary search for the outermost threshold that is rejected.
+    The values may have any range. The bets do not depend on the values, so the wealth falls monotonically with the threshold. A
+    binary search therefore finds the outermost threshold that is rejected.
 
     Args:
         values_T: Values in the order of time.
@@ -103,11 +103,11 @@ def quantile_bounds(values_T: np.ndarray, share: float, alpha: float) -> tuple[f
     ordered_T = np.sort(values_T)
 
     def quantile_is_above(threshold: float) -> bool:
-        """Return whether the share of values at or below the threshold is shown to be less than `share`."""
+        """Return whether the values show that less than `share` of them are at or below the threshold."""
         return _rejected((values_T > threshold).astype(np.float64), 1 - share, alpha)
 
     def quantile_is_below(threshold: float) -> bool:
-        """Return whether the share of values below the threshold is shown to be more than `share`."""
+        """Return whether the values show that more than `share` of them are below the threshold."""
         return _rejected((values_T < threshold).astype(np.float64), share, alpha)
 
     n_below, n_above = 0, 0  # number of smallest values below the quantile, and of largest values above it

@@ -1,6 +1,6 @@
-"""Verdict of a staged rollout: decide whether more robots may run the new model, from detections of two models on the same frames.
+"""Verdict of a staged rollout: may more robots run the new model? The detections of two models on the same frames decide.
 
-Model A is the one in use. Model B is the new one, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
+Model A is in use. Model B is the new model, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
 compares one quantity with its budget, by a test that stays valid if repeated (`bets.py`). The verdict of a look is:
 
     abort    A rule is surely beyond its budget, or B is dead: A has as many frames and hours after B's last line as a stage needs.
@@ -8,15 +8,15 @@ compares one quantity with its budget, by a test that stays valid if repeated (`
     hold     Otherwise. Unknown is not a pass.
 
 The error rates hold over all looks and stages of one release. A canary within all budgets is aborted with a probability of at most
-`ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage, uses
-only its own frames and a fifth of `ALPHA`. For an abort, the rules share that fifth. For an advance, each rule may use the whole
-fifth, because all rules must agree.
+`ALPHA`. A canary beyond a budget advances with a probability of at most `ALPHA`. Each stage, and the time after the last stage,
+uses only its own frames and a fifth of `ALPHA`. For an abort, all rules together may use this fifth. For an advance, each rule may
+use the whole fifth, because all rules must agree.
 
-Time stamps come from the robot's clock, which may not be set yet at start-up. So time is counted from frame to frame, a gap counts as
-at most `PAUSE_S`, and frames with a time in the future are left out.
+Time stamps come from the robot's clock, which may not be set yet at start-up. So time is counted from frame to frame, and a gap
+counts as at most `PAUSE_S`. Frames with a time in the future are left out.
 
-The error rates are those of the rules. They do not cover missing lines of B: a dead process, or a log of B that is much shorter than
-A's. A canary that stops and restarts is held while it has no line for more than `MAX_SILENT` of A's frames.
+The error rates hold for the rules alone. They do not cover missing lines of B: a dead process, or a log of B that is much shorter
+than A's. A canary that stops and restarts is held while it has no line for more than `MAX_SILENT` of A's frames.
 
 The verdict cannot cover scenes that did not occur, such as night. If there are no labels (`truth`), the verdict does not cover objects
 that both models miss.
@@ -58,21 +58,21 @@ MAX_AHEAD_S = 86400.0  # largest time by which the robot's clock may be ahead of
 
 @dataclass(frozen=True)
 class Budgets:
-    """How much worse than model A, the one in use, the canary B may be, as means over frames; and the evidence that a stage needs.
+    """Limits for how much worse the canary B may be than model A in use, as means over frames. Also the evidence that a stage needs.
 
-    The defaults of `disagreement`, `count` and `score` are above the values of compressed models on three small data sets (BCCD,
-    NEU-DET, digits), compared with their baselines: 0.07 to 0.17 in `disagreement`, up to 0.08 in `count` and 0.07 in `score`
-    (benchmarks/disagreement.py).
+    Compressed models on three small data sets (BCCD, NEU-DET, digits) were compared with their baselines
+    (benchmarks/disagreement.py). `disagreement` was 0.07 to 0.17, `count` up to 0.08 and `score` up to 0.07. The defaults are above
+    these values.
 
     Attributes:
-        problems: Fraction of frames where only B has a problem, minus the fraction where only A has one.
+        problems: Fraction of frames where only B has a problem, minus the fraction where only A has a problem.
         disagreement: Fraction of the boxes of A and B without a partner of their class at IoU 0.5.
         count: Difference of the numbers of boxes, as a fraction of the larger number.
         score: Difference between the scores of two boxes that are partners.
-        p50_ratio, p99_ratio: End-to-end latency of B divided by that of A.
+        p50_ratio, p99_ratio: End-to-end latency of B divided by the end-to-end latency of A.
         recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. Needs labels.
         frames: Smallest number of frames with detections of both models. Frames closer than `SPACING_S` are not counted.
-        hours: Smallest time that these frames cover; a gap counts as at most a minute.
+        hours: Smallest time that these frames cover. A gap counts as at most a minute.
     """
 
     problems: float = 0.01
@@ -114,7 +114,7 @@ def budgets(text: str | None) -> Budgets:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Result of one rule: the quantity, its interval (at the error level of an abort), and whether the quantity meets the budget."""
+    """Result of one rule: the quantity, its interval (at the error level of an abort), and whether it is within the budget."""
 
     name: str
     value: float
@@ -138,7 +138,7 @@ def judge(
     """Decide from two shadow logs whether the release aborts, advances to more robots, or holds.
 
     Args:
-        log_a: Log of model A, the one in use.
+        log_a: Log of model A, which is in use.
         log_b: Log of model B, the canary.
         state: State of the release before this evaluation.
         allowed: How much worse B may be, and how much evidence a stage needs.
@@ -265,7 +265,7 @@ def _spaced(pairs: Sequence[tuple[Frame, Frame]]) -> list[tuple[Frame, Frame]]:
 
 
 def _silent_share(log_a: Log, pairs: Sequence[tuple[Frame, Frame]], since: float) -> float:
-    """Return the fraction of A's frames without a line of B. A dead canary cannot write that it has a problem."""
+    """Return the fraction of A's frames for which B wrote no line. A dead canary cannot report a problem."""
     after = sum(frame.at > since for frame in log_a.frames)
     return 1 - sum(one.at > since for one, _ in pairs) / after if after else 0.0
 
@@ -291,7 +291,7 @@ MAX_SILENT = 0.1  # below this, B's log may be late or the robot off; above it, 
 def _verdict(
     rules: Sequence[_Rule], used: int, hours: float, silent: float, allowed: Budgets
 ) -> tuple[Status, list[str]]:
-    """Return the verdict from the results of the rules and the amount of evidence, and the reasons for the verdict."""
+    """Return the verdict and its reasons, from the results of the rules and the amount of evidence."""
     beyond = [f"{rule.name} is beyond {rule.budget:g}: {_interval(rule)}" for rule in rules if rule.beyond]
     if beyond:
         return "abort", beyond
@@ -341,7 +341,7 @@ def _rules(
 
 
 def disagreement(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the fraction of all boxes in two frames that have no partner in the other frame. `pairs` holds the partners."""
+    """Return the fraction of boxes without a partner in the other frame, among all boxes of two frames. `pairs` holds the partners."""
     boxes = len(a.boxes_N6) + len(b.boxes_N6)
     return 1 - 2 * len(pairs) / boxes if boxes else 0.0
 
@@ -353,7 +353,7 @@ def count_shift(a: Frame, b: Frame) -> float:
 
 
 def score_shift(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the mean of the score in `b` minus the score in `a`, over boxes that are partners. `pairs` must not be empty."""
+    """Return the mean score difference, frame `b` minus frame `a`, over the boxes in `pairs`. `pairs` must not be empty."""
     return float(np.mean([b.boxes_N6[j, 4] - a.boxes_N6[i, 4] for i, j in pairs]))
 
 
@@ -370,7 +370,10 @@ def _mean_rule(
     beyond: float,
     one_sided: bool,
 ) -> _Rule:
-    """Return the result of the rule for a mean. It must be at most `budget`; if `one_sided` is False, also at least -`budget`."""
+    """Return the result of the rule for a mean, which must be at most `budget`.
+
+    If `one_sided` is False, the mean must also be at least -`budget`.
+    """
     low, width = span[0], span[1] - span[0]
     unit_T = (values_T - low) / width
     upper, lower = (budget - low) / width, (-budget - low) / width

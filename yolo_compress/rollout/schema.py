@@ -1,6 +1,6 @@
 """Types of the document that `rollout` prints and of its state file, both schema 1. NaN and infinity are written as null.
 
-Model A is the one in use, model B the new one (the canary).
+Model A is in use. Model B is the new model (the canary).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Verdict(TypedDict):
 
 
 class Evidence(TypedDict):
-    """Numbers of frames that the verdict is based on, and of lines that were left out."""
+    """Numbers of frames behind the verdict, and of lines that were left out."""
 
     paired: int  # frames that are in both logs
     used: int  # paired frames that belong to this stage and are far enough apart

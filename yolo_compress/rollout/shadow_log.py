@@ -1,6 +1,6 @@
 """Shadow logs: detections of two models that run on the same frames. `detect.py --shadow` writes one JSON line for each frame.
 
-Model A is the one in use, model B the new one. A line is:
+Model A is in use, and model B is the new model. A line is:
 
 {"schema": 1, "frame": name, "at": unix seconds, "model": {"name", "version"}, "ms": end to end,
  "detections": [[x1, y1, x2, y2, score, class], ...], "problem": null or text}
@@ -56,7 +56,9 @@ class Log:
 
 
 def read(path: Path) -> Log:
-    """Read a shadow log. Lines may be out of order or repeated. A last line without a newline is still being written and ignored.
+    """Read a shadow log. Lines may be out of order or repeated.
+
+    A last line without a newline is ignored, because it is still being written.
 
     Raises:
         DataError: The log has no line, too many bad lines, or lines of two models.
@@ -96,7 +98,7 @@ def read(path: Path) -> Log:
 def _parsed(line: str) -> tuple[tuple[str, int], Frame]:
     entry = json.loads(line, parse_constant=_no_constant)
     if entry["schema"] != SCHEMA:
-        raise ValueError(f"schema {entry['schema']!r}, {SCHEMA} expected")
+        raise ValueError(f"schema {entry['schema']!r}, expected {SCHEMA}")
     name, version, frame, problem = entry["model"]["name"], entry["model"]["version"], entry["frame"], entry["problem"]
     at, ms = _number(entry["at"]), _number(entry["ms"])
     if not (
@@ -165,7 +167,7 @@ def read_truth(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Paired frames of models A and B in the order of A's time, the numbers of unpaired frames, and B's median lag in s."""
+    """Paired frames of models A and B in the order of A's time. Also the numbers of unpaired frames, and B's median lag in s."""
 
     frames: tuple[tuple[Frame, Frame], ...]
     alone_a: int

@@ -24,10 +24,10 @@ class State:
     """State of a release between two calls of `rollout`.
 
     Attributes:
-        a, b: (name, version) of model A, the one in use, and of model B, the new one. Other models are another release.
+        a, b: (name, version) of model A, which is in use, and of the new model B. Other models belong to another release.
         status: running, aborted (final) or done (B runs on all robots, and can still be aborted).
         stage: Index into STAGES.
-        since: A's time of the last frame that an earlier stage used, as Unix time in s.
+        since: Time of the last frame that an earlier stage used, by the clock of model A: Unix time in s.
     """
 
     a: tuple[str, int]
@@ -99,7 +99,7 @@ def step(state: State, verdict: str, until: float, cap: float = 1.0) -> State:
     Args:
         state: State before the verdict.
         verdict: "abort", "advance" or "hold".
-        until: Time of the last frame that the verdict counts, by the clock of model A (the one in production): Unix time, s.
+        until: Time of the last frame that the verdict counts, by the clock of model A: Unix time in s.
         cap: Largest share of robots that may run B, 0 to 1.
     """
     if state.status == "aborted":

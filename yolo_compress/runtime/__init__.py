@@ -1,1 +1,1 @@
-"""Code that runs on the robot. It needs only numpy and an engine library, no other part of the package, and Python 3.8."""
+"""Code that runs on the robot. It needs Python 3.8, numpy and an engine library, but no other part of the package."""

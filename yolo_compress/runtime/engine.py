@@ -17,7 +17,7 @@ def open_engine(
 
     Args:
         path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`.
-        threads: threads of one inference on a CPU; None: one per usable processor. Not allowed for an engine on a GPU.
+        threads: threads of one inference on a CPU. None: one per usable processor. An engine on a GPU allows only None.
         onnx_sha256: SHA-256 of the ONNX file that the engine must be built from. None: any ONNX file.
 
     Returns:
@@ -32,7 +32,7 @@ def open_engine(
     directory = Path(path)
     info = load_info(directory, onnx_sha256)
     if info.runtime not in BACKENDS:
-        raise EngineError(f"{directory}: of runtime {info.runtime!r}, one of {', '.join(BACKENDS)} expected")
+        raise EngineError(f"{directory}: of runtime {info.runtime!r}, expected one of {', '.join(BACKENDS)}")
     row = registry.RUNTIMES[info.runtime]
     opened: EngineBackend
     if not row.gpu:
@@ -45,7 +45,7 @@ def open_engine(
 
 
 def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
-    """Return the name of the ONNX file, without `.onnx`, to build an engine of this runtime and precision from.
+    """Return the name of the ONNX file, without `.onnx`, from which an engine of this runtime and precision is built.
 
     Some runtimes need their own INT8 file, such as `int8-openvino`. The result depends on the installed version of the runtime.
 

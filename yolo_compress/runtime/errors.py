@@ -1,4 +1,4 @@
-"""Errors of engines and of the commands on the robot. The exit codes are those of the package's other errors."""
+"""Errors of engines and of the commands on the robot. Their exit codes have the same meaning as in `yolo_compress.errors`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CudaError(RuntimeFailure):
 
 
 class EngineError(RuntimeFailure):
-    """An engine is altered, truncated, built for another machine, or does not support what the caller asks for."""
+    """An engine is altered, truncated or built for another machine. Or it does not support what the caller asks for."""
 
 
 class NotFinite(EngineError):

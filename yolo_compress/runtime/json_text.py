@@ -20,7 +20,7 @@ def parse(data: bytes, constant: Callable[[str], Any] = refuse) -> Any:
     """Parse a JSON document.
 
     Args:
-        constant: function that converts NaN, Infinity and -Infinity; by default they are refused.
+        constant: function that converts NaN, Infinity and -Infinity. By default they are refused.
 
     Raises:
         ValueError: the data is too large, not UTF-8, not JSON, nested too deeply, has a duplicate key or too large a number.
@@ -50,7 +50,7 @@ def read(path: Path, constant: Callable[[str], Any] = refuse) -> Any:
 
 
 def content(path: Path) -> bytes:
-    """Read the bytes of a file, up to one byte more than `parse` accepts.
+    """Read the bytes of a file. Of a file that is too large for `parse`, one byte more than the limit is read.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,13 +1,16 @@
 """The list of runtimes (NCNN, ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
 
 This is the only such list: the command line, the recipe, `lint`, `export`, `bench`, the report, the bundle and the robot's commands
-read it. To add a runtime, add an entry here and a `Backend` in `backends/`; docs/extending.md has an example.
+read it. To add a runtime, add an entry here and a `Backend` in `backends/`. docs/extending.md has an example.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple, get_args
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: Tuple[Precision, ...] = get_args(Precision)
 
 
 class Int8File(NamedTuple):
@@ -19,7 +22,8 @@ class Int8File(NamedTuple):
             another kind, the report shows this name in place of the runtime.
         title: Title in the report for this kind of file.
         lint: Target of `lint` that the file is checked against.
-        zero_point: Zero point of activations: 0 (INT8) or 128 (UINT8). None: the file has no Q/DQ; the scales are in another file.
+        zero_point: Zero point of activations: 0 (INT8) or 128 (UINT8). None: the file has no Q/DQ, and the scales are in another
+            file.
         quantised_outputs: Whether the outputs of convolutions are also quantised before the activation.
         half: Whether the float tensors between Q/DQ pairs, and the scales, are float16.
     """
@@ -34,7 +38,7 @@ class Int8File(NamedTuple):
 
 
 class Runtime(NamedTuple):
-    """A library that executes engines, and what the package must know about that library.
+    """A library that executes engines, with all properties that the package uses.
 
     Attributes:
         name: Name in recipes, options and engine folders (`onnxruntime-int8`).
@@ -44,8 +48,8 @@ class Runtime(NamedTuple):
         needs: Software that must be installed on a robot.
         backend: `module:class` below `runtime/`, imported on use.
         int8: INT8 files that `export` writes for this runtime.
-        gpu: Whether engines run on a GPU. Such engines have no option `threads`, and run only on the device they were built on.
-        opsets: Smallest and largest ONNX operator set that the runtime reads; None: no known limit.
+        gpu: Whether engines run on a GPU. Such engines have no option `threads`, and run only on the device that built them.
+        opsets: Smallest and largest ONNX operator set that the runtime reads. None: no known limit.
         build_options: Additional options of the backend's `build`.
         most_images: Largest number of images in one inference; None: no limit.
     """
@@ -121,7 +125,7 @@ RUNTIMES: Dict[str, Runtime] = {
 
 
 def names(gpu: Optional[bool] = None) -> Tuple[str, ...]:
-    """Return the names of all runtimes, or of those that run on a GPU (True) or on the CPU (False)."""
+    """Return the names of the runtimes on a GPU (`gpu` is True), on the CPU (False), or of all (None)."""
     return tuple(row.name for row in RUNTIMES.values() if gpu is None or row.gpu == gpu)
 
 

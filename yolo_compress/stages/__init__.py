@@ -1,6 +1,6 @@
 """The stages of a recipe. Each has a module with a function `run(job) -> metrics`. `metrics.py` has the types of the metrics.
 
-A stage does not know about caching, make or the command line.
+A stage knows nothing of the store, of `make` or of the command line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Job:
 
     Attributes:
         config: Section of the stage in the recipe. Everything else that the stage reads must be in the fingerprint.
-        recipe: The recipe. Stages read `data` and `run` from it; only `report` uses all of it.
+        recipe: The recipe. Stages read `data` and `run` from it. Only `report` uses all of it.
         dataset: Images and labels that passed the preflight.
         inputs: Input artefacts by stage name. If the recipe leaves a stage out, its entry is the artefact of the stand-in stage.
         out: Folder that becomes the artefact.

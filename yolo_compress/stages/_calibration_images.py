@@ -17,7 +17,7 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.stages import Job
-from yolo_compress.stages.files import CalibrationImage
+from yolo_compress.stages.file_types import CalibrationImage
 from yolo_compress.store.fingerprint import fingerprint
 
 BATCH = 16
@@ -67,7 +67,7 @@ def letterboxed(
     """Yield batches images_BCHW, RGB or grey, float32 from 0 to 1, letterboxed as for validation.
 
     Raises:
-        DataError: All images are of one colour. Scales from them would clip the values of all other images.
+        DataError: Each image has only one colour. Scales from such images would clip the values of other images.
     """
     # A batch of one image has no variance at 32 px, so a single last image joins the batch before it.
     rest = len(samples) % batch == 1 and len(samples) > 1

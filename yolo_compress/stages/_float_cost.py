@@ -1,4 +1,4 @@
-"""Measure the cost of a group of tensors in float: the GFLOPs of its convolutions, or their latency in FP32 and in INT8."""
+"""Measure the cost of leaving a group of tensors in float: the GFLOPs of its convolutions, or their latency in FP32 and INT8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASKED = "qat.sensitivity_price"
 
 
 def check(price: str) -> None:
-    """Check that the runtime whose latency is the cost can run on this machine.
+    """Check that the runtime in `price` can run on this machine.
 
     Args:
         price: Unit of the cost: "gflops", which needs no runtime, or the name of a runtime.

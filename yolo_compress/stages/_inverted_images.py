@@ -20,7 +20,7 @@ FOLDER = "inverted"
 
 
 def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Sample, ...]:
-    """Optimise `count` images until the teacher detects objects in them, and return them as samples without boxes.
+    """Generate `count` images from the teacher's BatchNorm statistics, and return them as samples without boxes.
 
     The images are also copied to the folder `inverted` of the artefact.
     """

@@ -1,4 +1,4 @@
-"""Measure a model for a sensitivity analysis: its loss or its mAP on chosen images."""
+"""Measure the loss or the mAP of a model on chosen images, for a sensitivity analysis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose which channels `prune` removes, from the budget, the importance of channels and the limits per channel group.
+"""Choose which channels `prune` removes. The budget, the importance of channels and the limits per channel group decide.
 
 If the budget is in ms, the pruned model is built and timed.
 """
@@ -25,12 +25,13 @@ from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
 from yolo_compress.recipe.recipe import PruneConfig
+from yolo_compress.report.schema import SensitivityFile
 from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import Job, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import device
-from yolo_compress.stages.files import AskedMs, PruneSensitivity, PruneSensitivityBegun
+from yolo_compress.stages.file_types import AskedMs, PruneSensitivityBegun
 from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 
@@ -126,7 +127,7 @@ def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> N
 
 
 def _floors(config: PruneConfig, dense: Mapping[str, int]) -> dict[str, int]:
-    """Return how many channels each group must keep: `prune.floor` times its width before the first round, by group."""
+    """Return group -> number of channels that it must keep: `prune.floor` times its width before the first round."""
     return {name: max(1, round(config.floor * width)) for name, width in dense.items()}
 
 
@@ -152,7 +153,7 @@ class Planner:
         self.least: Mapping[str, int] = {}
 
     def one_cut(self, model: nn.Module) -> Plan:
-        """Return the channels to remove to meet the budget in one step. If it is in ms, latency comes from the table of layer times."""
+        """Return the plan that meets the budget in one step. For a budget in ms, the latency comes from the table of layer times."""
         groups = prunable(model)
         importance = scores(self._evidence(model, groups), find(self.config.criterion))
         return self._choose(model, groups, importance, self.shapes, self.budget)
@@ -230,7 +231,7 @@ class Planner:
         return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
 
     def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, LatencyBudget]:
-        """Return the plan whose pruned model, built and timed here, has the latency `prune.latency_ms`; and the latency metrics.
+        """Return a plan for which the pruned model, built and timed here, has the latency `prune.latency_ms`. Also return the metrics.
 
         The table of layer times needs another limit than `latency_ms` to give this plan. That limit is stored in `work`.
         """
@@ -260,7 +261,7 @@ class Planner:
     def _sensitivity(
         self, model: nn.Module, evidence: Evidence, importance: Mapping[str, Tensor], work: Path
     ) -> dict[str, int]:
-        """Measure how sensitive each group is to pruning. Return the number of channels that each group must keep, by group.
+        """Measure how sensitive each group is to pruning. Return group -> number of channels that it must keep.
 
         If an earlier run was killed during the measurement, continue it.
         """
@@ -283,7 +284,7 @@ class Planner:
             moments = evidence.moments if config.reconstruct else None
             sensitivity.measure(model, evidence.groups, importance, moments, value, state["groups"], save)
         caps = sensitivity.caps(state["groups"], state["dense"], config.max_drop, higher_is_better=not by_loss)
-        found: PruneSensitivity = {
+        found: SensitivityFile = {
             "measure": "loss" if by_loss else "map50_95",
             "dense": state["dense"],
             "ratios": list(sensitivity.RATIOS),

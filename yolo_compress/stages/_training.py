@@ -1,4 +1,4 @@
-"""Functions that all training stages use: schedule, training, validation, and writing the model."""
+"""Functions that all training stages share: settings, training, validation, and writing of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yolo_compress.progress import bar, say
 from yolo_compress.prune import masks
 from yolo_compress.prune.cost import conv_macs, parameters
 from yolo_compress.recipe.recipe import TrainConfig
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.stages import Job
 from yolo_compress.stages.metrics import ModelMetrics, Validated
 from yolo_compress.train import checkpoint, trainer
@@ -77,7 +77,7 @@ def fit(job: Job, model: nn.Module, hooks: Sequence[TrainHook], what: str, **cha
 def teacher_hook(file: Path) -> Teach:
     """Return the training hook for `teach_from_parent`: distillation with the model before the stage as teacher.
 
-    Student and teacher differ only in channels or precision, so the scores are not softened (temperature 1).
+    The scores are not softened (temperature 1), because student and teacher differ only in channels or precision.
 
     Args:
         file: `model.pt` of the teacher.

@@ -1,7 +1,7 @@
 """Stage `bench`: measure accuracy, latency and size of both models in torch and as engines.
 
-Exported files without an engine get only an accuracy. The same code measures the accuracy of all rows and the latency of all
-timed rows.
+Exported files without an engine get only an accuracy. The same code measures the accuracy of all rows, and the latency of all timed
+rows.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.published import made_for, open_published
+from yolo_compress.evaluate.exported_files import made_for, open_exported
+from yolo_compress.evaluate.latency_inputs import write_inputs
 from yolo_compress.evaluate.rows import (
     Accuracy,
     BenchRow,
@@ -35,10 +36,10 @@ from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.progress import bar
 from yolo_compress.recipe.recipe import BenchConfig
+from yolo_compress.report.schema import Status
 from yolo_compress.runtime.backends.base import Backend
-from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
@@ -50,11 +51,6 @@ from yolo_compress.stages.metrics import BenchMetrics, of_model
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
 
-LATENCY_IMAGES = 8  # number of real images that the timed calls use in turn
-
-
-Status = Literal["ok", "untimed", "missing"]
-
 
 @dataclass(frozen=True)
 class _Candidate:
@@ -63,8 +59,8 @@ class _Candidate:
     Attributes:
         subject: Model, runtime and precision.
         status: Status of the row after the measurement.
-        path: Model, engine or file that another process can open; None for a missing row.
-        size_mib: Size of the engine; None if the engine is not timed.
+        path: Model, engine or file that another process can open. None: the row is missing.
+        size_mib: Size of the engine. None: the engine is not timed.
     """
 
     subject: Subject
@@ -80,7 +76,7 @@ class _Candidate:
 
 def run(job: Job) -> BenchMetrics:
     """Measure each model in each runtime and precision, and return the rows. Write the latency of each call and the detections."""
-    candidates = _with_published(job, _candidates(job))
+    candidates = _with_exported_files(job, _candidates(job))
     evaluated = [one for one in candidates if one.status != "missing"]
     (job.out / "detections").mkdir()
     with bar("bench: mAP", len(evaluated) * len(job.dataset.val), "image") as advance:
@@ -100,7 +96,7 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 
 def _candidates(job: Job) -> list[_Candidate]:
-    """Return what has to be measured: both models in torch FP32, then all engines."""
+    """Return the candidates for measurement: both models in torch FP32, then all engines."""
     sources = _sources(job)
     found = [
         _Candidate(
@@ -122,7 +118,7 @@ def _candidates(job: Job) -> list[_Candidate]:
     return found
 
 
-def _with_published(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
+def _with_exported_files(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
     """Return the candidates with the files of `export` added that no engine here was built from. They are not timed."""
     export = job.inputs["export"]
     sources = _sources(job)
@@ -161,7 +157,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
     if subject["runtime"] == "torch":
         return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw, device=device(job))
     if candidate.status == "untimed":
-        return open_published(Path(path), subject["precision"], job.work)
+        return open_exported(Path(path), subject["precision"], job.work)
     return open_engine(path, threads=None if RUNTIMES[subject["runtime"]].gpu else config.threads)
 
 
@@ -188,7 +184,7 @@ def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -
 
 
 def _signature(backend: Backend) -> Signature:
-    """Return what a model takes and gives: its classes, the input size in px and the output shape for one image."""
+    """Return the classes of a model, its input size in px, and the shape of its output for one image."""
     blank_BCHW = np.zeros((backend.batch or 1, backend.channels, *backend.imgsz), np.float32)
     return {"names": list(backend.names), "imgsz": list(backend.imgsz), "output": list(backend(blank_BCHW).shape[1:])}
 
@@ -201,9 +197,7 @@ def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
     config: BenchConfig = job.config
     inputs = job.work / "inputs.npy"
     batch = job.recipe.export.batch if job.recipe.export else 1
-    count = -(-LATENCY_IMAGES // batch) * batch
-    images = [letterbox(read_image(s.image), job.imgsz_hw)[0] for s in job.dataset.val[:count]]
-    np.save(inputs, np.stack([images[index % len(images)] for index in range(count)]))
+    write_inputs(inputs, job.dataset.val, job.imgsz_hw, batch)
     threads = config.threads
     specs: list[Spec] = []
     for one in candidates:

@@ -16,7 +16,7 @@ from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe.checks import SAME_NET
 from yolo_compress.recipe.knobs import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
-from yolo_compress.stages import Job, _source
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._inverted_images import inverted_samples
 from yolo_compress.stages._model_score import map50_95
 from yolo_compress.stages._training import CLASS_GAIN, finish, fit, model_of
@@ -26,9 +26,9 @@ from yolo_compress.stages.metrics import DistillMetrics, HeldBack, of_model
 def run(job: Job) -> DistillMetrics:
     """Train the student with the teacher, write it as `model.pt`, and return the metrics.
 
-    The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al.,
-    arXiv 1503.02531). If the training uses no labels, the metric `trained_on` is a text with the kind and number of the
-    images, and with the mAP before and after the distillation.
+    The class loss is (1 - alpha) times the loss from the labels plus alpha times the loss from the teacher (Hinton et al., arXiv
+    1503.02531). If the training uses no labels, the metric `trained_on` is a text. It has the kind and number of the images, and
+    the mAP before and after the distillation.
     """
     trained, images = taught(job, model_of(job, "prune"), "distill")
     model, held = _better(job, trained)
@@ -91,15 +91,15 @@ def taught(job: Job, student: nn.Module, what: str) -> tuple[nn.Module, str | No
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the teacher can teach the student. The recipe's initial models stand for both.
+    """Check, before any stage runs, that the teacher can teach the student. The check uses the models before any training.
 
     Raises:
-        RecipeError: See `_source.start`, `Teach` and `checkpoint.load_model`.
+        RecipeError: See `_load_or_train.start`, `Teach` and `checkpoint.load_model`.
     """
     assert recipe.distill is not None
     config, seed = recipe.distill, recipe.run.seed
-    student = _source.start(recipe.baseline, dataset, seed, "baseline")
-    teacher = _source.start(
+    student = _load_or_train.start(recipe.baseline, dataset, seed, "baseline")
+    teacher = _load_or_train.start(
         recipe.teacher or recipe.baseline, dataset, seed, "teacher" if recipe.teacher else "baseline"
     )
     teaching(config, teacher).on_model(student)

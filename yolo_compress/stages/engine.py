@@ -1,4 +1,4 @@
-"""Stage `engine`: build one engine per runtime and precision. List those that cannot be built here with the reason."""
+"""Stage `engine`: build one engine per runtime and precision. For each engine that cannot be built here, record the reason."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str
 
 
 def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the installed runtimes whose INT8 sums overflow (saturate) on this processor: name -> reason.
+    """Return installed runtime -> reason, for the runtimes whose INT8 sums overflow (saturate) on this processor.
 
     Raises:
         RecipeError: The recipe names such a runtime.
@@ -113,7 +113,7 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
 
 
 def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
-    """Return the exported ONNX file to build from: the file made for this runtime if there is one, else the general file.
+    """Return the exported ONNX file to build from: a file made for this runtime, else the general file.
 
     Return None if there is no file.
     """

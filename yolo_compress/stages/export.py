@@ -12,8 +12,8 @@ from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CompressError, NumericsError
 from yolo_compress.evaluate.backend_difference import max_abs_difference
+from yolo_compress.evaluate.exported_files import check_nms
 from yolo_compress.evaluate.layer_difference import MAX_ROUNDINGS, first_bad_layer
-from yolo_compress.evaluate.published import check_nms
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
@@ -28,10 +28,11 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import WEIGHT_BITS, QuantState, fold
 from yolo_compress.recipe.recipe import ExportConfig, Recipe
+from yolo_compress.report import numbers
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
-from yolo_compress.stages import Job, _source
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
 from yolo_compress.store.manifest import Artifact
@@ -49,8 +50,8 @@ MAX_DIFFERENCE = {"scores": 1e-4, "boxes_px": 0.1}
 def run(job: Job) -> ExportMetrics:
     """Write the folders `original` (baseline) and `compressed`: ONNX files of each precision and runtime, and TorchScript.
 
-    INT8 of the baseline is made by PTQ. INT8 of the compressed model uses the scales of `qat`. If the recipe has no `qat`, it is
-    made by PTQ too.
+    INT8 files of the baseline are made by PTQ. INT8 files of the compressed model have the scales of `qat`. Without `qat` in the
+    recipe, they are also made by PTQ.
     """
     return {
         "original": _export(job, "original", job.inputs["baseline"], None),
@@ -71,7 +72,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         check_calibration(recipe, dataset, "export")
         if recipe.export.torchscript:
             find_engine()
-        model = _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         acts = {
             repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)
         }
@@ -80,7 +81,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:
-    """Write all exported files of one model into the folder `name`. `ranges` is the artefact of `qat`; None means PTQ."""
+    """Write all exported files of one model into the folder `name`. `ranges` is the artefact of `qat`. None: use PTQ."""
     config: ExportConfig = job.config
     folder = job.out / name
     folder.mkdir()
@@ -92,12 +93,12 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
         (folder / "fp32.onnx").unlink()
     if config.nms:
         made |= _nms_files(job, folder)
-    progress.say(f"export: {name} -> {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    progress.say(f"export: {numbers.model(name)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return made
 
 
 def _nms_files(job: Job, folder: Path) -> NmsFiles:
-    """Write a copy of each ONNX file in `folder` with NMS in the graph, and check the copy's boxes against the file without NMS."""
+    """Write a copy of each ONNX file in `folder` with NMS in the graph. Check the copy's boxes against the file without NMS."""
     images, boxes = _compared_images(job), 0
     for file in sorted(folder.glob("*.onnx")):
         made = file.with_name(f"{file.stem}{NMS_SUFFIX}.onnx")
@@ -169,7 +170,10 @@ def _compare(job: Job, model: nn.Module, file: Path) -> dict[str, float]:
 
 
 def _int8_files(job: Job, model: nn.Module, ranges: Artifact | None, folder: Path) -> Int8Files:
-    """Write Q/DQ files and INT8 TorchScript. Weights and scales come from `ranges` (of `qat`), or from PTQ of `model` if None."""
+    """Write Q/DQ files and INT8 TorchScript.
+
+    Weights and scales come from `ranges` of `qat`. If `ranges` is None, PTQ of `model` makes them.
+    """
     config: ExportConfig = job.config
     floats = folder / "fp32.onnx"
     trained = ranges is not None and "quant.json" in ranges.manifest.files
@@ -211,7 +215,7 @@ def _lint(file: Path, target: str, whole: bool) -> lint.Report:
     Args:
         file: ONNX file.
         target: Target of the lint.
-        whole: All tensors are meant to be in INT8, so a warning about float operations is a fault too.
+        whole: All tensors should be INT8. A warning about float operations is then also a fault.
 
     Raises:
         CompressError: The lint found faults, which is a bug of the export.

@@ -28,7 +28,7 @@ class Validated(TypedDict):
 
 
 class ModelMetrics(Validated):
-    """Metrics of every stage that writes a `model.pt`. `baseline` and `teacher` have no others."""
+    """Metrics of every stage that writes a `model.pt`. `baseline` and `teacher` have no other metrics."""
 
     parameters: int
     compute_gflops: float
@@ -51,7 +51,7 @@ class Repaired(TypedDict):
 
 
 class LatencyBudget(TypedDict, total=False):
-    """Metrics of `prune` if the budget is in ms; absent for other budgets."""
+    """Metrics of `prune` for a budget in ms. They are absent for other budgets."""
 
     latency_target_ms: float  # requested latency
     latency_runtime: str  # runtime of the target
@@ -94,14 +94,14 @@ class DistillMetrics(ModelMetrics, HeldBack):
 
 
 class Sensitive(TypedDict, total=False):
-    """Metrics of the INT8 sensitivity analysis; absent if `qat.sensitivity` is off."""
+    """Metrics of the INT8 sensitivity analysis. They are absent if `qat.sensitivity` is off."""
 
     sensitivity_enough: bool  # whether `qat.max_drop` is met with the chosen groups in float
     float_price_ms: float  # additional ms of these groups in float; absent if the cost is in GFLOPs
 
 
 class QatMetrics(ModelMetrics, Sensitive):
-    """Metrics of `qat`. mAP is that of the quantised model."""
+    """Metrics of `qat`. mAP is measured on the quantised model."""
 
     map50_95_float_weights: float  # mAP of the same weights without quantisers
     calibration_set: str  # digest of the calibration images
@@ -168,5 +168,5 @@ class ControlMetrics(TypedDict):
 
 
 def of_model(artifact: Artifact) -> ModelMetrics:
-    """Return the metrics of an artefact that has a `model.pt`, whichever stage made the artefact."""
+    """Return the metrics of an artefact with a `model.pt`, of any stage."""
     return cast(ModelMetrics, artifact.metrics)

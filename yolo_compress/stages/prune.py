@@ -1,4 +1,4 @@
-"""Stage `prune`: remove channels to meet a budget, reconstruct, re-estimate BatchNorm and fine-tune; or set weights to zero.
+"""Stage `prune`: remove channels to meet a budget, or set weights to zero. Then repair and fine-tune the model.
 
 Channels are removed in one cut or in several rounds.
 """
@@ -24,7 +24,7 @@ from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
 from yolo_compress.recipe import knobs
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
-from yolo_compress.stages import Job, _prune_plan, _source
+from yolo_compress.stages import Job, _load_or_train, _prune_plan
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
@@ -56,7 +56,9 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     check_calibration(recipe, dataset, "prune")
     if recipe.prune.kind == "channel":
         _prune_plan.check(
-            recipe.prune, _source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.data.imgsz_hw
+            recipe.prune,
+            _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline"),
+            recipe.data.imgsz_hw,
         )
 
 
@@ -92,7 +94,7 @@ def _part(job: Job, number: int) -> Job:
 
 
 def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
-    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place; return the metrics."""
+    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place. Return the metrics."""
     cut, evidence, budget = planner.cut(model, job.work, number)
     if job.config.reconstruct:
         reconstruct(model, evidence.groups, cut.keep, evidence.moments)
@@ -144,7 +146,7 @@ def tuned(job: Job, model: nn.Module, what: str) -> nn.Module:
 
 
 def _rows(file: Path, epochs_before: int) -> list[dict[str, object]]:
-    """Return the rows of a round's results.csv, with `epochs_before` added to each epoch."""
+    """Return the rows of one round's results.csv. `epochs_before` is added to each epoch."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as handle:

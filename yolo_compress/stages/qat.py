@@ -20,11 +20,11 @@ from yolo_compress.quant.fakequant import FakeQuant, attach, check_installed
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState
 from yolo_compress.recipe.recipe import QatConfig, Recipe
-from yolo_compress.stages import Job, _float_cost, _source, load_progress
+from yolo_compress.stages import Job, _float_cost, _load_or_train, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages._model_score import MEASURES
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
-from yolo_compress.stages.files import QatSensitivity
+from yolo_compress.stages.file_types import QatSensitivity
 from yolo_compress.stages.metrics import QatMetrics, Sensitive
 from yolo_compress.train.hook import TrainHook
 
@@ -34,8 +34,8 @@ PLACED = ("tensor", "precision", "group", "why")  # columns of placement.csv
 def run(job: Job) -> QatMetrics:
     """Quantise the model and train it. Write `model.pt` in Ultralytics' own classes, `quant.json` (scales) and `placement.csv`.
 
-    `placement.csv` lists each tensor with its precision, the group that shares its scale, and the reason. mAP in the metrics is
-    that of the quantised model.
+    `placement.csv` has a row for each tensor: its precision, its group, and the reason for the precision. Tensors of a group share
+    a scale. mAP in the metrics is measured on the quantised model.
     """
     config: QatConfig = job.config
     model = model_of(job, "distill")
@@ -83,13 +83,13 @@ def run(job: Job) -> QatMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the model can be quantised, and that the groups in `float_groups` exist.
+    """Check, before any stage runs, that the model can be quantised and has the groups in `float_groups`.
 
     Also check that the cost of groups in float (`qat.sensitivity_price`) can be measured on this machine. The checks use the
-    baseline, because the pruned model does not exist yet; pruning does not rename groups.
+    baseline, because the pruned model does not exist yet. Pruning does not rename groups.
 
     Raises:
-        RecipeError: See `quant.plan.plan` and `_source.start`.
+        RecipeError: See `quant.plan.plan` and `_load_or_train.start`.
         DataError: See `check_calibration`.
         EnvironmentLacks: See `_float_cost.check` and `fakequant.check_installed`.
     """
@@ -97,13 +97,13 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     check_calibration(recipe, dataset, "qat")
     check_installed()
     _float_cost.check(recipe.qat.sensitivity_price)
-    plan(_source.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
+    plan(_load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline"), recipe.qat.float_groups or ())
 
 
 def _sensitivity(
     job: Job, model: nn.Module, state: QuantState, images: Sequence[Sample], fixed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Sensitive]:
-    """Measure the sensitivity to INT8, and return the groups of tensors that stay in float, with the metrics.
+    """Measure the sensitivity to INT8. Return the groups of tensors that stay in float, and the metrics.
 
     The groups in `fixed`, from the recipe, stay in float too. If an earlier run was killed during the measurement, continue it.
     """

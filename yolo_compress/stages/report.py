@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.evaluate.ab.schema import AB, Side
 from yolo_compress.files.atomic import atomic_write
-from yolo_compress.report import devices, evidence, numbers
+from yolo_compress.report import devices, measurements, numbers
 from yolo_compress.report.as_text import render_text
 from yolo_compress.report.bench_rows import label, peer_row, with_ids
 from yolo_compress.report.charts.gallery import Item
@@ -50,9 +50,9 @@ class Metrics(TypedDict):
 def run(job: Job) -> Metrics:
     """Write report.html, report.md and report.json, and ab.json if there is an A/B comparison."""
     bench = job.inputs["bench"]
-    rows, chain = evidence.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
+    rows, chain = measurements.with_intervals(job, with_ids(bench.metrics["rows"]), _chain(job))
     ab = _ab(job, rows)
-    rows = evidence.with_ab_intervals(rows, ab)
+    rows = measurements.with_ab_intervals(rows, ab)
     qat = job.inputs["qat"] if _own(job, "qat") else None
     found = Findings(
         recipe=job.recipe.name,
@@ -64,15 +64,15 @@ def run(job: Job) -> Metrics:
         data=_data(job),
         control=evidence.control(job),
         ab=ab,
-        errors=evidence.error_types(job, rows),
-        latency_quantiles=evidence.latency_quantiles(bench),
+        errors=measurements.error_types(job, rows),
+        latency_quantiles=measurements.latency_quantiles(bench),
         gammas=_gammas(job),
         channels=_prune_file(job, "channels.json"),
         flops=_prune_file(job, "flops.json"),
         sensitivity=_prune_file(job, "sensitivity.json"),
         recovery=_recovery(job),
-        quantisation=evidence.quantisation(qat) if qat else None,
-        placement=evidence.placement(qat) if qat else (),
+        quantisation=measurements.quantisation(qat) if qat else None,
+        placement=measurements.placement(qat) if qat else (),
         environment=_environment(job),
         reproduce={"recipe_yaml": job.recipe.dump(), "command": f"make all RECIPE={shlex.quote(job.recipe.name)}"},
         not_tested=_not_tested(job, rows),
@@ -96,7 +96,7 @@ def _written(job: Job, document: Document) -> Metrics:
 
 def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
     """Compare the baseline in FP32 (model A) with the worst row of the gate (model B). Return None if either is missing."""
-    both = evidence.compared_rows(rows, job.config.min_retention)
+    both = measurements.compared_rows(rows, job.config.min_retention)
     if not job.config.ab_replicates or both is None:
         return None
     baseline, compressed = both
@@ -104,9 +104,9 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
     latency = json.loads(job.inputs["bench"].file("latency.json").read_text())
     latency_a, latency_b = (latency[row["id"]] for row in pair) if pair else (None, None)
     document = compare(
-        evidence.truths(job),
-        evidence.detections(job, baseline),
-        evidence.detections(job, compressed),
+        measurements.truths(job),
+        measurements.detections(job, baseline),
+        measurements.detections(job, compressed),
         job.dataset.names,
         margin=job.config.ab_margin,
         conf=job.config.conf,
@@ -125,9 +125,9 @@ def _ab(job: Job, rows: Sequence[BenchRow]) -> AB | None:
 
 
 def _timed_pair(rows: Sequence[BenchRow], gate: Gate, baseline: BenchRow) -> tuple[BenchRow, BenchRow] | None:
-    """Return the two rows whose latency is compared: the baseline (A), and the worst row of the gate that has a latency (B).
+    """Return the two rows for the comparison of latency: the baseline (A), and the worst row of the gate with a latency (B).
 
-    B need not be the worst row of all, which may be a file without an engine and so without a latency. A is the baseline in the
+    The worst row of all may be a file without an engine, which has no latency. B is then another row. A is the baseline in the
     runtime of B. If there is no such row, A is `baseline`, and the comparison includes the difference between the runtimes.
     """
     timed = next((row for row in rows if row["id"] == gate["timed"]), None)
@@ -139,7 +139,7 @@ def _contender(row: BenchRow) -> Side:
 
 
 def _own(job: Job, stage: str) -> bool:
-    """Return whether the recipe has this stage. If not, the artefact in `job.inputs` is that of its stand-in."""
+    """Return whether the recipe has this stage. If not, `job.inputs` has the artefact of its stand-in."""
     return job.inputs[stage].stage == stage
 
 
@@ -184,13 +184,13 @@ def _gammas(job: Job) -> Gammas | None:
 
 
 def _prune_file(job: Job, name: str) -> Any:
-    """Return the content of a JSON file of `prune`; None if the recipe does not prune or `prune` did not write it."""
+    """Return the content of a JSON file of `prune`. None: the recipe does not prune, or `prune` did not write the file."""
     prune = job.inputs["prune"]
     return json.loads(prune.file(name).read_text()) if _own(job, "prune") and name in prune.manifest.files else None
 
 
 def _recovery(job: Job) -> list[tuple[int, float]]:
-    """Return (epoch, mAP50-95) for each epoch of fine-tuning that was validated; `run.val_every` sets which."""
+    """Return (epoch, mAP50-95) for each validated epoch of fine-tuning. `run.val_every` decides which epochs are validated."""
     prune = job.inputs["prune"]
     if not _own(job, "prune") or "results.csv" not in prune.manifest.files:
         return []
@@ -242,10 +242,10 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
 
 def _gallery(job: Job, document: Document) -> list[Item]:
     """Return the images of the gallery: up to `report.images` in each section of `image_choice.SECTIONS`."""
-    both = evidence.compared_rows(document["rows"], job.config.min_retention)
+    both = measurements.compared_rows(document["rows"], job.config.min_retention)
     if not job.config.images or both is None:
         return []
-    first, second = (evidence.detections(job, row) for row in both)
+    first, second = (measurements.detections(job, row) for row in both)
     flips = document["ab"]["flips"] if document["ab"] else ()
     return [
         Item(

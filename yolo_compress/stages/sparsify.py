@@ -41,8 +41,8 @@ def finish_sparse(job: Job, trained: nn.Module) -> ModelMetrics:
     """Write and validate the model. If mAP collapsed, re-estimate BatchNorm, then write and validate again.
 
     BatchNorm's averages follow the gammas over about 33 steps (momentum 0.03), and the EMA delays them further. After a few fast
-    steps a good model may therefore detect nothing. The averages are re-estimated only in that case, because the statistics of
-    images without augmentation differ from those of training.
+    steps a good model may therefore detect nothing. The averages are re-estimated only in that case, because images without
+    augmentation have other statistics than training images.
 
     Raises:
         NumericsError: mAP is still collapsed after BatchNorm was re-estimated.

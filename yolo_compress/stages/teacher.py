@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe.recipe import Recipe
-from yolo_compress.stages import Job, _source
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages.metrics import ModelMetrics
 
 
 def run(job: Job) -> ModelMetrics:
     """Load or train the teacher, write it as `model.pt`, and return its metrics."""
-    return _source.run(job, "teacher")
+    return _load_or_train.run(job, "teacher")
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the teacher can be loaded; see `_source.start`."""
+    """Check, before any stage runs, that the teacher can be loaded; see `_load_or_train.start`."""
     assert recipe.teacher is not None
-    _source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")
+    _load_or_train.start(recipe.teacher, dataset, recipe.run.seed, "teacher")

@@ -42,7 +42,7 @@ def entries(folder: Path) -> Iterator[Entry]:
 
 
 def entry_of(path: Path) -> Entry | None:
-    """Parse the name of a path; None if it is not the name of an entry. The path need not exist."""
+    """Parse the name of a path, which need not exist. None: it is not the name of an entry."""
     match = _NAME.fullmatch(path.name)
     state: dict[str, Literal["", ".partial", ".trash"]] = {"": "", PARTIAL: ".partial", TRASH: ".trash"}
     return Entry(path, match["stage"], match["short"], state[match["state"]]) if match else None
@@ -56,7 +56,7 @@ def partial_of(directory: Path) -> Path:
 def can_continue(partial: Path) -> bool:
     """Return whether work in a `.partial` folder can be reused.
 
-    That is so if the folder has files in `work`, or if it has a manifest and only has to be published.
+    Work can be reused if the folder has files in `work`, or if it has a manifest and only has to be published.
     """
     return (partial / MANIFEST).is_file() or ((partial / WORK).is_dir() and any((partial / WORK).iterdir()))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.runtime.registry import RUNTIMES
 
 ENGINE_PACKAGES = {row.name: row.package for row in RUNTIMES.values()}
@@ -54,23 +55,12 @@ def describe() -> Environment:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "commit": commit(),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
     }
-
-
-def cpu_name() -> str:
-    """Return the name of the processor from the kernel."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int:

@@ -14,7 +14,7 @@ def canonical(value: Any) -> str:
 
     Raises:
         ValueError: The value holds NaN or infinity, which JSON does not have.
-        TypeError: The value holds a type that JSON does not have, or a key that is not a string (1 and "1" would be equal).
+        TypeError: The value holds a type that JSON does not have. Or a key is not a string: in JSON, 1 and "1" would be equal.
     """
     _check_json(value, "")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -34,7 +34,7 @@ def _check_json(value: Any, where: str) -> None:
 
 
 def plain(value: Mapping[str, object]) -> dict[str, Any]:
-    """Return a copy of `value` in JSON types, such as lists for tuples. It equals what is read back from a manifest."""
+    """Return a copy of `value` in JSON types, such as lists for tuples. The copy equals the value that a manifest gives back."""
     return dict(json.loads(canonical(value)))
 
 
@@ -58,7 +58,7 @@ def explain(new: Mapping[str, object], old: Mapping[str, object]) -> list[str]:
 
 
 def _flatten(key: Mapping[str, object], stage: str) -> dict[str, str]:
-    """Return each single value of a key as canonical JSON, by its dotted path. As in the hash, 1 differs from True and 1.0."""
+    """Return dotted path -> canonical JSON for each single value of a key. As in the hash, 1 differs from True and 1.0."""
     leaves: dict[str, str] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact
 from yolo_compress.runtime import json_text
-from yolo_compress.runtime.files import FileEntry
+from yolo_compress.runtime.files import FileEntry, sha256_file
 from yolo_compress.store.environment import Environment
 from yolo_compress.store.fingerprint import canonical, fingerprint
 
@@ -56,7 +56,7 @@ class Manifest:
         return hashlib.sha256(canonical({"files": self.files, "metrics": self.metrics}).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the text of the manifest with a checksum over all fields, which also reveals a changed metric.
+        """Return the text of the manifest, with a checksum over all fields. The checksum also reveals a changed metric.
 
         Raises:
             ValueError: A metric is NaN or infinite.
@@ -69,10 +69,10 @@ class Manifest:
     def from_json(cls, text: str | bytes) -> "Manifest":
         """Parse the text of a manifest.
 
-        Schema 1 is accepted too. It has no `inputs`, so a stage with inputs is then stale.
+        Schema 1 is also accepted. It has no `inputs`, so the artefact of a stage with inputs is then stale.
 
         Raises:
-            ValueError: The text is no manifest, has another schema, was changed, or lists a file outside its folder.
+            ValueError: The text is not a manifest, has another schema, was changed, or lists a file outside its folder.
         """
         return cls._from_content(json_text.parse(text.encode() if isinstance(text, str) else text))
 
@@ -109,7 +109,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The stored result of a stage: a folder in the store whose files never change.
+    """The stored result of a stage: a folder in the store. Its files never change.
 
     Attributes:
         path: Path of the folder.
@@ -131,7 +131,7 @@ class Artifact:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Metrics of the stage. The unit is in the name (`..._ms`, `..._mib`); mAP is a fraction from 0 to 1."""
+        """Metrics of the stage. The unit is in the name (`..._ms`, `..._mib`). mAP is a fraction from 0 to 1."""
         return self.manifest.metrics
 
     def file(self, name: str) -> Path:
@@ -151,8 +151,8 @@ class Artifact:
         return self.path / name
 
 
-def read_artifact(directory: Path, stage: str, fingerprint: str | None = None) -> Artifact:
-    """Read the manifest of an artefact, and check its stage and, if given, its fingerprint. The payload is not checked.
+def read_artifact(directory: Path, stage: str | None = None, fingerprint: str | None = None) -> Artifact:
+    """Read the manifest of an artefact. If stage or fingerprint are given, check them. The payload is not checked.
 
     Raises:
         CorruptArtifact: The manifest is missing, damaged or of another artefact.
@@ -236,9 +236,3 @@ def is_inside(name: str) -> bool:
         and str(path) == name
         and "\0" not in name
     )
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex. The file is read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """Publish the output folder of a stage, its `.partial`, as an artefact. The process may be killed after any step.
 
 The steps: hash and fsync the files, write the manifest into the `.partial`, remove `work`, rename the folder. If the process is
-killed before the manifest is written, the stage resumes from `work`. If it is killed later, `complete` does the other steps.
+killed before the manifest is written, the stage resumes from `work`. After a later kill, `complete` does the remaining steps.
 """
 
 import os
@@ -19,21 +19,13 @@ from yolo_compress.files.atomic import (
     storage_errors,
 )
 from yolo_compress.files.lock import lock
-from yolo_compress.runtime.files import FileEntry
+from yolo_compress.runtime.files import FileEntry, sha256_file
 from yolo_compress.store.entries import delete, entry_of, partial_of, to_trash
-from yolo_compress.store.manifest import (
-    BEGUN,
-    MANIFEST,
-    WORK,
-    payload,
-    read_artifact,
-    sha256_file,
-    verify_payload,
-)
+from yolo_compress.store.manifest import BEGUN, MANIFEST, WORK, payload, read_artifact, verify_payload
 
 
 def complete(directory: Path) -> None:
-    """Finish a publication that was killed after its manifest was written. If the files differ from the manifest, delete it.
+    """Finish a publication that was killed after its manifest was written. If the files differ from the manifest, delete the manifest.
 
     Raises:
         StorageError: A file cannot be read or written.
@@ -57,9 +49,9 @@ def complete(directory: Path) -> None:
 
 
 def publishing(folder: Path, stage: str) -> AbstractContextManager[None]:
-    """Return the lock for publishing a stage's artefact. It is held only briefly, so that readers can call `complete`.
+    """Return the lock for publishing a stage's artefact. The lock is held only briefly, so that readers can call `complete`.
 
-    The lock of a run (`Store.lock`) is a different one, held for hours.
+    A run holds another lock for hours (`Store.lock`).
     """
     return lock(folder / ".publishing", f"publishing {stage}")
 
@@ -96,8 +88,8 @@ def _seal(path: Path) -> FileEntry:
 def commit(partial: Path, directory: Path) -> None:
     """Remove `work` and rename the folder `partial` to `directory`. Its files and manifest must be on the disk already.
 
-    A folder cannot be renamed over one that has files, so an old artefact is renamed to `.trash` first. A kill between
-    the two renames leaves the committed `.partial`, and `complete` finishes it.
+    A folder cannot replace a folder with files, so an old artefact is first renamed to `.trash`. A kill between the two renames
+    leaves the committed `.partial`, and `complete` finishes it.
     """
     crash_point("before removal of work")
     if (partial / WORK).is_dir():

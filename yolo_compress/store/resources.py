@@ -28,7 +28,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
     """Return the free disk space in MiB that a stage needs for its models.
 
-    It is `SPARE` times the estimated size of what the stage writes, but at least `FREE_MIB`.
+    This is `SPARE` times the estimated size of the stage's output, but at least `FREE_MIB`.
 
     Args:
         section: Section of the stage in the recipe. If there are no inputs, the size of its initial model counts.
@@ -46,7 +46,7 @@ def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
 
 @contextmanager
 def memory_errors(stage: str) -> Iterator[None]:
-    """Turn out-of-memory errors into an error that says which knobs to lower.
+    """Turn out-of-memory errors into an error with the knobs to lower.
 
     Raises:
         EnvironmentLacks: The block ran out of memory.

@@ -5,8 +5,8 @@
     root/store/<stage>-....partial/work/              files that a stage needs to resume; never published
     root/<recipe>/<stage> -> ../store/...             link to a result of the recipe
 
-`publication` describes the steps of publishing, and what a kill between them leaves. A stage that runs again also writes into
-its `.partial`. The old artefact stays until the new one is committed.
+`publication` describes the steps of publishing, and the state after a kill between them. A stage that runs again also writes into
+its `.partial`. The old artefact stays until the new artefact is committed.
 """
 
 import os
@@ -42,8 +42,8 @@ from yolo_compress.store.publication import commit, complete, publishing, seal
 class Store:
     """The store of all stage results (artefacts): a folder `root/store`, and links `root/<recipe>/<stage>` into it.
 
-    Publishing and garbage collection (`collect.gc`) need `lock`; finding and verifying do not. Every method raises
-    `StorageError` if the file system reports an error.
+    Publishing and garbage collection (`garbage.gc`) need `lock`. Finding and verifying do not. Every method raises `StorageError`
+    if the file system reports an error.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,7 +59,7 @@ class Store:
         return lock(self.root / ".lock", what, wait)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artefact, or None. Only the manifest is read; see `verify` for the payload.
+        """Return the published artefact, or None. Only the manifest is read. `verify` checks the payload.
 
         Raises:
             CorruptArtifact: The folder exists, but its manifest is damaged or of another fingerprint.
@@ -88,7 +88,8 @@ class Store:
         Args:
             stage: Name of the stage.
             fingerprint: Fingerprint of the stage.
-            inputs: Input's name -> `content` of its artefact. A folder begun with other inputs is deleted first. None: no check.
+            inputs: Name of an input -> `content` of its artefact. A folder from a run with other inputs is deleted first. None: no
+                check.
         """
         partial = partial_of(self.directory(stage, fingerprint))
         with storage_errors(partial):
@@ -168,7 +169,7 @@ class Store:
             raise StorageError(f"cannot link {name}: there is already a file or folder with this name; move it away")
 
     def check_outside(self, path: Path, option: str) -> None:
-        """Check that an output path is neither in this store nor in an artefact of another store. Links are followed.
+        """Check that an output path is outside this store, and outside artefacts of other stores. Links are followed.
 
         Raises:
             RecipeError: The path is in a store. The message names `option`.
@@ -223,7 +224,7 @@ class Store:
 
 
 def _begun_from(partial: Path) -> dict[str, str]:
-    """Return the `content` of the inputs that a `.partial` was begun with, by input name. Empty: they are not recorded."""
+    """Return input name -> `content`, for the inputs that a `.partial` was begun with. Empty: they are not recorded."""
     try:
         return dict(json_text.read(partial / BEGUN))
     except (FileNotFoundError, ValueError, TypeError):

@@ -63,8 +63,8 @@ def load_model(path: Path) -> DetectionModel:
 
     Raises:
         RecipeError: The file is missing, or is not a detector with BatchNorm (fused, segmentation, ...).
-        CorruptArtifact: The file is truncated or altered; it refers to code that no checkpoint needs; it needs more memory
-            than it has bytes; or its layers do not fit together.
+        CorruptArtifact: The file is truncated or altered, or refers to code that no checkpoint needs. Or it needs more memory than
+            it has bytes, or its layers do not fit together.
         StorageError: The file cannot be read.
         NumericsError: A weight is NaN or infinite, or a running variance is negative. The message names the tensor.
     """
@@ -143,7 +143,7 @@ def _names(names: Any) -> dict[int, str]:
     """Return the class names of a checkpoint by class index.
 
     Raises:
-        ValueError: The indices are not 0, 1, 2, ..., or a name is neither text nor a number.
+        ValueError: The indices are not 0, 1, 2, .... Or a name is not a text or a number.
     """
     listed = list(names.items()) if isinstance(names, Mapping) else list(enumerate(names))
     if [index for index, _ in sorted(listed)] != list(range(len(listed))):
@@ -297,7 +297,7 @@ def widths(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_classes(model: DetectionModel, names: Sequence[str], what: str) -> None:
-    """Check that the class names of the model equal those of the data set, in the same order.
+    """Check that model and data set have the same class names, in the same order.
 
     Raises:
         RecipeError: The names differ. The message lists the differences and starts with `what`.

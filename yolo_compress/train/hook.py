@@ -19,7 +19,7 @@ class Batch(TypedDict):
 
 
 class TrainHook:
-    """Base class for what a compression method adds to training. Every method does nothing until it is overridden.
+    """Base class of the hooks by which compression methods extend training. Every method does nothing until it is overridden.
 
     The trainer calls the hooks in the order of their list::
 

@@ -15,7 +15,7 @@ from yolo_compress.train.dataset import PreflightDataset
 def losses(
     model: nn.Module, dataset: Dataset, samples: Sequence[Sample], imgsz_px: int, batch: int = 4
 ) -> Iterator[Tensor]:
-    """Yield the detection loss of each batch: box, class and DFL terms summed, mean over the images, with gradient.
+    """Yield the detection loss of each batch, with gradient: the sum of the box, class and DFL terms, as mean over the images.
 
     Args:
         model: Stock detector, run in evaluation mode, so BatchNorm statistics do not change. `args` and `criterion` are restored.

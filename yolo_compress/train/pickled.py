@@ -3,8 +3,8 @@
 A `.pt` file is a zip archive of tensors and one pickle. A pickle is a program: it can call any function. This module reads the
 program instruction by instruction. It makes a `Note` in place of each object that the program would create.
 
-A program may create modules of Ultralytics and torch, tensors within their own stored bytes, and plain data. Everything else
-is refused, and so is a program that needs more memory than the file has bytes.
+A program may create modules of Ultralytics and torch, tensors within their own stored bytes, and plain data. Everything else is
+refused. A program that needs more memory than the file has bytes is refused too.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Note:
         content: Name of a global, items of a tuple or list, entries of a dict, or number of elements of a storage or tensor.
         depth: Levels of data inside.
         item_bytes: Bytes per element of a storage.
-        done: True once it is inside another object. It may not change any more, so that no object contains itself.
+        done: True once the note is inside another object. It may then not change any more. So no object can contain itself.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Note:
 
 
 class _Refused(Exception):
-    """The checkpoint is not safe to load. The message is the reason, and `remedy` says what to do."""
+    """The checkpoint is not safe to load. The message has the reason, and `remedy` has the remedy."""
 
     remedy = "Download or export it again"
 
@@ -144,7 +144,7 @@ def _open(path: Path) -> tuple[bytes, dict[str, int]]:
 
 
 def _check_directory(file: io.BufferedReader, size: int) -> None:
-    """Check that the archive has one list of members at its end, so that all zip readers find the same list."""
+    """Check that the archive has exactly one list of members, at its end. All zip readers then find the same list."""
     if size < 22:
         raise _Refused("empty or cut short")
     file.seek(max(0, size - 98))
@@ -425,7 +425,7 @@ def _size(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 
 
 def _texts(pattern: str) -> Callable[[tuple[Any, ...], _Reading], Note]:
-    """Return a check for calls whose arguments are booleans, or text that matches `pattern` completely."""
+    """Return a check for calls. Their arguments must be booleans, or texts that match `pattern` completely."""
 
     def made(arguments: tuple[Any, ...], reading: _Reading) -> Note:
         for item in arguments:
@@ -450,7 +450,7 @@ def _dtype(arguments: tuple[Any, ...], reading: _Reading) -> Note:
 
 
 def _scalar(arguments: tuple[Any, ...], reading: _Reading) -> Note:
-    """Check `scalar(dtype, bytes)`. The bytes are those of a number."""
+    """Check `scalar(dtype, bytes)`. The bytes must be the bytes of one number."""
     if len(arguments) != 2 or getattr(arguments[0], "kind", "") != "dtype":
         raise _Refused("a numpy scalar of an unknown form")
     if not (getattr(arguments[1], "kind", "") == "data" or isinstance(arguments[1], str)):

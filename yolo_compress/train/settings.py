@@ -21,7 +21,7 @@ def multiplies_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a training run. If Ultralytics has the same setting, the field has the name used there."""
+    """Settings of a training run. If a setting also exists in Ultralytics, it has the same name there."""
 
     epochs: int
     batch: int

@@ -171,7 +171,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Average the gradients of the parameters over all ranks, in place.
 
-    If only some ranks have a gradient for a parameter, the gradient of the other ranks counts as 0.
+    If only some ranks have a gradient for a parameter, a missing gradient counts as 0.
     """
     if not is_formed() or not parameters:
         return

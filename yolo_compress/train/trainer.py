@@ -1,9 +1,9 @@
 """One training loop for every stage: Ultralytics' DetectionTrainer with our data, our hooks and an exact resume.
 
-`YOLO.train` rebuilds a model from its yaml and copies the tensors that fit, which silently undoes pruning. So the trainer
-gets the module itself. The generators are seeded from (seed, epoch) at each epoch. A run that was killed continues from
-`resume.pt`, which has the float32 model, EMA, optimizer, scaler and hooks. On a CPU without workers, its result equals that of
-an uninterrupted run bit for bit.
+`YOLO.train` rebuilds a model from its yaml, and copies the tensors that fit. This silently undoes pruning. So the trainer gets the
+module itself. The generators are seeded from (seed, epoch) at each epoch. A killed run continues from `resume.pt`, which has the
+float32 model, EMA, optimizer, scaler and hooks. On a CPU without workers, its result equals the result of an uninterrupted run, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _run(training: Training) -> nn.Module:
-    """Run the training loop. Return the EMA of the model, which still has the modules that hooks inserted."""
+    """Run the training loop and return the EMA of the model. The EMA still has the modules that hooks inserted."""
     hooks, settings, what = training.hooks, training.settings, training.what
     trainer = HookedTrainer(training.model, training.dataset, settings, hooks, training.work, what)
     try:
@@ -169,7 +169,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 class HookedTrainer(DetectionTrainer):
-    """Ultralytics' DetectionTrainer, changed to train a module as it is. It calls hooks, saves atomically and resumes exactly.
+    """Ultralytics' DetectionTrainer, changed to train the given module. It calls hooks, saves atomically and resumes exactly.
 
     It reads the images and labels that passed the preflight.
     """
@@ -456,7 +456,7 @@ class HookedTrainer(DetectionTrainer):
         return False
 
     def _check_batch(self) -> None:
-        """Stop at the first batch whose loss is NaN or infinite.
+        """Raise an error if the loss of a batch is NaN or infinite.
 
         Raises:
             NumericsError: There is such a batch. The message names the loss, the epoch and some images of the batch. The file
@@ -476,7 +476,7 @@ class HookedTrainer(DetectionTrainer):
         )
 
     def _shares(self) -> dict[str, float]:
-        """Return each hook's loss as a fraction of the total loss of this epoch. A large one means that it dominates the labels."""
+        """Return each hook's loss as a fraction of the total loss of this epoch. A loss with a large fraction dominates the labels."""
         means = {name: float(value) for name, value in self.tloss.items()}
         own = [name for name in means if name not in self._criterion.base.loss_names]
         total = sum(means.values())
@@ -547,14 +547,14 @@ def _ddp_on_cpus() -> Iterator[None]:
 
 
 def _with_timeout(loader: InfiniteDataLoader) -> InfiniteDataLoader:
-    """Set a timeout on the loader, in place, so that it does not wait for ever for a worker that hangs."""
+    """Set a timeout on the loader, in place. Without it, the loader would wait for ever for a worker that hangs."""
     if loader.num_workers:
         loader.timeout = WORKER_PATIENCE_S
     return loader
 
 
 def settle(model: nn.Module, steps: int) -> None:
-    """Raise the momentum of BatchNorm in short runs, in place, so that the statistics match the final weights.
+    """Raise the momentum of BatchNorm for a short run, in place. The statistics then match the final weights.
 
     Ultralytics' momentum of 0.03 averages over about 33 steps. After 50 steps, a fifth of the statistics still comes from the
     weights at the start, and the error grows from layer to layer. A YOLOv8n trained on eight images had mAP 0.00 with
@@ -596,7 +596,7 @@ def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: It
 
 
 class _HookedCriterion:
-    """The detection loss plus the losses of the hooks, each times the batch size, as Ultralytics scales its terms."""
+    """The detection loss plus the losses of the hooks. Each loss is multiplied by the batch size, as Ultralytics does."""
 
     def __init__(self, model: nn.Module, hooks: Sequence[TrainHook]) -> None:
         self.base = model.init_criterion()

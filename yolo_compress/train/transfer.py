@@ -1,4 +1,4 @@
-"""Transfer learning: a detector for new classes that starts from the weights of a checkpoint with other classes."""
+"""Transfer learning: load a checkpoint with other classes as the start of a detector for new classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_LAYERS, MAX_REPEATS = 64, 64  # YOLOv8x with four detection levels has 29 la
 
 @dataclass(frozen=True)
 class Taken:
-    """How much of a new model was loaded from the checkpoint.
+    """Numbers of tensors, parameters and classes of a new model that came from the checkpoint.
 
     Attributes:
         tensors: Number of tensors loaded.
@@ -45,9 +45,9 @@ def load_pretrained(
 ) -> tuple[DetectionModel, Taken]:
     """Load a float32 detector for the classes `names` from a checkpoint with any classes.
 
-    All tensors are loaded, except the outputs of classes that the checkpoint does not have. The class branch keeps the width
-    of the checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name; case and outer blanks are ignored.
-    Outputs of new classes start at random, with the biases of Ultralytics' `bias_init`.
+    All tensors are loaded, except the outputs of classes that the checkpoint does not have. The class branch keeps the width of the
+    checkpoint, as in Ultralytics' `DetectionModel.load`. Classes match by name. Case and outer blanks are ignored. Outputs of new
+    classes start at random, with the biases of Ultralytics' `bias_init`.
 
     Args:
         path: Checkpoint of any classes.
@@ -128,7 +128,7 @@ def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
 
 
 def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
-    """Return the yaml of a checkpoint with its head replaced by that of a detector.
+    """Return the yaml of a checkpoint, with the head of a detector in place of its own.
 
     Raises:
         ValueError: A layer or scale is not one of YOLOv8, or there are more layers than in any YOLOv8.

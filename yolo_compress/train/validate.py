@@ -25,7 +25,7 @@ def validate(
     """Return `map50_95` and `map50` of a float model, computed by Ultralytics on the CPU.
 
     Args:
-        model: Stock detector; a copy is fused and validated.
+        model: Stock detector. A copy is fused and validated.
         dataset: Data set whose validation images are used.
         imgsz_px: Long side of the letterbox.
         rect: True: rectangular batches, the default of `yolo val`. False: square letterboxes, as for an exported model.

@@ -30,7 +30,7 @@ from yolo_compress.bundle.targets import registry
 from yolo_compress.cli.main import main
 from yolo_compress.errors import GateFailed, RecipeError, StorageError
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.seal import verify
+from yolo_compress.runtime.secure.signed_manifest import verify
 from yolo_compress.runtime.secure.unpack import unpack
 
 CODE_KIB = 340  # size limit of a bundle without models and golden images
@@ -50,7 +50,7 @@ def test_a_bundle_without_models_and_golden_images_is_small(bundle: Path) -> Non
 
 def test_all_of_its_code_is_python_38(bundle: Path) -> None:
     files = sorted(bundle.rglob("*.py"))
-    assert {file.name for file in files} >= {"build.py", "common.py", "seal.py", "switch.py"}
+    assert {file.name for file in files} >= {"build.py", "command_line.py", "signed_manifest.py", "switch.py"}
     for file in files:
         assert newer_than_38(ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 8))) == set(), file
 
@@ -196,15 +196,15 @@ def test_a_key_that_could_not_be_written_leaves_no_file(tmp_path: Path) -> None:
 def report(passed: bool) -> Any:
     gate = {
         "passed": passed, "retention": 0.97, "min_retention": 0.98, "max_latency_ms": None, "max_size_mib": None,
-        "tiers": {"95": True, "99": False, "99.9": False}, "checks": [], "reason": None if passed else "keeps 97 %",
+        "tiers": {"95": True, "99": False, "99.9": False}, "checks": [], "reason": None if passed else "has 97 %",
     }  # fmt: skip
-    return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 keeps 97 %"}})
+    return SimpleNamespace(metrics={"gate": gate, "verdict": {"line": "FAIL: INT8 has 97 %"}})
 
 
 @pytest.mark.fault(42)
 def test_a_failed_gate_makes_no_bundle_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
     asked = make.order({"out": "/nowhere/a"})
-    with pytest.raises(GateFailed, match=r"INT8 keeps 97 %; no bundle is made \(force=true"):
+    with pytest.raises(GateFailed, match=r"INT8 has 97 %; no bundle is made \(force=true"):
         make._gate(report(False), asked)
     forced = make._gate(report(False), make.order({"out": "/nowhere/a", "force": "true"}))
     assert forced["forced"] and not forced["passed"] and forced["reason"] and forced["tiers"]["95"]

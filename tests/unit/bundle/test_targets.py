@@ -456,7 +456,7 @@ def test_the_node_publishes_the_detections_of_the_engine(
         return detect
 
     verified = record(names=("person", "dog"), name="demo", version=7, max_det=300, directory=tmp_path / "bundle")
-    monkeypatch.setattr(ros2_node, "opened", lambda directory: verified)
+    monkeypatch.setattr(ros2_node, "open_bundle", lambda directory: verified)
     monkeypatch.setattr(ros2_node, "engine_folder", lambda bundle, engine: tmp_path)
     monkeypatch.setattr(ros2_node, "open_engine", lambda folder: contextlib.nullcontext())
     monkeypatch.setattr(ros2_node, "Detector", detector)
@@ -513,7 +513,7 @@ def test_invalid_parameters_are_refused(
     said: str,
 ) -> None:
     verified = record(names=("person",), name="demo", version=7, directory=tmp_path)
-    monkeypatch.setattr(ros2_node, "opened", lambda directory: verified)
+    monkeypatch.setattr(ros2_node, "open_bundle", lambda directory: verified)
     given = {
         key: str(value).replace("BUNDLE", str(tmp_path)) if key == "shadow" else value for key, value in given.items()
     }
@@ -525,7 +525,7 @@ def test_invalid_parameters_are_refused(
 def test_without_ros_the_node_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ros2_node, "opened", lambda directory: None)
+    monkeypatch.setattr(ros2_node, "open_bundle", lambda directory: None)
     monkeypatch.setitem(sys.modules, "rclpy", None)
     assert ros2_node.main([], tmp_path) == 4
     assert "setup.bash" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_other_images_other_detections_and_altered_bytes_are_refused(
     assert code == 2 and "measured over image set 0000000000000000 (12 images), set.yaml has" in err
     folder = bench(data.parent, data, map50_95=0.5)
     code, _, err = called(capsys, f"a={folder}:{ROWS[0]}", f"b={folder}:{ROWS[1]}", f"data={data}")
-    assert code == 5 and "the detections kept give mAP50-95 1.000000, the row says 0.500000" in err
+    assert code == 5 and "the stored detections give mAP50-95 1.000000, but the row has 0.500000" in err
     table = folder / "detections" / f"{ROWS[1]}.npy"
     table.write_bytes(table.read_bytes()[:-4] + b"\0\0\0\0")
     code, _, err = called(capsys, f"a={folder}:{ROWS[0]}", f"b={folder}:{ROWS[1]}", f"data={data}")
@@ -179,7 +179,7 @@ def test_settings_that_mean_nothing(
 
 def test_two_models_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = called(capsys, "a=x.pt", "data=d.yaml")
-    assert code == 2 and "ab needs b; usage: yolo-compress ab a=ART b=ART data=DATA.yaml" in err
+    assert code == 2 and "ab needs b; usage: yolo-compress ab a=MODEL b=MODEL data=DATA.yaml" in err
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "64,96"}).imgsz == (64, 96)
     assert ab.settings({"a": "x", "b": "y", "data": "z", "imgsz": "640"}).imgsz == (640, 640)
 

@@ -176,7 +176,7 @@ WRONG = {
     ("predict", "source=a.jpg", "engine=e", "qat.epochs=1"): "predict takes no 'qat.epochs'",
     ("predict", "source=a.jpg", "engine=e", "draw=yes"): "draw: got 'yes', expected true or false",
     ("qat", "source=a.jpg"): "qat takes no source",
-    ("ab", "a=x.pt", "b=y.pt"): "ab needs data; usage: yolo-compress ab a=ART b=ART data=",
+    ("ab", "a=x.pt", "b=y.pt"): "ab needs data; usage: yolo-compress ab a=MODEL b=MODEL data=",
     ("qat", "seed=1"): "seed: unknown key, did you mean",
     ("qat", "a=x.pt"): "qat takes no a",
 }

@@ -13,7 +13,7 @@ from yolo_compress.cli import grammar, init
 from yolo_compress.cli.main import main
 from yolo_compress.data.dataset import load as load_data
 from yolo_compress.errors import DataError, EnvironmentLacks, RecipeError, StorageError
-from yolo_compress.recipe import recipe, sizing
+from yolo_compress.recipe import auto_values, recipe
 from yolo_compress.train import checkpoint
 
 OTHERS, NAMES = ["apple", "pear", "plum"], ["bolt", "nut"]
@@ -43,13 +43,13 @@ def test_other_classes_start_from_the_checkpoint(shop: Path) -> None:
     chosen, summary = made("weights=others.pt")
     assert summary["recipe"] == "set-recipe.yaml" and (shop / "set-recipe.yaml").read_text() == summary["text"]
     assert (chosen.baseline.pretrained, chosen.baseline.weights, chosen.teacher) == ("others.pt", None, None)
-    sized = sizing.resolve(
+    sized = auto_values.resolve(
         recipe.load("custom", [("data.yaml", "set.yaml"), ("baseline.pretrained", "others.pt")]), 4, 2
     )
     assert chosen.distill is None, "no larger teacher: the parent has taught in prune already"
     for stage in ("baseline", "prune", "qat"):
         for knob in ("epochs", "batch", "close_mosaic", "mosaic", "lr0"):
-            mine = getattr(getattr(sizing.resolve(chosen, 4, 2), stage), knob)
+            mine = getattr(getattr(auto_values.resolve(chosen, 4, 2), stage), knob)
             assert mine == getattr(getattr(sized, stage), knob), (stage, knob)
     assert chosen.data.imgsz == 64 and chosen.qat is not None and chosen.qat.weight_bits == 7
     assert set(summary["minutes"]) == {"baseline", "prune", "qat", "rest"}

@@ -17,7 +17,7 @@ from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.runtime.backends.ort import ENGINE_FILE, OrtBackend
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import read_image
-from yolo_compress.runtime.detect.stream import Found
+from yolo_compress.runtime.detect.stream import ImageDetections
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.train import checkpoint
@@ -163,7 +163,7 @@ def test_a_signal_ends_it_with_what_there_is_and_says_what_is_true(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def line(found: Found, names: tuple[str, ...]) -> str:
+    def line(found: ImageDetections, names: tuple[str, ...]) -> str:
         if found.name.endswith("2.png"):
             raise signal
         return "{}"

@@ -177,7 +177,7 @@ def test_torch_refuses_what_it_has_not(model: Any, monkeypatch: pytest.MonkeyPat
         TorchBackend(model, NAMES, IMGSZ, device="cuda:0")
     with (
         TorchBackend(model, ("a", "b", "c"), IMGSZ) as backend,
-        pytest.raises(RecipeError, match=r"gives \[1, 6, 84\], \[B, 7, anchors\] expected"),
+        pytest.raises(RecipeError, match=r"returns \[1, 6, 84\], expected \[B, 7, anchors\]"),
     ):
         backend(np.zeros((1, 3, *IMGSZ), np.float32))
 

@@ -15,7 +15,7 @@ from tests.support.typed import validate
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.coco import mean_ap
 from yolo_compress.evaluate.tide import TYPES, ModelErrors, errors
-from yolo_compress.runtime.limits import MAX_DETECTIONS
+from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 
 TRUTH = [0, 0, 0, 100, 100]  # class, xyxy
 

@@ -17,7 +17,7 @@ from yolo_compress.runtime.errors import EngineError
 from yolo_compress.stages import load_progress
 
 PLAIN = {
-    "data/cache.py", "evaluate/published.py", "lint/isolated.py", "prune/latency.py", "rollout/shadow_log.py",
+    "data/cache.py", "evaluate/exported_files.py", "lint/isolated.py", "prune/latency.py", "rollout/shadow_log.py",
     "store/fingerprint.py",
 }  # fmt: skip
 

@@ -58,9 +58,7 @@ def test_what_takes_the_place_of_the_original_must_fit_there(key: str, value: li
 
 def test_the_verdict_line_names_every_failed_check() -> None:
     line = built(rows(latency_p50_ms=6.0), max_latency_ms=5.5)["verdict"]["line"]
-    assert line.startswith(
-        "FAIL: INT8 on OpenVINO keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 1.2x slower"
-    )
+    assert line.startswith("FAIL: INT8 on OpenVINO has 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 1.2x slower")
     assert line.endswith("; p50 of INT8 on OpenVINO is 6 ms, above report.max_latency_ms=5.5")
     assert "below the gate" not in line
 
@@ -81,7 +79,7 @@ def test_a_file_without_an_engine_here_is_judged_too() -> None:
         "compressed-tensorrt-int8",
         "compressed-openvino-int8",
     )
-    assert found["reason"] == "INT8 for TensorRT keeps 91.7 %, below the gate of 98.0 %"
+    assert found["reason"] == "INT8 for TensorRT has 91.7 %, below the gate of 98.0 %"
     assert judge([*rows(0.593), untimed(0.595)], 0.98)["passed"]
     assert not judge([*rows(0.593), untimed(float("nan"))], 0.0)["passed"]
     only = judge([rows()[0], untimed(0.6)], 0.98)
@@ -100,6 +98,6 @@ def test_limits_are_for_what_has_a_latency() -> None:
 def test_the_verdict_names_the_file_and_the_speed_of_an_engine() -> None:
     verdict = built([*rows(0.595, latency_p50_ms=2.5), untimed(0.59)])["verdict"]
     assert verdict["line"] == (
-        "PASS: INT8 for TensorRT keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590); "
+        "PASS: INT8 for TensorRT has 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590); "
         "INT8 on OpenVINO is 2.0x faster, 4.0x smaller"
     )

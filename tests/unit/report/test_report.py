@@ -131,7 +131,7 @@ def test_the_reference_is_torch_and_the_speed_up_is_relative_to_the_same_runtime
 
 def test_the_verdict_line() -> None:
     assert document()["verdict"]["line"] == (
-        "PASS: INT8 on OpenVINO keeps 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 2.5x faster, 4.0x smaller"
+        "PASS: INT8 on OpenVINO has 98.3 % of the baseline's mAP50-95 (0.600 -> 0.590), 2.5x faster, 4.0x smaller"
     )
     slow = rows()
     slow[3].update(latency_p50_ms=40.0)
@@ -297,7 +297,7 @@ def test_a_stage_that_saw_no_labels_says_so_under_the_chain() -> None:
 
 def test_markdown_tables() -> None:
     text = render_markdown(document(recipe="a|b <i>", reproduce={"recipe_yaml": "x: '```'\n", "command": "make all"}))
-    assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO keeps 98.3 %")
+    assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO has 98.3 %")
     assert "| prune | 0.550 | -0.050 | – | – | 3.00 M | 2.00 | 6.00 | – | – | – | 0.900 | 5 | 1 min 15 s |" in text
     assert (
         "| OpenVINO INT8 | 0.590 | -0.010 | – | – | 3.00 M | 2.00 | 3.00 | 8.00 | 9.00 | 11.0 | 0.900 | – | – |" in text
@@ -448,7 +448,7 @@ def test_files_without_an_engine_have_a_table_of_their_own() -> None:
     assert table.lines[0].mark == "failed" and not files_table(document()).lines
     assert "TensorRT 11" not in [line.cells[0] for line in bench_table(report).lines]
     assert report["verdict"]["line"] == (
-        "FAIL: INT8 for TensorRT 11 keeps 95.0 % of the baseline's mAP50-95 (0.600 -> 0.570), below the gate of 98.0 %; "
+        "FAIL: INT8 for TensorRT 11 has 95.0 % of the baseline's mAP50-95 (0.600 -> 0.570), below the gate of 98.0 %; "
         "INT8 on OpenVINO is 2.5x faster, 4.0x smaller"
     )
     assert [tile.title for tile in tiles(report)][:3] == ["mAP50-95", "Latency p50, ms", "Size, MiB"]

@@ -61,7 +61,7 @@ def test_the_gate_is_judged_over_the_robots_rows_too(tmp_path: Path) -> None:
     bad["rows"][0]["map50_95"] = 0.4
     after = devices.add(before, [file(tmp_path, bad)])
     assert not after["gate"]["passed"] and after["gate"]["worst"] == "compressed-tensorrt-int8-NVIDIA Jetson Orin Nano"
-    assert "INT8 on TensorRT on NVIDIA Jetson Orin Nano keeps 66.7 %" in after["verdict"]["line"]
+    assert "INT8 on TensorRT on NVIDIA Jetson Orin Nano has 66.7 %" in after["verdict"]["line"]
     assert before == published(), "the published document does not change"
 
 

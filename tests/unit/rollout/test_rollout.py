@@ -27,7 +27,7 @@ from yolo_compress.rollout.schema import Document, StateFile
 from yolo_compress.rollout.shadow_log import MAX_SKEW_S, Frame, Log, matched, pair, read, read_truth
 from yolo_compress.rollout.state import STAGES, State, step
 from yolo_compress.runtime.commands.detect import shadow_line
-from yolo_compress.runtime.detect.stream import Found
+from yolo_compress.runtime.detect.stream import ImageDetections
 
 QUICK = Budgets(frames=100, hours=0.01)
 A, B = ("net", 1), ("net", 2)
@@ -131,7 +131,10 @@ def test_a_log_is_read_in_any_order_once(tmp_path: Path) -> None:
 
 def test_lines_of_detect_are_read_back(tmp_path: Path) -> None:
     boxes_N6 = np.array([[1.5, 2, 30, 40.25, 0.5, 2]], np.float32)
-    found = [Found("a.png", None, boxes_N6, None, 12.5), Found("b.png", None, boxes_N6[:0], "cannot be decoded", 1.0)]
+    found = [
+        ImageDetections("a.png", None, boxes_N6, None, 12.5),
+        ImageDetections("b.png", None, boxes_N6[:0], "cannot be decoded", 1.0),
+    ]
     log = read(written(tmp_path / "a", [shadow_line(one, "net", 3, 1e9 + i) for i, one in enumerate(found)]))
     assert log.model == ("net", 3) and [frame.problem for frame in log.frames] == [None, "cannot be decoded"]
     assert (log.frames[0].ms, log.frames[0].at) == (12.5, 1e9)

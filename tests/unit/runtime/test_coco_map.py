@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from tests.support.matching_scenes import NAMES, SIDE, Scene, by_pycocotools, drawn, scene
 from yolo_compress.evaluate import coco
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.runtime.measure.coco_map import AREAS, counting, match, mean_ap, precision
 
 

@@ -24,13 +24,14 @@ from tests.unit.runtime.test_sources import Capture
 from yolo_compress.runtime import engine
 from yolo_compress.runtime.backends.base import load_info, save_info
 from yolo_compress.runtime.backends.ort import OrtBackend
-from yolo_compress.runtime.commands import bench, build, common, detect
+from yolo_compress.runtime.commands import bench, build, detect
+from yolo_compress.runtime.commands import bundle as bundle_module
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.measure import golden, jetson, layer_times
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.seal import seal
+from yolo_compress.runtime.secure.signed_manifest import seal
 
 COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
     "build": (build.main, ["--runtime", "onnxruntime"]),
@@ -57,7 +58,7 @@ def bundle(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def touched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happened: `verified` when the bundle is, `engine` when an engine library is given a file."""
     events: list[str] = []
-    really, opens, builds = common.verify, OrtBackend.__init__, OrtBackend.build
+    really, opens, builds = bundle_module.verify, OrtBackend.__init__, OrtBackend.build
 
     def verify(*arguments: Any) -> dict[str, Any]:
         manifest = really(*arguments)
@@ -72,7 +73,7 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         events.append("engine")
         return builds(*arguments)
 
-    monkeypatch.setattr(common, "verify", verify)
+    monkeypatch.setattr(bundle_module, "verify", verify)
     monkeypatch.setattr(OrtBackend, "__init__", opened)
     monkeypatch.setattr(OrtBackend, "build", staticmethod(built))
     return events
@@ -214,7 +215,7 @@ def test_a_bundle_of_another_product_than_the_slots_is_not_run(
 def test_a_result_names_the_model_that_was_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signed(bundle, monkeypatch, recipe_fingerprint="ab" * 32)
     digest = hashlib.sha256((bundle / "onnx/fp32.onnx").read_bytes()).hexdigest()
-    about = common.opened(bundle).about()
+    about = bundle_module.open_bundle(bundle).about()
     assert about["onnx"] == {"fp32": digest} and about["recipe_fingerprint"] == "ab" * 32
 
 

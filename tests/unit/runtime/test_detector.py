@@ -116,7 +116,7 @@ def test_bytes_are_divided_in_float32_without_opencv_too(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("out", [np.empty((3, 64, 64), np.float32), np.empty((3, *IMGSZ))])
 def test_an_input_of_another_form_is_refused(out: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"float32 \[3, 64, 96\] expected"):
+    with pytest.raises(ValueError, match=r"expected float32 \[3, 64, 96\]"):
         pre.letterbox(pictures()[0], IMGSZ, out)
 
 

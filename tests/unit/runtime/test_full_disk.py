@@ -20,24 +20,24 @@ from tests.unit.runtime.test_switch import files_of_at_most
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.commands import bench, build, detect
-from yolo_compress.runtime.commands.common import Bundle
+from yolo_compress.runtime.commands.bundle import Bundle
 from yolo_compress.runtime.commands.detect import ShadowLog
 from yolo_compress.runtime.detect import draw
-from yolo_compress.runtime.detect.stream import Found
+from yolo_compress.runtime.detect.stream import ImageDetections
 from yolo_compress.runtime.errors import printable
-from yolo_compress.runtime.secure.seal import written
+from yolo_compress.runtime.secure.signed_manifest import written
 
 RUNTIME = Path(detect.__file__).parent
 
 
 ANSWERS = """
 import sys
-from yolo_compress.runtime.commands.common import answer, guarded, say
+from yolo_compress.runtime.commands.command_line import answer, run_command, say
 def action():
     for _ in range(3):
         answer("x" * 100)
     return 0
-sys.exit(guarded(action))
+sys.exit(run_command(action))
 """
 
 
@@ -67,7 +67,7 @@ def test_a_reader_that_is_gone_is_a_quiet_end() -> None:
 
 
 def test_every_command_answers_by_it() -> None:
-    for file in (file for file in RUNTIME.glob("*.py") if file.name != "common.py"):
+    for file in (file for file in RUNTIME.glob("*.py") if file.name != "command_line.py"):
         assert "print(" not in file.read_text(), file.name
 
 
@@ -76,8 +76,8 @@ def test_nothing_reaches_a_terminal_raw() -> None:
     assert printable("Blutkörperchen 血\u3000\xa0\n\tkg") == "Blutkörperchen 血\u3000\xa0\n\tkg"
 
 
-def found(name: str) -> Found:
-    return Found(name, None, np.array([[1, 2, 30, 40, 0.5, 1]], np.float32), None, 2.0)
+def found(name: str) -> ImageDetections:
+    return ImageDetections(name, None, np.array([[1, 2, 30, 40, 0.5, 1]], np.float32), None, 2.0)
 
 
 @pytest.fixture
@@ -152,9 +152,9 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     (tmp_path / "a.jpg").write_text("before")
     with files_of_at_most(1000), pytest.raises(OSError):
-        draw.write_picture(tmp_path / "a.jpg", picture, np.zeros((0, 6), np.float32), ())
+        draw.write_drawing(tmp_path / "a.jpg", picture, np.zeros((0, 6), np.float32), ())
     assert (tmp_path / "a.jpg").read_text() == "before" and len(os.listdir(tmp_path)) == 2
-    draw.write_picture(tmp_path / "a.jpg", picture, np.zeros((0, 6), np.float32), ())
+    draw.write_drawing(tmp_path / "a.jpg", picture, np.zeros((0, 6), np.float32), ())
     assert (tmp_path / "a.jpg").read_bytes()[:2] == b"\xff\xd8" and len(os.listdir(tmp_path)) == 2
 
 
@@ -229,4 +229,4 @@ def test_every_program_has_this_help() -> None:
     bare = {
         file.name for file in package.rglob("*.py") if "argparse.ArgumentParser" in file.read_text(encoding="utf-8")
     }
-    assert bare == {"common.py"}
+    assert bare == {"command_line.py"}

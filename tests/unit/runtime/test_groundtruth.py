@@ -12,8 +12,8 @@ from PIL import Image
 
 from yolo_compress.data.dataset import load
 from yolo_compress.evaluate.coco import absolute_boxes
-from yolo_compress.runtime.backends.base import sha256_file
 from yolo_compress.runtime.errors import SourceError
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.groundtruth import absolute, coco_file, image_set, yolo_folder
 
 NAMES = ("bolt", "nut")

@@ -39,7 +39,7 @@ def names(source: str | Path) -> tuple[list[str], str | None]:
     """Names of all pictures, and what the source said at its end."""
     found: list[str] = []
     try:
-        found.extend(picture.name for picture in open_source(source).pictures)
+        found.extend(picture.name for picture in open_source(source).images)
     except SourceError as error:
         return found, str(error)
     return found, None
@@ -108,5 +108,5 @@ def test_what_came_of_the_frames_before_the_loss_is_given_first(batch: int, monk
     monkeypatch.setattr(cv2, "VideoCapture", Capture)
     found = []
     with Pipeline([lambda: Still(batch)] * 2) as pipeline, pytest.raises(SourceError, match="lost after 11 frames"):
-        found.extend(one.name for one in pipeline(open_source("0").pictures))
+        found.extend(one.name for one in pipeline(open_source("0").images))
     assert found == [f"camera 0#{number}" for number in range(11)]

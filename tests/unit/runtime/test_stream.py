@@ -18,7 +18,7 @@ from PIL import Image
 from yolo_compress.runtime.detect import stream as module
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
-from yolo_compress.runtime.detect.sources import Picture, open_source
+from yolo_compress.runtime.detect.sources import SourceImage, open_source
 from yolo_compress.runtime.detect.stream import Pipeline
 from yolo_compress.runtime.errors import NotFinite, RuntimeUnavailable, SourceError
 
@@ -51,15 +51,15 @@ class Engine:
         self.closed = True
 
 
-def shades(count: int) -> list[Picture]:
-    return [Picture(f"p{i}", partial(np.full, (32, 48, 3), 255 - 4 * i, np.uint8)) for i in range(count)]
+def shades(count: int) -> list[SourceImage]:
+    return [SourceImage(f"p{i}", partial(np.full, (32, 48, 3), 255 - 4 * i, np.uint8)) for i in range(count)]
 
 
-def unreadable(name: str) -> Picture:
+def unreadable(name: str) -> SourceImage:
     def read() -> np.ndarray:
         raise UnreadableImage(f"{name}: torn")
 
-    return Picture(name, read)
+    return SourceImage(name, read)
 
 
 def opened(engines: list[Engine], **kind: Any) -> Pipeline:
@@ -113,7 +113,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_costs_no_other(batch: int) -
 def test_no_more_pictures_are_taken_than_are_in_work() -> None:
     taken = [0]
 
-    def endless() -> Iterator[Picture]:
+    def endless() -> Iterator[SourceImage]:
         for picture in shades(10) * 1000:
             taken[0] += 1
             yield picture
@@ -132,14 +132,14 @@ class Fault(Exception):
     pass
 
 
-def broken_decoder() -> Iterator[Picture]:
+def broken_decoder() -> Iterator[SourceImage]:
     def read() -> np.ndarray:
         raise Fault("decoder")
 
-    yield from [*shades(5), Picture("bad", read), *shades(50)]
+    yield from [*shades(5), SourceImage("bad", read), *shades(50)]
 
 
-def broken_source() -> Iterator[Picture]:
+def broken_source() -> Iterator[SourceImage]:
     yield from shades(5)
     raise Fault("source")
 
@@ -188,10 +188,10 @@ def test_a_folder_gives_its_images_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     source = open_source(tmp_path)
-    pictures = list(source.pictures)
+    pictures = list(source.images)
     assert source.total == 3 and [Path(picture.name).name for picture in pictures] == ["a.JPG", "b.png", "c.jpeg"]
     assert pictures[1].read()[0, 0].tolist() == [255, 0, 0]
-    assert [picture.name for picture in open_source(tmp_path / "b.png").pictures] == [str(tmp_path / "b.png")]
+    assert [picture.name for picture in open_source(tmp_path / "b.png").images] == [str(tmp_path / "b.png")]
 
 
 def film(file: Path, frames: int) -> Path:
@@ -204,7 +204,7 @@ def film(file: Path, frames: int) -> Path:
 
 def test_a_video_gives_its_frames_as_rgb(tmp_path: Path) -> None:
     source = open_source(film(tmp_path / "film.avi", 5))
-    pictures = list(source.pictures)
+    pictures = list(source.images)
     assert source.total == 5 and [picture.name for picture in pictures] == [f"film.avi#{i}" for i in range(5)]
     for i, picture in enumerate(pictures):
         assert np.abs(picture.read()[24, 32].astype(int) - [40 * i, 0, 0]).max() <= 6
@@ -226,7 +226,7 @@ def test_a_video_needs_opencv_and_an_image_does_not(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(RuntimeUnavailable, match="film.avi: videos and cameras need OpenCV.*pip install opencv"):
         open_source(file)
-    assert next(open_source(tmp_path / "a.png").pictures).read().shape == (6, 8, 3)
+    assert next(open_source(tmp_path / "a.png").images).read().shape == (6, 8, 3)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -33,8 +33,8 @@ from tests.support.typed import validate
 from yolo_compress.runtime.commands import switch as robot_switch
 from yolo_compress.runtime.commands.switch import Status, Unhealthy, install, rollback, status, switch
 from yolo_compress.runtime.errors import EngineError
-from yolo_compress.runtime.secure import ed25519, seal
-from yolo_compress.runtime.secure.seal import BundleRefused
+from yolo_compress.runtime.secure import ed25519, signed_manifest
+from yolo_compress.runtime.secure.signed_manifest import BundleRefused
 from yolo_compress.runtime.secure.slots import Slots, SlotsBusy
 from yolo_compress.runtime.secure.unpack import unpack
 
@@ -46,14 +46,14 @@ KILLED = 137
 def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A robot with a pinned key."""
     (tmp_path / "bundle.pub").write_text(ed25519.public_key(SEED).hex())
-    monkeypatch.setenv(seal.KEY_VARIABLE, str(tmp_path / "bundle.pub"))
+    monkeypatch.setenv(signed_manifest.KEY_VARIABLE, str(tmp_path / "bundle.pub"))
 
 
 def make_bundle(at: Path, version: int, seed: bytes | None = SEED, **about: Any) -> Path:
     (at / "onnx").mkdir(parents=True, exist_ok=True)
     (at / "onnx" / "fp32.onnx").write_bytes(b"net %d" % version)
     (at / "build.py").write_text("pass\n")
-    seal.seal(at, {"name": "demo", **about}, version, seed)
+    signed_manifest.seal(at, {"name": "demo", **about}, version, seed)
     return at
 
 
@@ -93,7 +93,7 @@ def put(slots: Slots, bundle: Path, **changes: Any) -> dict[str, Any]:
 def running(slots: Slots) -> int:
     """Version behind `current`, which has to verify and to pass."""
     target = slots.root / "current"
-    manifest = seal.verify(target, seal.pinned_key())
+    manifest = signed_manifest.verify(target, signed_manifest.pinned_key())
     fake_health(target)
     return int(manifest["version"])
 
@@ -127,21 +127,21 @@ def test_the_same_bundle_again_is_nothing_to_do(tmp_path: Path) -> None:
 def test_only_a_newer_version_comes_in(tmp_path: Path, version: int) -> None:
     slots = Slots(tmp_path / "root")
     put(slots, make_bundle(tmp_path / "1", 2))
-    with pytest.raises(BundleRefused, match="above 2 expected"):
+    with pytest.raises(BundleRefused, match="expected one above 2"):
         put(slots, make_bundle(tmp_path / "2", version, other=True))
     assert running(slots) == 2
 
 
 def test_a_key_named_from_here_is_found_by_the_slots_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(seal.KEY_VARIABLE, "bundle.pub")
+    monkeypatch.setenv(signed_manifest.KEY_VARIABLE, "bundle.pub")
     (tmp_path / "slot").mkdir()
-    (tmp_path / "slot" / "build.py").write_text(f"import os\nopen(os.environ[{seal.KEY_VARIABLE!r}])\n")
+    (tmp_path / "slot" / "build.py").write_text(f"import os\nopen(os.environ[{signed_manifest.KEY_VARIABLE!r}])\n")
     robot_switch.build(tmp_path / "slot")
 
 
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleRefused, match="gate is None, a JSON object expected"):
+    with pytest.raises(BundleRefused, match="gate is None, expected a JSON object"):
         put(Slots(tmp_path / "root"), make_bundle(tmp_path / "1", 1, gate=None))
 
 
@@ -186,7 +186,7 @@ def test_a_rollback_opens_no_door_to_older_bundles(tmp_path: Path) -> None:
         put(slots, make_bundle(tmp_path / str(version), version))
     assert rollback(slots, fake_health)["version"] == 1 == running(slots)
     for replayed in (3, 5):
-        with pytest.raises(BundleRefused, match="above 5 expected"):
+        with pytest.raises(BundleRefused, match="expected one above 5"):
             put(slots, make_bundle(tmp_path / f"again{replayed}", replayed))
     assert running(slots) == 1
     put(slots, make_bundle(tmp_path / "6", 6))
@@ -305,7 +305,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert last(["rollback", *root])["version"] == 1
     assert "nothing older" in last(["rollback", *root], 5)
     assert last(["switch", *root])["current"] == "b"
-    assert "above 2 expected" in last(["install", str(make_bundle(tmp_path / "old", 1, x=1)), *root], 5)
+    assert "expected one above 2" in last(["install", str(make_bundle(tmp_path / "old", 1, x=1)), *root], 5)
     assert "No such file" in last(["install", str(tmp_path / "nowhere"), *root], 6)
     with Slots(tmp_path / "root").locked():
         assert "another switch.py" in last(["rollback", *root], 75)
@@ -326,7 +326,7 @@ def test_a_bundles_own_commands_are_run_and_their_exit_code_kept(tmp_path: Path)
     (bundle / "bench.py").write_text(
         "import sys\nassert sys.argv[1:] == ['--golden']\nprint('worst box 3 px')\nsys.exit(1)\n"
     )
-    seal.seal(bundle, {"name": "demo"}, 1, SEED)
+    signed_manifest.seal(bundle, {"name": "demo"}, 1, SEED)
     slots = Slots(tmp_path / "root")
     with pytest.raises(Unhealthy, match="worst box 3 px") as failure:
         install(slots, bundle)
@@ -338,7 +338,7 @@ def test_a_build_that_outlives_its_caller_keeps_the_lock(tmp_path: Path) -> None
     bundle = tmp_path / "1"
     bundle.mkdir()
     (bundle / "build.py").write_text("import time\nopen('engines', 'w')\ntime.sleep(1)\n")
-    seal.seal(bundle, {"name": "demo"}, 1, SEED)
+    signed_manifest.seal(bundle, {"name": "demo"}, 1, SEED)
     slots, better = Slots(tmp_path / "root"), make_bundle(tmp_path / "2", 2)
     words = ["-c", "import sys; from yolo_compress.runtime.commands.switch import main; main(sys.argv[1:])"]
     caller = subprocess.Popen([sys.executable, *words, "install", str(bundle), "--root", str(slots.root)])
@@ -368,7 +368,7 @@ def test_a_real_bundle_killed_while_it_comes_in(tmp_path: Path) -> None:
     two = shutil.copytree(one, tmp_path / "two")
     (two / "labels.txt").write_text("bolt\nnut\nwood screw\n")
     for version, bundle in ((1, one), (2, two)):
-        seal.seal(bundle, about, version, SEED)
+        signed_manifest.seal(bundle, about, version, SEED)
     with tarfile.open(tmp_path / "two.tar", "w") as archive:
         archive.add(two, "two")
     root = tmp_path / "root"
@@ -394,13 +394,13 @@ def test_a_real_bundle_killed_while_it_comes_in(tmp_path: Path) -> None:
     for tenth in range(2, 30, 4):
         killed += command(current / "switch.py", "install", str(tmp_path / "two.tar"), kill_after_s=tenth / 10) is None
         assert command(current / "bench.py", "--golden") == 0
-        assert seal.verify(current, seal.pinned_key())["version"] in (1, 2)
+        assert signed_manifest.verify(current, signed_manifest.pinned_key())["version"] in (1, 2)
     assert killed >= 2
     assert command(current / "switch.py", "install", str(tmp_path / "two.tar")) == 0
-    assert seal.verify(current, seal.pinned_key())["version"] == 2
+    assert signed_manifest.verify(current, signed_manifest.pinned_key())["version"] == 2
     assert command(current / "detect.py", str(current / "golden" / "0.npy"), "--quiet") == 0
     assert command(current / "switch.py", "rollback") == 0
-    assert seal.verify(current, seal.pinned_key())["version"] == 1
+    assert signed_manifest.verify(current, signed_manifest.pinned_key())["version"] == 1
     assert command(current / "switch.py", "install", str(tmp_path / "two.tar")) == 5, "replayed"
     assert not list(root.rglob("__pycache__"))
 
@@ -651,7 +651,10 @@ def test_a_damaged_tar_is_refused_or_found_by_the_manifest(
         content[int(at * len(content))] ^= bits
     (place / "b.tar").write_bytes(content if cut is None else content[: int(cut * len(content))])
     try:
-        assert seal.verify(unpack(place / "b.tar", place / "into"), seal.pinned_key())["version"] == 1
+        assert (
+            signed_manifest.verify(unpack(place / "b.tar", place / "into"), signed_manifest.pinned_key())["version"]
+            == 1
+        )
     except BundleRefused:
         assert cut is not None or flips
     assert {"1", "b.tar"} <= set(os.listdir(place)) <= {"1", "b.tar", "into"}

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.files.atomic import atomic_write
-from yolo_compress.store.collect import gc
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.store.fingerprint import canonical, explain, fingerprint
-from yolo_compress.store.manifest import Artifact, Manifest, sha256_file
+from yolo_compress.store.garbage import gc
+from yolo_compress.store.manifest import Artifact, Manifest
 from yolo_compress.store.store import Store
 
 PAYLOAD = {"model.pt": b"weights" * 300, "plots/gamma.json": b"[1, 2]", "empty.txt": b""}

@@ -16,7 +16,7 @@ from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.errors import RecipeError
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.recipe.sections import SourceConfig
-from yolo_compress.stages import _source
+from yolo_compress.stages import _load_or_train
 from yolo_compress.train import checkpoint, trainer, transfer
 from yolo_compress.train.settings import TrainSettings
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_same_classes_is_taken_whole(folder: Path, dataset: 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert taken.tensors == taken.of_tensors and taken.parameters == taken.of_parameters
     said: list[str] = []
-    _source.start(SourceConfig(pretrained=str(folder / "same.pt")), dataset, 0, "baseline", said.append)
+    _load_or_train.start(SourceConfig(pretrained=str(folder / "same.pt")), dataset, 0, "baseline", said.append)
     assert "baseline.weights loads it without training" in said[0]
 
 
@@ -113,7 +113,7 @@ def test_weights_are_suggested_only_where_they_would_be_taken(folder: Path, data
         path = folder / f"near{number}.pt"
         checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", names, 3, seed=2), path)
         said: list[str] = []
-        _source.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline", said.append)
+        _load_or_train.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline", said.append)
         assert "its class outputs are copied by name" in said[0] and "weights" not in said[0]
 
 
@@ -170,13 +170,13 @@ def test_what_cannot_be_compressed_is_refused(
     path = folder / f"{yaml}-{channels}.pt"
     torch.save({"model": model, "ema": None, "train_args": {}}, path)
     with pytest.raises(RecipeError, match=message):
-        _source.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline")
+        _load_or_train.start(SourceConfig(pretrained=str(path)), dataset, 0, "baseline")
 
 
 def test_weights_of_other_classes_name_the_way_on(folder: Path, dataset: Dataset) -> None:
     config = SourceConfig(weights=str(folder / "eighty.pt"))
     with pytest.raises(RecipeError, match=r"knows 80 classes, the data set has 2.*baseline\.pretrained=.*eighty\.pt"):
-        _source.start(config, dataset, 0, "baseline")
+        _load_or_train.start(config, dataset, 0, "baseline")
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "MuSGD"])

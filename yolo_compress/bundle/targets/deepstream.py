@@ -1,8 +1,9 @@
 """DeepStream: ONNX files with the output layout of DeepStream-Yolo's parser, and the configuration of nvinfer.
 
-`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6] for
-each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes, or three
-outputs, and would draw wrong boxes. Our models have [4 + nc, A], so a few nodes are added at the end of the FP32 and INT8 files.
+`NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6]
+for each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes,
+or three outputs. They would draw wrong boxes. Models of this package output [4 + nc, A]. So a few nodes are added at the end of the
+FP32 and INT8 files.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from yolo_compress.bundle.network_io import Network, read, require
 from yolo_compress.errors import RecipeError
-from yolo_compress.evaluate.published import literal
-from yolo_compress.runtime.limits import MAX_DET
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.evaluate.exported_files import literal
+from yolo_compress.runtime.max_detections import MAX_DET
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 FOLDER = "deepstream"
 CONFIG, LABELS, MODEL, INT8 = "config_infer_primary.txt", "labels.txt", "model.onnx", "model-int8.onnx"
@@ -131,7 +132,7 @@ def rows(network: Network, out: Path) -> None:
 
 
 def _same_boxes(path: Path, rows_graph: Network, source: Network) -> None:
-    """Check on noise that the rewritten ONNX file returns the same boxes as the file it was made from.
+    """Run the rewritten ONNX file and its source on noise, and check that both return the same boxes.
 
     Raises:
         RecipeError: The boxes differ by more than `MOST_APART`.

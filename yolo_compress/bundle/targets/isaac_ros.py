@@ -14,7 +14,7 @@ import yaml
 
 from yolo_compress.bundle.network_io import Network, require
 from yolo_compress.errors import RecipeError
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 FOLDER = "isaac_ros"
 PARAMETERS, LAUNCH = "parameters.yaml", "yolov8.launch.py"

@@ -14,7 +14,7 @@ from yolo_compress.bundle.network_io import read
 from yolo_compress.bundle.targets import deepstream, isaac_ros, triton
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.messages import got
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 TARGETS: dict[str, ModuleType | None] = {
     "plain": None,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.bundle.network_io import Network, Tensor, read, require
-from yolo_compress.runtime.backends.base import sha256_file
-from yolo_compress.runtime.secure.seal import Versioned
+from yolo_compress.runtime.files import sha256_file
+from yolo_compress.runtime.secure.signed_manifest import Versioned
 
 REPOSITORY = "triton/model_repository"
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "model.onnx"
@@ -45,7 +45,7 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 
 
 def model_name(about: Versioned) -> str:
-    """Return the model's name for Triton: the recipe's name with `_` for every character except letters, digits, `-` and `_`."""
+    """Return the model's name for Triton. It is the recipe's name, but all characters except letters, digits and `-` become `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", str(about["name"])) or "model"
 
 
@@ -77,7 +77,7 @@ def _dims(tensor: Tensor, batch: int) -> list[str]:
 
 
 def check(directory: Path, network: Network, about: Versioned) -> None:
-    """Read the configuration back. Compare it with the ONNX file in the repository, and that file with the model.
+    """Read the configuration back, and compare it with the ONNX file in the repository. Also compare this file with the model.
 
     Raises:
         RecipeError: A value differs.
@@ -99,7 +99,7 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
 
 
 def parse_pbtxt(text: str) -> dict[str, list[Any]]:
-    """Parse protobuf text, as far as `_CONFIG` uses the format. The value of every field is a list; a message is a dict."""
+    """Parse the part of the protobuf text format that `_CONFIG` uses. The value of every field is a list. A message is a dict."""
     words = re.findall(r'"[^"\n]*"|[A-Za-z0-9_.-]+|[{}\[\],:]', re.sub(r"(?m)#.*$", "", text))
 
     def message(end: str | None) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from yolo_compress.evaluate.ab.latency_ratio import Rounds, latency_ratio
 from yolo_compress.evaluate.ab.operating_point import IOU, operating
 from yolo_compress.evaluate.ab.schema import AB, ABVerdict, Difference, Part, Side, Total
 from yolo_compress.evaluate.bootstrap import Replicates, interval, over_classes, replicate, resamples
-from yolo_compress.runtime.limits import MAX_DET, counted
+from yolo_compress.runtime.max_detections import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import AREAS, match, precision
 
 SCHEMA = 1
@@ -48,10 +48,11 @@ def compare(
         names: class names in the order of their index.
         margin: fraction of model A's mAP50-95 that model B may lose.
         conf: score threshold in deployment.
-        max_det: largest number of detections per image after NMS, the same for both.
+        max_det: largest number of detections per image after NMS, equal for both models.
         replicates: number of bootstrap replicates.
         seed: seed of the bootstrap.
-        latency_a, latency_b: latencies in ms, one list per round; the models were measured in turn. None: do not compare latency.
+        latency_a, latency_b: latencies in ms, one list per round. The models must be measured in turn. None: do not compare
+            latency.
         about_a, about_b: description of each model. None: the labels are "A" and "B".
         image_set: digest of the images.
 
@@ -103,8 +104,8 @@ def compare(
 def verdict(map50_95: Difference, margin: float, images: int) -> ABVerdict:
     """Decide whether model B loses at most the allowed part of model A's mAP50-95: "pass", "fail" or "inconclusive".
 
-    The limit is -`margin` x A's mAP. The verdict is "pass" if the whole interval of the difference is above the limit, and "fail"
-    if the whole interval is below the limit.
+    The limit is -`margin` x A's mAP. The verdict is "pass" if the whole interval of the difference is above the limit. It is "fail"
+    if the whole interval is below.
 
     Args:
         map50_95: difference over all classes. Its values must not be null.

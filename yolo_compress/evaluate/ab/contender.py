@@ -1,15 +1,14 @@
-"""One model of an A/B comparison: an engine, an ONNX file or a checkpoint that is run now, or a row that `bench` measured earlier.
+"""One model of an A/B comparison. An engine, ONNX file or checkpoint is run now. A row of `bench` was measured earlier.
 
-Each class here has `label` (the text on the command line), `imgsz` (height and width in px; None: any), `runs` (whether inference is
-run), and the method `detections(data, imgsz, progress)`. The method returns one N6 array for each image of `data.val`, and the
-executed arithmetic as text. The method raises RecipeError if classes, size or images differ from the data set.
+Each class has the attributes `label` (the text on the command line), `imgsz` (height and width in px; None: any) and `runs`
+(whether inference is run). Its method `detections(data, imgsz, progress)` returns one N6 array for each image of `data.val`, and
+the executed arithmetic as text. The method raises RecipeError if classes, size or images differ from the data set.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.rows import MeasuredBenchRow, bench_rows
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
-from yolo_compress.runtime import json_text
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.coco_map import mean_ap
 from yolo_compress.runtime.measure.messages import Spec
-from yolo_compress.store.manifest import MANIFEST, Artifact, Manifest, payload, read_artifact, verify_payload
+from yolo_compress.store.manifest import MANIFEST, Artifact, payload, read_artifact, verify_payload
 
 Progress = Callable[[int], Any]
 Size = tuple[int, int]
@@ -109,14 +107,14 @@ class Measured:
         if self.row["image_set"] != data.val_digest:
             raise RecipeError(
                 f"{self.label}: measured over image set {self.row['image_set'][:16]} ({self.bench.metrics['images']} images), "
-                f"{data.yaml.name} has {data.val_digest[:16]} ({len(data.val)} images); give the data of that bench, whole"
+                f"{data.yaml.name} has {data.val_digest[:16]} ({len(data.val)} images); give the whole data set of that bench"
             )
         found = kept(self.bench.file(f"detections/{row_name(self.row)}.npy"), len(data.val))
         value = mean_ap([absolute_boxes(sample) for sample in data.val], found, data.names)["map50_95"]
         if abs(value - self.row["map50_95"]) > _SAME_MAP:
             raise CorruptArtifact(
-                f"{self.label}: the detections kept give mAP50-95 {value:.6f}, the row says {self.row['map50_95']:.6f}; an "
-                "earlier version kept only those that pictures show: run `bench` again"
+                f"{self.label}: the stored detections give mAP50-95 {value:.6f}, but the row has {self.row['map50_95']:.6f}: an "
+                "earlier version stored fewer detections; run `bench` again"
             )
         return found, self.row["executed"]
 
@@ -132,7 +130,7 @@ def open_contender(text: str, scratch: Path) -> Contender:
     """Open the model that `text` names, and check the model's files against their recorded digests.
 
     Args:
-        text: path of an engine folder, of an .onnx file or of a .pt file; or BENCH:ROW for a row of a `bench` artefact.
+        text: path of an engine folder, an .onnx file or a .pt file. Or BENCH:ROW for a row of a `bench` artefact.
         scratch: folder for temporary files. If `text` is an .onnx file, an engine for ONNX Runtime is built there.
 
     Raises:
@@ -156,18 +154,15 @@ def open_contender(text: str, scratch: Path) -> Contender:
 
 
 def _measured(text: str, folder: Path, name: str) -> Measured:
-    stage = "bench"
     if not (folder / MANIFEST).is_file():
         raise RecipeError(
             f"{text}: {folder} is no bench artefact; give BENCH:ROW as in weights/digits/bench:original-torch-fp32"
         )
-    with suppress(ValueError):  # if the manifest is damaged, `read_artifact` below reports it
-        stage = Manifest.from_json(json_text.content(folder / MANIFEST)).stage
-    if stage != "bench":
+    bench = read_artifact(folder)
+    if bench.stage != "bench":
         raise RecipeError(
-            f"{text}: an artefact of {stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
+            f"{text}: an artefact of {bench.stage}, not of bench; give an engine folder in it, an .onnx, a .pt, or BENCH:ROW"
         )
-    bench = read_artifact(folder, "bench")
     verify_payload(bench, set(payload(folder)))
     rows = {row_name(row): row for row in bench_rows(bench)}
     if name not in rows:

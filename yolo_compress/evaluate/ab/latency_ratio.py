@@ -22,7 +22,9 @@ def latency_ratio(rounds_a: Rounds, rounds_b: Rounds, replicates: int, seed: int
         ValueError: the numbers of rounds differ, or a round has no samples.
     """
     if len(rounds_a) != len(rounds_b) or not all([*rounds_a, *rounds_b]) or not rounds_a:
-        raise ValueError(f"{len(rounds_a)} and {len(rounds_b)} rounds, as many of both with samples in each expected")
+        raise ValueError(
+            f"{len(rounds_a)} and {len(rounds_b)} rounds, expected equal numbers of rounds with samples in each"
+        )
     generator = np.random.default_rng(seed)
     medians = np.empty((replicates, 2))
     both = [[np.asarray(samples, np.float64) for samples in rounds] for rounds in (rounds_a, rounds_b)]

@@ -71,7 +71,7 @@ def operating(
 
     Returns:
         Two values. The first is the comparison at `conf`. The second is a list of the images where B loses or gains an object, or
-        shows a false detection that A does not show. The images with the most lost objects come first.
+        where only B shows a false detection. The images with the most lost objects come first.
     """
     a, b = (_Model.at(truths, rows, all_b.classes, conf, most) for rows in (detections_a, detections_b))
     a_only_N, b_only_N = a.found_N & ~b.found_N, b.found_N & ~a.found_N
@@ -100,12 +100,12 @@ def operating(
 
 
 def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
-    """Test whether model A finds as many objects that B misses as B finds that A misses. Each image is one observation.
+    """Test whether models A and B find equally many objects that the other model misses.
 
-    Errors in an image are correlated (in a dark image all objects may be missed), so a test over boxes would find differences
-    between equal models. This is an exact permutation test: the sign of each image's difference is random, and p is the two-sided
-    share of sign patterns whose sum is at least as far from 0. If every image has at most one object that only one model finds,
-    the result is McNemar's exact test.
+    Each image is one observation. Errors in an image are correlated: in a dark image all objects may be missed. So a test over
+    boxes would find differences between equal models. This is an exact permutation test, which makes the sign of each image's
+    difference random. The p-value is the two-sided share of sign patterns whose sum is at least as far from 0 as the measured sum.
+    If every image has at most one object that only one model finds, the result is McNemar's exact test.
 
     Args:
         a_only_I: number of objects in each image that only A finds.
@@ -130,7 +130,7 @@ def mcnemar(a_only_I: np.ndarray, b_only_I: np.ndarray) -> McNemar:
 
 
 def restoring_threshold(matches: Matches, wanted: int) -> float | None:
-    """Return the highest score threshold, to four decimals, at which a model finds `wanted` objects; None if there is none."""
+    """Return the highest score threshold, to four decimals, at which a model finds `wanted` objects. None: no threshold does."""
     score_D = np.sort(matches.score_D[matches.truth_ATD[0, 0] >= 0])[::-1]
     if wanted > len(score_D):
         return None
@@ -145,7 +145,7 @@ def restoring_threshold(matches: Matches, wanted: int) -> float | None:
 
 
 def _paired(a: _Model, b: _Model, classes: int, most: int) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Pair the detections that model B shows with those that model A shows.
+    """Pair the shown detections of model B with the shown detections of model A.
 
     Returns:
         Scores and IoU of the pairs, and for each image the number of B's false detections that have no partner among A's detections.

@@ -48,7 +48,7 @@ def jpeg_uri(
         detections_N6: xyxy in px of the image, score, class.
         marks: Flags of the objects and detections.
         names: Class names in the order of their index.
-        width_px: Width of the JPEG; a very tall image becomes narrower.
+        width_px: Width of the JPEG. A very tall image becomes narrower.
         quality: JPEG quality, 1 to 95.
     """
     scale = min(1.0, MAX_ASPECT * image_HW3.shape[1] / image_HW3.shape[0]) * width_px / image_HW3.shape[1]
@@ -83,7 +83,7 @@ def class_name(names: Sequence[str], cls: int) -> str:
 
 
 def _resized(image: NDArray[Any], scale: float) -> Image.Image:
-    """Resize the image. Integer factors of 2 or more repeat pixels, which shows what the model saw; others interpolate."""
+    """Resize the image. For integer factors of 2 or more, pixels are repeated, as the model saw them. Other factors interpolate."""
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     method = Image.Resampling.NEAREST if scale >= 2 and scale == int(scale) else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(image, np.uint8)).resize(size, method)
@@ -102,7 +102,7 @@ class _Tags:
         self._placed: list[tuple[float, float, float, float]] = []
 
     def add(self, xyxy: NDArray[Any], text: str, fill: str) -> None:
-        """Draw a text above, in or below the box. Draw none if it would cover another or is wider than the image."""
+        """Draw a text above, in or below the box. A text that would cover another text, or is wider than the image, is not drawn."""
         left, top, right, bottom = self._pen.textbbox((0, 0), text, font=self._font)
         width, height = right - left + 6, bottom - top + 5
         x0, y0, y1 = float(xyxy[0]), float(xyxy[1]), float(xyxy[3])
@@ -127,5 +127,5 @@ class _Tags:
 
 
 def _font(size: int) -> Any:
-    """Return DejaVu Sans from matplotlib. It is the same on every machine and has more scripts than Pillow's own font."""
+    """Return DejaVu Sans from matplotlib. This font is equal on every machine, and has more scripts than Pillow's own font."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)

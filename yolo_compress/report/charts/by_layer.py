@@ -1,4 +1,4 @@
-"""Charts with one row per layer or group, in the order of the model. Bar charts and heat maps use it."""
+"""Charts with one row per layer or group, in the order of the model: the common part of bar charts and heat maps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def charts(
     highlighted: Collection[str] = (),
     head: bool = False,
 ) -> dict[str, str]:
-    """Draw the chart in both variants, "wide" and "narrow"; empty if there are no rows.
+    """Draw the chart in both variants, "wide" and "narrow". Without rows, return an empty dict.
 
     Args:
         name: Start of the SVG ids, different for each chart.

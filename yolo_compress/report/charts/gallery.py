@@ -36,7 +36,7 @@ class Item:
         detections_a: Detections of the baseline, N6: xyxy in px of the image, score, class.
         detections_b: Detections of the compressed model in the same form.
         names: Class names in the order of their index.
-        name: Title of the image; None: file name.
+        name: Title of the image. None: its file name.
         section: A key of `image_choice.SECTIONS`.
         min_score: Detections with this score or less are not drawn.
     """
@@ -181,7 +181,7 @@ def match(truths_N5: NDArray[Any], detections_N6: NDArray[Any]) -> tuple[NDArray
         detections_N6: xyxy, score, class, best score first. Same coordinates as `truths_N5`.
 
     Returns:
-        Flags of the objects that were found, and flags of the detections that found one.
+        Two arrays of flags: objects that were found, and detections that found an object.
     """
     found = np.zeros(len(truths_N5), bool)
     used = np.zeros(len(detections_N6), bool)

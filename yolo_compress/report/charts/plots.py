@@ -18,7 +18,7 @@ from yolo_compress.report.schema import Gammas
 
 
 def gamma_histograms(gammas: Gammas | None) -> dict[str, str]:
-    """Draw one histogram per epoch, at most 9 with the first and the last, and write the share of the first bin."""
+    """Draw one histogram per epoch, for at most 9 epochs with the first and the last. Write the share of the first bin beside it."""
     if not gammas:
         return {}
     return {name: _ridges(gammas, name) for name in ("wide", "narrow")}
@@ -107,7 +107,7 @@ def flops_per_convolution(flops: Mapping[str, Sequence[int]] | None) -> dict[str
 
 
 def recovery_curve(recovery: Sequence[Sequence[float | None]] | None) -> dict[str, str]:
-    """Draw mAP50-95 over the epochs of fine-tuning; empty with less than two validated epochs."""
+    """Draw mAP50-95 over the epochs of fine-tuning. With less than two validated epochs, return an empty dict."""
     pairs = [(finite(epoch), finite(value)) for epoch, value in recovery or ()]
     points = [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
     return {name: _curve(points, name) for name in ("wide", "narrow")} if len(points) > 1 else {}

@@ -111,7 +111,7 @@ def quantisation_table(quantisation: Quantisation | None) -> Table:
 
 
 def quantisation_note(quantisation: Quantisation) -> str:
-    """Return a note on the measure in float, in INT8 and in the final mix, and on the meaning of the price."""
+    """Return a note with the measure of the float model, the INT8 model and the final mix, and with the meaning of the price."""
     what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
     left = quantisation["left"]
     unit, costs = price(quantisation)

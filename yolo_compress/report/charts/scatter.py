@@ -21,7 +21,7 @@ MARKERS: dict[Precision, str] = {"fp32": "o", "fp16": "s", "int8": "^"}
 
 
 class Point(NamedTuple):
-    """A mark of the chart. `recipe` is the recipe of a point of reference, otherwise empty."""
+    """A mark of the chart. `recipe` is empty, except for the reference of another recipe."""
 
     model: Model | Literal["reference"]
     runtime: str
@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 def accuracy_over_latency(document: Document) -> dict[str, str]:
-    """Draw mAP50-95 over p50 latency on this machine, one mark per row or reference; empty if none has both figures."""
+    """Draw mAP50-95 over p50 latency on this machine, one mark per row or reference. Without marks, return an empty dict."""
     here = [row for row in document["rows"] if row["status"] == "ok" and not row.get("device")]
     known = [
         *(_point(row, row["model"]) for row in here),
@@ -101,7 +101,11 @@ def _scatter(document: Document, points: Sequence[Point], variant: str) -> str:
 
 
 def _scales(axes: Any, points: Sequence[Point]) -> None:
-    """Set the axes: latency is logarithmic if the slowest is over four times the fastest; mAP shows only its range."""
+    """Set the axes.
+
+    The latency axis is logarithmic if the slowest mark is over four times the fastest. The mAP axis shows only the range of the
+    marks.
+    """
     xs = np.array([point.latency_ms for point in points])
     ys = np.array([end for point in points for end in (point.map50_95, *(point.interval or ()))])
     pad = max(0.01, 0.08 * float(np.ptp(ys)))

@@ -37,7 +37,7 @@ def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
 
 
 def _rows(sensitivity: Sensitivity) -> dict[str, list[Cell]]:
-    """Return the cells of each group. Opacity grows with the square root of the harm, or the worst cell would hide others."""
+    """Return the cells of each group. Opacity grows with the square root of the harm, so that small harms are visible too."""
     changes: dict[str, list[float | None]] = {}
     for group, values in sensitivity["groups"].items():
         known = map(finite, values)

@@ -1,4 +1,4 @@
-"""Inline SVG from matplotlib. Text stays text, colours are CSS variables of the page, equal input gives equal bytes."""
+"""Inline SVG from matplotlib. Text stays text, and colours are CSS variables of the page. Equal input gives equal bytes."""
 
 from __future__ import annotations
 

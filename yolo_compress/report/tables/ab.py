@@ -28,7 +28,7 @@ ERRORS = (
 
 
 def figures_table(ab: AB | None) -> Table:
-    """Return a table of mAP, of the figures at the score threshold of deployment, and of latency."""
+    """Return a table of mAP, latency, and the figures at the score threshold of the deployment."""
     if not ab:
         return Table("A/B", FIGURES, ())
     lines = [_difference("mAP50-95", ab["map50_95"]), _difference("mAP50", ab["map50"])]
@@ -86,7 +86,7 @@ def _notes(ab: AB) -> list[str]:
 
 
 def parts_table(title: str, parts: Sequence[Part]) -> Table:
-    """Return a table of mAP50-95 by class or by size of object, without the parts that have no object."""
+    """Return a table of mAP50-95 by class or by size of object. Classes and sizes without objects are left out."""
     lines = []
     for part in parts:
         if part["truths"]:
@@ -96,7 +96,7 @@ def parts_table(title: str, parts: Sequence[Part]) -> Table:
 
 
 def errors_table(errors: ErrorTypes | None) -> Table:
-    """Return a table of TIDE's error types: the rise of AP50 without these errors, and their number at the score shown."""
+    """Return a table of TIDE's error types. It has the rise of AP50 without these errors, and their number at the score threshold."""
     lines = [
         Line((line.name, *map(n.percent, line.costs), *map(n.integer, line.counts)))
         for line in (error_rows(errors) if errors else ())

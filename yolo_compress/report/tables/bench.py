@@ -61,7 +61,7 @@ DEVICES = (
 
 
 def bench_table(document: Document) -> Table:
-    """Return a table of the rows measured on this machine, by runtime. Missing rows of a runtime share a line of dashes."""
+    """Return a table of the rows of this machine, by runtime. All missing rows of a runtime share one line of dashes."""
     marks = _marks(document)
     lines = [
         Line(cells(BENCH, row), place(row), marks.get(row["id"], ""))
@@ -91,7 +91,7 @@ def files_table(document: Document) -> Table:
 
 
 def devices_table(document: Document) -> Table:
-    """Return a table of the compressed model on this machine and on all devices; empty without devices."""
+    """Return a table of the compressed model on this machine and on all devices. Without devices, the table is empty."""
     if not document["devices"]:
         return Table("Devices", columns(DEVICES), ())
     marks = _marks(document)

@@ -32,7 +32,7 @@ PRUNING = (Column("Figure", right=False), Column("Before"), Column("After"), Col
 
 
 def chain_table(document: Document) -> Table:
-    """Return a table of the stages of the recipe (baseline to qat), and of the engines of the compressed model."""
+    """Return a table with a line for each stage (baseline to qat) and for each engine of the compressed model."""
     lines = [
         Line(cells(CHAIN, {**stage, "name": stage["stage"]}), mark="reference" if stage["stage"] == "baseline" else "")
         for stage in document["chain"]
@@ -81,7 +81,7 @@ def _delta(row: Row, base: float | None) -> float | None:
 
 
 def pruning_table(document: Document) -> Table:
-    """Return a table of GFLOPs, latency and mAP after each step of pruning. A figure that was not measured has no line."""
+    """Return a table of GFLOPs, latency and mAP after each step of pruning. Figures that were not measured have no line."""
     chain = [stage for stage in document["chain"] if stage["stage"] != "teacher"]
     place = next((i for i, stage in enumerate(chain) if stage["stage"] == "prune"), 0)
     if not place:

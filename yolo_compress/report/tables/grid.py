@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Column:
-    """A column. On a narrow terminal the column with the highest `rank` is left out first; rank 0 is always shown."""
+    """A column. On a narrow terminal, the column with the highest `rank` is left out first. A column of rank 0 is always shown."""
 
     title: str
     right: bool = True
@@ -25,7 +25,7 @@ class Field(NamedTuple):
 
 
 def field(title: str, key: str, write: Callable[[Any], str], rank: int = 0) -> Field:
-    """Return a field for the value of `key`, which a row may lack."""
+    """Return a field that shows the value of `key`. A row may lack this key."""
     return Field(Column(title, rank=rank), lambda row: write(row.get(key)))
 
 

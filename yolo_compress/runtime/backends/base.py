@@ -1,13 +1,11 @@
-"""The `Backend` protocol that every engine implements, and `engine.json`, the file that describes an engine (its sidecar).
+"""The `Backend` protocol, which every engine implements, and the sidecar `engine.json`, which describes an engine.
 
-An engine directory holds the engine files and the sidecar. The sidecar states the SHA-256 of the ONNX file that the engine was
-built from, the version of the engine library, and the SHA-256 of each engine file. `load_info` checks the files before an engine
-library deserialises them.
+An engine directory holds the engine files and the sidecar. The sidecar states the SHA-256 of the source ONNX file, the version of
+the engine library, and the SHA-256 of each engine file. `load_info` checks the files before an engine library deserialises them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -19,8 +17,9 @@ import numpy as np
 
 from .. import json_text
 from ..errors import EngineError, LatencyError, RuntimeUnavailable
-from ..files import FileEntry
+from ..files import FileEntry, sha256_file
 from ..measure.device import cpu_model
+from ..registry import PRECISIONS
 from .onnx_metadata import names_and_imgsz
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
 ]
 
 SIDECAR = "engine.json"
-PRECISIONS = ("fp32", "fp16", "int8")
 Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the sidecar
 
 
@@ -64,7 +62,7 @@ class Backend(Protocol):
 
     @property
     def executed(self) -> str:
-        """Number types that the runtime really computes with, as text: "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
+        """Number types in which the runtime really computes, as text: "int8 (57 int8, 7 fp32; of 64 convolutions)"."""
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:
         """Run one inference.
@@ -79,7 +77,7 @@ class Backend(Protocol):
         """
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
-        """Return a function without arguments that runs one inference on these images and returns when it is done.
+        """Return a function without arguments. It runs one inference on these images, and returns when the inference is done.
 
         Latency is measured by calling this function. On a GPU, the function does not copy between host and device memory.
         """
@@ -95,8 +93,8 @@ class EngineBackend(Backend, Protocol):
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Return a dict from node name to time in ms: the minimum over `runs` profiled inferences.
 
-        The names are those of the engine library. The minimum is used because other processes can only make a node slower.
-        They may interrupt nearly every run at the same node: the median of a node of 2 ms was then 40 ms.
+        The engine library gives the names. The minimum is used because other processes can only make a node slower. They may
+        interrupt nearly every run at the same node. The median time of such a node was 40 ms instead of 2 ms.
         """
 
     def __enter__(self) -> "EngineBackend": ...
@@ -111,7 +109,7 @@ class EngineInfo:
         names: class names in the order of their index.
         onnx_sha256: SHA-256 of the ONNX file that the engine was built from.
         library: version of the engine library.
-        files: file name -> its size and SHA-256; empty for a bare ONNX file.
+        files: file name -> its size and SHA-256. Empty: a bare ONNX file.
         built_on: the machine that built the engine.
         options: build options.
     """
@@ -128,15 +126,6 @@ class EngineInfo:
     schema: int = 1
 
 
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def describe_onnx(
     onnx: Path,
     runtime: str,
@@ -146,7 +135,7 @@ def describe_onnx(
     imgsz: Optional[Tuple[int, int]] = None,
     options: Optional[Options] = None,
 ) -> EngineInfo:
-    """Return the `EngineInfo` of an ONNX file from which an engine is built, or which is opened directly.
+    """Return the `EngineInfo` of an ONNX file, to build an engine from the file or to open it directly.
 
     If `names` or `imgsz` is None, the value is read from the metadata of the ONNX file.
 
@@ -154,7 +143,7 @@ def describe_onnx(
         EngineError: the file does not exist, the precision is unknown, or the metadata lacks `names` or `imgsz`.
     """
     if precision not in PRECISIONS:
-        raise EngineError(f"precision {precision!r}: one of {', '.join(PRECISIONS)} expected")
+        raise EngineError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if not onnx.is_file():
         raise EngineError(f"{onnx}: no such ONNX file; run export first")
     if names is None or imgsz is None:
@@ -191,7 +180,7 @@ def _from_json(document: Any) -> EngineInfo:
 
 
 def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
-    """Read the sidecar `engine.json`, check that every engine file has the size and SHA-256 in the sidecar, and return the sidecar.
+    """Read and return the sidecar `engine.json`. Check that every engine file has the size and SHA-256 that the sidecar states.
 
     Args:
         directory: directory of the engine.
@@ -205,7 +194,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     info = _read_sidecar(sidecar)
     if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
         raise EngineError(
-            f"{directory}: built from ONNX {info.onnx_sha256[:16]}, {onnx_sha256[:16]} expected; build the engine again"
+            f"{directory}: built from ONNX {info.onnx_sha256[:16]}, expected {onnx_sha256[:16]}; build the engine again"
         )
     for name, entry in info.files.items():
         path = directory / name
@@ -215,7 +204,7 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
             raise EngineError(f"{path}: missing; build the engine again")
         if path.stat().st_size != entry["size"]:
             raise EngineError(
-                f"{path}: {path.stat().st_size} bytes, {entry['size']} expected (truncated?); build the engine again"
+                f"{path}: {path.stat().st_size} bytes, expected {entry['size']} (truncated?); build the engine again"
             )
         if sha256_file(path) != entry["sha256"]:
             raise EngineError(f"{path}: sha256 is not the one in {SIDECAR} (altered); not loaded, build it again")
@@ -242,12 +231,11 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
 def resolve(
     path: Path, runtime: str, precision: Optional[str], library: str, engine_files: Sequence[str] = ()
 ) -> EngineInfo:
-    """Return the `EngineInfo` of an engine directory, after checking its files, or of an ONNX file that is opened directly.
+    """Check and return the `EngineInfo` of an engine directory, or of an ONNX file that is opened directly.
 
     Args:
         path: engine directory or ONNX file.
-        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
-            file; None: fp32.
+        precision: for a directory, the required precision (None: any). For an ONNX file, the precision of the file (None: fp32).
         library: version of the engine library.
         engine_files: files that the runtime will open. The sidecar must list each of them.
 
@@ -264,7 +252,7 @@ def resolve(
         raise EngineError(f"{path / SIDECAR}: has no entry for {', '.join(unlisted)}; build the engine again")
     if precision is not None and precision != info.precision:
         raise EngineError(
-            f"{path}: holds {info.precision}, {precision} expected; an engine is not converted on loading"
+            f"{path}: holds {info.precision}, expected {precision}; an engine is not converted on loading"
         )
     return info
 
@@ -273,15 +261,15 @@ def check_output(info: EngineInfo, shape: Sequence[Any], where: Path) -> None:
     """Raise EngineError if the output shape is not [B, 4 + number of classes, A]."""
     if len(shape) != 3 or (isinstance(shape[1], int) and shape[1] >= 0 and shape[1] != 4 + len(info.names)):
         raise EngineError(
-            f"{where}: output {list(shape)}, [batch, {4 + len(info.names)}, anchors] expected for "
+            f"{where}: output {list(shape)}, expected [batch, {4 + len(info.names)}, anchors] for "
             f"{len(info.names)} classes; build it from the export of the same model (without NMS in the graph)"
         )
 
 
 def check_channels(channels: Any, where: Path) -> int:
-    """Return the number of input channels; raise EngineError if it is neither 3 (RGB) nor 1 (grey)."""
+    """Return the number of input channels. Raise EngineError unless it is 3 (RGB) or 1 (grey)."""
     if channels not in (1, 3):
-        raise EngineError(f"{where}: takes images of {channels} channels, 3 (RGB) or 1 (grey) expected; export again")
+        raise EngineError(f"{where}: takes images of {channels} channels, expected 3 (RGB) or 1 (grey); export again")
     return int(channels)
 
 
@@ -295,7 +283,7 @@ def check_input(images_BCHW: np.ndarray, backend: Backend) -> np.ndarray:
     wanted = ("any" if batch is None else batch, backend.channels, *backend.imgsz)
     shape = images_BCHW.shape
     if images_BCHW.dtype != np.float32 or shape[1:] != wanted[1:] or (batch is not None and shape[0] != batch):
-        raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, float32 {list(wanted)} expected")
+        raise ValueError(f"images are {images_BCHW.dtype} {list(shape)}, expected float32 {list(wanted)}")
     return np.ascontiguousarray(images_BCHW)
 
 
@@ -311,3 +299,12 @@ def census_words(precision: str, counts: Dict[str, int]) -> str:
     if len(ranked) == 1:
         return f"{ranked[0]} (all {total} convolutions; {precision} asked)"
     return f"{ranked[0]} ({parts}; of {total} convolutions)"
+
+
+def problem(use: Callable[[], object]) -> Optional[str]:
+    """Call `use`, a first use of an engine library. Return what is missing and what to install. None: nothing is missing."""
+    try:
+        use()
+    except RuntimeUnavailable as error:
+        return str(error)
+    return None

@@ -26,7 +26,7 @@ def _varint(data: memoryview, at: int) -> Tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Yield (field number, payload) of each length-delimited protobuf field; skip other fields."""
+    """Yield (field number, payload) of each length-delimited protobuf field. Other fields are skipped."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -63,7 +63,7 @@ def metadata(path: Path) -> Dict[str, str]:
 
 
 def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
-    """Return the class names and the input size (height, width) in px, from the metadata that Ultralytics uses too.
+    """Return the class names and the input size (height, width) in px, from metadata in the format of Ultralytics.
 
     Raises:
         EngineError: the metadata lacks class names or input size.

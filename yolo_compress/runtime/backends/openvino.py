@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from ..measure.device import usable_cpus
-from .base import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
+from .base import census_words, check_channels, check_input, check_output, describe_onnx, problem, resolve, save_info
 
 RUNTIME = "openvino"
 ENGINE_FILE = "engine.xml"
@@ -40,9 +40,8 @@ class OpenVINOBackend:
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
-        threads: threads of one inference; None: one per usable processor.
-        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
-            file; None: fp32.
+        threads: threads of one inference. None: one per usable processor.
+        precision: for a directory, the required precision (None: any). For an ONNX file, the precision of the file (None: fp32).
 
     Raises:
         RuntimeUnavailable: the library is missing.
@@ -132,17 +131,13 @@ class OpenVINOBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this runtime needs: `form` of a `registry.Int8File`."""
+        """Return the kind of INT8 file that this runtime needs: the `form` of a `registry.Int8File`."""
         return "openvino"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what to install."""
-        try:
-            _library()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        """Return a text that says what to install. None: this runtime works."""
+        return problem(_library)
 
     @staticmethod
     def build(
@@ -154,7 +149,7 @@ class OpenVINOBackend:
     ) -> Dict[str, Path]:
         """Convert an ONNX file to OpenVINO's IR in the folder `out`. Return the written files by name.
 
-        `onnx` must be the export for `precision`. Weights are stored as float16 for fp16 only.
+        `onnx` must have been exported for `precision`. Weights are stored as float16 only for fp16.
 
         Raises:
             EngineError: OpenVINO cannot read the graph, or the precision is int8 and the graph has no quantisation.

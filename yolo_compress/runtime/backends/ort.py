@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU. The engine is the ONNX file; its graph is optimised for the machine when it is opened."""
+"""ONNX Runtime on the CPU. The engine is the ONNX file. Its graph is optimised for the machine when the file is opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from ..measure.device import usable_cpus
-from .base import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
+from .base import census_words, check_channels, check_input, check_output, describe_onnx, problem, resolve, save_info
 
 RUNTIME = "onnxruntime"
 ENGINE_FILE = "engine.onnx"
@@ -33,7 +33,7 @@ class _Node(TypedDict, total=False):
 
 
 class _Kernel(TypedDict):
-    """Event of the profile for one run of a node."""
+    """Event of a profile: one run of a node."""
 
     name: str  # ends in `_KERNEL`
     dur: float  # microseconds
@@ -53,7 +53,7 @@ def open_session(file: Path, threads: int, optimisation: str = "all", profile: s
 
     Args:
         optimisation: level of graph optimisation, a key of `OPTIMISATION`.
-        profile: path prefix of the profile that the session writes; empty: no profile.
+        profile: path prefix of the profile that the session writes. Empty: no profile.
 
     Raises:
         EngineError: the library rejects the graph.
@@ -77,9 +77,8 @@ class OrtBackend:
 
     Args:
         path: directory made by `build`, or an ONNX file with Ultralytics' metadata.
-        threads: threads of one inference; None: one per usable processor.
-        precision: for a directory, the precision that the engine must have; None: any. For an ONNX file, the precision of the
-            file; None: fp32.
+        threads: threads of one inference. None: one per usable processor.
+        precision: for a directory, the required precision (None: any). For an ONNX file, the precision of the file (None: fp32).
         optimisation: level of graph optimisation: none, basic, extended or all.
 
     Raises:
@@ -92,7 +91,7 @@ class OrtBackend:
     ) -> None:
         ort = _library()
         if optimisation not in OPTIMISATION:
-            raise EngineError(f"optimisation {optimisation!r}: one of {', '.join(OPTIMISATION)} expected")
+            raise EngineError(f"optimisation {optimisation!r}, expected one of {', '.join(OPTIMISATION)}")
         path = Path(path)
         self.info = resolve(path, RUNTIME, precision, ort.__version__, [ENGINE_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path
@@ -174,17 +173,13 @@ class OrtBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this runtime needs: `form` of a `registry.Int8File`."""
+        """Return the kind of INT8 file that this runtime needs: the `form` of a `registry.Int8File`."""
         return "onnxruntime"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what to install."""
-        try:
-            _library()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        """Return a text that says what to install. None: this runtime works."""
+        return problem(_library)
 
     @staticmethod
     def build(
@@ -196,7 +191,7 @@ class OrtBackend:
     ) -> Dict[str, Path]:
         """Copy an ONNX file into the folder `out` and test the copy with one inference. Return the written files by name.
 
-        `onnx` must be the export for `precision`.
+        `onnx` must have been exported for `precision`.
 
         Raises:
             EngineError: ONNX Runtime rejects the file, or the precision is int8 and the graph has no quantisation.

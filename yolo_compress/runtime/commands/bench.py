@@ -1,7 +1,7 @@
 """`python3 bench.py`: measure the engines on this robot: golden self-test, mAP, latency, throughput, memory and power.
 
-Writes `device.json`. On the machine that made the bundle, `yolo-compress report add=device.json` adds its rows to the report. Exit
-code 1: the golden self-test failed, so an engine's detections differ from the expected detections in the bundle.
+The command writes `device.json`. On the machine that made the bundle, `yolo-compress report add=device.json` adds its rows to the
+report. Exit code 1: the golden self-test failed, so an engine's detections differ from the expected detections in the bundle.
 """
 
 from __future__ import annotations
@@ -19,36 +19,23 @@ from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from .. import registry
-from ..backends.base import Backend, load_info, sha256_file
+from ..backends.base import Backend, load_info
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
-from ..detect.sources import Picture
+from ..detect.sources import SourceImage
 from ..detect.stream import open_pipeline
 from ..engine import BACKENDS, open_engine
 from ..errors import NotFinite, SourceError
+from ..files import sha256_file
 from ..measure import golden, jetson
 from ..measure.groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from ..measure.interleaved import measure_in_turn
 from ..measure.latency import measure, percentiles
 from ..measure.messages import Measured, Percentiles, Spec
-from ..secure.seal import written
+from ..secure.signed_manifest import written
 from .build import choose_runtimes
-from .common import (
-    ENGINES,
-    HERE,
-    Bundle,
-    BundleId,
-    Parser,
-    answer,
-    built_engines,
-    engine_folder,
-    guarded,
-    opened,
-    outside,
-    positive,
-    say,
-    seconds,
-)
+from .bundle import ENGINES, HERE, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
+from .command_line import Parser, answer, positive, run_command, say, seconds
 
 SCHEMA = 1
 OUT = "device.json"
@@ -92,7 +79,7 @@ class EndToEnd(TypedDict):
 
 
 class Alone(Percentiles):
-    """Latency of the engine alone, measured in a separate process."""
+    """Latency of the engine without pre- and postprocessing, measured in a separate process."""
 
     memory_mib: Optional[float]  # peak memory of that process
     threads: Optional[int]  # threads of one inference on a CPU
@@ -100,7 +87,7 @@ class Alone(Percentiles):
 
 
 class Power(TypedDict):
-    """Power draw; null without a power meter."""
+    """Power draw. Null: this machine has no power meter."""
 
     power_w: Optional[float]  # under the pipeline's full load
     energy_mj_per_frame: Optional[float]  # mJ per image under that load
@@ -165,10 +152,10 @@ class Plan(NamedTuple):
     """Settings of `bench.py`: images, number of calls, duration and threads.
 
     Attributes:
-        labelled: validation images with labels; None: do not measure mAP.
+        labelled: validation images with labels. None: do not measure mAP.
         iterations: timed calls per engine.
         power_s: duration of the power measurement, seconds.
-        threads: threads of one inference on a CPU; None: one per usable processor.
+        threads: threads of one inference on a CPU. None: one per usable processor.
     """
 
     labelled: Optional[List[Labelled]] = None
@@ -202,10 +189,10 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         parser.error("--coco needs --data, the folder of its images")
     floats = [f"{runtime}-{precision}" for runtime in BACKENDS for precision in ("fp32", "fp16")]
     if options.latency_table is not None and not set(options.engine or []) <= set(floats):
-        parser.error(f"--latency-table times models in float: --engine one of {', '.join(floats)} expected")
+        parser.error(f"--latency-table times models in float: give one of {', '.join(floats)} as --engine")
 
     def action() -> int:
-        bundle = opened(directory)
+        bundle = open_bundle(directory)
         if options.latency_table is not None:
             return _latency_table(options)
         out = outside(bundle, options.out or directory / OUT, "--out")
@@ -225,11 +212,11 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         answer(json.dumps({"device": str(out), "golden": document["golden"]}))
         return 0 if document["golden"]["passed"] else 1
 
-    return guarded(action)
+    return run_command(action)
 
 
 def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
-    """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine, stdout a JSON line."""
+    """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine. stdout gets a JSON line."""
     tested = {}
     for folder in folders:
         info = load_info(folder)
@@ -305,7 +292,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
         SourceError: an image cannot be read, or no image has a labelled box.
         NotFinite: the output for an image holds NaN or infinity.
     """
-    from ..limits import counted
+    from ..max_detections import counted
     from ..measure.coco_map import mean_ap as coco_mean_ap
 
     detector, truths, found = Detector(engine, max_det=bundle.max_det), [], []
@@ -331,7 +318,7 @@ def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Ac
 
 
 def _digest(bundle: Bundle, labelled: Sequence[Labelled]) -> str:
-    """Return the digest of the labelled images: the one in the bundle if they are its validation images, else a computed one."""
+    """Return the digest of the labelled images. If they are the validation images of the bundle, this is the digest in the bundle."""
     content = image_set([(sha256_file(one.image), one.boxes) for one in labelled], bundle.names)
     known = bundle.manifest.get("val", {})
     return str(known.get("digest", content)) if content == known.get("content") else content
@@ -365,7 +352,7 @@ def throughput(
     def pictures() -> Any:
         number = 0
         while time.perf_counter() < stop[0]:
-            yield Picture(str(number), partial(np.asarray, images[number % len(images)]))
+            yield SourceImage(str(number), partial(np.asarray, images[number % len(images)]))
             number += 1
 
     with open_pipeline(folder) as pipeline:
@@ -383,7 +370,7 @@ def throughput(
 def _latency(
     bundle: Bundle, folders: Sequence[Path], plan: Plan, images: Sequence[np.ndarray], engines: Sequence[_Opened]
 ) -> List[Alone]:
-    """Measure the latency and memory of each engine without pre- and postprocessing. Each has its own process; they take turns."""
+    """Measure the latency and memory of each engine without pre- and postprocessing. Engines have a process each, and take turns."""
     say(f"latency: {plan.iterations} calls per engine, in {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         file = os.path.join(scratch, "inputs.npy")

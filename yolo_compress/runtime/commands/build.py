@@ -1,7 +1,7 @@
 """`python3 build.py`: build this robot's engines from the bundle's ONNX files, and record the machine that built them.
 
-TensorRT is used where it works, otherwise ONNX Runtime and OpenVINO. On a Jetson without TensorRT the build fails, because
-the GPU would be idle without notice.
+TensorRT is used where it works, otherwise ONNX Runtime and OpenVINO. On a Jetson without TensorRT the build fails. Otherwise the
+GPU would stay unused without notice.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from pathlib import Path
 from typing import List, Optional, Sequence, TypedDict
 
 from .. import json_text, registry
-from ..backends.base import PRECISIONS, load_info, sha256_file
+from ..backends.base import PRECISIONS, load_info
 from ..backends.tensorrt.build import TIMING_CACHE
 from ..backends.tensorrt.run import built_elsewhere
 from ..engine import BACKENDS
 from ..errors import EngineError, RuntimeUnavailable, naming
+from ..files import sha256_file
 from ..measure import jetson
 from ..secure import built_here
-from ..secure.seal import BundleRefused, written
-from .common import ENGINES, HERE, Bundle, Parser, answer, guarded, opened, outside, positive, say, trusted
+from ..secure.signed_manifest import BundleRefused, written
+from .bundle import ENGINES, HERE, Bundle, open_bundle, outside, trusted
+from .command_line import Parser, answer, positive, run_command, say
 
 BUILT = "build.json"
 
 
 class BuildOptions(TypedDict, total=False):
-    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. If a value is None, TensorRT's default is used."""
+    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. None: TensorRT's default."""
 
     workspace_mib: Optional[int]
     timing_cache: Optional[Path]
@@ -63,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     options = parser.parse_args(argv)
 
     def action() -> int:
-        bundle = opened(directory)
+        bundle = open_bundle(directory)
         rows = build(
             bundle,
             outside(bundle, options.out or directory / ENGINES, "--out"),
@@ -76,11 +78,11 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         answer(json.dumps({"bundle": bundle.about(), "engines": rows}))
         return 0
 
-    return guarded(action)
+    return run_command(action)
 
 
 def choose_runtimes(asked: Optional[Sequence[str]]) -> List[str]:
-    """Return the runtimes to build engines for: the requested ones, or a default.
+    """Return the runtimes for which engines are built: the requested runtimes, or a default.
 
     If `asked` is None or empty, the default is the runtime for the GPU if it works, else the runtimes for the CPU.
 
@@ -117,7 +119,7 @@ def build(
 ) -> List[Built]:
     """Build an engine for each runtime and precision, each in its own folder below `out`.
 
-    An engine that is up to date is not rebuilt, unless `force`, `workspace_mib` or `timing_cache` is set.
+    If `force`, `workspace_mib` or `timing_cache` is set, engines that are up to date are also rebuilt.
 
     Raises:
         EngineError: the bundle has no ONNX file for a precision, or a library rejects it.
@@ -191,7 +193,7 @@ def _has_timing_cache(runtime: str) -> bool:
 
 
 def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
-    """Return the library version of an engine if the engine is up to date, else None.
+    """Return the library version of an engine. None: the engine is not up to date.
 
     An engine is up to date if it is intact, trusted, and built from this ONNX file by the installed library version. If it runs on
     a GPU, it must also have been built on this GPU.

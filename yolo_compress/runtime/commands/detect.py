@@ -9,11 +9,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Any, Callable, List, Optional, Sequence
 
-from ..detect.draw import line, write_picture
+from ..detect.draw import line, write_drawing
 from ..detect.sources import open_source
-from ..detect.stream import Found, open_pipeline
+from ..detect.stream import ImageDetections, open_pipeline
 from ..errors import DISK, SourceError
-from .common import HERE, Bundle, Parser, answer, engine_folder, guarded, opened, outside, positive, say
+from .bundle import HERE, Bundle, engine_folder, open_bundle, outside
+from .command_line import Parser, answer, positive, run_command, say
 
 SHADOW_SCHEMA = 1
 
@@ -21,8 +22,8 @@ SHADOW_SCHEMA = 1
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Detect until the source ends or Ctrl-C is pressed, and return the exit code.
 
-    Exit code 3: an image could not be read, a camera was lost, or a video is truncated. 6: stdout or the shadow log could not
-    be written.
+    Exit code 3: an image could not be read, a camera was lost, or a video is truncated. Exit code 6: stdout or the shadow log could
+    not be written.
     """
     parser = Parser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
@@ -41,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     parser.add_argument("--limit", type=positive, metavar="N", help="stop after N images")
     parser.add_argument("--quiet", action="store_true", help="no lines on stdout")
     options = parser.parse_args(argv)
-    return guarded(lambda: _detect(opened(directory), options))
+    return run_command(lambda: _detect(open_bundle(directory), options))
 
 
 def _detect(bundle: Bundle, options: Any) -> int:
@@ -57,7 +58,7 @@ def _detect(bundle: Bundle, options: Any) -> int:
         shadow = None if options.shadow is None else stack.enter_context(ShadowLog(options.shadow, bundle))
         outlets = _outlets(bundle, options, shadow)
         pipeline = stack.enter_context(open_pipeline(engine, engines, options.conf, options.iou, bundle.max_det))
-        stream = stack.enter_context(closing(pipeline(source.pictures)))
+        stream = stack.enter_context(closing(pipeline(source.images)))
         for number, found in enumerate(stream, 1):
             for write in outlets:
                 write(found)
@@ -72,9 +73,9 @@ def _detect(bundle: Bundle, options: Any) -> int:
     return 0
 
 
-def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> List[Callable[[Found], None]]:
+def _outlets(bundle: Bundle, options: Any, shadow: "Optional[ShadowLog]") -> List[Callable[[ImageDetections], None]]:
     """Return the functions that write the result of each image: to stdout, to the shadow log, and as a drawing."""
-    outlets: List[Callable[[Found], None]] = []
+    outlets: List[Callable[[ImageDetections], None]] = []
     if not options.quiet:
         outlets.append(lambda found: answer(line(found, bundle.names)))
     if shadow is not None:
@@ -105,7 +106,7 @@ class ShadowLog:
             if error.errno not in DISK:
                 raise
 
-    def write(self, found: Found) -> None:
+    def write(self, found: ImageDetections) -> None:
         """Write the detections in one image as a line of the log, unbuffered."""
         line = shadow_line(found, self._bundle.name, self._bundle.version, time.time()) + "\n"
         data = (("\n" if self._torn else "") + line).encode("utf-8")
@@ -131,7 +132,7 @@ class ShadowLog:
             self._file.close()
 
 
-def shadow_line(found: Found, name: str, version: int, at: float) -> str:
+def shadow_line(found: ImageDetections, name: str, version: int, at: float) -> str:
     """Return one line of the shadow log, which `yolo-compress rollout` reads.
 
     A detection is x1, y1, x2, y2 in px of the frame, then score and class index.
@@ -155,10 +156,10 @@ def shadow_line(found: Found, name: str, version: int, at: float) -> str:
     )
 
 
-def _draw(folder: Path, bundle: Bundle, found: Found) -> None:
+def _draw(folder: Path, bundle: Bundle, found: ImageDetections) -> None:
     if found.image_HW3 is not None:
         name = Path(found.name).name.replace("#", "-")
-        write_picture(folder / f"{name}.jpg", found.image_HW3, found.detections_N6, bundle.names)
+        write_drawing(folder / f"{name}.jpg", found.image_HW3, found.detections_N6, bundle.names)
 
 
 def _share(text: str) -> float:

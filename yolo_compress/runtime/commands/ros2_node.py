@@ -1,8 +1,8 @@
 """`python3 ros2_node.py`: a ROS 2 node that turns images into detections.
 
-It reads sensor_msgs/Image from `image` and publishes vision_msgs/Detection2DArray on `detections`, with boxes in px of the
-image. It needs ROS 2 Humble or later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (log file for
-rollout). It never ran on a robot; the tests use stand-ins for rclpy and the messages.
+It reads sensor_msgs/Image from `image` and publishes vision_msgs/Detection2DArray on `detections`, with boxes in px of the image.
+It needs ROS 2 Humble or later (vision_msgs 4). Parameters: engine (folder in engines/), conf, iou, shadow (log file for rollout).
+It never ran on a robot. The tests use stand-ins for rclpy and the messages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, List, Optional, Sequence
 import numpy as np
 
 from ..detect.detector import Detector
-from ..detect.stream import Found
+from ..detect.stream import ImageDetections
 from ..engine import open_engine
 from ..errors import EngineError, NotFinite, RuntimeUnavailable
-from .common import HERE, engine_folder, guarded, opened, outside, say
+from .bundle import HERE, engine_folder, open_bundle, outside
+from .command_line import run_command, say
 from .detect import ShadowLog
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2), "bgra8": (2, 1, 0), "mono8": (0, 0, 0)}
@@ -32,7 +33,7 @@ def to_rgb(message: Any) -> np.ndarray:
         ValueError: the encoding is not in `CHANNELS`, or there are fewer bytes than the message states.
     """
     if message.encoding not in CHANNELS:
-        raise ValueError(f"encoding {message.encoding!r}, one of {', '.join(CHANNELS)} expected")
+        raise ValueError(f"encoding {message.encoding!r}, expected one of {', '.join(CHANNELS)}")
     bytes_px = _BYTES[message.encoding]
     height, width, step = int(message.height), int(message.width), int(message.step)
     data = np.frombuffer(message.data, np.uint8)
@@ -47,7 +48,7 @@ def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kin
 
     Args:
         names: class names in the order of their index.
-        header: header of the image; the result has the same time and frame.
+        header: header of the image, which becomes the header of the result.
         kinds: the module vision_msgs.msg.
     """
     array = kinds.Detection2DArray()
@@ -71,11 +72,11 @@ def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kin
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Verify the bundle, run the node until ROS shuts down, and return the exit code."""
-    return guarded(lambda: _spin(directory, argv))
+    return run_command(lambda: _spin(directory, argv))
 
 
 def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
-    bundle = opened(directory)
+    bundle = open_bundle(directory)
     try:
         import rclpy
         from rclpy.executors import ExternalShutdownException
@@ -120,7 +121,7 @@ def _spin(directory: Path, argv: Optional[Sequence[str]]) -> int:
                     stamp = message.header.stamp
                     name = f"{message.header.frame_id}@{stamp.sec}.{stamp.nanosec:09d}"
                     ms = (time.perf_counter() - start) * 1e3
-                    shadow.write(Found(name, None, detections_N6, problem, ms))
+                    shadow.write(ImageDetections(name, None, detections_N6, problem, ms))
 
             node.create_subscription(Image, "image", on_image, qos_profile_sensor_data)
             say(f"{bundle.name} {bundle.version}, engine {folder.name}: image -> detections")

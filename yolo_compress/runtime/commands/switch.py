@@ -2,10 +2,10 @@
 
 `install` copies a bundle to the idle slot, verifies it, builds and tests its engines, and switches to it by one rename. The
 installed code verifies the new bundle before any code of it runs. Then the new bundle's own `build.py` and `bench.py` build and
-test the engines, each in its own process, so the test covers the code that will run.
+test the engines, each in its own process. So the test covers the code that will run.
 
-`install` accepts only a version newer than all that ever ran here. `rollback` goes to the older bundle in the other slot, and
-`switch` to the newer one. A second `rollback` is an error, because nothing older is left.
+`install` accepts only a version that is newer than all versions that ever ran here. `rollback` goes to the other slot if its bundle
+is older. `switch` goes there if its bundle is newer. A second `rollback` is an error, because no older bundle is left.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, TypedDict
 
 from ..errors import EngineError, RuntimeFailure
-from ..secure.seal import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
+from ..secure.signed_manifest import KEY_VARIABLE, MANIFEST, BundleRefused, pinned_key, verify
 from ..secure.slots import NAMES, ROOT, ROOT_VARIABLE, Mark, Slots
 from ..secure.unpack import unpack
-from .common import Parser, answer, guarded, mapping
+from .bundle import mapping
+from .command_line import Parser, answer, run_command
 
 BUILD_SECONDS, HEALTH_SECONDS = 4 * 3600, 900  # an INT8 build of a large model takes an hour on a small Jetson
 
@@ -41,9 +42,9 @@ class Status(TypedDict):
 
 
 class Unhealthy(RuntimeFailure):
-    """The engines of a slot could not be built, or their detections in the golden images differ from the expected ones.
+    """The engines of a slot could not be built, or their detections in the golden images differ from the expected detections.
 
-    The exit code is that of the failed command.
+    The exit code is the exit code of the failed command.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -64,7 +65,7 @@ def health(slot: Path) -> None:
     """Test every engine of a slot on the golden images with the slot's own `bench.py`.
 
     Raises:
-        Unhealthy: boxes or scores differ from the expected ones by more than the tolerance.
+        Unhealthy: boxes or scores differ from the expected values by more than the tolerance.
     """
     _run(slot, ["bench.py", "--golden"], HEALTH_SECONDS)
 
@@ -111,8 +112,8 @@ def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build
         The status after the installation, as `status` returns it.
 
     Raises:
-        BundleRefused: the bundle is damaged, not signed by the pinned key, has another name than the bundle in use, is not newer
-            than all versions that ever ran here, or its gate failed.
+        BundleRefused: the bundle is damaged, or not signed by the pinned key. Its name differs from the bundle in use. It is not
+            newer than all versions that ever ran here. Or its gate failed.
         Unhealthy: the engines cannot be built or fail the test on the golden images. The current slot is unchanged.
         SlotsBusy, EngineError, OSError: a method of `Slots` failed.
     """
@@ -141,7 +142,7 @@ def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build
 def _check_newer(bundle: Path, version: int, newest: Optional[int]) -> None:
     if newest is not None and version <= newest:
         raise BundleRefused(
-            f"{bundle}: version {version}, above {newest} expected (the newest version that ran here); make the bundle again "
+            f"{bundle}: version {version}, expected one above {newest} (the newest version that ran here); make the bundle again "
             "with a higher version, or use rollback"
         )
 
@@ -156,7 +157,7 @@ def _test_and_switch(slots: Slots, unpacked: Path, mark: Mark, build: Step, heal
 
 
 def _check(slots: Slots, name: str, mark: Mark, health: Step) -> None:
-    """Check that a slot holds the bundle in its record (`mark`), that no file was altered, and that its engines pass the self-test."""
+    """Check that a slot holds the bundle of its `mark`, without altered files, and that its engines pass the self-test."""
     verify(slots.path(name), pinned_key())
     if _manifest_sha256(slots.path(name)) != mark["manifest_sha256"]:
         raise BundleRefused(f"{slots.path(name)}: not the bundle that was tested here; install it again")
@@ -168,7 +169,7 @@ def _manifest_sha256(bundle: Path) -> str:
 
 
 def rollback(slots: Slots, health: Step = health) -> Status:
-    """Test the older bundle in the other slot again and switch to it.
+    """Go back to the older bundle in the other slot, after another self-test.
 
     Raises:
         EngineError: there is no older bundle, because of an earlier roll-back or because only one bundle was installed.
@@ -178,7 +179,7 @@ def rollback(slots: Slots, health: Step = health) -> Status:
 
 
 def switch(slots: Slots, health: Step = health) -> Status:
-    """Undo a roll-back: test the newer bundle in the other slot and switch to it. Raises the same errors as `rollback`."""
+    """Undo a roll-back: go to the newer bundle in the other slot, after another self-test. Raises the errors of `rollback`."""
     return _switch_to_other(slots, health, older=False)
 
 
@@ -201,7 +202,7 @@ def _switch_to_other(slots: Slots, health: Step, older: bool) -> Status:
 
 
 def status(slots: Slots) -> Status:
-    """Return which slot is in use and what both slots hold."""
+    """Return the name of the slot in use, and the bundles in both slots."""
     current = slots.current()
     marks = {name: slots.mark(name) for name in NAMES}
     current_mark = None if current is None else marks[current]
@@ -242,4 +243,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         answer(json.dumps(result))
         return 0
 
-    return guarded(action)
+    return run_command(action)

@@ -12,17 +12,17 @@ from .pre import Canvas, Letterbox
 
 
 class Detector:
-    """An opened engine with letterbox before it and NMS after it. The default thresholds are those of a mAP measurement.
+    """An opened engine, with letterbox before it and NMS after it. The default thresholds suit a measurement of mAP.
 
     Use a detector from one thread at a time, because the detector reuses one array for the model's input. `detect` has three
     steps: `prepare`, the engine, and `found`. `stream.Pipeline` runs the three steps in several threads.
 
     Args:
         backend: an opened engine, as from `open_engine`. The caller closes it.
-        conf: score threshold, 0 to 1. A detection has a higher score. A deployment usually has 0.25.
-        iou: IoU threshold of NMS, 0 to 1. A box is removed if it overlaps a better one of its class by more.
-        max_det: largest number of detections per image; the best are used.
-        multi_label: True: a box may give detections of several classes, as in a mAP measurement. False: only the best class.
+        conf: score threshold, 0 to 1. Every detection has a higher score. Deployments often use 0.25.
+        iou: IoU threshold of NMS, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
+        max_det: largest number of detections per image. The best are returned.
+        multi_label: True: a box may give detections of several classes, as for a measurement of mAP. False: only its best class.
     """
 
     def __init__(

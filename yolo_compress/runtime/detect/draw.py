@@ -11,13 +11,13 @@ from typing import Any, Sequence, Tuple
 import numpy as np
 
 from ..errors import RuntimeUnavailable
-from ..secure.seal import written
-from .stream import Found
+from ..secure.signed_manifest import written
+from .stream import ImageDetections
 
 GOLDEN_ANGLE = 0.618034  # step on the colour circle, which gives neighbouring classes very different colours
 
 
-def line(found: Found, names: Sequence[str]) -> str:
+def line(found: ImageDetections, names: Sequence[str]) -> str:
     """Return the detections of an image as a JSON line, best first. Boxes are x1, y1, x2, y2 in px of the image."""
     if found.image_HW3 is None:
         return json.dumps({"picture": found.name, "problem": found.problem})
@@ -35,12 +35,12 @@ def colour(label: int) -> Tuple[int, int, int]:
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def write_picture(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, names: Sequence[str]) -> None:
+def write_drawing(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, names: Sequence[str]) -> None:
     """Write a JPEG of the image with boxes, classes and scores. If it fails, no file is left.
 
     Raises:
         OSError: the file cannot be written.
-        RuntimeUnavailable: neither Pillow nor OpenCV is installed.
+        RuntimeUnavailable: both Pillow and OpenCV are missing.
     """
     marks = [
         (tuple(round(side) for side in row[:4]), f"{names[int(row[5])]} {row[4]:.2f}", colour(int(row[5])))

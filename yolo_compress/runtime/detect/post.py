@@ -1,4 +1,4 @@
-"""From model output to detections: class-aware, multi-label NMS, equal to that of Ultralytics (torchvision's greedy rule).
+"""From model output to detections: NMS within each class, with one or several labels per box. Results equal Ultralytics.
 
 Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates; boxes xyxy. A detection row is
 (x1, y1, x2, y2, score, class).
@@ -25,10 +25,10 @@ def nms(
 
     Args:
         output_CA: [4 + classes, anchors]: centre x, centre y, width, height in letterboxed px, then class scores.
-        conf: score threshold, 0 to 1. A detection has a higher score.
-        iou: IoU threshold, 0 to 1. A box is removed if it overlaps a better one of its class by more.
-        max_det: largest number of detections; the best are used.
-        multi_label: True: a box may give detections of several classes, as in validation. False: only the best class.
+        conf: score threshold, 0 to 1. Every detection has a higher score.
+        iou: IoU threshold, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
+        max_det: largest number of detections. The best are returned.
+        multi_label: True: a box may give detections of several classes, as in validation. False: only its best class.
 
     Returns:
         detections_N6 float32 in letterboxed px, highest score first.

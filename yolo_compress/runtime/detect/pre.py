@@ -54,7 +54,7 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
     """Read an image as image_HW3, uint8 RGB, with its EXIF orientation applied. A .npy file holds a decoded image.
 
     Raises:
-        UnreadableImage: the file cannot be read or decoded, or neither OpenCV nor Pillow is installed.
+        UnreadableImage: the file cannot be read or decoded, or both OpenCV and Pillow are missing.
     """
     try:
         data = Path(path).read_bytes()
@@ -85,12 +85,12 @@ def load_array(data: bytes) -> np.ndarray:
     size is checked first.
 
     Raises:
-        ValueError: the header is damaged, or states a size that differs from that of the data.
+        ValueError: the header is damaged, or states another size than the data has.
     """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError("format {}.{} of .npy, 1.0 or 2.0 expected".format(*version))
+        raise ValueError("format {}.{} of .npy, expected 1.0 or 2.0".format(*version))
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(file)
@@ -111,7 +111,7 @@ def _read_numpy(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise UnreadableImage(f"{path}: {error}") from error
     if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
-        raise UnreadableImage(f"{path}: {image_HW3.dtype} {list(image_HW3.shape)}, uint8 RGB [H, W, 3] expected")
+        raise UnreadableImage(f"{path}: {image_HW3.dtype} {list(image_HW3.shape)}, expected uint8 RGB [H, W, 3]")
     return image_HW3
 
 
@@ -150,8 +150,7 @@ def _read_with_pillow(path: "str | os.PathLike[str]", data: bytes) -> np.ndarray
 class Canvas:
     """A reusable array for the model's input. Use it from one thread at a time.
 
-    If the next image has its grey border in the same place, the border is not written again. So no other code may write to the
-    array.
+    A grey border is not written again if the next image has the same border. So no other code may write to the array.
 
     Args:
         images_BCHW: float32 array that `place` fills, image by image.
@@ -164,8 +163,8 @@ class Canvas:
     def place(self, index: int, image_HW3: np.ndarray) -> Letterbox:
         """Letterbox an image into element `index` of the batch, and return its placement.
 
-        The image is scaled so that its long side is that of the input, shrunk to fit, and centred on grey. There are two scaling
-        steps, as in Ultralytics: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)` (rounds to nearest). For
+        The image is scaled to the long side of the input, then shrunk until both sides fit, and centred on grey. Ultralytics has
+        the same two scaling steps: `BaseDataset.load_image` (rounds up) and `LetterBox(scaleup=False)` (rounds to nearest). For
         square inputs the second step does nothing.
         """
         if image_HW3.ndim != 3 or image_HW3.shape[2] != 3 or image_HW3.dtype != np.uint8 or 0 in image_HW3.shape:
@@ -209,7 +208,7 @@ def letterbox(
     shape = (channels,) + tuple(imgsz_hw)
     chw_CHW = np.empty(shape, np.float32) if out is None else out
     if chw_CHW.shape != shape or chw_CHW.dtype != np.float32:
-        raise ValueError(f"out is {chw_CHW.dtype} {list(chw_CHW.shape)}, float32 {list(shape)} expected")
+        raise ValueError(f"out is {chw_CHW.dtype} {list(chw_CHW.shape)}, expected float32 {list(shape)}")
     return chw_CHW, Canvas(chw_CHW[None]).place(0, image_HW3)
 
 

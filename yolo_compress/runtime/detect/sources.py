@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = ("avif", "bmp", "dng", "jp2", "jpeg", "jpg", "mpo", "npy", "png
 MISSING = 0.02  # share of frames that may be missing; some containers only estimate the count from duration and rate
 
 
-class Picture(NamedTuple):
+class SourceImage(NamedTuple):
     """An image that is not decoded yet. `read` returns image_HW3, uint8 RGB, or raises `pre.UnreadableImage`."""
 
     name: str
@@ -27,7 +27,7 @@ class Picture(NamedTuple):
 class Source(NamedTuple):
     """Images in order, and their number. The number is None for a camera, and for a video that does not state its length."""
 
-    pictures: Iterator[Picture]
+    images: Iterator[SourceImage]
     total: Optional[int]
 
 
@@ -69,7 +69,7 @@ def _listed(folder: Path) -> Sequence[Path]:
 
 
 def _images(paths: Sequence[Path]) -> Source:
-    return Source((Picture(str(path), partial(read_image, path)) for path in paths), len(paths))
+    return Source((SourceImage(str(path), partial(read_image, path)) for path in paths), len(paths))
 
 
 def _video(opened: Union[int, str], name: str) -> Source:
@@ -88,8 +88,8 @@ def _video(opened: Union[int, str], name: str) -> Source:
     return Source(_frames(cv2, capture, name, count, live), count or None)
 
 
-def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterator[Picture]:
-    """Yield the frames of a video or camera. Frames are decoded in sequence; `Picture.read` converts BGR to RGB.
+def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterator[SourceImage]:
+    """Yield the frames of a video or camera. Frames are decoded in sequence; `SourceImage.read` converts BGR to RGB.
 
     Args:
         count: number of frames that the video states; 0 if it states none.
@@ -101,7 +101,7 @@ def _frames(cv2: Any, capture: Any, name: str, count: int, live: bool) -> Iterat
             success, bgr_HW3 = capture.read()
             if not success:
                 break
-            yield Picture(f"{name}#{number}", partial(cv2.cvtColor, bgr_HW3, cv2.COLOR_BGR2RGB))
+            yield SourceImage(f"{name}#{number}", partial(cv2.cvtColor, bgr_HW3, cv2.COLOR_BGR2RGB))
             number += 1
     finally:
         capture.release()

@@ -1,9 +1,8 @@
 """Pipeline for many images: decoding, letterbox, inference and NMS of different images run in parallel.
 
-A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections.
-The task borrows an idle engine for the inference. There are more tasks than engines, so the other tasks decode or run NMS
-meanwhile. On a CPU, several engines with few threads are faster than one engine with many threads, because a layer does not scale
-well over threads.
+A task processes a batch of images (one, unless the engine's batch is larger) in a thread of a pool, from file to detections. The
+task borrows an idle engine for the inference. There are more tasks than engines: tasks without an engine decode or run NMS. On a
+CPU, several engines with few threads are faster than one engine with many, because a layer does not scale well over threads.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ import numpy as np
 from ..backends.base import Backend, load_info
 from ..engine import open_engine
 from ..errors import NotFinite, SourceError
-from ..limits import MAX_DET
+from ..max_detections import MAX_DET
 from ..measure.device import usable_cpus
 from ..registry import RUNTIMES
 from .detector import Detector
 from .pre import Canvas, UnreadableImage
-from .sources import Picture
+from .sources import SourceImage
 
 MAX_ENGINES = 4  # default limit, since each engine holds the weights and its activations
 SPARE_TASKS = 1  # tasks in addition to one per engine
@@ -36,14 +35,14 @@ NAME = "yolo_compress.pipeline"  # name of the threads
 AHEAD = 2  # limit of batches per task that are waiting, in progress, or done and not yet consumed
 
 
-class Found(NamedTuple):
+class ImageDetections(NamedTuple):
     """Detections in one image, or the reason why the image could not be read.
 
     Attributes:
         name: name of the image.
-        image_HW3: uint8 RGB; None if it could not be read.
+        image_HW3: uint8 RGB. None: the image could not be read.
         detections_N6: xyxy in px of the image, score, class.
-        problem: the reason why the image could not be read, or None.
+        problem: the reason why the image could not be read. None: it was read.
         ms: time from reading the file (for a video: from the decoded frame) to the detections, milliseconds.
     """
 
@@ -96,7 +95,7 @@ class Pipeline:
 
     Args:
         opens: functions without arguments. Each opens one engine. All engines run in parallel.
-        conf, iou, max_det, multi_label: see `post.nms`; the defaults are those of a deployment.
+        conf, iou, max_det, multi_label: see `post.nms`. The defaults suit a deployment.
     """
 
     def __init__(
@@ -115,19 +114,19 @@ class Pipeline:
         for _ in range(self._threads):
             self._canvases.put(self._steps.blank())
 
-    def __call__(self, pictures: Iterable[Picture]) -> Generator[Found, None, None]:
-        """Yield the result of each image in order. An error in a thread is raised in place of the image's result and ends the work.
+    def __call__(self, images: Iterable[SourceImage]) -> Generator[ImageDetections, None, None]:
+        """Yield the result of each image in order. An error in a thread is raised in place of the image's result, and ends the work.
 
         Raises:
             NotFinite: the output for an image holds NaN or infinity.
             SourceError: the source failed. The results of the images before it are yielded first.
         """
-        left = iter(pictures)
-        waiting: Deque[Future[List[Found]]] = deque()
+        left = iter(images)
+        waiting: Deque[Future[List[ImageDetections]]] = deque()
         lost: Optional[SourceError] = None
         try:
             while lost is None:
-                batch: List[Picture] = []
+                batch: List[SourceImage] = []
                 try:
                     batch.extend(islice(left, self.backend.batch or 1))
                 except SourceError as error:
@@ -145,26 +144,26 @@ class Pipeline:
             for future in waiting:
                 future.cancel()
 
-    def _task(self, batch: Sequence[Picture]) -> List[Found]:
+    def _task(self, batch: Sequence[SourceImage]) -> List[ImageDetections]:
         """Process one batch of images from file to detections."""
         start = time.perf_counter()
-        read = [_read(picture) for picture in batch]
+        read = [_read(source) for source in batch]
         readable = [image for image, _ in read if image is not None]
         found = iter(self._detected(readable, batch) if readable else [])
         ms = (time.perf_counter() - start) * 1e3
         nothing = np.zeros((0, 6), np.float32)
         return [
-            Found(picture.name, image, nothing if image is None else next(found), problem, ms)
-            for picture, (image, problem) in zip(batch, read)
+            ImageDetections(source.name, image, nothing if image is None else next(found), problem, ms)
+            for source, (image, problem) in zip(batch, read)
         ]
 
-    def _detected(self, images: Sequence[np.ndarray], batch: Sequence[Picture]) -> List[np.ndarray]:
+    def _detected(self, images: Sequence[np.ndarray], batch: Sequence[SourceImage]) -> List[np.ndarray]:
         canvas = self._canvases.get()
         try:
             input_BCHW, placed = self._steps.prepare(images, canvas)
             return self._steps.found(self.backend(input_BCHW), placed)
         except NotFinite as error:
-            raise NotFinite(f"{', '.join(picture.name for picture in batch)}: {error}") from error
+            raise NotFinite(f"{', '.join(source.name for source in batch)}: {error}") from error
         finally:
             self._canvases.put(canvas)
 
@@ -176,10 +175,10 @@ class Pipeline:
         self.backend.close()
 
 
-def _read(picture: Picture) -> Tuple[Optional[np.ndarray], Optional[str]]:
+def _read(source: SourceImage) -> Tuple[Optional[np.ndarray], Optional[str]]:
     """Return the image and None, or None and the reason why it cannot be read."""
     try:
-        return picture.read(), None
+        return source.read(), None
     except UnreadableImage as error:
         return None, str(error)
 
@@ -195,7 +194,8 @@ def open_pipeline(
 
     Args:
         engine: engine directory.
-        engines: number of copies that run in parallel and share the processors. None: one per processor, at most 4; one on a GPU.
+        engines: number of copies that run in parallel and share the processors. None: one on a GPU, else one per processor, at most
+            4.
         conf, iou, max_det: thresholds and limit of NMS, see `post.nms`.
 
     Raises:

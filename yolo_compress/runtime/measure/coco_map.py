@@ -1,4 +1,4 @@
-"""COCO's matching of detections to ground truth, and its average precision, with numpy only. Results equal those of pycocotools.
+"""COCO's matching of detections to ground truth, and its average precision, with numpy only. The results equal pycocotools.
 
 A "truth" here is a ground-truth box: a row (class, x1, y1, x2, y2). A detection is a row (x1, y1, x2, y2, score, class). Both are in
 px of the image. Shape suffixes: N truths, D detections that count, T IoU thresholds, A area ranges, K classes, R recall points.
@@ -11,7 +11,7 @@ from typing import Dict, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 
-from ..limits import MAX_DETECTIONS
+from ..max_detections import MAX_DETECTIONS
 
 IOUS_T = np.linspace(0.5, 0.95, 10)
 RECALLS_R = np.linspace(0.0, 1.0, 101)
@@ -28,7 +28,7 @@ EPSILON = np.spacing(1)  # as COCO: the precision without detections is 0
 class Matches(NamedTuple):
     """The ground-truth box that each detection matches, for every IoU threshold and area range.
 
-    Detections are sorted by class, then by falling score; equal scores are in the order of images and rows. Ground-truth boxes are
+    Detections are sorted by class, then by falling score. Equal scores are in the order of images and rows. Ground-truth boxes are
     in the order of the input.
 
     Attributes:
@@ -70,15 +70,15 @@ def match(
 ) -> Matches:
     """Match detections to ground-truth boxes as COCOeval does.
 
-    In each image and class, detections are processed by falling score. Each detection takes the ground-truth box with the highest
-    IoU among those that no earlier detection took.
+    In each image and class, detections are processed by falling score. Each detection takes the free ground-truth box with the
+    highest IoU. A box that an earlier detection took is not free.
 
     Args:
         truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) per image.
         detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
-        classes: number of classes; labels are 0 to classes - 1. Detections with other labels do not count.
+        classes: number of classes. Labels are 0 to classes - 1. Detections with other labels do not count.
         areas: keys of `AREAS`.
-        most: limit of detections per class and image; the best count.
+        most: largest number of detections per class and image that count. The best are taken.
 
     Raises:
         ValueError: `truths` and `detections` have different lengths, or the class of a ground-truth box is out of range.
@@ -155,7 +155,7 @@ def _inside(boxes_N4: np.ndarray, areas: Sequence[str]) -> np.ndarray:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of boxes (..., 4) x, y, width, height, with broadcasting. The order of operations is that of pycocotools."""
+    """Return the IoU of boxes (..., 4) x, y, width, height, with broadcasting. The operations have the order of pycocotools."""
     width = np.minimum(a[..., 2] + a[..., 0], b[..., 2] + b[..., 0]) - np.maximum(a[..., 0], b[..., 0])
     height = np.minimum(a[..., 3] + a[..., 1], b[..., 3] + b[..., 1]) - np.maximum(a[..., 1], b[..., 1])
     over = (width > 0) & (height > 0)
@@ -212,7 +212,7 @@ def _curve(right_D: np.ndarray, counted_D: np.ndarray, truths: int) -> np.ndarra
 
 
 class MeanAP(TypedDict):
-    """COCO's box AP, a fraction from 0 to 1; null for a class without ground truth."""
+    """COCO's box AP, a fraction from 0 to 1. Null: the class has no ground truth."""
 
     map50_95: float  # mean over the classes with ground truth, IoU 0.5 to 0.95
     map50: float  # the same at IoU 0.5
@@ -230,7 +230,7 @@ def mean_ap(
         truths: ground-truth boxes, one array of rows (class, x1, y1, x2, y2) in px per image.
         detections: one array of rows (x1, y1, x2, y2, score, class) per image, in the same order.
         names: class names in the order of their index, all different.
-        most: limit of detections per class and image; the best count.
+        most: largest number of detections per class and image that count. The best are taken.
 
     Raises:
         ValueError: there is no ground truth, class names repeat, or `match` rejects the input.

@@ -75,7 +75,7 @@ def ask(command: List[str]) -> Optional[str]:
 
 
 def device_state() -> DeviceState:
-    """Return processor, clocks, load, temperatures and power mode of this machine, as far as they can be read."""
+    """Return processor, clocks, load, temperatures and power mode of this machine. Values that cannot be read are left out."""
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     temperatures = {}
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):

@@ -1,9 +1,9 @@
 """The golden self-test: compare an engine's detections in a few real images with the expected detections in the bundle.
 
 The machine that made the bundle computed the expected detections with its own engines. `golden/golden.json` has the expected
-detections, the tolerances and how they were measured. The partner of a detection is the detection in the other set that has the same
-class and overlaps it most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score
-may be as low as `floor`, so a score near the threshold counts as a score difference, not as a missing box.
+detections, the tolerances and how they were measured. A detection and its partner in the other set have the same class and overlap
+most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score may be as low as
+`floor`. So a score near the threshold counts as a difference of scores, not as a missing box.
 """
 
 from __future__ import annotations
@@ -102,12 +102,12 @@ class SelfTest(TypedDict):
 
 
 def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
-    """Compare an engine's detections in the golden images with the expected ones, and return the result.
+    """Compare an engine's detections in the golden images with the expected detections, and return the result.
 
     Args:
-        bundle: directory of a bundle that `seal.verify` accepted.
+        bundle: directory of a bundle that `signed_manifest.verify` accepted.
         backend: an opened engine. It is not closed.
-        runtime, library: runtime of the engine, and version of the engine library.
+        runtime, library: runtime of the engine, and version of its library.
 
     Raises:
         EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
@@ -157,7 +157,7 @@ def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
     try:
         golden: Golden = json_text.read(file)
         if golden["schema"] != SCHEMA:
-            raise EngineError(f"{file}: schema {golden['schema']!r}, {SCHEMA} expected; make the bundle again")
+            raise EngineError(f"{file}: schema {golden['schema']!r}, expected {SCHEMA}; make the bundle again")
         images = [read_image(bundle / FOLDER / image["file"]) for image in golden["images"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{file}: cannot read the golden images ({error}); make the bundle again") from error
@@ -174,7 +174,8 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
     Args:
         expected, found: one N6 array (xyxy, score, class) per image, in the same order.
-        conf: a detection with at least this score needs a partner in the other set: same class, IoU of at least 0.5.
+        conf: every detection with at least this score needs a partner in the other set, with the same class and an IoU of at least
+            0.5.
     """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):
@@ -191,7 +192,7 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
 
 def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
-    """Match the boxes of two sets, and return pairs of indices: same class, largest IoU first, each box at most once."""
+    """Match boxes of the same class in two sets, by falling IoU. Return pairs of indices. Each box is in at most one pair."""
     if not len(one_N6) or not len(two_M6):
         return []
     a, b = one_N6[:, None], two_M6[None]
@@ -212,7 +213,7 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
 
 
 def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
-    """Return the figures that exceed the tolerance, as text; None if there are none."""
+    """Return the figures that exceed the tolerance, as text. None: no figure does."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
     beyond = [
         f"{what} {got:.4g}, {allowed:.4g} allowed"

@@ -1,6 +1,6 @@
 """Read validation images and boxes on the robot: a YOLO folder (`images/`, `labels/`), or a COCO json and a folder of images.
 
-labels.py parses the label files. The check of a data set before training uses labels.py too, so the boxes are exactly the same.
+labels.py parses the label files. The preflight also uses labels.py, so the boxes are exactly equal.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
     Args:
         file: the COCO json.
         images: folder that the `file_name` of an image is relative to.
-        names: class names of the model; categories are mapped to them by name.
+        names: class names of the model. Categories are mapped to classes by name.
 
     Raises:
-        SourceError: the file cannot be read, has boxes of a category that the model does not have, or has a box that is marked as a
-            crowd. The matching does not support crowds.
+        SourceError: the file cannot be read, or has boxes of a category that the model does not have. Or a box is marked as a
+            crowd, which the matching does not support.
     """
     try:
         document = json_text.read(file)
@@ -107,7 +107,7 @@ def image_set(rows: Sequence[Tuple[str, Sequence[Box]]], names: Sequence[str]) -
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Yield the plain files below a folder; none if the folder does not exist."""
+    """Yield the plain files below a folder. A folder that does not exist has none."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
             yield path

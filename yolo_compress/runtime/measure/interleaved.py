@@ -86,11 +86,11 @@ class _Child:
             return dict(json.loads(line))
         except (ValueError, TypeError) as error:
             raise LatencyError(
-                f"{self.label}: the measuring process answered {line[:200]!r}, a JSON object expected"
+                f"{self.label}: the measuring process answered {line[:200]!r}, expected a JSON object"
             ) from error
 
     def close(self) -> None:
-        """End the process by closing its stdin; kill it if it does not end within 10 seconds."""
+        """End the process by closing its stdin. If it does not end within 10 seconds, kill it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:
@@ -115,7 +115,7 @@ def measure_in_turn(
 
     Args:
         specs: one `messages.Spec` for each engine to measure.
-        rounds: number of rounds; an even number cancels linear drift.
+        rounds: number of rounds. An even number cancels linear drift.
         n_per_round: samples per engine and round.
         progress: called with 1 after each round of each engine, rounds * len(specs) times in total.
 

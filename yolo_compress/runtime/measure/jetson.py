@@ -1,7 +1,7 @@
 """State of a Jetson that affects latency (JetPack, power mode, clocks), and its power from the INA3221 rails or tegrastats.
 
 Values that cannot be read are left out, never guessed. Paths and output formats are from NVIDIA's documentation and the source of
-jtop; this file never ran on a Jetson. `root` is put before every path, for tests.
+jtop. This file never ran on a Jetson. `root` is put before every path, for tests.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def state(root: Path = Path("/")) -> JetsonState:
 
 
 def clocks(root: Path = Path("/")) -> Dict[str, int]:
-    """Return the present clocks of GPU, memory and processor. The keys are those of `CLOCKS`; unreadable clocks are left out."""
+    """Return the present clocks of GPU, memory and processor, by the keys of `CLOCKS`. Unreadable clocks are left out."""
     found = {}
     for name, patterns in CLOCKS.items():
         for pattern in patterns:
@@ -73,7 +73,7 @@ def clocks(root: Path = Path("/")) -> Dict[str, int]:
 
 
 def rails(root: Path = Path("/")) -> List[Rail]:
-    """Return the power rails whose sum is the board's power. The list is empty if no INA3221 channel is readable."""
+    """Return the power rails that add up to the board's power. The list is empty if no INA3221 channel is readable."""
     found = []
     for folder in sorted(root.glob(RAILS)):
         for channel in (1, 2, 3):  # 4 to 6 are shunt voltages, 7 their sum
@@ -86,7 +86,7 @@ def rails(root: Path = Path("/")) -> List[Rail]:
 
 
 def rail_watts(measured: List[Rail]) -> Optional[float]:
-    """Return the present power of the rails, in watts; None if one cannot be read."""
+    """Return the present power of the rails, in watts. None: a rail cannot be read."""
     total = 0.0
     for rail in measured:
         volts, amperes = read_line(str(rail.millivolts)), read_line(str(rail.milliamperes))
@@ -97,7 +97,7 @@ def rail_watts(measured: List[Rail]) -> Optional[float]:
 
 
 def tegrastats_watts(text: str) -> Optional[float]:
-    """Return the power in a line of tegrastats, in watts: the total if the line has it, else the sum of the rails; None if neither."""
+    """Return the power in a line of tegrastats, in watts: the total, else the sum of the rails. None: the line has no power."""
     found: Dict[str, float] = {}
     for name, now, unit, _, _ in _TEGRASTATS.findall(text):
         if _POWER_NAME.search(name) and name not in UNUSED and (unit or name.startswith(("VDD", "POM", "VIN"))):
@@ -112,7 +112,7 @@ class Meter:
     """Measure the power while other code runs: `with meter: ...`, then `meter.mean()`.
 
     Attributes:
-        source: where the power is read from; None if it cannot be measured.
+        source: where the power is read from. None: it cannot be measured.
     """
 
     def __init__(self, root: Path = Path("/"), interval_s: float = INTERVAL_S) -> None:
@@ -142,11 +142,11 @@ class Meter:
             self._thread = None
 
     def mean(self) -> Optional[float]:
-        """Return the mean power during the last `with` block, in watts; None if there is no sample."""
+        """Return the mean power during the last `with` block, in watts. None: there is no sample."""
         return sum(self._samples) / len(self._samples) if self._samples else None
 
     def idle(self, seconds: float) -> Optional[float]:
-        """Return the mean power while this process sleeps, in watts; None if power cannot be measured."""
+        """Return the mean power while this process sleeps, in watts. None: power cannot be measured."""
         if self.source is None:
             return None
         with self:

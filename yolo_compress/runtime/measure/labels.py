@@ -4,12 +4,12 @@ A row is `class x_centre y_centre width height`, or `class x1 y1 x2 y2 x3 y3 ...
 fractions of the image. As in Ultralytics:
 
 - If a row has more than six columns, the file holds polygons. The box of a polygon is the extremes of its points.
-- Numbers may be outside 0..1 by 0.01; they are clipped here.
+- Numbers may be outside 0..1 by 0.01. They are clipped here.
 - Repeated rows are dropped.
 - An empty or absent file means a background image.
 
-Stricter than Ultralytics: a box without area, a point outside the image and a file with too many rows are findings.
-Ultralytics trains on these. If it rejects a file, it drops the image and continues.
+Three things are findings here, although Ultralytics trains on them: a box without area, a point outside the image, and a file with
+too many rows. If Ultralytics rejects a file, it drops the image and continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_BYTES = 32 << 20
 
 @dataclass
 class Labels:
-    """Contents of a label file: boxes in file order, and errors (`findings`) and notes, each as (line, text)."""
+    """Contents of a label file: boxes in file order, errors (`findings`) and notes. An error or note is (line, text)."""
 
     boxes: List[Box] = field(default_factory=list)
     findings: List[Tuple[int, str]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Labels:
 
 
 def label_path(image: Path) -> Path:
-    """Return the label file of an image: the last folder `images` becomes `labels`, and the suffix .txt (img2label_paths)."""
+    """Return the label file of an image. The last folder `images` in its path becomes `labels`, and the suffix becomes .txt."""
     return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
 
 
@@ -90,7 +90,7 @@ def _row(row: List[str], classes: int, polygons: bool) -> Tuple[Box, List[float]
     """Parse one row of a label file. Return its box, and all numbers of the row.
 
     Raises:
-        ValueError: the row is malformed; the message says how.
+        ValueError: the row is malformed. The message says how.
     """
     columns = len(row)
     if polygons and columns == 5:

@@ -44,7 +44,7 @@ def measure(
         call: function that runs one inference and returns when the inference is done.
         n: number of samples.
         warmup_ms, warmup_n: the warm-up continues until it has taken this time and has made this number of calls.
-        calls: several functions to cycle through instead of `call`, such as one for each input image.
+        calls: functions that are called in turn in place of `call`, such as one function per input image.
 
     Returns:
         samples_n, ms.
@@ -136,7 +136,7 @@ def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.nd
         return [np.random.default_rng(0).random(shape, dtype=np.float32)]
     images_NCHW = np.load(file, allow_pickle=False)
     if images_NCHW.ndim != 4 or len(images_NCHW) < size:
-        raise ValueError(f"{file}: array {list(images_NCHW.shape)}, at least [{size}, 3, H, W] expected")
+        raise ValueError(f"{file}: array {list(images_NCHW.shape)}, expected at least [{size}, 3, H, W]")
     if backend.channels == 1:
         share_311 = (LUMA_3 / np.float32(1 << 15)).astype(np.float32)[:, None, None]
         images_NCHW = (images_NCHW * share_311).sum(axis=1, keepdims=True)
@@ -144,7 +144,7 @@ def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.nd
 
 
 def peak_memory_mib() -> Optional[float]:
-    """Return the peak memory of this process, libraries included, in MiB; None if the kernel does not report it."""
+    """Return the peak memory of this process with its libraries, in MiB. None: the kernel does not report it."""
     for text in (read_line("/proc/self/status") or "").splitlines():
         if text.startswith("VmHWM:"):
             return round(int(text.split()[1]) / 1024, 1)
@@ -195,7 +195,7 @@ def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List
 
     `open_backend` opens the engine from a `Spec`. Other packages pass their own function, such as one for a torch module.
 
-    stdout is redirected to stderr first, so that output of a library cannot break the protocol.
+    First, stdout is redirected to stderr. Output of a library then cannot break the protocol.
     """
     arguments = sys.argv[1:] if argv is None else argv
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

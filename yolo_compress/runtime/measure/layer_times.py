@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import json_text
 from ..backends.base import PRECISIONS
-from ..commands.common import Parser, answer, guarded
+from ..commands.command_line import Parser, answer, run_command
 from ..engine import BACKENDS, open_engine
 from ..errors import EngineError
 from .device import DeviceState, device_state
@@ -74,8 +74,8 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
     """Return the latency table: build an engine of each model in `folder`, and measure its latency and the times of its layers.
 
     Raises:
-        EngineError: `layers.json` is missing or malformed, or the library rejects a model. Or the library fuses a convolution that
-            `convs` in `layers.json` lists with another convolution.
+        EngineError: `layers.json` is missing or malformed, or the library rejects a model. Or the library fuses two convolutions of
+            `layers.json` into one node.
         RuntimeUnavailable: the library is missing.
     """
     described = _read_probe(folder)
@@ -109,7 +109,7 @@ def take(folder: Path, runtime: str, precision: str, threads: Optional[int] = No
 
 
 def _whole_ms(engine: Path, threads: Optional[int]) -> float:
-    """Return the latency of an engine in ms: open the engine a few times, and use the lowest of the medians.
+    """Return the latency of an engine in ms: the lowest median after opening the engine a few times.
 
     Other processes and badly placed threads can only make an engine slower.
     """
@@ -162,7 +162,7 @@ def _read_probe(folder: Path) -> Probe:
 
 
 def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, float]:
-    """Return the sum of the node times of each convolution. The key "" is the sum over all other nodes.
+    """Return convolution -> sum of the times of its nodes. The key "" has the sum over all other nodes.
 
     The library's name of a node contains the ONNX names of the nodes that it fused.
     """
@@ -175,7 +175,7 @@ def _by_layer(nodes_ms: Dict[str, float], convs: Dict[str, str]) -> Dict[str, fl
 
 
 def _require_own_node(nodes_ms: Dict[str, float], convs: Dict[str, str], where: str) -> None:
-    """Check that every convolution has its own node in the engine. A fused node would not give the time of each convolution.
+    """Check that every convolution has its own node in the engine. A node of two convolutions would not give the time of each.
 
     Raises:
         EngineError: a convolution has no node of its own. The message lists the nodes that the convolution shares.
@@ -199,7 +199,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
-    return guarded(
+    return run_command(
         lambda: answer(json.dumps(take(options.folder, options.runtime, options.precision, options.threads)))
     )
 

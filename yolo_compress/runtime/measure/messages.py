@@ -1,4 +1,4 @@
-"""Requests to a measuring process and its replies, one JSON line each; see `latency` and `interleaved`."""
+"""Requests to a measuring process, and its replies. Each is one JSON line. See `latency` and `interleaved`."""
 
 from __future__ import annotations
 

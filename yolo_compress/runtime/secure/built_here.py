@@ -18,7 +18,7 @@ def record(engine: Path, needed: bool) -> None:
     """Add a newly built engine to the record.
 
     Args:
-        engine: folder of the engine. The digest is that of `engine.json`, which has the digests of the other files.
+        engine: folder of the engine. The record has the digest of its `engine.json`, which has the digests of all other files.
         needed: whether a key is pinned. If no key is pinned, the record is not used, and a failed write is ignored.
 
     Raises:

@@ -1,9 +1,9 @@
 """Ed25519 signatures (RFC 8032, section 5.1), by `cryptography` if it is installed, else by the reference code below.
 
-Both give the same result. The cases in which implementations disagree are checked first: S must be below the group's order L, and
-the key must be a canonical point that is not of small order. [S]B = R + [k]A is checked without the cofactor.
-The reference code takes milliseconds and does not run in constant time. That is safe here: verification on the robot uses no
-secret, and signing runs on the user's machine, where nobody else can measure the time.
+Both give the same result. Implementations disagree in some cases, which are checked first. S must be below the group's order L. The
+key must be a canonical point that is not of small order. [S]B = R + [k]A is checked without the cofactor. The reference code takes
+milliseconds and does not run in constant time. That is safe here: verification on the robot uses no secret, and signing runs on the
+user's machine, where nobody else can measure the time.
 
 Points are in extended coordinates (X, Y, Z, T), x = X/Z, y = Y/Z, xy = T/Z, of the curve -x^2 + y^2 = 1 + d x^2 y^2 over the
 integers modulo P.
@@ -86,7 +86,7 @@ def _verify_by(library: Any, public_key_32: bytes, signature_64: bytes, message:
 
 
 def _expand(seed_32: bytes) -> Tuple[int, bytes]:
-    """Return the secret scalar and the prefix of the nonce (section 5.1.5)."""
+    """Return the secret scalar, and the prefix of the nonce, of a private key (section 5.1.5)."""
     if len(seed_32) != KEY_BYTES:
         raise ValueError(f"a private seed has {KEY_BYTES} bytes, got {len(seed_32)}")
     digest = hashlib.sha512(seed_32).digest()
@@ -129,7 +129,7 @@ def _encode(point: _Point) -> bytes:
 
 
 def _decode(data: bytes) -> Optional[_Point]:
-    """Decode a point (section 5.1.3); None if y >= P, if no such point exists, or if x is 0 and its sign bit is set."""
+    """Decode a point (section 5.1.3). None: y >= P, no such point exists, or x is 0 and its sign bit is set."""
     y = int.from_bytes(data, "little")
     sign_of_x, y = y >> 255, y & ((1 << 255) - 1)
     if y >= P:

@@ -1,4 +1,4 @@
-"""Two slots for bundles, and the link `current` to the one in use. After a power loss, `current` still leads to a tested bundle.
+"""Two slots for bundles, and the link `current` to the slot in use. After a power loss, `current` still leads to a tested bundle.
 
     ROOT/slots/a/       a bundle, with its engines
     ROOT/slots/a.json   mark of slot a, written after its engines passed the golden images. A slot without a mark is never used
@@ -24,7 +24,7 @@ from typing import Any, Dict, Iterator, Optional, TypedDict, Union
 
 from .. import json_text
 from ..errors import EngineError, RuntimeFailure
-from .seal import BundleRefused, Manifest, written
+from .signed_manifest import BundleRefused, Manifest, written
 
 ROOT = "/var/lib/yolo_compress"  # default; the variable below or --root override it
 ROOT_VARIABLE = "YOLO_COMPRESS_ROOT"
@@ -92,7 +92,7 @@ class Slots:
         return self.root / "slots" / name
 
     def current(self) -> Optional[str]:
-        """Return the name of the slot in use; None before the first installation.
+        """Return the name of the slot in use. None: nothing was installed yet.
 
         Raises:
             EngineError: `current` is not a link to a slot, so `switch.py` did not make it.
@@ -107,7 +107,7 @@ class Slots:
             if target == f"slots/{name}":
                 return name
         raise EngineError(
-            f"{self._link}: leads to {target!r}, slots/a or slots/b expected; remove it and install again"
+            f"{self._link}: leads to {target!r}, expected slots/a or slots/b; remove it and install again"
         )
 
     def idle(self) -> str:
@@ -115,12 +115,12 @@ class Slots:
         return "b" if self.current() == "a" else "a"
 
     def mark(self, name: str) -> Optional[Mark]:
-        """Return the mark of a slot; None if its engines have not passed the golden images."""
+        """Return the mark of a slot. None: its engines have not passed the golden images."""
         mark: Optional[Mark] = _read(self.path(name + ".json"), {"version": int, "manifest_sha256": str})
         return mark
 
     def newest(self) -> Optional[int]:
-        """Return the highest version that was ever current; None before the first installation.
+        """Return the highest version that was ever current. None: nothing was installed yet.
 
         Raises:
             EngineError: a file is damaged, or the slot in use has no mark.
@@ -134,7 +134,7 @@ class Slots:
         return max(versions, default=None)
 
     def product(self) -> Optional[str]:
-        """Return the name of the bundle in use; None before the first installation."""
+        """Return the name of the bundle in use. None: nothing was installed yet."""
         current = self.current()
         mark = None if current is None else self.mark(current)
         return None if mark is None else mark.get("name")
@@ -208,7 +208,7 @@ def sync_tree(path: Path) -> None:
 
 
 def _read(path: Path, wanted: Dict[str, type]) -> Any:
-    """Read a JSON object that this module wrote; None if the file does not exist.
+    """Read a JSON object that this module wrote. None: the file does not exist.
 
     Args:
         wanted: required key -> its type.
@@ -223,7 +223,7 @@ def _read(path: Path, wanted: Dict[str, type]) -> Any:
     except ValueError as error:
         raise EngineError(f"{path}: damaged ({error}); not written by switch.py, look before you remove it") from error
     if not isinstance(document, dict) or not all(type(document.get(key)) is kind for key, kind in wanted.items()):
-        raise EngineError(f"{path}: {', '.join(wanted)} expected; not written by switch.py, look before you remove it")
+        raise EngineError(f"{path}: expected {', '.join(wanted)}; not written by switch.py, look before you remove it")
     return document
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, Set, Tuple
 
 from ..errors import naming
-from .seal import MADE_HERE, MANIFEST, BundleRefused
+from .signed_manifest import MADE_HERE, MANIFEST, BundleRefused
 
 MAX_BYTES = 2 << 30  # sum of all files; a YOLOv8x in three precisions takes 0.5 GiB
 MAX_FILES = 10000
@@ -31,8 +31,8 @@ def unpack(bundle: Path, into: Path, max_bytes: int = MAX_BYTES, max_files: int 
 
     Args:
         bundle: a folder, a `.tar` or a `.tar.gz`.
-        into: folder to create; must not exist.
-        max_bytes, max_files: limits; a larger bundle is refused.
+        into: folder to create. It must not exist.
+        max_bytes, max_files: limits. A larger bundle is refused.
 
     Returns:
         The folder that holds the manifest: `into`, or the only folder in it.
@@ -96,9 +96,9 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int, what: str) -> None:
 
 
 def _of_folder(bundle: Path) -> Iterator[_Member]:
-    """Yield the plain files of a bundle that is a folder, except files that the robot's commands write (`MADE_HERE`).
+    """Yield the plain files of a bundle folder. Files that the robot's commands write (`MADE_HERE`) are left out.
 
-    `seal.verify` checks the other files.
+    `signed_manifest.verify` checks all yielded files.
     """
     waiting = [""]
     while waiting:
@@ -160,7 +160,7 @@ class _Archive(tarfile.TarFile):
 
 
 class _Limited:
-    """A file that returns at most `_READ` bytes per call, and nothing beyond `limit`, because a tar header may state any size."""
+    """A file that returns at most `_READ` bytes per call, and nothing beyond `limit`. A tar header may state any size."""
 
     def __init__(self, stream: Any, limit: int, bundle: Path, close: Callable[[], None]) -> None:
         self._stream, self._limit, self._bundle, self._close = stream, limit, bundle, close

@@ -1,6 +1,6 @@
-"""Build a TensorRT plan (engine file) from ONNX, for TensorRT 8.5 to 11.x. Never ran on real TensorRT; see run.py.
+"""Build a TensorRT plan (engine file) from ONNX, for TensorRT 8.5 to 11.x. This file never ran on real TensorRT; see run.py.
 
-The code tests which features the installed version has. Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags; the
+The code tests which features the installed version has. Up to 10.x, precision is a builder flag. TensorRT 11 has no such flags: the
 types in the graph decide.
 
 - fp32 clears the TF32 flag, so that FP32 is used.
@@ -40,7 +40,7 @@ def build(
         onnx: ONNX file that was exported for `precision`.
         out: directory for the files.
         names, imgsz: class names, and input size (height, width) in px. None: read from the metadata of the ONNX file.
-        workspace_mib: limit of scratch memory, MiB; None: TensorRT's default.
+        workspace_mib: limit of scratch memory in MiB. None: TensorRT's default.
         max_batch: largest batch of a graph with a dynamic batch.
         timing_cache: timing cache of an earlier build. TensorRT ignores a cache from another device or version.
 
@@ -130,7 +130,7 @@ def _produces(layers: List[Any], dtype: Any) -> bool:
 
 
 def _set_profile(trt: Any, maker: Any, network: Any, config: Any, max_batch: int, onnx: Path) -> None:
-    """Add the optimisation profile that a dynamic batch needs; raise EngineError for other dynamic sizes."""
+    """Add the optimisation profile that a dynamic batch needs. Raise EngineError for other dynamic sizes."""
     source = network.get_input(0)
     shape = tuple(source.shape)
     if -1 not in shape:

@@ -1,8 +1,8 @@
 """CUDA through cuda-python or pycuda: device memory, page-locked host memory, a stream, CUDA graphs, and a probe of the driver.
 
-Never ran on a device. Calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda 2026.1
-(test_cuda.py). The probe uses ctypes and runs first: without a driver, `tensorrt.Runtime` wraps a null pointer, and its first use
-ends the process.
+This file never ran on a device. Calls are checked against the signatures of cuda-python 11.8, 12.6, 12.9 and 13.5 and of pycuda
+2026.1 (test_cuda.py). The probe uses ctypes and runs first: without a driver, `tensorrt.Runtime` wraps a null pointer, and its
+first use ends the process.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class CudaMemory(Protocol):
     def free(self, pointer: int) -> None: ...
 
     def pinned(self, count: int) -> np.ndarray:
-        """Allocate `count` float32 of page-locked memory, which the device copies directly, without a buffer of the driver."""
+        """Allocate page-locked memory for `count` float32. The device copies such memory directly, without a buffer of the driver."""
 
     def unpin(self, host: np.ndarray) -> None:
         """Free an array that `pinned` returned. Do not use the array or its views afterwards."""
@@ -76,7 +76,7 @@ class CudaMemory(Protocol):
     def synchronize(self) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Capture the calls that `work` puts on the stream as a graph, without running them. Raises the errors of `work` too."""
+        """Capture the calls that `work` puts on the stream as a graph, without running them. Errors of `work` are raised."""
 
     def launch(self, graph: Any) -> None: ...
 
@@ -104,7 +104,7 @@ class CudaPython:
         self.stream = int(self._stream)
 
     def _ok(self, result: Any) -> Any:
-        """Return the value of a call that returned (code, value) or (code,); raise CudaError if the code is not 0."""
+        """Return the value of a call that returned (code, value) or (code,). Raise CudaError if the code is not 0."""
         if int(result[0]) != 0:
             text = self._cuda.cudaGetErrorString(result[0])[1]
             raise CudaError(f"CUDA: {text.decode() if isinstance(text, bytes) else text} (code {int(result[0])})")
@@ -186,9 +186,9 @@ class CudaPython:
 class PyCuda:
     """`CudaMemory` by pycuda, without graphs, since pycuda cannot capture a stream. Make all calls from one thread.
 
-    The class uses the device's primary context, as TensorRT and torch do, and pushes and pops the context itself.
-    `pycuda.autoinit` would create a second context. `pycuda.autoinit` and `pycuda.autoprimaryctx` push the context in the thread
-    that imports them first, and the process aborts when that thread ends.
+    The class uses the device's primary context, as TensorRT and torch do, and pushes and pops the context itself. `pycuda.autoinit`
+    would create a second context. The thread that first imports `pycuda.autoinit` or `pycuda.autoprimaryctx` pushes the context.
+    The process aborts when this thread ends.
     """
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ class PyCuda:
             raise CudaError(f"CUDA: {error}") from error
 
     def _leave(self) -> None:
-        """Pop the context from this thread's stack. Deleting the last reference releases it."""
+        """Pop the context from this thread's stack. When its last reference is deleted, the context is released."""
         context, self._context = self._context, None
         with self._converted_errors():
             context.pop()
@@ -281,7 +281,7 @@ def open_memory() -> CudaMemory:
     """Return a `CudaMemory` that uses cuda-python, or pycuda if cuda-python does not work.
 
     Raises:
-        RuntimeUnavailable: neither cuda-python nor pycuda works.
+        RuntimeUnavailable: cuda-python and pycuda both do not work.
     """
     reasons = []
     for kind in (CudaPython, PyCuda):

@@ -1,4 +1,4 @@
-"""One execution context of a TensorRT engine, run directly or as a CUDA graph. Never ran on a device.
+"""One execution context of a TensorRT engine, run directly or as a CUDA graph. This file never ran on a device.
 
 A graph depends on the state of the context that it was captured from: shapes, addresses and activations. So each `Execution` has
 its own context and buffers, and a new shape discards the graph (NVIDIA's Best Practices, "CUDA Graphs"). The first run of a shape
@@ -63,11 +63,11 @@ class HostAndDevice:
 
 
 class Execution:
-    """An execution context with its buffers. A call runs one inference on the content of `source` and returns when it is done.
+    """An execution context with its buffers. A call runs one inference on the content of `source`, and waits for the result.
 
     Args:
         engine: tensorrt.ICudaEngine.
-        memory: allocator of the buffers; inferences run on its stream.
+        memory: allocator of the buffers. Inferences run on its stream.
         tensors: names of the input and the output, both float32.
         where: file of the engine, for messages.
         refused: reason not to use a CUDA graph. None: use a graph.
@@ -75,7 +75,7 @@ class Execution:
 
     Attributes:
         source, result: the input and the output.
-        refused: reason why inferences do not run as a CUDA graph. None: they do, from the second run of a shape.
+        refused: reason why inferences do not run as a CUDA graph. None: from the second run of a shape on, they run as one.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Execution:
             self._memory.forget(graph)
 
     def close(self) -> None:
-        """Destroy the graph, the context and the buffers, in this order, because the graph uses the other two."""
+        """Destroy the graph, then the context and the buffers, which the graph uses."""
         self._forget()
         self.context = self._shape = None
         self.source.close()

@@ -1,4 +1,4 @@
-"""TensorRT's logger, and creation of its Runtime and Builder, whose errors are only in the log. Never ran on a device."""
+"""TensorRT's logger. Also creates its Runtime and Builder, whose errors are only in the log. This file never ran on a device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ DRIVER_HINT = "update NVIDIA's driver, or install the TensorRT and cuda-python o
 
 @lru_cache(maxsize=None)
 def logger(trt: Any) -> Any:
-    """Return the logger of this process (TensorRT complains about a second one). It writes to stderr and collects errors.
+    """Return the logger of this process, which writes to stderr and collects errors. TensorRT complains about a second logger.
 
-    `take()` returns and clears the collected errors. `words()` clears them too, and returns the last error as the end of a message.
+    `take()` returns and clears the collected errors. `words()` also clears them, and returns the last error as the end of a
+    message.
     """
 
     class Log(trt.ILogger):  # type: ignore[name-defined]

@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ...errors import EngineError, RuntimeUnavailable
-from ..base import EngineInfo, census_words, check_channels, check_input, check_output, resolve
+from ...errors import EngineError
+from ..base import EngineInfo, census_words, check_channels, check_input, check_output, problem, resolve
 from . import cuda
 from .build import build, strongly_typed
 from .execution import Execution, Tensors
@@ -27,7 +27,7 @@ GRAPH_VARIABLE = "YOLO_COMPRESS_CUDA_GRAPH"
 
 
 def built_elsewhere(info: EngineInfo) -> Optional[str]:
-    """Return a message if a plan was built on another GPU than this one, else None.
+    """Return a message if a plan was built on another GPU. None: it was built on this GPU.
 
     TensorRT only warns about some such plans. If the sidecar `engine.json` does not state the GPU, the result is None.
     """
@@ -36,7 +36,7 @@ def built_elsewhere(info: EngineInfo) -> Optional[str]:
 
 
 def _wanted(cuda_graph: Optional[bool]) -> bool:
-    """Return whether to use a CUDA graph: the argument, else the environment variable, else True."""
+    """Return whether to use a CUDA graph: the argument if given, else the environment variable, else True."""
     setting = os.environ.get(GRAPH_VARIABLE) or "1"
     if setting not in ("0", "1"):
         raise EngineError(f"{GRAPH_VARIABLE}={setting}: 0 or 1 expected")
@@ -44,13 +44,13 @@ def _wanted(cuda_graph: Optional[bool]) -> bool:
 
 
 class TensorRTBackend:
-    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the GPU model it was built on.
+    """Backend for a TensorRT plan with one float32 input and one float32 output. A plan runs only on the kind of GPU that built it.
 
     Args:
         path: directory made by `build`.
-        precision: precision that the engine must have; None: any.
+        precision: required precision of the engine. None: any.
         cuda_graph: Whether to run inferences as a CUDA graph, if TensorRT's work can be captured. `executed` says whether it was.
-            None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1); if that is not set, True.
+            None: use the environment variable YOLO_COMPRESS_CUDA_GRAPH (0 or 1, default 1).
 
     Raises:
         RuntimeUnavailable: the bindings, the driver, a device or access to CUDA memory from Python is missing.
@@ -115,7 +115,7 @@ class TensorRTBackend:
         return made
 
     def _signature(self) -> Tensors:
-        """Return the names of the input and the output; raise EngineError if the plan has other tensors."""
+        """Return the names of the input and the output. Raise EngineError if the plan has other tensors."""
         engine, trt = self._engine, self._trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [t for t in tensors if engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
@@ -208,18 +208,13 @@ class TensorRTBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this TensorRT version needs: `form` of a `registry.Int8File`."""
+        """Return the kind of INT8 file that this TensorRT version needs: the `form` of a `registry.Int8File`."""
         return "tensorrt11" if strongly_typed() else "tensorrt10"
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what is missing and what to install."""
-        try:
-            library()
-            cuda.open_memory().close()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        """Return a text that says what is missing and what to install. None: this runtime works."""
+        return problem(library) or problem(lambda: cuda.open_memory().close())
 
     @staticmethod
     def build(
@@ -230,7 +225,7 @@ class TensorRTBackend:
         imgsz: Optional[Tuple[int, int]] = None,
         **options: Any,
     ) -> Dict[str, Path]:
-        """Build a TensorRT plan on this machine, and return the written files by name. `options` are those of `build.build`."""
+        """Build a TensorRT plan on this machine, and return the written files by name. For `options` see `build.build`."""
         return build(Path(onnx), Path(out), precision, names, imgsz, **options)
 
 

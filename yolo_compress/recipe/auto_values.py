@@ -1,8 +1,8 @@
 """Choose epochs, batch, optimizer and other knobs from the number of images, for `auto` in a recipe and for `init`.
 
-A fine-tuning needs a number of optimizer steps. A small data set has few steps in an epoch, so it needs more epochs.
-Epochs fall with the fourth root of the number of images: 100 images get 100 epochs, 1,600 images 50, 100,000 images 20 (18 by
-the rule, raised to the minimum). Every result is a `Choice`, whose reason `init` writes next to the number.
+A fine-tuning needs a number of optimizer steps. A small data set has few steps in an epoch, so it needs more epochs. Epochs fall
+with the fourth root of the number of images: 100 images get 100 epochs, and 1,600 images get 50. 100,000 images get 20 epochs, the
+minimum (18 by the rule). Every result is a `Choice`: a number and the reason for it, which `init` writes beside the number.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def lr0(optimizer: str, classes: int) -> Choice:
 def imgsz(samples: Sequence[Sample], smallest_px: int) -> Choice:
     """Return the side of a square model input in px.
 
-    It is large enough that nine objects in ten measure at least `SMALL_OBJECT_PX`. It is not larger than the median
-    image, nor than `LARGEST_PX`.
+    It is large enough that nine objects in ten measure at least `SMALL_OBJECT_PX`. It is at most the size of the median image, and
+    at most `LARGEST_PX`.
 
     Args:
         samples: Training images.
-        smallest_px: Smallest side, unless the images are smaller.
+        smallest_px: Smallest side. Smaller images have a smaller side.
     """
     longest = statistics.median(max(sample.width, sample.height) for sample in samples)
     sides = sorted(

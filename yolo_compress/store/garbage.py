@@ -12,8 +12,8 @@ from yolo_compress.store.store import Store
 def gc(store: Store, keep: set[str]) -> dict[Path, int]:
     """Remove all artefacts and `.partial` folders whose fingerprint is not in `keep`, and artefacts with a damaged manifest.
 
-    If the stage can continue from a `.partial`, the folder stays; see `interrupted`. Files with other names in `root/store` stay
-    too. The caller must hold `store.lock`.
+    A `.partial` from which a stage can continue stays (see `interrupted`). Files with other names in `root/store` also stay. The
+    caller must hold `store.lock`.
 
     Returns:
         Removed path -> its size in bytes.

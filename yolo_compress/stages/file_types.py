@@ -8,13 +8,10 @@ Simple files have no type here:
 
 from __future__ import annotations
 
-from typing import Literal
-
 from typing_extensions import TypedDict
 
+from yolo_compress.report.schema import Measure
 from yolo_compress.stages.metrics import LatencyBudget
-
-Measure = Literal["loss", "map50_95"]
 
 
 class CalibrationImage(TypedDict):
@@ -24,26 +21,15 @@ class CalibrationImage(TypedDict):
     sha256: str  # SHA-256 of the file, in hex
 
 
-class PruneSensitivity(TypedDict):
-    """sensitivity.json of `prune`, measured with channels removed from one group at a time."""
-
-    measure: Measure
-    dense: float  # measure of the model before pruning
-    ratios: list[float]  # removed shares of the group's channels, ascending
-    groups: dict[str, list[float]]  # group -> measure at each ratio
-    caps: dict[str, float]  # group -> largest share that pruning may remove
-    images: int  # number of images for the measurement
-
-
 class PruneSensitivityBegun(TypedDict, total=False):
-    """The unfinished sensitivity.json in `work` of `prune`, from which a killed measurement continues."""
+    """The unfinished sensitivity.json in `work` of `prune`. The finished one is a `report.schema.SensitivityFile`."""
 
     groups: dict[str, list[float]]
     dense: float
 
 
 class AskedMs(TypedDict):
-    """asked.json in `work` of `prune`: the limit, by the table of layer times, for which the pruned model met `latency_ms`."""
+    """asked.json in `work` of `prune`: the limit on the scale of the layer times that made the pruned model meet `latency_ms`."""
 
     asked_ms: float
     metrics: LatencyBudget

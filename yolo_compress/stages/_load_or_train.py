@@ -20,7 +20,7 @@ from yolo_compress.train.transfer import Taken
 
 
 def run(job: Job, what: str) -> ModelMetrics:
-    """Load the model from `weights`, or train it from the checkpoint `pretrained` or from random weights of `model`.
+    """Load the model from `weights`. Or train it, from the checkpoint `pretrained` or from random weights of `model`.
 
     Return the metrics of the stage.
     """
@@ -44,8 +44,8 @@ def start(
         say: Receives a line on the weights that came from a checkpoint.
 
     Raises:
-        RecipeError: `weights` has other classes or another order, or a checkpoint has other image channels or strides, or is of
-            another architecture or task.
+        RecipeError: `weights` has other classes or another order of classes. Or a checkpoint has other image channels or strides,
+            or is of another architecture or task.
     """
     if config.model is not None:
         return checkpoint.new_model(config.model, dataset.names, dataset.channels, seed)

@@ -1,25 +1,22 @@
-"""Functions that the bundle's commands share: verify the bundle, choose an engine, print an error as one line and an exit code."""
+"""Open a bundle: verify its files, read its manifest, choose an engine, and check that the engine may be opened."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, TextIO, Tuple, TypedDict
+from typing import Dict, List, Mapping, Optional, Tuple, TypedDict
 
 from .. import registry
-from ..errors import EngineError, RuntimeFailure, RuntimeUnavailable, printable
-from ..limits import MAX_DET
+from ..errors import EngineError, RuntimeUnavailable
+from ..max_detections import MAX_DET
 from ..secure import built_here
-from ..secure.seal import MADE_HERE, MANIFEST, About, BundleRefused, Manifest, pinned_key, verify
+from ..secure.signed_manifest import MADE_HERE, MANIFEST, About, BundleRefused, Manifest, pinned_key, verify
 from ..secure.slots import ROOT, ROOT_VARIABLE, Slots
 
 HERE = Path(__file__).resolve().parents[2]  # the bundle that this file was copied into
 ENGINES = "engines"
-STORAGE, INTERRUPTED = 6, 130  # exit codes
 
 
 class BundleId(TypedDict):
@@ -40,8 +37,8 @@ class Bundle:
         names: class names in the order of their index.
         imgsz: height and width of the input, px.
         onnx: stem of an ONNX file ("fp32", "int8-openvino") -> path of the file below `directory`.
-        pinned: whether this machine has a pinned key: a public key that must have signed the bundle. If so, engines that came
-            with the bundle are refused.
+        pinned: whether this machine has a pinned key: the public key of the only accepted signer. If so, engines that came with the
+            bundle are refused.
     """
 
     directory: Path
@@ -54,7 +51,7 @@ class Bundle:
     pinned: bool = False
 
     def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Return the stem of the ONNX file for this precision and the installed version of this runtime; None if there is none."""
+        """Return the stem of the ONNX file for this precision and the installed version of this runtime. None: no file suits."""
         from ..engine import onnx_form
 
         return onnx_form(self.onnx, runtime, precision)
@@ -96,14 +93,14 @@ def max_det(manifest: About) -> int:
     return value
 
 
-def opened(directory: Path) -> Bundle:
+def open_bundle(directory: Path) -> Bundle:
     """Verify a bundle and read its manifest. If this machine has a pinned key, the signature is checked with it.
 
-    If a key is pinned, a bundle outside the slots is refused in two cases: its name differs from that of the bundles in the slots,
-    or it is older than the newest version that ever ran there. A bundle in a slot may be older: that is a roll-back.
+    If a key is pinned, a bundle outside the slots must have the name of the bundles in the slots. It must not be older than the
+    newest version that ever ran there. A bundle in a slot may be older, after a roll-back.
 
     Raises:
-        BundleRefused: `seal.verify` refuses the bundle, or the manifest lacks a value that the commands need.
+        BundleRefused: `signed_manifest.verify` refuses the bundle, or the manifest lacks a value that the commands need.
     """
     pinned = pinned_key()
     slots = None if pinned is None or in_slot(directory) else Slots(slots_root())
@@ -187,7 +184,7 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
 def trusted(bundle: Bundle, engine: Path) -> bool:
     """Return whether an engine may be opened.
 
-    The result is True if no key is pinned, if the engine lies in a slot, or if `build.py` recorded that it built the engine here.
+    The result is True if no key is pinned, if the engine lies in a slot, or if `build.py` recorded the engine as built here.
     """
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 
@@ -212,7 +209,7 @@ def in_slot(path: Path) -> bool:
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:
-    """Return the path after checking that it lies outside the bundle. A file added to a bundle makes its verification fail.
+    """Check that a path lies outside the bundle, and return it. After an added file, the bundle would fail its verification.
 
     Args:
         option: command-line option that gave the path, for the error.
@@ -229,24 +226,8 @@ def outside(bundle: Bundle, path: Path, option: str) -> Path:
     return path
 
 
-def positive(text: str) -> int:
-    """Parse the value of an option: a whole number of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def seconds(text: str) -> float:
-    """Parse the value of an option: a finite number of seconds above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
 def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[str, object]:
-    """Return the JSON object under a key of the manifest; empty if the key is missing.
+    """Return the JSON object under a key of the manifest. If the key is missing, return an empty object.
 
     Args:
         where: path of the manifest, for the error.
@@ -256,56 +237,5 @@ def mapping(manifest: Mapping[str, object], key: str, where: Path) -> Mapping[st
     """
     value = manifest.get(key, {})
     if not isinstance(value, dict):
-        raise BundleRefused(f"{where}: {key} is {value!r}, a JSON object expected; make the bundle again")
+        raise BundleRefused(f"{where}: {key} is {value!r}, expected a JSON object; make the bundle again")
     return value
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser of a command's options. If help cannot be printed, the command fails (argparse would exit with code 0)."""
-
-    def print_help(self, file: Any = None) -> None:
-        code = guarded(lambda: answer(self.format_help().rstrip("\n")))
-        if code:
-            sys.exit(code)
-
-
-def guarded(action: Callable[[], Optional[int]]) -> int:
-    """Run a command and return its exit code. An error is printed on stderr as one line and gives the exit code."""
-    try:
-        return action() or 0
-    except RuntimeFailure as error:
-        say(f"error: {error}")
-        return error.exit_code
-    except BrokenPipeError:  # the reader of stdout has closed it, as `| head` does
-        return 0
-    except OSError as error:
-        say(f"error: {error.filename2 or error.filename or 'file system'}: {error.strerror or error}")
-        return STORAGE
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
-
-
-def answer(text: str) -> None:
-    """Write a line to stdout and flush it.
-
-    Raises:
-        OSError: the line cannot be written, as when the disk is full. BrokenPipeError: the reader has closed the pipe.
-    """
-    _print(text, sys.stdout)
-
-
-def say(text: str) -> None:
-    """Write a line to stderr. stdout is reserved for results. A failed write is ignored."""
-    try:
-        _print(text, sys.stderr)
-    except OSError:
-        pass  # there is nowhere else to report it
-
-
-def _print(text: str, stream: TextIO) -> None:
-    try:
-        print(printable(text), file=stream, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else flushing the buffer at exit fails again
-        raise OSError(error.errno, error.strerror, stream.name) from error

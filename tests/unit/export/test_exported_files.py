@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 from yolo_compress.errors import CompressError, CorruptArtifact
-from yolo_compress.evaluate.published import For, check_nms, made_for, open_published
+from yolo_compress.evaluate.exported_files import For, check_nms, made_for, open_exported
 from yolo_compress.export.calibration_cache import CACHE, IMPLICIT, read_cache, write_explicit, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuantState]:
 
 
 def run(file: Path, precision: str, scratch: Path) -> np.ndarray:
-    with open_published(file, precision, scratch) as backend:
+    with open_exported(file, precision, scratch) as backend:
         assert backend.precision == precision and list(backend.names) == list(NAMES)
         return np.concatenate([backend(image.numpy()) for image in images(8, seed=3).split(1)])
 

@@ -1,7 +1,7 @@
-"""Evaluate exported files for which no engine can be built on this machine, so that every file for a robot has an accuracy.
+"""Evaluate exported files from which no engine can be built on this machine. Every file for a robot then has an accuracy.
 
 ONNX Runtime with its optimiser off executes a Q/DQ graph node by node. This is the arithmetic that `quant.fakequant` trains
-(tests/unit/export/test_published.py). Rounding inside the fused kernels of an engine is not simulated.
+(tests/unit/export/test_exported_files.py). Rounding inside the fused kernels of an engine is not simulated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.backends.ort import OrtBackend, open_session
 from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS
-from yolo_compress.runtime.limits import MAX_DET
+from yolo_compress.runtime.max_detections import MAX_DET
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.runtime.measure.golden import difference
 from yolo_compress.runtime.registry import int8_file
@@ -70,7 +70,7 @@ def literal(file: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check_nms(file: Path, source: Path, images: Iterable[np.ndarray], max_det: int = MAX_DET) -> int:
-    """Check that a graph with NMS gives the same boxes as its source graph followed by the project's own NMS.
+    """Check that NMS inside a graph gives the same boxes as the source graph, followed by the NMS of `runtime.detect.post`.
 
     Args:
         file: Output of `with_nms` with its default thresholds and `max_det`.
@@ -107,12 +107,12 @@ class Simulated(OrtBackend):
 
     @property
     def executed(self) -> str:
-        """Text for `Backend.executed`; it includes the name of the file."""
+        """Text for `Backend.executed`, with the name of the file."""
         return f"simulated, {self._shown} node by node"
 
 
-def open_published(file: Path, precision: str, scratch: Path) -> Backend:
-    """Return a backend that evaluates an exported file for which no engine can be built here.
+def open_exported(file: Path, precision: str, scratch: Path) -> Backend:
+    """Return a backend for an exported file from which no engine can be built on this machine.
 
     Args:
         file: A file for which `made_for` is not None.

@@ -16,8 +16,8 @@ import pytest
 
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure import seal as sealed
-from yolo_compress.runtime.secure.seal import MANIFEST, SIGNATURE, BundleRefused, pinned_key, seal, verify
+from yolo_compress.runtime.secure import signed_manifest as sealed
+from yolo_compress.runtime.secure.signed_manifest import MANIFEST, SIGNATURE, BundleRefused, pinned_key, seal, verify
 
 SEED, OTHER = bytes(range(32)), bytes(32)
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,15 +122,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest that is a list": (lambda root: (root / MANIFEST).write_text("[]"), "schema 'list'"),
     "duplicate key": (twice, "'labels.txt' is there twice"),
     "NaN": (lambda root: (root / MANIFEST).write_text('{"schema": NaN}'), "NaN is no number"),
-    "other schema": (lambda root: rewritten(root, lambda m: m.update(schema=2)), "schema 2, 1 expected"),
+    "other schema": (lambda root: rewritten(root, lambda m: m.update(schema=2)), "schema 2, expected 1"),
     "schema true": (lambda root: rewritten(root, lambda m: m.update(schema=True)), "schema True"),
     "version of text": (lambda root: rewritten(root, lambda m: m.update(version="7")), "version '7'"),
     "version below 0": (lambda root: rewritten(root, lambda m: m.update(version=-1)), "version -1"),
     "no files": (lambda root: rewritten(root, lambda m: m.update(files={})), "lists no files"),
     "files of a list": (lambda root: rewritten(root, lambda m: m.update(files=["labels.txt"])), "lists no files"),
-    "no size": (entry({"sha256": "0" * 64}), "its sha256 and size expected"),
-    "size of text": (entry({**VOUCHED, "size": "9"}), "its sha256 and size expected"),
-    "short sha256": (entry({**VOUCHED, "sha256": "0" * 63}), "its sha256 and size expected"),
+    "no size": (entry({"sha256": "0" * 64}), "expected its sha256 and size"),
+    "size of text": (entry({**VOUCHED, "size": "9"}), "expected its sha256 and size"),
+    "short sha256": (entry({**VOUCHED, "sha256": "0" * 63}), "expected its sha256 and size"),
     "absolute path": (escape("/etc/passwd"), "'/etc/passwd' is no plain path"),
     "path upwards": (escape("../elsewhere.txt"), "is no plain path"),
     "path upwards inside": (escape("onnx/../../elsewhere.txt"), "is no plain path"),
@@ -144,8 +144,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vouched engine": (escape("engines/a/engine.plan"), "must not be listed"),
     "missing file": (lambda root: (root / "labels.txt").unlink(), "labels.txt: missing"),
     "altered file": (flipped("onnx/fp32.onnx"), "fp32.onnx: sha256 is not the one"),
-    "truncated file": (lambda root: os.truncate(root / "onnx" / "fp32.onnx", 4999), "4999 bytes, 5000 expected"),
-    "longer file": (lambda root: os.truncate(root / "onnx" / "fp32.onnx", 5001), "5001 bytes, 5000 expected"),
+    "truncated file": (lambda root: os.truncate(root / "onnx" / "fp32.onnx", 4999), "4999 bytes, expected 5000"),
+    "longer file": (lambda root: os.truncate(root / "onnx" / "fp32.onnx", 5001), "5001 bytes, expected 5000"),
     "extra file": (lambda root: (root / "onnx" / "more.onnx").write_bytes(b""), "more.onnx: not in manifest.json"),
     "extra module": (lambda root: (root / "numpy.py").write_bytes(b""), "numpy.py: not in manifest.json"),
     "link": (linked, "labels.txt: a link"),
@@ -244,7 +244,7 @@ def test_a_key_that_cannot_be_reached_does_not_read_as_no_key(tmp_path: Path, mo
 def test_verifying_imports_no_engine_library_and_not_even_numpy(bundle: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'yolo_compress')!r})\n"
-        f"from runtime.secure.seal import verify\nverify({str(bundle)!r})\n"
+        f"from runtime.secure.signed_manifest import verify\nverify({str(bundle)!r})\n"
         "print(sorted({'numpy', 'onnxruntime', 'openvino', 'tensorrt', 'pickle', 'ctypes'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""Rules on the parameters of Q and DQ nodes: integer types, zero points, scales, axes.
+"""Rules on the parameters of single Q and DQ nodes: integer types, zero points, scales, axes.
 
-NVIDIA, "Working with Quantized Types" (8.5 to 11.x): INT8 is symmetric. Activations have one scale per tensor, weights one
-per output channel, and biases are not INT32. The rules quote the errors that TensorRT-RTX 1.7.1 gives otherwise.
+NVIDIA, "Working with Quantized Types" (8.5 to 11.x): INT8 is symmetric. Activations have one scale per tensor. Weights have one
+scale per output channel. Biases are not INT32. The rules quote the errors of TensorRT-RTX 1.7.1 for other files.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def unequal_pairs(graph: Graph, target: Target) -> Hits:
 
 
 def _weight_params(graph: Graph) -> list[tuple[QuantParams, str, int]]:
-    """Return (parameters of a weight's DQ, name of the layer, axis of the output channels) of each quantised weight."""
+    """Return (parameters of its DQ node, name of its layer, axis of the output channels) for each quantised weight."""
     found = []
     for node in graph.nodes:
         params = graph.params_of(node.input[1]) if node.op_type in WEIGHTED else None

@@ -1,4 +1,4 @@
-"""Compute measurements for the report from files of the stages `bench` and `qat`: latencies, detections, placement, sensitivity."""
+"""Read and compute measurements for the report, from the latencies, detections, placement and sensitivity that stages stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from yolo_compress.report.schema import (
     StageFigures,
     Tensor,
 )
-from yolo_compress.runtime.limits import counted
+from yolo_compress.runtime.max_detections import counted
 from yolo_compress.store.manifest import Artifact
 
 DETECTIONS = "detections.npy"  # of a training stage
@@ -40,7 +40,7 @@ CONTROL_FIGURES = ("map50_95", "map50", "compute_gflops", "parameters")
 
 
 class Inputs(Protocol):
-    """The attributes of `stages.Job` that this module uses. Modules of `report` may not import `stages`."""
+    """The attributes of `stages.Job` that this module uses. `report` may not import the class from `stages`."""
 
     @property
     def inputs(self) -> Mapping[str, Artifact]: ...
@@ -101,7 +101,7 @@ def with_intervals(
 
 
 def _own_interval(stage: str, found: Mapping[str, Interval]) -> Mapping[str, object]:
-    """Return the mAP interval of a stage. For the baseline and the teacher, leave out the difference from the baseline."""
+    """Return the mAP interval of a stage. The interval of the difference from the baseline is left out for baseline and teacher."""
     ends = found.get(stage, Interval())
     return {key: end for key, end in ends.items() if not (key.startswith("delta") and stage in ("baseline", "teacher"))}
 
@@ -136,9 +136,9 @@ def control(job: Inputs) -> Control | None:
 
 
 def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]:
-    """Return the rows with the mAP intervals of the A/B comparison in place of their own, for the two rows that it compares.
+    """Return the rows, and give the two rows of the A/B comparison its intervals of mAP.
 
-    The A/B comparison uses more resamples, and the report must not show two different intervals of the same mAP.
+    The A/B comparison uses more resamples. The report must not show two different intervals of one mAP.
     """
     if ab is None:
         return list(rows)
@@ -157,7 +157,7 @@ def with_ab_intervals(rows: Sequence[BenchRow], ab: AB | None) -> list[BenchRow]
 
 
 def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
-    """Return TIDE's error types of the two rows of `compared_rows`: over all detections, and over those above `report.conf`."""
+    """Return TIDE's error types of the two `compared_rows`: for all detections, and for the detections above `report.conf`."""
     assert job.recipe.report is not None
     conf = job.recipe.report.conf
     both = compared_rows(rows, job.recipe.report.min_retention)
@@ -171,7 +171,7 @@ def error_types(job: Inputs, rows: Sequence[BenchRow]) -> ErrorTypes | None:
 def _model_errors(
     job: Inputs, actual: Sequence[np.ndarray], row: BenchRow, conf: float
 ) -> tuple[ModelErrors, ModelErrors]:
-    """Return TIDE's errors of one row as two results: over all detections, and over those with a score above `conf`."""
+    """Return TIDE's errors of one row twice: for all detections, and for the detections with a score above `conf`."""
     found, most = detections(job, row), counted(job.recipe.data.max_det)
     shown = [boxes_N6[boxes_N6[:, 4] > conf] for boxes_N6 in found]
     return tide.errors(actual, found, most), tide.errors(actual, shown, most)

@@ -1,8 +1,8 @@
 """Manifest and signature of a bundle: `manifest.json` has the SHA-256 of every file, `manifest.sig` is its Ed25519 signature.
 
-A robot calls `verify` before it uses a bundle in any other way. `verify` only reads and hashes files and parses JSON. It passes
-nothing to an engine library and follows no link. It cannot protect the code that calls it: an attacker who can change a bundle in
-place can change its launchers too. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
+A robot calls `verify` before any other use of a bundle. `verify` only reads and hashes files and parses JSON. It passes nothing to
+an engine library and follows no link. `verify` cannot protect its caller: an attacker who can change a bundle in place can also
+change its launchers. So a robot that does not trust the sender checks new bundles with the installed `switch.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Validation(TypedDict, total=False):
 
 
 class GoldenAbout(TypedDict):
-    """Summary of the golden images; golden.json has the details."""
+    """Summary of the golden images. golden.json has the details."""
 
     images: int
     boxes: int
@@ -52,7 +52,7 @@ class GoldenAbout(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """Description of a bundle by `yolo-compress bundle`. `commands.common.opened` checks the values that commands use."""
+    """Description of a bundle, written by `yolo-compress bundle`. `commands.bundle.open_bundle` checks the values that commands use."""
 
     name: str  # name of the recipe
     target: str  # system that the bundle is for: "plain", "triton", ...
@@ -90,7 +90,7 @@ def seal(directory: "str | os.PathLike[str]", about: About, version: int, seed: 
     Args:
         directory: folder of the bundle, complete except for manifest and signature.
         about: description of the bundle, which becomes part of the manifest.
-        version: version of the bundle. It must be higher than that of earlier bundles, since a robot can refuse an older bundle.
+        version: version of the bundle. It must be higher than all earlier versions, since a robot can refuse an older bundle.
         seed: private key, 32 bytes. None: do not sign.
 
     Returns:
@@ -162,7 +162,7 @@ def pinned_key() -> Optional[bytes]:
         32 bytes, or None if no key is pinned.
 
     Raises:
-        BundleRefused: the file exists or the variable is set, but no key can be read. This case must not count as "no key".
+        BundleRefused: the file exists or the variable is set, but no key can be read. This must not count as "no key".
     """
     named = os.environ.get(KEY_VARIABLE)
     path = Path(named or KEY_FILE)
@@ -221,9 +221,9 @@ def _formed(content: bytes, where: Path) -> Manifest:
         raise BundleRefused(f"{where}: damaged ({error}); copy the bundle again") from error
     if not isinstance(manifest, dict) or not _is_count(manifest.get("schema")) or manifest["schema"] != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BundleRefused(f"{where}: schema {found!r}, {SCHEMA} expected; it is of another version of yolo_compress")
+        raise BundleRefused(f"{where}: schema {found!r}, expected {SCHEMA}; it is of another version of yolo_compress")
     if not _is_count(manifest.get("version")):
-        raise BundleRefused(f"{where}: version {manifest.get('version')!r}, a whole number expected")
+        raise BundleRefused(f"{where}: version {manifest.get('version')!r}, expected a whole number")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise BundleRefused(f"{where}: lists no files; copy the bundle again")
@@ -236,7 +236,7 @@ def _formed(content: bytes, where: Path) -> Manifest:
             or not isinstance(entry["sha256"], str)
             or not _HEX.fullmatch(entry["sha256"])
         ):
-            raise BundleRefused(f"{where}: {name!r} has {str(entry)[:100]}, its sha256 and size expected")
+            raise BundleRefused(f"{where}: {name!r} has {str(entry)[:100]}, expected its sha256 and size")
     return cast(Manifest, manifest)
 
 
@@ -258,7 +258,7 @@ def _listed(root: Path) -> Iterable[str]:
     """Yield the relative paths of the files below `root`, except manifest, signature and `MADE_HERE`.
 
     Raises:
-        BundleRefused: there is a link, or anything else that is neither file nor folder.
+        BundleRefused: there is a link, or something else than a file or folder.
     """
     waiting = [""]
     while waiting:
@@ -284,7 +284,7 @@ def _listed(root: Path) -> Iterable[str]:
 def _check_file(path: Path, entry: FileEntry) -> None:
     size = os.lstat(str(path)).st_size
     if size != entry["size"]:
-        raise BundleRefused(f"{path}: {size} bytes, {entry['size']} expected (truncated?); copy the bundle again")
+        raise BundleRefused(f"{path}: {size} bytes, expected {entry['size']} (truncated?); copy the bundle again")
     if _hashed(path) != (size, entry["sha256"]):
         raise BundleRefused(f"{path}: sha256 is not the one in {MANIFEST} (altered); refused, copy the bundle again")
 
@@ -306,7 +306,7 @@ def _read(path: Path, limit: int, absent: str) -> bytes:
     """Read a file of at most `limit` bytes.
 
     Args:
-        absent: text about what a missing file means. The error adds this text.
+        absent: meaning of a missing file, as the end of the error message.
     """
     try:
         with _opened(path) as stream:

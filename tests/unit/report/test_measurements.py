@@ -28,7 +28,7 @@ from tests.support.report_case import (
 )
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.stored_detections import keep
-from yolo_compress.report import evidence, numbers, stage_files
+from yolo_compress.report import measurements, numbers, stage_files
 from yolo_compress.report.as_text import render_markdown, render_text
 from yolo_compress.report.bench_rows import with_ids
 from yolo_compress.report.charts import gallery
@@ -200,7 +200,7 @@ def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> N
     job = fake_job(tmp_path, found, truths)
     bench = with_ids([row("original", "torch", "fp32", 0.5), row("compressed", "openvino", "int8", 0.5), rows()[-1]])
     chain = [stage(name, 0.5) for name in ("baseline", "prune", "qat")]
-    lines, stages = evidence.with_intervals(job, bench, chain)
+    lines, stages = measurements.with_intervals(job, bench, chain)
     value = matched(truths, found, job.dataset.names)["map50_95"]
     assert lines[0]["map50_95_low"] < value < lines[0]["map50_95_high"]
     assert lines[1]["delta_low"] == lines[1]["delta_high"] == 0.0 and "map50_95_low" not in lines[2]
@@ -208,17 +208,19 @@ def test_rows_and_stages_get_the_intervals_of_what_was_kept(tmp_path: Path) -> N
         "no delta of the baseline"
     )
     assert "map50_95_low" not in stages[1] and stages[2]["delta_low"] == 0.0
-    none = evidence.with_intervals(SimpleNamespace(**{**vars(job), "recipe": without_replicates(job)}), bench, chain)
+    none = measurements.with_intervals(
+        SimpleNamespace(**{**vars(job), "recipe": without_replicates(job)}), bench, chain
+    )
     assert none == (bench, chain)
 
 
 def test_where_ab_has_an_interval_the_row_shows_it() -> None:
     document_of_ab = ab(a={"label": "A", "row": "x"}, b={"label": "B", "row": "y"})
     document_of_ab["map50_95"] |= {"interval_a": [0.5, 0.7], "interval_b": [0.4, 0.6]}
-    lines = evidence.with_ab_intervals([{"id": "x"}, {"id": "y", "delta_low": 9.0}, {"id": "z"}], document_of_ab)
+    lines = measurements.with_ab_intervals([{"id": "x"}, {"id": "y", "delta_low": 9.0}, {"id": "z"}], document_of_ab)
     assert lines[0] == {"id": "x", "map50_95_low": 0.5, "map50_95_high": 0.7} and lines[2] == {"id": "z"}
     assert (lines[1]["delta_low"], lines[1]["delta_high"]) == (pytest.approx(-0.02), pytest.approx(0.0))
-    assert lines[1]["map50_95_low"] == 0.4 and evidence.with_ab_intervals(lines, None) == lines
+    assert lines[1]["map50_95_low"] == 0.4 and measurements.with_ab_intervals(lines, None) == lines
 
 
 def without_replicates(job: Any) -> Any:
@@ -237,12 +239,12 @@ def test_error_types_and_images_are_of_the_worst_row(tmp_path: Path) -> None:
     ]
     robot = row("compressed", "tensorrt", "int8", 0.1, device="a robot")
     bench = with_ids([row("original", "torch", "fp32", 0.6), *engines, robot])
-    both = evidence.compared_rows(bench, 0.9)
+    both = measurements.compared_rows(bench, 0.9)
     assert both is not None and [line["id"] for line in both] == ["original-torch-fp32", "compressed-openvino-int8"]
-    types = evidence.error_types(job, bench)
+    types = measurements.error_types(job, bench)
     assert types is not None and types["a"] == types["b"] and types["conf"] == 0.5
     assert types["shown_a"]["detections"] == sum(int((boxes_N6[:, 4] > 0.5).sum()) for boxes_N6 in found)
-    assert evidence.compared_rows(bench[1:], 0.9) is None and evidence.error_types(job, bench[:1]) is None
+    assert measurements.compared_rows(bench[1:], 0.9) is None and measurements.error_types(job, bench[:1]) is None
 
 
 def test_the_chain_goes_down_to_the_engines_with_intervals_and_torch_latency() -> None:
