@@ -62,7 +62,7 @@ def run(job: Job) -> Metrics:
         max_size_mib=job.config.max_size_mib,
         chain=chain,
         data=_data(job),
-        control=evidence.control(job),
+        control=measurements.control(job),
         ab=ab,
         errors=measurements.error_types(job, rows),
         latency_quantiles=measurements.latency_quantiles(bench),

@@ -19,7 +19,7 @@ from yolo_compress.evaluate.stored_detections import keep
 from yolo_compress.prune.cost import conv_macs
 from yolo_compress.prune.graph import prunable
 from yolo_compress.recipe import controls, recipe
-from yolo_compress.report import evidence
+from yolo_compress.report import measurements
 from yolo_compress.report.controls import added, steps
 from yolo_compress.report.tables.control import control_table
 from yolo_compress.stages import Job, control, distill
@@ -116,7 +116,7 @@ def test_above_max_minutes_nothing_trains(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         found["models"] == {} and found["skipped"] == "they would take about 24 min, more than control.max_minutes=24"
     )
-    shown = evidence.control(
+    shown = measurements.control(
         SimpleNamespace(
             recipe=load(),
             inputs={"control": SimpleNamespace(metrics=found, file=lambda name: pytest.fail(name))},
@@ -245,7 +245,7 @@ def test_the_intervals_are_of_each_change_over_the_same_images(tmp_path: Path) -
     )
     made = load("report.ab_replicates=50", "control.nets=longer")
     dataset = SimpleNamespace(names=("a",), val=truths)
-    found = evidence.control(SimpleNamespace(recipe=made, inputs=artifacts, dataset=dataset))  # type: ignore[arg-type]
+    found = measurements.control(SimpleNamespace(recipe=made, inputs=artifacts, dataset=dataset))  # type: ignore[arg-type]
     assert found is not None
     baseline, longer, compressed = found["steps"]
     assert "change_low" not in baseline and baseline["epochs"] == 0 and longer["epochs"] == compressed["epochs"] == 9
