@@ -89,7 +89,8 @@ def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dat
 
 def test_learned_ranges_get_no_weight_decay(tmp_path: Path) -> None:
     dataset, net = small_set(tmp_path / "set", names=quant_net.NAMES), dress(quant_net.net(), quant_net.NAMES)
-    hook = FakeQuant(partial(ptq, batches=lambda: [quant_net.images(2)]), learned=True)
+    calibrate = partial(ptq, batches=lambda: [quant_net.images(2)])
+    hook = FakeQuant(calibrate, calibrate(net), learned=True)
     hooked = HookedTrainer(net, dataset, settings(epochs=1, weight_decay=0.1), [hook], tmp_path, "t")
     hooked._setup_train()
     hooked.close()
