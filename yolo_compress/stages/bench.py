@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypedDict, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
@@ -54,6 +55,10 @@ LATENCY_IMAGES = 8  # number of real images that the timed calls use in turn
 
 
 Status = Literal["ok", "untimed", "missing"]
+
+
+class _Gpu(TypedDict, total=False):
+    gpu: str  # as in `Subject`
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,11 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 def _candidates(job: Job) -> list[_Candidate]:
     """Return what has to be measured: both models in torch FP32, then all engines."""
-    sources = _sources(job)
+    sources, where = _sources(job), device(job)
+    gpu: _Gpu = {} if where == "cpu" else {"gpu": torch.cuda.get_device_name(where)}
     found = [
         _Candidate(
-            _subject(name, "torch", "fp32", source),
+            {**_subject(name, "torch", "fp32", source), **gpu},
             path=str(source.file("model.pt")),
             size_mib=source.file("model.pt").stat().st_size / 2**20,
         )
