@@ -114,6 +114,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", [INDEX, pytest.param("0", marks=pytest.mark.gpu)], ids=["spy", "cuda"])
 @pytest.mark.parametrize(
     ("stage", "sections"),
     [
@@ -130,6 +131,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 def test_a_stage_computes_on_the_device_of_the_recipe(
     stage: str,
     sections: dict[str, Any],
+    device: str,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,6 +149,11 @@ def test_a_stage_computes_on_the_device_of_the_recipe(
 
     monkeypatch.setattr(sensitivity, "measure", two_groups)
     monkeypatch.setattr(sensitivity, "choose", lambda *arguments: ((), 0.0))
+    if device == "0":  # a tensor on another device fails by itself
+        torch.cuda.reset_peak_memory_stats()
+        folder.run(stage, "recipe=tiny.yaml", "run.device=0")
+        assert torch.cuda.max_memory_allocated() > 0
+        return
     spy: Spy = request.getfixturevalue("spy")
     folder.run(stage, "recipe=tiny.yaml", f"run.device={INDEX}")
     assert spy.right > 5

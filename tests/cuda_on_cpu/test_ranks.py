@@ -270,13 +270,13 @@ def test_what_goes_wrong_on_the_last_rank_is_the_error_of_rank_0(
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """Start a command in two ranks on the CPU, through `launch` as `run.device=0,1` does."""
+def start(folder: Path, device: str, *words: str) -> subprocess.Popen[str]:
+    """Start a command in two ranks through `launch`, as `run.device=0,1` does."""
     code = "import sys; from yolo_compress.cli.main import explain, processes\n"
     code += "try: sys.exit(processes.launch(sys.argv[1:], 2))\nexcept BaseException as e:\n"
     code += "  if isinstance(e, SystemExit): raise\n  sys.exit(explain(e, True))"
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, *words], cwd=folder, text=True,
+        [sys.executable, "-W", "ignore", "-c", code, *words, f"run.device={device}"], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
@@ -308,10 +308,15 @@ def await_epoch(bench: Bench, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found through /proc")
-def test_a_killed_rank_ends_the_others_with_one_line_and_the_same_command_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("0,1", marks=pytest.mark.gpu)])
+def test_a_killed_rank_ends_the_others_with_one_line_and_the_same_command_continues(
+    device: str, tmp_path: Path
+) -> None:
+    if device != "cpu":
+        two_gpus()
     bench = prepare(tmp_path / "user", sparsify={"epochs": 12, "batch": 8, "lr0": 0.0005})
     for victim in (1, 0):
-        process = start(bench.folder, "sparsify", "recipe=tiny.yaml")
+        process = start(bench.folder, device, "sparsify", "recipe=tiny.yaml")
         await_epoch(bench, process)
         found = {rank_of(pid): pid for pid in children(process.pid)}
         os.kill(found[victim], signal.SIGKILL)
@@ -325,7 +330,7 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_the_same_command_contin
         ]
         assert "Traceback" not in errors
         assert not any(Path(f"/proc/{pid}").exists() for pid in found.values())
-    again = start(bench.folder, "sparsify", "recipe=tiny.yaml")
+    again = start(bench.folder, device, "sparsify", "recipe=tiny.yaml")
     answer, errors = again.communicate(timeout=250)
     assert again.returncode == 0, errors[-3000:]
     assert "sparsify: resuming at epoch" in errors

@@ -24,34 +24,36 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return small_set(tmp_path_factory.mktemp("set"))
 
 
-def run(dataset: Dataset, work: Path, *, cuda: bool, stop: bool, epochs: int = 2) -> None:
-    """Train on a CPU, or as on CUDA. `stop` kills the training after its first epoch."""
+def run(dataset: Dataset, work: Path, *, device: str = "cpu", stop: bool, epochs: int = 2) -> None:
+    """Train on the CPU, on GPU "0", or "as on CUDA" on the CPU. `stop` kills the training after its first epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        if cuda:
+        if device == "as on CUDA":
             as_on_cuda(patch)
+        chosen = settings(epochs=epochs, device="0" if device == "0" else "cpu")
         if stop:
             stop_after_save(patch)
             with pytest.raises(Stopped):
-                trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+                trainer.train(model(), dataset, chosen, [], work, "t")
         else:
-            trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+            trainer.train(model(), dataset, chosen, [], work, "t")
 
 
 @pytest.mark.slow
-def test_from_the_cpu_to_a_gpu_and_back(dataset: Dataset, tmp_path: Path) -> None:
-    run(dataset, tmp_path, cuda=False, stop=True, epochs=3)
+@pytest.mark.parametrize("gpu", ["as on CUDA", pytest.param("0", marks=pytest.mark.gpu)])
+def test_from_the_cpu_to_a_gpu_and_back(gpu: str, dataset: Dataset, tmp_path: Path) -> None:
+    run(dataset, tmp_path, stop=True, epochs=3)
     assert torch.load(tmp_path / "resume.pt", weights_only=True)["scaler"] == {}
-    run(dataset, tmp_path, cuda=True, stop=True, epochs=3)
+    run(dataset, tmp_path, device=gpu, stop=True, epochs=3)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert state["epoch"] == 1 and state["scaler"]["scale"] > 0
-    run(dataset, tmp_path, cuda=False, stop=False, epochs=3)
+    run(dataset, tmp_path, stop=False, epochs=3)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert state["epoch"] == 2 and state["scaler"] == {}
 
 
 def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tmp_path: Path) -> None:
     """CUDA saves `fused: True`. Another device uses its own value."""
-    run(dataset, tmp_path, cuda=False, stop=True)
+    run(dataset, tmp_path, stop=True)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = True
@@ -61,14 +63,14 @@ def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tm
         patch.setattr(
             HookedTrainer, "_on_train_start", lambda t: seen.extend(g.get("fused") for g in t.optimizer.param_groups)
         )
-        run(dataset, tmp_path, cuda=False, stop=True)
+        run(dataset, tmp_path, stop=True)
     assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "one byte", "another run", "finished"])
 def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dataset: Dataset, tmp_path: Path) -> None:
     work = tmp_path / "sparsify-1.partial" / "work"
-    run(dataset, work, cuda=False, stop=True)
+    run(dataset, work, stop=True)
     file = work / "resume.pt"
     content = file.read_bytes()
     if damage == "another run":

@@ -174,6 +174,15 @@ def test_fp32_on_a_gpu_is_not_tf32(model: Any, monkeypatch: pytest.MonkeyPatch) 
     assert seen == [False, False] and torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.gpu
+def test_fp32_on_a_gpu_is_that_of_the_cpu(model: Any) -> None:
+    image = np.random.default_rng(0).random((2, 3, *IMGSZ), dtype=np.float32)
+    with TorchBackend(model, NAMES, IMGSZ) as cpu, TorchBackend(model, NAMES, IMGSZ, device="cuda:0") as gpu:
+        assert gpu.executed == "fp32 (cuda:0)"
+        found = max_abs_difference(cpu, gpu, image)
+    assert found["scores"] < 1e-5 and found["boxes_px"] < 1e-2, "TF32 differs by 1e-3 and more"
+
+
 def test_torch_refuses_what_it_has_not(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="precision 'int8'"):
         TorchBackend(model, NAMES, IMGSZ, precision="int8")
