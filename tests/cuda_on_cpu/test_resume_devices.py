@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def run(dataset: Dataset, work: Path, *, device: str = "cpu", stop: bool, epochs
             trainer.train(model(), dataset, chosen, [], work, "t")
 
 
+@pytest.fixture(scope="module")
+def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The `resume.pt` of a training of two epochs that was killed after the first."""
+    work = tmp_path_factory.mktemp("stopped")
+    run(dataset, work, stop=True)
+    return (work / "resume.pt").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["as on CUDA", pytest.param("0", marks=pytest.mark.gpu)])
 def test_from_the_cpu_to_a_gpu_and_back(gpu: str, dataset: Dataset, tmp_path: Path) -> None:
@@ -51,28 +60,31 @@ def test_from_the_cpu_to_a_gpu_and_back(gpu: str, dataset: Dataset, tmp_path: Pa
     assert state["epoch"] == 2 and state["scaler"] == {}
 
 
-def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tmp_path: Path) -> None:
-    """CUDA saves `fused: True`. Another device uses its own value."""
-    run(dataset, tmp_path, stop=True)
-    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, saved: bytes, tmp_path: Path) -> None:
+    """CUDA saves `fused: True`. Another device uses its own value. What was read does not stay in memory."""
+    state = torch.load(io.BytesIO(saved), weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = True
     torch.save(state, tmp_path / "resume.pt")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            HookedTrainer, "_on_train_start", lambda t: seen.extend(g.get("fused") for g in t.optimizer.param_groups)
+            HookedTrainer,
+            "_on_train_start",
+            lambda t: seen.extend([t._saved, *(g.get("fused") for g in t.optimizer.param_groups)]),
         )
         run(dataset, tmp_path, stop=True)
     assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "one byte", "another run", "finished"])
-def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(
+    damage: str, dataset: Dataset, saved: bytes, tmp_path: Path
+) -> None:
     work = tmp_path / "sparsify-1.partial" / "work"
-    run(dataset, work, stop=True)
+    work.mkdir(parents=True)
     file = work / "resume.pt"
-    content = file.read_bytes()
+    file.write_bytes(saved)
     if damage == "another run":
         state = torch.load(file, weights_only=True)
         state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
@@ -81,7 +93,7 @@ def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dat
         state = torch.load(file, weights_only=True)
         torch.save({"epoch": 1, "model": state["model"]}, file)
     else:
-        file.write_bytes({"half": content[: len(content) // 2], "empty": b"", "one byte": b"\x80"}[damage])
+        file.write_bytes({"half": saved[: len(saved) // 2], "empty": b"", "one byte": b"\x80"}[damage])
     with pytest.raises(CorruptArtifact) as caught:
         trainer.train(model(), dataset, settings(), [], work, "t")
     message = str(caught.value)
