@@ -21,6 +21,7 @@ from torch import Tensor, nn  # noqa: E402
 from ultralytics.utils.torch_utils import unwrap_model  # noqa: E402
 
 from yolo_compress import ranks  # noqa: E402
+from yolo_compress.__main__ import end_process  # noqa: E402
 from yolo_compress.data.dataset import Dataset, load  # noqa: E402
 from yolo_compress.distill.hook import Teach  # noqa: E402
 from yolo_compress.distill.teacher import Frozen, Peer  # noqa: E402
@@ -167,3 +168,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     sys.modules["rank_program"] = sys.modules["__main__"]
     main(Path(sys.argv[1]))
+    end_process(0)
