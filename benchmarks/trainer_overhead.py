@@ -118,7 +118,8 @@ def main() -> None:
                 elif who == "qat":
                     images = dataset.train[:CALIB_IMAGES]
                     batches = partial(letterboxed, images, (options.imgsz, options.imgsz))
-                    hooks = [FakeQuant(partial(ptq, batches=batches, method="max"))]
+                    calibrate = partial(ptq, batches=batches, method="max")
+                    hooks = [FakeQuant(calibrate, calibrate(checkpoint.load_model(weights)))]
                 if who == "ultralytics":
                     samples[who].append(theirs(data, settings, weights, work))
                 else:

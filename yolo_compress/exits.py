@@ -9,11 +9,12 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from yolo_compress import __version__, home, ranks
+from yolo_compress import home, ranks
 from yolo_compress.errors import CompressError, EnvironmentLacks, LostRank, Terminated
 from yolo_compress.files.atomic import free_mib, storage_error
 from yolo_compress.progress import notice
 from yolo_compress.runtime.errors import DISK, RuntimeFailure
+from yolo_compress.store.environment import version
 
 BUG, SIGINT, SIGTERM = 70, 130, 143  # 70 is EX_SOFTWARE of sysexits.h; shells use the others
 LOST_RANK = 76  # from a rank to its launcher: it lost the others and has printed nothing
@@ -43,7 +44,7 @@ def explain(error: BaseException, continues: bool) -> int:
     if expected is None:
         notice("".join(traceback.format_exception(error)).rstrip())
         notice(
-            f"error: this is a bug in yolo-compress {__version__}, not in your input. Please report it where you got "
+            f"error: this is a bug in yolo-compress {version('yolo-compress')}, not in your input. Please report it where you got "
             "yolo-compress, with the command and the lines above"
         )
         return BUG

@@ -11,6 +11,9 @@ from yolo_compress.errors import EnvironmentLacks, RecipeError
 
 RUN = "yolo-compress-"  # prefix of the run id if `yolo-compress` started the ranks; it then reports how they ended
 
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
+
 
 def rank() -> int:
     """Return the rank of this process among all processes of the run: 0 if it is the only one."""
@@ -47,6 +50,16 @@ def _number(name: str, default: int) -> int:
     return int(text) if text.isdigit() else default  # `check_environment` rejects text that is not a number
 
 
+def forget_foreign() -> None:
+    """Delete torchrun's variables from the environment if another program has set some of them, for a command that never trains."""
+    complete = all(name in os.environ for name in NEEDED) and all(
+        os.environ.get(name, "0").isdigit() for name in VARIABLES
+    )
+    if not complete:
+        for name in VARIABLES:
+            os.environ.pop(name, None)
+
+
 def check_environment() -> None:
     """Check that the variables of torchrun are complete and consistent.
 
@@ -55,7 +68,7 @@ def check_environment() -> None:
     Raises:
         EnvironmentLacks: A variable is missing, is not a number or contradicts another.
     """
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in VARIABLES:
         if not os.environ.get(name, "0").isdigit():
             raise EnvironmentLacks(
                 f"the environment has {name}={os.environ[name]!r}, expected a number as torchrun sets it"
@@ -68,7 +81,7 @@ def check_environment() -> None:
                 )
             os.environ.pop(name, None)
         return
-    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    if missing := [name for name in NEEDED if name not in os.environ]:
         raise EnvironmentLacks(
             f"the environment has WORLD_SIZE={world()} without {', '.join(missing)}: unset WORLD_SIZE, or start the processes "
             "with torchrun"

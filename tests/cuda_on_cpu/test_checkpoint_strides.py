@@ -24,9 +24,12 @@ def fused_as_in_8_3(net: nn.Module) -> None:
             module.weight.view(module.out_channels, -1)
 
 
-@pytest.mark.parametrize(
+DEVICES = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["channels_last on a CPU", "cuda"]
 )
+
+
+@DEVICES
 def test_a_checkpoint_of_a_channels_last_model_fuses_in_older_versions(device: str, tmp_path: Path) -> None:
     net = model().to(device, memory_format=torch.channels_last)
     assert other_strides(net), "the model is channels_last, as after training on CUDA"
@@ -39,10 +42,12 @@ def test_a_checkpoint_of_a_channels_last_model_fuses_in_older_versions(device: s
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
+@DEVICES
 def test_a_training_in_channels_last_returns_the_strides_of_a_new_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_on_cuda(monkeypatch)
+    if device == "cpu":
+        as_on_cuda(monkeypatch)
     seen = []
 
     def look(hooked: trainer.HookedTrainer) -> None:
@@ -50,6 +55,7 @@ def test_a_training_in_channels_last_returns_the_strides_of_a_new_model(
 
     monkeypatch.setattr(trainer.HookedTrainer, "_on_train_start", look)
     dataset = small_set(tmp_path / "set")
-    trained = trainer.train(model(), dataset, settings(epochs=1), [], tmp_path / "work", "t")
+    chosen = settings(epochs=1, device="cpu" if device == "cpu" else "0")
+    trained = trainer.train(model(), dataset, chosen, [], tmp_path / "work", "t")
     assert seen[0], "the training is channels_last"
     assert other_strides(trained) == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from tests.pipeline.conftest import NAMES, prepare
+from tests.support.noise_set import draw
 from yolo_compress import pipeline
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.quant import sensitivity
-from yolo_compress.stages import _training, bench
+from yolo_compress.stages import bench
 from yolo_compress.train import checkpoint, trainer
+from yolo_compress.train.together import Training
 
-GPU = "cuda:0"
+INDEX = "1"  # run.device
+GPU = f"cuda:{INDEX}"
 
 
 class Spy:
@@ -37,7 +42,7 @@ class Spy:
         self.right = 0
         self.trains = False
         to, cpu, tensor_to = nn.Module.to, nn.Module.cpu, torch.Tensor.to
-        forward, backend = DetectionModel.forward, TorchBackend.__init__
+        forward, backend, train = DetectionModel.forward, TorchBackend.__init__, trainer._run
 
         def marked(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             rest = [a for a in args if not isinstance(a, torch.device | str)]
@@ -79,6 +84,12 @@ class Spy:
         ) -> None:
             backend(self_, marked(module, device), names, imgsz, "cpu", **more)
 
+        def trained(training: Training) -> nn.Module:
+            assert training.settings.device == INDEX
+            return train(replace(training, settings=replace(training.settings, device="cpu")))
+
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(trainer, "_run", trained)
         patch.setattr(nn.Module, "to", marked)
         patch.setattr(nn.Module, "cpu", home)
         patch.setattr(torch.Tensor, "to", kept)
@@ -92,10 +103,6 @@ class Spy:
         patch.setattr(pipeline, "check", aside(pipeline.check))
         patch.setattr(DetectionModel, "forward", looked_at)
         patch.setattr(TorchBackend, "__init__", opened)
-        for stage in (_training, bench):
-            patch.setattr(stage, "device", lambda job: GPU)
-        for name in ("_model_score", "_prune_plan"):
-            patch.setattr(f"yolo_compress.stages.{name}.device", lambda job: GPU)
 
 
 @pytest.fixture
@@ -107,6 +114,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", [INDEX, pytest.param("0", marks=pytest.mark.gpu)], ids=["spy", "cuda"])
 @pytest.mark.parametrize(
     ("stage", "sections"),
     [
@@ -123,11 +131,13 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 def test_a_stage_computes_on_the_device_of_the_recipe(
     stage: str,
     sections: dict[str, Any],
+    device: str,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = prepare(tmp_path / "user", export=None, engine=None, bench=None, report=None, **sections)
+    few = {"yaml": "shapes.yaml", "imgsz": 64, "limit_train": 8, "limit_val": 4}
+    folder = prepare(tmp_path / "user", data=few, export=None, engine=None, bench=None, report=None, **sections)
     checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", NAMES, 3, 1), folder.folder / "weights" / "other.pt")
     folder.run("baseline", "recipe=tiny.yaml")
     measure = sensitivity.measure
@@ -140,18 +150,51 @@ def test_a_stage_computes_on_the_device_of_the_recipe(
 
     monkeypatch.setattr(sensitivity, "measure", two_groups)
     monkeypatch.setattr(sensitivity, "choose", lambda *arguments: ((), 0.0))
+    if device == "0":  # a tensor on another device fails by itself
+        torch.cuda.reset_peak_memory_stats()
+        folder.run(stage, "recipe=tiny.yaml", "run.device=0")
+        assert torch.cuda.max_memory_allocated() > 0
+        return
     spy: Spy = request.getfixturevalue("spy")
-    folder.run(stage, "recipe=tiny.yaml")
+    folder.run(stage, "recipe=tiny.yaml", f"run.device={INDEX}")
     assert spy.right > 5
     assert not spy.wrong
 
 
-def test_rows_of_torch_are_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "device", lambda job: GPU)
-    monkeypatch.setattr(bench, "_torch", lambda row: nn.Conv2d(3, 4, 1))
+def test_rows_of_torch_are_measured_on_the_device_and_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the accuracy and the latency, which another process measures."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    monkeypatch.setattr(bench, "_torch", lambda path: nn.Conv2d(3, 4, 1))
     opened: list[str] = []
     monkeypatch.setattr(bench, "TorchBackend", lambda module, names, imgsz, device="cpu": opened.append(device))
-    job: Any = type("Job", (), {"config": None, "dataset": type("D", (), {"names": ("a",)}), "imgsz_hw": (32, 32)})
-    subject: Any = {"model": "original", "runtime": "torch", "precision": "fp32"}
-    bench._open(job, bench._Candidate(subject, path="x"))
+    timed: list[Any] = []
+
+    def measured(specs: list[Any], rounds: int, n: int, progress: Any) -> list[dict[str, Any]]:
+        timed.extend(specs)
+        return [{"samples_ms": [1.0] * n, "rounds_ms": [[1.0] * n], "quiet": True, "threads": None} for _ in specs]
+
+    monkeypatch.setattr(bench, "measure_in_turn", measured)
+    draw(tmp_path / "images", 1)
+    model = SimpleNamespace(
+        stage="distill",
+        metrics={"parameters": 1, "compute_gflops": 1.0},
+        file=lambda name: tmp_path / "images" / "0.png",
+    )
+    engines = tmp_path / "engines.json"
+    engines.write_text("[]")
+    job: Any = SimpleNamespace(
+        config=SimpleNamespace(threads=None, warmup=1, iterations=2, rounds=1),
+        recipe=SimpleNamespace(run=SimpleNamespace(device=INDEX), export=None),
+        dataset=SimpleNamespace(names=("a",), val=[SimpleNamespace(image=tmp_path / "images" / "0.png")]),
+        imgsz_hw=(32, 32), work=tmp_path, out=tmp_path,
+        inputs={"baseline": model, "distill": model, "engine": SimpleNamespace(file=lambda name: engines)},
+    )  # fmt: skip
+    candidates = bench._candidates(job)
+    assert [one.subject["gpu"] for one in candidates] == [f"GPU of {GPU}"] * 2
+    bench._open(job, candidates[0])
+    bench._latency(job, candidates)
     assert opened == [GPU]
+    assert [spec["device"] for spec in timed] == [GPU] * 2
+    job.recipe.run.device = "cpu"
+    assert all("gpu" not in one.subject for one in bench._candidates(job))

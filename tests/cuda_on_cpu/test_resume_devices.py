@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -24,53 +25,66 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return small_set(tmp_path_factory.mktemp("set"))
 
 
-def run(dataset: Dataset, work: Path, *, cuda: bool, stop: bool, epochs: int = 2) -> None:
-    """Train on a CPU, or as on CUDA. `stop` kills the training after its first epoch."""
+def run(dataset: Dataset, work: Path, *, device: str = "cpu", stop: bool, epochs: int = 2) -> None:
+    """Train on the CPU, on GPU "0", or "as on CUDA" on the CPU. `stop` kills the training after its first epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        if cuda:
+        if device == "as on CUDA":
             as_on_cuda(patch)
+        chosen = settings(epochs=epochs, device="0" if device == "0" else "cpu")
         if stop:
             stop_after_save(patch)
             with pytest.raises(Stopped):
-                trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+                trainer.train(model(), dataset, chosen, [], work, "t")
         else:
-            trainer.train(model(), dataset, settings(epochs=epochs), [], work, "t")
+            trainer.train(model(), dataset, chosen, [], work, "t")
+
+
+@pytest.fixture(scope="module")
+def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The `resume.pt` of a training of two epochs that was killed after the first."""
+    work = tmp_path_factory.mktemp("stopped")
+    run(dataset, work, stop=True)
+    return (work / "resume.pt").read_bytes()
 
 
 @pytest.mark.slow
-def test_from_the_cpu_to_a_gpu_and_back(dataset: Dataset, tmp_path: Path) -> None:
-    run(dataset, tmp_path, cuda=False, stop=True, epochs=3)
+@pytest.mark.parametrize("gpu", ["as on CUDA", pytest.param("0", marks=pytest.mark.gpu)])
+def test_from_the_cpu_to_a_gpu_and_back(gpu: str, dataset: Dataset, tmp_path: Path) -> None:
+    run(dataset, tmp_path, stop=True, epochs=3)
     assert torch.load(tmp_path / "resume.pt", weights_only=True)["scaler"] == {}
-    run(dataset, tmp_path, cuda=True, stop=True, epochs=3)
+    run(dataset, tmp_path, device=gpu, stop=True, epochs=3)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert state["epoch"] == 1 and state["scaler"]["scale"] > 0
-    run(dataset, tmp_path, cuda=False, stop=False, epochs=3)
+    run(dataset, tmp_path, stop=False, epochs=3)
     state = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert state["epoch"] == 2 and state["scaler"] == {}
 
 
-def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, tmp_path: Path) -> None:
-    """CUDA saves `fused: True`. Another device uses its own value."""
-    run(dataset, tmp_path, cuda=False, stop=True)
-    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+def test_the_kernel_of_the_optimizer_is_that_of_this_device(dataset: Dataset, saved: bytes, tmp_path: Path) -> None:
+    """CUDA saves `fused: True`. Another device uses its own value. What was read does not stay in memory."""
+    state = torch.load(io.BytesIO(saved), weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = True
     torch.save(state, tmp_path / "resume.pt")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            HookedTrainer, "_on_train_start", lambda t: seen.extend(g.get("fused") for g in t.optimizer.param_groups)
+            HookedTrainer,
+            "_on_train_start",
+            lambda t: seen.extend([t._saved, *(g.get("fused") for g in t.optimizer.param_groups)]),
         )
-        run(dataset, tmp_path, cuda=False, stop=True)
+        run(dataset, tmp_path, stop=True)
     assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "one byte", "another run", "finished"])
-def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(
+    damage: str, dataset: Dataset, saved: bytes, tmp_path: Path
+) -> None:
     work = tmp_path / "sparsify-1.partial" / "work"
-    run(dataset, work, cuda=False, stop=True)
+    work.mkdir(parents=True)
     file = work / "resume.pt"
-    content = file.read_bytes()
+    file.write_bytes(saved)
     if damage == "another run":
         state = torch.load(file, weights_only=True)
         state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
@@ -79,7 +93,7 @@ def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dat
         state = torch.load(file, weights_only=True)
         torch.save({"epoch": 1, "model": state["model"]}, file)
     else:
-        file.write_bytes({"half": content[: len(content) // 2], "empty": b"", "one byte": b"\x80"}[damage])
+        file.write_bytes({"half": saved[: len(saved) // 2], "empty": b"", "one byte": b"\x80"}[damage])
     with pytest.raises(CorruptArtifact) as caught:
         trainer.train(model(), dataset, settings(), [], work, "t")
     message = str(caught.value)
@@ -89,7 +103,8 @@ def test_a_damaged_resume_file_is_one_line_that_says_what_to_do(damage: str, dat
 
 def test_learned_ranges_get_no_weight_decay(tmp_path: Path) -> None:
     dataset, net = small_set(tmp_path / "set", names=quant_net.NAMES), dress(quant_net.net(), quant_net.NAMES)
-    hook = FakeQuant(partial(ptq, batches=lambda: [quant_net.images(2)]), learned=True)
+    calibrate = partial(ptq, batches=lambda: [quant_net.images(2)])
+    hook = FakeQuant(calibrate, calibrate(net), learned=True)
     hooked = HookedTrainer(net, dataset, settings(epochs=1, weight_decay=0.1), [hook], tmp_path, "t")
     hooked._setup_train()
     hooked.close()

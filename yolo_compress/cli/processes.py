@@ -13,7 +13,7 @@ from typing import Any
 
 from yolo_compress import ranks
 from yolo_compress.cli.grammar import Command
-from yolo_compress.errors import LostRank, RecipeError, Terminated
+from yolo_compress.errors import EnvironmentLacks, LostRank, RecipeError, Terminated
 from yolo_compress.exits import BUG, LOST_RANK, SIGTERM
 from yolo_compress.progress import notice
 from yolo_compress.runtime.measure.device import usable_cpus
@@ -34,10 +34,13 @@ def start(command: Command, words: Sequence[str], is_stage: bool) -> int | None:
         RecipeError: torchrun started several processes for a command that needs one, or not as many processes as GPUs.
         EnvironmentLacks: See `ranks.check_environment` and `ranks.check_devices`.
     """
-    ranks.check_environment()
     alone = not is_stage or command.dry_run or "add" in command.options
+    if alone:
+        ranks.forget_foreign()
+    ranks.check_environment()
     if ranks.several() and alone:
         raise RecipeError(f"{command.verb} runs in one process; start it without torchrun")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else gloo and NCCL describe a lost connection on many lines
     if ranks.several() or alone:
         return None
     device = command.load().run.device
@@ -55,9 +58,11 @@ def launch(words: Sequence[str], count: int) -> int:
 
     Raises:
         Terminated, KeyboardInterrupt: This process got a signal. The ranks have ended.
+        EnvironmentLacks: The launcher cannot start the ranks.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_exit_code` reports how a rank ended
@@ -78,6 +83,8 @@ def launch(words: Sequence[str], count: int) -> int:
             elastic_launch(config, sys.executable)("-m", "yolo_compress", *words)
         except ChildFailedError as error:
             return _exit_code(error.failures)
+        except RendezvousError as error:
+            raise EnvironmentLacks(f"cannot start the ranks: {str(error).strip().splitlines()[0]}") from error
         except SignalException as error:
             raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     return 0

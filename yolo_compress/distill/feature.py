@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolo_compress import ranks
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import choices
 
@@ -142,15 +142,15 @@ class Aligner(nn.Conv2d):
         """Set the weights by ridge regression of the teacher's map on the student's, for the first batch. Later calls do nothing.
 
         The regression of the residual is added to the identity. If both maps are equal, the weights therefore stay the identity.
-        With torch.distributed, the moments are summed over all ranks, so that all ranks have equal weights.
+        With several ranks, the moments are summed over all of them, so that all have equal weights.
         """
         if bool(self.started):
             return
         row_bytes = 8 * (2 * student_BCHW.shape[1] + 3 * teacher_BCHW.shape[1] + 2)
         images = max(1, MOMENT_BYTES // (row_bytes * student_BCHW[0, 0].numel()))
         moments = sum(map(self._moments, student_BCHW.split(images), teacher_BCHW.split(images)))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
+        if ranks.several():
+            torch.distributed.all_reduce(moments)
         assert isinstance(moments, Tensor)
         width, n = student_BCHW.shape[1], moments[-1, -1]
         moments = moments / n

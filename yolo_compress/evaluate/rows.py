@@ -45,6 +45,7 @@ class Subject(TypedDict):
     precision: Precision  # the requested precision
     file: str | None  # file of `export` that the engine is built from; null for torch
     reason: str | None  # why there is no engine or no measurement
+    gpu: NotRequired[str]  # name of the GPU that torch computed on; absent on a CPU and for engines
     parameters: int
     compute_gflops: float  # 2 x GMACs of one image
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,16 @@ from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.runtime.backends.base import check_input
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute FP32 convolutions in FP32. By default cuDNN rounds their inputs to the 10 bits of TF32."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class TorchBackend:
@@ -72,15 +83,13 @@ class TorchBackend:
 
     @property
     def executed(self) -> str:
-        """Parameter type and device. On a GPU, fp32 convolutions run in TF32 by default."""
-        if self._device.type == "cpu":
-            return self.precision
-        tf32 = self.precision == "fp32" and torch.backends.cudnn.allow_tf32
-        return f"tf32 ({self._device}; fp32 asked)" if tf32 else f"{self.precision} ({self._device})"
+        """Parameter type, and the device if it is a GPU."""
+        return self.precision if self._device.type == "cpu" else f"{self.precision} ({self._device})"
 
     @torch.no_grad()
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
-        output = self._module(images)
+        with _without_tf32():
+            output = self._module(images)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def _tensor(self, images_BCHW: np.ndarray) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A lock is a `flock` on an open file. The kernel releases it when the process ends, so there are no stale locks. The file
 stays, with a JSON line about the process that holds the lock. On NFS, Linux maps `flock` to a byte-range lock of the
-server, which works between machines. With the mount options `nolock` and `local_lock=flock` it only works on one machine.
+server, which works between machines. Where locks do not work, or only on one machine, a notice says so once.
 """
 
 import fcntl
@@ -20,9 +20,17 @@ from yolo_compress.files.atomic import storage_errors
 from yolo_compress.progress import notice
 from yolo_compress.runtime import json_text
 
+MOUNTS = Path("/proc/self/mountinfo")
+LOCAL = {
+    "nolock",
+    "local_lock=flock",
+    "local_lock=all",
+    "nobrl",
+}  # options of NFS and CIFS: the server knows of no lock
 POLL_SECONDS = 0.2  # polling, because Python cannot run its signal handlers during a blocking flock
 
 _held: dict[str, int] = {}
+_judged: set[int] = set()  # file systems by device number
 
 
 def _close_in_child() -> None:
@@ -61,6 +69,7 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
     _held[name] = descriptor
     try:
         _acquire(descriptor, path, wait)
+        _judge(descriptor, path)
         with storage_errors(path, "lock"):
             _describe(descriptor, what)
         yield
@@ -88,6 +97,37 @@ def _try(descriptor: int, path: Path) -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+def _judge(descriptor: int, path: Path) -> None:
+    """Print a notice if the file system gives a lock twice, or only keeps it on this machine."""
+    device = os.fstat(descriptor).st_dev
+    if device in _judged:
+        return
+    _judged.add(device)
+    with storage_errors(path, "lock"):
+        other = os.open(path, os.O_RDWR)
+    try:
+        twice = _try(other, path)
+    finally:
+        os.close(other)
+    if twice:
+        notice(f"{path.parent}: locks do not work on this file system; run one command at a time here")
+    elif local := LOCAL & _mount_options(device):
+        notice(
+            f"{path.parent}: locks of this file system work on one machine only ({', '.join(sorted(local))}); run commands of one "
+            "machine at a time here"
+        )
+
+
+def _mount_options(device: int) -> set[str]:
+    """Return the mount options of a file system; empty if the kernel does not list it."""
+    try:
+        mounts = [line.split() for line in MOUNTS.read_text(errors="replace").splitlines()]
+    except OSError:
+        return set()
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return {option for fields in mounts if number in fields[2:3] for option in f"{fields[5]},{fields[-1]}".split(",")}
 
 
 def _describe(descriptor: int, what: str) -> None:

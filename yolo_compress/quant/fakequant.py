@@ -248,15 +248,14 @@ def _attached(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class FakeQuant(TrainHook):
-    """Hook for QAT: calibrate the ranges before training, then train the weights with fake quantisation.
+    """Hook for QAT: train the weights with fake quantisation.
 
     The ranges stay fixed during training, or are trained as well if `learned` is True.
 
     Args:
-        calibrate: Function that returns the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. The
-            function runs on the float model before training. After training it runs on the quantised model, and only the field
-            `outputs` of this second result is used.
-        state: Ranges of a resumed run. If set, they replace the calibration before training.
+        calibrate: Function that returns the ranges of a model, for example `partial(ptq, batches=batches, method="mse")`. After
+            training it runs on the quantised model, and only the field `outputs` of its result is used.
+        state: Calibrated ranges of the model before training. All ranks receive them with the hook.
         learned: Train the ranges together with the weights (`LearnedRange`).
 
     Attributes:
@@ -266,7 +265,7 @@ class FakeQuant(TrainHook):
     def __init__(
         self,
         calibrate: Callable[[nn.Module], QuantState],
-        state: QuantState | None = None,
+        state: QuantState,
         learned: bool = False,
     ) -> None:
         self._calibrate = calibrate
@@ -275,9 +274,7 @@ class FakeQuant(TrainHook):
         self._model: nn.Module | None = None
 
     def on_model(self, model: nn.Module) -> None:
-        """Calibrate the model if `state` has no ranges yet, then insert the fake quantisers."""
-        if self.state is None:
-            self.state = self._calibrate(model)
+        """Insert the fake quantisers."""
         attach(model, self.state, self.learned)
         self._model = model
 
@@ -297,7 +294,7 @@ class FakeQuant(TrainHook):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ranges as JSON types, for a checkpoint of the training."""
-        return {} if self.state is None else {"quant": self.state.to_json()}
+        return {"quant": self.state.to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the ranges of a saved run. May be called before or after `on_model`."""

@@ -43,6 +43,11 @@ class LearnedRange(nn.Module):
         return self.log_amax.detach().exp()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return self._quantised(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # torch's ops copy what is not contiguous
+        return self._quantised(x)
+
+    def _quantised(self, x: Tensor) -> Tensor:
         step = self.log_amax.flatten().exp() / self.high
         factor = 1 / math.sqrt(x.numel() / len(step) * self.high)
         zeros = torch.zeros_like(step)

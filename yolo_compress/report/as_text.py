@@ -9,12 +9,12 @@ from itertools import groupby
 from typing import Any
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.bench_rows import with_ids
+from yolo_compress.report.bench_rows import place, with_ids
 from yolo_compress.report.charts.quantised import quantisation_table, summary
 from yolo_compress.report.document import Findings, build
 from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
-from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table, place
+from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
 from yolo_compress.report.tables.chain import chain_table, pruning_table
 from yolo_compress.report.tables.control import control_table
 from yolo_compress.report.tables.grid import Table

@@ -66,11 +66,19 @@ def with_keys(row: Form, keys: Mapping[str, object]) -> Form:
     return cast(Form, {**row, **keys})
 
 
+def place(row: Mapping[str, object]) -> str:
+    """Return the runtime of a row. In brackets: the name of another machine, or the GPU that torch computed on."""
+    where = row.get("device") or row.get("gpu")
+    return runtime(str(row["runtime"])) + (f" ({where})" if where else "")
+
+
 def label(row: BenchRow) -> str:
     """Return the precision, runtime and device of a row as text. For a file without an engine, name its target runtime."""
-    device = f" on {row['device']}" if row.get("device") else ""
-    where = "for" if row["status"] == "untimed" else "on"
-    return f"{row['precision'].upper()} {where} {runtime(row['runtime'])}{device}"
+    if row["status"] == "untimed":
+        return f"{row['precision'].upper()} for {runtime(row['runtime'])}"
+    if row.get("device"):
+        return f"{row['precision'].upper()} on {runtime(row['runtime'])} on {row['device']}"
+    return f"{row['precision'].upper()} on {place(row)}"
 
 
 def has_accuracy(row: BenchRow) -> TypeGuard[EvaluatedBenchRow]:

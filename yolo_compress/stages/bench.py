@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from yolo_compress.evaluate.accuracy import accuracy
@@ -50,6 +51,10 @@ from yolo_compress.stages._training import device
 from yolo_compress.stages.metrics import BenchMetrics, of_model
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.train import checkpoint
+
+
+class _Gpu(TypedDict, total=False):
+    gpu: str  # as in `Subject`
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,12 @@ def _row(candidate: _Candidate, found: Accuracy | None, latency: Latency | None)
 
 
 def _candidates(job: Job) -> list[_Candidate]:
-    """Return the candidates for measurement: both models in torch FP32, then all engines."""
-    sources = _sources(job)
+    """Return what has to be measured: both models in torch FP32, then all engines."""
+    sources, where = _sources(job), device(job)
+    gpu: _Gpu = {} if where == "cpu" else {"gpu": torch.cuda.get_device_name(where)}
     found = [
         _Candidate(
-            _subject(name, "torch", "fp32", source),
+            {**_subject(name, "torch", "fp32", source), **gpu},
             path=str(source.file("model.pt")),
             size_mib=source.file("model.pt").stat().st_size / 2**20,
         )

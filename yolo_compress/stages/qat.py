@@ -49,9 +49,8 @@ def run(job: Job) -> QatMetrics:
     )
     left = config.float_groups or ()
     metrics: Sensitive = {}
-    state = None  # None: the hook calibrates
+    state = calibrated(model, left=left)
     if config.sensitivity != "off":
-        state = calibrated(model, left=left)
         chosen_groups, metrics = _sensitivity(job, model, state, images, left)
         state = state.without(group for group in plan(model).groups if group.name in chosen_groups)
         left = (*left, *chosen_groups)
@@ -64,7 +63,6 @@ def run(job: Job) -> QatMetrics:
     # On a CPU mixed precision is bfloat16, which has no more significant bits than INT8.
     mixed = config.amp and job.recipe.run.device != "cpu"
     trained = fit(job, model, [*hooks, quantiser], "qat", amp=mixed)
-    assert quantiser.state is not None
     atomic_write(job.out / "quant.json", quantiser.state.dumps())
     float_metrics = finish(job, trained)
     quantised = deepcopy(trained)

@@ -194,8 +194,6 @@ class HookedTrainer(DetectionTrainer):
         self._bars: list[Any] = []
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         _check_one_device(settings)
-        if ranks.several() and not together.is_formed():
-            raise AssertionError("several ranks must train inside `together.formed`")
         folder = work
         if ranks.rank() > 0:  # Ultralytics creates and removes files there; only rank 0 uses the folder of the run
             self._scratch = tempfile.TemporaryDirectory()
@@ -386,6 +384,7 @@ class HookedTrainer(DetectionTrainer):
                 hook.load_state_dict(saved["state"])
             self.rows = list(state["rows"])
             self.start_epoch = state["epoch"] + 1
+        self._saved = None  # the memory of a second model and optimizer
         self.train_loader.sampler.next_epoch = self.start_epoch
         progress.say(f"{self.what}: resuming at epoch {self.start_epoch + 1}/{self.epochs}")
 
@@ -442,7 +441,7 @@ class HookedTrainer(DetectionTrainer):
         """Do nothing. The last EMA is the result, and the stage measures it."""
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        """Call `on_epoch_end` of the hooks and share buffers. Ultralytics calls this once an epoch, before it saves.
+        """Call `on_epoch_end` of the hooks, compare weights and share buffers. Ultralytics calls this once an epoch, before it saves.
 
         There is no recovery from NaN, because `_check_batch` has already raised.
         """
@@ -451,28 +450,37 @@ class HookedTrainer(DetectionTrainer):
             for hook in self.hooks:
                 self.hook_rows.update(hook.on_epoch_end(epoch, unwrap_model(self.model)))
         # Each rank has its own running averages of BatchNorm. All continue with those of rank 0, as after a resume.
+        together.check_equal(
+            [*self.model.parameters(), *self._extra_parameters()], f"{self.what}: after epoch {epoch + 1}"
+        )
         extras = [hook.modules() for hook in self.hooks]
         together.broadcast(buffer for module in (unwrap_model(self.model), *extras) for buffer in module.buffers())
         return False
 
     def _check_batch(self) -> None:
-        """Raise an error if the loss of a batch is NaN or infinite.
+        """Stop at the first batch whose loss is NaN or infinite on any rank.
 
         Raises:
             NumericsError: There is such a batch. The message names the loss, the epoch and some images of the batch. The file
-                `BAD_BATCH` lists all of its images.
+                `BAD_BATCH` lists all of its images. See `together.fail` for other ranks.
         """
-        if bool(torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()):  # one transfer from the device
+        good = torch.isfinite(sum(self.tloss.values(), self.loss.detach())).all()
+        if not together.any_rank(~good):  # one transfer from the device
             return
         bad = [name for name, value in self.tloss.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
+        found = together.of_each_rank((bool(good), bad, self._images))
+        _, bad, images = next(one for one in found if not one[0])
         listing = self.work / BAD_BATCH
-        atomic_write(listing, "".join(f"{name}\n" for name in self._images))
-        first = ", ".join(Path(name).name for name in self._images[:LISTED_IMAGES])
-        more = f" and {rest} more" if (rest := len(self._images) - LISTED_IMAGES) > 0 else ""
+        if ranks.rank() == 0:
+            atomic_write(listing, "".join(f"{name}\n" for name in images))
+        first = ", ".join(Path(name).name for name in images[:LISTED_IMAGES])
+        more = f" and {rest} more" if (rest := len(images) - LISTED_IMAGES) > 0 else ""
         kept = f"the state after epoch {self.epoch} is kept" if self.epoch else "no epoch was completed"
-        raise NumericsError(
-            f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {self.epoch + 1}; {kept}. Lower "
-            f"lr0 or the weight of that loss. The batch: {first}{more}, listed in {listing}"
+        together.fail(
+            NumericsError(
+                f"{self.what}: {', '.join(bad) or 'the loss'} became NaN or infinite in epoch {self.epoch + 1}; {kept}. Lower "
+                f"lr0 or the weight of that loss. The batch: {first}{more}, listed in {listing}"
+            )
         )
 
     def _shares(self) -> dict[str, float]:

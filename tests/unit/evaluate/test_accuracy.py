@@ -160,13 +160,27 @@ def test_torch_is_run_as_a_copy_in_eval_mode(model: Any) -> None:
     assert model.training and all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_torch_on_a_gpu_says_when_its_convolutions_are_tf32(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_on_a_gpu_is_not_tf32(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    hook = model.eval().register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     with TorchBackend(model, NAMES, IMGSZ) as backend:
+        image = np.zeros((1, 3, *IMGSZ), np.float32)
+        backend(image)
+        backend.bind(image)()
         backend._device = torch.device("cuda:0")
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        assert backend.executed == "tf32 (cuda:0; fp32 asked)"
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         assert backend.executed == "fp32 (cuda:0)"
+    hook.remove()
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_fp32_on_a_gpu_is_that_of_the_cpu(model: Any) -> None:
+    image = np.random.default_rng(0).random((2, 3, *IMGSZ), dtype=np.float32)
+    with TorchBackend(model, NAMES, IMGSZ) as cpu, TorchBackend(model, NAMES, IMGSZ, device="cuda:0") as gpu:
+        assert gpu.executed == "fp32 (cuda:0)"
+        found = max_abs_difference(cpu, gpu, image)
+    assert found["scores"] < 1e-5 and found["boxes_px"] < 1e-2, "TF32 differs by 1e-3 and more"
 
 
 def test_torch_refuses_what_it_has_not(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from yolo_compress.errors import Locked, StorageError
+from yolo_compress.files import lock as locks
 from yolo_compress.files.lock import holder, lock
 
 HOLDER = """
@@ -161,3 +162,45 @@ def test_a_store_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("a file")
     with pytest.raises(StorageError, match="cannot lock"), lock(tmp_path / "weights" / ".lock", "x"):
         pass
+
+
+def notices(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take a lock twice on a file system that no lock was taken on before."""
+    monkeypatch.setattr(locks, "_judged", set())
+    for _ in range(2):
+        with lock(folder / ".lock", "prune"):
+            pass
+    return capsys.readouterr().err
+
+
+def test_a_file_system_that_gives_a_lock_twice_is_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert notices(tmp_path, capsys, monkeypatch) == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+        expected = f"{tmp_path}: locks do not work on this file system; run one command at a time here\n"
+        assert notices(tmp_path, capsys, patch) == expected
+
+
+@pytest.mark.parametrize(
+    "options", ["rw,vers=3,nolock,proto=tcp", "rw,vers=4.2,local_lock=flock", "rw,local_lock=none"]
+)
+def test_a_file_system_with_locks_of_one_machine_is_reported_once(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        f"30 1 {os.major(device)}:{os.minor(device)} / /share rw,relatime shared:1 - nfs server:/share {options}\n"
+        "31 1 250:250 / /other rw - nfs server:/other rw,nolock\n"
+    )
+    monkeypatch.setattr(locks, "MOUNTS", mounts)
+    found = notices(tmp_path, capsys, monkeypatch)
+    if "none" in options:
+        assert found == ""
+    else:
+        (option,) = locks.LOCAL & set(options.split(","))
+        assert found == (
+            f"{tmp_path}: locks of this file system work on one machine only ({option}); run commands of one machine at a time here\n"
+        )

@@ -295,6 +295,13 @@ def test_a_stage_that_saw_no_labels_says_so_under_the_chain() -> None:
     assert " trained on " not in render_markdown(document())
 
 
+def test_rows_of_torch_on_a_gpu_name_it() -> None:
+    bench = [one | {"gpu": "NVIDIA L4"} if one["runtime"] == "torch" else one for one in rows()]
+    text = render_markdown(document(bench))
+    assert "| PyTorch (NVIDIA L4) | baseline | FP32 | 0.600 |" in text
+    assert "NVIDIA" not in render_markdown(document())
+
+
 def test_markdown_tables() -> None:
     text = render_markdown(document(recipe="a|b <i>", reproduce={"recipe_yaml": "x: '```'\n", "command": "make all"}))
     assert text.startswith("# a\\|b &lt;i&gt;\n\n**PASS: INT8 on OpenVINO has 98.3 %")

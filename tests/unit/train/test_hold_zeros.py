@@ -105,7 +105,8 @@ def test_without_the_hook_zeros_are_lost(dataset: Dataset, tmp_path: Path) -> No
 def test_fake_quantisers_keep_zeros(dataset: Dataset, tmp_path: Path) -> None:
     model, masks = sparse("two_four")
     before = deepcopy(model)
-    quantiser = FakeQuant(partial(ptq, batches=lambda: [images(4)], method="max"))
+    calibrate = partial(ptq, batches=lambda: [images(4)], method="max")
+    quantiser = FakeQuant(calibrate, calibrate(model))
     ema, last = trained(dataset, tmp_path, model, [quantiser, HoldZeros()])  # the order of `stages._training.fit`
     assert moved(ema, masks) == moved(last, masks) == []
     for name, mask in masks.items():

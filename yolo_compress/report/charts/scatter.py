@@ -12,8 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from yolo_compress.report.bench_rows import place
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
-from yolo_compress.report.numbers import MODELS, finite, percent, runtime
+from yolo_compress.report.numbers import MODELS, finite, percent
 from yolo_compress.report.schema import Document, Model, Precision, Reference, Row
 
 SHADES: dict[Model | Literal["reference"], str] = {"original": "before", "compressed": "after", "reference": "muted"}
@@ -24,7 +25,7 @@ class Point(NamedTuple):
     """A mark of the chart. `recipe` is empty, except for the reference of another recipe."""
 
     model: Model | Literal["reference"]
-    runtime: str
+    place: str  # its runtime, and the GPU of torch
     precision: Precision
     latency_ms: float
     map50_95: float
@@ -53,7 +54,7 @@ def _point(row: Row | Reference, model: Model | Literal["reference"]) -> Point |
     low, high = finite(row.get("map50_95_low")), finite(row.get("map50_95_high"))
     interval = None if low is None or high is None else (low, high)
     recipe = str(row.get("name", ""))
-    return Point(model, row["runtime"], row["precision"], latency_ms, map50_95, interval, recipe)
+    return Point(model, place(row), row["precision"], latency_ms, map50_95, interval, recipe)
 
 
 def _scatter(document: Document, points: Sequence[Point], variant: str) -> str:
@@ -79,7 +80,7 @@ def _scatter(document: Document, points: Sequence[Point], variant: str) -> str:
             )
             if point.interval:
                 axes.plot([x, x], point.interval, color=colour, linewidth=1, alpha=0.45, zorder=1.5)
-            name = runtime(point.runtime)
+            name = point.place
             if point.model == "reference":
                 name = f"{point.recipe}, {name}"
             marks.append((x, y, f"{name} {point.precision.upper()}" if wide else name, colour))

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from yolo_compress.report import numbers as n
-from yolo_compress.report.bench_rows import label
+from yolo_compress.report.bench_rows import label, place
 from yolo_compress.report.schema import Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 
 HERE = "this machine"
 STATE = ("jetpack", "l4t", "nvpmodel", "power_mode", "clocks", "governor")  # facts on a device that decide its speed
-
-
-def place(row: Mapping[str, object]) -> str:
-    """Return the runtime of a row, with the device in brackets if it is another machine."""
-    return n.runtime(str(row["runtime"])) + (f" ({row['device']})" if row.get("device") else "")
 
 
 MODEL = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from yolo_compress.report import numbers as n
+from yolo_compress.report.bench_rows import place
 from yolo_compress.report.schema import ChainStage, Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 
@@ -72,7 +73,7 @@ def chain_table(document: Document) -> Table:
 
 
 def _engine_name(row: Row) -> str:
-    return f"{n.runtime(row['runtime'])} {row['precision'].upper()}"
+    return f"{place(row)} {row['precision'].upper()}"
 
 
 def _delta(row: Row, base: float | None) -> float | None:
