@@ -28,7 +28,10 @@ else:
     FeatureLoss = Literal[tuple(FEATURE_LOSSES)]
 OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
-Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
+Scratch = Literal[
+    "yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml",
+    "yolo11n.yaml", "yolo11s.yaml", "yolo11m.yaml", "yolo11l.yaml", "yolo11x.yaml",
+]  # fmt: skip
 Auto = Literal["auto"]  # from the number of training images, by the rules of `sizing.py`
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets.families import check_prunable, strides
+from yolo_compress.nets.families import check_prunable, names, strides
 from yolo_compress.recipe.recipe import SourceConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import finish, fit
@@ -63,7 +63,7 @@ def start(
     judged = what == "baseline" or config.pretrained is not None  # for a teacher, `distill` reports what differs
     if judged and own not in supported:
         expected = " or ".join(map(str, supported))
-        raise RecipeError(f"{key}: strides {own}, expected {expected}: only YOLOv8n, s, m, l and x are supported")
+        raise RecipeError(f"{key}: strides {own}, expected {expected}: only {names()} n, s, m, l and x are supported")
     if what == "baseline":
         try:
             check_prunable(model)

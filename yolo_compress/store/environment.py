@@ -17,7 +17,6 @@ PACKAGES = (
     "yolo-compress",
     "torch",
     "ultralytics",
-    "torch-pruning",
     "nvidia-modelopt",
     "onnx",
     "onnxsim",

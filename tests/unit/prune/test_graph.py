@@ -11,17 +11,17 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.nets.detect import outputs as head_outputs
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import bn_gamma
 from yolo_compress.prune.graph import Group, Member, prunable, prune
 
 
-def lively(size="n", nc=80, ch=3, seed=0):
+def lively(size="n", nc=80, ch=3, seed=0, family="yolov8"):
     """A float64 model with random BatchNorms; new ones are identities."""
     torch.manual_seed(seed)
-    model = DetectionModel(f"yolov8{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
+    model = DetectionModel(f"{family}{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -32,13 +32,13 @@ def lively(size="n", nc=80, ch=3, seed=0):
 
 
 def random_keep(groups, seed):
-    """Random valid keep-lists: from one channel to all, equal counts within a tie."""
+    """Random valid keep-lists: from one step to all, equal shares within a tie."""
     generator = torch.Generator().manual_seed(seed)
     counts = {}
     keep = {}
     for group in groups:
-        count = counts.setdefault(group.tie, int(torch.randint(1, group.width + 1, (1,), generator=generator)))
-        keep[group.name] = torch.randperm(group.width, generator=generator)[:count].sort().values
+        count = counts.setdefault(group.tie, int(torch.randint(1, group.steps + 1, (1,), generator=generator)))
+        keep[group.name] = torch.randperm(group.width, generator=generator)[: count * group.step].sort().values
     return keep
 
 
@@ -57,8 +57,8 @@ def silenced(model, groups, keep):
     return dense
 
 
-def assert_oracle(size, nc, ch, seed, imgsz=64):
-    model = lively(size, nc, ch, seed)
+def assert_oracle(size, nc, ch, seed, imgsz=64, family="yolov8"):
+    model = lively(size, nc, ch, seed, family)
     groups = prunable(model)
     keep = random_keep(groups, seed)
     images = torch.rand(1, ch, imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -72,22 +72,26 @@ def assert_oracle(size, nc, ch, seed, imgsz=64):
 
 
 @pytest.mark.fault(34, 35)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nc=st.integers(1, 300), ch=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
-def test_pruned_equals_silenced_dense(nc, ch, seed):
-    assert_oracle("n", nc, ch, seed)
+def test_pruned_equals_silenced_dense(family, nc, ch, seed):
+    assert_oracle("n", nc, ch, seed, family=family)
 
 
 @pytest.mark.fault(34, 35)
-def test_pruned_equals_silenced_dense_s():
-    assert_oracle("s", nc=3, ch=3, seed=1)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_pruned_equals_silenced_dense_s(family):
+    assert_oracle("s", nc=3, ch=3, seed=1, family=family)
 
 
 @pytest.mark.fault(34, 35)
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["m", "l"])
-def test_pruned_equals_silenced_dense_large(size):
-    assert_oracle(size, nc=80, ch=3, seed=2)
+@pytest.mark.parametrize(
+    "family, size", [("yolov8", "m"), ("yolov8", "l"), ("yolo11", "m"), ("yolo11", "l"), ("yolo11", "x")]
+)
+def test_pruned_equals_silenced_dense_large(family, size):
+    assert_oracle(size, nc=80, ch=3, seed=2, family=family)
 
 
 @pytest.mark.slow
@@ -125,7 +129,7 @@ def test_every_channel_but_the_outputs_is_in_one_group(groups):
         for member in group.having("out"):
             writers.setdefault(member.module, []).extend(range(member.offset, member.offset + group.width))
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    outputs = head_outputs(model)
+    outputs = check_prunable(model).outputs
     assert len(outputs) == 7 and set(outputs) <= set(convs)
     assert set(writers) == set(convs) - set(outputs)
     assert all(sorted(channels) == list(range(convs[name].out_channels)) for name, channels in writers.items())
@@ -239,7 +243,7 @@ def test_prunable_leaves_the_model_alone():
         ({"model.0": torch.tensor([1, 0])}, "ascending"),
         ({"model.0": torch.tensor([0, 0])}, "ascending"),
         ({"model.0": torch.tensor([16])}, r"within 0\.\.15"),
-        ({"model.2.cv1a": torch.arange(8)}, "must keep equally many"),
+        ({"model.2.cv1a": torch.arange(8)}, "must keep equal shares"),
     ],
 )
 def test_bad_keep_lists_change_nothing(keep, message):

@@ -123,8 +123,8 @@ def test_what_is_left_in_float_is_read_back_as_that(state: QuantState, name: str
 
 
 def test_a_block_of_another_family_is_named() -> None:
-    model = DetectionModel("yolo11n.yaml", nc=3, verbose=False)
-    with pytest.raises(RecipeError, match=r"model\.2 is a C3k2"):
+    model = DetectionModel("yolo12n.yaml", nc=3, verbose=False)
+    with pytest.raises(RecipeError, match=r"model\.6 is a A2C2f"):
         plan(model)
 
 

@@ -155,7 +155,12 @@ def test_the_detection_part_of_another_task(folder: Path, kind: type[DetectionMo
 @pytest.mark.parametrize(
     ("yaml", "channels", "message"),
     [
-        ("yolo11n.yaml", 3, "baseline.pretrained=.*model.2 is a C3k2; supported are YOLOv8 detection models"),
+        (
+            "yolo12n.yaml",
+            3,
+            "baseline.pretrained=.*model.6 is a A2C2f; supported are YOLOv8 detection models: .*; YOLO11 det",
+        ),
+        ("yolo26n.yaml", 3, r"head is end-to-end Detect \(YOLO26\), expected Detect: only YOLOv8 and YOLO11 detectors"),
         ("yolov8n-p2.yaml", 3, r"strides \[4, 8, 16, 32\], expected \[8, 16, 32\]"),
         ("yolov8n-p6.yaml", 3, r"strides \[8, 16, 32, 64\], expected"),
         ("yolov8n.yaml", 1, "takes 1 image channels, the data set has 3"),
