@@ -59,7 +59,7 @@ def test_widths_are_measured_and_the_net_stays_as_it_was(nano: nn.Module, small:
     assert not {"anchors", "shape"} & set(vars(nano.model[-1])), "no anchors of the empty image are left behind"
 
 
-@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolov8m.yaml"])
+@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolov8m.yaml", "yolo11n.yaml", "yolo11l.yaml"])
 def test_deep_and_shallow_layers_have_the_same_stride(yaml: str) -> None:
     net = checkpoint.new_model(yaml, NAMES, 3, 0)
     assert len(matched_widths(net, net, split_pairs(family_of(net, "distill").deep_to_shallow))) == 3

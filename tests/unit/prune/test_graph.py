@@ -170,9 +170,10 @@ def test_unit_is_the_largest_power_of_two():
     assert [Group("x", width, "x", ()).unit for width in (1, 7, 12, 80, 64, 100)] == [1, 1, 4, 16, 64, 4]
 
 
-def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
-    model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5)
-    stock = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path, family):
+    model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5, family=family)
+    stock = DetectionModel(f"{family}n.yaml", nc=3, verbose=False)
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in stock.named_modules()]
     assert model.yaml == stock.yaml
     assert model.model[2].c == model.model[2].cv1.conv.out_channels // 2 == len(keep["model.2.cv1a"])
@@ -180,7 +181,7 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
     assert not model.model[-1].dfl.conv.weight.requires_grad
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            assert module.weight.shape[:2] == (module.out_channels, module.in_channels), name
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups), name
 
     float_model = model.float()
     images = torch.rand(1, 3, 64, 64)
@@ -194,14 +195,19 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images)[0], expected)
 
+    fused = copy.deepcopy(float_model).fuse(verbose=False)
+    with torch.no_grad():
+        assert (fused(images)[0] - expected).abs().max() < 0.01  # px
+
     raw = float_model.train()(torch.rand(2, 3, 64, 64))
     (raw["boxes"].mean() + raw["scores"].mean()).backward()
     trainable = [parameter for parameter in float_model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in trainable)
 
 
-def test_a_pruned_model_can_be_pruned_again():
-    model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_a_pruned_model_can_be_pruned_again(family):
+    model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7, family=family)
     groups = prunable(model)
     keep = random_keep(groups, 8)
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
