@@ -166,7 +166,7 @@ VERBS = {row.name: row for row in (
     Verb("init", "write a recipe for your own data; trains nothing", "The chain", "yolo_compress.cli.init:handle", (
         DATA,
         Option("weights", "FILE.pt", "Checkpoint of the model to compress. One of the same classes is used as it is; from one of "
-               "other classes the training starts.", values="a YOLOv8 checkpoint", needed=True),
+               "other classes the training starts.", values="a YOLOv8 or YOLO11 checkpoint", needed=True),
         Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is used or trained by the same rule.",
                "none, the unpruned model teaches", "a checkpoint"),
         Option("target", "NAME", "Where the engine will run: decides channel steps, weight bits and the least input size.", "cpu",

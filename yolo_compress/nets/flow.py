@@ -65,7 +65,7 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._modules = dict(model.named_modules())
         self.root: dict[str, str] = {}
         self.joined: list[tuple[str, str]] = []
         self.reads: dict[str, str] = {}
@@ -101,7 +101,8 @@ class Flow:
                 A depthwise convolution has the slices of its input.
             why_float: Reason why the convolution always stays in float; empty if it can be INT8.
         """
-        name, conv = f"{block}.conv", self._modules[f"{block}.conv"]
+        name = f"{block}.conv"
+        conv: Any = self._modules[name]
         self.reads[name] = source.name
         if why_float:
             self.float_only[name] = why_float

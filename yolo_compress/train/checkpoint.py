@@ -188,7 +188,7 @@ def check_loaded(model: nn.Module, path: Path) -> None:
     if type(model) is not DetectionModel or not detect.is_detect(last) or detect.is_end_to_end(last):
         kind = f"end-to-end {type(last).__name__} (YOLO26)" if detect.is_end_to_end(last) else type(last).__name__
         raise RecipeError(
-            f"{path}: the head is {kind}, expected {detect.NAME}: only {families.names()} detectors can be compressed"
+            f"{path}: the head is {kind}, expected Detect: only {families.names()} detectors can be compressed"
         )
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise RecipeError(f"{path}: a fused checkpoint (no BatchNorm left); give the one saved before `fuse()`/export")

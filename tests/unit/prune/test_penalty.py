@@ -67,7 +67,9 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_all_weights_of_a_channel(mo
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
     assert not got["model.2.cv1.bn.bias"].any()
     assert not got[f"model.{len(model.model) - 1}.cv2.0.2.bias"].any()
-    assert got[f"model.{len(model.model) - 1}.cv2.0.2.weight"].any()  # reads prunable channels, although its own outputs are not prunable
+    assert got[
+        f"model.{len(model.model) - 1}.cv2.0.2.weight"
+    ].any()  # reads prunable channels, although its own outputs are not prunable
 
 
 def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_group(model, groups):
