@@ -6,10 +6,12 @@ For each block there are two functions: one checks that its channels can be remo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import nn
-from ultralytics.nn.modules import SPPF, Bottleneck, C2f, Concat, Conv
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules import C2, C2PSA, SPPF, Bottleneck, C2f, Concat, Conv
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import check_conv
@@ -44,8 +46,8 @@ def wire_bottleneck(flow: Flow, name: str, block: Bottleneck, source: FeatureMap
     return flow.conv(f"{name}.cv2", flow.conv(f"{name}.cv1", source))
 
 
-def check_c2f(name: str, block: C2f, inner: Mapping[type[nn.Module], Check]) -> None:
-    """Check that the channels of a C2f can be removed. `inner` are the classes that the blocks in `m` may have.
+def check_c2f(name: str, block: C2f | C2, inner: Mapping[type[nn.Module], Check]) -> None:
+    """Check that the channels of a C2f or C2 can be removed. `inner` are the classes that the blocks in `m` may have.
 
     Raises:
         RecipeError: An inner block has another class, or see `check_conv`.
@@ -81,21 +83,29 @@ def wire_c2f(
     return flow.conv(f"{name}.cv2", flow.join(f"{name} (concat)", *parts))
 
 
-def refresh_c2f(model: nn.Module) -> None:
-    """Update the number of channels of a half in every C2f, in place."""
+def refresh_halves(model: nn.Module) -> None:
+    """Update the number of channels of a half in every block that splits its input, in place."""
     for block in model.modules():
-        if isinstance(block, C2f):
+        if isinstance(block, C2f | C2 | C2PSA):
             block.c = block.cv1.conv.out_channels // 2
 
 
 def split_by_sizes(model: nn.Module) -> None:
-    """Make every C2f use `split` with sizes instead of `chunk`, in place, as Ultralytics' exporter does.
+    """Make every C2f and C2 use `split` with sizes instead of `chunk`, in place, as Ultralytics' exporter does for C2f.
 
     The ONNX exporter would turn `chunk` into slices.
     """
     for module in model.modules():
         if isinstance(module, C2f):
             module.forward = module.forward_split
+        if isinstance(module, C2):
+            module.forward = partial(_c2_by_sizes, module)
+
+
+def _c2_by_sizes(block: C2, x_BCHW: Tensor) -> Tensor:
+    deep, shallow = block.cv1(x_BCHW).split((block.c, block.c), 1)
+    output_BCHW: Tensor = block.cv2(torch.cat((block.m(deep), shallow), 1))
+    return output_BCHW
 
 
 def _wire_conv(flow: Flow, name: str, layer: Conv, sources: list[FeatureMap]) -> FeatureMap:

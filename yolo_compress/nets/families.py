@@ -97,9 +97,11 @@ def names() -> str:
     return " and ".join(family.name for family in FAMILIES.values())
 
 
-def strides() -> list[list[int]]:
-    """Return, for each family, the strides of the feature maps that enter the head, in px."""
-    return [list(family.strides) for family in FAMILIES.values()]
+def backbone(model: nn.Module) -> list[str]:
+    """Return the names of the layers before the first upsampling."""
+    layers = list(model.model)  # type: ignore[arg-type]
+    ends = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
+    return [f"model.{index}" for index in range(ends[0] if ends else len(layers) - 1)]
 
 
 def yaml_layers() -> set[str]:

@@ -35,8 +35,6 @@ class Family:
         head: Class of the last layer.
         refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
         for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.
-        strides: Strides of the feature maps that enter the head, in px.
-        deep_to_shallow: Pairs of layers "STUDENT=TEACHER" for self-distillation.
         yaml_layers: Names of the layers before the head in Ultralytics' yaml files.
         yaml: Pattern of the yaml names that can be trained from scratch. Group 1 is the size, group 2 the variant.
         yaml_file: Path in Ultralytics' `cfg/models`, without the size and with the placeholder `{variant}`.
@@ -49,8 +47,6 @@ class Family:
     head: type[nn.Module]
     refresh: Callable[[nn.Module], None]
     for_export: Callable[[nn.Module], None]
-    strides: tuple[int, ...]
-    deep_to_shallow: tuple[str, ...]
     yaml_layers: frozenset[str]
     yaml: re.Pattern[str]
     yaml_file: str

@@ -23,7 +23,7 @@ from yolo_compress.nets.blocks import (
     check_bottleneck,
     check_c2f,
     check_inner,
-    refresh_c2f,
+    refresh_halves,
     split_by_sizes,
     wire_bottleneck,
     wire_c2f,
@@ -110,10 +110,8 @@ def _wire_c2psa(flow: Flow, name: str, block: C2PSA, sources: list[FeatureMap]) 
 
 
 def _refresh(model: nn.Module) -> None:
-    refresh_c2f(model)
+    refresh_halves(model)
     for block in model.modules():
-        if isinstance(block, C2PSA):
-            block.c = block.cv1.conv.out_channels // 2
         if isinstance(block, Attention):
             block.head_dim = block.pe.conv.out_channels // block.num_heads
 
@@ -130,8 +128,6 @@ YOLO11 = Family(
     head=Detect,
     refresh=_refresh,
     for_export=split_by_sizes,
-    strides=(8, 16, 32),
-    deep_to_shallow=("model.4=model.16", "model.6=model.19", "model.10=model.22"),
     yaml_layers=COMMON_NAMES | {"C3k2", "C2PSA"},
     yaml=re.compile(r"yolo11([nsmlx])([\w-]*)\.yaml"),
     yaml_file="11/yolo11{variant}.yaml",

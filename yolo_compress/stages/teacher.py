@@ -14,6 +14,5 @@ def run(job: Job) -> ModelMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the teacher can be loaded; see `_source.start`."""
-    assert recipe.teacher is not None
-    _source.start(recipe.teacher, dataset, recipe.run.seed, "teacher")
+    """Check, before any stage runs, that the teacher can be loaded; see `_source.check`."""
+    _source.check(recipe, dataset, "teacher")

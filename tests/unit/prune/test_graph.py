@@ -80,9 +80,9 @@ def test_pruned_equals_silenced_dense(family, nc, ch, seed):
 
 
 @pytest.mark.fault(34, 35)
-@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
-def test_pruned_equals_silenced_dense_s(family):
-    assert_oracle("s", nc=3, ch=3, seed=1, family=family)
+@pytest.mark.parametrize(("family", "size"), [("yolov8", "s"), ("yolo11", "s"), ("yolov8", "n-p2"), ("yolov8", "n-p6")])
+def test_pruned_equals_silenced_dense_s_p2_p6(family, size):
+    assert_oracle(size, nc=3, ch=3, seed=1, family=family)
 
 
 @pytest.mark.fault(34, 35)

@@ -90,18 +90,19 @@ def test_only_tensors_that_are_joined_share_a_scale() -> None:
     ("size", "sums", "concats"),
     [
         ("v8n", 6, 13), ("v8s", 6, 13), ("v8m", 12, 13), ("v8l", 18, 13), ("v8x", 18, 13),
+        ("v8n-p2", 6, 17), ("v8n-p6", 7, 18),
         ("11n", 13, 17), ("11s", 13, 17), ("11m", 18, 22), ("11l", 36, 30), ("11x", 36, 30),
     ],
 )  # fmt: skip
 def test_every_sum_and_concatenation_of_every_size_is_int8(size: str, sums: int, concats: int) -> None:
     config = yaml_model_load(f"yolo{size}.yaml")
-    config["scales"][size[-1]][1] = 0.0625  # narrow: the widths do not matter here
+    config["scales"][size[2]][1] = 0.0625  # narrow: the widths do not matter here
     model = DetectionModel(config, nc=3, verbose=False)
     placed = plan(model)
     joins = [where for group in placed.int8 for where in group.joins]
     assert sum(where.endswith("(sum)") for where in joins) == sums
     assert sum(not where.endswith("(sum)") for where in joins) == concats  # C2f, C3k, C2PSA, SPPF and neck
-    floats = 7 + 2 * sum(isinstance(module, Attention) for module in model.modules())
+    floats = 1 + 2 * len(model.stride) + 2 * sum(isinstance(module, Attention) for module in model.modules())
     assert len(placed.convs) == sum(isinstance(module, nn.Conv2d) for module in model.modules()) - floats
     assert all(why for _, _, _, why in placed.rows())
 
