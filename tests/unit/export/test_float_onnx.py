@@ -19,12 +19,12 @@ from yolo_compress.nets.detect import Expectation
 from yolo_compress.quant.plan import plan
 
 
-def assert_same(got: np.ndarray, expected: np.ndarray, box_px: float = 0.05) -> None:
+def assert_same(got: np.ndarray, expected: np.ndarray, factor: float = 1.0) -> None:
     assert got.shape == expected.shape and got.dtype == np.float32
     assert (
-        np.abs(got - expected)[:, :4].max() <= box_px
+        np.abs(got - expected)[:, :4].max() <= 0.05 * factor
     )  # random weights spread DFL over all bins, which causes more rounding than in a trained model
-    assert np.abs(got - expected)[:, 4:].max() <= 1e-4
+    assert np.abs(got - expected)[:, 4:].max() <= 1e-4 * factor
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,9 @@ def test_onnx_gives_what_torch_gives(tmp_path: Path, yaml: str, size: tuple[int,
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     expected = run_torch(model, batch)
     assert expected[:, 4:].std() > 0.1  # the outputs are not constant
-    assert_same(run_onnx(tmp_path / "a.onnx", batch), expected, box_px=0.2 if yaml.endswith("p6") else 0.05)
+    assert_same(
+        run_onnx(tmp_path / "a.onnx", batch), expected, factor=4 if yaml.endswith("p6") else 1
+    )  # larger boxes, more layers
     graph = onnx.load(str(tmp_path / "a.onnx"))
     slices = [node.name for node in graph.graph.node if node.op_type == "Slice"]
     assert all(f"/model.{len(model.model) - 1}/" in name for name in slices), "a Split makes halves, and keeps INT8"
