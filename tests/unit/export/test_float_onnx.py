@@ -114,7 +114,7 @@ def test_real_weights_on_16_real_images(tmp_path: Path) -> None:
     files = sorted(find("YOLO_COMPRESS_DATA", "bccd/images/val").iterdir())[:16]
     batch = torch.from_numpy(np.stack([letterbox(read_image(file), (320, 320))[0] for file in files]))
     export_onnx(model, tmp_path / "a.onnx", (320, 320), names=tuple(model.names.values()))
-    assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), box_px=0.01)
+    assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), factor=0.2)
 
 
 @pytest.mark.parametrize("reg_max", [4, 16])
