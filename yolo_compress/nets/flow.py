@@ -139,13 +139,16 @@ class Flow:
         """Connect the tensors that the module `where` sums, and return the sum, a tensor with the name `into`.
 
         Raises:
-            RecipeError: The tensors consist of slices of different widths.
+            RecipeError: The tensors do not consist of slices of the same widths.
         """
         self.new(into)
         self._connect(where, *(tensor.name for tensor in tensors), into)
+        widths = [[self.widths[piece] for piece in tensor.slices] for tensor in tensors]
+        if any(row != widths[0] for row in widths):
+            raise RecipeError(
+                f"{where} adds tensors of slices of {' and '.join(map(str, widths))} channels, expected equal ones"
+            )
         for pieces in zip(*(tensor.slices for tensor in tensors), strict=True):
-            if len({self.widths[piece] for piece in pieces}) > 1:
-                raise RecipeError(f"{where} adds {' and '.join(pieces)}, which have different numbers of channels")
             first, *others = sorted({self.first(piece) for piece in pieces}, key=list(self.members).index)
             for other in others:
                 self._same[other] = first

@@ -10,6 +10,7 @@ from ultralytics.nn.tasks import DetectionModel, parse_model, yaml_model_load
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets.conv import check_depthwise, keep_channels
 from yolo_compress.nets.families import check_prunable, family_of, flow_of
+from yolo_compress.nets.flow import IMAGES, Flow
 from yolo_compress.prune.graph import Member, check_keep, prunable, prune
 
 
@@ -151,6 +152,17 @@ def test_variants_of_blocks_are_named(change, message):
     change(model.model)
     with pytest.raises(RecipeError, match=message):
         check_prunable(model)
+
+
+def test_only_equal_slices_are_summed():
+    model = DetectionModel("yolov8n.yaml", verbose=False)
+    flow = Flow(model)
+    whole = flow.conv("model.0", flow.new(IMAGES))
+    parts = flow.conv("model.1", whole, {"a": 16, "b": 16})
+    with pytest.raises(RecipeError, match=r"x adds tensors of slices of \[16, 16\] and \[16\] channels"):
+        flow.sum("x", "y", parts, whole)
+    with pytest.raises(ValueError, match=r"model\.1 is a layer"):
+        flow.shortcut("model.1", whole)
 
 
 def test_grouped_convolutions_are_not_depthwise():
