@@ -54,7 +54,7 @@ def of_task(kind: type[DetectionModel], yaml: str, classes: int) -> DetectionMod
 
 def outputs(model: nn.Module) -> set[str]:
     """Names of the class outputs' tensors."""
-    return {name for name in model.state_dict() if re.match(r"model\.22\.cv3\.\d\.2\.", name)}
+    return {name for name in model.state_dict() if re.match(r"model\.2[23]\.cv3\.\d\.2\.", name)}
 
 
 def test_all_tensors_but_the_class_outputs_are_the_checkpoints(folder: Path) -> None:
@@ -137,7 +137,12 @@ def test_a_pruned_checkpoint_keeps_its_widths(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "yaml"),
-    [(SegmentationModel, "yolov8n-seg.yaml"), (OBBModel, "yolov8n-obb.yaml"), (PoseModel, "yolov8n-pose.yaml")],
+    [
+        (SegmentationModel, "yolov8n-seg.yaml"),
+        (OBBModel, "yolov8n-obb.yaml"),
+        (PoseModel, "yolov8n-pose.yaml"),
+        (SegmentationModel, "yolo11n-seg.yaml"),
+    ],
 )
 def test_the_detection_part_of_another_task(folder: Path, kind: type[DetectionModel], yaml: str) -> None:
     model, path = of_task(kind, yaml, 4), folder / f"{yaml}.pt"
