@@ -100,7 +100,7 @@ def main() -> None:
         f"{args.weights} on {args.data}, {args.imgsz} px, keep_flops {args.keep_flops}, round_to {args.round_to}, floor "
         f"{args.floor}; {args.calib_images} training images calibrate, n = {len(dataset.val)} validation images; mAP50-95 of "
         f"the dense net {before:.4f}; {args.device} ({described['cpu']}), torch {packages['torch']}, ultralytics "
-        f"{packages['ultralytics']}, torch-pruning {packages['torch-pruning']}, commit {described['commit']}\n"
+        f"{packages['ultralytics']}, commit {described['commit']}\n"
     )
     print("| criterion | scope | seed | MACs kept | parameters kept | mAP50-95 | with reconstruction |")
     print("|---|---|---|---|---|---|---|")

@@ -44,7 +44,7 @@ def main() -> None:
         yield
         seconds[what] = time.perf_counter() - start
 
-    with timed("groups (DepGraph)"):
+    with timed("groups"):
         groups = prunable(model)
     images = [torch.rand(1, 3, *size) for _ in range(args.images)]
     evidence = Evidence(model, groups, images=lambda: images)

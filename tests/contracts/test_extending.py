@@ -28,7 +28,7 @@ from yolo_compress.export.torchscript import export_int8_torchscript
 from yolo_compress.nets import families
 from yolo_compress.nets.conv import check_conv
 from yolo_compress.nets.family import Layer
-from yolo_compress.nets.flow import Flow
+from yolo_compress.nets.flow import FeatureMap, Flow
 from yolo_compress.nets.yolov8 import YOLOV8
 from yolo_compress.prune import criteria
 from yolo_compress.prune.budget import choose, keep_flops
@@ -47,7 +47,7 @@ PACKAGE, PAGE = ROOT / "yolo_compress", ROOT / "docs/extending.md"
 
 # --- a family -----------------------------------------------------------------------------------------------------------
 
-BLOCKS = {"C2f", "C3k2", "SPPF", "Bottleneck", "DFL", "Detect", "SplitC2f"}
+BLOCKS = {"C2f", "C3k", "C3k2", "C2PSA", "PSABlock", "Attention", "SPPF", "Bottleneck", "DFL", "Detect", "DWConv"}
 WIRING = {"cv1", "cv2", "cv3", "dfl"}  # attributes of blocks and head
 IN_TEXT = re.compile(r"\.cv\d|\bdfl\b|\bC2f\b")
 NAMES_FOR_PEOPLE = {
@@ -123,13 +123,14 @@ def check_twin(name: str, layer: Twin) -> None:
     check_conv(f"{name}.last", layer.last)
 
 
-def wire_twin(flow: Flow, name: str, layer: Twin, sources: list[str]) -> str:
+def wire_twin(flow: Flow, name: str, layer: Twin, sources: list[FeatureMap]) -> FeatureMap:
     return flow.conv(f"{name}.last", flow.shortcut(f"{name}.short", sources[0], "into", "out"))
 
 
 TWINS = replace(
     YOLOV8,
-    made_of="models of twins",
+    name="Twins",
+    made_of="twins",
     layers={Conv: YOLOV8.layers[Conv], Twin: Layer(check_twin, wire_twin), YOLOV8.head: YOLOV8.layers[YOLOV8.head]},
 )
 YAML = {

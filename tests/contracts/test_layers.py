@@ -23,7 +23,6 @@ DOORS = {
         "nets/",  # ultralytics.nn.modules only, see below
         "cli/fetch.py",  # its downloader, inside a function; the user asks for the download
     },
-    "torch_pruning": {"prune/graph.py"},
     "modelopt": {"quant/fakequant.py"},
     "pycocotools": {"evaluate/coco.py"},
     "onnxruntime": {"runtime/backends/ort.py"},
@@ -256,7 +255,7 @@ def imported_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = {"torch", "ultralytics", "cv2", "onnx", "onnxruntime", "openvino", "modelopt", "torch_pruning", "pycocotools"}
+HEAVY = {"torch", "ultralytics", "cv2", "onnx", "onnxruntime", "openvino", "modelopt", "pycocotools"}
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def draw(root: Path) -> dict[str, object]:
     return {"path": str(root), "train": "train list.txt", "val": "images/val", "names": [NAME]}
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+@pytest.fixture(params=["yolov8n.yaml", "yolo11n.yaml"])
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
     """The whole chain, run. All images are one batch, so an epoch is one step."""
     folder = tmp_path / "user's"
     folder.mkdir()
@@ -57,7 +57,7 @@ def bench(tmp_path: Path) -> Bench:
         folder,
         data={"yaml": "my data.yaml", "imgsz": 64},
         run={"threads": 1},
-        baseline={**training, "model": "yolov8n.yaml", "lr0": 0.002, "cosine": True, "epochs": 50},
+        baseline={**training, "model": request.param, "lr0": 0.002, "cosine": True, "epochs": 50},
         sparsify=None,
         prune={**training, "epochs": 4, "keep_flops": 0.8, "calib_images": 64, "teach_from_parent": False},
         distill={**training, "epochs": 2},
@@ -83,14 +83,17 @@ def robot(bench: Bench, command: str, *words: str) -> str:
     return done.stdout
 
 
-def test_from_images_to_the_robot(bench: Bench) -> None:
+def test_from_images_to_the_robot(bench: Bench, request: pytest.FixtureRequest) -> None:
     report = json.loads((bench.folder / "weights/tiny/report/report.json").read_text(encoding="utf-8"))
     rows = {row["id"]: row for row in report["rows"]}
     baseline, int8 = rows["original-torch-fp32"], rows["compressed-onnxruntime-int8"]
     assert report["data"]["names"] == [NAME] and report["data"]["train_images"] == len(SIZES)
     assert baseline["map50_95"] > 0.2, "eight images are learnt, and BatchNorm follows"
     assert report["gate"]["passed"] and baseline["per_class"] == {NAME: baseline["map50_95"]}
-    assert "57 int8" in int8["executed"], "every convolution of the plan, with one class as with many"
+    eleven = "yolo11" in request.node.callspec.id  # its convolution before attention computes in float
+    assert f"{78 if eleven else 57} int8" in int8["executed"], (
+        "every convolution of the plan, with one class as with many"
+    )
     page = (bench.folder / "weights/tiny/report/report.html").read_text(encoding="utf-8")
     assert "&lt;箱&gt;" in page and "<箱>" not in page
 

@@ -19,7 +19,7 @@ from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.quant import fakequant
 from yolo_compress.recipe import recipe
 from yolo_compress.runtime.measure.layer_times import SCHEMA
-from yolo_compress.stages import _calibration_images, _prune_plan
+from yolo_compress.stages import _calibration_images, _load_or_train, _prune_plan
 from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint
 
@@ -124,6 +124,24 @@ def test_a_budget_that_cannot_be_reached_names_the_smallest(shop: Path) -> None:
         else:
             with pytest.raises(RecipeError, match="cannot be reached"):
                 _prune_plan.check(config, model, (64, 64))
+
+
+def test_an_image_size_that_the_strides_do_not_divide(shop: Path) -> None:
+    said = [
+        refused(
+            RecipeError,
+            "baseline",
+            data={"yaml": "set.yaml", "imgsz": size},
+            baseline={"model": "yolov8n-p6.yaml", "epochs": 1},
+        )
+        for size in (96, 64, [128, 160])
+    ]
+    assert said == [
+        f"data.imgsz={size}: the largest stride of the baseline is 64; set multiples of 64, one of them 128 or more"
+        for size in ("96,96", "64,64", "128,160")
+    ]
+    sections = {"data": {"yaml": "set.yaml", "imgsz": [64, 128]}, "baseline": {"model": "yolov8n-p6.yaml", "epochs": 1}}
+    _load_or_train.check(chosen(**sections), load("set.yaml"), "baseline")
 
 
 def test_a_criterion_of_ones_own_has_its_function(shop: Path) -> None:

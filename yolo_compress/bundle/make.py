@@ -37,7 +37,7 @@ from yolo_compress.store.store import Store
 PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the temporary folder of a bundle, next to `out`
 LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
-README = """{name}, version {version}, for {target}: YOLOv8, {classes} classes, {width}x{height} px.
+README = """{name}, version {version}, for {target}: YOLO detector, {classes} classes, {width}x{height} px.
 
 Python 3.8 or newer, numpy, and one of: {needs}.
 Image files need opencv-python or pillow, videos and cameras opencv-python. Nothing here uses the network.

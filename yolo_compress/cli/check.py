@@ -15,7 +15,7 @@ from yolo_compress.store import environment
 from yolo_compress.store.resources import FREE_MIB
 from yolo_compress.store.store import Store
 
-NEEDED = ("torch", "ultralytics", "torch-pruning", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
+NEEDED = ("torch", "ultralytics", "nvidia-modelopt", "onnx", "onnxsim", "pycocotools")
 
 
 def handle(command: Command) -> int:

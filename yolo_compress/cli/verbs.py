@@ -168,7 +168,7 @@ VERBS = {row.name: row for row in (
         DATA,
         Option("weights", "FILE.pt", "Checkpoint of the model to compress. If it has the classes of the data set, it is "
                                      "used without training. Otherwise the training starts from it.",
-                                     values="a YOLOv8 checkpoint", needed=True),
+                                     values="a YOLOv8 or YOLO11 checkpoint", needed=True),
         Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is trained only if its classes differ "
                                      "from the data set.",
                "none, the unpruned model is the teacher", "a checkpoint"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets import detect
+from yolo_compress.nets import detect, families
 from yolo_compress.nets.eval_mode import evaluating
 
 PROBE_CELLS = 2  # side of the probe image in cells of the coarsest level
@@ -95,6 +95,17 @@ def map_shapes(net: nn.Module, names: Sequence[str], role: str) -> list[tuple[in
                 "set another layer"
             )
     return [(feat.shape[1], feat.shape[2], feat.shape[3]) for feat in maps]
+
+
+def shallow_to_deep(net: nn.Module) -> list[tuple[str, str]]:
+    """Return (layer of the backbone, input of the head) for each input of the head. Both have the same stride.
+
+    Of several layers of the backbone with this stride, the last is taken.
+    """
+    shallow, deep = families.backbone(net), detect.inputs(net)
+    sizes = [(height, width) for _, height, width in map_shapes(net, [*shallow, *deep], "student")]
+    last = dict(zip(sizes, shallow, strict=False))
+    return [(last[size], name) for size, name in zip(sizes[len(shallow) :], deep, strict=True)]
 
 
 def matched_widths(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.distill.checks import check_frozen, same_weights
-from yolo_compress.distill.taps import split_pairs
+from yolo_compress.distill.taps import shallow_to_deep, split_pairs
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
-from yolo_compress.nets.families import family_of
 
 # (outputs of a head, outputs of the other head) -> loss
 HeadLoss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
@@ -148,7 +147,7 @@ class Own(Source):
         self.net = student
 
     def pairs(self, student: nn.Module, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-        chosen = split_pairs(layers or family_of(student, "distill").deep_to_shallow)
+        chosen = split_pairs(layers) if layers else shallow_to_deep(student)
         if alone := [shallow for shallow, deep in chosen if shallow == deep]:
             raise RecipeError(f"distill.layers: {alone[0]} cannot teach itself; write SHALLOW=DEEP")
         return chosen

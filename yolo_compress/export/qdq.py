@@ -214,13 +214,13 @@ def int8_weight(weight: np.ndarray, amax_C: Sequence[float], qmax: int) -> tuple
 def tensor_ranges(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
     """Return ONNX tensor name -> range (amax) for every tensor of a float graph that becomes INT8.
 
-    These are the tensors of `state`, and the outputs of layers that only move the values of these tensors.
+    These are the tensors of `state`, the outputs of layers that only move the values of these tensors, and their sums.
 
     Raises:
         CorruptArtifact: A block or a sum is missing in the graph, or a concatenation has inputs with different scales or in
             different precisions.
     """
-    return _extend_to_forwarding(graph, _planned_tensors(graph, state))
+    return _extend_to_joins(graph, _planned_tensors(graph, state))
 
 
 def _planned_tensors(graph: onnx.GraphProto, state: QuantState) -> dict[str, float]:
@@ -304,12 +304,12 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
-def _extend_to_forwarding(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, float]:
+def _extend_to_joins(graph: onnx.GraphProto, amax: dict[str, float]) -> dict[str, float]:
     amax = dict(amax)
     for node in graph.node:
-        if node.op_type not in FORWARDING:
+        if node.op_type not in FORWARDING and node.op_type != "Add":
             continue
-        parts = node.input if node.op_type == "Concat" else node.input[:1]
+        parts = node.input if node.op_type in ("Concat", "Add") else node.input[:1]
         ranges = {amax.get(tensor) for tensor in parts}
         if ranges == {None}:
             continue
@@ -360,13 +360,16 @@ def _pairs_in_blocks(
     pairs: dict[str, Pair],
     activation_type: tuple[int, int],
 ) -> dict[str, Pair]:
-    """Return tensor -> Q/DQ pair for tensors inside Conv blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8."""
+    """Return tensor -> Q/DQ pair for tensors inside Conv blocks. ONNX Runtime needs them to run convolutions and SiLU in INT8.
+
+    The output of a convolution without an activation is a tensor between layers. If such a tensor is float, it has no pair.
+    """
     dtype, zero_point = activation_type
     readers = readers_of(graph)
     inner: dict[str, Pair] = {}
     for name, conv in convs.items():
         made = conv.output[0]
-        if made not in pairs:
+        if made not in pairs and activation_output(graph, conv)[0] != made:
             inner[made] = Pair(state.outputs[name], dtype, zero_point)
         for node in readers.get(made, ()):
             if node.op_type == "Sigmoid" and node.output[0] not in pairs and activation_output(graph, conv)[0] in pairs:

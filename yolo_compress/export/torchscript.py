@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,21 @@ class Int8Conv(nn.Module):
 
 
 class Int8Sum(nn.Module):
-    """A block with a shortcut and INT8 input and output. The children named in `branch` run one after the other."""
+    """A block with shortcuts and INT8 input and output. The children named in a branch run one after the other."""
 
-    def __init__(self, block: nn.Module, branch: Sequence[str], amax: float) -> None:
+    def __init__(self, block: nn.Module, branches: Sequence[Sequence[str]], amax: float) -> None:
         super().__init__()
-        self.branch, self.scale = tuple(branch), amax / QMAX
-        for name in branch:
+        self.branches, self.scale = branches, amax / QMAX
+        for name in chain(*branches):
             self.add_module(name, block.get_submodule(name))
 
     def forward(self, int8_BCHW: Tensor) -> Tensor:
-        branch_BCHW = int8_BCHW
-        for name in self.branch:
-            branch_BCHW = self.get_submodule(name)(branch_BCHW)
-        sum_BCHW: Tensor = torch.ops.quantized.add(int8_BCHW, branch_BCHW, self.scale, ZERO_POINT)
-        return sum_BCHW
+        for branch in self.branches:
+            branch_BCHW = int8_BCHW
+            for name in branch:
+                branch_BCHW = self.get_submodule(name)(branch_BCHW)
+            int8_BCHW = torch.ops.quantized.add(int8_BCHW, branch_BCHW, self.scale, ZERO_POINT)
+        return int8_BCHW
 
 
 def export_int8_torchscript(

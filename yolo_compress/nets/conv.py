@@ -1,13 +1,12 @@
-"""Functions on Ultralytics' Conv block (`conv`, `bn`, `act`): check a block, keep some of its channels, join two blocks."""
+"""Functions on Ultralytics' Conv block (`conv`, `bn`, `act`): check a block, keep some of its channels."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules import Conv
+from ultralytics.nn.modules import Conv, DWConv
 
 from yolo_compress.errors import RecipeError
 
@@ -28,8 +27,28 @@ def check_conv(name: str, block: nn.Module) -> None:
     Raises:
         RecipeError: The block is of another class, or is fused, quantised, wrapped or grouped.
     """
-    if type(block) is not Conv:
-        raise RecipeError(f"prune: {name} is a {type(block).__name__}, expected Conv")
+    _check_block(name, block, (Conv,))
+    check_conv2d(f"{name}.conv", block.conv)
+
+
+def check_depthwise(name: str, block: nn.Module) -> None:
+    """Check that a block is a stock Conv or DWConv that is depthwise: each filter reads one channel and writes it.
+
+    Raises:
+        RecipeError: The block is of another class, or is fused, quantised, wrapped or not depthwise.
+    """
+    _check_block(name, block, (Conv, DWConv))
+    conv: Any = block.conv
+    check_conv2d(f"{name}.conv", conv, conv.in_channels)
+    if conv.out_channels != conv.in_channels:
+        raise RecipeError(
+            f"prune: {name}.conv has {conv.in_channels} inputs and {conv.out_channels} outputs, expected equal"
+        )
+
+
+def _check_block(name: str, block: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    if type(block) not in kinds:
+        raise RecipeError(f"prune: {name} is a {type(block).__name__}, expected {kinds[-1].__name__}")
     norm = getattr(block, "bn", None)
     if norm is None:
         raise RecipeError(
@@ -39,25 +58,26 @@ def check_conv(name: str, block: nn.Module) -> None:
         raise RecipeError(
             f"prune: {name}.bn is a {type(norm).__name__}, expected BatchNorm2d with gamma, beta and statistics"
         )
-    check_conv2d(f"{name}.conv", block.conv)
 
 
-def check_conv2d(name: str, conv: nn.Module) -> None:
-    """Check that a convolution is a plain Conv2d without groups.
+def check_conv2d(name: str, conv: nn.Module, groups: int = 1) -> None:
+    """Check that a convolution is a plain Conv2d with this number of groups.
 
     Raises:
-        RecipeError: The module is of another class, or the convolution has groups.
+        RecipeError: The module is of another class, or the convolution has another number of groups.
     """
     if type(conv) is not nn.Conv2d:
         raise RecipeError(
             f"prune: {name} is a {type(conv).__name__}, expected a plain Conv2d; prune before QAT or wrapping"
         )
-    if conv.groups != 1:
-        raise RecipeError(f"prune: {name} is a grouped convolution (groups={conv.groups}), expected groups=1")
+    if conv.groups != groups:
+        raise RecipeError(f"prune: {name} is a grouped convolution (groups={conv.groups}), expected groups={groups}")
 
 
 def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None = None) -> None:
-    """Keep the listed channels of a Conv2d (groups=1) or BatchNorm2d and remove the others, in place.
+    """Keep the listed channels of a Conv2d or BatchNorm2d and remove the others, in place.
+
+    A Conv2d has one group or is depthwise. A depthwise convolution loses input channels with its output channels.
 
     The module gets new parameter objects without gradients.
 
@@ -72,6 +92,8 @@ def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None =
             if module.bias is not None:
                 module.bias = _selected(module.bias, 0, out_K)
             module.out_channels = module.weight.shape[0]
+            if module.groups > 1:
+                module.in_channels = module.groups = module.out_channels
         if in_K is not None:
             module.weight = _selected(module.weight, 1, in_K)
             module.in_channels = module.weight.shape[1]
@@ -86,34 +108,6 @@ def keep_channels(module: nn.Module, out_K: Tensor | None, in_K: Tensor | None =
         raise TypeError(f"expected Conv2d or BatchNorm2d, got {type(module).__name__}")
 
 
-def copy_with_outputs(conv: Conv, index_K: Tensor) -> Conv:
-    """Return a copy of a Conv block that has only the listed output channels.
-
-    BatchNorm settings, flags and dtype do not change. The copy and the original share one activation module. Stock models
-    also have one activation module for all blocks (`Conv.default_act`), and the activation has no parameters.
-    """
-    part = copy.deepcopy(conv, {id(conv.act): conv.act})
-    keep_channels(part.conv, index_K)
-    keep_channels(part.bn, index_K)
-    return part
-
-
-def concatenate_outputs(first: Conv, second: Conv) -> Conv:
-    """Return one Conv block that outputs the channels of `first`, then those of `second`. Both must read the same input."""
-    merged = copy.deepcopy(first, {id(first.act): first.act})
-    merged.conv.weight = _concatenated(first.conv.weight, second.conv.weight)
-    merged.conv.out_channels = merged.bn.num_features = first.conv.out_channels + second.conv.out_channels
-    merged.bn.weight = _concatenated(first.bn.weight, second.bn.weight)
-    merged.bn.bias = _concatenated(first.bn.bias, second.bn.bias)
-    merged.bn.running_mean = torch.cat([first.bn.running_mean, second.bn.running_mean])
-    merged.bn.running_var = torch.cat([first.bn.running_var, second.bn.running_var])
-    return merged
-
-
 def _selected(parameter: nn.Parameter, dim: int, index_K: Tensor) -> nn.Parameter:
     chosen = parameter.detach().index_select(dim, index_K.to(parameter.device))
     return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
-
-
-def _concatenated(first: nn.Parameter, second: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(torch.cat([first.detach(), second.detach()]), requires_grad=first.requires_grad)

@@ -1,6 +1,6 @@
 """Ultralytics' Detect head: its branches, inputs and raw outputs, and how exported files represent the head.
 
-Each level has a box branch (`cv2`) and a class branch (`cv3`). A branch is two Conv blocks and a bare convolution.
+Each level has a box branch (`cv2`) and a class branch (`cv3`). A branch is Conv blocks, some of them depthwise, and a bare convolution.
 The head predicts the length of a box side as a distribution over bins. DFL (distribution focal loss) computes the mean of this
 distribution. In Ultralytics, DFL is a convolution with the constant weights 0, 1, 2, ...
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules import DFL, Conv, Detect
+from ultralytics.nn.modules import DFL, Conv, Detect, DWConv
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets.conv import check_conv, check_conv2d
+from yolo_compress.nets.conv import check_conv, check_conv2d, check_depthwise
 from yolo_compress.nets.family import Layer
-from yolo_compress.nets.flow import Flow
+from yolo_compress.nets.flow import FeatureMap, Flow
 
 NAME = Detect.__name__  # in yaml files and in the metadata of exported files
 BRANCHES = ("cv2", "cv3")  # boxes, classes
@@ -34,6 +34,11 @@ def extends_detect(head: nn.Module) -> bool:
     return isinstance(head, Detect) and type(head) is not Detect
 
 
+def is_end_to_end(head: nn.Module) -> bool:
+    """Return whether a Detect head predicts without NMS, with branches of its own, as in YOLO26."""
+    return getattr(head, "one2one_cv2", None) is not None
+
+
 def box_branches(model: Any) -> list[nn.Sequential]:
     """Return the box branch of each level. The last convolution of a branch outputs the logits of the bins."""
     return list(model.model[-1].cv2)
@@ -47,12 +52,6 @@ def class_branches(model: Any) -> list[nn.Sequential]:
 def inputs(model: Any) -> list[str]:
     """Return the names of the layers whose feature maps enter the head, one per level."""
     return [f"model.{index}" for index in model.model[-1].f]
-
-
-def outputs(model: Any) -> list[str]:
-    """Return the names of the convolutions whose channels are the model's outputs (boxes, class scores, DFL)."""
-    name, head = f"model.{len(model.model) - 1}", model.model[-1]
-    return [*(f"{name}.{branch}.{i}.2" for branch in BRANCHES for i in range(head.nl)), f"{name}.dfl.conv"]
 
 
 def output_layout(model: Any) -> dict[str, object]:
@@ -135,37 +134,47 @@ def exported_prefix(conv: str) -> str | None:
 
 
 def _check(name: str, head: Any) -> None:
-    if getattr(head, "one2one_cv2", None) is not None or head.cv2 is None:
+    if is_end_to_end(head):
         raise RecipeError(f"prune: {name} is an end-to-end head (one2one branches), expected a head without them")
     if type(head.dfl) is not DFL:
         raise RecipeError(f"prune: {name}.dfl is a {type(head.dfl).__name__}, expected DFL (reg_max > 1)")
     for branch in BRANCHES:
         for i, convs in enumerate(getattr(head, branch)):
-            check_conv(f"{name}.{branch}.{i}.0", convs[0])
-            check_conv(f"{name}.{branch}.{i}.1", convs[1])
-            check_conv2d(f"{name}.{branch}.{i}.2", convs[2])
+            _check_branch(f"{name}.{branch}.{i}", convs)
 
 
-def _wire(flow: Flow, name: str, head: Any, sources: list[str]) -> str:
+def _check_branch(name: str, layers: nn.Sequential) -> None:
+    for index, layer in enumerate(layers):
+        inner = f"{name}.{index}"
+        if isinstance(layer, nn.Sequential):
+            _check_branch(inner, layer)
+        elif isinstance(layer, nn.Conv2d):
+            check_conv2d(inner, layer)
+        else:
+            (check_depthwise if isinstance(layer, DWConv) else check_conv)(inner, layer)
+
+
+def _wire(flow: Flow, name: str, head: Any, sources: list[FeatureMap]) -> FeatureMap:
     for branch in BRANCHES:
         for level, source in enumerate(sources):
             _wire_branch(flow, f"{name}.{branch}.{level}", getattr(head, branch)[level], source)
     if isinstance(head.dfl, nn.Module) and not isinstance(head.dfl, nn.Identity):
-        flow.output(f"{name}.dfl.conv", "", DFL_CONV)
-    return name
+        flow.output(f"{name}.dfl.conv", None, DFL_CONV)
+    return FeatureMap(name, ())
 
 
-def _wire_branch(flow: Flow, name: str, layers: nn.Sequential, source: str) -> None:
+def _wire_branch(flow: Flow, name: str, layers: nn.Sequential, source: FeatureMap) -> FeatureMap:
     for index, layer in enumerate(layers):
         inner = f"{name}.{index}"
-        if isinstance(layer, Conv):
+        if isinstance(layer, nn.Sequential):
+            source = _wire_branch(flow, inner, layer, source)
+        elif isinstance(layer, Conv):
             source = flow.conv(inner, source)
         elif isinstance(layer, nn.Conv2d):
             flow.output(inner, source, OUTPUT_CONV)
         else:
-            raise RecipeError(
-                f"quantise: {inner} is a {type(layer).__name__}, expected Conv or Conv2d in a branch of the head"
-            )
+            raise RecipeError(f"{inner} is a {type(layer).__name__}, expected Conv or Conv2d in a branch of the head")
+    return source
 
 
 DETECT = Layer(_check, _wire)

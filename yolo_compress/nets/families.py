@@ -1,4 +1,4 @@
-"""Registry of model families. The functions find the family of a model, check that the model can be pruned, trace its data flow.
+"""Registry of model families. The functions find the family of a model, check that the model can be pruned, and give its data flow.
 
 A family is a set of architectures with the same layers, such as YOLOv8 n to x. To add a family, write a file that defines a
 `Family` and add a row to `FAMILIES`.
@@ -13,10 +13,11 @@ from torch import nn
 
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets.family import Family
-from yolo_compress.nets.flow import IMAGES, Flow
+from yolo_compress.nets.flow import IMAGES, FeatureMap, Flow
+from yolo_compress.nets.yolo11 import YOLO11
 from yolo_compress.nets.yolov8 import YOLOV8
 
-FAMILIES: dict[str, Family] = {"yolov8": YOLOV8}
+FAMILIES: dict[str, Family] = {"yolov8": YOLOV8, "yolo11": YOLO11}
 
 
 def family_of(model: nn.Module, doing: str) -> Family:
@@ -29,7 +30,7 @@ def family_of(model: nn.Module, doing: str) -> Family:
     Raises:
         RecipeError: No family has all layers of the model. The message names the first unknown layer.
     """
-    supported = f"supported are {'; '.join(family.made_of for family in FAMILIES.values())}"
+    supported = "supported are " + "; ".join(f"{row.name} detection models: {row.made_of}" for row in FAMILIES.values())
     layers = getattr(model, "model", None)
     if not isinstance(layers, nn.Sequential) or len(layers) == 0:
         raise RecipeError(
@@ -45,11 +46,12 @@ def family_of(model: nn.Module, doing: str) -> Family:
     raise RecipeError(f"{doing}: model.{farthest} is a {kind}; {supported}")
 
 
-def check_prunable(model: nn.Module) -> Family:
-    """Return the family of a model, after a check that channels of every block can be removed and all weights are finite.
+def check_prunable(model: nn.Module) -> Flow:
+    """Return the data flow of a model, after a check that channels of every block can be removed and all weights are finite.
 
     Raises:
-        RecipeError: A block, the head or the model is of an unknown class, or a convolution is fused, quantised or wrapped.
+        RecipeError: A block, the head or the model is of an unknown class, a convolution is fused, quantised or wrapped, or a
+            block has connections that the family does not support.
         NumericsError: A weight or BatchNorm statistic holds NaN or infinity.
     """
     family = family_of(model, "prune")
@@ -58,38 +60,48 @@ def check_prunable(model: nn.Module) -> Family:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
             raise NumericsError(f"prune: {name} holds NaN or infinity; take weights from an earlier epoch")
-    return family
+    return flow_of(model, "prune")
 
 
-def flow_of(model: nn.Module) -> Flow:
-    """Return the data flow of a model: which tensor each convolution reads, and which tensors are summed or concatenated.
+def flow_of(model: nn.Module, doing: str) -> Flow:
+    """Return the data flow of a model: what each convolution reads, which tensors meet, which channels belong together.
 
     The layers are visited in the order of Ultralytics' `forward`.
 
     Raises:
         RecipeError: The family is unknown (see `family_of`), or a block has connections that the family does not support.
     """
-    family, flow = family_of(model, "quantise"), Flow()
-    flow.new(IMAGES)
-    made: list[str] = []  # output tensor of each layer
+    family, flow = family_of(model, doing), Flow(model)
+    images = flow.new(IMAGES)
+    made: list[FeatureMap] = []  # output tensor of each layer
     for index, layer in enumerate(model.model):  # type: ignore[arg-type]
         given = layer.f if isinstance(layer.f, (list, tuple)) else [layer.f]
-        sources = [made[index + f] if f < 0 and index + f >= 0 else IMAGES if f < 0 else made[f] for f in given]
-        made.append(family.layers[type(layer)].wire(flow, f"model.{index}", layer, sources))
+        sources = [made[index + f] if f < 0 and index + f >= 0 else images if f < 0 else made[f] for f in given]
+        try:
+            made.append(family.layers[type(layer)].wire(flow, f"model.{index}", layer, sources))
+        except RecipeError as error:
+            raise RecipeError(f"{doing}: {error}") from None
     return flow
 
 
-def refresh_attributes(model: nn.Module, family: Family) -> None:
+def refresh_attributes(model: nn.Module) -> None:
     """Update the attributes that Ultralytics derives from tensor shapes, in place, after channels were removed."""
-    family.refresh(model)
+    family_of(model, "prune").refresh(model)
     for layer in model.model:  # type: ignore[union-attr]
         if hasattr(layer, "np"):  # the count of parameters
             layer.np = sum(p.numel() for p in layer.parameters())
 
 
-def strides() -> list[list[int]]:
-    """Return, for each family, the strides of the feature maps that enter the head, in px."""
-    return [list(family.strides) for family in FAMILIES.values()]
+def names() -> str:
+    """Return the names of all families for messages: "YOLOv8 and YOLO11"."""
+    return " and ".join(family.name for family in FAMILIES.values())
+
+
+def backbone(model: nn.Module) -> list[str]:
+    """Return the names of the layers before the first upsampling."""
+    layers = list(model.model)  # type: ignore[arg-type]
+    ends = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
+    return [f"model.{index}" for index in range(ends[0] if ends else len(layers) - 1)]
 
 
 def yaml_layers() -> set[str]:

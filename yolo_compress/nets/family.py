@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from yolo_compress.nets.flow import Flow
+from yolo_compress.nets.flow import FeatureMap, Flow
 
 
 class Layer(NamedTuple):
@@ -21,17 +21,7 @@ class Layer(NamedTuple):
     """
 
     check: Callable[[str, Any], None]
-    wire: Callable[[Flow, str, Any, list[str]], str]
-
-
-class Part(NamedTuple):
-    """A Conv block of the split view: a slice of the output channels of the stock block `stock`, starting at channel `offset`.
-
-    The split view is a copy of the model for dependency tracing, in which some blocks are divided (`Family.split`).
-    """
-
-    stock: str
-    offset: int
+    wire: Callable[[Flow, str, Any, list[FeatureMap]], FeatureMap]
 
 
 @dataclass(frozen=True)
@@ -39,34 +29,24 @@ class Family:
     """Properties and functions of an architecture that pruning, quantisation, export, distillation and training use.
 
     Attributes:
-        made_of: Description for error messages: "YOLOv8 detection models: Conv, C2f, ...".
+        name: Name for people: "YOLOv8".
+        made_of: Its layers for error messages: "Conv, C2f, ...".
         layers: Exact class of a layer -> the functions for this class. The class of the head is included.
         head: Class of the last layer.
-        split: Replaces, in place, each block that dependency tracing cannot follow with equivalent Conv blocks, and returns the
-            model, the "split view". Call it on a copy.
-        parts: Returns, of the split view, the Conv blocks that hold some channels of a block of Ultralytics: name -> `Part`.
-            All slices of one such block must have the same number of channels.
-        outputs: Returns the names of the convolutions whose output channels are the model's outputs. They are never pruned.
         refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
         for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.
-        strides: Strides of the feature maps that enter the head, in px.
-        deep_to_shallow: Pairs of layers "STUDENT=TEACHER" for self-distillation.
         yaml_layers: Names of the layers before the head in Ultralytics' yaml files.
         yaml: Pattern of the yaml names that can be trained from scratch. Group 1 is the size, group 2 the variant.
         yaml_file: Path in Ultralytics' `cfg/models`, without the size and with the placeholder `{variant}`.
         yaml_names: The yaml names for error messages: "yolov8n.yaml to yolov8x.yaml".
     """
 
+    name: str
     made_of: str
     layers: Mapping[type[nn.Module], Layer]
     head: type[nn.Module]
-    split: Callable[[nn.Module], nn.Module]
-    parts: Callable[[nn.Module], dict[str, Part]]
-    outputs: Callable[[nn.Module], list[str]]
     refresh: Callable[[nn.Module], None]
     for_export: Callable[[nn.Module], None]
-    strides: tuple[int, ...]
-    deep_to_shallow: tuple[str, ...]
     yaml_layers: frozenset[str]
     yaml: re.Pattern[str]
     yaml_file: str

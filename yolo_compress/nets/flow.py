@@ -1,16 +1,53 @@
-"""Data flow of a detector: the input tensor of each convolution, and the tensors that share a sum, concatenation or pool.
+"""Data flow of a detector: what each convolution reads, which tensors meet, and which channels have to be removed together.
 
 A tensor has the name of the module that outputs it. `model.2.cv1` is the output of this Conv block after the activation.
 `model.2.m.0` is the sum of a bottleneck with a shortcut. `images` is the input of the model.
+
+The channels of a tensor are slices. A slice is a run of channels that one convolution writes. A concatenation puts the slices of
+its inputs one after the other. In a sum the slices of both inputs are the same channels, so they have to be removed together. A
+depthwise convolution does not mix channels, so its channels are those of its input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from yolo_compress.errors import RecipeError
+from yolo_compress.nets.conv import norm_after
+
 IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of a module that holds the channels of a slice: as many channels as the slice has, starting at channel `offset`.
+
+    The side `role` tells whether they are output channels, input channels or BatchNorm features. The input channels of a depthwise
+    convolution are its output channels, so it has no role "in".
+    """
+
+    module: str
+    role: Literal["out", "in", "norm"]  # output or input channels of a Conv2d, features of a BatchNorm2d
+    offset: int
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A tensor between layers: its name, and the names of the slices that its channels consist of, in order."""
+
+    name: str
+    slices: tuple[str, ...]
 
 
 class Flow:
     """Data flow of one model. The `wire` functions of its family fill it, layer by layer.
+
+    Args:
+        model: The model. Only the shapes of its convolutions are read.
 
     Attributes:
         root: Parent links of a union-find over tensors, in the order of the model. Tensors with the same root are connected
@@ -18,21 +55,33 @@ class Flow:
         joined: (tensor, name of the module in which the tensor is summed, concatenated or pooled).
         reads: Convolution -> its input tensor, or "" if no layer outputs that tensor.
         float_only: Convolution that always stays in float -> the reason.
-        sums: Output tensor of a module with a shortcut -> names of the child modules that form the branch, in order.
-            The module computes `x + branch(x)`.
+        sums: Output tensor of a module with shortcuts -> for each of its sums in order, the child modules that form the branch.
+            The module computes `x = x + branch(x)` once for each branch.
+        outputs: Names of the convolutions whose output channels are the model's outputs.
+        widths: Slice -> number of channels.
+        members: Slice -> the parts of modules that hold these channels. Slices that are summed have one entry.
+        ties: Slice -> key of the set of slices that must lose equal shares of their channels.
+        fixed: Slices that cannot be removed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
         self.root: dict[str, str] = {}
         self.joined: list[tuple[str, str]] = []
         self.reads: dict[str, str] = {}
         self.float_only: dict[str, str] = {}
-        self.sums: dict[str, tuple[str, ...]] = {}
+        self.sums: dict[str, tuple[tuple[str, ...], ...]] = {}
+        self.outputs: list[str] = []
+        self.widths: dict[str, int] = {}
+        self.members: dict[str, dict[Member, None]] = {}
+        self.ties: dict[str, str] = {}
+        self.fixed: set[str] = set()
+        self._same: dict[str, str] = {}  # slice -> the earlier slice that it is summed with
 
-    def new(self, tensor: str) -> str:
-        """Add a tensor and return its name."""
-        self.root[tensor] = tensor
-        return tensor
+    def new(self, tensor: str, slices: tuple[str, ...] = ()) -> FeatureMap:
+        """Add a tensor and return it."""
+        self.root.setdefault(tensor, tensor)
+        return FeatureMap(tensor, slices)
 
     def find(self, tensor: str) -> str:
         """Return the root of a tensor: the first tensor in the order of the model that is connected with `tensor`."""
@@ -40,25 +89,74 @@ class Flow:
             tensor = self.root[tensor]
         return tensor
 
-    def conv(self, block: str, source: str) -> str:
-        """Add a Conv block that reads the tensor `source`, and return its output tensor."""
-        self.reads[f"{block}.conv"] = source
-        return self.new(block)
+    def conv(
+        self, block: str, source: FeatureMap, slices: Mapping[str, int] | None = None, why_float: str = ""
+    ) -> FeatureMap:
+        """Add a Conv block that reads the tensor `source`, and return its output tensor.
 
-    def output(self, conv: str, source: str, why: str) -> None:
+        Args:
+            block: Name of the block.
+            source: Input tensor.
+            slices: Name -> number of channels of each slice of the output. If None, the output is one slice, called `block`.
+                A depthwise convolution has the slices of its input.
+            why_float: Reason why the convolution always stays in float; empty if it can be INT8.
+        """
+        name = f"{block}.conv"
+        conv: Any = self._modules[name]
+        self.reads[name] = source.name
+        if why_float:
+            self.float_only[name] = why_float
+        if conv.groups > 1:
+            made = source.slices
+        else:
+            self._hold(name, "in", source.slices)
+            sizes = slices or {block: conv.out_channels}
+            self.widths.update(sizes)
+            self.members.update({piece: {} for piece in sizes})
+            made = tuple(sizes)
+        self._hold(name, "out", made)
+        if norm_after(self._modules, name) is not None:
+            self._hold(f"{block}.bn", "norm", made)
+        return self.new(block, made)
+
+    def output(self, conv: str, source: FeatureMap | None, why: str) -> None:
         """Add a convolution of the head that stays in float for the reason `why`. No layer reads its output."""
-        self.reads[conv], self.float_only[conv] = source, why
+        self.reads[conv], self.float_only[conv] = source.name if source else "", why
+        self.outputs.append(conv)
+        if source:
+            self._hold(conv, "in", source.slices)
 
-    def join(self, where: str, *tensors: str) -> str:
-        """Connect the tensors that enter the module `where`, and return the first tensor. The module only moves or adds values."""
-        first = min((self.find(tensor) for tensor in tensors), key=list(self.root).index)
-        for tensor in tensors:
-            self.root[self.find(tensor)] = first
-        self.joined.append((tensors[0], where))
-        return tensors[0]
+    def split(self, tensor: FeatureMap) -> list[FeatureMap]:
+        """Return the slices of a tensor as feature maps. They count as one tensor, so they share an INT8 scale."""
+        return [FeatureMap(tensor.name, (piece,)) for piece in tensor.slices]
 
-    def shortcut(self, module: str, source: str, *branch: str) -> str:
-        """Add a module that computes `x + branch(x)`, and return the name of the sum's tensor.
+    def join(self, where: str, *tensors: FeatureMap) -> FeatureMap:
+        """Connect the tensors that enter the module `where`, and return their concatenation. The module only moves values."""
+        self._connect(where, *(tensor.name for tensor in tensors))
+        return FeatureMap(tensors[0].name, tuple(piece for tensor in tensors for piece in tensor.slices))
+
+    def sum(self, where: str, into: str, *tensors: FeatureMap) -> FeatureMap:
+        """Connect the tensors that the module `where` sums, and return the sum, a tensor with the name `into`.
+
+        Raises:
+            RecipeError: The tensors do not consist of slices of the same widths.
+        """
+        self.new(into)
+        self._connect(where, *(tensor.name for tensor in tensors), into)
+        widths = [[self.widths[piece] for piece in tensor.slices] for tensor in tensors]
+        if any(row != widths[0] for row in widths):
+            raise RecipeError(
+                f"{where} adds tensors of slices of {' and '.join(map(str, widths))} channels, expected equal ones"
+            )
+        for pieces in zip(*(tensor.slices for tensor in tensors), strict=True):
+            first, *others = sorted({self.first(piece) for piece in pieces}, key=list(self.members).index)
+            for other in others:
+                self._same[other] = first
+                self.members[first] |= self.members.pop(other)
+        return FeatureMap(into, tensors[0].slices)
+
+    def shortcut(self, module: str, source: FeatureMap, *branch: str) -> FeatureMap:
+        """Add a module that computes `x + branch(x)`, and return the sum.
 
         Args:
             module: Name of the module.
@@ -66,14 +164,49 @@ class Flow:
             branch: Names of the child Conv blocks that form the branch, in order.
 
         Raises:
+            ValueError: See `add`.
+        """
+        last = source
+        for child in branch:
+            last = self.conv(f"{module}.{child}", last)
+        return self.add(module, source, last, branch)
+
+    def add(self, module: str, source: FeatureMap, last: FeatureMap, branch: tuple[str, ...]) -> FeatureMap:
+        """Add the sum `source + last` of a module, and return it. A module can have several sums, one after the other.
+
+        Args:
+            module: Name of the module, also of its sums.
+            source: Input of the branch.
+            last: Output of the branch.
+            branch: Names of the child modules that form the branch, in order.
+
+        Raises:
             ValueError: The module is a layer of `model.model`. Quantisation replaces the module, but the class of a layer must
                 not change.
         """
         if module.count(".") < 2:
             raise ValueError(f"{module} is a layer; a shortcut must be a module inside a layer")
-        last = source
-        for child in branch:
-            last = self.conv(f"{module}.{child}", last)
-        self.join(f"{module} (sum)", source, last, self.new(module))
-        self.sums[module] = branch
-        return module
+        self.sums[module] = (*self.sums.get(module, ()), branch)
+        return self.sum(f"{module} (sum)", module, source, last)
+
+    def tie(self, key: str, *tensors: FeatureMap) -> None:
+        """Demand that all slices of these tensors lose equal shares of their channels."""
+        self.ties |= dict.fromkeys((piece for tensor in tensors for piece in tensor.slices), key)
+
+    def first(self, piece: str) -> str:
+        """Return the first slice in the order of the model that is summed with the slice `piece`, directly or indirectly."""
+        while piece in self._same:
+            piece = self._same[piece]
+        return piece
+
+    def _connect(self, where: str, *tensors: str) -> None:
+        first = min((self.find(tensor) for tensor in tensors), key=list(self.root).index)
+        for tensor in tensors:
+            self.root[self.find(tensor)] = first
+        self.joined.append((tensors[0], where))
+
+    def _hold(self, module: str, role: Literal["out", "in", "norm"], slices: tuple[str, ...]) -> None:
+        offset = 0
+        for piece in slices:
+            self.members[self.first(piece)][Member(module, role, offset)] = None
+            offset += self.widths[piece]

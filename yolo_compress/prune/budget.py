@@ -1,6 +1,7 @@
 """Choose the channels of a pruned model: as many of the most important channels as a budget allows.
 
-In this file a tie is a set of channel groups that must keep equal numbers of channels. An example is the two halves of a C2f block.
+In this file a tie is a set of channel groups that must lose equal shares of their channels, such as the two halves of a C2f block.
+Widths of a tie are counted in steps: a step is `Group.step` channels of each of its groups.
 A price is a function that computes the cost of a model: MACs, parameters or ms (`cost.Price`).
 """
 
@@ -131,7 +132,7 @@ def choose(
 
     Channels are removed in blocks of `min(round_to, group.unit)`, lowest importance first. Once the budget is met, blocks that
     still fit are restored, highest importance first. The two halves of a C2f block must keep equal numbers of channels. The k-th
-    most important channels of both halves therefore share one score.
+    most important channels of both halves therefore share one score. So do those of other groups with the same `tie`.
 
     Args:
         model: Stock model. It is not changed.
@@ -154,7 +155,7 @@ def choose(
     _check_settings(round_to, floor, scope)
     ties = _ties(model, groups, scores, round_to, floor, least or {})
     full_widths = np.array([tie.width for tie in ties])
-    layout = Widths(shapes, _convolution_slices(groups, ties), list(full_widths))
+    layout = Widths(shapes, _convolution_slices(groups, ties), full_widths)
 
     def price(widths: np.ndarray) -> float:
         return budget.price(*layout.channels(widths))
@@ -169,7 +170,8 @@ def choose(
             f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be met within 2 % in steps of "
             f"prune.round_to={round_to}; the nearest below is {budget.of(cost)}; set that value or a smaller round_to"
         )
-    kept = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
+    steps = {name: int(width) for tie, width in zip(ties, widths, strict=True) for name in tie.names}
+    kept = {group.name: group.step * steps[group.name] for group in groups}
     before, after = layout.channels(full_widths), layout.channels(widths)
     count = parameters_price(shapes)
     return Plan(
@@ -200,7 +202,7 @@ def check_reachable(
     """
     _check_settings(round_to, floor, "global")
     ties = _ties(model, groups, {group.name: torch.zeros(group.width) for group in groups}, round_to, floor, least)
-    layout = Widths(shapes, _convolution_slices(groups, ties), [tie.width for tie in ties])
+    layout = Widths(shapes, _convolution_slices(groups, ties), np.array([tie.width for tie in ties]))
     _check_reachable(ties, lambda widths: budget.price(*layout.channels(widths)), budget, round_to, floor)
 
 
@@ -220,15 +222,15 @@ def _macs_per_conv(shapes: Mapping[str, ConvShape], channels: tuple[np.ndarray, 
     return (area_N * channels[0] * channels[1]).tolist()
 
 
-def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str]]]:
-    """Return, for each tie, the convolutions of its groups. A tie is a set of channel groups that must keep equal numbers of channels.
+def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[list[tuple[str, str, int]]]:
+    """Return, for each tie, the convolutions of its groups, each with its role and with its channels in a step.
 
-    A convolution comes with its role: "out" if the tie sets its output channels, "in" if it sets its input channels.
+    The role is "out" if the tie sets the output channels of the convolution, "in" if it sets its input channels.
     """
     by_name = {group.name: group for group in groups}
     return [
         [
-            (member.module, member.role)
+            (member.module, member.role, by_name[name].step)
             for name in tie.names
             for member in by_name[name].members
             if member.role != "norm"
@@ -239,14 +241,14 @@ def _convolution_slices(groups: Sequence[Group], ties: Sequence[_Tie]) -> list[l
 
 @dataclass(frozen=True)
 class _Tie:
-    """A set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block.
+    """A set of channel groups that must lose equal shares of their channels, such as the two halves of a C2f block.
 
     Attributes:
         names: names of the groups.
         structure: key that is equal for ties with the same roles and kernel sizes, see `_structure`.
-        width: number of channels of each group before pruning.
-        unit: number of channels per block. A block is removed as a whole.
-        least: minimum number of channels that each group keeps.
+        width: number of steps of each group before pruning.
+        unit: number of steps per block; a block is removed as a whole.
+        least: minimum number of steps that each group keeps.
         blocks: importance of each block, ascending. The first blocks are removed first.
     """
 
@@ -290,11 +292,11 @@ def _ties(
         tied.setdefault(group.tie, []).append(group)
     ties = []
     for members in tied.values():
-        width = members[0].width
+        width = members[0].steps
         unit = min(round_to, members[0].unit)
-        ascending = torch.stack([scores[group.name].double().cpu().sort().values for group in members]).mean(0)
-        blocks = ascending.reshape(-1, unit).mean(1)
-        kept = max(floor * width, *(least.get(group.name, 1) for group in members))
+        ascending = [scores[group.name].double().cpu().sort().values.view(width, -1).mean(1) for group in members]
+        blocks = torch.stack(ascending).mean(0).reshape(-1, unit).mean(1)
+        kept = max(floor * width, *(least.get(group.name, 1) / group.step for group in members))
         blocks_kept = max(1, ceil(min(kept, width) / unit - 1e-9))
         ties.append(
             _Tie(

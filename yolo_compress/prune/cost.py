@@ -29,10 +29,11 @@ class ConvShape:
     """Sizes of a convolution, from which its MACs and parameters follow for any number of channels.
 
     Attributes:
-        area: MACs for each pair of an input and an output channel: kernel height x width x output pixels / groups.
-        kernel: weights for each pair of an input and an output channel: kernel height x width / groups.
-        own: further parameters per output channel: the bias, and gamma and beta of the BatchNorm.
-        out_channels, in_channels: numbers of channels of the convolution in the model.
+        area: MACs for each pair of a filter and a channel that it reads: kernel height x width x output pixels.
+        kernel: weights for each such pair: kernel height x width.
+        own: further parameters per filter: the bias, and gamma and beta of the BatchNorm.
+        out_channels: number of filters.
+        in_channels: number of channels that each filter reads; 1 for a depthwise convolution.
     """
 
     area: int
@@ -61,8 +62,7 @@ def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvSh
         kernel = conv.kernel_size[0] * conv.kernel_size[1]
         previous = shapes[name].area if name in shapes else 0  # a convolution that runs twice costs twice
         own = (conv.bias is not None) + 2 * isinstance(norm_after(modules, name), nn.BatchNorm2d)
-        area = previous + kernel * pixels // conv.groups
-        shapes[name] = ConvShape(area, kernel // conv.groups, own, conv.out_channels, conv.in_channels)
+        shapes[name] = ConvShape(previous + kernel * pixels, kernel, own, conv.out_channels, conv.weight.shape[1])
 
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d):
@@ -157,23 +157,24 @@ class Widths:
 
     Args:
         shapes: `conv_shapes` of the model.
-        members: For each width, (convolution, role "out" or "in") of every convolution side that has this many channels.
+        members: For each width, (convolution, role "out" or "in", factor) of every convolution side that has this many channels
+            times the factor.
         full: Widths of the unpruned model.
     """
 
     def __init__(
-        self, shapes: Mapping[str, ConvShape], members: Sequence[Sequence[tuple[str, str]]], full: Sequence[int]
+        self, shapes: Mapping[str, ConvShape], members: Sequence[Sequence[tuple[str, str, int]]], full: np.ndarray
     ) -> None:
         rows = {name: row for row, name in enumerate(shapes)}
         self._slots = {role: np.zeros((len(rows), len(members)), dtype=np.int64) for role in ("out", "in")}
         for column, slices in enumerate(members):
-            for name, role in slices:
-                self._slots[role][rows[name], column] += 1
+            for name, role, factor in slices:
+                self._slots[role][rows[name], column] += factor
         channels = {
             "out": np.array([shape.out_channels for shape in shapes.values()], dtype=np.int64),
             "in": np.array([shape.in_channels for shape in shapes.values()], dtype=np.int64),
         }
-        self._fixed = {role: channels[role] - self._slots[role] @ np.array(full, dtype=np.int64) for role in channels}
+        self._fixed = {role: channels[role] - self._slots[role] @ full for role in channels}
 
     def channels(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (out_N, in_N): numbers of output and input channels of the N convolutions."""

@@ -82,7 +82,7 @@ def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names
 
 def _narrow_width(group: Group, width: float, round_to: int) -> int:
     unit = min(round_to, group.unit)
-    return max(1, round(width * group.width / unit)) * unit
+    return max(1, round(width * group.steps / unit)) * unit * group.step
 
 
 def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
     """
-    excluded = set(check_prunable(model).outputs(model))
+    excluded = set(check_prunable(model).outputs)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     first = next(iter(convs))
     return {name: conv for name, conv in convs.items() if name not in excluded and name != first}

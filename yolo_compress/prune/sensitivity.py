@@ -1,9 +1,9 @@
 """Sensitivity analysis: measure the loss or mAP with one tie of channel groups pruned at a time, and limit the pruning of each tie.
 
-A tie is a set of channel groups that must keep equal numbers of channels, such as the two halves of a C2f block. To measure a tie,
-the weights that read its least important channels are set to zero. The model then computes the same as the pruned model, so no
-channels have to be removed. The cap of a tie is the largest share of its channels for which the loss (or mAP) stays within the
-allowed change. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
+A tie is a set of channel groups that must lose equal shares of their channels, such as the two halves of a C2f block. To measure a
+tie, the weights that read its least important channels are set to zero. The model then computes the same as the pruned model, so no
+channels have to be removed. The cap of a tie is the share of its channels that can be removed while the loss (or mAP) stays within
+the allowed change. Li et al. (arXiv 1608.08710, section 3.2) plot the same sensitivities.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATIOS = (0.25, 0.5, 0.75)
 
 
 def ties(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return the channel groups in sets that must lose equal numbers of channels: `Group.tie` -> groups.
+    """Return the channel groups in sets that must lose equal shares of their channels: `Group.tie` -> groups.
 
     The groups of a set are measured together.
     """
@@ -45,8 +45,6 @@ def measure(
     after_each: Callable[[], None],
 ) -> dict[str, list[float]]:
     """Measure the loss or mAP of the model with one tie pruned, for every tie and every share in `RATIOS`.
-
-    A tie is a set of channel groups that must lose equal numbers of channels.
 
     Args:
         model: Stock model. It is unchanged after the call.
@@ -88,7 +86,7 @@ def thinned(
     """Make the model compute as if the groups `members` had lost the share `ratio` of their channels, inside a `with` block."""
     keep = {}
     for group in members:
-        count = max(1, round((1 - ratio) * group.width))
+        count = max(1, round((1 - ratio) * group.steps)) * group.step
         keep[group.name] = scores[group.name].sort(descending=True, stable=True).indices[:count].sort().values
     readers = dict.fromkeys(member.module for group in members for member in group.having("in"))
     modules = dict(model.named_modules())

@@ -188,7 +188,14 @@ def calibrate(
     groups = {group.name: Histogram() for group in placed.int8}
     tensors = {tensor: groups[group.name] for group in placed.int8 for tensor in group.tensors}
     outputs = {name: Histogram() for name in placed.convs}
-    _fill_histograms(model, modules, tensors, outputs, batches, bins=method != "max")
+    # sums before the last one of a block: a tensor between two branches, which the next branch reads
+    inner = {
+        f"{block}.{branch[0]}": tensors[block]
+        for block, (_, *later) in placed.sums.items()
+        for branch in later
+        if block in tensors
+    }
+    _fill_histograms(model, modules, tensors, inner, outputs, batches, bins=method != "max")
     find_range = CALIBRATORS[method]
     amax = {name: _activation_range(name, histogram, find_range, percentile) for name, histogram in groups.items()}
     return QuantState(
@@ -207,6 +214,7 @@ def _fill_histograms(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, Histogram],
+    inputs: Mapping[str, Histogram],
     outputs: Mapping[str, Histogram],
     batches: Iterable[Tensor],
     bins: bool,
@@ -216,6 +224,7 @@ def _fill_histograms(
     Args:
         modules: Module name -> module.
         tensors: Tensor name (as in `nets.flow`) -> histogram.
+        inputs: Module -> histogram of its input.
         outputs: Convolution -> histogram of its output before the activation.
         bins: As for `Histogram.collect`.
     """
@@ -224,6 +233,8 @@ def _fill_histograms(
         for name, histogram in tensors.items()
         if name != IMAGES
     ]
+    for name, histogram in inputs.items():
+        handles.append(modules[name].register_forward_pre_hook(_input_hook(name, histogram, bins)))
     for name, histogram in outputs.items():
         last = norm_after(modules, name) or modules[name]  # the last module before the activation
         handles.append(last.register_forward_hook(_output_hook(name, histogram, bins)))
@@ -246,6 +257,13 @@ def _fill_histograms(
 def _output_hook(name: str, histogram: Histogram, bins: bool) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         _collect(name, histogram, output, bins)
+
+    return hook
+
+
+def _input_hook(name: str, histogram: Histogram, bins: bool) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        _collect(name, histogram, args[0], bins)
 
     return hook
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -78,33 +79,34 @@ class QuantisedOutput(nn.Module):
 
 
 class QuantisedSum(nn.Module):
-    """Replacement for a block with a shortcut: the block, followed by the fake quantiser of its sum.
+    """Replacement for a block with shortcuts: each of its sums is followed by the fake quantiser.
 
     Parameters have the same names as in the block.
 
     Args:
-        block: Block that computes `x + branch(x)`.
-        branch: Names of the block's child modules that form the branch, in the order of execution.
-        quantizer: Fake quantiser of the sum.
+        block: Block that computes `x = x + branch(x)` once for each branch.
+        branches: For each branch, the names of the block's child modules that form it, in the order in which they run.
+        quantizer: Fake quantiser of the sums.
     """
 
     add = True  # the attribute by which the model family recognises a shortcut in the stock block
 
-    def __init__(self, block: nn.Module, branch: Sequence[str], quantizer: nn.Module) -> None:
+    def __init__(self, block: nn.Module, branches: Sequence[Sequence[str]], quantizer: nn.Module) -> None:
         super().__init__()
-        self.branch = tuple(branch)
-        for name in branch:
+        self.branches = branches
+        for name in chain(*branches):
             self.add_module(name, block.get_submodule(name))
         self.quantizer = quantizer
         self.__dict__["stock"] = block  # for `detach`; stored in __dict__ so that it is not a submodule
         self.training = block.training
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        branch_BCHW = x_BCHW
-        for name in self.branch:
-            branch_BCHW = self.get_submodule(name)(branch_BCHW)
-        quantised_BCHW: Tensor = self.quantizer(x_BCHW + branch_BCHW)
-        return quantised_BCHW
+        for branch in self.branches:
+            branch_BCHW = x_BCHW
+            for name in branch:
+                branch_BCHW = self.get_submodule(name)(branch_BCHW)
+            x_BCHW = self.quantizer(x_BCHW + branch_BCHW)
+        return x_BCHW
 
 
 def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
@@ -211,7 +213,7 @@ def detach(model: nn.Module) -> None:
                 setattr(module, name, child.act)
             elif isinstance(child, QuantisedSum):
                 stock = child.stock
-                for part in child.branch:
+                for part in chain(*child.branches):
                     setattr(stock, part, child.get_submodule(part))
                 setattr(module, name, stock.train(child.training))
 

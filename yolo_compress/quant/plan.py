@@ -56,13 +56,13 @@ class Plan:
         groups: all groups of tensors that share a scale, INT8 and float.
         reads: convolution -> the tensor that the convolution reads, or "" for the convolution of DFL.
         skipped: (convolution, reason) of each convolution that stays float.
-        sums: output tensor of a block with a shortcut -> the block's branch, see `nets.flow.Flow.sums`.
+        sums: output tensor of a block with shortcuts -> the block's branches, see `nets.flow.Flow.sums`.
     """
 
     groups: tuple[Group, ...]
     reads: dict[str, str] = field(repr=False)
     skipped: tuple[tuple[str, str], ...]
-    sums: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    sums: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def int8(self) -> tuple[Group, ...]:
@@ -109,7 +109,7 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
     Raises:
         RecipeError: A block belongs to no supported family, a name in `left` is unknown, or no tensor is left to quantise.
     """
-    flow = flow_of(model)
+    flow = flow_of(model, "quantise")
     groups = _groups(flow, left)
     if unknown := set(left) - {group.name for group in groups}:
         known = ", ".join(group.name for group in groups if not group.why_float or group.name in left)

@@ -64,7 +64,7 @@ def _check_source(name: str, source: SourceConfig) -> Iterator[str]:
         yield (
             f"{name}: nothing to start from; give {name}.pretrained (a checkpoint of any classes, such as yolov8s.pt; with make: "
             f"{_MAKE[name][0]}=), {name}.weights (a trained detector of these classes; with make: {_MAKE[name][1]}=) or "
-            f"{name}.model (an architecture, such as yolov8n.yaml, trained from random weights)"
+            f"{name}.model (an architecture, such as yolov8n.yaml or yolo11n.yaml, trained from random weights)"
         )
     if len(given) > 1:
         yield f"{' and '.join(given)} exclude each other: keep one, and set the others to null"

@@ -28,7 +28,12 @@ else:
 OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function
 ControlNet = Literal["longer", "taught", "narrowed"]  # in the order of what each adds
 Calibrator = Literal["max", "percentile", "mse", "entropy"]
-Scratch = Literal["yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml"]
+Scratch = Literal[
+    "yolov8n.yaml", "yolov8s.yaml", "yolov8m.yaml", "yolov8l.yaml", "yolov8x.yaml",
+    "yolov8n-p2.yaml", "yolov8s-p2.yaml", "yolov8m-p2.yaml", "yolov8l-p2.yaml", "yolov8x-p2.yaml",
+    "yolov8n-p6.yaml", "yolov8s-p6.yaml", "yolov8m-p6.yaml", "yolov8l-p6.yaml", "yolov8x-p6.yaml",
+    "yolo11n.yaml", "yolo11s.yaml", "yolo11m.yaml", "yolo11l.yaml", "yolo11x.yaml",
+]  # fmt: skip
 Auto = Literal["auto"]  # from the number of training images, by the rules of `auto_values.py`
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import RecipeError
-from yolo_compress.nets.families import check_prunable, strides
-from yolo_compress.recipe.recipe import SourceConfig
+from yolo_compress.nets.families import check_prunable
+from yolo_compress.recipe.knobs import IMGSZ_STEP
+from yolo_compress.recipe.recipe import Recipe, SourceConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import finish, fit
 from yolo_compress.stages.metrics import ModelMetrics
@@ -31,6 +32,22 @@ def run(job: Job, what: str) -> ModelMetrics:
     return finish(job, fit(job, model, [], what, freeze=config.freeze))
 
 
+def check(recipe: Recipe, dataset: Dataset, what: str) -> None:
+    """Check, before any stage runs, that the model of the section `what` can be loaded and takes images of `data.imgsz`.
+
+    Raises:
+        RecipeError: See `start`, or `data.imgsz` does not fit the strides of the model.
+    """
+    stride = int(max(start(getattr(recipe, what), dataset, recipe.run.seed, what).stride))  # type: ignore[arg-type]
+    height, width = recipe.data.imgsz_hw
+    least = IMGSZ_STEP if stride <= IMGSZ_STEP else 2 * stride  # BatchNorm cannot train on a single pixel
+    if height % stride or width % stride or max(height, width) < least:
+        raise RecipeError(
+            f"data.imgsz={height},{width}: the largest stride of the {what} is {stride}; set multiples of {stride}, "
+            f"one of them {least} or more"
+        )
+
+
 def start(
     config: SourceConfig, dataset: Dataset, seed: int, what: str, say: Callable[[str], None] = lambda text: None
 ) -> nn.Module:
@@ -44,8 +61,8 @@ def start(
         say: Receives a line on the weights that came from a checkpoint.
 
     Raises:
-        RecipeError: `weights` has other classes or another order of classes. Or a checkpoint has other image channels or strides,
-            or is of another architecture or task.
+        RecipeError: `weights` has other classes or another order, or a checkpoint has other image channels, or is of another
+            architecture or task.
     """
     if config.model is not None:
         return checkpoint.new_model(config.model, dataset.names, dataset.channels, seed)
@@ -59,11 +76,6 @@ def start(
         say(_text(taken, key, what, dataset))
     if (channels := checkpoint.image_channels(model)) != dataset.channels:
         raise RecipeError(f"{key}: takes {channels} image channels, the data set has {dataset.channels}")
-    own, supported = [int(stride) for stride in model.stride], strides()  # P2 and P6 variants have others
-    judged = what == "baseline" or config.pretrained is not None  # for a teacher, `distill` reports what differs
-    if judged and own not in supported:
-        expected = " or ".join(map(str, supported))
-        raise RecipeError(f"{key}: strides {own}, expected {expected}: only YOLOv8n, s, m, l and x are supported")
     if what == "baseline":
         try:
             check_prunable(model)

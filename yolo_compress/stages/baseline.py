@@ -14,5 +14,5 @@ def run(job: Job) -> ModelMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the baseline can be loaded and compressed; see `_load_or_train.start`."""
-    _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+    """Check, before any stage runs, that the baseline can be loaded and compressed; see `_load_or_train.check`."""
+    _load_or_train.check(recipe, dataset, "baseline")

@@ -14,6 +14,5 @@ def run(job: Job) -> ModelMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that the teacher can be loaded; see `_load_or_train.start`."""
-    assert recipe.teacher is not None
-    _load_or_train.start(recipe.teacher, dataset, recipe.run.seed, "teacher")
+    """Check, before any stage runs, that the teacher can be loaded; see `_load_or_train.check`."""
+    _load_or_train.check(recipe, dataset, "teacher")

@@ -18,7 +18,6 @@ PACKAGES = (
     "yolo-compress",
     "torch",
     "ultralytics",
-    "torch-pruning",
     "nvidia-modelopt",
     "onnx",
     "onnxsim",

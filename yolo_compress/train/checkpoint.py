@@ -1,4 +1,4 @@
-"""Load and save YOLOv8 checkpoints in the format of Ultralytics. Loading runs no code of the file."""
+"""Load and save checkpoints of detectors in the format of Ultralytics. Loading runs no code of the file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect, families
 from yolo_compress.train import pickled
 
-MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; YOLOv8 has 5 at most
+MAX_WINDOW_PX = 16  # kernel, stride, padding and factor of a layer; detectors have 5 at most
 
 
 def new_model(yaml: str, names: Sequence[str], channels: int, seed: int) -> DetectionModel:
     """Return a detector with random weights. The same seed gives the same weights.
 
     Args:
-        yaml: `yolov8{n,s,m,l,x}.yaml`.
+        yaml: Name of a family's yaml, such as `yolov8n.yaml` (`families.yaml_file`).
         names: Class names in the order of their index.
         channels: Channels of the input image.
         seed: Seeds the initial weights.
@@ -185,9 +185,10 @@ def check_loaded(model: nn.Module, path: Path) -> None:
     """
     layers = getattr(model, "model", None)
     last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else model
-    if type(model) is not DetectionModel or not detect.is_detect(last):
+    if type(model) is not DetectionModel or not detect.is_detect(last) or detect.is_end_to_end(last):
+        kind = f"end-to-end {type(last).__name__} (YOLO26)" if detect.is_end_to_end(last) else type(last).__name__
         raise RecipeError(
-            f"{path}: the head is {type(last).__name__}, expected Detect: only YOLOv8 detectors can be compressed"
+            f"{path}: the head is {kind}, expected Detect: only {families.names()} detectors can be compressed"
         )
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise RecipeError(f"{path}: a fused checkpoint (no BatchNorm left); give the one saved before `fuse()`/export")

@@ -105,7 +105,7 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
 def _detection_part(model: nn.Module, path: Path) -> DetectionModel:
     """Return a plain detector with the classes and the detection branches of the checkpoint.
 
-    The layers come from the yaml in the checkpoint, which is not trusted. So only layers of YOLOv8 are built, first on the
+    The layers come from the yaml in the checkpoint, which is not trusted. So only layers of known families are built, first on the
     meta device, which takes no memory. If the shapes differ from the tensors of the checkpoint, nothing is allocated.
     """
     have = model.state_dict()
@@ -131,15 +131,15 @@ def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
     """Return the yaml of a checkpoint, with the head of a detector in place of its own.
 
     Raises:
-        ValueError: A layer or scale is not one of YOLOv8, or there are more layers than in any YOLOv8.
+        ValueError: A layer or scale is not one of a known family, or there are more layers than any of them has.
     """
     rows = [*yaml["backbone"], *yaml["head"]]
     for start, repeats, kind, arguments in rows[:-1]:
         known = kind in families.yaml_layers() and type(repeats) is int and 1 <= repeats <= MAX_REPEATS
-        if not known or any(item not in ("nearest", True, False) and not 1 <= item <= 5 for item in arguments[1:]):
-            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: not a layer of YOLOv8")
+        if not known or any(item not in ("nearest", True, False) and not 0 < item <= 5 for item in arguments[1:]):
+            raise ValueError(f"{repeats} x {kind} of {arguments} from {start}: not a layer of {families.names()}")
     if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
-        raise ValueError(f"{len(rows)} layers, more than any YOLOv8 has")
+        raise ValueError(f"{len(rows)} layers, more than any {families.names()} has")
     kept = {
         key: yaml[key] for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels") if key in yaml
     }

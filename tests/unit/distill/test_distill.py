@@ -136,8 +136,11 @@ def test_equal_nets_give_zero_and_different_ones_do_not() -> None:
 
 
 @pytest.mark.fault(38)
-def test_gradient_reaches_the_student_and_nothing_of_the_teacher_moves() -> None:
-    student, teacher = model(1).train(), model(0, "yolov8s.yaml")
+@pytest.mark.parametrize(
+    "pair", [("yolov8n", "yolov8s"), ("yolo11n", "yolo11s"), ("yolo11n", "yolov8s"), ("yolov8n", "yolo11m")]
+)
+def test_gradient_reaches_the_student_and_nothing_of_the_teacher_moves(pair: tuple[str, str]) -> None:
+    student, teacher = model(1, f"{pair[0]}.yaml").train(), model(0, f"{pair[1]}.yaml")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     hook, named = losses(student, teacher)
     sum(named.values()).backward()

@@ -69,6 +69,7 @@ def test_a_pair_that_fits_passes(shop: Path) -> None:
         check(distill=config)
     check(distill={"teacher": "self"}, teacher=None)
     check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolov8n.yaml", "epochs": 1})
+    check(teacher={"model": "yolov8s.yaml"}, baseline={"model": "yolo11n.yaml", "epochs": 1})
 
 
 def test_a_smaller_teacher_is_said_and_accepted(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

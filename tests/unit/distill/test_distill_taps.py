@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from yolo_compress.distill.hook import Teach
-from yolo_compress.distill.taps import Taps, map_shapes, matched_widths, split_pairs
+from yolo_compress.distill.taps import Taps, map_shapes, matched_widths, shallow_to_deep, split_pairs
 from yolo_compress.distill.teacher import Frozen
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
-from yolo_compress.nets.families import family_of
 from yolo_compress.train import checkpoint
 
 NAMES = ["a", "b"]
@@ -59,10 +58,18 @@ def test_widths_are_measured_and_the_net_stays_as_it_was(nano: nn.Module, small:
     assert not {"anchors", "shape"} & set(vars(nano.model[-1])), "no anchors of the empty image are left behind"
 
 
-@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolov8m.yaml"])
-def test_deep_and_shallow_layers_have_the_same_stride(yaml: str) -> None:
+@pytest.mark.parametrize(
+    ("yaml", "levels"), [("yolov8m.yaml", 3), ("yolo11l.yaml", 3), ("yolov8n-p2.yaml", 4), ("yolov8n-p6.yaml", 4)]
+)
+def test_deep_and_shallow_layers_have_the_same_stride(yaml: str, levels: int) -> None:
     net = checkpoint.new_model(yaml, NAMES, 3, 0)
-    assert len(matched_widths(net, net, split_pairs(family_of(net, "distill").deep_to_shallow))) == 3
+    assert len(matched_widths(net, net, shallow_to_deep(net))) == levels
+
+
+def test_the_last_layer_of_each_stride_learns_from_the_input_of_the_head(nano: nn.Module) -> None:
+    assert shallow_to_deep(nano) == [("model.4", "model.15"), ("model.6", "model.18"), ("model.9", "model.21")]
+    eleven = checkpoint.new_model("yolo11n.yaml", NAMES, 3, 0)
+    assert shallow_to_deep(eleven) == [("model.4", "model.16"), ("model.6", "model.19"), ("model.10", "model.22")]
 
 
 def test_what_cannot_be_paired_names_both(nano: nn.Module, small: nn.Module) -> None:

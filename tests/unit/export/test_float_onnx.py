@@ -19,25 +19,32 @@ from yolo_compress.nets.detect import Expectation
 from yolo_compress.quant.plan import plan
 
 
-def assert_same(got: np.ndarray, expected: np.ndarray, box_px: float = 0.05) -> None:
+def assert_same(got: np.ndarray, expected: np.ndarray, factor: float = 1.0) -> None:
     assert got.shape == expected.shape and got.dtype == np.float32
     assert (
-        np.abs(got - expected)[:, :4].max() <= box_px
+        np.abs(got - expected)[:, :4].max() <= 0.05 * factor
     )  # random weights spread DFL over all bins, which causes more rounding than in a trained model
-    assert np.abs(got - expected)[:, 4:].max() <= 1e-4
+    assert np.abs(got - expected)[:, 4:].max() <= 1e-4 * factor
 
 
-@pytest.mark.parametrize(("size", "opset"), [(SIZE, 17), ((64, 96), 13)])
-def test_onnx_gives_what_torch_gives(tmp_path: Path, size: tuple[int, int], opset: int) -> None:
-    model, batch = net(), images(3, size=size)
+@pytest.mark.parametrize(
+    ("yaml", "size", "opset"),
+    [("yolov8n", SIZE, 17), ("yolov8n", (64, 96), 13), ("yolov8n-p2", SIZE, 17), ("yolov8n-p6", (128, 64), 17)],
+)
+def test_onnx_gives_what_torch_gives(tmp_path: Path, yaml: str, size: tuple[int, int], opset: int) -> None:
+    model, batch = net(yaml=f"{yaml}.yaml"), images(3, size=size)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_onnx(model, tmp_path / "a.onnx", size, names=NAMES, opset=opset)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     expected = run_torch(model, batch)
     assert expected[:, 4:].std() > 0.1  # the outputs are not constant
-    assert_same(run_onnx(tmp_path / "a.onnx", batch), expected)
+    assert_same(
+        run_onnx(tmp_path / "a.onnx", batch), expected, factor=4 if yaml.endswith("p6") else 1
+    )  # larger boxes, more layers
     graph = onnx.load(str(tmp_path / "a.onnx"))
+    slices = [node.name for node in graph.graph.node if node.op_type == "Slice"]
+    assert all(f"/model.{len(model.model) - 1}/" in name for name in slices), "a Split makes halves, and keeps INT8"
     assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
     assert graph.ir_version <= 10
     assert set(find_convs(graph.graph, plan(model).convs)) == set(plan(model).convs)
@@ -107,7 +114,7 @@ def test_real_weights_on_16_real_images(tmp_path: Path) -> None:
     files = sorted(find("YOLO_COMPRESS_DATA", "bccd/images/val").iterdir())[:16]
     batch = torch.from_numpy(np.stack([letterbox(read_image(file), (320, 320))[0] for file in files]))
     export_onnx(model, tmp_path / "a.onnx", (320, 320), names=tuple(model.names.values()))
-    assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), box_px=0.01)
+    assert_same(run_onnx(tmp_path / "a.onnx", batch, optimise=True), run_torch(model, batch), factor=0.2)
 
 
 @pytest.mark.parametrize("reg_max", [4, 16])

@@ -327,6 +327,7 @@ ACTS = [
     nn.Hardswish(),
     nn.Mish(),
     nn.GELU(),
+    nn.SELU(),
     nn.PReLU(),
     nn.Identity(),
     nn.Sigmoid(),

@@ -23,9 +23,9 @@ HW = (96, 160)  # not square: height and width must not be mixed up
 class Case:
     """A model, its groups and its scores."""
 
-    def __init__(self, size, nc=80):
+    def __init__(self, name, nc=80):
         torch.manual_seed(0)
-        self.model = DetectionModel(f"yolov8{size}.yaml", nc=nc, verbose=False).eval()
+        self.model = DetectionModel(f"{name}.yaml", nc=nc, verbose=False).eval()
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.1, 2.0)
@@ -40,7 +40,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases():
-    return {"n": Case("n"), "s": Case("s", nc=3)}
+    return {"n": Case("yolov8n"), "s": Case("yolov8s", nc=3), "11n": Case("yolo11n")}
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def shares(plan):
 
 
 @pytest.mark.fault(32)
-@pytest.mark.parametrize("size", ["n", "s"])
+@pytest.mark.parametrize("size", ["n", "s", "11n"])
 @pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
 @pytest.mark.parametrize("round_to", [8, 32])
-@pytest.mark.parametrize("keep_flops", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("keep_flops", [0.35, 0.5, 0.7, 0.9])
 def test_budget_widths_and_floors(cases, size, scope, round_to, keep_flops):
     case = cases[size]
     plan = case.choose(keep_flops, round_to, floor=0.1, scope=scope)
@@ -81,14 +81,21 @@ def test_budget_widths_and_floors(cases, size, scope, round_to, keep_flops):
     by_tie = {}
     for group in case.groups:
         before, after = plan.widths[group.name]
-        unit = math.gcd(round_to, group.width)  # round_to is a power of two
+        unit = math.gcd(round_to, group.steps) * group.step  # round_to is a power of two
         assert before == group.width and after == len(plan.keep[group.name])
         assert after % unit == 0 and after >= max(unit, 0.1 * before)
-        assert by_tie.setdefault(group.tie, after) == after
+        assert by_tie.setdefault(group.tie, after / group.step) == after / group.step
 
 
 @pytest.mark.parametrize(
-    ("size", "keep_flops", "scope"), [("n", 0.3, "global"), ("n", 0.7, "local"), ("s", 0.5, "global")]
+    ("size", "keep_flops", "scope"),
+    [
+        ("n", 0.3, "global"),
+        ("n", 0.7, "local"),
+        ("s", 0.5, "global"),
+        ("11n", 0.2, "global"),
+        ("11n", 0.6, "isomorphic"),
+    ],
 )
 def test_the_plan_costs_what_it_says_after_surgery(cases, size, keep_flops, scope):
     case = cases[size]
@@ -101,8 +108,9 @@ def test_the_plan_costs_what_it_says_after_surgery(cases, size, keep_flops, scop
     assert {g.name: g.width for g in prunable(pruned)} == {name: after for name, (_, after) in plan.widths.items()}
 
 
-def test_a_pruned_model_has_a_budget_of_its_own(cases):
-    case = copy.copy(cases["n"])
+@pytest.mark.parametrize("size", ["n", "11n"])
+def test_a_pruned_model_has_a_budget_of_its_own(cases, size):
+    case = copy.copy(cases[size])
     case.model = copy.deepcopy(case.model)
     prune(case.model, case.choose(0.6).keep)
     case.groups = prunable(case.model)
@@ -110,6 +118,15 @@ def test_a_pruned_model_has_a_budget_of_its_own(cases):
     plan = case.choose(0.8)
     assert plan.macs_before == conv_macs(case.model, HW)
     assert 0.8 * (1 - TOLERANCE) <= plan.kept_flops <= 0.8
+
+
+def test_as_much_of_a_yolo11n_can_be_pruned_as_of_a_yolov8n(cases):
+    def prunable_share(case):
+        with pytest.raises(RecipeError, match="cannot be reached; the smallest is") as refused:
+            case.choose(0.001)
+        return 1 - float(str(refused.value).split("the smallest is ")[1].split()[0])
+
+    assert prunable_share(cases["11n"]) >= 0.95 * prunable_share(cases["n"])
 
 
 def test_macs_of_one_convolution_by_hand():
@@ -256,7 +273,7 @@ def test_bad_scores_name_their_group(nano):
         nano.choose(0.5, scores={**bad, "model.7": torch.ones(3)})
 
 
-@pytest.mark.parametrize("size", ["n", "s"])
+@pytest.mark.parametrize("size", ["n", "s", "11n"])
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_keep_params_counts_what_torch_counts(cases, size, share):
     case = cases[size]

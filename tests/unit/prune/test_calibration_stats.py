@@ -143,10 +143,11 @@ def test_gradients_by_hand(net, images):
     assert evidence.gradients.fisher["0"].nonzero().flatten().tolist() == [2]
 
 
+@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo11n.yaml"])
 @pytest.mark.parametrize("name", sorted(CRITERIA))
-def test_every_criterion_scores_every_group_of_a_detector(name):
+def test_every_criterion_scores_every_group_of_a_detector(name, yaml):
     torch.manual_seed(0)
-    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False).eval()
+    model = DetectionModel(yaml, nc=3, verbose=False).eval()
     groups = prunable(model)
     images = torch.rand(2, 3, 64, 64)
 

@@ -11,17 +11,17 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.nets.detect import outputs as head_outputs
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import bn_gamma
 from yolo_compress.prune.graph import Group, Member, prunable, prune
 
 
-def lively(size="n", nc=80, ch=3, seed=0):
+def lively(size="n", nc=80, ch=3, seed=0, family="yolov8"):
     """A float64 model with random BatchNorms; new ones are identities."""
     torch.manual_seed(seed)
-    model = DetectionModel(f"yolov8{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
+    model = DetectionModel(f"{family}{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -32,13 +32,13 @@ def lively(size="n", nc=80, ch=3, seed=0):
 
 
 def random_keep(groups, seed):
-    """Random valid keep-lists: from one channel to all, equal counts within a tie."""
+    """Random valid keep-lists: from one step to all, equal shares within a tie."""
     generator = torch.Generator().manual_seed(seed)
     counts = {}
     keep = {}
     for group in groups:
-        count = counts.setdefault(group.tie, int(torch.randint(1, group.width + 1, (1,), generator=generator)))
-        keep[group.name] = torch.randperm(group.width, generator=generator)[:count].sort().values
+        count = counts.setdefault(group.tie, int(torch.randint(1, group.steps + 1, (1,), generator=generator)))
+        keep[group.name] = torch.randperm(group.width, generator=generator)[: count * group.step].sort().values
     return keep
 
 
@@ -57,8 +57,8 @@ def silenced(model, groups, keep):
     return dense
 
 
-def assert_oracle(size, nc, ch, seed, imgsz=64):
-    model = lively(size, nc, ch, seed)
+def assert_oracle(size, nc, ch, seed, imgsz=64, family="yolov8"):
+    model = lively(size, nc, ch, seed, family)
     groups = prunable(model)
     keep = random_keep(groups, seed)
     images = torch.rand(1, ch, imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -72,22 +72,26 @@ def assert_oracle(size, nc, ch, seed, imgsz=64):
 
 
 @pytest.mark.fault(34, 35)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nc=st.integers(1, 300), ch=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
-def test_pruned_equals_silenced_dense(nc, ch, seed):
-    assert_oracle("n", nc, ch, seed)
+def test_pruned_equals_silenced_dense(family, nc, ch, seed):
+    assert_oracle("n", nc, ch, seed, family=family)
 
 
 @pytest.mark.fault(34, 35)
-def test_pruned_equals_silenced_dense_s():
-    assert_oracle("s", nc=3, ch=3, seed=1)
+@pytest.mark.parametrize(("family", "size"), [("yolov8", "s"), ("yolo11", "s"), ("yolov8", "n-p2"), ("yolov8", "n-p6")])
+def test_pruned_equals_silenced_dense_s_p2_p6(family, size):
+    assert_oracle(size, nc=3, ch=3, seed=1, family=family)
 
 
 @pytest.mark.fault(34, 35)
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["m", "l"])
-def test_pruned_equals_silenced_dense_large(size):
-    assert_oracle(size, nc=80, ch=3, seed=2)
+@pytest.mark.parametrize(
+    "family, size", [("yolov8", "m"), ("yolov8", "l"), ("yolo11", "m"), ("yolo11", "l"), ("yolo11", "x")]
+)
+def test_pruned_equals_silenced_dense_large(family, size):
+    assert_oracle(size, nc=80, ch=3, seed=2, family=family)
 
 
 @pytest.mark.slow
@@ -125,7 +129,7 @@ def test_every_channel_but_the_outputs_is_in_one_group(groups):
         for member in group.having("out"):
             writers.setdefault(member.module, []).extend(range(member.offset, member.offset + group.width))
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    outputs = head_outputs(model)
+    outputs = check_prunable(model).outputs
     assert len(outputs) == 7 and set(outputs) <= set(convs)
     assert set(writers) == set(convs) - set(outputs)
     assert all(sorted(channels) == list(range(convs[name].out_channels)) for name, channels in writers.items())
@@ -166,9 +170,10 @@ def test_unit_is_the_largest_power_of_two():
     assert [Group("x", width, "x", ()).unit for width in (1, 7, 12, 80, 64, 100)] == [1, 1, 4, 16, 64, 4]
 
 
-def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
-    model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5)
-    stock = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path, family):
+    model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5, family=family)
+    stock = DetectionModel(f"{family}n.yaml", nc=3, verbose=False)
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in stock.named_modules()]
     assert model.yaml == stock.yaml
     assert model.model[2].c == model.model[2].cv1.conv.out_channels // 2 == len(keep["model.2.cv1a"])
@@ -176,7 +181,7 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
     assert not model.model[-1].dfl.conv.weight.requires_grad
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            assert module.weight.shape[:2] == (module.out_channels, module.in_channels), name
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups), name
 
     float_model = model.float()
     images = torch.rand(1, 3, 64, 64)
@@ -190,14 +195,19 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images)[0], expected)
 
+    fused = copy.deepcopy(float_model).fuse(verbose=False)
+    with torch.no_grad():
+        assert (fused(images)[0] - expected).abs().max() < 0.01  # px
+
     raw = float_model.train()(torch.rand(2, 3, 64, 64))
     (raw["boxes"].mean() + raw["scores"].mean()).backward()
     trainable = [parameter for parameter in float_model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in trainable)
 
 
-def test_a_pruned_model_can_be_pruned_again():
-    model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7)
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_a_pruned_model_can_be_pruned_again(family):
+    model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7, family=family)
     groups = prunable(model)
     keep = random_keep(groups, 8)
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
@@ -239,7 +249,7 @@ def test_prunable_leaves_the_model_alone():
         ({"model.0": torch.tensor([1, 0])}, "ascending"),
         ({"model.0": torch.tensor([0, 0])}, "ascending"),
         ({"model.0": torch.tensor([16])}, r"within 0\.\.15"),
-        ({"model.2.cv1a": torch.arange(8)}, "must keep equally many"),
+        ({"model.2.cv1a": torch.arange(8)}, "must keep equal shares"),
     ],
 )
 def test_bad_keep_lists_change_nothing(keep, message):

@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 from tests.unit.prune.test_graph import lively
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import export_onnx
-from yolo_compress.nets.detect import outputs as head_outputs
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune import masks
 from yolo_compress.prune.masks import HoldZeros, convolutions, sparsity_of, two_four, unstructured
 
@@ -25,7 +25,7 @@ def nano():
 
 def test_images_outputs_and_dfl_stay_dense(nano):
     every = {name for name, module in nano.named_modules() if isinstance(module, nn.Conv2d)}
-    assert set(convolutions(nano)) == every - {"model.0.conv", *head_outputs(nano)}
+    assert set(convolutions(nano)) == every - {"model.0.conv", *check_prunable(nano).outputs}
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])

@@ -14,10 +14,10 @@ from yolo_compress.prune.penalty import L1, GroupLasso, Polarization, macs_scale
 from yolo_compress.prune.sparsify import SparseTraining
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=["yolov8n.yaml", "yolo11n.yaml"])
+def model(request):
     torch.manual_seed(0)
-    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False).double()
+    model = DetectionModel(request.param, nc=3, verbose=False).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
@@ -66,8 +66,10 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_all_weights_of_a_channel(mo
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
     assert not got["model.2.cv1.bn.bias"].any()
-    assert not got["model.22.cv2.0.2.bias"].any()
-    assert got["model.22.cv2.0.2.weight"].any()  # reads prunable channels, although its own outputs are not prunable
+    assert not got[f"model.{len(model.model) - 1}.cv2.0.2.bias"].any()
+    assert got[
+        f"model.{len(model.model) - 1}.cv2.0.2.weight"
+    ].any()  # reads prunable channels, although its own outputs are not prunable
 
 
 def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_group(model, groups):
@@ -182,14 +184,22 @@ def test_the_hook_passes_scale_and_ramp_to_the_penalty(model):
     torch.testing.assert_close(model.model[3].bn.weight.grad, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_macs_of_a_channel_are_what_its_removal_saves(groups):
-    for name in ("model.4.m.0.cv1", "model.9.cv1"):  # the first writes and is read once, the second is read four times
-        net = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
-        group = next(group for group in groups if group.name == name)
-        before = conv_macs(net, (128, 96))
-        price = channel_macs(net, groups, (128, 96))[name]
-        prune(net, {name: torch.arange(1, group.width)})
-        assert before - conv_macs(net, (128, 96)) == price, name
+@pytest.mark.parametrize(
+    ("yaml", "name"),
+    [
+        ("yolov8n.yaml", "model.4.m.0.cv1"),  # written and read once
+        ("yolov8n.yaml", "model.9.cv1"),  # read four times
+        ("yolo11n.yaml", "model.16.cv2"),  # read by a depthwise convolution, too
+    ],
+)
+def test_macs_of_a_channel_are_what_its_removal_saves(yaml, name):
+    net = DetectionModel(yaml, nc=3, verbose=False)
+    groups = prunable(net)
+    group = next(group for group in groups if group.name == name)
+    before = conv_macs(net, (128, 96))
+    price = channel_macs(net, groups, (128, 96))[name]
+    prune(net, {name: torch.arange(1, group.width)})
+    assert before - conv_macs(net, (128, 96)) == price, name
 
 
 def test_scale_is_proportional_to_macs_with_mean_one_over_channels(model, groups):

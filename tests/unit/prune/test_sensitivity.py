@@ -14,9 +14,9 @@ from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.reconstruct import reconstruct
 
 
-@pytest.fixture(scope="module")
-def net():
-    model = lively(nc=2)
+@pytest.fixture(scope="module", params=["yolov8"])
+def net(request):
+    model = lively(nc=2, family=request.param)
     groups = prunable(model)
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.width, generator=generator) for group in groups}
@@ -26,13 +26,20 @@ def net():
 
 def keep_of(members, scores, ratio):
     return {
-        group.name: scores[group.name].topk(max(1, round((1 - ratio) * group.width))).indices.sort().values
+        group.name: scores[group.name].topk(max(1, round((1 - ratio) * group.steps)) * group.step).indices.sort().values
         for group in members
     }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["model.4.cv1", "model.9.cv1", "model.22.cv2.0.0", "model.6.m.1.cv1"])
+@pytest.mark.parametrize(
+    ("net", "name"),
+    [
+        *(("yolov8", name) for name in ("model.4.cv1", "model.9.cv1", "model.22.cv2.0.0", "model.6.m.1.cv1")),
+        *(("yolo11", name) for name in ("model.10.cv1", "model.16.cv2", "model.6.m.0.cv1")),
+    ],
+    indirect=["net"],
+)
 @pytest.mark.parametrize("rebuilt", [False, True])
 @pytest.mark.slow
 def test_thinned_is_pruned(net, name, rebuilt):

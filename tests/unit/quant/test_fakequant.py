@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules.block import Attention
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from tests.support.quant_net import images, net
@@ -86,17 +87,23 @@ def test_only_tensors_that_are_joined_share_a_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "sums", "concats"), [("n", 6, 13), ("s", 6, 13), ("m", 12, 13), ("l", 18, 13), ("x", 18, 13)]
-)
+    ("size", "sums", "concats"),
+    [
+        ("v8n", 6, 13), ("v8s", 6, 13), ("v8m", 12, 13), ("v8l", 18, 13), ("v8x", 18, 13),
+        ("v8n-p2", 6, 17), ("v8n-p6", 7, 18),
+        ("11n", 13, 17), ("11s", 13, 17), ("11m", 18, 22), ("11l", 36, 30), ("11x", 36, 30),
+    ],
+)  # fmt: skip
 def test_every_sum_and_concatenation_of_every_size_is_int8(size: str, sums: int, concats: int) -> None:
-    config = yaml_model_load(f"yolov8{size}.yaml")
-    config["scales"][size][1] = 0.0625  # narrow: the widths do not matter here
+    config = yaml_model_load(f"yolo{size}.yaml")
+    config["scales"][size[2]][1] = 0.0625  # narrow: the widths do not matter here
     model = DetectionModel(config, nc=3, verbose=False)
     placed = plan(model)
     joins = [where for group in placed.int8 for where in group.joins]
     assert sum(where.endswith("(sum)") for where in joins) == sums
-    assert sum(not where.endswith("(sum)") for where in joins) == concats  # C2f, SPPF and neck
-    assert len(placed.convs) == sum(isinstance(module, nn.Conv2d) for module in model.modules()) - 7
+    assert sum(not where.endswith("(sum)") for where in joins) == concats  # C2f, C3k, C2PSA, SPPF and neck
+    floats = 1 + 2 * len(model.stride) + 2 * sum(isinstance(module, Attention) for module in model.modules())
+    assert len(placed.convs) == sum(isinstance(module, nn.Conv2d) for module in model.modules()) - floats
     assert all(why for _, _, _, why in placed.rows())
 
 
@@ -123,8 +130,8 @@ def test_what_is_left_in_float_is_read_back_as_that(state: QuantState, name: str
 
 
 def test_a_block_of_another_family_is_named() -> None:
-    model = DetectionModel("yolo11n.yaml", nc=3, verbose=False)
-    with pytest.raises(RecipeError, match=r"model\.2 is a C3k2"):
+    model = DetectionModel("yolo12n.yaml", nc=3, verbose=False)
+    with pytest.raises(RecipeError, match=r"model\.6 is a A2C2f"):
         plan(model)
 
 

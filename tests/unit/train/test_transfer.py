@@ -54,7 +54,7 @@ def of_task(kind: type[DetectionModel], yaml: str, classes: int) -> DetectionMod
 
 def outputs(model: nn.Module) -> set[str]:
     """Names of the class outputs' tensors."""
-    return {name for name in model.state_dict() if re.match(r"model\.22\.cv3\.\d\.2\.", name)}
+    return {name for name in model.state_dict() if re.match(r"model\.2[23]\.cv3\.\d\.2\.", name)}
 
 
 def test_all_tensors_but_the_class_outputs_are_the_checkpoints(folder: Path) -> None:
@@ -137,7 +137,12 @@ def test_a_pruned_checkpoint_keeps_its_widths(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "yaml"),
-    [(SegmentationModel, "yolov8n-seg.yaml"), (OBBModel, "yolov8n-obb.yaml"), (PoseModel, "yolov8n-pose.yaml")],
+    [
+        (SegmentationModel, "yolov8n-seg.yaml"),
+        (OBBModel, "yolov8n-obb.yaml"),
+        (PoseModel, "yolov8n-pose.yaml"),
+        (SegmentationModel, "yolo11n-seg.yaml"),
+    ],
 )
 def test_the_detection_part_of_another_task(folder: Path, kind: type[DetectionModel], yaml: str) -> None:
     model, path = of_task(kind, yaml, 4), folder / f"{yaml}.pt"
@@ -155,9 +160,13 @@ def test_the_detection_part_of_another_task(folder: Path, kind: type[DetectionMo
 @pytest.mark.parametrize(
     ("yaml", "channels", "message"),
     [
-        ("yolo11n.yaml", 3, "baseline.pretrained=.*model.2 is a C3k2; supported are YOLOv8 detection models"),
-        ("yolov8n-p2.yaml", 3, r"strides \[4, 8, 16, 32\], expected \[8, 16, 32\]"),
-        ("yolov8n-p6.yaml", 3, r"strides \[8, 16, 32, 64\], expected"),
+        (
+            "yolo12n.yaml",
+            3,
+            "baseline.pretrained=.*model.6 is a A2C2f; supported are YOLOv8 detection models: .*; YOLO11 det",
+        ),
+        ("yolo26n.yaml", 3, r"head is end-to-end Detect \(YOLO26\), expected Detect: only YOLOv8 and YOLO11 detectors"),
+        ("yolov8n-ghost.yaml", 3, r"model.1 is a GhostConv; supported are"),
         ("yolov8n.yaml", 1, "takes 1 image channels, the data set has 3"),
         ("yolov10n.yaml", 3, "head is v10Detect, expected Detect|a checkpoint for .*v10Detect"),
     ],
