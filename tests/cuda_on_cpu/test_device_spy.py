@@ -136,7 +136,7 @@ def test_a_stage_computes_on_the_device_of_the_recipe(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few = {"yaml": "shapes.yaml", "imgsz": 64, "limit_train": 8, "limit_val": 4}
+    few = {"yaml": "shapes.yaml", "imgsz": 64, "limit_train": 8, "limit_val": 8}
     folder = prepare(tmp_path / "user", data=few, export=None, engine=None, bench=None, report=None, **sections)
     checkpoint.save_model(checkpoint.new_model("yolov8n.yaml", NAMES, 3, 1), folder.folder / "weights" / "other.pt")
     folder.run("baseline", "recipe=tiny.yaml")

@@ -19,6 +19,7 @@ from yolo_compress.stages import load_progress
 PLAIN = {
     "data/cache.py", "evaluate/exported_files.py", "lint/isolated.py", "prune/latency.py", "rollout/shadow_log.py",
     "store/fingerprint.py",
+    "train/connection.py",  # what the ranks of one command put into their store
 }  # fmt: skip
 
 CASES = {
