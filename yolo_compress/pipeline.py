@@ -28,7 +28,7 @@ from yolo_compress.recipe import auto_values
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.controls import REPEATED
-from yolo_compress.recipe.knobs import IMGSZ_STEP
+from yolo_compress.recipe.knob_types import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.device import cpu_model

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .knobs import IMGSZ_STEP
+from .knob_types import IMGSZ_STEP
 from .sections import SourceConfig, TrainConfig
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..runtime.registry import Precision
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
-from .knobs import (
+from .knob_types import (
     TEXT,
     Batch,
     CalibImages,

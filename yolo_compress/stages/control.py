@@ -26,7 +26,7 @@ from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import scores
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.recipe import controls
-from yolo_compress.recipe.knobs import ControlNet, number
+from yolo_compress.recipe.knob_types import ControlNet, number
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed

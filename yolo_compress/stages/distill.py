@@ -14,7 +14,7 @@ from yolo_compress.distill.teacher import Frozen, Own, Peer, Source
 from yolo_compress.errors import RecipeError
 from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe.checks import SAME_NET
-from yolo_compress.recipe.knobs import number
+from yolo_compress.recipe.knob_types import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._inverted_images import inverted_samples

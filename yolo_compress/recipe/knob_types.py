@@ -1,4 +1,7 @@
-"""Define knobs, the settings of a recipe: help, limits and accepted values. Also define the knobs that several sections share."""
+"""Types of knobs (settings of a recipe): accepted values, limits and help of the knobs that several sections share.
+
+`knob` adds help and limits to a field. The defaults of all knobs, and the knobs of a single section, are in `sections.py`.
+"""
 
 from __future__ import annotations
 
