@@ -57,7 +57,7 @@ def settings(options: Mapping[str, str]) -> Settings:
     """Read the options of the command line.
 
     Raises:
-        RecipeError: a value out of range, or an `out` whose folder does not exist.
+        RecipeError: A value is out of range, or the folder of `out` does not exist.
     """
     out = Path(options["out"]) if "out" in options else None
     if out is not None and (out.is_dir() or not out.parent.is_dir()):

@@ -251,7 +251,7 @@ class Graph:
 
     @cached_property
     def before_layers(self) -> set[str]:
-        """Tensors from which a layer with weights (except DFL) is computed, directly or indirectly.
+        """Tensors that a layer with weights (except DFL) reads, directly or through other nodes.
 
         All other tensors belong to the end of the model: outputs of the head's last convolutions, DFL, decode.
         """

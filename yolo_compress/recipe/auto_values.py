@@ -1,8 +1,9 @@
 """Choose epochs, batch, optimizer and other knobs from the number of images, for `auto` in a recipe and for `init`.
 
 A fine-tuning needs a number of optimizer steps. A small data set has few steps in an epoch, so it needs more epochs. Epochs fall
-with the fourth root of the number of images: 100 images get 100 epochs, and 1,600 images get 50. 100,000 images get 20 epochs, the
-minimum (18 by the rule). Every result is a `Choice`: a number and the reason for it, which `init` writes beside the number.
+with the fourth root of the number of images: 100 images get 100 epochs, and 1,600 images get 50. 100,000 images get the
+minimum of 20 epochs, since the rule gives 18. Every result is a `Choice`: a number and the reason for it, which `init` writes beside
+the number.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def imgsz(samples: Sequence[Sample], smallest_px: int) -> Choice:
 
     Args:
         samples: Training images.
-        smallest_px: Smallest side. Smaller images have a smaller side.
+        smallest_px: Smallest side, unless the images themselves are smaller.
     """
     longest = statistics.median(max(sample.width, sample.height) for sample in samples)
     sides = sorted(

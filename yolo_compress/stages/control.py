@@ -79,7 +79,7 @@ def expected_minutes(job: Job, nets: int, narrowed: bool) -> float:
     Args:
         job: Job of the stage.
         nets: Number of controls.
-        narrowed: One of them has the MACs of the pruned model.
+        narrowed: Whether one of them is the control `narrowed`.
     """
     chain_s = sum(job.inputs[stage].manifest.seconds for stage in controls.trainings(job.recipe))
     dense = nets - narrowed
@@ -125,7 +125,7 @@ def narrow(job: Job, model: nn.Module) -> None:
         model: Model with the widths of the baseline.
 
     Raises:
-        RecipeError: No such widths come within 2 % of these MACs.
+        RecipeError: With equal shares, no widths come within 2 % of the MACs of the pruned model.
     """
     config: PruneConfig = job.config
     share = of_model(job.inputs["prune"])["compute_gflops"] / of_model(job.inputs["baseline"])["compute_gflops"]

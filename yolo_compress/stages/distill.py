@@ -94,7 +94,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that the teacher can teach the student. The check uses the models before any training.
 
     Raises:
-        RecipeError: See `_load_or_train.start`, `Teach` and `checkpoint.load_model`.
+        RecipeError: A model cannot be loaded, or the teacher does not match the student (see `Teach`).
     """
     assert recipe.distill is not None
     config, seed = recipe.distill, recipe.run.seed

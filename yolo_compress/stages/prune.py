@@ -49,8 +49,10 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, the calibration images, the criterion and the budget.
 
     Raises:
-        RecipeError, EnvironmentLacks, CorruptArtifact: See `_prune_plan.check`.
-        DataError: See `check_calibration`.
+        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget.
+        EnvironmentLacks: The runtime to time layers on is missing.
+        CorruptArtifact: The table of layer times is damaged.
+        DataError: The calibration images cannot be used (see `check_calibration`).
     """
     assert recipe.prune is not None
     check_calibration(recipe, dataset, "prune")

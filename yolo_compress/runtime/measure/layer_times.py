@@ -51,7 +51,7 @@ class _Probe(TypedDict):
 
 
 class Probe(_Probe, total=False):
-    """The document in `layers.json`."""
+    """Content of `layers.json`: the models in a folder of `yolo-compress probe`, and how to find their convolutions in an engine."""
 
     convs: Dict[str, str]  # convolution -> its ONNX node; the engine must not fuse it with another convolution
 
