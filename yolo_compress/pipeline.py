@@ -404,7 +404,7 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
     """Run the checks of the given stages, which find errors in recipe, data and machine before any stage runs.
 
     Raises:
-        CompressError: See `check` in the modules of `stages`.
+        CompressError: A check found an error. The function `check` of each module in `stages` lists its causes.
     """
     stages = list(stages)
     _check_batches(recipe, dataset, stages)

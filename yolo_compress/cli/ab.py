@@ -151,7 +151,7 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Return the latencies of model A and model B. Only latencies that were measured in turn, here or by one bench, are comparable.
+    """Return the latencies of models A and B. They are comparable only if they were measured alternately, here or by one bench.
 
     If the latencies are not comparable, print a notice and return None for both.
     """

@@ -99,7 +99,9 @@ def export_torchscript(
     For the arguments see `export_onnx`.
 
     Raises:
-        RecipeError, NumericsError, StorageError: See `export_onnx`.
+        RecipeError: The size is not supported.
+        NumericsError: A weight is NaN or infinite.
+        StorageError: The file cannot be written.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():

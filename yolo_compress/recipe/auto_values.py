@@ -71,7 +71,7 @@ def batch(images: int) -> Choice:
 
 
 def close_mosaic(epochs: int) -> Choice:
-    """Return the number of last epochs without mosaic."""
+    """Return the number of epochs without mosaic at the end of the training."""
     return Choice(min(WHOLE_IMAGES, epochs // WHOLE_SHARE), "ends on whole images, as in validation")
 
 

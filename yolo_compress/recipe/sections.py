@@ -182,8 +182,8 @@ class TrainConfig(Section):
 class SourceConfig(TrainConfig):
     """Source of the baseline or the teacher. Set exactly one of `weights`, `pretrained` and `model`.
 
-    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint of any classes. With `model`, it
-    starts from random weights. The training has the defaults of Ultralytics.
+    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint, which may have other classes.
+    With `model`, it starts from random weights. The training has the defaults of Ultralytics.
     """
 
     weights: Weights = None
@@ -450,7 +450,7 @@ class DistillConfig(TrainConfig):
 
 
 class QatConfig(TrainConfig):
-    """Calibration, then quantisation-aware training (`epochs: 0`: calibration only, PTQ)."""
+    """Calibrate INT8, then train with fake quantisation (QAT). If `epochs` is 0, only calibrate (PTQ)."""
 
     calib_images: CalibImages = 128
     calibrator: CalibratorKnob = "mse"

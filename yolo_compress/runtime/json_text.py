@@ -43,7 +43,7 @@ def read(path: Path, constant: Callable[[str], Any] = refuse) -> Any:
     """Parse the JSON document in a file.
 
     Raises:
-        ValueError: see `parse`.
+        ValueError: `parse` refuses the document.
         OSError: the file cannot be read.
     """
     return parse(content(path), constant)

@@ -46,7 +46,8 @@ def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dic
     Two engines are built from the complete model, with the ONNX file that `export` writes for the runtime. They are timed alternately.
 
     Raises:
-        EnvironmentLacks, CompressError: See `prune.latency.take_table`.
+        EnvironmentLacks: The runtime is missing.
+        CompressError: An engine cannot be built or timed.
     """
     progress.say(f"qat: timing layers on {runtime} in FP32 and INT8")
     folder = job.work / "layers"

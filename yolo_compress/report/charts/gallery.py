@@ -105,7 +105,10 @@ def draw(items: Sequence[Item], count: int = COUNT) -> Gallery:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An item with its image in memory. truths_N5 is class, xyxy in px. Only shown detections remain, best score first."""
+    """An item with its image in memory. Only shown detections remain, best score first.
+
+    `truths_N5` is an (N, 5) array with the columns class, x1, y1, x2, y2 in px.
+    """
 
     image_HW3: NDArray[np.uint8]
     truths_N5: NDArray[Any]
@@ -137,7 +140,7 @@ def _loaded(item: Item) -> _Loaded:
 
 
 def _read(file: Path) -> NDArray[np.uint8]:
-    """Read an image as HW3 RGB. The EXIF orientation is applied, because the boxes refer to the rotated image."""
+    """Read an image as an (H, W, 3) RGB array. The EXIF orientation is applied, because the boxes refer to the rotated image."""
     try:
         data = np.frombuffer(file.read_bytes(), np.uint8)
     except OSError as error:

@@ -157,7 +157,8 @@ class NcnnBackend:
         """Convert an ONNX file (`ncnn_convert.convert`) into the folder `out`, and test it with one inference. Return the files.
 
         Raises:
-            RuntimeUnavailable, EngineError: see `ncnn_convert.convert`.
+            RuntimeUnavailable: NCNN, pnnx or onnx is missing.
+            EngineError: the file cannot be converted, for a reason that `ncnn_convert.convert` lists, or NCNN rejects the result.
         """
         info = describe_onnx(Path(onnx), RUNTIME, precision, _version(), names, imgsz)
         with tempfile.TemporaryDirectory() as scratch:

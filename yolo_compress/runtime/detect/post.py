@@ -47,7 +47,7 @@ def nms(
 
 
 def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.ndarray:
-    """Return rows (xyxy, score, class) of all scores above `conf`, in the same order as Ultralytics."""
+    """Return rows (x1, y1, x2, y2, score, class) of all scores above `conf`, in the same order as Ultralytics."""
     best_A = output_CA[4:].max(axis=0)  # NaN if any score is NaN, so the scores need no separate check
     if not (np.isfinite(best_A).all() and np.isfinite(output_CA[:4]).all()):
         raise NotFinite("the model's output holds NaN or infinity")

@@ -177,8 +177,7 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
 
     Args:
         expected, found: one (N, 6) array per image, columns x1, y1, x2, y2 in px, score, class. The images have the same order.
-        conf: every detection with at least this score needs a partner in the other set, with the same class and an IoU of at least
-            0.5.
+        conf: every detection with at least this score must match a detection of the other set: same class, IoU of at least 0.5.
     """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):

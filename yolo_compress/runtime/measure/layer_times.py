@@ -123,7 +123,7 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
 
 
 def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
-    """Measure engines in turn. Return a dict from node name to ms for each engine: the minimum over the rounds."""
+    """Measure engines alternately. Return a dict from node name to ms for each engine: the minimum over the rounds."""
     rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
     for _ in range(ROUNDS):
         for index, engine in enumerate(engines):
