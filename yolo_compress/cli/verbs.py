@@ -218,7 +218,7 @@ VERBS = {row.name: row for row in (
     Verb("ab", "test whether model b is as good as model a; exit code 1: no", "Use the result",
          "yolo_compress.cli.ab:handle", (
         Option("a", "MODEL", "Model in use, such as the baseline.", values=_MODEL, needed=True),
-        Option("b", "MODEL", "New model, which is judged.", values="like those of a", needed=True),
+        Option("b", "MODEL", "New model, which is judged.", values="as for a", needed=True),
         Option("data", "DATA.yaml", "Data set whose validation images are used.", values="a data set file", needed=True),
         Option("imgsz", "SIDE|HEIGHT,WIDTH", "Size of the models' input. Set it to compare two .pt files.",
                "the size of the engines", "one side or height,width, multiples of 32", "px"),
@@ -259,7 +259,7 @@ VERBS = {row.name: row for row in (
     Verb("rollout", "judge a new model b from logs of robots; exit code 1: abort", "Robots",
          "yolo_compress.cli.rollout:handle", (
         Option("a", "LOG.jsonl", "Log of the model in use.", values="a file that detect.py --shadow wrote", needed=True),
-        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="like those of a", needed=True),
+        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="as for a", needed=True),
         Option("truth", "LABELS.jsonl", "Labels of some of the images. With them, the verdict also covers missed objects.",
                                         "none", "a file"),
         Option("state", "FILE.json", "File that keeps the state of the release between calls.",

@@ -195,7 +195,7 @@ Model = Annotated[Scratch | None, knob(
     when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
     group="Model")]
 CalibImages = Annotated[int, knob(
-    "Number of training images, without augmentation, from which the INT8 scales are calibrated.",
+    "Number of training images that calibration uses to choose the INT8 scales. They are not augmented.",
     when="Raise it when there are many classes or varied scenes. For COCO, 512 is suitable.",
     group="Calibration", unit="images", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob(
