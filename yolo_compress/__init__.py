@@ -6,7 +6,9 @@
     print(artifact.metrics["verdict"]["line"], artifact.file("report.html"))
 
     with open_engine("weights/digits/engine/compressed/onnxruntime-int8") as engine:
-        detections_N6 = Detector(engine, conf=0.25, multi_label=False)(image_HW3)  # uint8 RGB; x1, y1, x2, y2, score, class
+        detections_N6 = Detector(engine, conf=0.25, multi_label=False)(image_HW3)
+
+`image_HW3` is an (H, W, 3) uint8 RGB array. `detections_N6` is an (N, 6) array with the columns x1, y1, x2, y2 in px, score, class.
 
 Errors that a user can fix are subclasses of `errors.CompressError`. Errors of an engine are `runtime.errors.RuntimeFailure`.
 Importing this package is fast: a module such as torch is imported only when a name that needs it is first used.

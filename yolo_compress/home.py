@@ -18,7 +18,7 @@ def weights() -> Path:
 
 
 def datasets() -> Path:
-    """Return the folder of data sets and data yamls, also for drawn and downloaded data sets. It may not exist yet."""
+    """Return the folder of data sets and data yamls. `fetch` writes data sets into it. It may not exist yet."""
     return _home() / "datasets"
 
 

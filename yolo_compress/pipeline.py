@@ -28,7 +28,7 @@ from yolo_compress.recipe import auto_values
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe.choices import OWN
 from yolo_compress.recipe.controls import REPEATED
-from yolo_compress.recipe.knobs import IMGSZ_STEP
+from yolo_compress.recipe.knob_types import IMGSZ_STEP
 from yolo_compress.recipe.recipe import SHIPPED, Recipe
 from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.device import cpu_model
@@ -52,10 +52,10 @@ class Stage:
         stand_in: If the recipe leaves this stage out, the artefact of the stage `stand_in` is used. None: this stage cannot be left
             out.
         version: Number to increase when a change of the code changes the result of the stage.
-        trains: The stage may train. The other ranks of a distributed run only take part in training.
-        models: The stage writes models, so the disk space that it needs depends on their size.
-        machine: This machine and its engine libraries are part of the fingerprint.
-        checked: The stage's module has a function `check(recipe, dataset)`. It runs before all stages, to find errors early.
+        trains: Whether the stage may train. The other ranks of a distributed run only take part in training.
+        models: Whether the stage writes models. The disk space that it needs then depends on their size.
+        machine: Whether this machine and its engine libraries are part of the fingerprint.
+        checked: Whether the stage's module has a function `check(recipe, dataset)`. It runs before all stages, to find errors early.
     """
 
     needs: tuple[str, ...] = ()
@@ -404,7 +404,7 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
     """Run the checks of the given stages, which find errors in recipe, data and machine before any stage runs.
 
     Raises:
-        CompressError: See `check` in the modules of `stages`.
+        CompressError: A check found an error. The function `check` of each module in `stages` lists its causes.
     """
     stages = list(stages)
     _check_batches(recipe, dataset, stages)
@@ -512,7 +512,7 @@ def report_over(
 
     Args:
         recipe: Recipe from `recipe.load`.
-        files: Files `device.json` of robots, and files `report.json` of other recipes.
+        files: `device.json` files of robots, and `report.json` files of other recipes.
         out: Folder outside the store. It is created if needed, and a report in it is overwritten. The report in the store does
             not change.
 
@@ -520,7 +520,8 @@ def report_over(
         The metrics of the new report: `verdict`, `gate` and `table`.
 
     Raises:
-        CompressError: See `report.device_files.read`, before any stage runs; `report.devices.add` and `run`.
+        CompressError: A file cannot be used; `report.device_files.read` and `report.devices.add` list the causes. Or a stage failed,
+            as in `run`. All files are read before any stage runs.
     """
     from yolo_compress.report import device_files
     from yolo_compress.stages import Job, report
@@ -541,7 +542,7 @@ def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
     """Return which channels `prune` would remove from the model. Nothing is trained.
 
     Raises:
-        RecipeError: See `_planning`.
+        RecipeError: The recipe has no section `prune`, `prune.kind` is not "channel", or the baseline is not trained yet.
     """
     with _planning(recipe, store or Store(home.weights())) as (job, weights):
         shown: DryRun = importlib.import_module("yolo_compress.stages._prune_plan").dry_run(job, weights)
@@ -553,7 +554,7 @@ def probe(recipe: Recipe, out: str, store: Store | None = None) -> Path:
     (`runtime.measure.layer_times`).
 
     Raises:
-        RecipeError: The folder is not empty. For other causes see `_planning`.
+        RecipeError: The folder is not empty, the recipe has no section `prune`, or the baseline is not trained yet.
         StorageError: The folder cannot be written.
     """
     folder = Path(out)

@@ -152,7 +152,8 @@ def tolerate(
     """Return the tolerances of the golden self-test by precision, and the measured differences by pair of engines.
 
     Args:
-        found: Detections with a score of at least `FLOOR` x `conf`, by `runtime-precision`: one array N6 for each image.
+        found: `<runtime>-<precision>` -> detections with a score of at least `FLOOR` x `conf`: for each image an (N, 6) array,
+            columns x1, y1, x2, y2 in px, score, class.
         conf: Score threshold of the self-test.
         boxes: Number of boxes above `conf` in the golden images. The tolerance `unmatched` is a fraction of this number.
     """

@@ -29,10 +29,10 @@ class Keys(TypedDict):
 def keygen(out: Path) -> Keys:
     """Write a new private key to `out`, readable by its owner only, and the public key to `out`.pub.
 
-    If an earlier call was killed after the private key, this call writes the missing public key.
+    If an earlier call was killed after it wrote the private key, this call writes the missing public key.
 
     Raises:
-        RecipeError: The public key exists already, or `out` is a folder or exists without a private key in it.
+        RecipeError: The public key exists already. Or `out` is a folder, or a file that holds no private key.
         StorageError: A file cannot be written.
     """
     if not out.name:

@@ -57,7 +57,7 @@ def settings(options: Mapping[str, str]) -> Settings:
     """Read the options of the command line.
 
     Raises:
-        RecipeError: a value out of range, or an `out` whose folder does not exist.
+        RecipeError: A value is out of range, or the folder of `out` does not exist.
     """
     out = Path(options["out"]) if "out" in options else None
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -151,7 +151,7 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
-    """Return the latencies of model A and model B. Only latencies that were measured in turn, here or by one bench, are comparable.
+    """Return the latencies of models A and B. They are comparable only if they were measured alternately, here or by one bench.
 
     If the latencies are not comparable, print a notice and return None for both.
     """

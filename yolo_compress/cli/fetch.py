@@ -37,7 +37,7 @@ class Source:
 
     Attributes:
         url: Address of the file.
-        most: Size of the download in bytes. If the size is not published, an upper limit.
+        most: Size of the download in bytes, or an upper limit if the size is not published.
         sha256: The published SHA-256. None: it is not published, and only the archive's own checksums are checked.
         into: Folder below `home.datasets()` that the archive is unpacked into. None: the download is one file, for
             `home.weights()`.
@@ -135,7 +135,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         RecipeError: `name` is none of these.
-        EnvironmentLacks: No network. The message says where to put the file.
+        EnvironmentLacks: There is no network. The message says where to put the file.
         CorruptArtifact: The download is not the published file, or not a valid archive. It is deleted.
         StorageError: The disk is full or cannot be written. The next call continues the download.
     """

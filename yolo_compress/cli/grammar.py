@@ -62,7 +62,7 @@ class Command:
         """Return the recipe of the command line with its overrides applied.
 
         Raises:
-            RecipeError: A recipe or value that is not valid.
+            RecipeError: The recipe or a value is not valid.
         """
         return recipe.load(self.recipe, self.overrides)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..errors import RecipeError
 from ..progress import result
 from ..recipe import recipe
-from ..recipe.knobs import GROUPS, words
+from ..recipe.knob_types import GROUPS, words
 from ..recipe.messages import allowed, typed
 from .grammar import Command, unknown_verb
 from .verbs import DEFAULT_RECIPE, HEADINGS, VERBS, Option, Verb

@@ -1,4 +1,4 @@
-"""`yolo-compress init`: inspect data, checkpoints and machine, and write a recipe with a reason for each value. Trains nothing."""
+"""`yolo-compress init`: inspect data, checkpoints and machine, and write a recipe with a reason for each value. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def look(asked: Order) -> Facts:
     """Inspect the data set, the checkpoints and the machine, and return the facts.
 
     Raises:
-        CompressError: See `run`.
+        CompressError: The data or a checkpoint could not be used in a run.
     """
     knobs = dict(asked.overrides)
     minimal = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}

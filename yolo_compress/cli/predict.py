@@ -30,7 +30,10 @@ LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of one call of `predict`. If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses one."""
+    """Options of one call of `predict`.
+
+    If `out` is None, results go to stdout. If `engines` is None, `open_pipeline` chooses the number of engines.
+    """
 
     source: str
     engine: Path
@@ -58,7 +61,7 @@ def settings(options: Mapping[str, str]) -> Settings:
     """Read the options of the command line.
 
     Raises:
-        RecipeError: a value out of range, or `draw` without a folder for the images.
+        RecipeError: A value is out of range, or `draw` is set but `out`, the folder for the images, is not.
     """
     out, draw = options.get("out"), options.get("draw") == "true"
     if draw and out is None:
@@ -103,7 +106,9 @@ def run(chosen: Settings) -> dict[str, Any]:
         latencies have the keys of `latency.percentiles`, such as `latency_p50_ms`.
 
     Raises:
-        SourceError, EngineError, RuntimeUnavailable, NotFinite: See `runtime`.
+        SourceError: The source does not exist, holds no image, or fails.
+        EngineError, RuntimeUnavailable: The engine cannot be opened.
+        NotFinite: The model's output holds NaN or infinity.
         RecipeError: The folder `out` has results of an earlier call.
         StorageError: The disk is full or cannot be written.
     """

@@ -39,7 +39,9 @@ def run(options: Mapping[str, str], wait: bool = True) -> Document:
         The verdict, as made by `rollout.judge.judge`.
 
     Raises:
-        RecipeError, DataError, StorageError: An option is wrong, a log cannot be used, or the state file cannot be written.
+        RecipeError: An option is wrong.
+        DataError: A log cannot be used.
+        StorageError: The state file cannot be written.
         Locked: Another call uses the state file, and `wait` is false.
     """
     allowed, cap = judge.budgets(options.get("budgets")), _cap(options.get("cap", "1"))

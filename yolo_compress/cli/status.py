@@ -10,7 +10,7 @@ from yolo_compress.progress import result
 
 
 def handle(command: Command) -> int:
-    """Print for each stage whether it is up to date, and the reasons below."""
+    """Print for each stage whether it is up to date. If it is not, print the reasons below."""
     recipe = command.load()
     rows = list(pipeline.status(recipe))
     for row in rows:

@@ -106,7 +106,7 @@ RECIPE = Option("recipe", "NAME|FILE", "Recipe to follow.", DEFAULT_RECIPE, "nam
 LOCK = Option("lock", "fail", "What to do while another command uses the store: wait for its end, or fail with exit code "
                               "75.",
               "wait", choices=("wait", "fail"))
-FORCE = Option("force", "true", "Run the stage again, even if it is up to date. With the verb run, this stage is report.",
+FORCE = Option("force", "true", "Run the stage again, even if it is up to date. The verb `run` repeats only the stage report.",
                "false", choices=SWITCH)
 DATA = Option("data.yaml", "FILE", "Data set for which the recipe is written.", values="a data set file", needed=True)
 STAGE = "yolo_compress.cli.stage:handle"
@@ -172,7 +172,7 @@ VERBS = {row.name: row for row in (
         Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is trained only if its classes differ "
                                      "from the data set.",
                "none, the unpruned model is the teacher", "a checkpoint"),
-        Option("target", "NAME", "Class of device that will run the engine. It decides the channel steps, the weight bits "
+        Option("target", "NAME", "Class of the device that will run the engine. It decides prune.round_to, qat.weight_bits "
                                  "and the smallest input size.", "cpu",
                one_of(INIT_TARGETS)),
         Option("out", "FILE.yaml", "Recipe to write.", "DATA-recipe.yaml", "a file .yaml that does not exist yet", writes=True),
@@ -195,10 +195,11 @@ VERBS = {row.name: row for row in (
     Verb("control", "train the models that the compressed one is compared with", "The chain", STAGE),
     Verb("report", "write report.html, .md and .json; exit code 1 when the gate fails", "The chain", STAGE, (
         RECIPE, LOCK, FORCE,
-        Option("add", "device.json[,more.json]", "Write a second report, which also shows these measurements of robots. The "
-                                                 "first report does not change. A file name may contain commas.",
+        Option("add", "device.json[,more.json]", "Write a second report, which also shows the measurements in these files. "
+                                                 "The first report does not change. Commas separate the files.",
                values="files that bench.py wrote on robots, or report.json of other recipes"),
-        Option("out", "FOLDER", "With add: folder of the second report.", "report-RECIPE", "a folder", requires="add", writes=True),
+        Option("out", "FOLDER", "Folder for the second report. It needs `add`.", "report-RECIPE", "a folder", requires="add",
+               writes=True),
     )),
     Verb("predict", "detect objects in images, videos or a camera: a JSON line per image", "Use the result",
          "yolo_compress.cli.predict:handle", (
@@ -206,7 +207,7 @@ VERBS = {row.name: row for row in (
                values="a file, a folder, an address with ://, or the number of a camera", needed=True),
         Option("engine", "FOLDER", "Engine that detects the objects.", values="a folder below weights/RECIPE/engine", needed=True),
         Option("out", "FOLDER", "Folder for detections.jsonl.", "stdout", "a folder", writes=True),
-        Option("draw", "true", "Also write the images with boxes drawn on them. This needs out.", "false", choices=SWITCH),
+        Option("draw", "true", "Also write the images with boxes drawn on them. This needs `out`.", "false", choices=SWITCH),
         _conf("Score threshold. Only detections with a higher score are written. Lower it to miss fewer objects."),
         Option("iou", "0.7", "Largest overlap (IoU) of two boxes of a class. Non-maximum suppression drops the box with the "
                              "lower score if they overlap more. Raise it for crowded scenes.",
@@ -217,12 +218,12 @@ VERBS = {row.name: row for row in (
     Verb("ab", "test whether model b is as good as model a; exit code 1: no", "Use the result",
          "yolo_compress.cli.ab:handle", (
         Option("a", "MODEL", "Model in use, such as the baseline.", values=_MODEL, needed=True),
-        Option("b", "MODEL", "New model, which is judged.", values="like those of a", needed=True),
+        Option("b", "MODEL", "New model, which is judged.", values="as for a", needed=True),
         Option("data", "DATA.yaml", "Data set whose validation images are used.", values="a data set file", needed=True),
         Option("imgsz", "SIDE|HEIGHT,WIDTH", "Size of the models' input. Set it to compare two .pt files.",
                "the size of the engines", "one side or height,width, multiples of 32", "px"),
         _conf("Score threshold for the comparison of single detections. Set the threshold that your program uses."),
-        Option("margin", "0.01", "Fraction of a's mAP50-95 that b may lose and still pass.", "0.01",
+        Option("margin", "0.01", "Fraction of model a's mAP50-95 that model b may lose and still pass.", "0.01",
                "a number >= 0 and <= 1", "fraction"),
         Option("replicates", "1000", "Number of bootstrap resamples of the images for each interval.", "1000",
                "a whole number >= 1 and <= 100000", "resamples"),
@@ -232,7 +233,7 @@ VERBS = {row.name: row for row in (
     Verb("lint", "find faults of an ONNX file; exit code 1: there are errors", "Use the result",
          "yolo_compress.cli.lint:handle", (
         Option("target", "NAME", "Runtime that will execute the file.", lint_targets.DEFAULT, one_of(lint_targets.TARGETS)),
-    ), Words("FILE.onnx", "file", "ONNX file to check, of this or any other program.", "a file"), knobs=False, continues=False),
+    ), Words("FILE.onnx", "file", "ONNX file to check. Any program may have written it.", "a file"), knobs=False, continues=False),
     Verb("bundle", "write a folder or .tar for the robot; the gate must have passed", "Robots",
          "yolo_compress.cli.bundle:handle", (
         RECIPE, LOCK,
@@ -242,8 +243,8 @@ VERBS = {row.name: row for row in (
                needed=True, writes=True),
         Option("target", "NAME", "System for which configuration files are added. plain: no such files.", "plain",
                "one of plain, isaac_ros, deepstream, triton"),
-        Option("version", "N", "Version of the bundle. A robot installs only bundles with a higher version than all earlier "
-                               "bundles.", "the time, in seconds",
+        Option("version", "N", "Version of the bundle. A robot installs a bundle only if its version is higher than those "
+                               "of all earlier bundles.", "the Unix time in seconds",
                "a whole number >= 1"),
         Option("key", "FILE", "Private key that signs the bundle, from `yolo-compress keygen`.", "none, not signed", "a file"),
         Option("golden", "N", "Number of validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),
@@ -258,18 +259,18 @@ VERBS = {row.name: row for row in (
     Verb("rollout", "judge a new model b from logs of robots; exit code 1: abort", "Robots",
          "yolo_compress.cli.rollout:handle", (
         Option("a", "LOG.jsonl", "Log of the model in use.", values="a file that detect.py --shadow wrote", needed=True),
-        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="like those of a", needed=True),
+        Option("b", "LOG.jsonl", "Log of the new model, on the same robot and images.", values="as for a", needed=True),
         Option("truth", "LABELS.jsonl", "Labels of some of the images. With them, the verdict also covers missed objects.",
                                         "none", "a file"),
-        Option("state", "FILE.json", "File that keeps the state of the release from call to call.",
+        Option("state", "FILE.json", "File that keeps the state of the release between calls.",
                                      "none, each call starts a new release", "a file",
                writes=True),
-        Option("stage", "5%", "Share of the robots that run b now.", "the share in state, else 1%",
+        Option("stage", "5%", "Share of the robots that run b now.", "the share in the state file, else 1%",
                one_of(f"{share:.0%}" for share in ROLLOUT_STAGES)),
         Option("cap", "25%", "Largest share of the robots that may run b after this call.", "100%",
                "a share from 0.01 to 1, or 1% to 100%"),
-        Option("budgets", "NAME:NUMBER,...", "Limits for how much worse b may be, and the frames and hours that a stage "
-                                             "needs.",
+        Option("budgets", "NAME:NUMBER,...", "Limits for how much worse b may be, and the numbers of frames and hours "
+                                             "that must be logged before more robots may run b.",
                "problems:0.01, disagreement:0.2, count:0.1, score:0.1, p50_ratio:1.2, p99_ratio:1.5, recall:0.02, frames:500, hours:1",
                "each name once; a ratio >= 1, the others > 0 and < 1, frames and hours >= 0"),
         LOCK,

@@ -24,7 +24,7 @@ def check_terms(terms: Mapping[str, Tensor], student: Sequence[Tensor], same: bo
         same: True if student and teacher have equal weights. Terms may then be 0.
 
     Raises:
-        NumericsError: A term is not finite, 0, or without a gradient to the student.
+        NumericsError: A term is 0 or not finite, or has no gradient to the student.
     """
     for name, term in terms.items():
         if not bool(torch.isfinite(term)):

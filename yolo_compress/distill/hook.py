@@ -21,22 +21,22 @@ from yolo_compress.train.hook import TrainHook
 class Teach(TrainHook):
     """Hook that adds distillation losses to the training of a student.
 
-    The losses are `kd_feature` (feature maps of layers), `kd_class` (Hinton's soft labels on the class logits), `kd_box`
-    (distributions of box sides), `kd_iou` (decoded boxes) and `peer` (loss of a teacher that is trained together with the student).
-    Each loss is logged as `train/<name>`, and its share of the total loss as `share/<name>`.
+    `kd_feature` compares feature maps, `kd_class` class scores (Hinton's soft labels), `kd_box` the distributions of box sides,
+    and `kd_iou` the decoded boxes of student and teacher. `peer` is the training loss of a teacher that learns together with the
+    student. Each loss is logged as `train/<name>`, and its fraction of the total loss as `share/<name>`.
 
     Args:
         source: The teacher, see `teacher.Source`.
         feature_weight: Weight of `kd_feature`; 0 disables it.
-        class_weight: Weight of `kd_class`, including Hinton's alpha; 0 disables it.
+        class_weight: Weight of `kd_class`, already multiplied by `distill.alpha`; 0 disables it.
         box_weight: Weight of `kd_box`; 0 disables it.
         iou_weight: Weight of `kd_iou`; 0 disables it.
-        temperature: T of the soft class labels; box sides have T = 1.
-        feature_loss: A name of `choices.FEATURE_LOSSES`, or `file.py:function`.
+        temperature: Temperature of `kd_class`. The temperature of `kd_box` is 1.
+        feature_loss: A key of `choices.FEATURE_LOSSES`, or `file.py:function`.
         layers: Layers for `kd_feature`, each as `NAME` or `STUDENT=TEACHER`. If None, the default layers of `source` are used.
-        ramp_epochs: Number of epochs over which all weights rise linearly, from the share `1 / ramp_epochs` in the first epoch.
-            If 0, the weights are constant.
-        off_epochs: Number of last epochs without distillation. The teacher does not run in them.
+        ramp_epochs: Number of epochs over which all weights rise linearly. In the first epoch they are divided by `ramp_epochs`.
+            If `ramp_epochs` is 0, the weights are constant.
+        off_epochs: Number of epochs without distillation, at the end of the training. The teacher does not run in them.
 
     Raises:
         RecipeError: The teacher does not match the student, or the maps of two layers have different sizes.

@@ -3,7 +3,7 @@
 No data set is needed. This is DeepInversion (Yin et al., arXiv 1912.08795) without the class term of the paper, since the images
 have no labels.
 
-Shapes: images_B3HW in 0..1.
+Shapes: images_B3HW is a (B, 3, H, W) RGB tensor in 0..1.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def head_terms(
         student: Raw outputs of Detect: class logits `scores` and box logits `boxes`.
         teacher: The same for the teacher, without gradient. The teacher's best class scores are the weights of the anchors.
         weights: Name of the loss term -> its weight. Only whether a weight is 0 has an effect.
-        temperature: T of the class labels; box sides have T = 1.
+        temperature: Temperature of `kd_class`. The temperature of `kd_box` is 1.
     """
     own, other = ({name: outputs[name].float() for name in ("scores", "boxes")} for outputs in (student, teacher))
     weight_BA = teacher_weight(other["scores"])

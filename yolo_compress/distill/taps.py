@@ -17,7 +17,7 @@ PROBE_CELLS = 2  # side of the probe image in cells of the coarsest level
 
 
 class Taps:
-    """Stores the outputs of the layers `names` of a model in each forward pass, by forward hooks.
+    """Forward hooks that store the outputs of the layers `names` in each forward pass of a model.
 
     Call `attach` only when training starts. Otherwise a copy of the model, such as the EMA, would also have the hooks.
     """

@@ -17,7 +17,7 @@ from yolo_compress.runtime.measure.coco_map import counting
 
 
 def row_name(row: Mapping[str, object]) -> str:
-    """Return the file name of a bench row, without suffix: model, runtime and precision."""
+    """Return `<model>-<runtime>-<precision>` of a bench row. A file with the detections of the row has this name, and a suffix."""
     return f"{row['model']}-{row['runtime']}-{row['precision']}"
 
 

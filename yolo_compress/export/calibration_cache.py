@@ -81,7 +81,8 @@ def write_implicit(float_onnx: Path, out: Path, state: QuantState) -> None:
         state: As for `write_cache`.
 
     Raises:
-        CorruptArtifact, RecipeError: See `write_cache`.
+        CorruptArtifact: Graph and state do not belong together.
+        RecipeError: The format does not allow the name of a tensor.
     """
     model = onnx.load(str(float_onnx))
     stored = {item.name: item for item in model.graph.initializer}

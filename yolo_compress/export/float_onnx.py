@@ -1,7 +1,8 @@
 """Export a detector in FP32 to ONNX and TorchScript, with the inputs and outputs of Ultralytics' own export.
 
 Input `images` is `[B, C, H, W]` float32 from 0 to 1, RGB or grey (C = 1). Output `output0` is `[B, 4 + nc, A]` float32: boxes as
-centre x, centre y, width, height in pixels of the input, then class scores from 0 to 1. Isaac ROS and Ultralytics decode it.
+centre x, centre y, width, height in pixels of the input, then nc class scores from 0 to 1, for each of A anchors. Isaac ROS
+and Ultralytics decode it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def export_torchscript(
     For the arguments see `export_onnx`.
 
     Raises:
-        RecipeError, NumericsError, StorageError: See `export_onnx`.
+        RecipeError: The size is not supported.
+        NumericsError: A weight is NaN or infinite.
+        StorageError: The file cannot be written.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), quiet_trace():

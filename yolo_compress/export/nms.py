@@ -31,7 +31,7 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
     has only its best class, as in `runtime.detect.post.nms(multi_label=False)`.
 
     Args:
-        source: Exported file with `output0` `[1, 4 + nc, A]`, of any precision. It is only read.
+        source: Exported file of any precision. Its `output0` is `[1, 4 + nc, A]`, for nc classes and A anchors. It is only read.
         out: File to write.
         conf: Minimum score, exclusive.
         iou: A box is removed if its IoU with a better box of the same class exceeds this value.

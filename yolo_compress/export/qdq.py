@@ -139,7 +139,7 @@ def _activation_type(file: Int8File) -> tuple[int, int]:
 
 
 def find_convs(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, onnx.NodeProto]:
-    """Return convolution -> ONNX node. The node is found by the name of its weight, `<convolution>.weight`.
+    """Return a dict from convolution to ONNX node. The node is found by the name of its weight, `<convolution>.weight`.
 
     Simplifiers do not rename weights.
 

@@ -122,7 +122,8 @@ def export_int8_torchscript(
         EnvironmentLacks: This torch has no quantised convolutions.
         CorruptArtifact: Model and state do not belong together, or the state has no ranges of the convolutions' outputs.
         CompressError: The traced model differs from the plan.
-        RecipeError, NumericsError: See `float_onnx.export_onnx`.
+        RecipeError: The size is not supported.
+        NumericsError: A weight is NaN or infinite.
     """
     net, images, metadata = prepare(model, imgsz_hw, names, batch, "torchscript")
     with torch.no_grad(), _engine(), quiet_trace(), _quiet_deprecation():
@@ -140,7 +141,7 @@ def convert_to_int8(net: nn.Module, state: QuantState) -> None:
     """Convert the layers of a fused detector that have ranges in `state` to INT8, in place. Other layers stay float.
 
     Raises:
-        CorruptArtifact: See `export_int8_torchscript`.
+        CorruptArtifact: Model and state do not belong together, or the state has no ranges of the convolutions' outputs.
     """
     placed = plan(net)
     _check(net, placed, state)

@@ -124,7 +124,7 @@ def resolve(text: str) -> Any:
 
 
 def dump(data: dict[str, Any]) -> str:
-    """Return a mapping as YAML, from which `parse` reads an equal mapping."""
+    """Return a mapping as YAML text. `parse` turns the text back into an equal mapping."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 

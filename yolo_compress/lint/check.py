@@ -93,7 +93,8 @@ def check(file: Path, name: str = DEFAULT) -> Report:
     Raises:
         RecipeError: The target is unknown.
         EnvironmentLacks: There is no such file, or the target needs a library that is not installed.
-        StorageError, CorruptArtifact: See `load.read`.
+        StorageError: The file cannot be read.
+        CorruptArtifact: The file is not a complete ONNX model, or it refers to weights outside its folder.
     """
     row = target(name)
     graph = load.read(file)

@@ -1,4 +1,7 @@
-"""Rules that build the file with TensorRT-RTX. This compiler of NVIDIA runs on any x86 machine, without a GPU."""
+"""Rules that build an engine from the ONNX file and check its kernels.
+
+The engine is built with TensorRT for RTX, an NVIDIA compiler that runs on any x86 machine, even without a GPU.
+"""
 
 from __future__ import annotations
 

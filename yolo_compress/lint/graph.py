@@ -89,7 +89,7 @@ class Graph:
         return name_of(self.producer[tensor]) if tensor in self.producer else tensor
 
     def value(self, tensor: str) -> np.ndarray | None:
-        """Return the value of a stored tensor, None if the tensor is computed.
+        """Return the value of a stored tensor, or None if the tensor is computed.
 
         Raises:
             CorruptArtifact: The stored bytes do not match the shape and type.
@@ -176,7 +176,7 @@ class Graph:
         return QuantParams(node, scale, zero, int(kind), int(attribute(node, "axis", 1)), scale_type)
 
     def params_of(self, tensor: str) -> QuantParams | None:
-        """Return the parameters of the DQ node that computes a tensor, None if it is not computed by DQ."""
+        """Return the parameters of the DQ node that computes a tensor, or None if no DQ node computes it."""
         node = self.producer.get(self.source_of(tensor))
         return self.params(node) if node is not None and node.op_type == DQ else None
 
@@ -251,7 +251,7 @@ class Graph:
 
     @cached_property
     def before_layers(self) -> set[str]:
-        """Tensors from which a layer with weights (except DFL) is computed, directly or indirectly.
+        """Tensors that a layer with weights (except DFL) reads, directly or through other nodes.
 
         All other tensors belong to the end of the model: outputs of the head's last convolutions, DFL, decode.
         """

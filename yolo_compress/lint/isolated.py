@@ -29,8 +29,8 @@ def check_isolated(file: Path, target: str) -> tuple[str, dict[str, Any]]:
         The report as text and as a JSON document.
 
     Raises:
-        CompressError: See `check.check`.
-        CorruptArtifact: See `check.check`. Also raised if the child process exceeded its time or memory limit, or crashed.
+        CorruptArtifact: The file is damaged. Or the child process exceeded its time or memory limit, or crashed.
+        CompressError: Another error of `check.check`.
     """
     answer = _run_child(file, target)
     return answer["text"], answer["document"]

@@ -25,7 +25,7 @@ def _feeds_int8(graph: Graph, node: NodeProto) -> bool:
 
 
 def float_adds(graph: Graph, target: Target) -> Hits:
-    """Find sums with a float residual input that an INT8 layer reads. If neither input is residual, one of the two must be INT8."""
+    """Find sums that an INT8 layer reads and whose residual input is float. Without a residual input, one input must be INT8."""
     for node in graph.nodes:
         if node.op_type != "Add" or any(graph.is_constant(name) for name in node.input):
             continue

@@ -1,8 +1,9 @@
 """Choose epochs, batch, optimizer and other knobs from the number of images, for `auto` in a recipe and for `init`.
 
 A fine-tuning needs a number of optimizer steps. A small data set has few steps in an epoch, so it needs more epochs. Epochs fall
-with the fourth root of the number of images: 100 images get 100 epochs, and 1,600 images get 50. 100,000 images get 20 epochs, the
-minimum (18 by the rule). Every result is a `Choice`: a number and the reason for it, which `init` writes beside the number.
+with the fourth root of the number of images: 100 images get 100 epochs, and 1,600 images get 50. 100,000 images get the
+minimum of 20 epochs, since the rule gives 18. Every result is a `Choice`: a number and the reason for it, which `init` writes beside
+the number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .knobs import IMGSZ_STEP
+from .knob_types import IMGSZ_STEP
 from .sections import SourceConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def batch(images: int) -> Choice:
 
 
 def close_mosaic(epochs: int) -> Choice:
-    """Return the number of last epochs without mosaic."""
+    """Return the number of epochs without mosaic at the end of the training."""
     return Choice(min(WHOLE_IMAGES, epochs // WHOLE_SHARE), "ends on whole images, as in validation")
 
 
@@ -97,7 +98,7 @@ def imgsz(samples: Sequence[Sample], smallest_px: int) -> Choice:
 
     Args:
         samples: Training images.
-        smallest_px: Smallest side. Smaller images have a smaller side.
+        smallest_px: Smallest side, unless the images themselves are smaller.
     """
     longest = statistics.median(max(sample.width, sample.height) for sample in samples)
     sides = sorted(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import home
 from .controls import possible
-from .knobs import number
+from .knob_types import number
 from .sections import ControlConfig, DistillConfig, PruneConfig, Section, Sections, SourceConfig
 
 SAME_NET = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .knobs import ControlNet
+from .knob_types import ControlNet
 from .sections import Sections
 
 REPEATED = ("sparsify", "prune", "distill")  # stages whose training the controls repeat, in order

@@ -134,7 +134,7 @@ def build(document: strict_yaml.Document, name: str, overrides: Sequence[tuple[s
     """Return the recipe of a parsed document. For the overrides and errors see `load`.
 
     Raises:
-        RecipeError: See `load`.
+        RecipeError: The document, with the overrides applied, is not a valid recipe.
     """
     raw = _sections(document)
     for key, text in overrides:

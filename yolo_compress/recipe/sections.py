@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..runtime.registry import Precision
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
-from .knobs import (
+from .knob_types import (
     TEXT,
     Batch,
     CalibImages,
@@ -76,17 +76,18 @@ class DataConfig(Section):
         when="Set true only for a good reason, because the mAP is then too high.",
         group="Data")] = False
     max_unlabelled: Annotated[float, knob(
-        "Largest fraction of the images of a split that may have no label file. These images count as background.",
+        "Largest fraction of the training images, and of the validation images, that may lack a label file. These images "
+        "count as background.",
         when="Raise it when your data set has more images without objects.",
         group="Data", unit="fraction", ge=0, le=1)] = 0.3
     max_det: Annotated[int, knob(
         "Largest number of detections in an image after NMS, here and on the robot. mAP counts at most 100 detections of a "
-        "class in an image, as COCO does. If max_det is above 300, mAP counts up to max_det.",
+        "class in an image, as COCO does. If `max_det` is above 300, mAP counts up to `max_det`.",
         when="Raise it when an image may hold more objects.",
         group="Data", unit="detections", ge=1, le=100_000)] = 300
     hold_back: Annotated[float, knob(
-        "Fraction of the training images that no stage trains on. If distill ends with a lower mAP on them than it began with, "
-        "the chain goes on with the model before it. 0: no image is held back.",
+        "Fraction of the training images that no stage trains on. If the stage distill lowers the mAP on these images, the next "
+        "stage uses the model from before distill. 0: no image is held back.",
         when="Set 0.05 to 0.1 with 1,000 or more training images; with fewer, each image is needed for training.",
         group="Data", unit="fraction", ge=0, le=0.5)] = 0.0
     limit_train: Annotated[int | None, knob(
@@ -114,7 +115,7 @@ class RunConfig(Section):
         when="Set 0 for the first GPU, 0,1 to train on two.",
         group="Machine", allowed="cpu or CUDA indices, as in 0 or 0,1")] = "cpu"
     workers: Annotated[int, knob(
-        "Number of processes that load images. 0: the training process loads them itself. Only then are runs reproducible.",
+        "Number of processes that load images. 0: the training process loads them. Runs are reproducible only with 0.",
         when="Raise it (4 to 8) when a GPU waits for images.",
         group="Machine", unit="processes", ge=0, le=256)] = 0
     seed: Annotated[int, knob(
@@ -126,7 +127,7 @@ class RunConfig(Section):
         when="Lower it when other programs need the processors.",
         group="Machine", unit="threads", ge=1, le=1024)] = None
     val_every: Annotated[int, knob(
-        "Number of epochs from one validation to the next, for the curve in results.csv. 0: only the last epoch is "
+        "Number of epochs between validations. results.csv has the mAP of each validation. 0: only the last epoch is "
         "validated. Validation does not change the weights.",
         when="Lower it for a finer curve; raise it when validation takes too long.",
         group="Training", unit="epochs", ge=0, le=100_000)] = 10
@@ -140,7 +141,7 @@ class TrainConfig(Section):
     optimizer: Optimizer = "AdamW"
     lr0: Lr0 = 1e-3
     lrf: Annotated[float, knob(
-        "Learning rate of the last epoch, as a fraction of lr0.",
+        "Learning rate of the last epoch, as a fraction of `lr0`.",
         when="Raise it, for example to 0.1, when the loss still falls quickly at the end of the training.",
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.01
     momentum: Annotated[float, knob(
@@ -156,11 +157,11 @@ class TrainConfig(Section):
     mosaic: Mosaic = 1.0
     close_mosaic: CloseMosaic = 2
     scale: Annotated[float, knob(
-        "Random zoom of training images, by a factor from 1-scale to 1+scale.",
+        "Random zoom of training images. The factor lies between 1 - `scale` and 1 + `scale`.",
         when="Lower it when objects always have the same size, as above a conveyor belt.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.5
     translate: Annotated[float, knob(
-        "Random shift of training images, at most this fraction of their size.",
+        "Random shift of training images, by at most this fraction of their size.",
         when="Lower it when objects are cut off at the border too often.",
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.1
     fliplr: Annotated[float, knob(
@@ -172,8 +173,8 @@ class TrainConfig(Section):
         when="Set 0.5 when images have no up and down, as under a microscope or from the air.",
         group="Training", unit="fraction", ge=0, le=1)] = 0.0
     amp: Annotated[bool, knob(
-        "Train in mixed precision: float16 on CUDA, bfloat16 on a CPU with AMX. It has no effect on other CPUs. In qat, it "
-        "has no effect on any CPU.",
+        "Train in mixed precision: float16 on CUDA, bfloat16 on a CPU with AMX. It has no effect on other CPUs. In the "
+        "stage qat, it has no effect on any CPU.",
         when="Set false when the loss becomes NaN.",
         group="Advanced")] = True
 
@@ -181,20 +182,21 @@ class TrainConfig(Section):
 class SourceConfig(TrainConfig):
     """Source of the baseline or the teacher. Set exactly one of `weights`, `pretrained` and `model`.
 
-    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint of any classes. With `model`, it
-    starts from random weights. The training has the defaults of Ultralytics.
+    `weights` is a finished detector. With `pretrained`, the training starts from a checkpoint, which may have other classes.
+    With `model`, it starts from random weights. The training has the defaults of Ultralytics.
     """
 
     weights: Weights = None
     pretrained: Pretrained = None
     model: Model = None
     detection_part: Annotated[bool, knob(
-        "Start from the detection part of a segmentation, pose or oriented-box checkpoint. Only used with pretrained.",
+        "Start from the detection part of a segmentation, pose or oriented-box checkpoint. Used only if `pretrained` is "
+        "set.",
         when="Set true when there is no checkpoint of a detector to start from.",
         group="Model")] = False
     freeze: Annotated[int, knob(
-        "Number of first layers that are not trained. 10: the backbone. 0: all layers are trained. Only used with "
-        "pretrained.",
+        "Number of layers, from the first on, that are not trained. 10: the backbone. 0: all layers are trained. Used only if "
+        "`pretrained` is set.",
         when="Set 10 when there are very few images, or when training takes too long.",
         group="Model", unit="layers", ge=0, le=21)] = 0
     epochs: Epochs = 100
@@ -221,28 +223,28 @@ class SparsifyConfig(TrainConfig):
     """Sparse training: a penalty in the loss makes unimportant channels small, so that they can be pruned."""
 
     penalty: Annotated[Literal["l1", "polarization", "group_lasso"], knob(
-        "What the penalty makes small. l1: all BatchNorm gammas (Network Slimming, arXiv 1708.06519). polarization: "
-        "the gammas below the mean of their channel group, so that large gammas stay large (after Zhuang et al., "
-        "NeurIPS 2020). group_lasso: the norm of all weights that are removed together with a channel (DepGraph, "
-        "arXiv 2301.12900).",
+        "What the penalty makes small. l1: all gammas, the scale factors of BatchNorm (Network Slimming, arXiv 1708.06519). "
+        "polarization: the gammas below the mean of their channel group, so that large gammas stay large (after Zhuang et al., "
+        "NeurIPS 2020). A channel group is all channels that have to be removed together. group_lasso: the norm of all weights "
+        "that are removed together with a channel (DepGraph, arXiv 2301.12900).",
         when="Set l1 for long trainings with SGD; in short ones it lowers all gammas alike.",
         group="Penalty")] = "polarization"
     l1: Annotated[float, knob(
-        "Weight of the penalty (lambda), relative to the loss summed over the images of a batch.",
+        "Weight of the penalty in the loss. The loss is a sum over the images of a batch.",
         when="Lower it when mAP falls too far; raise it when too few gammas become small.",
         group="Penalty", unit="factor", gt=0, le=1)] = 0.1
     lambda_scale: Annotated[Literal["uniform", "macs"], knob(
-        "Factor on lambda for each channel group. uniform: 1 for all groups. macs: proportional to the multiply-accumulates "
-        "(MACs) of one channel of the group, with the mean 1.",
+        "Factor on the weight of the penalty for each channel group. uniform: 1 for all groups. macs: proportional to the "
+        "multiply-accumulates (MACs) of one channel of the group; the mean over the groups is 1.",
         when="Set macs when compute matters more than the number of parameters.",
         group="Advanced")] = "uniform"
     gamma_lr_scale: Annotated[float, knob(
-        "Learning rate of the gammas, as a multiple of lr0. In one step, Adam changes a weight by about the learning rate. "
-        "With 1, a short training therefore hardly changes the gammas.",
+        "Learning rate of the BatchNorm gammas, as a multiple of `lr0`. In one step, Adam changes a weight by about the "
+        "learning rate. With 1, a short training therefore hardly changes the gammas.",
         when="Set 1 for SGD and for long trainings.",
         group="Advanced", unit="factor", ge=1, le=1000)] = 10.0
     ramp_epochs: Annotated[float, knob(
-        "Number of epochs at the start of the training in which lambda rises from 0.",
+        "Number of epochs at the start of the training over which the weight of the penalty rises to `l1`. 0: it is constant.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 1.0
     epochs: SomeEpochs = 10
@@ -257,56 +259,58 @@ class PruneConfig(TrainConfig):
         when="Change it only when the robot's runtime gains from zeros among the weights.",
         group="Criterion")] = "channel"
     sparsity: Annotated[float, knob(
-        "Fraction of the weights that become 0. Only used with kind=unstructured.",
+        "Fraction of the weights that become 0. Used only if `kind` is unstructured.",
         when="Raise it until mAP falls too far.",
         group="Advanced", unit="fraction", gt=0, lt=1)] = 0.5
     criterion: Annotated[Criterion | OwnFunction, knob(
         f"How the importance of a channel is computed. The least important channels are removed. {described(CRITERIA)}",
-        when="Set bn_gamma after sparsify with penalty l1 or polarization.",
+        when="Set bn_gamma if sparsify.penalty is l1 or polarization.",
         group="Criterion", allowed=allowed(CRITERIA))] = "obs"
     scope: Annotated[Literal["global", "local", "isomorphic"], knob(
-        "Which channels are ranked together. local: the channels of one channel group. global: the channels of all groups. "
-        "isomorphic: the channels of all groups with the same structure (arXiv 2407.04616).",
+        "Which channels are ranked together. local: those of one channel group (channels that have to be removed together). "
+        "global: those of all groups. isomorphic: those of all groups with the same structure (arXiv 2407.04616).",
         when="Try global or isomorphic when you want some layers to lose more channels than others.",
         group="Advanced")] = "local"
     keep_flops: Annotated[float | None, knob(
-        "Budget: fraction of the multiply-accumulates (MACs) of all convolutions that remains. If no budget is set, "
-        "keep_flops is 0.5.",
+        "Budget: fraction of the multiply-accumulates (MACs) that remains, over all convolutions. If no budget is set, "
+        "`keep_flops` is 0.5.",
         when="Lower it for more speed, raise it for more mAP.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     keep_params: Annotated[float | None, knob(
         "Budget: fraction of the parameters that remains.",
-        when="Set it instead of keep_flops when file size or memory is the limit.",
+        when="Set it instead of `keep_flops` when file size or memory is the limit.",
         group="Budget", unit="fraction", gt=0, lt=1)] = None
     latency_ms: Annotated[float | None, knob(
-        "Budget: latency of one inference. Pruned models are built and timed on this machine, until one has this latency "
-        "within 5 %.",
-        when="Set it instead of keep_flops when you know the time that an image may take.",
+        "Budget: latency of one inference. Pruned models are built and timed on this machine, until the latency of one is "
+        "within 5 % of this value.",
+        when="Set it instead of `keep_flops` when you know the time that an image may take.",
         group="Budget", unit="ms", gt=0, le=1e5)] = None
     latency_runtime: Annotated[Runtime, knob(
-        "Runtime on which latency_ms is measured.",
-        when="With latency_ms: set the runtime of the robot.",
+        "Runtime on which the latency for `latency_ms` is measured.",
+        when="If you set `latency_ms`, set the runtime of the robot.",
         group="Budget")] = "onnxruntime"
     latency_precision: Annotated[Literal["fp32", "fp16"], knob(
-        "Precision of the model that is timed for latency_ms.",
-        when="With latency_ms: set fp16 when the robot's runtime computes in FP16.",
+        "Precision of the model that is timed for `latency_ms`.",
+        when="If you set `latency_ms`, set fp16 when the robot's runtime computes in FP16.",
         group="Advanced")] = "fp32"
     latency_table: Annotated[str | None, knob(
-        "File with layer times from another machine, measured with the models of `yolo-compress probe`. latency_ms then "
+        "File with layer times from another machine, measured with the models of `yolo-compress probe`. `latency_ms` then "
         "refers to these times, and nothing is timed here.",
         when="Set it when the robot is another machine than this one.",
         group="Budget", pattern=TEXT)] = None
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
-        "Prune one channel group at a time, and measure how far the loss rises or mAP falls. max_drop then limits how many "
-        "channels each group may lose. The measurement of the loss takes about as long as two epochs.",
+        "Before pruning, cut one channel group at a time, and measure how far the loss rises (loss) or mAP falls (map50_95). "
+        "`max_drop` then limits how many channels each group may lose. The measurement of the loss takes about as long as two "
+        "epochs. off: measure nothing.",
         when="Set loss when mAP after pruning is too low.",
         group="Criterion")] = "off"
     max_drop: Annotated[float, knob(
-        "With sensitivity: a group may lose channels until the loss rises, or mAP falls, by this fraction.",
+        "How far the loss may rise, or mAP may fall, when channels are removed from one channel group, as a fraction of the value "
+        "before pruning. Used only if `sensitivity` is on.",
         when="Lower it to protect sensitive layers; raise it when the budget cannot be reached.",
         group="Criterion", unit="fraction", gt=0, le=10)] = 0.1
     rounds: Annotated[int, knob(
-        "Number of pruning steps until the budget is met. Fine-tuning follows each step, and the steps share the epochs.",
+        "Number of pruning steps until the budget is met. Fine-tuning follows each step. The epochs are divided among the steps.",
         when="Raise it (2 to 4) when much is removed and there are many epochs.",
         group="Training", unit="rounds", ge=1, le=100)] = 1
     round_to: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], knob(
@@ -315,16 +319,17 @@ class PruneConfig(TrainConfig):
         when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
         group="Budget", unit="channels")] = 16
     floor: Annotated[float, knob(
-        "Smallest fraction of its channels that each channel group keeps.",
+        "Each channel group keeps at least this fraction of its channels.",
         when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
     reconstruct: Annotated[bool, knob(
         "Before any training, refit the weights of the remaining channels by least squares, so that they compensate for the "
         "removed channels (arXiv 1707.06168).",
-        when="Set false only to measure the gain from reconstruct.",
+        when="Set false only to measure what this step gains.",
         group="Advanced")] = True
     calib_images: Annotated[int, knob(
-        "Number of training images for the criterion, for reconstruct and for the new BatchNorm statistics.",
+        "Number of training images. They are used to compute the importance of channels (`criterion`), to refit weights "
+        "(`reconstruct`), and to re-estimate the BatchNorm statistics.",
         when="Raise it when the scenes vary a lot. Pruning takes longer with more images.",
         group="Advanced", unit="images", ge=1)] = 96
     teach_from_parent: Annotated[bool, knob(
@@ -358,8 +363,8 @@ class DistillConfig(TrainConfig):
     """Distillation from the teacher. If the recipe has no teacher, the baseline is the teacher."""
 
     teacher: Annotated[Literal["frozen", "mutual", "self"], knob(
-        "Teacher of the student. frozen: the model of the section teacher, which does not change. mutual: this model is "
-        "also trained, on the labels and the student's outputs (arXiv 1706.00384). self: the student's deep layers teach "
+        "Teacher of the student. frozen: the model of the section `teacher`, with fixed weights. mutual: the same model, but "
+        "it also learns, from the labels and the student's outputs (arXiv 1706.00384). self: the student's deep layers teach "
         "its shallow layers.",
         when="Try mutual or self when there is no larger teacher.",
         group="Teacher")] = "frozen"
@@ -374,56 +379,57 @@ class DistillConfig(TrainConfig):
         when="Set it (64) when there are no training images.",
         group="Advanced", unit="images", ge=1, le=100_000)] = None
     data_free_steps: Annotated[int, knob(
-        "With data_free: number of optimizer steps per image.",
+        "Number of optimizer steps for each generated image. Used only if `data_free` is set.",
         when="Raise it when the generated images look like noise.",
         group="Advanced", unit="steps", ge=1, le=100_000)] = 300
 
     temperature: Annotated[float, knob(
-        "Divisor of the class logits of teacher and student before the comparison (arXiv 1503.02531). With 2, the score of "
-        "a logit of -6 rises from 0.002 to 0.05. Above 2, background outweighs the objects.",
+        "The class logits of teacher and student are divided by this number before they are compared (arXiv 1503.02531). "
+        "Low scores then count more: with 2, a score of 0.002 becomes 0.05. Above 2, background outweighs the objects.",
         when="Set 1 when the teacher is the baseline itself.",
         group="Loss", unit="factor", ge=1, le=100)] = 2.0
     alpha: Annotated[float, knob(
-        "Share of the teacher's soft labels in the class loss. The labels of the data set have the share 1-alpha.",
+        "Share of the teacher's soft labels in the class loss. The labels of the data set have the share 1 - `alpha`.",
         when="Lower it when the teacher is often wrong.",
         group="Advanced", unit="fraction", ge=0, le=1)] = 0.5
     logit_weight: Annotated[float, knob(
-        "Weight of the soft-label loss. 0: no soft-label loss.",
+        "Weight of the loss between the class scores of student and teacher (soft labels). 0: no such loss.",
         when="Raise it when the teacher is much better than the student.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     feature_weight: Annotated[float, knob(
-        "Weight of the feature loss. 0: no feature loss. Ultralytics uses 6 for weighted_l2 (its setting `dis`). If the "
-        "student is pruned, 6 outweighs the labels.",
-        when="Change it together with feature_loss: about 0.2 for pkd, 80 for relation.",
+        "Weight of the loss between feature maps (`feature_loss`). 0: no such loss. Ultralytics uses 6 for weighted_l2 (its "
+        "setting `dis`). If the student is pruned, 6 outweighs the labels.",
+        when="Change it together with `feature_loss`: about 0.2 for pkd, 80 for relation.",
         group="Loss", unit="factor", ge=0, le=1000)] = 0.3
     box_weight: Annotated[float, knob(
-        "Weight of the box loss, between the distributions of box sides of student and teacher (arXiv 2102.12252). 0: no "
-        "box loss.",
+        "Weight of the box loss (arXiv 2102.12252). YOLOv8 predicts the position of each box side as a distribution. This loss "
+        "compares the student's distributions with the teacher's. 0: no box loss.",
         when="Raise it (3) when objects are found but their boxes do not fit well.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     iou_weight: Annotated[float, knob(
-        "Weight of the IoU loss: 1 - IoU of the decoded boxes of student and teacher. 0: no IoU loss. PP-YOLOE uses 2.5, "
-        "together with 1.0 for classes and 0.5 for distributions.",
-        when="Set it when boxes do not fit well and box_weight does not help.",
+        "Weight of the IoU loss, which is 1 minus the IoU between the student's box and the teacher's. 0: no IoU loss. PP-YOLOE "
+        "uses 2.5, with 1.0 for the loss on classes and 0.5 for the loss on the distributions of box sides.",
+        when="Set it when boxes do not fit well and `box_weight` does not help.",
         group="Advanced", unit="factor", ge=0, le=1000)] = 0.0
     feature_loss: Annotated[FeatureLoss | OwnFunction, knob(
-        f"Loss between feature maps of student and teacher, weighted by feature_weight. {described(FEATURE_LOSSES)}",
-        when="Try another one when weighted_l2 gains nothing, and change feature_weight with it.",
+        f"Loss between feature maps of student and teacher, weighted by `feature_weight`. {described(FEATURE_LOSSES)}",
+        when="Try another one when weighted_l2 gains nothing, and change `feature_weight` with it.",
         group="Loss", allowed=allowed(FEATURE_LOSSES))] = "weighted_l2"
     layers: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+(=[\w.]+)?$")], ...] | None, BeforeValidator(as_tuple), knob(
-        "Layers that feature_loss compares. null: the feature maps that enter Detect. With teacher=self, null compares "
-        "these maps with those of the backbone.",
+        "Layers that `feature_loss` compares. null: the feature maps that enter the head. If the knob `teacher` is self, null "
+        "compares these maps with those of the backbone.",
         when="Set it to compare other layers, or when the teacher's layers have other names.",
         group="Advanced",
         allowed="null or a list of module names, STUDENT=TEACHER where they differ, as in model.15,model.18=model.21"
     )] = None
     ramp_epochs: Annotated[float, knob(
-        "Number of epochs at the start of the training in which the weights of all distillation losses rise from 0.",
+        "Number of epochs at the start of the training over which the weights of all distillation losses rise to their values. "
+        "0: the weights are constant.",
         when="Raise it when the loss jumps in the first epochs.",
         group="Advanced", unit="epochs", ge=0, le=1000)] = 0.0
     off_without_mosaic: Annotated[bool, knob(
-        "Train the last close_mosaic epochs on the labels alone, without the teacher.",
+        "Train without the teacher, on the labels alone, in the last epochs, which have no mosaic (`close_mosaic`).",
         when="Try it when the teacher is hardly better than the student.",
         group="Advanced")] = False
     epochs: SomeEpochs = 20
@@ -444,33 +450,35 @@ class DistillConfig(TrainConfig):
 
 
 class QatConfig(TrainConfig):
-    """Calibration, then quantisation-aware training (`epochs: 0`: calibration only, PTQ)."""
+    """Calibrate INT8, then train with fake quantisation (QAT). If `epochs` is 0, only calibrate (PTQ)."""
 
     calib_images: CalibImages = 128
     calibrator: CalibratorKnob = "mse"
     percentile: Percentile = 99.99
     weight_bits: Annotated[Literal[7, 8], knob(
-        "Bits of the INT8 weights, in training and in every file. 8-bit weights saturate on CPUs without VNNI.",
+        "Bits of the INT8 weights, in training and in every file. With 8 bits, sums overflow on CPUs without VNNI.",
         when="Set 8 when the robot runs TensorRT, or when all its possible CPUs have VNNI.",
         group="Precision", unit="bits")] = 7
     sensitivity: Annotated[Literal["off", "loss", "map50_95"], knob(
-        "Measure the model on the calibration images with one group of tensors in float at a time. Then keep the "
-        "cheapest set of groups in float for which the loss or mAP stays within max_drop.",
+        "Leave one group of tensors in float at a time, and measure the loss (loss) or mAP (map50_95) on the calibration images. "
+        "The tensors of a group share one scale. Then leave those groups in float that keep the loss or mAP within `max_drop` "
+        "at the least cost. off: measure nothing.",
         when="Set loss when INT8 loses too much mAP.",
         group="Precision")] = "off"
     max_drop: Annotated[float, knob(
-        "With sensitivity: largest rise of the loss, or fall of mAP, from the float model to INT8 before training. It is a "
-        "fraction of the float model's value.",
+        "How far INT8 may raise the loss, or lower mAP, before training, as a fraction of the float model's value. Used only if "
+        "`sensitivity` is on.",
         when="Lower it for more mAP, raise it for more layers in INT8.",
         group="Precision", unit="fraction", gt=0, le=10)] = 0.01
     sensitivity_price: Annotated[FloatCost, knob(
-        "With sensitivity: cost of a group in float. gflops: GFLOPs of its convolutions, equal on every machine. "
-        "onnxruntime, openvino: extra time of its convolutions compared with INT8, measured on this machine.",
+        "How the cost of leaving a group of tensors in float is computed. gflops: as the GFLOPs of its convolutions, which are "
+        "equal on every machine. Name of a runtime: as the time that its convolutions take longer in FP32 than in INT8, measured "
+        "on this machine. Used only if `sensitivity` is on.",
         when="Set the robot's runtime when the robot's CPU is like this one.",
         group="Advanced")] = "gflops"
     float_groups: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...] | None, BeforeValidator(as_tuple), knob(
-        "Groups of tensors that stay in float. placement.csv has their names.",
+        "Groups of tensors that stay in float. The file placement.csv, which this stage writes, lists the names of all groups.",
         when="Set it when you know which layers lose mAP in INT8.",
         group="Advanced", allowed="null or a list of names, as in model.2.cv1,model.4.cv2")] = None
     learned_scales: Annotated[bool, knob(
@@ -512,7 +520,7 @@ class ExportConfig(Section):
         when="Set true when the number of images changes from inference to inference.",
         group="Files")] = False
     simplify: Annotated[bool, knob(
-        "Simplify the ONNX graph with onnxsim. Its outputs are then compared with torch again.",
+        "Simplify the ONNX graph with onnxsim. The outputs of the simplified graph are compared with torch.",
         when="Set false when onnxsim fails.",
         group="Advanced")] = True
     torchscript: Annotated[bool, knob(
@@ -542,7 +550,7 @@ class EngineConfig(Section):
         when="Name one to save time.",
         group="Engine")] = "auto"
     workspace_mib: Annotated[int, knob(
-        "Largest memory that TensorRT may use while it builds an engine.",
+        "Limit of the memory that TensorRT uses while it builds an engine.",
         when="Lower it when a build runs out of memory.",
         group="Engine", unit="MiB", ge=16, le=1 << 20)] = 2048
 
@@ -559,7 +567,7 @@ class BenchConfig(Section):
         when="Lower it for a quick look. Raise it for a p99 that varies less.",
         group="Measurement", unit="inferences", ge=1, le=10_000_000)] = 700
     rounds: Annotated[int, knob(
-        "Number of rounds. In each round all engines are timed in turn. The rounds share the iterations.",
+        "Number of rounds. Each round times every engine, one after another. The iterations are divided among the rounds.",
         when="Raise it when the speed of the machine changes over minutes.",
         group="Measurement", unit="rounds", ge=1, le=1000)] = 3
     threads: Threads = None
@@ -573,12 +581,13 @@ class ControlConfig(Section):
 
     nets: Annotated[Literal["auto"] | tuple[ControlNet, ...], BeforeValidator(auto_or_tuple), knob(
         "Controls to train. longer: the baseline, without a teacher. taught: the baseline, with the teachers of the chain. "
-        "narrowed: the baseline cut to the MACs of the pruned model, all layers alike, with the same teachers. auto: all that "
-        "differ in this recipe.",
+        "narrowed: as taught, but all layers first lose the same share of their channels, until the MACs are those of the pruned "
+        "model. auto: all controls that differ from each other in this recipe.",
         when="Name one to save time.",
         group="Comparison")] = "auto"
     max_minutes: Annotated[float | None, knob(
-        "Longest expected time of all controls. Above this, none is trained, and the report says so. null: no limit.",
+        "Limit of the expected training time of all controls together. If they would take longer, none is trained, and the "
+        "report says so. null: no limit.",
         when="Set it when the run must end by a certain time.",
         group="Comparison", unit="min", gt=0, le=1e6)] = None
 
@@ -591,7 +600,7 @@ class ReportConfig(Section):
 
     min_retention: Annotated[float, knob(
         "Gate: smallest retention. The retention is mAP50-95 of the compressed engine divided by mAP50-95 of the baseline "
-        "in FP32. Below the limit, the exit code is 1.",
+        "in FP32. If it is below this limit, the exit code is 1.",
         when="Set it by the mAP that your use can lose. 0.98 allows a loss of 2 %.",
         group="Gate", unit="fraction", ge=0, le=1)] = 0.98
     max_latency_ms: Annotated[float | None, knob(
@@ -603,7 +612,8 @@ class ReportConfig(Section):
         when="Set it when the robot's storage is small.",
         group="Gate", unit="MiB", gt=0, le=1e6)] = None
     ab_margin: Annotated[float, knob(
-        "A/B comparison: largest loss of mAP50-95 with the verdict pass, as a fraction of the baseline's mAP50-95.",
+        "A/B comparison: how much mAP50-95 the compressed model may lose and still pass, as a fraction of the baseline's "
+        "mAP50-95.",
         when="Raise it when the validation images are too few for a verdict.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.01
     ab_replicates: Annotated[int, knob(
@@ -615,8 +625,8 @@ class ReportConfig(Section):
         when="Set the threshold that your program uses.",
         group="Comparison", unit="fraction", ge=0, le=1)] = 0.25
     images: Annotated[int, knob(
-        "Number of validation images in the report, for each of three kinds: most lost objects, most new false positives, "
-        "random.",
+        "Number of validation images in the report, for each of three kinds: images with the most lost objects, images with the "
+        "most new false positives, and random images.",
         when="Set 0 for a small file.",
         group="Comparison", unit="images", ge=0, le=1000)] = 12
 

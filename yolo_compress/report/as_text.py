@@ -30,7 +30,7 @@ def missing_lines(document: Document) -> list[str]:
 
 
 def gate_lines(document: Document) -> list[tuple[bool | None, str]]:
-    """Return (passed, text) for each check of the gate, without mAP. `passed` is None for MLPerf's targets, which are not limits."""
+    """Return (passed, text) for each check of the gate except mAP. `passed` is None for MLPerf's targets, which are not limits."""
     gate = document["gate"]
     lines: list[tuple[bool | None, str]] = []
     for check in gate["checks"]:

@@ -31,7 +31,8 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
 
     Raises:
         CorruptArtifact: A file is of neither kind, or has another schema.
-        RecipeError: A file has mAP over other images, another model or another machine, or a file or recipe is given twice.
+        RecipeError: A file has an mAP on other images, or the figures of another model or machine. Or a file or recipe is given
+            twice.
         StorageError: A file cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])

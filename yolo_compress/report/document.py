@@ -71,7 +71,7 @@ class Findings:
         recipe: Name of the recipe.
         rows: Bench rows from `with_ids`. If mAP is None, the report shows the latency and the gate ignores the row. A row with the
             mAP NaN fails the gate.
-        min_retention: Least share of the baseline's mAP50-95, 0 to 1.
+        min_retention: Smallest fraction of the baseline's mAP50-95 that passes the gate, 0 to 1.
         max_latency_ms: Limit of p50 latency for the worst row that has a latency. None: no limit.
         max_size_mib: Limit of the engine's size for the same row. None: no limit.
         chain: Stages in the order in which they ran.

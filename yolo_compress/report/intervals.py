@@ -26,8 +26,8 @@ def intervals(
     """Return two 95 % intervals for each model: of its mAP50-95, and of the difference from the mAP50-95 of the model `reference`.
 
     Args:
-        truths: Ground-truth boxes of each image, N5: class, xyxy.
-        models: Name -> detections of each image, N6: xyxy, score, class.
+        truths: Ground-truth boxes of each image: (N, 5) array, columns class, x1, y1, x2, y2 in px.
+        models: Name -> detections of each image: (N, 6) array, columns x1, y1, x2, y2 in px, score, class.
         reference: Name of the model that differences are relative to. This model has no difference.
         classes: Number of classes.
         replicates: Number of resamples.
@@ -53,7 +53,7 @@ def resampled(
     seed: int,
     most: int = MAX_DETECTIONS,
 ) -> dict[str, np.ndarray]:
-    """Return map50_95_R of each model: its mAP50-95 in each resample. For the arguments see `intervals`."""
+    """Return model -> map50_95_R, an (R,) array with its mAP50-95 in each of R resamples. For the arguments see `intervals`."""
     weights_RI = resamples(len(truths), replicates, seed)
     map_R = {}
     for name, detections in models.items():  # one model at a time, because its matches need much memory

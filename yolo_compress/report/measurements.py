@@ -57,12 +57,15 @@ def latency_quantiles(bench: Artifact) -> dict[str, list[float]]:
 
 
 def truths(job: Inputs) -> list[np.ndarray]:
-    """Return the ground-truth boxes of each validation image, N5: class, xyxy in px."""
+    """Return the ground-truth boxes of each validation image: (N, 5) array, columns class, x1, y1, x2, y2 in px."""
     return [absolute_boxes(sample) for sample in job.dataset.val]
 
 
 def detections(job: Inputs, row: BenchRow) -> list[np.ndarray]:
-    """Return the stored detections of each validation image, N6: xyxy in px, score, class. `row` must be of this machine."""
+    """Return the stored detections of each validation image: (N, 6) array, columns x1, y1, x2, y2 in px, score, class.
+
+    `row` must be of this machine.
+    """
     return kept(job.inputs["bench"].file(f"detections/{row['id']}.npy"), len(job.dataset.val))
 
 

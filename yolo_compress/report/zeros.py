@@ -12,11 +12,11 @@ _TENSORRT = {
 
 
 def zeros_note(kind: str, sparsity: float) -> list[str]:
-    """Return a sentence on the share of zero weights, then one sentence for each runtime on the effect of zeros there.
+    """Return a sentence on the fraction of zero weights, then one sentence for each runtime on the effect of zeros there.
 
     Args:
         kind: `unstructured` or `two_four`.
-        sparsity: Share of exact zeros in the convolution weights.
+        sparsity: Fraction of the convolution weights that are exactly 0.
 
     Sources: ONNX Runtime turns sparse initialisers into dense ones at load (microsoft/onnxruntime #5578). OpenVINO documents
     `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE` for INT8 matrix multiplications with AMX. For TensorRT see its developer guide, "Sparsity".

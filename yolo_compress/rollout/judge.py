@@ -1,7 +1,8 @@
 """Verdict of a staged rollout: may more robots run the new model? The detections of two models on the same frames decide.
 
-Model A is in use. Model B is the new model, the canary. A look is one evaluation of the logs (`yolo-compress rollout`). A rule
-compares one quantity with its budget, by a test that stays valid if repeated (`bets.py`). The verdict of a look is:
+Model A is in use. Model B is the new model, the canary. A stage is the time in which a fixed share of the robots runs B
+(`state.STAGES`). A look is one evaluation of the logs (`yolo-compress rollout`). A rule compares one quantity with its
+budget, by a test that stays valid if repeated (`bets.py`). The verdict of a look is:
 
     abort    A rule is surely beyond its budget, or B is dead: A has as many frames and hours after B's last line as a stage needs.
     advance  Every rule is surely within its budget, on enough frames over enough time, and also in the later half of the frames.
@@ -58,19 +59,21 @@ MAX_AHEAD_S = 86400.0  # largest time by which the robot's clock may be ahead of
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits for how much worse the canary B may be than model A in use, as means over frames. Also the evidence that a stage needs.
+    """Limits for how much worse the canary B may be than model A, which is in use, and how much evidence is needed for a verdict.
+
+    The latencies are percentiles over frames. The other quantities are means over frames.
 
     Compressed models on three small data sets (BCCD, NEU-DET, digits) were compared with their baselines
     (benchmarks/disagreement.py). `disagreement` was 0.07 to 0.17, `count` up to 0.08 and `score` up to 0.07. The defaults are above
     these values.
 
     Attributes:
-        problems: Fraction of frames where only B has a problem, minus the fraction where only A has a problem.
-        disagreement: Fraction of the boxes of A and B without a partner of their class at IoU 0.5.
+        problems: Fraction of frames that only B could not process (`problem` in its log), minus the fraction that only A could not.
+        disagreement: Fraction of the boxes of A and B that match no box of the other model: same class, IoU of at least 0.5.
         count: Difference of the numbers of boxes, as a fraction of the larger number.
-        score: Difference between the scores of two boxes that are partners.
+        score: Difference between the scores of two boxes that match.
         p50_ratio, p99_ratio: End-to-end latency of B divided by the end-to-end latency of A.
-        recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. Needs labels.
+        recall: Fraction of the labelled boxes that only A finds, minus the fraction that only B finds. It needs labels.
         frames: Smallest number of frames with detections of both models. Frames closer than `SPACING_S` are not counted.
         hours: Smallest time that these frames cover. A gap counts as at most a minute.
     """
@@ -142,7 +145,7 @@ def judge(
         log_b: Log of model B, the canary.
         state: State of the release before this evaluation.
         allowed: How much worse B may be, and how much evidence a stage needs.
-        truth: Ground-truth boxes: frame name to boxes_N5 (x1, y1, x2, y2 px, class). None: there are no labels.
+        truth: Frame name -> ground-truth boxes: (N, 5) array, columns x1, y1, x2, y2 in px, class. None: there are no labels.
         cap: Largest fraction of the robots that may run B after this evaluation, 0 to 1.
         now: Unix time in seconds. None: this machine's clock.
 
@@ -341,7 +344,7 @@ def _rules(
 
 
 def disagreement(a: Frame, b: Frame, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the fraction of boxes without a partner in the other frame, among all boxes of two frames. `pairs` holds the partners."""
+    """Return the fraction of all boxes in two frames that match no box of the other frame. `pairs` has the boxes that match."""
     boxes = len(a.boxes_N6) + len(b.boxes_N6)
     return 1 - 2 * len(pairs) / boxes if boxes else 0.0
 

@@ -35,7 +35,10 @@ LARGEST = 1e100  # limit of the numbers in a line, so that the area of a box is 
 
 
 class Frame(NamedTuple):
-    """One line of a shadow log: frame name, Unix time in s, latency in ms, boxes_N6 (x1, y1, x2, y2 px, score, class), problem."""
+    """One line of a shadow log: frame name, Unix time in s, latency in ms, detections, problem.
+
+    `boxes_N6` is an (N, 6) array with the columns x1, y1, x2, y2 in px, score, class.
+    """
 
     name: str
     at: float
@@ -138,7 +141,7 @@ def _boxes(rows: Any, columns: int) -> np.ndarray:
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Read ground-truth boxes. Return a dict from frame name to boxes_N5 (x1, y1, x2, y2 px, class).
+    """Read ground-truth boxes. Return frame name -> boxes_N5, an (N, 5) array with the columns x1, y1, x2, y2 in px, class.
 
     Each line of the file is {"frame": name, "boxes": [[x1, y1, x2, y2, class], ...]}.
 
@@ -208,18 +211,18 @@ def _nearest(a: list[Frame], b: list[Frame], skew_s: float) -> list[tuple[Frame,
 
 
 def unscored(frame: Frame) -> np.ndarray:
-    """Return the boxes of a frame without scores: boxes_N5 (x1, y1, x2, y2 px, class)."""
+    """Return the boxes of a frame without scores: (N, 5) array, columns x1, y1, x2, y2 in px, class."""
     boxes_N5: np.ndarray = frame.boxes_N6[:, [0, 1, 2, 3, 5]]
     return boxes_N5
 
 
 def partners(a: Frame, b: Frame) -> list[tuple[int, int]]:
-    """Return the partners among the boxes of two frames, as pairs of indices: same class, IoU of at least 0.5."""
+    """Return the boxes of two frames that match (same class, IoU of at least 0.5), as pairs of indices."""
     return matched(unscored(a), unscored(b))
 
 
 def matched(one_N5: np.ndarray, two_M5: np.ndarray, least_iou: float = 0.5) -> list[tuple[int, int]]:
-    """Match two sets of boxes, and return pairs of indices: same class, IoU of at least `least_iou`.
+    """Match boxes of two sets that have the same class and an IoU of at least `least_iou`. Return pairs of indices.
 
     The pair with the largest IoU is matched first. Each box is in at most one pair. The last column of both arrays is the class.
     """

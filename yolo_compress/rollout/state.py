@@ -26,7 +26,7 @@ class State:
     Attributes:
         a, b: (name, version) of model A, which is in use, and of the new model B. Other models belong to another release.
         status: running, aborted (final) or done (B runs on all robots, and can still be aborted).
-        stage: Index into STAGES.
+        stage: Index into `STAGES`, the shares of the robots that run B.
         since: Time of the last frame that an earlier stage used, by the clock of model A: Unix time in s.
     """
 

@@ -43,14 +43,14 @@ def read(path: Path, constant: Callable[[str], Any] = refuse) -> Any:
     """Parse the JSON document in a file.
 
     Raises:
-        ValueError: see `parse`.
+        ValueError: `parse` refuses the document.
         OSError: the file cannot be read.
     """
     return parse(content(path), constant)
 
 
 def content(path: Path) -> bytes:
-    """Read the bytes of a file. Of a file that is too large for `parse`, one byte more than the limit is read.
+    """Read the bytes of a file. If the file is too large for `parse`, only one byte more than the limit is read.
 
     Raises:
         OSError: the file cannot be read.

@@ -64,7 +64,7 @@ def _blank(samples: Sequence[Sample], knob: str) -> DataError:
 def letterboxed(
     samples: Sequence[Sample], imgsz_hw: tuple[int, int], channels: int = 3, batch: int = BATCH
 ) -> Iterator[Tensor]:
-    """Yield batches images_BCHW, RGB or grey, float32 from 0 to 1, letterboxed as for validation.
+    """Yield batches of images, letterboxed as for validation: (B, C, H, W) float32 tensors in 0..1, RGB or grey.
 
     Raises:
         DataError: Each image has only one colour. Scales from such images would clip the values of other images.

@@ -43,10 +43,11 @@ def compute_gflops(model: nn.Module, placed: Plan, imgsz_hw: tuple[int, int]) ->
 def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dict[str, tuple[float, float]]:
     """Time each convolution with its activation on this machine, and return (FP32, INT8) in ms by the convolution's name.
 
-    Two engines are built from the complete model, with the ONNX file that `export` writes for the runtime. They are timed in turn.
+    Two engines are built from the complete model, with the ONNX file that `export` writes for the runtime. They are timed alternately.
 
     Raises:
-        EnvironmentLacks, CompressError: See `prune.latency.take_table`.
+        EnvironmentLacks: The runtime is missing.
+        CompressError: An engine cannot be built or timed.
     """
     progress.say(f"qat: timing layers on {runtime} in FP32 and INT8")
     folder = job.work / "layers"

@@ -21,7 +21,7 @@ from yolo_compress.train.transfer import Taken
 
 
 def run(job: Job, what: str) -> ModelMetrics:
-    """Load the model from `weights`. Or train it, from the checkpoint `pretrained` or from random weights of `model`.
+    """Load the model `weights`, or train a model from the checkpoint `pretrained` or from random weights (`model`).
 
     Return the metrics of the stage.
     """

@@ -196,7 +196,7 @@ def _signature(backend: Backend) -> Signature:
 
 
 def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
-    """Time the candidates in turn on real images, each in its own process, and return the latency by row name.
+    """Time the candidates alternately on real images, each in its own process, and return the latency by row name.
 
     A percentile is None if too few calls were timed for it.
     """

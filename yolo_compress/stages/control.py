@@ -26,7 +26,7 @@ from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import scores
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.recipe import controls
-from yolo_compress.recipe.knobs import ControlNet, number
+from yolo_compress.recipe.knob_types import ControlNet, number
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
@@ -79,7 +79,7 @@ def expected_minutes(job: Job, nets: int, narrowed: bool) -> float:
     Args:
         job: Job of the stage.
         nets: Number of controls.
-        narrowed: One of them has the MACs of the pruned model.
+        narrowed: Whether one of them is the control `narrowed`.
     """
     chain_s = sum(job.inputs[stage].manifest.seconds for stage in controls.trainings(job.recipe))
     dense = nets - narrowed
@@ -125,7 +125,7 @@ def narrow(job: Job, model: nn.Module) -> None:
         model: Model with the widths of the baseline.
 
     Raises:
-        RecipeError: No such widths come within 2 % of these MACs.
+        RecipeError: With equal shares, no widths come within 2 % of the MACs of the pruned model.
     """
     config: PruneConfig = job.config
     share = of_model(job.inputs["prune"])["compute_gflops"] / of_model(job.inputs["baseline"])["compute_gflops"]

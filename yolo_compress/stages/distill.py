@@ -14,7 +14,7 @@ from yolo_compress.distill.teacher import Frozen, Own, Peer, Source
 from yolo_compress.errors import RecipeError
 from yolo_compress.prune.cost import parameters
 from yolo_compress.recipe.checks import SAME_NET
-from yolo_compress.recipe.knobs import number
+from yolo_compress.recipe.knob_types import number
 from yolo_compress.recipe.recipe import DistillConfig, Recipe
 from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages._inverted_images import inverted_samples
@@ -94,7 +94,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that the teacher can teach the student. The check uses the models before any training.
 
     Raises:
-        RecipeError: See `_load_or_train.start`, `Teach` and `checkpoint.load_model`.
+        RecipeError: A model cannot be loaded, or the teacher does not match the student (see `Teach`).
     """
     assert recipe.distill is not None
     config, seed = recipe.distill, recipe.run.seed

@@ -63,9 +63,9 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, that INT8 files can be made: activations, calibration images and torch.
 
     Raises:
-        RecipeError: See `qdq.check_activation`.
-        DataError: See `check_calibration`.
-        EnvironmentLacks: See `torchscript.find_engine`.
+        RecipeError: INT8 files do not support an activation of the model.
+        DataError: The calibration images cannot be used (see `check_calibration`).
+        EnvironmentLacks: This torch has no quantised convolutions.
     """
     assert recipe.export is not None
     if "int8" in recipe.export.precisions:

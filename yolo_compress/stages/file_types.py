@@ -29,7 +29,10 @@ class PruneSensitivityBegun(TypedDict, total=False):
 
 
 class AskedMs(TypedDict):
-    """asked.json in `work` of `prune`: the limit on the scale of the layer times that made the pruned model meet `latency_ms`."""
+    """asked.json in `work` of `prune`: the limit on the sum of the layer times, in ms.
+
+    A pruned model whose layer times add up to `asked_ms` met `latency_ms` when the whole model was timed.
+    """
 
     asked_ms: float
     metrics: LatencyBudget

@@ -22,7 +22,7 @@ from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.graph import prune
 from yolo_compress.prune.reconstruct import reconstruct
-from yolo_compress.recipe import knobs
+from yolo_compress.recipe import knob_types
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, _load_or_train, _prune_plan
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed
@@ -49,8 +49,10 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, the calibration images, the criterion and the budget.
 
     Raises:
-        RecipeError, EnvironmentLacks, CorruptArtifact: See `_prune_plan.check`.
-        DataError: See `check_calibration`.
+        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget.
+        EnvironmentLacks: The runtime to time layers on is missing.
+        CorruptArtifact: The table of layer times is damaged.
+        DataError: The calibration images cannot be used (see `check_calibration`).
     """
     assert recipe.prune is not None
     check_calibration(recipe, dataset, "prune")
@@ -86,7 +88,7 @@ def parts(job: Job, what: str) -> Iterator[tuple[Job, str]]:
 def _part(job: Job, number: int) -> Job:
     """Return a copy of the job for round `number`, with the round's share of the epochs and its own scratch folder."""
     config: PruneConfig = job.config
-    share, rest = divmod(knobs.number(config.epochs), config.rounds)
+    share, rest = divmod(knob_types.number(config.epochs), config.rounds)
     epochs = share + (rest if number == config.rounds else 0)
     work = job.work / f"round-{number}"
     work.mkdir(exist_ok=True)

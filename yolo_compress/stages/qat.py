@@ -87,9 +87,9 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     baseline, because the pruned model does not exist yet. Pruning does not rename groups.
 
     Raises:
-        RecipeError: See `quant.plan.plan` and `_load_or_train.start`.
-        DataError: See `check_calibration`.
-        EnvironmentLacks: See `_float_cost.check` and `fakequant.check_installed`.
+        RecipeError: The baseline cannot be loaded or quantised, or has no group of a name in `float_groups`.
+        DataError: The calibration images cannot be used (see `check_calibration`).
+        EnvironmentLacks: ModelOpt, `huggingface_hub` or the runtime of `qat.sensitivity_price` is not installed.
     """
     assert recipe.qat is not None
     check_calibration(recipe, dataset, "qat")

@@ -62,7 +62,7 @@ def can_continue(partial: Path) -> bool:
 
 
 def remove(path: Path) -> int:
-    """Rename an entry to `.trash`, delete it, and return its size in bytes.
+    """Rename an entry to `<name>.trash`, delete it, and return its size in bytes.
 
     The rename comes first so that a kill cannot leave an incomplete artefact.
     """
@@ -72,7 +72,10 @@ def remove(path: Path) -> int:
 
 
 def to_trash(path: Path) -> Path:
-    """Rename an entry of the store to `.trash` and return the new path. An existing `.trash` of that name is replaced."""
+    """Rename the folder `<name>` or `<name>.partial` to `<name>.trash`, and return the new path.
+
+    An existing `<name>.trash` is deleted first. A folder `<name>.trash` stays as it is.
+    """
     trash = path.with_name(path.name.removesuffix(PARTIAL).removesuffix(TRASH) + TRASH)
     if trash != path:
         if os.path.lexists(trash):

@@ -12,7 +12,7 @@ from yolo_compress.store.store import Store
 def gc(store: Store, keep: set[str]) -> dict[Path, int]:
     """Remove all artefacts and `.partial` folders whose fingerprint is not in `keep`, and artefacts with a damaged manifest.
 
-    A `.partial` from which a stage can continue stays (see `interrupted`). Files with other names in `root/store` also stay. The
+    A `.partial` folder that a stage can continue from stays (see `interrupted`). Files with other names in `root/store` also stay. The
     caller must hold `store.lock`.
 
     Returns:
@@ -35,7 +35,7 @@ def gc(store: Store, keep: set[str]) -> dict[Path, int]:
 
 
 def interrupted(store: Store) -> dict[Path, int]:
-    """Return the `.partial` folders from which a killed stage can continue, each with its size in bytes.
+    """Return the `.partial` folders that a killed stage can continue from, each with its size in bytes.
 
     Raises:
         StorageError: The store cannot be read.

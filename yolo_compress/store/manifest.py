@@ -29,7 +29,7 @@ class Manifest:
         stage: Stage that made the artefact.
         version: Version of the stage.
         fingerprint: SHA-256 of `key`, in hex.
-        key: Everything that decides the result.
+        key: Everything that decides the result of the stage.
         inputs: Name of an input in `key` -> property `content` of the artefact that was read.
         files: Name of a file of the artefact -> hash and size of that file. Names are relative, with `/`.
         metrics: Metrics of the stage.
@@ -126,7 +126,7 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything that decides the result."""
+        """SHA-256, in hex, of everything that decides the result of the stage."""
         return self.manifest.fingerprint
 
     @property

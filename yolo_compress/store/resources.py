@@ -46,7 +46,7 @@ def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
 
 @contextmanager
 def memory_errors(stage: str) -> Iterator[None]:
-    """Turn out-of-memory errors into an error with the knobs to lower.
+    """Turn out-of-memory errors into an error that names the knobs to lower.
 
     Raises:
         EnvironmentLacks: The block ran out of memory.

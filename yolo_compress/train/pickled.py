@@ -3,8 +3,8 @@
 A `.pt` file is a zip archive of tensors and one pickle. A pickle is a program: it can call any function. This module reads the
 program instruction by instruction. It makes a `Note` in place of each object that the program would create.
 
-A program may create modules of Ultralytics and torch, tensors within their own stored bytes, and plain data. Everything else is
-refused. A program that needs more memory than the file has bytes is refused too.
+A program may create modules of Ultralytics and torch, tensors that lie within the bytes of their own storage, and
+plain data. Everything else is refused. A program that needs more memory than the file has bytes is refused too.
 """
 
 from __future__ import annotations

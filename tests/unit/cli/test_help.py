@@ -16,7 +16,7 @@ from yolo_compress.cli.verbs import DEFAULT_RECIPE, HEADINGS, VERBS
 from yolo_compress.errors import CompressError, RecipeError
 from yolo_compress.files import strict_yaml
 from yolo_compress.recipe import recipe
-from yolo_compress.recipe.knobs import GROUPS, knob, words
+from yolo_compress.recipe.knob_types import GROUPS, knob, words
 from yolo_compress.recipe.messages import allowed, takes_text, typed
 
 KNOBS = recipe.options()

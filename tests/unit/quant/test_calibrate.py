@@ -13,7 +13,7 @@ from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX
-from yolo_compress.recipe.knobs import Calibrator
+from yolo_compress.recipe.knob_types import Calibrator
 
 COUNT = 100_000
 

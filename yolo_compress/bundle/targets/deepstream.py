@@ -2,8 +2,8 @@
 
 `NvDsInferParseYolo` (github.com/marcoslucianops/DeepStream-Yolo, nvdsparsebbox_Yolo.cpp at commit b451b036) reads one output [A, 6]
 for each image: x1, y1, x2, y2 in px of the model's input, score, class. Older commits (64fa573f, 07feae95) read centres and sizes,
-or three outputs. They would draw wrong boxes. Models of this package output [4 + nc, A]. So a few nodes are added at the end of the
-FP32 and INT8 files.
+or three outputs. They would draw wrong boxes. Models of this package output [4 + nc, A] for nc classes and A anchors. So a few
+nodes are added at the end of the FP32 and INT8 files.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
 
 
 def rows(network: Network, out: Path) -> None:
-    """Write an ONNX file to `out` in which `output` [B, A, 6] replaces output0 [B, 4 + nc, A].
+    """Write a copy of an ONNX file to `out`, with the output `output` [B, A, 6] in place of `output0` [B, 4 + nc, A].
 
-    A row of `output` is x1, y1, x2, y2, score, class. A column of output0 is centre x, centre y, width, height, then nc scores.
+    A row of `output` is x1, y1, x2, y2, score, class. A column of `output0` is centre x, centre y, width, height, then nc scores.
     """
     model = onnx.load(str(network.path))
     graph = model.graph

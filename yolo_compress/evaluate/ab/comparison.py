@@ -43,15 +43,16 @@ def compare(
     """Return the A/B document that compares the detections of models A and B on the same images.
 
     Args:
-        truths: ground-truth boxes, one N5 array per image: class, xyxy in px.
-        detections_a, detections_b: one N6 array per image: xyxy in px, score, class. All scores above 0.001, not only above `conf`.
+        truths: ground-truth boxes, one (N, 5) array per image, columns class, x1, y1, x2, y2 in px.
+        detections_a, detections_b: one (N, 6) array per image, columns x1, y1, x2, y2 in px, score, class. All detections with a
+            score above 0.001 are needed, not only those above `conf`.
         names: class names in the order of their index.
         margin: fraction of model A's mAP50-95 that model B may lose.
         conf: score threshold in deployment.
         max_det: largest number of detections per image after NMS, equal for both models.
         replicates: number of bootstrap replicates.
         seed: seed of the bootstrap.
-        latency_a, latency_b: latencies in ms, one list per round. The models must be measured in turn. None: do not compare
+        latency_a, latency_b: latencies in ms, one list per round. Each round must measure both models. None: do not compare
             latency.
         about_a, about_b: description of each model. None: the labels are "A" and "B".
         image_set: digest of the images.

@@ -43,9 +43,9 @@ def jpeg_uri(
     """Draw the boxes and return the JPEG as a `data:` URI.
 
     Args:
-        image_HW3: RGB.
-        truths_N5: Class, xyxy in px of the image.
-        detections_N6: xyxy in px of the image, score, class.
+        image_HW3: (H, W, 3) uint8 RGB array.
+        truths_N5: (N, 5) array, columns class, x1, y1, x2, y2 in px of the image.
+        detections_N6: (N, 6) array, columns x1, y1, x2, y2 in px of the image, score, class.
         marks: Flags of the objects and detections.
         names: Class names in the order of their index.
         width_px: Width of the JPEG. A very tall image becomes narrower.

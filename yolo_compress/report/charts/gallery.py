@@ -31,9 +31,9 @@ class Item:
     """A validation image with its objects and the detections of both models.
 
     Attributes:
-        image: Path, or HW3 uint8 RGB.
-        truths: Class and normalised xywh of each object, as in `data.reader.Sample.boxes`.
-        detections_a: Detections of the baseline, N6: xyxy in px of the image, score, class.
+        image: Path of the image, or an (H, W, 3) uint8 RGB array.
+        truths: Class, centre x, centre y, width and height of each object, as fractions of the image.
+        detections_a: Detections of the baseline: (N, 6) array, columns x1, y1, x2, y2 in px of the image, score, class.
         detections_b: Detections of the compressed model in the same form.
         names: Class names in the order of their index.
         name: Title of the image. None: its file name.
@@ -83,13 +83,13 @@ class Gallery:
     legend: tuple[tuple[str, str], ...]
 
     def sections(self) -> list[tuple[str, str, list[Pair]]]:
-        """Return (title, description, pairs) of each section that has images."""
+        """Return the title, the description and the image pairs of each section that has images."""
         parts = [(SECTIONS[key], [pair for pair in self.pairs if pair.section == key]) for key in SECTIONS]
         return [(title, text, pairs) for (title, text), pairs in parts if pairs]
 
 
 def draw(items: Sequence[Item], count: int = COUNT) -> Gallery:
-    """Draw the first `count` items. Reduce size and JPEG quality until all fit BUDGET_BYTES.
+    """Draw the first `count` items. Reduce size and JPEG quality until all images together fit into `BUDGET_BYTES`.
 
     Raises:
         DataError: An image cannot be read.
@@ -105,7 +105,10 @@ def draw(items: Sequence[Item], count: int = COUNT) -> Gallery:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An item with its image in memory. truths_N5 is class, xyxy in px. Only shown detections remain, best score first."""
+    """An item with its image in memory. Only shown detections remain, best score first.
+
+    `truths_N5` is an (N, 5) array with the columns class, x1, y1, x2, y2 in px.
+    """
 
     image_HW3: NDArray[np.uint8]
     truths_N5: NDArray[Any]
@@ -137,7 +140,7 @@ def _loaded(item: Item) -> _Loaded:
 
 
 def _read(file: Path) -> NDArray[np.uint8]:
-    """Read an image as HW3 RGB. The EXIF orientation is applied, because the boxes refer to the rotated image."""
+    """Read an image as an (H, W, 3) RGB array. The EXIF orientation is applied, because the boxes refer to the rotated image."""
     try:
         data = np.frombuffer(file.read_bytes(), np.uint8)
     except OSError as error:
@@ -177,8 +180,9 @@ def match(truths_N5: NDArray[Any], detections_N6: NDArray[Any]) -> tuple[NDArray
     """Match detections to objects of the same class, greedily by score. An object is matched at most once.
 
     Args:
-        truths_N5: Class, xyxy.
-        detections_N6: xyxy, score, class, best score first. Same coordinates as `truths_N5`.
+        truths_N5: (N, 5) array, columns class, x1, y1, x2, y2.
+        detections_N6: (N, 6) array, columns x1, y1, x2, y2, score, class. The best score comes first. The coordinates are those
+            of `truths_N5`.
 
     Returns:
         Two arrays of flags: objects that were found, and detections that found an object.

@@ -18,7 +18,10 @@ from yolo_compress.report.schema import Gammas
 
 
 def gamma_histograms(gammas: Gammas | None) -> dict[str, str]:
-    """Draw one histogram per epoch, for at most 9 epochs with the first and the last. Write the share of the first bin beside it."""
+    """Draw one histogram per epoch, for at most 9 epochs with the first and the last.
+
+    The fraction of gammas in the first bin is written beside each histogram.
+    """
     if not gammas:
         return {}
     return {name: _ridges(gammas, name) for name in ("wide", "narrow")}

@@ -17,7 +17,7 @@ COST_DIGITS = 3
 
 
 def price(quantisation: Quantisation) -> tuple[str, Mapping[str, float]]:
-    """Return the unit of the price (`qat.sensitivity_price`), and the price of each group in float."""
+    """Return the unit of the price (`qat.sensitivity_price`), and for each group of tensors the price of leaving it in float."""
     gflops = quantisation["price"] == "gflops"
     return ("GFLOPs", quantisation["compute_gflops"]) if gflops else ("ms", quantisation["price_ms"])
 
@@ -111,7 +111,7 @@ def quantisation_table(quantisation: Quantisation | None) -> Table:
 
 
 def quantisation_note(quantisation: Quantisation) -> str:
-    """Return a note with the measure of the float model, the INT8 model and the final mix, and with the meaning of the price."""
+    """Return a note on the loss or mAP of three models (float, INT8 and the final mix of both), and on the meaning of the price."""
     what = "Loss" if quantisation["measure"] == "loss" else "mAP50-95"
     left = quantisation["left"]
     unit, costs = price(quantisation)

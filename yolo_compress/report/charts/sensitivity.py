@@ -22,7 +22,10 @@ class Cell(NamedTuple):
 
 
 def sensitivity_curves(sensitivity: Sensitivity | None) -> dict[str, str]:
-    """Draw the change of loss or mAP relative to the model before pruning, and the caps. A worse change has more colour."""
+    """Draw the change of loss or mAP relative to the model before pruning. A worse change has more colour.
+
+    The last column, the cap, is the largest fraction of its channels that `prune.max_drop` lets a group lose.
+    """
     if not sensitivity:
         return {}
     rows = _rows(sensitivity)

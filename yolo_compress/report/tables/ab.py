@@ -96,7 +96,7 @@ def parts_table(title: str, parts: Sequence[Part]) -> Table:
 
 
 def errors_table(errors: ErrorTypes | None) -> Table:
-    """Return a table of TIDE's error types. It has the rise of AP50 without these errors, and their number at the score threshold."""
+    """Return a table of TIDE's error types: how much AP50 rises without these errors, and their number at the score threshold."""
     lines = [
         Line((line.name, *map(n.percent, line.costs), *map(n.integer, line.counts)))
         for line in (error_rows(errors) if errors else ())

@@ -68,11 +68,11 @@ class Backend(Protocol):
         """Run one inference.
 
         Args:
-            images_BCHW: float32 RGB or grey in 0..1.
+            images_BCHW: (B, C, H, W) float32 array in 0..1, RGB (C = 3) or grey (C = 1).
             copy: If False, the output may be memory of the library. The next call then overwrites the output.
 
         Returns:
-            output_B(4+nc)A, float32: for each of A anchors, centre x, centre y, width, height in letterboxed px, then the scores
+            (B, 4 + nc, A) float32 array: for each of A anchors, centre x, centre y, width, height in letterboxed px, then the scores
             of the nc classes.
         """
 

@@ -93,7 +93,7 @@ class NcnnBackend:
 
     @property
     def executed(self) -> str:
-        """Number types of the convolutions as text, from the graph. NCNN does not report what it computes with."""
+        """Number types of the convolutions as text, from the graph. NCNN does not report its number types."""
         kinds = [
             "int8" if INT8_SCALES in layer.keys else self._float for layer in self._layers if layer.kind in CONVOLUTIONS
         ]
@@ -107,7 +107,8 @@ class NcnnBackend:
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Return a dict from layer to time in ms: the minimum over `runs` inferences.
 
-        One output after the other is asked of one inference, which computes only what it has not computed yet.
+        The outputs of all layers are requested from one inference, one after another. Each request computes only the layers that
+        are not computed yet.
         """
         image = _library().Mat(np.zeros((self.channels, *self.imgsz), np.float32))
         least: Dict[str, float] = {}
@@ -133,7 +134,7 @@ class NcnnBackend:
 
     @staticmethod
     def form() -> str:
-        """Return the name of the kind of INT8 file that this runtime needs. It has none of its own: it takes `int8.onnx`."""
+        """Return the kind of INT8 file that this runtime needs. NCNN has no kind of its own: it takes `int8.onnx`."""
         return RUNTIME
 
     @staticmethod
@@ -156,7 +157,8 @@ class NcnnBackend:
         """Convert an ONNX file (`ncnn_convert.convert`) into the folder `out`, and test it with one inference. Return the files.
 
         Raises:
-            RuntimeUnavailable, EngineError: see `ncnn_convert.convert`.
+            RuntimeUnavailable: NCNN, pnnx or onnx is missing.
+            EngineError: the file cannot be converted, for a reason that `ncnn_convert.convert` lists, or NCNN rejects the result.
         """
         info = describe_onnx(Path(onnx), RUNTIME, precision, _version(), names, imgsz)
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """Convert an ONNX file to NCNN's graph (.param) and weights (.bin): pnnx converts the float graph, and this module adds the rest.
 
-pnnx drops names and knows no INT8. It keeps the float32 weights of a convolution as they are, so these tell the convolutions apart.
+pnnx drops names and knows no INT8. It does not change float32 weights, so each convolution is recognised by its weights.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def convert(file: Path, folder: Path, imgsz: Sequence[int], precision: str) -> T
 
     Raises:
         RuntimeUnavailable: pnnx or onnx is missing.
-        EngineError: the file takes other images, or more than one. Or the precision is int8 and the file has no Q/DQ nodes, or an
-            INT8 tensor has a zero point. Or pnnx rejects the graph or changes its weights.
+        EngineError: the file takes images of another size, or more than one image. Or the precision is int8, and
+            the file has no Q/DQ nodes or an INT8 tensor with a zero point. Or two convolutions have equal weights. Or pnnx rejects
+            the graph or changes its weights.
     """
     try:
         import onnx

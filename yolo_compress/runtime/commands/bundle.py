@@ -209,7 +209,7 @@ def in_slot(path: Path) -> bool:
 
 
 def outside(bundle: Bundle, path: Path, option: str) -> Path:
-    """Check that a path lies outside the bundle, and return it. After an added file, the bundle would fail its verification.
+    """Check that a path lies outside the bundle, and return it. A bundle with an added file fails its verification.
 
     Args:
         option: command-line option that gave the path, for the error.

@@ -27,7 +27,7 @@ _BYTES = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
 
 
 def to_rgb(message: Any) -> np.ndarray:
-    """Convert a sensor_msgs/Image to image_HW3, uint8 RGB. Rows may be padded (`step`).
+    """Convert a sensor_msgs/Image to an (H, W, 3) uint8 RGB array. Rows may be padded (`step`).
 
     Raises:
         ValueError: the encoding is not in `CHANNELS`, or there are fewer bytes than the message states.
@@ -47,6 +47,7 @@ def to_message(detections_N6: np.ndarray, names: Sequence[str], header: Any, kin
     """Convert detections to a Detection2DArray: centre and size in px, and the class by name.
 
     Args:
+        detections_N6: (N, 6) array, columns x1, y1, x2, y2 in px, score, class.
         names: class names in the order of their index.
         header: header of the image, which becomes the header of the result.
         kinds: the module vision_msgs.msg.

@@ -112,8 +112,8 @@ def install(slots: Slots, bundle: Path, force: bool = False, build: Step = build
         The status after the installation, as `status` returns it.
 
     Raises:
-        BundleRefused: the bundle is damaged, or not signed by the pinned key. Its name differs from the bundle in use. It is not
-            newer than all versions that ever ran here. Or its gate failed.
+        BundleRefused: the bundle is damaged, is not signed by the pinned key, has another name than the bundle in use, is not newer
+            than all versions that ever ran here, or failed its gate.
         Unhealthy: the engines cannot be built or fail the test on the golden images. The current slot is unchanged.
         SlotsBusy, EngineError, OSError: a method of `Slots` failed.
     """

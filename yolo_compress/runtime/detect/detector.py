@@ -35,10 +35,10 @@ class Detector:
         """Detect objects in one image.
 
         Args:
-            image_HW3: uint8 RGB, of any size.
+            image_HW3: (H, W, 3) uint8 RGB array, of any size.
 
         Returns:
-            detections_N6 float32, highest score first: x1, y1, x2, y2 in px of the image, score, class.
+            (N, 6) float32 array, columns x1, y1, x2, y2 in px of the image, score, class. The highest score comes first.
 
         Raises:
             NotFinite: the engine's output is not finite.
@@ -49,10 +49,10 @@ class Detector:
         """Detect objects in several images, with as few calls of the engine as its batch size allows.
 
         Args:
-            images: each uint8 RGB [height, width, 3], of any size.
+            images: (H, W, 3) uint8 RGB arrays, each of any size.
 
         Returns:
-            detections_N6 of each image, as `__call__` returns them.
+            The detections of each image, as `__call__` returns them.
 
         Raises:
             NotFinite: the engine's output is not finite.

@@ -40,7 +40,7 @@ def write_drawing(path: Path, image_HW3: np.ndarray, detections_N6: np.ndarray, 
 
     Raises:
         OSError: the file cannot be written.
-        RuntimeUnavailable: both Pillow and OpenCV are missing.
+        RuntimeUnavailable: neither Pillow nor OpenCV is installed.
     """
     marks = [
         (tuple(round(side) for side in row[:4]), f"{names[int(row[5])]} {row[4]:.2f}", colour(int(row[5])))

@@ -1,7 +1,6 @@
 """From model output to detections: NMS within each class, with one or several labels per box. Results equal Ultralytics.
 
-Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates; boxes xyxy. A detection row is
-(x1, y1, x2, y2, score, class).
+Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates. A row of detections is x1, y1, x2, y2, score, class.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ def nms(
     """Apply non-maximum suppression to the output for one image.
 
     Args:
-        output_CA: [4 + classes, anchors]: centre x, centre y, width, height in letterboxed px, then class scores.
+        output_CA: (4 + classes, anchors) array, rows centre x, centre y, width, height in letterboxed px, then class scores.
         conf: score threshold, 0 to 1. Every detection has a higher score.
         iou: IoU threshold, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
         max_det: largest number of detections. The best are returned.
         multi_label: True: a box may give detections of several classes, as in validation. False: only its best class.
 
     Returns:
-        detections_N6 float32 in letterboxed px, highest score first.
+        (N, 6) float32 array, columns x1, y1, x2, y2 in letterboxed px, score, class. The highest score comes first.
 
     Raises:
         ValueError: `output_CA` does not have two dimensions with at least one class.
@@ -48,7 +47,7 @@ def nms(
 
 
 def _candidates(output_CA: np.ndarray, conf: float, multi_label: bool) -> np.ndarray:
-    """Return rows (xyxy, score, class) of all scores above `conf`, in the same order as Ultralytics."""
+    """Return rows (x1, y1, x2, y2, score, class) of all scores above `conf`, in the same order as Ultralytics."""
     best_A = output_CA[4:].max(axis=0)  # NaN if any score is NaN, so the scores need no separate check
     if not (np.isfinite(best_A).all() and np.isfinite(output_CA[:4]).all()):
         raise NotFinite("the model's output holds NaN or infinity")

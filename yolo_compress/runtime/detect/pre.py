@@ -51,10 +51,10 @@ def _cv2() -> Any:
 
 
 def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
-    """Read an image as image_HW3, uint8 RGB, with its EXIF orientation applied. A .npy file holds a decoded image.
+    """Read an image as an (H, W, 3) uint8 RGB array, with its EXIF orientation applied. A .npy file holds a decoded image.
 
     Raises:
-        UnreadableImage: the file cannot be read or decoded, or both OpenCV and Pillow are missing.
+        UnreadableImage: the file cannot be read or decoded, or neither OpenCV nor Pillow is installed.
     """
     try:
         data = Path(path).read_bytes()
@@ -153,7 +153,7 @@ class Canvas:
     A grey border is not written again if the next image has the same border. So no other code may write to the array.
 
     Args:
-        images_BCHW: float32 array that `place` fills, image by image.
+        images_BCHW: (B, C, H, W) float32 array that `place` fills, image by image.
     """
 
     def __init__(self, images_BCHW: np.ndarray) -> None:
@@ -197,13 +197,13 @@ def letterbox(
     """Scale one image to the model's input size with grey borders, as float32. `Canvas.place` describes the steps.
 
     Args:
-        image_HW3: uint8 RGB.
+        image_HW3: (H, W, 3) uint8 RGB array.
         imgsz_hw: height and width of the model's input, px.
-        out: float32 [C, H, W] array for the result. None: a new array.
+        out: (C, H, W) float32 array for the result. None: a new array.
         channels: channels of the model's input: 3 (RGB) or 1 (grey).
 
     Returns:
-        chw_CHW, float32 in 0..1, and the placement of the image. The array is `out` if that is not None.
+        The (C, H, W) float32 array in 0..1, and the placement of the image. The array is `out` if that is not None.
     """
     shape = (channels,) + tuple(imgsz_hw)
     chw_CHW = np.empty(shape, np.float32) if out is None else out
@@ -213,7 +213,7 @@ def letterbox(
 
 
 def grey(image_HW3: np.ndarray) -> np.ndarray:
-    """Convert a uint8 RGB image to grey, image_HW1, as cv2's COLOR_RGB2GRAY (ITU-R BT.601). Grey pixels keep their value."""
+    """Convert a uint8 RGB image to grey, an (H, W, 1) array, as cv2's COLOR_RGB2GRAY (ITU-R BT.601). Grey pixels keep their value."""
     cv2 = _cv2()
     if cv2 is not None:
         return cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)[..., None]

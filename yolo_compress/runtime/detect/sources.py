@@ -18,7 +18,7 @@ MISSING = 0.02  # share of frames that may be missing; some containers only esti
 
 
 class SourceImage(NamedTuple):
-    """An image that is not decoded yet. `read` returns image_HW3, uint8 RGB, or raises `pre.UnreadableImage`."""
+    """An image that is not decoded yet. `read` returns an (H, W, 3) uint8 RGB array, or raises `pre.UnreadableImage`."""
 
     name: str
     read: Callable[[], np.ndarray]

@@ -40,8 +40,8 @@ class ImageDetections(NamedTuple):
 
     Attributes:
         name: name of the image.
-        image_HW3: uint8 RGB. None: the image could not be read.
-        detections_N6: xyxy in px of the image, score, class.
+        image_HW3: (H, W, 3) uint8 RGB array. None: the image could not be read.
+        detections_N6: (N, 6) array, columns x1, y1, x2, y2 in px of the image, score, class.
         problem: the reason why the image could not be read. None: it was read.
         ms: time from reading the file (for a video: from the decoded frame) to the detections, milliseconds.
     """

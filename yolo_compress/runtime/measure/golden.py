@@ -34,8 +34,8 @@ class Difference(NamedTuple):
         worst_box_px, worst_score: largest difference of a coordinate in px of the image, and of a score.
         most_box_px, most_score: 90th percentile of the differences. For INT8 the worst box says little, because rounding can
             decide which of two grid cells a box comes from.
-        unmatched: boxes without a partner.
-        compared: boxes with a partner.
+        unmatched: boxes that match no box of the other set: same class, IoU of at least 0.5.
+        compared: boxes that match a box of the other set.
     """
 
     worst_box_px: float
@@ -148,7 +148,7 @@ def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTes
 
 
 def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
-    """Read golden.json and the golden images, each image_HW3, uint8 RGB.
+    """Read golden.json and the golden images, (H, W, 3) uint8 RGB arrays.
 
     Raises:
         EngineError: the bundle has no readable golden images, or golden.json has another schema.
@@ -165,7 +165,10 @@ def load(bundle: Path) -> Tuple[Golden, List[np.ndarray]]:
 
 
 def detections(backend: Backend, images: Sequence[np.ndarray], floor: float, iou: float) -> List[np.ndarray]:
-    """Return the detections with scores above `floor`, N6 per image, with only the best class of each box, as in a deployment."""
+    """Return the detections with scores above `floor`, with only the best class of each box, as in a deployment.
+
+    The result has one (N, 6) array per image, columns x1, y1, x2, y2 in px, score, class.
+    """
     return Detector(backend, floor, iou, multi_label=False).detect(images)
 
 
@@ -173,9 +176,8 @@ def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf
     """Return the differences in box and score between two sets of detections of the same images.
 
     Args:
-        expected, found: one N6 array (xyxy, score, class) per image, in the same order.
-        conf: every detection with at least this score needs a partner in the other set, with the same class and an IoU of at least
-            0.5.
+        expected, found: one (N, 6) array per image, columns x1, y1, x2, y2 in px, score, class. The images have the same order.
+        conf: every detection with at least this score must match a detection of the other set: same class, IoU of at least 0.5.
     """
     boxes, scores, unmatched = [0.0], [0.0], 0
     for one_N6, two_M6 in zip(expected, found):

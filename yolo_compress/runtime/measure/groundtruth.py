@@ -87,7 +87,10 @@ def coco_file(file: Path, images: Path, names: Sequence[str]) -> List[Labelled]:
 
 
 def absolute(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
-    """Convert boxes to boxes_N5 (class, x1, y1, x2, y2) in px of the image, with the arithmetic of `evaluate.coco.absolute_boxes`."""
+    """Return the boxes as an (N, 5) array, columns class, x1, y1, x2, y2 in px of the image.
+
+    The arithmetic is that of `evaluate.coco.absolute_boxes`.
+    """
     boxes_N5 = np.array(boxes, np.float64).reshape(-1, 5)
     size_4 = np.array([width, height, width, height], np.float64)
     half_N2 = boxes_N5[:, 3:5] / 2

@@ -1,4 +1,4 @@
-"""Measure engines in turn: one process per engine, and rounds in ABBA order, so that drift affects all engines equally."""
+"""Measure engines alternately: one process per engine, and rounds in ABBA order, so that drift affects all engines equally."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def measure_in_turn(
     n_per_round: int,
     progress: Optional[Callable[[int], Any]] = None,
 ) -> List[Measured]:
-    """Measure the latency of several engines in turn. Every second round goes through the engines in reverse order.
+    """Measure the latency of several engines in rounds. A round times each engine once; every second round in reverse order.
 
     Args:
         specs: one `messages.Spec` for each engine to measure.

@@ -44,10 +44,10 @@ def measure(
         call: function that runs one inference and returns when the inference is done.
         n: number of samples.
         warmup_ms, warmup_n: the warm-up continues until it has taken this time and has made this number of calls.
-        calls: functions that are called in turn in place of `call`, such as one function per input image.
+        calls: functions that are called one after another in place of `call`, such as one function per input image.
 
     Returns:
-        samples_n, ms.
+        (n,) array, ms.
     """
     turn = calls or [call]
     begun, count = time.perf_counter(), 0
@@ -166,8 +166,8 @@ def others_cpus() -> Callable[[], Optional[float]]:
     """Start to count the processor time of other programs.
 
     Returns:
-        Function that returns how many processors other programs have used on average since then. None: the kernel does not count, or
-        less than `OTHERS_LEAST_S` have passed. Virtual machines that share the processor count too, where the kernel knows them.
+        Function that returns how many processors other programs have used on average since then. None: the kernel does not count,
+        or less than `OTHERS_LEAST_S` have passed. The time of other virtual machines also counts, if the kernel reports it.
     """
 
     def others_s() -> Optional[float]:

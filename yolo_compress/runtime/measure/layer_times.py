@@ -51,7 +51,7 @@ class _Probe(TypedDict):
 
 
 class Probe(_Probe, total=False):
-    """The document in `layers.json`."""
+    """Content of `layers.json`: the models in a folder of `yolo-compress probe`, and how to find their convolutions in an engine."""
 
     convs: Dict[str, str]  # convolution -> its ONNX node; the engine must not fuse it with another convolution
 
@@ -123,7 +123,7 @@ def _whole_ms(engine: Path, threads: Optional[int]) -> float:
 
 
 def _in_turn(engines: Sequence[Path], threads: Optional[int]) -> List[Dict[str, float]]:
-    """Measure engines in turn. Return a dict from node name to ms for each engine: the minimum over the rounds."""
+    """Measure engines alternately. Return a dict from node name to ms for each engine: the minimum over the rounds."""
     rounds: List[List[Dict[str, float]]] = [[] for _ in engines]
     for _ in range(ROUNDS):
         for index, engine in enumerate(engines):

@@ -281,7 +281,7 @@ def open_memory() -> CudaMemory:
     """Return a `CudaMemory` that uses cuda-python, or pycuda if cuda-python does not work.
 
     Raises:
-        RuntimeUnavailable: cuda-python and pycuda both do not work.
+        RuntimeUnavailable: neither cuda-python nor pycuda works.
     """
     reasons = []
     for kind in (CudaPython, PyCuda):

@@ -191,7 +191,7 @@ class TensorRTBackend:
         return {name: min(values) for name, values in samples.items()}
 
     def close(self) -> None:
-        """Free device and page-locked memory. Do not use the engine or an output that was not copied afterwards."""
+        """Free device and page-locked memory. Afterwards, do not use the engine, or an output that was not copied."""
         if self._executions:
             self._memory.synchronize()
         while self._executions:

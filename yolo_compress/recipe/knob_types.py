@@ -1,4 +1,7 @@
-"""Define knobs, the settings of a recipe: help, limits and accepted values. Also define the knobs that several sections share."""
+"""Types of knobs (settings of a recipe): accepted values, limits and help of the knobs that several sections share.
+
+`knob` adds help and limits to a field. The defaults of all knobs, and the knobs of a single section, are in `sections.py`.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,7 @@ SomeEpochs = Annotated[Annotated[int, Field(ge=1, le=100_000)] | Auto, knob(
     group="Training", unit="epochs")]
 Batch = Annotated[Annotated[int, Field(ge=1, le=4096)] | Auto, knob(
     "Number of images in one training step. auto: chosen by the number of training images.",
-    when="Lower it when memory runs out, and lower lr0 with it.",
+    when="Lower it when memory runs out, and lower `lr0` with it.",
     group="Training", unit="images")]
 Optimizer = Annotated[Literal["SGD", "AdamW", "Adam"], knob(
     "Optimizer of the training.",
@@ -158,7 +161,7 @@ Lr0 = Annotated[float, knob(
 SourceOptimizer = Annotated[Literal["SGD", "AdamW", "Adam", "MuSGD"] | Auto, knob(
     "Optimizer of the training. auto: the choice of Ultralytics. This is AdamW for up to 10,000 steps of 64 images, and "
     "MuSGD for more.",
-    when="Set it only to repeat a training that used another one.",
+    when="Set it only to repeat a training that used another optimizer.",
     group="Advanced")]
 SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
     "Highest learning rate of the training, reached after warm-up. auto: the choice of Ultralytics. This is 0.002 * 5 / (4 "
@@ -166,11 +169,11 @@ SourceLr0 = Annotated[Annotated[float, Field(gt=0, le=1)] | Auto, knob(
     when="Lower it when the loss jumps or becomes NaN.",
     group="Training")]
 WarmupEpochs = Annotated[float, knob(
-    "Number of epochs at the start of the training in which the learning rate rises to lr0. Fractions are allowed.",
+    "Number of epochs at the start of the training over which the learning rate rises to `lr0`. Fractions are allowed.",
     when="Raise it when the loss jumps in the first epoch.",
     group="Advanced", unit="epochs", ge=0, le=1000)]
 Cosine = Annotated[bool, knob(
-    "How the learning rate falls from lr0 to lr0*lrf. true: along a cosine. false: linearly.",
+    "How the learning rate falls from `lr0` to `lr0` * `lrf`. true: along a cosine. false: linearly.",
     when="Change it only to reproduce a training with a linear learning rate.",
     group="Advanced")]
 Mosaic = Annotated[float, knob(
@@ -179,34 +182,35 @@ Mosaic = Annotated[float, knob(
     group="Training", unit="fraction", ge=0, le=1)]
 CloseMosaic = Annotated[Annotated[int, Field(ge=0)] | Auto, knob(
     "Number of epochs without mosaic at the end of the training. auto: a fifth of the epochs, at most 10.",
-    when="Set a tenth to a fifth of epochs. Set 0 when mosaic is 0.",
+    when="Set a tenth to a fifth of the epochs. Set 0 when the knob mosaic is 0.",
     group="Training", unit="epochs")]
 Weights = Annotated[str | None, knob(
     "Checkpoint that already detects the classes of the data set. It is used without training. Its path is tried as given, "
-    "then in weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Not together with pretrained or model.",
+    "then in weights/, then in the folders of YOLO_COMPRESS_WEIGHTS. Set only one of `weights`, `pretrained` and `model`.",
     when="Give a file when you have a trained detector of the classes of your data set.",
     group="Model", pattern=TEXT)]
 Pretrained = Annotated[str | None, knob(
-    "Checkpoint of any classes from which the training starts. All its tensors are used. Outputs of classes that it does "
-    "not have start at random. Its path is tried in the same places as weights. Not together with weights or model.",
+    "Checkpoint from which the training starts. It may have other classes than the data set: weights for classes that it "
+    "lacks are random at the start, all others come from the checkpoint. Its path is tried as given, then in weights/, then in "
+    "the folders of YOLO_COMPRESS_WEIGHTS. Set only one of `weights`, `pretrained` and `model`.",
     when="Give a file such as yolov8s.pt when you have no trained detector of your classes.",
     group="Model", pattern=TEXT)]
 Model = Annotated[Scratch | None, knob(
-    "Architecture to train from random weights. Not together with weights or pretrained.",
+    "Architecture to train from random weights. Set only one of `weights`, `pretrained` and `model`.",
     when="Give it only when there is no checkpoint to start from: it needs more data and epochs.",
     group="Model")]
 CalibImages = Annotated[int, knob(
-    "Number of training images, without augmentation, from which the INT8 scales are calibrated.",
+    "Number of training images that calibration uses to choose the INT8 scales. They are not augmented.",
     when="Raise it when there are many classes or varied scenes. For COCO, 512 is suitable.",
     group="Calibration", unit="images", ge=1, le=100_000)]
 CalibratorKnob = Annotated[Calibrator, knob(
-    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: the knob percentile "
+    "How calibration chooses a scale from the values of a tensor. max: no value is clipped. percentile: the knob `percentile` "
     "sets how many values are not clipped. mse: least squared error of rounding and clipping. entropy: least "
     "Kullback-Leibler divergence.",
     when="Try another one when INT8 loses mAP and FP16 does not.",
     group="Calibration")]
 Percentile = Annotated[float, knob(
-    "Percentage of the values of a tensor that are not clipped. Only used with calibrator=percentile.",
+    "Percentage of the values of a tensor that are not clipped. Used only if `calibrator` is percentile.",
     when="Lower it when a few very large values make the scale too coarse.",
     group="Advanced", unit="percent", gt=50, le=100)]
 Threads = Annotated[int | None, knob(
