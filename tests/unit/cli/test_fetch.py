@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from yolo_compress import home
 from yolo_compress.cli import fetch
 from yolo_compress.data.data_yaml import find_yaml, list_images, read_yaml
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError, StorageError
+from yolo_compress.files import atomic
 
 CONTENT = {
     "coco2017labels.zip": [
@@ -63,6 +65,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with room for COCO, whatever this machine has: the files that are fetched here are small."""
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
 
 
 @pytest.fixture
@@ -251,9 +259,7 @@ def test_more_than_is_published_is_not_fetched(server: Server, shelf: Path) -> N
 
 @pytest.mark.fault(48)
 def test_a_disk_without_room_is_said_first(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from yolo_compress.files import atomic
-
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5 << 20}))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 << 20))
     with pytest.raises(StorageError, match=r"fetching yolov8n.pt needs 10 MiB .* make room first"):
         fetch.fetch("yolov8n.pt")
 
