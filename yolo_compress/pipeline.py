@@ -229,7 +229,7 @@ def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
     data = recipe.data
-    cache = store.root / ".cache" / "data.json"
+    cache = store.root / ".cache" / "data"
     dataset = load(
         data.yaml,
         limit_train=data.limit_train,

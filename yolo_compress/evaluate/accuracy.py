@@ -24,7 +24,7 @@ DYNAMIC_BATCH = 4  # images per call if the backend takes any number
 
 
 class ImageTruth(Truth, Protocol):
-    """Ground truth of an image, with the path of its file; `data.reader.Sample` implements it."""
+    """Ground truth of an image, with the path of its file; `data.samples.Sample` implements it."""
 
     @property
     def image(self) -> Path: ...

@@ -32,7 +32,7 @@ class Item:
 
     Attributes:
         image: Path, or HW3 uint8 RGB.
-        truths: Class and normalised xywh of each object, as in `data.reader.Sample.boxes`.
+        truths: Class and normalised xywh of each object, as in `data.samples.Sample.boxes`.
         detections_a: Detections of the baseline, N6: xyxy in px of the image, score, class.
         detections_b: Detections of the compressed model in the same form.
         names: Class names in the order of their index.
