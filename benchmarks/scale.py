@@ -1,21 +1,51 @@
 """Time and memory at the size of COCO: 118,287 training and 5,000 validation images of 16 px, 80 classes, labels as many as COCO's.
 
-python benchmarks/scale.py make FOLDER
+    python benchmarks/scale.py make FOLDER       # the data set, 34 s
+    python benchmarks/scale.py first FOLDER      # the first preflight, and one that is killed at half and goes on
+    python benchmarks/scale.py start FOLDER      # cached: `status`, and what a stage does before its own work
+    python benchmarks/scale.py matching FOLDER   # mAP of 5,000 images with 200 detections each
+    python benchmarks/scale.py reading FOLDER    # 640 px JPEGs: reading and letterbox in threads against one after the other
+    python benchmarks/scale.py ram FOLDER        # RAM cache of 20,000 images, in threads against one after the other
+
+CPU seconds are comparable on a machine that other processes use, wall times are not. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+
+from yolo_compress.store import environment
 
 TRAIN, VAL, CLASSES = 118_287, 5_000, 80
 SIDE_PX = 16
 BOXES = 7.3  # mean of an image in COCO
 EMPTY = 0.0086  # fraction of COCO's training images without an object
+DETECTIONS = 200  # of an image, at most 300 at a threshold of 0.001
+JPEGS, RAM_IMAGES = 500, 20_000
+ROUNDS = 5
+Row = dict[str, object]
+
+PREPARE = """
+from pathlib import Path
+from yolo_compress import pipeline
+from yolo_compress.recipe import recipe
+from yolo_compress.store.store import Store
+ready, data = pipeline.prepare(recipe.load("custom", {"data.yaml": "scale.yaml"}), Store(Path("weights")))
+pipeline.plan(ready, data, "report")
+"""
 
 
 def make(folder: Path, train: int, val: int) -> None:
@@ -46,16 +76,166 @@ def make(folder: Path, train: int, val: int) -> None:
     (folder / "scale.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames: {json.dumps(names)}\n")
 
 
+def run(command: Sequence[str], folder: Path, stop_at: int | None = None) -> Row:
+    """Run a command in the folder. Return its wall and CPU seconds, its memory and how many images it read.
+
+    Args:
+        command: arguments of Python.
+        folder: folder of the data set.
+        stop_at: number of images read after which it gets SIGKILL.
+    """
+    start, read = time.perf_counter(), 0
+    root = str(Path(__file__).resolve().parents[1])
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    assert process.stderr is not None
+    log = ""
+    for line in process.stderr:
+        log += line
+        if line.startswith("check images: "):
+            read = int(line.split()[2].split("/")[0])
+            if stop_at and read >= stop_at:
+                process.send_signal(signal.SIGKILL)
+                break
+    _, status, usage = os.wait4(process.pid, 0)
+    if status and not stop_at:
+        raise SystemExit(log)
+    return {
+        "wall_s": time.perf_counter() - start,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 2**10,
+        "read": log[: log.find("/")].rpartition(" ")[2] if "check images" in log else "",
+    }
+
+
+def first(folder: Path) -> dict[str, Row]:
+    """Time a first preflight; then kill one at half, and time the next."""
+    cache = folder / "weights" / ".cache"
+    rows = {}
+
+    def forget() -> None:
+        for file in cache.glob("data*"):
+            file.unlink()
+
+    forget()
+    rows["first preflight"] = run(["-c", PREPARE], folder)
+    forget()
+    rows["killed at half"] = run(["-c", PREPARE], folder, stop_at=(TRAIN + VAL) // 2)
+    rows["after the kill"] = run(["-c", PREPARE], folder)
+    return rows
+
+
+def start(folder: Path) -> dict[str, Row]:
+    """Time commands on a data set that the cache knows."""
+    run(["-c", PREPARE], folder)
+    status = ["-m", "yolo_compress", "status", "data.yaml=scale.yaml"]
+    commands = {"status": status, "before a stage": ["-c", PREPARE], "cfg": ["-m", "yolo_compress", "cfg"]}
+    rows = [{name: run(command, folder) for name, command in commands.items()} for _ in range(ROUNDS)]
+    return {name: min((row[name] for row in rows), key=lambda row: float(str(row["cpu_s"]))) for name in commands}
+
+
+def matching(folder: Path) -> dict[str, Row]:
+    """Compute mAP of invented detections."""
+    from ab import detected, scene
+
+    from yolo_compress.evaluate.coco import mean_ap
+
+    generator = np.random.default_rng(0)
+    scenes = scene(VAL, CLASSES, generator)
+    found = detected(scenes, VAL * DETECTIONS, CLASSES, generator)
+    truths = []
+    for rows_N5 in scenes:
+        centres, sides = (rows_N5[:, 1:3] + rows_N5[:, 3:]) / 1280, (rows_N5[:, 3:] - rows_N5[:, 1:3]) / 640
+        boxes = [(int(k), *c, *s) for k, c, s in zip(rows_N5[:, 0], centres.tolist(), sides.tolist(), strict=True)]
+        truths.append(SimpleNamespace(width=640, height=640, boxes=tuple(boxes)))
+    began = time.process_time()
+    result = mean_ap(truths, found, [str(k) for k in range(CLASSES)])
+    row: Row = {"cpu_s": time.process_time() - began, "map50_95": result["map50_95"]}
+    return {"matching": row | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}}
+
+
+def alternating(ways: dict[str, Callable[[], None]]) -> dict[str, Row]:
+    """Return the median wall and CPU seconds of several ways to do the same, measured in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            way()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: {"wall_s": float(np.median([w for w, _ in rows])), "cpu_s": float(np.median([c for _, c in rows]))}
+        for name, rows in times.items()
+    }
+
+
+def reading(folder: Path) -> dict[str, Row]:
+    """Read and letterbox JPEGs of 640 x 480 px as `accuracy` does, in one thread and in one for each processor."""
+    import cv2
+
+    from yolo_compress.evaluate import accuracy
+    from yolo_compress.runtime.detect import pre
+    from yolo_compress.runtime.detect.detector import Detector
+    from yolo_compress.runtime.measure.device import usable_cpus
+
+    generator = np.random.default_rng(0)
+    samples = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(JPEGS):
+            rough = cv2.resize(
+                generator.integers(0, 256, (30, 40, 3), np.uint8), (640, 480), interpolation=cv2.INTER_CUBIC
+            )
+            image = np.clip(rough + generator.normal(0, 8, rough.shape), 0, 255).astype(np.uint8)
+            file = Path(scratch, f"{i}.jpg")
+            cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+            samples.append(SimpleNamespace(image=file, width=640, height=480, boxes=()))
+        cv2.setNumThreads(1)
+        backend = SimpleNamespace(batch=None, channels=3, imgsz=(640, 640))
+        detector = Detector(backend)  # type: ignore[arg-type]
+
+        def prepare(workers: int) -> None:
+            for _ in accuracy._prepared(detector, samples, workers):
+                pass
+
+        def native() -> None:
+            """Only what runs without Python's lock: decoding and the planes of the letterbox."""
+            canvas = np.zeros((3, 480, 640), np.float32)
+            for sample in samples:
+                decoded = cv2.imdecode(np.fromfile(sample.image, np.uint8), cv2.IMREAD_COLOR)
+                pre._normalise(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), canvas)
+
+        rows = alternating(
+            {"one thread": lambda: prepare(1), "threads": lambda: prepare(usable_cpus()), "native": native}
+        )
+    rows["images"] = {"n": JPEGS, "threads": usable_cpus(), "load": os.getloadavg()[0]}
+    return rows
+
+
+def ram(folder: Path) -> dict[str, Row]:
+    raise SystemExit("not yet")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make"])
+    measured = {one.__name__: one for one in (first, start, matching, reading, ram)}
+    parser.add_argument("what", choices=["make", *measured])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=TRAIN)
+    parser.add_argument("--train", type=int, default=TRAIN, help="training images to make")
     parser.add_argument("--val", type=int, default=VAL)
     args = parser.parse_args()
-    start = time.perf_counter()
-    make(args.folder, args.train, args.val)
-    print(f"{time.perf_counter() - start:.0f} s")
+    if args.what == "make":
+        make(args.folder, args.train, args.val)
+        return
+    rows = measured[args.what](args.folder)
+    for name, row in rows.items():
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    print(json.dumps({"what": args.what, "rows": rows, "environment": environment.describe()}))
 
 
 if __name__ == "__main__":
