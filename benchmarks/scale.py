@@ -38,12 +38,14 @@ JPEGS, RAM_IMAGES = 500, 20_000
 ROUNDS = 5
 Row = dict[str, object]
 
+KNOBS = ["data.yaml=scale.yaml", "baseline.model=yolov8n.yaml"]
 PREPARE = """
 from pathlib import Path
 from yolo_compress import pipeline
 from yolo_compress.recipe import recipe
 from yolo_compress.store.store import Store
-ready, data = pipeline.prepare(recipe.load("custom", {"data.yaml": "scale.yaml"}), Store(Path("weights")))
+knobs = [("data.yaml", "scale.yaml"), ("baseline.model", "yolov8n.yaml")]
+ready, data = pipeline.prepare(recipe.load("custom", knobs), Store(Path("weights")))
 pipeline.plan(ready, data, "report")
 """
 
@@ -130,8 +132,8 @@ def first(folder: Path) -> dict[str, Row]:
 def start(folder: Path) -> dict[str, Row]:
     """Time commands on a data set that the cache knows."""
     run(["-c", PREPARE], folder)
-    status = ["-m", "yolo_compress", "status", "data.yaml=scale.yaml"]
-    commands = {"status": status, "before a stage": ["-c", PREPARE], "cfg": ["-m", "yolo_compress", "cfg"]}
+    status = ["-m", "yolo_compress", "status", *KNOBS]
+    commands = {"status": status, "before a stage": ["-c", PREPARE], "cfg": ["-m", "yolo_compress", "cfg", *KNOBS]}
     rows = [{name: run(command, folder) for name, command in commands.items()} for _ in range(ROUNDS)]
     return {name: min((row[name] for row in rows), key=lambda row: float(str(row["cpu_s"]))) for name in commands}
 
@@ -213,7 +215,31 @@ def reading(folder: Path) -> dict[str, Row]:
 
 
 def ram(folder: Path) -> dict[str, Row]:
-    raise SystemExit("not yet")
+    """Fill the RAM cache with training images, as `trainer` does, and take it again as the next stage does."""
+    from ultralytics.cfg import get_cfg
+
+    from yolo_compress.data.dataset import load
+    from yolo_compress.runtime.measure.device import usable_cpus
+    from yolo_compress.train import dataset
+
+    data = load(str(folder / "scale.yaml"), limit_train=RAM_IMAGES, limit_val=100, cache=folder / "weights/.cache/data")
+    args = get_cfg(overrides={"task": "detect", "mode": "train", "imgsz": 128})
+
+    def fill(workers: int, forget: bool = True) -> None:
+        if forget:
+            dataset._decoded.clear()
+        dataset.usable_cpus = lambda: workers
+        dataset.PreflightDataset(
+            data.train, cache=True, imgsz=128, augment=True, hyp=args, data={"nc": CLASSES, "channels": 3}
+        )
+
+    cores = usable_cpus()
+    ways = {
+        "one thread": lambda: fill(1),
+        "threads": lambda: fill(cores),
+        "next stage": lambda: fill(cores, forget=False),
+    }
+    return alternating(ways) | {"images": {"n": len(data.train), "threads": cores, "load": os.getloadavg()[0]}}
 
 
 def main() -> None:

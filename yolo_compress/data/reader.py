@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,9 +142,7 @@ def _read_missing(
         return out
 
     blocks = [todo[i : i + BLOCK] for i in range(0, len(todo), BLOCK)]
-    shown_bar = (
-        bar("check images", count, "image", count - len(todo)) if len(todo) >= SHOWN_FROM else nullcontext(_ignore)
-    )
+    shown_bar = bar("check images", count, "image", count - len(todo), SHOWN_FROM)
     with images.quiet_pillow(), shown_bar as advance, ThreadPoolExecutor(usable_cpus()) as pool:
         saved = time.monotonic()
         try:
@@ -178,7 +175,3 @@ def _image(content: bytes) -> Found:
 def _labels(content: bytes, data: DataYaml) -> Found:
     parsed = labels.parse(content, len(data.names), data.pose_columns)
     return Found(hashlib.sha256(content).digest(), (0, 0), parsed.boxes, parsed.findings, parsed.notes)
-
-
-def _ignore(images: int) -> None:
-    """Stand in for a progress bar."""
