@@ -6,6 +6,7 @@
     python benchmarks/scale.py matching FOLDER   # mAP of 5,000 images with 200 detections each
     python benchmarks/scale.py reading FOLDER    # 640 px JPEGs: reading and letterbox in threads against one after the other
     python benchmarks/scale.py ram FOLDER        # RAM cache of 20,000 images, in threads against one after the other
+    python benchmarks/scale.py report FOLDER     # error types, Ultralytics' AP and A/B of 5,000 images
 
 CPU seconds are comparable on a machine that other processes use, wall times are not. The last line is JSON.
 """
@@ -35,6 +36,7 @@ BOXES = 7.3  # mean of an image in COCO
 EMPTY = 0.0086  # fraction of COCO's training images without an object
 DETECTIONS = 200  # of an image, at most 300 at a threshold of 0.001
 JPEGS, RAM_IMAGES = 500, 20_000
+REPLICATES = 200
 ROUNDS = 5
 Row = dict[str, object]
 
@@ -138,24 +140,53 @@ def start(folder: Path) -> dict[str, Row]:
     return {name: min((row[name] for row in rows), key=lambda row: float(str(row["cpu_s"]))) for name in commands}
 
 
-def matching(folder: Path) -> dict[str, Row]:
-    """Compute mAP of invented detections."""
+def invented(models: int) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[SimpleNamespace]]:
+    """Return ground truth as boxes in px, the detections of each model, and ground truth as in `coco.Truth`."""
     from ab import detected, scene
-
-    from yolo_compress.evaluate.coco import mean_ap
 
     generator = np.random.default_rng(0)
     scenes = scene(VAL, CLASSES, generator)
-    found = detected(scenes, VAL * DETECTIONS, CLASSES, generator)
+    found = [detected(scenes, VAL * DETECTIONS, CLASSES, generator) for _ in range(models)]
     truths = []
     for rows_N5 in scenes:
         centres, sides = (rows_N5[:, 1:3] + rows_N5[:, 3:]) / 1280, (rows_N5[:, 3:] - rows_N5[:, 1:3]) / 640
         boxes = [(int(k), *c, *s) for k, c, s in zip(rows_N5[:, 0], centres.tolist(), sides.tolist(), strict=True)]
         truths.append(SimpleNamespace(width=640, height=640, boxes=tuple(boxes)))
+    return scenes, found, truths
+
+
+def once(work: Callable[[], object]) -> Row:
+    """Return the CPU seconds of a call, and the peak memory of this process after it."""
     began = time.process_time()
-    result = mean_ap(truths, found, [str(k) for k in range(CLASSES)])
-    row: Row = {"cpu_s": time.process_time() - began, "map50_95": result["map50_95"]}
-    return {"matching": row | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}}
+    work()
+    return {
+        "cpu_s": time.process_time() - began,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+def matching(folder: Path) -> dict[str, Row]:
+    """Compute mAP of invented detections."""
+    from yolo_compress.evaluate.coco import mean_ap
+
+    _, (found,), truths = invented(1)
+    return {"matching": once(lambda: mean_ap(truths, found, [str(k) for k in range(CLASSES)]))}
+
+
+def report(folder: Path) -> dict[str, Row]:
+    """Compute what the report and `ab` compute from stored detections."""
+    from yolo_compress.evaluate import tide
+    from yolo_compress.evaluate.ab.comparison import compare
+    from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
+
+    scenes, both, truths = invented(2)
+    names = [str(k) for k in range(CLASSES)]
+    ultralytics_ap(truths[:2], both[0][:2], names)  # imports
+    return {
+        "error types": once(lambda: tide.errors(scenes, both[0])),
+        "Ultralytics' AP": once(lambda: ultralytics_ap(truths, both[0], names)),
+        f"A/B, {REPLICATES} replicates": once(lambda: compare(scenes, *both, names, replicates=REPLICATES)),
+    }
 
 
 def alternating(ways: dict[str, Callable[[], None]]) -> dict[str, Row]:
@@ -216,11 +247,10 @@ def reading(folder: Path) -> dict[str, Row]:
 
 def ram(folder: Path) -> dict[str, Row]:
     """Fill the RAM cache with training images, as `trainer` does, and take it again as the next stage does."""
-    from ultralytics.cfg import get_cfg
-
     from yolo_compress.data.dataset import load
     from yolo_compress.runtime.measure.device import usable_cpus
-    from yolo_compress.train import dataset
+    from yolo_compress.train import dataset  # before ultralytics
+    from ultralytics.cfg import get_cfg  # isort: skip
 
     data = load(str(folder / "scale.yaml"), limit_train=RAM_IMAGES, limit_val=100, cache=folder / "weights/.cache/data")
     args = get_cfg(overrides={"task": "detect", "mode": "train", "imgsz": 128})
@@ -244,7 +274,7 @@ def ram(folder: Path) -> dict[str, Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measured = {one.__name__: one for one in (first, start, matching, reading, ram)}
+    measured = {one.__name__: one for one in (first, start, matching, reading, ram, report)}
     parser.add_argument("what", choices=["make", *measured])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=TRAIN, help="training images to make")

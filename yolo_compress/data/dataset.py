@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from yolo_compress.data import shipped
 from yolo_compress.data.data_yaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
-from yolo_compress.data.samples import FileStates, Sample, Samples
+from yolo_compress.data.samples import FileStates, Sample, Samples, sha256s
 from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.runtime.limits import MAX_DET, counted
 
@@ -185,7 +185,7 @@ def with_unlabelled(
         raise _failure(where, findings, "no image is left")
     samples = read.samples(used)
     notes = _overlap(where, samples, dataset.val, allow=allow_overlap)
-    digests = samples.sha256s()
+    digests = sha256s(samples)
     return replace(
         dataset,
         unlabelled=samples,
@@ -236,10 +236,10 @@ def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list
     """
     if not samples or count < 1:
         raise DataError(f"calibration needs at least one training image, got {min(len(samples), max(count, 0))}")
-    known: Iterable[tuple[str, str]] = ((s.sha256, s.name) for s in samples)
-    if isinstance(samples, Samples):  # without their boxes, which take time
-        known = zip(samples.sha256s(), samples.names, strict=True)
-    ranked = sorted((_sha256([seed, sha256]), name, i) for i, (sha256, name) in enumerate(known))
+    names = samples.names if isinstance(samples, Samples) else [s.name for s in samples]
+    ranked = sorted(
+        (_sha256([seed, sha256]), name, i) for i, (sha256, name) in enumerate(zip(sha256s(samples), names, strict=True))
+    )
     return [samples[i] for _, _, i in sorted(ranked[:count], key=lambda row: row[1])]
 
 
@@ -317,8 +317,10 @@ def _almost_labels(read: Read) -> list[str]:
         wanted.setdefault(folder, {})[name.lower()] = i
     findings = []
     for folder, names in wanted.items():
-        for other in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            if other.lower() in names:
+        others = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        alike = names.keys() & "/".join(others).lower().split("/")
+        for other in others if alike else ():
+            if other.lower() in alike:
                 i = names[other.lower()]
                 name = os.path.basename(read.label_paths[i])
                 findings.append(
@@ -350,11 +352,12 @@ def _overlap(data: DataYaml, train: Samples, val: Sequence[Sample], *, allow: bo
     Raises:
         BadData: Some images are in both splits.
     """
-    wanted = {s.sha256 for s in val}
-    known = {digest: path for digest, path in zip(train.sha256s(), train.paths, strict=True) if digest in wanted}
-    pairs = [(known[s.sha256], s.image) for s in val if s.sha256 in known]
-    if not pairs:
+    digests, others = sha256s(train), sha256s(val)
+    both = set(digests).intersection(others)
+    if not both:
         return []
+    known = {sha256: path for sha256, path in zip(digests, train.paths, strict=True) if sha256 in both}
+    pairs = [(known[sha256], val[i].image) for i, sha256 in enumerate(others) if sha256 in both]
     if allow:
         return [f"{len(pairs)} of {len(val)} validation images are training images too; accepted by data.allow_overlap"]
     findings = [f"{shown(v)}: same bytes as {shown(t)} of train" for t, v in pairs]

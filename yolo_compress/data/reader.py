@@ -77,6 +77,12 @@ class _Files:
     failed: dict[int, OSError]
     rows: np.ndarray
 
+    def find(self, cache: FileCache) -> None:
+        """Set `rows` from the cache. Files that cannot be read are not asked for, so that the paths are those of the cache."""
+        there = np.setdiff1d(np.arange(len(self.paths)), list(self.failed))
+        paths = [self.paths[i] for i in there.tolist()] if self.failed else self.paths
+        self.rows[there] = cache.find(self.kind, paths, self.stamps_N4[there])
+
     def unread(self) -> set[int]:
         return set(np.flatnonzero(self.rows < 0).tolist()) - self.failed.keys()
 
@@ -98,7 +104,7 @@ def read_all(listed: Sequence[Listed], data: DataYaml, cache: FileCache, labelle
     findings, notes = dict[int, list[str]](), dict[int, list[str]]()
     for number, part in enumerate(files):
         if unread[number]:
-            part.rows = cache.find(part.kind, part.paths, part.stamps_N4)
+            part.find(cache)
         there = part.rows >= 0
         (label_N if number else image_N)[np.flatnonzero(there)] = cache.records[part.rows[there]]
         for i, failure in part.failed.items():
@@ -120,7 +126,9 @@ def read_all(listed: Sequence[Listed], data: DataYaml, cache: FileCache, labelle
 
 def _files(cache: FileCache, kind: str, paths: list[str]) -> _Files:
     stamps_N4, failed = stamps(paths)
-    return _Files(kind, paths, stamps_N4, failed, cache.find(kind, paths, stamps_N4))
+    files = _Files(kind, paths, stamps_N4, failed, np.full(len(paths), -1))
+    files.find(cache)
+    return files
 
 
 def _read_missing(

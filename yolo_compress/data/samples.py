@@ -66,11 +66,6 @@ class Samples(Sequence[Sample]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Sample.__eq__, self, other))
 
-    def sha256s(self) -> list[str]:
-        """Return the SHA-256 of each image file, hexadecimal."""
-        text = self.sha256_N32.tobytes().hex()
-        return [text[i : i + 64] for i in range(0, len(text), 64)]
-
     def counts(self) -> np.ndarray:
         """Return the number of boxes of each image."""
         return self.starts[1:] - self.starts[:-1]
@@ -90,6 +85,14 @@ class Samples(Sequence[Sample]):
         (images, _), counts = np.unique([images_B, self.boxes_B5[:, 0]], axis=1, return_counts=True)
         np.maximum.at(most_N, images.astype(np.int64), counts)
         return most_N
+
+
+def sha256s(samples: Sequence[Sample]) -> list[str]:
+    """Return the SHA-256 of each image file, hexadecimal. Unlike a loop, this makes no `Sample` of `Samples`."""
+    if not isinstance(samples, Samples):
+        return [sample.sha256 for sample in samples]
+    text = samples.sha256_N32.tobytes().hex()
+    return [text[i : i + 64] for i in range(0, len(text), 64)]
 
 
 @dataclass(frozen=True)

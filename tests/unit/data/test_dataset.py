@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import itertools
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -234,6 +237,31 @@ def test_digest_does_not_depend_on_row_order_or_spelling(root: Path) -> None:
     first = load("set/data.yaml")
     (root / "labels/train/0.txt").write_bytes(b"1 0.50 0.5 0.1 1e-1\r\n0 .1 .1 .1 .1")
     assert load("set/data.yaml").digest == first.digest
+
+
+def test_digest_is_that_of_earlier_versions(root: Path) -> None:
+    """Fingerprints of stores depend on it: SHA-256 of this JSON, whether the cache has it or not."""
+    (root / "labels/train/0.txt").write_bytes(b"1 .5 .5 .1 .1\n0 .123456 .1 .1 .1\n")
+    (root / "labels/train/1.txt").unlink()
+    for _ in range(2):
+        dataset = load("set/data.yaml", cache=root.parent / "cache")
+        rows = sorted([s.name, s.sha256, sorted(s.boxes)] for s in dataset.train)
+        text = json.dumps([["cat", "dog"], 3, rows], separators=(",", ":"))
+        assert dataset.train_digest == hashlib.sha256(text.encode()).hexdigest()
+        both = json.dumps([dataset.train_digest, dataset.val_digest], separators=(",", ":"))
+        assert dataset.digest == hashlib.sha256(both.encode()).hexdigest()
+
+
+def test_samples_are_a_sequence(root: Path) -> None:
+    (root / "labels/train/1.txt").write_bytes(2 * ROW + b"0 .1 .1 .1 .1\n")
+    (root / "labels/train/2.txt").unlink()
+    samples = load("set/data.yaml").train
+    assert [len(s.boxes) for s in samples] == [1, 2, 0, 1] and samples[1].boxes[1] == (0, 0.1, 0.1, 0.1, 0.1)
+    assert samples[1].sha256 == hashlib.sha256(samples[1].image.read_bytes()).hexdigest()
+    assert samples[-1] == samples[3] and samples[1:3] == (samples[1], samples[2]) and samples[::-1][0] == samples[3]
+    assert samples == tuple(samples) == pickle.loads(pickle.dumps(samples)) and samples != samples[:3]
+    with pytest.raises(IndexError):
+        samples[4]
 
 
 def test_cached_load_reads_only_files_that_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

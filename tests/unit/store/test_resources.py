@@ -42,6 +42,7 @@ def test_a_cpu_has_no_workers(shared: dict[str, float]) -> None:
     assert resources.data_workers("cpu", 8, 16, 640) == resources.data_workers("cpu", None, 16, 640) == 0
 
 
+@pytest.mark.fault(52)
 def test_shared_memory_that_is_too_small_is_refused_before_any_stage(shared: dict[str, float]) -> None:
     shared["mib"] = 2 * BATCH_MIB
     assert resources.data_workers("0", 2, 16, 640) == 2
