@@ -5,7 +5,7 @@
     python benchmarks/scale.py start FOLDER      # cached: `status`, and what a stage does before its own work
     python benchmarks/scale.py matching FOLDER   # mAP of 5,000 images with 200 detections each
     python benchmarks/scale.py reading FOLDER    # 640 px JPEGs: reading and letterbox in threads against one after the other
-    python benchmarks/scale.py ram FOLDER        # RAM cache of 20,000 images, in threads against one after the other
+    python benchmarks/scale.py ram FOLDER        # RAM cache of JPEGs, in threads against one after the other
     python benchmarks/scale.py report FOLDER     # error types, Ultralytics' AP and A/B of 5,000 images
 
 CPU seconds are comparable on a machine that other processes use, wall times are not. The last line is JSON.
@@ -28,6 +28,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from yolo_compress.data.samples import Sample
+from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.store import environment
 
 TRAIN, VAL, CLASSES = 118_287, 5_000, 80
@@ -35,7 +37,7 @@ SIDE_PX = 16
 BOXES = 7.3  # mean of an image in COCO
 EMPTY = 0.0086  # fraction of COCO's training images without an object
 DETECTIONS = 200  # of an image, at most 300 at a threshold of 0.001
-JPEGS, RAM_IMAGES = 500, 20_000
+JPEGS = 500
 REPLICATES = 200
 ROUNDS = 5
 Row = dict[str, object]
@@ -203,29 +205,34 @@ def alternating(ways: dict[str, Callable[[], None]]) -> dict[str, Row]:
     }
 
 
+def jpegs(folder: Path, count: int) -> list[Sample]:
+    """Write noisy JPEGs of 640 x 480 px into the folder."""
+    import cv2
+
+    generator = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        small = generator.integers(0, 256, (30, 40, 3), np.uint8)
+        rough = cv2.resize(small, (640, 480), interpolation=cv2.INTER_CUBIC)
+        image = np.clip(rough + generator.normal(0, 8, rough.shape), 0, 255).astype(np.uint8)
+        file = folder / f"{i}.jpg"
+        cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        samples.append(Sample(file, 640, 480, ((0, 0.5, 0.5, 0.5, 0.5),), str(i)))
+    return samples
+
+
 def reading(folder: Path) -> dict[str, Row]:
-    """Read and letterbox JPEGs of 640 x 480 px as `accuracy` does, in one thread and in one for each processor."""
+    """Read and letterbox JPEGs as `accuracy` does, in one thread and in one for each processor."""
     import cv2
 
     from yolo_compress.evaluate import accuracy
     from yolo_compress.runtime.detect import pre
     from yolo_compress.runtime.detect.detector import Detector
-    from yolo_compress.runtime.measure.device import usable_cpus
 
-    generator = np.random.default_rng(0)
-    samples = []
     with tempfile.TemporaryDirectory() as scratch:
-        for i in range(JPEGS):
-            rough = cv2.resize(
-                generator.integers(0, 256, (30, 40, 3), np.uint8), (640, 480), interpolation=cv2.INTER_CUBIC
-            )
-            image = np.clip(rough + generator.normal(0, 8, rough.shape), 0, 255).astype(np.uint8)
-            file = Path(scratch, f"{i}.jpg")
-            cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-            samples.append(SimpleNamespace(image=file, width=640, height=480, boxes=()))
+        samples = jpegs(Path(scratch), JPEGS)
         cv2.setNumThreads(1)
-        backend = SimpleNamespace(batch=None, channels=3, imgsz=(640, 640))
-        detector = Detector(backend)  # type: ignore[arg-type]
+        detector = Detector(SimpleNamespace(batch=None, channels=3, imgsz=(640, 640)))  # type: ignore[arg-type]
 
         def prepare(workers: int) -> None:
             for _ in accuracy._prepared(detector, samples, workers):
@@ -238,38 +245,37 @@ def reading(folder: Path) -> dict[str, Row]:
                 decoded = cv2.imdecode(np.fromfile(sample.image, np.uint8), cv2.IMREAD_COLOR)
                 pre._normalise(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), canvas)
 
-        rows = alternating(
-            {"one thread": lambda: prepare(1), "threads": lambda: prepare(usable_cpus()), "native": native}
-        )
-    rows["images"] = {"n": JPEGS, "threads": usable_cpus(), "load": os.getloadavg()[0]}
-    return rows
+        ways = {"one thread": lambda: prepare(1), "threads": lambda: prepare(usable_cpus()), "native": native}
+        return alternating(ways) | machine(JPEGS)
 
 
 def ram(folder: Path) -> dict[str, Row]:
-    """Fill the RAM cache with training images, as `trainer` does, and take it again as the next stage does."""
-    from yolo_compress.data.dataset import load
-    from yolo_compress.runtime.measure.device import usable_cpus
+    """Fill the RAM cache with JPEGs, as `trainer` does, and take it again as the next stage does."""
     from yolo_compress.train import dataset  # before ultralytics
     from ultralytics.cfg import get_cfg  # isort: skip
 
-    data = load(str(folder / "scale.yaml"), limit_train=RAM_IMAGES, limit_val=100, cache=folder / "weights/.cache/data")
     args = get_cfg(overrides={"task": "detect", "mode": "train", "imgsz": 128})
-
-    def fill(workers: int, forget: bool = True) -> None:
-        if forget:
-            dataset._decoded.clear()
-        dataset.usable_cpus = lambda: workers
-        dataset.PreflightDataset(
-            data.train, cache=True, imgsz=128, augment=True, hyp=args, data={"nc": CLASSES, "channels": 3}
-        )
-
     cores = usable_cpus()
-    ways = {
-        "one thread": lambda: fill(1),
-        "threads": lambda: fill(cores),
-        "next stage": lambda: fill(cores, forget=False),
-    }
-    return alternating(ways) | {"images": {"n": len(data.train), "threads": cores, "load": os.getloadavg()[0]}}
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = jpegs(Path(scratch), JPEGS)
+
+        def fill(workers: int, forget: bool = True) -> None:
+            if forget:
+                dataset._decoded.clear()
+            dataset.usable_cpus = lambda: workers
+            data = {"nc": CLASSES, "channels": 3}
+            dataset.PreflightDataset(samples, cache=True, imgsz=128, augment=True, hyp=args, data=data)
+
+        ways = {
+            "one thread": lambda: fill(1),
+            "threads": lambda: fill(cores),
+            "next stage": lambda: fill(cores, forget=False),
+        }
+        return alternating(ways) | machine(JPEGS)
+
+
+def machine(images: int) -> dict[str, Row]:
+    return {"machine": {"images": images, "threads": usable_cpus(), "load": os.getloadavg()[0]}}
 
 
 def main() -> None:

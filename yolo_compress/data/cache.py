@@ -104,6 +104,8 @@ class FileCache:
     def find(self, kind: str, paths: Sequence[str], stamps_N4: np.ndarray) -> np.ndarray:
         """Return the row in `records` of each file. -1: no result is stored for this stamp."""
         first = 0
+        if not paths:
+            return np.zeros(0, np.int64)
         for other, joined in self._joined.items():
             count = bytes(joined).count(0)
             if other == kind and count == len(paths) and _joined(paths) == joined:
