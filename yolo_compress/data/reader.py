@@ -21,9 +21,8 @@ from yolo_compress.runtime.measure import labels
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.runtime.measure.labels import label_file
 
-BLOCK = (
-    64  # images that a thread reads in one go; threads that take turns for each small file are slower than one thread
-)
+# Images that a thread reads in one go. Threads that take turns for each small file are slower than one thread.
+BLOCK = 64
 SAVE_SECONDS = 10.0  # a kill loses the work of about this time
 SHOWN_FROM = 1000  # with fewer images to read, there is no progress bar
 
