@@ -35,7 +35,7 @@ from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.store import environment
 from yolo_compress.store.fingerprint import explain, fingerprint
 from yolo_compress.store.manifest import BEGUN, WORK, Artifact
-from yolo_compress.store.resources import FREE_MIB, memory_errors, needed_mib
+from yolo_compress.store.resources import FREE_MIB, data_workers, memory_errors, needed_mib
 from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
 
@@ -184,7 +184,9 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             if stage == "bench" and recipe.run.device != "cpu":  # its rows of torch are measured on `run.device`
                 key["machine"]["device"] = recipe.run.device
         if stage == "report":  # the report shows the whole recipe; the section `report` is in `config` already
-            key["recipe"] = recipe.model_dump(mode="json", exclude={"report"})
+            whole = recipe.model_dump(mode="json", exclude={"report"})
+            whole["run"]["workers"] = recipe.run.workers or 0  # null has the fingerprint of 0, the default before
+            key["recipe"] = whole
         planned[stage] = Planned(stage, key, inputs)
 
     visit(provider(recipe, target))
@@ -239,7 +241,7 @@ def prepare(recipe: Recipe, store: Store) -> tuple[Recipe, Dataset]:
 
 def _load_dataset(recipe: Recipe, store: Store) -> Dataset:
     data = recipe.data
-    cache = store.root / ".cache" / "data.json"
+    cache = store.root / ".cache" / "data"
     dataset = load(
         data.yaml,
         limit_train=data.limit_train,
@@ -414,10 +416,11 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Check that each GPU has one process, and that each batch can be divided among the processes.
+    """Check that there is one process per GPU, that each batch can be divided among them, and that data workers have room.
 
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
+        EnvironmentLacks: See `resources.data_workers`.
     """
     trainings = _trainings(recipe, stages)
     if trainings and not ranks.several() and len(ranks.devices(recipe.run.device)) > 1:
@@ -426,7 +429,9 @@ def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
             f"`yolo-compress {trainings[0]}` first, or one GPU"
         )
     for stage in trainings:
-        ranks.check_batch(f"{stage}.batch", int(getattr(recipe, stage).batch))
+        batch = int(getattr(recipe, stage).batch)
+        ranks.check_batch(f"{stage}.batch", batch)
+        data_workers(recipe.run.device, recipe.run.workers, batch // ranks.world(), max(recipe.data.imgsz_hw))
 
 
 def _trainings(recipe: Recipe, stages: Iterable[str]) -> list[str]:

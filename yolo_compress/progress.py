@@ -66,7 +66,7 @@ def _printable(text: str) -> str:
 
 
 @contextmanager
-def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
+def bar(description: str, total: int, unit: str = "", done: int = 0, least: int = 0) -> Iterator[Callable[..., None]]:
     """Show the progress of a loop. Bars may be nested (epochs outside, batches inside).
 
     Args:
@@ -74,11 +74,12 @@ def bar(description: str, total: int, unit: str = "", done: int = 0) -> Iterator
         total: Steps of the whole loop.
         unit: Name of the steps, such as "epochs".
         done: Steps of an earlier run. The estimate of the time left ignores them.
+        least: With fewer steps to do, nothing is shown.
 
     Yields:
         A function `advance(n=1, **fields)`. It adds n finished steps and shows `fields` beside the bar (`box=1.23 kd=0.5`).
     """
-    if _silent():
+    if _silent() or total - done < least:
         yield lambda n=1, **fields: None
     elif _live is not None or _is_terminal(sys.stderr):
         with _rich_bar(description, total, unit, done) as advance:

@@ -464,15 +464,15 @@ def preflight_cache(folder: Path) -> Made:
     """A cache that cannot be used is as good as none."""
     file, cache = _set(folder), folder / "c.cache"
     expected = dataset.load(str(file), cache=cache)
-    tree = json.loads(cache.read_text())
-    assert filecache.FileCache(cache).entries
+    sample = cache.read_bytes()
+    assert len(filecache.FileCache(cache).records)
 
     def call(content: bytes) -> None:
         cache.write_bytes(content)
         with contextlib.suppress(CompressError):  # a size or a finding that is wrong is one
             assert dataset.load(str(file), cache=cache).names == expected.names
 
-    return json_bytes(tree), call, json.dumps(tree).encode()
+    return altered([sample]), call, sample
 
 
 # --- what other machines wrote ----------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from yolo_compress.evaluate import coco
 from yolo_compress.runtime.max_detections import MAX_DETECTIONS
 from yolo_compress.runtime.measure.coco_map import AREAS
 
@@ -25,7 +25,7 @@ def by_pycocotools(truths: list[np.ndarray], found: list[np.ndarray], classes: i
 
     rows = [np.column_stack([truth[:, 1:], np.ones(len(truth)), truth[:, 0]]) for truth in truths]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(coco._coco(rows, classes), coco._coco(found, classes), "bbox")
+        evaluation = COCOeval(as_coco(rows, classes), as_coco(found, classes), "bbox")
         assert evaluation.params.areaRngLbl == list(AREAS)
         assert evaluation.params.areaRng == [list(bounds) for bounds in AREAS.values()]
         evaluation.params.maxDets = [MAX_DETECTIONS]
@@ -33,6 +33,34 @@ def by_pycocotools(truths: list[np.ndarray], found: list[np.ndarray], classes: i
         evaluation.accumulate()
     values = np.asarray(evaluation.eval["precision"])[..., 0]
     return np.where(values > -1, values, np.nan)
+
+
+def as_coco(rows: Sequence[np.ndarray], classes: int) -> Any:
+    """Make pycocotools' COCO object of the rows (xyxy, score, class) of each image."""
+    from pycocotools.coco import COCO
+
+    annotations: list[dict[str, object]] = []
+    for image, boxes_N6 in enumerate(rows):
+        for x1, y1, x2, y2, score, label in np.asarray(boxes_N6, np.float64).reshape(-1, 6).tolist():
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # 0 means "unmatched" in COCOeval
+                    "image_id": image,
+                    "category_id": int(label),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "score": score,
+                }
+            )
+    made = COCO()
+    made.dataset = {
+        "images": [{"id": image} for image in range(len(rows))],
+        "categories": [{"id": k} for k in range(classes)],
+        "annotations": annotations,
+    }
+    made.createIndex()
+    return made
 
 
 def scene(seed: int, images: int = 12, most: int = 8, tied: bool = True) -> Scene:

@@ -136,7 +136,7 @@ def run(chosen: Settings) -> AB:
 
 def _data(name: str) -> Dataset:
     """Load the data set. If an image cannot be used, leave it out for both models and print its name."""
-    cache = home.weights() / ".cache" / "data.json" if home.weights().is_dir() else None
+    cache = home.weights() / ".cache" / "data" if home.weights().is_dir() else None
     data = load(name, on_bad="skip", allow_overlap=True, cache=cache)
     for note in [*data.skipped, *data.notes]:
         progress.notice(f"data: {note}")

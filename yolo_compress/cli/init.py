@@ -36,7 +36,6 @@ from yolo_compress.train import checkpoint as train_checkpoint
 from yolo_compress.train import transfer
 
 COMMENT_COLUMN = 32
-WORKERS = 8  # processes that load images for a GPU, which otherwise waits for JPEG decoding
 REST_MINUTES = 4  # estimated time of export, engine, bench and report
 
 
@@ -170,8 +169,6 @@ def compose(asked: Order, facts: Facts) -> dict[str, Section]:
         "data": [("yaml", asked.data, _describe_data(dataset)), ("imgsz", *_imgsz(asked, facts))],
         "run": [("device", facts.device, _describe_machine(facts))],
     }
-    if facts.device != "cpu":
-        sections["run"].append(("workers", min(WORKERS, facts.cores), "JPEG decoding keeps a GPU waiting otherwise"))
     for stage in ("teacher", "baseline"):
         if stage in facts.origins:
             sections[stage] = _source(stage, asked, facts)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,11 +53,10 @@ class DataYaml:
     pose_columns: int  # keypoint columns after each box of a pose data set; they are ignored, as in Ultralytics
 
 
-@dataclass(frozen=True)
-class Listed:
-    """An image file of a split. `source` is where it is listed: "list.txt:3" or a folder. `name` is its path below the data root."""
+class Listed(NamedTuple):
+    """An image file of a split. `name`: path relative to the data root, with slashes. `source`: "list.txt:3" or a folder."""
 
-    path: Path
+    path: str
     name: str
     source: str
 
@@ -254,12 +254,13 @@ def list_images(data: DataYaml, split: Literal["train", "val"]) -> Listing:
             else:
                 images.append(item)
     note = left_out(others)
-    return Listing(sorted(images, key=lambda one: str(one.path)), findings, [f"{split}: {note}"] if note else [])
+    images.sort(key=attrgetter("path"))
+    return Listing(images, findings, [f"{split}: {note}"] if note else [])
 
 
-def _listed(root: Path, path: Path, source: str) -> Listed:
-    name = path.relative_to(root) if path.is_relative_to(root) else path
-    return Listed(path, name.as_posix(), source)
+def _relative_name(root: Path, path: str) -> str:
+    """Return a path relative to the data root, with slashes. A path outside the root is returned whole."""
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
 def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
@@ -269,6 +270,7 @@ def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
         failed.append(f"{shown(error.filename)}: {error.strerror}")
 
     failed: list[str] = []
+    source = shown(top)
     for number, (folder, folders, files) in enumerate(os.walk(top, followlinks=True, onerror=fail)):
         if number >= MAX_FOLDERS:
             raise DataError(
@@ -280,12 +282,14 @@ def _folder(root: Path, top: Path, others: list[str]) -> Iterator[Listed | str]:
             if os.path.islink(path) and _leads_back(path, folder, top):
                 yield f"{shown(path)}: symbolic link to one of its parent folders"
                 folders.remove(name)
+        prefix = os.path.join(folder, "")
+        within = _relative_name(root, prefix)
         for name in files:
             suffix = name.rpartition(".")[-1].lower() if "." in name else ""
             if name.startswith("."):
                 continue
             if suffix in IMAGE_SUFFIXES:
-                yield _listed(root, Path(folder, name), shown(top))
+                yield Listed(prefix + name, within + name, source)
             elif suffix in UNREAD_SUFFIXES:
                 yield f"{shown(os.path.join(folder, name))}: .{suffix} images are not supported"
             else:
@@ -329,4 +333,5 @@ def _list_file(root: Path, file: Path) -> Iterator[Listed | str]:
         elif not os.path.isabs(entry) and _escapes(root, file.parent, entry):
             raise DataError(f"{source}: {entry} leads out of {shown(root)}")
         else:
-            yield _listed(root, Path(os.path.normpath(file.parent / entry)), source)
+            path = os.path.normpath(file.parent / entry)
+            yield Listed(path, _relative_name(root, path), source)

@@ -11,30 +11,24 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from yolo_compress.data import shipped
-from yolo_compress.data.cache import FileCache, Stamp
 from yolo_compress.data.data_yaml import DataYaml, Listed, data_folders, find_yaml, list_images, read_yaml, shown
-from yolo_compress.data.reader import FileState, Progress, Read, Reader, Sample, label_path
-from yolo_compress.errors import DataError, RecipeError, StorageError
+from yolo_compress.data.samples import FileStates, Sample, Samples, sha256s
+from yolo_compress.errors import DataError, RecipeError
 from yolo_compress.runtime.max_detections import MAX_DET, counted
 
+if TYPE_CHECKING:
+    from yolo_compress.data.cache import FileCache
+    from yolo_compress.data.reader import Read
+
 __all__ = [
-    "BadData",
-    "Dataset",
-    "Sample",
-    "calibration_subset",
-    "find_yaml",
-    "load",
-    "recheck",
-    "with_held_back",
-    "with_unlabelled",
-]
+    "BadData", "Dataset", "Sample", "calibration_subset", "find_yaml", "load", "recheck", "with_held_back", "with_unlabelled",
+]  # fmt: skip
 
 MAX_UNLABELLED = 0.3
 LISTED_FINDINGS = 10  # largest number of findings in an error message; BadData.findings has all of them
@@ -58,17 +52,17 @@ class Dataset:
     yaml: Path
     names: tuple[str, ...]
     channels: int
-    train: tuple[Sample, ...]
-    val: tuple[Sample, ...]
+    train: Sequence[Sample]
+    val: Sequence[Sample]
     skipped: tuple[str, ...]  # findings about the images that were left out
     notes: tuple[str, ...]  # messages about what was accepted: background images, repeated rows, classes without a box
     digest: str
     train_digest: str
     val_digest: str
-    files: tuple[FileState, ...] = field(repr=False, compare=False, default=())
-    unlabelled: tuple[Sample, ...] = ()  # images of another folder, see `with_unlabelled`; not part of `digest`
+    files: tuple[FileStates, ...] = field(repr=False, compare=False, default=())
+    unlabelled: Sequence[Sample] = ()  # images of another folder, see `with_unlabelled`; not part of `digest`
     unlabelled_digest: str = ""
-    held: tuple[Sample, ...] = ()  # training images that no stage trains on, see `with_held_back`
+    held: Sequence[Sample] = ()  # training images that no stage trains on, see `with_held_back`
 
 
 def load(
@@ -81,9 +75,8 @@ def load(
     max_unlabelled: float = MAX_UNLABELLED,
     max_det: int = MAX_DET,
     cache: Path | None = None,
-    progress: Progress | None = None,
 ) -> Dataset:
-    """Find, read and check the data set of the yaml `name`.
+    """Find, read and check the data set of the yaml `name`. Files that the cache does not have are read with a progress bar.
 
     Args:
         name: Path of a data yaml, or its name in `datasets/`, in a folder of YOLO_COMPRESS_DATA or among the shipped
@@ -94,8 +87,7 @@ def load(
         limit_val: Number of validation images to read, chosen in the same way.
         max_unlabelled: Largest fraction of the images of a split that may have no label file. They are background.
         max_det: Number of detections that NMS keeps in an image. Images with more objects give a note.
-        cache: JSON file with the results of earlier preflights.
-        progress: Called with (images done, all images).
+        cache: File with the results of earlier preflights; see `data.cache`.
 
     Raises:
         RecipeError: The data yaml does not exist, or a limit is below 1.
@@ -120,25 +112,31 @@ def load(
         if not listing.images:
             raise DataError(f"{shown(data.file)}: {split}: no image in {', '.join(entry)}" + _lines(listing.findings))
 
-    read, notes = _read([*listed[0], *listed[1]], data, cache, progress)
-    notes += [note for listing in listings for note in listing.notes]
-    first_val = len(listed[0])
-    train, val = read[:first_val], read[first_val:]
-    findings += _repeated(val)
-    findings += [finding for result in read for finding in result.findings]
+    from yolo_compress.data.cache import FileCache  # imported here, because numpy takes time that `help` does not need
+    from yolo_compress.data.reader import read_all
+
+    store, first_val = FileCache(cache), len(listed[0])
+    read = read_all([*listed[0], *listed[1]], data, store)
+    notes = [note for listing in listings for note in listing.notes]
+    train, val = range(first_val), range(first_val, len(read.listed))
+    findings += _repeated(read.listed[first_val:])
+    findings += [finding for i in sorted(read.findings) for finding in read.findings[i]]
     findings += _almost_labels(read)
     findings = list(dict.fromkeys(findings))
     if findings and on_bad != "skip":
         raise _failure(data, findings, "fix them, or set data.on_bad=skip to leave these images out of every model")
-    notes += dict.fromkeys(note for result in read for note in result.notes)
+    notes += dict.fromkeys(note for i in sorted(read.notes) for note in read.notes[i])
 
-    used = [[r for r in split if r.sample] for split in (train, _without_repeats(val))]
-    samples = [tuple(r.sample for r in split if r.sample) for split in used]
-    for split, results, images, limit in zip(("train", "val"), used, samples, (limit_train, limit_val), strict=True):
-        notes += _check_split(data, split, results, images, findings, limit, max_unlabelled, max_det)
+    once = {read.listed[i].path: i for i in val}  # without repeated ones
+    used = [[i for i in split if i not in read.findings] for split in (train, once.values())]
+    samples = [read.samples(split) for split in used]
+    for split, chosen, images, limit in zip(("train", "val"), used, samples, (limit_train, limit_val), strict=True):
+        notes += _check_split(data, split, read, chosen, images, findings, limit, max_unlabelled, max_det)
     notes += _overlap(data, *samples, allow=allow_overlap)
-    train_digest, val_digest = (_digest(split, data) for split in samples)
-    files = {state.path: state for split in used for result in split for state in result.files}
+    train_digest, val_digest = (_digest(split, data, store) for split in samples)
+    store.save()
+    if store.unwritten:
+        notes.insert(0, f"the cache of the preflight was not written: {store.unwritten}")
     return Dataset(
         yaml=data.file,
         names=data.names,
@@ -150,7 +148,7 @@ def load(
         digest=_sha256([train_digest, val_digest]),
         train_digest=train_digest,
         val_digest=val_digest,
-        files=tuple(files.values()),
+        files=tuple(read.states(split) for split in used),
     )
 
 
@@ -175,23 +173,28 @@ def with_unlabelled(
     listed, findings, _ = list_images(data, "train")
     if not listed:
         raise DataError(f"distill.images: no image in {shown(folder)}" + _lines(findings))
-    read, notes = _read(listed, data, cache, labelled=False)
-    findings += [finding for result in read for finding in result.findings]
+    from yolo_compress.data.cache import FileCache
+    from yolo_compress.data.reader import read_all
+
+    store = FileCache(cache)
+    read = read_all(listed, data, store, labelled=False)
+    findings += [finding for i in sorted(read.findings) for finding in read.findings[i]]
     where = replace(data, file=root)  # so that messages name the folder
     if findings and on_bad != "skip":
         raise _failure(where, findings, "fix them, or set data.on_bad=skip to leave these images out")
-    samples = tuple(r.sample for r in read if r.sample)
-    if not samples:
+    used = [i for i in range(len(listed)) if i not in read.findings]
+    if not used:
         raise _failure(where, findings, "no image is left")
-    notes += _overlap(where, samples, dataset.val, allow=allow_overlap)
-    files = {state.path: state for r in read if r.sample for state in r.files}
+    samples = read.samples(used)
+    notes = _overlap(where, samples, dataset.val, allow=allow_overlap)
+    digests = sha256s(samples)
     return replace(
         dataset,
         unlabelled=samples,
-        unlabelled_digest=_sha256(sorted([s.name, s.sha256] for s in samples)),
+        unlabelled_digest=_sha256(sorted([name, digest] for name, digest in zip(samples.names, digests, strict=True))),
         skipped=(*dataset.skipped, *findings),
         notes=(*dataset.notes, *notes),
-        files=(*dataset.files, *files.values()),
+        files=(*dataset.files, read.states(used)),
     )
 
 
@@ -203,33 +206,22 @@ def with_held_back(dataset: Dataset, share: float) -> Dataset:
     Raises:
         DataError: `held` would have no image with a box, or `train` none.
     """
-    ranked = sorted({_sha256(["held", sample.sha256]): sample.sha256 for sample in dataset.train}.items())
-    chosen = {image for _, image in ranked[: round(share * len(ranked))]}
-    held, train = ([s for s in dataset.train if (s.sha256 in chosen) == side] for side in (True, False))
-    for what, samples in (("held back", held), ("left to train on", train)):
-        if not any(sample.boxes for sample in samples):
+    digests = sha256s(dataset.train)
+    ranked = sorted(set(digests), key=lambda digest: _sha256(["held", digest]))
+    chosen = set(ranked[: round(share * len(ranked))])
+    parts = []
+    for what, inside in (("held back", True), ("left to train on", False)):
+        indices = [i for i, digest in enumerate(digests) if (digest in chosen) == inside]
+        part = (
+            dataset.train.only(indices) if isinstance(dataset.train, Samples) else [dataset.train[i] for i in indices]
+        )
+        if not any(sample.boxes for sample in part):
             raise DataError(
-                f"data.hold_back={share:g}: of {len(dataset.train)} training images, {len(samples)} are {what}, and none of them "
-                "has an object; set another data.hold_back (0: no image is held back)"
+                f"data.hold_back={share:g}: of {len(digests)} training images, {len(part)} are {what}, and none of them has an "
+                "object; set another data.hold_back (0: no image is held back)"
             )
-    return replace(dataset, train=tuple(train), held=tuple(held))
-
-
-def _read(
-    listed: Sequence[Listed],
-    data: DataYaml,
-    cache: Path | None,
-    progress: Progress | None = None,
-    labelled: bool = True,
-) -> tuple[list[Read], list[str]]:
-    """Read images and labels, with the cache if there is one. Return the results, and a note if the cache cannot be written."""
-    store = FileCache(cache)
-    read = Reader(data, store, labelled).read_all(listed, progress)
-    try:
-        store.save()
-    except (StorageError, OSError) as e:
-        return read, [f"the cache of the preflight was not written: {e}"]
-    return read, []
+        parts.append(part)
+    return replace(dataset, held=parts[0], train=parts[1])
 
 
 def recheck(dataset: Dataset) -> None:
@@ -238,20 +230,22 @@ def recheck(dataset: Dataset) -> None:
     Raises:
         DataError: A file is missing, is new or has other bytes. The message names the first such file.
     """
-    for state in dataset.files:
-        what = None
-        try:
-            if Stamp.of(state.path) == state.stamp:
-                continue
-            if state.sha256 is None:
+    from yolo_compress.data.cache import stamps
+
+    for files in dataset.files:
+        stamps_N4, failed = stamps(files.paths)
+        for i in sorted({*(stamps_N4 != files.stamps_N4).any(axis=1).nonzero()[0].tolist(), *failed}):
+            path, there = files.paths[i], files.stamps_N4[i].any()
+            if i in failed:
+                what = f"is gone ({failed[i].strerror})" if there or os.path.lexists(path) else None
+            elif not there:
                 what = "appeared"
-            elif hashlib.sha256(state.path.read_bytes()).hexdigest() != state.sha256:
+            elif hashlib.sha256(Path(path).read_bytes()).digest() != files.sha256_N32[i].tobytes():
                 what = "changed"
-        except OSError as e:
-            if state.sha256 is not None or os.path.lexists(state.path):
-                what = f"is gone ({e.strerror})"
-        if what:
-            raise DataError(f"{shown(state.path)} {what} during the run; the results are not stored, run again")
+            else:
+                what = None
+            if what:
+                raise DataError(f"{shown(path)} {what} during the run; the results are not stored, run again")
 
 
 def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
@@ -270,8 +264,11 @@ def calibration_subset(samples: Sequence[Sample], count: int, seed: int) -> list
     """
     if not samples or count < 1:
         raise DataError(f"calibration needs at least one training image, got {min(len(samples), max(count, 0))}")
-    ranked = sorted(samples, key=lambda s: (_sha256([seed, s.sha256]), s.name))
-    return sorted(ranked[:count], key=lambda s: s.name)
+    names = samples.names if isinstance(samples, Samples) else [s.name for s in samples]
+    ranked = sorted(
+        (_sha256([seed, sha256]), name, i) for i, (sha256, name) in enumerate(zip(sha256s(samples), names, strict=True))
+    )
+    return [samples[i] for _, _, i in sorted(ranked[:count], key=lambda row: row[1])]
 
 
 def _evenly_spaced(listed: list[Listed], limit: int | None, key: str) -> list[Listed]:
@@ -282,29 +279,26 @@ def _evenly_spaced(listed: list[Listed], limit: int | None, key: str) -> list[Li
     return [listed[i * len(listed) // limit] for i in range(limit)]
 
 
-def _repeated(results: Sequence[Read]) -> list[str]:
+def _repeated(listed: Sequence[Listed]) -> list[str]:
     """Return findings about validation images that are listed twice, because mAP would count them twice.
 
     Training images may be listed twice: this is oversampling.
     """
-    first: dict[Path, str] = {}
+    first: dict[str, str] = {}
     out = []
-    for r in results:
-        if r.listed.path in first:
-            out.append(f"{r.listed.source}: {r.listed.name} is listed twice, first at {first[r.listed.path]}")
-        first.setdefault(r.listed.path, r.listed.source)
+    for one in listed:
+        if one.path in first:
+            out.append(f"{one.source}: {one.name} is listed twice, first at {first[one.path]}")
+        first.setdefault(one.path, one.source)
     return out
-
-
-def _without_repeats(results: Sequence[Read]) -> list[Read]:
-    return list({r.listed.path: r for r in results}.values())
 
 
 def _check_split(
     data: DataYaml,
     split: str,
-    results: Sequence[Read],
-    samples: Sequence[Sample],
+    read: Read,
+    chosen: Sequence[int],
+    samples: Samples,
     findings: list[str],
     limit: int | None,
     max_unlabelled: float,
@@ -317,26 +311,23 @@ def _check_split(
     """
     if not samples:
         raise _failure(data, findings, f"no image of {split} is left")
-    unlabelled = [r for r in results if not r.labelled]
-    if len(unlabelled) == len(results):
-        folder = shown(label_path(results[0].listed.path).parent)
+    unlabelled = [i for i in chosen if not read.labelled_N[i]]
+    if len(unlabelled) == len(samples):
+        folder = shown(os.path.dirname(read.label_paths[chosen[0]]))
         raise DataError(f"{shown(data.file)}: {split}: no image has a label file; searched in {folder}")
-    if len(unlabelled) > max_unlabelled * len(results):
-        first = shown(label_path(unlabelled[0].listed.path))
+    if len(unlabelled) > max_unlabelled * len(samples):
+        first = shown(read.label_paths[unlabelled[0]])
         raise DataError(
-            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(results)} images have no label file, such as {first}. If all of "
-            f"them are background, set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(results)) / 100:g}"
+            f"{shown(data.file)}: {split}: {len(unlabelled)} of {len(samples)} images have no label file, such as {first}. If all of "
+            f"them are background, set data.max_unlabelled={math.ceil(100 * len(unlabelled) / len(samples)) / 100:g}"
         )
-    counts = [0] * len(data.names)
-    for sample in samples:
-        for box in sample.boxes:
-            counts[box[0]] += 1
+    counts = samples.boxes_of(len(data.names))
     if not any(counts):
         effect = "nothing to learn" if split == "train" else "nothing to evaluate"
         hint = "" if limit is None else f"; data.limit_{split}={limit} may have left out the images with objects"
         raise DataError(f"{shown(data.file)}: {split}: all {len(samples)} images are background, {effect}{hint}")
     notes = _crowded(samples, max_det) if split == "val" else []
-    if background := sum(not s.boxes for s in samples):
+    if background := int((samples.counts() == 0).sum()):
         without = f"{len(unlabelled)} without label file"
         notes.append(f"{split}: {background} of {len(samples)} images are background ({without})")
     if absent := [name for name, count in zip(data.names, counts, strict=True) if not count]:
@@ -346,57 +337,58 @@ def _check_split(
     return notes
 
 
-def _almost_labels(results: Sequence[Read]) -> list[str]:
+def _almost_labels(read: Read) -> list[str]:
     """Return findings about label files that are not read, because the upper or lower case of their names is wrong."""
-    folders: dict[Path, dict[str, str]] = {}
+    wanted: dict[str, dict[str, int]] = {}  # folder -> name of the label file in lower case -> index of the image
+    for i in (~read.labelled_N).nonzero()[0].tolist():
+        folder, name = os.path.split(read.label_paths[i])
+        wanted.setdefault(folder, {})[name.lower()] = i
     findings = []
-    for result in results:
-        if result.labelled:
-            continue
-        path = label_path(result.listed.path)
-        if path.parent not in folders:
-            names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-            folders[path.parent] = {name.lower(): name for name in names}
-        if name := folders[path.parent].get(path.name.lower()):
-            findings.append(
-                f"{shown(path.with_name(name))}: not read; the label file of {result.listed.name} must be {path.name}"
-            )
+    for folder, names in wanted.items():
+        others = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        alike = names.keys() & "/".join(others).lower().split("/")
+        for other in others if alike else ():
+            if other.lower() in alike:
+                i = names[other.lower()]
+                name = os.path.basename(read.label_paths[i])
+                findings.append(
+                    f"{shown(os.path.join(folder, other))}: not read; the label file of {read.listed[i].name} must be {name}"
+                )
     return findings
 
 
-def _crowded(samples: Sequence[Sample], max_det: int) -> list[str]:
+def _crowded(samples: Samples, max_det: int) -> list[str]:
     """Return notes about images with more objects than mAP counts or NMS keeps."""
-    most, limit = (
-        [max(Counter(box[0] for box in sample.boxes).values(), default=0) for sample in samples],
-        counted(max_det),
-    )
+    most, limit = samples.most_of_a_class(), counted(max_det)
     notes = []
-    if over := sum(count > limit for count in most):
+    if over := int((most > limit).sum()):
         notes.append(
             f"val: {over} images have over {limit} objects of a class (up to {max(most)}), but mAP counts only the {limit} best "
             f"detections of a class in an image, so no model reaches mAP 1. Set data.max_det={max(MAX_DET + 1, 2 * max(most))} to "
             "count them all"
         )
-    if over := sum(len(sample.boxes) > max_det for sample in samples):
+    if over := int((samples.counts() > max_det).sum()):
         notes.append(
             f"val: {over} images have over {max_det} objects, but NMS keeps {max_det} detections of an image (data.max_det)"
         )
     return notes
 
 
-def _overlap(data: DataYaml, train: Sequence[Sample], val: Sequence[Sample], *, allow: bool) -> list[str]:
+def _overlap(data: DataYaml, train: Samples, val: Sequence[Sample], *, allow: bool) -> list[str]:
     """Check that no validation image is a training image. Return a note if some are and `allow` is set.
 
     Raises:
         BadData: Some images are in both splits.
     """
-    known = {s.sha256: s for s in train}
-    pairs = [(known[s.sha256], s) for s in val if s.sha256 in known]
-    if not pairs:
+    digests, others = sha256s(train), sha256s(val)
+    both = set(digests).intersection(others)
+    if not both:
         return []
+    known = {sha256: path for sha256, path in zip(digests, train.paths, strict=True) if sha256 in both}
+    pairs = [(known[sha256], val[i].image) for i, sha256 in enumerate(others) if sha256 in both]
     if allow:
         return [f"{len(pairs)} of {len(val)} validation images are training images too; accepted by data.allow_overlap"]
-    findings = [f"{shown(v.image)}: same bytes as {shown(t.image)} of train" for t, v in pairs]
+    findings = [f"{shown(v)}: same bytes as {shown(t)} of train" for t, v in pairs]
     raise _failure(data, findings, "move them, or set data.allow_overlap=true and do not trust the mAP")
 
 
@@ -412,10 +404,29 @@ def _lines(findings: Sequence[str]) -> str:
     return "".join(f"\n  {line}" for line in [*findings[:LISTED_FINDINGS], *more])
 
 
-def _digest(samples: Sequence[Sample], data: DataYaml) -> str:
-    rows = sorted([s.name, s.sha256, sorted(s.boxes)] for s in samples)
-    return _sha256([list(data.names), data.channels, rows])
+def _digest(samples: Samples, data: DataYaml, cache: FileCache) -> str:
+    """Return the SHA-256 of [names, channels, [[image's name, its SHA-256, its sorted boxes], ...]] as JSON."""
+
+    def compute() -> str:
+        digest = hashlib.sha256(f"{_json([list(data.names), data.channels])[:-1]},[".encode())
+        separator = ""
+        for i in sorted(range(len(samples)), key=samples.names.__getitem__):
+            sample = samples[i]
+            digest.update(f"{separator}{_json([sample.name, sample.sha256, sorted(sample.boxes)])}".encode())
+            separator = ","
+        digest.update(b"]]")
+        return digest.hexdigest()
+
+    content = hashlib.sha256(_json([list(data.names), data.channels, len(samples)]).encode())
+    content.update(os.fsencode("\0".join(samples.names)))
+    for part in (samples.sha256_N32, samples.starts, samples.boxes_B5):
+        content.update(part.tobytes())
+    return cache.digest(content.hexdigest(), compute)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_json(value).encode()).hexdigest()

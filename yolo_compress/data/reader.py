@@ -1,164 +1,184 @@
-"""Read and check images and their labels, in threads and with a cache. Each image becomes a sample or a list of findings."""
+"""Read and check images and their labels, in threads and with a cache."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from yolo_compress.data import images
-from yolo_compress.data.cache import FileCache, Stamp
+from yolo_compress.data.cache import RESULT, FileCache, Found, cannot_read, gathered, stamps
 from yolo_compress.data.data_yaml import DataYaml, Listed, shown
+from yolo_compress.data.samples import FileStates, Samples
+from yolo_compress.progress import bar
 from yolo_compress.runtime.measure import labels
-from yolo_compress.runtime.measure.labels import label_path
+from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.runtime.measure.labels import label_file
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its boxes. Width and height are in px as `cv2.imread` decodes it; boxes are (class, cx, cy, w, h), 0..1."""
-
-    image: Path
-    width: int
-    height: int
-    boxes: tuple[labels.Box, ...]
-    sha256: str
-    name: str = ""  # path relative to the data root, with slashes; part of the digest
+# Images that a thread reads in one go. Threads that take turns for each small file are slower than one thread.
+BLOCK = 64
+SAVE_SECONDS = 10.0  # a kill loses the work of about this time
+SHOWN_FROM = 1000  # with fewer images to read, there is no progress bar
 
 
 @dataclass(frozen=True)
-class FileState:
-    """State of an image or label file when it was read. `sha256` is None for a label file that did not exist."""
+class Read:
+    """Results for images, in the order of `listed`. Findings and notes are by the index of the image.
 
-    path: Path
-    stamp: Stamp | None
-    sha256: str | None
+    `image_N` and `label_N` are rows of `cache.RESULT`, 0 for a file that does not exist or cannot be read. The boxes of image i are
+    the rows of `boxes_B5` that `label_N[i]` names.
+    """
+
+    listed: Sequence[Listed]
+    image_N: np.ndarray
+    label_N: np.ndarray
+    boxes_B5: np.ndarray
+    label_paths: list[str]  # empty if labels were not to be read
+    labelled_N: np.ndarray  # whether there is a label file
+    findings: dict[int, list[str]] = field(default_factory=dict)
+    notes: dict[int, list[str]] = field(default_factory=dict)
+
+    def samples(self, chosen: Sequence[int]) -> Samples:
+        """Return the samples of the images with these indices."""
+        image_N, label_N = self.image_N[chosen], self.label_N[chosen]
+        listed = [self.listed[i] for i in chosen]
+        starts = np.concatenate([[0], np.cumsum(label_N["count"])])
+        return Samples(
+            [one.path for one in listed],
+            [one.name for one in listed],
+            image_N["size"].copy(),
+            image_N["sha256"].copy(),
+            starts,
+            gathered(self.boxes_B5, label_N),
+        )
+
+    def states(self, chosen: Sequence[int]) -> FileStates:
+        """Return the states of image and label files of the images with these indices."""
+        paths = [self.listed[i].path for i in chosen] + [self.label_paths[i] for i in chosen if self.label_paths]
+        both = [self.image_N[chosen], self.label_N[chosen if self.label_paths else []]]
+        rows = np.concatenate(both)
+        return FileStates(paths, rows["stamp"].copy(), rows["sha256"].copy())
 
 
 @dataclass
-class Read:
-    """Result for one image: a sample, or findings. `files` are the image file and the label file."""
+class _Files:
+    """Files of one kind: images, or label files of a number of classes. `rows` are rows of the cache, -1 if there is none."""
 
-    listed: Listed
-    sample: Sample | None = None
-    labelled: bool = False
-    findings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: list[FileState] = field(default_factory=list)
+    kind: str
+    paths: list[str]
+    stamps_N4: np.ndarray
+    failed: dict[int, OSError]
+    rows: np.ndarray
+
+    def find(self, cache: FileCache) -> None:
+        """Set `rows` from the cache. Files that cannot be read are not asked for, so that the paths are those of the cache."""
+        there = np.setdiff1d(np.arange(len(self.paths)), list(self.failed))
+        paths = [self.paths[i] for i in there.tolist()] if self.failed else self.paths
+        self.rows[there] = cache.find(self.kind, paths, self.stamps_N4[there])
+
+    def unread(self) -> set[int]:
+        return set(np.flatnonzero(self.rows < 0).tolist()) - self.failed.keys()
 
 
-class _NotCached(Exception):
-    """A file is not in the cache, and the caller asked not to read it."""
+def read_all(listed: Sequence[Listed], data: DataYaml, cache: FileCache, labelled: bool = True) -> Read:
+    """Read and check images and, if `labelled`, their labels. Files that are not in the cache are read in threads.
+
+    The results are saved in the cache as they come, so a preflight that was killed continues where it was.
+    """
+    paths = [one.path for one in listed]
+    label_paths = [label_file(path) for path in paths] if labelled else []
+    kind = f"labels/{len(data.names)}/{data.pose_columns}"  # the result for a label file also depends on these
+    files = [_files(cache, "image", paths), _files(cache, kind, label_paths)]
+    absent = {i for i in files[1].failed if not os.path.lexists(label_paths[i])}
+    unread = [part.unread() for part in files]
+    if any(unread):
+        _read_missing(files, unread, data, cache, len(listed))
+    image_N, label_N = np.zeros(len(listed), RESULT), np.zeros(len(listed), RESULT)
+    findings, notes = dict[int, list[str]](), dict[int, list[str]]()
+    for number, part in enumerate(files):
+        if unread[number]:
+            part.find(cache)
+        there = part.rows >= 0
+        (label_N if number else image_N)[np.flatnonzero(there)] = cache.records[part.rows[there]]
+        for i, failure in part.failed.items():
+            if number == 0 or i not in absent:
+                where = f"{listed[i].source}: " if number == 0 and listed[i].source.rpartition(":")[2].isdigit() else ""
+                findings.setdefault(i, []).append(
+                    f"{where}{shown(part.paths[i])}: {cannot_read(part.paths[i], failure)}"
+                )
+        texts = cache.texts.get(part.kind, {})
+        for i, path in enumerate(part.paths) if texts else ():
+            if there[i] and (text := texts.get(path)):
+                for out, lines in zip((findings, notes), text, strict=True):
+                    for line, what in lines:
+                        out.setdefault(i, []).append(f"{shown(path)}{f':{line}' if number else ''}: {what}")
+    labelled_N = np.ones(len(listed), bool)
+    labelled_N[list(absent)] = False
+    return Read(listed, image_N, label_N, cache.boxes_B5, label_paths, labelled_N, findings, notes)
 
 
-class Reader:
-    """Reads and checks images and labels, and caches the results. If `labelled` is False, it reads only images."""
+def _files(cache: FileCache, kind: str, paths: list[str]) -> _Files:
+    stamps_N4, failed = stamps(paths)
+    files = _Files(kind, paths, stamps_N4, failed, np.full(len(paths), -1))
+    files.find(cache)
+    return files
 
-    def __init__(self, data: DataYaml, store: FileCache, labelled: bool = True) -> None:
-        self.data, self.store, self.labelled = data, store, labelled
-        self.kind = f"labels/{len(data.names)}/{data.pose_columns}"  # the result for a label file also depends on these
 
-    def read_all(self, listed: Sequence[Listed], progress: Progress | None) -> list[Read]:
-        """Return the results for the images in `listed`, in that order. Files that are not in the cache are read in threads."""
-        out = [self._cached(item) for item in listed]
-        todo = [i for i, result in enumerate(out) if result is None]
-        done = len(out) - len(todo)
-        if progress and done:
-            progress(done, len(out))
-        if todo:
-            with images.quiet_pillow(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                try:
-                    for i, result in zip(todo, pool.map(self._read, (listed[i] for i in todo)), strict=True):
-                        out[i], done = result, done + 1
-                        if progress:
-                            progress(done, len(out))
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        return [result for result in out if result]
+def _read_missing(
+    files: Sequence[_Files], unread: Sequence[set[int]], data: DataYaml, cache: FileCache, count: int
+) -> None:
+    """Read the files that are not in the cache, and put the results into it. Add files that cannot be read to `failed`."""
+    todo = sorted(set().union(*unread))
 
-    def _cached(self, listed: Listed) -> Read | None:
-        try:
-            return self._read(listed, may_read=False)
-        except _NotCached:
-            return None
-
-    def _read(self, listed: Listed, may_read: bool = True) -> Read:
-        out, path = Read(listed), listed.path
-        size = self._image(out, path, listed.source, may_read)
-        boxes = self._labels(out, label_path(path), may_read) if self.labelled else ()
-        if not out.findings:
-            out.sample = Sample(path, *size, boxes, out.files[0].sha256 or "", listed.name)
+    def read_block(block: Sequence[int]) -> list[tuple[int, int, Found | OSError]]:
+        out: list[tuple[int, int, Found | OSError]] = []
+        for i in block:
+            for number, part in enumerate(files):
+                if i in unread[number]:
+                    try:
+                        content = Path(part.paths[i]).read_bytes()
+                        out.append((number, i, _labels(content, data) if number else _image(content)))
+                    except OSError as error:
+                        out.append((number, i, error.with_traceback(None)))
         return out
 
-    def _image(self, out: Read, path: Path, source: str, may_read: bool) -> tuple[int, int]:
+    blocks = [todo[i : i + BLOCK] for i in range(0, len(todo), BLOCK)]
+    shown_bar = bar("check images", count, "image", count - len(todo), SHOWN_FROM)
+    with images.quiet_pillow(), shown_bar as advance, ThreadPoolExecutor(usable_cpus()) as pool:
+        saved = time.monotonic()
         try:
-            stamp = Stamp.of(path)
-            known = self.store.get("image", path, stamp, _stored_image)
-            if known is None:
-                data = _bytes(path, may_read)
-                width, height, what = 0, 0, None
-                try:
-                    width, height = images.probe(data)
-                except images.Finding as e:
-                    what = str(e)
-                known = hashlib.sha256(data).hexdigest(), width, height, what
-                self.store.put("image", path, stamp, known)
-        except OSError as e:
-            where = f"{source}: {shown(path)}" if source.rpartition(":")[2].isdigit() else shown(path)
-            out.findings.append(f"{where}: {_reason(path, e)}")
-            return 0, 0
-        sha256, width, height, what = known
-        if what is not None:
-            out.findings.append(f"{shown(path)}: {what}")
-        out.files.append(FileState(path, stamp, sha256))
-        return width, height
-
-    def _labels(self, out: Read, path: Path, may_read: bool) -> tuple[labels.Box, ...]:
-        if not os.path.lexists(path):
-            out.files.append(FileState(path, None, None))
-            return ()
-        out.labelled = True
-        try:
-            stamp = Stamp.of(path)
-            known = self.store.get(self.kind, path, stamp, _stored_labels)
-            if known is None:
-                data = _bytes(path, may_read)
-                parsed = labels.parse(data, len(self.data.names), self.data.pose_columns)
-                known = hashlib.sha256(data).hexdigest(), parsed
-                self.store.put(self.kind, path, stamp, [known[0], parsed.boxes, parsed.findings, parsed.notes])
-        except OSError as e:
-            out.findings.append(f"{shown(path)}: {_reason(path, e)}")
-            return ()
-        out.findings += [f"{shown(path)}:{line}: {what}" for line, what in known[1].findings]
-        out.notes += [f"{shown(path)}:{line}: {what}" for line, what in known[1].notes]
-        out.files.append(FileState(path, stamp, known[0]))
-        return tuple(known[1].boxes)
+            for block, results in zip(blocks, pool.map(read_block, blocks), strict=True):
+                for number, i, found in results:
+                    part = files[number]
+                    if isinstance(found, OSError):
+                        part.failed[i] = found
+                    else:
+                        cache.put(part.kind, part.paths[i], part.stamps_N4[i], found)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    cache.save_part()
+                    saved = time.monotonic()
+                advance(len(block))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            cache.save_part()
+            raise
+    cache.save()
 
 
-def _bytes(path: Path, may_read: bool) -> bytes:
-    if not may_read:
-        raise _NotCached
-    return path.read_bytes()
+def _image(content: bytes) -> Found:
+    sha256 = hashlib.sha256(content).digest()
+    try:
+        return Found(sha256, images.probe(content))
+    except images.Finding as error:
+        return Found(sha256, findings=[(0, str(error))])
 
 
-def _stored_image(value: list[Any]) -> tuple[str, int, int, str | None]:
-    sha256, width, height, what = value
-    return str(sha256), int(width), int(height), None if what is None else str(what)
-
-
-def _stored_labels(value: list[Any]) -> tuple[str, labels.Labels]:
-    boxes = [(int(c), float(x), float(y), float(w), float(h)) for c, x, y, w, h in value[1]]
-    findings, notes = ([(int(line), str(what)) for line, what in part] for part in value[2:4])
-    return str(value[0]), labels.Labels(boxes, findings, notes)
-
-
-def _reason(path: Path, error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "dangling symbolic link" if path.is_symlink() else "no such file"
-    return error.strerror or str(error)
+def _labels(content: bytes, data: DataYaml) -> Found:
+    parsed = labels.parse(content, len(data.names), data.pose_columns)
+    return Found(hashlib.sha256(content).digest(), (0, 0), parsed.boxes, parsed.findings, parsed.notes)

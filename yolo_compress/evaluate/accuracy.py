@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,16 +15,17 @@ from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.evaluate.coco import Truth, mean_ap
 from yolo_compress.runtime.backends.base import Backend
 from yolo_compress.runtime.detect.detector import Detector
-from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
+from yolo_compress.runtime.detect.pre import Canvas, Letterbox, UnreadableImage, read_image
 from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.runtime.max_detections import MAX_DET, counted
 from yolo_compress.runtime.measure.coco_map import MeanAP
+from yolo_compress.runtime.measure.device import usable_cpus
 
 DYNAMIC_BATCH = 4  # images per call if the backend takes any number
 
 
 class ImageTruth(Truth, Protocol):
-    """Ground truth of an image, with the path of its file; `data.reader.Sample` implements it."""
+    """Ground truth of an image, with the path of its file; `data.samples.Sample` implements it."""
 
     @property
     def image(self) -> Path: ...
@@ -47,10 +48,11 @@ def accuracy(
     progress: Callable[[int], Any] | None = None,
     *,
     image_set: str | None = None,
-    workers: int = 0,
     max_det: int = MAX_DET,
 ) -> Accuracy:
     """Run a backend on images with ground truth, and return the AP and the detections.
+
+    Threads read and letterbox the next images while the backend runs.
 
     Args:
         backend: an opened backend. It is not closed.
@@ -59,7 +61,6 @@ def accuracy(
         imgsz: height and width, px. They must equal the backend's `imgsz`.
         progress: called after each batch with the number of images in the batch.
         image_set: digest of the samples. It is copied into the result.
-        workers: number of threads that read images ahead. 0: read the images in this thread.
         max_det: largest number of detections per image after NMS. `runtime.max_detections.counted` says how many of them mAP counts.
 
     Raises:
@@ -72,14 +73,14 @@ def accuracy(
     if tuple(backend.imgsz) != tuple(imgsz):
         raise RecipeError(f"the model takes {list(backend.imgsz)} px, imgsz is {list(imgsz)}")
     detector, detections = Detector(backend, max_det=max_det), list[np.ndarray]()
-    images = _read_ahead(samples, workers)
-    while batch := list(islice(images, backend.batch or DYNAMIC_BATCH)):
-        try:
-            detections += detector.detect(batch)
-        except NotFinite as e:
-            raise NumericsError(f"{samples[len(detections)].image}: {e} (image or one of its batch)") from e
-        if progress is not None:
-            progress(len(batch))
+    with closing(_prepared(detector, samples, usable_cpus())) as batches:
+        for input_BCHW, placed in batches:
+            try:
+                detections += detector.found(backend(input_BCHW, copy=False), placed)
+            except NotFinite as e:
+                raise NumericsError(f"{samples[len(detections)].image}: {e} (image or one of its batch)") from e
+            if progress is not None:
+                progress(len(placed))
     return {
         **mean_ap(samples, detections, names, counted(max_det)),
         "images": len(samples),
@@ -101,16 +102,31 @@ def _load(sample: ImageTruth) -> np.ndarray:
     return image_HW3
 
 
-def _read_ahead(samples: Iterable[ImageTruth], workers: int) -> Iterator[np.ndarray]:
-    """Yield the images in order. If `workers` is above 0, that many threads read a limited number of images ahead."""
-    if workers < 1:
-        yield from map(_load, samples)
-        return
-    waiting: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for sample in samples:
-            waiting.append(pool.submit(_load, sample))
-            if len(waiting) >= 2 * workers + DYNAMIC_BATCH:
-                yield waiting.popleft().result()
+Batch = tuple[np.ndarray, list[Letterbox]]
+
+
+def _prepared(detector: Detector, samples: Sequence[ImageTruth], workers: int) -> Generator[Batch, None, None]:
+    """Yield the inputs of the backend, and the placement of their images, in order. `workers` threads prepare inputs ahead.
+
+    An input is overwritten after the next one is taken.
+    """
+    size = detector.backend.batch or DYNAMIC_BATCH
+    free = [detector.blank(size) for _ in range(2 * workers)]
+    waiting = deque[tuple[Future[Batch], Canvas]]()
+
+    def prepare(batch: Sequence[ImageTruth], canvas: Canvas) -> Batch:
+        return detector.prepare([_load(sample) for sample in batch], canvas)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for start in range(0, len(samples), size):
+            if not free:
+                future, canvas = waiting.popleft()
+                yield future.result()
+                free.append(canvas)
+            canvas = free.pop()
+            waiting.append((pool.submit(prepare, samples[start : start + size], canvas), canvas))
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,5 +1,8 @@
 """mAP by pycocotools. No other module uses pycocotools.
 
+pycocotools integrates the precision. The matching is that of `runtime.measure.coco_map`, which finds the same matches in arrays:
+pycocotools needs six times as long, because it has a dictionary for each detection.
+
 Shape suffixes: N detections; a row is (x1, y1, x2, y2, score, class) in px of the source image. In pycocotools' precision array:
 T IoU thresholds, R recall points, K classes, A area ranges, M detection limits.
 """
@@ -10,17 +13,17 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from yolo_compress.errors import DataError
 from yolo_compress.runtime.max_detections import MAX_DETECTIONS
-from yolo_compress.runtime.measure.coco_map import MeanAP
+from yolo_compress.runtime.measure.coco_map import Matches, MeanAP, match
 
 
 class Truth(Protocol):
-    """Ground truth of an image; `data.reader.Sample` implements it.
+    """Ground truth of an image; `data.samples.Sample` implements it.
 
     `boxes` are (class, centre x, centre y, width, height), as fractions of the image. `width` and `height` are in px.
     """
@@ -63,62 +66,49 @@ def mean_ap(
         raise ValueError(f"{len(truths)} images but {len(detections)} sets of detections")
     if len(set(names)) != len(names):
         raise DataError(f"class names repeat: {sorted(name for name, n in Counter(names).items() if n > 1)}")
-    counted = Counter(int(box[0]) for truth in truths for box in truth.boxes)
-    if not counted:
+    boxes = [absolute_boxes(truth) for truth in truths]
+    labels = np.concatenate([rows_N5[:, 0] for rows_N5 in boxes]).astype(np.int64) if boxes else np.zeros(0, np.int64)
+    if not len(labels):
         raise DataError(f"no ground truth in {len(truths)} images, mAP is undefined")
-    if min(counted) < 0 or max(counted) >= len(names):
-        raise DataError(f"ground truth of classes {sorted(counted)}, but there are {len(names)} names")
-    precision_TRK = _precision(truths, detections, len(names), most)
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise DataError(f"ground truth of classes {np.unique(labels).tolist()}, but there are {len(names)} names")
+    count_K = np.bincount(labels, minlength=len(names))
+    precision_TRK = _precision(match(boxes, detections, len(names), ("all",), most))
     ap_TK = np.where(precision_TRK > -1, precision_TRK, np.nan).mean(axis=1)  # -1 marks classes without ground truth
-    present_K = [k for k in range(len(names)) if counted[k]]
+    present_K = np.flatnonzero(count_K)
     return {
         "map50_95": float(ap_TK[:, present_K].mean()),
         "map50": float(ap_TK[0, present_K].mean()),
-        "per_class": {name: float(ap_TK[:, k].mean()) if counted[k] else None for k, name in enumerate(names)},
-        "per_class_50": {name: float(ap_TK[0, k]) if counted[k] else None for k, name in enumerate(names)},
-        "counts": {name: counted[k] for k, name in enumerate(names)},
+        "per_class": {name: float(ap_TK[:, k].mean()) if count_K[k] else None for k, name in enumerate(names)},
+        "per_class_50": {name: float(ap_TK[0, k]) if count_K[k] else None for k, name in enumerate(names)},
+        "counts": {name: int(count_K[k]) for k, name in enumerate(names)},
     }
 
 
-def _precision(truths: Sequence[Truth], detections: Sequence[np.ndarray], classes: int, most: int) -> np.ndarray:
-    """Return COCOeval's precision_TRK over all areas. COCOeval's output on stdout is suppressed."""
+def _precision(matches: Matches) -> np.ndarray:
+    """Return COCOeval's precision_TRK over all areas.
+
+    COCOeval gets the matches of each class as if they were in one image: the order of the detections is the same.
+    """
     from pycocotools.cocoeval import COCOeval
 
-    boxes = [absolute_boxes(truth) for truth in truths]
-    actual = [np.insert(b[:, 1:5], 4, 1.0, axis=1) for b in boxes]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco([np.insert(a, 5, b[:, 0], axis=1) for a, b in zip(actual, boxes, strict=True)], classes)
-        evaluation = COCOeval(truth, _coco(detections, classes), "bbox")
-        evaluation.params.maxDets = [1, 10, most]
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
-        evaluation.evaluate()
+    evaluation = COCOeval(iouType="bbox")
+    wanted = evaluation.params
+    wanted.imgIds, wanted.catIds = [0], list(range(matches.classes))
+    wanted.areaRng, wanted.areaRngLbl = wanted.areaRng[:1], ["all"]
+    wanted.maxDets = [max(len(matches.score_D), 1)]  # `match` has applied the limit
+    evaluation._paramsEval = wanted
+    evaluation.evalImgs = []
+    for k in range(matches.classes):
+        here = matches.of_class(k)
+        evaluation.evalImgs.append(
+            {
+                "dtScores": matches.score_D[here],
+                "dtMatches": matches.truth_ATD[0, :, here] >= 0,
+                "dtIgnore": ~matches.counts_ATD[0, :, here],
+                "gtIgnore": ~matches.counted_AN[0, matches.class_N == k],
+            }
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
         evaluation.accumulate()
     return np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-
-
-def _coco(rows: Sequence[np.ndarray], classes: int) -> Any:
-    """Make a COCO object from the rows (xyxy, score, class) of each image."""
-    from pycocotools.coco import COCO
-
-    annotations: list[dict[str, object]] = []
-    for image, boxes_N6 in enumerate(rows):
-        for x1, y1, x2, y2, score, label in np.asarray(boxes_N6, np.float64).reshape(-1, 6).tolist():
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # 0 means "unmatched" in COCOeval
-                    "image_id": image,
-                    "category_id": int(label),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": image} for image in range(len(rows))],
-        "categories": [{"id": k} for k in range(classes)],
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from yolo_compress.data.reader import Sample
+from yolo_compress.data.samples import Sample
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 

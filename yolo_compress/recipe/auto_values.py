@@ -18,7 +18,7 @@ from .knob_types import IMGSZ_STEP
 from .sections import SourceConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from ..data.reader import Sample
+    from ..data.samples import Sample
     from .recipe import Recipe
 
 REFERENCE_IMAGES = 100

@@ -114,10 +114,11 @@ class RunConfig(Section):
         "Device on which torch trains and evaluates: cpu, or the indices of CUDA GPUs.",
         when="Set 0 for the first GPU, 0,1 to train on two.",
         group="Machine", allowed="cpu or CUDA indices, as in 0 or 0,1")] = "cpu"
-    workers: Annotated[int, knob(
-        "Number of processes that load images. 0: the training process loads them. Runs are reproducible only with 0.",
-        when="Raise it (4 to 8) when a GPU waits for images.",
-        group="Machine", unit="processes", ge=0, le=256)] = 0
+    workers: Annotated[int | None, knob(
+        "Processes that load images for each GPU. null: one for each processor, at most 8. 0: the training process loads them "
+        "itself, which is reproducible, and which a CPU always does.",
+        when="Raise it when a GPU waits for images; lower it when memory is short.",
+        group="Machine", unit="processes", ge=0, le=256)] = None
     seed: Annotated[int, knob(
         "Seed of all random number generators.",
         when="Change it to see how much the result varies from run to run.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -19,8 +20,8 @@ from yolo_compress.stages import Job
 FOLDER = "inverted"
 
 
-def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> tuple[Sample, ...]:
-    """Generate `count` images from the teacher's BatchNorm statistics, and return them as samples without boxes.
+def inverted_samples(job: Job, teacher: nn.Module, count: int, steps: int) -> Sequence[Sample]:
+    """Optimise `count` images until the teacher detects objects in them, and return them as samples without boxes.
 
     The images are also copied to the folder `inverted` of the artefact.
     """

@@ -10,7 +10,7 @@ from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets.families import check_prunable
-from yolo_compress.recipe.knobs import IMGSZ_STEP
+from yolo_compress.recipe.knob_types import IMGSZ_STEP
 from yolo_compress.recipe.recipe import Recipe, SourceConfig
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import finish, fit

@@ -1,12 +1,16 @@
-"""Estimate the disk space that a stage needs, and explain errors when memory runs out."""
+"""Estimate the disk space and shared memory that a stage needs, and explain errors when memory runs out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from yolo_compress import ranks
 from yolo_compress.errors import EnvironmentLacks
+from yolo_compress.files.atomic import free_mib
+from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.source_weights import find_weights
 
@@ -22,6 +26,9 @@ MODEL_MIB = {
     "l": 167,
     "x": 260,
 }  # in float32: 3.2, 11.2, 25.9, 43.7 and 68.2 million parameters
+SHARED_MEMORY = Path("/dev/shm")  # data workers hand over their batches in it; a container often has only 64 MiB
+PREFETCHED = 4  # batches that each data worker loads ahead
+MAX_WORKERS = 8
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 
 
@@ -42,6 +49,33 @@ def needed_mib(section: Any, inputs: Iterable[Artifact]) -> float:
     else:
         model_mib = 2 * find_weights(section.checkpoint).stat().st_size / 2**20  # Ultralytics saves float16
     return max(FREE_MIB, SPARE * COPIES * model_mib)
+
+
+def data_workers(device: str, workers: int | None, batch: int, imgsz_px: int) -> int:
+    """Return the number of processes of a rank that load images. On a CPU the training process loads them itself.
+
+    Args:
+        device: `run.device`.
+        workers: `run.workers`. None: one for each processor, at most `MAX_WORKERS` and what `SHARED_MEMORY` has room for.
+        batch: Images of a batch of the rank.
+        imgsz_px: Side of the images.
+
+    Raises:
+        EnvironmentLacks: `SHARED_MEMORY` has no room for the batches of so many workers.
+    """
+    if device == "cpu":
+        return 0
+    each_mib = PREFETCHED * batch * 3 * imgsz_px**2 / 2**20
+    free = free_mib(SHARED_MEMORY) / ranks.local_world() if SHARED_MEMORY.is_dir() else float("inf")
+    fit = int(min(free // each_mib, MAX_WORKERS * usable_cpus()))
+    if workers is None:
+        return min(MAX_WORKERS, usable_cpus() // ranks.local_world(), fit)
+    if workers > fit and workers * each_mib > free:
+        raise EnvironmentLacks(
+            f"run.workers={workers}: {SHARED_MEMORY} has {free:.0f} MiB for the batches of each GPU's workers, which need "
+            f"{workers * each_mib:.0f} MiB: set run.workers={fit}, or enlarge it (docker run --shm-size)"
+        )
+    return workers
 
 
 @contextmanager

@@ -5,8 +5,11 @@ The label and image caches of Ultralytics are not used.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from copy import copy
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,9 +20,15 @@ from ultralytics.data.dataset import YOLODataset
 
 from yolo_compress.data.dataset import Sample
 from yolo_compress.nets.hardening import let_warnings_through
+from yolo_compress.progress import bar
+from yolo_compress.runtime.measure.device import usable_cpus
 
 let_warnings_through()
 
+SHOWN_FROM = 1000  # with fewer images, there is no progress bar
+# Images, sizes before and sizes after resizing, (height, width) px, of the data set that was decoded last.
+_Decoded = tuple[list[Any], list[Any], list[Any]]
+_decoded: dict[str, _Decoded] = {}
 RAM_CACHE_BYTES = 1 << 30  # decoded training images up to this size stay in memory; COCO does not fit, BCCD needs 50 MB
 
 
@@ -31,7 +40,7 @@ class PreflightDataset(YOLODataset):
     """
 
     def __init__(self, samples: Sequence[Sample], *, cache: bool, hyp: Any, **kwargs: Any) -> None:
-        self._samples = list(samples)
+        self._samples = samples
         self._epoch = -1  # the epoch that this worker loads
         super().__init__(img_path="", task="detect", hyp=hyp, **kwargs)
         self.npy_files = [Path(f"{file}.never") for file in self.im_files]
@@ -39,11 +48,25 @@ class PreflightDataset(YOLODataset):
         decoded = sum(3 * longest * longest * min(s.width, s.height) / max(s.width, s.height) for s in samples)
         if cache and decoded <= RAM_CACHE_BYTES:
             self.cache = "ram"
-            for i in range(self.ni):
-                self.ims[i], self.im_hw0[i], self.im_hw[i] = self.load_image(i)
+            self.ims, self.im_hw0, self.im_hw = self._all_images()
             self.transforms = self.build_transforms(
                 hyp=copy(hyp)
             )  # with a cache, mosaics draw from all images instead of a buffer
+
+    def _all_images(self) -> _Decoded:
+        """Return all images decoded, with their sizes before and after resizing. The next stage of a command uses them again."""
+        content = hashlib.sha256(json.dumps([self.imgsz, self.channels, *(s.sha256 for s in self._samples)]).encode())
+        if content.hexdigest() not in _decoded:
+            _decoded.clear()
+            images: _Decoded = [], [], []
+            shown = bar("decode images", self.ni, "image", least=SHOWN_FROM)
+            with shown as advance, ThreadPool(usable_cpus()) as pool:
+                for image in pool.imap(super().load_image, range(self.ni), chunksize=16):
+                    for part, value in zip(images, image, strict=True):
+                        part.append(value)
+                    advance()
+            _decoded[content.hexdigest()] = images
+        return _decoded[content.hexdigest()]
 
     def get_img_files(self, img_path: str) -> list[str]:
         return [str(sample.image) for sample in self._samples]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from yolo_compress import ranks
+from yolo_compress.store.resources import data_workers
+
 
 def multiplies_bfloat16() -> bool:
     """Return whether the CPU has matrix units for bfloat16 (AMX).
@@ -45,7 +48,7 @@ class TrainSettings:
     freeze: int = 0
     val_every: int = 0
     device: str = "cpu"
-    workers: int = 0
+    workers: int | None = 0  # None: see `resources.data_workers`
     threads: int | None = None
 
     @property
@@ -82,7 +85,7 @@ class TrainSettings:
             "flipud": self.flipud,
             "amp": self.amp and self.device != "cpu",  # on a CPU the trainer uses `bfloat16`
             "device": self.device,
-            "workers": self.workers,
+            "workers": data_workers(self.device, self.workers, self.batch // ranks.world(), self.imgsz_px),
             "freeze": self.freeze or None,
             "val": False,
             "plots": False,

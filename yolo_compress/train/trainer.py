@@ -30,6 +30,7 @@ from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsErro
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.runtime.measure.device import usable_cpus
+from yolo_compress.store.resources import PREFETCHED, SHARED_MEMORY
 from yolo_compress.train import together
 from yolo_compress.train.checkpoint import check_finite, contiguous, widths
 from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
@@ -94,7 +95,7 @@ def train(
     return ema
 
 
-def take_part(device: str, workers: int, threads: int | None) -> Any:
+def take_part(device: str, workers: int | None, threads: int | None) -> Any:
     """On a rank other than 0, take part in all trainings of rank 0, with the device of this machine.
 
     Returns:
@@ -142,8 +143,8 @@ def _run(training: Training) -> nn.Module:
         if "DataLoader" not in str(error):
             raise
         raise EnvironmentLacks(
-            f"{what}: a data worker ended or hangs ({_first_line(error)}): give more memory, or a lower "
-            "run.workers (0: no workers); the same command continues"
+            f"{what}: a data worker ended or hangs ({_first_line(error)}): give more memory, more room in "
+            f"{SHARED_MEMORY}, or a lower run.workers (0: no workers); the same command continues"
         ) from error
     finally:
         trainer.close()
@@ -253,7 +254,7 @@ class HookedTrainer(DetectionTrainer):
                 batch_size=min(batch_size, len(dataset)),
                 sampler=sampler,
                 num_workers=workers,
-                prefetch_factor=4 if workers else None,
+                prefetch_factor=PREFETCHED if workers else None,
                 pin_memory=on_gpu,
                 collate_fn=dataset.collate_fn,
                 generator=torch.Generator().manual_seed(self.settings.seed),

@@ -124,7 +124,7 @@ def test_a_fetched_set_is_what_the_shipped_yaml_reads(
     data = read_yaml(find_yaml(name))
     for split in ("train", "val"):
         listed, findings, _ = list_images(data, split)
-        assert len(listed) == 1 and not findings and listed[0].path.is_file()
+        assert len(listed) == 1 and not findings and Path(listed[0].path).is_file()
     asked = len(server.asked)
     assert fetch.fetch(name) == home.datasets() / name and len(server.asked) == asked, "again: nothing is asked for"
     assert [path.name for path in Path().iterdir()] == [folder or "datasets"]

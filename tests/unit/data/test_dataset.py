@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from yolo_compress.data import data_yaml
+from yolo_compress.data import data_yaml, reader
 from yolo_compress.data import dataset as data_module
-from yolo_compress.data.cache import Stamp
+from yolo_compress.data.cache import FileCache, stamps
 from yolo_compress.data.dataset import BadData, Dataset, Sample, calibration_subset, load, recheck, with_held_back
 from yolo_compress.errors import DataError, RecipeError
 
@@ -91,7 +93,7 @@ def test_all_findings_are_listed_and_skip_drops_just_those(root: Path) -> None:
     assert got[1].startswith("set/images/train/0.png: corrupt image (")
     kept = load("set/data.yaml", on_bad="skip")
     assert kept.skipped == got
-    assert [s.name for s in kept.train + kept.val] == [
+    assert [s.name for s in (*kept.train, *kept.val)] == [
         "images/train/2.png", "images/train/3.png", "images/val/0.png", "images/val/1.png"
     ]  # fmt: skip
 
@@ -238,20 +240,45 @@ def test_digest_does_not_depend_on_row_order_or_spelling(root: Path) -> None:
     assert load("set/data.yaml").digest == first.digest
 
 
+def test_digest_is_that_of_earlier_versions(root: Path) -> None:
+    """Fingerprints of stores depend on it: SHA-256 of this JSON, whether the cache has it or not."""
+    (root / "labels/train/0.txt").write_bytes(b"1 .5 .5 .1 .1\n0 .123456 .1 .1 .1\n")
+    (root / "labels/train/1.txt").unlink()
+    for _ in range(2):
+        dataset = load("set/data.yaml", cache=root.parent / "cache")
+        rows = sorted([s.name, s.sha256, sorted(s.boxes)] for s in dataset.train)
+        text = json.dumps([["cat", "dog"], 3, rows], separators=(",", ":"))
+        assert dataset.train_digest == hashlib.sha256(text.encode()).hexdigest()
+        both = json.dumps([dataset.train_digest, dataset.val_digest], separators=(",", ":"))
+        assert dataset.digest == hashlib.sha256(both.encode()).hexdigest()
+
+
+def test_samples_are_a_sequence(root: Path) -> None:
+    (root / "labels/train/1.txt").write_bytes(2 * ROW + b"0 .1 .1 .1 .1\n")
+    (root / "labels/train/2.txt").unlink()
+    samples = load("set/data.yaml").train
+    assert [len(s.boxes) for s in samples] == [1, 2, 0, 1] and samples[1].boxes[1] == (0, 0.1, 0.1, 0.1, 0.1)
+    assert samples[1].sha256 == hashlib.sha256(samples[1].image.read_bytes()).hexdigest()
+    assert samples[-1] == samples[3] and samples[1:3] == (samples[1], samples[2]) and samples[::-1][0] == samples[3]
+    assert samples == tuple(samples) == pickle.loads(pickle.dumps(samples)) and samples != samples[:3]
+    with pytest.raises(IndexError):
+        samples[4]
+
+
 def test_cached_load_reads_only_files_that_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = root.parent / "sub/cache.json"
+    cache = root.parent / "sub/cache"
     first = load("set/data.yaml", cache=cache)
     opened: list[str] = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self.name), read(self))[1])
     assert load("set/data.yaml", cache=cache) == first
-    assert opened == ["cache.json"]
+    assert opened == ["cache"]
     label = root / "labels/val/1.txt"
     before = label.stat()
     label.write_bytes(ROW.replace(b"1", b"0", 1))  # the same size and mtime: only ctime shows the change
     os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = load("set/data.yaml", cache=cache)
-    assert opened[1:] == ["cache.json", "1.txt"]
+    assert opened[1:] == ["cache", "1.txt"]
     assert second.val[1].boxes[0][0] == 0 and second.digest == load("set/data.yaml").digest != first.digest
 
 
@@ -267,23 +294,44 @@ def test_findings_are_cached_too_and_belong_to_the_class_count(root: Path) -> No
     assert len(load("set/data.yaml", cache=cache).val[1].boxes) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"[]", b'{"version": 1, "files": []}', b"{" * 100_000])
-def test_corrupt_cache_is_ignored_and_replaced(root: Path, content: bytes) -> None:
-    cache = root.parent / "cache.json"
-    cache.write_bytes(content)
-    (root / "labels/train.cache").write_bytes(b"\x80\x04cos\nsystem\n.")  # Ultralytics' cache is not read
-    assert load("set/data.yaml", cache=cache).digest == load("set/data.yaml").digest
-    assert json.loads(cache.read_bytes())["version"] == 1
-
-
-def test_wrong_values_in_the_cache_are_a_miss(root: Path) -> None:
-    cache = root.parent / "cache.json"
+def test_damaged_cache_is_ignored_and_replaced(root: Path) -> None:
+    cache = root.parent / "cache"
     first = load("set/data.yaml", cache=cache)
-    stored = json.loads(cache.read_bytes())
-    for entry in stored["files"].values():
-        entry[1] = [1]
-    cache.write_text(json.dumps(stored))
+    content = cache.read_bytes()
+    other = content.replace(b'"version": 2', b'"version": 1')
+    cut = [content[:length] for length in (0, 1, 40, len(content) - 1)]
+    flipped = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(0, len(content), 7)]
+    (root / "labels/train.cache").write_bytes(b"\x80\x04cos\nsystem\n.")  # Ultralytics' cache is not read
+    for damaged in [b"\x80\x04K\x01.", b"[]", b"{" * 100_000 + b"\n", content + b"0", other, *cut, *flipped]:
+        cache.write_bytes(damaged)
+        assert not len(FileCache(cache).records)
     assert load("set/data.yaml", cache=cache) == first
+    assert cache.read_bytes() == content
+
+
+def test_killed_preflight_continues_where_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of images is saved, and the fourth image cannot be read for now."""
+    monkeypatch.setattr(reader, "BLOCK", 1)
+    monkeypatch.setattr(reader, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(reader, "usable_cpus", lambda: 1)
+    cache, opened, read = root.parent / "cache", list[str](), Path.read_bytes
+
+    def count(self: Path) -> bytes:
+        opened.append(self.name)
+        if self.name == "3.png":
+            raise MemoryError
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", count)
+    with pytest.raises(MemoryError):
+        load("set/data.yaml", cache=cache)
+    assert not cache.exists(), "only parts of it"
+    assert len(list(root.parent.glob("cache.part-*"))) == 3
+    opened.clear()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self.name), read(self))[1])
+    second = load("set/data.yaml", cache=cache)
+    assert [name for name in opened if "cache" not in name] == ["3.png", "3.txt", "0.png", "0.txt", "1.png", "1.txt"]
+    assert second == load("set/data.yaml") and [path.name for path in root.parent.glob("cache*")] == ["cache"]
 
 
 def test_cache_that_cannot_be_written_is_a_note(root: Path) -> None:
@@ -324,7 +372,7 @@ def test_recheck_reads_no_file_whose_stamp_is_the_same(root: Path, monkeypatch: 
 def test_limits_are_evenly_spaced_and_checked_alone(root: Path) -> None:
     (root / "images/train/1.png").write_bytes(b"")
     got = load("set/data.yaml", limit_train=2, limit_val=1)
-    assert [s.name[-5:] for s in got.train + got.val] == ["0.png", "2.png", "0.png"]
+    assert [s.name[-5:] for s in (*got.train, *got.val)] == ["0.png", "2.png", "0.png"]
     with pytest.raises(RecipeError, match=r"data\.limit_val must be at least 1, not 0"):
         load("set/data.yaml", limit_val=0)
 
@@ -342,16 +390,19 @@ def test_a_hundred_thousand_files_are_listed_in_bounded_time(root: Path) -> None
         (root / "labels/train" / name).with_suffix(".txt").write_bytes(ROW)
     started = time.process_time()
     dataset = load(str(root / "data.yaml"), limit_train=16)
-    assert len(dataset.train) == 16 and len(dataset.files) < 100
+    assert len(dataset.train) == 16 and len(dataset.files[0].paths) == 32
     assert time.process_time() - started < 30
 
 
-def test_progress_ends_at_the_total(root: Path) -> None:
-    cache = root.parent / "cache.json"
-    for _ in range(2):
-        seen: list[tuple[int, int]] = []
-        load("set/data.yaml", cache=cache, progress=lambda done, total, seen=seen: seen.append((done, total)))
-        assert seen[-1] == (6, 6) and seen == sorted(seen)
+def test_progress_is_shown_for_images_that_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("set/data.yaml")
+    assert not capsys.readouterr().err, "a few images take no time"
+    monkeypatch.setattr(reader, "SHOWN_FROM", 1)
+    for shown in ("check images: 6/6 image (100%)", ""):
+        load("set/data.yaml", cache=root.parent / "cache")
+        assert shown in capsys.readouterr().err.splitlines()[-1:].__str__()
 
 
 def test_calibration_subset_is_a_function_of_the_seed(root: Path) -> None:
@@ -366,9 +417,9 @@ def test_calibration_subset_is_a_function_of_the_seed(root: Path) -> None:
             calibration_subset(*bad, seed=0)
 
 
-def test_stamp_refuses_folders(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="not a regular file"):
-        Stamp.of(tmp_path)
+def test_folders_have_no_stamp(tmp_path: Path) -> None:
+    stamps_N4, failed = stamps([str(tmp_path)])
+    assert not stamps_N4.any() and str(failed[0]) == "[Errno 0] not a regular file"
 
 
 def test_loading_imports_neither_torch_nor_ultralytics() -> None:

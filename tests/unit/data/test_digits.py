@@ -143,8 +143,8 @@ def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
 ) -> None:
     got = load("digits.yaml")
     assert (got.names, len(got.train), len(got.val)) == (tuple("0123456789"), 12, 4)
-    assert all(3 <= len(s.boxes) <= 7 for s in got.train + got.val)
-    assert {s.image.parents[2] for s in got.train + got.val} == {user / "datasets/digits"}
+    assert all(3 <= len(s.boxes) <= 7 for s in (*got.train, *got.val))
+    assert {s.image.parents[2] for s in (*got.train, *got.val)} == {user / "datasets/digits"}
     assert (
         capsys.readouterr().err == "digits: drawing 12 training and 4 validation images of 64 px into datasets/digits\n"
     )

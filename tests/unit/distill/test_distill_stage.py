@@ -169,9 +169,9 @@ def test_unlabelled_images_are_read_and_their_labels_are_not(shop: Path) -> None
     assert [sample.name for sample in found.unlabelled] == ["deep/0.png", "deep/1.png", "deep/2.png"]
     assert not any(sample.boxes for sample in found.unlabelled)
     assert found.train == dataset.train and found.digest == dataset.digest
-    assert {sample.image for sample in found.unlabelled} <= {state.path for state in found.files}, (
-        "rechecked at the end"
-    )
+    assert {sample.image for sample in found.unlabelled} <= {
+        Path(path) for files in found.files for path in files.paths
+    }, "rechecked at the end"
 
 
 def test_folders_that_cannot_be_used(shop: Path) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
+from tests.support.matching_scenes import Scene, drawn
+from tests.support.matching_scenes import by_pycocotools as by_coco_api
 from yolo_compress.errors import DataError
-from yolo_compress.evaluate.coco import absolute_boxes, mean_ap
+from yolo_compress.evaluate.coco import _precision, absolute_boxes, mean_ap
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
+from yolo_compress.runtime.measure.coco_map import match
 
 NAMES = ("bolt", "nut", "screw")
 
@@ -192,3 +196,12 @@ def test_ultralytics_integration_is_near_pycocotools(seed: int) -> None:
     ours, theirs = mean_ap(truths, found, NAMES), ultralytics_ap(truths, found, NAMES)
     assert theirs["map50_95"] == pytest.approx(ours["map50_95"], abs=0.02)
     assert theirs["map50"] == pytest.approx(ours["map50"], abs=0.02)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(drawn())
+def test_precision_is_that_of_pycocotools_to_the_last_bit(case: Scene) -> None:
+    truths, found = case
+    ours = _precision(match(truths, found, len(NAMES), ("all",)))
+    expected = by_coco_api(truths, found, len(NAMES))[..., 0]
+    assert np.array_equal(np.where(ours > -1, ours, np.nan), expected, equal_nan=True)

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from yolo_compress.data.reader import Sample
+from yolo_compress.data.samples import Sample
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import auto_values, recipe
 from yolo_compress.train import checkpoint

@@ -167,7 +167,7 @@ def test_intervals_are_of_the_same_images_and_hold_the_figure() -> None:
 
 
 class Sample:
-    """The attributes of `data.reader.Sample` that are read."""
+    """The attributes of `data.samples.Sample` that are read."""
 
     width = height = 400
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from yolo_compress.data.reader import label_path
 from yolo_compress.runtime.measure import labels
+from yolo_compress.runtime.measure.labels import label_path
 
 ROW = b"1 0.5 0.5 0.25 0.5\n"
 

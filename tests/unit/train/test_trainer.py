@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from ultralytics.cfg import get_cfg
+from ultralytics.data.dataset import YOLODataset
 
 from tests.support.noise_set import noise_set
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.train import checkpoint, trainer
+from yolo_compress.train import dataset as train_dataset
 from yolo_compress.train import trainer as train_trainer
 from yolo_compress.train.dataset import EpochSampler, PreflightDataset, seed_everything
 from yolo_compress.train.hook import TrainHook
@@ -318,7 +321,8 @@ def test_a_data_worker_that_is_lost_ends_the_run(
             os.kill(os.getpid(), signal.SIGKILL) if kind == "killed" else time.sleep(60)
         return read(self, index)
 
-    monkeypatch.setattr(trainer, "WORKER_PATIENCE_S", 1.0)
+    if kind == "hangs":  # a worker that was killed is noticed at once
+        monkeypatch.setattr(trainer, "WORKER_PATIENCE_S", 1.0)
     monkeypatch.setattr(HookedTrainer, "get_dataloader", with_worker)
     monkeypatch.setattr(PreflightDataset, "__getitem__", lost)
     started = time.monotonic()
@@ -432,6 +436,33 @@ def test_new_models_are_equal_for_equal_seeds() -> None:
 def test_class_differences_are_named() -> None:
     with pytest.raises(RecipeError, match="1: nut in the model, washer in the data"):
         checkpoint.check_classes(model(), ["bolt", "washer"], "baseline.weights=x.pt")
+
+
+def test_decoded_images_serve_all_trainings_of_a_command(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second training with images of the same size decodes none, and the pixels are those of one thread."""
+    args = get_cfg(overrides={"task": "detect", "mode": "train", "imgsz": 64})
+    data = {"nc": len(dataset.names), "channels": 3}
+    read, count = YOLODataset.load_image, [0]
+
+    def counted(self: YOLODataset, i: int, **kwargs: Any) -> Any:
+        count[0] += self.ims[i] is None
+        return read(self, i, **kwargs)
+
+    def images(imgsz_px: int, cores: int) -> list[np.ndarray]:
+        monkeypatch.setattr(train_dataset, "usable_cpus", lambda: cores)
+        made = PreflightDataset(dataset.train, cache=True, imgsz=imgsz_px, augment=True, hyp=args, data=data)
+        found = [made.load_image(i)[0] for i in range(len(made))]
+        found[0][:] = 0  # as an augmentation in place
+        return found[1:]
+
+    monkeypatch.setattr(YOLODataset, "load_image", counted)
+    train_dataset._decoded.clear()
+    first = images(64, 3)
+    assert count[0] == len(dataset.train)
+    assert all(map(np.array_equal, first, images(64, 1))) and count[0] == len(dataset.train)
+    images(32, 1)
+    assert count[0] == 2 * len(dataset.train), "another size"
+    assert all(map(np.array_equal, first, images(64, 1))) and count[0] == 3 * len(dataset.train), "one set is kept"
 
 
 def test_workers_that_a_cpu_does_not_use_are_said(

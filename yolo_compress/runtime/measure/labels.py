@@ -38,8 +38,14 @@ class Labels:
 
 
 def label_path(image: Path) -> Path:
-    """Return the label file of an image. The last folder `images` in its path becomes `labels`, and the suffix becomes .txt."""
-    return Path("/labels/".join(image.as_posix().rsplit("/images/", 1))).with_suffix(".txt")
+    """Return the label file of an image; see `label_file`."""
+    return Path(label_file(image.as_posix()))
+
+
+def label_file(image: str) -> str:
+    """Return the label file of an image: the last folder `images` becomes `labels`, and the suffix .txt (img2label_paths)."""
+    path = "/labels/".join(image.rsplit("/images/", 1))
+    return path[: path.rindex(".")] + ".txt"
 
 
 def parse(data: bytes, classes: int, pose_columns: int = 0) -> Labels:
