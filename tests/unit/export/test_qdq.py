@@ -327,7 +327,6 @@ ACTS = [
     nn.Hardswish(),
     nn.Mish(),
     nn.GELU(),
-    nn.SELU(),
     nn.PReLU(),
     nn.Identity(),
     nn.Sigmoid(),
