@@ -13,7 +13,8 @@ from yolo_compress.cli.main import main
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    A rank ends at once. Threads of gloo and NCCL may outlive a training that failed, and would abort the interpreter's own end.
+    A process of a training on several GPUs (a rank) exits without Python's shutdown. After a failed training, threads of gloo and NCCL
+    may still run, and would make that shutdown crash.
     """
     if ranks.several():
         for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -51,7 +51,7 @@ def _number(name: str, default: int) -> int:
 
 
 def forget_foreign() -> None:
-    """Delete torchrun's variables from the environment if another program has set some of them, for a command that never trains."""
+    """Delete torchrun's variables from the environment if another program has set some of them. Only for commands that never train."""
     complete = all(name in os.environ for name in NEEDED) and all(
         os.environ.get(name, "0").isdigit() for name in VARIABLES
     )

@@ -106,7 +106,7 @@ RECIPE = Option("recipe", "NAME|FILE", "Recipe to follow.", DEFAULT_RECIPE, "nam
 LOCK = Option("lock", "fail", "What to do while another command uses the store: wait for its end, or fail with exit code "
                               "75.",
               "wait", choices=("wait", "fail"))
-FORCE = Option("force", "true", "Run the stage again, even if it is up to date. The verb `run` repeats only the stage report.",
+FORCE = Option("force", "true", "Run the stage again, even if it is up to date. With the verb `run`, only `report` runs again.",
                "false", choices=SWITCH)
 DATA = Option("data.yaml", "FILE", "Data set for which the recipe is written.", values="a data set file", needed=True)
 STAGE = "yolo_compress.cli.stage:handle"
@@ -237,7 +237,8 @@ VERBS = {row.name: row for row in (
     Verb("bundle", "write a folder or .tar for the robot; the gate must have passed", "Robots",
          "yolo_compress.cli.bundle:handle", (
         RECIPE, LOCK,
-        Option("force", "true", "Write the bundle even if the gate failed. Its manifest then says so.", "false", choices=SWITCH),
+        Option("force", "true", "Write the bundle even if the model did not pass the report's gate. The manifest of the "
+               "bundle then says so.", "false", choices=SWITCH),
         Option("out", "FOLDER|FILE.tar", "Folder or archive to write.",
                                          values="a folder or a file .tar or .tar.gz that does not exist yet",
                needed=True, writes=True),
@@ -265,7 +266,7 @@ VERBS = {row.name: row for row in (
         Option("state", "FILE.json", "File that keeps the state of the release between calls.",
                                      "none, each call starts a new release", "a file",
                writes=True),
-        Option("stage", "5%", "Share of the robots that run b now.", "the share in the state file, else 1%",
+        Option("stage", "5%", "Share of the robots that run the new model (b) now.", "the share in the state file, else 1%",
                one_of(f"{share:.0%}" for share in ROLLOUT_STAGES)),
         Option("cap", "25%", "Largest share of the robots that may run b after this call.", "100%",
                "a share from 0.01 to 1, or 1% to 100%"),

@@ -204,7 +204,7 @@ def with_held_back(dataset: Dataset, share: float) -> Dataset:
     The images are chosen by their SHA-256, so copies of an image stay together. The choice needs no seed.
 
     Raises:
-        DataError: `held` would have no image with a box, or `train` none.
+        DataError: `held` or `train` would have no image with a box.
     """
     digests = sha256s(dataset.train)
     ranked = sorted(set(digests), key=lambda digest: _sha256(["held", digest]))

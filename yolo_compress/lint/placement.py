@@ -25,7 +25,10 @@ def _feeds_int8(graph: Graph, node: NodeProto) -> bool:
 
 
 def float_adds(graph: Graph, target: Target) -> Hits:
-    """Find sums that an INT8 layer reads and whose residual input is float. Without a residual input, one input must be INT8."""
+    """Find sums that an INT8 layer reads and whose residual input is float.
+
+    A sum that has no residual input is found if all its inputs are float.
+    """
     for node in graph.nodes:
         if node.op_type != "Add" or any(graph.is_constant(name) for name in node.input):
             continue

@@ -131,7 +131,7 @@ class Flow:
         return [FeatureMap(tensor.name, (piece,)) for piece in tensor.slices]
 
     def join(self, where: str, *tensors: FeatureMap) -> FeatureMap:
-        """Connect the tensors that enter the module `where`, and return their concatenation. The module only moves values."""
+        """Return the concatenation of the tensors that the module called `where` reads. It computes nothing, such as `Concat`."""
         self._connect(where, *(tensor.name for tensor in tensors))
         return FeatureMap(tensors[0].name, tuple(piece for tensor in tensors for piece in tensor.slices))
 
@@ -194,7 +194,7 @@ class Flow:
         self.ties |= dict.fromkeys((piece for tensor in tensors for piece in tensor.slices), key)
 
     def first(self, piece: str) -> str:
-        """Return the first slice in the order of the model that is summed with the slice `piece`, directly or indirectly."""
+        """Of the slices that are summed with `piece`, directly or indirectly, return the one that comes first in the model."""
         while piece in self._same:
             piece = self._same[piece]
         return piece

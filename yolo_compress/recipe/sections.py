@@ -82,7 +82,7 @@ class DataConfig(Section):
         group="Data", unit="fraction", ge=0, le=1)] = 0.3
     max_det: Annotated[int, knob(
         "Largest number of detections in an image after NMS, here and on the robot. mAP counts at most 100 detections of a "
-        "class in an image, as COCO does. If `max_det` is above 300, mAP counts up to `max_det`.",
+        "class in an image, as COCO does; only with `max_det` above 300 it counts more, up to `max_det`.",
         when="Raise it when an image may hold more objects.",
         group="Data", unit="detections", ge=1, le=100_000)] = 300
     hold_back: Annotated[float, knob(

@@ -18,7 +18,7 @@ CONTROLS = {  # control -> its description in the report
 
 
 def added(recipe: Recipe) -> dict[str, list[str]]:
-    """Return what each model has more than the one before it, from the baseline to the compressed model."""
+    """Return, for each model from the baseline to the compressed one, the parts of the chain that the model before it lacks."""
     channels = recipe.prune is not None and recipe.prune.kind == "channel"
     pruned = ["the choice of channels"] if channels else ["zero weights"] if recipe.prune else []
     return {
@@ -31,11 +31,11 @@ def added(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def steps(parts: Mapping[str, Sequence[str]], models: Mapping[str, Mapping[str, object]]) -> list[ControlStep]:
-    """Return the steps from the baseline to the compressed model. Parts of a model that is absent count for the next one.
+    """Return the steps from the baseline to the compressed model. If a model is absent, its parts belong to the next model's step.
 
     Args:
         parts: Result of `added`.
-        models: Name as in `parts` -> figures of the model: those of `ControlStep` without `name`, `adds` and `change`.
+        models: Name of each model, as in `parts` -> the keys of its `ControlStep` except `name`, `adds` and `change`.
     """
     found: list[ControlStep] = []
     adds: list[str] = []

@@ -81,7 +81,7 @@ def run(job: Job) -> Metrics:
 
 
 def add(job: Job, published: Artifact, files: Sequence[Path]) -> Metrics:
-    """Write the published report with the rows of other machines added (`report.devices.add`) into `job.out`."""
+    """Add the rows of other machines to the published report (`report.devices.add`), and write the new report into `job.out`."""
     document: Document = json.loads(published.file("report.json").read_text(encoding="utf-8"))
     exported = {listed["sha256"] for listed in job.inputs["export"].manifest.files.values()}
     return _written(job, devices.add(document, files, exported))

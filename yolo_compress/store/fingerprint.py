@@ -1,4 +1,4 @@
-"""Fingerprints: the canonical JSON of a key, its hash, and the differences between two keys."""
+"""Fingerprints of stages. A key has everything that decides a stage's result. This file hashes keys, and says how two keys differ."""
 
 import hashlib
 import json

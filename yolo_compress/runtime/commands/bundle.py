@@ -199,7 +199,7 @@ def _rank(name: str) -> Tuple[int, int, str]:
 
 
 def slots_root() -> Path:
-    """Return the folder of this robot's slots."""
+    """Return the folder of this robot's slots, the two folders for installed bundles."""
     return Path(os.environ.get(ROOT_VARIABLE) or ROOT)
 
 
