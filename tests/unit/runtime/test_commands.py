@@ -21,7 +21,7 @@ from PIL import Image
 from tests.support.bundled import CONF, NAMES, make_bundle, pictures
 from tests.support.typed import validate
 from tests.unit.runtime.test_sources import Capture
-from yolo_compress.runtime import engine
+from yolo_compress.runtime import engine, registry
 from yolo_compress.runtime.backends.base import load_info, save_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.commands import bench, build, detect
@@ -310,7 +310,8 @@ class Probed:
 
 def test_runtimes_that_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def here(**problems: str | None) -> None:
-        monkeypatch.setattr(build, "BACKENDS", {name: Probed(problem) for name, problem in problems.items()})
+        missing = {name: f"no {name}" for name in registry.names()}
+        monkeypatch.setattr(build, "BACKENDS", {name: Probed(one) for name, one in (missing | problems).items()})
 
     here(onnxruntime=None, openvino=None, tensorrt=None)
     assert build.choose_runtimes(None) == ["tensorrt"]
