@@ -72,6 +72,9 @@ NOT_RUN = {
     "yolo-compress prune recipe='yolov8s-coco'": "the same",
     "yolo-compress prune recipe=yolov8s-coco run.device=0,1": "two GPUs; tests/cuda_on_cpu/test_ranks.py has two ranks on a CPU",
     "torchrun": "several GPUs",
+    "pip install ncnn pnnx": "part of the environment that this runs in",
+    "yolo-compress control recipe=digits": "more training; the finished chain has all controls",
+    "yolo-compress distill recipe=neu_det": "the images are not here; tests/unit/distill/test_distill_stage.py tests the choice",
     "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/lint/test_rtx.py does it",
 }
 GATED = ("run", "report", "bundle", "ab")  # may end with 1: a chain this short may fail its gate
