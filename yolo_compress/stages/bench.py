@@ -125,13 +125,19 @@ def _candidates(job: Job) -> list[_Candidate]:
 
 
 def _with_exported_files(job: Job, candidates: list[_Candidate]) -> list[_Candidate]:
-    """Return the candidates with the files of `export` added that no engine here was built from. They are not timed."""
+    """Return the candidates with the files of `export` added that no engine here was built from. They are not timed.
+
+    For an INT8 file only an engine of the runtime that the file is made for counts, because another runtime computes other parts of
+    the graph in INT8: NCNN takes TensorRT's file and quantises only convolutions.
+    """
     export = job.inputs["export"]
     sources = _sources(job)
-    built = {one.subject["file"] for one in candidates if one.status == "ok"}
+    built = {(one.subject["file"], one.subject["runtime"]) for one in candidates if one.status == "ok"}
+    files = {file for file, _ in built}
     named = {one.name: one for one in candidates}
-    for file in sorted(set(export.manifest.files) - built):
-        if target := made_for(file):
+    for file in sorted(export.manifest.files):
+        target = made_for(file)
+        if target and ((file, target.runtime) not in built if target.precision == "int8" else file not in files):
             model = cast(Model, file.partition("/")[0])
             subject = _subject(model, target.runtime, target.precision, sources[model], file)
             if missing := named.get(row_name(subject)):
