@@ -218,10 +218,12 @@ def fail(error: CompressError) -> NoReturn:
 
     On a single process, raise `error`.
     """
-    if ranks.rank() > 0 and _group is not None:
+    if _group is not None:
         _group.stop_watching()
-        connection.await_end(_group.connections, GRACE_S)
-        raise LostRank(f"rank 0 ended: {error}")
+        distributed.barrier()  # rank 0 must not end while another rank still watches it
+        if ranks.rank() > 0:
+            connection.await_end(_group.connections, GRACE_S)
+            raise LostRank(f"rank 0 ended: {error}")
     raise error
 
 
