@@ -60,7 +60,7 @@ FORBIDDEN = {
 ANYWHERE = {"yolo_compress.train.hook", "yolo_compress.recipe.choices"}
 STANDARD = set(sys.stdlib_module_names)
 RUNTIME_THIRD_PARTIES = {
-    "numpy", "cv2", "PIL", "ncnn", "onnx", "onnxruntime", "openvino", "pnnx", "tensorrt", "cuda", "pycuda", "cryptography",
+    "numpy", "cv2", "PIL", "ncnn", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography",
 }  # fmt: skip
 ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # from the robot's installation, only for the ROS 2 node
 

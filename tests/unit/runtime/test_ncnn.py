@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,14 +173,25 @@ def test_a_graph_that_pnnx_changed_is_refused(
 
 
 @pytest.mark.parametrize("package", ["pnnx", "onnx", "ncnn"])
-def test_a_package_that_is_missing_is_named(
+def test_a_package_that_is_missing_is_named_before_any_stage(
     package: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert NcnnBackend.probe() is None
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeUnavailable, match=f"{package} does not import.*pip install ncnn pnnx onnx"):
+    words = f"{package} (does not import|is not installed).*pip install ncnn pnnx onnx"
+    with pytest.raises(RuntimeUnavailable, match=words):
         NcnnBackend.build(files["fp32"], tmp_path / "out", "fp32")
-    if package == "ncnn":
-        assert "pip install ncnn" in str(NcnnBackend.probe())
+    assert re.search(words, str(NcnnBackend.probe()))
+
+
+def test_a_robot_without_torch_converts(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python package pnnx imports torch; only its program is used."""
+    monkeypatch.delitem(sys.modules, "pnnx", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    NcnnBackend.build(files["fp32"], tmp_path / "out", "fp32")
+    assert "pnnx" not in sys.modules
 
 
 def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from ..measure.device import usable_cpus
-from .base import census_words, check_channels, check_input, check_output, describe_onnx, resolve, save_info
-from .ncnn_convert import CONVOLUTIONS, INSTALL, INT8_SCALES, convert, read_param
+from .base import census_words, check_channels, check_input, check_output, describe_onnx, problem, resolve, save_info
+from .ncnn_convert import CONVOLUTIONS, INSTALL, INT8_SCALES, convert, read_param, require
 
 RUNTIME = "ncnn"
 PARAM_FILE, BIN_FILE = "engine.param", "engine.bin"
@@ -139,12 +139,8 @@ class NcnnBackend:
 
     @staticmethod
     def probe() -> Optional[str]:
-        """Return None if this runtime works, else what to install."""
-        try:
-            _library()
-        except RuntimeUnavailable as error:
-            return str(error)
-        return None
+        """Return a text that says what to install. None: engines can be built here."""
+        return problem(_library) or problem(require)
 
     @staticmethod
     def build(

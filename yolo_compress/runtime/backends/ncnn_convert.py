@@ -6,6 +6,7 @@ pnnx drops names and knows no INT8. It does not change float32 weights, so each 
 from __future__ import annotations
 
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -86,10 +87,7 @@ def convert(file: Path, folder: Path, imgsz: Sequence[int], precision: str) -> T
             the file has no Q/DQ nodes or an INT8 tensor with a zero point. Or two convolutions have equal weights. Or pnnx rejects
             the graph or changes its weights.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise RuntimeUnavailable(f"onnx does not import ({error})", INSTALL) from error
+    onnx = _onnx()
     model = onnx.load(str(file))
     batch, channels, *takes = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     if takes != list(imgsz):
@@ -178,14 +176,43 @@ def _float32(value: np.ndarray, name: str) -> Any:
     return numpy_helper.from_array(value.astype(np.float32) if value.dtype == np.float16 else value, name)
 
 
+def _pnnx() -> Path:
+    """Return the program pnnx. Its Python package is not imported, because that imports torch, which a robot lacks.
+
+    Raises:
+        RuntimeUnavailable: pnnx is not installed.
+    """
+    try:
+        found = find_spec("pnnx")
+    except ValueError:
+        found = None
+    if found is None or found.origin is None:
+        raise RuntimeUnavailable("pnnx is not installed", INSTALL)
+    return Path(found.origin).parent / "pnnx"
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeUnavailable(f"onnx does not import ({error})", INSTALL) from error
+    return onnx
+
+
+def require() -> None:
+    """Check that an ONNX file can be converted here.
+
+    Raises:
+        RuntimeUnavailable: pnnx or onnx is missing.
+    """
+    _pnnx()
+    _onnx()
+
+
 def _run_pnnx(folder: Path, shape_BCHW: Sequence[int]) -> None:
     """Convert `model.onnx` in `folder` to `model.ncnn.param` and `model.ncnn.bin`, in float32."""
-    try:
-        import pnnx
-    except ImportError as error:
-        raise RuntimeUnavailable(f"pnnx does not import ({error})", INSTALL) from error
     shape = ",".join(map(str, shape_BCHW))
-    command = [str(Path(pnnx.__file__).parent / "pnnx"), "model.onnx", f"inputshape=[{shape}]", "fp16=0"]
+    command = [str(_pnnx()), "model.onnx", f"inputshape=[{shape}]", "fp16=0"]
     try:
         done = subprocess.run(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False
