@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from yolo_compress.recipe.controls import has_teacher
+from yolo_compress.recipe.controls import cuts, has_teacher
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import Control, ControlStep, Gate, Row
@@ -19,7 +19,7 @@ CONTROLS = {  # control -> its description in the report
 
 def added(recipe: Recipe) -> dict[str, list[str]]:
     """Return, for each model from the baseline to the compressed one, the parts of the chain that the model before it lacks."""
-    channels = recipe.prune is not None and recipe.prune.kind == "channel"
+    channels = cuts(recipe)
     pruned = ["the choice of channels"] if channels else ["zero weights"] if recipe.prune else []
     return {
         "baseline": [],

@@ -16,6 +16,7 @@ from yolo_compress.evaluate.ab.schema import AB
 from yolo_compress.evaluate.bootstrap import interval
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.stored_detections import kept
+from yolo_compress.recipe import controls
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.report.bench_rows import has_accuracy, reference_row, with_keys
 from yolo_compress.report.charts.curves import every_per_cent
@@ -123,8 +124,12 @@ def control(job: Inputs) -> Control | None:
     files = {name: artifact.file(f"{name}/{DETECTIONS}") for name in artifact.metrics["models"]}
     ends = {"baseline": job.inputs["baseline"], "compressed": job.inputs["distill"]}
     figures = {**artifact.metrics["models"], **{name: end.metrics for name, end in ends.items()}}
-    epochs = dict.fromkeys(figures, next(iter(artifact.metrics["models"].values()))["epochs"]) | {"baseline": 0}
-    models = {name: {key: figures[name][key] for key in CONTROL_FIGURES} | {"epochs": epochs[name]} for name in figures}
+    epochs = {"baseline": 0, "compressed": controls.epochs(job.recipe)}
+    models = {
+        name: {key: figures[name][key] for key in CONTROL_FIGURES}
+        | {"epochs": epochs.get(name, figures[name]["epochs"])}
+        for name in figures
+    }
     found["steps"] = steps(added(job.recipe), models)
     stored = {name: end.file(DETECTIONS) for name, end in ends.items() if DETECTIONS in end.manifest.files}
     assert job.recipe.report is not None

@@ -26,7 +26,7 @@ from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.criteria import scores
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.recipe import controls
-from yolo_compress.recipe.knob_types import ControlNet, number
+from yolo_compress.recipe.knob_types import ControlNet
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
@@ -43,7 +43,7 @@ def run(job: Job) -> ControlMetrics:
     nets = controls.chosen(job.recipe)
     if not nets:
         return {"models": {}, "expected_minutes": 0.0, "skipped": "no stage trains in this recipe"}
-    minutes = expected_minutes(job, len(nets), "narrowed" in nets)
+    minutes = expected_minutes(job)
     limit = job.config.max_minutes
     if limit is not None and minutes > limit:
         reason = f"they would take about {minutes:.0f} min, more than control.max_minutes={limit:g}"
@@ -51,39 +51,38 @@ def run(job: Job) -> ControlMetrics:
         return {"models": {}, "expected_minutes": minutes, "skipped": reason}
     progress.say(f"control: {', '.join(nets)}: about {minutes:.0f} min; control=null leaves them out")
     models: dict[str, ModelMetrics] = {}
-    epochs = sum(number(getattr(job.recipe, stage).epochs) for stage in controls.trainings(job.recipe))
     for net in nets:
         own = replace(job, out=job.out / net, work=job.work / net)
         own.out.mkdir()
         own.work.mkdir(exist_ok=True)
-        models[net] = {**finish(own, _trained(own, net)), "epochs": epochs}
+        models[net] = {**finish(own, _trained(own, net)), "epochs": controls.epochs(job.recipe, net)}
         progress.say(f"control: {net}: mAP50-95 {models[net]['map50_95']:.3f}")
     return {"models": models, "expected_minutes": minutes, "skipped": None}
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
     """Say, before any stage runs, what the controls cost."""
-    nets = controls.chosen(recipe)
-    stages = controls.trainings(recipe)
-    epochs = sum(number(getattr(recipe, stage).epochs) for stage in stages)
-    if not nets:
-        return
-    progress.say(
-        f"control: {', '.join(nets)} will each train for {epochs} epochs, as {' and '.join(stages)} do; control=null leaves them out"
-    )
+    if nets := controls.chosen(recipe):
+        *others, last = controls.trainings(recipe)
+        stages = f"{', '.join(others)} and {last}" if others else last
+        each = "each train" if len(nets) > 1 else "train"
+        progress.say(
+            f"control: {', '.join(nets)} will {each} for up to {controls.epochs(recipe)} epochs, the epochs of {stages}; "
+            "control=null leaves the controls out"
+        )
 
 
-def expected_minutes(job: Job, nets: int, narrowed: bool) -> float:
+def expected_minutes(job: Job) -> float:
     """Return the expected time of the controls in minutes, from the time of the stages that they repeat.
 
-    Args:
-        job: Job of the stage.
-        nets: Number of controls.
-        narrowed: Whether one of them is the control `narrowed`.
+    If the chain trained a pruned model, the controls that are not cut take longer.
     """
-    chain_s = sum(job.inputs[stage].manifest.seconds for stage in controls.trainings(job.recipe))
-    dense = nets - narrowed
-    return chain_s * (narrowed + dense / (controls.PRUNED_STEP if narrowed else 1.0)) / 60
+    dense_step = controls.PRUNED_STEP if controls.cuts(job.recipe) else 1.0
+    seconds = 0.0
+    for net in controls.chosen(job.recipe):
+        own_s = sum(job.inputs[stage].manifest.seconds for stage in controls.trainings(job.recipe, net))
+        seconds += own_s if net == "narrowed" else own_s / dense_step
+    return seconds / 60
 
 
 def _trained(job: Job, net: ControlNet) -> nn.Module:
@@ -98,12 +97,10 @@ def _trained(job: Job, net: ControlNet) -> nn.Module:
         own.out.mkdir()
         if stage == "prune" and net == "narrowed":
             narrow(own, model)
-        if not section.epochs:
+        if stage not in controls.trainings(job.recipe, net):
             continue
         if stage == "distill" and net != "longer":
             model, _ = distill.taught(own, model, what)
-        elif stage == "distill" and not section.labelled:
-            progress.say(f"control: {net} has neither labels nor a teacher in {stage}, so it does not train there")
         elif stage == "prune":
             teachers = net != "longer" and section.teach_from_parent
             own = replace(own, config=section.model_copy(update={"teach_from_parent": teachers}))

@@ -100,9 +100,24 @@ def job(
 def test_the_time_is_that_of_the_stages_that_are_repeated(tmp_path: Path) -> None:
     own = job(tmp_path)  # sparsify, prune and distill: 2 min each
     assert controls.trainings(own.recipe) == ["sparsify", "prune", "distill"]
-    assert control.expected_minutes(own, 1, True) == 6
-    assert control.expected_minutes(own, 3, True) == pytest.approx(6 + 2 * 6 / controls.PRUNED_STEP)
-    assert control.expected_minutes(own, 2, False) == 12, "nothing was cut, so the chain trained dense models itself"
+    assert control.expected_minutes(job(tmp_path, "control.nets=narrowed")) == 6
+    assert control.expected_minutes(own) == pytest.approx(6 + 2 * 6 / controls.PRUNED_STEP)
+    assert control.expected_minutes(job(tmp_path, "control.nets=taught")) == pytest.approx(6 / controls.PRUNED_STEP)
+    assert control.expected_minutes(job(tmp_path, "prune.kind=two_four")) == 12, "the chain trained dense models itself"
+    unlabelled = ("distill.data_free=8", "distill.alpha=0.5", "prune.kind=two_four")
+    assert control.expected_minutes(job(tmp_path, *unlabelled)) == 4 + 6, "`longer` cannot train without labels"
+    assert controls.epochs(own.recipe) == 19 and controls.epochs(load(*unlabelled), "longer") == 13
+
+
+def test_the_cost_is_said_before_any_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing: Any = None
+    control.check(load("distill=null", "sparsify=null", "control.nets=taught"), nothing)
+    control.check(load(), nothing)
+    assert capsys.readouterr().err.splitlines() == [
+        "control: taught will train for up to 10 epochs, the epochs of prune; control=null leaves the controls out",
+        "control: longer, taught, narrowed will each train for up to 19 epochs, the epochs of sparsify, prune and distill; "
+        "control=null leaves the controls out",
+    ]
 
 
 def test_without_a_training_there_is_nothing_to_repeat(tmp_path: Path) -> None:
@@ -248,6 +263,9 @@ def test_the_intervals_are_of_each_change_over_the_same_images(tmp_path: Path) -
     found = measurements.control(SimpleNamespace(recipe=made, inputs=artifacts, dataset=dataset))  # type: ignore[arg-type]
     assert found is not None
     baseline, longer, compressed = found["steps"]
-    assert "change_low" not in baseline and baseline["epochs"] == 0 and longer["epochs"] == compressed["epochs"] == 9
+    assert "change_low" not in baseline
+    assert [step["epochs"] for step in found["steps"]] == [0, 9, 19], (
+        "of the recipe: 3 of sparsify, 10 of prune, 6 of distill"
+    )
     assert longer["change"] == longer["change_low"] == longer["change_high"] == 0.0
     assert compressed["change_low"] < compressed["change"] < compressed["change_high"] and compressed["change_low"] > 0
