@@ -416,18 +416,23 @@ def check(recipe: Recipe, dataset: Dataset, stages: Iterable[str] = tuple(STAGES
 
 
 def _check_processes(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Check that there is one process per GPU, that each batch can be divided among them, and that data workers have room.
+    """Check that the GPUs exist, one process for each, that each batch can be divided among them, and that data workers have room.
 
     Raises:
         RecipeError: A stage would train on several GPUs in one process, or its batch cannot be divided.
-        EnvironmentLacks: See `resources.data_workers`.
+        EnvironmentLacks: A GPU does not exist, or `resources.data_workers` finds too little room.
     """
+    stages = list(stages)
     trainings = _trainings(recipe, stages)
     if trainings and not ranks.several() and len(ranks.devices(recipe.run.device)) > 1:
         raise RecipeError(
             f"run.device={recipe.run.device}: {trainings[0]} trains on several GPUs only as a command of its own: "
             f"`yolo-compress {trainings[0]}` first, or one GPU"
         )
+    if recipe.run.device != "cpu" and any(STAGES[stage].trains or stage == "bench" for stage in stages):
+        import torch  # here, because `status` needs no torch
+
+        ranks.check_devices(recipe.run.device, torch.cuda.device_count())
     for stage in trainings:
         batch = int(getattr(recipe, stage).batch)
         ranks.check_batch(f"{stage}.batch", batch)

@@ -201,3 +201,13 @@ def test_measurements_of_robots_are_read_before_training(shop: Path, text: str |
         pipeline.report_over(chosen(), [file], Path("out"), store=Store(Path("weights")))
     assert caught.value.exit_code == (6 if text is None else 5)
     assert not list(Path("weights").glob("[!.]*/*"))
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_a_gpu_that_does_not_exist_is_refused_before_any_stage(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, found: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    said = refused(EnvironmentLacks, run={"device": "1"})
+    assert said.startswith("run.device=1: there is no GPU 1, torch sees ") and "give run.device=cpu" in said
+    pipeline._check_processes(chosen(run={"device": "1"}), ["export", "engine", "report"])  # these need no GPU

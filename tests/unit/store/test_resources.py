@@ -43,7 +43,10 @@ def test_a_cpu_has_no_workers(shared: dict[str, float]) -> None:
 
 
 @pytest.mark.fault(52)
-def test_shared_memory_that_is_too_small_is_refused_before_any_stage(shared: dict[str, float]) -> None:
+def test_shared_memory_that_is_too_small_is_refused_before_any_stage(
+    shared: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     shared["mib"] = 2 * BATCH_MIB
     assert resources.data_workers("0", 2, 16, 640) == 2
     chosen = recipe.load(
