@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,15 +48,9 @@ from yolo_compress.stages import _calibration_images, export
 from yolo_compress.train import checkpoint
 from yolo_compress.train.trainer import settle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (64, 64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def names(classes: int) -> list[str]:

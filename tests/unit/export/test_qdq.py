@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,19 +27,11 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach
 from yolo_compress.quant.ranges import QuantState, fold
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCES = 58  # tensors that the plan quantises where they are computed
 # 13 concatenations, 8 chunks with two halves, 3 pools, 2 upsamplings
 PASSED = 13 + 2 * 8 + 3 + 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Rounding ties depend on how torch splits a sum between threads, and a model with random weights amplifies them. With
-    one thread the bounds hold on any machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

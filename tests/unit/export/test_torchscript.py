@@ -29,22 +29,16 @@ from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
 from yolo_compress.quant.ranges import QuantState, fold
 
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:torch\.quantize_per_tensor.* deprecated:UserWarning",
-    r"ignore:`torch\.jit\.load` is deprecated:FutureWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        r"ignore:torch\.quantize_per_tensor.* deprecated:UserWarning",
+        r"ignore:`torch\.jit\.load` is deprecated:FutureWarning",
+    ),
+]
 HERE = [
     engine for engine in ("fbgemm", "x86", "onednn", "qnnpack") if engine in torch.backends.quantized.supported_engines
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in test_qdq: one thread, since rounding ties depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,9 @@ from yolo_compress.quant.ranges import QuantState, fold
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.registry import RUNTIMES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLOATS = {f"model.10.m.0.attn.{part}.conv" for part in ("pe", "proj")}  # beside the head
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in test_qdq: one thread, since rounding ties depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
