@@ -11,9 +11,9 @@ from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import Control, ControlStep, Gate, Row
 
 CONTROLS = {  # control -> its description in the report
-    "longer": "the baseline trained as long",
-    "taught": "the baseline trained as long with the same teacher",
-    "narrowed": "a narrower model trained as long with the same teacher",
+    "longer": "the baseline, trained for the same epochs",
+    "taught": "the baseline, trained for the same epochs with the same teacher",
+    "narrowed": "a narrower model, trained for the same epochs with the same teacher",
 }
 
 
@@ -53,7 +53,7 @@ def steps(parts: Mapping[str, Sequence[str]], models: Mapping[str, Mapping[str, 
 
 
 def judged_control(control: Control | None, rows: Sequence[Row], gate: Gate) -> Control | None:
-    """Return the comparison with `better` and `retention` for the worst row of the gate."""
+    """Return the comparison with `best` and `retention` for the worst row of the gate."""
     if control is None:
         return None
     known = {
@@ -61,7 +61,7 @@ def judged_control(control: Control | None, rows: Sequence[Row], gate: Gate) -> 
         for step in control["steps"]
         if step["name"] in CONTROLS and (value := finite(step["map50_95"])) is not None
     }
-    better = max(known, key=known.__getitem__, default=None)
+    best = max(known, key=known.__getitem__, default=None)
     worst = next((finite(row["map50_95"]) for row in rows if row["id"] == gate["worst"] and "map50_95" in row), None)
-    retention = None if better is None or worst is None or known[better] <= 0 else worst / known[better]
-    return {**control, "better": better, "retention": retention}
+    retention = None if best is None or worst is None or known[best] <= 0 else worst / known[best]
+    return {**control, "best": best, "retention": retention}

@@ -162,7 +162,7 @@ def verdict(rows: Sequence[Row], gate: Gate, control: Control | None = None) -> 
     Args:
         rows: Rows of the report.
         gate: Judgement on these rows.
-        control: Comparison with the controls. The line names the better one.
+        control: Comparison with the controls. The line names the best one.
     """
     status: Literal["pass", "fail"] = "pass" if gate["passed"] else "fail"
     if gate["retention"] is None or gate["worst"] is None or gate["reference"] is None:
@@ -180,7 +180,7 @@ def verdict(rows: Sequence[Row], gate: Gate, control: Control | None = None) -> 
     if tail := ", ".join(text for text in gains if text):
         line += f"; {label(timed)} is {tail}" if timed is not row else f"{'; ' if bound else ', '}{tail}"
     if control and control["retention"] is not None:
-        line += f"; {percent(control['retention'])} of the better control, {CONTROLS[control['better'] or '']}"
+        line += f"; {percent(control['retention'])} of the best control ({CONTROLS[control['best'] or '']})"
     line = "; ".join([line, *(check["reason"] for check in gate["checks"] if check["reason"])])
     return {"status": status, "line": line, "row": row["id"]}
 

@@ -118,7 +118,7 @@ def control(job: Inputs) -> Control | None:
     if job.recipe.control is None:
         return None
     artifact = job.inputs["control"]
-    found: Control = {"steps": [], "better": None, "retention": None, "skipped": artifact.metrics["skipped"]}
+    found: Control = {"steps": [], "best": None, "retention": None, "skipped": artifact.metrics["skipped"]}
     if found["skipped"] is not None:
         return found
     files = {name: artifact.file(f"{name}/{DETECTIONS}") for name in artifact.metrics["models"]}

@@ -302,8 +302,8 @@ class Control(TypedDict):
     """Comparison of the compressed model with models that were trained like it, but lack parts of the chain (`stages.control`)."""
 
     steps: list[ControlStep]  # from the baseline to the compressed model; empty if no control was trained
-    better: str | None  # name of the control with the highest map50_95
-    retention: float | None  # map50_95 of the row that the gate judges / that of the better control
+    best: str | None  # name of the control with the highest map50_95
+    retention: float | None  # map50_95 of the row that the gate judges / that of the best control
     skipped: str | None  # why no control was trained
 
 

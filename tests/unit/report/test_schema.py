@@ -34,7 +34,7 @@ CONTROL = {
         {"baseline": [], "longer": ["longer training"], "compressed": ["the choice of channels"]},
         {"baseline": FIGURES, "longer": FIGURES, "compressed": FIGURES},
     ),
-    "better": None,
+    "best": None,
     "retention": None,
     "skipped": None,
 }

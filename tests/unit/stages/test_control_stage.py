@@ -138,7 +138,7 @@ def test_above_max_minutes_nothing_trains(tmp_path: Path, monkeypatch: pytest.Mo
             dataset=None,
         )
     )
-    assert shown == {"steps": [], "better": None, "retention": None, "skipped": found["skipped"]}
+    assert shown == {"steps": [], "best": None, "retention": None, "skipped": found["skipped"]}
 
 
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.25])
@@ -217,24 +217,24 @@ def test_the_steps_sum_to_the_whole_difference() -> None:
         ["longer training", "the teacher", "fewer channels in every layer"], ["the choice of channels"],
     ]  # fmt: skip
     assert fewer[1]["change"] == pytest.approx(0.0)
-    table = control_table({"steps": found, "better": None, "retention": None, "skipped": None})
+    table = control_table({"steps": found, "best": None, "retention": None, "skipped": None})
     assert table.notes[-1] == (
         "Of +0.013 from the baseline to the compressed model: +0.010 longer training, +0.015 the teacher, "
         "-0.025 fewer channels in every layer, +0.013 the choice of channels and sparse training."
     )
 
 
-def test_the_verdict_compares_with_the_better_control() -> None:
+def test_the_verdict_compares_with_the_best_control() -> None:
     found = steps(
         added(load()),
         {"baseline": figures(0.6), "longer": figures(0.61), "narrowed": figures(0.605), "compressed": figures(0.6)},
     )
-    given = {"steps": found, "better": None, "retention": None, "skipped": None}
+    given = {"steps": found, "best": None, "retention": None, "skipped": None}
     made = document(rows(0.59), control=given)
     validate(made)
-    assert made["control"]["better"] == "longer"
+    assert made["control"]["best"] == "longer"
     assert made["control"]["retention"] == pytest.approx(0.59 / 0.61)
-    assert "; 96.7 % of the better control, the baseline trained as long" in made["verdict"]["line"]
+    assert "; 96.7 % of the best control (the baseline, trained for the same epochs)" in made["verdict"]["line"]
     without = document(rows(0.59))
     assert without["control"] is None and "control" not in without["verdict"]["line"]
     nothing = built(rows(0.59), control={**given, "steps": [], "skipped": "too long"})
