@@ -41,7 +41,7 @@ from yolo_compress.recipe import recipe
 from yolo_compress.report import as_text, devices
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.runtime.backends import onnx_metadata
-from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.backends.base import EngineInfo, load_info
 from yolo_compress.runtime.commands.bundle import open_bundle
 from yolo_compress.runtime.commands.command_line import run_command
 from yolo_compress.runtime.detect import sources
@@ -397,11 +397,14 @@ class _Backend:
 
 GOLDEN = {
     "schema": 1, "conf": 0.25, "floor": 0.1, "iou": 0.7, "images": [{"file": "0.npy", "name": "a"}, {"file": "1.npy", "name": "b"}],
-    "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1"}},
+    "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1", "onnx_sha256": "ab"}},
     "tolerances": {"same": {"of": "worst", "box_px": 1, "score": 0.1, "unmatched": 0},
                    "fp32": {"of": "most", "box_px": 1, "score": 0.1, "unmatched": 0}},
     "expected": {"onnxruntime-fp32": [[[1, 2, 3, 4, 0.9, 0]], []]},
 }  # fmt: skip
+
+
+INFO = EngineInfo("onnxruntime", "fp32", (8, 8), ("a",), "ab", "1")
 
 
 def golden_json(folder: Path) -> Made:
@@ -409,7 +412,7 @@ def golden_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / golden.FILE).write_bytes(content)
-        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), INFO)) - 1)  # type: ignore[arg-type]
 
     return json_bytes(GOLDEN), call, json.dumps(GOLDEN).encode()
 
@@ -433,7 +436,7 @@ def golden_image(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / "0.npy").write_bytes(content)
-        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), INFO)) - 1)  # type: ignore[arg-type]
 
     return altered(samples), call, samples[0]
 

@@ -145,6 +145,8 @@ def _with_ratios(row: BenchRow, rows: Sequence[BenchRow]) -> Row:
         if row["map50_95"] is not None and finite(row["map50_95"]) is None:
             notes.append(f"mAP50-95 is not a number ({row['map50_95']})")
     if row["status"] == "ok":
+        if "choice" in row:
+            notes.append(f"Built from {row['choice']}")
         if peer is not None:
             added["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
             added["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))

@@ -53,6 +53,7 @@ class _Subject(TypedDict):
     runtime: str  # name of the runtime, such as "openvino"; in an untimed row, the target runtime of the file
     precision: Precision  # as requested
     reason: str | None  # why there is no engine or no measurement
+    choice: NotRequired[str]  # why the engine was built from `file`; absent if there was only one file to build from
     gpu: NotRequired[str]  # name of the GPU that torch computed on; absent on a CPU and for engines
     file: NotRequired[
         str | None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Container, Dict, Optional, Union
+from typing import Any, Container, Dict, List, Optional, Union
 
 from . import registry
-from .backends.base import EngineBackend, load_info
+from .backends.base import EngineBackend, EngineInfo, load_info
 from .errors import EngineError
+from .measure.device import cpu_model
 
 
 def open_engine(
@@ -26,13 +27,18 @@ def open_engine(
 
     Raises:
         EngineError: `load_info` rejects the files, which are checked before an engine library reads them. Or `threads` is not
-            None and the engine runs on a GPU.
+            None and the engine runs on a GPU. Or its INT8 file was chosen on another processor.
         RuntimeUnavailable: the library or device is missing.
     """
     directory = Path(path)
     info = load_info(directory, onnx_sha256)
     if info.runtime not in BACKENDS:
         raise EngineError(f"{directory}: of runtime {info.runtime!r}, expected one of {', '.join(BACKENDS)}")
+    if chosen_elsewhere(info):
+        raise EngineError(
+            f"{directory}: its INT8 file was chosen for {info.built_on.get('cpu')}, and may give wrong boxes on {cpu_model()}; "
+            "build the engine again (on a robot: python3 build.py)"
+        )
     row = registry.RUNTIMES[info.runtime]
     opened: EngineBackend
     if not row.gpu:
@@ -44,19 +50,26 @@ def open_engine(
     return opened
 
 
-def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
-    """Return the name of the ONNX file, without `.onnx`, from which an engine of this runtime and precision is built.
+def chosen_elsewhere(info: EngineInfo) -> bool:
+    """Return whether the file that an engine was built from was chosen among several, on another processor than this one."""
+    return bool(info.tried) and info.built_on.get("cpu") != cpu_model()
 
-    Some runtimes need their own INT8 file, such as `int8-openvino`. The result depends on the installed version of the runtime.
+
+def onnx_forms(stems: Container[str], runtime: str, precision: str) -> List[str]:
+    """Return the names of the ONNX files, without `.onnx`, from which an engine of this runtime and precision can be built.
+
+    Some runtimes have their own INT8 file, such as `int8-openvino`. It is the first. The result depends on the installed version of
+    the runtime.
 
     Args:
         stems: names of the available files, without `.onnx`.
 
     Returns:
-        One of `stems`, or None if no file suits.
+        Some of `stems`. Empty: no file suits. More than one: `measure.int8_file` chooses the one that suits this processor.
     """
-    own = BACKENDS[runtime].form()
-    return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)
+    own = next((stem for stem in (f"{precision}-{BACKENDS[runtime].form()}", precision) if stem in stems), None)
+    also = registry.RUNTIMES[runtime].also if precision == "int8" else ()
+    return [] if own is None else [own, *(stem for stem in also if stem in stems and stem != own)]
 
 
 BACKENDS: Dict[str, Any] = {name: registry.backend(name) for name in registry.names()}

@@ -329,16 +329,17 @@ def test_runtimes_that_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
         build.choose_runtimes(None)
 
 
-def test_the_form_of_the_network_that_a_runtime_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime"]
+def test_the_files_that_a_runtime_can_be_built_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime", "int8-openvino"]
     monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: False)
-    assert (
-        engine.onnx_form(stems, "tensorrt", "int8") == "int8" and engine.onnx_form(stems, "openvino", "fp16") == "fp16"
-    )
-    assert engine.onnx_form(stems, "onnxruntime", "int8") == "int8-onnxruntime"
+    assert engine.onnx_forms(stems, "tensorrt", "int8") == ["int8"]
+    assert engine.onnx_forms(stems, "openvino", "fp16") == ["fp16"]
+    assert engine.onnx_forms(stems, "openvino", "int8") == ["int8-openvino", "int8"]
+    assert engine.onnx_forms(stems[:3], "openvino", "int8") == ["int8"]
+    assert engine.onnx_forms(stems, "onnxruntime", "int8") == ["int8-onnxruntime"]
     monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: True)
-    assert engine.onnx_form(stems, "tensorrt", "int8") == "int8-tensorrt11"
-    assert engine.onnx_form(["fp32"], "tensorrt", "int8") is None
+    assert engine.onnx_forms(stems, "tensorrt", "int8") == ["int8-tensorrt11"]
+    assert engine.onnx_forms(["fp32"], "tensorrt", "int8") == []
 
 
 def test_detect_prints_what_the_detector_finds(

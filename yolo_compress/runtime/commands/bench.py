@@ -221,7 +221,7 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
     for folder in folders:
         info = load_info(folder)
         with open_engine(folder) as engine:
-            tested[folder.name] = test = golden.check(bundle.directory, engine, info.runtime, info.library)
+            tested[folder.name] = test = golden.check(bundle.directory, engine, info)
         say(f"{folder.name}: golden images {'passed' if test['reason'] is None else 'FAILED: ' + test['reason']}")
     answer(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
@@ -241,7 +241,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
         with open_engine(folder, threads=None if registry.RUNTIMES[info.runtime].gpu else plan.threads) as engine:
-            test = golden.check(bundle.directory, engine, info.runtime, info.library)
+            test = golden.check(bundle.directory, engine, info)
             subject: Subject = {
                 "model": "compressed",
                 "runtime": info.runtime,

@@ -50,11 +50,11 @@ class Bundle:
     onnx: Dict[str, str]
     pinned: bool = False
 
-    def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Return the stem of the ONNX file for this precision and the installed version of this runtime. None: no file suits."""
-        from ..engine import onnx_form
+    def forms(self, runtime: str, precision: str) -> List[str]:
+        """Return the stems of the ONNX files for this precision and the installed version of this runtime, see `onnx_forms`."""
+        from ..engine import onnx_forms
 
-        return onnx_form(self.onnx, runtime, precision)
+        return onnx_forms(self.onnx, runtime, precision)
 
     @property
     def max_det(self) -> int:
