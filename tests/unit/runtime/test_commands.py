@@ -31,7 +31,7 @@ from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.measure import golden, jetson, layer_times
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.signed_manifest import seal
+from yolo_compress.runtime.secure.signed_manifest import BundleRefused, seal
 
 COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
     "build": (build.main, ["--runtime", "onnxruntime"]),
@@ -340,6 +340,58 @@ def test_the_files_that_a_runtime_can_be_built_from(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: True)
     assert engine.onnx_forms(stems, "tensorrt", "int8") == ["int8-tensorrt11"]
     assert engine.onnx_forms(["fp32"], "tensorrt", "int8") == []
+
+
+def test_the_default_engine_is_the_fastest_here_then_where_the_bundle_was_made(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed(bundle, monkeypatch, fastest=["openvino-fp16", "openvino-int8", "onnxruntime-int8"])
+    opened = bundle_module.open_bundle(bundle)
+    engines = ["onnxruntime-fp32", "onnxruntime-int8", "openvino-fp16", "openvino-int8"]
+
+    def first() -> list[str]:
+        return bundle_module.fastest_first(opened, engines)
+
+    assert first() == ["openvino-fp16", "openvino-int8", "onnxruntime-int8", "onnxruntime-fp32"]
+    assert bundle_module.fastest_first(opened, [*engines, "tensorrt-int8"])[0] == "tensorrt-int8", "a GPU"
+    rows = [
+        {
+            "runtime": "onnxruntime",
+            "precision": "fp32",
+            "status": "ok",
+            "latency_p50_ms": 2.0,
+            "golden": {"passed": True},
+        },
+        {
+            "runtime": "onnxruntime",
+            "precision": "int8",
+            "status": "ok",
+            "latency_p50_ms": 3.0,
+            "golden": {"passed": True},
+        },
+        {
+            "runtime": "openvino",
+            "precision": "int8",
+            "status": "ok",
+            "latency_p50_ms": 1.0,
+            "golden": {"passed": False},
+        },
+        {"runtime": "openvino", "precision": "fp16", "status": "missing", "latency_p50_ms": None, "golden": None},
+    ]
+    document = {"bundle": opened.about(), "rows": rows}
+    (bundle / "device.json").write_text(json.dumps(document))
+    assert first() == ["onnxruntime-fp32", "onnxruntime-int8", "openvino-fp16", "openvino-int8"]
+    (bundle / "device.json").write_text(
+        json.dumps({**document, "bundle": {**opened.about(), "manifest_sha256": "0" * 64}})
+    )
+    assert first()[0] == "openvino-fp16", "measured with another bundle"
+    (bundle / "device.json").unlink()
+    signed(bundle, monkeypatch, fastest=[])
+    assert bundle_module.fastest_first(bundle_module.open_bundle(bundle), engines)[0] == "openvino-int8"
+    for malformed in (1, [1], "openvino"):
+        signed(bundle, monkeypatch, fastest=malformed)
+        with pytest.raises(BundleRefused, match="fastest"):
+            bundle_module.open_bundle(bundle)
 
 
 def test_detect_prints_what_the_detector_finds(

@@ -34,11 +34,10 @@ from ..measure.latency import measure, percentiles
 from ..measure.messages import Measured, Percentiles, Spec
 from ..secure.signed_manifest import written
 from .build import choose_runtimes
-from .bundle import ENGINES, HERE, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
+from .bundle import ENGINES, HERE, MEASURED, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
 from .command_line import Parser, answer, positive, run_command, say, seconds
 
 SCHEMA = 1
-OUT = "device.json"
 ROUNDS = 4  # an even number cancels linear drift, see interleaved.py
 END_TO_END = 200  # calls from a decoded image to its detections
 THROUGHPUT_S, IDLE_S = 5.0, 10.0
@@ -180,7 +179,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         "--power-s", type=seconds, default=Plan().power_s, help="seconds of the power measurement (default 30)"
     )
     parser.add_argument("--threads", type=positive, help="threads of one inference on a CPU")
-    parser.add_argument("--out", type=Path, help=f"default: {OUT} in the bundle")
+    parser.add_argument("--out", type=Path, help=f"default: {MEASURED} in the bundle")
     parser.add_argument(
         "--latency-table", type=Path, metavar="FOLDER", help="only time the layers of the models that `probe` wrote"
     )
@@ -195,7 +194,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         bundle = open_bundle(directory)
         if options.latency_table is not None:
             return _latency_table(options)
-        out = outside(bundle, options.out or directory / OUT, "--out")
+        out = outside(bundle, options.out or directory / MEASURED, "--out")
         folders = _engines(bundle, options.engine)
         if options.golden:
             return _self_test(bundle, folders)
