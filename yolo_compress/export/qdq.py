@@ -20,6 +20,7 @@ The forms differ in these fields of `runtime.registry.Int8File`:
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.export.float_onnx import MIN_OPSET, quiet_trace, write_metadata
 from yolo_compress.quant.plan import IMAGES
 from yolo_compress.quant.ranges import QMAX, QuantState
+from yolo_compress.runtime.engine import onnx_forms
 from yolo_compress.runtime.registry import Int8File, qdq_forms
 
 FORMS = qdq_forms()
@@ -134,6 +136,12 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(out))
     return counts
+
+
+def form_of(runtime: str) -> str:
+    """Return the key of `FORMS` for the INT8 file that the installed version of a runtime is built from. NCNN takes TensorRT's."""
+    stems = {file.stem: form for form, file in FORMS.items()}
+    return stems[onnx_forms(stems, runtime, "int8")[0]]
 
 
 def _activation_type(file: Int8File) -> tuple[int, int]:
@@ -271,6 +279,17 @@ def activation_output(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str
             f"{conv.name}: the outputs of its activation are {', '.join(sorted(ends)) or 'none'}, expected one tensor"
         )
     return next(iter(ends)), inside
+
+
+def check_activations(model: nn.Module, opset: int) -> None:
+    """Check before training that INT8 files support all activations of a model. It is not changed.
+
+    Raises:
+        RecipeError: As `check_activation`.
+    """
+    acts = {repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)}
+    for act in acts.values():
+        check_activation(copy.deepcopy(act), opset)
 
 
 def check_activation(act: nn.Module, opset: int) -> None:
