@@ -77,10 +77,18 @@ def wire_c2f(
     wire_inner: Callable[[Flow, str, Any, FeatureMap], FeatureMap],
 ) -> FeatureMap:
     """Add a C2f to the flow. `wire_inner` adds one of the blocks in `m`; each of them reads the output of the one before."""
-    parts = list(wire_halves(flow, name, block, source))
+    halves = wire_halves(flow, name, block, source)
+    last, outputs = halves[1], {}
     for index, module in enumerate(block.m):
-        parts.append(wire_inner(flow, f"{name}.m.{index}", module, parts[-1]))
-    return flow.conv(f"{name}.cv2", flow.join(f"{name} (concat)", *parts))
+        inner = f"{name}.m.{index}"
+        last = outputs[inner] = wire_inner(flow, inner, module, last)
+    flow.chain(name, f"{name}.cv2.conv", halves, outputs)
+    return flow.conv(f"{name}.cv2", flow.join(f"{name} (concat)", *halves, *outputs.values()))
+
+
+def keep_first_bottlenecks(block: Any, count: int) -> None:
+    """Remove all but the first `count` blocks in `m` of a C2f, in place. The caller removes the input channels of `cv2`."""
+    block.m = block.m[:count]
 
 
 def refresh_halves(model: nn.Module) -> None:
@@ -93,13 +101,19 @@ def refresh_halves(model: nn.Module) -> None:
 def split_by_sizes(model: nn.Module) -> None:
     """Make every C2f and C2 use `split` with sizes instead of `chunk`, in place, as Ultralytics' exporter does for C2f.
 
-    The ONNX exporter would turn `chunk` into slices.
+    The ONNX exporter would turn `chunk` into slices. A C2f without bottlenecks splits nothing, since it would concatenate the
+    same halves again.
     """
     for module in model.modules():
         if isinstance(module, C2f):
-            module.forward = module.forward_split
+            module.forward = module.forward_split if len(module.m) else partial(_c2f_without_bottlenecks, module)
         if isinstance(module, C2):
             module.forward = partial(_c2_by_sizes, module)
+
+
+def _c2f_without_bottlenecks(block: C2f, x_BCHW: Tensor) -> Tensor:
+    output_BCHW: Tensor = block.cv2(block.cv1(x_BCHW))
+    return output_BCHW
 
 
 def _c2_by_sizes(block: C2, x_BCHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ depthwise convolution does not mix channels, so its channels are those of its in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,24 @@ class FeatureMap:
     slices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The bottlenecks of a layer such as C2f. Each reads the output of the one before. One convolution reads all outputs.
+
+    A bottleneck is an entry of the layer's list `m`. Without its last bottlenecks the layer keeps its class, and all other modules
+    read what they read before, except `reader`, which has fewer input channels.
+
+    Attributes:
+        reader: Name of the convolution that reads the concatenation of the bottlenecks' outputs.
+        bottlenecks: Names of the bottlenecks, in order.
+        ends: Number of channels that `reader` reads if the first 0, 1, 2, ... bottlenecks are there.
+    """
+
+    reader: str
+    bottlenecks: tuple[str, ...]
+    ends: tuple[int, ...]
+
+
 class Flow:
     """Data flow of one model. The `wire` functions of its family fill it, layer by layer.
 
@@ -62,6 +80,7 @@ class Flow:
         members: Slice -> the parts of modules that hold these channels. Slices that are summed have one entry.
         ties: Slice -> key of the set of slices that must lose equal shares of their channels.
         fixed: Slices that cannot be removed.
+        chains: Layer -> its bottlenecks, for the layers that can lose the last of them. They may have none left.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,6 +95,7 @@ class Flow:
         self.members: dict[str, dict[Member, None]] = {}
         self.ties: dict[str, str] = {}
         self.fixed: set[str] = set()
+        self.chains: dict[str, Chain] = {}
         self._same: dict[str, str] = {}  # slice -> the earlier slice that it is summed with
 
     def new(self, tensor: str, slices: tuple[str, ...] = ()) -> FeatureMap:
@@ -189,6 +209,20 @@ class Flow:
         self.sums[module] = (*self.sums.get(module, ()), branch)
         return self.sum(f"{module} (sum)", module, source, last)
 
+    def chain(self, layer: str, reader: str, always: Sequence[FeatureMap], outputs: Mapping[str, FeatureMap]) -> None:
+        """Declare that a layer can lose its last bottlenecks.
+
+        Args:
+            layer: Name of the layer.
+            reader: Name of the convolution that reads the concatenation of `always` and `outputs`, in this order.
+            always: Tensors that stay.
+            outputs: Name of each bottleneck -> its output, in order.
+        """
+        ends = [sum(map(self._width, always))]
+        for output in outputs.values():
+            ends.append(ends[-1] + self._width(output))
+        self.chains[layer] = Chain(reader, tuple(outputs), tuple(ends))
+
     def tie(self, key: str, *tensors: FeatureMap) -> None:
         """Demand that all slices of these tensors lose equal shares of their channels."""
         self.ties |= dict.fromkeys((piece for tensor in tensors for piece in tensor.slices), key)
@@ -198,6 +232,9 @@ class Flow:
         while piece in self._same:
             piece = self._same[piece]
         return piece
+
+    def _width(self, tensor: FeatureMap) -> int:
+        return sum(self.widths[piece] for piece in tensor.slices)
 
     def _connect(self, where: str, *tensors: str) -> None:
         first = min((self.find(tensor) for tensor in tensors), key=list(self.root).index)

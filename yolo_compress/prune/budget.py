@@ -8,7 +8,8 @@ A price is a function that computes the cost of a model: MACs, parameters or ms 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Literal, get_args
 
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import NumericsError, RecipeError
-from yolo_compress.prune.cost import ConvShape, Price, Widths, latency_price, macs_price, parameters_price
+from yolo_compress.prune.cost import (
+    ConvShape,
+    Price,
+    Widths,
+    check_table,
+    full_channels,
+    latency_price,
+    macs_price,
+    parameters_price,
+)
 from yolo_compress.prune.graph import Group
 from yolo_compress.runtime.measure.layer_times import LayerTable
 
@@ -32,16 +42,20 @@ class Budget:
 
     Attributes:
         knob: name of the setting in the recipe, for messages.
-        price: function that computes the cost of a model from its channel counts: MACs, parameters or ms.
+        price: function that takes the `conv_shapes` of a model and returns the price function of this model.
         target: largest cost that is allowed, in the unit that `price` returns.
         unit: cost that corresponds to a knob value of 1. If the knob is a share, this is the cost of the unpruned model. If the
             knob is in milliseconds, this is 1.
     """
 
     knob: str
-    price: Price
+    price: Callable[[Mapping[str, ConvShape]], Price]
     target: float
     unit: float
+
+    def cost(self, shapes: Mapping[str, ConvShape]) -> float:
+        """Return the cost of the model with these shapes."""
+        return self.price(shapes)(*full_channels(shapes))
 
     def of(self, cost: float) -> float:
         """Convert a cost to a value of the knob, rounded up to three decimals. A budget of this value allows the cost."""
@@ -62,14 +76,15 @@ def latency_ms(shapes: Mapping[str, ConvShape], table: LayerTable, limit: float)
     """Return a budget that limits the latency to `limit` ms, as estimated by `cost.latency_price`.
 
     Raises:
-        RecipeError: The unpruned model already meets the limit.
+        RecipeError: The unpruned model already meets the limit, or the table belongs to another model.
     """
+    check_table(shapes, table)
     unpruned = float(table["whole_ms"])
     if not 0 < limit < unpruned:
         raise RecipeError(
             f"prune: latency_ms={limit:g} is already met: the unpruned model takes {unpruned:.3g} ms; set a smaller limit"
         )
-    return Budget("latency_ms", latency_price(shapes, table), limit, 1.0)
+    return Budget("latency_ms", partial(latency_price, table=table), limit, 1.0)
 
 
 def _share(
@@ -77,9 +92,8 @@ def _share(
 ) -> Budget:
     if not 0 < share < 1:
         raise RecipeError(f"prune: {knob} must lie between 0 and 1, both excluded, got {share}; 1 would prune nothing")
-    cost = price(shapes)
-    unpruned = cost(*(np.array([getattr(s, f"{side}_channels") for s in shapes.values()]) for side in ("out", "in")))
-    return Budget(knob, cost, share * unpruned, unpruned)
+    unpruned = price(shapes)(*full_channels(shapes))
+    return Budget(knob, price, share * unpruned, unpruned)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,8 @@ class Plan:
         macs: convolution -> (MACs before, MACs after) for one image.
         parameters_before, parameters_after: parameters of convolutions and BatchNorms.
         cost: cost of the pruned model in the unit of the budget: MACs, parameters or ms.
+        bottlenecks: layer -> (bottlenecks before, bottlenecks after), for each layer that can lose some. Empty if none may go.
+            Removed groups are in `widths`, but not in `keep`, with 0 channels after. Removed convolutions have 0 MACs after.
     """
 
     keep: dict[str, Tensor]
@@ -100,6 +116,7 @@ class Plan:
     parameters_before: int
     parameters_after: int
     cost: float
+    bottlenecks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def macs_before(self) -> int:
@@ -157,8 +174,10 @@ def choose(
     full_widths = np.array([tie.width for tie in ties])
     layout = Widths(shapes, _convolution_slices(groups, ties), full_widths)
 
+    priced = budget.price(shapes)
+
     def price(widths: np.ndarray) -> float:
-        return budget.price(*layout.channels(widths))
+        return priced(*layout.channels(widths))
 
     _check_reachable(ties, price, budget, round_to, floor)
     widths = _restore_fitting(
@@ -203,7 +222,8 @@ def check_reachable(
     _check_settings(round_to, floor, "global")
     ties = _ties(model, groups, {group.name: torch.zeros(group.width) for group in groups}, round_to, floor, least)
     layout = Widths(shapes, _convolution_slices(groups, ties), np.array([tie.width for tie in ties]))
-    _check_reachable(ties, lambda widths: budget.price(*layout.channels(widths)), budget, round_to, floor)
+    price = budget.price(shapes)
+    _check_reachable(ties, lambda widths: price(*layout.channels(widths)), budget, round_to, floor)
 
 
 def _check_reachable(

@@ -54,6 +54,7 @@ class Evidence:
         images: Function that returns batches of calibration images, `images_BCHW`, RGB 0 to 1, letterboxed.
         losses: Function that takes a model and yields its detection loss for each labelled batch, a scalar with gradient.
         seed: Seed of the criterion `random`.
+        moments: `Evidence.moments`, if they are known. Else they are computed from `images`.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Evidence:
         images: Callable[[], Iterable[Tensor]] = tuple,
         losses: Callable[[nn.Module], Iterable[Tensor]] = lambda model: (),
         seed: int = 0,
+        moments: dict[str, Moments] | None = None,
     ) -> None:
         self.model = model
         self.groups = groups
         self.seed = seed
         self._images = images
         self._losses = losses
+        self._known_moments = moments
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
@@ -78,7 +81,7 @@ class Evidence:
             DataError: There are no images.
             NumericsError: An activation is NaN or infinite.
         """
-        return input_moments(self.model, self.groups, self._images())
+        return self._known_moments or input_moments(self.model, self.groups, self._images())
 
     @cached_property
     def gradients(self) -> Gradients:

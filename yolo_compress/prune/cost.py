@@ -112,6 +112,30 @@ def parameters_price(shapes: Mapping[str, ConvShape]) -> Price:
     return lambda out_N, in_N: int((kernel_N * out_N * in_N + own_N * out_N).sum())
 
 
+def full_channels(shapes: Mapping[str, ConvShape]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (out_N, in_N), the arguments of a price function for the model that has these shapes."""
+    return (
+        np.array([shape.out_channels for shape in shapes.values()]),
+        np.array([shape.in_channels for shape in shapes.values()]),
+    )
+
+
+def check_table(shapes: Mapping[str, ConvShape], table: LayerTable) -> None:
+    """Check that a table of layer times was measured with the model that has these shapes.
+
+    Raises:
+        RecipeError: The table has other convolutions than the model.
+    """
+    if missing := [name for name in shapes if name not in table["layers"]]:
+        raise RecipeError(
+            f"prune.latency_table: the table has no layer {missing[0]}, so it belongs to another model; measure it again"
+        )
+    if foreign := [name for name in table["layers"] if name not in shapes]:
+        raise RecipeError(
+            f"prune.latency_table: the model has no layer {foreign[0]}, so the table belongs to another model; measure it again"
+        )
+
+
 def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
     """Return a function that estimates the latency in ms per inference from the channels of all convolutions.
 
@@ -120,25 +144,21 @@ def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
     (splits, concats, pooling, decoding) is interpolated in the square root of the model's MACs. This root is proportional to the
     width. The sum is scaled to the time of the whole model, since the profiler slows down single layers.
 
-    Raises:
-        RecipeError: The table of layer times lacks a convolution, so the table belongs to another model.
+    Args:
+        shapes: `conv_shapes` of the model. It may lack convolutions of the table, which then take no time.
+        table: Layer times of the unpruned model with all its convolutions. `check_table` has accepted it.
     """
-    missing = [name for name in shapes if name not in table["layers"]]
-    if missing:
-        raise RecipeError(
-            f"prune.latency_table: the table has no layer {missing[0]}, so it belongs to another model; measure it again"
-        )
     area_N = np.array([shape.area for shape in shapes.values()], dtype=np.float64)
     curves = [np.array(sorted(table["layers"][name])).T for name in shapes]
     rest = np.array(sorted(table["rest"])).T
 
-    def unscaled(macs_N: np.ndarray) -> float:
+    def unscaled(curves: Sequence[np.ndarray], macs_N: np.ndarray) -> float:
         convs = sum(_interpolate(curve, macs) for curve, macs in zip(curves, macs_N, strict=True))
         return convs + _interpolate(rest, float(np.sqrt(macs_N.sum())))
 
-    unpruned_N = np.array([curve[0, -1] for curve in curves])
-    scale = float(table["whole_ms"]) / unscaled(unpruned_N)
-    return lambda out_N, in_N: scale * unscaled(area_N * out_N * in_N)
+    every = [np.array(sorted(points)).T for points in table["layers"].values()]
+    scale = float(table["whole_ms"]) / unscaled(every, np.array([curve[0, -1] for curve in every]))
+    return lambda out_N, in_N: scale * unscaled(curves, area_N * out_N * in_N)
 
 
 def _interpolate(curve: np.ndarray, x: float) -> float:

@@ -33,6 +33,7 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets import detect
 from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
+from yolo_compress.prune.depth import remove
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.ranges import fold
@@ -346,7 +347,7 @@ def hit(
                 raise
             break  # there is no narrower model
         candidate = copy.deepcopy(model)
-        prune(candidate, plan.keep)
+        remove(candidate, plan)
         comparison = rig.compare(rig.build_model(candidate, "candidate"), unpruned)
         unpruned_ms = min(unpruned_ms, comparison.unpruned_ms)
         tried.append((limit_for_table, comparison.share, plan))

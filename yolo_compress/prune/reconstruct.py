@@ -55,10 +55,19 @@ def reconstruct(
         for member in group.having("in"):
             removed.setdefault(member.module, []).append(mask.nonzero().flatten() + member.offset)
     for name, indices in removed.items():
-        _reconstruct(modules[name], norm_after(modules, name), torch.cat(indices), moments[name])
+        refit(modules[name], norm_after(modules, name), torch.cat(indices), moments[name])
 
 
-def _reconstruct(conv: nn.Module, norm: nn.Module | None, removed_R: Tensor, moments: Moments) -> None:
+@torch.no_grad()
+def refit(conv: nn.Module, norm: nn.Module | None, removed_R: Tensor, moments: Moments) -> None:
+    """Add the effect of the input channels `removed_R` of a convolution to the weights of the others, in place.
+
+    Args:
+        conv: The convolution. Its weights on the removed channels become 0.
+        norm: BatchNorm after it, if any.
+        removed_R: Indices of the channels.
+        moments: Moments of the input of the convolution.
+    """
     mask = torch.ones(conv.in_channels, dtype=torch.bool)
     mask[removed_R] = False
     kept_K = mask.nonzero().flatten()

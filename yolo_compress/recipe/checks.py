@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ SAME_NET = (
     "distill: teacher and student are the same model, so there is nothing to learn: "
     "give another teacher.weights, add a section prune, or set distill=null"
 )
+
+IN_CHAIN = re.compile(r"model\.\d+\.m(\.|=|$)")  # a bottleneck of the student, in a value of `distill.layers`
 
 _MAKE = {
     "baseline": ("PRETRAINED", "STUDENT"),
@@ -30,6 +33,13 @@ def contradictions(recipe: Sections) -> Iterator[str]:
     for name, source in (("baseline", recipe.baseline), ("teacher", recipe.teacher)):
         if source:
             yield from _check_source(name, source)
+    if recipe.prune and recipe.prune.depth and recipe.distill:
+        inside = [name for name in recipe.distill.layers or () if IN_CHAIN.match(name)]
+        if inside:
+            yield (
+                f"distill.layers: prune.depth=true can remove {inside[0].partition('=')[0]} from the student: "
+                "name a whole layer, such as model.15"
+            )
     if recipe.distill:
         yield from _check_distill(recipe, recipe.distill)
     if recipe.prune:
@@ -87,6 +97,11 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
             yield f"prune.{knob} has no effect without prune.latency_ms: leave it out"
         elif prune.latency_table and knob != "latency_table" and getattr(prune, knob) != _default(prune, knob):
             yield f"prune.{knob} has no effect with prune.latency_table, which names its own runtime and precision: leave it out"
+    if prune.depth and prune.sensitivity != "off":
+        yield (
+            f"prune.sensitivity={prune.sensitivity} limits the loss of channels, not of bottlenecks: "
+            "set prune.sensitivity=off or prune.depth=false"
+        )
     if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round at least one epoch"
 

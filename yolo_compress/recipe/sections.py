@@ -319,8 +319,13 @@ class PruneConfig(TrainConfig):
         "and Tensor Cores in INT8 32.",
         when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
         group="Budget", unit="channels")] = 16
+    depth: Annotated[bool, knob(
+        "Also remove whole bottlenecks: the last ones of the layers C2f and C3k2. A bottleneck goes if the model within the "
+        "budget then has less output error than with narrower layers alone. false: only channels are removed.",
+        when="Set true when the latency of single images counts. Models of the sizes s to x have the most bottlenecks.",
+        group="Budget")] = False
     floor: Annotated[float, knob(
-        "Each channel group keeps at least this fraction of its channels.",
+        "Each channel group keeps at least this fraction of its channels. It does not limit how many bottlenecks `depth` removes.",
         when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
     reconstruct: Annotated[bool, knob(

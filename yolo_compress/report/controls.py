@@ -20,7 +20,8 @@ CONTROLS = {  # control -> its description in the report
 def added(recipe: Recipe) -> dict[str, list[str]]:
     """Return, for each model from the baseline to the compressed one, the parts of the chain that the model before it lacks."""
     channels = cuts(recipe)
-    pruned = ["the choice of channels"] if channels else ["zero weights"] if recipe.prune else []
+    choice = "the choice of channels" + (" and bottlenecks" if recipe.prune and recipe.prune.depth else "")
+    pruned = [choice] if channels else ["zero weights"] if recipe.prune else []
     return {
         "baseline": [],
         "longer": ["longer training"],

@@ -269,6 +269,7 @@ class StageFigures(Interval):
     map50_95_after_cut: NotRequired[float | None]
     map50_95_after_bn: NotRequired[float | None]  # after re-estimating BatchNorm, before any training
     kept_flops: NotRequired[float]  # FLOPs after / before
+    bottlenecks: NotRequired[dict[str, list[int]]]  # layer -> bottlenecks [before, after]; absent without `prune.depth`
     latency_target_ms: NotRequired[float]
     latency_measured_ms: NotRequired[float]
     latency_runtime: NotRequired[str]  # runtime of the latency target

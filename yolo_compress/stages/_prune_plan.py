@@ -5,6 +5,7 @@ If the budget is in ms, the pruned model is built and timed.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +19,9 @@ from yolo_compress import progress
 from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
-from yolo_compress.prune import budget, latency, sensitivity
+from yolo_compress.prune import budget, depth, latency, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
-from yolo_compress.prune.calibration_stats import Evidence
+from yolo_compress.prune.calibration_stats import Evidence, Moments
 from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, prunable
@@ -48,6 +49,7 @@ class DryRun(TypedDict):
     widths: dict[str, tuple[int, int]]  # group -> channels
     gflops: list[float]  # GFLOPs of one image
     parameters: list[int]
+    bottlenecks: NotRequired[dict[str, tuple[int, int]]]  # layer -> bottlenecks; absent without `prune.depth`
     expected_ms: NotRequired[list[float]]  # latency by the table of layer times; absent for other budgets
 
 
@@ -68,17 +70,15 @@ def dry_run(job: Job, weights: Path) -> DryRun:
     parameters = [plan.parameters_before, plan.parameters_after]
     height, width = job.imgsz_hw
     totals = [_total(f"GFLOPs at {height}x{width}", gflops, ".3f"), _total("parameters", parameters, ",d")]
-    if planner.table is None:
-        return {"table": _text(plan, totals), "widths": plan.widths, "gflops": gflops, "parameters": parameters}
-    expected = [planner.table["whole_ms"], plan.cost]
-    totals.append(_total(f"ms on {planner.table['runtime']}, by its layers", expected, ".2f"))
-    return {
-        "table": _text(plan, totals),
-        "widths": plan.widths,
-        "gflops": gflops,
-        "parameters": parameters,
-        "expected_ms": expected,
-    }
+    if plan.bottlenecks:
+        totals.append(f"bottlenecks: {bottlenecks_text(plan.bottlenecks)}")
+    found: DryRun = {"table": "", "widths": plan.widths, "gflops": gflops, "parameters": parameters}
+    if plan.bottlenecks:
+        found["bottlenecks"] = plan.bottlenecks
+    if planner.table is not None:
+        found["expected_ms"] = [planner.table["whole_ms"], plan.cost]
+        totals.append(_total(f"ms on {planner.table['runtime']}, by its layers", found["expected_ms"], ".2f"))
+    return {**found, "table": _text(plan, totals)}
 
 
 def probe(job: Job, weights: Path, folder: Path) -> None:
@@ -93,6 +93,13 @@ def _text(plan: Plan, totals: Sequence[str]) -> str:
     return "\n".join([*lines, "", *totals])
 
 
+def bottlenecks_text(bottlenecks: Mapping[str, tuple[int, int]]) -> str:
+    """Return the layers that lose bottlenecks: "10 -> 8 (model.4 2 -> 1, model.6 2 -> 1)"."""
+    before, after = (sum(pair[side] for pair in bottlenecks.values()) for side in (0, 1))
+    changed = ", ".join(f"{layer} {old} -> {new}" for layer, (old, new) in bottlenecks.items() if new < old)
+    return f"{before} -> {after}" + (f" ({changed})" if changed else "")
+
+
 def _total(title: str, both: Sequence[float], form: str) -> str:
     before, after = both
     return f"{title}: {before:{form}} -> {after:{form}} ({after / before:.1%})"
@@ -105,24 +112,33 @@ def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> N
 
     Args:
         config: Section `prune` with kind "channel".
-        model: Model of `baseline`, untrained. Training does not change its channel counts.
+        model: Model of `baseline`, untrained. Training does not change its channel counts. With `prune.depth` it is changed.
         imgsz_hw: Height and width of the input, px.
 
     Raises:
-        RecipeError: The criterion is unknown, the table was measured with another model or image size, or no pruning reaches
-            the budget.
+        RecipeError: The criterion is unknown, the table was measured with another model or image size, no pruning reaches
+            the budget, or `prune.depth` is true and the model has no bottlenecks.
         EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
     """
     find(config.criterion)
     table = None
+    if config.depth:
+        depth.require_chains(model)
     if config.latency_ms is not None:
         if config.latency_table is None:
             return latency.require(config.latency_runtime, "prune.latency_runtime")
         table = latency.read_table(Path(config.latency_table), imgsz_hw)
-    groups, shapes = prunable(model), conv_shapes(model, imgsz_hw)
+    shapes = conv_shapes(model, imgsz_hw)
+    limit = _budget(config, shapes, table)
+    if config.depth:  # the smallest model is the one without bottlenecks
+        found = depth.chains(model)
+        counts = dict.fromkeys(found, 0)
+        depth.shorten(model, counts)
+        shapes = depth.remaining_shapes(shapes, found, counts)
+    groups = prunable(model)
     least = _floors(config, {group.name: group.width for group in groups})
-    budget.check_reachable(model, groups, _budget(config, shapes, table), config.round_to, shapes, config.floor, least)
+    budget.check_reachable(model, groups, limit, config.round_to, shapes, config.floor, least)
     return None
 
 
@@ -147,6 +163,8 @@ class Planner:
         self.config: PruneConfig = job.config
         self.samples = calibration_samples(job, self.config.calib_images)
         self.dense = {group.name: group.width for group in prunable(model)}
+        found = depth.require_chains(model) if self.config.depth else {}
+        self.bottlenecks = {layer: len(chain.bottlenecks) for layer, chain in found.items()}
         self.shapes = conv_shapes(model, job.imgsz_hw)
         self.table = self._table(model) if self.config.latency_ms is not None else None
         self.budget = _budget(self.config, self.shapes, self.table)
@@ -154,9 +172,9 @@ class Planner:
 
     def one_cut(self, model: nn.Module) -> Plan:
         """Return the plan that meets the budget in one step. For a budget in ms, the latency comes from the table of layer times."""
-        groups = prunable(model)
-        importance = scores(self._evidence(model, groups), find(self.config.criterion))
-        return self._choose(model, groups, importance, self.shapes, self.budget)
+        evidence = self._evidence(model, prunable(model))
+        importance = scores(evidence, find(self.config.criterion))
+        return self._choose(model, evidence, importance, self.shapes, self.budget)
 
     def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, LatencyBudget]:
         """Return the channels to remove in round `number`, counted from 1.
@@ -166,12 +184,11 @@ class Planner:
         Returns:
             The plan (which channels to remove), the evidence for it, and the metrics of a latency budget.
         """
-        groups = prunable(model)
-        evidence = self._evidence(model, groups)
+        evidence = self._evidence(model, prunable(model))
         importance = scores(evidence, find(self.config.criterion))
         if number == 1 and self.config.sensitivity != "off":
             self.least = self._sensitivity(model, evidence, importance, work)
-        choose_for = partial(self._choose, model, groups, importance, conv_shapes(model, self.job.imgsz_hw))
+        choose_for = partial(self._choose, model, evidence, importance, conv_shapes(model, self.job.imgsz_hw))
         if self.table is None or number < self.config.rounds:
             return choose_for(self._at(number / self.config.rounds)), evidence, {}
         if self.config.latency_table is None:
@@ -180,7 +197,9 @@ class Planner:
         plan = choose_for(self.budget)
         return plan, evidence, {**self._asked(), "latency_expected_ms": plan.cost}
 
-    def _evidence(self, model: nn.Module, groups: Sequence[Group]) -> Evidence:
+    def _evidence(
+        self, model: nn.Module, groups: Sequence[Group], moments: dict[str, Moments] | None = None
+    ) -> Evidence:
         job = self.job
         return Evidence(
             model,
@@ -188,9 +207,39 @@ class Planner:
             images=lambda: letterboxed(self.samples, job.imgsz_hw, job.dataset.channels),
             losses=partial(losses.losses, dataset=job.dataset, samples=self.samples, imgsz_px=max(job.imgsz_hw)),
             seed=job.recipe.run.seed,
+            moments=moments,
         )
 
     def _choose(
+        self,
+        model: nn.Module,
+        evidence: Evidence,
+        importance: Mapping[str, Tensor],
+        shapes: Mapping[str, ConvShape],
+        limit: Budget,
+    ) -> Plan:
+        """Return the channels to remove, and with `prune.depth` the bottlenecks."""
+        found = depth.chains(model) if self.config.depth else {}
+        if not found:  # also if earlier rounds have removed all bottlenecks
+            return self._choose_widths(model, evidence.groups, importance, shapes, limit)
+        counts = depth.search(
+            model,
+            evidence.moments,
+            shapes,
+            limit,
+            lambda groups, left: self._choose_widths(model, groups, importance, left, limit),
+            self.config.reconstruct,
+        )
+        # The shorter model has importance scores of its own.
+        shallow = copy.deepcopy(model)
+        depth.shorten(shallow, counts, evidence.moments if self.config.reconstruct else None)
+        moments = depth.remaining_moments(evidence.moments, found, counts)
+        own = self._evidence(shallow, prunable(shallow), moments)
+        left = depth.remaining_shapes(shapes, found, counts)
+        plan = self._choose_widths(shallow, own.groups, scores(own, find(self.config.criterion)), left, limit)
+        return depth.with_bottlenecks(plan, evidence.groups, shapes, found, counts)
+
+    def _choose_widths(
         self,
         model: nn.Module,
         groups: Sequence[Group],

@@ -64,6 +64,9 @@ class Cut(Repaired, LatencyBudget):
     """Metrics of `prune` if it removed channels."""
 
     kept_flops: float  # FLOPs after / before
+    bottlenecks: NotRequired[
+        dict[str, tuple[int, int]]
+    ]  # layer -> bottlenecks [before, after]; absent without `prune.depth`
 
 
 class Zeroed(Repaired):
@@ -74,6 +77,7 @@ class Zeroed(Repaired):
 
 class PruneMetrics(ModelMetrics, Repaired, LatencyBudget):
     kept_flops: NotRequired[float]  # FLOPs after / before; absent for zeros
+    bottlenecks: NotRequired[dict[str, tuple[int, int]]]  # as in `Cut`
     kind: NotRequired[Literal["unstructured", "two_four"]]  # absent if channels were cut
 
 

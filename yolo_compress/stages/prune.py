@@ -22,8 +22,7 @@ from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
-from yolo_compress.prune.graph import prune
-from yolo_compress.prune.reconstruct import reconstruct
+from yolo_compress.prune.depth import remove
 from yolo_compress.recipe import knob_types
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
 from yolo_compress.stages import Job, _load_or_train, _prune_plan
@@ -98,18 +97,22 @@ def _part(job: Job, number: int) -> Job:
 
 
 def _cut(job: Job, model: nn.Module, planner: Planner, number: int) -> Cut:
-    """Remove channels from `model`, reconstruct and re-estimate BatchNorm, in place. Return the metrics."""
+    """Remove channels, and with `prune.depth` bottlenecks, reconstruct and re-estimate BatchNorm, in place. Return the metrics."""
     cut, evidence, budget = planner.cut(model, job.work, number)
-    if job.config.reconstruct:
-        reconstruct(model, evidence.groups, cut.keep, evidence.moments)
-    prune(model, cut.keep)
-    widths = {name: (planner.dense[name], after) for name, (_, after) in cut.widths.items()}
-    macs = {name: (planner.shapes[name].macs, after) for name, (_, after) in cut.macs.items()}
+    remove(model, cut, evidence.moments if job.config.reconstruct else None)
+    gone = (0, 0)  # bottlenecks that an earlier round removed are not in the plan of this one
+    widths = {name: (before, cut.widths.get(name, gone)[1]) for name, before in planner.dense.items()}
+    macs = {name: (shape.macs, cut.macs.get(name, gone)[1]) for name, shape in planner.shapes.items()}
+    bottlenecks = {name: (before, cut.bottlenecks.get(name, gone)[1]) for name, before in planner.bottlenecks.items()}
     atomic_write(job.out / "channels.json", json.dumps(widths) + "\n")
     atomic_write(job.out / "flops.json", json.dumps(macs) + "\n")
     kept_flops = cut.macs_after / sum(before for before, _ in macs.values())
     progress.say(f"prune: {kept_flops:.1%} of the MACs remain")
-    return {**budget, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
+    metrics: Cut = {**budget, "kept_flops": kept_flops, **_repaired(job, model, planner.samples)}
+    if bottlenecks:
+        progress.say(f"prune: bottlenecks: {_prune_plan.bottlenecks_text(bottlenecks)}")
+        metrics["bottlenecks"] = bottlenecks
+    return metrics
 
 
 def _zeros(job: Job, model: nn.Module) -> tuple[nn.Module, Zeroed]:

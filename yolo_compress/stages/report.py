@@ -28,7 +28,7 @@ from yolo_compress.store.manifest import Artifact
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
-           "map50_95_after_cut", "map50_95_after_bn", "kept_flops",
+           "map50_95_after_cut", "map50_95_after_bn", "kept_flops", "bottlenecks",
            "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on", "held_map50_95_before",
            "held_map50_95_after")  # fmt: skip
 WIDTH = 120

@@ -64,7 +64,7 @@ def hit(planner, limit_ms, machine, monkeypatch, table_ms=10.0, said=None):
         last["plan"] = planner(ms * 10.0 / table_ms)
         return last["plan"]
 
-    monkeypatch.setattr(latency, "prune", lambda model, keep: model.update(share=last["plan"].kept_flops))
+    monkeypatch.setattr(latency, "remove", lambda model, plan: model.update(share=plan.kept_flops))
     return latency.hit({}, plan, limit_ms, table_ms, machine, None, (said if said is not None else []).append)
 
 

@@ -28,7 +28,7 @@ FROZEN = {
     "baseline": f"{TRAIN} weights pretrained model detection_part freeze",
     "sparsify": f"{TRAIN} penalty l1 lambda_scale gamma_lr_scale ramp_epochs",
     "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
-    "sensitivity max_drop rounds round_to floor reconstruct calib_images teach_from_parent",
+    "sensitivity max_drop rounds round_to depth floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} teacher images data_free data_free_steps temperature alpha logit_weight feature_weight box_weight iou_weight "
     "feature_loss layers ramp_epochs off_without_mosaic",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop sensitivity_price float_groups learned_scales "

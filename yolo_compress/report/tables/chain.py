@@ -92,6 +92,9 @@ def pruning_table(document: Document) -> Table:
     if "kept_flops" in after:
         flops = [n.three_digits(stage.get("compute_gflops")) for stage in (before, after)]
         lines.append(Line(("GFLOPs", *flops, n.percent(after["kept_flops"]))))
+    if "bottlenecks" in after:
+        counts = [sum(pair[side] for pair in after["bottlenecks"].values()) for side in (0, 1)]
+        lines.append(Line(("Bottlenecks", *map(n.integer, counts), n.percent(counts[1] / counts[0]))))
     if "map50_95_after_cut" in after:
         lines.append(_map_line("after the cut", before, after["map50_95_after_cut"]))
         if "map50_95_after_bn" in after:
@@ -103,7 +106,7 @@ def pruning_table(document: Document) -> Table:
     if "latency_measured_ms" in after:
         name = f"Latency p50 on {n.runtime(after['latency_runtime'])}, ms (target {n.three_digits(after['latency_target_ms'])})"
         lines.append(Line((name, n.DASH, n.three_digits(after["latency_measured_ms"]), n.DASH)))
-    return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before))
+    return Table("Pruning", PRUNING, tuple(lines), _pruning_notes(document, before, after))
 
 
 def _map_line(step: str, before: ChainStage, value: float | None) -> Line:
@@ -112,8 +115,11 @@ def _map_line(step: str, before: ChainStage, value: float | None) -> Line:
     return Line((f"mAP50-95 {step}", n.fixed(base), n.fixed(now), n.percent(ratio)))
 
 
-def _pruning_notes(document: Document, before: ChainStage) -> tuple[str, ...]:
+def _pruning_notes(document: Document, before: ChainStage, after: ChainStage) -> tuple[str, ...]:
     notes = [f"Before is the result of {before['stage']}."]
+    shorter = [f"{layer} {old} → {new}" for layer, (old, new) in after.get("bottlenecks", {}).items() if new < old]
+    if shorter:
+        notes.append(f"Layers with fewer bottlenecks: {', '.join(shorter)}.")
     found = document["sensitivity"]
     if found and found["most_sensitive"]:
         what = "loss" if found["measure"] == "loss" else "mAP50-95"
