@@ -27,7 +27,9 @@ from yolo_compress.evaluate.cascade.router import fit
 from yolo_compress.evaluate.cascade.schema import CascadeDocument, Demand
 from yolo_compress.evaluate.cascade.write import fill, policy_json, publish
 from yolo_compress.recipe.messages import got
-from yolo_compress.report.numbers import fixed, percent, three_digits
+from yolo_compress.report.as_text import text_table
+from yolo_compress.report.numbers import percent
+from yolo_compress.report.tables.cascade import cascade_table
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.cascade import read_policy
 from yolo_compress.runtime.engine import open_engine
@@ -35,6 +37,7 @@ from yolo_compress.runtime.measure.messages import Measured
 
 FIT_IMAGES, FIT_LEAST = 1000, 40  # training images of the fit: at most, evenly spaced, and at least
 TIMED_IMAGES = 64  # validation images that are timed, held in memory by each measuring process
+WIDTH = 100  # columns of the table
 FIRST_ROUNDS, FIRST_SAMPLES = 2, 50  # for the choice of the threshold
 ROUNDS, SAMPLES = 4, 200  # for the result: p99 needs 662 samples
 
@@ -278,15 +281,6 @@ def _times(
 
 def text(document: CascadeDocument) -> str:
     """Return the result as text: the verdict, a table of the models and the cascade, and what the router does."""
-    rows: list[tuple[str, ...]] = [("", "mAP50-95", "mean ms", "p50 ms", "p99 ms", "images of small alone")]
-    sides: list[tuple[str, Any]] = [("small", document["small"]), ("large", document["large"])]
-    sides += [(key, document[key]) for key in ("static", "cascade") if document[key] is not None]  # type: ignore[literal-required]
-    for name, one in sides:
-        kept = percent(one["kept"]) if name == "cascade" else ""
-        figures = (three_digits(one[key]) for key in ("mean_ms", "p50_ms", "p99_ms"))
-        rows.append((name, fixed(one["map50_95"]), *figures, kept))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     router, own = document["router"], document["cascade"]
     notes = [
         f"The router explains {percent(router['explained'])} of the variance of the gain in training images that it was not fitted "
@@ -299,4 +293,4 @@ def text(document: CascadeDocument) -> str:
         )
     if not document["quiet"]:
         notes.append("Other programs used the processors while latencies were measured.")
-    return "\n".join([document["verdict"]["line"], "", *lines, "", *notes])
+    return "\n".join([document["verdict"]["line"], "", text_table(cascade_table([document]), WIDTH), "", *notes])

@@ -198,7 +198,7 @@ VERBS = {row.name: row for row in (
         RECIPE, LOCK, FORCE,
         Option("add", "device.json[,more.json]", "Write a second report, which also shows the measurements in these files. "
                                                  "The first report does not change. Commas separate the files.",
-               values="files that bench.py wrote on robots, or report.json of other recipes"),
+               values="files that bench.py wrote on robots, report.json of other recipes, or cascade.json of a policy folder"),
         Option("out", "FOLDER", "Folder for the second report. It needs `add`.", "report-RECIPE", "a folder", requires="add",
                writes=True),
     )),

@@ -6,6 +6,8 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
+SCHEMA = 1
+
 
 class Model(TypedDict):
     """One model alone, on the validation images. Latencies are from a decoded image to its detections."""
