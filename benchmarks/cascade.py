@@ -4,7 +4,8 @@
 
 The first and the last size are the cascade, the sizes between are static models of the same checkpoint, each compared in a run of its
 own. The first run chooses the share of images itself. The others have a mean latency at the given shares of the way from the small to
-the large model's. Prints a markdown table, and on the last line JSON with the cascade document of each run.
+the large model's. Prints a markdown table, and on the last line JSON with the cascade document of each run, and the median time of the
+router alone in microseconds by the number of detections.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from yolo_compress.cli.cascade import Settings, run
 from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.runtime.detect.cascade import Part, Policy
 from yolo_compress.runtime.engine import BACKENDS
+from yolo_compress.runtime.measure.latency import measure
 from yolo_compress.store import environment
 from yolo_compress.train.checkpoint import load_model
 
@@ -43,6 +49,20 @@ def row(name: str, found: CascadeDocument) -> str:
     span = f"{verdict['delta']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})"
     latency = f"{own['mean_ms']:.2f} / {own['p50_ms'] or 0:.2f} / {own['p99_ms'] or 0:.2f}"
     return f"| {name} | {own['kept']:.0%} | {own['map50_95']:.3f} | {latency} | {span} | {verdict['status']} |"
+
+
+def router_us(weights_F: np.ndarray) -> dict[int, float]:
+    """Return the median time of a decision, in microseconds, by the number of detections that the router sees."""
+    part = Part("small", "", "fp32", (0, 0))
+    policy = Policy(part, part, (), weights_F, 0.0, 0.0)
+    generator, found = np.random.default_rng(0), {}
+    for count in (0, 4, 16, 64):
+        corner_N2 = generator.uniform(0, 200, (count, 2))
+        columns = (corner_N2, corner_N2 + 60, np.sort(generator.random((count, 1)))[::-1], np.zeros((count, 1)))
+        rows_N6 = np.hstack(columns).astype(np.float32)
+        samples_ms = measure(partial(policy.hands_over, rows_N6, 320, 320), 500)
+        found[count] = round(float(np.median(samples_ms)) * 1e3, 1)
+    return found
 
 
 def main() -> None:
@@ -73,7 +93,8 @@ def main() -> None:
         for share in args.shares:
             low, high = first["small"]["mean_ms"], first["large"]["mean_ms"]
             one(f"{share:.0%} of the way", None, low + share * (high - low))
-    print(json.dumps({"runs": runs, "environment": environment.describe()}))
+    router = router_us(np.array(first["router"]["weights"]))
+    print(json.dumps({"runs": runs, "router_us": router, "environment": environment.describe()}))
 
 
 if __name__ == "__main__":
