@@ -45,6 +45,7 @@ from yolo_compress.runtime.backends.base import EngineInfo, load_info
 from yolo_compress.runtime.commands.bundle import open_bundle
 from yolo_compress.runtime.commands.command_line import run_command
 from yolo_compress.runtime.detect import sources
+from yolo_compress.runtime.detect.cascade import FEATURES, read_policy
 from yolo_compress.runtime.detect.pre import UnreadableImage
 from yolo_compress.runtime.errors import RuntimeFailure
 from yolo_compress.runtime.measure import golden, groundtruth, layer_times
@@ -344,6 +345,20 @@ def engine_sidecar(folder: Path) -> Made:
     return json_bytes(tree), call, json.dumps(tree).encode()
 
 
+def policy_json(folder: Path) -> Made:
+    part = {"onnx_sha256": "a1" * 32, "precision": "int8", "imgsz": [64, 96]}
+    tree = {
+        "schema": 1, "small": {"folder": "small", **part}, "large": {"folder": "large", **part}, "names": ["bolt", "nut"],
+        "features": list(FEATURES), "weights": [0.1] * len(FEATURES), "bias": 0.0, "threshold": 0.01,
+    }  # fmt: skip
+
+    def call(content: bytes) -> None:
+        (folder / "policy.json").write_bytes(content)
+        read_policy(folder).hands_over(np.array([[1, 2, 30, 40, 0.9, 0]], np.float32), 64, 96)
+
+    return json_bytes(tree), call, json.dumps(tree).encode()
+
+
 def _bundle(folder: Path) -> tuple[Path, dict[str, Any]]:
     root = folder / "bundle"
     (root / "onnx").mkdir(parents=True)
@@ -500,6 +515,18 @@ def device_json(folder: Path) -> Made:
     )
 
 
+def cascade_json(folder: Path) -> Made:
+    document = report_case.whole()
+
+    def call(content: bytes) -> None:
+        (folder / "cascade.json").write_bytes(content)
+        found = devices.add(document, [folder / "cascade.json"])
+        json.dumps(found, allow_nan=False)
+        as_text.render_text(found, 120), as_text.render_markdown(found)
+
+    return json_bytes(report_case.cascade()), call, json.dumps(report_case.cascade()).encode()
+
+
 def _frames(version: int, count: int = 60) -> list[dict[str, Any]]:
     return [
         {"schema": 1, "frame": f"{i}.png", "at": 1e9 + i, "model": {"name": "net", "version": version}, "ms": 10.0 + i % 3,
@@ -588,10 +615,10 @@ def coco_json(folder: Path) -> Made:
 
 def _doors() -> Iterator[Door]:
     shares = {
-        command_line: 2000, recipe_yaml: 1500, data_yaml: 1500, label_file: 1200, list_file: 800, image_file: 1500, checkpoint: 1000,
+        command_line: 1700, recipe_yaml: 1300, data_yaml: 1500, label_file: 1200, list_file: 800, image_file: 1500, checkpoint: 1000,
         onnx_file: 1500, artefact_manifest: 800, engine_sidecar: 700, bundle_manifest: 700, slot_mark: 500, golden_json: 700,
         golden_image: 600, quant_json: 600, calibration_cache: 500, preflight_cache: 800, device_json: 400, shadow_log: 600,
-        truth_file: 400, rollout_state: 400, latency_table: 500, probe_json: 300, coco_json: 500,
+        truth_file: 400, rollout_state: 400, latency_table: 500, probe_json: 300, coco_json: 500, policy_json: 300, cascade_json: 200,
     }  # fmt: skip
     for make, share in shares.items():
         yield Door(make.__name__.replace("_", " "), share, make)

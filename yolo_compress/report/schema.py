@@ -18,6 +18,7 @@ from typing import Final, Literal, NotRequired
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from yolo_compress.evaluate.ab.schema import AB
+from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.evaluate.rows import Model, Signature
 from yolo_compress.evaluate.tide import ModelErrors
 from yolo_compress.runtime.registry import Precision
@@ -484,5 +485,6 @@ class Document(TypedDict):
     placement: list[Tensor]
     devices: list[Device]
     references: list[Reference]
+    cascades: NotRequired[list[CascadeDocument]]  # of `cascade.json` that was added; absent if none was
     reproduce: Reproduce
     environment: Environment

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from PIL import Image
 from tests.support.bundled import CONF, NAMES, make_bundle, pictures
 from tests.support.typed import validate
 from tests.unit.runtime.test_sources import Capture
+from yolo_compress.evaluate.cascade.write import fill, policy_json
 from yolo_compress.runtime import engine, registry
 from yolo_compress.runtime.backends.base import load_info, save_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.commands import bench, build, detect
 from yolo_compress.runtime.commands import bundle as bundle_module
+from yolo_compress.runtime.detect.cascade import FEATURES
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.errors import RuntimeUnavailable
+from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
 from yolo_compress.runtime.measure import golden, jetson, layer_times
 from yolo_compress.runtime.secure import ed25519
 from yolo_compress.runtime.secure.signed_manifest import BundleRefused, seal
@@ -100,6 +103,46 @@ def altered(bundle: Path) -> None:
 def pinned(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bundle.parent / "bundle.pub").write_text(ed25519.public_key(bytes(32)).hex())
     monkeypatch.setenv("YOLO_COMPRESS_KEY", str(bundle.parent / "bundle.pub"))
+
+
+def cascade_folder(made: Path, out: Path, threshold: float, foreign: bool = False) -> Path:
+    """A policy folder of the bundle's engine and another one; with `foreign`, of two others. Every score of the router is 0."""
+    own = made / "engines/onnxruntime-fp32"
+    parts = []
+    for name in ("small", "large"):
+        folder = out.parent / f"engine-{name}"
+        if name == "small" and not foreign:
+            folder = own
+        elif not folder.is_dir():
+            shutil.copytree(own, folder)
+            info = load_info(folder)
+            save_info(replace(info, onnx_sha256="12"[name == "large"] * 64), folder, list(info.files))
+        parts.append((folder, load_info(folder)))
+    policy = policy_json(parts[0][1], parts[1][1], np.zeros(len(FEATURES)), 0.0, threshold)
+    fill(out, policy, *parts)
+    return out
+
+
+def test_detect_takes_a_cascade_of_the_bundle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("detect", bundle) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["detections"]
+    for threshold in (1.0, -1.0):  # never and always the large model, which is the same here
+        folder = cascade_folder(bundle, tmp_path / f"cascade{threshold}", threshold)
+        assert run("detect", bundle, "--engine", str(folder)) == 0
+        assert json.loads(capsys.readouterr().out) == alone
+    assert bench.main(["--golden", "--engine", str(folder)], bundle) == 5
+    assert "a cascade of two engines, one engine expected" in capsys.readouterr().err
+    other = cascade_folder(bundle, tmp_path / "other", 1.0, foreign=True)
+    assert run("detect", bundle, "--engine", str(other)) == 5
+    assert "neither engine of the cascade is built from an ONNX file of this bundle" in capsys.readouterr().err
+    opened = bundle_module.open_bundle(bundle)
+    with pytest.raises(EngineError, match="a cascade, which the pinned key does not cover"):
+        bundle_module.engine_folder(replace(opened, pinned=True), str(folder))
+    with pytest.raises(EngineError, match="a cascade of classes .*, the bundle has"):
+        bundle_module.engine_folder(replace(opened, names=("screw",)), str(folder))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 SIDECAR = "engine.json"
+POLICY = "policy.json"  # in the folder of a cascade, which has two engines; see detect/cascade.py
 Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the sidecar
 
 
@@ -189,6 +190,11 @@ def _from_json(document: Any) -> EngineInfo:
     return EngineInfo(**dict(document, imgsz=(int(height), int(width)), names=tuple(document["names"])))
 
 
+def is_policy(directory: Path) -> bool:
+    """Return whether a folder is the policy folder of a cascade, not the folder of one engine."""
+    return (directory / POLICY).is_file()
+
+
 def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     """Read and return the sidecar `engine.json`. Check that every engine file has the size and SHA-256 that the sidecar states.
 
@@ -201,6 +207,8 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
             another ONNX file.
     """
     sidecar = directory / SIDECAR
+    if is_policy(directory):
+        raise EngineError(f"{directory}: a cascade of two engines, one engine expected; give one of its engine folders")
     info = _read_sidecar(sidecar)
     if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
         raise EngineError(

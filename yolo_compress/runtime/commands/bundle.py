@@ -207,9 +207,15 @@ def built_engines(folder: Path) -> List[str]:
 
 
 def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
-    """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted."""
-    from ..backends.base import load_info
+    """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted.
 
+    A policy folder of a cascade is accepted if one of its two engines is of this bundle, and if no key is pinned: a bundle has one
+    model, so the signature covers neither the other engine nor the policy.
+    """
+    from ..backends.base import is_policy, load_info
+
+    if is_policy(chosen):
+        return _cascade_of_bundle(bundle, chosen)
     origin = load_info(chosen).onnx_sha256
     if origin not in (bundle.onnx_sha256(stem) for stem in bundle.onnx):
         raise EngineError(f"{chosen}: built from ONNX {origin[:16]}, which is not of this bundle; run python3 build.py")
@@ -217,6 +223,19 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
         raise EngineError(
             f"{chosen}: not built on this machine by this user, and the signature does not cover engines; run python3 build.py"
         )
+    return chosen
+
+
+def _cascade_of_bundle(bundle: Bundle, chosen: Path) -> Path:
+    from ..detect.cascade import engines
+
+    if bundle.pinned:
+        raise EngineError(f"{chosen}: a cascade, which the pinned key does not cover; give an engine of this bundle")
+    policy, found = engines(chosen)
+    if not {info.onnx_sha256 for _, info in found} & {bundle.onnx_sha256(stem) for stem in bundle.onnx}:
+        raise EngineError(f"{chosen}: neither engine of the cascade is built from an ONNX file of this bundle")
+    if policy.names != bundle.names:
+        raise EngineError(f"{chosen}: a cascade of classes {list(policy.names)}, the bundle has {list(bundle.names)}")
     return chosen
 
 
