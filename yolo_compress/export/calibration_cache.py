@@ -143,7 +143,5 @@ def write_explicit(implicit: Path, out: Path) -> None:
             weight = numpy_helper.to_array(stored[node.input[1]])
             amax_C = np.abs(weight).reshape(len(weight), -1).max(1).clip(AMAX_FLOOR)
             quantise_weight(graph, node.input[1].removesuffix(".weight"), node, amax_C, QMAX)
-    insert_pairs(
-        graph, {name: Pair(scale * QMAX, TensorProto.INT8, 0) for name, scale in scales.items() if name not in fused}
-    )
+    insert_pairs(graph, {name: Pair(scale, TensorProto.INT8, 0) for name, scale in scales.items() if name not in fused})
     onnx.save(model, str(out))

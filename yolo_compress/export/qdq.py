@@ -15,7 +15,8 @@ The forms differ in these fields of `runtime.registry.Int8File`:
 * `forwarding_pairs`: pools, upsamplings, chunks and concatenations of INT8 tensors also have a pair at their output. This pair has the
   scale of the inputs, so it changes no value. It tells the runtime's ONNX importer that the layer is INT8. OpenVINO knows that without
   the pair, and runs the pair as a node of its own.
-* `quantised_outputs`: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`.
+* `quantised_outputs`: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`. Before
+  SiLU the range is `quant.ranges.before_silu`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import nn
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.export.float_onnx import MIN_OPSET, quiet_trace, write_metadata
 from yolo_compress.quant.plan import IMAGES
-from yolo_compress.quant.ranges import QMAX, QuantState
+from yolo_compress.quant.ranges import QMAX, QuantState, before_silu
 from yolo_compress.runtime.engine import onnx_forms
 from yolo_compress.runtime.registry import Int8File, qdq_forms
 
@@ -69,23 +70,19 @@ class Pair:
     """Parameters of a Q/DQ pair of an activation.
 
     Attributes:
-        amax: range of the tensor.
+        scale: difference between two neighbouring values.
         dtype: element type of the INT8 tensor (`onnx.TensorProto`).
+        zero_point: INT8 value that represents 0.
     """
 
-    amax: float
+    scale: float
     dtype: int
     zero_point: int
 
     @property
-    def scale(self) -> float:
-        """Scale of the pair."""
-        return self.amax / QMAX
-
-    @property
     def half(self) -> Pair:
         """The pair with its scale rounded up to float16."""
-        return replace(self, amax=float(_round_up_to_half(np.array(self.scale, np.float32))) * QMAX)
+        return replace(self, scale=float(_round_up_to_half(np.array(self.scale, np.float32))))
 
 
 def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Counts:
@@ -119,7 +116,7 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
     if not file.forwarding_pairs:
         forwarded = {tensor for node in graph.node if node.op_type in FORWARDING for tensor in node.output}
         amax = {tensor: value for tensor, value in amax.items() if tensor not in forwarded}
-    pairs = {tensor: Pair(value, *_activation_type(file)) for tensor, value in amax.items()}
+    pairs = {tensor: Pair(value / QMAX, *_activation_type(file)) for tensor, value in amax.items()}
     if file.half:
         pairs = {tensor: pair.half for tensor, pair in pairs.items()}
     inner_pairs = (
@@ -393,12 +390,23 @@ def _pairs_in_blocks(
     for name, conv in convs.items():
         made = conv.output[0]
         if made not in pairs and activation_output(graph, conv)[0] != made:
-            inner[made] = Pair(state.outputs[name], dtype, zero_point)
+            inner[made] = Pair(state.outputs[name] / QMAX, dtype, zero_point)
         for node in readers.get(made, ()):
-            if node.op_type == "Sigmoid" and node.output[0] not in pairs and activation_output(graph, conv)[0] in pairs:
+            output = activation_output(graph, conv)[0]
+            if node.op_type == "Sigmoid" and node.output[0] not in pairs and output in pairs:
                 # A sigmoid is between 0 and 1. With zero point 0 it uses all 256 values.
-                inner[node.output[0]] = Pair(QMAX / 255, dtype, 0)
+                inner[node.output[0]] = Pair(1 / 255, dtype, 0)
+                if dtype == TensorProto.UINT8 and _is_silu(readers, made, node.output[0], output):
+                    scale, zero = before_silu(state.outputs[name], pairs[output].scale * QMAX)
+                    inner[made] = Pair(scale, dtype, zero)
     return inner
+
+
+def _is_silu(readers: dict[str, list[onnx.NodeProto]], made: str, sigmoid: str, output: str) -> bool:
+    """Return whether `output` is the product of a convolution's output and its sigmoid."""
+    return any(
+        node.op_type == "Mul" and set(node.input) == {made, sigmoid} and output in node.output for node in readers[made]
+    )
 
 
 def _check(graph: onnx.GraphProto, names: Iterable[str], counts: Counts, out: Path) -> None:

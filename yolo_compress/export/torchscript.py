@@ -4,8 +4,9 @@ The same tensors as in the Q/DQ forms are INT8, as UINT8 with zero point 128, si
 activations. Weights are the INT8 values of the other forms, per output channel. They have 7 bits, since with 8 bits fbgemm and
 oneDNN saturate on processors without VNNI.
 
-The output of a convolution is INT8 with the range in `state.outputs`. The activation after the convolution runs in float. INT8
-activations (`quantized::sigmoid`, `quantized::mul`) take as long, and QNNPACK supports only the scale 1/256.
+The output of a convolution is INT8 with the range in `state.outputs`, or before SiLU with that of `quant.ranges.before_silu`. The
+activation after the convolution runs in float. INT8 activations (`quantized::sigmoid`, `quantized::mul`) take as long, and QNNPACK
+supports only the scale 1/256.
 
 The file contains weights and biases, and `torch.jit.load` packs them for the engine of its process. A file runs on fbgemm, x86,
 onednn and qnnpack, whichever engine wrote it, and also if the engine changes after loading (torch 2.14.1). The layout of the file
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks
 from yolo_compress.export.float_onnx import prepare, quiet_trace, save_torchscript
 from yolo_compress.quant.plan import IMAGES, Plan, plan
-from yolo_compress.quant.ranges import QMAX, QuantState
+from yolo_compress.quant.ranges import QMAX, QuantState, before_silu
 
 ZERO_POINT = 128
 ENGINES = ("fbgemm", "onednn", "qnnpack")
@@ -64,13 +65,21 @@ class Int8Conv(nn.Module):
         conv: Float convolution with BatchNorm folded in.
         amax_C: Range (largest absolute value) of the weight, per output channel.
         in_amax: Range of the input.
-        out_amax: Range of the output.
+        out_scale, out_zero_point: Scale and zero point of the output.
         qmax: Largest INT8 value of a weight.
     """
 
-    def __init__(self, conv: nn.Conv2d, amax_C: tuple[float, ...], in_amax: float, out_amax: float, qmax: int) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        amax_C: tuple[float, ...],
+        in_amax: float,
+        out_scale: float,
+        out_zero_point: int,
+        qmax: int,
+    ) -> None:
         super().__init__()
-        self.scale = out_amax / QMAX
+        self.scale, self.zero_point = out_scale, out_zero_point
         bias_C = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         min_scale_C = bias_C.double().abs() / (in_amax / QMAX * MAX_BIAS_STEPS)
         scale_C = (torch.tensor(amax_C, dtype=torch.float64) / qmax).maximum(min_scale_C)
@@ -81,7 +90,7 @@ class Int8Conv(nn.Module):
         self.packed: Any = torch.ops.quantized.conv2d_prepack(codes, bias_C, *shape)
 
     def forward(self, int8_BCHW: Tensor) -> Tensor:
-        output_BCHW: Tensor = torch.ops.quantized.conv2d(int8_BCHW, self.packed, self.scale, ZERO_POINT)
+        output_BCHW: Tensor = torch.ops.quantized.conv2d(int8_BCHW, self.packed, self.scale, self.zero_point)
         return output_BCHW
 
 
@@ -152,7 +161,10 @@ def convert_to_int8(net: nn.Module, state: QuantState) -> None:
         after: list[nn.Module] = [Quantise(state.activations[block_name])] if block_name in state.activations else []
         if name in state.weights:
             read = state.activations[tensor]
-            conv = Int8Conv(block.conv, state.weights[name], read, state.outputs[name], state.weight_qmax)
+            made = state.outputs[name] / QMAX, ZERO_POINT
+            if block_name in state.activations and isinstance(block.act, nn.SiLU):
+                made = before_silu(state.outputs[name], state.activations[block_name])
+            conv = Int8Conv(block.conv, state.weights[name], read, *made, state.weight_qmax)
             block.conv = nn.Sequential(Quantise(read), conv) if tensor == IMAGES else conv
         if before or after:
             block.act = nn.Sequential(*before, block.act, *after)

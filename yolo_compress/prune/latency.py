@@ -14,7 +14,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,7 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
-from yolo_compress.export.float_onnx import export_onnx
-from yolo_compress.export.qdq import form_of, insert_qdq
+from yolo_compress.export.timed_onnx import export_timed
 from yolo_compress.files import strict_json
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets import detect
@@ -35,13 +33,10 @@ from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.depth import remove
 from yolo_compress.prune.graph import Group, prunable, prune
-from yolo_compress.quant.calibrate import ptq
-from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA, LayerTable
 from yolo_compress.runtime.measure.messages import Spec
-from yolo_compress.train.checkpoint import image_channels
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 UNPRUNED = "100.onnx"  # the unpruned model, the first of `WIDTHS`
@@ -54,22 +49,6 @@ LAUNCHES = (5, 12)  # smallest and largest number of launches per comparison; it
 SETTLED = 0.01  # relative standard error of the ratio
 
 Planner = Callable[[float], Plan]  # latency limit in ms, as estimated from the layer times -> channels to keep
-
-
-def export_timed(
-    model: nn.Module, file: Path, imgsz_hw: tuple[int, int], names: Sequence[str], runtime: str, precision: str
-) -> None:
-    """Write the ONNX file of a model that is only timed on `runtime` in `precision`.
-
-    The ranges of an INT8 file are those of noise: they do not change the time.
-    """
-    export_onnx(model, file, imgsz_hw, names=names)
-    if precision == "int8":
-        noise_BCHW = torch.rand(2, image_channels(model), *imgsz_hw, generator=torch.Generator().manual_seed(0))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # noise may leave a tensor at 0, which says nothing about the model
-            state = fold(ptq(model, lambda: [noise_BCHW], "max"), model)
-        insert_qdq(file, file, state, form_of(runtime))
 
 
 def write_probe(

@@ -27,7 +27,7 @@ from yolo_compress.export.qdq import find_convs, insert_qdq
 from yolo_compress.export.torchscript import ZERO_POINT, Int8Conv, convert_to_int8, export_int8_torchscript
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.plan import plan
-from yolo_compress.quant.ranges import QuantState, fold
+from yolo_compress.quant.ranges import QuantState, before_silu, fold
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -114,7 +114,13 @@ def simulated(state: QuantState) -> nn.Module:
         conv, scale_C = model.get_submodule(name), torch.tensor(amax_C) / 63
         zero_C = torch.zeros(len(amax_C), dtype=torch.int32)
         conv.weight.data = torch.fake_quantize_per_channel_affine(conv.weight.data, scale_C, zero_C, 0, -63, 63)
-        conv.register_forward_hook(rounded(state.outputs[name]))
+        block = name.removesuffix(".conv")
+        scale, zero = state.outputs[name] / 127, ZERO_POINT
+        if block in state.activations and isinstance(getattr(model.get_submodule(block), "act", None), nn.SiLU):
+            scale, zero = before_silu(state.outputs[name], state.activations[block])
+        conv.register_forward_hook(
+            lambda module, args, x, s=scale, z=zero: torch.fake_quantize_per_tensor_affine(x, s, z, 0, 255)
+        )
     for name, amax in state.activations.items():
         if name == "images":
             model.register_forward_pre_hook(lambda module, args, amax=amax: (rounded(amax)(module, (), args[0]),))
@@ -165,7 +171,7 @@ def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
     conv.bias.data = torch.tensor([5.0, -5.0, 0.1, -0.1])
     x, amax_C = torch.rand(1, 16, 8, 8) * 2 - 1, conv.weight.abs().amax((1, 2, 3)).clamp_min(1e-6)
     with torch.no_grad(), engine(name):
-        coded = Int8Conv(conv, tuple(amax_C.tolist()), 1.0, 8.0, 63)
+        coded = Int8Conv(conv, tuple(amax_C.tolist()), 1.0, 8.0 / 127, 128, 63)
         codes = quantised(x, 1.0)
         difference = coded(codes).dequantize() - conv(codes.dequantize())
     assert difference[:, :2].abs().max() <= 0.51 * 8 / 127 and difference.abs().max() <= 1.1 * 8 / 127
@@ -174,7 +180,7 @@ def test_a_dead_channel_gives_its_bias_on_every_engine(name: str) -> None:
 def test_weights_trained_beyond_their_range_are_clipped_to_7_bits() -> None:
     conv = nn.Conv2d(4, 4, 1)
     amax = conv.weight.abs().amax((1, 2, 3)) / 2
-    coded = Int8Conv(conv, tuple(amax.tolist()), 1.0, 1.0, 63)
+    coded = Int8Conv(conv, tuple(amax.tolist()), 1.0, 1.0 / 127, 128, 63)
     codes = torch.ops.quantized.conv2d_unpack(coded.packed)[0].int_repr()
     expected = (conv.weight.detach() / amax.view(-1, 1, 1, 1) * 63).round().clamp(-63, 63)
     assert torch.equal(codes.float(), expected) and codes.abs().max() == 63
@@ -186,7 +192,7 @@ def test_sums_of_the_largest_codes_do_not_saturate(name: str) -> None:
     conv = nn.Conv2d(64, 8, 1, bias=False)
     conv.weight.data.fill_(1.0)
     with torch.no_grad(), engine(name):
-        made = Int8Conv(conv, (1.0,) * 8, 1.0, 127.0, 63)(quantised(torch.ones(1, 64, 16, 16), 1.0))
+        made = Int8Conv(conv, (1.0,) * 8, 1.0, 1.0, 128, 63)(quantised(torch.ones(1, 64, 16, 16), 1.0))
     assert made.dequantize().unique().tolist() == [64.0]
 
 

@@ -12,7 +12,7 @@ from tests.support.given import find
 from yolo_compress.errors import DataError, NumericsError, RecipeError
 from yolo_compress.quant.calibrate import CALIBRATORS, Histogram, ptq
 from yolo_compress.quant.plan import plan
-from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX
+from yolo_compress.quant.ranges import AMAX_FLOOR, QMAX, before_silu
 from yolo_compress.recipe.knob_types import Calibrator
 
 COUNT = 100_000
@@ -238,3 +238,18 @@ def test_a_trained_net_keeps_its_first_range_under_every_calibrator():
     for method in CALIBRATORS:
         state = ptq(model, lambda: [x], method)
         assert state.activations["images"] > 0.8 * float(x.max()), method
+
+
+@pytest.mark.parametrize(("amax", "output_amax"), [(100.0, 4.0), (2.5, 2.0), (50.0, 0.3)])
+def test_the_values_before_a_silu_represent_what_its_output_keeps(amax, output_amax):
+    """As fine as 255 steps allow, yet no value is lost that the output's own pair keeps, but for SiLU(-6)."""
+    scale, zero = before_silu(amax, output_amax)
+    x = np.linspace(-amax, amax, 100_001)
+    stored = (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
+
+    def silu(values):
+        return np.minimum(values / (1 + np.exp(-values)), output_amax)
+
+    assert np.abs(silu(stored) - silu(x)).max() <= 1.1 * scale / 2 + 0.0149
+    assert scale <= (6 + 1.02 * output_amax + 0.3) / 255
+    assert 0 <= zero <= 255 and stored[np.abs(x).argmin()] == 0
