@@ -89,7 +89,7 @@ def test_a_verb_that_starts_anew_does_not_say_that_it_continues(monkeypatch, cap
 def test_the_verbs_that_start_anew() -> None:
     """A stage continues from its checkpoint, and fetch from the bytes it has. These verbs start again."""
     anew = {name for name, row in grammar.VERBS.items() if not row.continues}
-    assert anew == {"init", "predict", "ab", "lint", "keygen", "rollout"}
+    assert anew == {"init", "predict", "ab", "cascade", "lint", "keygen", "rollout"}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def write_probe(
     imgsz_hw: tuple[int, int],
     names: Sequence[str],
     round_to: int,
-    runtime: str = "onnxruntime",
+    runtime: str = "",
     precision: str = "fp32",
 ) -> None:
     """Write ONNX files of the model at all `WIDTHS`, and the `layers.json` that `runtime.measure.layer_times` reads.
