@@ -88,7 +88,7 @@ from yolo_compress.quant.saturation import saturates
 from yolo_compress.report import numbers
 from yolo_compress.runtime.commands.build import choose_runtimes
 from yolo_compress.runtime.commands.bundle import PREFERENCE
-from yolo_compress.runtime.engine import BACKENDS, onnx_form
+from yolo_compress.runtime.engine import BACKENDS, onnx_forms
 print(json.dumps({
     "check": environment.ENGINE_PACKAGES["echo"],
     "int8 file": FORMS["echo"].stem,
@@ -98,7 +98,7 @@ print(json.dumps({
     "lint for CPUs": "echo" in CPU,
     "robot": "echo" in choose_runtimes(None) and "echo" in PREFERENCE[0],
     "engine": BACKENDS["echo"].__name__,
-    "model of its engine": onnx_form(["fp32", "int8", "int8-echo"], "echo", "int8"),
+    "model of its engine": onnx_forms(["fp32", "int8", "int8-echo"], "echo", "int8"),
     "builds and runs": saturates("echo") in (True, False),
 }))
 """
@@ -114,7 +114,7 @@ def test_it_is_in_every_list_of_runtimes(scratch: Path) -> None:
         "lint for CPUs": True,
         "robot": True,
         "engine": "EchoBackend",
-        "model of its engine": "int8-echo",
+        "model of its engine": ["int8-echo"],
         "builds and runs": True,
     }
 

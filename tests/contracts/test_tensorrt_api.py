@@ -760,10 +760,13 @@ def test_an_engine_of_another_gpu_is_built_again_on_the_robot(
 ) -> None:
     engine = made(tmp_path, "float", "fp32")
     (engine / robot_build.BUILT).write_text(json.dumps({"library": trt.__version__}))
-    bundle: Any = SimpleNamespace(pinned=False, onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx"))
-    assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") == trt.__version__
+    bundle: Any = SimpleNamespace(
+        pinned=False, onnx={"fp32": "model.onnx"}, onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx")
+    )
+    ready = robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt")
+    assert ready is not None and ready["library"] == trt.__version__
     monkeypatch.setattr(cuda, "device_name", lambda: "Thor (sm_110)")
-    assert robot_build._up_to_date(engine, bundle, "fp32", "tensorrt") is None
+    assert robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt") is None
 
 
 # ---- without a driver

@@ -41,10 +41,11 @@ from yolo_compress.recipe import recipe
 from yolo_compress.report import as_text, devices
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.runtime.backends import onnx_metadata
-from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.backends.base import EngineInfo, load_info
 from yolo_compress.runtime.commands.bundle import open_bundle
 from yolo_compress.runtime.commands.command_line import run_command
 from yolo_compress.runtime.detect import sources
+from yolo_compress.runtime.detect.cascade import FEATURES, read_policy
 from yolo_compress.runtime.detect.pre import UnreadableImage
 from yolo_compress.runtime.errors import RuntimeFailure
 from yolo_compress.runtime.measure import golden, groundtruth, layer_times
@@ -344,6 +345,20 @@ def engine_sidecar(folder: Path) -> Made:
     return json_bytes(tree), call, json.dumps(tree).encode()
 
 
+def policy_json(folder: Path) -> Made:
+    part = {"onnx_sha256": "a1" * 32, "precision": "int8", "imgsz": [64, 96]}
+    tree = {
+        "schema": 1, "small": {"folder": "small", **part}, "large": {"folder": "large", **part}, "names": ["bolt", "nut"],
+        "features": list(FEATURES), "weights": [0.1] * len(FEATURES), "bias": 0.0, "threshold": 0.01,
+    }  # fmt: skip
+
+    def call(content: bytes) -> None:
+        (folder / "policy.json").write_bytes(content)
+        read_policy(folder).hands_over(np.array([[1, 2, 30, 40, 0.9, 0]], np.float32), 64, 96)
+
+    return json_bytes(tree), call, json.dumps(tree).encode()
+
+
 def _bundle(folder: Path) -> tuple[Path, dict[str, Any]]:
     root = folder / "bundle"
     (root / "onnx").mkdir(parents=True)
@@ -397,11 +412,14 @@ class _Backend:
 
 GOLDEN = {
     "schema": 1, "conf": 0.25, "floor": 0.1, "iou": 0.7, "images": [{"file": "0.npy", "name": "a"}, {"file": "1.npy", "name": "b"}],
-    "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1"}},
+    "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1", "onnx_sha256": "ab"}},
     "tolerances": {"same": {"of": "worst", "box_px": 1, "score": 0.1, "unmatched": 0},
                    "fp32": {"of": "most", "box_px": 1, "score": 0.1, "unmatched": 0}},
     "expected": {"onnxruntime-fp32": [[[1, 2, 3, 4, 0.9, 0]], []]},
 }  # fmt: skip
+
+
+INFO = EngineInfo("onnxruntime", "fp32", (8, 8), ("a",), "ab", "1")
 
 
 def golden_json(folder: Path) -> Made:
@@ -409,7 +427,7 @@ def golden_json(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / golden.FILE).write_bytes(content)
-        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), INFO)) - 1)  # type: ignore[arg-type]
 
     return json_bytes(GOLDEN), call, json.dumps(GOLDEN).encode()
 
@@ -433,7 +451,7 @@ def golden_image(folder: Path) -> Made:
 
     def call(content: bytes) -> int:
         (root / golden.FOLDER / "0.npy").write_bytes(content)
-        return run_command(lambda: bool(golden.check(root, _Backend(), "onnxruntime", "1")) - 1)  # type: ignore[arg-type]
+        return run_command(lambda: bool(golden.check(root, _Backend(), INFO)) - 1)  # type: ignore[arg-type]
 
     return altered(samples), call, samples[0]
 
@@ -495,6 +513,18 @@ def device_json(folder: Path) -> Made:
         call,
         json.dumps(report_case.device()).encode(),
     )
+
+
+def cascade_json(folder: Path) -> Made:
+    document = report_case.whole()
+
+    def call(content: bytes) -> None:
+        (folder / "cascade.json").write_bytes(content)
+        found = devices.add(document, [folder / "cascade.json"])
+        json.dumps(found, allow_nan=False)
+        as_text.render_text(found, 120), as_text.render_markdown(found)
+
+    return json_bytes(report_case.cascade()), call, json.dumps(report_case.cascade()).encode()
 
 
 def _frames(version: int, count: int = 60) -> list[dict[str, Any]]:
@@ -585,10 +615,10 @@ def coco_json(folder: Path) -> Made:
 
 def _doors() -> Iterator[Door]:
     shares = {
-        command_line: 2000, recipe_yaml: 1500, data_yaml: 1500, label_file: 1200, list_file: 800, image_file: 1500, checkpoint: 1000,
+        command_line: 1700, recipe_yaml: 1300, data_yaml: 1500, label_file: 1200, list_file: 800, image_file: 1500, checkpoint: 1000,
         onnx_file: 1500, artefact_manifest: 800, engine_sidecar: 700, bundle_manifest: 700, slot_mark: 500, golden_json: 700,
         golden_image: 600, quant_json: 600, calibration_cache: 500, preflight_cache: 800, device_json: 400, shadow_log: 600,
-        truth_file: 400, rollout_state: 400, latency_table: 500, probe_json: 300, coco_json: 500,
+        truth_file: 400, rollout_state: 400, latency_table: 500, probe_json: 300, coco_json: 500, policy_json: 300, cascade_json: 200,
     }  # fmt: skip
     for make, share in shares.items():
         yield Door(make.__name__.replace("_", " "), share, make)

@@ -74,7 +74,9 @@ NOT_RUN = {
     "torchrun": "several GPUs",
     "pip install ncnn pnnx": "part of the environment that this runs in",
     "yolo-compress control recipe=digits": "more training; the finished chain has all controls",
-    "yolo-compress distill recipe=neu_det": "the images are not here; tests/unit/distill/test_distill_stage.py tests the choice",
+    "yolo-compress distill recipe=bccd": "the images are not here; tests/unit/distill/test_distill_stage.py tests the choice",
+    "yolo-compress cascade": "two chains, and more training images than there are; tests/unit/cli/test_cascade_command.py does it",
+    "yolo-compress predict engine=my-cascade": "the same",
     "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/lint/test_rtx.py does it",
 }
 GATED = ("run", "report", "bundle", "ab")  # may end with 1: a chain this short may fail its gate

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from yolo_compress.bundle.golden import tolerate
 from yolo_compress.bundle.make import code
+from yolo_compress.evaluate.tolerance import tolerate
 from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.measure.golden import FILE, FOLDER, SCHEMA, detections
@@ -37,6 +38,7 @@ def make_bundle(root: Path) -> Path:
     OrtBackend.build(root / "onnx" / "fp32.onnx", root.parent / "workstation", "fp32")
     with open_engine(root.parent / "workstation") as engine:
         found = {"onnxruntime-fp32": detections(engine, pictures(), FLOOR, 0.7)}
+    info = load_info(root.parent / "workstation")
     (root / FOLDER).mkdir()
     for number, image in enumerate(pictures()):
         np.save(root / FOLDER / f"{number}.npy", image)
@@ -46,7 +48,9 @@ def make_bundle(root: Path) -> Path:
         "floor": FLOOR,
         "iou": 0.7,
         "images": [{"file": "0.npy", "name": "a"}, {"file": "1.npy", "name": "b"}],
-        "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": version("onnxruntime")}},
+        "engines": {
+            "onnxruntime-fp32": {"executed": "fp32", "library": version("onnxruntime"), "onnx_sha256": info.onnx_sha256}
+        },
         "tolerances": tolerate(found, CONF, 10)[0],
         "expected": {key: [rows.tolist() for rows in each] for key, each in found.items()},
     }

@@ -258,3 +258,29 @@ def device(**changes: Any) -> dict[str, Any]:
         "golden": {"passed": True, "worst_box_px": 0.12, "worst_score": 0.0004},
     }
     return {**base, **changes}
+
+
+def cascade(**changes: Any) -> dict[str, Any]:
+    """A `cascade.json`."""
+    model = {"label": "a", "executed": "fp32", "imgsz": [192, 192], "onnx_sha256": "1" * 64, "precision": "fp32",
+             "map50_95": 0.5, "mean_ms": 2.0, "p50_ms": 2.0, "p99_ms": 2.5}  # fmt: skip
+    own = {"threshold": 0.1, "kept": 0.625, "map50_95": 0.58, "mean_ms": 6.0, "p50_ms": 2.1, "p99_ms": 12.7, "kept_ms": 2.1,
+           "handed_ms": 12.5, "timed_images": 64, "expected_kept": 0.6}  # fmt: skip
+    return {
+        "schema": 1,
+        "small": model,
+        "large": {**model, "onnx_sha256": "2" * 64, "imgsz": [320, 320], "map50_95": 0.6, "mean_ms": 10.0},
+        "static": None,
+        "names": ["RBC", "WBC"],
+        "image_set": IMAGES,
+        "images": 87,
+        "demand": {"latency_ms": None, "max_drop": None},
+        "router": {"features": ["shown"], "weights": [1.0], "bias": 0.0, "penalty": None, "explained": 0.2, "images": 205,
+                   "gain": 0.1},
+        "cascade": own,
+        "control": {"label": "small with large", "map50_95": 0.55},
+        "verdict": {"status": "pass", "line": f"PASS: use the cascade {EVIL}", "instead": "small", "delta": 0.03, "low": 0.01,
+                    "high": 0.05, "met": None},
+        "quiet": True,
+        **changes,
+    }  # fmt: skip

@@ -9,11 +9,9 @@ measured differences.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,40 +20,29 @@ from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import DataError
 from yolo_compress.evaluate.exported_files import made_for, open_exported
 from yolo_compress.evaluate.rows import engine_rows
+from yolo_compress.evaluate.tolerance import FLOOR, IOU, LEAST_SCORE, MARGIN, Detections, confidence, tolerate
 from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, open_engine
+from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.golden import (
     FILE,
     MOST,
-    SAME,
     SCHEMA,
-    Difference,
     EngineOf,
     Golden,
-    Tolerance,
     detections,
-    difference,
 )
 from yolo_compress.runtime.secure.signed_manifest import GoldenAbout
 from yolo_compress.store.manifest import Artifact
 
 MEASURED_IMAGES = 32
-CONF, IOU = 0.25, 0.7
-LEAST_SCORE = 0.001
-FLOOR = 0.4  # times `conf`: lowest score of a partner
-BOX_PX, SCORE = 0.5, 1e-3  # tolerance for the same runtime and arithmetic
-MARGIN = 2.0  # tolerance for another runtime, as a multiple of the differences here
-LEAST_SHARE = (
-    0.02  # of boxes without partner, in FP16 and INT8: near IoU 0.7, rounding decides which of two boxes NMS keeps
-)
 ABOUT = (
     "same: tolerance for an engine of the same runtime, version, precision and arithmetic; its worst box and score count. Other "
     f"tolerances are by precision: {MARGIN:g} times the differences between the engines of that precision here, and between them and "
     "the FP32 engines, measured on images_measured images; at least as large as same. For FP32 the worst difference counts, else the "
     f"difference that {MOST} % of the boxes stay below."
 )
-Detections = list[np.ndarray]
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
@@ -121,8 +108,12 @@ def _detected(
             key = f"{row['runtime']}-{row['precision']}"
             with open_engine(engines.path / row["folder"]) as engine:
                 found[key] = detections(engine, images, LEAST_SCORE, IOU)
-                library = load_info(engines.path / row["folder"]).library
-                about[key] = {"executed": engine.executed, "library": library}
+                info = load_info(engines.path / row["folder"])
+                about[key] = {
+                    "executed": engine.executed,
+                    "library": info.library,
+                    "onnx_sha256": info.onnx_sha256,
+                }
     for file in sorted(export.manifest.files):
         target = made_for(file) if file.startswith("compressed/") else None
         if target and target.precision == "int8" and target.runtime in BACKENDS:
@@ -132,60 +123,12 @@ def _detected(
                     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     simulated = stack.enter_context(open_exported(export.file(file), target.precision, scratch))
                     found[key] = detections(simulated, images, LEAST_SCORE, IOU)
-                    about[key] = {"executed": simulated.executed, "library": "none"}
+                    about[key] = {
+                        "executed": simulated.executed,
+                        "library": "none",
+                        "onnx_sha256": sha256_file(export.file(file)),
+                    }
     return found, about
-
-
-def confidence(found: Detections, count: int) -> float:
-    """Return the score threshold of the golden self-test.
-
-    The threshold is 0.25. For a model with lower scores, the threshold is the `count`-th highest score, or the lowest score if
-    there are fewer boxes.
-    """
-    scores = np.sort(np.concatenate([rows[:, 4] for rows in found]))[::-1]
-    return min(CONF, float(scores[min(count, len(scores)) - 1])) if len(scores) else CONF
-
-
-def tolerate(
-    found: Mapping[str, Detections], conf: float, boxes: int
-) -> tuple[dict[str, Tolerance], dict[str, dict[str, float]]]:
-    """Return the tolerances of the golden self-test by precision, and the measured differences by pair of engines.
-
-    Args:
-        found: `<runtime>-<precision>` -> detections with a score of at least `FLOOR` x `conf`: for each image an (N, 6) array,
-            columns x1, y1, x2, y2 in px, score, class.
-        conf: Score threshold of the self-test.
-        boxes: Number of boxes above `conf` in the golden images. The tolerance `unmatched` is a fraction of this number.
-    """
-    precisions = {key: key.rpartition("-")[2] for key in found}
-    tolerances: dict[str, Tolerance] = {SAME: {"of": "worst", "box_px": BOX_PX, "score": SCORE, "unmatched": 0}}
-    differences = dict[str, dict[str, float]]()
-    for precision in sorted(set(precisions.values())):
-        own = [key for key in found if precisions[key] == precision]
-        peers = [key for key in found if precisions[key] in (precision, "fp32")]
-        both = sorted({tuple(sorted(pair)) for pair in product(own, peers) if pair[0] != pair[1]})
-        pairs = {f"{a} {b}": difference(found[a], found[b], conf) for a, b in both}
-        of = "worst" if precision == "fp32" else "most"
-        share = max((_share(one) for one in pairs.values()), default=0.0)
-        share = max(share, 0.0 if precision == "fp32" else LEAST_SHARE)
-        tolerances[precision] = {
-            "of": of,
-            "box_px": _above([getattr(one, f"{of}_box_px") for one in pairs.values()], BOX_PX),
-            "score": _above([getattr(one, f"{of}_score") for one in pairs.values()], SCORE),
-            # less than half of the boxes, so that an engine that detects nothing fails
-            "unmatched": min(math.ceil(MARGIN * share * boxes), max((boxes - 1) // 2, 0)),
-        }
-        differences.update({pair: {k: round(v, 5) for k, v in one._asdict().items()} for pair, one in pairs.items()})
-    return tolerances, differences
-
-
-def _share(one: Difference) -> float:
-    """Return the fraction of boxes without a partner, which only one of the two engines detected."""
-    return one.unmatched / max(one.unmatched + one.compared, 1)
-
-
-def _above(measured: Sequence[float], least: float) -> float:
-    return round(max([least, *(MARGIN * one for one in measured)]), 5)
 
 
 def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:

@@ -21,6 +21,7 @@ from yolo_compress.bundle.launchers import launcher
 from yolo_compress.bundle.targets import registry
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import GateFailed, Locked, RecipeError, StorageError
+from yolo_compress.evaluate.rows import bench_rows
 from yolo_compress.export.nms import NMS_SUFFIX
 from yolo_compress.files.atomic import TEMPORARY, fsync_directory, fsync_file, replace, storage_errors
 from yolo_compress.files.lock import lock
@@ -223,6 +224,7 @@ def _fill(
         "max_det": recipe.data.max_det,
         "onnx": onnx,
         "gate": dict(gate),
+        "fastest": _fastest(artifacts["bench"]),
         "golden": golden.write(root / GOLDEN, dataset, artifacts["export"], artifacts["engine"], asked.golden),
         "val": {
             "digest": dataset.val_digest,
@@ -246,6 +248,16 @@ def _fill(
     )
     (root / "README.txt").write_text(text, encoding="utf-8")
     return seal(root, about, asked.version, asked.seed)
+
+
+def _fastest(bench: Artifact) -> list[str]:
+    """Return the engines of the compressed model ("openvino-int8"), the fastest first."""
+    timed = [
+        (row["latency_p50_ms"], f"{row['runtime']}-{row['precision']}")
+        for row in bench_rows(bench)
+        if row["status"] == "ok" and row["model"] == "compressed" and row["runtime"] in RUNTIMES
+    ]
+    return [name for ms, name in sorted((ms, name) for ms, name in timed if ms is not None)]
 
 
 def _networks(root: Path, export: Artifact) -> dict[str, str]:

@@ -16,18 +16,20 @@ from yolo_compress.cli.grammar import Command
 from yolo_compress.data.dataset import Dataset, load
 from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.ab.comparison import compare
-from yolo_compress.evaluate.ab.contender import Contender, Measured, one_size, open_contender
+from yolo_compress.evaluate.ab.contender import Cascade, Checkpoint, Contender, Measured, one_size, open_contender
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
-from yolo_compress.evaluate.ab.schema import AB
+from yolo_compress.evaluate.ab.schema import AB, Side
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.latency_inputs import write_inputs
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe.messages import got
 from yolo_compress.report.numbers import fixed, signed, three_digits, times
+from yolo_compress.runtime.measure import end_to_end
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.messages import Spec
 
 ROUNDS, SAMPLES = 4, 50  # of each engine; an even number of rounds cancels drift
+END_TO_END_IMAGES = SAMPLES  # a cascade's latency depends on the image; each is timed once a round
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def run(chosen: Settings) -> AB:
         seed=chosen.seed,
         latency_a=latency_a,
         latency_b=latency_b,
-        about_a={"label": chosen.a, "executed": found[0][1], "imgsz": list(imgsz)},
-        about_b={"label": chosen.b, "executed": found[1][1], "imgsz": list(imgsz)},
+        about_a=_about(both[0], found[0][1], imgsz),
+        about_b=_about(both[1], found[1][1], imgsz),
         image_set=data.val_digest,
     )
     if chosen.out is not None:
@@ -148,12 +150,19 @@ def _detections(key: str, side: Contender, data: Dataset, imgsz: tuple[int, int]
         return side.detections(data, imgsz, advance)
 
 
+def _about(side: Contender, executed: str, imgsz: tuple[int, int]) -> Side:
+    if isinstance(side, Cascade):  # of two sizes
+        return {"label": side.label, "executed": executed}
+    return {"label": side.label, "executed": executed, "imgsz": list(imgsz)}
+
+
 def _latency(
     both: Sequence[Contender], data: Dataset, imgsz: tuple[int, int], scratch: Sequence[Path]
 ) -> tuple[Rounds | None, Rounds | None]:
     """Return the latencies of models A and B. They are comparable only if they were measured alternately, here or by one bench.
 
-    If the latencies are not comparable, print a notice and return None for both.
+    Engines are timed alone. A cascade has no engine of its own, so if one of both is a cascade, both are timed from a decoded image to
+    its detections. If the latencies are not comparable, print a notice and return None for both.
     """
     first, second = both
     if isinstance(first, Measured) and isinstance(second, Measured) and first.bench.path.samefile(second.bench.path):
@@ -163,12 +172,25 @@ def _latency(
             "latency is not compared: only one bench that measured both models, or two engines that run here, can be compared"
         )
         return None, None
-    inputs = scratch[0] / "inputs.npy"
-    write_inputs(inputs, data.val, imgsz)
-    specs: list[Spec] = [
-        {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
-        for side, path in zip((first, second), scratch, strict=True)
-    ]
+    specs: list[Spec] = []
+    if isinstance(first, Cascade) or isinstance(second, Cascade):
+        if isinstance(first, Checkpoint) or isinstance(second, Checkpoint):
+            progress.notice(
+                "latency is not compared: a cascade is timed with letterbox and NMS, and a checkpoint without"
+            )
+            return None, None
+        images = [str(sample.image) for sample in data.val[:END_TO_END_IMAGES]]
+        specs += [
+            {"label": side.label, "engine": str(side.folder), "module": end_to_end.MODULE, "images": images}
+            for side in (first, second)
+        ]
+    else:
+        inputs = scratch[0] / "inputs.npy"
+        write_inputs(inputs, data.val, imgsz)
+        specs += [
+            {**side.spec(data, imgsz, path), "label": side.label, "inputs": str(inputs)}
+            for side, path in zip((first, second), scratch, strict=True)
+        ]
     with progress.bar("ab: latency", 2 * ROUNDS, "round") as advance:
         a, b = measure_in_turn(specs, ROUNDS, SAMPLES, progress=advance)
     return a["rounds_ms"], b["rounds_ms"]

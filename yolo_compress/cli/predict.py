@@ -19,10 +19,10 @@ from yolo_compress.errors import DataError, RecipeError, Terminated
 from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.atomic import storage_errors
 from yolo_compress.recipe.messages import got
-from yolo_compress.runtime.backends.base import load_info
 from yolo_compress.runtime.detect.draw import line, write_drawing
 from yolo_compress.runtime.detect.sources import IMAGE_SUFFIXES, open_source
 from yolo_compress.runtime.detect.stream import ImageDetections, open_pipeline
+from yolo_compress.runtime.engine import names_of
 from yolo_compress.runtime.measure.latency import percentiles
 
 LINES, PICTURES = "detections.jsonl", "pictures"  # in the folder `out`
@@ -117,7 +117,7 @@ def run(chosen: Settings) -> dict[str, Any]:
         names_there = (entry.name for entry in os.scandir(chosen.source) if entry.is_file())
         if note := left_out(name for name in names_there if Path(name).suffix[1:].lower() not in IMAGE_SUFFIXES):
             progress.notice(f"{chosen.source}: {note}")
-    names = load_info(chosen.engine).names
+    names = names_of(chosen.engine)
     pictures = unreadable = boxes = 0
     first_unreadable, ended_by, latencies_ms = None, None, array("d")
     with (

@@ -110,8 +110,9 @@ FORCE = Option("force", "true", "Run the stage again, even if it is up to date. 
                "false", choices=SWITCH)
 DATA = Option("data.yaml", "FILE", "Data set for which the recipe is written.", values="a data set file", needed=True)
 STAGE = "yolo_compress.cli.stage:handle"
-_MODEL = ("an engine folder, a .onnx file, a .pt file, or BENCH:ROW, a row of a bench, as in "
+_MODEL = ("an engine folder, a policy folder, a .onnx file, a .pt file, or BENCH:ROW, a row of a bench, as in "
           "weights/digits/bench:compressed-onnxruntime-int8")
+_ENGINE = "an engine folder, or a .onnx file, which ONNX Runtime runs"
 
 
 def _conf(text: str) -> Option:
@@ -197,7 +198,7 @@ VERBS = {row.name: row for row in (
         RECIPE, LOCK, FORCE,
         Option("add", "device.json[,more.json]", "Write a second report, which also shows the measurements in these files. "
                                                  "The first report does not change. Commas separate the files.",
-               values="files that bench.py wrote on robots, or report.json of other recipes"),
+               values="files that bench.py wrote on robots, report.json of other recipes, or cascade.json of a policy folder"),
         Option("out", "FOLDER", "Folder for the second report. It needs `add`.", "report-RECIPE", "a folder", requires="add",
                writes=True),
     )),
@@ -205,7 +206,8 @@ VERBS = {row.name: row for row in (
          "yolo_compress.cli.predict:handle", (
         Option("source", "IMAGE|FOLDER|VIDEO|CAMERA", "Images in which to detect objects.",
                values="a file, a folder, an address with ://, or the number of a camera", needed=True),
-        Option("engine", "FOLDER", "Engine that detects the objects.", values="a folder below weights/RECIPE/engine", needed=True),
+        Option("engine", "FOLDER", "Engine or cascade that detects the objects.",
+               values="a folder below weights/RECIPE/engine, or a policy folder that `cascade` wrote", needed=True),
         Option("out", "FOLDER", "Folder for detections.jsonl.", "stdout", "a folder", writes=True),
         Option("draw", "true", "Also write the images with boxes drawn on them. This needs `out`.", "false", choices=SWITCH),
         _conf("Score threshold. Only detections with a higher score are written. Lower it to miss fewer objects."),
@@ -229,6 +231,28 @@ VERBS = {row.name: row for row in (
                "a whole number >= 1 and <= 100000", "resamples"),
         Option("seed", "0", "Seed of the resamples.", "0", "a whole number >= 0 and <= 4294967295"),
         Option("out", "FILE.json", "File for the complete result.", "none", "a file", writes=True),
+    ), knobs=False, continues=False),
+    Verb("cascade", "run a large model only where a small one needs it; exit code 1: no", "Use the result",
+         "yolo_compress.cli.cascade:handle", (
+        Option("small", "ENGINE", "Fast model. Every image goes through it.", values=_ENGINE, needed=True),
+        Option("large", "ENGINE", "Slow model of the same classes. Only images that are expected to gain go through it too. It may "
+               "be the same model at a larger image size.", values="as for small", needed=True),
+        Option("data", "DATA.yaml", "Data set. The router is fitted to its training images. All figures are of its validation "
+               "images.", values="a data set file", needed=True),
+        Option("latency_ms", "MS", "Largest mean latency of an image, from the decoded image to its detections. It has to be "
+               "between those of small and large. Not together with `max_drop`.",
+               "none, the share of images is chosen that gains most", "a number > 0", "ms"),
+        Option("max_drop", "0.01", "Fraction of the large model's mAP50-95 that the cascade may lose. As few images as that allows "
+               "go to the large model. Not together with `latency_ms`.", values="a number >= 0 and < 1", unit="fraction"),
+        Option("static", "ENGINE", "Third model to compare with: the best one that you have between small and large.",
+               values="as for small"),
+        Option("out", "FOLDER", "Policy folder to write. Use it like an engine folder.",
+               values="a folder that does not exist yet", needed=True, writes=True),
+        Option("force", "true", "Write the policy folder even if the cascade is not recommended.", "false", choices=SWITCH),
+        Option("replicates", "1000", "Number of bootstrap resamples of the images for the interval.", "1000",
+               "a whole number >= 1 and <= 100000", "resamples"),
+        Option("seed", "0", "Seed of the resamples and of the folds of the cross-validation.", "0",
+               "a whole number >= 0 and <= 4294967295"),
     ), knobs=False, continues=False),
     Verb("lint", "find faults of an ONNX file; exit code 1: there are errors", "Use the result",
          "yolo_compress.cli.lint:handle", (

@@ -27,6 +27,7 @@ class EngineRow(TypedDict):
     reason: str | None  # why the engine was not built; null if it was
     folder: NotRequired[str]  # folder in the artefact; absent if the engine was not built
     size_mib: NotRequired[float]  # size of the files that a robot needs; absent if the engine was not built
+    choice: NotRequired[str]  # why it was built from `source`, as text; absent if there was only one file to build from
 
 
 class Signature(TypedDict):
@@ -45,6 +46,7 @@ class Subject(TypedDict):
     precision: Precision  # the requested precision
     file: str | None  # file of `export` that the engine is built from; null for torch
     reason: str | None  # why there is no engine or no measurement
+    choice: NotRequired[str]  # why the engine was built from `file`; absent if there was only one file to build from
     gpu: NotRequired[str]  # name of the GPU that torch computed on; absent on a CPU and for engines
     parameters: int
     compute_gflops: float  # 2 x GMACs of one image

@@ -25,6 +25,7 @@ from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.nets.families import family_of
 
+OPSET = 17  # of files for which nobody asks for another
 MIN_OPSET = 13  # the first opset in which DequantizeLinear can have one scale per output channel
 MAX_IR_VERSION = 10  # the latest that ONNX Runtime 1.19 to 1.32 and TensorRT 8.5 to 11 all read
 
@@ -35,7 +36,7 @@ def export_onnx(
     imgsz_hw: tuple[int, int],
     *,
     names: Sequence[str],
-    opset: int = 17,
+    opset: int = OPSET,
     batch: int = 1,
     dynamic_batch: bool = False,
     simplify: bool = True,

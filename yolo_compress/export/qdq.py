@@ -4,9 +4,7 @@ Each runtime needs its own form of the graph. All forms have the same scales on 
 are symmetric, with one scale per output channel on axis 0, and 7 or 8 bits as trained. Biases stay float and the opset does not
 change.
 
-A tensor has one Q/DQ pair, after the node that computes it. All readers of the tensor use this pair. Pools, upsamplings, chunks and
-concatenations of INT8 tensors also have a pair at their output. This pair has the scale of the inputs, so it changes no value. It
-tells the runtime's ONNX importer that the layer is INT8.
+A tensor has one Q/DQ pair, after the node that computes it. All readers of the tensor use this pair.
 
 The forms differ in these fields of `runtime.registry.Int8File`:
 
@@ -14,11 +12,15 @@ The forms differ in these fields of `runtime.registry.Int8File`:
   activations, which are the same values plus 128.
 * `half`: scales are exact in float16, and the graph needs opset 19. TensorRT 11 takes the precision from the types in the graph,
   and `fp16.to_fp16` converts all float tensors to float16.
+* `forwarding_pairs`: pools, upsamplings, chunks and concatenations of INT8 tensors also have a pair at their output. This pair has the
+  scale of the inputs, so it changes no value. It tells the runtime's ONNX importer that the layer is INT8. OpenVINO knows that without
+  the pair, and runs the pair as a node of its own.
 * `quantised_outputs`: the outputs of convolutions and sigmoids are quantised, too, with the ranges of `state.outputs`.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
 from yolo_compress.export.float_onnx import MIN_OPSET, quiet_trace, write_metadata
 from yolo_compress.quant.plan import IMAGES
 from yolo_compress.quant.ranges import QMAX, QuantState
+from yolo_compress.runtime.engine import onnx_forms
 from yolo_compress.runtime.registry import Int8File, qdq_forms
 
 FORMS = qdq_forms()
@@ -113,6 +116,9 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
         )
     convs = find_convs(graph, state.convs)
     amax = tensor_ranges(graph, state)
+    if not file.forwarding_pairs:
+        forwarded = {tensor for node in graph.node if node.op_type in FORWARDING for tensor in node.output}
+        amax = {tensor: value for tensor, value in amax.items() if tensor not in forwarded}
     pairs = {tensor: Pair(value, *_activation_type(file)) for tensor, value in amax.items()}
     if file.half:
         pairs = {tensor: pair.half for tensor, pair in pairs.items()}
@@ -130,6 +136,12 @@ def insert_qdq(float_onnx: Path, out: Path, state: QuantState, form: str) -> Cou
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(out))
     return counts
+
+
+def form_of(runtime: str) -> str:
+    """Return the key of `FORMS` for the INT8 file that the installed version of a runtime is built from. NCNN takes TensorRT's."""
+    stems = {file.stem: form for form, file in FORMS.items()}
+    return stems[onnx_forms(stems, runtime, "int8")[0]]
 
 
 def _activation_type(file: Int8File) -> tuple[int, int]:
@@ -269,6 +281,17 @@ def activation_output(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str
     return next(iter(ends)), inside
 
 
+def check_activations(model: nn.Module, opset: int) -> None:
+    """Check before training that INT8 files support all activations of a model. It is not changed.
+
+    Raises:
+        RecipeError: As `check_activation`.
+    """
+    acts = {repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)}
+    for act in acts.values():
+        check_activation(copy.deepcopy(act), opset)
+
+
 def check_activation(act: nn.Module, opset: int) -> None:
     """Check before training that INT8 files support an activation.
 
@@ -387,7 +410,11 @@ def _check(graph: onnx.GraphProto, names: Iterable[str], counts: Counts, out: Pa
         raise CompressError(
             f"{out}: {got} Q and DQ nodes, expected {(pairs, pairs + counts.convs)}; report this as a bug"
         )
-    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    dequantised = set[str]()
+    for node in graph.node:
+        values = node.input if node.op_type == "Concat" else node.input[:1]
+        if node.op_type == "DequantizeLinear" or (node.op_type in FORWARDING and set(values) <= dequantised):
+            dequantised |= set(node.output)
     int8 = {node.input[1] for node in graph.node if node.op_type == "Conv" and set(node.input[:2]) <= dequantised}
     if not_int8 := [name for name in names if f"{name}.weight_dequantized" not in int8]:
         raise CompressError(f"{out}: planned INT8 convolutions are float: {', '.join(not_int8)}; report this as a bug")

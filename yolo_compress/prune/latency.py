@@ -14,6 +14,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.qdq import form_of, insert_qdq
 from yolo_compress.files import strict_json
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets import detect
@@ -33,10 +35,13 @@ from yolo_compress.prune.budget import Plan
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.depth import remove
 from yolo_compress.prune.graph import Group, prunable, prune
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.layer_times import LAYERS, SCHEMA, LayerTable
 from yolo_compress.runtime.measure.messages import Spec
+from yolo_compress.train.checkpoint import image_channels
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 UNPRUNED = "100.onnx"  # the unpruned model, the first of `WIDTHS`
@@ -51,7 +56,31 @@ SETTLED = 0.01  # relative standard error of the ratio
 Planner = Callable[[float], Plan]  # latency limit in ms, as estimated from the layer times -> channels to keep
 
 
-def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names: Sequence[str], round_to: int) -> None:
+def export_timed(
+    model: nn.Module, file: Path, imgsz_hw: tuple[int, int], names: Sequence[str], runtime: str, precision: str
+) -> None:
+    """Write the ONNX file of a model that is only timed on `runtime` in `precision`.
+
+    The ranges of an INT8 file are those of noise: they do not change the time.
+    """
+    export_onnx(model, file, imgsz_hw, names=names)
+    if precision == "int8":
+        noise_BCHW = torch.rand(2, image_channels(model), *imgsz_hw, generator=torch.Generator().manual_seed(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # noise may leave a tensor at 0, which says nothing about the model
+            state = fold(ptq(model, lambda: [noise_BCHW], "max"), model)
+        insert_qdq(file, file, state, form_of(runtime))
+
+
+def write_probe(
+    model: nn.Module,
+    folder: Path,
+    imgsz_hw: tuple[int, int],
+    names: Sequence[str],
+    round_to: int,
+    runtime: str = "onnxruntime",
+    precision: str = "fp32",
+) -> None:
     """Write ONNX files of the model at all `WIDTHS`, and the `layers.json` that `runtime.measure.layer_times` reads.
 
     These files are the probe: they are only timed. Each group keeps its first channels, since the latency does not depend on which
@@ -63,6 +92,7 @@ def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names
         imgsz_hw: Height and width in pixels.
         names: Class names in the order of their index.
         round_to: Widths are multiples of this number. Use the same number when channels are chosen with the layer times.
+        runtime, precision: For INT8, the runtime that the files are for. Files in float are for every runtime.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = []
@@ -73,7 +103,7 @@ def write_probe(model: nn.Module, folder: Path, imgsz_hw: tuple[int, int], names
             groups = prunable(narrow)
             prune(narrow, {group.name: torch.arange(_narrow_width(group, width, round_to)) for group in groups})
         file = f"{round(100 * width):03d}.onnx"
-        export_onnx(narrow, folder / file, imgsz_hw, names=names)
+        export_timed(narrow, folder / file, imgsz_hw, names, runtime, precision)
         shapes = conv_shapes(narrow, imgsz_hw)
         models.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
         nodes = nodes or node_prefixes(folder / file, shapes)
@@ -90,7 +120,7 @@ def node_prefixes(file: Path, convs: Sequence[str] | Mapping[str, Any]) -> dict[
     """Return convolution -> the name prefix that the ONNX nodes of the convolution and of its activation have in common."""
     prefixes: dict[str, str] = {}
     for node in onnx.load(str(file)).graph.node:
-        name = node.input[1].removesuffix(".weight") if node.op_type == "Conv" else ""
+        name = node.input[1].removesuffix("_dequantized").removesuffix(".weight") if node.op_type == "Conv" else ""
         if name in convs:
             prefixes[name] = node.name.removesuffix("conv/Conv")
     for name in convs:
@@ -195,7 +225,7 @@ class Rig:
     def build_model(self, model: nn.Module, name: str) -> Path:
         """Build an engine of a model and return the path of the engine. An engine with the same name is replaced."""
         file = self.folder / f"{name}.onnx"
-        export_onnx(model, file, self.imgsz_hw, names=self.names)
+        export_timed(model, file, self.imgsz_hw, self.names, self.runtime, self.precision)
         return self.build_onnx(file, name)
 
     def build_onnx(self, file: Path, name: str) -> Path:

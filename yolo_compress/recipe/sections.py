@@ -290,9 +290,9 @@ class PruneConfig(TrainConfig):
         "Runtime on which the latency for `latency_ms` is measured.",
         when="If you set `latency_ms`, set the runtime of the robot.",
         group="Budget")] = "onnxruntime"
-    latency_precision: Annotated[Literal["fp32", "fp16"], knob(
+    latency_precision: Annotated[Precision, knob(
         "Precision of the model that is timed for `latency_ms`.",
-        when="If you set `latency_ms`, set fp16 when the robot's runtime computes in FP16.",
+        when="If you set `latency_ms`, set the precision that will run on the robot, such as int8.",
         group="Advanced")] = "fp32"
     latency_table: Annotated[str | None, knob(
         "File with layer times from another machine, measured with the models of `yolo-compress probe`. `latency_ms` then "

@@ -15,6 +15,7 @@ from yolo_compress.report.document import Findings, build
 from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
+from yolo_compress.report.tables.cascade import cascade_table
 from yolo_compress.report.tables.chain import chain_table, pruning_table
 from yolo_compress.report.tables.control import control_table
 from yolo_compress.report.tables.grid import Table
@@ -61,7 +62,7 @@ def render_text(document: Document, width: int = 100) -> str:
     if document["ab"]:
         parts[0] += f"\nA/B: {document['ab']['verdict']['line']}"
     tables = _tables(document)
-    parts += [_text_table(table, width) for table in tables if table.lines]
+    parts += [text_table(table, width) for table in tables if table.lines]
     missing = missing_lines(document)
     if missing:
         parts.append("\n".join(["Missing", *(f"  {line}" for line in missing)]))
@@ -71,10 +72,12 @@ def render_text(document: Document, width: int = 100) -> str:
 def _tables(document: Document) -> tuple[Table, ...]:
     """Return the tables that both the terminal and Markdown show first."""
     chain, control = chain_table(document), control_table(document["control"])
-    return chain, control, bench_table(document), files_table(document), devices_table(document)
+    cascades = cascade_table(document.get("cascades", []))
+    return chain, control, bench_table(document), files_table(document), devices_table(document), cascades
 
 
-def _text_table(table: Table, width: int) -> str:
+def text_table(table: Table, width: int) -> str:
+    """Return a table as text, with its title. If it is wider than `width` columns, a note names the columns left out."""
     keep = list(range(len(table.columns)))
     sizes = [
         max(len(column.title), *(len(line.cells[i]) for line in table.lines)) for i, column in enumerate(table.columns)

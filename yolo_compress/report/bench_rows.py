@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard, TypeVar, cast, get_args
 
 from yolo_compress.errors import RecipeError
-from yolo_compress.report.numbers import RUNTIMES, finite, model, runtime
+from yolo_compress.report.numbers import RUNTIMES, finite, model, runtime, three_digits
 from yolo_compress.report.schema import (
     BenchRow,
     EvaluatedBenchRow,
@@ -145,6 +145,13 @@ def _with_ratios(row: BenchRow, rows: Sequence[BenchRow]) -> Row:
         if row["map50_95"] is not None and finite(row["map50_95"]) is None:
             notes.append(f"mAP50-95 is not a number ({row['map50_95']})")
     if row["status"] == "ok":
+        if "choice" in row:
+            notes.append(f"Built from {row['choice']}")
+        if (faster := _faster_than_int8(row, rows)) is not None:
+            notes.append(
+                f"INT8 gains nothing here: {faster['precision'].upper()} on the same runtime takes "
+                f"{three_digits(faster['latency_p50_ms'])} ms, INT8 {three_digits(row['latency_p50_ms'])} ms"
+            )
         if peer is not None:
             added["speed_up"] = _ratio(peer.get("latency_p50_ms"), row.get("latency_p50_ms"))
             added["size_ratio"] = _ratio(peer.get("size_mib"), row.get("size_mib"))
@@ -154,6 +161,23 @@ def _with_ratios(row: BenchRow, rows: Sequence[BenchRow]) -> Row:
             if finite(row.get("latency_p50_ms")) is not None:
                 notes.append(f"p99 withheld: n = {n:.0f}, at least {P99_MIN_N} needed")
     return cast(Row, {**row, **added})
+
+
+def _faster_than_int8(row: MeasuredBenchRow, rows: Sequence[BenchRow]) -> MeasuredBenchRow | None:
+    """Return the fastest row of the same model, runtime and device in float, if it is faster than `row`, which is in INT8."""
+    own = finite(row.get("latency_p50_ms"))
+    if row["precision"] != "int8" or own is None:
+        return None
+    faster = [
+        (ms, other)
+        for other in rows
+        if other["status"] == "ok"
+        and other["precision"] != "int8"
+        and (other["model"], other["runtime"], other.get("device")) == (row["model"], row["runtime"], row.get("device"))
+        and (ms := finite(other.get("latency_p50_ms"))) is not None
+        and ms < own
+    ]
+    return min(faster, key=lambda one: one[0])[1] if faster else None
 
 
 def _ratio(top: object, bottom: object) -> float | None:

@@ -1,13 +1,15 @@
-"""Read and check files from other machines: `device.json` of a robot or `report.json` of another recipe."""
+"""Read and check files to add: `device.json` of a robot, `report.json` of another recipe, or `cascade.json` of a cascade."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.evaluate.cascade.schema import SCHEMA as CASCADE_SCHEMA
+from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.files import strict_json
 from yolo_compress.report.bench_rows import ALLOWED
 from yolo_compress.report.schema import SCHEMA, Json
@@ -54,15 +56,22 @@ class ReportFile:
     rows: list[dict[str, Json]]
 
 
-def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
+@dataclass(frozen=True)
+class CascadeFile:
+    """A `cascade.json`. All keys of `content` have the types of its schema."""
+
+    content: CascadeDocument
+
+
+def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile | CascadeFile]]:
     """Read and check each file, and return it with its path. Control characters in texts become visible escapes.
 
     Raises:
-        CorruptArtifact: A file is of neither kind, has another schema, or has a key of the wrong type.
+        CorruptArtifact: A file is of no such kind, has another schema, or has a key of the wrong type.
         RecipeError: `files` lists a file twice.
         StorageError: A file cannot be read.
     """
-    pairs: list[tuple[Path, DeviceFile | ReportFile]] = []
+    pairs: list[tuple[Path, DeviceFile | ReportFile | CascadeFile]] = []
     for file in files:
         parsed = _read(file)
         if any(parsed == earlier for _, earlier in pairs):
@@ -71,8 +80,10 @@ def read(files: Sequence[Path]) -> list[tuple[Path, DeviceFile | ReportFile]]:
     return pairs
 
 
-def _read(file: Path) -> DeviceFile | ReportFile:
+def _read(file: Path) -> DeviceFile | ReportFile | CascadeFile:
     content = _content(file)
+    if "cascade" in content:
+        return _cascade(file, content)
     _check_mappings(file, content)
     for row in content["rows"]:
         _check_row(file, row, ("ok", "missing") if "bundle" in content else ALLOWED["status"])
@@ -84,17 +95,29 @@ def _read(file: Path) -> DeviceFile | ReportFile:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    hint = "; add takes a robot's device.json or a report.json"
+    hint = "; add takes a robot's device.json, a report.json or a cascade.json"
     # NaN and infinity become None, which means not measured.
     content = dict(_escape_control(strict_json.load(file, CorruptArtifact, hint, lambda _: None)))
-    if not ({"bundle", "recipe"} & set(content)) or not isinstance(content.get("rows"), list):
-        raise CorruptArtifact(f"add: {file} is neither a robot's device.json nor a report.json")
-    expected = DEVICE_SCHEMA if "bundle" in content else SCHEMA
+    measured = isinstance(content.get("rows"), list) and ({"bundle", "recipe"} & set(content))
+    if not (measured or "cascade" in content):
+        raise CorruptArtifact(f"add: {file} is neither a robot's device.json nor a report.json or cascade.json")
+    expected = CASCADE_SCHEMA if "cascade" in content else DEVICE_SCHEMA if "bundle" in content else SCHEMA
     if content.get("schema") != expected:
         raise CorruptArtifact(
             f"add: {file} has schema {content.get('schema')}, expected {expected}; make it with this version"
         )
     return content
+
+
+def _cascade(file: Path, content: Mapping[str, object]) -> CascadeFile:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return CascadeFile(TypeAdapter(CascadeDocument).validate_python(content, strict=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptArtifact(f"add: {file}: {where}: {first['msg']}; run `yolo-compress cascade` again") from error
 
 
 def _check_mappings(file: Path, content: dict[str, Any]) -> None:

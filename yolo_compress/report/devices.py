@@ -1,4 +1,4 @@
-"""Add measurements of other machines (`device.json`) and of other recipes (`report.json`) to a report."""
+"""Add measurements of other machines (`device.json`), other recipes (`report.json`) and cascades (`cascade.json`) to a report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.report.bench_rows import with_ids
-from yolo_compress.report.device_files import DeviceFile, ReportFile, read
+from yolo_compress.report.device_files import CascadeFile, DeviceFile, ReportFile, read
 from yolo_compress.report.document import judge_rows, to_json
 from yolo_compress.report.numbers import finite
 from yolo_compress.report.schema import Device, Document, Json, Reference, Row
@@ -22,7 +23,8 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
 
     A `device.json` adds rows of the compressed model, each with its `device`. The report shows the latency of a row without mAP,
     but the gate does not judge this row. A `report.json` of another recipe adds that recipe's baseline, in every runtime and
-    precision, as a reference. The baseline must have been measured on this machine.
+    precision, as a reference. The baseline must have been measured on this machine. A `cascade.json` adds a table, which the gate
+    ignores. At least one of its models must be of this recipe.
 
     Args:
         document: Result of `document.build`, or the content of a `report.json`.
@@ -30,15 +32,19 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
         onnx: SHA-256 of the ONNX files of this recipe, in hex. A robot must have measured these files. None: no check.
 
     Raises:
-        CorruptArtifact: A file is of neither kind, or has another schema.
+        CorruptArtifact: A file is of no such kind, or has another schema.
         RecipeError: A file has an mAP on other images, or the figures of another model or machine. Or a file or recipe is given
             twice.
         StorageError: A file cannot be read.
     """
     devices, references = list(document["devices"]), list(document["references"])
+    cascades = list(document.get("cascades", []))
     rows: list[Mapping[str, object]] = [_without_derived(row) for row in document["rows"]]
     for file, parsed in read(files):
-        if isinstance(parsed, DeviceFile):
+        if isinstance(parsed, CascadeFile):
+            _check_cascade(file, parsed.content, document, onnx)
+            cascades.append(parsed.content)
+        elif isinstance(parsed, DeviceFile):
             _check_model(file, parsed, document)
             if onnx is not None:
                 _check_onnx(file, parsed.bundle, onnx)
@@ -52,7 +58,20 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
     gate = document["gate"]
     limits = gate["min_retention"], gate["max_latency_ms"], gate["max_size_mib"]
     again = judge_rows(with_ids(rows), *limits, document["control"])
-    return cast(Document, to_json({**document, **again, "devices": devices, "references": references}))
+    added = {"cascades": cascades} if cascades else {}
+    return cast(Document, to_json({**document, **again, "devices": devices, "references": references, **added}))
+
+
+def _check_cascade(file: Path, found: CascadeDocument, document: Document, onnx: Set[str] | None) -> None:
+    """Check that a cascade was measured on the validation images of this report, with a model of this recipe."""
+    image_set = document["data"]["image_set"]
+    if found["image_set"] != image_set:
+        raise RecipeError(
+            f"add: {file}: mAP of the cascade is over image set {found['image_set']}, this report's over {image_set}"
+        )
+    models = [found["small"], found["large"]]
+    if onnx is not None and not onnx & {model["onnx_sha256"] for model in models}:
+        raise RecipeError(f"add: {file}: neither model of the cascade is one that this recipe exported")
 
 
 def _check_once(what: str, names: Iterable[str]) -> None:

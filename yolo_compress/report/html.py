@@ -30,6 +30,7 @@ from yolo_compress.report.gate import gain
 from yolo_compress.report.schema import Document
 from yolo_compress.report.tables.ab import errors_table, figures_table, parts_table
 from yolo_compress.report.tables.bench import bench_table, device_lines, devices_table, files_table
+from yolo_compress.report.tables.cascade import cascade_table
 from yolo_compress.report.tables.chain import chain_table, pruning_table
 from yolo_compress.report.tables.control import control_table
 
@@ -73,6 +74,7 @@ def render(document: Document, gallery: Gallery) -> str:
         files=files_table(document),
         devices=devices_table(document),
         device_lines=device_lines(document),
+        cascades=cascade_table(document.get("cascades", [])),
         ab_figures=figures_table(ab),
         ab_parts=[
             parts_table("By size of object", ab["by_size"] if ab else ()),

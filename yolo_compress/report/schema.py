@@ -18,6 +18,7 @@ from typing import Final, Literal, NotRequired
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from yolo_compress.evaluate.ab.schema import AB
+from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.evaluate.rows import Model, Signature
 from yolo_compress.evaluate.tide import ModelErrors
 from yolo_compress.runtime.registry import Precision
@@ -53,6 +54,7 @@ class _Subject(TypedDict):
     runtime: str  # name of the runtime, such as "openvino"; in an untimed row, the target runtime of the file
     precision: Precision  # as requested
     reason: str | None  # why there is no engine or no measurement
+    choice: NotRequired[str]  # why the engine was built from `file`; absent if there was only one file to build from
     gpu: NotRequired[str]  # name of the GPU that torch computed on; absent on a CPU and for engines
     file: NotRequired[
         str | None
@@ -483,5 +485,6 @@ class Document(TypedDict):
     placement: list[Tensor]
     devices: list[Device]
     references: list[Reference]
+    cascades: NotRequired[list[CascadeDocument]]  # of `cascade.json` that was added; absent if none was
     reproduce: Reproduce
     environment: Environment

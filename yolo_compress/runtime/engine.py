@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Container, Dict, Optional, Union
+from typing import Any, Container, Dict, List, Optional, Tuple, Union
 
 from . import registry
-from .backends.base import EngineBackend, load_info
+from .backends.base import EngineBackend, EngineInfo, is_policy, load_info
+from .detect import cascade
 from .errors import EngineError
+from .measure.device import cpu_model
 
 
 def open_engine(
     path: Union[str, Path], threads: Optional[int] = None, onnx_sha256: Optional[str] = None
 ) -> EngineBackend:
-    """Open an engine directory with the runtime that its sidecar names.
+    """Open an engine directory with the runtime that its sidecar names, or both engines of a policy folder.
 
     Args:
-        path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`.
+        path: directory made by a backend's `build`, such as `weights/digits/engine/compressed/onnxruntime-int8`. Or the folder that
+            `yolo-compress cascade` wrote.
         threads: threads of one inference on a CPU. None: one per usable processor. An engine on a GPU allows only None.
-        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from. None: any ONNX file.
+        onnx_sha256: SHA-256 of the ONNX file that the engine must be built from. None: any ONNX file. A policy folder allows only
+            None.
 
     Returns:
         A backend to call (see `Backend`) or to pass to a `Detector`. Use the backend in a `with` block, since it may hold device
-        memory.
+        memory. A cascade can only be passed to a `Detector`.
 
     Raises:
         EngineError: `load_info` rejects the files, which are checked before an engine library reads them. Or `threads` is not
-            None and the engine runs on a GPU.
+            None and the engine runs on a GPU. Or its INT8 file was chosen on another processor.
         RuntimeUnavailable: the library or device is missing.
     """
     directory = Path(path)
+    if onnx_sha256 is None and is_policy(directory):
+        return _open_cascade(directory, threads)
     info = load_info(directory, onnx_sha256)
     if info.runtime not in BACKENDS:
         raise EngineError(f"{directory}: of runtime {info.runtime!r}, expected one of {', '.join(BACKENDS)}")
+    if chosen_elsewhere(info):
+        raise EngineError(
+            f"{directory}: its INT8 file was chosen for {info.built_on.get('cpu')}, and may give wrong boxes on {cpu_model()}; "
+            "build the engine again (on a robot: python3 build.py)"
+        )
     row = registry.RUNTIMES[info.runtime]
     opened: EngineBackend
     if not row.gpu:
@@ -44,19 +56,56 @@ def open_engine(
     return opened
 
 
-def onnx_form(stems: Container[str], runtime: str, precision: str) -> Optional[str]:
-    """Return the name of the ONNX file, without `.onnx`, from which an engine of this runtime and precision is built.
+def chosen_elsewhere(info: EngineInfo) -> bool:
+    """Return whether the file that an engine was built from was chosen among several, on another processor than this one."""
+    return bool(info.tried) and info.built_on.get("cpu") != cpu_model()
 
-    Some runtimes need their own INT8 file, such as `int8-openvino`. The result depends on the installed version of the runtime.
+
+def _open_cascade(directory: Path, threads: Optional[int]) -> cascade.CascadeEngine:
+    """Open the engines of a policy folder."""
+    policy, found = cascade.engines(directory)
+    with ExitStack() as stack:
+        small, large = (stack.enter_context(open_engine(one, threads, info.onnx_sha256)) for one, info in found)
+        stack.pop_all()  # both are open now, and the caller closes them
+    return cascade.CascadeEngine(small, large, policy)
+
+
+def names_of(path: Union[str, Path]) -> Tuple[str, ...]:
+    """Check the files of an engine directory or a policy folder, and return the class names.
+
+    Raises:
+        EngineError: the files are damaged, see `open_engine`.
+    """
+    directory = Path(path)
+    return cascade.engines(directory)[0].names if is_policy(directory) else load_info(directory).names
+
+
+def on_gpu(path: Union[str, Path]) -> bool:
+    """Return whether an engine, or one of the two engines of a policy folder, runs on a GPU.
+
+    Raises:
+        EngineError: the files are damaged, see `open_engine`.
+    """
+    directory = Path(path)
+    infos = [info for _, info in cascade.engines(directory)[1]] if is_policy(directory) else [load_info(directory)]
+    return any(registry.RUNTIMES[info.runtime].gpu for info in infos)
+
+
+def onnx_forms(stems: Container[str], runtime: str, precision: str) -> List[str]:
+    """Return the names of the ONNX files, without `.onnx`, from which an engine of this runtime and precision can be built.
+
+    Some runtimes have their own INT8 file, such as `int8-openvino`. It is the first. The result depends on the installed version of
+    the runtime.
 
     Args:
         stems: names of the available files, without `.onnx`.
 
     Returns:
-        One of `stems`, or None if no file suits.
+        Some of `stems`. Empty: no file suits. More than one: `measure.int8_file` chooses the one that suits this processor.
     """
-    own = BACKENDS[runtime].form()
-    return next((stem for stem in (f"{precision}-{own}", precision) if stem in stems), None)
+    own = next((stem for stem in (f"{precision}-{BACKENDS[runtime].form()}", precision) if stem in stems), None)
+    also = registry.RUNTIMES[runtime].also if precision == "int8" else ()
+    return [] if own is None else [own, *(stem for stem in also if stem in stems and stem != own)]
 
 
 BACKENDS: Dict[str, Any] = {name: registry.backend(name) for name in registry.names()}

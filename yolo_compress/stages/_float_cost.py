@@ -9,7 +9,7 @@ from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.export.float_onnx import export_onnx
-from yolo_compress.export.qdq import find_convs, insert_qdq
+from yolo_compress.export.qdq import find_convs, form_of, insert_qdq
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.prune import latency
 from yolo_compress.prune.cost import conv_shapes
@@ -53,7 +53,7 @@ def layer_ms(job: Job, model: nn.Module, state: QuantState, runtime: str) -> dic
     folder = job.work / "layers"
     folder.mkdir(exist_ok=True)
     export_onnx(model, folder / "fp32.onnx", job.imgsz_hw, names=job.dataset.names)
-    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", fold(state, model), runtime)
+    insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", fold(state, model), form_of(runtime))
     shapes = conv_shapes(model, job.imgsz_hw)
     macs = {name: shape.macs for name, shape in shapes.items()}
     nodes = find_convs(onnx.load(str(folder / "fp32.onnx")).graph, state.weights)

@@ -266,7 +266,15 @@ class Planner:
         file = self.job.work / "latency.json"
         if not file.is_file():
             progress.say(f"prune: timing layers on {config.latency_runtime} at {len(latency.WIDTHS)} widths")
-            latency.write_probe(model, self._probe, size, self.job.dataset.names, config.round_to)
+            latency.write_probe(
+                model,
+                self._probe,
+                size,
+                self.job.dataset.names,
+                config.round_to,
+                config.latency_runtime,
+                config.latency_precision,
+            )
             table = latency.take_table(self._probe, config.latency_runtime, config.latency_precision)
             atomic_write(file, json.dumps(table) + "\n")
         return latency.read_table(file, size)

@@ -45,7 +45,7 @@ from yolo_compress.runtime.measure.device import device_state
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.runtime.measure.messages import Spec
-from yolo_compress.runtime.registry import RUNTIMES
+from yolo_compress.runtime.registry import OWN_FILE, RUNTIMES
 from yolo_compress.stages import Job
 from yolo_compress.stages._training import device
 from yolo_compress.stages.metrics import BenchMetrics, of_model
@@ -116,6 +116,8 @@ def _candidates(job: Job) -> list[_Candidate]:
     for built in engine_rows(engines):
         model = built["model"]
         subject = _subject(model, built["runtime"], built["precision"], sources[model], built["source"])
+        if "choice" in built:
+            subject["choice"] = built["choice"]
         if built["reason"]:
             subject["reason"] = built["reason"]
             found.append(_Candidate(subject, "missing"))
@@ -140,8 +142,10 @@ def _with_exported_files(job: Job, candidates: list[_Candidate]) -> list[_Candid
         if target and ((file, target.runtime) not in built if target.precision == "int8" else file not in files):
             model = cast(Model, file.partition("/")[0])
             subject = _subject(model, target.runtime, target.precision, sources[model], file)
-            if missing := named.get(row_name(subject)):
-                subject["reason"] = missing.subject["reason"]  # why the engine could not be built
+            if other := named.get(row_name(subject)):
+                if other.status == "ok":  # the engine here was built from a file that suits this processor better
+                    subject["runtime"] += OWN_FILE
+                subject["reason"] = other.subject["reason"]  # why the engine could not be built
             named[row_name(subject)] = _Candidate(subject, "untimed", str(export.file(file)))
     return list(named.values())
 

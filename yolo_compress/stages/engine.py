@@ -5,22 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.evaluate.int8_check import int8_check
 from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
 from yolo_compress.recipe.recipe import EngineConfig, ExportConfig, Recipe
-from yolo_compress.runtime.engine import BACKENDS, onnx_form
+from yolo_compress.runtime.backends.base import SIDECAR, load_info
+from yolo_compress.runtime.detect.pre import read_image
+from yolo_compress.runtime.engine import BACKENDS, onnx_forms
+from yolo_compress.runtime.measure.int8_file import build_suited, choice
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
 from yolo_compress.stages.metrics import EngineMetrics
 
 MODELS: tuple[Model, ...] = ("original", "compressed")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+FLOAT = "fp32"  # stem of the file that INT8 engines are compared with
+CHECKED_IMAGES = 16
+
+
+class _Built(TypedDict):
+    """The keys of `EngineRow` that a build decides."""
+
+    source: str
+    size_mib: float
+    choice: NotRequired[str]
 
 
 def run(job: Job) -> EngineMetrics:
@@ -33,24 +50,21 @@ def run(job: Job) -> EngineMetrics:
     for runtime in missing:
         for model in MODELS:
             for precision in PRECISIONS:
-                source = _source(list(export.manifest.files), model, runtime, precision)
-                if source is None:
+                sources = _sources(list(export.manifest.files), model, runtime, precision)
+                if not sources:
                     continue
                 reason = missing[runtime] or (saturated.get(runtime) if precision == "int8" else None)
                 row: EngineRow = {
                     "model": model,
                     "runtime": runtime,
                     "precision": precision,
-                    "source": source,
+                    "source": sources[0],
                     "reason": reason,
                 }
                 if not reason:
                     folder = f"{model}/{runtime}-{precision}"
                     progress.say(f"engine: {folder}")
-                    row |= {
-                        "folder": folder,
-                        "size_mib": _build(job, export.file(source), runtime, precision, job.out / folder),
-                    }
+                    row |= {"folder": folder, **_build(job, sources, runtime, precision, job.out / folder)}
                 rows.append(row)
     for hint in filter(None, [*missing.values(), *saturated.values()]):
         progress.say(f"engine: left out: {hint}")
@@ -112,19 +126,33 @@ def _saturated(recipe: Recipe, missing: Mapping[str, str | None]) -> dict[str, s
     return found
 
 
-def _source(files: list[str], model: str, runtime: str, precision: str) -> str | None:
-    """Return the exported ONNX file to build from: a file made for this runtime, else the general file.
-
-    Return None if there is no file.
-    """
+def _sources(files: list[str], model: str, runtime: str, precision: str) -> list[str]:
+    """Return the exported ONNX files to build from, as `onnx_forms`. Without a float file, INT8 is built from the first one alone."""
     stems = {Path(name).stem for name in files if name.startswith(f"{model}/") and name.endswith(".onnx")}
-    stem = onnx_form(stems, runtime, precision)
-    return None if stem is None else f"{model}/{stem}.onnx"
+    forms = onnx_forms(stems, runtime, precision)
+    return [f"{model}/{stem}.onnx" for stem in (forms if FLOAT in stems else forms[:1])]
 
 
-def _build(job: Job, onnx: Path, runtime: str, precision: str, out: Path) -> float:
-    """Build one engine, and return the size in MiB of the files that the robot needs."""
+def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path) -> _Built:
+    """Build one engine from one of these exported files."""
     config: EngineConfig = job.config
-    options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
-    files = BACKENDS[runtime].build(onnx, out, precision, **options)
-    return sum(path.stat().st_size for path in files.values()) / 2**20
+    export = job.inputs["export"]
+    files = {export.file(source): source for source in sources}
+    chosen, *others = files
+    if others:
+        float_file = chosen.with_name(f"{FLOAT}.onnx")
+        images = [read_image(sample.image) for sample in job.dataset.val[:CHECKED_IMAGES]]
+        threads = job.recipe.bench.threads if job.recipe.bench else None
+        chosen = build_suited(runtime, list(files), out, int8_check(files, float_file, images), threads=threads)
+    else:
+        options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
+        BACKENDS[runtime].build(chosen, out, precision, **options)
+    info = load_info(out)
+    built: _Built = {
+        "source": files[chosen],
+        "size_mib": sum((out / name).stat().st_size for name in (*info.files, SIDECAR)) / 2**20,
+    }
+    if info.tried:
+        built["choice"] = choice(chosen.name, info.tried)
+        progress.say(f"engine: {out.parent.name}/{out.name}: from {built['choice']}")
+    return built

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.nms import NMS_SUFFIX, with_nms
-from yolo_compress.export.qdq import check_activation, insert_qdq
+from yolo_compress.export.qdq import check_activations, insert_qdq
 from yolo_compress.export.torchscript import export_int8_torchscript, find_engine
 from yolo_compress.lint import check as lint
 from yolo_compress.lint.precision import HALF_QDQ_OPSET
@@ -73,11 +72,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         if recipe.export.torchscript:
             find_engine()
         model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
-        acts = {
-            repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)
-        }
-        for act in acts.values():
-            check_activation(deepcopy(act), recipe.export.opset)
+        check_activations(model, recipe.export.opset)
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:

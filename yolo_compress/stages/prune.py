@@ -16,6 +16,8 @@ from torch import nn
 
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
+from yolo_compress.export import float_onnx
+from yolo_compress.export.qdq import check_activations
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
@@ -48,7 +50,8 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, the calibration images, the criterion and the budget.
 
     Raises:
-        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget.
+        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget. Or the model
+            is to be timed in INT8, and INT8 files do not support an activation of it.
         EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
         DataError: The calibration images cannot be used (see `check_calibration`).
@@ -56,11 +59,10 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     assert recipe.prune is not None
     check_calibration(recipe, dataset, "prune")
     if recipe.prune.kind == "channel":
-        _prune_plan.check(
-            recipe.prune,
-            _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline"),
-            recipe.data.imgsz_hw,
-        )
+        model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        _prune_plan.check(recipe.prune, model, recipe.data.imgsz_hw)
+        if recipe.prune.latency_ms is not None and recipe.prune.latency_precision == "int8":
+            check_activations(model, float_onnx.OPSET)
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:

@@ -12,8 +12,9 @@ import pytest
 
 from tests.support.typed import validate
 from yolo_compress.bundle import golden as making
-from yolo_compress.bundle.golden import BOX_PX, SCORE, confidence, tolerate
 from yolo_compress.errors import DataError
+from yolo_compress.evaluate.tolerance import BOX_PX, SCORE, confidence, tolerate
+from yolo_compress.runtime.backends.base import EngineInfo
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.measure import golden
 from yolo_compress.runtime.measure.golden import Difference, difference
@@ -116,7 +117,7 @@ def test_an_engine_that_detects_nothing_fails_for_any_tolerance(found: dict[str,
     expected = next(iter(found.values()))
     tolerances, _ = tolerate(found, 0.25, len(expected[0]))
     dead = difference(expected, [scored()], 0.25)
-    assert all(golden._reason(dead, tolerance) for tolerance in tolerances.values())
+    assert all(golden.beyond(dead, tolerance) for tolerance in tolerances.values())
 
 
 def test_a_model_that_detects_nothing_makes_no_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +152,10 @@ class Fixed:
         return self.output
 
 
+def info(runtime: str, library: str, onnx_sha256: str = "ab") -> EngineInfo:
+    return EngineInfo(runtime, "fp32", (96, 96), ("a", "b"), onnx_sha256, library)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     (tmp_path / golden.FOLDER).mkdir()
@@ -158,7 +163,7 @@ def bundle(tmp_path: Path) -> Path:
     same = {"of": "worst", "box_px": 0.5, "score": 1e-3, "unmatched": 0}
     document: dict[str, Any] = {
         "schema": 1, "conf": 0.25, "floor": 0.1, "iou": 0.7, "images": [{"file": "0.npy", "name": "a"}],
-        "engines": {"onnxruntime-fp32": {"executed": "fp32", "library": "1"}, "openvino-fp32": {"executed": "fp32", "library": "1"}},
+        "engines": {key: {"executed": "fp32", "library": "1", "onnx_sha256": "ab"} for key in ("onnxruntime-fp32", "openvino-fp32")},
         "tolerances": {"same": same, "fp32": {**same, "box_px": 2.0}},
         "expected": {key: [A.tolist()] for key in ("onnxruntime-fp32", "openvino-fp32")},
     }  # fmt: skip
@@ -168,26 +173,30 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_an_engine_is_compared_with_its_own_expectation_or_with_that_of_its_precision(bundle: Path) -> None:
     engine: Any = Fixed()
-    own = golden.check(bundle, engine, "onnxruntime", "1")
+    own = golden.check(bundle, engine, info("onnxruntime", "1"))
     validate(own, golden.SelfTest)
     assert own["passed"] and own["against"] == "onnxruntime-fp32" and own["tolerance"]["box_px"] == 0.5
     assert own["compared"] == 3 and own["worst_box_px"] < 1e-5 and own["reason"] is None
-    assert golden.check(bundle, engine, "tensorrt", "1")["tolerance"]["box_px"] == 2.0
-    assert golden.check(bundle, engine, "onnxruntime", "2")["tolerance"]["box_px"] == 2.0, "another version"
+    assert golden.check(bundle, engine, info("tensorrt", "1"))["tolerance"]["box_px"] == 2.0
+    assert golden.check(bundle, engine, info("onnxruntime", "2"))["tolerance"]["box_px"] == 2.0, "another version"
+    other = golden.check(bundle, engine, info("onnxruntime", "1", "cd"))
+    assert other["tolerance"]["box_px"] == 2.0, "built from another ONNX file"
     engine.executed = "bf16"
-    assert golden.check(bundle, engine, "onnxruntime", "1")["tolerance"]["box_px"] == 2.0, "other arithmetic than there"
+    assert golden.check(bundle, engine, info("onnxruntime", "1"))["tolerance"]["box_px"] == 2.0, (
+        "other arithmetic than there"
+    )
     engine.precision = "int8"
     with pytest.raises(EngineError, match="no expected detections for int8"):
-        golden.check(bundle, engine, "tensorrt", "1")
+        golden.check(bundle, engine, info("tensorrt", "1"))
 
 
 def test_a_failure_has_its_figures(bundle: Path) -> None:
     off: Any = Fixed(moved(0, 2, 4))
-    found = golden.check(bundle, off, "onnxruntime", "1")
+    found = golden.check(bundle, off, info("onnxruntime", "1"))
     assert not found["passed"] and found["reason"].startswith("worst boxes off by px: 4, 0.5 allowed")
-    assert not golden.check(bundle, off, "tensorrt", "1")["passed"]
+    assert not golden.check(bundle, off, info("tensorrt", "1"))["passed"]
     gone: Any = Fixed(A[1:])
-    assert golden.check(bundle, gone, "onnxruntime", "1")["reason"] == "boxes without a partner: 1, 0 allowed"
+    assert golden.check(bundle, gone, info("onnxruntime", "1"))["reason"] == "boxes without a partner: 1, 0 allowed"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 2, "images": []}'])
@@ -195,4 +204,4 @@ def test_a_damaged_expectation_is_an_error(bundle: Path, text: str) -> None:
     (bundle / golden.FOLDER / golden.FILE).write_text(text)
     engine: Any = Fixed()
     with pytest.raises(EngineError, match="golden"):
-        golden.check(bundle, engine, "onnxruntime", "1")
+        golden.check(bundle, engine, info("onnxruntime", "1"))

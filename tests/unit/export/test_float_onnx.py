@@ -40,7 +40,7 @@ def test_onnx_gives_what_torch_gives(tmp_path: Path, yaml: str, size: tuple[int,
     expected = run_torch(model, batch)
     assert expected[:, 4:].std() > 0.1  # the outputs are not constant
     assert_same(
-        run_onnx(tmp_path / "a.onnx", batch), expected, factor=4 if yaml.endswith("p6") else 1
+        run_onnx(tmp_path / "a.onnx", batch), expected, factor=8 if yaml.endswith("p6") else 1
     )  # larger boxes, more layers
     graph = onnx.load(str(tmp_path / "a.onnx"))
     slices = [node.name for node in graph.graph.node if node.op_type == "Slice"]

@@ -14,6 +14,7 @@ from yolo_compress.prune import latency
 from yolo_compress.prune.budget import choose, latency_ms
 from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.graph import prunable
+from yolo_compress.runtime.engine import open_engine
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.measure.layer_times import LAYERS, LayerTable, _by_layer, _in_turn, _require_own_node, take
 
@@ -173,6 +174,22 @@ def probe(nano, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     latency.write_probe(nano, folder, HW, ("a", "b"), round_to=16)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_int8_probe_is_timed_in_int8(nano, tmp_path, runtime, monkeypatch):
+    for name, value in (("PROFILED_RUNS", 3), ("TIMED_RUNS", 3), ("ROUNDS", 1)):
+        monkeypatch.setattr(f"yolo_compress.runtime.measure.layer_times.{name}", value)
+    monkeypatch.setattr(latency, "WIDTHS", (1.0, 0.5))
+    latency.write_probe(nano, tmp_path / "probe", HW, ("a", "b"), 16, runtime, "int8")
+    table = take(tmp_path / "probe", runtime, "int8", threads=1)
+    shapes = conv_shapes(nano, HW)
+    timed = [name for name in shapes if all(ms > 0 for _, ms in table["layers"][name])]
+    assert len(timed) >= 0.9 * len(shapes) and table["precision"] == "int8"
+    rig = latency.Rig(tmp_path, HW, ("a", "b"), runtime, "int8")
+    with open_engine(rig.build_model(nano, "candidate"), threads=1) as engine:
+        assert engine.executed.startswith("int8 (57 int8, 6 fp32")
 
 
 @pytest.mark.slow

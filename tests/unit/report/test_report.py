@@ -211,6 +211,19 @@ def test_p99_is_withheld_below_662_runs(n: int, shown: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("float_ms", "said"), [(7.5, False), (6.0, True)])
+def test_int8_that_gains_nothing_is_said(float_ms: float, said: bool) -> None:
+    bench = rows()
+    int8 = next(row for row in bench if (row["model"], row["precision"]) == ("compressed", "int8"))
+    int8["latency_p50_ms"] = 7.0  # FP32 takes 8
+    bench.append({**int8, "precision": "fp16", "latency_p50_ms": float_ms})
+    notes = [note for note in bench_table(document(bench)).notes if "INT8 gains nothing" in note]
+    text = (
+        "INT8 gains nothing here: FP16 on the same runtime takes 6.00 ms, INT8 7.00 ms (compressed INT8 on OpenVINO)."
+    )
+    assert notes == ([text] if said else [])
+
+
 def test_schema_and_plain_types() -> None:
     bench = rows()
     bench[0]["map50_95"] = np.float64(0.6)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.report_case import EVIL, IMAGES, built, device, document, row, rows, whole
+from tests.support.report_case import EVIL, IMAGES, built, cascade, device, document, row, rows, whole
 from yolo_compress.cli import grammar
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
 from yolo_compress.report import devices
@@ -16,6 +16,7 @@ from yolo_compress.report.as_text import render_markdown, render_text
 from yolo_compress.report.charts.scatter import accuracy_over_latency
 from yolo_compress.report.numbers import DASH
 from yolo_compress.report.tables.bench import bench_table, devices_table
+from yolo_compress.report.tables.cascade import cascade_table
 from yolo_compress.report.write import write
 
 
@@ -270,3 +271,45 @@ def test_a_report_without_devices_says_nothing_of_them(tmp_path: Path) -> None:
     assert devices_table(document()).lines == ()
     bare = built(rows())
     assert 'id="devices"' not in write(bare, [], tmp_path)["html"].read_text("utf-8")
+
+
+def test_a_cascade_has_a_table_and_changes_no_verdict(tmp_path: Path) -> None:
+    before = published()
+    after = devices.add(before, [file(tmp_path, cascade(), "cascade.json")], {"2" * 64})
+    assert "cascades" not in before and {**after, "cascades": None} == {**before, "cascades": None}
+    table = cascade_table(after["cascades"])
+    assert [line.cells[0] for line in table.lines] == ["small", "large", "cascade"]
+    assert table.lines[2].cells == ("cascade", "0.580", "6.00", "2.10", "12.7", "62.5 %")
+    assert table.lines[2].mark == "passed" and table.notes[-1].startswith("PASS: use the cascade")
+    write(after, [], tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert '<h2 id="cascades">' in page and EVIL not in page and "62.5 %" in page
+    for text in (render_text(after, 200), render_markdown(after)):
+        assert "Cascades" in text and "62.5 %" in text
+    twice = devices.add(after, [file(tmp_path, cascade(images=88), "other.json")])
+    assert [line.cells[0] for line in cascade_table(twice["cascades"]).lines][3:] == [
+        "2: small",
+        "2: large",
+        "2: cascade",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"image_set": "other"}, RecipeError, "over image set other"),
+        ({"small": None}, CorruptArtifact, "small: Input should be a valid dictionary"),
+        ({"verdict": {"status": "good"}}, CorruptArtifact, "verdict"),
+        ({"schema": 2}, CorruptArtifact, "has schema 2, expected 1"),
+    ],
+)
+def test_a_cascade_of_something_else_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        devices.add(published(), [file(tmp_path, cascade(**changes), "cascade.json")])
+
+
+def test_a_cascade_of_other_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="neither model of the cascade is one that this recipe exported"):
+        devices.add(published(), [file(tmp_path, cascade(), "cascade.json")], {"3" * 64})

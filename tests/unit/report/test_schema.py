@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.support.matching_scenes import NAMES, scene
-from tests.support.report_case import device, document, row, rows, untimed, whole
+from tests.support.report_case import cascade, device, document, row, rows, untimed, whole
 from tests.support.report_schema import validate
 from yolo_compress.evaluate.ab.comparison import compare
 from yolo_compress.report import devices, schema
@@ -41,13 +41,13 @@ CONTROL = {
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """Return a document without empty sections: it has a robot, another recipe, an untimed file and a failed check."""
+    """Return a document without empty sections: it has a robot, another recipe, a cascade, an untimed file and a failed check."""
     full: dict[str, Any] = {"sensitivity": SENSITIVITY, "control": CONTROL, "max_latency_ms": 9.0, "max_size_mib": 99.0}
     theirs = whole(recipe="yolov8s", rows=[row("original", "openvino", "fp32", 0.64)], latency_quantiles=None)
-    for name, content in (("device", device()), ("other", theirs)):
+    for name, content in (("device", device()), ("other", theirs), ("cascade", cascade())):
         (folder / f"{name}.json").write_text(json.dumps(content))
     ours = whole(rows=[*rows(), untimed(0.58)], **full)
-    return devices.add(ours, [folder / "device.json", folder / "other.json"])
+    return devices.add(ours, [folder / f"{name}.json" for name in ("device", "other", "cascade")])
 
 
 def mappings(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

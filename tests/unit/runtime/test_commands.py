@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from PIL import Image
 from tests.support.bundled import CONF, NAMES, make_bundle, pictures
 from tests.support.typed import validate
 from tests.unit.runtime.test_sources import Capture
+from yolo_compress.evaluate.cascade.write import fill, policy_json
 from yolo_compress.runtime import engine, registry
 from yolo_compress.runtime.backends.base import load_info, save_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.commands import bench, build, detect
 from yolo_compress.runtime.commands import bundle as bundle_module
+from yolo_compress.runtime.detect.cascade import FEATURES
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.errors import RuntimeUnavailable
+from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
 from yolo_compress.runtime.measure import golden, jetson, layer_times
 from yolo_compress.runtime.secure import ed25519
-from yolo_compress.runtime.secure.signed_manifest import seal
+from yolo_compress.runtime.secure.signed_manifest import BundleRefused, seal
 
 COMMANDS: dict[str, tuple[Callable[..., int], list[str]]] = {
     "build": (build.main, ["--runtime", "onnxruntime"]),
@@ -100,6 +103,46 @@ def altered(bundle: Path) -> None:
 def pinned(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bundle.parent / "bundle.pub").write_text(ed25519.public_key(bytes(32)).hex())
     monkeypatch.setenv("YOLO_COMPRESS_KEY", str(bundle.parent / "bundle.pub"))
+
+
+def cascade_folder(made: Path, out: Path, threshold: float, foreign: bool = False) -> Path:
+    """A policy folder of the bundle's engine and another one; with `foreign`, of two others. Every score of the router is 0."""
+    own = made / "engines/onnxruntime-fp32"
+    parts = []
+    for name in ("small", "large"):
+        folder = out.parent / f"engine-{name}"
+        if name == "small" and not foreign:
+            folder = own
+        elif not folder.is_dir():
+            shutil.copytree(own, folder)
+            info = load_info(folder)
+            save_info(replace(info, onnx_sha256="12"[name == "large"] * 64), folder, list(info.files))
+        parts.append((folder, load_info(folder)))
+    policy = policy_json(parts[0][1], parts[1][1], np.zeros(len(FEATURES)), 0.0, threshold)
+    fill(out, policy, *parts)
+    return out
+
+
+def test_detect_takes_a_cascade_of_the_bundle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("detect", bundle) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["detections"]
+    for threshold in (1.0, -1.0):  # never and always the large model, which is the same here
+        folder = cascade_folder(bundle, tmp_path / f"cascade{threshold}", threshold)
+        assert run("detect", bundle, "--engine", str(folder)) == 0
+        assert json.loads(capsys.readouterr().out) == alone
+    assert bench.main(["--golden", "--engine", str(folder)], bundle) == 5
+    assert "a cascade of two engines, one engine expected" in capsys.readouterr().err
+    other = cascade_folder(bundle, tmp_path / "other", 1.0, foreign=True)
+    assert run("detect", bundle, "--engine", str(other)) == 5
+    assert "neither engine of the cascade is built from an ONNX file of this bundle" in capsys.readouterr().err
+    opened = bundle_module.open_bundle(bundle)
+    with pytest.raises(EngineError, match="a cascade, which the pinned key does not cover"):
+        bundle_module.engine_folder(replace(opened, pinned=True), str(folder))
+    with pytest.raises(EngineError, match="a cascade of classes .*, the bundle has"):
+        bundle_module.engine_folder(replace(opened, names=("screw",)), str(folder))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -329,16 +372,69 @@ def test_runtimes_that_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
         build.choose_runtimes(None)
 
 
-def test_the_form_of_the_network_that_a_runtime_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime"]
+def test_the_files_that_a_runtime_can_be_built_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    stems = ["fp32", "fp16", "int8", "int8-tensorrt11", "int8-onnxruntime", "int8-openvino"]
     monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: False)
-    assert (
-        engine.onnx_form(stems, "tensorrt", "int8") == "int8" and engine.onnx_form(stems, "openvino", "fp16") == "fp16"
-    )
-    assert engine.onnx_form(stems, "onnxruntime", "int8") == "int8-onnxruntime"
+    assert engine.onnx_forms(stems, "tensorrt", "int8") == ["int8"]
+    assert engine.onnx_forms(stems, "openvino", "fp16") == ["fp16"]
+    assert engine.onnx_forms(stems, "openvino", "int8") == ["int8-openvino", "int8"]
+    assert engine.onnx_forms(stems[:3], "openvino", "int8") == ["int8"]
+    assert engine.onnx_forms(stems, "onnxruntime", "int8") == ["int8-onnxruntime"]
     monkeypatch.setattr("yolo_compress.runtime.backends.tensorrt.run.strongly_typed", lambda: True)
-    assert engine.onnx_form(stems, "tensorrt", "int8") == "int8-tensorrt11"
-    assert engine.onnx_form(["fp32"], "tensorrt", "int8") is None
+    assert engine.onnx_forms(stems, "tensorrt", "int8") == ["int8-tensorrt11"]
+    assert engine.onnx_forms(["fp32"], "tensorrt", "int8") == []
+
+
+def test_the_default_engine_is_the_fastest_here_then_where_the_bundle_was_made(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed(bundle, monkeypatch, fastest=["openvino-fp16", "openvino-int8", "onnxruntime-int8"])
+    opened = bundle_module.open_bundle(bundle)
+    engines = ["onnxruntime-fp32", "onnxruntime-int8", "openvino-fp16", "openvino-int8"]
+
+    def first() -> list[str]:
+        return bundle_module.fastest_first(opened, engines)
+
+    assert first() == ["openvino-fp16", "openvino-int8", "onnxruntime-int8", "onnxruntime-fp32"]
+    assert bundle_module.fastest_first(opened, [*engines, "tensorrt-int8"])[0] == "tensorrt-int8", "a GPU"
+    rows = [
+        {
+            "runtime": "onnxruntime",
+            "precision": "fp32",
+            "status": "ok",
+            "latency_p50_ms": 2.0,
+            "golden": {"passed": True},
+        },
+        {
+            "runtime": "onnxruntime",
+            "precision": "int8",
+            "status": "ok",
+            "latency_p50_ms": 3.0,
+            "golden": {"passed": True},
+        },
+        {
+            "runtime": "openvino",
+            "precision": "int8",
+            "status": "ok",
+            "latency_p50_ms": 1.0,
+            "golden": {"passed": False},
+        },
+        {"runtime": "openvino", "precision": "fp16", "status": "missing", "latency_p50_ms": None, "golden": None},
+    ]
+    document = {"bundle": opened.about(), "rows": rows}
+    (bundle / "device.json").write_text(json.dumps(document))
+    assert first() == ["onnxruntime-fp32", "onnxruntime-int8", "openvino-fp16", "openvino-int8"]
+    (bundle / "device.json").write_text(
+        json.dumps({**document, "bundle": {**opened.about(), "manifest_sha256": "0" * 64}})
+    )
+    assert first()[0] == "openvino-fp16", "measured with another bundle"
+    (bundle / "device.json").unlink()
+    signed(bundle, monkeypatch, fastest=[])
+    assert bundle_module.fastest_first(bundle_module.open_bundle(bundle), engines)[0] == "openvino-int8"
+    for malformed in (1, [1], "openvino"):
+        signed(bundle, monkeypatch, fastest=malformed)
+        with pytest.raises(BundleRefused, match="fastest"):
+            bundle_module.open_bundle(bundle)
 
 
 def test_detect_prints_what_the_detector_finds(

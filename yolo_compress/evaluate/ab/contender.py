@@ -16,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import CorruptArtifact, RecipeError
+from yolo_compress.errors import CorruptArtifact, DataError, NumericsError, RecipeError
 from yolo_compress.evaluate.ab.latency_ratio import Rounds
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.rows import MeasuredBenchRow, bench_rows
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
-from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.backends.base import is_policy, load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
+from yolo_compress.runtime.detect.cascade import read_policy
+from yolo_compress.runtime.detect.detector import Detector
+from yolo_compress.runtime.detect.pre import UnreadableImage, read_image
 from yolo_compress.runtime.engine import open_engine
+from yolo_compress.runtime.errors import NotFinite
 from yolo_compress.runtime.measure.coco_map import mean_ap
 from yolo_compress.runtime.measure.messages import Spec
 from yolo_compress.store.manifest import MANIFEST, Artifact, payload, read_artifact, verify_payload
@@ -55,6 +59,33 @@ class Engine:
     def spec(self, data: Dataset, imgsz: Size, scratch: Path) -> Spec:
         """Return the spec for `measure_in_turn`."""
         return {"engine": str(self.folder)}
+
+
+@dataclass
+class Cascade:
+    """The policy folder of a cascade. Its two engines may have two sizes, so it is compared with a model of any size."""
+
+    label: str
+    folder: Path
+    imgsz: Size | None = None
+    runs: bool = True
+
+    def __post_init__(self) -> None:
+        self.largest = read_policy(self.folder).large.imgsz
+
+    def detections(self, data: Dataset, imgsz: Size, progress: Progress) -> tuple[list[np.ndarray], str]:
+        with open_engine(self.folder) as backend:
+            if tuple(backend.names) != tuple(data.names):
+                raise RecipeError(f"the cascade's classes are {list(backend.names)}, the data set's {list(data.names)}")
+            detector, found = Detector(backend), []
+            for sample in data.val:
+                try:
+                    found.append(detector(read_image(sample.image)))
+                except (UnreadableImage, NotFinite) as error:
+                    kind = DataError if isinstance(error, UnreadableImage) else NumericsError
+                    raise kind(f"{sample.image}: {error}") from error
+                progress(1)
+            return found, backend.executed
 
 
 @dataclass
@@ -123,14 +154,14 @@ class Measured:
         return json.loads(self.bench.file("latency.json").read_text())[row_name(self.row)]
 
 
-Contender = Engine | Checkpoint | Measured
+Contender = Engine | Cascade | Checkpoint | Measured
 
 
 def open_contender(text: str, scratch: Path) -> Contender:
     """Open the model that `text` names, and check the model's files against their recorded digests.
 
     Args:
-        text: path of an engine folder, an .onnx file or a .pt file. Or BENCH:ROW for a row of a `bench` artefact.
+        text: path of an engine folder, a policy folder, an .onnx file or a .pt file. Or BENCH:ROW for a row of a `bench` artefact.
         scratch: folder for temporary files. If `text` is an .onnx file, an engine for ONNX Runtime is built there.
 
     Raises:
@@ -149,7 +180,7 @@ def open_contender(text: str, scratch: Path) -> Contender:
     if (path / MANIFEST).is_file():
         return _measured(text, path, "")
     if path.is_dir():
-        return Engine(text, path)
+        return Cascade(text, path) if is_policy(path) else Engine(text, path)
     raise RecipeError(f"{text}: no engine folder, .onnx, .pt or BENCH:ROW of that name")
 
 
@@ -174,11 +205,16 @@ def _measured(text: str, folder: Path, name: str) -> Measured:
 
 
 def one_size(both: Sequence[Contender], asked: Size | None) -> Size:
-    """Return the input size (height, width) in px that both models take.
+    """Return the input size (height, width) in px that both models take. A cascade takes any; for two cascades it is A's largest.
 
     Raises:
-        RecipeError: the sizes differ, or no model has a fixed size and `asked` is None.
+        RecipeError: the sizes differ, or no model has a fixed size and `asked` is None. Or `asked` has no effect.
     """
+    cascades = [side for side in both if isinstance(side, Cascade)]
+    if len(cascades) == len(both):
+        if asked is not None:
+            raise RecipeError(f"imgsz={asked[0]},{asked[1]}: has no effect on two cascades; leave it out")
+        return cascades[0].largest
     sizes = {side.label: side.imgsz for side in both if side.imgsz is not None}
     if asked is not None:
         sizes["imgsz"] = asked
@@ -186,5 +222,6 @@ def one_size(both: Sequence[Contender], asked: Size | None) -> Size:
         described = ", ".join(f"{label} is {size[0]}x{size[1]} px" for label, size in sizes.items())
         raise RecipeError(f"A/B compares at one size (height x width): {described}")
     if not sizes:
-        raise RecipeError("two checkpoints take any size: say which, as in imgsz=640")
+        what = "a checkpoint takes" if cascades else "two checkpoints take"
+        raise RecipeError(f"{what} any size: say which, as in imgsz=640")
     return next(iter(sizes.values()))

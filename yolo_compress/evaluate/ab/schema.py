@@ -13,7 +13,9 @@ class Side(TypedDict):
     label: str
     row: NotRequired[str]  # id of its bench row; absent if `ab` made the document
     executed: NotRequired[str]  # the executed arithmetic, as text; present only if `ab` made the document
-    imgsz: NotRequired[list[int]]  # [height, width] of the input, px; present only if `ab` made the document
+    imgsz: NotRequired[
+        list[int]
+    ]  # [height, width] of the input, px; only if `ab` made the document, and not of a cascade
 
 
 class Settings(TypedDict):

@@ -11,7 +11,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple, TypedDict, Union
 
 import numpy as np
 
@@ -31,10 +31,19 @@ __all__ = [
     "EngineInfo",
     "LatencyError",
     "RuntimeUnavailable",
+    "Tried",
 ]
 
 SIDECAR = "engine.json"
+POLICY = "policy.json"  # in the folder of a cascade, which has two engines; see detect/cascade.py
 Options = Dict[str, Union[bool, int, float, str, None]]  # build options in the sidecar
+
+
+class Tried(TypedDict):
+    """What was found about one of several INT8 files that an engine could be built from. See `measure.int8_file`."""
+
+    p50_ms: Optional[float]  # median latency of its engine; null: not timed, because it is wrong or the only right one
+    wrong: Optional[str]  # why its boxes are wrong on this processor; null: they are right
 
 
 class Backend(Protocol):
@@ -112,6 +121,7 @@ class EngineInfo:
         files: file name -> its size and SHA-256. Empty: a bare ONNX file.
         built_on: the machine that built the engine.
         options: build options.
+        tried: ONNX file -> what was found about it here. Empty: there was only one file to build from.
     """
 
     runtime: str
@@ -123,6 +133,7 @@ class EngineInfo:
     files: Dict[str, FileEntry] = field(default_factory=dict)
     built_on: Dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
+    tried: Dict[str, Tried] = field(default_factory=dict)
     schema: int = 1
 
 
@@ -179,6 +190,11 @@ def _from_json(document: Any) -> EngineInfo:
     return EngineInfo(**dict(document, imgsz=(int(height), int(width)), names=tuple(document["names"])))
 
 
+def is_policy(directory: Path) -> bool:
+    """Return whether a folder is the policy folder of a cascade, not the folder of one engine."""
+    return (directory / POLICY).is_file()
+
+
 def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
     """Read and return the sidecar `engine.json`. Check that every engine file has the size and SHA-256 that the sidecar states.
 
@@ -191,6 +207,8 @@ def load_info(directory: Path, onnx_sha256: Optional[str] = None) -> EngineInfo:
             another ONNX file.
     """
     sidecar = directory / SIDECAR
+    if is_policy(directory):
+        raise EngineError(f"{directory}: a cascade of two engines, one engine expected; give one of its engine folders")
     info = _read_sidecar(sidecar)
     if onnx_sha256 is not None and onnx_sha256 != info.onnx_sha256:
         raise EngineError(

@@ -34,11 +34,10 @@ from ..measure.latency import measure, percentiles
 from ..measure.messages import Measured, Percentiles, Spec
 from ..secure.signed_manifest import written
 from .build import choose_runtimes
-from .bundle import ENGINES, HERE, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
+from .bundle import ENGINES, HERE, MEASURED, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
 from .command_line import Parser, answer, positive, run_command, say, seconds
 
 SCHEMA = 1
-OUT = "device.json"
 ROUNDS = 4  # an even number cancels linear drift, see interleaved.py
 END_TO_END = 200  # calls from a decoded image to its detections
 THROUGHPUT_S, IDLE_S = 5.0, 10.0
@@ -180,7 +179,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         "--power-s", type=seconds, default=Plan().power_s, help="seconds of the power measurement (default 30)"
     )
     parser.add_argument("--threads", type=positive, help="threads of one inference on a CPU")
-    parser.add_argument("--out", type=Path, help=f"default: {OUT} in the bundle")
+    parser.add_argument("--out", type=Path, help=f"default: {MEASURED} in the bundle")
     parser.add_argument(
         "--latency-table", type=Path, metavar="FOLDER", help="only time the layers of the models that `probe` wrote"
     )
@@ -195,7 +194,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         bundle = open_bundle(directory)
         if options.latency_table is not None:
             return _latency_table(options)
-        out = outside(bundle, options.out or directory / OUT, "--out")
+        out = outside(bundle, options.out or directory / MEASURED, "--out")
         folders = _engines(bundle, options.engine)
         if options.golden:
             return _self_test(bundle, folders)
@@ -221,7 +220,7 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
     for folder in folders:
         info = load_info(folder)
         with open_engine(folder) as engine:
-            tested[folder.name] = test = golden.check(bundle.directory, engine, info.runtime, info.library)
+            tested[folder.name] = test = golden.check(bundle.directory, engine, info)
         say(f"{folder.name}: golden images {'passed' if test['reason'] is None else 'FAILED: ' + test['reason']}")
     answer(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
@@ -241,7 +240,7 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
         with open_engine(folder, threads=None if registry.RUNTIMES[info.runtime].gpu else plan.threads) as engine:
-            test = golden.check(bundle.directory, engine, info.runtime, info.library)
+            test = golden.check(bundle.directory, engine, info)
             subject: Subject = {
                 "model": "compressed",
                 "runtime": info.runtime,

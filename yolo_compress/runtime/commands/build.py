@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import List, Optional, Sequence, TypedDict
 
 from .. import json_text, registry
-from ..backends.base import PRECISIONS, load_info
+from ..backends.base import PRECISIONS, Backend, EngineInfo, load_info
 from ..backends.tensorrt.build import TIMING_CACHE
 from ..backends.tensorrt.run import built_elsewhere
-from ..engine import BACKENDS
+from ..engine import BACKENDS, chosen_elsewhere
 from ..errors import EngineError, RuntimeUnavailable, naming
 from ..files import sha256_file
-from ..measure import jetson
+from ..measure import golden, jetson
+from ..measure.int8_file import build_suited, choice
 from ..secure import built_here
 from ..secure.signed_manifest import BundleRefused, written
 from .bundle import ENGINES, HERE, Bundle, open_bundle, outside, trusted
@@ -37,16 +38,13 @@ class BuildOptions(TypedDict, total=False):
     timing_cache: Optional[Path]
 
 
-class _Made(TypedDict):
-    library: str  # version of the engine library
-    seconds: Optional[float]  # build time; null where the engine was up to date
-
-
-class Built(_Made):
+class Built(TypedDict):
     """One engine in the JSON line that `build.py` prints."""
 
     engine: str  # name of its folder
     onnx: str  # file in the bundle
+    library: str  # version of the engine library
+    seconds: Optional[float]  # build time; null where the engine was up to date
 
 
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
@@ -134,46 +132,63 @@ def build(
     rows: List[Built] = []
     for runtime in runtimes:
         for precision in dict.fromkeys(precisions):
-            stem = bundle.form(runtime, precision)
-            if stem is None:
+            stems = bundle.forms(runtime, precision)
+            if not stems:
                 raise EngineError(
                     f"{bundle.directory}: no {precision} ONNX for {runtime}; it has {sorted(bundle.onnx)}"
                 )
             folder = out / f"{runtime}-{precision}"
-            library = None if force else _up_to_date(folder, bundle, stem, runtime)
-            if library is not None:
+            ready = None if force else _up_to_date(folder, bundle, stems, runtime)
+            if ready is not None:
                 say(f"{folder.name}: up to date")
-                rows.append({"engine": folder.name, "onnx": bundle.onnx[stem], "library": library, "seconds": None})
+                rows.append(ready)
                 continue
-            say(f"{folder.name}: building from {bundle.onnx[stem]}")
+            say(f"{folder.name}: building from {' or '.join(bundle.onnx[stem] for stem in stems)}")
             options: BuildOptions = {}
             if _has_timing_cache(runtime):
                 last = folder / TIMING_CACHE
                 ours = last.is_file() and trusted(bundle, folder)
                 options = {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
-            made = _build(bundle, stem, runtime, precision, folder, options)
-            rows.append({"engine": folder.name, "onnx": bundle.onnx[stem], **made})
+            rows.append(_build(bundle, stems, runtime, precision, folder, options))
     return rows
 
 
-def _build(bundle: Bundle, stem: str, runtime: str, precision: str, folder: Path, options: BuildOptions) -> _Made:
+def _build(
+    bundle: Bundle, stems: Sequence[str], runtime: str, precision: str, folder: Path, options: BuildOptions
+) -> Built:
     """Build the engine in a temporary folder beside `folder`, then replace `folder`."""
-    onnx = bundle.directory / bundle.onnx[stem]
-    if sha256_file(onnx) != bundle.onnx_sha256(stem):
-        raise BundleRefused(f"{onnx}: changed while in use; refused, copy the bundle again")
+    files = {bundle.directory / bundle.onnx[stem]: stem for stem in stems}
+    for onnx, stem in files.items():
+        if sha256_file(onnx) != bundle.onnx_sha256(stem):
+            raise BundleRefused(f"{onnx}: changed while in use; refused, copy the bundle again")
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for left in (partial, old):
         shutil.rmtree(str(left), ignore_errors=True)
     before, start = jetson.state(), time.time()
+
+    def wrong(engine: Backend, info: EngineInfo) -> Optional[str]:
+        return golden.check(bundle.directory, engine, info)["reason"]
+
     try:
         os.makedirs(str(partial))  # fail now if the folder cannot be written, not after an hour of building
         with naming(partial):
-            BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
+            if len(files) > 1:
+                onnx = build_suited(runtime, list(files), partial, wrong, bundle.names, bundle.imgsz)
+            else:
+                BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
+            stem = files[onnx]
             info = load_info(partial, bundle.onnx_sha256(stem))
-            made: _Made = {"library": info.library, "seconds": round(time.time() - start, 1)}
+            if info.tried:
+                say(f"{folder.name}: from {choice(onnx.name, info.tried)}")
+            made: Built = {
+                "engine": folder.name,
+                "onnx": bundle.onnx[stem],
+                "library": info.library,
+                "seconds": round(time.time() - start, 1),
+            }
             given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
             document = dict(
-                made, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision, onnx=bundle.onnx[stem],
+                made, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision,
                 onnx_sha256=info.onnx_sha256, options=given, device=before, clocks_after=jetson.clocks(), at=round(start),
             )  # fmt: skip
             written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
@@ -192,22 +207,28 @@ def _has_timing_cache(runtime: str) -> bool:
     return "timing_cache" in registry.RUNTIMES[runtime].build_options
 
 
-def _up_to_date(folder: Path, bundle: Bundle, stem: str, runtime: str) -> Optional[str]:
-    """Return the library version of an engine. None: the engine is not up to date.
+def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str) -> Optional[Built]:
+    """Return the row of an engine that is up to date. None: it is not.
 
-    An engine is up to date if it is intact, trusted, and built from this ONNX file by the installed library version. If it runs on
-    a GPU, it must also have been built on this GPU.
+    An engine is up to date if it is intact, trusted, and built from one of these ONNX files by the installed library version. If it
+    runs on a GPU, it must also have been built on this GPU. If its file was chosen among several, that must have been on this
+    processor.
     """
     try:
-        info = load_info(folder, bundle.onnx_sha256(stem))
+        info = load_info(folder)
+        stem = next(stem for stem in stems if bundle.onnx_sha256(stem) == info.onnx_sha256)
         library = json_text.read(folder / BUILT)["library"]
-    except (EngineError, OSError, ValueError, KeyError, TypeError):
+    except (EngineError, OSError, ValueError, KeyError, TypeError, StopIteration):
         return None  # absent, damaged, or built from another ONNX file
+    if (len(stems) > 1) != bool(info.tried) or chosen_elsewhere(info):
+        return None  # its file was chosen among others, or for another processor
     if registry.RUNTIMES[runtime].gpu and built_elsewhere(info) is not None:
         return None  # built on another GPU, for example on a disk from another robot
     if not trusted(bundle, folder):
         return None  # it came with the bundle
-    return str(library) if library == info.library == library_version(runtime) else None
+    if not library == info.library == library_version(runtime):
+        return None
+    return {"engine": folder.name, "onnx": bundle.onnx[stem], "library": str(library), "seconds": None}
 
 
 def library_version(runtime: str) -> str:

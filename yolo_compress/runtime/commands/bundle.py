@@ -6,9 +6,9 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple, TypedDict
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, TypedDict
 
-from .. import registry
+from .. import json_text, registry
 from ..errors import EngineError, RuntimeUnavailable
 from ..max_detections import MAX_DET
 from ..secure import built_here
@@ -17,6 +17,7 @@ from ..secure.slots import ROOT, ROOT_VARIABLE, Slots
 
 HERE = Path(__file__).resolve().parents[2]  # the bundle that this file was copied into
 ENGINES = "engines"
+MEASURED = "device.json"  # what bench.py writes
 
 
 class BundleId(TypedDict):
@@ -50,11 +51,11 @@ class Bundle:
     onnx: Dict[str, str]
     pinned: bool = False
 
-    def form(self, runtime: str, precision: str) -> Optional[str]:
-        """Return the stem of the ONNX file for this precision and the installed version of this runtime. None: no file suits."""
-        from ..engine import onnx_form
+    def forms(self, runtime: str, precision: str) -> List[str]:
+        """Return the stems of the ONNX files for this precision and the installed version of this runtime, see `onnx_forms`."""
+        from ..engine import onnx_forms
 
-        return onnx_form(self.onnx, runtime, precision)
+        return onnx_forms(self.onnx, runtime, precision)
 
     @property
     def max_det(self) -> int:
@@ -114,6 +115,9 @@ def open_bundle(directory: Path) -> Bundle:
         max_det(manifest)
         onnx = {str(stem): str(file) for stem, file in manifest["onnx"].items()}
         unlisted = [file for file in onnx.values() if file not in manifest["files"]]
+        fastest = manifest.get("fastest", [])
+        if not isinstance(fastest, list) or not all(isinstance(name, str) for name in fastest):
+            raise ValueError(f"fastest {fastest!r}")
         names = manifest["names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names + [manifest["name"]]):
             raise ValueError("names and name of text expected")
@@ -141,7 +145,7 @@ def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
     """Return the folder of an engine.
 
     Args:
-        engine: name in `engines/` (`tensorrt-int8`), or a path. None: the first in the order of `PREFERENCE`.
+        engine: name in `engines/` (`tensorrt-int8`), or a path. None: the fastest, see `fastest_first`.
 
     Raises:
         RuntimeUnavailable: no engine was built, or the named engine was not built.
@@ -156,7 +160,42 @@ def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
         raise RuntimeUnavailable(f"{folder}: no engine {engine!r}, {available}", "run python3 build.py first")
     if not built_here:
         raise RuntimeUnavailable(f"{folder}: no engine", "run python3 build.py first")
-    return _of_bundle(bundle, folder / (engine or min(built_here, key=_rank)))
+    return _of_bundle(bundle, folder / (engine or fastest_first(bundle, built_here)[0]))
+
+
+def fastest_first(bundle: Bundle, engines: Sequence[str]) -> List[str]:
+    """Sort engines by expected latency, in any precision: the gate has judged all of them.
+
+    Engines that `bench.py` measured here come first, by their median in device.json, if they passed the golden self-test. Then come
+    those on a GPU. Then those that were measured on the machine that made the bundle, by their median there. The rest has the order
+    of `PREFERENCE`.
+    """
+    here, there = _measured_here(bundle), bundle.manifest.get("fastest", [])
+
+    def rank(name: str) -> Tuple[int, float, Tuple[int, int, str]]:
+        row = registry.RUNTIMES.get(name.partition("-")[0])
+        if name in here:
+            return 0, here[name], _preference(name)
+        if row is not None and row.gpu:
+            return 1, 0.0, _preference(name)
+        return (2, there.index(name), _preference(name)) if name in there else (3, 0.0, _preference(name))
+
+    return sorted(engines, key=rank)
+
+
+def _measured_here(bundle: Bundle) -> Dict[str, float]:
+    """Return engine -> median latency in ms, from the device.json that `bench.py` wrote into this bundle. Empty: there is none."""
+    try:
+        document = json_text.read(bundle.directory / MEASURED)
+        if document["bundle"]["manifest_sha256"] != bundle.about()["manifest_sha256"]:
+            return {}  # it came with an earlier bundle in this folder
+        return {
+            f"{row['runtime']}-{row['precision']}": float(row["latency_p50_ms"])
+            for row in document["rows"]
+            if row["status"] == "ok" and row["golden"]["passed"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # not measured yet, or not a device.json
 
 
 def built_engines(folder: Path) -> List[str]:
@@ -168,9 +207,15 @@ def built_engines(folder: Path) -> List[str]:
 
 
 def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
-    """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted."""
-    from ..backends.base import load_info
+    """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted.
 
+    A policy folder of a cascade is accepted if one of its two engines is of this bundle, and if no key is pinned: a bundle has one
+    model, so the signature covers neither the other engine nor the policy.
+    """
+    from ..backends.base import is_policy, load_info
+
+    if is_policy(chosen):
+        return _cascade_of_bundle(bundle, chosen)
     origin = load_info(chosen).onnx_sha256
     if origin not in (bundle.onnx_sha256(stem) for stem in bundle.onnx):
         raise EngineError(f"{chosen}: built from ONNX {origin[:16]}, which is not of this bundle; run python3 build.py")
@@ -178,6 +223,19 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
         raise EngineError(
             f"{chosen}: not built on this machine by this user, and the signature does not cover engines; run python3 build.py"
         )
+    return chosen
+
+
+def _cascade_of_bundle(bundle: Bundle, chosen: Path) -> Path:
+    from ..detect.cascade import engines
+
+    if bundle.pinned:
+        raise EngineError(f"{chosen}: a cascade, which the pinned key does not cover; give an engine of this bundle")
+    policy, found = engines(chosen)
+    if not {info.onnx_sha256 for _, info in found} & {bundle.onnx_sha256(stem) for stem in bundle.onnx}:
+        raise EngineError(f"{chosen}: neither engine of the cascade is built from an ONNX file of this bundle")
+    if policy.names != bundle.names:
+        raise EngineError(f"{chosen}: a cascade of classes {list(policy.names)}, the bundle has {list(bundle.names)}")
     return chosen
 
 
@@ -189,10 +247,10 @@ def trusted(bundle: Bundle, engine: Path) -> bool:
     return not bundle.pinned or in_slot(engine) or built_here.recorded(engine)
 
 
-PREFERENCE = (tuple(reversed(registry.names())), ("int8", "fp16", "fp32"))  # the fastest first, as measured by bench.py
+PREFERENCE = (tuple(reversed(registry.names())), ("int8", "fp16", "fp32"))  # the fastest first on most machines
 
 
-def _rank(name: str) -> Tuple[int, int, str]:
+def _preference(name: str) -> Tuple[int, int, str]:
     runtime, _, precision = name.partition("-")
     places = [list(order).index(word) if word in order else 9 for word, order in zip((runtime, precision), PREFERENCE)]
     return places[0], places[1], name

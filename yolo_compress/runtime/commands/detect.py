@@ -27,7 +27,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """
     parser = Parser(prog="detect.py", description=__doc__)
     parser.add_argument("source", help="image, folder, video, number of a camera, or an address with ://")
-    parser.add_argument("--engine", help="name in engines/ (tensorrt-int8) or path (default: the fastest one)")
+    parser.add_argument(
+        "--engine", help="name in engines/ (tensorrt-int8), or path of an engine or cascade (default: the fastest one)"
+    )
     parser.add_argument(
         "--engines", type=positive, help="engines that run in parallel (default: one per processor, one on a GPU)"
     )

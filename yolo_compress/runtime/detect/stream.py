@@ -19,12 +19,13 @@ from typing import Any, Callable, Deque, Generator, Iterable, List, NamedTuple, 
 
 import numpy as np
 
-from ..backends.base import Backend, load_info
-from ..engine import open_engine
+from ..backends.base import Backend, is_policy
+from ..engine import on_gpu, open_engine
 from ..errors import NotFinite, SourceError
 from ..max_detections import MAX_DET
 from ..measure.device import usable_cpus
-from ..registry import RUNTIMES
+from .cascade import CascadeEngine, Policy
+from .cascade import engines as engines_of
 from .detector import Detector
 from .pre import Canvas, UnreadableImage
 from .sources import SourceImage
@@ -88,14 +89,51 @@ def _close_in_thread(thread: ThreadPoolExecutor, backend: Backend) -> None:
     thread.submit(backend.__exit__, None, None, None).result()
 
 
+class Shared:
+    """A detector that several threads share: each call borrows an input array and an idle engine.
+
+    Args:
+        detector: its backend must be a `Lender`, or a `CascadeEngine` of two.
+        threads: number of threads.
+    """
+
+    def __init__(self, detector: Detector, threads: int) -> None:
+        self._steps = detector
+        self._large = None if detector.large is None else Shared(detector.large, threads)
+        self._canvases: "SimpleQueue[Canvas]" = SimpleQueue()  # one per thread, borrowed like the engines
+        for _ in range(threads):
+            self._canvases.put(detector.blank())
+
+    def detect(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
+        """Return the detections of each image, as `Detector.detect` does."""
+        found: List[np.ndarray] = []
+        size = self._steps.backend.batch or 1
+        for start in range(0, len(images), size):
+            found += self._one_inference(images[start : start + size])
+        return found
+
+    def _one_inference(self, images: Sequence[np.ndarray]) -> List[np.ndarray]:
+        canvas = self._canvases.get()
+        try:
+            input_BCHW, placed = self._steps.prepare(images, canvas)
+            output_BCA = self._steps.backend(input_BCHW)
+        finally:
+            self._canvases.put(canvas)
+        if self._large is None:
+            return self._steps.found(output_BCA, placed)
+        return self._steps.completed(images, output_BCA, placed, self._large.detect)
+
+
 class Pipeline:
     """Detect objects in many images with several engines in parallel. Use it in a `with` block, which closes the engines.
 
     A call with images yields the results in order while later images are processed. `open_pipeline` makes a pipeline.
 
     Args:
-        opens: functions without arguments. Each opens one engine. All engines run in parallel.
+        opens: functions without arguments. Each opens one engine. All engines run in parallel. For a cascade, the small engines.
         conf, iou, max_det, multi_label: see `post.nms`. The defaults suit a deployment.
+        opens_large: functions that open the large engines of a cascade, as many as `opens`.
+        policy: the cascade's policy. None: there is no cascade.
     """
 
     def __init__(
@@ -105,14 +143,20 @@ class Pipeline:
         iou: float = 0.7,
         max_det: int = MAX_DET,
         multi_label: bool = False,
+        opens_large: Sequence[Callable[[], Any]] = (),
+        policy: Optional[Policy] = None,
     ) -> None:
-        self.backend = Lender(opens)
-        self._steps = Detector(self.backend, conf, iou, max_det, multi_label)  # type: ignore[arg-type]
+        with ExitStack() as stack:
+            self.backend = backend = Lender(opens)
+            stack.callback(backend.close)
+            if policy is not None:
+                large = Lender(opens_large)
+                stack.callback(large.close)
+                backend = CascadeEngine(backend, large, policy)  # type: ignore[arg-type,assignment]
+            self._engines = stack.pop_all()
         self._threads = len(opens) + SPARE_TASKS
+        self._shared = Shared(Detector(backend, conf, iou, max_det, multi_label), self._threads)  # type: ignore[arg-type]
         self._tasks = ThreadPoolExecutor(self._threads, NAME)
-        self._canvases: "SimpleQueue[Canvas]" = SimpleQueue()  # one per thread, borrowed like the engines
-        for _ in range(self._threads):
-            self._canvases.put(self._steps.blank())
 
     def __call__(self, images: Iterable[SourceImage]) -> Generator[ImageDetections, None, None]:
         """Yield the result of each image in order. An error in a thread is raised in place of the image's result, and ends the work.
@@ -158,21 +202,17 @@ class Pipeline:
         ]
 
     def _detected(self, images: Sequence[np.ndarray], batch: Sequence[SourceImage]) -> List[np.ndarray]:
-        canvas = self._canvases.get()
         try:
-            input_BCHW, placed = self._steps.prepare(images, canvas)
-            return self._steps.found(self.backend(input_BCHW), placed)
+            return self._shared.detect(images)
         except NotFinite as error:
             raise NotFinite(f"{', '.join(source.name for source in batch)}: {error}") from error
-        finally:
-            self._canvases.put(canvas)
 
     def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._tasks.shutdown()
-        self.backend.close()
+        self._engines.close()
 
 
 def _read(source: SourceImage) -> Tuple[Optional[np.ndarray], Optional[str]]:
@@ -193,7 +233,7 @@ def open_pipeline(
     """Return a `Pipeline` with one or more copies of an engine.
 
     Args:
-        engine: engine directory.
+        engine: engine directory, or the policy folder of a cascade.
         engines: number of copies that run in parallel and share the processors. None: one on a GPU, else one per processor, at most
             4.
         conf, iou, max_det: thresholds and limit of NMS, see `post.nms`.
@@ -202,7 +242,11 @@ def open_pipeline(
         EngineError: `load_info` rejects the files, which are checked before an engine library reads them.
         RuntimeUnavailable: the library or device is missing.
     """
-    on_gpu = RUNTIMES[load_info(Path(engine)).runtime].gpu
-    count = engines or (1 if on_gpu else min(usable_cpus(), MAX_ENGINES))
-    threads = None if on_gpu else max(usable_cpus() // count, 1)
-    return Pipeline([partial(open_engine, engine, threads)] * count, conf, iou, max_det)
+    gpu = on_gpu(engine)
+    count = engines or (1 if gpu else min(usable_cpus(), MAX_ENGINES))
+    threads = None if gpu else max(usable_cpus() // count, 1)
+    if not is_policy(Path(engine)):
+        return Pipeline([partial(open_engine, engine, threads)] * count, conf, iou, max_det)
+    policy, parts = engines_of(Path(engine))
+    small, large = ([partial(open_engine, path, threads, info.onnx_sha256)] * count for path, info in parts)
+    return Pipeline(small, conf, iou, max_det, opens_large=large, policy=policy)

@@ -14,7 +14,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 import numpy as np
 
 from .. import json_text
-from ..backends.base import Backend
+from ..backends.base import Backend, EngineInfo
 from ..detect.detector import Detector
 from ..detect.pre import read_image
 from ..errors import EngineError
@@ -58,6 +58,7 @@ class EngineOf(TypedDict):
 
     executed: str  # the arithmetic that the engine library chose, as text
     library: str  # version of the engine library; "none" if the file was executed node by node
+    onnx_sha256: str  # of the ONNX file
 
 
 class Tolerance(TypedDict):
@@ -101,36 +102,39 @@ class SelfTest(TypedDict):
     reason: Optional[str]  # why the test failed; null if it passed
 
 
-def check(bundle: Path, backend: Backend, runtime: str, library: str) -> SelfTest:
+def check(bundle: Path, backend: Backend, info: EngineInfo) -> SelfTest:
     """Compare an engine's detections in the golden images with the expected detections, and return the result.
 
     Args:
         bundle: directory of a bundle that `signed_manifest.verify` accepted.
         backend: an opened engine. It is not closed.
-        runtime, library: runtime of the engine, and version of its library.
+        info: description of the engine.
 
     Raises:
         EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
         NotFinite: the output holds NaN or infinity.
     """
     golden, images = load(bundle)
-    own = f"{runtime}-{backend.precision}"
+    own = f"{info.runtime}-{backend.precision}"
     try:
         expected = golden["expected"]
         against = (
-            own if own in expected else next((key for key in sorted(expected) if key.endswith(own[len(runtime) :])), "")
+            own
+            if own in expected
+            else next((key for key in sorted(expected) if key.endswith(own[len(info.runtime) :])), "")
         )
         if not against:
             raise EngineError(
                 f"{bundle / FOLDER / FILE}: no expected detections for {backend.precision}, only for {sorted(expected)}"
             )
         # Other versions and processors have other kernels. INT8 boxes of ONNX Runtime 1.19 and 1.32 differ by several px.
-        same = against == own and golden["engines"][own] == {"executed": backend.executed, "library": library}
+        made = {"executed": backend.executed, "library": info.library, "onnx_sha256": info.onnx_sha256}
+        same = against == own and golden["engines"][own] == made
         tolerance = golden["tolerances"][SAME if same else backend.precision]
         found = detections(backend, images, golden["floor"], golden["iou"])
         wanted = [np.array(rows, np.float64).reshape(-1, 6) for rows in expected[against]]
         worst = difference(wanted, found, golden["conf"])
-        reason = _reason(worst, tolerance)
+        reason = beyond(worst, tolerance)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{bundle / FOLDER / FILE}: malformed ({error!r}); make the bundle again") from error
     return {
@@ -214,10 +218,10 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
     return pairs
 
 
-def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
+def beyond(found: Difference, tolerance: Tolerance) -> Optional[str]:
     """Return the figures that exceed the tolerance, as text. None: no figure does."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
-    beyond = [
+    figures = [
         f"{what} {got:.4g}, {allowed:.4g} allowed"
         for what, got, allowed in (
             (f"{tolerance['of']} boxes off by px:", box, tolerance["box_px"]),
@@ -226,4 +230,4 @@ def _reason(found: Difference, tolerance: Tolerance) -> Optional[str]:
         )
         if got > allowed
     ]
-    return "; ".join(beyond) or None
+    return "; ".join(figures) or None

@@ -33,6 +33,7 @@ ROUND_WARMUP_MS, ROUND_WARMUP_N = 20.0, 5  # after an idle round the caches are 
 QUIET_WINDOW_S, QUIET_SHARE, QUIET_LIMIT_S = 0.02, 0.1, 2.0
 # Other programs disturb a round if they use more than this, in processors. Below this time the kernel's counters are too coarse.
 OTHERS_CPUS, OTHERS_LEAST_S = 0.25, 0.5
+Calls = Callable[[Backend, Spec], List[Callable[[], Any]]]
 
 
 def measure(
@@ -89,16 +90,18 @@ def percentiles(samples_ms: Sequence[float]) -> Percentiles:
 
 
 class Served:
-    """An opened engine in a measuring process, with its input images. It answers the requests to time a round of calls."""
+    """An opened engine in a measuring process, with its input images. It answers the requests to time a round of calls.
 
-    def __init__(self, backend: Backend, spec: Spec) -> None:
+    Args:
+        calls: makes the functions that are timed, one per input. None: one inference of the engine alone.
+    """
+
+    def __init__(self, backend: Backend, spec: Spec, calls: Optional[Calls] = None) -> None:
         quick = bool(spec.get("quick", False))
         self.backend, self.spec = backend, spec
         self.warmup_ms = float(spec.get("warmup_ms", 30.0 if quick else 200.0))
         self.warmup_n = int(spec.get("warmup_n", 5 if quick else 50))
-        self.calls = [
-            backend.bind(images) for images in _inputs(backend, spec.get("inputs"), int(spec.get("batch", 1)))
-        ]
+        self.calls = (calls or _bound)(backend, spec)
         self._warm = False
 
     def about(self) -> About:
@@ -108,7 +111,7 @@ class Served:
             "precision": self.backend.precision,
             "imgsz": list(self.backend.imgsz),
             "threads": getattr(self.backend, "threads", None),
-            "input": self.spec.get("inputs") or "noise",
+            "input": self.spec.get("inputs") or ("images" if self.spec.get("images") else "noise"),
             "images": len(self.calls),
             "device": device_state(),
         }
@@ -126,6 +129,11 @@ class Served:
         self._warm = True
         quiet = _wait_for_quiet() and (others is None or others < OTHERS_CPUS)
         return {"samples_ms": [round(float(s), 6) for s in samples], "quiet": quiet, "memory_mib": peak_memory_mib()}
+
+
+def _bound(backend: Backend, spec: Spec) -> List[Callable[[], Any]]:
+    """Return a function for each input batch, which runs one inference of the engine alone."""
+    return [backend.bind(images) for images in _inputs(backend, spec.get("inputs"), int(spec.get("batch", 1)))]
 
 
 def _inputs(backend: Backend, file: Optional[str], batch: int = 1) -> List[np.ndarray]:
@@ -190,10 +198,15 @@ def open_spec(spec: Spec) -> Backend:
     return open_engine(Path(spec["engine"]), threads=spec.get("threads"), onnx_sha256=spec.get("onnx_sha256"))
 
 
-def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List[str]] = None) -> int:
+def main(
+    open_backend: Callable[[Any], Backend] = open_spec,
+    argv: Optional[List[str]] = None,
+    calls: Optional[Calls] = None,
+) -> int:
     """Measure the engine that the argument describes, or answer requests on stdin if there is no argument.
 
-    `open_backend` opens the engine from a `Spec`. Other packages pass their own function, such as one for a torch module.
+    `open_backend` opens the engine from a `Spec`. Other packages pass their own function, such as one for a torch module. `calls`
+    makes the functions that are timed; see `Served`.
 
     First, stdout is redirected to stderr. Output of a library then cannot break the protocol.
     """
@@ -202,7 +215,7 @@ def main(open_backend: Callable[[Any], Backend] = open_spec, argv: Optional[List
     os.dup2(2, 1)
     spec = json.loads(arguments[0] if arguments else sys.stdin.readline())
     with open_backend(spec) as backend:
-        served = Served(backend, spec)
+        served = Served(backend, spec, calls)
         if arguments:
             samples = served.one_round(int(spec.get("n", 1000)))
             result = dict(served.about(), **samples, **percentiles(samples["samples_ms"]))

@@ -15,6 +15,7 @@ class Spec(TypedDict, total=False):
     onnx_sha256: Optional[str]  # SHA-256 of the ONNX file that the engine must be built from
     threads: Optional[int]  # threads of one inference; null: one per usable processor
     inputs: Optional[str]  # .npy, float32 RGB [N, 3, H, W] in 0..1 (real images, letterboxed); null: noise
+    images: List[str]  # image files that `end_to_end` detects in, in turn; `latency` does not read this key
     batch: int  # images per inference, if the engine takes any number; default 1
     warmup_ms: float  # the warm-up goes on until this and `warmup_n` are reached; default 200, quick 30
     warmup_n: int  # default 50, quick 5
@@ -44,7 +45,7 @@ class About(TypedDict):
     precision: str  # the requested precision
     imgsz: List[int]  # [height, width] of the input, px
     threads: Optional[int]
-    input: str  # the .npy file, or "noise"
+    input: str  # the .npy file, "images" for `end_to_end`, or "noise"
     images: int  # batches that the calls cycle through
     device: DeviceState
 

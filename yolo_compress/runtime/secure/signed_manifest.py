@@ -61,6 +61,7 @@ class About(TypedDict, total=False):
     max_det: int  # largest number of detections per image after NMS
     onnx: Dict[str, str]  # stem ("int8-openvino") -> file
     gate: Mapping[str, object]  # gate of the report, and `forced`: whether the bundle was made although it failed
+    fastest: List[str]  # engines ("openvino-int8") by latency on the machine that made the bundle, the fastest first
     golden: GoldenAbout
     val: Validation
     made_with: Mapping[str, object]  # commit, and Python and package versions on the machine that made the bundle
