@@ -1,10 +1,15 @@
-"""Depth and width against width alone, at equal MACs: mAP right after the cut, and latency on each runtime, in turn.
+"""Depth and width against width alone, at equal MACs: mAP50-95, and latency on each runtime, in turn.
 
     python benchmarks/depth.py --weights yolov8n_bccd.pt --data bccd.yaml --imgsz 320 --keep-flops 0.5 0.3
+    python benchmarks/depth.py --weights yolov8n_bccd.pt --data bccd.yaml --imgsz 320 --keep-flops 0.5 0.3 --every
+    python benchmarks/depth.py --recipe digits --epochs 20 --keep-flops 0.5
+    python benchmarks/depth.py --recipe digits --epochs 20 -- baseline.model=yolov8m.yaml
+    python benchmarks/depth.py --recipe neu_det --epochs 20
 
-Both nets are chosen by `obs`, reconstructed, and BatchNorm is re-estimated; nothing is trained. For a training run
-`yolo-compress prune recipe=NAME prune.depth=true` and `prune.depth=false`. One process a net, rounds in turn; ratios are medians over
-rounds of ratios of medians to the dense net. Prints a markdown table, and on the last line JSON.
+With `--weights`, nothing is trained: nets are chosen by `obs`, reconstructed, and BatchNorm is re-estimated. `--every` measures each
+number of bottlenecks, beside the total error by which `prune.depth` chooses one, and times nothing. With `--recipe`, both nets are
+results of `yolo-compress prune`, trained for the same epochs; what is published already is not run again. One process a net, rounds
+in turn; ratios are medians over rounds of ratios of medians to the dense net. Prints a markdown table, and on the last line JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +25,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from yolo_compress import load as load_recipe
+from yolo_compress import run
 from yolo_compress.data.dataset import Dataset, calibration_subset, load
+from yolo_compress.errors import RecipeError
 from yolo_compress.evaluate.accuracy import accuracy
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.float_onnx import export_onnx
@@ -51,7 +59,7 @@ def cut(dense: nn.Module, dataset: Dataset, keep: float, deep: bool, args: argpa
         return Evidence(model, prunable(model), images=partial(letterboxed, samples, size))
 
     def widths(model: nn.Module, of: Evidence, left: Any) -> Plan:
-        return choose(model, of.groups, scores(of, find("obs")), limit, args.round_to, left)
+        return choose(model, of.groups, scores(of, find("obs")), limit, args.round_to, left, scope="local")
 
     evidence = evidence_of(net)
     found = depth.chains(net)
@@ -60,17 +68,61 @@ def cut(dense: nn.Module, dataset: Dataset, keep: float, deep: bool, args: argpa
         importance = scores(evidence, find("obs"))
         counts = depth.search(
             net, evidence.moments, shapes, limit,
-            lambda groups, left: choose(net, groups, importance, limit, args.round_to, left), True,
+            lambda groups, left: choose(net, groups, importance, limit, args.round_to, left, scope="local"), True,
         )  # fmt: skip
         shallow = copy.deepcopy(net)
         depth.shorten(shallow, counts, evidence.moments)
         left = depth.remaining_shapes(shapes, found, counts)
-        own = widths(shallow, evidence_of(shallow), left)
+        moments = depth.remaining_moments(evidence.moments, found, counts)  # as the stage does
+        own = widths(shallow, Evidence(shallow, prunable(shallow), moments=moments), left)
         plan = depth.with_bottlenecks(own, evidence.groups, shapes, found, counts)
     depth.remove(net, plan, evidence.moments)
     reestimate_batchnorm(net, letterboxed(samples, size))
     before = sum(len(chain.bottlenecks) for chain in found.values())
     return net, f"{sum(len(chain.bottlenecks) for chain in depth.chains(net).values())} of {before}"
+
+
+def every(dense: nn.Module, dataset: Dataset, keep: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return total error and mAP50-95 as cut for each number of removed bottlenecks, in the order of `prune.depth`."""
+    size = (args.imgsz, args.imgsz)
+    samples = calibration_subset(dataset.train, args.images, 0)
+    shapes, found = conv_shapes(dense, size), depth.chains(dense)
+    limit = keep_flops(shapes, keep)
+    evidence = Evidence(dense, prunable(dense), images=partial(letterboxed, samples, size))
+    errors = depth._Errors(dense, evidence.moments, refitted=True)
+    steps = depth._order(found, shapes, limit, errors)
+    rows: list[dict[str, Any]] = []
+    for number in range(len(steps) + 1):
+        counts = {layer: len(chain.bottlenecks) - steps[:number].count(layer) for layer, chain in found.items()}
+        shallow, net = copy.deepcopy(dense), copy.deepcopy(dense)
+        depth.shorten(shallow, counts, evidence.moments)
+        moments = depth.remaining_moments(evidence.moments, found, counts)
+        own = Evidence(shallow, prunable(shallow), moments=moments)
+        left = depth.remaining_shapes(shapes, found, counts)
+        try:
+            plan = choose(shallow, own.groups, scores(own, find("obs")), limit, args.round_to, left, scope="local")
+        except RecipeError:
+            continue  # the budget cannot be met with these bottlenecks
+        total = errors.total(found, counts, own.groups, plan)
+        depth.remove(net, depth.with_bottlenecks(plan, evidence.groups, shapes, found, counts), evidence.moments)
+        reestimate_batchnorm(net, letterboxed(samples, size))
+        rows.append({"keep": keep, "removed": number, "layers": steps[:number], "error": total,
+                     "map50_95": map50_95(net, dataset, size, args.val_images)})  # fmt: skip
+        print(f"| {keep:g} | {number} of {len(steps)} | {total:.3f} | {rows[-1]['map50_95']:.3f} |", flush=True)
+    return rows
+
+
+def map50_95(net: nn.Module, dataset: Dataset, size: tuple[int, int], images: int | None) -> float:
+    with TorchBackend(net, dataset.names, size) as backend:
+        return float(accuracy(backend, dataset.val[:images], dataset.names, size)["map50_95"])
+
+
+def trained(recipe: str, keep: float, deep: bool, args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """Return the net of `yolo-compress prune`, and its bottlenecks as text."""
+    own = [("prune.keep_flops", f"{keep:g}"), ("prune.epochs", str(args.epochs)), ("prune.depth", str(deep).lower()),
+           ("prune.round_to", str(args.round_to)), ("run.seed", str(args.seed))]  # fmt: skip
+    net = checkpoint.load_model(run(load_recipe(recipe, [*args.overrides, *own]), "prune").file("model.pt"))
+    return net, f"{sum(len(chain.bottlenecks) for chain in depth.chains(net).values())}"
 
 
 def main() -> None:
@@ -86,21 +138,40 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--every", action="store_true", help="each number of bottlenecks, without latency")
+    parser.add_argument("--recipe", help="train with this recipe instead of cutting --weights")
+    parser.add_argument("--epochs", type=int, default=20, help="of `prune`, with --recipe")
+    parser.add_argument("--seed", type=int, default=0, help="with --recipe")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, with --recipe; give them after --")
     args = parser.parse_args()
-    size, dataset = (args.imgsz, args.imgsz), load(args.data)
-    dense = checkpoint.load_model(find_weights(args.weights))
+    if args.overrides and not args.recipe:
+        parser.error("section.key=value has no effect without --recipe")
+    if args.every and args.recipe:
+        parser.error("--every cuts --weights and trains nothing: leave --recipe out")
+    args.overrides = [(key, value) for key, _, value in (text.partition("=") for text in args.overrides)]
+    if args.recipe:
+        chosen = load_recipe(args.recipe, args.overrides)
+        size, dataset = chosen.data.imgsz_hw, load(chosen.data.yaml)
+        dense = checkpoint.load_model(run(chosen, "baseline").file("model.pt"))
+    else:
+        size, dataset = (args.imgsz, args.imgsz), load(args.data)
+        dense = checkpoint.load_model(find_weights(args.weights))
+    if args.every:
+        print("| MACs | removed | total error | mAP50-95 as cut |\n|---|---|---|---|")
+        found = [row for keep in args.keep_flops for row in every(dense, dataset, keep, args)]
+        print(json.dumps({"settings": vars(args), "rows": found, "environment": environment.describe()}))
+        return
     nets: dict[str, tuple[nn.Module, str]] = {"dense": (dense, "all")}
     for keep in args.keep_flops:
-        nets[f"{keep:g}, width"] = cut(dense, dataset, keep, False, args)
-        nets[f"{keep:g}, depth and width"] = cut(dense, dataset, keep, True, args)
+        for name, deep in (("width", False), ("depth and width", True)):
+            made = trained(args.recipe, keep, deep, args) if args.recipe else cut(dense, dataset, keep, deep, args)
+            nets[f"{keep:g}, {name}"] = made
     rows: list[dict[str, Any]] = []
-    val = dataset.val[: args.val_images]
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, (net, bottlenecks)) in enumerate(nets.items()):
-            with TorchBackend(net, dataset.names, size) as backend:
-                found = accuracy(backend, val, dataset.names, size)
             macs = conv_macs(net, size) / conv_macs(dense, size)
-            rows.append({"net": name, "bottlenecks": bottlenecks, "macs": macs, "map50_95": found["map50_95"]})
+            score = map50_95(net, dataset, size, args.val_images)
+            rows.append({"net": name, "bottlenecks": bottlenecks, "macs": macs, "map50_95": score})
             export_onnx(net, Path(scratch, f"{number}.onnx"), size, names=dataset.names)
         for runtime in args.runtimes:
             engines = [Path(scratch, runtime, str(number)) for number in range(len(nets))]
@@ -112,10 +183,13 @@ def main() -> None:
             for row, ratio in zip(rows, np.median(medians / medians[0], axis=1), strict=True):
                 row[runtime] = float(ratio)
     described = environment.describe()
+    what = f"recipe {args.recipe}, {args.epochs} epochs" if args.recipe else args.weights
     print(
-        f"{args.weights}, {args.imgsz} px, n = {args.rounds} rounds of {args.samples}; {described['cpu']}, {device_state()}\n"
+        f"{what}, {size[0]}x{size[1]} px, n = {args.rounds} rounds of {args.samples}; {described['cpu']}, {device_state()}\n"
     )
-    print(f"| net | bottlenecks | MACs | mAP50-95 as cut | {' | '.join(args.runtimes)} |")
+    print(
+        f"| net | bottlenecks | MACs | mAP50-95 {'trained' if args.recipe else 'as cut'} | {' | '.join(args.runtimes)} |"
+    )
     print("|---" * (4 + len(args.runtimes)) + "|")
     for row in rows:
         ratios = " | ".join(f"{row[runtime]:.3f}" for runtime in args.runtimes)

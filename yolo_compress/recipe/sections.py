@@ -322,7 +322,7 @@ class PruneConfig(TrainConfig):
     depth: Annotated[bool, knob(
         "Also remove whole bottlenecks: the last ones of the layers C2f and C3k2. A bottleneck goes if the model within the "
         "budget then has less output error than with narrower layers alone. false: only channels are removed.",
-        when="Set true when the latency of single images counts, above all for models of the sizes s to x.",
+        when="Set true when the latency of single images counts and half of the FLOPs or more remain.",
         group="Budget")] = False
     floor: Annotated[float, knob(
         "Each channel group keeps at least this fraction of its channels. It does not limit how many bottlenecks `depth` removes.",

@@ -103,6 +103,13 @@ def test_a_latency_is_shown_beside_its_target() -> None:
     assert line.cells == ("Latency p50 on OpenVINO, ms (target 5.00)", DASH, "4.87", DASH)
 
 
+def test_removed_bottlenecks_are_counted_and_their_layers_named() -> None:
+    counts = {"model.2": [1, 1], "model.4": [2, 1], "model.6": [2, 0]}
+    table = pruning_table(document({**PRUNE, "bottlenecks": counts}))
+    assert table.lines[1].cells == ("Bottlenecks", "5", "2", "40.0 %")
+    assert "Layers with fewer bottlenecks: model.4 2 → 1, model.6 2 → 0." in table.notes
+
+
 def test_what_was_not_measured_has_no_line() -> None:
     untrained = pruning_table(document({**PRUNE, "epochs": 0}))
     assert "fine-tuning" not in str(untrained.lines) and len(untrained.lines) == 3
