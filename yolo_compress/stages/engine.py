@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired
@@ -21,7 +22,7 @@ from yolo_compress.recipe.recipe import EngineConfig, ExportConfig, Recipe
 from yolo_compress.runtime.backends.base import SIDECAR, load_info
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, onnx_forms
-from yolo_compress.runtime.measure.int8_file import build_suited, choice
+from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
 from yolo_compress.stages.metrics import EngineMetrics
@@ -41,7 +42,11 @@ class _Built(TypedDict):
 
 
 def run(job: Job) -> EngineMetrics:
-    """Build the engines into `<model>/<runtime>-<precision>`. Write `engines.json` with an entry for each, for the stage `bench`."""
+    """Build the engines into `<model>/<runtime>-<precision>`. Write `engines.json` with an entry for each, for the stage `bench`.
+
+    Raises:
+        WrongBoxes: The recipe names a runtime whose INT8 engines give wrong boxes on this processor.
+    """
     config: EngineConfig = job.config
     export = job.inputs["export"]
     missing = _missing(config, job.recipe.export)
@@ -64,7 +69,14 @@ def run(job: Job) -> EngineMetrics:
                 if not reason:
                     folder = f"{model}/{runtime}-{precision}"
                     progress.say(f"engine: {folder}")
-                    row |= {"folder": folder, **_build(job, sources, runtime, precision, job.out / folder)}
+                    try:
+                        row |= {"folder": folder, **_build(job, sources, runtime, precision, job.out / folder)}
+                    except WrongBoxes as error:
+                        if config.runtimes != "auto":
+                            raise
+                        shutil.rmtree(job.out / folder)
+                        row["reason"] = str(error)
+                        progress.say(f"engine: left out: {error}")
                 rows.append(row)
     for hint in filter(None, [*missing.values(), *saturated.values()]):
         progress.say(f"engine: left out: {hint}")

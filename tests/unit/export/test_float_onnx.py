@@ -39,9 +39,14 @@ def test_onnx_gives_what_torch_gives(tmp_path: Path, yaml: str, size: tuple[int,
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     expected = run_torch(model, batch)
     assert expected[:, 4:].std() > 0.1  # the outputs are not constant
-    assert_same(
-        run_onnx(tmp_path / "a.onnx", batch), expected, factor=8 if yaml.endswith("p6") else 1
-    )  # larger boxes, more layers
+    got = run_onnx(tmp_path / "a.onnx", batch)
+    if yaml.endswith("p6"):  # larger boxes, more layers: torch itself rounds more
+        exact = run_torch(net(yaml=f"{yaml}.yaml").double(), batch.double())
+        rounding = np.abs(expected - exact)[:, :4].max()
+        assert rounding <= 0.2 and np.abs(got - exact)[:, :4].max() <= 3 * rounding
+        assert np.abs(got - expected)[:, 4:].max() <= 4e-4
+    else:
+        assert_same(got, expected)
     graph = onnx.load(str(tmp_path / "a.onnx"))
     slices = [node.name for node in graph.graph.node if node.op_type == "Slice"]
     assert all(f"/model.{len(model.model) - 1}/" in name for name in slices), "a Split makes halves, and keeps INT8"

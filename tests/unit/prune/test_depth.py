@@ -12,6 +12,7 @@ from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from tests.support.noise_set import noise_set
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
+from tests.support.random_norms import with_random_norms
 from tests.unit.prune.test_budget import Table
 from tests.unit.prune.test_graph import lively, random_keep, silenced
 from yolo_compress import pipeline
@@ -46,13 +47,7 @@ def deep(seed=0, depth_multiple=0.67):
     """A float64 model with random BatchNorms."""
     torch.manual_seed(seed)
     model = DetectionModel(deep_yaml(depth_multiple), nc=2, verbose=False).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
+    return with_random_norms(model)
 
 
 @torch.no_grad()
@@ -366,7 +361,9 @@ def test_float_and_int8_files_compute_what_torch_computes(tmp_path):
     file = tmp_path / "fp32.onnx"
     export_onnx(short(), file, SIZE, names=NAMES)
     shown = images(16, seed=3)
-    assert abs(run_onnx(file, shown) - run_torch(short(), shown)).max() < 1e-2  # px, random weights
+    exact, expected, got = run_torch(short().double(), shown.double()), run_torch(short(), shown), run_onnx(file, shown)
+    rounding = abs(expected - exact).max()  # px, of torch itself
+    assert abs(got - expected).max() < max(1e-3, 5 * rounding) and rounding < 1e-3
     names = [node.name for node in onnx.load(str(file)).graph.node if node.op_type in ("Split", "Concat")]
     assert not any("/model.2/" in name or "/model.15/" in name for name in names), (
         "halves are not split and joined again"

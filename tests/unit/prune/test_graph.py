@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
+from tests.support.random_norms import with_random_norms
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune.budget import choose, keep_flops
@@ -22,13 +23,7 @@ def lively(size="n", nc=80, ch=3, seed=0, family="yolov8"):
     """A float64 model with random BatchNorms; new ones are identities."""
     torch.manual_seed(seed)
     model = DetectionModel(f"{family}{size}.yaml", ch=ch, nc=nc, verbose=False).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
+    return with_random_norms(model)
 
 
 def random_keep(groups, seed):

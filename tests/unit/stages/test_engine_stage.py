@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.recipe.recipe import load
-from yolo_compress.stages import engine
+from yolo_compress.runtime.measure.int8_file import WrongBoxes
+from yolo_compress.stages import Job, engine
 
 
 def asked(**knobs: str) -> Any:
@@ -31,6 +35,38 @@ def test_eight_bits_where_they_saturate(monkeypatch: pytest.MonkeyPatch) -> None
     engine.check(asked(qat__weight_bits="8", engine__runtimes="onnxruntime"), nothing)
     engine.check(asked(qat__weight_bits="8"), nothing)  # auto leaves that engine out, with the reason
     engine.check(asked(qat__weight_bits="8", engine__runtimes="openvino", export__precisions="fp32"), nothing)
+
+
+def test_wrong_boxes_leave_one_engine_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After hours of training, auto goes on with the other engines. A runtime that the recipe names is an error."""
+
+    def wrong(runtime: str, files: Any, out: Path, *check: Any, **options: Any) -> Path:
+        out.mkdir(parents=True)
+        (out / "left").touch()
+        raise WrongBoxes("OpenVINO computes wrong boxes on this processor (int8.onnx: 9 boxes)")
+
+    monkeypatch.setattr(engine, "build_suited", wrong)
+    monkeypatch.setattr(engine, "int8_check", lambda *arguments: None)
+    monkeypatch.setattr(engine, "_missing", lambda config, export: {"openvino": None})
+    files = {f"compressed/{stem}.onnx": tmp_path / f"{stem}.onnx" for stem in ("fp32", "int8", "int8-openvino")}
+    for file in files.values():
+        file.touch()
+    export = SimpleNamespace(manifest=SimpleNamespace(files=files), file=files.__getitem__)
+
+    def run(**knobs: str) -> None:
+        recipe = asked(export__precisions="int8", **knobs)
+        engine.run(
+            Job(recipe.engine, recipe, SimpleNamespace(val=[]), {"export": export}, tmp_path / "out", tmp_path)  # type: ignore[arg-type]
+        )
+
+    monkeypatch.setattr(engine, "PRECISIONS", ("int8",))
+    (tmp_path / "out").mkdir()
+    run()
+    (row,) = json.loads((tmp_path / "out" / "engines.json").read_text())
+    assert row["reason"].startswith("OpenVINO computes wrong boxes") and "folder" not in row
+    assert not (tmp_path / "out" / "compressed" / "openvino-int8").exists()
+    with pytest.raises(WrongBoxes, match="wrong boxes"):
+        run(engine__runtimes="openvino")
 
 
 @pytest.mark.fault(62)

@@ -27,6 +27,10 @@ LEAST_GAIN = 0.03  # a file replaces the runtime's own file only if it saves mor
 Check = Callable[[Backend, EngineInfo], Optional[str]]
 
 
+class WrongBoxes(EngineError):
+    """On this processor, no INT8 file of a model gives the right boxes."""
+
+
 def build_suited(
     runtime: str,
     files: Sequence[Path],
@@ -51,7 +55,7 @@ def build_suited(
         The file that the engine was built from.
 
     Raises:
-        EngineError: the boxes of every file are wrong, or the library rejects every file.
+        WrongBoxes: the boxes of every file are wrong, or the library rejects every file.
         LatencyError: an engine that opened here could not be timed.
     """
     folders = {file: out / f"try-{file.stem}" for file in files}
@@ -68,7 +72,7 @@ def build_suited(
     right = [file for file in files if tried[file.name]["wrong"] is None]
     if not right:
         found = "; ".join(f"{name}: {one['wrong']}" for name, one in tried.items())
-        raise EngineError(f"{registry.RUNTIMES[runtime].title} computes wrong boxes on this processor ({found})")
+        raise WrongBoxes(f"{registry.RUNTIMES[runtime].title} computes wrong boxes on this processor ({found})")
     if len(right) > 1:
         specs: List[Spec] = [
             {"label": file.name, "engine": str(folders[file]), "threads": threads, "quick": True} for file in right
