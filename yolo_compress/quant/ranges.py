@@ -2,7 +2,7 @@
 
 The range of a tensor, `amax`, is the largest absolute value that its INT8 values represent. INT8 values are
 `round(x * qmax / amax)`, symmetric with zero point 0, so `scale = amax / qmax`. `qmax` is 127 for activations and
-`QuantState.weight_qmax` for weights. The INT8 files of all runtimes contain the same values.
+`QuantState.weight_qmax` for weights. Only `before_silu` is not symmetric. The INT8 files of all runtimes contain the same values.
 """
 
 from __future__ import annotations
