@@ -10,6 +10,7 @@ from typing import Any
 from .. import home
 from .controls import possible
 from .knob_types import number
+from .messages import got
 from .sections import ControlConfig, DistillConfig, PruneConfig, Section, Sections, SourceConfig
 
 SAME_NET = (
@@ -88,8 +89,10 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
     if len(budgets) > 1:
         yield f"{' and '.join(budgets)} are both given: keep one budget, and set the others to null"
     for knob in prune.idle(prune.kind):
-        if getattr(prune, knob) != _default(prune, knob):
-            yield f"prune.{knob}={getattr(prune, knob)} has no effect with prune.kind={prune.kind}: leave it out"
+        value = getattr(prune, knob)
+        if value != _default(prune, knob):
+            text = value if isinstance(value, str) else got(value)
+            yield f"prune.{knob}={text} has no effect with prune.kind={prune.kind}: leave it out"
     if prune.kind == "unstructured" and prune.scope == "isomorphic":
         yield "prune.scope=isomorphic ranks channels; prune.kind=unstructured takes global or local"
     for knob in ("latency_runtime", "latency_precision", "latency_table"):

@@ -166,5 +166,5 @@ def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path
     }
     if info.tried:
         built["choice"] = choice(chosen.name, info.tried)
-        progress.say(f"engine: {out.parent.name}/{out.name}: from {built['choice']}")
+        progress.say(f"engine: {out.parent.name}/{out.name}: built from {built['choice']}")
     return built

@@ -193,10 +193,13 @@ def test_an_engine_is_compared_with_its_own_expectation_or_with_that_of_its_prec
 def test_a_failure_has_its_figures(bundle: Path) -> None:
     off: Any = Fixed(moved(0, 2, 4))
     found = golden.check(bundle, off, info("onnxruntime", "1"))
-    assert not found["passed"] and found["reason"].startswith("worst boxes off by px: 4, 0.5 allowed")
+    assert not found["passed"] and found["reason"].startswith("one box off by 4 px (0.5 allowed)")
     assert not golden.check(bundle, off, info("tensorrt", "1"))["passed"]
     gone: Any = Fixed(A[1:])
-    assert golden.check(bundle, gone, info("onnxruntime", "1"))["reason"] == "boxes without a partner: 1, 0 allowed"
+    assert (
+        golden.check(bundle, gone, info("onnxruntime", "1"))["reason"]
+        == "boxes that only one of the two finds: 1 (0 allowed)"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 2, "images": []}'])

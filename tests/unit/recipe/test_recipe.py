@@ -151,6 +151,7 @@ def test_a_kind_on_the_command_line_overrides_the_files(tmp_path: Path) -> None:
         (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
         (("prune.sparsity=0.7",), "prune.sparsity=0.7 has no effect with prune.kind=channel"),
         (("prune.kind=two_four", "prune.sparsity=0.7"), "prune.sparsity=0.7 has no effect with prune.kind=two_four"),
+        (("prune.kind=two_four", "prune.depth=true"), "prune.depth=true has no effect with prune.kind=two_four"),
         (("prune.kind=two_four", "prune.scope=global"), "prune.scope=global has no effect with prune.kind=two_four"),
         (("prune.kind=unstructured", "prune.latency_ms=8"), "prune.latency_ms=8.0 has no effect with prune.kind=unst"),
         (

@@ -675,7 +675,7 @@ def test_a_failed_self_test_is_exit_code_1(bundle: Path, capsys: pytest.CaptureF
         if k not in ("files", "schema", "version")
     }
     seal(bundle, about, 4, None)
-    assert run("bench", bundle) == 1 and "golden images FAILED: worst boxes off by px: 1" in capsys.readouterr().err
+    assert run("bench", bundle) == 1 and "golden images FAILED: one box off by 1" in capsys.readouterr().err
 
 
 BARE = """

@@ -179,7 +179,7 @@ def _build(
             stem = files[onnx]
             info = load_info(partial, bundle.onnx_sha256(stem))
             if info.tried:
-                say(f"{folder.name}: from {choice(onnx.name, info.tried)}")
+                say(f"{folder.name}: built from {choice(onnx.name, info.tried)}")
             made: Built = {
                 "engine": folder.name,
                 "onnx": bundle.onnx[stem],

@@ -221,12 +221,21 @@ def _pairs(one_N6: np.ndarray, two_M6: np.ndarray) -> List[Tuple[int, int]]:
 def beyond(found: Difference, tolerance: Tolerance) -> Optional[str]:
     """Return the figures that exceed the tolerance, as text. None: no figure does."""
     box, score = getattr(found, tolerance["of"] + "_box_px"), getattr(found, tolerance["of"] + "_score")
+    worst = tolerance["of"] == "worst"
     figures = [
-        f"{what} {got:.4g}, {allowed:.4g} allowed"
-        for what, got, allowed in (
-            (f"{tolerance['of']} boxes off by px:", box, tolerance["box_px"]),
-            (f"{tolerance['of']} scores off by", score, tolerance["score"]),
-            ("boxes without a partner:", found.unmatched, tolerance["unmatched"]),
+        f"{text.format(f'{got:.4g}')} ({allowed:.4g} allowed)"
+        for text, got, allowed in (
+            (
+                "one box off by {} px" if worst else f"{100 - MOST} % of boxes off by {{}} px or more",
+                box,
+                tolerance["box_px"],
+            ),
+            (
+                "one score off by {}" if worst else f"{100 - MOST} % of scores off by {{}} or more",
+                score,
+                tolerance["score"],
+            ),
+            ("boxes that only one of the two finds: {}", found.unmatched, tolerance["unmatched"]),
         )
         if got > allowed
     ]

@@ -100,14 +100,14 @@ def fastest(right: Sequence[Path], tried: Mapping[str, Tried]) -> Path:
 
 
 def choice(chosen: str, tried: Mapping[str, Tried]) -> str:
-    """Return why a file was chosen, as text: "int8-openvino.onnx (5.29 ms); int8.onnx: 5.41 ms"."""
-    others = "; ".join(f"{name}: {_found(one)}" for name, one in tried.items() if name != chosen)
+    """Return why a file was chosen, as text: "int8-openvino.onnx (5.29 ms); int8.onnx takes 5.41 ms"."""
+    others = "; ".join(f"{name} {_found(one)}" for name, one in tried.items() if name != chosen)
     ms = tried[chosen]["p50_ms"]
     return f"{chosen}{'' if ms is None else f' ({ms:.3g} ms)'}; {others}"
 
 
 def _found(one: Tried) -> str:
-    return f"wrong on this processor, {one['wrong']}" if one["wrong"] else f"{one['p50_ms']:.3g} ms"
+    return f"gives wrong boxes on this processor ({one['wrong']})" if one["wrong"] else f"takes {one['p50_ms']:.3g} ms"
 
 
 def _median(one: Measured) -> float:
