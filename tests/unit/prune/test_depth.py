@@ -464,7 +464,7 @@ def test_depth_reaches_smaller_budgets():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([("prune.kind", "unstructured")], "prune.depth=True has no effect with prune.kind=unstructured: leave it out"),
+        ([("prune.kind", "unstructured")], "prune.depth=true has no effect with prune.kind=unstructured: leave it out"),
         ([("prune.sensitivity", "loss")], "prune.sensitivity=loss limits the loss of channels, not of bottlenecks"),
         (
             [("distill.layers", "[model.6.m.1]")],
