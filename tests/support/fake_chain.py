@@ -124,6 +124,8 @@ class Chain:
         if stage == "export":
             (job.out / "compressed").mkdir()
             atomic_write(job.out / MODEL, onnx_model(os.urandom(FRESH), job.imgsz_hw))
+        if stage == "bench":
+            return {"rows": []}
         if stage != "report":
             return {}
         atomic_write(job.out / "report.html", job.recipe.name)
