@@ -20,7 +20,7 @@ from ..errors import EngineError, LatencyError, RuntimeUnavailable
 from ..files import FileEntry, sha256_file
 from ..measure.device import cpu_model
 from ..registry import PRECISIONS
-from .onnx_metadata import names_and_imgsz
+from .onnx_metadata import names_and_imgsz, needs_nms
 
 __all__ = [
     "PRECISIONS",
@@ -59,6 +59,10 @@ class Backend(Protocol):
     @property
     def batch(self) -> Optional[int]:
         """Number of images per call. None: the engine takes any number."""
+
+    @property
+    def needs_nms(self) -> bool:
+        """Whether the boxes need NMS. If not, the model gives one box for each object, as YOLO26 does."""
 
     @property
     def executed(self) -> str:
@@ -112,6 +116,7 @@ class EngineInfo:
         files: file name -> its size and SHA-256. Empty: a bare ONNX file.
         built_on: the machine that built the engine.
         options: build options.
+        needs_nms: whether the boxes need NMS.
     """
 
     runtime: str
@@ -124,6 +129,7 @@ class EngineInfo:
     built_on: Dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
     schema: int = 1
+    needs_nms: bool = True
 
 
 def describe_onnx(
@@ -158,6 +164,7 @@ def describe_onnx(
         library,
         built_on={"cpu": cpu_model(), "machine": platform.machine(), "system": platform.system()},
         options=dict(options or {}),
+        needs_nms=needs_nms(onnx),
     )
 
 
@@ -168,6 +175,8 @@ def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> Engine
         for name in sorted(files)
     }
     document = dict(asdict(info), files=hashed)
+    if info.needs_nms:
+        document.pop("needs_nms")  # as in sidecars of earlier versions
     partial = directory / (SIDECAR + ".partial")
     partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, directory / SIDECAR)
@@ -220,6 +229,7 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
         raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{sidecar}: damaged ({error}); build the engine again") from error
+    formed = formed and isinstance(info.needs_nms, bool)
     if info.schema != 1 or not info.files or not formed or info.precision not in PRECISIONS:
         raise EngineError(
             f"{sidecar}: schema {info.schema}, precision {info.precision!r}, {len(info.files)} files; schema 1, one of "

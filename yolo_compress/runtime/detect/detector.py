@@ -7,7 +7,7 @@ from typing import List, Sequence, Tuple
 import numpy as np
 
 from ..backends.base import Backend
-from .post import nms, to_image
+from .post import EVERY_BOX, nms, to_image
 from .pre import Canvas, Letterbox
 
 
@@ -21,6 +21,7 @@ class Detector:
         backend: an opened engine, as from `open_engine`. The caller closes it.
         conf: score threshold, 0 to 1. Every detection has a higher score. Deployments often use 0.25.
         iou: IoU threshold of NMS, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
+            Ignored if the engine's boxes do not need NMS (`Backend.needs_nms`).
         max_det: largest number of detections per image. The best are returned.
         multi_label: True: a box may give detections of several classes, as for a measurement of mAP. False: only its best class.
     """
@@ -28,7 +29,8 @@ class Detector:
     def __init__(
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
-        self.backend, self.conf, self.iou, self.max_det, self.multi_label = backend, conf, iou, max_det, multi_label
+        self.backend, self.conf, self.max_det, self.multi_label = backend, conf, max_det, multi_label
+        self.iou = iou if backend.needs_nms else EVERY_BOX
         self._canvas = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:
