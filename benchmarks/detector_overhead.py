@@ -41,6 +41,8 @@ Timed = Callable[[int], tuple[float, float]]  # number of a frame -> seconds in 
 class Clocked:
     """A backend that remembers how long its last call took."""
 
+    needs_nms = True
+
     def __init__(self, backend: OpenVINOBackend) -> None:
         self.backend, self.names, self.imgsz, self.batch = backend, backend.names, backend.imgsz, backend.batch
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""Make a YOLOv8 or YOLO11 detector small and fast for a robot, and measure the cost in mAP and latency.
+"""Make a YOLOv8, YOLO11 or YOLO26 detector small and fast for a robot, and measure the cost in mAP and latency.
 
     from yolo_compress import Detector, load, open_engine, run
 

@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
     "distill": Stage(("prune", "teacher"), stand_in="prune", version=4, trains=True, checked=True),
     "qat": Stage(("distill",), stand_in="distill", version=6, trains=True, checked=True),
     "export": Stage(("baseline", "distill", "qat"), version=4, checked=True),
-    "engine": Stage(("export",), version=2, machine=True, checked=True),
+    "engine": Stage(("export",), version=3, machine=True, checked=True),
     "bench": Stage(("export", "engine", "baseline", "distill"), version=3, models=False, machine=True),
     "control": Stage(
         ("baseline", "teacher", "sparsify", "prune", "distill"), stand_in="baseline", trains=True, checked=True

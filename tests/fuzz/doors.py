@@ -404,6 +404,8 @@ def slot_mark(folder: Path) -> Made:
 class _Backend:
     """An engine that finds one object in each image."""
 
+    needs_nms = True
+
     precision, executed, names, imgsz, batch, channels = "fp32", "fp32", ("bolt",), (32, 32), 1, 3
 
     def __call__(self, images_BCHW: np.ndarray, copy: bool = True) -> np.ndarray:

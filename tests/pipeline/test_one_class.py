@@ -15,6 +15,9 @@ import yaml
 from PIL import Image
 
 from tests.pipeline.conftest import Bench, recipe
+from yolo_compress.data.dataset import load
+from yolo_compress.train.checkpoint import load_model
+from yolo_compress.train.validate import validate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAME = 'it\'s a "bin" <箱>'
@@ -44,9 +47,10 @@ def draw(root: Path) -> dict[str, object]:
     return {"path": str(root), "train": "train list.txt", "val": "images/val", "names": [NAME]}
 
 
-@pytest.fixture(params=["yolov8n.yaml", "yolo11n.yaml"])
+@pytest.fixture(params=["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
 def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
     """The whole chain, run. All images are one batch, so an epoch is one step."""
+    end_to_end = request.param == "yolo26n.yaml"
     folder = tmp_path / "user's"
     folder.mkdir()
     (folder / "weights").mkdir()
@@ -57,13 +61,19 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Bench:
         folder,
         data={"yaml": "my data.yaml", "imgsz": 64},
         run={"threads": 1},
-        baseline={**training, "model": request.param, "lr0": 0.002, "cosine": True, "epochs": 50},
+        baseline={
+            **training,
+            "model": request.param,
+            "lr0": 0.002,
+            "cosine": True,
+            "epochs": 120 if end_to_end else 50,
+        },
         sparsify=None,
         prune={**training, "epochs": 4, "keep_flops": 0.8, "calib_images": 64, "teach_from_parent": False},
         distill={**training, "epochs": 2},
         qat={**training, "epochs": 1, "calib_images": 64, "lr0": 1e-5},
-        export={"calib_images": 64, "nms": True, "torchscript": False, "precisions": ["fp32", "int8"]},
-        engine={"runtimes": ["onnxruntime"]},
+        export={"calib_images": 64, "nms": not end_to_end, "torchscript": False, "precisions": ["fp32", "int8"]},
+        engine={"runtimes": ["onnxruntime", "openvino", "ncnn"] if end_to_end else ["onnxruntime"]},
         bench={"iterations": 8, "rounds": 1, "warmup": 1},
         report={"min_retention": 0.0, "images": 2, "ab_replicates": 20},
     )
@@ -90,16 +100,23 @@ def test_from_images_to_the_robot(bench: Bench, request: pytest.FixtureRequest) 
     assert report["data"]["names"] == [NAME] and report["data"]["train_images"] == len(SIZES)
     assert baseline["map50_95"] > 0.2, "eight images are learnt, and BatchNorm follows"
     assert report["gate"]["passed"] and baseline["per_class"] == {NAME: baseline["map50_95"]}
-    eleven = "yolo11" in request.node.callspec.id  # its convolution before attention computes in float
-    assert f"{78 if eleven else 57} int8" in int8["executed"], (
+    architecture = request.node.callspec.params["bench"]
+    # convolutions before attention compute in float
+    assert f"{ {'yolov8n.yaml': 57, 'yolo11n.yaml': 78, 'yolo26n.yaml': 90}[architecture] } int8" in int8["executed"], (
         "every convolution of the plan, with one class as with many"
     )
     page = (bench.folder / "weights/tiny/report/report.html").read_text(encoding="utf-8")
     assert "&lt;箱&gt;" in page and "<箱>" not in page
 
+    dataset = load(str(bench.folder / "my data.yaml"))
+    printed = validate(load_model(bench.folder / "weights/tiny/baseline/model.pt"), dataset, 64)
+    assert baseline["map50_95_ultralytics"] == pytest.approx(printed["map50_95"], abs=0.002), "what `yolo val` prints"
+
     bench.run("bundle", "recipe=tiny.yaml", "out=bundle", "version=1")
     manifest = json.loads((bench.folder / "bundle/manifest.json").read_text(encoding="utf-8"))
-    assert manifest["names"] == [NAME] and "onnx/fp32-nms.onnx" in manifest["files"]
+    assert manifest["names"] == [NAME] and ("onnx/fp32-nms.onnx" in manifest["files"]) == (
+        architecture != "yolo26n.yaml"
+    )
     assert set(manifest["onnx"]) == {"fp32", "int8", "int8-tensorrt11", "int8-onnxruntime", "int8-openvino"}
 
     val = bench.folder / "val"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import onnxruntime
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
+
+from yolo_compress.nets import detect
 
 NAMES = ("cat", "dog", "robot")
 SIZE = (64, 64)
@@ -25,7 +28,7 @@ def net(seed: int = 0, yaml: str = "yolov8n.yaml") -> DetectionModel:
     model.train()
     with torch.no_grad():
         model(images(8, seed))
-        for branch in model.model[-1].cv3:
+        for branch in detect.class_branches(model):
             branch[-1].bias.normal_(std=2.0)  # class scores away from 0
     return model.eval()
 
@@ -47,8 +50,13 @@ def run_onnx(path: Path, batch: torch.Tensor, optimise: bool = False) -> np.ndar
 
 
 def run_torch(model: nn.Module, batch: torch.Tensor) -> np.ndarray:
+    """Return the output from which detections come: [images, 4 + classes, anchors]."""
+    if detect.only_trained(model):
+        model = copy.deepcopy(model)
+        detect.deploy(model)
     with torch.no_grad():
-        return model.eval()(batch)[0].numpy()
+        output = model.eval()(batch)
+    return (output if isinstance(output, torch.Tensor) else output[0]).numpy()
 
 
 def assert_equal_but_for_ties(got: np.ndarray, expected: np.ndarray, expected_float: np.ndarray) -> None:

@@ -144,6 +144,15 @@ def test_an_image_size_that_the_strides_do_not_divide(shop: Path) -> None:
     _load_or_train.check(chosen(**sections), load("set.yaml"), "baseline")
 
 
+def test_nms_in_the_graph_of_a_model_that_needs_none(shop: Path) -> None:
+    end_to_end = {"model": "yolo26n.yaml", "epochs": 1}
+    said = refused(RecipeError, "baseline", baseline=end_to_end, export={"nms": True})
+    assert said == "export.nms: the boxes of this model need no NMS (YOLO26); set export.nms=false"
+    for name, nms in (("yolo26n", False), ("yolo11n", True)):
+        sections = {"baseline": {"model": f"{name}.yaml", "epochs": 1}, "export": {"nms": nms}}
+        _load_or_train.check(chosen(**sections), load("set.yaml"), "baseline")
+
+
 def test_a_criterion_of_ones_own_has_its_function(shop: Path) -> None:
     Path("mine.py").write_text("def score(evidence, group): ...\n")
     assert "mine.py has no function 'scores'" in refused(RecipeError, "prune", prune={"criterion": "mine.py:scores"})

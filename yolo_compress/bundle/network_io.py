@@ -8,6 +8,10 @@ from pathlib import Path
 import onnx
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.runtime.backends.onnx_metadata import needs_nms
+from yolo_compress.runtime.detect.post import EVERY_BOX
+
+IOU = 0.7  # as in `runtime.commands.detect`
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Network:
 
     Attributes:
         nms: Whether NMS is part of the graph.
+        iou: IoU threshold for a decoder with NMS; `EVERY_BOX` if the boxes need no NMS.
     """
 
     path: Path
     input: Tensor
     output: Tensor
     nms: bool
+    iou: float = IOU
 
     @property
     def batch(self) -> int:
@@ -51,7 +57,7 @@ def read(path: Path) -> Network:
     if len(inputs) != 1 or len(outputs) != 1:
         raise RecipeError(f"{path.name}: {len(inputs)} inputs and {len(outputs)} outputs, expected one of each")
     nms = any("NonMaxSuppression" in node.op_type or "NMS" in node.op_type for node in graph.node)
-    return Network(path, inputs[0], outputs[0], nms)
+    return Network(path, inputs[0], outputs[0], nms, IOU if needs_nms(path) else EVERY_BOX)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:

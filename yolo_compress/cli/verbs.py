@@ -169,7 +169,7 @@ VERBS = {row.name: row for row in (
         DATA,
         Option("weights", "FILE.pt", "Checkpoint of the model to compress. If it has the classes of the data set, it is "
                                      "used without training. Otherwise the training starts from it.",
-                                     values="a YOLOv8 or YOLO11 checkpoint", needed=True),
+                                     values="a YOLOv8, YOLO11 or YOLO26 checkpoint", needed=True),
         Option("teacher", "FILE.pt", "Checkpoint of a larger model, the teacher. It is trained only if its classes differ "
                                      "from the data set.",
                "none, the unpruned model is the teacher", "a checkpoint"),
@@ -212,7 +212,7 @@ VERBS = {row.name: row for row in (
         Option("draw", "true", "Also write the images with boxes drawn on them. This needs `out`.", "false", choices=SWITCH),
         _conf("Score threshold. Only detections with a higher score are written. Lower it to miss fewer objects."),
         Option("iou", "0.7", "Largest overlap (IoU) of two boxes of a class. Non-maximum suppression drops the box with the "
-                             "lower score if they overlap more. Raise it for crowded scenes.",
+                             "lower score if they overlap more. No effect on YOLO26. Raise it for crowded scenes.",
                              "0.7", "a number >= 0 and <= 1", "fraction"),
         Option("engines", "N", "Number of engines that run in parallel. Set 1 for the shortest time per image.",
                "1 on a GPU, otherwise one per processor, at most 4", "a whole number >= 1 and <= 64", "engines"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from yolo_compress.distill.feature import find as find_feature_loss
 from yolo_compress.distill.logits import head_terms, teacher_weight
 from yolo_compress.distill.taps import Taps, matched_widths
 from yolo_compress.distill.teacher import Source
+from yolo_compress.nets import detect
+from yolo_compress.nets.detect import HeadOutputs
 from yolo_compress.train.hook import TrainHook
 
 
@@ -24,6 +26,10 @@ class Teach(TrainHook):
     `kd_feature` compares feature maps, `kd_class` class scores (Hinton's soft labels), `kd_box` the distributions of box sides,
     and `kd_iou` the decoded boxes of student and teacher. `peer` is the training loss of a teacher that learns together with the
     student. Each loss is logged as `train/<name>`, and its fraction of the total loss as `share/<name>`.
+
+    With an end-to-end head, `kd_class`, `kd_box` and `kd_iou` are weighted sums over its branches: each branch learns from the same
+    branch of the teacher, with the weight of its detection loss (`detect.branch_weights`). `kd_feature` weights locations by the
+    scores of the one-to-many branches, since only these train the layers before the head.
 
     Args:
         source: The teacher, see `teacher.Source`.
@@ -69,6 +75,7 @@ class Teach(TrainHook):
         self.totals: dict[str, Tensor] = {}
         self._taps: list[Taps] = []  # taps of the student, taps of the teacher
         self._scale = 1.0
+        self._branch_weights = detect.branch_weights(0, 1)
         self._checked = False
 
     def __getstate__(self) -> dict[str, object]:
@@ -96,6 +103,8 @@ class Teach(TrainHook):
 
     def on_epoch_start(self, epoch: int, epochs: int) -> None:
         self.totals = {}
+        self._branch_weights = detect.branch_weights(epoch, epochs)
+        self.source.start_epoch(epoch, epochs)
         self._scale = min(1.0, (epoch + 1) / self.ramp_epochs) if self.ramp_epochs else 1.0
         if epoch >= epochs - self.off_epochs:
             self._scale = 0.0
@@ -105,18 +114,21 @@ class Teach(TrainHook):
     def extra_loss(self, batch: Mapping[str, Any], predictions: Any) -> dict[str, Tensor]:
         if not isinstance(predictions, dict) or not self._scale:  # validation, or an epoch without distillation
             return {}
-        teacher_outputs = self.source.outputs(batch["img"], predictions)
+        outputs = cast(HeadOutputs, predictions)
+        teacher_outputs = self.source.outputs(batch["img"], outputs)
         own = self._taps[0].take() if self._taps else []
         terms: dict[str, Tensor] = {}
         if self._taps:
-            levels = _weights_by_level(teacher_weight(teacher_outputs["scores"].float()), predictions["feats"])
+            (seen, *_), (taught, *_) = (list(detect.by_branch(one).values()) for one in (outputs, teacher_outputs))
+            levels = _weights_by_level(teacher_weight(taught["scores"].float()), seen["feats"])
             terms["kd_feature"] = self._features(own, self._taps[1].take(), levels)
         with in_float32(batch["img"]):
-            terms |= head_terms(predictions, teacher_outputs, self.weights, self.temperature)
+            terms |= self._head_terms(outputs, teacher_outputs)
         if not self._checked:
-            self._check_first_batch(terms, [*own, predictions["scores"], predictions["boxes"]], teacher_outputs)
+            raw = [tensor for one in detect.by_branch(outputs).values() for tensor in (one["scores"], one["boxes"])]
+            self._check_first_batch(terms, [*own, *raw], teacher_outputs)
         losses = {name: self.weights[name] * self._scale * term for name, term in terms.items()}
-        losses |= self.source.own_loss(batch, predictions, self._head_loss)
+        losses |= self.source.own_loss(batch, outputs, self._head_loss)
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach()
         return losses
@@ -145,15 +157,25 @@ class Teach(TrainHook):
                 )
         return torch.stack(terms).sum()
 
-    def _head_loss(self, learner: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+    def _head_terms(self, student: HeadOutputs, teacher: HeadOutputs) -> dict[str, Tensor]:
+        """Return name -> unweighted loss term between two heads, summed over their branches by the weights of the branches."""
+        taught = detect.by_branch(teacher)
+        total: dict[str, Tensor] = {}
+        for branch, raw in detect.by_branch(student).items():
+            for name, term in head_terms(raw, taught[branch], self.weights, self.temperature).items():
+                total[name] = total.get(name, 0) + self._branch_weights[branch] * term
+        return total
+
+    def _head_loss(self, learner: HeadOutputs, other: HeadOutputs) -> Tensor:
         """Return the weighted sum of `kd_class`, `kd_box` and `kd_iou` between two heads, for the loss of a trained teacher."""
-        with in_float32(learner["scores"]):
-            terms = head_terms(learner, other, self.weights, self.temperature)
+        scores = next(iter(detect.by_branch(learner).values()))["scores"]
+        with in_float32(scores):
+            terms = self._head_terms(learner, other)
         weighted = [self.weights[name] * self._scale * term for name, term in terms.items()]
-        return torch.stack(weighted).sum() if weighted else learner["scores"].new_zeros(())
+        return torch.stack(weighted).sum() if weighted else scores.new_zeros(())
 
     def _check_first_batch(
-        self, terms: Mapping[str, Tensor], student: Sequence[Tensor], teacher_outputs: Mapping[str, Tensor]
+        self, terms: Mapping[str, Tensor], student: Sequence[Tensor], teacher_outputs: HeadOutputs
     ) -> None:
         net = self.source.net
         check_terms(terms, student, same=net is not self.student and same_weights(self.student, net))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from yolo_compress.distill.checks import check_frozen, same_weights
 from yolo_compress.distill.taps import shallow_to_deep, split_pairs
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets import detect
+from yolo_compress.nets.detect import HeadOutputs
 
 # (outputs of a head, outputs of the other head) -> loss
-HeadLoss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+HeadLoss = Callable[[HeadOutputs, HeadOutputs], Tensor]
 
 
 class Source(ABC):
@@ -36,8 +37,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the raw outputs of the teacher's head, `scores` and `boxes`, without gradient.
+    def outputs(self, images_BCHW: Tensor, predictions: HeadOutputs) -> HeadOutputs:
+        """Return the raw outputs of the teacher's head (see `detect.by_branch`), without gradient.
 
         Args:
             predictions: The student's outputs for the same images.
@@ -49,18 +50,21 @@ class Source(ABC):
             split_pairs(layers) if layers else list(zip(detect.inputs(student), detect.inputs(self.net), strict=True))
         )
 
-    def check_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+    def check_outputs(self, outputs: HeadOutputs) -> None:
         """Assert that the teacher's outputs have no gradient."""
-        if trainable := [name for name in ("scores", "boxes") if outputs[name].requires_grad]:
-            raise AssertionError(f"the teacher's {' and '.join(trainable)} carry a gradient")
+        for raw in detect.by_branch(outputs).values():
+            tensors = {"scores": raw["scores"], "boxes": raw["boxes"]}
+            if trainable := [name for name, tensor in tensors.items() if tensor.requires_grad]:
+                raise AssertionError(f"the teacher's {' and '.join(trainable)} carry a gradient")
 
     def modules(self) -> dict[str, nn.Module]:
         """Return name -> module for all modules of the teacher that are trained with the student."""
         return {}
 
-    def own_loss(
-        self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
-    ) -> dict[str, Tensor]:
+    def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  a teacher that is not trained has nothing to do
+        """Prepare for an epoch, counted from 0."""
+
+    def own_loss(self, batch: Mapping[str, Any], predictions: HeadOutputs, head_loss: HeadLoss) -> dict[str, Tensor]:
         """Return name -> loss for the training of `modules()`. Called after `outputs`, with the same batch."""
         return {}
 
@@ -87,7 +91,7 @@ class Frozen(Source):
         if not same_weights(student, self.net):
             self.net.to(memory_format=torch.channels_last)
 
-    def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def outputs(self, images_BCHW: Tensor, predictions: HeadOutputs) -> HeadOutputs:
         device = images_BCHW.device.type
         if not self._cast and torch.is_autocast_enabled(device):
             for module in self.net.modules():  # BatchNorm stays float32, as in autocast
@@ -97,7 +101,7 @@ class Frozen(Source):
         with torch.no_grad():
             return self.net(images_BCHW)  # type: ignore[no-any-return]
 
-    def check_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+    def check_outputs(self, outputs: HeadOutputs) -> None:
         super().check_outputs(outputs)
         check_frozen(self.net)
 
@@ -119,19 +123,24 @@ class Peer(Source):
         self.net.to(next(student.parameters()).device).train()
         self.net.args = student.args
         self._criterion = self.net.init_criterion()  # type: ignore[operator]
-        self._predictions: Mapping[str, Tensor] = {}
+        self._predictions: HeadOutputs | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         return {"peer": self.net}
 
-    def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        self._predictions = self.net(images_BCHW)
-        return _detached(self._predictions)
+    def outputs(self, images_BCHW: Tensor, predictions: HeadOutputs) -> HeadOutputs:
+        predicted: HeadOutputs = self.net(images_BCHW)
+        self._predictions = predicted
+        return _detached(predicted)
 
-    def own_loss(
-        self, batch: Mapping[str, Any], predictions: Mapping[str, Tensor], head_loss: HeadLoss
-    ) -> dict[str, Tensor]:
-        seen, self._predictions = self._predictions, {}
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        if detect.is_end_to_end(self.net.model[-1]):  # type: ignore[index]
+            weights = detect.branch_weights(epoch, epochs)
+            self._criterion.o2m, self._criterion.o2o = weights[detect.ONE_TO_MANY], weights[detect.ONE_TO_ONE]
+
+    def own_loss(self, batch: Mapping[str, Any], predictions: HeadOutputs, head_loss: HeadLoss) -> dict[str, Tensor]:
+        seen, self._predictions = self._predictions, None
+        assert seen is not None, "`outputs` is called first"
         labels = self._criterion(seen, batch)[0].sum() / batch["img"].shape[0]
         return {"peer": labels + head_loss(seen, _detached(predictions))}
 
@@ -152,19 +161,23 @@ class Own(Source):
             raise RecipeError(f"distill.layers: {alone[0]} cannot teach itself; write SHALLOW=DEEP")
         return chosen
 
-    def outputs(self, images_BCHW: Tensor, predictions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def outputs(self, images_BCHW: Tensor, predictions: HeadOutputs) -> HeadOutputs:
         return _detached(predictions)
 
 
-def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: outputs[name].detach() for name in ("scores", "boxes")}
+def _detached(outputs: HeadOutputs) -> HeadOutputs:
+    found = {
+        branch: {"boxes": raw["boxes"].detach(), "scores": raw["scores"].detach()}
+        for branch, raw in detect.by_branch(outputs).items()
+    }
+    return cast(HeadOutputs, found.get("", found))
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Check that teacher and student have the same class names and the same layout of the head's outputs.
 
     Raises:
-        RecipeError: Class names, levels, strides or numbers of bins per box side differ.
+        RecipeError: Class names, branches of the head, levels, strides or numbers of bins per box side differ.
     """
     own, other = (
         {"classes": list(model.names.values()), **detect.output_layout(model)}  # type: ignore[union-attr,operator]

@@ -1,4 +1,4 @@
-"""Accuracy of a backend: letterbox, score threshold 0.001, NMS at IoU 0.7, mAP by pycocotools."""
+"""Accuracy of a backend: letterbox, score threshold 0.001, NMS at IoU 0.7 if its boxes need NMS, mAP by pycocotools."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from yolo_compress.export.calibration_cache import IMPLICIT, write_explicit
 from yolo_compress.export.float_onnx import quiet_trace
 from yolo_compress.export.nms import NMS_CONF, NMS_IOU, NMS_SUFFIX
 from yolo_compress.runtime.backends.base import Backend
+from yolo_compress.runtime.backends.onnx_metadata import NEEDS_NMS
 from yolo_compress.runtime.backends.ort import OrtBackend, open_session
 from yolo_compress.runtime.detect.post import nms
 from yolo_compress.runtime.engine import BACKENDS
@@ -143,3 +144,4 @@ class _TorchScript(TorchBackend):
         super().__init__(module.eval(), tuple(about["names"].values()), (height, width))
         self.batch, self.channels = about["batch"], about["channels"]
         self.precision = about.get("precision", "fp32")
+        self.needs_nms = about.get(NEEDS_NMS, True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.runtime.backends.base import check_input
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
@@ -31,10 +32,12 @@ def _without_tf32() -> Iterator[None]:
 class TorchBackend:
     """Backend that runs a detector in torch.
 
-    In eval mode, the detector's `forward` must return y or (y, ...). y is [B, 4 + nc, A] with boxes in letterboxed px.
+    In eval mode, the detector's `forward` must return y or (y, ...). y is [B, 4 + nc, A] with boxes in letterboxed px. Of an
+    end-to-end head, the one-to-one branches are used (`detect.deploy`).
 
     Args:
-        module: a detector, fused or not. It is not changed: a copy is used if the device, type or mode differs.
+        module: a detector, fused or not. It is not changed: a copy is used if the device, type or mode differs, or `deploy` would
+            change it.
         names: class names in the order of their index.
         imgsz: height and width, px.
         device: "cpu", "cuda:0" and so on.
@@ -70,6 +73,7 @@ class TorchBackend:
         self.channels = next((conv.in_channels for conv in convs), 3)
         self.threads = torch.get_num_threads()
         self._device, self._dtype = torch.device(device), _DTYPES[precision]
+        self.needs_nms = detect.needs_nms(module)
         self._module = self._prepared(module)
 
     def _prepared(self, module: nn.Module) -> nn.Module:
@@ -79,7 +83,11 @@ class TorchBackend:
             and p.dtype == self._dtype
             for p in module.parameters()
         )
-        return module if ready else copy.deepcopy(module).to(self._device, self._dtype).eval()
+        if ready and not detect.only_trained(module):
+            return module
+        made = copy.deepcopy(module).to(self._device, self._dtype).eval()
+        detect.deploy(made)
+        return made
 
     @property
     def executed(self) -> str:

@@ -2,7 +2,8 @@
 
 Input `images` is `[B, C, H, W]` float32 from 0 to 1, RGB or grey (C = 1). Output `output0` is `[B, 4 + nc, A]` float32: boxes as
 centre x, centre y, width, height in pixels of the input, then nc class scores from 0 to 1, for each of A anchors. Isaac ROS
-and Ultralytics decode it.
+and Ultralytics decode it. The output of an end-to-end head has the same form: it comes from the one-to-one branches, and the metadata
+`needs_nms` is False.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from yolo_compress.errors import CompressError, NumericsError, RecipeError
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.nets import detect
 from yolo_compress.nets.families import family_of
+from yolo_compress.runtime.backends.onnx_metadata import NEEDS_NMS
 
 OPSET = 17  # of files for which nobody asks for another
 MIN_OPSET = 13  # the first opset in which DequantizeLinear can have one scale per output channel
@@ -147,7 +149,7 @@ def prepare(
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"export: {name} contains NaN or infinity; train again")
-    net.fuse(verbose=False)
+    detect.fuse(net)
     detect.for_export(net, kind)
     family.for_export(net)
     channels = int(net.yaml.get("channels", 3))
@@ -170,8 +172,10 @@ def prepare(
         "names": dict(enumerate(names)),
         "args": {"batch": batch, "dynamic": False, "nms": False},  # `dynamic` means height and width, which are fixed
         "channels": channels,
-        "end2end": False,
+        "end2end": False,  # in Ultralytics: whether the output is the best rows
     }
+    if not detect.needs_nms(net):
+        metadata[NEEDS_NMS] = False
     return net, images, metadata
 
 

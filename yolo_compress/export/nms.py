@@ -13,10 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from yolo_compress.errors import RecipeError
 from yolo_compress.export.float_onnx import write_metadata
 from yolo_compress.files.atomic import storage_errors
+from yolo_compress.runtime.backends.onnx_metadata import needs_nms
 from yolo_compress.runtime.max_detections import MAX_DET
 
 RAW, OUTPUT = "raw0", "output0"
 PREFIX = "/nms"
+NO_NMS = "the boxes of this model need no NMS (YOLO26); set export.nms=false"
 NMS_SUFFIX = "-nms"  # appended to the name of the source file
 
 
@@ -38,9 +40,11 @@ def with_nms(source: Path, out: Path, conf: float = NMS_CONF, iou: float = NMS_I
         max_det: Number of rows of the output.
 
     Raises:
-        RecipeError: The batch of the graph is not 1.
+        RecipeError: The batch of the graph is not 1, or the boxes of the model need no NMS.
     """
     model = onnx.load(str(source))
+    if not needs_nms(source):
+        raise RecipeError(f"{source}: {NO_NMS}")
     graph, (batch, rows, anchors) = model.graph, _output_shape(model)
     if batch != 1:
         raise RecipeError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, EnvironmentLacks
 from yolo_compress.export.float_onnx import prepare, quiet_trace, save_torchscript
+from yolo_compress.nets.flow import WHOLE_LAYER
 from yolo_compress.quant.plan import IMAGES, Plan, plan
 from yolo_compress.quant.ranges import QMAX, QuantState, before_silu
 
@@ -112,6 +114,12 @@ class Int8Sum(nn.Module):
         return int8_BCHW
 
 
+def _int8_layer(layer: Any, scale: float, int8_BCHW: Tensor) -> Tensor:
+    """Replacement for `forward` of a layer with a shortcut and INT8 input and output. Its attribute `add` is False."""
+    last_BCHW = type(layer).forward(layer, int8_BCHW)
+    return torch.ops.quantized.add(last_BCHW, int8_BCHW, scale, ZERO_POINT)  # type: ignore[no-any-return]
+
+
 def export_int8_torchscript(
     model: nn.Module, out: Path, imgsz_hw: tuple[int, int], state: QuantState, *, names: Sequence[str], batch: int = 1
 ) -> None:
@@ -169,7 +177,10 @@ def convert_to_int8(net: nn.Module, state: QuantState) -> None:
         if before or after:
             block.act = nn.Sequential(*before, block.act, *after)
     for name in state.activations:
-        if name in placed.sums:
+        if placed.sums.get(name) == WHOLE_LAYER:
+            layer: Any = net.get_submodule(name)
+            layer.add, layer.forward = False, partial(_int8_layer, layer, state.activations[name] / QMAX)
+        elif name in placed.sums:
             parent, _, child = name.rpartition(".")
             int8_sum = Int8Sum(net.get_submodule(name), placed.sums[name], state.activations[name])
             setattr(net.get_submodule(parent), child, int8_sum)

@@ -132,11 +132,10 @@ def _check_sppf(name: str, block: SPPF) -> None:
 
 
 def _wire_sppf(flow: Flow, name: str, block: SPPF, sources: list[FeatureMap]) -> FeatureMap:
-    if getattr(block, "add", False):
-        raise RecipeError(f"{name} is an SPPF with a shortcut, expected one without")
     pooled = flow.conv(f"{name}.cv1", sources[0])
     pools = 1 + getattr(block, "n", 3)  # checkpoints of older versions have no `n`
-    return flow.conv(f"{name}.cv2", flow.join(f"{name} (pools)", *[pooled] * pools))
+    last = flow.conv(f"{name}.cv2", flow.join(f"{name} (pools)", *[pooled] * pools))
+    return flow.add_layer(name, sources[0], last) if getattr(block, "add", False) else last
 
 
 def _wire_concat(flow: Flow, name: str, layer: Concat, sources: list[FeatureMap]) -> FeatureMap:

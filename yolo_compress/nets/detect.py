@@ -2,12 +2,19 @@
 
 Each level has a box branch (`cv2`) and a class branch (`cv3`). A branch is Conv blocks, some of them depthwise, and a bare convolution.
 The head predicts the length of a box side as a distribution over bins. DFL (distribution focal loss) computes the mean of this
-distribution. In Ultralytics, DFL is a convolution with the constant weights 0, 1, 2, ...
+distribution. In Ultralytics, DFL is a convolution with the constant weights 0, 1, 2, ... A head without bins (`reg_max` 1) predicts
+the lengths themselves.
+
+An end-to-end head (YOLO26) has these branches twice. In training, many anchors of the one-to-many branches (`cv2`, `cv3`) learn each
+object, and one anchor of the one-to-one branches (`one2one_cv2`, `one2one_cv3`). The one-to-one outputs need no NMS. The
+one-to-many branches only teach the backbone: `deploy` removes them. Pruning keeps their widths, costs leave them out, and INT8 leaves
+them in float.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +27,10 @@ from yolo_compress.nets.flow import FeatureMap, Flow
 
 NAME = Detect.__name__  # in yaml files and in the metadata of exported files
 BRANCHES = ("cv2", "cv3")  # boxes, classes
+ONE_TO_ONE_BRANCHES = ("one2one_cv2", "one2one_cv3")
+ONE_TO_MANY, ONE_TO_ONE = "one2many", "one2one"  # Ultralytics' keys of the raw outputs of an end-to-end head
+# Weight of the one-to-many loss in the first and last epoch; both weights add up to 1 (Ultralytics' `E2ELoss`, 8.4.190)
+FIRST_ONE_TO_MANY, LAST_ONE_TO_MANY = 0.8, 0.1
 OUTPUT_CONV = "output convolution of the head: boxes and logits keep float resolution"
 DFL_CONV = "DFL: the expectation over bins of the box decode"
 
@@ -39,14 +50,65 @@ def is_end_to_end(head: nn.Module) -> bool:
     return getattr(head, "one2one_cv2", None) is not None
 
 
+def is_for_nms(head: nn.Module) -> bool:
+    """Return whether a Detect head has one set of branches, whose boxes need NMS."""
+    return not is_end_to_end(head)
+
+
+def needs_nms(model: nn.Module) -> bool:
+    """Return whether the boxes of a detector need NMS. Those of an end-to-end head do not."""
+    return not any(_end_to_end_heads(model))
+
+
+def _end_to_end_heads(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Detect) and is_end_to_end(module)]
+
+
 def box_branches(model: Any) -> list[nn.Sequential]:
-    """Return the box branch of each level. The last convolution of a branch outputs the logits of the bins."""
-    return list(model.model[-1].cv2)
+    """Return the box branches of all levels. The last convolution of a branch outputs the lengths of box sides, or their bins."""
+    head = model.model[-1]
+    return [*head.cv2, *(head.one2one_cv2 if is_end_to_end(head) else ())]
 
 
 def class_branches(model: Any) -> list[nn.Sequential]:
-    """Return the class branch of each level. The last convolution of a branch outputs the class logits."""
-    return list(model.model[-1].cv3)
+    """Return the class branches of all levels. The last convolution of a branch outputs the class logits."""
+    head = model.model[-1]
+    return [*head.cv3, *(head.one2one_cv3 if is_end_to_end(head) else ())]
+
+
+def only_trained(model: nn.Module) -> set[nn.Module]:
+    """Return all modules that only training uses: those of the one-to-many branches of an end-to-end head."""
+    branches = (getattr(head, name) for head in _end_to_end_heads(model) for name in BRANCHES)
+    return {module for branch in branches if branch is not None for module in branch.modules()}
+
+
+def deploy(model: nn.Module) -> None:
+    """Remove what only training uses, in place: the one-to-many branches of an end-to-end head. Other models are not changed.
+
+    The head then returns one tensor, as a head for NMS does when it is exported: boxes as centre, width and height in px, then
+    scores, shape (B, 4 + classes, A). Ultralytics' own end-to-end output is the best rows of this tensor.
+    """
+    for head in _end_to_end_heads(model):
+        head.cv2 = head.cv3 = None  # Ultralytics' `fuse` then keeps the one-to-one branches
+        head.decode_bboxes = _centre_boxes
+        head.forward = partial(_one_to_one, head)
+
+
+def _centre_boxes(sides_B4A: Tensor, anchors: Tensor, angle: None = None) -> Tensor:
+    left_top_B2A, right_bottom_B2A = sides_B4A.chunk(2, 1)
+    centre_B2A = anchors + (right_bottom_B2A - left_top_B2A) / 2
+    return torch.cat([centre_B2A, left_top_B2A + right_bottom_B2A], 1)
+
+
+def _one_to_one(head: Any, feats: list[Tensor]) -> Any:
+    raw = head.forward_head(feats, **head.one2one)
+    return raw if head.training else head._inference(raw)
+
+
+def fuse(model: Any) -> Any:
+    """Prepare a model for inference, in place: `deploy`, and fold BatchNorm into the convolutions, as Ultralytics does. Return it."""
+    deploy(model)
+    return model.fuse(verbose=False)
 
 
 def inputs(model: Any) -> list[str]:
@@ -55,9 +117,14 @@ def inputs(model: Any) -> list[str]:
 
 
 def output_layout(model: Any) -> dict[str, object]:
-    """Return the properties of the head that must be equal in student and teacher, by name: levels, strides and bins."""
+    """Return the properties of the head that must be equal in student and teacher, by name: branches, levels, strides and bins."""
     head = model.model[-1]
-    return {"levels": head.nl, "strides": head.stride.tolist(), "bins of a box side": head.reg_max}
+    return {
+        "branches of the head": "one-to-many and one-to-one" if is_end_to_end(head) else "one-to-many",
+        "levels": head.nl,
+        "strides": head.stride.tolist(),
+        "bins of a box side": head.reg_max,
+    }
 
 
 def constants(model: nn.Module) -> set[str]:
@@ -78,14 +145,48 @@ def return_raw_outputs(model: Any) -> None:
     model.model[-1].training = True
 
 
-def raw_outputs(model: Any, images_BCHW: Tensor) -> list[Tensor]:
-    """Run the model and return the raw outputs of the head: logits of the box bins and of the classes, before decoding.
+class BranchOutputs(TypedDict):
+    """Raw outputs of one set of branches: sides of boxes or their bins, class logits, and the feature maps that the head reads."""
 
-    The function calls `return_raw_outputs`, so the head of `model` changes.
+    boxes: Tensor
+    scores: Tensor
+    feats: NotRequired[list[Tensor]]
+
+
+class BothOutputs(TypedDict):
+    """Raw outputs of an end-to-end head."""
+
+    one2many: BranchOutputs
+    one2one: BranchOutputs
+
+
+HeadOutputs = BranchOutputs | BothOutputs
+
+
+def by_branch(raw: HeadOutputs) -> dict[str, BranchOutputs]:
+    """Return the raw outputs of a head by the name of the branches, each with `boxes`, `scores` and `feats`.
+
+    An end-to-end head has `ONE_TO_MANY` and `ONE_TO_ONE`. The name of the only branches of another head is "".
     """
-    return_raw_outputs(model)
-    raw = model(images_BCHW)
-    return [raw["boxes"], raw["scores"]]
+    if ONE_TO_MANY in raw:
+        both = cast(BothOutputs, raw)
+        return {ONE_TO_MANY: both["one2many"], ONE_TO_ONE: both["one2one"]}
+    return {"": cast(BranchOutputs, raw)}
+
+
+def branch_weights(epoch: int, epochs: int) -> dict[str, float]:
+    """Return the weight of the loss of each branch, by the names of `by_branch`.
+
+    With an end-to-end head, the weight moves from the one-to-many to the one-to-one branches, linearly over the epochs, as
+    Ultralytics trains it.
+
+    Args:
+        epoch: Number of the epoch, from 0.
+        epochs: Number of epochs.
+    """
+    left = max(1 - epoch / max(epochs - 1, 1), 0)
+    many = left * (FIRST_ONE_TO_MANY - LAST_ONE_TO_MANY) + LAST_ONE_TO_MANY
+    return {"": 1.0, ONE_TO_MANY: many, ONE_TO_ONE: max(1.0 - many, 0)}
 
 
 class Expectation(nn.Module):
@@ -113,14 +214,15 @@ class Expectation(nn.Module):
 
 
 def for_export(model: Any, kind: str) -> None:
-    """Prepare the head for export, in place: it returns one tensor and computes DFL as `Expectation`.
+    """Prepare the head for export, in place: it returns one tensor and computes DFL, if it has bins, as `Expectation`.
 
     Args:
-        model: Copy of the model to export. The head of this copy is changed.
+        model: Copy of the model to export, after `fuse`. The head of this copy is changed.
         kind: Ultralytics' name of the file format: "onnx" or "torchscript".
     """
     head = model.model[-1]
-    head.dfl = Expectation(head.reg_max)
+    if head.reg_max > 1:
+        head.dfl = Expectation(head.reg_max)
     # the same settings as in ultralytics/engine/exporter.py (8.4.190)
     head.export, head.format, head.dynamic, head.shape = True, kind, False, None
 
@@ -134,12 +236,16 @@ def exported_prefix(conv: str) -> str | None:
 
 
 def _check(name: str, head: Any) -> None:
-    if is_end_to_end(head):
-        raise RecipeError(f"prune: {name} is an end-to-end head (one2one branches), expected a head without them")
-    if type(head.dfl) is not DFL:
-        raise RecipeError(f"prune: {name}.dfl is a {type(head.dfl).__name__}, expected DFL (reg_max > 1)")
-    for branch in BRANCHES:
-        for i, convs in enumerate(getattr(head, branch)):
+    end_to_end = is_end_to_end(head)
+    expected = nn.Identity if end_to_end else DFL
+    if type(head.dfl) is not expected:
+        bins = "Identity (reg_max = 1) in an end-to-end head" if end_to_end else "DFL (reg_max > 1)"
+        raise RecipeError(f"prune: {name}.dfl is a {type(head.dfl).__name__}, expected {bins}")
+    for branch in (*BRANCHES, *(ONE_TO_ONE_BRANCHES if end_to_end else ())):
+        levels = getattr(head, branch, None)
+        if levels is None:
+            raise RecipeError(f"prune: {name} has no {branch} (a fused model); give the checkpoint as it was trained")
+        for i, convs in enumerate(levels):
             _check_branch(f"{name}.{branch}.{i}", convs)
 
 
@@ -155,12 +261,20 @@ def _check_branch(name: str, layers: nn.Sequential) -> None:
 
 
 def _wire(flow: Flow, name: str, head: Any, sources: list[FeatureMap]) -> FeatureMap:
-    for branch in BRANCHES:
-        for level, source in enumerate(sources):
-            _wire_branch(flow, f"{name}.{branch}.{level}", getattr(head, branch)[level], source)
+    end_to_end = is_end_to_end(head)
+    if end_to_end and head.cv2 is not None:
+        with flow.only_trained():
+            _wire_branches(flow, name, head, BRANCHES, sources)
+    _wire_branches(flow, name, head, ONE_TO_ONE_BRANCHES if end_to_end else BRANCHES, sources)
     if isinstance(head.dfl, nn.Module) and not isinstance(head.dfl, nn.Identity):
         flow.output(f"{name}.dfl.conv", None, DFL_CONV)
     return FeatureMap(name, ())
+
+
+def _wire_branches(flow: Flow, name: str, head: Any, branches: tuple[str, ...], sources: list[FeatureMap]) -> None:
+    for branch in branches:
+        for level, source in enumerate(sources):
+            _wire_branch(flow, f"{name}.{branch}.{level}", getattr(head, branch)[level], source)
 
 
 def _wire_branch(flow: Flow, name: str, layers: nn.Sequential, source: FeatureMap) -> FeatureMap:

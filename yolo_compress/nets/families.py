@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.nets.family import Family
 from yolo_compress.nets.flow import IMAGES, FeatureMap, Flow
 from yolo_compress.nets.yolo11 import YOLO11
+from yolo_compress.nets.yolo26 import YOLO26
 from yolo_compress.nets.yolov8 import YOLOV8
 
-FAMILIES: dict[str, Family] = {"yolov8": YOLOV8, "yolo11": YOLO11}
+FAMILIES: dict[str, Family] = {"yolov8": YOLOV8, "yolo11": YOLO11, "yolo26": YOLO26}
 
 
 def family_of(model: nn.Module, doing: str) -> Family:
@@ -42,7 +44,9 @@ def family_of(model: nn.Module, doing: str) -> Family:
         if unknown is None:
             return family
         farthest = max(farthest, unknown)
-    kind = type(layers[farthest]).__name__ + (" head" if farthest == len(layers) - 1 else "")
+    kind = type(layers[farthest]).__name__
+    if farthest == len(layers) - 1:
+        kind += " head without NMS" if detect.is_end_to_end(layers[farthest]) else " head"
     raise RecipeError(f"{doing}: model.{farthest} is a {kind}; {supported}")
 
 
@@ -93,8 +97,9 @@ def refresh_attributes(model: nn.Module) -> None:
 
 
 def names() -> str:
-    """Return the names of all families for messages: "YOLOv8 and YOLO11"."""
-    return " and ".join(family.name for family in FAMILIES.values())
+    """Return the names of all families for messages: "YOLOv8, YOLO11 and YOLO26"."""
+    *first, last = (family.name for family in FAMILIES.values())
+    return f"{', '.join(first)} and {last}"
 
 
 def backbone(model: nn.Module) -> list[str]:

@@ -33,6 +33,7 @@ class Family:
         made_of: Its layers for error messages: "Conv, C2f, ...".
         layers: Exact class of a layer -> the functions for this class. The class of the head is included.
         head: Class of the last layer.
+        fits: (head) -> whether a head of this class belongs to the family.
         refresh: Updates the attributes that depend on tensor shapes, in place, after channels were removed.
         for_export: Prepares the layers of a copy for tracing, in place. `detect.for_export` prepares the head.
         yaml_layers: Names of the layers before the head in Ultralytics' yaml files.
@@ -51,13 +52,14 @@ class Family:
     yaml: re.Pattern[str]
     yaml_file: str
     yaml_names: str
+    fits: Callable[[nn.Module], bool] = lambda head: True
 
     def first_unknown_layer(self, layers: nn.Sequential) -> int | None:
         """Return the index of the first layer whose class is not in this family, or None if all classes are."""
         last = len(layers) - 1
         for index, layer in enumerate(layers):
             known = (
-                type(layer) is self.head
+                type(layer) is self.head and self.fits(layer)
                 if index == last
                 else type(layer) in self.layers and type(layer) is not self.head
             )

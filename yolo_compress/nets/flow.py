@@ -10,7 +10,8 @@ depthwise convolution does not mix channels, so its channels are those of its in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import norm_after
 
 IMAGES = "images"
+WHOLE_LAYER: tuple[tuple[str, ...], ...] = (
+    (),
+)  # in `Flow.sums`: the layer adds its input to the output of its last block
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ class Flow:
         reads: Convolution -> its input tensor, or "" if no layer outputs that tensor.
         float_only: Convolution that always stays in float -> the reason.
         sums: Output tensor of a module with shortcuts -> for each of its sums in order, the child modules that form the branch.
-            The module computes `x = x + branch(x)` once for each branch.
+            The module computes `x = x + branch(x)` once for each branch. `WHOLE_LAYER` stands for a layer with one shortcut.
         outputs: Names of the convolutions whose output channels are the model's outputs.
+        training: Names of the convolutions that only training uses (`only_trained`). They are in no other attribute but `members`.
         widths: Slice -> number of channels.
         members: Slice -> the parts of modules that hold these channels. Slices that are summed have one entry.
         ties: Slice -> key of the set of slices that must lose equal shares of their channels.
@@ -91,17 +96,32 @@ class Flow:
         self.float_only: dict[str, str] = {}
         self.sums: dict[str, tuple[tuple[str, ...], ...]] = {}
         self.outputs: list[str] = []
+        self.training: set[str] = set()
         self.widths: dict[str, int] = {}
         self.members: dict[str, dict[Member, None]] = {}
         self.ties: dict[str, str] = {}
         self.fixed: set[str] = set()
         self.chains: dict[str, Chain] = {}
         self._same: dict[str, str] = {}  # slice -> the earlier slice that it is summed with
+        self._only_trained = False
 
     def new(self, tensor: str, slices: tuple[str, ...] = ()) -> FeatureMap:
         """Add a tensor and return it."""
-        self.root.setdefault(tensor, tensor)
+        if not self._only_trained:
+            self.root.setdefault(tensor, tensor)
         return FeatureMap(tensor, slices)
+
+    @contextmanager
+    def only_trained(self) -> Iterator[None]:
+        """Inside the `with` block, `conv` and `output` add convolutions that only training uses.
+
+        The slices that they write are fixed. Their inputs follow the layers that write them.
+        """
+        self._only_trained = True
+        try:
+            yield
+        finally:
+            self._only_trained = False
 
     def find(self, tensor: str) -> str:
         """Return the root of a tensor: the first tensor in the order of the model that is connected with `tensor`."""
@@ -123,9 +143,12 @@ class Flow:
         """
         name = f"{block}.conv"
         conv: Any = self._modules[name]
-        self.reads[name] = source.name
-        if why_float:
-            self.float_only[name] = why_float
+        if self._only_trained:
+            self.training.add(name)
+        else:
+            self.reads[name] = source.name
+            if why_float:
+                self.float_only[name] = why_float
         if conv.groups > 1:
             made = source.slices
         else:
@@ -134,6 +157,8 @@ class Flow:
             self.widths.update(sizes)
             self.members.update({piece: {} for piece in sizes})
             made = tuple(sizes)
+            if self._only_trained:
+                self.fixed |= set(made)
         self._hold(name, "out", made)
         if norm_after(self._modules, name) is not None:
             self._hold(f"{block}.bn", "norm", made)
@@ -141,8 +166,11 @@ class Flow:
 
     def output(self, conv: str, source: FeatureMap | None, why: str) -> None:
         """Add a convolution of the head that stays in float for the reason `why`. No layer reads its output."""
-        self.reads[conv], self.float_only[conv] = source.name if source else "", why
-        self.outputs.append(conv)
+        if self._only_trained:
+            self.training.add(conv)
+        else:
+            self.reads[conv], self.float_only[conv] = source.name if source else "", why
+            self.outputs.append(conv)
         if source:
             self._hold(conv, "in", source.slices)
 
@@ -202,7 +230,7 @@ class Flow:
 
         Raises:
             ValueError: The module is a layer of `model.model`. Quantisation replaces the module, but the class of a layer must
-                not change.
+                not change. Use `add_layer`.
         """
         if module.count(".") < 2:
             raise ValueError(f"{module} is a layer; a shortcut must be a module inside a layer")
@@ -222,6 +250,17 @@ class Flow:
         for output in outputs.values():
             ends.append(ends[-1] + self._width(output))
         self.chains[layer] = Chain(reader, tuple(outputs), tuple(ends))
+
+    def add_layer(self, layer: str, source: FeatureMap, last: FeatureMap) -> FeatureMap:
+        """Add the sum `source + last` of a layer whose attribute `add` says that it has this shortcut, and return the sum.
+
+        Args:
+            layer: Name of the layer of `model.model`, also of the sum.
+            source: Input of the layer.
+            last: Output of the last block of the layer.
+        """
+        self.sums[layer] = WHOLE_LAYER
+        return self.sum(f"{layer} (sum)", layer, source, last)
 
     def tie(self, key: str, *tensors: FeatureMap) -> None:
         """Demand that all slices of these tensors lose equal shares of their channels."""

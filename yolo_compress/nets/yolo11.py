@@ -36,14 +36,16 @@ from yolo_compress.nets.flow import FeatureMap, Flow
 IN_ATTENTION = "attention: its softmax and products stay in float"
 
 
-def _check_c3k(name: str, block: C3k) -> None:
+def check_c3k(name: str, block: C3k) -> None:
+    """Check that the channels of a C3k can be removed. See `check_conv` for errors."""
     for child in ("cv1", "cv2", "cv3"):
         check_conv(f"{name}.{child}", getattr(block, child))
     for index, module in enumerate(block.m):
         check_inner(f"{name}.m.{index}", module, {Bottleneck: check_bottleneck})
 
 
-def _wire_c3k(flow: Flow, name: str, block: C3k, source: FeatureMap) -> FeatureMap:
+def wire_c3k(flow: Flow, name: str, block: C3k, source: FeatureMap) -> FeatureMap:
+    """Add a C3k to the flow."""
     deep, shallow = flow.conv(f"{name}.cv1", source), flow.conv(f"{name}.cv2", source)
     for index, module in enumerate(block.m):
         deep = wire_bottleneck(flow, f"{name}.m.{index}", module, deep)
@@ -51,7 +53,7 @@ def _wire_c3k(flow: Flow, name: str, block: C3k, source: FeatureMap) -> FeatureM
 
 
 def _check_c3k2(name: str, block: C3k2) -> None:
-    check_c2f(name, block, {Bottleneck: check_bottleneck, C3k: _check_c3k})
+    check_c2f(name, block, {Bottleneck: check_bottleneck, C3k: check_c3k})
 
 
 def _wire_c3k2(flow: Flow, name: str, block: C3k2, sources: list[FeatureMap]) -> FeatureMap:
@@ -59,7 +61,7 @@ def _wire_c3k2(flow: Flow, name: str, block: C3k2, sources: list[FeatureMap]) ->
 
 
 def _wire_inner(flow: Flow, name: str, block: Any, source: FeatureMap) -> FeatureMap:
-    return (_wire_c3k if isinstance(block, C3k) else wire_bottleneck)(flow, name, block, source)
+    return (wire_c3k if isinstance(block, C3k) else wire_bottleneck)(flow, name, block, source)
 
 
 def _check_attention(name: str, block: Attention) -> None:
@@ -84,7 +86,12 @@ def _wire_attention(flow: Flow, name: str, block: Attention, source: FeatureMap,
     return flow.conv(f"{name}.proj", attended, why_float=IN_ATTENTION)
 
 
-def _check_psa_block(name: str, block: PSABlock) -> None:
+def check_psa_block(name: str, block: PSABlock) -> None:
+    """Check that the channels of a block with attention can be removed.
+
+    Raises:
+        RecipeError: It has no shortcuts, or its heads do not fit its convolutions, or see `check_conv`.
+    """
     if not block.add or len(block.ffn) != 2:
         raise RecipeError(f"prune: {name} is a PSABlock without shortcuts, expected one with them")
     _check_attention(f"{name}.attn", block.attn)
@@ -92,20 +99,24 @@ def _check_psa_block(name: str, block: PSABlock) -> None:
         check_conv(f"{name}.ffn.{index}", module)
 
 
+def wire_psa_block(flow: Flow, name: str, block: PSABlock, stream: FeatureMap, tie: str) -> FeatureMap:
+    """Add attention and a feed-forward part, each with a shortcut. `tie` is the key of the slices of `stream` in `Flow.ties`."""
+    attended = _wire_attention(flow, f"{name}.attn", block.attn, stream, tie)
+    stream = flow.add(name, stream, attended, ("attn",))
+    return flow.add(name, stream, flow.conv(f"{name}.ffn.1", flow.conv(f"{name}.ffn.0", stream)), ("ffn",))
+
+
 def _check_c2psa(name: str, block: C2PSA) -> None:
     check_conv(f"{name}.cv1", block.cv1)
     check_conv(f"{name}.cv2", block.cv2)
     for index, module in enumerate(block.m):
-        check_inner(f"{name}.m.{index}", module, {PSABlock: _check_psa_block})
+        check_inner(f"{name}.m.{index}", module, {PSABlock: check_psa_block})
 
 
 def _wire_c2psa(flow: Flow, name: str, block: C2PSA, sources: list[FeatureMap]) -> FeatureMap:
     first, stream = wire_halves(flow, name, block, sources[0])
     for index, module in enumerate(block.m):
-        inner = f"{name}.m.{index}"
-        attended = _wire_attention(flow, f"{inner}.attn", module.attn, stream, f"{name}.cv1")
-        stream = flow.add(inner, stream, attended, ("attn",))
-        stream = flow.add(inner, stream, flow.conv(f"{inner}.ffn.1", flow.conv(f"{inner}.ffn.0", stream)), ("ffn",))
+        stream = wire_psa_block(flow, f"{name}.m.{index}", module, stream, f"{name}.cv1")
     return flow.conv(f"{name}.cv2", flow.join(f"{name} (concat)", first, stream))
 
 
@@ -132,4 +143,5 @@ YOLO11 = Family(
     yaml=re.compile(r"yolo11([nsmlx])([\w-]*)\.yaml"),
     yaml_file="11/yolo11{variant}.yaml",
     yaml_names="yolo11n.yaml to yolo11x.yaml",
+    fits=detect.is_for_nms,
 )

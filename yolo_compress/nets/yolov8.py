@@ -48,4 +48,5 @@ YOLOV8 = Family(
     yaml=re.compile(r"yolov8([nsmlx])([\w-]*)\.yaml"),
     yaml_file="v8/yolov8{variant}.yaml",
     yaml_names="yolov8n.yaml to yolov8x.yaml",
+    fits=detect.is_for_nms,
 )

@@ -2,7 +2,7 @@
 
 A price is a function that returns this cost. Its arguments are the numbers of output and input channels of all convolutions, in the
 order of `conv_shapes`. The cost decreases with every channel that is removed. MACs are the multiply-accumulates of all convolutions
-for one image; GFLOPs are 2 x GMACs.
+for one image; GFLOPs are 2 x GMACs. What only training uses (`detect.only_trained`) has no cost.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.nets.conv import norm_after
 from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.graph import Group, Member
@@ -49,12 +50,13 @@ class ConvShape:
 
 
 def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvShape]:
-    """Return convolution name -> shape for every convolution, DFL included, for an image of `imgsz_hw` pixels.
+    """Return convolution name -> shape for every convolution of inference, DFL included, for an image of `imgsz_hw` pixels.
 
     Only shapes are traced; no values are computed.
     """
     shapes: dict[str, ConvShape] = {}
     copy = shadow(model)
+    detect.deploy(copy)
     modules = dict(copy.named_modules())
 
     def record(name: str, conv: nn.Conv2d, output_BCHW: Tensor) -> None:
@@ -80,7 +82,7 @@ def conv_macs(model: nn.Module, imgsz_hw: tuple[int, int]) -> int:
 def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int, int]) -> dict[str, int]:
     """Return group name -> MACs per image that the model saves if one channel of the group is removed.
 
-    The saving is the sum over all convolutions of the group that write or read the channel.
+    The saving is the sum over all convolutions of the group that write or read the channel at inference.
     """
     shapes = conv_shapes(model, imgsz_hw)
 
@@ -88,12 +90,16 @@ def channel_macs(model: nn.Module, groups: Sequence[Group], imgsz_hw: tuple[int,
         shape = shapes[member.module]
         return shape.area * (shape.in_channels if member.role == "out" else shape.out_channels)
 
-    return {group.name: sum(cost(member) for member in group.members if member.role != "norm") for group in groups}
+    return {
+        group.name: sum(cost(member) for member in group.members if member.role != "norm" and member.module in shapes)
+        for group in groups
+    }
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, without buffers."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters that a model has at inference, without buffers."""
+    unused = {parameter for module in detect.only_trained(model) for parameter in module.parameters(recurse=False)}
+    return sum(parameter.numel() for parameter in model.parameters() if parameter not in unused)
 
 
 def macs_price(shapes: Mapping[str, ConvShape]) -> Price:
@@ -178,7 +184,7 @@ class Widths:
     Args:
         shapes: `conv_shapes` of the model.
         members: For each width, (convolution, role "out" or "in", factor) of every convolution side that has this many channels
-            times the factor.
+            times the factor. Convolutions that are not in `shapes` only run in training and are ignored.
         full: Widths of the unpruned model.
     """
 
@@ -189,7 +195,8 @@ class Widths:
         self._slots = {role: np.zeros((len(rows), len(members)), dtype=np.int64) for role in ("out", "in")}
         for column, slices in enumerate(members):
             for name, role, factor in slices:
-                self._slots[role][rows[name], column] += factor
+                if name in rows:
+                    self._slots[role][rows[name], column] += factor
         channels = {
             "out": np.array([shape.out_channels for shape in shapes.values()], dtype=np.int64),
             "in": np.array([shape.in_channels for shape in shapes.values()], dtype=np.int64),

@@ -23,12 +23,15 @@ Scope = Literal["global", "local"]
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return the convolutions that become sparse, by name. The first convolution, the outputs of the head and DFL keep all weights.
+    """Return the convolutions that become sparse, by name.
+
+    The first convolution, the outputs of the head, DFL, and what only training uses keep all weights.
 
     Raises:
         RecipeError, NumericsError: See `families.check_prunable`.
     """
-    excluded = set(check_prunable(model).outputs)
+    flow = check_prunable(model)
+    excluded = {*flow.outputs, *flow.training}
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     first = next(iter(convs))
     return {name: conv for name, conv in convs.items() if name not in excluded and name != first}
@@ -100,7 +103,7 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def sparsity_of(model: nn.Module) -> float:
-    """Return the share of weights that are exactly zero, over all convolutions except DFL."""
+    """Return the share of weights that are exactly zero, over all convolutions of inference except DFL."""
     weights = _conv_weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
@@ -128,10 +131,10 @@ class HoldZeros(TrainHook):
 
 
 def _conv_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of all convolutions except DFL, whose constant weights 0, 1, 2, ... contain a zero."""
-    constants = detect.constants(model)
+    """Return the weights of all convolutions of inference except DFL, whose constant weights 0, 1, 2, ... contain a zero."""
+    constants, unused = detect.constants(model), detect.only_trained(model)
     convs = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return [conv.weight for name, conv in convs if name not in constants]
+    return [conv.weight for name, conv in convs if name not in constants and conv not in unused]
 
 
 def _mask_of_largest(values_N: Tensor, share: float) -> Tensor:

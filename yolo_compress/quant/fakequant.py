@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks
+from yolo_compress.nets.flow import WHOLE_LAYER
 from yolo_compress.quant.fixed import FixedRange
 from yolo_compress.quant.learned import LOGARITHM, LearnedRange
 from yolo_compress.quant.plan import IMAGES, Group, Plan, plan
@@ -109,12 +111,18 @@ class QuantisedSum(nn.Module):
         return x_BCHW
 
 
+def _quantised_layer(layer: Any, x_BCHW: Tensor) -> Tensor:
+    """Replacement for `forward` of a layer with a shortcut: its sum is followed by the fake quantiser. The class stays."""
+    quantised_BCHW: Tensor = layer.quantizer(type(layer).forward(layer, x_BCHW))
+    return quantised_BCHW
+
+
 def attach(model: nn.Module, state: QuantState, learned: bool = False) -> None:
     """Insert fake quantisers for the tensors and weights of `state` into a model, in place.
 
-    A tensor is quantised where it is computed (`QuantisedOutput`, `QuantisedSum`). The input image is quantised where the first
-    convolution reads it. Tensors that share a scale share one quantiser. Weights have one range per output channel. Tensors and
-    weights are symmetric INT8; weights have `state.weight_bits` bits. Gradients are straight-through.
+    A tensor is quantised where it is computed (`QuantisedOutput`, `QuantisedSum`, `_quantised_layer`). The input image is quantised
+    where the first convolution reads it. Tensors that share a scale share one quantiser. Weights have one range per output channel.
+    Tensors and weights are symmetric INT8; weights have `state.weight_bits` bits. Gradients are straight-through.
 
     Ranges are buffers, or parameters if `learned` is True. Two models with the same INT8 tensors can load each other's state dict.
     `copy.deepcopy` of the model works, but pickling does not.
@@ -165,7 +173,9 @@ def _insert_quantizer(model: nn.Module, placed: Plan, tensor: str, quantizer: nn
             model.get_submodule(name).input_quantizer = quantizer
         return
     module = model.get_submodule(tensor)
-    if tensor in placed.sums:
+    if placed.sums.get(tensor) == WHOLE_LAYER:
+        module.quantizer, module.forward = quantizer, partial(_quantised_layer, module)
+    elif tensor in placed.sums:
         parent, _, child = tensor.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantisedSum(module, placed.sums[tensor], quantizer))
     else:
@@ -190,7 +200,7 @@ def read(model: nn.Module) -> QuantState:
             if tensor == IMAGES:
                 if group.convs[0] in convs:
                     quantizers[tensor] = convs[group.convs[0]].input_quantizer
-            elif isinstance(holder, (QuantisedOutput, QuantisedSum)):
+            elif isinstance(holder, (QuantisedOutput, QuantisedSum)) or _is_quantised_layer(holder):
                 quantizers[tensor] = holder.quantizer
     return QuantState(
         activations={tensor: max(float(quantizer.amax), AMAX_FLOOR) for tensor, quantizer in quantizers.items()},
@@ -208,6 +218,8 @@ def detach(model: nn.Module) -> None:
         conv.export()
         conv.__dict__.pop("_parallel_state", None)  # ModelOpt 0.47 does not remove its process groups
     for module in list(model.modules()):
+        if _is_quantised_layer(module):
+            del module.forward, module.quantizer
         for name, child in list(module.named_children()):
             if isinstance(child, QuantisedOutput):
                 setattr(module, name, child.act)
@@ -216,6 +228,11 @@ def detach(model: nn.Module) -> None:
                 for part in chain(*child.branches):
                     setattr(stock, part, child.get_submodule(part))
                 setattr(module, name, stock.train(child.training))
+
+
+def _is_quantised_layer(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _quantised_layer
 
 
 @contextmanager

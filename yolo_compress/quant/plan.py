@@ -56,7 +56,7 @@ class Plan:
         groups: all groups of tensors that share a scale, INT8 and float.
         reads: convolution -> the tensor that the convolution reads, or "" for the convolution of DFL.
         skipped: (convolution, reason) of each convolution that stays float.
-        sums: output tensor of a block with shortcuts -> the block's branches, see `nets.flow.Flow.sums`.
+        sums: output tensor of a block or layer with shortcuts -> its branches, see `nets.flow.Flow.sums`.
     """
 
     groups: tuple[Group, ...]
@@ -100,7 +100,7 @@ def plan(model: nn.Module, left: Collection[str] = ()) -> Plan:
 
     The inputs of the head's output convolutions and of DFL stay float. Boxes (0 to 640 px) and logits come from these convolutions.
     If their inputs were INT8, boxes would have the resolution of one INT8 step. Ultralytics' QAT leaves the same convolutions in
-    float.
+    float. Convolutions that only training uses are not in the plan, so they stay in float too.
 
     Args:
         model: A detector of a supported family, pruned or not, with or without fake quantisers. It is not changed.

@@ -36,6 +36,7 @@ Scratch = Literal[
     "yolov8n-p2.yaml", "yolov8s-p2.yaml", "yolov8m-p2.yaml", "yolov8l-p2.yaml", "yolov8x-p2.yaml",
     "yolov8n-p6.yaml", "yolov8s-p6.yaml", "yolov8m-p6.yaml", "yolov8l-p6.yaml", "yolov8x-p6.yaml",
     "yolo11n.yaml", "yolo11s.yaml", "yolo11m.yaml", "yolo11l.yaml", "yolo11x.yaml",
+    "yolo26n.yaml", "yolo26s.yaml", "yolo26m.yaml", "yolo26l.yaml", "yolo26x.yaml",
 ]  # fmt: skip
 Auto = Literal["auto"]  # from the number of training images, by the rules of `auto_values.py`
 

@@ -408,8 +408,8 @@ class DistillConfig(TrainConfig):
         when="Change it together with `feature_loss`: about 0.2 for pkd, 80 for relation.",
         group="Loss", unit="factor", ge=0, le=1000)] = 0.3
     box_weight: Annotated[float, knob(
-        "Weight of the box loss (arXiv 2102.12252). YOLOv8 predicts the position of each box side as a distribution. This loss "
-        "compares the student's distributions with the teacher's. 0: no box loss.",
+        "Weight of the box loss (arXiv 2102.12252). YOLOv8 and YOLO11 predict the position of each box side as a distribution. "
+        "This loss compares the student's distributions with the teacher's; in YOLO26, it compares the lengths. 0: no box loss.",
         when="Raise it (3) when objects are found but their boxes do not fit well.",
         group="Loss", unit="factor", ge=0, le=1000)] = 1.0
     iou_weight: Annotated[float, knob(
@@ -535,7 +535,7 @@ class ExportConfig(Section):
         group="Files")] = True
     nms: Annotated[bool, knob(
         "Write each ONNX file a second time, as NAME-nms.onnx, with non-maximum suppression (NMS) in the graph: score "
-        "at least 0.25, IoU 0.7, at most 300 boxes.",
+        "at least 0.25, IoU 0.7, at most 300 boxes. YOLO26 needs no NMS and refuses this.",
         when="Set true when your program has no NMS of its own.",
         group="Files")] = False
     calibration_cache: Annotated[bool, knob(

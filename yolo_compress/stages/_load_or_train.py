@@ -9,6 +9,8 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import RecipeError
+from yolo_compress.export.nms import NO_NMS
+from yolo_compress.nets import detect
 from yolo_compress.nets.families import check_prunable
 from yolo_compress.recipe.knob_types import IMGSZ_STEP
 from yolo_compress.recipe.recipe import Recipe, SourceConfig
@@ -33,12 +35,16 @@ def run(job: Job, what: str) -> ModelMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset, what: str) -> None:
-    """Check, before any stage runs, that the model of the section `what` can be loaded and takes images of `data.imgsz`.
+    """Check, before any stage runs, that the model of the section `what` can be loaded and fits `data.imgsz` and `export.nms`.
 
     Raises:
-        RecipeError: See `start`, or `data.imgsz` does not fit the strides of the model.
+        RecipeError: See `start`, or `data.imgsz` does not fit the strides of the model, or `export.nms` is set for a model whose
+            boxes need no NMS.
     """
-    stride = int(max(start(getattr(recipe, what), dataset, recipe.run.seed, what).stride))  # type: ignore[arg-type]
+    model = start(getattr(recipe, what), dataset, recipe.run.seed, what)
+    if what == "baseline" and recipe.export and recipe.export.nms and not detect.needs_nms(model):
+        raise RecipeError(f"export.nms: {NO_NMS}")
+    stride = int(max(model.stride))  # type: ignore[arg-type]
     height, width = recipe.data.imgsz_hw
     least = IMGSZ_STEP if stride <= IMGSZ_STEP else 2 * stride  # BatchNorm cannot train on a single pixel
     if height % stride or width % stride or max(height, width) < least:

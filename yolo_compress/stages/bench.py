@@ -35,6 +35,7 @@ from yolo_compress.evaluate.torch_latency import TorchSpec
 from yolo_compress.evaluate.torch_latency import spec as torch_spec
 from yolo_compress.evaluate.ultralytics_ap import ultralytics_ap
 from yolo_compress.files.atomic import atomic_write
+from yolo_compress.nets import detect
 from yolo_compress.progress import bar
 from yolo_compress.recipe.recipe import BenchConfig
 from yolo_compress.report.schema import Status
@@ -179,7 +180,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
 
 def _torch(path: str) -> nn.Module:
     """Load a torch model and fold BatchNorm into the convolutions, as Ultralytics does for inference."""
-    return checkpoint.load_model(Path(path)).fuse(verbose=False)
+    return cast(nn.Module, detect.fuse(checkpoint.load_model(Path(path))))
 
 
 def _accuracy(job: Job, candidate: _Candidate, advance: Callable[[int], None]) -> Accuracy:

@@ -185,10 +185,9 @@ def check_loaded(model: nn.Module, path: Path) -> None:
     """
     layers = getattr(model, "model", None)
     last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else model
-    if type(model) is not DetectionModel or not detect.is_detect(last) or detect.is_end_to_end(last):
-        kind = f"end-to-end {type(last).__name__} (YOLO26)" if detect.is_end_to_end(last) else type(last).__name__
+    if type(model) is not DetectionModel or not detect.is_detect(last):
         raise RecipeError(
-            f"{path}: the head is {kind}, expected Detect: only {families.names()} detectors can be compressed"
+            f"{path}: the head is {type(last).__name__}, expected Detect: only {families.names()} detectors can be compressed"
         )
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise RecipeError(f"{path}: a fused checkpoint (no BatchNorm left); give the one saved before `fuse()`/export")
@@ -215,9 +214,10 @@ def _check_runs(model: DetectionModel) -> None:
     before = dict(vars(head))  # Detect stores the anchors of the last image
     try:
         with torch.no_grad():
-            scores = model(torch.zeros(1, image_channels(model), 64, 64))[0]
-        if scores.shape[1] != 4 + len(model.names):
-            raise ValueError(f"{scores.shape[1] - 4} scores an anchor for {len(model.names)} class names")
+            _, raw = model(torch.zeros(1, image_channels(model), 64, 64))
+        for outputs in detect.by_branch(raw).values():
+            if outputs["scores"].shape[1] != len(model.names):
+                raise ValueError(f"{outputs['scores'].shape[1]} scores an anchor for {len(model.names)} class names")
     finally:
         vars(head).clear()
         vars(head).update(before)
@@ -246,11 +246,9 @@ def save_model(model: nn.Module, path: Path, train_args: Mapping[str, object] | 
         model.__dict__.pop(attribute, None)
     model.args = dict(train_args or {})
     head = model.model[-1]
-    transient = ["anchors", "strides", "shape"]  # Detect sets them for the last image; they are not weights
-    if not getattr(head, "end2end", False):
-        # Validation sets the default. A run that is resumed after its last epoch has no validation, so drop it always.
-        transient.append("_end2end")
-    for attribute in transient:
+    # Detect sets the first three for the last image, and validation sets the others. A run that is resumed after its last epoch
+    # has no validation, so drop them always: Ultralytics' `nms=False` chooses the one-to-one branches of a checkpoint.
+    for attribute in ("anchors", "strides", "shape", "_end2end", "max_det", "agnostic_nms"):
         head.__dict__.pop(attribute, None)
     model.stride = head.stride  # the same tensor, as in a new model; training makes a copy
     for parameter in model.parameters():

@@ -17,6 +17,8 @@ def losses(
 ) -> Iterator[Tensor]:
     """Yield the detection loss of each batch, with gradient: the sum of the box, class and DFL terms, as mean over the images.
 
+    An end-to-end head has such a loss for each of its branches. They have the weights of the first epoch (`detect.branch_weights`).
+
     Args:
         model: Stock detector, run in evaluation mode, so BatchNorm statistics do not change. `args` and `criterion` are restored.
         dataset: The data set of the samples.

@@ -29,6 +29,7 @@ from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, NumericsError, RecipeError
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
+from yolo_compress.nets import detect
 from yolo_compress.runtime.measure.device import usable_cpus
 from yolo_compress.store.resources import PREFETCHED, SHARED_MEMORY
 from yolo_compress.train import together
@@ -273,6 +274,8 @@ class HookedTrainer(DetectionTrainer):
 
     def setup_model(self) -> None:
         module = self.model.to(self.device)
+        # In validation, Ultralytics takes the one-to-one branches for False, and the branches that need NMS for None.
+        self.args.nms = None if detect.needs_nms(module) else False
         module.args = self.args
         for hook in self.hooks:
             hook.on_model(module)
@@ -487,7 +490,7 @@ class HookedTrainer(DetectionTrainer):
     def _shares(self) -> dict[str, float]:
         """Return each hook's loss as a fraction of the total loss of this epoch. A loss with a large fraction dominates the labels."""
         means = {name: float(value) for name, value in self.tloss.items()}
-        own = [name for name in means if name not in self._criterion.base.loss_names]
+        own = [name for name in means if name not in self._criterion.loss_names]
         total = sum(means.values())
         if not own or total <= 0:
             return {}
@@ -500,6 +503,7 @@ class HookedTrainer(DetectionTrainer):
 
     def _on_train_epoch_start(self) -> None:
         self._oom_retries = RETRIES
+        self._criterion.start_epoch(self.epoch, self.epochs)
         seed_everything(self.settings.seed, self.epoch, *([ranks.rank()] if ranks.rank() else []))
         self.train_loader.dataset.start_epoch()
         self._validated = False
@@ -605,14 +609,29 @@ def _without_decay(optimizer: torch.optim.Optimizer, model: nn.Module, names: It
 
 
 class _HookedCriterion:
-    """The detection loss plus the losses of the hooks. Each loss is multiplied by the batch size, as Ultralytics does."""
+    """The detection loss plus the losses of the hooks. Each loss is multiplied by the batch size, as Ultralytics does.
+
+    The detection loss of an end-to-end head is the weighted sum over its branches (Ultralytics' `E2ELoss`). The weights are set at the
+    start of each epoch, so a resumed run has them too. Ultralytics logs the terms of the one-to-one branches alone; here the sums are
+    logged, so that the shares of the hooks' losses are right.
+    """
 
     def __init__(self, model: nn.Module, hooks: Sequence[TrainHook]) -> None:
         self.base = model.init_criterion()
         self.hooks = hooks
+        self._end_to_end = not detect.needs_nms(model)
+        self.loss_names: tuple[str, ...] = (self.base.one2one if self._end_to_end else self.base).loss_names
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the weights of the branches of an end-to-end head for an epoch, counted from 0."""
+        if self._end_to_end:
+            weights = detect.branch_weights(epoch, epochs)
+            self.base.o2m, self.base.o2o = weights[detect.ONE_TO_MANY], weights[detect.ONE_TO_ONE]
 
     def __call__(self, predictions: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, items = self.base(predictions, batch)
+        if self._end_to_end:
+            items = dict(zip(items, loss.detach() / batch["img"].shape[0], strict=True))
         extras = {name: value for hook in self.hooks for name, value in hook.extra_loss(batch, predictions).items()}
         if not extras:
             return loss, items

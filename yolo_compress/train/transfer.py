@@ -94,7 +94,7 @@ def _with_classes(model: DetectionModel, names: Sequence[str], seed: int) -> tup
             branch[-1].weight[mine], branch[-1].bias[mine] = conv.weight[theirs], conv.bias[theirs]
     if isinstance(getattr(model, "yaml", None), dict):
         model.yaml["nc"] = len(names)
-    fresh = 0 if len(rows) == len(names) else 2 * head.nl
+    fresh = 0 if len(rows) == len(names) else 2 * len(old)
     tensors = len(model.state_dict())
     parameters = sum(p.numel() for p in model.parameters())
     new = (len(names) - len(rows)) * sum(conv.in_channels + 1 for conv in old)
@@ -141,8 +141,12 @@ def _stock(yaml: dict[str, Any]) -> dict[str, Any]:
     if len(rows) > MAX_LAYERS or sum("Upsample" in kind for _, _, kind, _ in rows) > 4:
         raise ValueError(f"{len(rows)} layers, more than any {families.names()} has")
     kept = {
-        key: yaml[key] for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels") if key in yaml
+        key: yaml[key]
+        for key in ("scale", "scales", "depth_multiple", "width_multiple", "max_channels", "end2end", "reg_max")
+        if key in yaml
     }
+    if type(kept.get("end2end", False)) is not bool or kept.get("reg_max", 16) not in (1, 16):
+        raise ValueError(f"end2end {kept.get('end2end')} with reg_max {kept.get('reg_max')}: not a head of a detector")
     if any(not 0 < factor <= 4 for factor in [row for rows in kept.get("scales", {}).values() for row in rows[:2]]):
         raise ValueError(f"scales {kept['scales']}: expected factors above 0, up to 4")
     head = [*yaml["head"][:-1], [*yaml["head"][-1][:2], detect.NAME, ["nc"]]]

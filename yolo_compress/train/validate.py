@@ -16,6 +16,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from yolo_compress.data.dataset import Dataset
+from yolo_compress.nets import detect
 from yolo_compress.train.dataset import PreflightDataset
 
 
@@ -25,7 +26,7 @@ def validate(
     """Return `map50_95` and `map50` of a float model, computed by Ultralytics on the CPU.
 
     Args:
-        model: Stock detector. A copy is fused and validated.
+        model: Stock detector. A copy is validated. Of an end-to-end head, the one-to-one branches are validated, without NMS.
         dataset: Data set whose validation images are used.
         imgsz_px: Long side of the letterbox.
         rect: True: rectangular batches, the default of `yolo val`. False: square letterboxes, as for an exported model.
@@ -60,6 +61,7 @@ class _Validator(DetectionValidator):
         self.training = True  # skips the check of the data yaml
         self.data, self.device = self.dataset_dict, torch.device("cpu")
         self.args.conf = 0.001
+        model.end2end = not detect.needs_nms(model)  # type: ignore[assignment]
         self.init_metrics(model)
         for batch in self.dataloader:
             batch = self.preprocess(batch)

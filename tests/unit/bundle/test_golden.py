@@ -133,6 +133,7 @@ def test_a_model_that_detects_nothing_makes_no_self_test(tmp_path: Path, monkeyp
 class Fixed:
     """A stand-in for an engine: its output has the boxes of A."""
 
+    needs_nms = True
     names, precision, imgsz, batch, channels, executed = ("a", "b", "c"), "fp32", (96, 96), 1, 3, "fp32"
 
     def __init__(self, rows: np.ndarray = A) -> None:

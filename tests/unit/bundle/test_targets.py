@@ -36,6 +36,7 @@ def network(
     nms: bool = False,
     names: tuple[str, str] = ("images", "output0"),
     output_kind: int = TensorProto.FLOAT,
+    needs_nms: bool = True,
 ) -> Path:
     """Write a model with the right names, types and shapes. It returns the same random boxes and scores for every image."""
     anchors = sum((side // stride) ** 2 for stride in (8, 16, 32))
@@ -67,7 +68,9 @@ def network(
     )
     opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid("trt", 1)] if nms else [])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    helper.set_model_props(model, {} if needs_nms else {"needs_nms": "False"})
+    onnx.save(model, str(path))
     return path
 
 
@@ -103,6 +106,22 @@ def test_other_sizes_and_batches_are_for_the_servers(
     written = registry.write(target, tmp_path, bundle(tmp_path, side=side, batch=batch, opset=opset))
     assert any(target in file for file in written) and all((tmp_path / file).is_file() for file in written)
     assert str(side) in "".join((tmp_path / file).read_text() for file in written if file.endswith((".txt", ".pbtxt")))
+
+
+@pytest.mark.parametrize(("needs_nms", "iou"), [(True, 0.7), (False, 1.0)])
+def test_the_nms_of_a_server_removes_no_box_of_a_model_that_needs_none(
+    tmp_path: Path, needs_nms: bool, iou: float
+) -> None:
+    about = bundle(tmp_path, needs_nms=needs_nms)
+    for target in ("deepstream", "isaac_ros", "triton"):
+        registry.write(target, tmp_path, about)
+    parsed = configparser.ConfigParser()
+    parsed.read_string((tmp_path / "deepstream" / "config_infer_primary.txt").read_text())
+    assert float(parsed["class-attrs-all"]["nms-iou-threshold"]) == iou
+    said = yaml.safe_load((tmp_path / "isaac_ros" / "parameters.yaml").read_text())
+    assert said["yolov8_decoder_node"]["ros__parameters"]["nms_threshold"] == iou
+    text = (tmp_path / "triton" / "model_repository" / "my_demo" / "config.pbtxt").read_text()
+    assert ("scores; no NMS." if needs_nms else "scores; NMS is not needed.") in text
 
 
 # Isaac ROS
@@ -256,6 +275,7 @@ def test_the_configuration_of_triton_has_the_shapes(
         ("deepstream", "deepstream/config_infer_primary.txt", "symmetric-padding=1", "symmetric-padding=0"),
         ("deepstream", "deepstream/config_infer_primary.txt", "model-color-format=0", "model-color-format=1"),
         ("deepstream", "deepstream/config_infer_primary.txt", "=0.0039", "=0.0038"),
+        ("deepstream", "deepstream/config_infer_primary.txt", "nms-iou-threshold=0.7", "nms-iou-threshold=1.0"),
         ("deepstream", "deepstream/labels.txt", "dog\n", ""),
         ("triton", "triton/model_repository/my_demo/config.pbtxt", "8400", "8401"),
         ("triton", "triton/model_repository/my_demo/config.pbtxt", "TYPE_FP32", "TYPE_FP16"),

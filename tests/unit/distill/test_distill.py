@@ -99,6 +99,49 @@ def test_soft_boxes_are_one_minus_the_iou_of_decoded_boxes() -> None:
     assert float(soft_boxes(teacher, teacher, weight)) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_boxes_without_bins_are_compared_by_their_lengths() -> None:
+    """YOLO26 predicts lengths, which can be negative: boxes of no area, and boxes that do not overlap."""
+    from ultralytics.utils.metrics import bbox_iou
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 4, 200, dtype=torch.float64) + 1
+    weight = torch.rand(2, 200, dtype=torch.float64)
+
+    def boxes(sides: torch.Tensor) -> torch.Tensor:
+        left, top, right, bottom = sides.unbind(1)
+        return torch.stack([-left, -top, right, bottom], -1)
+
+    real = ((student[:, :2] + student[:, 2:]).amin(1) > 0) & ((teacher[:, :2] + teacher[:, 2:]).amin(1) > 0)
+    iou = bbox_iou(boxes(student), boxes(teacher), xywh=False, eps=0.0).squeeze(-1)
+    expected = torch.where(real, 1 - iou, 1.0)
+    assert 0.3 < real.double().mean() < 0.99 and (iou[real] == 0).any()
+    got = torch.stack(
+        [soft_boxes(student[:, :, i : i + 1], teacher[:, :, i : i + 1], weight[:, :1]) for i in range(200)]
+    )
+    mean = (expected * weight[:, :1]).sum(0) / weight[:, :1].sum()
+    assert torch.allclose(got, mean, atol=1e-7)
+    sides = soft_sides(student, teacher, weight, 1.0)
+    assert float(sides) == pytest.approx(float(((student - teacher).abs().mean(1) * weight).sum() / weight.sum()))
+    assert float(soft_sides(teacher, teacher, weight, 1.0)) == 0.0
+
+
+def test_each_branch_of_an_end_to_end_head_learns_from_the_same_branch_with_the_weight_of_its_epoch() -> None:
+    student, teacher = model(1, "yolo26n.yaml").train(), model(0, "yolo26n.yaml")
+    hook = started(student, teacher, feature_weight=0.0)
+    own, other = student(batch()["img"]), hook.source.outputs(batch()["img"], {})
+    apart = {branch: head_terms(own[branch], other[branch], hook.weights, 2.0) for branch in ("one2many", "one2one")}
+    for epoch, many in ((0, 0.8), (9, 0.1)):
+        hook.on_epoch_start(epoch, 10)
+        got = hook.extra_loss(batch(), own)
+        assert list(got) == ["kd_class", "kd_box", "kd_iou"]
+        for name, value in got.items():
+            expected = many * apart["one2many"][name] + (1 - many) * apart["one2one"][name]
+            assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    sum(got.values()).backward()
+    for branch in ("cv2", "cv3", "one2one_cv2", "one2one_cv3"):
+        assert student.get_submodule(f"model.23.{branch}.0.2").weight.grad.abs().sum() > 0, branch
+
+
 def test_head_terms_without_weight_are_left_out() -> None:
     outputs = [{"scores": torch.randn(1, 3, 5), "boxes": torch.randn(1, 64, 5)} for _ in range(2)]
     weights = {"kd_class": 0.0, "kd_box": 1.0, "kd_iou": 2.0}
@@ -137,7 +180,14 @@ def test_equal_nets_give_zero_and_different_ones_do_not() -> None:
 
 @pytest.mark.fault(38)
 @pytest.mark.parametrize(
-    "pair", [("yolov8n", "yolov8s"), ("yolo11n", "yolo11s"), ("yolo11n", "yolov8s"), ("yolov8n", "yolo11m")]
+    "pair",
+    [
+        ("yolov8n", "yolov8s"),
+        ("yolo11n", "yolo11s"),
+        ("yolo11n", "yolov8s"),
+        ("yolov8n", "yolo11m"),
+        ("yolo26n", "yolo26s"),
+    ],
 )
 def test_gradient_reaches_the_student_and_nothing_of_the_teacher_moves(pair: tuple[str, str]) -> None:
     student, teacher = model(1, f"{pair[0]}.yaml").train(), model(0, f"{pair[1]}.yaml")

@@ -83,13 +83,18 @@ def test_other_classes_levels_and_strides_are_refused_with_both() -> None:
         RecipeError, match=r"differ in strides: student \[8.0, 16.0, 32.0\], teacher \[16.0, 32.0, 64.0\]"
     ):
         check_pair(model(0), other)
+    with pytest.raises(
+        RecipeError, match="differ in branches of the head: student one-to-many and one-to-one, teacher one-"
+    ):
+        check_pair(model(0, "yolo26n.yaml"), model(0, "yolo11s.yaml"))
 
 
 # --- mutual ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_of_two_students_has_gradients_of_its_own_terms_only() -> None:
-    student, peer = model(1).train(), model(0, "yolov8s.yaml")
+@pytest.mark.parametrize("yamls", [("yolov8n.yaml", "yolov8s.yaml"), ("yolo26n.yaml", "yolo26s.yaml")])
+def test_each_of_two_students_has_gradients_of_its_own_terms_only(yamls: tuple[str, str]) -> None:
+    student, peer = model(1, yamls[0]).train(), model(0, yamls[1])
     losses = taught(Teach(Peer(peer), feature_weight=1.0, **HEAD), student)
     assert list(losses) == ["kd_feature", "kd_class", "kd_box", "kd_iou", "peer"]
     sum(value for name, value in losses.items() if name != "peer").backward()

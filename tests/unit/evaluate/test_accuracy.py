@@ -39,6 +39,8 @@ class Sample:
 class Drawn:
     """Sees a white rectangle on black as a bolt: the images' truth, read from their pixels."""
 
+    needs_nms = True
+
     def __init__(self, batch: int | None = 1, change: Callable[[np.ndarray], None] = lambda out: None) -> None:
         self.names, self.imgsz, self.precision, self.executed = NAMES, IMGSZ, "fp32", "by hand"
         self.batch, self.channels, self.change, self.shapes = batch, 3, change, list[tuple[int, ...]]()

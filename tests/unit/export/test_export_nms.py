@@ -62,3 +62,9 @@ def test_a_batch_is_refused(tmp_path: Path) -> None:
     export_onnx(net(), tmp_path / "two.onnx", SIZE, names=NAMES, batch=2)
     with pytest.raises(RecipeError, match="requires a batch of 1, this graph has 2"):
         with_nms(tmp_path / "two.onnx", tmp_path / "nms.onnx")
+
+
+def test_a_model_that_needs_none_is_refused(tmp_path: Path) -> None:
+    export_onnx(net(yaml="yolo26n.yaml"), tmp_path / "fp32.onnx", SIZE, names=NAMES)
+    with pytest.raises(RecipeError, match="need no NMS"):
+        with_nms(tmp_path / "fp32.onnx", tmp_path / "nms.onnx")

@@ -1,20 +1,26 @@
 """Each family is recognised by its layers, everything else is refused by name, and the data flow has all channels once."""
 
+import copy
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from ultralytics.nn.modules import Conv, DWConv
+from ultralytics.nn.modules import DFL, Conv, DWConv
 from ultralytics.nn.modules.block import PSABlock
 from ultralytics.nn.tasks import DetectionModel, parse_model, yaml_model_load
 
+from tests.support.quant_net import net
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.nets.conv import check_depthwise, keep_channels
 from yolo_compress.nets.families import check_prunable, family_of, flow_of
 from yolo_compress.nets.flow import IMAGES, Flow
 from yolo_compress.prune.graph import Member, check_keep, prunable, prune
 
 
-@pytest.mark.parametrize("name", ["yolov8", "yolo11"])
+@pytest.mark.parametrize("name", ["yolov8", "yolo11", "yolo26"])
 def test_every_size_is_of_its_family_and_every_channel_is_in_one_slice(name):
     for size in "nsmlx":
         model = nn.Module()
@@ -28,8 +34,11 @@ def test_every_size_is_of_its_family_and_every_channel_is_in_one_slice(name):
                 held.setdefault((member.module, member.role), []).append((member.offset, flow.widths[piece]))
         for module, conv in model.named_modules():
             if isinstance(conv, nn.Conv2d):
-                out = 0 if module in flow.outputs else conv.out_channels
-                read = conv.in_channels if conv.groups == 1 and module not in ("model.0.conv", flow.outputs[-1]) else 0
+                last = isinstance(model.get_submodule(module.rpartition(".")[0]), nn.Sequential)  # a bare convolution
+                out = 0 if last or module.endswith("dfl.conv") else conv.out_channels
+                inputs = conv.groups == 1 and module != "model.0.conv" and not module.endswith("dfl.conv")
+                read = conv.in_channels if inputs else 0
+                assert (module in flow.reads) != (module in flow.training)
                 for role, channels in (("out", out), ("in", read)):
                     end = 0
                     for offset, width in sorted(held.pop((module, role), [])):
@@ -106,7 +115,6 @@ def test_keep_channels_selects_and_keeps_flags():
     ("yaml", "block"),
     [
         ("yolo12n.yaml", r"model\.6 is a A2C2f"),
-        ("yolo26n.yaml", r"model\.22\.m\.0 is a Sequential, expected Bottleneck or C3k"),
         ("yolov10n.yaml", r"model\.5 is a SCDown"),
         ("yolov8n-cls.yaml", r"model\.9 is a Classify head"),
         ("yolov5n.yaml", r"model\.2 is a C3"),
@@ -140,7 +148,6 @@ def test_segmentation_head_is_named():
             lambda m: m[22].m.__setitem__(0, nn.Sequential(PSABlock(64))),
             r"m\.0 is a Sequential, expected Bottleneck or C3k",
         ),
-        (lambda m: m[9].__setattr__("add", True), r"prune: model\.9 is an SPPF with a shortcut"),
         (
             lambda m: m[23].cv3[0].__setitem__(0, Conv(64, 80, 3, g=2)),
             r"cv3\.0\.0\.conv is a grouped convolution \(groups=2\)",
@@ -152,6 +159,106 @@ def test_variants_of_blocks_are_named(change, message):
     change(model.model)
     with pytest.raises(RecipeError, match=message):
         check_prunable(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[22].m[0].__setitem__(0, nn.Identity()), r"m\.0 is Identity and PSABlock, expected a Bottleneck"),
+        (
+            lambda m: setattr(m[22].m[0][0], "add", False),
+            r"model\.22\.m\.0 is Bottleneck and PSABlock, expected a Bott",
+        ),
+        (
+            lambda m: setattr(m[23], "cv2", None),
+            r"model\.23 has no cv2 \(a fused model\); give the checkpoint as it was",
+        ),
+        (lambda m: setattr(m[23], "dfl", DFL(16)), r"model\.23\.dfl is a DFL, expected Identity \(reg_max = 1\)"),
+        (lambda m: setattr(m[23], "one2one_cv2", None), r"model\.22\.m\.0 is a Sequential, expected Bottleneck or C3k"),
+        (
+            lambda m: m[23].one2one_cv3[0][0].__setitem__(1, Conv(64, 80, 1, g=2)),
+            r"one2one_cv3\.0\.0\.1\.conv is a grouped",
+        ),
+    ],
+)
+def test_variants_of_yolo26_are_named(change, message):
+    model = DetectionModel("yolo26n.yaml", verbose=False)
+    change(model.model)
+    with pytest.raises(RecipeError, match=message):
+        check_prunable(model)
+
+
+def test_an_end_to_end_head_on_another_family_is_named():
+    model = DetectionModel({**yaml_model_load("yolov8n.yaml"), "end2end": True}, verbose=False)
+    with pytest.raises(RecipeError, match=r"prune: model\.22 is a Detect head without NMS; supported are YOLOv8"):
+        check_prunable(model)
+
+
+@pytest.fixture(scope="module")
+def twentysix():
+    return {group.name: group for group in prunable(DetectionModel("yolo26n.yaml", verbose=False))}
+
+
+def test_the_one_to_many_branches_keep_their_widths_and_lose_the_channels_they_read(twentysix):
+    assert not any(name.startswith(("model.23.cv2", "model.23.cv3")) for name in twentysix)
+    read = {member.module for member in twentysix["model.16.cv2"].having("in")}
+    assert {"model.23.cv2.0.0.conv", "model.23.cv3.0.0.1.conv", "model.23.one2one_cv2.0.0.conv"} <= read
+    written = {member.module for member in twentysix["model.16.cv2"].having("out")}
+    assert {"model.23.cv3.0.0.0.conv", "model.23.one2one_cv3.0.0.0.conv"} <= written
+
+
+def test_the_shortcut_of_an_sppf_joins_its_input_with_its_output(twentysix):
+    written = {member.module for member in twentysix["model.8.cv2"].having("out")}
+    assert written == {"model.8.cv2.conv", "model.9.cv2.conv"} and "model.9.cv2" not in twentysix
+
+
+def test_attention_in_a_c3k2_keeps_its_heads(twentysix):
+    stream, value = twentysix["model.22.cv1b"], twentysix["model.22.m.0.1.attn.qkv.v0"]
+    assert stream.tie == value.tie == twentysix["model.22.cv1a"].tie == "model.22.cv1"
+    assert {member.module for member in stream.having("out")} == {
+        "model.22.cv1.conv",
+        "model.22.m.0.0.cv2.conv",
+        "model.22.m.0.1.attn.proj.conv",
+        "model.22.m.0.1.ffn.1.conv",
+    }
+
+
+def test_a_deployed_model_returns_the_rows_from_which_ultralytics_takes_the_best():
+    model = net(yaml="yolo26n.yaml").double()
+    for branch in [*detect.class_branches(model), *detect.box_branches(model)]:
+        nn.init.normal_(branch[-1].weight, std=0.02)
+        nn.init.zeros_(branch[-1].bias)
+    images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
+    model.end2end = True
+    with torch.no_grad():
+        expected = model(images)[0]  # x1, y1, x2, y2, score, class
+        plain = copy.deepcopy(model)
+        detect.deploy(plain)
+        pickled = pickle.loads(pickle.dumps(plain))
+        for deployed in (plain, copy.deepcopy(plain), pickled, detect.fuse(copy.deepcopy(model))):
+            assert not any(name.startswith(("model.23.cv2.", "model.23.cv3.")) for name, _ in deployed.named_modules())
+            got = deployed(images)
+            assert got.shape == (2, 7, 126) and not detect.needs_nms(deployed)
+            for one, rows in zip(got, expected, strict=True):
+                best = one[4:].flatten().topk(20)
+                anchor = best.indices % one.shape[1]
+                corners = torch.cat([one[:2] - one[2:4] / 2, one[:2] + one[2:4] / 2]).T[anchor]
+                assert torch.allclose(best.values, rows[:20, 4], atol=1e-5)
+                assert torch.allclose(corners, rows[:20, :4], atol=1e-3)
+                assert torch.equal((best.indices // one.shape[1]).double(), rows[:20, 5])
+    assert len(detect.only_trained(model)) > 24 and not detect.only_trained(plain)
+
+
+def test_the_losses_of_the_branches_have_ultralytics_weights():
+    model = DetectionModel("yolo26n.yaml", nc=3, verbose=False)
+    for epochs in (1, 2, 7):
+        model.args = SimpleNamespace(epochs=epochs, box=7.5, cls=0.5, dfl=1.5)
+        criterion = model.init_criterion()
+        for epoch in range(epochs):
+            weights = detect.branch_weights(epoch, epochs)
+            expected = {"one2many": criterion.o2m, "one2one": criterion.o2o}
+            assert {name: weights[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+            criterion.update()
 
 
 def test_only_equal_slices_are_summed():

@@ -6,6 +6,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_compress.errors import DataError, NumericsError
+from yolo_compress.nets.detect import by_branch
 from yolo_compress.prune.calibration_stats import Evidence, input_moments
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import Group, Member, prunable
@@ -143,7 +144,7 @@ def test_gradients_by_hand(net, images):
     assert evidence.gradients.fisher["0"].nonzero().flatten().tolist() == [2]
 
 
-@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo11n.yaml"])
+@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_every_criterion_scores_every_group_of_a_detector(name, yaml):
     torch.manual_seed(0)
@@ -152,8 +153,8 @@ def test_every_criterion_scores_every_group_of_a_detector(name, yaml):
     images = torch.rand(2, 3, 64, 64)
 
     def losses(model):
-        outputs = model(images)[1]
-        yield outputs["boxes"].square().mean() + outputs["scores"].square().mean()
+        outputs = by_branch(model(images)[1]).values()
+        yield sum(one["boxes"].square().mean() + one["scores"].square().mean() for one in outputs)
 
     got = scores(Evidence(model, groups, lambda: [images], losses), find(name))
     assert list(got) == [group.name for group in groups]

@@ -12,6 +12,7 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from tests.support.random_norms import with_random_norms
 from yolo_compress.errors import NumericsError, RecipeError
+from yolo_compress.nets import detect
 from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune.budget import choose, keep_flops
 from yolo_compress.prune.cost import conv_shapes
@@ -62,12 +63,13 @@ def assert_oracle(size, nc, ch, seed, imgsz=64, family="yolov8"):
         prune(model, keep)
         got, got_raw = model(images)
     assert (got - expected).abs().max() < 1e-9
-    assert all((got_raw[name] - raw[name]).abs().max() < 1e-9 for name in ("boxes", "scores"))
+    for one, other in zip(detect.by_branch(got_raw).values(), detect.by_branch(raw).values(), strict=True):
+        assert all((one[name] - other[name]).abs().max() < 1e-9 for name in ("boxes", "scores"))
     return model, groups, keep
 
 
 @pytest.mark.fault(34, 35)
-@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+@pytest.mark.parametrize("family", ["yolov8", "yolo11", "yolo26"])
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nc=st.integers(1, 300), ch=st.integers(1, 4), seed=st.integers(0, 2**31 - 1))
 def test_pruned_equals_silenced_dense(family, nc, ch, seed):
@@ -75,7 +77,9 @@ def test_pruned_equals_silenced_dense(family, nc, ch, seed):
 
 
 @pytest.mark.fault(34, 35)
-@pytest.mark.parametrize(("family", "size"), [("yolov8", "s"), ("yolo11", "s"), ("yolov8", "n-p2"), ("yolov8", "n-p6")])
+@pytest.mark.parametrize(
+    ("family", "size"), [("yolov8", "s"), ("yolo11", "s"), ("yolo26", "s"), ("yolov8", "n-p2"), ("yolov8", "n-p6")]
+)
 def test_pruned_equals_silenced_dense_s_p2_p6(family, size):
     assert_oracle(size, nc=3, ch=3, seed=1, family=family)
 
@@ -83,7 +87,8 @@ def test_pruned_equals_silenced_dense_s_p2_p6(family, size):
 @pytest.mark.fault(34, 35)
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, size", [("yolov8", "m"), ("yolov8", "l"), ("yolo11", "m"), ("yolo11", "l"), ("yolo11", "x")]
+    ("family", "size"),
+    [("yolov8", "m"), ("yolov8", "l"), *((family, size) for family in ("yolo11", "yolo26") for size in "mlx")],
 )
 def test_pruned_equals_silenced_dense_large(family, size):
     assert_oracle(size, nc=80, ch=3, seed=2, family=family)
@@ -165,7 +170,7 @@ def test_unit_is_the_largest_power_of_two():
     assert [Group("x", width, "x", ()).unit for width in (1, 7, 12, 80, 64, 100)] == [1, 1, 4, 16, 64, 4]
 
 
-@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+@pytest.mark.parametrize("family", ["yolov8", "yolo11", "yolo26"])
 def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path, family):
     model, groups, keep = assert_oracle("n", nc=3, ch=3, seed=5, family=family)
     stock = DetectionModel(f"{family}n.yaml", nc=3, verbose=False)
@@ -173,7 +178,7 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path, family):
     assert model.yaml == stock.yaml
     assert model.model[2].c == model.model[2].cv1.conv.out_channels // 2 == len(keep["model.2.cv1a"])
     assert [layer.np for layer in model.model] == [sum(p.numel() for p in layer.parameters()) for layer in model.model]
-    assert not model.model[-1].dfl.conv.weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.model[-1].dfl.parameters())
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups), name
@@ -194,13 +199,13 @@ def test_result_is_stock_trains_and_loads_under_safe_load(tmp_path, family):
     with torch.no_grad():
         assert (fused(images)[0] - expected).abs().max() < 0.01  # px
 
-    raw = float_model.train()(torch.rand(2, 3, 64, 64))
-    (raw["boxes"].mean() + raw["scores"].mean()).backward()
+    raw = detect.by_branch(float_model.train()(torch.rand(2, 3, 64, 64)))
+    sum(one["boxes"].mean() + one["scores"].mean() for one in raw.values()).backward()
     trainable = [parameter for parameter in float_model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in trainable)
 
 
-@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+@pytest.mark.parametrize("family", ["yolov8", "yolo11", "yolo26"])
 def test_a_pruned_model_can_be_pruned_again(family):
     model, _, _ = assert_oracle("n", nc=3, ch=3, seed=7, family=family)
     groups = prunable(model)

@@ -8,13 +8,14 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_compress.errors import RecipeError
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune.cost import channel_macs, conv_macs
 from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.prune.penalty import L1, GroupLasso, Polarization, macs_scale
 from yolo_compress.prune.sparsify import SparseTraining
 
 
-@pytest.fixture(scope="module", params=["yolov8n.yaml", "yolo11n.yaml"])
+@pytest.fixture(scope="module", params=["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
 def model(request):
     torch.manual_seed(0)
     model = DetectionModel(request.param, nc=3, verbose=False).double()
@@ -66,10 +67,9 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_all_weights_of_a_channel(mo
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
     assert not got["model.2.cv1.bn.bias"].any()
-    assert not got[f"model.{len(model.model) - 1}.cv2.0.2.bias"].any()
-    assert got[
-        f"model.{len(model.model) - 1}.cv2.0.2.weight"
-    ].any()  # reads prunable channels, although its own outputs are not prunable
+    output = check_prunable(model).outputs[0]
+    assert not got[f"{output}.bias"].any()
+    assert got[f"{output}.weight"].any()  # reads prunable channels, although its own outputs are not prunable
 
 
 def test_polarization_is_the_gradient_of_the_gammas_below_the_mean_of_their_group(model, groups):
@@ -190,6 +190,7 @@ def test_the_hook_passes_scale_and_ramp_to_the_penalty(model):
         ("yolov8n.yaml", "model.4.m.0.cv1"),  # written and read once
         ("yolov8n.yaml", "model.9.cv1"),  # read four times
         ("yolo11n.yaml", "model.16.cv2"),  # read by a depthwise convolution, too
+        ("yolo26n.yaml", "model.16.cv2"),  # read by branches that only training uses, which cost nothing
     ],
 )
 def test_macs_of_a_channel_are_what_its_removal_saves(yaml, name):

@@ -37,6 +37,7 @@ def keep_of(members, scores, ratio):
     [
         *(("yolov8", name) for name in ("model.4.cv1", "model.9.cv1", "model.22.cv2.0.0", "model.6.m.1.cv1")),
         *(("yolo11", name) for name in ("model.10.cv1", "model.16.cv2", "model.6.m.0.cv1")),
+        *(("yolo26", name) for name in ("model.22.cv1", "model.8.cv2", "model.23.one2one_cv2.0.0")),
     ],
     indirect=["net"],
 )

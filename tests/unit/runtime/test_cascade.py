@@ -22,7 +22,7 @@ PART = Part("small", "0" * 64, "fp32", (32, 32))
 class Engine:
     """Random candidates, of which those in bright images have high scores. It counts the images that it sees."""
 
-    names, channels, precision, executed, threads = ("bolt", "nut"), 3, "fp32", "fp32", 1
+    names, channels, precision, executed, threads, needs_nms = ("bolt", "nut"), 3, "fp32", "fp32", 1, True
 
     def __init__(self, side: int, batch: int | None = 1, seed: int = 0) -> None:
         self.imgsz, self.batch, self.seed, self.seen, self.closed = (side, side), batch, seed, 0, False

@@ -22,6 +22,8 @@ SHAPES = [(64, 96), (30, 200), (200, 30), (48, 96), (64, 64), (128, 192), (1, 30
 class Projected:
     """An output whose every number depends on every pixel of its image, so equal outputs mean equal inputs."""
 
+    needs_nms = True
+
     def __init__(self, batch: int | None) -> None:
         self.names, self.imgsz, self.channels = ("a", "b", "c"), IMGSZ, 3
         self.batch, self.shapes = batch, list[tuple[int, ...]]()
@@ -132,3 +134,13 @@ def test_one_bad_number_is_enough(row: int, value: float) -> None:
 
     with pytest.raises(NotFinite):
         Detector(Broken(1))(pictures()[0])  # type: ignore[arg-type]
+
+
+def test_boxes_that_need_no_nms_are_all_kept() -> None:
+    class EndToEnd(Projected):
+        needs_nms = False
+
+    image = pictures()[0]
+    kept, every = (Detector(kind(1), 0.001, iou=0.3)(image) for kind in (Projected, EndToEnd))  # type: ignore[arg-type]
+    again = Detector(Projected(1), 0.001, iou=1.0)(image)  # type: ignore[arg-type]
+    assert len(kept) < len(every) and np.array_equal(every, again)

@@ -8,7 +8,7 @@ import torch
 import torchvision  # noqa: F401  ultralytics takes its NMS where it is imported
 
 from yolo_compress.nets.hardening import harden
-from yolo_compress.runtime.detect.post import MAX_CANDIDATES, nms, to_image
+from yolo_compress.runtime.detect.post import EVERY_BOX, MAX_CANDIDATES, nms, to_image
 from yolo_compress.runtime.detect.pre import Letterbox, letterbox
 
 
@@ -56,6 +56,27 @@ def test_nms_equals_ultralytics(
         assert found.dtype == np.float32 and found.shape == expected.shape
         assert np.array_equal(found[:, 4:], expected[:, 4:]), "scores and classes, in order"
         assert np.array_equal(found[:, :4], expected[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("classes", "anchors", "conf", "max_det"), [(3, 1000, 0.001, 300), (1, 500, 0.3, 20), (80, 400, 0.5, 300)]
+)
+def test_every_box_is_ultralytics_end_to_end_output(classes: int, anchors: int, conf: float, max_det: int) -> None:
+    harden()
+    from ultralytics.nn.modules import Detect
+    from ultralytics.utils.nms import non_max_suppression
+
+    head = Detect(classes, 1, True, (16, 16, 16))
+    head.max_det = max_det
+    for seed in range(3):
+        out_CA = output(classes, anchors, seed)
+        found = nms(out_CA, conf, EVERY_BOX, max_det, multi_label=True)
+        corners = np.concatenate([out_CA[:2] - out_CA[2:4] / 2, out_CA[:2] + out_CA[2:4] / 2, out_CA[4:]])
+        best = head.postprocess(torch.from_numpy(corners.T[None].copy()))
+        expected = non_max_suppression(best, conf, max_det=max_det, end2end=True)[0].numpy()
+        assert len(found) and np.array_equal(found, expected)
+        one = nms(out_CA, conf, EVERY_BOX, max_det, multi_label=False)
+        assert len({tuple(row) for row in one[:, :4].tolist()}) == len(one), "a box has only its best class"
 
 
 def test_no_more_than_ultralytics_candidates_are_looked_at() -> None:

@@ -91,6 +91,7 @@ def test_a_video_file_that_is_cut_short(tmp_path: Path) -> None:
 class Still:
     """A backend that finds nothing."""
 
+    needs_nms = True
     names, imgsz, channels = ("bolt",), (32, 32), 3
 
     def __init__(self, batch: int) -> None:

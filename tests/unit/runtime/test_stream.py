@@ -28,6 +28,7 @@ IMGSZ = (32, 32)
 class Engine:
     """One box a picture, as large as its mean is bright; takes a while that differs from call to call."""
 
+    needs_nms = True
     names, imgsz = ("bolt", "nut"), IMGSZ
 
     def __init__(self, batch: int | None = 1, fault: BaseException | None = None) -> None:

@@ -252,6 +252,7 @@ KINDS = {
     "yolov8n-obb.yaml": tasks.OBBModel,
     "yolov8n-cls.yaml": tasks.ClassificationModel,
     "yolo11n.yaml": tasks.DetectionModel,
+    "yolo26n.yaml": tasks.DetectionModel,
     "yolov10n.yaml": tasks.DetectionModel,
 }
 
@@ -261,7 +262,7 @@ def test_checkpoints_of_every_task_load_as_ultralytics_loads_them(yaml: str, tmp
     """As training leaves them: EMA, optimizer, numpy scalars, paths, the loss beside the model."""
     net = KINDS[yaml](yaml, nc=3, verbose=False)
     net.names, net.args = {i: f"class {i}" for i in range(3)}, get_cfg()
-    if yaml == "yolov8n.yaml":
+    if yaml in ("yolov8n.yaml", "yolo26n.yaml"):
         net.criterion = net.init_criterion()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     next(net.parameters()).grad = torch.zeros_like(next(net.parameters()))

@@ -86,7 +86,7 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
     head = _HEAD.format(name=" ".join(str(about["name"]).split()), version=about["version"])
     text = head + (_INT8.format(int8=INT8) if INT8 in files else "") + "\n[property]\n"
     text += "".join(f"{key}={value}\n" for key, value in settings.items())
-    text += f"\n[class-attrs-all]\nnms-iou-threshold=0.7\npre-cluster-threshold=0.25\ntopk={about.get('max_det', MAX_DET)}\n"
+    text += f"\n[class-attrs-all]\nnms-iou-threshold={network.iou}\npre-cluster-threshold=0.25\ntopk={about.get('max_det', MAX_DET)}\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / LABELS).write_text("".join(f"{name}\n" for name in about["names"]), encoding="utf-8")
     return [f"{FOLDER}/{name}" for name in files]
@@ -171,6 +171,7 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
     require(path, said["model-color-format"], _COLOURS[network.input.shape[1]], "model-color-format")
     require(path, int(said["num-detected-classes"]), network.output.shape[1] - 4, "num-detected-classes")
     require(path, int(said["batch-size"]), max(network.batch, 1), "batch-size")
+    require(path, float(parsed["class-attrs-all"]["nms-iou-threshold"]), network.iou, "nms-iou-threshold")
     require(path, round(float(said["net-scale-factor"]) * 255, 6), 1.0, "255 times net-scale-factor")
     labels = (folder / said["labelfile-path"]).read_text(encoding="utf-8").splitlines()
     require(path, labels, list(about["names"]), "labelfile-path")

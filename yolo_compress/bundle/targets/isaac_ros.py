@@ -116,7 +116,7 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
         "yolov8_decoder_node": {
             "tensor_name": "output_tensor",
             "confidence_threshold": 0.25,
-            "nms_threshold": 0.7,
+            "nms_threshold": network.iou,
             "num_classes": len(about["names"]),
         },
     }
@@ -159,5 +159,6 @@ def check(directory: Path, network: Network, about: Versioned) -> None:
     require(path, runs["output_binding_names"], [network.output.name], "output_binding_names")
     require(path, reads["tensor_name"], runs["output_tensor_names"][0], "tensor_name")
     require(path, runs["input_tensor_names"], [_ENCODER["tensor_name"]], "input_tensor_names")
+    require(path, reads["nms_threshold"], network.iou, "nms_threshold")
     require(path, reads["num_classes"], network.output.shape[1] - 4, "num_classes")
     require(path, (path.parent / runs["model_file_path"]).resolve(), network.path.resolve(), "model_file_path")

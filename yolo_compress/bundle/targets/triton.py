@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_compress.bundle.network_io import Network, Tensor, read, require
+from yolo_compress.runtime.detect.post import EVERY_BOX
 from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.secure.signed_manifest import Versioned
 
@@ -22,7 +23,7 @@ _TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16"}
 _CONFIG = """# Version {version}. Follows Triton's documents; never run on a Triton server.
 # For TensorRT: copy the repository out of the bundle, replace model.onnx by engines/tensorrt-{precision}/engine.plan as
 # {version}/model.plan, and set backend: "tensorrt". Input: RGB (grey for one channel) from 0 to 1, letterboxed. Output: centre x, y,
-# width, height in px, scores; no NMS.
+# width, height in px, scores; {nms}.
 name: "{model}"
 backend: "onnxruntime"
 max_batch_size: {batch}
@@ -66,6 +67,7 @@ def write(directory: Path, network: Network, about: Versioned, precision: str) -
         input_type=_TYPES[network.input.kind],
         output_type=_TYPES[network.output.kind],
         input_dims=", ".join(_dims(network.input, network.batch)),
+        nms="no NMS" if network.iou < EVERY_BOX else "NMS is not needed",
         output_dims=", ".join(_dims(network.output, network.batch)),
     )
     (folder / CONFIG).write_text(text, encoding="utf-8")

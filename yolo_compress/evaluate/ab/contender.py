@@ -99,9 +99,10 @@ class Checkpoint:
     module: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        from yolo_compress.nets import detect
         from yolo_compress.train import checkpoint
 
-        self.module = checkpoint.load_model(self.file).fuse(verbose=False)
+        self.module = detect.fuse(checkpoint.load_model(self.file))
 
     def _names(self) -> list[str]:
         return [self.module.names[k] for k in range(len(self.module.names))]

@@ -20,7 +20,7 @@ from ..errors import EngineError, LatencyError, RuntimeUnavailable
 from ..files import FileEntry, sha256_file
 from ..measure.device import cpu_model
 from ..registry import PRECISIONS
-from .onnx_metadata import names_and_imgsz
+from .onnx_metadata import names_and_imgsz, needs_nms
 
 __all__ = [
     "PRECISIONS",
@@ -68,6 +68,10 @@ class Backend(Protocol):
     @property
     def batch(self) -> Optional[int]:
         """Number of images per call. None: the engine takes any number."""
+
+    @property
+    def needs_nms(self) -> bool:
+        """Whether the boxes need NMS. If not, the model gives one box for each object, as YOLO26 does."""
 
     @property
     def executed(self) -> str:
@@ -122,6 +126,7 @@ class EngineInfo:
         built_on: the machine that built the engine.
         options: build options.
         tried: ONNX file -> what was found about it here. Empty: there was only one file to build from.
+        needs_nms: whether the boxes need NMS.
     """
 
     runtime: str
@@ -135,6 +140,7 @@ class EngineInfo:
     options: Options = field(default_factory=dict)
     tried: Dict[str, Tried] = field(default_factory=dict)
     schema: int = 1
+    needs_nms: bool = True
 
 
 def describe_onnx(
@@ -169,6 +175,7 @@ def describe_onnx(
         library,
         built_on={"cpu": cpu_model(), "machine": platform.machine(), "system": platform.system()},
         options=dict(options or {}),
+        needs_nms=needs_nms(onnx),
     )
 
 
@@ -179,6 +186,8 @@ def save_info(info: EngineInfo, directory: Path, files: Sequence[str]) -> Engine
         for name in sorted(files)
     }
     document = dict(asdict(info), files=hashed)
+    if info.needs_nms:
+        document.pop("needs_nms")  # as in sidecars of earlier versions
     partial = directory / (SIDECAR + ".partial")
     partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, directory / SIDECAR)
@@ -238,6 +247,7 @@ def _read_sidecar(sidecar: Path) -> EngineInfo:
         raise EngineError(f"{sidecar}: {error.strerror}; not an engine directory, build it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{sidecar}: damaged ({error}); build the engine again") from error
+    formed = formed and isinstance(info.needs_nms, bool)
     if info.schema != 1 or not info.files or not formed or info.precision not in PRECISIONS:
         raise EngineError(
             f"{sidecar}: schema {info.schema}, precision {info.precision!r}, {len(info.files)} files; schema 1, one of "

@@ -55,6 +55,7 @@ class NcnnBackend:
             raise EngineError(f"{path}: NCNN opens only an engine directory; build one from the ONNX file")
         self.info = resolve(path, RUNTIME, precision, _version(), [PARAM_FILE, BIN_FILE])
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
+        self.needs_nms = self.info.needs_nms
         self.threads = threads or usable_cpus()
         self.batch: Optional[int] = 1
         self._layers = read_param(path / PARAM_FILE)

@@ -21,7 +21,9 @@ CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
 ACTIVATIONS = ("Swish", "ReLU", "HardSwish", "Mish", "GELU", "SELU", "Sigmoid")
 # Keys of a convolution in a .param file (ncnn's wiki, "operators").
 OUTPUTS, HAS_BIAS, WEIGHTS, INT8_SCALES = 0, 5, 6, 8
-WEIGHTS_AND_INPUT = "2"  # value of INT8_SCALES: one scale for each output channel, then one for the input
+# Value of INT8_SCALES: one scale for each output channel, then one for the input. In a depthwise convolution, 2 would be one scale
+# for all channels.
+WEIGHTS_AND_INPUT = {"Convolution": "2", "ConvolutionDepthWise": "1"}
 # Number type of the weights of a convolution, before them in a .bin file.
 FLOAT32_TAG, FLOAT16_TAG = b"\0\0\0\0", b"\x47\x6b\x30\x01"
 
@@ -251,7 +253,7 @@ def _complete(param: Path, weights: Path, convolutions: Dict[bytes, Convolution]
             parts += [FLOAT16_TAG, halved, b"\0" * (-len(halved) % 4)] if half else [FLOAT32_TAG, key]
             parts.append(bias)
             if input_scale is not None and weight_scale_O is not None:
-                keys[INT8_SCALES] = WEIGHTS_AND_INPUT
+                keys[INT8_SCALES] = WEIGHTS_AND_INPUT[kind]
                 parts.append((1 / np.append(weight_scale_O, input_scale)).astype("<f4").tobytes())
         elif kind in ACTIVATIONS and reads[0] in owner:
             name = f"{owner[reads[0]]}+{kind}"  # its time is part of the convolution's

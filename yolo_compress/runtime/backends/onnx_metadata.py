@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, Tuple
 
 from ..errors import EngineError
 
+NEEDS_NMS = "needs_nms"  # key of the metadata; see `needs_nms`
 _METADATA_PROPS = 14  # ModelProto.metadata_props, repeated StringStringEntryProto{key = 1, value = 2}
 
 
@@ -79,6 +80,15 @@ def names_and_imgsz(path: Path) -> Tuple[Tuple[str, ...], Tuple[int, int]]:
             f"{path}: no usable class names and imgsz in its metadata ({error!r}, keys {sorted(props)}); "
             "pass names and imgsz, or export with this package or Ultralytics"
         ) from error
+
+
+def needs_nms(path: Path) -> bool:
+    """Return whether the boxes of the model need NMS. They do unless the metadata says otherwise, as for YOLO26.
+
+    Raises:
+        EngineError: the file is not ONNX, or is truncated.
+    """
+    return metadata(path).get(NEEDS_NMS) != "False"
 
 
 def _literal(text: str) -> Any:

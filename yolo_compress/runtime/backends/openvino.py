@@ -54,6 +54,7 @@ class OpenVINOBackend:
         self.info = resolve(path, RUNTIME, precision, ov.__version__, [ENGINE_FILE, WEIGHTS_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
+        self.needs_nms = self.info.needs_nms
         self.threads = threads or usable_cpus()
         self._compiled = self._compile()
         self._request = self._compiled.create_infer_request()

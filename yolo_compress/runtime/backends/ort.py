@@ -96,6 +96,7 @@ class OrtBackend:
         self.info = resolve(path, RUNTIME, precision, ort.__version__, [ENGINE_FILE])
         self._file = path / ENGINE_FILE if path.is_dir() else path
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
+        self.needs_nms = self.info.needs_nms
         self.threads = threads or usable_cpus()
         self._optimisation = optimisation
         self._executed: Optional[str] = None

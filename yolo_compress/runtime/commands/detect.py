@@ -35,7 +35,10 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     )
     parser.add_argument("--conf", type=_share, default=0.25, help="minimum score (default 0.25)")
     parser.add_argument(
-        "--iou", type=_share, default=0.7, help="IoU above which the worse box is removed (default 0.7)"
+        "--iou",
+        type=_share,
+        default=0.7,
+        help="IoU above which the worse box is removed (default 0.7; no effect on YOLO26)",
     )
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write images with drawn boxes to this folder")
     parser.add_argument(

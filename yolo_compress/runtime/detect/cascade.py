@@ -186,7 +186,7 @@ class CascadeEngine:
     def __init__(self, small: EngineBackend, large: EngineBackend, policy: Policy) -> None:
         self.small, self.large, self.policy = small, large, policy
         self.names, self.imgsz = small.names, small.imgsz
-        self.channels, self.batch = small.channels, small.batch
+        self.channels, self.batch, self.needs_nms = small.channels, small.batch, small.needs_nms
 
     @property
     def precision(self) -> str:

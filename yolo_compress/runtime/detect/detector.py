@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backends.base import Backend
 from .cascade import ROUTE_CONF, ROUTE_IOU, ROUTE_MAX_DET, CascadeEngine, Policy
-from .post import nms, to_image
+from .post import EVERY_BOX, nms, to_image
 from .pre import Canvas, Letterbox
 
 
@@ -25,6 +25,7 @@ class Detector:
         backend: an opened engine or cascade, as from `open_engine`. The caller closes it.
         conf: score threshold, 0 to 1. Every detection has a higher score. Deployments often use 0.25.
         iou: IoU threshold of NMS, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
+            Ignored if the engine's boxes do not need NMS (`Backend.needs_nms`).
         max_det: largest number of detections per image. The best are returned.
         multi_label: True: a box may give detections of several classes, as for a measurement of mAP. False: only its best class.
     """
@@ -32,13 +33,14 @@ class Detector:
     def __init__(
         self, backend: Backend, conf: float = 0.001, iou: float = 0.7, max_det: int = 300, multi_label: bool = True
     ) -> None:
-        self.conf, self.iou, self.max_det, self.multi_label = conf, iou, max_det, multi_label
+        self.conf, self.max_det, self.multi_label = conf, max_det, multi_label
         self.large: Optional[Detector] = None
         self._policy: Optional[Policy] = None
         if isinstance(backend, CascadeEngine):
             self.large = Detector(backend.large, conf, iou, max_det, multi_label)
             self._policy, backend = backend.policy, backend.small
         self.backend: Backend = backend
+        self.iou = iou if self.backend.needs_nms else EVERY_BOX
         self._canvas = self.blank(1)
 
     def __call__(self, image_HW3: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """From model output to detections: NMS within each class, with one or several labels per box. Results equal Ultralytics.
 
+A model whose boxes need no NMS (YOLO26) has the IoU threshold `EVERY_BOX`. The best detections are then returned.
+
 Shape suffixes: A anchors, C = 4 + classes, N detections, M candidates. A row of detections is x1, y1, x2, y2, score, class.
 """
 
@@ -14,6 +16,7 @@ from .pre import Letterbox
 
 MAX_CANDIDATES = 30000  # Ultralytics' max_nms
 CLASS_OFFSET = 7680.0  # Ultralytics' max_wh: boxes of different classes are moved this far apart, in px
+EVERY_BOX = 1.0  # IoU threshold that removes no box
 BLOCK = 256  # candidates processed at a time; limits the IoU matrix to BLOCK x (selected boxes + BLOCK)
 
 
@@ -25,7 +28,8 @@ def nms(
     Args:
         output_CA: (4 + classes, anchors) array, rows centre x, centre y, width, height in letterboxed px, then class scores.
         conf: score threshold, 0 to 1. Every detection has a higher score.
-        iou: IoU threshold, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold.
+        iou: IoU threshold, 0 to 1. A box is removed if its IoU with a better box of its class is above this threshold. With
+            `EVERY_BOX` no box is removed, and no IoU is computed.
         max_det: largest number of detections. The best are returned.
         multi_label: True: a box may give detections of several classes, as in validation. False: only its best class.
 
@@ -41,6 +45,8 @@ def nms(
     candidates_M6 = _candidates(output_CA.astype(np.float32, copy=False), conf, multi_label)
     order = np.argsort(-candidates_M6[:, 4], kind="stable")[:MAX_CANDIDATES]
     candidates_M6 = candidates_M6[order]
+    if iou >= EVERY_BOX:
+        return candidates_M6[:max_det]
     # float32 with the offset added, so that ties break as in torchvision.ops.nms on Ultralytics' shifted boxes
     shifted_M4 = candidates_M6[:, :4] + candidates_M6[:, 5:6] * np.float32(CLASS_OFFSET)
     return candidates_M6[_greedy(shifted_M4, iou, max_det)]

@@ -72,6 +72,7 @@ class Lender:
             self._stack = stack.pop_all()
         self.names, self.imgsz = backend.names, backend.imgsz
         self.batch, self.channels = backend.batch, backend.channels
+        self.needs_nms = backend.needs_nms
 
     def __call__(self, images_BCHW: np.ndarray) -> np.ndarray:
         thread, backend = self._idle.get()

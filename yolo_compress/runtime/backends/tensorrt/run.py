@@ -66,6 +66,7 @@ class TensorRTBackend:
             raise EngineError(f"{path}: TensorRT opens engine directories only; build one from the ONNX")
         self.info = resolve(path, RUNTIME, precision, trt.__version__, [ENGINE_FILE])
         self.names, self.precision, self.imgsz = self.info.names, self.info.precision, self.info.imgsz
+        self.needs_nms = self.info.needs_nms
         if self.info.library != trt.__version__:
             raise EngineError(
                 f"{path}: built with TensorRT {self.info.library}, here {trt.__version__}; plans are not portable, "
