@@ -174,8 +174,8 @@ class TrainConfig(Section):
         when="Set 0.5 when images have no up and down, as under a microscope or from the air.",
         group="Training", unit="fraction", ge=0, le=1)] = 0.0
     amp: Annotated[bool, knob(
-        "Train in mixed precision: float16 on CUDA, bfloat16 on a CPU with AMX. It has no effect on other CPUs. In the "
-        "stage qat, it has no effect on any CPU.",
+        "Train in mixed precision: float16 on CUDA, bfloat16 on a CPU with AMX or AVX512_BF16. It has no effect on other "
+        "CPUs. In the stage qat, it has no effect on any CPU.",
         when="Set false when the loss becomes NaN.",
         group="Advanced")] = True
 

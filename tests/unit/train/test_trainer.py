@@ -96,8 +96,9 @@ def test_hooks_are_called_in_the_order_of_the_docstring(dataset: Dataset, tmp_pa
     assert rows[0]["metrics/mAP50-95(B)"] == "" and rows[1]["metrics/mAP50-95(B)"] != ""
 
 
-def test_mixed_precision_on_a_cpu_with_matrix_units_for_it(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])
+def test_mixed_precision_on_a_cpu_that_multiplies_bfloat16(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
     """bfloat16 inside, float32 in what is kept; on other CPUs, and where it is not wanted, nothing changes."""
     seen: list[torch.dtype] = []
@@ -108,20 +109,20 @@ def test_mixed_precision_on_a_cpu_with_matrix_units_for_it(
                 seen.append(predictions["scores"].dtype)
             return {}
 
-    def trained(amp: bool, amx: bool) -> tuple[nn.Module, float]:
+    def trained(amp: bool, capable: bool) -> tuple[nn.Module, float]:
         seen.clear()
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True} if amx else {})
-        work = tmp_path / f"{amp}-{amx}"
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {capability: True} if capable else {"avx2": True})
+        work = tmp_path / f"{amp}-{capable}"
         net = train_trainer.train(model(), dataset, settings(epochs=1, amp=amp), [Look()], work, "t")
         (row,) = csv.DictReader((work / "results.csv").read_text().splitlines())
         return net, sum(float(row[f"train/{name}_loss"]) for name in ("box", "cls", "dfl"))
 
-    plain, loss = trained(amp=False, amx=True)
+    plain, loss = trained(amp=False, capable=True)
     assert set(seen) == {torch.float32}
-    other, same_loss = trained(amp=True, amx=False)
+    other, same_loss = trained(amp=True, capable=False)
     assert set(seen) == {torch.float32} and same_loss == loss
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), plain.parameters(), strict=True))
-    mixed, near_loss = trained(amp=True, amx=True)
+    mixed, near_loss = trained(amp=True, capable=True)
     assert set(seen) == {torch.bfloat16}
     assert {tensor.dtype for tensor in mixed.parameters()} == {torch.float32}
     assert near_loss != loss and near_loss == pytest.approx(loss, rel=0.1)
