@@ -19,7 +19,7 @@ from typing import Any
 
 from yolo_compress import home, progress
 from yolo_compress.cli.grammar import Command
-from yolo_compress.data.shipped import draw_digits
+from yolo_compress.data.shipped import SCENES, draw_digits
 from yolo_compress.errors import CorruptArtifact, EnvironmentLacks, RecipeError
 from yolo_compress.files.atomic import fsync_file, replace, require_free, storage_errors
 from yolo_compress.files.lock import lock
@@ -131,7 +131,7 @@ def handle(command: Command) -> int:
 
 
 def fetch(name: str) -> Path:
-    """Download `yolov8{n,s,m,l,x}.pt`, `coco128` or `coco`, or draw `digits` without the network. Return the path.
+    """Download `yolov8{n,s,m,l,x}.pt`, `coco128` or `coco`, or draw `digits` or `digits_many` without the network. Return the path.
 
     Raises:
         RecipeError: `name` is none of these.
@@ -139,8 +139,8 @@ def fetch(name: str) -> Path:
         CorruptArtifact: The download is not the published file, or not a valid archive. It is deleted.
         StorageError: The disk is full or cannot be written. The next call continues the download.
     """
-    if name == "digits":
-        return draw_digits()
+    if name in SCENES:
+        return draw_digits(name)
     if name in WEIGHTS:
         _fetch(WEIGHTS[name], home.weights())
         return home.weights() / name
@@ -148,7 +148,7 @@ def fetch(name: str) -> Path:
         for source in COCO[name]:
             _fetch(source, home.datasets())
         return home.datasets() / name
-    raise RecipeError(f"fetch {name}: expected yolov8n.pt to yolov8x.pt, coco128, coco or digits")
+    raise RecipeError(f"fetch {name}: expected yolov8n.pt to yolov8x.pt, coco128, coco, digits or digits_many")
 
 
 def _fetch(source: Source, folder: Path) -> None:

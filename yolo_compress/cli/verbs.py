@@ -303,7 +303,7 @@ VERBS = {row.name: row for row in (
     Verb("fetch", "download weights or data; the only verb that uses the network", "Housekeeping", "yolo_compress.cli.fetch:handle",
          (), Words("NAME ...", "name", "Names of the files or data sets to download. digits is drawn on this machine, "
                                        "without network.",
-                   "yolov8n.pt to yolov8x.pt, coco128, coco or digits", most=None), knobs=False),
+                   "yolov8n.pt to yolov8x.pt, coco128, coco, digits or digits_many", most=None), knobs=False),
     Verb("check", "check this machine and the data: torch, CUDA, TensorRT, disk, images", "Housekeeping",
          "yolo_compress.cli.check:handle", (RECIPE,)),
     Verb("status", "show which stages are up to date, and why others are not", "Housekeeping",

@@ -97,8 +97,8 @@ def load(
         StorageError: The digits cannot be drawn.
     """
     file = find_yaml(name)
-    if file == shipped.DIGITS and not any((folder / file.stem).is_dir() for folder in data_folders()):
-        shipped.draw_digits()
+    if shipped.is_drawn(file) and not any((folder / file.stem).is_dir() for folder in data_folders()):
+        shipped.draw_digits(file.stem)
     data = read_yaml(file)
     listings = [list_images(data, "train"), list_images(data, "val")]
     findings = [finding for listing in listings for finding in listing.findings]

@@ -273,6 +273,7 @@ def test_no_network_says_where_to_put_the_file(server: Server, shelf: Path) -> N
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(
-        RecipeError, match=r"fetch yolov9c\.pt: expected yolov8n\.pt to yolov8x\.pt, coco128, coco or digits"
+        RecipeError,
+        match=r"fetch yolov9c\.pt: expected yolov8n\.pt to yolov8x\.pt, coco128, coco, digits or digits_many",
     ):
         fetch.fetch("yolov9c.pt")

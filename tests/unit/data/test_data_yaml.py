@@ -122,7 +122,8 @@ def test_yaml_is_found_by_name_and_the_error_lists_the_available_yamls(
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(root))
     assert find_yaml("data") == find_yaml("data.yaml") == root / "data.yaml"
     with pytest.raises(
-        RecipeError, match=r"no data yaml 'dato'.*available: coco\.yaml, coco128\.yaml, data\.yaml, digits\.yaml;"
+        RecipeError,
+        match=r"no data yaml 'dato'.*available: coco\.yaml, coco128\.yaml, data\.yaml, digits\.yaml, digits_many",
     ):
         find_yaml("dato")
     with pytest.raises(RecipeError, match="is a folder"):

@@ -131,15 +131,15 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace `digits.draw` during a test: 12 and 4 images of 64 px."""
     real = digits.draw
-    monkeypatch.setattr(digits, "draw", lambda out: real(out, 12, 4, 64))
+    monkeypatch.setattr(digits, "draw", lambda out, train, val: real(out, train // 50, val // 37, 64))
     return digits.draw
 
 
 def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
-    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user: Path, few: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     got = load("digits.yaml")
     assert (got.names, len(got.train), len(got.val)) == (tuple("0123456789"), 12, 4)
@@ -148,12 +148,12 @@ def test_the_shipped_yaml_draws_its_images_once_and_they_pass_the_preflight(
     assert (
         capsys.readouterr().err == "digits: drawing 12 training and 4 validation images of 64 px into datasets/digits\n"
     )
-    monkeypatch.setattr(digits, "draw", lambda out: pytest.fail("drawn again"))
+    monkeypatch.setattr(digits, "draw", lambda *_: pytest.fail("drawn again"))
     assert load("digits").digest == got.digest
 
 
 def test_fetched_digits_go_to_the_home_and_damage_is_repaired(
-    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user: Path, few: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(home.VARIABLE, str(user / "home"))
     assert main(["fetch", "digits"]) == 0
@@ -167,17 +167,26 @@ def test_fetched_digits_go_to_the_home_and_damage_is_repaired(
 
 
 def test_digits_of_another_data_folder_are_used(
-    user: Path, few: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+    user: Path, few: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few(user / "shared/digits")
+    few(user / "shared/digits", 600, 150)
     monkeypatch.setenv("YOLO_COMPRESS_DATA", str(user / "shared"))
     assert len(load("digits.yaml").train) == 12
     assert not (user / "datasets").exists()
 
 
+def test_the_larger_set_begins_with_the_scenes_of_the_smaller(user: Path, few: Callable[..., None]) -> None:
+    small, large = load("digits.yaml"), load("digits_many.yaml")
+    assert (len(large.train), len(large.val), large.names) == (30, 8, small.names)
+    for split in ("train", "val"):
+        pairs = zip(getattr(small, split), getattr(large, split), strict=False)
+        assert all(a.image.read_bytes() == b.image.read_bytes() and a.boxes == b.boxes for a, b in pairs)
+    assert {sample.image.parents[2] for sample in large.train} == {user / "datasets/digits_many"}
+
+
 def test_nothing_is_drawn_for_a_yaml_of_the_user(user: Path) -> None:
     """Only the shipped file itself has a generator, not a file with its name or its text."""
-    (user / "digits.yaml").write_bytes(shipped.DIGITS.read_bytes())
+    (user / "digits.yaml").write_bytes((shipped.FOLDER / "digits.yaml").read_bytes())
     with pytest.raises(DataError, match=r"^digits.yaml:2: path: digits is not a folder; searched in .*, datasets$"):
         load("digits.yaml")
     assert not (user / "datasets").exists()

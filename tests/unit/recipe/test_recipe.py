@@ -14,7 +14,7 @@ from yolo_compress.errors import RecipeError
 from yolo_compress.pipeline import plan
 from yolo_compress.recipe import recipe
 
-SHIPPED = ["bccd", "custom", "digits", "neu_det", "yolov8s-coco"]
+SHIPPED = ["bccd", "custom", "digits", "digits-l-to-s", "neu_det", "yolov8s-coco"]
 NEEDED = {"custom": ["data.yaml=d.yaml", "baseline.pretrained=yolov8n.pt"]}  # knobs that the user has to set
 MINIMAL = "data: {yaml: d.yaml}\nbaseline: {weights: a.pt}\n"
 TRAIN = (
@@ -418,7 +418,7 @@ def test_teacher_is_the_student_through_a_link(tmp_path: Path) -> None:
 
 def test_unknown_recipe() -> None:
     assert refusal(name="digit") == "no recipe 'digit', did you mean digits? (a file name ends in .yaml)"
-    assert "shipped are bccd, custom, digits, neu_det, yolov8s-coco" in refusal(name="xyzzy")
+    assert "shipped are bccd, custom, digits, digits-l-to-s, neu_det, yolov8s-coco" in refusal(name="xyzzy")
     assert "gone.yaml: no such file" in refusal(name="gone.yaml")
     assert "no recipe ''" in refusal(name="")
 
