@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from yolo_compress import progress
@@ -15,13 +16,15 @@ from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.evaluate.int8_check import int8_check
 from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
+from yolo_compress.evaluate.wrong_layer import first_wrong_layer
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
 from yolo_compress.recipe.recipe import EngineConfig, ExportConfig, Recipe
 from yolo_compress.runtime.backends.base import SIDECAR, load_info
-from yolo_compress.runtime.detect.pre import read_image
+from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import BACKENDS, onnx_forms
+from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
@@ -145,6 +148,14 @@ def _sources(files: list[str], model: str, runtime: str, precision: str) -> list
     return [f"{model}/{stem}.onnx" for stem in (forms if FLOAT in stems else forms[:1])]
 
 
+def _wrong_layer(file: Path, runtime: str, image_3HW: np.ndarray) -> str:
+    """Return which layer of an INT8 file the library computes wrongly, as text for an error message."""
+    try:
+        return f"in {file.name}, the first wrong layer is {first_wrong_layer(file, runtime, image_3HW)}"
+    except EngineError as error:
+        return f"its layers cannot be compared ({error})"
+
+
 def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path) -> _Built:
     """Build one engine from one of these exported files."""
     config: EngineConfig = job.config
@@ -155,7 +166,12 @@ def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path
         float_file = chosen.with_name(f"{FLOAT}.onnx")
         images = [read_image(sample.image) for sample in job.dataset.val[:CHECKED_IMAGES]]
         threads = job.recipe.bench.threads if job.recipe.bench else None
-        chosen = build_suited(runtime, list(files), out, int8_check(files, float_file, images), threads=threads)
+        try:
+            chosen = build_suited(runtime, list(files), out, int8_check(files, float_file, images), threads=threads)
+        except WrongBoxes as error:
+            progress.say(f"engine: {out.parent.name}/{out.name}: wrong boxes; looking for the layer")
+            image_3HW, _ = letterbox(images[0], job.imgsz_hw)
+            raise WrongBoxes(f"{error}; {_wrong_layer(chosen, runtime, image_3HW)}") from error
     else:
         options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
         BACKENDS[runtime].build(chosen, out, precision, **options)

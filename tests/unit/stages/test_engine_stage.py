@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
@@ -47,6 +48,8 @@ def test_wrong_boxes_leave_one_engine_out(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(engine, "build_suited", wrong)
     monkeypatch.setattr(engine, "int8_check", lambda *arguments: None)
+    monkeypatch.setattr(engine, "read_image", lambda file: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(engine, "first_wrong_layer", lambda *arguments: "/model.2/cv2/conv/Conv")
     monkeypatch.setattr(engine, "_missing", lambda config, export: {"openvino": None})
     files = {f"compressed/{stem}.onnx": tmp_path / f"{stem}.onnx" for stem in ("fp32", "int8", "int8-openvino")}
     for file in files.values():
@@ -55,15 +58,16 @@ def test_wrong_boxes_leave_one_engine_out(tmp_path: Path, monkeypatch: pytest.Mo
 
     def run(**knobs: str) -> None:
         recipe = asked(export__precisions="int8", **knobs)
-        engine.run(
-            Job(recipe.engine, recipe, SimpleNamespace(val=[]), {"export": export}, tmp_path / "out", tmp_path)  # type: ignore[arg-type]
-        )
+        data: Any = SimpleNamespace(val=[SimpleNamespace(image="0.png")])
+        inputs: Any = {"export": export}
+        engine.run(Job(recipe.engine, recipe, data, inputs, tmp_path / "out", tmp_path))
 
     monkeypatch.setattr(engine, "PRECISIONS", ("int8",))
     (tmp_path / "out").mkdir()
     run()
     (row,) = json.loads((tmp_path / "out" / "engines.json").read_text())
     assert row["reason"].startswith("OpenVINO computes wrong boxes") and "folder" not in row
+    assert row["reason"].endswith("; in int8-openvino.onnx, the first wrong layer is /model.2/cv2/conv/Conv")
     assert not (tmp_path / "out" / "compressed" / "openvino-int8").exists()
     with pytest.raises(WrongBoxes, match="wrong boxes"):
         run(engine__runtimes="openvino")
