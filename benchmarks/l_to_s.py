@@ -21,7 +21,7 @@ from typing import Any
 
 from yolo_compress import home, run
 from yolo_compress.files.atomic import atomic_write
-from yolo_compress.pipeline import prepare
+from yolo_compress.preflight import prepare
 from yolo_compress.recipe.recipe import DistillConfig, Recipe, TrainConfig, load
 from yolo_compress.stages import Job, _load_or_train, distill
 from yolo_compress.stages._training import finish

@@ -45,12 +45,12 @@ Row = dict[str, object]
 KNOBS = ["data.yaml=scale.yaml", "baseline.model=yolov8n.yaml"]
 PREPARE = """
 from pathlib import Path
-from yolo_compress import pipeline
+from yolo_compress import chain, preflight
 from yolo_compress.recipe import recipe
 from yolo_compress.store.store import Store
 knobs = [("data.yaml", "scale.yaml"), ("baseline.model", "yolov8n.yaml")]
-ready, data = pipeline.prepare(recipe.load("custom", knobs), Store(Path("weights")))
-pipeline.plan(ready, data, "report")
+ready, data = preflight.prepare(recipe.load("custom", knobs), Store(Path("weights")))
+chain.plan(ready, data, "report")
 """
 
 

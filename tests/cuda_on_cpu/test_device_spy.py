@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from tests.pipeline.conftest import NAMES, prepare
 from tests.support.noise_set import draw
-from yolo_compress import pipeline
+from yolo_compress import pipeline, preflight
 from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.quant import sensitivity
 from yolo_compress.stages import bench
@@ -100,7 +100,7 @@ class Spy:
             (checkpoint, "new_model"),
         ):
             patch.setattr(module, name, aside(getattr(module, name)))
-        patch.setattr(pipeline, "check", aside(pipeline.check))
+        patch.setattr(pipeline, "check", aside(preflight.check))
         patch.setattr(DetectionModel, "forward", looked_at)
         patch.setattr(TorchBackend, "__init__", opened)
 

@@ -20,8 +20,8 @@ from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, recipe
 from tests.support.report_schema import validate as validate_report
 from tests.support.stage_schema import METRICS, check
 from tests.support.typed import validate
+from yolo_compress.chain import STAGES
 from yolo_compress.evaluate.exported_files import made_for
-from yolo_compress.pipeline import STAGES
 from yolo_compress.prune import masks
 from yolo_compress.store.store import Store
 from yolo_compress.train import checkpoint

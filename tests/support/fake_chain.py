@@ -26,13 +26,15 @@ import pytest
 
 from tests.support import report_case
 from tests.support.fake_release import KEY, Release, onnx_model, small_bundles, switch
-from yolo_compress import pipeline, stages
+from yolo_compress import pipeline, preflight, stages
+from yolo_compress.chain import STAGES, current, plan
 from yolo_compress.cli.main import main
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.recipe import recipe
 from yolo_compress.report.write import write
 from yolo_compress.runtime.secure.signed_manifest import KEY_VARIABLE
+from yolo_compress.status import status
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
 
@@ -84,12 +86,12 @@ class Chain:
         return pipeline.run(kind.pop("recipe", None) or self.recipe(), target, store=self.store, again=again)
 
     def states(self) -> dict[str, str]:
-        return {row.stage: row.state for row in pipeline.status(self.recipe(), self.store)}
+        return {row.stage: row.state for row in status(self.recipe(), self.store)}
 
     def saved(self) -> dict[str, int]:
         """Return the finished epochs of each interrupted training by the name of its artefact, if its inputs are unchanged."""
         baseline = self.store.linked("r", "baseline")
-        contents = dict.fromkeys(pipeline.STAGES["prune"].needs, baseline.manifest.content) if baseline else {}
+        contents = dict.fromkeys(STAGES["prune"].needs, baseline.manifest.content) if baseline else {}
         found = {}
         for file in self.store.folder.glob("*.partial/work/resume.json"):
             state, name = json.loads(file.read_text()), file.parents[1].name.removesuffix(".partial")
@@ -148,10 +150,10 @@ def fake_chain(folder: Path) -> Iterator[Chain]:
     dataset = Dataset(Path("x.yaml"), ("a",), 3, (), (), (), (), "d" * 64, "t" * 64, "v" * 64)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses no written bytes, only a power cut does
-        patch.setattr(pipeline, "_load_dataset", lambda recipe, store: dataset)
+        patch.setattr(preflight, "_load_dataset", lambda recipe, store: dataset)
         patch.setattr(pipeline, "recheck", lambda dataset: None)
         patch.setattr(pipeline.environment, "describe", lambda: {"packages": {}})
-        for name in pipeline.STAGES:
+        for name in STAGES:
             module = chain._stage(name)
             patch.setitem(sys.modules, module.__name__, module)
             patch.setattr(stages, name, module, raising=False)
@@ -165,7 +167,7 @@ def sound(store: Store) -> dict[str, Artifact]:
     found = {}
     for path in store.folder.iterdir() if store.folder.exists() else []:
         stage, _, short = path.name.partition("-")
-        if stage in pipeline.STAGES and len(short) == 16:
+        if stage in STAGES and len(short) == 16:
             artifact = store.find(stage, json.loads((path / "manifest.json").read_bytes())["fingerprint"])
             assert artifact is not None
             store.verify(artifact)
@@ -286,14 +288,14 @@ def check(chain: Chain, before: dict[str, Artifact], epochs: dict[str, int]) -> 
     """Check the invariants of the store after a kill. Return the published artefacts."""
     chain.states()  # like any reader, this finishes a publication that was committed
     there = sound(chain.store)
-    links = {stage: one for stage in pipeline.STAGES if (one := chain.store.linked("r", stage))}
+    links = {stage: one for stage in STAGES if (one := chain.store.linked("r", stage))}
     for name in before:  # an artefact whose friendly name belongs to another one now is garbage
         assert name in there or any(one.stage == before[name].stage for one in links.values()), f"lost {name}"
-    recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
-    planned = pipeline.plan(recipe, dataset, "report")
-    current = pipeline.current(chain.store, planned)
-    for stage, artifact in current.items():
-        made_of = {need: current[source].manifest.content for need, source in planned[stage].inputs.items()}
+    recipe, dataset = preflight.prepare(chain.recipe(), chain.store)
+    planned = plan(recipe, dataset, "report")
+    now = current(chain.store, planned)
+    for stage, artifact in now.items():
+        made_of = {need: now[source].manifest.content for need, source in planned[stage].inputs.items()}
         assert json.loads(artifact.file("of.json").read_text()) == made_of, (
             f"{stage} is up to date, but made from other bytes"
         )

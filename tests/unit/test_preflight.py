@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.support.noise_set import noise_set
-from yolo_compress import pipeline
+from yolo_compress import pipeline, preflight
 from yolo_compress.data.dataset import calibration_subset, load
 from yolo_compress.errors import CompressError, CorruptArtifact, DataError, EnvironmentLacks, RecipeError
 from yolo_compress.prune.cost import conv_shapes
@@ -219,4 +219,4 @@ def test_a_gpu_that_does_not_exist_is_refused_before_any_stage(
     monkeypatch.setattr("torch.cuda.device_count", lambda: found)
     said = refused(EnvironmentLacks, run={"device": "1"})
     assert said.startswith("run.device=1: there is no GPU 1, torch sees ") and "give run.device=cpu" in said
-    pipeline._check_processes(chosen(run={"device": "1"}), ["export", "engine", "report"])  # these need no GPU
+    preflight.check_processes(chosen(run={"device": "1"}), ["export", "engine", "report"])  # these need no GPU

@@ -19,12 +19,14 @@ from yolo_compress.bundle.io_contract import check_signatures
 from yolo_compress.bundle.keys import read_seed
 from yolo_compress.bundle.launchers import launcher
 from yolo_compress.bundle.targets import registry
+from yolo_compress.chain import current, plan
 from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import GateFailed, Locked, RecipeError, StorageError
 from yolo_compress.evaluate.rows import bench_rows
 from yolo_compress.export.nms import NMS_SUFFIX
 from yolo_compress.files.atomic import TEMPORARY, fsync_directory, fsync_file, replace, storage_errors
 from yolo_compress.files.lock import lock
+from yolo_compress.preflight import prepare
 from yolo_compress.recipe.messages import got
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
@@ -139,9 +141,9 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     """
     store = store or Store(home.weights())
     report = pipeline.run(recipe, "report", store=store, wait=wait)
-    recipe, dataset = pipeline.prepare(recipe, store)
-    planned = pipeline.plan(recipe, dataset, "report")
-    artifacts = pipeline.current(store, planned)
+    recipe, dataset = prepare(recipe, store)
+    planned = plan(recipe, dataset, "report")
+    artifacts = current(store, planned)
     for stage in ("export", "engine"):
         store.verify(artifacts[stage])
     gate = _gate(report, asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from yolo_compress import home, pipeline
+from yolo_compress import home, preflight
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.files.atomic import free_mib
@@ -29,7 +29,7 @@ def handle(command: Command) -> int:
         result(f"{name:<12} {text}")
     document: dict[str, object] = {"machine": facts, "lacks": lacks}
     if command.names_recipe:
-        recipe, dataset = pipeline.prepare(command.load(), Store(home.weights()))
+        recipe, dataset = preflight.prepare(command.load(), Store(home.weights()))
         counts = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.names)} classes"
         result(f"{'data':<12} {dataset.yaml}: {counts}")
         for note in [*dataset.notes, *dataset.skipped]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from yolo_compress import home, pipeline
+from yolo_compress import home, status
 from yolo_compress.cli.grammar import Command
 from yolo_compress.progress import result
 from yolo_compress.store import garbage
@@ -21,7 +21,7 @@ def handle(command: Command) -> int:
     store = Store(home.weights())
     recipe = command.load() if command.names_recipe else None
     with store.lock("gc", command.wait):
-        removed = garbage.gc(store, pipeline.referred(store, recipe))
+        removed = garbage.gc(store, status.referred(store, recipe))
         interrupted = garbage.interrupted(store)
     for path in removed:
         result(f"removed {path}")

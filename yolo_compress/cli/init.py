@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_compress import home, pipeline
+from yolo_compress import home, preflight
 from yolo_compress.cli import estimate
 from yolo_compress.cli.grammar import Command
 from yolo_compress.cli.init_targets import TARGETS
@@ -112,7 +112,7 @@ def run(asked: Order) -> dict[str, Any]:
     plain = {name: {knob: value for knob, value, _ in rows} for name, rows in sections.items()}
     document = strict_yaml.parse(strict_yaml.dump(plain), str(asked.out))
     chosen = recipe.build(document, asked.out.stem, asked.overrides)
-    pipeline.check(chosen, facts.dataset)
+    preflight.check(chosen, facts.dataset)
     # overrides may be `auto`
     sized = auto_values.resolve(chosen, len(facts.dataset.train), len(facts.dataset.names))
     seconds = estimate.seconds(sized, facts.dataset, facts.models)
@@ -138,7 +138,7 @@ def look(asked: Order) -> Facts:
     minimal = {"data": {"yaml": asked.data}, "baseline": {"model": "yolov8n.yaml"}}
     data_overrides = [(key, text) for key, text in asked.overrides if key.startswith("data.")]
     plain = recipe.build(strict_yaml.parse(strict_yaml.dump(minimal), str(asked.out)), asked.out.stem, data_overrides)
-    _, dataset = pipeline.prepare(plain, Store(home.weights()))
+    _, dataset = preflight.prepare(plain, Store(home.weights()))
     origins, models = {}, {}
     for stage, checkpoint in (("baseline", asked.weights), ("teacher", asked.teacher)):
         if checkpoint is not None:
@@ -152,7 +152,7 @@ def look(asked: Order) -> Facts:
 
 
 def _start(path: Path, origin: str, dataset: Dataset, detection_part: str | None) -> nn.Module:
-    """Load the model that a stage starts from. `pipeline.check` checks later whether this model fits the data set."""
+    """Load the model that a stage starts from. `preflight.check` checks later whether this model fits the data set."""
     if origin == "weights":
         return train_checkpoint.load_model(path)
     return transfer.load_pretrained(path, dataset.names, 0, detection_part == "true")[0]

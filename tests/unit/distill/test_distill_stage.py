@@ -14,12 +14,13 @@ from torch import nn
 
 from tests.support.noise_set import draw, noise_set
 from tests.support.typed import validate
+from yolo_compress.chain import plan
 from yolo_compress.data.dataset import BadData, Dataset, load, with_held_back, with_unlabelled
 from yolo_compress.distill.inversion import BATCH, _Misfit, invert, total_variation
 from yolo_compress.distill.teacher import Frozen, Own, Peer
 from yolo_compress.errors import CorruptArtifact, DataError, NumericsError, RecipeError
-from yolo_compress.pipeline import plan, prepare
 from yolo_compress.pipeline import run as run_pipeline
+from yolo_compress.preflight import prepare
 from yolo_compress.recipe import recipe
 from yolo_compress.stages import Job, distill
 from yolo_compress.stages._inverted_images import inverted_samples

@@ -13,6 +13,7 @@ from yolo_compress import pipeline
 from yolo_compress.cli.main import main
 from yolo_compress.recipe import folder as recipe_folder
 from yolo_compress.recipe import recipe
+from yolo_compress.status import status
 from yolo_compress.store.manifest import Artifact
 
 
@@ -47,7 +48,7 @@ def test_each_of_two_files_of_one_name_has_its_own_links(chain: Chain, capsys: p
     ]
     assert links("r") == before and links(name)["prune"] == second.path.resolve()
     assert set(links(name)) == {"baseline", "prune"}, "no result of the other"
-    states = {row.stage: (row.state, row.why) for row in pipeline.status(recipe.load(Path("b/r.yaml")))}
+    states = {row.stage: (row.state, row.why) for row in status(recipe.load(Path("b/r.yaml")))}
     assert states["prune"][0] == "up to date" and states["report"] == ("missing", ())
     assert run("a", 2) == first and links("r") == before
     assert main(["gc"]) == 0 and first.path.is_dir() and second.path.is_dir()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support.quant_net import net
-from yolo_compress import pipeline
+from yolo_compress import preflight
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.recipe import load
 from yolo_compress.stages._calibration_images import letterboxed
@@ -22,7 +22,7 @@ def check(train: int, stage: str = "prune", unlabelled: int = 0, **knobs: str) -
         (key.replace("__", "."), value) for key, value in {"data__imgsz": "32", "prune__batch": "8", **knobs}.items()
     ]
     dataset: Any = SimpleNamespace(train=[None] * train, unlabelled=[None] * unlabelled)
-    pipeline._check_batches(load("digits", words), dataset, [stage])
+    preflight._check_batches(load("digits", words), dataset, [stage])
 
 
 def test_torch_cannot_train_on_it() -> None:

@@ -20,10 +20,11 @@ import pytest
 
 from tests.support import fake_chain
 from tests.support.fake_chain import Chain, Killed, sound
-from yolo_compress import pipeline
+from yolo_compress.chain import STAGES, Stage
 from yolo_compress.cli.main import main
 from yolo_compress.errors import EnvironmentLacks, StorageError
-from yolo_compress.store import resources
+from yolo_compress.status import status
+from yolo_compress.store import environment, resources
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def on_sigterm() -> Iterator[None]:
 
 def says(chain: Chain, stage: str) -> tuple[str, str]:
     """Return the state of a stage and the reasons."""
-    row = next(row for row in pipeline.status(chain.recipe(), chain.store) if row.stage == stage)
+    row = next(row for row in status(chain.recipe(), chain.store) if row.stage == stage)
     return row.state, "\n".join(row.why)
 
 
@@ -208,13 +209,13 @@ def test_times_of_files_and_of_the_clock_decide_nothing(
 def test_another_version_of_a_stage_makes_it_stale_and_another_library_is_named(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.environment, "describe", lambda: {"packages": {"torch": "2.14", "onnx": "1.23"}})
+    monkeypatch.setattr(environment, "describe", lambda: {"packages": {"torch": "2.14", "onnx": "1.23"}})
     chain.run("report")
-    monkeypatch.setattr(pipeline.environment, "describe", lambda: {"packages": {"torch": "2.15", "onnx": "1.23"}})
+    monkeypatch.setattr(environment, "describe", lambda: {"packages": {"torch": "2.15", "onnx": "1.23"}})
     assert says(chain, "prune") == ("up to date", "made with torch 2.14, now 2.15")
-    row = pipeline.STAGES["prune"]
-    newer = pipeline.Stage(**{**vars(row), "version": row.version + 1})
-    monkeypatch.setitem(pipeline.STAGES, "prune", newer)
+    row = STAGES["prune"]
+    newer = Stage(**{**vars(row), "version": row.version + 1})
+    monkeypatch.setitem(STAGES, "prune", newer)
     assert says(chain, "prune") == ("stale", f"version: {row.version} -> {newer.version}")
     assert says(chain, "baseline")[0] == "up to date" and says(chain, "report")[0] == "stale"
     chain.run("report")

@@ -16,6 +16,7 @@ from tests.unit.files.test_strict_json import CASES
 from yolo_compress import pipeline
 from yolo_compress.cli.main import main
 from yolo_compress.errors import CorruptArtifact, RecipeError, StorageError
+from yolo_compress.status import status
 from yolo_compress.store.manifest import Artifact
 
 STALE = {"export", "engine", "bench", "report"}
@@ -64,7 +65,7 @@ def test_force_that_is_killed_keeps_the_artefact_and_continues(chain: Chain) -> 
 def test_status_names_a_force_that_was_killed(chain: Chain) -> None:
     chain.run("baseline")
     killed(chain, "baseline", 1, again=True)
-    row = next(iter(pipeline.status(chain.recipe(), chain.store)))
+    row = next(iter(status(chain.recipe(), chain.store)))
     assert row.state == "up to date" and "force=true again continues it" in row.why[-1]
 
 
@@ -73,7 +74,7 @@ def test_other_bytes_with_the_same_fingerprint_make_later_stages_stale(chain: Ch
     chain.run("prune", again=True)
     states = chain.states()
     assert {stage for stage, state in states.items() if state == "stale"} == STALE
-    why = {row.stage: row.why for row in pipeline.status(chain.recipe(), chain.store)}
+    why = {row.stage: row.why for row in status(chain.recipe(), chain.store)}
     assert "content of prune: " in why["export"][0] and why["bench"][0].startswith("export has to run first")
     chain.run("report")
     assert stages(chain) == ["export", "engine", "bench", "report"]
@@ -164,14 +165,14 @@ def test_recipes_of_one_content_have_each_a_report_of_their_own(chain: Chain) ->
 def test_a_report_shows_the_knobs_that_made_no_other_bytes(chain: Chain) -> None:
     chain.run("report")
     other = chain.recipe("r", ("run.workers", "3"))
-    row = next(row for row in pipeline.status(other, chain.store) if row.stage == "report")
+    row = next(row for row in status(other, chain.store) if row.stage == "report")
     assert row.state == "stale" and row.why == ("recipe.run.workers: 0 -> 3",)
 
 
 def test_a_bench_on_a_gpu_is_another_one(chain: Chain) -> None:
     """Its rows of torch are measured on `run.device`; the models before it are the same wherever they were trained."""
     chain.run("bench")
-    rows = {row.stage: row for row in pipeline.status(chain.recipe("r", ("run.device", "0")), chain.store)}
+    rows = {row.stage: row for row in status(chain.recipe("r", ("run.device", "0")), chain.store)}
     assert rows["bench"].state == "stale" and rows["bench"].why == ("machine.device: not set -> 0",)
     assert {rows[stage].state for stage in ("baseline", "prune", "export", "engine")} == {"up to date"}
 

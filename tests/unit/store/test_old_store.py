@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from tests.support.fake_chain import fake_chain, sound
-from yolo_compress import pipeline
+from yolo_compress.chain import plan
+from yolo_compress.preflight import prepare
 
 OLD = Path(__file__).parents[2] / "support" / "store_of_november"  # by `fake_chain`, 29 November 2026
 STAGES = ("baseline", "prune", "export")
@@ -18,8 +19,8 @@ def test_a_store_of_an_earlier_version_is_whole_and_up_to_date(tmp_path: Path) -
     shutil.copytree(OLD, tmp_path / "weights", symlinks=True)
     with fake_chain(tmp_path) as chain:
         assert len(sound(chain.store)) == 3
-        recipe, dataset = pipeline.prepare(chain.recipe(), chain.store)
-        planned = pipeline.plan(recipe, dataset, "export")
+        recipe, dataset = prepare(chain.recipe(), chain.store)
+        planned = plan(recipe, dataset, "export")
 
         def unchanged(stage: str) -> bool:
             linked = chain.store.linked("r", stage)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from yolo_compress import pipeline, ranks
+from yolo_compress import preflight, ranks
 from yolo_compress.errors import EnvironmentLacks
 from yolo_compress.recipe import recipe
 from yolo_compress.store import resources
@@ -60,6 +60,6 @@ def test_shared_memory_that_is_too_small_is_refused_before_any_stage(
         ],
     )
     with pytest.raises(EnvironmentLacks) as caught:
-        pipeline._check_processes(chosen, ["prune"])
+        preflight.check_processes(chosen, ["prune"])
     assert str(caught.value).startswith("run.workers=8: ") and "set run.workers=" in str(caught.value)
     assert caught.value.exit_code == 4
