@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import BASELINE, Bench, prepare
+from tests.pipeline.conftest import BASELINE, IMGSZ, Bench, draw, prepare
 from yolo_compress.store.entries import entries
 from yolo_compress.store.manifest import read_artifact
 
@@ -21,11 +21,13 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A working folder with a short recipe, in which nothing has run."""
     pytest.importorskip("optuna")
+    folder = tmp_path_factory.mktemp("search") / "user"
     ready = prepare(
-        tmp_path_factory.mktemp("search") / "user",
+        folder,
+        data={"yaml": "shapes.yaml", "imgsz": IMGSZ},
         baseline={**BASELINE, "epochs": 12},
         sparsify=None,
         control=None,
@@ -33,7 +35,10 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         distill=None,
         qat={"epochs": 0, "calib_images": 8},
     )
-    yield ready
+    shutil.rmtree(folder / "datasets" / "shapes" / "images" / "val")
+    shutil.rmtree(folder / "datasets" / "shapes" / "labels" / "val")
+    draw(folder / "datasets" / "shapes", "val", 16, seed=1)  # enough for an interval
+    return ready
 
 
 def stages(root: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
-from yolo_compress.search.front import Engine, front
+from yolo_compress.search.front import Engine, choose, front
 from yolo_compress.search.space import Point
 from yolo_compress.search.study import Study, Trial
 
@@ -67,7 +67,7 @@ def document(study: Study) -> SearchDocument:
     """Return the result of a study as it is now."""
     trials = study.trials()
     engines = study.engines(trials)
-    choice, on_front = study.choice(trials), front(engines)
+    choice, on_front = choose(engines, study.goal), front(engines)
     points = {one.number: one.point for one in trials}
     rows: list[EngineRow] = [
         {

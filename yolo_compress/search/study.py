@@ -112,6 +112,9 @@ class Study:
 
     def __init__(self, folder: Path, file: StudyFile, base: Recipe) -> None:
         self.folder, self.file, self.base = folder, file, base
+        self._ended: dict[
+            str, tuple[int, Trial]
+        ] = {}  # folder -> time of its outcome.json, and the trial, which changes no more
 
     @property
     def name(self) -> str:
@@ -141,7 +144,17 @@ class Study:
         folder = self.folder / "trials"
         with storage_errors(folder, "read"):
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        return [read_trial(folder / name) for name in names if (folder / name / TRIAL).is_file()]
+            return [self._read(folder / name) for name in names if (folder / name / TRIAL).is_file()]
+
+    def _read(self, folder: Path) -> Trial:
+        """Read a trial, or take it from memory if it had ended when it was read."""
+        try:
+            written = (folder / OUTCOME).stat().st_mtime_ns
+        except FileNotFoundError:
+            return read_trial(folder)
+        if self._ended.get(folder.name, (None,))[0] != written:
+            self._ended[folder.name] = written, read_trial(folder)
+        return self._ended[folder.name][1]
 
     def reference(self) -> list[Engine]:
         """Return the engines of the unpruned baseline. Empty: they are not measured yet."""

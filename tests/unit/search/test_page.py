@@ -56,6 +56,16 @@ def test_the_text_for_a_terminal(written: page.SearchDocument) -> None:
     assert max(map(len, shown.split("\n\n")[2].splitlines())) <= page.WIDTH
 
 
+def test_a_baseline_that_meets_the_goal_is_the_chosen_recipe(home: Path) -> None:
+    study = toy.study(home, "toy", ("search.latency_ms", "11"), ("search.max_drop", "0.05"))
+    instant(study).run()
+    found = page.write(study)
+    chosen = recipe.load(home / "searches" / "toy" / "chosen.yaml")
+    assert found["verdict"] == "dense" and found["engines"][0]["chosen"] and found["command"]
+    assert chosen.prune is chosen.distill is None and chosen.qat and chosen.qat.epochs == 0
+    assert "REACHED" in (home / "searches" / "toy" / "report.html").read_text()
+
+
 def test_a_study_without_results(home: Path) -> None:
     found = page.write(toy.study(home))
     assert found["engines"] == [] and found["command"] is None and not (home / "searches/toy/chosen.yaml").exists()

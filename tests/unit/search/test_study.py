@@ -191,7 +191,7 @@ def test_a_study_of_another_recipe_or_data_is_refused(home: Path) -> None:
 def test_a_study_that_is_not_there_names_the_others(home: Path) -> None:
     toy.study(home)
     with pytest.raises(
-        RecipeError, match=r"no study other in .*searches; which has toy. All workers of a study need the same folder"
+        RecipeError, match=r"no study other in .*searches, which has toy. All workers of a study need the same folder"
     ):
         open_study("other")
 
