@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from yolo_compress import home, pipeline
+from yolo_compress import home, pipeline, ranks
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import RecipeError
 from yolo_compress.progress import result, say
-from yolo_compress.recipe.recipe import RunConfig, SearchConfig
+from yolo_compress.recipe.recipe import Recipe, RunConfig, SearchConfig
 from yolo_compress.search import levels, page, sampler
 from yolo_compress.search.document import SearchDocument, document
 from yolo_compress.search.sampler import OptunaSampler
@@ -45,6 +45,7 @@ def _begun(command: Command, name: str) -> Study:
     recipe = command.load()
     if recipe.search is None:
         recipe = recipe.replaced({"search": SearchConfig()})
+    _check_device(recipe)
     recipe, dataset = pipeline.prepare(recipe, Store(home.weights()))
     study = create(name, recipe, len(dataset.train), dataset.digest)
     check_machine(study)
@@ -61,8 +62,16 @@ def _joined(command: Command, name: str) -> Study:
             f"command line: {other[0]}: a worker takes the recipe of the study, and only {', '.join(sorted(allowed))}"
         )
     study = open_study(name, [*command.overrides])
+    _check_device(study.base)
     check_machine(study)
     return study
+
+
+def _check_device(recipe: Recipe) -> None:
+    if len(ranks.devices(recipe.run.device)) > 1:
+        raise RecipeError(
+            f"run.device={recipe.run.device}: a trial trains on one device: give one GPU, and start `search worker` for each other one"
+        )
 
 
 def _work(study: Study) -> None:

@@ -39,6 +39,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
             ("worker", "study=toy", "prune.lr0=0.01"),
             "prune.lr0: a worker takes the recipe of the study, and only run.device",
         ),
+        (("study=x", "recipe=digits", "run.device=0,1"), "run.device=0,1: a trial trains on one device"),
+        (("worker", "study=toy", "run.device=0,1"), "start `search worker` for each other one"),
         (("status", "study=../x"), "expected a name that can be a folder"),
         (("study=x", "recipe=digits", "prune=null"), "search varies how much prune removes"),
     ],

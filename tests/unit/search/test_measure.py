@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.search.test_space import digits
+from yolo_compress.data.dataset import Dataset
+from yolo_compress.recipe.recipe import BenchConfig
 from yolo_compress.search import measure
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,3 +54,32 @@ def test_a_timing_that_waits_comes_before_a_new_training() -> None:
             assert timing.wait(5) == 0 and training.wait(5) == 0
         assert timing.stdout
         timing.stdout.close()
+
+
+def timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *replies: tuple[float, bool]) -> tuple[measure.Timing, int]:
+    """Time an engine that answers with (ms, quiet) in turn. Return the timing and how often the engine was timed."""
+    left = list(replies)
+
+    def measured(specs: object, rounds: int, n: int) -> list[dict[str, object]]:
+        ms, quiet = left.pop(0)
+        return [{"samples_ms": [ms] * 3, "quiet": quiet}]
+
+    monkeypatch.setattr(measure, "measure_in_turn", measured)
+    monkeypatch.setattr(measure, "write_inputs", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    recipe = digits()
+    dataset = Dataset(Path("x.yaml"), ("a",), 3, (), (), (), (), "d" * 64, "t" * 64, "v" * 64)
+    found = measure.timed(tmp_path / "onnxruntime-int8", dataset, recipe, BenchConfig(), tmp_path)
+    return found, len(replies) - len(left)
+
+
+def test_a_disturbed_timing_is_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert timing(monkeypatch, tmp_path, (5.0, False), (3.0, True), (2.0, True)) == (measure.Timing(3.0, True), 2)
+
+
+def test_a_machine_that_never_is_quiet_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = timing(monkeypatch, tmp_path, (5.0, False), (3.0, False), (4.0, False))
+    assert found == (measure.Timing(3.0, False), 3)
+    assert "other programs used the processors while onnxruntime-int8 was timed" in capsys.readouterr().err
