@@ -157,7 +157,7 @@ def plan(recipe: Recipe, dataset: Dataset, target: str) -> dict[str, Planned]:
             if stage == "bench" and recipe.run.device != "cpu":  # its rows of torch are measured on `run.device`
                 key["machine"]["device"] = recipe.run.device
         if stage == "report":  # the report shows the whole recipe; the section `report` is in `config` already
-            whole = recipe.model_dump(mode="json", exclude={"report"})
+            whole = recipe.model_dump(mode="json", exclude={"report", "search"})
             whole["run"]["workers"] = recipe.run.workers or 0  # null has the fingerprint of 0, the default before
             key["recipe"] = whole
         planned[stage] = Planned(stage, key, inputs)

@@ -22,6 +22,11 @@ def datasets() -> Path:
     return _home() / "datasets"
 
 
+def searches() -> Path:
+    """Return the folder of the studies of `search`, a folder each. It may not exist yet."""
+    return _home() / "searches"
+
+
 def holds(path: Path) -> bool:
     """Return whether `path` is the folder of weights or of data sets, or a path inside these folders."""
     full = path.absolute()

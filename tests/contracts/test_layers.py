@@ -31,6 +31,7 @@ DOORS = {
     "cuda": {"runtime/backends/tensorrt/cuda.py"},
     "pycuda": {"runtime/backends/tensorrt/cuda.py"},
     "rclpy": {"runtime/commands/ros2_node.py"},
+    "optuna": {"search/sampler.py"},
     "cryptography": {"runtime/secure/ed25519.py"},  # if it is installed; the file also has a reference implementation
 }
 # Parts of the package that a part must not import directly.
@@ -53,7 +54,8 @@ FORBIDDEN = {
     "recipe": UPWARDS | {"train", "prune", "distill", "quant", "export", "report", "store"},
     "rollout": UPWARDS | {"train", "prune", "distill", "quant", "export", "report"},
     "bundle": {"cli", "stages", "train", "prune", "distill", "quant"},
-    "pipeline": {"cli"},
+    "search": {"cli", "stages", "train", "prune", "distill", "quant", "export"},
+    "pipeline": {"cli", "search"},
     "status": {"cli", "pipeline", "stages"},
     "preflight": {"cli", "pipeline", "status"},
     "chain": UPWARDS - {"chain"},

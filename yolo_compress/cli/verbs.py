@@ -194,6 +194,13 @@ VERBS = {row.name: row for row in (
     Verb("engine", "build an engine for each runtime and precision", "The chain", STAGE),
     Verb("bench", "measure mAP, latency and size of every engine", "The chain", STAGE),
     Verb("control", "train the models that the compressed one is compared with", "The chain", STAGE),
+    Verb("search", "find the knobs that keep the most mAP within a latency or size", "The chain",
+         "yolo_compress.cli.search:handle", (
+        RECIPE,
+        Option("study", "NAME", "Name of the study. The same command continues it. Its folder is searches/NAME.",
+               values="a name that can be a folder", needed=True),
+    ), Words("[status|worker|report]", "word", "status: show a study. worker: join a study, from any machine that shares its folders. "
+             "report: write its report now.", "status, worker or report", "run the study, or continue it", least=0)),
     Verb("report", "write report.html, .md and .json; exit code 1 when the gate fails", "The chain", STAGE, (
         RECIPE, LOCK, FORCE,
         Option("add", "device.json[,more.json]", "Write a second report, which also shows the measurements in these files. "

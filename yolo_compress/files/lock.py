@@ -47,13 +47,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+def lock(path: Path, what: str, wait: bool = True, shared: bool = False, quietly: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block.
 
     Args:
         path: Lock file. The file and its folder are created if missing.
         what: What this process does, such as "prune of recipe bccd". Waiting processes show it.
         wait: What to do if another process holds the lock. True: print a line to stderr and wait. False: raise `Locked`.
+        quietly: Print no line while waiting.
+        shared: Let other processes hold the lock at the same time if they share it too.
 
     Raises:
         Locked: Another process holds the lock, and `wait` is False.
@@ -68,8 +70,9 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _held[name] = descriptor
     try:
-        _acquire(descriptor, path, wait)
-        _judge(descriptor, path)
+        _acquire(descriptor, path, wait, shared, quietly)
+        if not shared:  # two holders of a shared lock are right
+            _judge(descriptor, path)
         with storage_errors(path, "lock"):
             _describe(descriptor, what)
         yield
@@ -78,9 +81,9 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, wait: bool) -> None:
-    announced = False
-    while not _try(descriptor, path):
+def _acquire(descriptor: int, path: Path, wait: bool, shared: bool, quietly: bool) -> None:
+    announced = quietly
+    while not _try(descriptor, path, shared):
         who = holder(path)
         if not wait:
             raise Locked(f"{path} is held by {who}: run again when that has ended, or without lock=fail to wait for it")
@@ -90,10 +93,10 @@ def _acquire(descriptor: int, path: Path, wait: bool) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _try(descriptor: int, path: Path) -> bool:
+def _try(descriptor: int, path: Path, shared: bool = False) -> bool:
     with storage_errors(path, "lock"):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
     return True

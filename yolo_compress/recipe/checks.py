@@ -11,13 +11,14 @@ from .. import home
 from .controls import possible
 from .knob_types import number
 from .messages import got
-from .sections import ControlConfig, DistillConfig, PruneConfig, Section, Sections, SourceConfig
+from .sections import ControlConfig, DistillConfig, PruneConfig, SearchConfig, Section, Sections, SourceConfig
 
 SAME_NET = (
     "distill: teacher and student are the same model, so there is nothing to learn: "
     "give another teacher.weights, add a section prune, or set distill=null"
 )
 
+DISTILLED = ("logit_weight", "feature_weight", "box_weight")  # ranges of `search` that are knobs of `distill`
 IN_CHAIN = re.compile(r"model\.\d+\.m(\.|=|$)")  # a bottleneck of the student, in a value of `distill.layers`
 
 _MAKE = {
@@ -47,6 +48,8 @@ def contradictions(recipe: Sections) -> Iterator[str]:
         yield from _check_prune(recipe.prune)
     if recipe.control:
         yield from _check_control(recipe, recipe.control)
+    if recipe.search:
+        yield from _check_search(recipe, recipe.search)
     if recipe.export and recipe.export.dynamic_batch and recipe.export.batch != 1:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.export and recipe.export.nms and (recipe.export.batch != 1 or recipe.export.dynamic_batch):
@@ -114,6 +117,31 @@ def _check_control(recipe: Sections, control: ControlConfig) -> Iterator[str]:
     if control.nets != "auto" and (idle := [net for net in control.nets if net not in able]):
         missing = {"longer": "a stage that trains with labels", "taught": "a teacher", "narrowed": "prune.kind=channel"}
         yield f"control.nets: {idle[0]} needs {missing[idle[0]]}; this recipe can have {', '.join(able) or 'no control'}"
+
+
+def _check_search(recipe: Sections, search: SearchConfig) -> Iterator[str]:
+    prune = recipe.prune
+    if prune is None:
+        yield "search varies how much prune removes: add a section prune, or set search=null"
+    elif prune.kind != "channel":
+        yield f"search varies how many channels prune removes: set prune.kind=channel, not {prune.kind}"
+    elif prune.budget[0] != "keep_flops":
+        yield f"search sets the budget of prune by search.keep_flops: set prune.{prune.budget[0]}=null"
+    for cost, limit in (("latency", "latency_ms"), ("size", "size_mib")):
+        if search.cost != cost and getattr(search, limit) is not None:
+            yield f"search.{limit} has no effect with search.cost={search.cost}: set search.cost={cost}, or leave it out"
+    limits: dict[str, tuple[float, float]] = {"keep_flops": (0, 1), "prune_share": (0, 1)}
+    for knob in ("keep_flops", "prune_share", "logit_weight", "feature_weight", "box_weight"):
+        value, (least, most) = getattr(search, knob), limits.get(knob, (0, 1000))
+        if isinstance(value, tuple) and not least < value[0] <= value[1] < most:
+            yield f"search.{knob}={value[0]:g},{value[1]:g}: expected two numbers above {least:g} and below {most:g}"
+    asked = [knob for knob in ("prune_share", *DISTILLED) if isinstance(getattr(search, knob), tuple)]
+    if asked and recipe.distill is None:
+        yield f"search.{asked[0]} has no effect without the section distill: leave it out"
+    elif recipe.distill and (idle := [one for one in asked if one in recipe.distill.idle(recipe.distill.teacher)]):
+        yield f"search.{idle[0]} has no effect with distill.teacher={recipe.distill.teacher}: leave it out"
+    if isinstance(search.int8_max_drop, tuple) and (recipe.qat is None or "int8" not in search.precision):
+        yield "search.int8_max_drop needs the section qat and search.precision with int8: leave it out"
 
 
 def _check_distill(recipe: Sections, distill: DistillConfig) -> Iterator[str]:

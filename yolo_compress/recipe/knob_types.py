@@ -92,6 +92,42 @@ def auto_or_tuple(value: Any) -> Any:
     return value if value == "auto" else as_tuple(value)
 
 
+def as_range(value: Any) -> Any:
+    """Return the range `0.3,0.8` of the command line, or a list of two numbers, as a tuple of floats. Other values are unchanged.
+
+    Raises:
+        ValueError: The first number is above the second one.
+    """
+    items = _numbers(value)
+    if not isinstance(items, tuple) or len(items) != 2 or not all(type(item) in (int, float) for item in items):
+        return items
+    low, high = (float(item) for item in items)
+    if low > high:
+        raise ValueError("expected the smaller number first, as in 0.3,0.8")
+    return low, high
+
+
+def as_numbers(value: Any) -> Any:
+    """Return one number, a list, or the command line's `8,16`, as a tuple. Other values are returned unchanged.
+
+    Raises:
+        ValueError: An item is repeated.
+    """
+    items = _numbers(value)
+    if isinstance(items, tuple) and len(set(map(repr, items))) < len(items):
+        raise ValueError("expected each number once")
+    return items
+
+
+def _numbers(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) and "," in value else value
+    if type(items) in (int, float):
+        return (items,)
+    if not isinstance(items, list | tuple) or not items:
+        return value
+    return tuple(strict_yaml.resolve(item.strip()) if isinstance(item, str) else item for item in items)
+
+
 def number(value: int | Auto) -> int:
     """Return the value of a knob as an int. Call it after `auto_values.resolve`, which replaces every `auto`."""
     assert value != "auto"
@@ -99,7 +135,7 @@ def number(value: int | Auto) -> int:
 
 
 Group = Literal[
-    "Data", "Machine", "Model", "Penalty", "Budget", "Criterion", "Teacher", "Loss", "Calibration", "Precision",
+    "Goal", "Space", "Data", "Machine", "Model", "Penalty", "Budget", "Criterion", "Teacher", "Loss", "Calibration", "Precision",
     "Files", "Engine", "Measurement", "Gate", "Comparison", "Training", "Advanced",
 ]  # fmt: skip
 GROUPS: tuple[Group, ...] = get_args(Group)  # the order in which the help shows them

@@ -31,6 +31,7 @@ from .sections import (
     QatConfig,
     ReportConfig,
     RunConfig,
+    SearchConfig,
     Section,
     Sections,
     SourceConfig,
@@ -52,10 +53,11 @@ SECTIONS: dict[str, type[Section]] = {
     "bench": BenchConfig,
     "control": ControlConfig,
     "report": ReportConfig,
+    "search": SearchConfig,
 }
 __all__ = [
     "SECTIONS", "BenchConfig", "ControlConfig", "DataConfig", "DistillConfig", "EngineConfig", "ExportConfig", "PruneConfig",
-    "QatConfig", "Recipe", "ReportConfig", "RunConfig", "SourceConfig", "SparsifyConfig", "TrainConfig", "check_key",
+    "QatConfig", "Recipe", "ReportConfig", "RunConfig", "SearchConfig", "SourceConfig", "SparsifyConfig", "TrainConfig", "check_key",
     "load", "names", "options",
 ]  # fmt: skip
 
@@ -87,8 +89,8 @@ class Recipe(Sections):
             raise ValueError(problem)
         return self
 
-    def replaced(self, sections: Mapping[str, Section]) -> Recipe:
-        """Return a copy with some sections replaced, checked as a whole.
+    def replaced(self, sections: Mapping[str, Section | None]) -> Recipe:
+        """Return a copy with some sections replaced, checked as a whole. None leaves a section out.
 
         Raises:
             RecipeError: The sections cannot work together.

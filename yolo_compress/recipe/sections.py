@@ -13,6 +13,7 @@ from ..runtime.registry import Precision
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knob_types import (
     TEXT,
+    Auto,
     Batch,
     CalibImages,
     CalibratorKnob,
@@ -37,6 +38,8 @@ from .knob_types import (
     Threads,
     WarmupEpochs,
     Weights,
+    as_numbers,
+    as_range,
     as_tuple,
     auto_or_tuple,
     device_value,
@@ -637,6 +640,91 @@ class ReportConfig(Section):
         group="Comparison", unit="images", ge=0, le=1000)] = 12
 
 
+class SearchConfig(Section):
+    """Search for the knobs that keep the most mAP within a latency or size.
+
+    Only `yolo-compress search` reads this section. Each trial sets some knobs of prune, distill and qat. A range that is null is not
+    searched: the recipe's value stays. auto chooses by the number of training images.
+    """
+
+    runtime: Annotated[Runtime, knob(
+        "Runtime of the engines that are timed.",
+        when="Set the runtime of the robot.",
+        group="Goal")] = "onnxruntime"
+    cost: Annotated[Literal["latency", "size"], knob(
+        "What the search lowers. latency: p50 of one inference of the engine. size: MiB of the engine's files.",
+        when="Set size when the robot's storage is the limit.",
+        group="Goal")] = "latency"
+    latency_ms: Annotated[float | None, knob(
+        "Largest p50 latency of one inference of the engine, measured on this machine. null: no limit.",
+        when="Set it when you know the time that an image may take.",
+        group="Goal", unit="ms", gt=0, le=1e5)] = None
+    size_mib: Annotated[float | None, knob(
+        "Largest size of the engine's files. Used only if `cost` is size. null: no limit.",
+        when="Set it together with cost=size.",
+        group="Goal", unit="MiB", gt=0, le=1e6)] = None
+    max_drop: Annotated[float, knob(
+        "How much mAP50-95 the engine may lose, as a fraction of the baseline's. The lower end of the 95 % interval decides.",
+        when="Raise it when speed matters more, or when few validation images make the interval wide.",
+        group="Goal", unit="fraction", ge=0, lt=1)] = 0.01
+    trials: Annotated[int, knob(
+        "Largest number of trials of the study.",
+        when="Raise it when the front still moves in the last trials.",
+        group="Goal", unit="trials", ge=1, le=100_000)] = 40
+    hours: Annotated[float | None, knob(
+        "Largest time of the study, over all its runs. When it is over, the running trial is ended and not counted. null: no limit.",
+        when="Set it when the machine must be free by a certain time.",
+        group="Goal", unit="h", gt=0, le=1e5)] = None
+    keep_flops: Annotated[Auto | tuple[float, float] | None, BeforeValidator(as_range), knob(
+        "Range of `prune.keep_flops`.",
+        when="Lower its start when no trial is fast enough.",
+        group="Space", unit="fraction", allowed="auto, null or two numbers as in 0.3,0.8")] = "auto"
+    criterion: Annotated[Auto | tuple[Criterion, ...] | None, BeforeValidator(auto_or_tuple), knob(
+        "Values of `prune.criterion` to choose from.",
+        when="Name those that worked on your data.",
+        group="Space")] = "auto"
+    round_to: Annotated[
+        Auto | tuple[Literal[1, 2, 4, 8, 16, 32, 64], ...] | None, BeforeValidator(as_numbers), knob(
+        "Values of `prune.round_to` to choose from.",
+        when="Name those that suit the robot's processor.",
+        group="Space", allowed="auto, null or a list of 1, 2, 4, 8, 16, 32, 64")] = "auto"
+    prune_share: Annotated[Auto | tuple[float, float] | None, BeforeValidator(as_range), knob(
+        "Range of the share of the epochs of prune and distill that prune gets. distill gets the others.",
+        when="Set null to keep the recipe's epochs.",
+        group="Space", unit="fraction", allowed="auto, null or two numbers as in 0.5,0.9")] = "auto"
+    logit_weight: Annotated[Auto | tuple[float, float] | None, BeforeValidator(as_range), knob(
+        "Range of `distill.logit_weight`.",
+        when="Widen it when the best trials lie at one of its ends.",
+        group="Space", unit="factor", allowed="auto, null or two numbers as in 0.5,2")] = "auto"
+    feature_weight: Annotated[Auto | tuple[float, float] | None, BeforeValidator(as_range), knob(
+        "Range of `distill.feature_weight`.",
+        when="Change it with `distill.feature_loss`: about 0.1,0.4 for pkd.",
+        group="Space", unit="factor", allowed="auto, null or two numbers as in 0.1,1")] = "auto"
+    box_weight: Annotated[Auto | tuple[float, float] | None, BeforeValidator(as_range), knob(
+        "Range of `distill.box_weight`.",
+        when="Widen it when boxes do not fit well.",
+        group="Space", unit="factor", allowed="auto, null or two numbers as in 0.5,3")] = "auto"
+    precision: Annotated[tuple[Precision, ...], BeforeValidator(as_tuple), knob(
+        "Precisions of the engines of each trial. They share one fine-tuned model.",
+        when="Name more when you do not know which one is fastest on the robot.",
+        group="Space")] = ("int8",)
+    int8_max_drop: Annotated[
+        Auto | tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None, BeforeValidator(as_numbers), knob(
+        "Values of `qat.max_drop`, each with `qat.sensitivity=loss`. Each one makes another INT8 engine of the same model, with "
+        "other groups in float. null: only the engine with all groups in INT8.",
+        when="Give several (0.003,0.01) when INT8 loses much mAP.",
+        group="Space", unit="fraction", allowed="auto, null or numbers as in 0.003,0.01")] = "auto"
+    short: Annotated[float, knob(
+        "Fraction of the epochs of the first, short fine-tuning. Trials that are worse than others after it end there.",
+        when="Raise it when good trials end too early.",
+        group="Advanced", unit="fraction", gt=0, lt=1)] = 0.25
+    storage: Annotated[str | None, knob(
+        "Where Optuna keeps the study: an address of a database, such as postgresql://host/name. null: a file in the study's "
+        "folder.",
+        when="Set it for many workers on several machines.",
+        group="Advanced", pattern=TEXT)] = None
+
+
 class Sections(Section):
     """All sections of a recipe. This class checks each section by itself; `Recipe` also checks them together.
 
@@ -659,3 +747,4 @@ class Sections(Section):
     bench: BenchConfig | None = None
     control: ControlConfig | None = None
     report: ReportConfig | None = None
+    search: SearchConfig | None = None

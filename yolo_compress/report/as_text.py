@@ -107,7 +107,7 @@ def bench_text(recipe: str, rows: Sequence[Mapping[str, object]], width: int = 1
 def render_markdown(document: Document) -> str:
     """Return the text of `report.md`: all tables with their notes, the lists, and how to reproduce the run."""
     verdict, gate = document["verdict"], document["gate"]
-    parts = [f"# {_escape(document['recipe'])}", f"**{_escape(verdict['line'])}**"]
+    parts = [f"# {markdown_text(document['recipe'])}", f"**{markdown_text(verdict['line'])}**"]
     bound = n.percent(gate["min_retention"])
     parts.append(
         f"Gate {'passed' if gate['passed'] else 'failed'}: every judged row must have at least {bound} of the baseline's "
@@ -115,19 +115,21 @@ def render_markdown(document: Document) -> str:
     )
     if also := gate_lines(document):
         words = {True: "passed: ", False: "failed: ", None: ""}
-        parts.append("\n".join(f"- {words[passed]}{_escape(what)}" for passed, what in also))
+        parts.append("\n".join(f"- {words[passed]}{markdown_text(what)}" for passed, what in also))
     for table in _tables(document):
-        parts += _section(table)
-    parts += [f"- {_escape(f'{name}: {what}')}" for name, _, what in device_lines(document)]
+        parts += markdown_section(table)
+    parts += [f"- {markdown_text(f'{name}: {what}')}" for name, _, what in device_lines(document)]
     ab = document["ab"]
     if ab:
-        figures = _section(figures_table(ab))
-        parts += [figures[0], f"**{_escape(ab['verdict']['line'])}**", *figures[1:]]
-        parts += _section(parts_table("By size", ab["by_size"])) + _section(parts_table("By class", ab["by_class"]))
-    parts += _section(errors_table(document["errors"])) + _section(pruning_table(document))
-    parts += _section(quantisation_table(document["quantisation"]))
+        figures = markdown_section(figures_table(ab))
+        parts += [figures[0], f"**{markdown_text(ab['verdict']['line'])}**", *figures[1:]]
+        parts += markdown_section(parts_table("By size", ab["by_size"])) + markdown_section(
+            parts_table("By class", ab["by_class"])
+        )
+    parts += markdown_section(errors_table(document["errors"])) + markdown_section(pruning_table(document))
+    parts += markdown_section(quantisation_table(document["quantisation"]))
     if document["placement"]:
-        parts += ["## Precision", "\n".join(f"- {_escape(line)}" for line in summary(document["placement"]))]
+        parts += ["## Precision", "\n".join(f"- {markdown_text(line)}" for line in summary(document["placement"]))]
     data = document["data"]
     for title, lines in (
         ("Missing", missing_lines(document)),
@@ -136,10 +138,13 @@ def render_markdown(document: Document) -> str:
         ("Data: notes", data["notes"]),
     ):
         if lines:
-            parts += [f"## {title}", "\n".join(f"- {_escape(str(line))}" for line in lines)]
+            parts += [f"## {title}", "\n".join(f"- {markdown_text(str(line))}" for line in lines)]
     facts = provenance(document)
     if facts:
-        parts += ["## How to reproduce", "\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in facts)]
+        parts += [
+            "## How to reproduce",
+            "\n".join(f"- {markdown_text(key)}: {markdown_text(value)}" for key, value in facts),
+        ]
     if document["reproduce"]["recipe_yaml"]:
         yaml = document["reproduce"]["recipe_yaml"].rstrip("\n")
         fence = "`" * max(3, 1 + max((len(run) for run in _backtick_runs(yaml)), default=0))
@@ -147,8 +152,9 @@ def render_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(table: Table) -> list[str]:
-    return [f"## {table.title}", _markdown_table(table), *map(_escape, table.notes)] if table.lines else []
+def markdown_section(table: Table) -> list[str]:
+    """Return the heading, table and notes in Markdown. Empty: the table has no lines."""
+    return [f"## {table.title}", _markdown_table(table), *map(markdown_text, table.notes)] if table.lines else []
 
 
 def provenance(document: Document) -> list[tuple[str, str]]:
@@ -174,12 +180,12 @@ def _markdown_table(table: Table) -> str:
     rows = [
         [column.title for column in table.columns],
         ["---:" if column.right else "---" for column in table.columns],
-        *([_escape(cell) for cell in line.cells] for line in table.lines),
+        *([markdown_text(cell) for cell in line.cells] for line in table.lines),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _escape(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Escape Markdown and HTML, and join lines, so that a name shows as plain text."""
     flat = re.sub(r"([\\`*\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):

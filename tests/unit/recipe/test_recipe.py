@@ -38,6 +38,8 @@ FROZEN = {
     "bench": "warmup iterations rounds threads",
     "control": "nets max_minutes",
     "report": "min_retention max_latency_ms max_size_mib ab_margin ab_replicates conf images",
+    "search": "runtime cost latency_ms size_mib max_drop trials hours keep_flops criterion round_to prune_share logit_weight "
+    "feature_weight box_weight precision int8_max_drop short storage",
 }
 
 
@@ -377,6 +379,18 @@ CONTRADICTIONS = {
     ("baseline.model=null",): "baseline: nothing to start from; give baseline.pretrained (a checkpoint of any classes",
     ("teacher.epochs=5",): "teacher: nothing to start from; give teacher.pretrained",
     ("baseline.freeze=10",): "baseline.freeze has no effect without baseline.pretrained",
+    ("search.trials=2", "prune=null"): "search varies how much prune removes: add a section prune, or set search=null",
+    ("search.trials=2", "prune.kind=two_four"): "set prune.kind=channel, not two_four",
+    (
+        "search.trials=2",
+        "prune.latency_ms=4",
+    ): "search sets the budget of prune by search.keep_flops: set prune.latency_ms=null",
+    ("search.size_mib=2",): "search.size_mib has no effect with search.cost=latency: set search.cost=size",
+    ("search.latency_ms=2", "search.cost=size"): "search.latency_ms has no effect with search.cost=size",
+    ("search.keep_flops=0.3,1.2",): "search.keep_flops=0.3,1.2: expected two numbers above 0 and below 1",
+    ("search.logit_weight=0.5,2", "distill=null"): "search.logit_weight has no effect without the section distill",
+    ("search.box_weight=0.5,2", "distill.teacher=self"): "search.box_weight has no effect with distill.teacher=self",
+    ("search.int8_max_drop=0.01", "qat=null"): "search.int8_max_drop needs the section qat",
     ("baseline.detection_part=true",): "baseline.detection_part has no effect without baseline.pretrained",
 }
 
@@ -390,7 +404,7 @@ def test_contradictions(overrides: tuple[str, ...]) -> None:
 def test_valid_combinations() -> None:
     def left_out(*words: str) -> set[str]:
         loaded = recipe.load("digits", pairs(*words))
-        return {name for name in recipe.SECTIONS if getattr(loaded, name) is None and name != "control"}
+        return {name for name in recipe.SECTIONS if getattr(loaded, name) is None and name not in ("control", "search")}
 
     assert left_out("qat=null", "export.precisions=fp32,fp16") == {"teacher", "qat"}
     assert left_out("qat.calibrator=percentile", "qat.percentile=99.9", "qat.epochs=0") == {"teacher"}
