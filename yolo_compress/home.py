@@ -28,9 +28,9 @@ def searches() -> Path:
 
 
 def holds(path: Path) -> bool:
-    """Return whether `path` is the folder of weights or of data sets, or a path inside these folders."""
+    """Return whether `path` is the folder of weights, data sets or studies, or a path inside these folders."""
     full = path.absolute()
-    return any(full.is_relative_to(folder.absolute()) for folder in (weights(), datasets()))
+    return any(full.is_relative_to(folder.absolute()) for folder in (weights(), datasets(), searches()))
 
 
 def is_recipe_name(name: str) -> bool:

@@ -32,8 +32,8 @@ def handle(command: Command) -> int:
         study = open_study(name)
         found = page.write(study) if action == "report" else document(study)
         return _answer(study, found, ended=False)
-    sampler.require()
     study = _joined(command, name) if action == "worker" else _begun(command, name)
+    sampler.require()
     _work(study)
     return _answer(study, page.write(study), ended=True)
 
@@ -47,6 +47,7 @@ def _begun(command: Command, name: str) -> Study:
     if recipe.search is None:
         recipe = recipe.replaced({"search": SearchConfig()})
     _check_device(recipe)
+    sampler.require()  # before any image is read
     recipe, dataset = preflight.prepare(recipe, Store(home.weights()))
     study = create(name, recipe, len(dataset.train), dataset.digest)
     check_machine(study)

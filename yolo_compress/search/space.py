@@ -106,7 +106,7 @@ def int8_drops(recipe: Recipe, search: SearchConfig) -> tuple[float, ...]:
 
 
 def _criteria(recipe: Recipe) -> tuple[str, ...]:
-    """Return the criteria for `auto`: the recipe's own, then the two that lost least mAP (benchmarks/RESULTS.md)."""
+    """Return the criteria for `auto`: the recipe's own, the default, and the one that lost least mAP (benchmarks/RESULTS.md)."""
     assert recipe.prune is not None
     sparse = ("bn_gamma",) if recipe.sparsify is not None else ()
     return tuple(dict.fromkeys((recipe.prune.criterion, "obs", "taylor", *sparse)))
