@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from tests.support import ml_program
 from tests.support.quant_net import NAMES, SIZE, images, net, run_onnx
 from yolo_compress.export.coreml import write_package
 from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.fp16 import to_fp16
+from yolo_compress.export.qdq import insert_qdq
+from yolo_compress.quant.calibrate import ptq
+from yolo_compress.quant.ranges import fold
 from yolo_compress.runtime.backends.base import EngineInfo
 from yolo_compress.runtime.backends.coreml import MODEL_FILE, CoreMLBackend
 from yolo_compress.runtime.backends.coreml_convert import library
@@ -153,3 +160,38 @@ def test_a_package_with_nms_gives_what_nms_of_the_detector_gives(mac: None, fold
         for name in ("fp32", "fp32-nms")
     )
     assert len(plain) and np.allclose(plain, final, atol=0.05)
+
+
+def test_the_folder_that_export_writes_is_what_the_check_reads(
+    mac: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from yolo_compress.stages import _coreml
+
+    model, folder = net(), tmp_path / "compressed"
+    folder.mkdir()
+    export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
+    export_onnx(model, tmp_path / "opset19.onnx", SIZE, names=NAMES, opset=19)
+    state = fold(ptq(model, lambda: [images(2)], "max"), model)
+    insert_qdq(tmp_path / "opset19.onnx", tmp_path / "codes.onnx", state, "tensorrt11")
+    to_fp16(tmp_path / "codes.onnx", folder / "int8-tensorrt11.onnx", "int8")
+    val = []
+    for number, one in enumerate(images(2, seed=6)):
+        Image.fromarray((one.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(tmp_path / f"{number}.png")
+        val.append(SimpleNamespace(image=tmp_path / f"{number}.png", name=f"{number}.png"))
+    job: Any = SimpleNamespace(
+        recipe=SimpleNamespace(
+            export=SimpleNamespace(nms=True, precisions=("fp32", "int8")), data=SimpleNamespace(max_det=300)
+        ),
+        dataset=SimpleNamespace(val=val, names=NAMES, channels=3),
+        imgsz_hw=SIZE,
+    )
+    _coreml.write(job, folder)
+    packages = json.loads((folder / "coreml" / "coreml.json").read_text())["packages"]
+    assert packages == {f"{one}.mlpackage": one[:4] for one in ("fp32", "fp32-nms", "int8", "int8-nms")}
+    command.main(["--iterations", "1"], folder / "coreml")
+    rows = {row["package"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    assert rows["fp32.mlpackage"]["golden"] == rows["fp32-nms.mlpackage"]["golden"] == "passed"
+    assert rows["int8.mlpackage"]["executed"] == "int8 (57 int8, 6 fp16; of 63 convolutions), as stored"
+    monkeypatch.undo()
+    done = subprocess.run([sys.executable, str(folder / "coreml" / "check.py")], capture_output=True, text=True)
+    assert done.returncode == 4 and "CoreML runs on macOS alone" in done.stderr

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Protocol, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import EngineError
-from .litert_file import FLOAT32
-from .onnx_graph import Node, slice_bounds
-
-if TYPE_CHECKING:
-    from .litert_convert import Conversion
+from .litert_file import FLOAT32, Writer
+from .onnx_graph import Graph, Node, slice_bounds
 
 UNARY = {"Sigmoid": "LOGISTIC", "Exp": "EXP", "Relu": "RELU", "LeakyRelu": "LEAKY_RELU", "Softmax": "SOFTMAX"}
 BINARY = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # to channels last, and back
+
+
+class Conversion(Protocol):
+    """What the functions here use of a `litert_convert.Conversion`."""
+
+    graph: Graph
+    file: Path
+    out: Writer
+
+    def shape(self, name: str, last: bool) -> Tuple[int, ...]: ...
+
+    def read(self, name: str, int8: bool, last: bool) -> int: ...
+
+    def integers(self, node: Node, values: Any) -> int: ...
 
 
 def write(to: Conversion, node: Node, names: List[str], inputs: List[int], outputs: List[int], last: bool) -> None:
