@@ -20,27 +20,37 @@ from yolo_compress.export.coreml import write_package
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.qdq import insert_qdq
+from yolo_compress.prune.budget import choose, keep_flops
+from yolo_compress.prune.cost import conv_shapes
+from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.ranges import QuantState, fold
 from yolo_compress.runtime.backends import coreml_convert
 from yolo_compress.runtime.backends.coreml_convert import census, named
+from yolo_compress.runtime.backends.litert import LiteRtBackend
 from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
 
 pytest.importorskip("coremltools")
+pytest.importorskip("ai_edge_litert")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of coremltools, about the versions of torch and scikit-learn
 
 FILES = {"fp16": "fp16", "int8": "int8-tensorrt11"}
 
 
-def exported(folder: Path, yaml: str) -> dict[str, Path]:
-    """Write the ONNX files of a small detector, and return them by their stem."""
+def exported(folder: Path, yaml: str, share: float = 1.0) -> dict[str, Path]:
+    """Write the ONNX files of a detector, and return them by their stem. `share` of its FLOPs remain."""
     model = net(yaml=yaml)
+    if share < 1:
+        groups, shapes = prunable(model), conv_shapes(model, SIZE)
+        scores = {group.name: torch.arange(group.width).float() for group in groups}
+        prune(model, choose(model, groups, scores, keep_flops(shapes, share), 1, shapes).keep)
     export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
     export_onnx(model, folder / "opset19.onnx", SIZE, names=NAMES, opset=19)
     to_fp16(folder / "fp32.onnx", folder / "fp16.onnx")
     state: QuantState = fold(ptq(model, lambda: [images(4)], "max"), model)
     insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt10")
     insert_qdq(folder / "fp32.onnx", folder / "openvino.onnx", state, "openvino")
+    insert_qdq(folder / "fp32.onnx", folder / "int8-onnxruntime.onnx", state, "onnxruntime")
     insert_qdq(folder / "opset19.onnx", folder / "codes.onnx", state, "tensorrt11")
     to_fp16(folder / "codes.onnx", folder / "int8-tensorrt11.onnx", "int8")
     return {path.stem: path for path in folder.iterdir()}
@@ -98,6 +108,17 @@ def test_packages_compute_what_their_onnx_file_computes(files: dict[str, Path], 
         assert np.abs(got[precision] - expected[precision])[:, :4].max() < 0.1, "px"
         assert np.abs(got[precision] - expected[precision])[:, 4:].max() < 1e-3
     assert_equal_but_for_ties(got["int8"], expected["int8"], expected["fp32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("yaml", "share"), [("yolov8n.yaml", 0.6), ("yolov8s.yaml", 1.0), ("yolov8s.yaml", 0.6)])
+def test_pruned_and_larger_models_are_converted(yaml: str, share: float, tmp_path: Path) -> None:
+    """`write_package` itself refuses a package whose layers, scales or INT8 weights are not those of the file."""
+    found = exported(tmp_path, yaml, share)
+    for precision, stem in FILES.items():
+        write_package(found[stem], tmp_path / f"{precision}.mlpackage", precision)
+        assert (tmp_path / f"{precision}.mlpackage" / "Manifest.json").is_file()
+    LiteRtBackend.build(found["int8-onnxruntime"], tmp_path / "litert", "int8")
 
 
 def test_equal_files_give_equal_packages(yolov8: dict[str, Path], tmp_path: Path) -> None:
