@@ -27,6 +27,8 @@ DOORS = {
     "pycocotools": {"evaluate/coco.py"},
     "onnxruntime": {"runtime/backends/ort.py"},
     "openvino": {"runtime/backends/openvino.py"},
+    "ai_edge_litert": {"runtime/backends/litert.py", "runtime/backends/litert_file.py"},
+    "coremltools": {"runtime/backends/coreml_convert.py", "runtime/backends/coreml_program.py"},
     "tensorrt": {"runtime/backends/tensorrt/library.py"},
     "cuda": {"runtime/backends/tensorrt/cuda.py"},
     "pycuda": {"runtime/backends/tensorrt/cuda.py"},
@@ -65,7 +67,8 @@ FORBIDDEN = {
 ANYWHERE = {"yolo_compress.train.hook", "yolo_compress.recipe.choices"}
 STANDARD = set(sys.stdlib_module_names)
 RUNTIME_THIRD_PARTIES = {
-    "numpy", "cv2", "PIL", "ncnn", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pycuda", "cryptography",
+    "numpy", "cv2", "PIL", "ai_edge_litert", "coremltools", "flatbuffers", "ncnn", "onnx", "onnxruntime", "openvino", "tensorrt",
+    "cuda", "pycuda", "cryptography",
 }  # fmt: skip
 ROS = {"rclpy", "sensor_msgs", "vision_msgs"}  # from the robot's installation, only for the ROS 2 node
 

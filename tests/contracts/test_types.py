@@ -16,6 +16,9 @@ DOORS = {
     "recipe/recipe.py": 6,  # a recipe, before pydantic has checked it
     "recipe/auto_values.py": 1,  # a section's knobs, `auto` among them
     "rollout/judge.py": 1,  # budgets from the command line
+    "runtime/backends/coreml.py": 1,  # outputs by name, as the library takes them
+    "runtime/backends/coreml_program.py": 1,  # values of coremltools' builder
+    "runtime/backends/onnx_graph.py": 1,  # attributes of a node
     "runtime/engine.py": 1,  # the backends by name: classes, not data
     "runtime/json_text.py": 1,  # any JSON text
     "stages/__init__.py": 1,  # what a killed run left in `work`
@@ -62,7 +65,7 @@ def test_only_doors_hold_untyped_mappings() -> None:
 
 
 def test_doors_are_few_and_in_use() -> None:
-    assert sum(DOORS.values()) <= 22
+    assert sum(DOORS.values()) <= 24
     there = {place(name) for name in lines()}
     assert set(DOORS) <= there, f"doors that are no more: {sorted(set(DOORS) - there)}"
 

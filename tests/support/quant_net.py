@@ -6,8 +6,10 @@ import copy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, numpy_helper
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
@@ -74,3 +76,18 @@ def assert_equal_but_for_ties(got: np.ndarray, expected: np.ndarray, expected_fl
     assert np.quantile(difference[:, 4:].mean(axis=(1, 2)), 0.25) < 1e-5, "images without such a value are equal"
     for part in (slice(0, 4), slice(4, None)):
         assert difference[:, part].mean() < 0.25 * rounding[:, part].mean()
+
+
+def in_float32(source: Path, out: Path) -> Path:
+    """Write a copy of an ONNX file with float32 in place of float16."""
+    model = onnx.load(str(source))
+    for stored in model.graph.initializer:
+        if stored.data_type == TensorProto.FLOAT16:
+            stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored).astype(np.float32), stored.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast":
+                attribute.i = TensorProto.FLOAT
+    del model.graph.value_info[:]
+    onnx.save(model, str(out))
+    return out

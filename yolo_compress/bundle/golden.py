@@ -8,7 +8,6 @@ measured differences.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,32 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import DataError
 from yolo_compress.evaluate.exported_files import made_for, open_exported
+from yolo_compress.evaluate.golden_images import sample, write_found
 from yolo_compress.evaluate.rows import engine_rows
-from yolo_compress.evaluate.tolerance import FLOOR, IOU, LEAST_SCORE, MARGIN, Detections, confidence, tolerate
+from yolo_compress.evaluate.tolerance import IOU, LEAST_SCORE, Detections
 from yolo_compress.runtime.backends.base import load_info
-from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import BACKENDS, open_engine
 from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.golden import (
-    FILE,
-    MOST,
-    SCHEMA,
     EngineOf,
-    Golden,
     detections,
 )
 from yolo_compress.runtime.secure.signed_manifest import GoldenAbout
 from yolo_compress.store.manifest import Artifact
-
-MEASURED_IMAGES = 32
-ABOUT = (
-    "same: tolerance for an engine of the same runtime, version, precision and arithmetic; its worst box and score count. Other "
-    f"tolerances are by precision: {MARGIN:g} times the differences between the engines of that precision here, and between them and "
-    "the FP32 engines, measured on images_measured images; at least as large as same. For FP32 the worst difference counts, else the "
-    f"difference that {MOST} % of the boxes stay below."
-)
 
 
 def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, count: int) -> GoldenAbout:
@@ -58,40 +44,10 @@ def write(folder: Path, dataset: Dataset, export: Artifact, engines: Artifact, c
     Raises:
         DataError: The compressed model detects nothing, so engines cannot be compared.
     """
-    folder.mkdir()
-    samples = _spread(list(range(len(dataset.val))), max(MEASURED_IMAGES, count))
-    images = [read_image(dataset.val[index].image) for index in samples]
-    found, about = _detected(export, engines, images)
-    first = found[min(found, key=_float_first)]
-    conf = confidence(first, count)
-    chosen = _chosen(first, conf, count)
-    expected = {key: [_rows(of_all[i], conf * FLOOR) for i in chosen] for key, of_all in found.items()}
-    measured = {key: [rows[rows[:, 4] >= conf * FLOOR] for rows in of_all] for key, of_all in found.items()}
-    boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
-    if not boxes:
-        raise DataError(
-            f"golden: the compressed model detects nothing above a score of {LEAST_SCORE} in {len(images)} validation images, so the "
-            "self-test would pass an engine that detects nothing; train longer, or check the validation images"
-        )
-    tolerances, differences = tolerate(measured, conf, boxes)
-    document: Golden = {
-        "schema": SCHEMA,
-        "conf": conf,
-        "floor": conf * FLOOR,
-        "iou": IOU,
-        "images": [{"file": f"{n}.npy", "name": dataset.val[samples[i]].name} for n, i in enumerate(chosen)],
-        "boxes": boxes,
-        "engines": about,
-        "tolerances": tolerances,
-        "tolerances_from": ABOUT,
-        "images_measured": len(images),
-        "measured": differences,
-        "expected": expected,
-    }
-    for number, index in enumerate(chosen):
-        np.save(folder / f"{number}.npy", images[index])
-    (folder / FILE).write_text(json.dumps(document, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
-    return {"images": len(chosen), "boxes": boxes, "conf": conf, "tolerances": tolerances}
+    samples, images = sample(dataset, count)
+    return write_found(
+        folder, [dataset.val[index].name for index in samples], images, *_detected(export, engines, images), count
+    )
 
 
 def _detected(
@@ -129,25 +85,3 @@ def _detected(
                         "onnx_sha256": sha256_file(export.file(file)),
                     }
     return found, about
-
-
-def _rows(found_N6: np.ndarray, floor: float) -> list[list[float]]:
-    return [
-        [*(round(side, 2) for side in row[:4]), round(row[4], 4), int(row[5])]
-        for row in found_N6[found_N6[:, 4] >= floor].tolist()
-    ]
-
-
-def _chosen(found: Detections, conf: float, count: int) -> list[int]:
-    """Return the indices of `count` images. Images with a box come first, evenly spaced. Images without a box fill the rest."""
-    seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
-    others = [i for i in range(len(found)) if i not in seen]
-    return sorted(_spread(seen, count) + _spread(others, max(count - len(seen), 0)))
-
-
-def _spread(of: list[int], count: int) -> list[int]:
-    return of if count >= len(of) else [of[i * len(of) // count] for i in range(count)]
-
-
-def _float_first(key: str) -> tuple[int, str]:
-    return ("fp32", "fp16", "int8").index(key.rpartition("-")[2]), key

@@ -11,9 +11,13 @@ DEFAULT = "tensorrt"
 RUNTIMES = registry.names()
 TENSORRT = (DEFAULT,)
 CPU = registry.names(gpu=False)
-# Runtimes whose INT8 activations are UINT8 with zero point 128, and those that take only zero point 0.
+# Runtimes whose INT8 activations are UINT8 with zero point 128, and those that take only zero point 0. LiteRT takes both.
 UNSIGNED = tuple(row.name for row in registry.RUNTIMES.values() if any(file.zero_point for file in row.int8))
-SYMMETRIC = tuple(name for name in RUNTIMES if name not in UNSIGNED)
+SYMMETRIC = tuple(
+    row.name
+    for row in registry.RUNTIMES.values()
+    if row.name not in UNSIGNED and not ((taken := registry.int8_file(row.takes)) and taken[1].zero_point)
+)
 
 
 @dataclass(frozen=True)

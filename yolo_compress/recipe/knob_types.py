@@ -20,12 +20,14 @@ IMGSZ_STEP, IMGSZ_MIN, IMGSZ_MAX = 32, 32, 4096  # the largest stride of YOLOv8 
 
 if TYPE_CHECKING:  # a type checker cannot read the values of a Literal from a table
     Runtime = str
+    TimedRuntime = str
     FloatCost = str
     Criterion = str
     FeatureLoss = str
 else:
     Runtime = Literal[registry.names()]
-    FloatCost = Literal[("gflops", *registry.names(gpu=False))]
+    TimedRuntime = Literal[registry.names(times_layers=True)]
+    FloatCost = Literal[("gflops", *registry.names(gpu=False, times_layers=True))]
     Criterion = Literal[tuple(CRITERIA)]
     FeatureLoss = Literal[tuple(FEATURE_LOSSES)]
 OwnFunction = Annotated[str, Field(pattern=r"\.py:\w+$")]  # file.py:function

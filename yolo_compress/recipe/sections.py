@@ -36,6 +36,7 @@ from .knob_types import (
     SourceLr0,
     SourceOptimizer,
     Threads,
+    TimedRuntime,
     WarmupEpochs,
     Weights,
     as_numbers,
@@ -289,7 +290,7 @@ class PruneConfig(TrainConfig):
         "within 5 % of this value.",
         when="Set it instead of `keep_flops` when you know the time that an image may take.",
         group="Budget", unit="ms", gt=0, le=1e5)] = None
-    latency_runtime: Annotated[Runtime, knob(
+    latency_runtime: Annotated[TimedRuntime, knob(
         "Runtime on which the latency for `latency_ms` is measured.",
         when="If you set `latency_ms`, set the runtime of the robot.",
         group="Budget")] = "onnxruntime"
@@ -540,6 +541,11 @@ class ExportConfig(Section):
         "Write each ONNX file a second time, as NAME-nms.onnx, with non-maximum suppression (NMS) in the graph: score "
         "at least 0.25, IoU 0.7, at most 300 boxes. YOLO26 needs no NMS and refuses this.",
         when="Set true when your program has no NMS of its own.",
+        group="Files")] = False
+    coreml: Annotated[bool, knob(
+        "Also write the folder coreml/: packages (.mlpackage) for iPhones and Macs, and a program that checks them on a Mac. "
+        "They are converted here and have never run. Needs coremltools; with nms=true, packages with NMS too.",
+        when="Set true for a program on iOS 17 or macOS 14, or later.",
         group="Files")] = False
     calibration_cache: Annotated[bool, knob(
         "Also write int8-implicit.onnx and int8-implicit.cache: INT8 with the same scales, but without Q/DQ nodes. TensorRT "

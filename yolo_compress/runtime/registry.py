@@ -1,4 +1,4 @@
-"""The list of runtimes (NCNN, ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
+"""The list of runtimes (CoreML, LiteRT, NCNN, ONNX Runtime, OpenVINO, TensorRT), with their names, INT8 files and backends.
 
 This is the only such list: the command line, the recipe, `lint`, `export`, `bench`, the report, the bundle and the robot's commands
 read it. To add a runtime, add an entry here and a `Backend` in `backends/`. docs/extending.md has an example.
@@ -57,6 +57,9 @@ class Runtime(NamedTuple):
         opsets: Smallest and largest ONNX operator set that the runtime reads. None: no known limit.
         build_options: Additional options of the backend's `build`.
         most_images: Largest number of images in one inference; None: no limit.
+        module: Module that `probe` imports and that has the version of the library. "": `name`.
+        takes: Stem of the INT8 file of another runtime that engines are built from, if `int8` is empty.
+        times_layers: Whether the library reports the time of each layer (`node_ms`).
     """
 
     name: str
@@ -71,6 +74,9 @@ class Runtime(NamedTuple):
     opsets: Tuple[Optional[int], Optional[int]] = (None, None)
     build_options: Tuple[str, ...] = ()
     most_images: Optional[int] = None
+    module: str = ""
+    takes: str = ""
+    times_layers: bool = True
 
 
 # From the slowest to the fastest, as measured by bench.py. The last one that is installed is the default on a robot.
@@ -78,12 +84,35 @@ RUNTIMES: Dict[str, Runtime] = {
     row.name: row
     for row in (
         Runtime(
+            name="coreml",  # never measured, so it is no default
+            title="CoreML",
+            about="CoreML of iOS 17 and macOS 14, written by coremltools 9.0",
+            package="coremltools",
+            needs="coremltools and onnx on macOS",
+            backend="backends.coreml:CoreMLBackend",
+            module="coremltools",
+            takes="int8-tensorrt11",
+            times_layers=False,
+        ),
+        Runtime(
+            name="litert",
+            title="LiteRT",
+            about="LiteRT 2.3, CPU, XNNPACK",
+            package="ai-edge-litert",
+            needs="ai-edge-litert and onnx",
+            backend="backends.litert:LiteRtBackend",
+            module="ai_edge_litert",
+            takes="int8-onnxruntime",
+            times_layers=False,
+        ),
+        Runtime(
             name="ncnn",
             title="NCNN",
             about="NCNN 1.0.20261020, CPU",
             package="ncnn",
             needs="ncnn",
-            backend="backends.ncnn:NcnnBackend",  # takes int8.onnx
+            backend="backends.ncnn:NcnnBackend",
+            takes="int8",
             most_images=1,
         ),
         Runtime(
@@ -132,9 +161,13 @@ RUNTIMES: Dict[str, Runtime] = {
 }
 
 
-def names(gpu: Optional[bool] = None) -> Tuple[str, ...]:
-    """Return the names of the runtimes on a GPU (`gpu` is True), on the CPU (False), or of all (None)."""
-    return tuple(row.name for row in RUNTIMES.values() if gpu is None or row.gpu == gpu)
+def names(gpu: Optional[bool] = None, times_layers: bool = False) -> Tuple[str, ...]:
+    """Return the names of the runtimes on a GPU (`gpu` is True), on the CPU (False), or of all (None).
+
+    If `times_layers` is set, leave out the runtimes that do not report the time of each layer.
+    """
+    rows = [row for row in RUNTIMES.values() if row.times_layers or not times_layers]
+    return tuple(row.name for row in rows if gpu is None or row.gpu == gpu)
 
 
 def titles() -> Dict[str, str]:

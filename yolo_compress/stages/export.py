@@ -31,7 +31,7 @@ from yolo_compress.report import numbers
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.registry import qdq_forms
-from yolo_compress.stages import Job, _load_or_train
+from yolo_compress.stages import Job, _coreml, _load_or_train
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed, write_list
 from yolo_compress.stages.metrics import ExportedModel, ExportMetrics, FloatFiles, Int8Files, NmsFiles
 from yolo_compress.store.manifest import Artifact
@@ -65,8 +65,11 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         RecipeError: INT8 files do not support an activation of the model.
         DataError: The calibration images cannot be used (see `check_calibration`).
         EnvironmentLacks: This torch has no quantised convolutions.
+        RuntimeUnavailable: `export.coreml` is set, and coremltools is missing.
     """
     assert recipe.export is not None
+    if recipe.export.coreml:
+        _coreml.check()
     if "int8" in recipe.export.precisions:
         check_calibration(recipe, dataset, "export")
         if recipe.export.torchscript:
@@ -88,6 +91,8 @@ def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> E
         (folder / "fp32.onnx").unlink()
     if config.nms:
         made |= _nms_files(job, folder)
+    if config.coreml:
+        _coreml.write(job, folder)
     progress.say(f"export: {numbers.model(name)}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return made
 

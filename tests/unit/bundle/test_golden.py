@@ -13,6 +13,7 @@ import pytest
 from tests.support.typed import validate
 from yolo_compress.bundle import golden as making
 from yolo_compress.errors import DataError
+from yolo_compress.evaluate import golden_images
 from yolo_compress.evaluate.tolerance import BOX_PX, SCORE, confidence, tolerate
 from yolo_compress.runtime.backends.base import EngineInfo
 from yolo_compress.runtime.errors import EngineError
@@ -102,8 +103,8 @@ def test_images_with_boxes_are_chosen_first() -> None:
     found = [scored(0.05)] * 32
     for i in (1, 2, 3):
         found[i] = scored(0.9, 0.8)
-    assert making._chosen(found, 0.25, 4) == [0, 1, 2, 3]
-    assert making._chosen(found, 0.25, 2) == [1, 2]
+    assert golden_images._chosen(found, 0.25, 4) == [0, 1, 2, 3]
+    assert golden_images._chosen(found, 0.25, 2) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_an_engine_that_detects_nothing_fails_for_any_tolerance(found: dict[str,
 def test_a_model_that_detects_nothing_makes_no_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "0.npy", np.zeros((8, 8, 3), np.uint8))
     dataset: Any = SimpleNamespace(val=[SimpleNamespace(image=tmp_path / "0.npy", name="0")])
-    monkeypatch.setattr(making, "read_image", np.load)
+    monkeypatch.setattr(golden_images, "read_image", np.load)
     monkeypatch.setattr(making, "_detected", lambda export, engines, images: ({"onnxruntime-fp32": [scored()]}, {}))
     nothing: Any = None
     with pytest.raises(DataError, match="detects nothing above"):

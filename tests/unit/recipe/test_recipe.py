@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from yolo_compress.chain import plan
 from yolo_compress.errors import RecipeError
-from yolo_compress.pipeline import plan
 from yolo_compress.recipe import recipe
 
 SHIPPED = ["bccd", "custom", "digits", "digits-l-to-s", "neu_det", "yolov8s-coco"]
@@ -33,7 +33,8 @@ FROZEN = {
     "feature_loss layers ramp_epochs off_without_mosaic",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop sensitivity_price float_groups learned_scales "
     "teach_from_parent",
-    "export": "precisions opset batch dynamic_batch simplify torchscript nms calibration_cache calib_images calibrator percentile",
+    "export": "precisions opset batch dynamic_batch simplify torchscript nms coreml calibration_cache "
+    "calib_images calibrator percentile",
     "engine": "runtimes workspace_mib",
     "bench": "warmup iterations rounds threads",
     "control": "nets max_minutes",
@@ -274,7 +275,7 @@ WRONG = {
     "export.precisions=fp32,fp32": "expected each item once",
     "export.precisions=[]": "got [], expected a list of fp32, fp16, int8",
     "export.precisions=[fp32": "export.precisions:1: expected ',' or ']'",
-    "engine.runtimes=trt": "expected auto or a list of ncnn, onnxruntime, openvino, tensorrt",
+    "engine.runtimes=trt": "expected auto or a list of coreml, litert, ncnn, onnxruntime, openvino, tensorrt",
 }
 
 

@@ -20,6 +20,7 @@ from yolo_compress.evaluate.torch_backend import TorchBackend
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.runtime.backends.base import SIDECAR, census_words, check_output, describe_onnx, load_info
+from yolo_compress.runtime.backends.litert import LiteRtBackend
 from yolo_compress.runtime.backends.ncnn import NcnnBackend
 from yolo_compress.runtime.backends.onnx_metadata import metadata, names_and_imgsz
 from yolo_compress.runtime.backends.openvino import OpenVINOBackend
@@ -32,8 +33,8 @@ from yolo_compress.train import checkpoint
 NAMES = ("bolt", "nut", "screw")
 IMGSZ = (64, 96)
 ONNX: dict[str, Any] = {"onnxruntime": OrtBackend, "openvino": OpenVINOBackend}  # they also open an ONNX file
-CPU: dict[str, Any] = {**ONNX, "ncnn": NcnnBackend}
-FILE = {"onnxruntime": "engine.onnx", "openvino": "engine.bin", "ncnn": "engine.bin"}
+CPU: dict[str, Any] = {**ONNX, "litert": LiteRtBackend, "ncnn": NcnnBackend}
+FILE = {"onnxruntime": "engine.onnx", "openvino": "engine.bin", "litert": "engine.tflite", "ncnn": "engine.bin"}
 
 
 @pytest.fixture(scope="module")

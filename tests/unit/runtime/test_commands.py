@@ -539,7 +539,7 @@ def test_bench_writes_device_json(
     assert row["end_to_end_p50_ms"] > 0 and row["fps"] > 0 and row["memory_mib"] > 10
     assert row["power_w"] is row["idle_w"] is row["energy_mj_per_frame"] is document["power_from"] is None
     missing = {one["runtime"]: one for one in document["rows"][1:]}
-    assert set(missing) == {"ncnn", "openvino", "tensorrt"} and all(
+    assert set(missing) == {"coreml", "litert", "ncnn", "openvino", "tensorrt"} and all(
         one["status"] == "missing" and one["reason"] for one in missing.values()
     )
     assert "onnxruntime-fp32" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, TypedDict, Union, cast
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Protocol, Sequence, Tuple, TypedDict, Union, cast
 
 import numpy as np
 
@@ -186,7 +186,9 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     options = parser.parse_args(argv)
     if options.coco is not None and options.data is None:
         parser.error("--coco needs --data, the folder of its images")
-    floats = [f"{runtime}-{precision}" for runtime in BACKENDS for precision in ("fp32", "fp16")]
+    floats = [
+        f"{runtime}-{precision}" for runtime in registry.names(times_layers=True) for precision in ("fp32", "fp16")
+    ]
     if options.latency_table is not None and not set(options.engine or []) <= set(floats):
         parser.error(f"--latency-table times models in float: give one of {', '.join(floats)} as --engine")
 
@@ -282,7 +284,19 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
     }
 
 
-def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Bundle) -> Accuracy:
+class Judged(Protocol):
+    """What `mean_ap` reads of a bundle."""
+
+    @property
+    def names(self) -> Tuple[str, ...]:
+        """Class names in the order of their index."""
+
+    @property
+    def max_det(self) -> int:
+        """Largest number of detections per image after NMS."""
+
+
+def mean_ap(engine: Backend, labelled: Sequence[Labelled], bundle: Judged) -> Accuracy:
     """Measure the mAP of an engine on this robot: score above 0.001, NMS at IoU 0.7, COCO AP.
 
     The stage `bench` of a recipe measures the mAP in the same way.
@@ -432,7 +446,9 @@ def _latency_table(options: Any) -> int:
     """Print the latency table for `prune.latency_ms` as one JSON document, for one runtime and a float precision."""
     from ..measure.layer_times import take
 
-    runtime, _, precision = (options.engine or [f"{choose_runtimes(None)[0]}-fp32"])[0].partition("-")
+    able = registry.names(times_layers=True)
+    default = next((runtime for runtime in choose_runtimes(None) if runtime in able), able[0])
+    runtime, _, precision = (options.engine or [f"{default}-fp32"])[0].partition("-")
     answer(json.dumps(take(options.latency_table, runtime, precision, options.threads)))
     return 0
 

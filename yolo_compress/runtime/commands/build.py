@@ -233,4 +233,4 @@ def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str
 
 def library_version(runtime: str) -> str:
     """Return the version of the installed engine library. The runtime's `probe` must have imported it."""
-    return str(sys.modules[runtime].__version__)
+    return str(sys.modules[registry.RUNTIMES[runtime].module or runtime].__version__)

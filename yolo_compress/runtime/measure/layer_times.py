@@ -23,6 +23,7 @@ from ..backends.base import PRECISIONS
 from ..commands.command_line import Parser, answer, run_command
 from ..engine import BACKENDS, open_engine
 from ..errors import EngineError
+from ..registry import names
 from .device import DeviceState, device_state
 from .latency import measure
 
@@ -195,7 +196,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table as one JSON document."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--runtime", choices=sorted(BACKENDS), required=True)
+    parser.add_argument("--runtime", choices=sorted(names(times_layers=True)), required=True)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)

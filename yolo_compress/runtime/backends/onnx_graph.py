@@ -1,0 +1,175 @@
+"""Read an ONNX file as plain data, for converters that write each layer themselves: fixed shapes, constants as arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Container, Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import EngineError, RuntimeUnavailable
+
+Shape = Tuple[int, ...]
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+
+
+Attributes = Dict[str, Any]  # name -> number, text, list or array, as ONNX defines it for the kind of node
+
+
+class Node(NamedTuple):
+    """A node of an ONNX graph. An input that is left out is "". Text in attributes is `str`."""
+
+    kind: str
+    name: str
+    inputs: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    attributes: Attributes
+
+
+class Graph(NamedTuple):
+    """An ONNX graph with a fixed batch.
+
+    Attributes:
+        nodes: nodes in the order of the graph, without those that compute constants.
+        constants: arrays by the name of their tensor.
+        shapes: shapes of all other tensors by their name.
+        input, output: names of the images and of the output.
+    """
+
+    nodes: List[Node]
+    constants: Dict[str, np.ndarray]
+    shapes: Dict[str, Shape]
+    input: str
+    output: str
+
+
+def require(install: str) -> Any:
+    """Import and return the onnx package.
+
+    Args:
+        install: the command that installs what the converter needs.
+
+    Raises:
+        RuntimeUnavailable: the package is missing.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeUnavailable(f"onnx does not import ({error})", install) from error
+    return onnx
+
+
+def read(file: Path, imgsz: Sequence[int], install: str) -> Graph:
+    """Read an ONNX file that `export` wrote. An open batch becomes 1.
+
+    Nodes whose inputs are constants are computed, except for the dequantised weights.
+
+    Args:
+        imgsz: height and width of the input, px.
+        install: the command that installs what the converter needs.
+
+    Raises:
+        RuntimeUnavailable: onnx is missing.
+        EngineError: the file takes images of another size, or a shape in it is not fixed.
+    """
+    onnx = require(install)
+    model = onnx.load(str(file))
+    graph = model.graph
+    dims = graph.input[0].type.tensor_type.shape.dim
+    if [dim.dim_value for dim in dims[2:]] != list(imgsz):
+        raise EngineError(
+            f"{file}: takes {[dim.dim_value for dim in dims[2:]]} px, its metadata says {tuple(imgsz)}; export again"
+        )
+    for ends in (graph.input, graph.output):
+        first = ends[0].type.tensor_type.shape.dim[0]
+        first.dim_value = first.dim_value or 1  # a value replaces a name
+    del graph.value_info[:]
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    shapes = _shapes(onnx, model)
+    while _fold(onnx, model, constants, shapes):
+        shapes = _shapes(onnx, model)  # a folded constant can be the shape of another tensor
+    nodes = []
+    for node in graph.node:
+        attributes = {one.name: _plain(onnx.helper.get_attribute_value(one)) for one in node.attribute}
+        nodes.append(Node(node.op_type, node.name, tuple(node.input), tuple(node.output), attributes))
+    open_shapes = [name for node in nodes for name in node.outputs if not all(shapes.get(name, (0,)))]
+    if open_shapes:
+        raise EngineError(f"{file}: the shape of {open_shapes[0]} is not fixed; export again with export.simplify=true")
+    return Graph(nodes, constants, shapes, graph.input[0].name, graph.output[0].name)
+
+
+def require_known(graph: Graph, file: Path, kinds: Container[str], title: str) -> None:
+    """Check that a converter can write every node of a graph.
+
+    Args:
+        kinds: types of nodes that it writes.
+        title: name of its format.
+
+    Raises:
+        EngineError: a node has another type, or attributes that `export` does not write.
+    """
+    for node in graph.nodes:
+        about = node.attributes
+        odd = (
+            (node.kind == "Resize" and (about.get("mode"), about.get("nearest_mode")) != ("nearest", "floor"))
+            or (node.kind == "MaxPool" and (about.get("ceil_mode") or set(about.get("dilations", [1])) != {1}))
+            or (node.kind == "Slice" and len(node.inputs) > 4 and (graph.constants[node.inputs[4]] != 1).any())
+        )
+        if node.kind not in kinds or odd:
+            raise EngineError(
+                f"{file}: {node.name} is a {node.kind}{' of another kind' if odd else ''}, which this package does not convert to "
+                f"{title}; leave this runtime out"
+            )
+
+
+def slice_bounds(inputs: Sequence[Any], shape: Shape) -> Dict[int, Tuple[int, int]]:
+    """Return axis -> (begin, end) of a Slice node, from its inputs and the shape of the first one."""
+    begins, ends, axes = (np.atleast_1d(value).tolist() for value in inputs[1:4])
+    return {axis: slice(begin, end).indices(shape[axis])[:2] for begin, end, axis in zip(begins, ends, axes)}
+
+
+def _shapes(onnx: Any, model: Any) -> Dict[str, Shape]:
+    """Return the shapes of all tensors that are not stored. A size that is not known is 0."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim)
+        for part in (graph.input, graph.value_info, graph.output)
+        for one in part
+    }
+
+
+def _fold(onnx: Any, model: Any, constants: Dict[str, np.ndarray], shapes: Dict[str, Shape]) -> bool:
+    """Compute the nodes whose inputs are constants, and remove them from the graph. Return whether there were any."""
+    kept: List[Any] = []
+    found: Dict[str, np.ndarray] = {}
+    for node in model.graph.node:
+        known = {**constants, **found}
+        if node.op_type == "Shape" and all(shapes.get(node.input[0], (0,))):
+            found[node.output[0]] = np.array(shapes[node.input[0]], np.int64)
+        elif node.op_type != DEQUANTIZE and all(name in known for name in node.input if name):
+            found.update(zip(node.output, _computed(onnx, node, model, known)))
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in found.items())
+    constants.update(found)
+    return bool(found)
+
+
+def _computed(onnx: Any, node: Any, model: Any, constants: Dict[str, np.ndarray]) -> List[np.ndarray]:
+    """Return the outputs of a node whose inputs are constants."""
+    from onnx.reference import ReferenceEvaluator
+
+    opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    ends = [[onnx.helper.make_empty_tensor_value_info(name) for name in names] for names in (node.input, node.output)]
+    graph = onnx.helper.make_graph([node], "node", *ends)
+    alone = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    return [
+        np.asarray(value)
+        for value in ReferenceEvaluator(alone).run(None, {name: constants[name] for name in node.input})
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
