@@ -77,7 +77,6 @@ NOT_RUN = {
     "python3 check.py --data FOLDER": "a Mac; tests/unit/runtime/test_coreml.py runs it with a stand-in",
     "pip install ncnn pnnx": "part of the environment that this runs in",
     "yolo-compress control recipe=digits": "more training; the finished chain has all controls",
-    "yolo-compress distill recipe=bccd": "the images are not here; tests/unit/distill/test_distill_stage.py tests the choice",
     "yolo-compress cascade": "two chains, and more training images than there are; tests/unit/cli/test_cascade_command.py does it",
     "yolo-compress predict engine=my-cascade": "the same",
     "pip install 'yolo-compress[search]'": "part of the environment that this runs in",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 REFERENCE_IMAGES = 100
 EXPONENT = 0.25
-# (epochs at 100 images, minimum). The proportions are those of the recipe `bccd`: 40 for prune, 12 for distill and 3 for QAT,
-# after 30 for the baseline. Results on other data: benchmarks/RESULTS.md, "One's own data".
+# (epochs at 100 images, minimum). The proportions are those that were measured on BCCD: 40 for prune, 12 for distill and 3
+# for QAT, after 30 for the baseline. Results on other data: benchmarks/RESULTS.md, "One's own data".
 EPOCHS = {
     "teacher": (100, 20),
     "baseline": (100, 20),

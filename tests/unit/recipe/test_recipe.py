@@ -14,7 +14,7 @@ from yolo_compress.chain import plan
 from yolo_compress.errors import RecipeError
 from yolo_compress.recipe import recipe
 
-SHIPPED = ["bccd", "custom", "digits", "digits-l-to-s", "neu_det", "yolov8s-coco"]
+SHIPPED = ["bccd", "bccd-fast", "custom", "digits", "digits-l-to-s", "neu_det", "yolov8s-coco"]
 NEEDED = {"custom": ["data.yaml=d.yaml", "baseline.pretrained=yolov8n.pt"]}  # knobs that the user has to set
 MINIMAL = "data: {yaml: d.yaml}\nbaseline: {weights: a.pt}\n"
 TRAIN = (
@@ -81,7 +81,7 @@ def test_shipped_recipe_loads_and_dump_round_trips(name: str, tmp_path: Path) ->
     path.write_text(shipped.dump(), encoding="utf-8")
     assert recipe.load(path) == shipped and shipped.name == name
     assert all(getattr(shipped, stage) for stage in ("prune", "qat", "report"))
-    assert (shipped.distill is None) == (name == "neu_det")  # there the stage cost mAP
+    assert (shipped.distill is None) == (name in ("bccd", "bccd-fast", "neu_det"))  # there the stage cost mAP
 
 
 def test_defaults_are_valid_values(tmp_path: Path) -> None:
@@ -194,12 +194,14 @@ def test_a_stage_that_measures_time_has_the_machine_in_its_key() -> None:
     assert len(set(keys)) == 3
 
 
-def test_a_teacher_on_the_command_line_drops_the_files_knobs_that_it_does_not_use() -> None:
+def test_a_teacher_on_the_command_line_drops_the_files_knobs_that_it_does_not_use(tmp_path: Path) -> None:
     """The recipe's box weight and temperature compare detection heads; distill.teacher=self does not."""
-    loaded = recipe.load("bccd", pairs("distill.teacher=self", "distill.layers=model.4=model.15,model.9=model.21"))
+    text = MINIMAL + "prune: {}\ndistill: {epochs: 12, box_weight: 3.0, temperature: 1.0}\n"
+    loaded = load(tmp_path, text, "distill.teacher=self", "distill.layers=model.4=model.15,model.9=model.21")
     assert loaded.distill is not None and loaded.distill.box_weight == 1.0 and loaded.distill.epochs == 12
     assert loaded.distill.layers == ("model.4=model.15", "model.9=model.21")
-    assert recipe.load("bccd", pairs("distill.teacher=mutual")).distill.box_weight == 3.0
+    mutual = load(tmp_path, text, "distill.teacher=mutual").distill
+    assert mutual is not None and mutual.box_weight == 3.0
     assert "expected null or a list of module names" in refusal("distill.layers=model.4=")
     assert "expected one of weighted_l2, fitnet, cwd" in refusal("distill.feature_loss=l3")
 
@@ -433,7 +435,7 @@ def test_teacher_is_the_student_through_a_link(tmp_path: Path) -> None:
 
 def test_unknown_recipe() -> None:
     assert refusal(name="digit") == "no recipe 'digit', did you mean digits? (a file name ends in .yaml)"
-    assert "shipped are bccd, custom, digits, digits-l-to-s, neu_det, yolov8s-coco" in refusal(name="xyzzy")
+    assert "shipped are bccd, bccd-fast, custom, digits, digits-l-to-s, neu_det, yolov8s-coco" in refusal(name="xyzzy")
     assert "gone.yaml: no such file" in refusal(name="gone.yaml")
     assert "no recipe ''" in refusal(name="")
 
