@@ -128,7 +128,7 @@ def chain_of(block: Any, scheme: Scheme, factors: Sequence[Factor]) -> nn.Sequen
     for parameter in chain.parameters():
         parameter.requires_grad_(block.conv.weight.requires_grad)
     for attribute in LAYER_ATTRIBUTES:
-        if hasattr(block, attribute):
+        if attribute in vars(block):  # `type` of a block that is no layer is a method of nn.Module
             setattr(chain, attribute, getattr(block, attribute))
     return chain
 

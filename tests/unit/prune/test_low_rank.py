@@ -271,27 +271,32 @@ def test_a_table_with_factors_serves_channels_too(case, tmp_path):
         _prune_plan.check(recipe.PruneConfig(kind=kind, latency_ms=limit, latency_table=str(file)), case.model, HW)
 
 
-def test_the_probe_has_each_scheme_at_each_share(case, tmp_path):
-    model = settled().float()
-    latency.write_probe(model, tmp_path, HW, ("a", "b"), 8, factors=True)
+@pytest.mark.slow
+def test_the_probe_has_each_scheme_at_each_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(low_rank, "SHARES", (1.0, 0.5))
+    monkeypatch.setattr(latency, "WIDTHS", (1.0, 0.5))
+    model = net()
+    latency.write_probe(model, tmp_path, HW, NAMES, 8, factors=True)
     described = json.loads((tmp_path / LAYERS).read_text())
     files = [one["file"] for one in described["networks"]]
-    assert files[: len(latency.WIDTHS)] == ["100.onnx", "075.onnx", "050.onnx", "025.onnx"]
-    assert files[len(latency.WIDTHS) :] == [f"{s}-{n:03d}.onnx" for s in SCHEMES for n in (100, 50, 25)]
-    table_names = set(described["nodes"])
-    low = Case(model).low_rank
-    for place in low.places.values():
-        assert place.conv in table_names
+    assert files == [
+        "100.onnx",
+        "050.onnx",
+        *(f"{scheme}-{share}.onnx" for scheme in SCHEMES for share in ("100", "050")),
+    ]
+    for place in places(model, HW, conv_shapes(model, HW)).values():
+        assert place.conv in described["nodes"]
         for scheme in place.schemes():
-            assert set(place.factors(scheme, place.full_ranks(scheme))) <= table_names
+            assert set(place.factors(scheme, place.full_ranks(scheme))) <= set(described["nodes"])
     for one in described["networks"]:
-        factor = one["file"].split("-")[0] in SCHEMES
-        assert all(is_factor(name) == factor for name in one["macs"]), (
-            "the times of whole convolutions come from whole models"
+        factorised = one["file"].split("-")[0] in SCHEMES
+        assert all(is_factor(name) == factorised for name in one["macs"]), (
+            "whole convolutions are timed in whole models"
         )
         nodes = {node.name: 1.0 for node in onnx.load(str(tmp_path / one["file"])).graph.node if node.op_type == "Conv"}
         owners = _by_layer(nodes, described["nodes"])
-        assert all(owners[name] == 1.0 for name in one["macs"]), "each convolution has a node of its own"
+        convs = [name for name in one["macs"] if ".dfl." not in name]
+        assert all(owners[name] == 1.0 for name in convs), "each convolution has a node of its own"
 
 
 # --- INT8 and export --------------------------------------------------------------------------------------------------
@@ -331,24 +336,26 @@ def test_the_int8_plan_has_every_factor_and_the_tensors_between(yaml, scheme):
             assert (conv in placed.convs) == (block not in floats), name
 
 
+def assert_equal_floats(got, expected):
+    """A model with random weights amplifies rounding: boxes in px, then scores."""
+    assert np.abs(got[:, :4] - expected[:, :4]).max() < 0.1 and np.abs(got[:, 4:] - expected[:, 4:]).max() < 1e-3
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("form", list(FORMS))
-def test_int8_files_of_factorised_models(scheme, form, tmp_path):
+def test_int8_files_of_factorised_models(scheme, tmp_path):
     model, batch_BCHW = small(scheme), images(8, seed=3)
     file = tmp_path / "fp32.onnx"
     export_onnx(model, file, SIZE, names=NAMES)
-    assert np.abs(run_onnx(file, batch_BCHW) - run_torch(model, batch_BCHW)).max() < 1e-2
+    assert_equal_floats(run_onnx(file, batch_BCHW), run_torch(model, batch_BCHW))
     state = fold(ptq(model, lambda: [images(4)], "max"), model)
-    counts = insert_qdq(file, tmp_path / "int8.onnx", state, form)
-    assert counts.convs == len(int8_plan(model).convs)
-    if form != "tensorrt10":
-        return
+    for form in FORMS:
+        counts = insert_qdq(file, tmp_path / f"{form}.onnx", state, form)
+        assert counts.convs == len(int8_plan(model).convs)
     fused = copy.deepcopy(model).fuse(verbose=False)
     expected_float = run_torch(fused, batch_BCHW)
     attach(fused, state)
-    assert_equal_but_for_ties(
-        run_onnx(tmp_path / "int8.onnx", batch_BCHW), run_torch(fused, batch_BCHW), expected_float
-    )
+    expected = run_torch(fused, batch_BCHW)
+    assert_equal_but_for_ties(run_onnx(tmp_path / "tensorrt10.onnx", batch_BCHW), expected, expected_float)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -399,7 +406,6 @@ print(json.dumps({"found": found, "scores": scores, "file": str(file), "foreign"
 @pytest.mark.slow
 def test_stock_ultralytics_loads_predicts_validates_and_exports(tmp_path):
     """In a process without this package, with SAFE_LOAD: the numbers are those of the model here."""
-    model = checkpoint.dress(small("mix"), NAMES)
     schemes = ("mix", "spatial", "tucker", "reduce")
     mixed = net()
     found = places(mixed, SIZE, conv_shapes(mixed, SIZE))
@@ -435,9 +441,9 @@ def test_stock_ultralytics_loads_predicts_validates_and_exports(tmp_path):
     assert np.array_equal(run_torch(loaded, x_BCHW), expected)
     best = max(row[4] for row in told["found"])
     assert best == pytest.approx(expected[0, 4:].max(), abs=1e-4)
-    assert np.abs(run_onnx(Path(told["file"]), x_BCHW) - expected).max() < 1e-2
+    assert_equal_floats(run_onnx(tmp_path / told["file"], x_BCHW), expected)
     export_onnx(loaded, tmp_path / "ours.onnx", SIZE, names=NAMES)
-    assert np.abs(run_onnx(tmp_path / "ours.onnx", x_BCHW) - expected).max() < 1e-2
+    assert_equal_floats(run_onnx(tmp_path / "ours.onnx", x_BCHW), expected)
 
 
 def test_a_checkpoint_keeps_the_factors(case, tmp_path):
