@@ -452,9 +452,8 @@ def test_a_checkpoint_keeps_the_factors(case, tmp_path):
     checkpoint.save_model(model, tmp_path / "small.pt")
     loaded = checkpoint.load_model(tmp_path / "small.pt")
     assert checkpoint.widths(loaded) == checkpoint.widths(model)
-    assert {type(module) for module in loaded.modules()} <= {type(module) for module in case.model.modules()} | {
-        nn.Sequential
-    }
+    stock = {type(module) for module in case.model.modules()} | {nn.Sequential, nn.Identity}
+    assert {type(module) for module in loaded.modules()} <= stock
     assert all(type(part) is Conv for block in plan.chosen for part in loaded.get_submodule(block))
 
 
@@ -482,36 +481,54 @@ def shop(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("then", [False, True])
-def test_the_stage_factorises_trains_distils_and_quantises(shop, then):
-    prune = {"kind": "channel", "then": "low_rank", "keep_flops": 0.5} if then else {}
-    distill = {"epochs": 1, "batch": 2, "close_mosaic": 0, "layers": ["model.4", "model.15"], "feature_weight": 1.0}
-    chain, store = (
-        chosen(prune=prune, distill=distill, qat={"epochs": 1, "batch": 2, "close_mosaic": 0}),
-        Store(Path("weights")),
-    )
-    planned = pipeline.dry_run(chain, store)
-    pruned = pipeline.run(chain, "prune", store=store)
+def check_pruned(pruned, planned, kept):
     metrics, model = pruned.metrics, checkpoint.load_model(pruned.file("model.pt"))
-    assert metrics["kept_flops"] == pytest.approx(0.5 if then else 0.6, rel=TOLERANCE)
+    assert metrics["kept_flops"] == pytest.approx(kept, rel=TOLERANCE)
     assert metrics["kept_flops"] == pytest.approx(metrics["compute_gflops"] / planned["gflops"][0], rel=1e-6)
     assert planned["gflops"][1] == pytest.approx(metrics["compute_gflops"], rel=0.01)
     factorised = {name for name, module in model.named_modules() if is_factorised(module)}
     assert set(metrics["low_rank"]["factors"]) == factorised and factorised
     assert metrics["low_rank"]["recommended"] is False and metrics["low_rank"]["runtime"] is None
-    assert ("channels.json" in pruned.manifest.files) == then
     assert "flops.json" in check_types(pruned)
     macs = json.loads(pruned.file("flops.json").read_text())
     assert sum(after for _, after in macs.values()) == conv_macs(model, HW)
     assert "Low rank: " in planned["table"] and "GFLOPs at 64x64" in planned["table"]
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_stage_factorises_trains_distils_and_quantises(shop):
+    distill = {"epochs": 1, "batch": 2, "close_mosaic": 0, "layers": ["model.4", "model.15"], "feature_weight": 1.0}
+    chain, store = chosen(distill=distill, qat={"epochs": 0}), Store(Path("weights"))
+    planned = pipeline.dry_run(chain, store)
+    pruned = pipeline.run(chain, "prune", store=store)
+    model = check_pruned(pruned, planned, 0.6)
+    assert "channels.json" not in pruned.manifest.files and planned["widths"] == {}
     student = checkpoint.load_model(pipeline.run(chain, "distill", store=store).file("model.pt"))
     assert checkpoint.widths(student) == checkpoint.widths(model)
     quantised = pipeline.run(chain, "qat", store=store)
     assert quantised.metrics["quantised_convs"] == len(int8_plan(student).convs)
-    again = chosen(baseline={"weights": str(pruned.file("model.pt"))}, prune=prune)
     with pytest.raises(RecipeError, match="is factorised already"):
-        pipeline.run(again, "prune", store=store)
+        pipeline.run(chosen(baseline={"weights": str(pruned.file("model.pt"))}), "prune", store=store)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_stage_factorises_after_removing_channels(shop):
+    chain = chosen(prune={"kind": "channel", "then": "low_rank", "keep_flops": 0.5, "epochs": 0})
+    store = Store(Path("weights"))
+    planned = pipeline.dry_run(chain, store)
+    pruned = pipeline.run(chain, "prune", store=store)
+    model = check_pruned(pruned, planned, 0.5)
+    widths = json.loads(pruned.file("channels.json").read_text())
+    dense = checkpoint.load_model(Path("whole.pt"))
+    assert widths.keys() == {group.name for group in prunable(dense)}
+    assert any(after < before for before, after in widths.values())
+    flow = flow_of(model, "prune")
+    assert all(flow.widths[name] == after for name, (_, after) in widths.items()), (
+        "factors keep the channels of the layer"
+    )
 
 
 @pytest.mark.parametrize(
