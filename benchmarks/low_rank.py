@@ -170,7 +170,8 @@ def main() -> None:
         row["map50_95"] = statistics.fmean(row["maps"])
         row["macs"] = conv_macs(net, size) / conv_macs(dense, size)
         row["factorised"] = sum(is_factorised(module) for module in net.modules())
-    time_in_turn(rows, nets, dataset.names, size, args)
+    if args.runtimes:
+        time_in_turn(rows, nets, dataset.names, size, args)
     described = environment.describe()
     what = (
         f"recipe {args.recipe}, {args.epochs} epochs, seeds {args.seeds}" if args.recipe else f"{args.weights}, as cut"
@@ -184,7 +185,8 @@ def main() -> None:
         ratios = " | ".join(f"{row[runtime]:.3f}" for runtime in args.runtimes)
         print(f"| {row['macs']:.3f} | {row['way']} | {row['factorised']} | {row['map50_95']:.3f} | {ratios} |")
     print()
-    print("\n".join(verdicts(rows, args.runtimes)))
+    if args.runtimes:
+        print("\n".join(verdicts(rows, args.runtimes)))
     print(json.dumps({"settings": vars(args), "rows": rows, "environment": described}))
 
 

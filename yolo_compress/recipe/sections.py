@@ -258,8 +258,7 @@ class PruneConfig(TrainConfig):
         "What is removed. channel: whole channels. Layers become narrower, and faster on every runtime. low_rank: convolutions "
         "become two or three smaller ones; layers keep their channels. unstructured: single weights become 0. two_four: 2 of "
         "every 4 weights become 0, which Sparse Tensor Cores skip.",
-        when="Try low_rank with `latency_ms`: the result says whether it beats channel. Set the kinds with zeros only when the "
-        "robot's runtime gains from zeros.",
+        when="Try low_rank with `latency_ms`; the kinds with zeros only when the runtime gains from zeros.",
         group="Criterion")] = "channel"
     then: Annotated[Literal["off", "low_rank"], knob(
         "What follows the removal of channels, before fine-tuning. low_rank: convolutions are factorised, until the budget is "
