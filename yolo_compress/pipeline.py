@@ -30,7 +30,7 @@ from yolo_compress.store.source_weights import find_weights
 from yolo_compress.store.store import Store
 
 if TYPE_CHECKING:
-    from yolo_compress.stages._prune_plan import DryRun
+    from yolo_compress.stages._prune_dry_run import DryRun
 
 
 def run(recipe: Recipe, target: str, *, store: Store | None = None, wait: bool = True, again: bool = False) -> Artifact:
@@ -202,13 +202,13 @@ def report_over(
 
 
 def dry_run(recipe: Recipe, store: Store | None = None) -> DryRun:
-    """Return which channels `prune` would remove from the model. Nothing is trained.
+    """Return which channels `prune` would remove from the model, or what it would factorise. Nothing is trained.
 
     Raises:
-        RecipeError: The recipe has no section `prune`, `prune.kind` is not "channel", or the baseline is not trained yet.
+        RecipeError: The recipe has no section `prune`, `prune.kind` makes zeros, or the baseline is not trained yet.
     """
     with _planning(recipe, store or Store(home.weights())) as (job, weights):
-        shown: DryRun = importlib.import_module("yolo_compress.stages._prune_plan").dry_run(job, weights)
+        shown: DryRun = importlib.import_module("yolo_compress.stages._prune_dry_run").dry_run(job, weights)
         return shown
 
 

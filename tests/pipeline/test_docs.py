@@ -62,6 +62,8 @@ NOT_RUN = {
     "python3 digits/switch.py install": "builds all engines once more; tests/unit/runtime/test_switch.py does it",
     "python3 slots/current/switch.py status": "nothing was installed",
     "yolo-compress prune recipe=digits prune.latency_ms=": "the milliseconds are those of a machine",
+    "yolo-compress prune recipe=digits prune.kind=low_rank": "tests/unit/prune/test_low_rank.py runs the stage",
+    "yolo-compress prune recipe=digits prune.then=low_rank": "the same",
     "yolo-compress run recipe=my-recipe.yaml": "minutes; of the same start, `prune` of the recipe `custom` is run",
     "yolo-compress bundle recipe=my-recipe.yaml": "the same",
     **{

@@ -15,6 +15,7 @@ from ultralytics.nn.modules import C2, C2PSA, SPPF, Bottleneck, C2f, Concat, Con
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import check_conv
+from yolo_compress.nets.factors import is_factorised, output_channels
 from yolo_compress.nets.family import Layer
 from yolo_compress.nets.flow import FeatureMap, Flow
 
@@ -63,7 +64,7 @@ def wire_halves(flow: Flow, name: str, block: Any, source: FeatureMap) -> tuple[
 
     In stock blocks both halves have the same number of channels.
     """
-    half = block.cv1.conv.out_channels // 2
+    half = output_channels(block.cv1) // 2
     first, second = flow.split(flow.conv(f"{name}.cv1", source, {f"{name}.cv1a": half, f"{name}.cv1b": half}))
     flow.tie(f"{name}.cv1", first, second)
     return first, second
@@ -82,7 +83,7 @@ def wire_c2f(
     for index, module in enumerate(block.m):
         inner = f"{name}.m.{index}"
         last = outputs[inner] = wire_inner(flow, inner, module, last)
-    flow.chain(name, f"{name}.cv2.conv", halves, outputs)
+    flow.chain(name, f"{name}.cv2", halves, outputs)
     return flow.conv(f"{name}.cv2", flow.join(f"{name} (concat)", *halves, *outputs.values()))
 
 
@@ -95,7 +96,7 @@ def refresh_halves(model: nn.Module) -> None:
     """Update the number of channels of a half in every block that splits its input, in place."""
     for block in model.modules():
         if isinstance(block, C2f | C2 | C2PSA):
-            block.c = block.cv1.conv.out_channels // 2
+            block.c = output_channels(block.cv1) // 2
 
 
 def split_by_sizes(model: nn.Module) -> None:
@@ -146,12 +147,20 @@ def _wire_upsample(flow: Flow, name: str, layer: nn.Upsample, sources: list[Feat
     return sources[0]
 
 
+def _wire_factors(flow: Flow, name: str, layer: nn.Sequential, sources: list[FeatureMap]) -> FeatureMap:
+    if not is_factorised(layer):
+        kinds = " and ".join(type(part).__name__ for part in layer)
+        raise RecipeError(f"{name} is a Sequential of {kinds or 'nothing'}, expected the factors of a convolution")
+    return flow.conv(name, sources[0])
+
+
 def _nothing_to_check(name: str, layer: nn.Module) -> None:
     pass
 
 
 COMMON: dict[type[nn.Module], Layer] = {
     Conv: Layer(check_conv, _wire_conv),
+    nn.Sequential: Layer(_nothing_to_check, _wire_factors),  # `factors.check_whole` refuses it before
     SPPF: Layer(_check_sppf, _wire_sppf),
     Concat: Layer(_nothing_to_check, _wire_concat),
     nn.Upsample: Layer(_nothing_to_check, _wire_upsample),

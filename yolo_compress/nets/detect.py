@@ -22,6 +22,7 @@ from ultralytics.nn.modules import DFL, Conv, Detect, DWConv
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import check_conv, check_conv2d, check_depthwise
+from yolo_compress.nets.factors import is_factorised
 from yolo_compress.nets.family import Layer
 from yolo_compress.nets.flow import FeatureMap, Flow
 
@@ -278,11 +279,11 @@ def _wire_branches(flow: Flow, name: str, head: Any, branches: tuple[str, ...], 
 
 
 def _wire_branch(flow: Flow, name: str, layers: nn.Sequential, source: FeatureMap) -> FeatureMap:
-    for index, layer in enumerate(layers):
-        inner = f"{name}.{index}"
-        if isinstance(layer, nn.Sequential):
+    for child, layer in layers.named_children():
+        inner = f"{name}.{child}"
+        if isinstance(layer, nn.Sequential) and not is_factorised(layer):
             source = _wire_branch(flow, inner, layer, source)
-        elif isinstance(layer, Conv):
+        elif isinstance(layer, Conv | nn.Sequential):
             source = flow.conv(inner, source)
         elif isinstance(layer, nn.Conv2d):
             flow.output(inner, source, OUTPUT_CONV)

@@ -13,6 +13,7 @@ from torch import nn
 
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.nets import detect
+from yolo_compress.nets.factors import check_whole
 from yolo_compress.nets.family import Family
 from yolo_compress.nets.flow import IMAGES, FeatureMap, Flow
 from yolo_compress.nets.yolo11 import YOLO11
@@ -54,11 +55,12 @@ def check_prunable(model: nn.Module) -> Flow:
     """Return the data flow of a model, after a check that channels of every block can be removed and all weights are finite.
 
     Raises:
-        RecipeError: A block, the head or the model is of an unknown class, a convolution is fused, quantised or wrapped, or a
-            block has connections that the family does not support.
+        RecipeError: A block, the head or the model is of an unknown class, a convolution is fused, quantised, wrapped or
+            factorised, or a block has connections that the family does not support.
         NumericsError: A weight or BatchNorm statistic holds NaN or infinity.
     """
     family = family_of(model, "prune")
+    check_whole(model)
     for index, layer in enumerate(model.model):  # type: ignore[arg-type]
         family.layers[type(layer)].check(f"model.{index}", layer)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

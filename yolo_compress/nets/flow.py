@@ -1,7 +1,8 @@
 """Data flow of a detector: what each convolution reads, which tensors meet, and which channels have to be removed together.
 
 A tensor has the name of the module that outputs it. `model.2.cv1` is the output of this Conv block after the activation.
-`model.2.m.0` is the sum of a bottleneck with a shortcut. `images` is the input of the model.
+`model.2.m.0` is the sum of a bottleneck with a shortcut. `images` is the input of the model. A factorised block (`nets.factors`)
+has a tensor after each of its factors, and the last one is the output of the block.
 
 The channels of a tensor are slices. A slice is a run of channels that one convolution writes. A concatenation puts the slices of
 its inputs one after the other. In a sum the slices of both inputs are the same channels, so they have to be removed together. A
@@ -19,6 +20,7 @@ from torch import nn
 
 from yolo_compress.errors import RecipeError
 from yolo_compress.nets.conv import norm_after
+from yolo_compress.nets.factors import factor_names, output_channels
 
 IMAGES = "images"
 WHOLE_LAYER: tuple[tuple[str, ...], ...] = (
@@ -141,6 +143,13 @@ class Flow:
                 A depthwise convolution has the slices of its input.
             why_float: Reason why the convolution always stays in float; empty if it can be INT8.
         """
+        *inner, last = factor_names(block, self._modules[block])
+        for factor in inner:
+            source = self._conv(factor, source, {factor: output_channels(self._modules[factor])}, why_float)
+        return self._conv(last, source, slices or {block: output_channels(self._modules[last])}, why_float)
+
+    def _conv(self, block: str, source: FeatureMap, sizes: Mapping[str, int], why_float: str) -> FeatureMap:
+        """Add one Conv block that is not factorised. `sizes` are the slices of its output; a depthwise one ignores them."""
         name = f"{block}.conv"
         conv: Any = self._modules[name]
         if self._only_trained:
@@ -153,7 +162,6 @@ class Flow:
             made = source.slices
         else:
             self._hold(name, "in", source.slices)
-            sizes = slices or {block: conv.out_channels}
             self.widths.update(sizes)
             self.members.update({piece: {} for piece in sizes})
             made = tuple(sizes)
@@ -242,14 +250,15 @@ class Flow:
 
         Args:
             layer: Name of the layer.
-            reader: Name of the convolution that reads the concatenation of `always` and `outputs`, in this order.
+            reader: Name of the block that reads the concatenation of `always` and `outputs`, in this order.
             always: Tensors that stay.
             outputs: Name of each bottleneck -> its output, in order.
         """
         ends = [sum(map(self._width, always))]
         for output in outputs.values():
             ends.append(ends[-1] + self._width(output))
-        self.chains[layer] = Chain(reader, tuple(outputs), tuple(ends))
+        first = factor_names(reader, self._modules[reader])[0]
+        self.chains[layer] = Chain(f"{first}.conv", tuple(outputs), tuple(ends))
 
     def add_layer(self, layer: str, source: FeatureMap, last: FeatureMap) -> FeatureMap:
         """Add the sum `source + last` of a layer whose attribute `add` says that it has this shortcut, and return the sum.

@@ -94,7 +94,6 @@ class Evidence:
         return loss_gradients(self.model, self.groups, self._losses(self.model))
 
 
-@torch.no_grad()
 def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor]) -> dict[str, Moments]:
     """Return mean and covariance of the input of each convolution that reads channels of a group, by module name.
 
@@ -104,11 +103,29 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
         DataError: There are no images.
         NumericsError: An activation is NaN or infinite.
     """
-    names = dict.fromkeys(member.module for group in groups for member in group.having("in"))
+    return moments_of(model, (member.module for group in groups for member in group.having("in")), batches)
+
+
+@torch.no_grad()
+def moments_of(
+    model: nn.Module,
+    convs: Iterable[str],
+    batches: Iterable[Tensor],
+    observe: Callable[[str, Tensor], None] = lambda conv, x_BCHW: None,
+) -> dict[str, Moments]:
+    """Return mean and covariance of the input of each convolution in `convs`. For the images and errors see `input_moments`.
+
+    Args:
+        model: Stock model. It is not changed.
+        convs: Names of convolutions.
+        batches: Calibration images.
+        observe: Function that is also called with the name and the input of a convolution, for each batch.
+    """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     pixels: dict[str, int] = {}
 
     def record(name: str, x_BCHW: Tensor) -> None:
+        observe(name, x_BCHW)
         x_CN = x_BCHW.float().transpose(0, 1).flatten(1)
         total_C, squares_CC = x_CN.sum(1).double(), (x_CN @ x_CN.T).double()
         previous = sums.get(name)
@@ -117,7 +134,7 @@ def input_moments(model: nn.Module, groups: Iterable[Group], batches: Iterable[T
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
-        for name in names
+        for name in dict.fromkeys(convs)
     ]
     like = next(model.parameters())
     try:

@@ -48,6 +48,11 @@ class ConvShape:
         """MACs of the convolution for one image."""
         return self.area * self.out_channels * self.in_channels
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the convolution and of its BatchNorm."""
+        return (self.kernel * self.in_channels + self.own) * self.out_channels
+
 
 def conv_shapes(model: nn.Module, imgsz_hw: tuple[int, int]) -> dict[str, ConvShape]:
     """Return convolution name -> shape for every convolution of inference, DFL included, for an image of `imgsz_hw` pixels.
@@ -155,16 +160,32 @@ def latency_price(shapes: Mapping[str, ConvShape], table: LayerTable) -> Price:
         table: Layer times of the unpruned model with all its convolutions. `check_table` has accepted it.
     """
     area_N = np.array([shape.area for shape in shapes.values()], dtype=np.float64)
-    curves = [np.array(sorted(table["layers"][name])).T for name in shapes]
-    rest = np.array(sorted(table["rest"])).T
+    curves = [_curve(table["layers"][name]) for name in shapes]
+    rest = _curve(table["rest"])
+    scale = table_scale(table)
+    return lambda out_N, in_N: scale * _unscaled_ms(curves, rest, area_N * out_N * in_N)
 
-    def unscaled(curves: Sequence[np.ndarray], macs_N: np.ndarray) -> float:
-        convs = sum(_interpolate(curve, macs) for curve, macs in zip(curves, macs_N, strict=True))
-        return convs + _interpolate(rest, float(np.sqrt(macs_N.sum())))
 
-    every = [np.array(sorted(points)).T for points in table["layers"].values()]
-    scale = float(table["whole_ms"]) / unscaled(every, np.array([curve[0, -1] for curve in every]))
-    return lambda out_N, in_N: scale * unscaled(curves, area_N * out_N * in_N)
+def table_scale(table: LayerTable) -> float:
+    """Return the latency of the whole unpruned model divided by the sum of the times in the table. The profiler slows down layers."""
+    every = [_curve(points) for points in table["layers"].values()]
+    return float(table["whole_ms"]) / _unscaled_ms(
+        every, _curve(table["rest"]), np.array([curve[0, -1] for curve in every])
+    )
+
+
+def conv_ms(table: LayerTable, name: str, macs: float) -> float:
+    """Return the time of the convolution `name` with `macs` MACs, before `table_scale`: interpolated between its measured times."""
+    return _interpolate(_curve(table["layers"][name]), macs)
+
+
+def _unscaled_ms(curves: Sequence[np.ndarray], rest: np.ndarray, macs_N: np.ndarray) -> float:
+    convs = sum(_interpolate(curve, macs) for curve, macs in zip(curves, macs_N, strict=True))
+    return convs + _interpolate(rest, float(np.sqrt(macs_N.sum())))
+
+
+def _curve(points: Sequence[list[float]]) -> np.ndarray:
+    return np.array(sorted(points)).T
 
 
 def _interpolate(curve: np.ndarray, x: float) -> float:

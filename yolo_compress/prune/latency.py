@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -29,9 +29,9 @@ from yolo_compress.export.timed_onnx import export_timed
 from yolo_compress.files import strict_json
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.nets import detect
-from yolo_compress.prune.budget import Plan
-from yolo_compress.prune.cost import conv_shapes
-from yolo_compress.prune.depth import remove
+from yolo_compress.nets.factors import SCHEMES, is_factor
+from yolo_compress.prune import low_rank
+from yolo_compress.prune.cost import conv_shapes, table_scale
 from yolo_compress.prune.graph import Group, prunable, prune
 from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.interleaved import measure_in_turn
@@ -48,7 +48,15 @@ ROUNDS, SAMPLES = 6, 15
 LAUNCHES = (5, 12)  # smallest and largest number of launches per comparison; it stops when the median is `SETTLED`
 SETTLED = 0.01  # relative standard error of the ratio
 
-Planner = Callable[[float], Plan]  # latency limit in ms, as estimated from the layer times -> channels to keep
+
+class Planned(Protocol):
+    """What stays of a model: a `Plan` of channels or a `LowRankPlan`."""
+
+    @property
+    def kept_flops(self) -> float: ...
+
+
+P = TypeVar("P", bound=Planned)
 
 
 def write_probe(
@@ -59,11 +67,13 @@ def write_probe(
     round_to: int,
     runtime: str = "",
     precision: str = "fp32",
+    factors: bool = False,
 ) -> None:
     """Write ONNX files of the model at all `WIDTHS`, and the `layers.json` that `runtime.measure.layer_times` reads.
 
     These files are the probe: they are only timed. Each group keeps its first channels, since the latency does not depend on which
-    channels are removed.
+    channels are removed. With `factors`, there is also a file for each scheme of `nets.factors` and each of `low_rank.SHARES`, in
+    which every convolution that allows it is factorised.
 
     Args:
         model: Stock model. It is not changed.
@@ -72,20 +82,33 @@ def write_probe(
         names: Class names in the order of their index.
         round_to: Widths are multiples of this number. Use the same number when channels are chosen with the layer times.
         runtime, precision: For INT8, the runtime that the files are for. Files in float are for every runtime.
+        factors: Also time factors, for `low_rank`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = []
     nodes: dict[str, str] = {}
+
+    def add(timed: nn.Module, file: str) -> None:
+        export_timed(timed, folder / file, imgsz_hw, names, runtime, precision)
+        shapes = conv_shapes(timed, imgsz_hw)
+        if factorised := [name for name in shapes if is_factor(name)]:
+            shapes = {name: shapes[name] for name in factorised}  # the times of the others are known
+        models.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
+        nodes.update(node_prefixes(folder / file, [name for name in shapes if name not in nodes]))
+
     for width in WIDTHS:
         narrow = copy.deepcopy(model)
         if width < 1:
             groups = prunable(narrow)
             prune(narrow, {group.name: torch.arange(_narrow_width(group, width, round_to)) for group in groups})
-        file = f"{round(100 * width):03d}.onnx"
-        export_timed(narrow, folder / file, imgsz_hw, names, runtime, precision)
-        shapes = conv_shapes(narrow, imgsz_hw)
-        models.append({"file": file, "macs": {name: shape.macs for name, shape in shapes.items()}})
-        nodes = nodes or node_prefixes(folder / file, shapes)
+        add(narrow, f"{round(100 * width):03d}.onnx")
+    if factors:
+        found = low_rank.places(model, imgsz_hw, conv_shapes(model, imgsz_hw))
+        for scheme in SCHEMES:
+            for share in low_rank.SHARES:
+                split = copy.deepcopy(model)
+                low_rank.uniform(split, found, scheme, share, round_to)
+                add(split, f"{scheme}-{round(100 * share):03d}.onnx")
     described = {"networks": models, "nodes": nodes, "imgsz": list(imgsz_hw)}
     atomic_write(folder / LAYERS, json.dumps(described) + "\n")
 
@@ -175,6 +198,17 @@ def read_table(file: Path, imgsz_hw: tuple[int, int]) -> LayerTable:
             f"prune.latency_table: {file} was measured at {table['imgsz']}, the recipe has {list(imgsz_hw)}; measure it again"
         )
     return cast(LayerTable, table)
+
+
+def without_factors(table: LayerTable) -> LayerTable:
+    """Return a table of layer times without the times of factors, as it is measured for channels alone."""
+    layers = {name: curve for name, curve in table["layers"].items() if not is_factor(name)}
+    return {**table, "layers": layers, "rest": table["rest"][: len(WIDTHS)]}
+
+
+def factor_times(table: LayerTable) -> low_rank.FactorTimes:
+    """Return the times of layers and factors of a table (`write_probe` with `factors`)."""
+    return low_rank.FactorTimes(table, table_scale(without_factors(table)))
 
 
 def _is_number(value: Any) -> bool:
@@ -267,32 +301,33 @@ def _standard_error(ratios: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Hit:
-    """The channels to keep that `hit` found for a latency limit, and the measured latencies.
+class Hit(Generic[P]):
+    """The plan that `hit` found for a latency limit, and the measured latencies.
 
     Attributes:
         asked_ms: latency limit that the planner got for `plan`, on the scale of the layer times.
         measured_ms: measured latency of the pruned model.
         unpruned_ms: measured latency of the unpruned model.
-        plan: channels to keep.
+        plan: what stays.
     """
 
     asked_ms: float
     measured_ms: float
     unpruned_ms: float
-    plan: Plan
+    plan: P
 
 
 def hit(
     model: nn.Module,
-    planner: Planner,
+    planner: Callable[[float], P],
     limit_ms: float,
     table_ms: float,
     rig: Rig,
     unpruned: Path,
     say: Callable[[str], None],
-) -> Hit:
-    """Find the channels to keep for which the measured latency of the pruned model is `limit_ms`.
+    apply: Callable[[nn.Module, P], None],
+) -> Hit[P]:
+    """Find the plan for which the measured latency of the pruned model is `limit_ms`.
 
     Each pruned model is built and timed. The layer times predict relative latencies better than absolute ones. The limit that is
     passed to `planner` is therefore adjusted after each measurement, by interpolation between the nearest results below and above
@@ -300,12 +335,13 @@ def hit(
 
     Args:
         model: Model to prune. It is not changed.
-        planner: Function that returns the channels to keep for a limit in ms, as estimated from the layer times.
+        planner: Function that returns the plan for a limit in ms, as estimated from the layer times.
         limit_ms: Latency to reach.
         table_ms: Latency of the unpruned model according to the table of layer times.
         rig: Builds and times models.
         unpruned: Engine of the unpruned model, built by `rig`.
         say: Function to call with one line of text after each timed model.
+        apply: Function that makes the model of a plan, in place.
 
     Raises:
         CompressError: No pruned model came within `TOLERANCE` of the limit.
@@ -317,7 +353,7 @@ def hit(
             f"prune: latency_ms={limit_ms:g} is already met: the unpruned model takes {unpruned_ms:.3g} ms; set a smaller limit"
         )
     limit_for_table = limit_ms / unpruned_ms * table_ms
-    tried: list[tuple[float, float, Plan]] = []  # (limit for `planner`, ratio to the unpruned model, plan)
+    tried: list[tuple[float, float, P]] = []  # (limit for `planner`, ratio to the unpruned model, plan)
     while len(tried) < TRIES:
         try:
             plan = planner(limit_for_table)
@@ -326,7 +362,7 @@ def hit(
                 raise
             break  # there is no narrower model
         candidate = copy.deepcopy(model)
-        remove(candidate, plan)
+        apply(candidate, plan)
         comparison = rig.compare(rig.build_model(candidate, "candidate"), unpruned)
         unpruned_ms = min(unpruned_ms, comparison.unpruned_ms)
         tried.append((limit_for_table, comparison.share, plan))

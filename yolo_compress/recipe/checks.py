@@ -108,6 +108,14 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
             f"prune.sensitivity={prune.sensitivity} limits the loss of channels, not of bottlenecks: "
             "set prune.sensitivity=off or prune.depth=false"
         )
+    if (
+        prune.then == "off"
+        and prune.then_share != _default(prune, "then_share")
+        and "then" not in prune.idle(prune.kind)
+    ):
+        yield f"prune.then_share={prune.then_share} has no effect with prune.then=off: leave it out"
+    if prune.then == "low_rank" and prune.rounds > 1:
+        yield f"prune.rounds={prune.rounds} does not work with prune.then=low_rank, which factorises once: set prune.rounds=1"
     if prune.epochs != "auto" and 0 < prune.epochs < prune.rounds:
         yield f"prune.epochs={prune.epochs} is less than prune.rounds={prune.rounds}: give each round at least one epoch"
 
@@ -115,7 +123,11 @@ def _check_prune(prune: PruneConfig) -> Iterator[str]:
 def _check_control(recipe: Sections, control: ControlConfig) -> Iterator[str]:
     able = possible(recipe)
     if control.nets != "auto" and (idle := [net for net in control.nets if net not in able]):
-        missing = {"longer": "a stage that trains with labels", "taught": "a teacher", "narrowed": "prune.kind=channel"}
+        missing = {
+            "longer": "a stage that trains with labels",
+            "taught": "a teacher",
+            "narrowed": "prune.kind=channel or low_rank",
+        }
         yield f"control.nets: {idle[0]} needs {missing[idle[0]]}; this recipe can have {', '.join(able) or 'no control'}"
 
 

@@ -32,8 +32,8 @@ def has_teacher(recipe: Sections) -> bool:
 
 
 def cuts(recipe: Sections) -> bool:
-    """Return whether the recipe removes channels."""
-    return recipe.prune is not None and recipe.prune.kind == "channel"
+    """Return whether the recipe makes the model smaller, by fewer channels or by factors."""
+    return recipe.prune is not None and recipe.prune.kind in ("channel", "low_rank")
 
 
 def possible(recipe: Sections) -> tuple[ControlNet, ...]:

@@ -256,13 +256,24 @@ class SparsifyConfig(TrainConfig):
 
 
 class PruneConfig(TrainConfig):
-    """Remove channels to meet a budget, or set weights to 0. Then fine-tune, unless `epochs` is 0."""
+    """Remove channels or factorise convolutions to meet a budget, or set weights to 0. Then fine-tune, unless `epochs` is 0."""
 
-    kind: Annotated[Literal["channel", "unstructured", "two_four"], knob(
-        "What is removed. channel: whole channels. Layers become narrower, and faster on every runtime. unstructured: "
-        "single weights become 0. two_four: 2 of every 4 weights become 0, which Sparse Tensor Cores skip.",
-        when="Change it only when the robot's runtime gains from zeros among the weights.",
+    kind: Annotated[Literal["channel", "low_rank", "unstructured", "two_four"], knob(
+        "What is removed. channel: whole channels. Layers become narrower, and faster on every runtime. low_rank: convolutions "
+        "become two or three smaller ones; layers keep their channels. unstructured: single weights become 0. two_four: 2 of "
+        "every 4 weights become 0, which Sparse Tensor Cores skip.",
+        when="Try low_rank with `latency_ms`; the kinds with zeros only when the runtime gains from zeros.",
         group="Criterion")] = "channel"
+    then: Annotated[Literal["off", "low_rank"], knob(
+        "What follows the removal of channels, before fine-tuning. low_rank: convolutions are factorised, until the budget is "
+        "met. off: channels alone meet the budget.",
+        when="Try low_rank when channels alone cost too much mAP.",
+        group="Criterion")] = "off"
+    then_share: Annotated[float, knob(
+        "Share of the reduction that `then` makes. Equal shares reduce the cost by the same factor: with `keep_flops` 0.25 and a "
+        "share of 0.5, channels keep 0.5 of the MACs, and the factors 0.5 of those. Used only if `then` is low_rank.",
+        when="Raise it when channels lose too much; lower it when the factors do.",
+        group="Advanced", unit="fraction", gt=0, lt=1)] = 0.3
     sparsity: Annotated[float, knob(
         "Fraction of the weights that become 0. Used only if `kind` is unstructured.",
         when="Raise it until mAP falls too far.",
@@ -319,8 +330,8 @@ class PruneConfig(TrainConfig):
         when="Raise it (2 to 4) when much is removed and there are many epochs.",
         group="Training", unit="rounds", ge=1, le=100)] = 1
     round_to: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], knob(
-        "Channel counts become multiples of this number. AVX2 processes 8 channels at once, AVX-512 and Tensor Cores 16, "
-        "and Tensor Cores in INT8 32.",
+        "Channel counts, and the ranks of factors, become multiples of this number. AVX2 processes 8 channels at once, AVX-512 "
+        "and Tensor Cores 16, and Tensor Cores in INT8 32.",
         when="Set 8 for small models and CPUs with AVX2, 32 for INT8 on a GPU.",
         group="Budget", unit="channels")] = 16
     depth: Annotated[bool, knob(
@@ -329,12 +340,13 @@ class PruneConfig(TrainConfig):
         when="Set true when the latency of single images counts and half of the FLOPs or more remain.",
         group="Budget")] = False
     floor: Annotated[float, knob(
-        "Each channel group keeps at least this fraction of its channels. It does not limit how many bottlenecks `depth` removes.",
+        "Each channel group keeps at least this fraction of its channels. It does not limit how many bottlenecks `depth` removes. "
+        "Between the factors of a convolution, it is the fraction of the channels on its narrower side.",
         when="Lower it when the budget cannot be reached; raise it when a layer becomes too narrow.",
         group="Advanced", unit="fraction", ge=0, lt=1)] = 0.1
     reconstruct: Annotated[bool, knob(
         "Before any training, refit the weights of the remaining channels by least squares, so that they compensate for the "
-        "removed channels (arXiv 1707.06168).",
+        "removed channels (arXiv 1707.06168). For low rank, refit the last factor of each convolution.",
         when="Set false only to measure what this step gains.",
         group="Advanced")] = True
     calib_images: Annotated[int, knob(
@@ -349,6 +361,9 @@ class PruneConfig(TrainConfig):
     epochs: Epochs = 40
 
     BUDGETS: ClassVar[tuple[str, ...]] = ("keep_flops", "keep_params", "latency_ms")
+    CHANNELS: ClassVar[frozenset[str]] = frozenset(  # knobs that only choose channels
+        {"criterion", "scope", "sensitivity", "max_drop", "rounds", "depth", "then", "then_share"}
+    )
     MASKS: ClassVar[dict[str, frozenset[str]]] = {  # the kinds that make zeros, each with the knobs of this section that it uses
         "unstructured": frozenset({"sparsity", "scope"}),
         "two_four": frozenset(),
@@ -359,8 +374,15 @@ class PruneConfig(TrainConfig):
         """Return the names of the knobs that have no effect with this `kind`."""
         if kind == "channel":
             return ["sparsity"]
+        if kind == "low_rank":
+            return [knob for knob in cls.model_fields if knob == "sparsity" or knob in cls.CHANNELS]
         read = {*TrainConfig.model_fields, "kind", "calib_images", "teach_from_parent", *cls.MASKS[kind]}
         return [knob for knob in cls.model_fields if knob not in read]
+
+    @property
+    def factorises(self) -> bool:
+        """Whether convolutions are factorised."""
+        return self.kind == "low_rank" or self.then == "low_rank"
 
     @property
     def budget(self) -> tuple[str, float]:

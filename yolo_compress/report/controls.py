@@ -21,6 +21,8 @@ def added(recipe: Recipe) -> dict[str, list[str]]:
     """Return, for each model from the baseline to the compressed one, the parts of the chain that the model before it lacks."""
     channels = cuts(recipe)
     choice = "the choice of channels" + (" and bottlenecks" if recipe.prune and recipe.prune.depth else "")
+    if recipe.prune and recipe.prune.factorises:
+        choice = "low rank in place of fewer channels" if recipe.prune.kind == "low_rank" else f"{choice}, and low rank"
     pruned = [choice] if channels else ["zero weights"] if recipe.prune else []
     return {
         "baseline": [],

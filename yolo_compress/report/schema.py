@@ -248,6 +248,17 @@ class Verdict(TypedDict):
 # The stages
 
 
+class LowRankFigures(TypedDict):
+    """What `prune` factorised, and the comparison with channel pruning for the same budget, before any fine-tuning."""
+
+    factors: dict[str, str]  # block -> scheme and ranks, as in "tucker 32, 48"
+    convolutions: int  # convolutions of the model before
+    loss: float  # mean detection loss over the calibration images
+    channel_loss: float | None  # the same after channel pruning alone; null if that cannot meet the budget
+    runtime: str | None  # runtime of the measured layer times; null if the budget is not in ms
+    recommended: bool  # see `report.low_rank.is_recommended`
+
+
 class StageFigures(Interval):
     """The model that a stage of the recipe made, with its measurements."""
 
@@ -271,6 +282,7 @@ class StageFigures(Interval):
     map50_95_after_bn: NotRequired[float | None]  # after re-estimating BatchNorm, before any training
     kept_flops: NotRequired[float]  # FLOPs after / before
     bottlenecks: NotRequired[dict[str, list[int]]]  # layer -> bottlenecks [before, after]; absent without `prune.depth`
+    low_rank: NotRequired[LowRankFigures]  # absent if no convolution was factorised
     latency_target_ms: NotRequired[float]
     latency_measured_ms: NotRequired[float]
     latency_runtime: NotRequired[str]  # runtime of the latency target

@@ -7,90 +7,55 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from yolo_compress import progress
-from yolo_compress.errors import RecipeError
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
+from yolo_compress.nets.families import check_prunable
 from yolo_compress.prune import budget, depth, latency, sensitivity
 from yolo_compress.prune.budget import Budget, Plan, choose
 from yolo_compress.prune.calibration_stats import Evidence, Moments
 from yolo_compress.prune.cost import ConvShape, conv_shapes
 from yolo_compress.prune.criteria import find, scores
-from yolo_compress.prune.graph import Group, prunable
+from yolo_compress.prune.depth import remove
+from yolo_compress.prune.graph import Group, prunable, prune
+from yolo_compress.prune.low_rank import LowRank, LowRankPlan
 from yolo_compress.recipe.recipe import PruneConfig
 from yolo_compress.report.schema import SensitivityFile
 from yolo_compress.runtime.measure.layer_times import LayerTable
 from yolo_compress.stages import Job, load_progress
 from yolo_compress.stages._calibration_images import calibration_samples, letterboxed
 from yolo_compress.stages._model_score import MEASURES
-from yolo_compress.stages._training import device
 from yolo_compress.stages.file_types import AskedMs, PruneSensitivityBegun
 from yolo_compress.stages.metrics import LatencyBudget
 from yolo_compress.train import checkpoint, losses
 
+P = TypeVar("P", Plan, LowRankPlan)
 EPOCHS_OF_SENSITIVITY = 2  # most time for sensitivity by loss, in training epochs
 FORWARDS_PER_STEP = (
     2  # forward passes in the time of a training step: three, less one for reading, loss and reconstruction
 )
 
 
-class DryRun(TypedDict):
-    """What `prune` would remove, and the cost of the model. Lists and tuples are [before, after] pruning."""
-
-    table: str  # table for the terminal
-    widths: dict[str, tuple[int, int]]  # group -> channels
-    gflops: list[float]  # GFLOPs of one image
-    parameters: list[int]
-    bottlenecks: NotRequired[dict[str, tuple[int, int]]]  # layer -> bottlenecks; absent without `prune.depth`
-    expected_ms: NotRequired[list[float]]  # latency by the table of layer times; absent for other budgets
-
-
-def dry_run(job: Job, weights: Path) -> DryRun:
-    """Return which channels `prune` would remove from the checkpoint in one step. Nothing is trained or built.
-
-    For a budget in ms the latency comes from the table of layer times. Only `prune` itself builds and times the model.
-
-    Raises:
-        RecipeError: `prune.kind` is not "channel".
-    """
-    if job.config.kind != "channel":
-        raise RecipeError(f"prune.kind={job.config.kind} changes no width: there is no plan to show")
-    model = checkpoint.load_model(weights).to(device(job))
-    planner = Planner(job, model)
-    plan = planner.one_cut(model)
-    gflops = [2 * macs / 1e9 for macs in (plan.macs_before, plan.macs_after)]
-    parameters = [plan.parameters_before, plan.parameters_after]
-    height, width = job.imgsz_hw
-    totals = [_total(f"GFLOPs at {height}x{width}", gflops, ".3f"), _total("parameters", parameters, ",d")]
-    if plan.bottlenecks:
-        totals.append(f"bottlenecks: {bottlenecks_text(plan.bottlenecks)}")
-    found: DryRun = {"table": "", "widths": plan.widths, "gflops": gflops, "parameters": parameters}
-    if plan.bottlenecks:
-        found["bottlenecks"] = plan.bottlenecks
-    if planner.table is not None:
-        found["expected_ms"] = [planner.table["whole_ms"], plan.cost]
-        totals.append(_total(f"ms on {planner.table['runtime']}, by its layers", found["expected_ms"], ".2f"))
-    return {**found, "table": _text(plan, totals)}
-
-
 def probe(job: Job, weights: Path, folder: Path) -> None:
     """Write the model at several widths into `folder`. A robot can then time the layers (`runtime.measure.layer_times`)."""
-    latency.write_probe(checkpoint.load_model(weights), folder, job.imgsz_hw, job.dataset.names, job.config.round_to)
-
-
-def _text(plan: Plan, totals: Sequence[str]) -> str:
-    lines = [f"{'group':<20} {'channels':>14} {'kept':>6}"]
-    for name, (before, after) in plan.widths.items():
-        lines.append(f"{name:<20} {before:>5} -> {after:>5} {after / before:>6.0%}")
-    return "\n".join([*lines, "", *totals])
+    config: PruneConfig = job.config
+    latency.write_probe(
+        checkpoint.load_model(weights),
+        folder,
+        job.imgsz_hw,
+        job.dataset.names,
+        config.round_to,
+        factors=config.factorises,
+    )
 
 
 def bottlenecks_text(bottlenecks: Mapping[str, tuple[int, int]]) -> str:
@@ -100,37 +65,38 @@ def bottlenecks_text(bottlenecks: Mapping[str, tuple[int, int]]) -> str:
     return f"{before} -> {after}" + (f" ({changed})" if changed else "")
 
 
-def _total(title: str, both: Sequence[float], form: str) -> str:
-    before, after = both
-    return f"{title}: {before:{form}} -> {after:{form}} ({after / before:.1%})"
-
-
 def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> None:
     """Check the section `prune` as far as possible without trained weights.
 
     `prune.latency_ms` is checked only with `prune.latency_table`, because otherwise the layers would have to be timed.
 
     Args:
-        config: Section `prune` with kind "channel".
+        config: Section `prune` with kind "channel" or "low_rank".
         model: Model of `baseline`, untrained. Training does not change its channel counts. With `prune.depth` it is changed.
         imgsz_hw: Height and width of the input, px.
 
     Raises:
         RecipeError: The criterion is unknown, the table was measured with another model or image size, no pruning reaches
-            the budget, or `prune.depth` is true and the model has no bottlenecks.
+            the budget, `prune.depth` is true and the model has no bottlenecks, or the model is factorised already.
         EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
     """
     find(config.criterion)
-    table = None
+    check_prunable(model)
+    table = times = None
     if config.depth:
         depth.require_chains(model)
     if config.latency_ms is not None:
         if config.latency_table is None:
             return latency.require(config.latency_runtime, "prune.latency_runtime")
-        table = latency.read_table(Path(config.latency_table), imgsz_hw)
+        whole = latency.read_table(Path(config.latency_table), imgsz_hw)
+        table, times = latency.without_factors(whole), latency.factor_times(whole)
     shapes = conv_shapes(model, imgsz_hw)
     limit = _budget(config, shapes, table)
+    if config.factorises:
+        if config.kind == "low_rank":
+            return LowRank(model, shapes, imgsz_hw, config.round_to, config.floor, tuple, times).check(limit)
+        limit = _part_of(limit, table, 1 - config.then_share)
     if config.depth:  # the smallest model is the one without bottlenecks
         found = depth.chains(model)
         counts = dict.fromkeys(found, 0)
@@ -139,6 +105,14 @@ def check(config: PruneConfig, model: nn.Module, imgsz_hw: tuple[int, int]) -> N
     groups = prunable(model)
     least = _floors(config, {group.name: group.width for group in groups})
     budget.check_reachable(model, groups, limit, config.round_to, shapes, config.floor, least)
+    if (
+        config.then == "low_rank" and config.scope == "local" and not config.depth
+    ):  # the widths hardly depend on the scores
+        even = {group.name: torch.zeros(group.width) for group in groups}
+        narrow = copy.deepcopy(model)
+        prune(narrow, choose(model, groups, even, limit, config.round_to, shapes, config.floor, config.scope).keep)
+        low_rank = LowRank(narrow, conv_shapes(narrow, imgsz_hw), imgsz_hw, config.round_to, config.floor, tuple, times)
+        low_rank.check(_budget(config, shapes, table))
     return None
 
 
@@ -155,6 +129,12 @@ def _budget(config: PruneConfig, shapes: Mapping[str, ConvShape], table: LayerTa
     return make(shapes, value)
 
 
+def _part_of(limit: Budget, table: LayerTable | None, part: float) -> Budget:
+    """Return the budget that makes a share `part` of the reduction, where equal shares reduce the cost by the same factor."""
+    start = float(table["whole_ms"]) if table else limit.unit
+    return replace(limit, target=start * (limit.target / start) ** part)
+
+
 class Planner:
     """Chooses which channels to remove from one model, in one or several rounds, until the model meets the budget."""
 
@@ -166,15 +146,35 @@ class Planner:
         found = depth.require_chains(model) if self.config.depth else {}
         self.bottlenecks = {layer: len(chain.bottlenecks) for layer, chain in found.items()}
         self.shapes = conv_shapes(model, job.imgsz_hw)
-        self.table = self._table(model) if self.config.latency_ms is not None else None
+        whole = self._table(model) if self.config.latency_ms is not None else None
+        self.table = latency.without_factors(whole) if whole else None
+        self.times = latency.factor_times(whole) if whole and self.config.factorises else None
         self.budget = _budget(self.config, self.shapes, self.table)
         self.least: Mapping[str, int] = {}
 
-    def one_cut(self, model: nn.Module) -> Plan:
-        """Return the plan that meets the budget in one step. For a budget in ms, the latency comes from the table of layer times."""
-        evidence = self._evidence(model, prunable(model))
+    @property
+    def channel_budget(self) -> Budget:
+        """The budget of the channels: that of the stage, or a looser one if `prune.then` makes the rest of the reduction."""
+        part = 1 - self.config.then_share if self.config.then == "low_rank" else 1.0
+        return _part_of(self.budget, self.table, part)
+
+    def images(self) -> Iterator[Tensor]:
+        """Return batches of the calibration images."""
+        return letterboxed(self.samples, self.job.imgsz_hw, self.job.dataset.channels)
+
+    def evidence(self, model: nn.Module) -> Evidence:
+        """Return the evidence for the channels of a model."""
+        return self._evidence(model, prunable(model))
+
+    def one_cut(self, evidence: Evidence, limit: Budget | None = None) -> Plan:
+        """Return the channels to remove in one step. For a budget in ms, the latency comes from the table of layer times.
+
+        Args:
+            evidence: `evidence` of the model before any pruning.
+            limit: Another budget than that of the stage.
+        """
         importance = scores(evidence, find(self.config.criterion))
-        return self._choose(model, evidence, importance, self.shapes, self.budget)
+        return self._choose(evidence.model, evidence, importance, self.shapes, limit or self.budget)
 
     def cut(self, model: nn.Module, work: Path, number: int) -> tuple[Plan, Evidence, LatencyBudget]:
         """Return the channels to remove in round `number`, counted from 1.
@@ -184,18 +184,17 @@ class Planner:
         Returns:
             The plan (which channels to remove), the evidence for it, and the metrics of a latency budget.
         """
-        evidence = self._evidence(model, prunable(model))
+        evidence = self.evidence(model)
         importance = scores(evidence, find(self.config.criterion))
         if number == 1 and self.config.sensitivity != "off":
             self.least = self._sensitivity(model, evidence, importance, work)
         choose_for = partial(self._choose, model, evidence, importance, conv_shapes(model, self.job.imgsz_hw))
+        if self.config.then == "low_rank":
+            return choose_for(self.channel_budget), evidence, {}
         if self.table is None or number < self.config.rounds:
-            return choose_for(self._at(number / self.config.rounds)), evidence, {}
-        if self.config.latency_table is None:
-            plan, metrics = self._hit(model, choose_for, work)
-            return plan, evidence, metrics
-        plan = choose_for(self.budget)
-        return plan, evidence, {**self._asked(), "latency_expected_ms": plan.cost}
+            return choose_for(_part_of(self.budget, self.table, number / self.config.rounds)), evidence, {}
+        plan, metrics = self.within_ms(model, choose_for, remove, work)
+        return plan, evidence, metrics
 
     def _evidence(
         self, model: nn.Module, groups: Sequence[Group], moments: dict[str, Moments] | None = None
@@ -204,7 +203,7 @@ class Planner:
         return Evidence(
             model,
             groups,
-            images=lambda: letterboxed(self.samples, job.imgsz_hw, job.dataset.channels),
+            images=self.images,
             losses=partial(losses.losses, dataset=job.dataset, samples=self.samples, imgsz_px=max(job.imgsz_hw)),
             seed=job.recipe.run.seed,
             moments=moments,
@@ -253,11 +252,6 @@ class Planner:
 
     # --- budgets ------------------------------------------------------------------------------------------------------
 
-    def _at(self, part: float) -> Budget:
-        """Return the budget to meet after a fraction `part` of all rounds. Every round reduces the cost by the same factor."""
-        start = float(self.table["whole_ms"]) if self.table else self.budget.unit
-        return replace(self.budget, target=start * (self.budget.target / start) ** part)
-
     def _table(self, model: nn.Module) -> LayerTable:
         """Return the table of layer times: read from `prune.latency_table`, or timed here once and stored in `work`."""
         config, size = self.config, self.job.imgsz_hw
@@ -274,6 +268,7 @@ class Planner:
                 config.round_to,
                 config.latency_runtime,
                 config.latency_precision,
+                config.factorises,
             )
             table = latency.take_table(self._probe, config.latency_runtime, config.latency_precision)
             atomic_write(file, json.dumps(table) + "\n")
@@ -287,7 +282,27 @@ class Planner:
         assert self.table is not None and self.config.latency_ms is not None
         return {"latency_target_ms": self.config.latency_ms, "latency_runtime": self.table["runtime"]}
 
-    def _hit(self, model: nn.Module, choose_for: Callable[[Budget], Plan], work: Path) -> tuple[Plan, LatencyBudget]:
+    def within_ms(
+        self, model: nn.Module, choose_for: Callable[[Budget], P], apply: Callable[[nn.Module, P], None], work: Path
+    ) -> tuple[P, LatencyBudget]:
+        """Return the plan for `prune.latency_ms`, and the metrics.
+
+        With `prune.latency_table`, the latency is the sum of the layer times. Without it, models are built and timed here.
+
+        Args:
+            model: The model to prune. It is not changed.
+            choose_for: Function that returns the plan for a budget.
+            apply: Function that makes the model of a plan, in place.
+            work: Folder for the measurements.
+        """
+        if self.config.latency_table is None:
+            return self._hit(model, choose_for, apply, work)
+        plan = choose_for(self.budget)
+        return plan, {**self._asked(), "latency_expected_ms": plan.cost}
+
+    def _hit(
+        self, model: nn.Module, choose_for: Callable[[Budget], P], apply: Callable[[nn.Module, P], None], work: Path
+    ) -> tuple[P, LatencyBudget]:
         """Return a plan for which the pruned model, built and timed here, has the latency `prune.latency_ms`. Also return the metrics.
 
         The table of layer times needs another limit than `latency_ms` to give this plan. That limit is stored in `work`.
@@ -303,7 +318,7 @@ class Planner:
         )
         dense = rig.build_onnx(self._probe / latency.UNPRUNED, "dense")
         table_ms = float(self.table["whole_ms"])
-        hit = latency.hit(model, planner, self.config.latency_ms, table_ms, rig, dense, progress.say)
+        hit = latency.hit(model, planner, self.config.latency_ms, table_ms, rig, dense, progress.say, apply)
         metrics: LatencyBudget = {
             **self._asked(),
             "latency_measured_ms": hit.measured_ms,

@@ -15,6 +15,7 @@ from typing import Literal, NotRequired, cast
 from typing_extensions import TypedDict
 
 from yolo_compress.evaluate.rows import BenchRow
+from yolo_compress.report.schema import LowRankFigures
 from yolo_compress.runtime.measure.device import DeviceState
 from yolo_compress.store.manifest import Artifact
 
@@ -61,12 +62,13 @@ class LatencyBudget(TypedDict, total=False):
 
 
 class Cut(Repaired, LatencyBudget):
-    """Metrics of `prune` if it removed channels."""
+    """Metrics of `prune` if it removed channels or factorised convolutions."""
 
     kept_flops: float  # FLOPs after / before
     bottlenecks: NotRequired[
         dict[str, tuple[int, int]]
     ]  # layer -> bottlenecks [before, after]; absent without `prune.depth`
+    low_rank: NotRequired[LowRankFigures]  # absent if no convolution was factorised
 
 
 class Zeroed(Repaired):
@@ -78,6 +80,7 @@ class Zeroed(Repaired):
 class PruneMetrics(ModelMetrics, Repaired, LatencyBudget):
     kept_flops: NotRequired[float]  # FLOPs after / before; absent for zeros
     bottlenecks: NotRequired[dict[str, tuple[int, int]]]  # as in `Cut`
+    low_rank: NotRequired[LowRankFigures]  # as in `Cut`
     kind: NotRequired[Literal["unstructured", "two_four"]]  # absent if channels were cut
 
 

@@ -1,10 +1,11 @@
-"""Stage `prune`: remove channels to meet a budget, or set weights to zero. Then repair and fine-tune the model.
+"""Stage `prune`: remove channels or factorise convolutions to meet a budget, or set weights to zero. Then repair and fine-tune.
 
-Channels are removed in one cut or in several rounds.
+Channels are removed in one cut or in several rounds. `prune.then` factorises after that.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -25,22 +26,24 @@ from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.depth import remove
 from yolo_compress.recipe import knob_types
 from yolo_compress.recipe.recipe import PruneConfig, Recipe
+from yolo_compress.report.low_rank import low_rank_note
 from yolo_compress.stages import Job, _load_or_train, _prune_plan
 from yolo_compress.stages._calibration_images import calibration_samples, check_calibration, letterboxed
+from yolo_compress.stages._low_rank_plan import LowRankPlanner
 from yolo_compress.stages._prune_plan import Planner
 from yolo_compress.stages._training import finish, fit, measure, model_of, teacher_hook
-from yolo_compress.stages.metrics import Cut, PruneMetrics, Repaired, Zeroed
+from yolo_compress.stages.metrics import Cut, LatencyBudget, PruneMetrics, Repaired, Zeroed
 
 
 def run(job: Job) -> PruneMetrics:
     """Prune the model, fine-tune it, and write it as `model.pt`, in Ultralytics' own classes. Return the metrics.
 
-    If channels are removed, also write `channels.json` and `flops.json`. If `prune.sensitivity` is on, also write
-    `sensitivity.json` and `sensitivity.csv`.
+    If channels are removed, also write `channels.json`. If channels are removed or convolutions factorised, also write
+    `flops.json`. If `prune.sensitivity` is on, also write `sensitivity.json` and `sensitivity.csv`.
     """
     model = model_of(job, "sparsify")
-    if job.config.kind == "channel":
-        trained, cut = _channels(job, model)
+    if job.config.kind in ("channel", "low_rank"):
+        trained, cut = _channels(job, model) if job.config.kind == "channel" else _low_rank(job, model)
         return {**cut, **finish(job, trained)}
     trained, zeroed = _zeros(job, model)
     return {**zeroed, **finish(job, trained)}
@@ -50,15 +53,15 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
     """Check, before any stage runs, the calibration images, the criterion and the budget.
 
     Raises:
-        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget. Or the model
-            is to be timed in INT8, and INT8 files do not support an activation of it.
+        RecipeError: The criterion is unknown, the table of layer times does not fit, or no pruning reaches the budget. The model is
+            factorised already. Or it is to be timed in INT8, and INT8 files do not support an activation of it.
         EnvironmentLacks: The runtime to time layers on is missing.
         CorruptArtifact: The table of layer times is damaged.
         DataError: The calibration images cannot be used (see `check_calibration`).
     """
     assert recipe.prune is not None
     check_calibration(recipe, dataset, "prune")
-    if recipe.prune.kind == "channel":
+    if recipe.prune.kind in ("channel", "low_rank"):
         model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         _prune_plan.check(recipe.prune, model, recipe.data.imgsz_hw)
         if recipe.prune.latency_ms is not None and recipe.prune.latency_precision == "int8":
@@ -71,12 +74,44 @@ def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
     planner = Planner(job, model)
     curve: list[dict[str, object]] = []
     for number, (part, what) in enumerate(parts(job, "prune"), 1):
+        original = copy.deepcopy(model) if job.config.then == "low_rank" else None
         cut = _cut(part, model, planner, number)
+        if original is not None:
+            cut = {**cut, **_factorise(part, model, planner, original)}
         model = tuned(part, model, what)
         curve += _rows(part.out / "results.csv", len(curve))
     if rounds > 1 and curve:
         atomic_write(job.out / "results.csv", csv_text(curve))
     return model, cut
+
+
+def _low_rank(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:
+    """Factorise convolutions and fine-tune. Return the model and the metrics. The channels between layers stay."""
+    cut = _factorise(job, model, Planner(job, model), copy.deepcopy(model))
+    return tuned(job, model, "prune"), cut
+
+
+def _factorise(job: Job, model: nn.Module, planner: Planner, original: nn.Module) -> Cut:
+    """Factorise convolutions in place, refit and re-estimate BatchNorm. Return the metrics.
+
+    Args:
+        job: Job of the stage, or of its only round.
+        model: The original, or the channel-pruned model.
+        planner: Planner of the original.
+        original: The model before pruning. It is not changed.
+    """
+    low_rank = LowRankPlanner(job, model, planner)
+    plan, budget = low_rank.timed(job.work) if planner.table else (low_rank.plan(), LatencyBudget())
+    low_rank.factorise(model, plan)
+    macs = {name: (shape.macs, plan.macs.get(name, (0, 0))[1]) for name, shape in planner.shapes.items()}
+    atomic_write(job.out / "flops.json", json.dumps(macs) + "\n")
+    kept_flops = plan.macs_after / sum(before for before, _ in macs.values())
+    progress.say(f"prune: {kept_flops:.1%} of the MACs remain")
+    repaired = _repaired(job, model, planner.samples)
+    found = low_rank.figures(plan, model, original)
+    progress.say(f"prune: {low_rank_note(found)}")
+    metrics: Cut = {**budget, "kept_flops": kept_flops, **repaired, "low_rank": found}
+    return metrics
 
 
 def parts(job: Job, what: str) -> Iterator[tuple[Job, str]]:

@@ -28,7 +28,7 @@ from yolo_compress.store.manifest import Artifact
 
 CHAIN = ("teacher", "baseline", "sparsify", "prune", "distill", "qat")
 FIGURES = ("parameters", "compute_gflops", "size_mib", "map50_95", "map50", "epochs",
-           "map50_95_after_cut", "map50_95_after_bn", "kept_flops", "bottlenecks",
+           "map50_95_after_cut", "map50_95_after_bn", "kept_flops", "bottlenecks", "low_rank",
            "latency_target_ms", "latency_measured_ms", "latency_runtime", "trained_on", "held_map50_95_before",
            "held_map50_95_after")  # fmt: skip
 WIDTH = 120
@@ -235,7 +235,7 @@ def _not_tested(job: Job, rows: Sequence[BenchRow]) -> list[str]:
         )
     if job.recipe.control and (skipped := job.inputs["control"].metrics["skipped"]):
         sentences.append(f"No control was trained: {skipped}.")
-    if _own(job, "prune") and job.inputs["prune"].metrics.get("kind", "channel") != "channel":
+    if _own(job, "prune") and job.inputs["prune"].metrics.get("kind"):
         sentences += zeros_note(job.inputs["prune"].metrics["kind"], job.inputs["qat"].metrics["sparsity"])
     return sentences
 

@@ -64,8 +64,9 @@ def hit(planner, limit_ms, machine, monkeypatch, table_ms=10.0, said=None):
         last["plan"] = planner(ms * 10.0 / table_ms)
         return last["plan"]
 
-    monkeypatch.setattr(latency, "remove", lambda model, plan: model.update(share=plan.kept_flops))
-    return latency.hit({}, plan, limit_ms, table_ms, machine, None, (said if said is not None else []).append)
+    say = (said if said is not None else []).append
+    apply = lambda model, plan: model.update(share=plan.kept_flops)  # noqa: E731
+    return latency.hit({}, plan, limit_ms, table_ms, machine, None, say, apply)
 
 
 @pytest.mark.parametrize("law", [lambda m: 0.3 + 0.7 * m, lambda m: m**0.5, lambda m: 0.15 + 0.85 * m**2])

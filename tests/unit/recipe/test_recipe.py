@@ -27,8 +27,8 @@ FROZEN = {
     "teacher": f"{TRAIN} weights pretrained model detection_part freeze",
     "baseline": f"{TRAIN} weights pretrained model detection_part freeze",
     "sparsify": f"{TRAIN} penalty l1 lambda_scale gamma_lr_scale ramp_epochs",
-    "prune": f"{TRAIN} kind sparsity criterion scope keep_flops keep_params latency_ms latency_runtime latency_precision latency_table "
-    "sensitivity max_drop rounds round_to depth floor reconstruct calib_images teach_from_parent",
+    "prune": f"{TRAIN} kind then then_share sparsity criterion scope keep_flops keep_params latency_ms latency_runtime "
+    "latency_precision latency_table sensitivity max_drop rounds round_to depth floor reconstruct calib_images teach_from_parent",
     "distill": f"{TRAIN} teacher images data_free data_free_steps temperature alpha logit_weight feature_weight box_weight iou_weight "
     "feature_loss layers ramp_epochs off_without_mosaic",
     "qat": f"{TRAIN} calib_images calibrator percentile weight_bits sensitivity max_drop sensitivity_price float_groups learned_scales "
@@ -163,6 +163,17 @@ def test_a_kind_on_the_command_line_overrides_the_files(tmp_path: Path) -> None:
         ),
         (("prune.kind=unstructured", "prune.scope=isomorphic"), "prune.kind=unstructured takes global or local"),
         (("prune.kind=two_four", "prune.rounds=2"), "prune.rounds=2 has no effect with prune.kind=two_four"),
+        (("prune.kind=low_rank", "prune.criterion=l1"), "prune.criterion=l1 has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.scope=global"), "prune.scope=global has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.rounds=2"), "prune.rounds=2 has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.depth=true"), "prune.depth=true has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.sparsity=0.7"), "prune.sparsity=0.7 has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.then=low_rank"), "prune.then=low_rank has no effect with prune.kind=low_rank"),
+        (("prune.kind=low_rank", "prune.then_share=0.5"), "prune.then_share=0.5 has no effect with prune.kind=low"),
+        (("prune.kind=two_four", "prune.then=low_rank"), "prune.then=low_rank has no effect with prune.kind=two_four"),
+        (("prune.then_share=0.5",), "prune.then_share=0.5 has no effect with prune.then=off: leave it out"),
+        (("prune.then=low_rank", "prune.rounds=2"), "prune.rounds=2 does not work with prune.then=low_rank"),
+        (("prune.kind=low_rank", "prune.latency_table=t.json"), "prune.latency_table has no effect without prune.lat"),
         (("prune.rounds=5", "prune.epochs=4"), "prune.epochs=4 is less than prune.rounds=5"),
     ],
 )
@@ -255,7 +266,7 @@ WRONG = {
     "prune.criterion=l3": "got 'l3', expected one of obs, bn_gamma, l1, l2",
     "prune.criterion=1": "got 1, expected one of obs, bn_gamma",
     "prune.criterion=mine.py": "or file.py:function",
-    "prune.kind=2:4": "prune.kind: got '2:4', expected one of channel, unstructured, two_four",
+    "prune.kind=2:4": "prune.kind: got '2:4', expected one of channel, low_rank, unstructured, two_four",
     "prune.sparsity=0": "prune.sparsity: got 0, expected a number > 0 and < 1",
     "prune.sparsity=1": "prune.sparsity: got 1, expected a number > 0 and < 1",
     "prune.round_to=12": "got 12, expected one of 1, 2, 4, 8",

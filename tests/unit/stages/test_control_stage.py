@@ -46,6 +46,7 @@ def load(*overrides: str) -> recipe.Recipe:
         (("distill=null",), ("longer", "taught", "narrowed")),
         (("prune.epochs=0", "distill=null"), ("longer", "narrowed")),  # sparsify still trains
         (("prune.kind=two_four",), ("longer", "taught")),
+        (("prune.kind=low_rank",), ("longer", "taught", "narrowed")),  # `narrowed` has the same MACs
         (("prune.epochs=0", "distill=null", "sparsify=null"), ()),
         (("prune=null", "sparsify=null"), ("longer",)),  # `taught` would be the compressed model itself
         (("prune.epochs=0", "sparsify=null", "distill.data_free=8", "distill.alpha=0.5"), ("taught", "narrowed")),
@@ -67,7 +68,7 @@ def test_no_section_no_controls() -> None:
         (("prune.epochs=0", "distill=null", "sparsify=null", "control.nets=longer"), "this recipe can have no control"),
         (
             ("prune.kind=two_four", "control.nets=narrowed"),
-            "narrowed needs prune.kind=channel; this recipe can have longer, taught",
+            "narrowed needs prune.kind=channel or low_rank; this recipe can have longer, taught",
         ),
         (("distill=null", "prune.teach_from_parent=false", "control.nets=longer,taught"), "taught needs a teacher"),
         (("control.nets=wide",), "control.nets: got 'wide', expected"),

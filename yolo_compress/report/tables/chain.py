@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.bench_rows import place
+from yolo_compress.report.low_rank import low_rank_note
 from yolo_compress.report.schema import ChainStage, Document, Row
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 
@@ -120,6 +121,8 @@ def _pruning_notes(document: Document, before: ChainStage, after: ChainStage) ->
     shorter = [f"{layer} {old} → {new}" for layer, (old, new) in after.get("bottlenecks", {}).items() if new < old]
     if shorter:
         notes.append(f"Layers with fewer bottlenecks: {', '.join(shorter)}.")
+    if "low_rank" in after:
+        notes.append(low_rank_note(after["low_rank"]))
     found = document["sensitivity"]
     if found and found["most_sensitive"]:
         what = "loss" if found["measure"] == "loss" else "mAP50-95"
