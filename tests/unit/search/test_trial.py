@@ -153,6 +153,7 @@ def test_the_data_is_prepared_by_the_cache_of_the_shared_store(chain: Chain, mon
         seen.append((store.root / ".cache").resolve())
         return load(recipe, store)
 
-    monkeypatch.setattr(preflight, "_load_dataset", noted)
-    trial(study, toy.FileSampler(study.folder))
+    with monkeypatch.context() as patch:  # undone before the chain undoes its own
+        patch.setattr(preflight, "_load_dataset", noted)
+        trial(study, toy.FileSampler(study.folder))
     assert set(seen) == {(home.weights() / ".cache").resolve()}
