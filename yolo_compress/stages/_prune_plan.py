@@ -259,7 +259,8 @@ class Planner:
             return latency.read_table(Path(config.latency_table), size)
         file = self.job.work / "latency.json"
         if not file.is_file():
-            progress.say(f"prune: timing layers on {config.latency_runtime} at {len(latency.WIDTHS)} widths")
+            factors = ", and factors of each scheme" if config.factorises else ""
+            progress.say(f"prune: timing layers on {config.latency_runtime} at {len(latency.WIDTHS)} widths{factors}")
             latency.write_probe(
                 model,
                 self._probe,
