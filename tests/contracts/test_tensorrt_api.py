@@ -186,7 +186,7 @@ class FakeMemory:
 
 
 class FakeTensorRT(ModuleType):
-    """One version of TensorRT. An "ONNX file" is text with words: `half`, `qdq`, `dynamic`, `free` (dynamic size), `broken`, ..."""
+    """One version of TensorRT. Its "ONNX file" is a text with words: `half`, `qdq`, `dynamic`, `free` (dynamic size), `broken`, ..."""
 
     def __init__(self, api: dict[str, Any], memory: FakeMemory) -> None:
         super().__init__("tensorrt")
@@ -273,7 +273,7 @@ class FakeTensorRT(ModuleType):
         error = self.strict("ParserError", desc=lambda: "node 7: no importer for Moebius")
 
         def parse(content: bytes) -> bool:
-            words = content.decode().split()
+            words = content[len(DOC_STRING) + 1 :].decode().split()
             self.built["words"] = words
             self.built["layers"].append(self._layer("CONVOLUTION", "HALF" if "half" in words else "FLOAT"))
             if "qdq" in words:
@@ -475,12 +475,15 @@ def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
     return fake
 
 
+DOC_STRING = b"\x32"  # tag of ModelProto.doc_string
+
+
 def major(trt: FakeTensorRT) -> int:
     return int(trt.__version__.split(".")[0])
 
 
 def made(folder: Path, words: str, precision: str, **options: Any) -> Path:
-    (folder / "model.onnx").write_text(words)
+    (folder / "model.onnx").write_bytes(DOC_STRING + bytes([len(words)]) + words.encode())
     files = build(folder / "model.onnx", folder / "engine", precision, NAMES, IMGSZ, **options)
     assert set(files) == {ENGINE_FILE, TIMING_CACHE, SIDECAR} == {p.name for p in (folder / "engine").iterdir()}
     return folder / "engine"
