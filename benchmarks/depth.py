@@ -17,21 +17,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from compared_nets import add_latency, map50_95
 from torch import nn
 
 from yolo_compress import load as load_recipe
 from yolo_compress import run
 from yolo_compress.data.dataset import Dataset, calibration_subset, load
 from yolo_compress.errors import RecipeError
-from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.prune import depth
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
 from yolo_compress.prune.budget import Plan, choose, keep_flops
@@ -39,9 +34,7 @@ from yolo_compress.prune.calibration_stats import Evidence
 from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable
-from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.device import device_state
-from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
@@ -112,11 +105,6 @@ def every(dense: nn.Module, dataset: Dataset, keep: float, args: argparse.Namesp
     return rows
 
 
-def map50_95(net: nn.Module, dataset: Dataset, size: tuple[int, int], images: int | None) -> float:
-    with TorchBackend(net, dataset.names, size) as backend:
-        return float(accuracy(backend, dataset.val[:images], dataset.names, size)["map50_95"])
-
-
 def trained(recipe: str, keep: float, deep: bool, args: argparse.Namespace) -> tuple[nn.Module, str]:
     """Return the net of `yolo-compress prune`, and its bottlenecks as text."""
     own = [("prune.keep_flops", f"{keep:g}"), ("prune.epochs", str(args.epochs)), ("prune.depth", str(deep).lower()),
@@ -167,21 +155,10 @@ def main() -> None:
             made = trained(args.recipe, keep, deep, args) if args.recipe else cut(dense, dataset, keep, deep, args)
             nets[f"{keep:g}, {name}"] = made
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, (net, bottlenecks)) in enumerate(nets.items()):
-            macs = conv_macs(net, size) / conv_macs(dense, size)
-            score = map50_95(net, dataset, size, args.val_images)
-            rows.append({"net": name, "bottlenecks": bottlenecks, "macs": macs, "map50_95": score})
-            export_onnx(net, Path(scratch, f"{number}.onnx"), size, names=dataset.names)
-        for runtime in args.runtimes:
-            engines = [Path(scratch, runtime, str(number)) for number in range(len(nets))]
-            for number, engine in enumerate(engines):
-                BACKENDS[runtime].build(Path(scratch, f"{number}.onnx"), engine, "fp32")
-            specs = [{"label": e.name, "engine": str(e), "threads": args.threads} for e in engines]
-            taken = [one["rounds_ms"] for one in measure_in_turn(specs, args.rounds, args.samples)]
-            medians = np.array([[np.median(one) for one in each] for each in taken])
-            for row, ratio in zip(rows, np.median(medians / medians[0], axis=1), strict=True):
-                row[runtime] = float(ratio)
+    for name, (net, bottlenecks) in nets.items():
+        macs, score = conv_macs(net, size) / conv_macs(dense, size), map50_95(net, dataset, size, args.val_images)
+        rows.append({"net": name, "bottlenecks": bottlenecks, "macs": macs, "map50_95": score})
+    add_latency(rows, [net for net, _ in nets.values()], dataset.names, size, args)
     described = environment.describe()
     what = f"recipe {args.recipe}, {args.epochs} epochs" if args.recipe else args.weights
     print(

@@ -17,20 +17,15 @@ import argparse
 import copy
 import json
 import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from compared_nets import add_latency, map50_95
 from torch import nn
 
 from yolo_compress import load as load_recipe
 from yolo_compress import run
 from yolo_compress.data.dataset import Dataset, calibration_subset, load
-from yolo_compress.evaluate.accuracy import accuracy
-from yolo_compress.evaluate.torch_backend import TorchBackend
-from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.nets.factors import is_factorised
 from yolo_compress.prune import depth
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
@@ -40,9 +35,7 @@ from yolo_compress.prune.cost import conv_macs, conv_shapes
 from yolo_compress.prune.criteria import find, scores
 from yolo_compress.prune.graph import prunable
 from yolo_compress.prune.low_rank import LowRank
-from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.measure.device import device_state
-from yolo_compress.runtime.measure.interleaved import measure_in_turn
 from yolo_compress.stages._calibration_images import letterboxed
 from yolo_compress.store import environment
 from yolo_compress.store.source_weights import find_weights
@@ -85,27 +78,6 @@ def trained(recipe: str, keep: float, way: str, seed: int, args: argparse.Namesp
     if way == "channels, then low rank":
         own.append(("prune.then_share", f"{args.then_share:g}"))
     return checkpoint.load_model(run(load_recipe(recipe, [*args.overrides, *own]), "prune").file("model.pt"))
-
-
-def map50_95(net: nn.Module, dataset: Dataset, size: tuple[int, int], images: int | None) -> float:
-    with TorchBackend(net, dataset.names, size) as backend:
-        return float(accuracy(backend, dataset.val[:images], dataset.names, size)["map50_95"])
-
-
-def time_in_turn(rows: list[dict[str, Any]], nets: list[nn.Module], names: Any, size: Any, args: Any) -> None:
-    """Add to each row its latency on each runtime, relative to the first row, the dense model."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, net in enumerate(nets):
-            export_onnx(net, Path(scratch, f"{number}.onnx"), size, names=names)
-        for runtime in args.runtimes:
-            engines = [Path(scratch, runtime, str(number)) for number in range(len(nets))]
-            for number, engine in enumerate(engines):
-                BACKENDS[runtime].build(Path(scratch, f"{number}.onnx"), engine, "fp32")
-            specs = [{"label": e.name, "engine": str(e), "threads": args.threads} for e in engines]
-            taken = [one["rounds_ms"] for one in measure_in_turn(specs, args.rounds, args.samples)]
-            medians = np.array([[np.median(one) for one in each] for each in taken])
-            for row, ratio in zip(rows, np.median(medians / medians[0], axis=1), strict=True):
-                row[runtime] = float(ratio)
 
 
 def verdicts(rows: list[dict[str, Any]], runtimes: list[str]) -> list[str]:
@@ -171,7 +143,7 @@ def main() -> None:
         row["macs"] = conv_macs(net, size) / conv_macs(dense, size)
         row["factorised"] = sum(is_factorised(module) for module in net.modules())
     if args.runtimes:
-        time_in_turn(rows, nets, dataset.names, size, args)
+        add_latency(rows, nets, dataset.names, size, args)
     described = environment.describe()
     what = (
         f"recipe {args.recipe}, {args.epochs} epochs, seeds {args.seeds}" if args.recipe else f"{args.weights}, as cut"

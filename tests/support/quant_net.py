@@ -13,7 +13,11 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_compress.export.float_onnx import export_onnx
+from yolo_compress.export.qdq import FORMS, insert_qdq
 from yolo_compress.nets import detect
+from yolo_compress.prune.graph import prunable, prune
+from yolo_compress.quant.ranges import QuantState, fold
 
 NAMES = ("cat", "dog", "robot")
 SIZE = (64, 64)
@@ -33,6 +37,21 @@ def net(seed: int = 0, yaml: str = "yolov8n.yaml") -> DetectionModel:
         for branch in detect.class_branches(model):
             branch[-1].bias.normal_(std=2.0)  # class scores away from 0
     return model.eval()
+
+
+def three_quarters(yaml: str) -> DetectionModel:
+    """A net of this architecture, pruned to about three quarters of its channels."""
+    model = net(yaml=yaml)
+    prune(model, {g.name: torch.arange(max(1, g.steps * 3 // 4) * g.step) for g in prunable(model)})
+    return model
+
+
+def write_forms(model: nn.Module, state: QuantState, folder: Path) -> Path:
+    """Write `fp32.onnx` and each INT8 form of it. Return the folder."""
+    export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
+    for form in FORMS:
+        insert_qdq(folder / "fp32.onnx", folder / f"{form}.onnx", fold(state, model), form)
+    return folder
 
 
 def images(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Tensor:

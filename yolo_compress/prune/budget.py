@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from yolo_compress.errors import NumericsError, RecipeError
 from yolo_compress.prune.cost import (
     ConvShape,
+    MacSums,
     Price,
     Widths,
     check_table,
@@ -97,7 +98,7 @@ def _share(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(MacSums):
     """Channels to keep, and the cost of the pruned model.
 
     Attributes:
@@ -117,21 +118,6 @@ class Plan:
     parameters_after: int
     cost: float
     bottlenecks: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def macs_before(self) -> int:
-        """MACs of all convolutions of the unpruned model."""
-        return sum(before for before, _ in self.macs.values())
-
-    @property
-    def macs_after(self) -> int:
-        """MACs of all convolutions of the pruned model."""
-        return sum(after for _, after in self.macs.values())
-
-    @property
-    def kept_flops(self) -> float:
-        """MACs of the pruned model divided by the MACs of the unpruned model."""
-        return self.macs_after / self.macs_before
 
 
 def choose(

@@ -25,6 +25,27 @@ from yolo_compress.runtime.measure.layer_times import LayerTable
 Price = Callable[[np.ndarray, np.ndarray], float]
 
 
+class MacSums:
+    """Sums over the convolutions of a plan, whose `macs` has name -> MACs before and after."""
+
+    macs: dict[str, tuple[int, int]]
+
+    @property
+    def macs_before(self) -> int:
+        """MACs of all convolutions before."""
+        return sum(before for before, _ in self.macs.values())
+
+    @property
+    def macs_after(self) -> int:
+        """MACs of all convolutions after."""
+        return sum(after for _, after in self.macs.values())
+
+    @property
+    def kept_flops(self) -> float:
+        """MACs after, divided by the MACs before."""
+        return self.macs_after / self.macs_before
+
+
 @dataclass(frozen=True)
 class ConvShape:
     """Sizes of a convolution, from which its MACs and parameters follow for any number of channels.

@@ -23,7 +23,7 @@ from yolo_compress.nets.families import check_prunable, refresh_attributes
 from yolo_compress.nets.flow import Flow
 from yolo_compress.nets.meta_copy import blank_images, shadow
 from yolo_compress.prune.budget import TOLERANCE, Budget
-from yolo_compress.prune.cost import ConvShape, conv_ms, full_channels, parameters_price
+from yolo_compress.prune.cost import ConvShape, MacSums, conv_ms, full_channels, parameters_price
 from yolo_compress.prune.factorise import Factoriser, InputStatistics, Ranks, input_statistics, refit_last
 from yolo_compress.runtime.measure.layer_times import LayerTable
 
@@ -143,7 +143,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class LowRankPlan:
+class LowRankPlan(MacSums):
     """Which blocks are factorised, and the cost of the model.
 
     Attributes:
@@ -160,21 +160,6 @@ class LowRankPlan:
     parameters_after: int
     cost: float
     error: float
-
-    @property
-    def macs_before(self) -> int:
-        """MACs of all convolutions before."""
-        return sum(before for before, _ in self.macs.values())
-
-    @property
-    def macs_after(self) -> int:
-        """MACs of all convolutions after."""
-        return sum(after for _, after in self.macs.values())
-
-    @property
-    def kept_flops(self) -> float:
-        """MACs after, divided by the MACs before."""
-        return self.macs_after / self.macs_before
 
 
 @dataclass(frozen=True)

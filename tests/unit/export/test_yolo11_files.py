@@ -10,13 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
-from yolo_compress.export.float_onnx import export_onnx
+from tests.support.quant_net import (
+    NAMES,
+    SIZE,
+    assert_equal_but_for_ties,
+    images,
+    run_onnx,
+    run_torch,
+    three_quarters,
+    write_forms,
+)
 from yolo_compress.export.fp16 import to_fp16
-from yolo_compress.export.qdq import FORMS, insert_qdq
 from yolo_compress.export.torchscript import export_int8_torchscript
 from yolo_compress.lint.check import check
-from yolo_compress.prune.graph import prunable, prune
 from yolo_compress.quant.calibrate import ptq
 from yolo_compress.quant.fakequant import attach, detach, read
 from yolo_compress.quant.plan import plan
@@ -31,9 +37,7 @@ FLOATS = {f"model.10.m.0.attn.{part}.conv" for part in ("pe", "proj")}  # beside
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    model = net(yaml="yolo11n.yaml")
-    prune(model, {g.name: torch.arange(max(1, g.steps * 3 // 4) * g.step) for g in prunable(model)})
-    return model
+    return three_quarters("yolo11n.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +47,7 @@ def state(model: nn.Module) -> QuantState:
 
 @pytest.fixture(scope="module")
 def files(model: nn.Module, state: QuantState, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("yolo11")
-    export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
-    for form in FORMS:
-        insert_qdq(folder / "fp32.onnx", folder / f"{form}.onnx", fold(state, model), form)
-    return folder
+    return write_forms(model, state, tmp_path_factory.mktemp("yolo11"))
 
 
 def test_all_but_attention_and_head_is_int8(model: nn.Module) -> None:
