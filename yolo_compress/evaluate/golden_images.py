@@ -38,13 +38,17 @@ def write_found(
     about: dict[str, EngineOf],
     count: int,
 ) -> GoldenAbout:
-    """Write golden images and the detections that engines found in them, as `write`.
+    """Choose golden images, and write them with the detections that engines found in them. Return what was written.
 
     Args:
         names: Name of each image.
         images: (H, W, 3) uint8 RGB arrays.
-        found: `runtime-precision` -> detections in each image, see `_detected`.
+        found: `runtime-precision` -> detections in each image: (N, 6) arrays, columns x1, y1, x2, y2 in px, score, class.
         about: The engine of each key of `found`.
+        count: Number of images to choose.
+
+    Raises:
+        DataError: No image has a detection.
     """
     folder.mkdir()
     first = found[min(found, key=_float_first)]
@@ -55,7 +59,7 @@ def write_found(
     boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
     if not boxes:
         raise DataError(
-            f"golden: the compressed model detects nothing above a score of {LEAST_SCORE} in {len(images)} validation images, so the "
+            f"golden: the model detects nothing above a score of {LEAST_SCORE} in {len(images)} validation images, so the "
             "self-test would pass an engine that detects nothing; train longer, or check the validation images"
         )
     tolerances, differences = tolerate(measured, conf, boxes)

@@ -47,7 +47,7 @@ def open_engine(
         )
     row = registry.RUNTIMES[info.runtime]
     opened: EngineBackend
-    if not row.gpu:
+    if row.takes_threads:
         opened = BACKENDS[info.runtime](directory, threads=threads)
     elif threads is None:
         opened = BACKENDS[info.runtime](directory)

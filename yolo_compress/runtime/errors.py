@@ -41,6 +41,10 @@ class EngineError(RuntimeFailure):
     """An engine is altered, truncated or built for another machine. Or it does not support what the caller asks for."""
 
 
+class NotConverted(EngineError):
+    """The converter of a runtime cannot write this model: an unknown layer, or a number that its format cannot hold."""
+
+
 class NotFinite(EngineError):
     """A model's output holds NaN or infinity."""
 

@@ -53,7 +53,8 @@ class Runtime(NamedTuple):
         int8: INT8 files that `export` writes for this runtime.
         also: Stems of INT8 files for other runtimes that this one also runs wholly in INT8. An engine is built from the file that suits
             the processor (`measure.int8_file`).
-        gpu: Whether engines run on a GPU. Such engines have no option `threads`, and run only on the device that built them.
+        gpu: Whether engines run on a GPU. Such engines run only on the device that built them.
+        takes_threads: Whether engines have an option `threads`.
         opsets: Smallest and largest ONNX operator set that the runtime reads. None: no known limit.
         build_options: Additional options of the backend's `build`.
         most_images: Largest number of images in one inference; None: no limit.
@@ -71,6 +72,7 @@ class Runtime(NamedTuple):
     int8: Tuple[Int8File, ...] = ()
     also: Tuple[str, ...] = ()
     gpu: bool = False
+    takes_threads: bool = True
     opsets: Tuple[Optional[int], Optional[int]] = (None, None)
     build_options: Tuple[str, ...] = ()
     most_images: Optional[int] = None
@@ -92,6 +94,7 @@ RUNTIMES: Dict[str, Runtime] = {
             backend="backends.coreml:CoreMLBackend",
             module="coremltools",
             takes="int8-tensorrt11",
+            takes_threads=False,
             times_layers=False,
         ),
         Runtime(
@@ -154,6 +157,7 @@ RUNTIMES: Dict[str, Runtime] = {
                 Int8File("int8-implicit", "tensorrt-cache", "TensorRT with calibration cache"),
             ),
             gpu=True,
+            takes_threads=False,
             opsets=(9, 17),
             build_options=("workspace_mib", "timing_cache"),
         ),

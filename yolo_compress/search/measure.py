@@ -75,7 +75,7 @@ def retained(dataset: Dataset, recipe: Recipe, baseline: Sequence[np.ndarray], f
 def detections(dataset: Dataset, recipe: Recipe, engine: Path) -> list[np.ndarray]:
     """Return what an engine detects in the validation images."""
     config = recipe.bench or BenchConfig()
-    threads = None if RUNTIMES[engine.name.partition("-")[0]].gpu else config.threads
+    threads = config.threads if RUNTIMES[engine.name.partition("-")[0]].takes_threads else None
     with open_engine(str(engine), threads=threads) as backend:
         found = accuracy(backend, dataset.val, dataset.names, recipe.data.imgsz_hw, max_det=recipe.data.max_det)
     return found["detections"]
@@ -95,7 +95,7 @@ def timed(engine: Path, dataset: Dataset, recipe: Recipe, settings: BenchConfig,
     batch = recipe.export.batch if recipe.export else 1
     inputs = scratch / "inputs.npy"
     write_inputs(inputs, dataset.val, recipe.data.imgsz_hw, batch)
-    threads = None if RUNTIMES[runtime].gpu else settings.threads
+    threads = settings.threads if RUNTIMES[runtime].takes_threads else None
     spec: Spec = {
         "label": engine.name, "engine": str(engine), "inputs": str(inputs), "warmup_n": settings.warmup, "batch": batch,
         "threads": threads,

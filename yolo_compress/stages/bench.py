@@ -175,7 +175,7 @@ def _open(job: Job, candidate: _Candidate) -> Backend:
         return TorchBackend(_torch(path), job.dataset.names, job.imgsz_hw, device=device(job))
     if candidate.status == "untimed":
         return open_exported(Path(path), subject["precision"], job.work)
-    return open_engine(path, threads=None if RUNTIMES[subject["runtime"]].gpu else config.threads)
+    return open_engine(path, threads=config.threads if RUNTIMES[subject["runtime"]].takes_threads else None)
 
 
 def _torch(path: str) -> nn.Module:
@@ -231,7 +231,7 @@ def _latency(job: Job, candidates: list[_Candidate]) -> dict[str, Latency]:
             }
             specs.append(described)
         else:
-            specs.append({**options, "engine": path, "threads": None if RUNTIMES[runtime].gpu else threads})
+            specs.append({**options, "engine": path, "threads": threads if RUNTIMES[runtime].takes_threads else None})
     per_round = -(-config.iterations // config.rounds)
     with bar("bench: latency", len(specs) * config.rounds, "round") as advance:
         results = measure_in_turn(specs, config.rounds, per_round, progress=advance)

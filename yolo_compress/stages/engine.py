@@ -24,7 +24,7 @@ from yolo_compress.recipe.recipe import EngineConfig, ExportConfig, Recipe
 from yolo_compress.runtime.backends.base import SIDECAR, load_info
 from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import BACKENDS, onnx_forms
-from yolo_compress.runtime.errors import EngineError
+from yolo_compress.runtime.errors import EngineError, NotConverted
 from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
 from yolo_compress.runtime.registry import RUNTIMES, names
 from yolo_compress.stages import Job
@@ -48,7 +48,8 @@ def run(job: Job) -> EngineMetrics:
     """Build the engines into `<model>/<runtime>-<precision>`. Write `engines.json` with an entry for each, for the stage `bench`.
 
     Raises:
-        WrongBoxes: The recipe names a runtime whose INT8 engines give wrong boxes on this processor.
+        WrongBoxes, NotConverted: The recipe names a runtime whose INT8 engines give wrong boxes on this processor, or whose
+            converter cannot write this model.
     """
     config: EngineConfig = job.config
     export = job.inputs["export"]
@@ -74,10 +75,10 @@ def run(job: Job) -> EngineMetrics:
                     progress.say(f"engine: {folder}")
                     try:
                         row |= {"folder": folder, **_build(job, sources, runtime, precision, job.out / folder)}
-                    except WrongBoxes as error:
+                    except (WrongBoxes, NotConverted) as error:
                         if config.runtimes != "auto":
                             raise
-                        shutil.rmtree(job.out / folder)
+                        shutil.rmtree(job.out / folder, ignore_errors=True)
                         row["reason"] = str(error)
                         progress.say(f"engine: left out: {error}")
                 rows.append(row)

@@ -144,9 +144,12 @@ def test_the_check_fails_for_other_boxes_and_refuses_altered_files(
     monkeypatch.setattr(ml_program, "run", lambda *given: [one + 0.05 for one in run(*given)])
     assert command.main(["--iterations", "1"], folder) == 1
     assert "one score off by" in capsys.readouterr().out
-    (folder / "fp32.mlpackage" / "Data" / "other.bin").write_bytes(b"added")
-    assert command.main([], folder) == 5
-    assert "other.bin: altered" in capsys.readouterr().err
+    for name in ("other.bin", "other"):
+        added = folder / "fp32.mlpackage" / "Data" / name
+        added.write_bytes(b"added")
+        assert command.main([], folder) == 5
+        assert f"{name}: altered" in capsys.readouterr().err
+        added.unlink()
     (folder / "fp32.mlpackage" / "Manifest.json").unlink()
     assert command.main([], folder) == 5
     assert "a file that it lists is missing" in capsys.readouterr().err

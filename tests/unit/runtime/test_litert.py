@@ -25,7 +25,7 @@ from yolo_compress.runtime.backends import litert_convert
 from yolo_compress.runtime.backends.litert import FILE, LiteRtBackend
 from yolo_compress.runtime.backends.litert_convert import convert
 from yolo_compress.runtime.backends.litert_file import INT8, Operator, Quantised, Tensor, read
-from yolo_compress.runtime.errors import EngineError, RuntimeUnavailable
+from yolo_compress.runtime.errors import EngineError, NotConverted, RuntimeUnavailable
 
 pytest.importorskip("ai_edge_litert")
 
@@ -206,7 +206,11 @@ def test_a_bias_that_does_not_fit_silences_a_channel_without_effect_and_refuses_
     kept, scale_O = conversion.fitted(node, "x", codes, np.array([0.01, 1e-9], np.float32), bias)
     assert (kept[0] == 63).all() and not kept[1].any() and scale_O[0] == np.float32(0.01)
     assert np.abs(bias / (0.1 * scale_O.astype(np.float64))).max() < 2**31 - 1
-    with pytest.raises(EngineError, match="the bias of conv does not fit into 32 bits; leave this runtime out"):
+    # a bias just within 32 bits leaves no room for the products that LiteRT adds to it
+    near = np.array([1.0, 0.0], np.float32)
+    _, scale_O = conversion.fitted(node, "x", codes, np.array([1.0 / (0.1 * (2**31 - 20_000)), 0.01], np.float32), near)
+    assert near[0] / (0.1 * np.float64(scale_O[0])) + 255 * 63 * 4 < 2**31
+    with pytest.raises(NotConverted, match="the bias of conv does not fit into 32 bits; leave this runtime out"):
         conversion.fitted(node, "x", codes, np.array([0.01, 1e-5], np.float32), bias * 1e5)
 
 
@@ -241,8 +245,15 @@ def test_files_that_litert_cannot_hold_are_refused(yolov8: dict[str, Path], tmp_
     model = onnx.load(str(yolov8["fp32"]))
     next(node for node in model.graph.node if node.op_type == "Exp").op_type = "Tanh"
     onnx.save(model, str(tmp_path / "odd.onnx"))
-    with pytest.raises(EngineError, match="is a Tanh, which this package does not convert to LiteRT"):
+    with pytest.raises(NotConverted, match="is a Tanh, which this package does not convert to LiteRT"):
         LiteRtBackend.build(tmp_path / "odd.onnx", out, "fp32")
+    model = onnx.load(str(yolov8["fp32"]))
+    resize = next(node for node in model.graph.node if node.op_type == "Resize")
+    mode = next(one for one in resize.attribute if one.name == "coordinate_transformation_mode")
+    mode.s = b"half_pixel"
+    onnx.save(model, str(tmp_path / "shifted.onnx"))
+    with pytest.raises(NotConverted, match="is a Resize of another kind, which this package does not convert"):
+        LiteRtBackend.build(tmp_path / "shifted.onnx", out, "fp32")
     with pytest.raises(EngineError, match="LiteRT opens only an engine directory"):
         LiteRtBackend(yolov8["fp32"])
 

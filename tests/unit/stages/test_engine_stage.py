@@ -12,6 +12,7 @@ import pytest
 
 from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.recipe.recipe import load
+from yolo_compress.runtime.errors import NotConverted
 from yolo_compress.runtime.measure.int8_file import WrongBoxes
 from yolo_compress.stages import Job, engine
 
@@ -71,6 +72,30 @@ def test_wrong_boxes_leave_one_engine_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out" / "compressed" / "openvino-int8").exists()
     with pytest.raises(WrongBoxes, match="wrong boxes"):
         run(engine__runtimes="openvino")
+
+
+def test_a_model_that_a_converter_cannot_write_leaves_one_engine_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Path:
+        raise NotConverted("fp32.onnx: /model.9/Tanh is a Tanh, which this package does not convert to LiteRT")
+
+    monkeypatch.setattr(engine.BACKENDS["litert"], "build", staticmethod(refuse))
+    monkeypatch.setattr(engine, "_missing", lambda config, export: {"litert": None})
+    monkeypatch.setattr(engine, "PRECISIONS", ("fp32",))
+    files = {"compressed/fp32.onnx": tmp_path / "fp32.onnx"}
+    export: Any = SimpleNamespace(manifest=SimpleNamespace(files=files), file=files.__getitem__)
+    data: Any = SimpleNamespace(val=[])
+
+    def run(**knobs: str) -> None:
+        recipe = asked(export__precisions="fp32", **knobs)
+        engine.run(Job(recipe.engine, recipe, data, {"export": export}, tmp_path, tmp_path))
+
+    run()
+    (row,) = json.loads((tmp_path / "engines.json").read_text())
+    assert row["reason"].startswith("fp32.onnx: /model.9/Tanh is a Tanh") and "folder" not in row
+    with pytest.raises(NotConverted):
+        run(engine__runtimes="litert")
 
 
 @pytest.mark.fault(62)

@@ -49,20 +49,17 @@ class CoreMLBackend:
 
     Args:
         path: directory made by `build`.
-        threads: None. CoreML has no such option.
         precision: the precision that the engine must have; None: any.
 
     Raises:
         RuntimeUnavailable: this is no Mac, or coremltools is missing.
-        EngineError: the engine is altered or inconsistent, or CoreML rejects it. Or `threads` is set.
+        EngineError: the engine is altered or inconsistent, or CoreML rejects it.
     """
 
-    def __init__(self, path: Path, threads: Optional[int] = None, precision: Optional[str] = None) -> None:
+    def __init__(self, path: Path, precision: Optional[str] = None) -> None:
         coremltools, path = _library(), Path(path)
         if not path.is_dir():
             raise EngineError(f"{path}: CoreML opens only an engine directory; build one from the ONNX file")
-        if threads is not None:
-            raise EngineError(f"{path}: threads={threads} has no effect on a CoreML engine; leave it out")
         info = resolve(path, RUNTIME, precision, coremltools.__version__, [MODEL_FILE, WEIGHT_FILE])
         self._scratch = tempfile.TemporaryDirectory()
         stored = [(path / name).read_bytes() for name in (MODEL_FILE, WEIGHT_FILE)]

@@ -19,16 +19,9 @@ import numpy as np
 from ..errors import EngineError, RuntimeUnavailable
 from . import onnx_graph
 from .coreml_program import LAYERS, VISION, WEIGHT, named, program_of, require_supported, with_silu
-from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph
+from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph, Weight
 
 INSTALL = "pip install coremltools onnx"
-
-
-class Weight(NamedTuple):
-    """INT8 weights of a convolution: the INT8 values, and the scale of each output channel."""
-
-    values: np.ndarray
-    scale_O: np.ndarray
 
 
 class Census(NamedTuple):

@@ -7,15 +7,15 @@ are channels last, as LiteRT needs them. Other tensors keep the order of ONNX.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from ..errors import EngineError
+from ..errors import EngineError, NotConverted
 from . import onnx_graph
 from .litert_file import FLOAT32, INSTALL, INT8, Quantised, Writer, schema
 from .litert_operators import BINARY, FIRST, LAST, UNARY, same_padding, strides, write
-from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph, Node, require_known
+from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph, Node, Weight, require_known
 
 SPATIAL = {"Conv", "MaxPool", "Resize"}  # they read feature maps
 PLAIN = {
@@ -31,14 +31,7 @@ MOVING = {"Concat", "Split", "MaxPool", "Resize", "Reshape", "Transpose", "Slice
 IN_INT8 = {"Conv", "Sigmoid", "Relu", "Add", "Mul", *MOVING}
 KINDS = {*UNARY, *BINARY, *SPATIAL, *PLAIN, "Concat", "Split", QUANTIZE, DEQUANTIZE, "Cast"}
 SIGMOID = Quantised(np.array([1 / 256], np.float32), -128)  # the only scale that LiteRT takes for a sigmoid
-LARGEST = 2**31 - 1  # of an INT32 bias
-
-
-class Weight(NamedTuple):
-    """INT8 weights of a convolution: the INT8 values, and the scale of each output channel."""
-
-    values: np.ndarray
-    scale_O: np.ndarray
+LARGEST = 2**31 - 1  # of an INT32 bias, and of its sum with the products
 
 
 def require() -> None:
@@ -203,7 +196,7 @@ class Conversion:
         values = given.values if given else stored[names[1]].astype(np.float32)
         channels, groups = self.graph.shapes[names[0]][1], about.get("group", 1)
         if groups not in (1, channels) or set(about.get("dilations", [1])) != {1}:
-            raise EngineError(
+            raise NotConverted(
                 f"{self.file}: {node.name} has {groups} groups or is dilated, which is not converted to LiteRT"
             )
         int8 = int8 and given is not None
@@ -243,13 +236,17 @@ class Conversion:
         they become zero, and the scale larger.
         """
         step = float(self.pairs[name].scale[0])
-        least_O = np.abs(bias.astype(np.float64)) / (step * LARGEST)
+        # LiteRT adds the bias and all products in 32 bits
+        room_O = LARGEST - 255 * np.abs(values.astype(np.int64)).sum((1, 2, 3))
+        least_O = np.abs(bias.astype(np.float64)) / (step * room_O)
         silent_O = least_O >= scale_O
         if not silent_O.any():
             return values, scale_O
         largest_O = np.abs(values.astype(np.float64)).sum((1, 2, 3)) * scale_O * step * 255
         if (largest_O[silent_O] > self.pairs[node.outputs[0]].scale[0] / 2).any():
-            raise EngineError(f"{self.file}: the bias of {node.name} does not fit into 32 bits; leave this runtime out")
+            raise NotConverted(
+                f"{self.file}: the bias of {node.name} does not fit into 32 bits; leave this runtime out"
+            )
         kept = np.where(silent_O.reshape(-1, 1, 1, 1), 0, values).astype(np.int8)
         return kept, np.where(silent_O, 2 * least_O, scale_O).astype(np.float32)
 

@@ -16,7 +16,7 @@ NUMPY = {FLOAT32: np.float32, FLOAT16: np.float16, INT8: np.int8, INT32: np.int3
 IDENTIFIER = b"TFL3"
 SCHEMA = 3  # version of the file format
 # Version of an operator that a LiteRT of 2020 or later needs for INT8. All others are version 1.
-VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "DEQUANTIZE": 3, "BATCH_MATMUL": 1}
+VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "DEQUANTIZE": 3}
 INT8_VERSIONS = {
     "ADD": 2, "CONCATENATION": 2, "LOGISTIC": 2, "MAX_POOL_2D": 2, "MUL": 2, "PAD": 2, "RELU": 2, "RESIZE_NEAREST_NEIGHBOR": 2,
     "SLICE": 2, "TRANSPOSE": 2,

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
+from . import onnx_graph
 
 INSTALL = "pip install ncnn pnnx onnx"
 LIMIT_S = 900
@@ -89,7 +90,7 @@ def convert(file: Path, folder: Path, imgsz: Sequence[int], precision: str) -> T
             the file has no Q/DQ nodes or an INT8 tensor with a zero point. Or two convolutions have equal weights. Or pnnx rejects
             the graph or changes its weights.
     """
-    onnx = _onnx()
+    onnx = onnx_graph.require(INSTALL)
     model = onnx.load(str(file))
     batch, channels, *takes = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     if takes != list(imgsz):
@@ -193,14 +194,6 @@ def _pnnx() -> Path:
     return Path(found.origin).parent / "pnnx"
 
 
-def _onnx() -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise RuntimeUnavailable(f"onnx does not import ({error})", INSTALL) from error
-    return onnx
-
-
 def require() -> None:
     """Check that an ONNX file can be converted here.
 
@@ -208,7 +201,7 @@ def require() -> None:
         RuntimeUnavailable: pnnx or onnx is missing.
     """
     _pnnx()
-    _onnx()
+    onnx_graph.require(INSTALL)
 
 
 def _run_pnnx(folder: Path, shape_BCHW: Sequence[int]) -> None:

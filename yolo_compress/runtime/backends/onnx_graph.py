@@ -7,13 +7,17 @@ from typing import Any, Container, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from ..errors import EngineError, RuntimeUnavailable
+from ..errors import EngineError, NotConverted, RuntimeUnavailable
 
 Shape = Tuple[int, ...]
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
 Attributes = Dict[str, Any]  # name -> number, text, list or array, as ONNX defines it for the kind of node
+
+
+# Attributes of the one kind of Resize that moves no value between pixels. ONNX's defaults are others.
+RESIZE = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
 
 
 class Node(NamedTuple):
@@ -24,6 +28,13 @@ class Node(NamedTuple):
     inputs: Tuple[str, ...]
     outputs: Tuple[str, ...]
     attributes: Attributes
+
+
+class Weight(NamedTuple):
+    """INT8 weights of a convolution: the INT8 values, and the scale of each output channel."""
+
+    values: np.ndarray
+    scale_O: np.ndarray
 
 
 class Graph(NamedTuple):
@@ -106,17 +117,17 @@ def require_known(graph: Graph, file: Path, kinds: Container[str], title: str) -
         title: name of its format.
 
     Raises:
-        EngineError: a node has another type, or attributes that `export` does not write.
+        NotConverted: a node has another type, or attributes that `export` does not write.
     """
     for node in graph.nodes:
         about = node.attributes
         odd = (
-            (node.kind == "Resize" and (about.get("mode"), about.get("nearest_mode")) != ("nearest", "floor"))
+            (node.kind == "Resize" and tuple(about.get(key) for key in RESIZE) != tuple(RESIZE.values()))
             or (node.kind == "MaxPool" and (about.get("ceil_mode") or set(about.get("dilations", [1])) != {1}))
             or (node.kind == "Slice" and len(node.inputs) > 4 and (graph.constants[node.inputs[4]] != 1).any())
         )
         if node.kind not in kinds or odd:
-            raise EngineError(
+            raise NotConverted(
                 f"{file}: {node.name} is a {node.kind}{' of another kind' if odd else ''}, which this package does not convert to "
                 f"{title}; leave this runtime out"
             )
@@ -125,7 +136,9 @@ def require_known(graph: Graph, file: Path, kinds: Container[str], title: str) -
 def slice_bounds(inputs: Sequence[Any], shape: Shape) -> Dict[int, Tuple[int, int]]:
     """Return axis -> (begin, end) of a Slice node, from its inputs and the shape of the first one."""
     begins, ends, axes = (np.atleast_1d(value).tolist() for value in inputs[1:4])
-    return {axis: slice(begin, end).indices(shape[axis])[:2] for begin, end, axis in zip(begins, ends, axes)}
+    return {
+        axis % len(shape): slice(begin, end).indices(shape[axis])[:2] for begin, end, axis in zip(begins, ends, axes)
+    }
 
 
 def _shapes(onnx: Any, model: Any) -> Dict[str, Shape]:

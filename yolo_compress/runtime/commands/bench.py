@@ -241,7 +241,9 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
     for folder in folders:
         info = load_info(folder)
         say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}, end to end")
-        with open_engine(folder, threads=None if registry.RUNTIMES[info.runtime].gpu else plan.threads) as engine:
+        with open_engine(
+            folder, threads=plan.threads if registry.RUNTIMES[info.runtime].takes_threads else None
+        ) as engine:
             test = golden.check(bundle.directory, engine, info)
             subject: Subject = {
                 "model": "compressed",
@@ -393,7 +395,7 @@ def _latency(
                 "label": folder.name,
                 "engine": str(folder),
                 "inputs": file,
-                "threads": None if registry.RUNTIMES[one.subject["runtime"]].gpu else plan.threads,
+                "threads": plan.threads if registry.RUNTIMES[one.subject["runtime"]].takes_threads else None,
             }
             for folder, one in zip(folders, engines)
         ]

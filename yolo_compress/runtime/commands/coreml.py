@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
+import numpy as np
+
 from .. import json_text
 from ..backends.base import EngineInfo
 from ..backends.coreml import RUNTIME, CoreMLBackend
@@ -91,7 +93,7 @@ def read_about(directory: Path) -> About:
         found = {
             file.relative_to(directory).as_posix()
             for name in packages
-            for file in (directory / name).rglob("*.*")
+            for file in (directory / name).rglob("*")
             if file.is_file()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,7 +133,8 @@ def _measure(
     info, imgsz = engine.info, engine.imgsz
     test = golden.check(directory, engine, info)
     images = golden.load(directory)[1]
-    calls = [engine.bind(letterbox(image, imgsz, channels=engine.channels)[0][None]) for image in images]
+    one = [letterbox(image, imgsz, channels=engine.channels)[0][None] for image in images]
+    calls = [engine.bind(np.repeat(image, engine.batch or 1, axis=0)) for image in one]
     samples = measure(calls[0], iterations, WARMUP_MS, WARMUP_N, calls)
     score = None if labelled is None else mean_ap(engine, labelled, Model(info.names, about["max_det"]))["map50_95"]
     return {
