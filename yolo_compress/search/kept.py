@@ -1,6 +1,8 @@
-"""Artefacts of the front: they are in the shared store, with links `weights/STUDY-0007-int8/<stage>`, so that `gc` keeps them.
+"""Artefacts of the front and of the chosen engine are in the shared store, with links `weights/STUDY-0007-int8/<stage>`.
 
-When an engine leaves the front, its links are removed, and `gc` deletes the artefacts that nothing else needs.
+The links are what `gc` keeps them for.
+
+When an engine is neither any more, its links are removed, and `gc` deletes the artefacts that nothing else needs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from yolo_compress import home
 from yolo_compress.files.atomic import storage_errors
-from yolo_compress.search.front import Engine, front
+from yolo_compress.search.front import Engine, choose, front
 from yolo_compress.search.study import Study, Trial
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
@@ -19,7 +21,7 @@ from yolo_compress.store.transfer import adopt
 
 
 def keep(study: Study, trial: Trial, engines: Sequence[Engine]) -> list[Engine]:
-    """Take the artefacts of a trial's engines that are on the front now into the shared store, and link them.
+    """Take the artefacts of a trial's engines that are on the front or chosen now into the shared store, and link them.
 
     Args:
         study: The study.
@@ -32,7 +34,7 @@ def keep(study: Study, trial: Trial, engines: Sequence[Engine]) -> list[Engine]:
     others = [one for one in study.trials() if one.number != trial.number]
     now = front([*study.engines(others), *engines])
     own, shared = Store(trial.folder / "store"), Store(home.weights())
-    mine = [one for one in now if one["trial"] == trial.number]
+    mine = [one for one in _wanted(study, [*study.engines(others), *engines]) if one["trial"] == trial.number]
     if mine and own.root.is_dir():
         with shared.lock(f"study {study.name}"):
             for engine in mine:
@@ -42,20 +44,29 @@ def keep(study: Study, trial: Trial, engines: Sequence[Engine]) -> list[Engine]:
 
 
 def release(study: Study) -> None:
-    """Remove the links to engines of ended trials that are not on the front."""
-    trials = study.trials()
-    on_front = {
-        link_name(study.name, one["trial"], one["placement"]) for one in study.front(trials) if one["trial"] is not None
-    }
-    ended = {one.number for one in trials if one.outcome}
-    for folder, number in _link_folders(study.name):
-        if number in ended and folder.name not in on_front:
-            with storage_errors(folder, "clean"):
-                for link in folder.iterdir():
-                    if link.is_symlink():
-                        link.unlink()
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+    """Remove the links to engines of ended trials that are neither on the front nor chosen."""
+    with study.locked():  # two workers may release at the same time
+        trials = study.trials()
+        wanted = {
+            link_name(study.name, one["trial"], one["placement"])
+            for one in _wanted(study, study.engines(trials))
+            if one["trial"] is not None
+        }
+        ended = {one.number for one in trials if one.outcome}
+        for folder, number in _link_folders(study.name):
+            if number in ended and folder.name not in wanted:
+                with storage_errors(folder, "clean"):
+                    for link in folder.iterdir():
+                        if link.is_symlink():
+                            link.unlink()
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+
+
+def _wanted(study: Study, engines: Sequence[Engine]) -> list[Engine]:
+    """Return the front, and the chosen engine, which with few images is not always on it."""
+    best = choose(engines, study.goal).engine
+    return [*front(engines), *([best] if best is not None else [])]
 
 
 def link_name(study: str, number: int, placement: str) -> str:

@@ -104,8 +104,8 @@ class OptunaSampler:
 
     def claim(self, folder: str) -> None:
         """Record the id of the study's folder in a new study, and make the recipe's own point the first one."""
-        self._study.set_user_attr("folder", folder)
         self._study.enqueue_trial({knob: self._own[knob] for knob in self._space}, skip_if_exists=True)
+        self._study.set_user_attr("folder", folder)  # last: a study with an owner has its first point
 
     def ask(self) -> tuple[int, Point]:
         import optuna

@@ -195,13 +195,15 @@ class Study:
                     sampler.tell(number, None, failed=True)
                     continue
                 known[number] = self._written(number, point, given=0)
-            if (outcome := known[number].outcome) is not None:
+            if (outcome := known[number].outcome) is not None:  # the worker was killed between writing and telling
+                shutil.rmtree(known[number].folder / "store", ignore_errors=True)
                 sampler.tell(number, self.objectives(outcome), outcome["state"] == "failed")
         for one in known.values():
             if one.outcome is not None or not _take(one, held):
                 continue
             now = read_trial(one.folder)  # its worker may have finished it in the meantime
-            if now.outcome is None and now.given < GIVEN_MOST:
+            done = read_outcome(now.folder, RESULT)  # its process ended, but its worker was killed before it read that
+            if now.outcome is None and (now.given < GIVEN_MOST or done):
                 return self._given(now)
             if now.outcome is None:
                 self._finish(now, failed(f"its workers died {now.given} times", last_level(now)), sampler)
@@ -243,8 +245,8 @@ class Study:
 
     def _finish(self, trial: Trial, outcome: Outcome, sampler: Sampler) -> None:
         _write(trial.folder / OUTCOME, cast("Mapping[str, object]", outcome))
-        sampler.tell(trial.number, self.objectives(outcome), outcome["state"] == "failed")
         shutil.rmtree(trial.folder / "store", ignore_errors=True)
+        sampler.tell(trial.number, self.objectives(outcome), outcome["state"] == "failed")
 
     def objectives(self, outcome: Outcome) -> tuple[float, float] | None:
         """Return (lower end of the retention, cost) of a trial's best engine. None: it has no engine."""
@@ -443,7 +445,7 @@ def _folder(name: str) -> Path:
 
 def _key(base: Recipe, digest: str) -> dict[str, object]:
     """Return what decides the results of a study: the recipe without settings of the machine, and the data."""
-    recipe = base.model_dump(mode="json", exclude={"name", "report", "bench", "control"})
+    recipe = base.model_dump(mode="json", exclude={"name", "report", "control"})
     for knob in type(base.run).MACHINE:
         recipe["run"].pop(knob)
     for knob in MACHINE:

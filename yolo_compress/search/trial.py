@@ -16,7 +16,7 @@ from pathlib import Path
 from yolo_compress import home, pipeline
 from yolo_compress.chain import Planned, current, plan, provider
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import EnvironmentLacks, Terminated
+from yolo_compress.errors import EnvironmentLacks, RecipeError, Terminated
 from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.evaluate.stored_detections import kept
 from yolo_compress.exits import explain
@@ -28,7 +28,6 @@ from yolo_compress.search import measure
 from yolo_compress.search.front import Engine
 from yolo_compress.search.levels import Figures, ends
 from yolo_compress.search.study import (
-    FIGURES,
     RESULT,
     SHARED_STORE,
     Outcome,
@@ -109,8 +108,14 @@ class Run:
             chain: dict[str, Planned] = {}
             for stage in SHARED_STAGES:
                 chain |= plan(recipe, dataset, stage)
+            found = current(self.shared, chain)
+            if gone := ", ".join(stage for stage in chain if stage not in found):
+                raise RecipeError(
+                    f"the results of {gone} that study {self.study.name} compares with are gone, or images or weights have changed "
+                    "since: give another name"
+                )
             with self.store.lock("the shared stages"):
-                for artifact in current(self.shared, chain).values():
+                for artifact in found.values():
                     adopt(artifact, self.store)
         return dataset
 
@@ -192,7 +197,7 @@ def main(words: list[str]) -> int:
     try:
         is_trial = folder.parent.name == "trials"
         study = open_study(folder.parents[1].name if is_trial else folder.parent.name)
-        (folder / FIGURES).unlink(missing_ok=True)
+        write_figures(folder, {})  # not deleted, because others may read it now
         write_outcome(folder, Run(study, folder, int(folder.name) if is_trial else None).run(), RESULT)
     except (Exception, KeyboardInterrupt, Terminated) as error:
         return explain(error, continues=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from yolo_compress import progress
 from yolo_compress.errors import CompressError, EnvironmentLacks
+from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.recipe import SearchConfig
 from yolo_compress.report.numbers import percent
@@ -43,6 +44,7 @@ POLL_S = 0.2
 TOUCH_S = 10.0
 PATIENCE_S = 30.0  # time for a process to end after SIGTERM
 FAILURES_MOST = 3  # so many failures in a row, and no success, are no property of a point
+ENDED_BY = {SIGINT: "SIGINT", SIGTERM: "SIGTERM"}  # exit code of a process that ended in good order -> the signal
 CODE_OF_TIME = -1000  # instead of an exit code: the time was over
 
 Command = Callable[[Path], Sequence[str]]
@@ -156,8 +158,9 @@ class Worker:
             self.study.give_back(trial)
             progress.say(f"search: the time is over; trial {trial.number} is not counted")
             return False
-        if outcome is None and code < 0:
-            progress.say(f"search: trial {trial.number} was killed by {signal.Signals(-code).name}")
+        if outcome is None and (code < 0 or code in ENDED_BY):
+            name = signal.Signals(-code).name if code < 0 else ENDED_BY[code]
+            progress.say(f"search: trial {trial.number} was ended by {name}")
             return True  # it is given out again, once
         if outcome is None:
             outcome = failed(last_error(trial.folder) or f"exit code {code}", last_level(read_trial(trial.folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from tests.support.fake_chain import Chain, Killed, fake_chain
 from yolo_compress import home, preflight
 from yolo_compress.cli.main import main
 from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import RecipeError
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.search import kept, levels
-from yolo_compress.search.front import Engine
+from yolo_compress.search.front import Engine, choose, front
 from yolo_compress.search.levels import Figures
 from yolo_compress.search.study import RESULT, Study, read_outcome, read_trial, write_levels, write_outcome, write_plan
 from yolo_compress.search.trial import Run
@@ -126,6 +128,36 @@ def test_gc_keeps_the_front_and_only_the_front(chain: Chain) -> None:
     assert main(["gc"]) == 0
     assert in_store(shared).count("distill") == 1 and in_store(shared).count("baseline") == 1
     assert not (home.weights() / "toy-0000-int8").exists() and (home.weights() / "toy-0001-int8" / "distill").is_dir()
+
+
+def test_the_chosen_engine_is_kept_off_the_front_too(chain: Chain) -> None:
+    """Without an interval the front is the cheapest engine alone, and another one may keep more."""
+    study = toy.study(chain.folder, "toy", ("search.latency_ms", "null"), ("search.int8_max_drop", "null"))
+    sampler = toy.FileSampler(study.folder)
+    reference(study)
+    for number, (cost, retention) in enumerate(((3.0, 0.5), (4.0, 0.99))):
+        trial(study, sampler)
+        one = read_trial(study.folder / "trials" / f"{number:04d}")
+        assert one.outcome is not None
+        changed: Engine = {**one.outcome["engines"][0], "cost": cost, "retention": retention, "low": None}
+        write_outcome(one.folder, {**one.outcome, "engines": [changed]})
+    engines = study.engines(study.trials())
+    chosen = choose(engines, study.goal).engine
+    assert chosen is not None and chosen["trial"] == 1 and chosen not in front(engines)
+    kept.release(study)
+    assert (home.weights() / "toy-0001-int8" / "distill").is_dir()
+
+
+def test_a_trial_without_the_baseline_of_the_study_is_refused(chain: Chain) -> None:
+    """Else it would train a baseline of its own, and be compared with that."""
+    study = toy.study(chain.folder, "toy", ("search.latency_ms", "null"))
+    reference(study)
+    for artifact in _linked(Store(home.weights()), "baseline"):
+        shutil.rmtree(artifact.path)
+    chain.ran = []
+    with pytest.raises(RecipeError, match="the results of baseline that study toy compares with are gone"):
+        trial(study, toy.FileSampler(study.folder))
+    assert stages(chain) == []
 
 
 def test_a_trial_that_was_interrupted_continues_from_its_store(chain: Chain) -> None:
