@@ -212,12 +212,16 @@ def check_reachable(
     _check_reachable(ties, lambda widths: price(*layout.channels(widths)), budget, round_to, floor)
 
 
+class Unreachable(RecipeError):
+    """No widths meet a budget: it is below the cost of the narrowest model that the recipe allows."""
+
+
 def _check_reachable(
     ties: Sequence[_Tie], price: Callable[[np.ndarray], float], budget: Budget, round_to: int, floor: float
 ) -> None:
     smallest = price(np.array([tie.least for tie in ties]))
     if smallest > budget.target:
-        raise RecipeError(
+        raise Unreachable(
             f"prune: {budget.knob}={budget.target / budget.unit:.4g} cannot be reached; the smallest is "
             f"{budget.of(smallest)} with prune.floor={floor}, prune.round_to={round_to} and the caps of prune.sensitivity, if any"
         )

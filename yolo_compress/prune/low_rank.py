@@ -65,7 +65,7 @@ class Place:
         if scheme == "reduce":
             return (min(inputs, out * k * k),)
         if scheme == "spatial":
-            return (max(1, min(out, inputs) * k // 2),)
+            return (max(1, k * out * inputs // (out + inputs)),)
         return (inputs, out)
 
     def factors(self, scheme: Scheme, ranks: Ranks) -> dict[str, ConvShape]:

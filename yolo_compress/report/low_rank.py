@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from yolo_compress.report import numbers as n
 from yolo_compress.report.schema import LowRankFigures
 
@@ -9,7 +11,7 @@ from yolo_compress.report.schema import LowRankFigures
 def is_recommended(found: LowRankFigures) -> bool:
     """Return whether low rank has the smaller loss within the same measured time. Without a measured time it is never recommended."""
     smaller = found["channel_loss"] is None or found["loss"] < found["channel_loss"]
-    return smaller and found["runtime"] is not None
+    return smaller and math.isfinite(found["loss"]) and found["runtime"] is not None
 
 
 def low_rank_note(found: LowRankFigures) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from yolo_compress.errors import RecipeError
 from yolo_compress.prune.batchnorm import reestimate_batchnorm
-from yolo_compress.prune.budget import Budget
+from yolo_compress.prune.budget import Budget, Unreachable
 from yolo_compress.prune.cost import conv_shapes
 from yolo_compress.prune.depth import remove
 from yolo_compress.prune.low_rank import LowRank, LowRankPlan, listed
@@ -77,9 +77,12 @@ class LowRankPlanner:
         }
         rival = copy.deepcopy(original)
         evidence = self._planner.evidence(rival)
+        budget = self._planner.budget
+        # in ms, the plan's own cost: models were timed and the limit adjusted until the factorised one met it
+        limit = replace(budget, target=plan.cost) if self._planner.table else budget
         try:
-            channels = self._planner.one_cut(evidence)
-        except RecipeError:
+            channels = self._planner.one_cut(evidence, limit)
+        except Unreachable:
             pass  # channels alone cannot meet the budget
         else:
             remove(rival, channels, evidence.moments if self._job.config.reconstruct else None)
