@@ -33,8 +33,8 @@ def first_wrong_layer(file: Path, runtime: str, image_3HW: np.ndarray) -> str:
         image_3HW: letterboxed float32 array, values 0 to 1.
 
     Returns:
-        Text such as "/model.2/cv2/conv/Conv (error 0.15, at most 0.0002 before it)": the first layer whose error jumps. If the error
-        grows slowly, the layer with the largest increase.
+        Text such as "the first wrong layer is /model.2/cv2/conv/Conv (error 0.15, at most 0.0002 before it)", if the error of a layer
+        jumps. If none does, the text says so, and where the error grows most.
 
     Raises:
         EngineError: the library rejects a part of the file.
@@ -56,9 +56,9 @@ def first_wrong_layer(file: Path, runtime: str, image_3HW: np.ndarray) -> str:
             if error - before > worst:
                 worst, described = error - before, f"{layer} (error {error:.2g}, at most {before:.2g} before it)"
             if error > JUMP * max(before, LEAST_ERROR):
-                break
+                return f"the first wrong layer is {layer} (error {error:.2g}, at most {before:.2g} before it)"
             before = max(before, error)
-    return described
+    return f"no layer's error jumps; it grows most at {described}" if described else "no layer can be compared"
 
 
 def _parts(file: Path) -> Iterator[tuple[str, onnx.ModelProto]]:

@@ -111,9 +111,8 @@ def chain_of(block: Any, scheme: Scheme, factors: Sequence[Factor]) -> nn.Sequen
     for index, factor in enumerate(factors):
         out_channels, in_channels, height, width = factor.weight_OIHW.shape
         part = Conv(in_channels, out_channels, (height, width), factor.stride, factor.padding, act=False)
-        part.conv.weight.copy_(factor.weight_OIHW)
         part = part.to(block.conv.weight.device, block.conv.weight.dtype)
-        part.conv.weight.copy_(factor.weight_OIHW)  # again: the first copy was rounded to float32
+        part.conv.weight.copy_(factor.weight_OIHW)
         if factor.mean_O is None or factor.var_O is None:
             part.bn, part.act = copy.deepcopy(block.bn), block.act
         else:

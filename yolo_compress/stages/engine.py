@@ -152,7 +152,7 @@ def _sources(files: list[str], model: str, runtime: str, precision: str) -> list
 def _wrong_layer(file: Path, runtime: str, image_3HW: np.ndarray) -> str:
     """Return which layer of an INT8 file the library computes wrongly, as text for an error message."""
     try:
-        return f"in {file.name}, the first wrong layer is {first_wrong_layer(file, runtime, image_3HW)}"
+        return f"in {file.name}, {first_wrong_layer(file, runtime, image_3HW)}"
     except EngineError as error:
         return f"its layers cannot be compared ({error})"
 

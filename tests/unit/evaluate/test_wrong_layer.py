@@ -56,7 +56,9 @@ def test_the_layer_that_a_library_computes_wrongly_is_named(
     file: Path, monkeypatch: pytest.MonkeyPatch, layer: str
 ) -> None:
     monkeypatch.setattr(BACKENDS[RUNTIME], "build", staticmethod(breaking(layer, BACKENDS[RUNTIME].build)))
-    assert first_wrong_layer(file, RUNTIME, images(1)[0].numpy()).startswith(f"{layer} (error ")
+    assert first_wrong_layer(file, RUNTIME, images(1)[0].numpy()).startswith(
+        f"the first wrong layer is {layer} (error "
+    )
 
 
 def test_without_a_fault_no_error_jumps(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,4 +67,6 @@ def test_without_a_fault_no_error_jumps(file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(wrong_layer, "_parts", lambda file: islice(parts(file), 24))
     found = first_wrong_layer(file, RUNTIME, images(1)[0].numpy())
     error, before = (float(number) for number in re.findall(r"[0-9.e-]{3,}(?=[, ])", found.partition("(")[2]))
-    assert found.startswith("/model.") and error <= JUMP * max(before, LEAST_ERROR), found
+    assert found.startswith("no layer's error jumps; it grows most at /model.") and error <= JUMP * max(
+        before, LEAST_ERROR
+    ), found

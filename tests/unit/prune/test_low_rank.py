@@ -538,7 +538,7 @@ def test_the_stage_factorises_after_removing_channels(shop):
     ("prune", "message"),
     [
         ({"keep_flops": 0.001}, "keep_flops=0.001 cannot be reached by low rank"),
-        ({"round_to": 64, "keep_flops": 0.3}, "prune: "),
+        ({"round_to": 64, "keep_flops": 0.3}, "cannot be reached by low rank; the smallest is 0.708"),
         ({"kind": "channel", "then": "low_rank", "keep_flops": 0.01, "floor": 0.5}, "cannot be reached"),
         ({"kind": "channel", "then": "low_rank", "keep_flops": 0.14, "floor": 0.5, "then_share": 0.9}, "by low rank"),
     ],

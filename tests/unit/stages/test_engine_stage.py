@@ -50,7 +50,9 @@ def test_wrong_boxes_leave_one_engine_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(engine, "build_suited", wrong)
     monkeypatch.setattr(engine, "int8_check", lambda *arguments: None)
     monkeypatch.setattr(engine, "read_image", lambda file: np.zeros((8, 8, 3), np.uint8))
-    monkeypatch.setattr(engine, "first_wrong_layer", lambda *arguments: "/model.2/cv2/conv/Conv")
+    monkeypatch.setattr(
+        engine, "first_wrong_layer", lambda *arguments: "the first wrong layer is /model.2/cv2/conv/Conv"
+    )
     monkeypatch.setattr(engine, "_missing", lambda config, export: {"openvino": None})
     files = {f"compressed/{stem}.onnx": tmp_path / f"{stem}.onnx" for stem in ("fp32", "int8", "int8-openvino")}
     for file in files.values():
