@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe import recipe
 from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.search.front import Engine
 from yolo_compress.search.space import Point
 from yolo_compress.search.study import RESULT, Outcome, Study, create, open_study, read_plan, write_outcome
@@ -72,9 +74,15 @@ def base(folder: Path, *overrides: tuple[str, str]) -> Recipe:
     return recipe.load(file, [("search.trials", "12"), ("search.latency_ms", "4"), *overrides])
 
 
+def dataset(digest: str = "d") -> Dataset:
+    """1,000 training images, which nobody reads."""
+    images = (None,) * 1000
+    return Dataset(Path("x.yaml"), ("a",), 3, images, (), (), (), digest * 64, "t" * 64, "v" * 64)
+
+
 def study(folder: Path, name: str = "toy", *overrides: tuple[str, str]) -> Study:
     """Make a study in `searches/` of the working folder, or open it."""
-    return create(name, base(folder, *overrides), images=1000, digest="d" * 64)
+    return create(name, base(folder, *overrides), dataset())
 
 
 def engine(number: int | None, keep_flops: float, placement: str = "int8") -> Engine:
@@ -83,7 +91,7 @@ def engine(number: int | None, keep_flops: float, placement: str = "int8") -> En
     ms = 10 * keep_flops
     return {
         "trial": number, "placement": placement, "retention": retention, "low": retention - 0.01, "high": retention + 0.01,
-        "map50_95": 0.5 * retention, "cost": ms, "latency_ms": ms, "size_mib": 3.0, "quiet": True,
+        "map50_95": 0.5 * retention, "cost": ms, "latency_ms": ms, "size_mib": 3.0, "processor": cpu_model(), "quiet": True,
     }  # fmt: skip
 
 
@@ -132,14 +140,13 @@ def instant(study: Study) -> Instant:
     return Instant(study, FileSampler(study.folder))
 
 
-def work(name: str) -> None:
-    """Be a worker of the study."""
-    there = open_study(name)
-    Worker(there, FileSampler(there.folder), toy_process).run()
+def worker(study: Study) -> Worker:
+    """A worker whose trials are processes, as those of a real one."""
+    return Worker(study, FileSampler(study.folder), toy_process)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "work":
-        work(sys.argv[2])
+        worker(open_study(sys.argv[2])).run()
     else:
         run(Path(sys.argv[1]))

@@ -12,9 +12,9 @@ from yolo_compress.progress import result, say
 from yolo_compress.recipe.recipe import Recipe, RunConfig, SearchConfig
 from yolo_compress.search import levels, page, sampler
 from yolo_compress.search.document import SearchDocument, document
-from yolo_compress.search.sampler import OptunaSampler
-from yolo_compress.search.study import Study, check_machine, check_storage, create, open_study
-from yolo_compress.search.worker import Worker
+from yolo_compress.search.machine import check_machine
+from yolo_compress.search.study import Study, create, open_study
+from yolo_compress.search.worker import with_optuna
 from yolo_compress.store.store import Store
 
 MET = ("dense", "reached")
@@ -32,9 +32,13 @@ def handle(command: Command) -> int:
         study = open_study(name)
         found = page.write(study) if action == "report" else document(study)
         return _answer(study, found, ended=False)
-    study = _joined(command, name) if action == "worker" else _begun(command, name)
-    sampler.require()
-    _work(study)
+    if action == "worker":
+        study = _joined(command, name)
+        sampler.require()
+        with_optuna(study).run()
+    else:
+        study = _begun(command, name)
+        _run(study)
     return _answer(study, page.write(study), ended=True)
 
 
@@ -49,7 +53,7 @@ def _begun(command: Command, name: str) -> Study:
     _check_device(recipe)
     sampler.require()  # before any image is read
     recipe, dataset = preflight.prepare(recipe, Store(home.weights()))
-    study = create(name, recipe, len(dataset.train), dataset.digest)
+    study = create(name, recipe, dataset)
     check_machine(study)
     for level in (levels.dense(study.base), *levels.placements(study.base, study.own)):
         preflight.check(level.recipe, dataset, plan(level.recipe, dataset, level.target))
@@ -76,26 +80,12 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
-def _work(study: Study) -> None:
-    search = study.base.search
-    assert search is not None
-    chosen = OptunaSampler(
-        study.folder,
-        study.name,
-        study.space,
-        study.own,
-        seed=study.base.run.seed,
-        trials=search.trials,
-        storage=search.storage,
-    )
-    with study.locked():
-        check_storage(study, chosen.owner)
-        if chosen.owner is None:
-            chosen.claim(study.file["id"])
+def _run(study: Study) -> None:
+    worker = with_optuna(study)
     say(
         f"search: study {study.name} in {study.folder}; `yolo-compress search worker study={study.name}` elsewhere joins it"
     )
-    Worker(study, chosen).run()
+    worker.run()
 
 
 def _check_no_knobs(command: Command) -> None:
