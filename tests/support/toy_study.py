@@ -1,4 +1,5 @@
 """A study whose trials take milliseconds: `python -m tests.support.toy_study FOLDER` is such a trial, and this module starts workers.
+`python -m tests.support.toy_study work|ray NAME` is a worker, or the command of a search on a Ray cluster.
 
 A toy trial reads its recipe file, as a real one does. The retention rises with keep_flops and a hidden optimum of round_to, and so does
 the latency.
@@ -16,6 +17,7 @@ from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe import recipe
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.device import cpu_model
+from yolo_compress.search import cluster
 from yolo_compress.search.front import Engine
 from yolo_compress.search.space import Point
 from yolo_compress.search.study import RESULT, Outcome, Study, create, open_study, read_plan, write_outcome
@@ -146,7 +148,11 @@ def worker(study: Study) -> Worker:
 
 
 if __name__ == "__main__":
+    from tests.support import toy_study as itself  # Ray finds `worker` in the tasks by the name of its module
+
     if sys.argv[1] == "work":
-        worker(open_study(sys.argv[2])).run()
+        itself.worker(open_study(sys.argv[2])).run()
+    elif sys.argv[1] == "ray":
+        cluster.run(open_study(sys.argv[2]), itself.worker)
     else:
         run(Path(sys.argv[1]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from yolo_compress import home, preflight, ranks
-from yolo_compress.chain import plan
+from yolo_compress.chain import STAGES, plan
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import RecipeError
 from yolo_compress.progress import result, say
 from yolo_compress.recipe.recipe import Recipe, RunConfig, SearchConfig
-from yolo_compress.search import levels, page, sampler
+from yolo_compress.search import cluster, levels, page, sampler
 from yolo_compress.search.document import SearchDocument, document
 from yolo_compress.search.machine import check_machine
 from yolo_compress.search.study import Study, create, open_study
@@ -50,13 +50,20 @@ def _begun(command: Command, name: str) -> Study:
     recipe = command.load()
     if recipe.search is None:
         recipe = recipe.replaced({"search": SearchConfig()})
+    assert recipe.search is not None
     _check_device(recipe)
     sampler.require()  # before any image is read
+    on_cluster = recipe.search.workers == "ray"
+    if on_cluster:
+        cluster.require()
     recipe, dataset = preflight.prepare(recipe, Store(home.weights()))
     study = create(name, recipe, dataset)
-    check_machine(study)
+    if not on_cluster:
+        check_machine(study)
     for level in (levels.dense(study.base), *levels.placements(study.base, study.own)):
-        preflight.check(level.recipe, dataset, plan(level.recipe, dataset, level.target))
+        stages = plan(level.recipe, dataset, level.target)
+        here = [stage for stage in stages if not (on_cluster and STAGES[stage].machine)]  # the nodes check the others
+        preflight.check(level.recipe, dataset, here)
     return study
 
 
@@ -85,7 +92,10 @@ def _run(study: Study) -> None:
     say(
         f"search: study {study.name} in {study.folder}; `yolo-compress search worker study={study.name}` elsewhere joins it"
     )
-    worker.run()
+    if worker.search.workers == "ray":
+        cluster.run(study)
+    else:
+        worker.run()
 
 
 def _check_no_knobs(command: Command) -> None:

@@ -50,7 +50,7 @@ RESULT, OUTCOME = "result.json", "outcome.json"
 OWN_STORE: Literal["own"] = "own"
 SHARED_STORE: Literal["shared"] = "shared"
 GIVEN_MOST = 2  # a trial whose workers died twice is not given out a third time: it may be what kills them
-MACHINE = ("trials", "hours", "storage")  # knobs of `search` that may change while a study goes on
+MACHINE = ("trials", "hours", "storage", "workers")  # knobs of `search` that may change while a study goes on
 
 
 class StudyFile(TypedDict):

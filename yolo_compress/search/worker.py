@@ -1,6 +1,7 @@
 """A worker: takes trials of a study and runs each one in a process of its own, until trials or time are over.
 
 The command `search` is a worker, and so is each `search worker study=NAME` that is started on any machine that shares the folders.
+With `search.workers=ray`, each task of a Ray cluster is a worker for one trial (`cluster.py`).
 """
 
 from __future__ import annotations
