@@ -32,13 +32,9 @@ def handle(command: Command) -> int:
         study = open_study(name)
         found = page.write(study) if action == "report" else document(study)
         return _answer(study, found, ended=False)
-    if action == "worker":
-        study = _joined(command, name)
-        sampler.require()
-        with_optuna(study).run()
-    else:
-        study = _begun(command, name)
-        _run(study)
+    study = _joined(command, name) if action == "worker" else _begun(command, name)
+    sampler.require()
+    _run(study, by_hand=action == "worker")
     return _answer(study, page.write(study), ended=True)
 
 
@@ -87,12 +83,13 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
-def _run(study: Study) -> None:
+def _run(study: Study, by_hand: bool) -> None:
+    """Be a worker of the study, or start the tasks of its Ray cluster. A worker that was started by hand is a worker in any case."""
     worker = with_optuna(study)
     say(
         f"search: study {study.name} in {study.folder}; `yolo-compress search worker study={study.name}` elsewhere joins it"
     )
-    if worker.search.workers == "ray":
+    if worker.search.workers == "ray" and not by_hand:
         cluster.run(study)
     else:
         worker.run()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from yolo_compress import home, progress
+from yolo_compress import __version__, home, progress
 from yolo_compress.errors import CompressError, EnvironmentLacks, Locked, RecipeError
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.recipe import Recipe
@@ -51,12 +51,14 @@ class Place(NamedTuple):
         folder: Working directory of the command. Relative paths in the recipe start from it.
         study: Name of the study.
         overrides: Settings of the machine, such as ("run.device", "0").
+        version: Version of yolo-compress.
     """
 
     home: str
     folder: str
     study: str
     overrides: tuple[tuple[str, str], ...]
+    version: str
 
 
 class Needs(NamedTuple):
@@ -99,9 +101,9 @@ def needs(base: Recipe, nodes: Sequence[Mapping[str, float]]) -> Needs:
     able = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
     found = Needs(base.run.threads or (1 if gpus else min(able, default=1)), gpus)
     if not any(found.fit(node) for node in nodes):
+        wanted = f"{found.cpus} CPU{'s' if found.cpus > 1 else ''}{' and a GPU' if gpus else ''}"
         raise EnvironmentLacks(
-            f"no node of the Ray cluster has {found.cpus} CPUs{' and a GPU' if gpus else ''} for a trial: add such a node, or change "
-            "run.threads, run.device or search.runtime"
+            f"no node of the Ray cluster has {wanted} for a trial: add such a node, or change run.threads, run.device or search.runtime"
         )
     return found
 
@@ -118,7 +120,7 @@ def run(study: Study, make: Make = with_optuna) -> Choice:
             study's folder.
     """
     device = () if study.base.run.device == "cpu" else (("run.device", "0"),)  # the GPU that Ray gives the task
-    place = Place(str(home.searches().parent.absolute()), os.getcwd(), study.name, device)
+    place = Place(str(home.searches().parent.absolute()), os.getcwd(), study.name, device, __version__)
     with _connected(), lock(study.folder / MARK, f"search with Ray, study {study.name}", shared=True):
         _check_nodes(study, place)
         _Tasks(study, place, make).run()
@@ -131,7 +133,7 @@ class _Tasks:
     def __init__(self, study: Study, place: Place, make: Make) -> None:
         self.study, self.place, self.make = study, place, make
         self.running: list[ObjectRef] = []
-        self.room = 1  # tasks that fit into the cluster at a time
+        self.room = 1  # tasks that fit into the cluster at once
 
     def run(self) -> None:
         """Keep as many tasks as the cluster has room for, until no trial is left or the time is over."""
@@ -179,8 +181,8 @@ class _Tasks:
 
         for one in self.running:
             ray.cancel(one)
-        if self.running:
-            ray.wait(self.running, num_returns=len(self.running), timeout=PATIENCE_S)
+        if self.running:  # a task waits `PATIENCE_S` for its process
+            ray.wait(self.running, num_returns=len(self.running), timeout=2 * PATIENCE_S)
 
 
 def _answer(task: ObjectRef) -> Taken | None:
@@ -227,6 +229,9 @@ def _check_nodes(study: Study, place: Place) -> None:
         for name, resources in nodes
         if need.fit(resources)
     ]
+    progress.say(
+        f"search: {len(tasks)} {'nodes' if len(tasks) > 1 else 'node'} of the Ray cluster can run trials; checking them"
+    )
     found: dict[str, str] = {}  # processor -> host
     for one in tasks:
         answer = _checked(one)
@@ -246,11 +251,21 @@ def _checked(task: ObjectRef) -> tuple[str, str]:
     try:
         answer: tuple[str, str] = ray.get(task)
     except RayTaskError as error:
+        if isinstance(error.cause, ImportError | RuntimeError):  # by Ray, if it does not find this module on the node
+            raise EnvironmentLacks(
+                f"a node of the Ray cluster cannot run yolo-compress ({_cause(error.cause)}): install it there, with the extra ray"
+            ) from None
         raise error.cause from None
     except RayError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise EnvironmentLacks(f"a node of the Ray cluster does not answer ({first}): look at its logs") from None
+        raise EnvironmentLacks(
+            f"a node of the Ray cluster does not answer ({_cause(error)}): look at its logs"
+        ) from None
     return answer
+
+
+def _cause(error: Exception) -> str:
+    """Return the last line of a message of Ray: a traceback of another process may be above it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 @contextmanager
@@ -267,10 +282,10 @@ def _connected() -> Iterator[None]:
     try:
         ray.init(logging_level=logging.ERROR)
     except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
         where = f"{ADDRESS}={os.environ[ADDRESS]}" if os.environ.get(ADDRESS) else "on this machine"
         raise EnvironmentLacks(
-            f"the Ray cluster ({where}) cannot be reached: {first}; start it with `ray start`, or unset {ADDRESS}"
+            f"the Ray cluster ({where}) cannot be reached: {_cause(error)}; start it with `ray start`, or set {ADDRESS}=local for one "
+            "of this machine alone"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces the handler that ends this command in good order
@@ -299,9 +314,14 @@ def entered(place: Place) -> Study:
     """Go to the working directory of the command, and open the study there.
 
     Raises:
-        EnvironmentLacks: This node does not share the folder with the command, or locks do not work between the two.
+        EnvironmentLacks: This node has another version of yolo-compress, it does not share the folder with the command, or locks do
+            not work between the two.
     """
     host = socket.gethostname()
+    if place.version != __version__:
+        raise EnvironmentLacks(
+            f"{host} has yolo-compress {__version__}, the command is of {place.version}: install the same version"
+        )
     shared = "searches/, weights/ and datasets/ have to be on a file system that all nodes share"
     os.environ[home.VARIABLE] = place.home
     mark = home.searches() / place.study / MARK

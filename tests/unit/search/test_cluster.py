@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import fake_ray
 from tests.support import toy_study as toy
+from yolo_compress import __version__
 from yolo_compress.cli.main import main
 from yolo_compress.errors import CompressError, EnvironmentLacks, RecipeError
 from yolo_compress.search import cluster
@@ -69,7 +70,7 @@ def test_how_many_tasks_fit_on_a_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "lacks"), [("run.threads", "9", "9 CPUs for"), ("run.device", "0", "1 CPUs and a GPU")]
+    ("knob", "value", "lacks"), [("run.threads", "9", "9 CPUs for"), ("run.device", "0", "1 CPU and a GPU for")]
 )
 def test_a_cluster_without_room_is_refused(home: Path, knob: str, value: str, lacks: str) -> None:
     with pytest.raises(EnvironmentLacks, match=f"no node of the Ray cluster has {lacks}"):
@@ -125,11 +126,35 @@ def test_nodes_with_two_processors_are_refused_before_any_trial(study: Study, mo
     assert study.trials() == []
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ImportError("no module"),
+            r"cannot run yolo-compress \(no module\): install it there, with the extra ray",
+        ),
+        (EnvironmentLacks("the folder"), "^the folder$"),
+    ],
+)
+def test_a_node_that_fails_the_check(
+    study: Study, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    fake_ray.install(monkeypatch, 1)
+
+    def fails(place: Place) -> Study:
+        raise error
+
+    monkeypatch.setattr(cluster, "entered", fails)
+    with pytest.raises(EnvironmentLacks, match=message):
+        cluster.run(study, toy.instant)
+    assert study.trials() == []
+
+
 def test_a_cluster_that_cannot_be_reached(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = fake_ray.install(monkeypatch, 1)
 
     def unreachable(**_: object) -> None:
-        raise ConnectionError("no route\nto it")
+        raise ConnectionError("server:\n  traceback\nno route\n")
 
     monkeypatch.setattr(ray, "init", unreachable)
     monkeypatch.setenv("RAY_ADDRESS", "ray://far:10001")
@@ -152,7 +177,7 @@ class TestFolder:
     @pytest.fixture
     def place(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         toy.study(home)
-        return Place(str(home), str(home), "toy", (("run.threads", "1"),))
+        return Place(str(home), str(home), "toy", (("run.threads", "1"),), __version__)
 
     def test_a_shared_one_is_entered(self, home: Path, place: Place) -> None:
         with (home / "searches" / "toy" / MARK).open("w") as mark:
@@ -170,6 +195,12 @@ class TestFolder:
         (home / "searches" / "toy" / MARK).touch()
         with pytest.raises(EnvironmentLacks, match="is a copy, or locks of this file system work on one machine only"):
             entered(place)
+
+    def test_another_version(self, place: Place) -> None:
+        with pytest.raises(
+            EnvironmentLacks, match=f"has yolo-compress {__version__}, the command is of 9: install the same version"
+        ):
+            entered(place._replace(version="9"))
 
     def test_another_working_directory(self, place: Place) -> None:
         with pytest.raises(
