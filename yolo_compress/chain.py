@@ -183,23 +183,36 @@ def _config(recipe: Recipe, stage: str, dataset: Dataset) -> dict[str, object]:
     File names are replaced by the SHA-256 of the files. If `weights` is given, the training knobs have no effect and are dropped.
     """
     config = getattr(recipe, stage).model_dump(mode="json")
-    if config.get("weights") is not None:
-        return {"weights_sha256": sha256_file(find_weights(config["weights"]))}
-    if config.get("pretrained") is not None:
-        config["pretrained"] = {"sha256": sha256_file(find_weights(config["pretrained"]))}
-    for knob in OWN:
-        file, _, function = str(config.get(knob, "")).rpartition(":")
-        if file:  # a user's own criterion, `file.py:function`
-            if not Path(file).is_file():
-                raise RecipeError(f"{stage}.{knob}: no file {file!r}")
-            config[knob] = {"sha256": sha256_file(Path(file)), "function": function}
-    if (table := config.get("latency_table")) is not None:
-        if not Path(table).is_file():
-            raise RecipeError(f"{stage}.latency_table: no file {table!r}")
-        config["latency_table"] = {"sha256": sha256_file(Path(table))}
+    digests = files(recipe, stage)
+    if "weights" in digests:
+        return {"weights_sha256": digests["weights"]}
+    for knob, digest in digests.items():
+        function = {"function": config[knob].rpartition(":")[2]} if knob in OWN else {}
+        config[knob] = {"sha256": digest, **function}
     if config.get("images") is not None:
         config["images"] = {"digest": dataset.unlabelled_digest}
     return config
+
+
+def files(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Return knob -> SHA-256 of the file that it names, for the knobs of the stage's section that name a file.
+
+    Raises:
+        RecipeError: A file does not exist or cannot be read.
+        EnvironmentLacks: A checkpoint is in none of its places.
+    """
+    section = getattr(recipe, stage)
+    named: dict[str, Path] = {}
+    for knob in ("weights", "pretrained"):
+        if (name := getattr(section, knob, None)) is not None:
+            named[knob] = find_weights(name)
+    for knob in (*OWN, "latency_table"):
+        value = getattr(section, knob, None) or ""
+        if file := value.rpartition(":")[0] if knob in OWN else value:  # a user's own criterion is `file.py:function`
+            if not Path(file).is_file():
+                raise RecipeError(f"{stage}.{knob}: no file {file!r}")
+            named[knob] = Path(file)
+    return {knob: sha256_file(path) for knob, path in named.items()}
 
 
 def current(store: Store, chain: Mapping[str, Planned], but: str | None = None) -> dict[str, Artifact]:

@@ -34,6 +34,7 @@ DOORS = {
     "pycuda": {"runtime/backends/tensorrt/cuda.py"},
     "rclpy": {"runtime/commands/ros2_node.py"},
     "optuna": {"search/sampler.py"},
+    "ray": {"search/cluster.py"},
     "cryptography": {"runtime/secure/ed25519.py"},  # if it is installed; the file also has a reference implementation
 }
 # Parts of the package that a part must not import directly.

@@ -82,7 +82,7 @@ NOT_RUN = {
     "yolo-compress cascade": "two chains, and more training images than there are; tests/unit/cli/test_cascade_command.py does it",
     "yolo-compress predict engine=my-cascade": "the same",
     "pip install 'yolo-compress[search]'": "part of the environment that this runs in",
-    "yolo-compress search": "many trainings; tests/pipeline/test_search.py has two trials",
+    "yolo-compress search": "many trainings; tests/pipeline/test_search.py has a trial",
     "yolo-compress lint weights/digits/export/compressed/int8.onnx target=tensorrt-rtx": "tests/unit/lint/test_rtx.py does it",
 }
 GATED = ("run", "report", "bundle", "ab")  # may end with 1: a chain this short may fail its gate

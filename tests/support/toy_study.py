@@ -1,4 +1,5 @@
 """A study whose trials take milliseconds: `python -m tests.support.toy_study FOLDER` is such a trial, and this module starts workers.
+`python -m tests.support.toy_study work|ray NAME` is a worker, or the command of a search on a Ray cluster.
 
 A toy trial reads its recipe file, as a real one does. The retention rises with keep_flops and a hidden optimum of round_to, and so does
 the latency.
@@ -12,8 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.recipe import recipe
 from yolo_compress.recipe.recipe import Recipe
+from yolo_compress.runtime.measure.device import cpu_model
+from yolo_compress.search import cluster
 from yolo_compress.search.front import Engine
 from yolo_compress.search.space import Point
 from yolo_compress.search.study import RESULT, Outcome, Study, create, open_study, read_plan, write_outcome
@@ -72,9 +76,15 @@ def base(folder: Path, *overrides: tuple[str, str]) -> Recipe:
     return recipe.load(file, [("search.trials", "12"), ("search.latency_ms", "4"), *overrides])
 
 
+def dataset(digest: str = "d") -> Dataset:
+    """1,000 training images, which nobody reads."""
+    images = (None,) * 1000
+    return Dataset(Path("x.yaml"), ("a",), 3, images, (), (), (), digest * 64, "t" * 64, "v" * 64)
+
+
 def study(folder: Path, name: str = "toy", *overrides: tuple[str, str]) -> Study:
     """Make a study in `searches/` of the working folder, or open it."""
-    return create(name, base(folder, *overrides), images=1000, digest="d" * 64)
+    return create(name, base(folder, *overrides), dataset())
 
 
 def engine(number: int | None, keep_flops: float, placement: str = "int8") -> Engine:
@@ -83,7 +93,7 @@ def engine(number: int | None, keep_flops: float, placement: str = "int8") -> En
     ms = 10 * keep_flops
     return {
         "trial": number, "placement": placement, "retention": retention, "low": retention - 0.01, "high": retention + 0.01,
-        "map50_95": 0.5 * retention, "cost": ms, "latency_ms": ms, "size_mib": 3.0, "quiet": True,
+        "map50_95": 0.5 * retention, "cost": ms, "latency_ms": ms, "size_mib": 3.0, "processor": cpu_model(), "quiet": True,
     }  # fmt: skip
 
 
@@ -132,14 +142,17 @@ def instant(study: Study) -> Instant:
     return Instant(study, FileSampler(study.folder))
 
 
-def work(name: str) -> None:
-    """Be a worker of the study."""
-    there = open_study(name)
-    Worker(there, FileSampler(there.folder), toy_process).run()
+def worker(study: Study) -> Worker:
+    """A worker whose trials are processes, as those of a real one."""
+    return Worker(study, FileSampler(study.folder), toy_process)
 
 
 if __name__ == "__main__":
+    from tests.support import toy_study as itself  # Ray finds `worker` in the tasks by the name of its module
+
     if sys.argv[1] == "work":
-        work(sys.argv[2])
+        itself.worker(open_study(sys.argv[2])).run()
+    elif sys.argv[1] == "ray":
+        cluster.run(open_study(sys.argv[2]), itself.worker)
     else:
         run(Path(sys.argv[1]))

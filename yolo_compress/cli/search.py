@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 from yolo_compress import home, preflight, ranks
-from yolo_compress.chain import plan
+from yolo_compress.chain import STAGES, plan
 from yolo_compress.cli.grammar import Command
 from yolo_compress.errors import RecipeError
 from yolo_compress.progress import result, say
 from yolo_compress.recipe.recipe import Recipe, RunConfig, SearchConfig
-from yolo_compress.search import levels, page, sampler
+from yolo_compress.search import cluster, levels, page, sampler
 from yolo_compress.search.document import SearchDocument, document
-from yolo_compress.search.sampler import OptunaSampler
-from yolo_compress.search.study import Study, check_machine, check_storage, create, open_study
-from yolo_compress.search.worker import Worker
+from yolo_compress.search.machine import check_machine
+from yolo_compress.search.study import Study, create, open_study
+from yolo_compress.search.worker import with_optuna
 from yolo_compress.store.store import Store
 
 MET = ("dense", "reached")
@@ -34,7 +34,7 @@ def handle(command: Command) -> int:
         return _answer(study, found, ended=False)
     study = _joined(command, name) if action == "worker" else _begun(command, name)
     sampler.require()
-    _work(study)
+    _run(study, by_hand=action == "worker")
     return _answer(study, page.write(study), ended=True)
 
 
@@ -46,13 +46,20 @@ def _begun(command: Command, name: str) -> Study:
     recipe = command.load()
     if recipe.search is None:
         recipe = recipe.replaced({"search": SearchConfig()})
+    assert recipe.search is not None
     _check_device(recipe)
     sampler.require()  # before any image is read
+    on_cluster = recipe.search.workers == "ray"
+    if on_cluster:
+        cluster.require()
     recipe, dataset = preflight.prepare(recipe, Store(home.weights()))
-    study = create(name, recipe, len(dataset.train), dataset.digest)
-    check_machine(study)
+    study = create(name, recipe, dataset)
+    if not on_cluster:
+        check_machine(study)
     for level in (levels.dense(study.base), *levels.placements(study.base, study.own)):
-        preflight.check(level.recipe, dataset, plan(level.recipe, dataset, level.target))
+        stages = plan(level.recipe, dataset, level.target)
+        here = [stage for stage in stages if not (on_cluster and STAGES[stage].machine)]  # the nodes check the others
+        preflight.check(level.recipe, dataset, here)
     return study
 
 
@@ -76,26 +83,16 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
-def _work(study: Study) -> None:
-    search = study.base.search
-    assert search is not None
-    chosen = OptunaSampler(
-        study.folder,
-        study.name,
-        study.space,
-        study.own,
-        seed=study.base.run.seed,
-        trials=search.trials,
-        storage=search.storage,
-    )
-    with study.locked():
-        check_storage(study, chosen.owner)
-        if chosen.owner is None:
-            chosen.claim(study.file["id"])
+def _run(study: Study, by_hand: bool) -> None:
+    """Be a worker of the study, or start the tasks of its Ray cluster. A worker that was started by hand is a worker in any case."""
+    worker = with_optuna(study)
     say(
         f"search: study {study.name} in {study.folder}; `yolo-compress search worker study={study.name}` elsewhere joins it"
     )
-    Worker(study, chosen).run()
+    if worker.search.workers == "ray" and not by_hand:
+        cluster.run(study)
+    else:
+        worker.run()
 
 
 def _check_no_knobs(command: Command) -> None:

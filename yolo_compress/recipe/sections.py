@@ -746,6 +746,11 @@ class SearchConfig(Section):
         "Fraction of the epochs of the first, short fine-tuning. Trials that are worse than others after it end there.",
         when="Raise it when good trials end too early.",
         group="Advanced", unit="fraction", gt=0, lt=1)] = 0.25
+    workers: Annotated[Literal["local", "ray"], knob(
+        "Where trials run. local: one after another in this command, and in each `search worker`. ray: as tasks of the Ray cluster of "
+        "`RAY_ADDRESS`, of the one that runs on this machine, or of a new one on this machine.",
+        when="Set ray when you have a Ray cluster, or several GPUs in this machine.",
+        group="Advanced")] = "local"
     storage: Annotated[str | None, knob(
         "Where Optuna keeps the study: an address of a database, such as postgresql://host/name. null: a file in the study's "
         "folder.",

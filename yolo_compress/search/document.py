@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 from typing_extensions import TypedDict
 
 from yolo_compress.report import numbers as n
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 from yolo_compress.search.front import Engine, choose, front
-from yolo_compress.search.space import Point
+from yolo_compress.search.space import Point, point_text
 from yolo_compress.search.study import Study, Trial
 
 SCHEMA = 1
-CHOSEN = "chosen.yaml"  # recipe of the chosen engine, in the study's folder
 
 
 class GoalFacts(TypedDict):
@@ -58,6 +58,7 @@ class SearchDocument(TypedDict):
     trials: list[TrialRow]
     counts: dict[str, int]  # state -> number of trials
     planned: int  # trials of the recipe
+    processor: str | None  # processor or GPU that engines were timed on; null if the search lowers the size
     spent_s: float  # time of all workers
     command: str | None  # makes the chosen model; null: nothing was measured
     not_tested: list[str]
@@ -100,10 +101,16 @@ def document(study: Study) -> SearchDocument:
             state: sum(one["state"] == state for one in listed) for state in ("done", "stopped", "failed", "open")
         },
         "planned": search.trials,
+        "processor": study.processor,
         "spent_s": round(study.spent_s(), 1),
-        "command": f"yolo-compress run recipe={shlex.quote(str(study.folder / CHOSEN))}" if choice.engine else None,
+        "command": f"yolo-compress run recipe={shlex.quote(str(chosen_file(study)))}" if choice.engine else None,
         "not_tested": _not_tested(rows, goal.cost),
     }
+
+
+def chosen_file(study: Study) -> Path:
+    """Return the path of the chosen engine's recipe. Its name is also that of the links in `weights/`, so it has the study's name."""
+    return study.folder / f"{study.name}-chosen.yaml"
 
 
 def engines_table(found: SearchDocument) -> Table:
@@ -128,6 +135,8 @@ def engines_table(found: SearchDocument) -> Table:
     notes = [
         "Each engine of the front is cheaper than all that keep more mAP. Retention is mAP50-95 divided by the baseline's in FP32."
     ]
+    if found["processor"]:
+        notes.append(f"Latencies are those of {found['processor']}.")
     return Table("Front", columns(fields), tuple(lines), tuple(notes))
 
 
@@ -172,11 +181,7 @@ def _state(row: Mapping[str, object]) -> str:
 
 
 def _knobs(row: Mapping[str, object]) -> str:
-    point = row["point"]
-    assert isinstance(point, dict)
-    return " ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
-    )
+    return point_text(cast(Point, row["point"]))
 
 
 def _not_tested(rows: list[EngineRow], cost: str) -> list[str]:

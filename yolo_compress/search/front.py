@@ -26,6 +26,7 @@ class Engine(TypedDict):
     cost: float  # ms or MiB
     latency_ms: float | None  # p50; null if the search lowers the size
     size_mib: float
+    processor: str | None  # processor or GPU that it was timed on; null if the search lowers the size
     quiet: bool  # whether other programs were idle while it was timed
 
 

@@ -17,7 +17,7 @@ from yolo_compress.report import numbers as n
 from yolo_compress.report.as_text import markdown_section, markdown_text, text_table
 from yolo_compress.report.charts.svg import COLOURS, NARROW_PX, WIDE_PX, blank, style, to_svg
 from yolo_compress.search import levels
-from yolo_compress.search.document import CHOSEN, EngineRow, SearchDocument, document, engines_table, trials_table
+from yolo_compress.search.document import EngineRow, SearchDocument, chosen_file, document, engines_table, trials_table
 from yolo_compress.search.study import Study
 
 BADGES = {"dense": "pass", "reached": "pass", "unproven": "inconclusive", "missed": "fail"}
@@ -25,7 +25,7 @@ WIDTH = 120
 
 
 def write(study: Study) -> SearchDocument:
-    """Write report.html, report.md, report.json and chosen.yaml into the study's folder. Return the document.
+    """Write report.html, report.md, report.json and NAME-chosen.yaml into the study's folder. Return the document.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -36,7 +36,7 @@ def write(study: Study) -> SearchDocument:
     if chosen is not None:
         recipe = (levels.chosen(study.base, chosen["point"], chosen["placement"]) if chosen["trial"] is not None
                   else levels.unpruned(study.base, chosen["placement"])).dump()  # fmt: skip
-        atomic_write(study.folder / CHOSEN, f"# {' '.join(found['line'].split())}\n{recipe}")
+        atomic_write(chosen_file(study), f"# {' '.join(found['line'].split())}\n{recipe}")
     for kind, content in (
         ("html", render(found, recipe)),
         ("md", markdown(found, recipe)),

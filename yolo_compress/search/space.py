@@ -98,6 +98,13 @@ def own_point(recipe: Recipe, space: Mapping[str, Axis]) -> Point:
     return {name: axis.nearest(values[name]) for name, axis in space.items()}
 
 
+def point_text(point: Point) -> str:
+    """Return a point as text: "keep_flops=0.41 criterion=obs"."""
+    return " ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
+    )
+
+
 def int8_drops(recipe: Recipe, search: SearchConfig) -> tuple[float, ...]:
     """Return the values of `qat.max_drop` of a trial's INT8 engines, beside the engine with all groups in INT8."""
     if search.int8_max_drop == "auto":

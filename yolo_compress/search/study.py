@@ -30,37 +30,36 @@ from typing import Literal, cast
 
 from typing_extensions import TypedDict
 
-from yolo_compress import home
+from yolo_compress import chain, home
+from yolo_compress.data.dataset import Dataset
 from yolo_compress.errors import CorruptArtifact, Locked, RecipeError
 from yolo_compress.files.atomic import atomic_write, storage_errors
 from yolo_compress.files.lock import lock
 from yolo_compress.files.strict_json import load
 from yolo_compress.recipe import recipe as recipes
 from yolo_compress.recipe.recipe import Recipe
-from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.search.front import Choice, Engine, Goal, choose, front
 from yolo_compress.search.levels import Figures, Level, levels, placements
 from yolo_compress.search.sampler import Sampler
 from yolo_compress.search.space import Axis, Point, axes, own_point
 from yolo_compress.store.fingerprint import explain, fingerprint, plain
 
-SCHEMA = 1
+SCHEMA = 2
 STUDY, BASE, TRIAL, PLAN, FIGURES = "study.json", "base.yaml", "trial.json", "plan.json", "figures.json"
 RESULT, OUTCOME = "result.json", "outcome.json"
 OWN_STORE: Literal["own"] = "own"
 SHARED_STORE: Literal["shared"] = "shared"
 GIVEN_MOST = 2  # a trial whose workers died twice is not given out a third time: it may be what kills them
-MACHINE = ("trials", "hours", "storage")  # knobs of `search` that may change while a study goes on
+MACHINE = ("trials", "hours", "storage", "workers")  # knobs of `search` that may change while a study goes on
 
 
 class StudyFile(TypedDict):
     schema: int
     id: str  # random; a study in a database belongs to the folder with this id
     name: str
-    key: dict[str, object]  # recipe and data, see `_key`
+    key: dict[str, object]  # recipe, files and data, see `_key`
     fingerprint: str  # of `key`
     images: int  # training images
-    cpu: str  # processor of the machine that made the study: latencies of another one cannot be compared
 
 
 class TrialFile(TypedDict):
@@ -146,6 +145,10 @@ class Study:
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
             return [self._read(folder / name) for name in names if (folder / name / TRIAL).is_file()]
 
+    def unfinished(self) -> bool:
+        """Return whether a trial has no outcome: a worker runs it, or died."""
+        return any(one.outcome is None for one in self.trials())
+
     def _read(self, folder: Path) -> Trial:
         """Read a trial, or take it from memory if it had ended when it was read."""
         try:
@@ -160,6 +163,11 @@ class Study:
         """Return the engines of the unpruned baseline. Empty: they are not measured yet."""
         outcome = read_outcome(self.folder / "reference")
         return outcome["engines"] if outcome else []
+
+    @property
+    def processor(self) -> str | None:
+        """Processor or GPU that the baseline was timed on. None: the search lowers the size, or the baseline is not measured yet."""
+        return next((one["processor"] for one in self.reference()), None)
 
     def engines(self, trials: Iterable[Trial]) -> list[Engine]:
         """Return the engines of the baseline and of the finished trials."""
@@ -282,28 +290,27 @@ def goal(base: Recipe) -> Goal:
     return Goal(search.cost, search.runtime, limit, search.max_drop)
 
 
-def create(name: str, base: Recipe, images: int, digest: str) -> Study:
+def create(name: str, base: Recipe, dataset: Dataset) -> Study:
     """Make the study, or open the one that is there if it has the same recipe and data.
 
     Args:
         name: Name of the study, and of its folder in `searches/`.
         base: Recipe with a section `search`, without `auto`.
-        images: Number of training images.
-        digest: Digest of the data set.
+        dataset: Data of the study.
 
     Raises:
-        RecipeError: The name cannot be that of a folder, there is nothing to search, or a study of this name has another recipe or
-            other data.
+        RecipeError: The name cannot be that of a folder, there is nothing to search, or a study of this name has another recipe,
+            other files or other data.
     """
-    key = _key(base, digest)
     folder = _folder(name)
+    key = _key(base, dataset)
     with lock(folder / ".lock", f"study {name}"):
         if (folder / STUDY).is_file():
             there = open_study(name)
             if there.file["fingerprint"] != fingerprint(key):
                 changed = explain(key, there.file["key"])
                 raise RecipeError(
-                    f"study {name} has another recipe or other data ({'; '.join(changed[:3])}): give another name, or delete {folder}"
+                    f"study {name} has another recipe, files or data ({'; '.join(changed[:3])}): give another name, or delete {folder}"
                 )
             _write_base(folder, base)  # other trials, hours or storage
             return open_study(name)
@@ -313,8 +320,7 @@ def create(name: str, base: Recipe, images: int, digest: str) -> Study:
             "name": name,
             "key": key,
             "fingerprint": fingerprint(key),
-            "images": images,
-            "cpu": cpu_model(),
+            "images": len(dataset.train),
         }
         study = Study(folder, file, base)
         if all(axis.fixed for axis in study.space.values()):
@@ -368,16 +374,17 @@ def check_storage(study: Study, owner: str | None) -> None:
         )
 
 
-def check_machine(study: Study) -> None:
-    """Check that latencies of this machine can be compared with those of the study.
+def check_files(study: Study) -> None:
+    """Check that the files which the recipe names are those that the study was begun with.
 
     Raises:
-        RecipeError: This machine has another processor than the one that made the study.
+        RecipeError: A file was changed, or is not here.
+        EnvironmentLacks: A checkpoint is in none of its places.
     """
-    if study.goal.cost == "latency" and study.file["cpu"] != cpu_model():
+    before = cast("Mapping[str, str]", study.file["key"]["files"])
+    if changed := [knob for knob, digest in _files(study.base).items() if before.get(knob) != digest]:
         raise RecipeError(
-            f"study {study.name} measures latencies on {study.file['cpu']}, this machine has {cpu_model()}: start workers on machines "
-            "with the same processor, or search with search.cost=size"
+            f"{changed[0]}: the file has changed since study {study.name} was begun: restore it, or give the study another name"
         )
 
 
@@ -443,14 +450,25 @@ def _folder(name: str) -> Path:
     return home.searches() / name
 
 
-def _key(base: Recipe, digest: str) -> dict[str, object]:
-    """Return what decides the results of a study: the recipe without settings of the machine, and the data."""
+def _key(base: Recipe, dataset: Dataset) -> dict[str, object]:
+    """Return what decides the results of a study: the recipe without settings of the machine, the files that it names, and the data."""
     recipe = base.model_dump(mode="json", exclude={"name", "report", "control"})
     for knob in type(base.run).MACHINE:
         recipe["run"].pop(knob)
     for knob in MACHINE:
         recipe["search"].pop(knob)
-    return plain({**recipe, "data_digest": digest})
+    digests = {"data_digest": dataset.digest, "unlabelled_digest": dataset.unlabelled_digest}
+    return plain({**recipe, "files": _files(base), **digests})
+
+
+def _files(base: Recipe) -> dict[str, str]:
+    """Return knob -> SHA-256 of the file that it names, such as "baseline.weights"."""
+    return {
+        f"{stage}.{knob}": digest
+        for stage in chain.STAGES
+        if getattr(base, stage) is not None
+        for knob, digest in chain.files(base, stage).items()
+    }
 
 
 def _take(trial: Trial, held: ExitStack) -> bool:

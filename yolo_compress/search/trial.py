@@ -27,6 +27,7 @@ from yolo_compress.recipe.recipe import BenchConfig, Recipe
 from yolo_compress.search import measure
 from yolo_compress.search.front import Engine
 from yolo_compress.search.levels import Figures, ends
+from yolo_compress.search.machine import processor
 from yolo_compress.search.study import (
     RESULT,
     SHARED_STORE,
@@ -148,6 +149,7 @@ class Run:
             "cost": cost,
             "latency_ms": timing.p50_ms if timing else None,
             "size_mib": size_mib,
+            "processor": processor(self.study.goal.runtime) if timing else None,
             "quiet": timing is None or timing.quiet,
         }
 

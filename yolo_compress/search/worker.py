@@ -1,6 +1,7 @@
 """A worker: takes trials of a study and runs each one in a process of its own, until trials or time are over.
 
 The command `search` is a worker, and so is each `search worker study=NAME` that is started on any machine that shares the folders.
+With `search.workers=ray`, each task of a Ray cluster is a worker for one trial (`cluster.py`).
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from yolo_compress import progress
 from yolo_compress.errors import CompressError, EnvironmentLacks
 from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.recipe import SearchConfig
-from yolo_compress.report.numbers import percent
+from yolo_compress.report.numbers import duration, percent
 from yolo_compress.search import kept, levels
 from yolo_compress.search.front import Choice, Engine
-from yolo_compress.search.sampler import Sampler
-from yolo_compress.search.space import Point
+from yolo_compress.search.machine import check_machine
+from yolo_compress.search.sampler import OptunaSampler, Sampler
+from yolo_compress.search.space import point_text
 from yolo_compress.search.study import (
     RESULT,
     SHARED_STORE,
@@ -30,6 +34,8 @@ from yolo_compress.search.study import (
     Step,
     Study,
     Trial,
+    check_files,
+    check_storage,
     failed,
     last_level,
     read_outcome,
@@ -48,11 +54,32 @@ ENDED_BY = {SIGINT: "SIGINT", SIGTERM: "SIGTERM"}  # exit code of a process that
 CODE_OF_TIME = -1000  # instead of an exit code: the time was over
 
 Command = Callable[[Path], Sequence[str]]
+Taken = Literal["ended", "none", "over"]  # a trial ended; there is none to give out now; time or study are over
 
 
 def process(folder: Path) -> Sequence[str]:
     """Return the command that runs the trial in a folder."""
     return [sys.executable, "-m", "yolo_compress.search.trial", str(folder)]
+
+
+def with_optuna(study: Study) -> Worker:
+    """Return a worker that gets its points from Optuna.
+
+    Raises:
+        RecipeError: The study in Optuna's storage is of another folder.
+        EnvironmentLacks: See `OptunaSampler`.
+    """
+    search = study.base.search
+    assert search is not None
+    seed = study.base.run.seed
+    sampler = OptunaSampler(
+        study.folder, study.name, study.space, study.own, seed=seed, trials=search.trials, storage=search.storage
+    )
+    with study.locked():
+        check_storage(study, sampler.owner)
+        if sampler.owner is None:
+            sampler.claim(study.file["id"])
+    return Worker(study, sampler)
 
 
 class Worker:
@@ -71,30 +98,53 @@ class Worker:
         """Run trials until there is none left or the time is over. Return the choice.
 
         Raises:
-            CompressError: The baseline cannot be measured, or the first trials all failed.
+            CompressError: The baseline cannot be measured, the first trials all failed, this machine has another processor than the
+                study, or a file of the recipe has changed.
         """
+        with self._joined():
+            while (taken := self._take()) != "over":
+                if taken == "none":
+                    if not self.study.unfinished():
+                        break
+                    self._sleep(1.0)  # other workers run the last trials, and may die
+        return self.study.choice(self.study.trials())
+
+    def run_one(self) -> Taken:
+        """Run at most one trial, after the baseline if it is not measured yet.
+
+        Raises:
+            CompressError: As for `run`.
+        """
+        with self._joined():
+            return self._take()
+
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Count the time of the block as that of a worker. Before, measure the baseline, unless it is."""
         with self.study.session() as session:
             self._session, self._touched = session, time.monotonic()
             with lock(self.study.folder / "reference" / ".lock", f"the baseline of study {self.study.name}"):
                 if not self.study.reference():
                     self._measure_reference()
-            choice = self.study.choice([])
-            if choice.verdict == "dense":
-                return choice
-            while self._time_for_a_trial():
-                with self.study.given_out(self.sampler, self._search.trials) as trial:
-                    if trial is None:
-                        if not self._others_run():
-                            break
-                        self._sleep(1.0)
-                        continue
-                    if not self._run(trial):
-                        break
-                self._check_failures()
-        return self.study.choice(self.study.trials())
+            check_machine(self.study)
+            yield
+
+    def _take(self) -> Taken:
+        """Run a trial if there is one to give out, and time for it."""
+        if self.study.choice([]).verdict == "dense" or not self._time_for_a_trial():
+            return "over"
+        check_files(self.study)
+        with self.study.given_out(self.sampler, self.search.trials) as trial:
+            if trial is None:
+                return "none"
+            if not self._run(trial):
+                return "over"
+        self._check_failures()
+        return "ended"
 
     @property
-    def _search(self) -> SearchConfig:
+    def search(self) -> SearchConfig:
+        """Section `search` of the study's recipe."""
         search = self.study.base.search
         assert search is not None
         return search
@@ -103,10 +153,10 @@ class Worker:
 
     def _left_s(self) -> float:
         """Return how much of `search.hours` is left."""
-        if self._search.hours is None:
+        if self.search.hours is None:
             return float("inf")
         touch(self._session)
-        return self._search.hours * 3600 - self.study.spent_s()
+        return self.search.hours * 3600 - self.study.spent_s()
 
     def _time_for_a_trial(self) -> bool:
         """Return whether a whole trial is expected to end in time. The expectation is the median of the trials that were done."""
@@ -119,7 +169,7 @@ class Worker:
         expected = done[len(done) // 2] if done else 0.0
         if left <= expected:
             progress.say(
-                f"search: {clock(max(left, 0.0))} are left and a trial takes about {clock(expected)}: no more trials"
+                f"search: {duration(max(left, 0.0))} are left and a trial takes about {duration(expected)}: no more trials"
             )
         return left > expected
 
@@ -179,16 +229,12 @@ class Worker:
         parts = [
             f"search: trial {trial.number} {outcome['state']}" + (f" ({outcome['why']})" if outcome["why"] else "")
         ]
-        parts.append(f"{len(ended)} of {self._search.trials} trials")
+        parts.append(f"{len(ended)} of {self.search.trials} trials")
         shown = ", ".join(f"{self.study.goal.text(one['cost'])} {percent(one['retention'])}" for one in now[:6])
         parts.append(f"front: {shown or 'empty'}")
         seconds = [one.outcome["seconds"] for one in ended if one.outcome]
-        left = min(self._left_s(), sum(seconds) / len(seconds) * max(0, self._search.trials - len(ended)))
-        return "; ".join([*parts, f"about {clock(max(left, 0.0))} left"])
-
-    def _others_run(self) -> bool:
-        """Return whether trials without an outcome exist: other workers run them, and may die."""
-        return any(one.outcome is None for one in self.study.trials())
+        left = min(self._left_s(), sum(seconds) / len(seconds) * max(0, self.search.trials - len(ended)))
+        return "; ".join([*parts, f"about {duration(max(left, 0.0))} left"])
 
     def _check_failures(self) -> None:
         """Raise if the first trials all failed: then the cause is not their points."""
@@ -218,7 +264,7 @@ class Worker:
         if outcome is None:
             if code == CODE_OF_TIME:
                 raise CompressError(
-                    f"search.hours={self._search.hours:g} are over before the baseline was measured: give more hours"
+                    f"search.hours={self.search.hours:g} are over before the baseline was measured: give more hours"
                 )
             raise EnvironmentLacks(
                 f"search: the baseline cannot be measured: {last_error(folder) or f'exit code {code}'}"
@@ -250,21 +296,6 @@ class Worker:
                 _end(child)
                 if child.stdin:
                     child.stdin.close()
-
-
-def point_text(point: Point) -> str:
-    """Return a point as text: "keep_flops=0.41 criterion=obs"."""
-    return " ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
-    )
-
-
-def clock(seconds: float) -> str:
-    """Return a time as text: "2:10 h", or "40 s"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def last_error(folder: Path) -> str | None:

@@ -40,7 +40,7 @@ FROZEN = {
     "control": "nets max_minutes",
     "report": "min_retention max_latency_ms max_size_mib ab_margin ab_replicates conf images",
     "search": "runtime cost latency_ms size_mib max_drop trials hours keep_flops criterion round_to prune_share logit_weight "
-    "feature_weight box_weight precision int8_max_drop short storage",
+    "feature_weight box_weight precision int8_max_drop short workers storage",
 }
 
 

@@ -16,11 +16,14 @@ import pytest
 from tests.support import toy_study as toy
 from tests.support.toy_study import instant
 from yolo_compress.errors import CompressError, RecipeError
+from yolo_compress.runtime.backends.tensorrt import cuda
+from yolo_compress.runtime.errors import RuntimeUnavailable
+from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.search import kept
+from yolo_compress.search.machine import processor
 from yolo_compress.search.sampler import Sampler
 from yolo_compress.search.study import (
     Study,
-    check_machine,
     check_storage,
     failed,
     open_study,
@@ -181,11 +184,11 @@ def test_the_first_trials_fail_all(home: Path) -> None:
 
 def test_a_study_of_another_recipe_or_data_is_refused(home: Path) -> None:
     toy.study(home)
-    with pytest.raises(RecipeError, match=r"study toy has another recipe or other data \(prune.lr0: 0.001 -> 0.01\)"):
+    with pytest.raises(RecipeError, match=r"study toy has another recipe, files or data \(prune.lr0: 0.001 -> 0.01\)"):
         toy.study(home, "toy", ("prune.lr0", "0.01"))
     toy.study(home, "toy", ("search.trials", "5"), ("run.threads", "1"))  # neither decides a result
     with pytest.raises(RecipeError, match="data_digest"):
-        toy.create("toy", toy.base(home), images=1000, digest="e" * 64)
+        toy.create("toy", toy.base(home), toy.dataset("e"))
 
 
 def test_a_study_that_is_not_there_names_the_others(home: Path) -> None:
@@ -211,10 +214,9 @@ def test_nothing_to_search(home: Path) -> None:
         toy.study(home, "toy", *nothing, ("search.keep_flops", "0.5,0.5"))
 
 
-def test_a_storage_or_a_processor_of_another_study_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_of_another_study_is_refused(home: Path) -> None:
     study = toy.study(home)
     check_storage(study, study.file["id"])
-    check_machine(study)
     with pytest.raises(RecipeError, match="the storage has a study toy of another folder than"):
         check_storage(study, "another")
     toy.FileSampler(study.folder).ask()
@@ -224,11 +226,53 @@ def test_a_storage_or_a_processor_of_another_study_is_refused(home: Path, monkey
         pytest.raises(RecipeError, match="trials that its storage does not know"),
     ):
         check_storage(study, None)
-    monkeypatch.setattr("yolo_compress.search.study.cpu_model", lambda: "another")
-    with pytest.raises(
-        RecipeError, match="this machine has another: start workers on machines with the same processor"
-    ):
-        check_machine(study)
+
+
+@pytest.mark.parametrize("joins", ["run", "run_one"])
+def test_a_worker_on_another_processor_is_refused(home: Path, joins: str) -> None:
+    study = toy.study(home, "toy", ("search.trials", "2"))
+    elsewhere = {**toy.engine(None, 1), "processor": "Z80"}
+    write_outcome(study.folder / "reference", {**failed("", ""), "state": "done", "engines": [elsewhere]})
+    with pytest.raises(RecipeError, match="study toy measures latencies on Z80, this machine has .*: start workers on"):
+        getattr(instant(study), joins)()
+    assert study.trials() == []
+
+
+def test_sizes_are_the_same_on_every_processor(home: Path) -> None:
+    study = toy.study(home, "toy", ("search.trials", "2"), ("search.cost", "size"), ("search.latency_ms", "null"))
+    there = {**toy.engine(None, 1), "processor": None, "latency_ms": None}
+    write_outcome(study.folder / "reference", {**failed("", ""), "state": "done", "engines": [there]})
+    instant(study).run()
+    assert told(study) == {"done": 2}
+
+
+def test_engines_of_a_gpu_are_tied_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "driver_problem", lambda: None)
+    monkeypatch.setattr(cuda, "device_name", lambda: "Orin (sm_87)")
+    assert processor("tensorrt") == "Orin (sm_87)" and processor("openvino") == cpu_model()
+    monkeypatch.setattr(cuda, "driver_problem", lambda: "no CUDA driver")
+    with pytest.raises(RuntimeUnavailable, match="tensorrt needs a GPU: no CUDA driver; check nvidia-smi"):
+        processor("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("prune.criterion", "own.py:f"), ("distill.feature_loss", "own.py:f"), ("baseline.weights", "own.py")],
+)
+def test_a_file_that_changes_under_its_name_is_noticed(home: Path, knob: str, value: str) -> None:
+    (home / "own.py").write_text("first")
+    idle = [("baseline.model", "null")] if knob == "baseline.weights" else []
+    study = toy.study(home, "toy", (knob, value), *idle)
+    worker = instant(study)
+    assert worker.run_one() == "ended"
+    (home / "own.py").write_text("second")
+    with pytest.raises(RecipeError, match=f"{knob}: the file has changed since study toy was begun: restore it"):
+        worker.run_one()
+    assert len(study.trials()) == 1, "no trial ran with the other file"
+    with pytest.raises(RecipeError, match=rf"study toy has another recipe, files or data \(files.{knob}: \w+ -> \w+\)"):
+        toy.study(home, "toy", (knob, value), *idle)
+    (home / "own.py").write_text("first")
+    assert worker.run_one() == "ended"
 
 
 def test_links_of_engines_off_the_front_are_released(home: Path) -> None:

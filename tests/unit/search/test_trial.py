@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +20,10 @@ from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.search import kept, levels
 from yolo_compress.search.front import Engine, choose, front
 from yolo_compress.search.levels import Figures
+from yolo_compress.search.measure import Timing
 from yolo_compress.search.study import RESULT, Study, read_outcome, read_trial, write_levels, write_outcome, write_plan
 from yolo_compress.search.trial import Run
+from yolo_compress.search.worker import Worker
 from yolo_compress.store.entries import entries
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
@@ -101,6 +105,58 @@ def test_levels_run_in_order_and_the_engines_share_one_model(chain: Chain) -> No
     cut, short, full = ["prune", "qat", "export", "engine"], ["prune", "distill"], ["prune", "distill"]
     engines = ["qat", "export", "engine"] * 2  # int8 and int8-0.01
     assert stages(chain) == [*cut, *short, *full, *engines]
+
+
+@pytest.fixture
+def command(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    """The chain, for the verb `search`: trials run in this process, and their points come from a file."""
+
+    def process(worker: Worker, folder: Path, deadline: float, watch: object) -> int:
+        number = int(folder.name) if folder.parent.name == "trials" else None
+        write_outcome(folder, Run(worker.study, folder, number).run(), RESULT)
+        return 0
+
+    monkeypatch.setattr(Worker, "_process", process)
+    monkeypatch.setattr("yolo_compress.search.sampler.require", lambda: None)
+    monkeypatch.setattr(
+        "yolo_compress.cli.search.with_optuna", lambda study: Worker(study, toy.FileSampler(study.folder))
+    )
+    (chain.folder / "toy.yaml").write_text(toy.RECIPE)
+    return chain
+
+
+def test_the_command_trains_nothing_if_the_baseline_meets_the_goal(
+    command: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", "recipe=toy.yaml", "study=s", "search.latency_ms=11", "search.max_drop=0.05"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["verdict"] == "dense" and answer["counts"]["done"] == 0
+    assert "prune" not in stages(command) and (home.searches() / "s" / "s-chosen.yaml").is_file()
+
+
+def test_the_command_says_what_stands_in_the_way(command: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["search.cost=size", "search.size_mib=0.1", "search.trials=2"]
+    assert main(["search", "recipe=toy.yaml", "study=t", *words]) == 1
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["verdict"] == "missed" and "The size stands in the way" in answer["line"]
+    assert answer["counts"] == {"done": 0, "stopped": 2, "failed": 0, "open": 0}, "above the limit after `cut`"
+    assert "distill" not in stages(command)
+
+
+@pytest.mark.parametrize(("cost", "expected"), [("size", (3.5, 3.5, None)), ("latency", (2.0, 3.5, Timing(2.0, True)))])
+def test_the_cost_of_an_engine(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, cost: str, expected: tuple[object, ...]
+) -> None:
+    study = toy.study(chain.folder, "toy", ("search.cost", cost), ("search.latency_ms", "null"))
+    reference(study)
+    row = {"folder": "compressed/onnxruntime-int8", "precision": "int8", "size_mib": 3.5, "reason": None}
+    monkeypatch.setattr("yolo_compress.search.trial.engine_rows", lambda artifact: [{**row, "folder": "x"}, row])
+    monkeypatch.setattr(
+        "yolo_compress.search.measure.timed", lambda engine, *_: Timing(2.0, engine.name == "onnxruntime-int8")
+    )
+    run = Run(study, study.folder / "reference", None)
+    made = {"engine": SimpleNamespace(path=Path("engine"))}
+    assert run._cost("int8", study.base, toy.dataset(), made) == expected
 
 
 def test_a_trial_above_the_limit_trains_nothing(chain: Chain) -> None:
