@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple, get_args
 
 Precision = Literal["fp32", "fp16", "int8"]
+INT8_IMAGES = "int8_images"  # option of a build: the INT8 engine takes images as INT8 values
 OWN_FILE = "-own"  # ends the name of a row for the runtime's own INT8 file if its engine was built from another file
 PRECISIONS: Tuple[Precision, ...] = get_args(Precision)
 
@@ -106,6 +107,7 @@ RUNTIMES: Dict[str, Runtime] = {
             backend="backends.litert:LiteRtBackend",
             module="ai_edge_litert",
             takes="int8-onnxruntime",
+            build_options=(INT8_IMAGES,),
             times_layers=False,
         ),
         Runtime(
@@ -172,6 +174,11 @@ def names(gpu: Optional[bool] = None, times_layers: bool = False) -> Tuple[str, 
     """
     rows = [row for row in RUNTIMES.values() if row.times_layers or not times_layers]
     return tuple(row.name for row in rows if gpu is None or row.gpu == gpu)
+
+
+def with_option(option: str) -> Tuple[str, ...]:
+    """Return the names of the runtimes whose `build` takes this option, such as `workspace_mib`."""
+    return tuple(row.name for row in RUNTIMES.values() if option in row.build_options)
 
 
 def titles() -> Dict[str, str]:

@@ -26,7 +26,7 @@ from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import BACKENDS, onnx_forms
 from yolo_compress.runtime.errors import EngineError, NotConverted
 from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
-from yolo_compress.runtime.registry import RUNTIMES, names
+from yolo_compress.runtime.registry import INT8_IMAGES, RUNTIMES, names, with_option
 from yolo_compress.stages import Job
 from yolo_compress.stages.metrics import EngineMetrics
 
@@ -103,7 +103,8 @@ def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str
     """Return the requested runtimes: name -> why no engine can be built, such as what to install. None: it can be built.
 
     Raises:
-        EnvironmentLacks: A runtime that the recipe names is missing.
+        EnvironmentLacks: A runtime that the recipe names is missing. Or `engine.int8_images` is set, and no runtime that takes it
+            can be used.
         RecipeError: A runtime that the recipe names cannot take the images of `export.batch`.
     """
     wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
@@ -119,6 +120,9 @@ def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str
             missing[runtime] = BACKENDS[runtime].probe()
     if config.runtimes != "auto" and any(missing.values()):
         raise EnvironmentLacks("; ".join(f"engine.runtimes: {hint}" for hint in missing.values() if hint))
+    unable = [missing[runtime] for runtime in with_option(INT8_IMAGES) if runtime in missing]
+    if config.int8_images and all(unable):
+        raise EnvironmentLacks("; ".join(f"engine.int8_images: {hint}" for hint in unable))
     return missing
 
 
@@ -174,7 +178,8 @@ def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path
             image_3HW, _ = letterbox(images[0], job.imgsz_hw)
             raise WrongBoxes(f"{error}; {_wrong_layer(chosen, runtime, image_3HW)}") from error
     else:
-        options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
+        given = {"workspace_mib": config.workspace_mib, INT8_IMAGES: config.int8_images and precision == "int8"}
+        options = {name: value for name, value in given.items() if runtime in with_option(name)}
         BACKENDS[runtime].build(chosen, out, precision, **options)
     info = load_info(out)
     built: _Built = {
