@@ -7,7 +7,8 @@ read it. To add a runtime, add an entry here and a `Backend` in `backends/`. doc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple, get_args
+from pathlib import Path
+from typing import Any, Dict, Iterator, Literal, NamedTuple, Optional, Tuple, get_args
 
 Precision = Literal["fp32", "fp16", "int8"]
 INT8_IMAGES = "int8_images"  # option of a build: the INT8 engine takes images as INT8 values
@@ -62,6 +63,8 @@ class Runtime(NamedTuple):
         module: Module that `probe` imports and that has the version of the library. "": `name`.
         takes: Stem of the INT8 file of another runtime that engines are built from, if `int8` is empty.
         times_layers: Whether the library reports the time of each layer (`node_ms`).
+        converter: `module:function` below `runtime/`, for a runtime that does not read ONNX files itself. The function yields what the
+            converter refuses in a graph. "": the runtime reads ONNX.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Runtime(NamedTuple):
     module: str = ""
     takes: str = ""
     times_layers: bool = True
+    converter: str = ""
 
 
 # From the slowest to the fastest, as measured by bench.py. The last one that is installed is the default on a robot.
@@ -97,6 +101,7 @@ RUNTIMES: Dict[str, Runtime] = {
             takes="int8-tensorrt11",
             takes_threads=False,
             times_layers=False,
+            converter="backends.coreml_program:faults",
         ),
         Runtime(
             name="litert",
@@ -109,6 +114,7 @@ RUNTIMES: Dict[str, Runtime] = {
             takes="int8-onnxruntime",
             build_options=(INT8_IMAGES,),
             times_layers=False,
+            converter="backends.litert_convert:faults",
         ),
         Runtime(
             name="ncnn",
@@ -119,6 +125,7 @@ RUNTIMES: Dict[str, Runtime] = {
             backend="backends.ncnn:NcnnBackend",
             takes="int8",
             most_images=1,
+            converter="backends.ncnn_convert:faults",
         ),
         Runtime(
             name="onnxruntime",
@@ -208,5 +215,25 @@ def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
 
 def backend(name: str) -> Any:
     """Return the `Backend` class of a runtime. Its library is imported only when an engine is built or opened."""
-    module, _, attribute = RUNTIMES[name].backend.partition(":")
+    return _imported(RUNTIMES[name].backend)
+
+
+def refusals(name: str, model: Any, file: Path) -> Iterator[Tuple[str, str]]:
+    """Yield the name of a node and a reason for all that the converter of a runtime refuses in an ONNX model. The model is changed.
+
+    What depends on trained weights, such as a bias too large for the format, is only known when an engine is built.
+
+    Args:
+        model: `onnx.ModelProto`.
+        file: its file, for error messages.
+
+    Raises:
+        EngineError: the model is not a graph of fixed shapes with one input and one output.
+    """
+    if RUNTIMES[name].converter:
+        yield from _imported(RUNTIMES[name].converter)(_imported("backends.onnx_graph:of")(model, file))
+
+
+def _imported(where: str) -> Any:
+    module, _, attribute = where.partition(":")
     return getattr(import_module("." + module, __package__), attribute)

@@ -17,6 +17,7 @@ from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.evaluate.int8_check import int8_check
 from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
 from yolo_compress.evaluate.wrong_layer import first_wrong_layer
+from yolo_compress.export.activations import check_converted
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
@@ -27,7 +28,7 @@ from yolo_compress.runtime.engine import BACKENDS, onnx_forms
 from yolo_compress.runtime.errors import EngineError, NotConverted
 from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
 from yolo_compress.runtime.registry import INT8_IMAGES, RUNTIMES, names, with_option
-from yolo_compress.stages import Job
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages.metrics import EngineMetrics
 
 MODELS: tuple[Model, ...] = ("original", "compressed")
@@ -93,10 +94,19 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
     Raises:
         EnvironmentLacks: A runtime is not installed.
-        RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong.
+        RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong. Or its
+            converter does not write an activation of the model.
     """
-    assert recipe.engine is not None
+    assert recipe.engine is not None and recipe.export is not None
     _saturated(recipe, _missing(recipe.engine, recipe.export))
+    named = (
+        () if recipe.engine.runtimes == "auto" else recipe.engine.runtimes
+    )  # auto leaves an engine out, with the reason
+    converted = [runtime for runtime in named if RUNTIMES[runtime].converter]
+    if converted:
+        model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        for runtime in converted:
+            check_converted(model, recipe.export.opset, runtime, f"leave {runtime} out of engine.runtimes")
 
 
 def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str | None]:
