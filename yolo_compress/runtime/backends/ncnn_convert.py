@@ -81,8 +81,6 @@ def faults(graph: Graph) -> Iterator[Fault]:
     dequantised = {node.outputs[0]: node for node in graph.nodes if node.kind == onnx_graph.DEQUANTIZE}
     owner: Dict[bytes, str] = {}
     for node in graph.nodes:
-        if node.kind == "NonMaxSuppression":
-            yield node.label, "is a NonMaxSuppression"
         if node.kind != "Conv":
             continue
         stored, scale_O = graph.constants.get(node.inputs[1]), None

@@ -104,7 +104,8 @@ def of(model: Any, file: Path) -> Graph:
         file: its file, for error messages.
 
     Raises:
-        EngineError: the model has several inputs or outputs, a shape in it is not fixed, or onnx cannot compute its constants.
+        EngineError: the model has several inputs or outputs, or NMS in its graph. Or a shape in it is not fixed, or onnx cannot
+            compute its constants.
     """
     import onnx
 
@@ -113,8 +114,10 @@ def of(model: Any, file: Path) -> Graph:
     inputs = [one for one in graph.input if one.name not in stored]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise EngineError(
-            f"{file}: {len(inputs)} inputs and {len(graph.output)} outputs, expected one of each: images, and output0 without NMS"
+            f"{file}: {len(inputs)} inputs and {len(graph.output)} outputs, expected one of each: images, and output0"
         )
+    if any(node.op_type == "NonMaxSuppression" for node in graph.node):
+        raise EngineError(f"{file}: has NMS in its graph; give the file without NMS")
     if not all(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:]):
         raise EngineError(f"{file}: the size of its images is open; export it with one size")
     for ends in (inputs, graph.output):
