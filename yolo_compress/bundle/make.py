@@ -40,6 +40,7 @@ from yolo_compress.store.store import Store
 PARTIAL = f"{TEMPORARY}bundle-"  # prefix of the temporary folder of a bundle, next to `out`
 LOCK = "lock"  # file in that folder, locked while a process works there
 COMMANDS = ("build", "bench", "detect", "switch")
+PACKAGES = "coreml.py"  # checks the packages that `export.coreml` writes, and goes into their folder alone
 README = """{name}, version {version}, for {target}: YOLO detector, {classes} classes, {width}x{height} px.
 
 Python 3.8 or newer, numpy, and one of: {needs}.
@@ -285,6 +286,7 @@ def code(root: Path) -> None:
     """Write the folder `runtime/` and the commands that start its modules into the bundle."""
     source = Path(str(runtime.__file__)).parent
     shutil.copytree(source, root / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "runtime" / "commands" / PACKAGES).unlink()
     for command in COMMANDS:
         (root / f"{command}.py").write_text(launcher(command), encoding="utf-8")
 

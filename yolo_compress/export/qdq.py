@@ -21,20 +21,16 @@ The forms differ in these fields of `runtime.registry.Int8File`:
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from yolo_compress.errors import CompressError, CorruptArtifact, RecipeError
-from yolo_compress.export.float_onnx import MIN_OPSET, quiet_trace, write_metadata
+from yolo_compress.export.float_onnx import MIN_OPSET, write_metadata
 from yolo_compress.quant.plan import IMAGES
 from yolo_compress.quant.ranges import QMAX, QuantState, before_silu
 from yolo_compress.runtime.engine import onnx_forms
@@ -276,43 +272,6 @@ def activation_output(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[str
             f"{conv.name}: the outputs of its activation are {', '.join(sorted(ends)) or 'none'}, expected one tensor"
         )
     return next(iter(ends)), inside
-
-
-def check_activations(model: nn.Module, opset: int) -> None:
-    """Check before training that INT8 files support all activations of a model. It is not changed.
-
-    Raises:
-        RecipeError: As `check_activation`.
-    """
-    acts = {repr(act): act for module in model.modules() if isinstance(act := getattr(module, "act", None), nn.Module)}
-    for act in acts.values():
-        check_activation(copy.deepcopy(act), opset)
-
-
-def check_activation(act: nn.Module, opset: int) -> None:
-    """Check before training that INT8 files support an activation.
-
-    Raises:
-        RecipeError: The activation does not consist of nodes in `ELEMENTWISE`.
-    """
-    file = io.BytesIO()
-    with torch.no_grad(), quiet_trace():
-        net = nn.Sequential(nn.Conv2d(1, 1, 1), act).eval()
-        try:
-            torch.onnx.export(net, (torch.zeros(1, 1, 2, 2),), file, opset_version=opset, dynamo=False)
-        except Exception as error:  # torch's exporter raises whatever its symbolic functions do
-            reason = str(error).splitlines()[0]
-            raise RecipeError(
-                f"activation {type(act).__name__}: ONNX opset {opset} does not support it: {reason}"
-            ) from error
-    graph = onnx.load_from_string(file.getvalue()).graph
-    conv = next(node for node in graph.node if node.op_type == "Conv")
-    if unsupported := {node.op_type for node in graph.node} - ELEMENTWISE - {"Conv", "Constant", "Identity"}:
-        raise RecipeError(
-            f"activation {type(act).__name__}: INT8 files do not support it (ONNX {', '.join(sorted(unsupported))}); leave out "
-            "the section qat and set export.precisions=fp32,fp16"
-        )
-    activation_output(graph, conv)
 
 
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:

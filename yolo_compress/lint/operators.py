@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 from onnx import NodeProto
 
 from yolo_compress.lint.graph import Graph
 from yolo_compress.lint.node import DQ, Q, attribute, name_of
 from yolo_compress.lint.rule import WHOLE, Hits, Rule
-from yolo_compress.lint.targets import TENSORRT, Target
+from yolo_compress.lint.targets import CONVERTED, TENSORRT, Target
+from yolo_compress.runtime import registry
+from yolo_compress.runtime.errors import EngineError
 
 QDQ_OPSET = 13  # the first with scales per channel, and the minimum that TensorRT documents
 INTEGER_OPS = {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
@@ -46,6 +50,20 @@ def checker(graph: Graph, target: Target) -> Hits:
         text = str(error).strip().splitlines()[0]
         if "No Op registered" not in text and "No schema registered" not in text:
             yield WHOLE, text
+
+
+def refused_by_converter(graph: Graph, target: Target) -> Hits:
+    """Find what the converter of this package refuses. It is the list that the conversion itself reads."""
+    if graph.contradiction or any(checker(graph, target)):
+        return  # the rule `checker` reports it
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    try:
+        yield from registry.refusals(target.runtime, model, Path(graph.source))
+    except EngineError as error:
+        yield WHOLE, str(error).removeprefix(f"{graph.source}: ")
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        yield WHOLE, f"an attribute or a shape in it is not as ONNX defines it ({error!r})"
 
 
 def missing_operators(graph: Graph, target: Target) -> Hits:
@@ -139,6 +157,15 @@ OPERATORS = (
         "The parser refuses the file.",
         "Export Q/DQ instead of ONNX Runtime's operators. Leave NMS out of the graph, or use NonMaxSuppression.",
         missing_operators,
+    ),
+    Rule(
+        "converter",
+        "error",
+        "No engine can be built: the converter of this package does not write such a graph.",
+        "Export one image size, no NMS in the graph, and activations that it writes; for INT8, the file that `export` writes for "
+        "this runtime.",
+        refused_by_converter,
+        CONVERTED,
     ),
     Rule(
         "operator-deprecated",

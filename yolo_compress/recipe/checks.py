@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import home
+from ..runtime.registry import INT8_IMAGES, with_option
 from .controls import possible
 from .knob_types import number
 from .messages import got
@@ -54,6 +55,15 @@ def contradictions(recipe: Sections) -> Iterator[str]:
         yield f"export.batch={recipe.export.batch} has no effect with export.dynamic_batch=true: give one of the two"
     if recipe.export and recipe.export.nms and (recipe.export.batch != 1 or recipe.export.dynamic_batch):
         yield "export.nms needs a batch of 1: leave export.batch and export.dynamic_batch out"
+    if recipe.engine and recipe.export and recipe.engine.int8_images:
+        able = with_option(INT8_IMAGES)
+        if recipe.engine.runtimes != "auto" and not set(able) & set(recipe.engine.runtimes):
+            yield (
+                f"engine.int8_images has no effect on {', '.join(recipe.engine.runtimes)}: add {' or '.join(able)} to "
+                "engine.runtimes, or leave it out"
+            )
+        if "int8" not in recipe.export.precisions:
+            yield "engine.int8_images has no effect without int8 in export.precisions: leave it out"
     if recipe.bench and recipe.bench.iterations < recipe.bench.rounds:
         yield (
             f"bench.iterations={recipe.bench.iterations} is less than bench.rounds={recipe.bench.rounds}: "

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..runtime.registry import Precision
+from ..runtime.registry import INT8_IMAGES, Precision, with_option
 from .choices import CRITERIA, FEATURE_LOSSES, allowed, described
 from .knob_types import (
     TEXT,
@@ -590,6 +590,11 @@ class EngineConfig(Section):
         "Limit of the memory that TensorRT uses while it builds an engine.",
         when="Lower it when a build runs out of memory.",
         group="Engine", unit="MiB", ge=16, le=1 << 20)] = 2048
+    int8_images: Annotated[bool, knob(
+        "INT8 engines take images as INT8 values, with the scale and zero point of their input, in place of float32 from 0 to 1. "
+        f"Only for {', '.join(with_option(INT8_IMAGES))}. The boxes are equal, and the output stays float32.",
+        when="Set true when your program fills the INT8 input of a phone or accelerator itself.",
+        group="Engine")] = False
 
 
 class BenchConfig(Section):

@@ -7,9 +7,11 @@ read it. To add a runtime, add an entry here and a `Backend` in `backends/`. doc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple, get_args
+from pathlib import Path
+from typing import Any, Dict, Iterator, Literal, NamedTuple, Optional, Tuple, get_args
 
 Precision = Literal["fp32", "fp16", "int8"]
+INT8_IMAGES = "int8_images"  # option of a build: the INT8 engine takes images as INT8 values
 OWN_FILE = "-own"  # ends the name of a row for the runtime's own INT8 file if its engine was built from another file
 PRECISIONS: Tuple[Precision, ...] = get_args(Precision)
 
@@ -61,6 +63,8 @@ class Runtime(NamedTuple):
         module: Module that `probe` imports and that has the version of the library. "": `name`.
         takes: Stem of the INT8 file of another runtime that engines are built from, if `int8` is empty.
         times_layers: Whether the library reports the time of each layer (`node_ms`).
+        converter: `module:function` below `runtime/`, for a runtime that does not read ONNX files itself. The function yields what the
+            converter refuses in a graph. "": the runtime reads ONNX.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Runtime(NamedTuple):
     module: str = ""
     takes: str = ""
     times_layers: bool = True
+    converter: str = ""
 
 
 # From the slowest to the fastest, as measured by bench.py. The last one that is installed is the default on a robot.
@@ -96,6 +101,7 @@ RUNTIMES: Dict[str, Runtime] = {
             takes="int8-tensorrt11",
             takes_threads=False,
             times_layers=False,
+            converter="backends.coreml_program:faults",
         ),
         Runtime(
             name="litert",
@@ -106,7 +112,9 @@ RUNTIMES: Dict[str, Runtime] = {
             backend="backends.litert:LiteRtBackend",
             module="ai_edge_litert",
             takes="int8-onnxruntime",
+            build_options=(INT8_IMAGES,),
             times_layers=False,
+            converter="backends.litert_convert:faults",
         ),
         Runtime(
             name="ncnn",
@@ -117,6 +125,7 @@ RUNTIMES: Dict[str, Runtime] = {
             backend="backends.ncnn:NcnnBackend",
             takes="int8",
             most_images=1,
+            converter="backends.ncnn_convert:faults",
         ),
         Runtime(
             name="onnxruntime",
@@ -174,6 +183,11 @@ def names(gpu: Optional[bool] = None, times_layers: bool = False) -> Tuple[str, 
     return tuple(row.name for row in rows if gpu is None or row.gpu == gpu)
 
 
+def with_option(option: str) -> Tuple[str, ...]:
+    """Return the names of the runtimes whose `build` takes this option, such as `workspace_mib`."""
+    return tuple(row.name for row in RUNTIMES.values() if option in row.build_options)
+
+
 def titles() -> Dict[str, str]:
     """Return a dict from the name of each runtime, and of each kind of INT8 file (`form`), to its title in a report."""
     title_by_name = {row.name: row.title for row in RUNTIMES.values()}
@@ -201,5 +215,25 @@ def int8_file(stem: str) -> Optional[Tuple[Runtime, Int8File]]:
 
 def backend(name: str) -> Any:
     """Return the `Backend` class of a runtime. Its library is imported only when an engine is built or opened."""
-    module, _, attribute = RUNTIMES[name].backend.partition(":")
+    return _imported(RUNTIMES[name].backend)
+
+
+def refusals(name: str, model: Any, file: Path) -> Iterator[Tuple[str, str]]:
+    """Yield the name of a node and a reason for all that the converter of a runtime refuses in an ONNX model. The model is changed.
+
+    What depends on trained weights, such as a bias too large for the format, is only known when an engine is built.
+
+    Args:
+        model: `onnx.ModelProto`.
+        file: its file, for error messages.
+
+    Raises:
+        EngineError: the model is not a graph of fixed shapes with one input and one output.
+    """
+    if RUNTIMES[name].converter:
+        yield from _imported(RUNTIMES[name].converter)(_imported("backends.onnx_graph:of")(model, file))
+
+
+def _imported(where: str) -> Any:
+    module, _, attribute = where.partition(":")
     return getattr(import_module("." + module, __package__), attribute)

@@ -7,10 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from torch import nn
+
 from yolo_compress import runtime
 from yolo_compress.evaluate.exported_files import open_exported
 from yolo_compress.evaluate.golden_images import sample, write_found
 from yolo_compress.evaluate.tolerance import IOU, LEAST_SCORE, Detections
+from yolo_compress.export.activations import check_converted
 from yolo_compress.export.coreml import write_package
 from yolo_compress.export.nms import NMS_SUFFIX
 from yolo_compress.runtime.backends.coreml import RUNTIME
@@ -33,13 +36,15 @@ sys.exit(main())
 """
 
 
-def check() -> None:
-    """Check that packages can be written here.
+def check(model: nn.Module, opset: int) -> None:
+    """Check that packages of this model can be written here.
 
     Raises:
         RuntimeUnavailable: coremltools is missing.
+        RecipeError: CoreML packages do not support an activation of the model.
     """
     require()
+    check_converted(model, opset, RUNTIME, "set export.coreml=false")
 
 
 def write(job: Job, folder: Path) -> None:

@@ -17,6 +17,7 @@ from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.evaluate.int8_check import int8_check
 from yolo_compress.evaluate.rows import ENGINES, EngineRow, Model, Precision
 from yolo_compress.evaluate.wrong_layer import first_wrong_layer
+from yolo_compress.export.activations import check_converted
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.quant.ranges import WEIGHT_BITS
 from yolo_compress.quant.saturation import saturates
@@ -26,8 +27,8 @@ from yolo_compress.runtime.detect.pre import letterbox, read_image
 from yolo_compress.runtime.engine import BACKENDS, onnx_forms
 from yolo_compress.runtime.errors import EngineError, NotConverted
 from yolo_compress.runtime.measure.int8_file import WrongBoxes, build_suited, choice
-from yolo_compress.runtime.registry import RUNTIMES, names
-from yolo_compress.stages import Job
+from yolo_compress.runtime.registry import INT8_IMAGES, RUNTIMES, names, with_option
+from yolo_compress.stages import Job, _load_or_train
 from yolo_compress.stages.metrics import EngineMetrics
 
 MODELS: tuple[Model, ...] = ("original", "compressed")
@@ -93,17 +94,27 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
 
     Raises:
         EnvironmentLacks: A runtime is not installed.
-        RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong.
+        RecipeError: INT8 sums of a named runtime overflow (saturate) on this processor, which would make its mAP wrong. Or its
+            converter does not write an activation of the model.
     """
-    assert recipe.engine is not None
+    assert recipe.engine is not None and recipe.export is not None
     _saturated(recipe, _missing(recipe.engine, recipe.export))
+    named = (
+        () if recipe.engine.runtimes == "auto" else recipe.engine.runtimes
+    )  # auto leaves an engine out, with the reason
+    converted = [runtime for runtime in named if RUNTIMES[runtime].converter]
+    if converted:
+        model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
+        for runtime in converted:
+            check_converted(model, recipe.export.opset, runtime, f"leave {runtime} out of engine.runtimes")
 
 
 def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str | None]:
     """Return the requested runtimes: name -> why no engine can be built, such as what to install. None: it can be built.
 
     Raises:
-        EnvironmentLacks: A runtime that the recipe names is missing.
+        EnvironmentLacks: A runtime that the recipe names is missing. Or `engine.int8_images` is set, and no runtime that takes it
+            can be used.
         RecipeError: A runtime that the recipe names cannot take the images of `export.batch`.
     """
     wanted = list(BACKENDS) if config.runtimes == "auto" else list(config.runtimes)
@@ -119,6 +130,9 @@ def _missing(config: EngineConfig, export: ExportConfig | None) -> dict[str, str
             missing[runtime] = BACKENDS[runtime].probe()
     if config.runtimes != "auto" and any(missing.values()):
         raise EnvironmentLacks("; ".join(f"engine.runtimes: {hint}" for hint in missing.values() if hint))
+    unable = [missing[runtime] for runtime in with_option(INT8_IMAGES) if runtime in missing]
+    if config.int8_images and all(unable):
+        raise EnvironmentLacks("; ".join(f"engine.int8_images: {hint}" for hint in unable))
     return missing
 
 
@@ -174,7 +188,8 @@ def _build(job: Job, sources: list[str], runtime: str, precision: str, out: Path
             image_3HW, _ = letterbox(images[0], job.imgsz_hw)
             raise WrongBoxes(f"{error}; {_wrong_layer(chosen, runtime, image_3HW)}") from error
     else:
-        options = {"workspace_mib": config.workspace_mib} if "workspace_mib" in RUNTIMES[runtime].build_options else {}
+        given = {"workspace_mib": config.workspace_mib, INT8_IMAGES: config.int8_images and precision == "int8"}
+        options = {name: value for name, value in given.items() if runtime in with_option(name)}
         BACKENDS[runtime].build(chosen, out, precision, **options)
     info = load_info(out)
     built: _Built = {

@@ -14,11 +14,12 @@ from yolo_compress.evaluate.backend_difference import max_abs_difference
 from yolo_compress.evaluate.exported_files import check_nms
 from yolo_compress.evaluate.layer_difference import MAX_ROUNDINGS, first_bad_layer
 from yolo_compress.evaluate.torch_backend import TorchBackend
+from yolo_compress.export.activations import check_int8
 from yolo_compress.export.calibration_cache import IMPLICIT, write_implicit
 from yolo_compress.export.float_onnx import export_onnx, export_torchscript
 from yolo_compress.export.fp16 import to_fp16
 from yolo_compress.export.nms import NMS_SUFFIX, with_nms
-from yolo_compress.export.qdq import check_activations, insert_qdq
+from yolo_compress.export.qdq import insert_qdq
 from yolo_compress.export.torchscript import export_int8_torchscript, find_engine
 from yolo_compress.lint import check as lint
 from yolo_compress.lint.precision import HALF_QDQ_OPSET
@@ -59,23 +60,26 @@ def run(job: Job) -> ExportMetrics:
 
 
 def check(recipe: Recipe, dataset: Dataset) -> None:
-    """Check, before any stage runs, that INT8 files can be made: activations, calibration images and torch.
+    """Check, before any stage runs, that INT8 files and CoreML packages can be made: activations, calibration images and libraries.
 
     Raises:
-        RecipeError: INT8 files do not support an activation of the model.
+        RecipeError: INT8 files or CoreML packages do not support an activation of the model.
         DataError: The calibration images cannot be used (see `check_calibration`).
         EnvironmentLacks: This torch has no quantised convolutions.
         RuntimeUnavailable: `export.coreml` is set, and coremltools is missing.
     """
     assert recipe.export is not None
-    if recipe.export.coreml:
-        _coreml.check()
-    if "int8" in recipe.export.precisions:
+    int8 = "int8" in recipe.export.precisions
+    if int8:
         check_calibration(recipe, dataset, "export")
         if recipe.export.torchscript:
             find_engine()
+    if int8 or recipe.export.coreml:
         model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
-        check_activations(model, recipe.export.opset)
+        if recipe.export.coreml:
+            _coreml.check(model, recipe.export.opset)
+        if int8:
+            check_int8(model, recipe.export.opset)
 
 
 def _export(job: Job, name: str, origin: Artifact, ranges: Artifact | None) -> ExportedModel:

@@ -18,7 +18,7 @@ from torch import nn
 from yolo_compress import progress
 from yolo_compress.data.dataset import Dataset, Sample
 from yolo_compress.export import float_onnx
-from yolo_compress.export.qdq import check_activations
+from yolo_compress.export.activations import check_int8
 from yolo_compress.files.atomic import atomic_write
 from yolo_compress.files.csv_text import csv_text
 from yolo_compress.prune import masks
@@ -65,7 +65,7 @@ def check(recipe: Recipe, dataset: Dataset) -> None:
         model = _load_or_train.start(recipe.baseline, dataset, recipe.run.seed, "baseline")
         _prune_plan.check(recipe.prune, model, recipe.data.imgsz_hw)
         if recipe.prune.latency_ms is not None and recipe.prune.latency_precision == "int8":
-            check_activations(model, float_onnx.OPSET)
+            check_int8(model, float_onnx.OPSET)
 
 
 def _channels(job: Job, model: nn.Module) -> tuple[nn.Module, Cut]:

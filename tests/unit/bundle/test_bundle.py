@@ -55,6 +55,11 @@ def test_all_of_its_code_is_python_38(bundle: Path) -> None:
         assert newer_than_38(ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 8))) == set(), file
 
 
+def test_the_program_for_coreml_packages_stays_out(bundle: Path) -> None:
+    commands = {file.name for file in (bundle / "runtime" / "commands").iterdir()}
+    assert "coreml.py" not in commands and {f"{name}.py" for name in make.COMMANDS} <= commands
+
+
 def test_the_launchers_start(bundle: Path) -> None:
     for command in make.COMMANDS:
         done = subprocess.run(

@@ -18,6 +18,7 @@ from torch import nn
 from tests.support.quant_net import NAMES, SIZE, assert_equal_but_for_ties, images, net, run_onnx, run_torch
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.export import qdq
+from yolo_compress.export.activations import check_int8
 from yolo_compress.export.calibration_cache import write_cache
 from yolo_compress.export.float_onnx import export_onnx
 from yolo_compress.export.fp16 import to_fp16
@@ -350,11 +351,11 @@ ACTS = [
 
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: type(act).__name__)
 def test_activations_of_any_number_of_nodes_become_codes_behind_their_last(act: nn.Module, tmp_path: Path) -> None:
-    qdq.check_activation(act, 17)
     model = net()
     for module in model.modules():
         if isinstance(getattr(module, "act", None), nn.SiLU):
             module.act = act
+    check_int8(model, 17)
     expected_float = run_torch(model, images(4, seed=3))
     export_onnx(model, tmp_path / "fp32.onnx", SIZE, names=NAMES)
     state = fold(ptq(model, lambda: [images(4)], "max"), model)
@@ -368,11 +369,3 @@ def test_activations_of_any_number_of_nodes_become_codes_behind_their_last(act: 
     assert_equal_but_for_ties(
         run_onnx(tmp_path / "int8.onnx", images(4, seed=3)), run_torch(model, images(4, seed=3)), expected_float
     )
-
-
-@pytest.mark.parametrize("act", [nn.Softmax(1), nn.Threshold(0.1, 0.0)])
-def test_an_activation_without_int8_support_is_refused_before_training(act: nn.Module) -> None:
-    with pytest.raises(
-        RecipeError, match=f"activation {type(act).__name__}: (INT8 files do|ONNX opset 17 does) not support it"
-    ):
-        qdq.check_activation(act, 17)

@@ -270,6 +270,24 @@ def weight_in_float_of(code: int) -> Net:
     return net
 
 
+def grouped(groups: int) -> Net:
+    net = Net()
+    return net.head(net.conv(net.conv("images", "stem", into=3), "second", into=32 // groups, group=groups))
+
+
+def int8_outputs(quantised: bool) -> Net:
+    net = Net()
+    x = net.int8_conv(net.pair("images"), "stem", into=3)
+    return net.head(net.pair(x) if quantised else x)
+
+
+def equal_weights(value: float) -> Net:
+    net = Net()
+    x = net.conv(net.conv(net.conv("images", "stem", into=3), "first"), "second")
+    net.constant("second_w", np.full((32, 32, 1, 1), value), np.float32)
+    return net.head(x)
+
+
 T = "tensorrt"
 Row = tuple[Callable[[], Net], Callable[[], Net], str, list[str]]
 # rule -> graph with the fault, the same graph without it, target, expected nodes
@@ -366,6 +384,16 @@ CASES: dict[str, list[Row]] = {
         (lambda: with_op("EfficientNMS_ONNX_TRT"), lambda: with_op("Relu"), "tensorrt-10.16", ["odd"]),
         (lambda: with_op("Mod", opset=13, inputs=("feature", "feature")), plain, "tensorrt-8.2", ["odd"]),
     ],
+    "converter": [
+        (lambda: with_op("Tanh"), lambda: with_op("Relu"), "litert", ["odd"]),
+        (lambda: with_op("Tanh"), lambda: with_op("Relu"), "coreml", ["odd"]),
+        (lambda: sound(size=(2, 3, 32, 32)), lambda: sound(size=("n", 3, 32, 32)), "ncnn", ["images"]),
+        (lambda: sound(size=(1, 3, "h", "w")), sound, "ncnn", [WHOLE]),
+        (lambda: grouped(16), lambda: grouped(32), "litert", ["second"]),
+        (lambda: int8_outputs(False), lambda: int8_outputs(True), "litert", ["stem"]),
+        (lambda: equal_weights(0.5), lambda: equal_weights(0.25), "ncnn", ["second"]),
+        (lambda: second(scales=0.01), second, "ncnn", ["second"]),
+    ],
     "operator-deprecated": [
         (lambda: with_op("EfficientNMS_TRT"), lambda: with_op("NonZero"), "tensorrt-10.13", ["odd"])
     ],
@@ -413,6 +441,8 @@ def test_a_sound_graph_and_a_float_one_are_sound_for_every_target(name: str, tmp
         expected = {"dla-qdq": [WHOLE]}
     if TARGETS[name].runtime in UNSIGNED:
         expected = {"feature-signed": ["images_Q", "feature_Q"]}
+    if name == "litert":
+        expected = {"converter": ["stem"]}
     assert found(net, name, tmp_path) == expected
     assert found(plain(opset=13), name, tmp_path) == {}
 
@@ -444,7 +474,8 @@ def build(folder: Path) -> Path:
     export_onnx(model, folder / "fp32.onnx", SIZE, names=NAMES)
     state = fold(ptq(model, lambda: [images(4)], "max"), model)
     insert_qdq(folder / "fp32.onnx", folder / "int8.onnx", state, "tensorrt10")
-    insert_qdq(folder / "fp32.onnx", folder / "int8-openvino.onnx", state, "openvino")
+    for form in ("openvino", "onnxruntime"):
+        insert_qdq(folder / "fp32.onnx", folder / f"int8-{form}.onnx", state, form)
     return folder
 
 
@@ -500,6 +531,21 @@ def test_a_form_for_one_runtime_is_wrong_for_another(ours: Path) -> None:
     assert uint8.rules["zero-point"] == uint8.rules["code-type"] == 116 and uint8.count("error") == 232
     int8 = check(ours / "int8.onnx", "openvino")
     assert (int8.rules["feature-signed"], int8.count("error")) == (92, 0) and "weight-saturates" not in int8.rules
+
+
+def test_files_for_runtimes_with_a_converter(ours: Path, tmp_path: Path) -> None:
+    from yolo_compress.export.nms import with_nms
+
+    for target, stem in (("ncnn", "int8"), ("coreml", "int8"), ("litert", "int8-onnxruntime")):
+        assert check(ours / f"{stem}.onnx", target).count("error") == 0
+    report = check(ours / "int8.onnx", "litert")
+    assert [(one.rule, one.node) for one in report.findings if one.severity == "error"] == [
+        ("converter", "/model.0/conv/Conv")
+    ]
+    with_nms(ours / "fp32.onnx", tmp_path / "nms.onnx")
+    for target in ("ncnn", "coreml", "litert"):
+        found = [one.what for one in check(tmp_path / "nms.onnx", target).findings if one.rule == "converter"]
+        assert found == ["has NMS in its graph; give the file without NMS"], target
 
 
 def test_pruned_widths_are_seen(ours: Path, tmp_path: Path) -> None:

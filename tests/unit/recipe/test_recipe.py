@@ -35,7 +35,7 @@ FROZEN = {
     "teach_from_parent",
     "export": "precisions opset batch dynamic_batch simplify torchscript nms coreml calibration_cache "
     "calib_images calibrator percentile",
-    "engine": "runtimes workspace_mib",
+    "engine": "runtimes workspace_mib int8_images",
     "bench": "warmup iterations rounds threads",
     "control": "nets max_minutes",
     "report": "min_retention max_latency_ms max_size_mib ab_margin ab_replicates conf images",
@@ -150,6 +150,14 @@ def test_a_kind_on_the_command_line_overrides_the_files(tmp_path: Path) -> None:
         (
             ("prune.latency_ms=8", "prune.latency_table=t.json", "prune.latency_runtime=openvino"),
             "prune.latency_runtime has no effect with prune.latency_table",
+        ),
+        (
+            ("engine.int8_images=true", "engine.runtimes=onnxruntime,openvino"),
+            "engine.int8_images has no effect on onnxruntime, openvino: add litert to engine.runtimes",
+        ),
+        (
+            ("engine.int8_images=true", "export.precisions=fp32"),
+            "engine.int8_images has no effect without int8 in export.precisions",
         ),
         (("prune.latency_runtime=openvino",), "prune.latency_runtime has no effect without prune.latency_ms"),
         (("prune.sparsity=0.7",), "prune.sparsity=0.7 has no effect with prune.kind=channel"),

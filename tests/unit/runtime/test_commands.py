@@ -330,6 +330,7 @@ def test_build_says_on_what_it_built_and_reuses_what_is_up_to_date(
     [
         (["--precision", "int8"], "no int8 ONNX for onnxruntime"),
         (["--workspace-mib", "64", "--force"], "are for TensorRT; --runtime is onnxruntime"),
+        (["--int8-images"], "--int8-images is for INT8 engines of litert; --runtime is onnxruntime, --precision fp32"),
     ],
 )
 def test_what_cannot_be_built_is_said(

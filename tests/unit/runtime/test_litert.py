@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from yolo_compress.runtime.backends import litert_convert
 from yolo_compress.runtime.backends.litert import FILE, LiteRtBackend
 from yolo_compress.runtime.backends.litert_convert import convert
 from yolo_compress.runtime.backends.litert_file import INT8, Operator, Quantised, Tensor, read
+from yolo_compress.runtime.commands import bench, build, detect
 from yolo_compress.runtime.errors import EngineError, NotConverted, RuntimeUnavailable
+from yolo_compress.runtime.measure import golden
+from yolo_compress.runtime.secure.signed_manifest import seal
 
 pytest.importorskip("ai_edge_litert")
 
@@ -177,24 +182,78 @@ EXACT: dict[str, Any] = {
 }
 
 
-def test_int8_images_are_the_codes_of_the_first_scale(yolov8: dict[str, Path], tmp_path: Path) -> None:
-    from ai_edge_litert.interpreter import Interpreter
-
-    results = []
+def test_int8_images_have_the_scale_of_the_plan_and_give_the_same_boxes(
+    yolov8: dict[str, Path], tmp_path: Path
+) -> None:
+    graph, image = onnx.load(str(yolov8["onnxruntime"])).graph, images(1, seed=2).numpy()
+    stored = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images")
+    scale, zero = float(stored[first.input[1]]), int(stored[first.input[2]])
+    boxes = []
     for int8_images in (False, True):
-        file = tmp_path / f"{int8_images}.tflite"
-        assert convert(yolov8["onnxruntime"], file, SIZE, "int8", int8_images) == 3
-        engine = Interpreter(str(file), num_threads=1)
-        engine.allocate_tensors()
-        about, values = engine.get_input_details()[0], images(1, seed=2).permute(0, 2, 3, 1).numpy()
-        if int8_images:
-            scale, zero_point = about["quantization"]
-            values = (np.rint(values / scale) + zero_point).clip(-128, 127).astype(np.int8)
-        assert about["dtype"] == values.dtype.type
-        engine.set_tensor(about["index"], values)
-        engine.invoke()
-        results.append(engine.get_tensor(engine.get_output_details()[0]["index"]))
-    assert np.array_equal(*results)
+        out = tmp_path / str(int8_images)
+        LiteRtBackend.build(yolov8["onnxruntime"], out, "int8", int8_images=int8_images)
+        with LiteRtBackend(out, threads=1) as engine:
+            boxes.append(engine(image))
+            assert engine.executed.endswith(", INT8 images") == int8_images
+            taken = engine._engine.get_input_details()[0]
+            assert taken["dtype"] == (np.int8 if int8_images else np.float32)
+    assert np.array_equal(*boxes)
+    assert taken["quantization"] == (pytest.approx(scale), zero - 128), "UINT8 in the ONNX file"
+    given = engine_input(out, image)
+    assert given.dtype == np.int8 and len(np.unique(given)) > 50
+    assert np.abs((given.astype(np.float64) - (zero - 128)) * scale - image.transpose(0, 2, 3, 1)).max() <= 0.51 * scale
+
+
+def engine_input(folder: Path, image_1CHW: np.ndarray) -> np.ndarray:
+    """Return what the backend gives the library for an image."""
+    with LiteRtBackend(folder, threads=1) as engine:
+        engine(image_1CHW)
+        given: np.ndarray = engine._engine.get_tensor(engine._input)
+        return given
+
+
+def test_a_bundle_builds_and_runs_int8_images(
+    yolov8: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floor, bundle = 0.0005, tmp_path / "bundle"
+    for folder in ("onnx", "golden"):
+        (bundle / folder).mkdir(parents=True)
+    shutil.copy(yolov8["onnxruntime"], bundle / "onnx" / "int8-onnxruntime.onnx")
+    picture = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    np.save(bundle / "golden" / "0.npy", picture)
+    LiteRtBackend.build(yolov8["onnxruntime"], tmp_path / "float32", "int8")
+    with LiteRtBackend(tmp_path / "float32") as engine:
+        expected = golden.detections(engine, [picture], floor, 0.7)[0].tolist()
+        about = {"executed": engine.executed, "library": engine.info.library, "onnx_sha256": engine.info.onnx_sha256}
+    document = {
+        "schema": golden.SCHEMA,
+        "conf": 0.001,
+        "floor": floor,
+        "iou": 0.7,
+        "images": [{"file": "0.npy", "name": "a"}],
+        "engines": {"litert-int8": about},
+        "expected": {"litert-int8": [expected]},
+        "tolerances": {"int8": {"of": "worst", "box_px": 0, "score": 0, "unmatched": 0}},
+    }
+    (bundle / "golden" / "golden.json").write_text(json.dumps(document))
+    onnx_files = {"int8-onnxruntime": "onnx/int8-onnxruntime.onnx"}
+    seal(bundle, {"name": "a", "target": "plain", "names": NAMES, "imgsz": SIZE, "onnx": onnx_files}, 1, None)
+    folder = bundle / "engines" / "litert-int8"
+    # built anew when the images change
+    for words, int8_images, again in (
+        ([], False, True),
+        (["--int8-images"], True, True),
+        (["--int8-images"], True, False),
+    ):
+        assert build.main(["--runtime", "litert", "--precision", "int8", *words], bundle) == 0
+        assert (json.loads(capsys.readouterr().out)["engines"][0]["seconds"] is not None) == again
+        assert json.loads((folder / "build.json").read_text())["options"] == {"int8_images": int8_images}
+    assert bench.main(["--golden", "--threads", "1"], bundle) == 0
+    assert "int8" in capsys.readouterr().out and len(expected) > 10
+    assert detect.main([str(bundle / "golden" / "0.npy"), "--conf", "0.001"], bundle) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[0])["detections"]
+    assert len(found) == sum(row[4] > 0.001 for row in expected)
 
 
 def test_a_bias_that_does_not_fit_silences_a_channel_without_effect_and_refuses_others() -> None:
@@ -236,7 +295,7 @@ def test_an_open_batch_becomes_one_image_and_a_fixed_one_stays(simplify: bool, t
 
 def test_files_that_litert_cannot_hold_are_refused(yolov8: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(EngineError, match="LiteRT is built from int8-onnxruntime.onnx"):
+    with pytest.raises(EngineError, match="have outputs that are not INT8 as in int8-onnxruntime.onnx"):
         LiteRtBackend.build(yolov8["tensorrt10"], out, "int8")
     with pytest.raises(EngineError, match="int8 requested, but the graph has no Q/DQ nodes"):
         LiteRtBackend.build(yolov8["fp32"], out, "int8")

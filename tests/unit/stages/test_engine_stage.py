@@ -100,6 +100,36 @@ def test_a_model_that_a_converter_cannot_write_leaves_one_engine_out(
         run(engine__runtimes="litert")
 
 
+def test_int8_images_are_built_for_the_int8_engine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[str, dict[str, Any]] = {}
+
+    def build(onnx: Path, out: Path, precision: str, **options: Any) -> None:
+        built[out.name] = options
+        raise NotConverted("seen")
+
+    for runtime in ("litert", "onnxruntime"):
+        monkeypatch.setattr(engine.BACKENDS[runtime], "build", staticmethod(build))
+    monkeypatch.setattr(engine, "_missing", lambda config, export: {"litert": None, "onnxruntime": None})
+    files = {f"compressed/{stem}.onnx": tmp_path / f"{stem}.onnx" for stem in ("fp32", "int8-onnxruntime")}
+    export: Any = SimpleNamespace(manifest=SimpleNamespace(files=files), file=files.__getitem__)
+    recipe, data = asked(engine__int8_images="true"), SimpleNamespace(val=[])
+    engine.run(Job(recipe.engine, recipe, data, {"export": export}, tmp_path, tmp_path))  # type: ignore[arg-type]
+    assert built == {
+        "litert-fp32": {"int8_images": False},
+        "litert-int8": {"int8_images": True},
+        "onnxruntime-fp32": {},
+        "onnxruntime-int8": {},
+    }
+
+
+def test_int8_images_without_a_runtime_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.BACKENDS["litert"], "probe", staticmethod(lambda: "no LiteRT; pip install it"))
+    nothing: Any = None
+    engine.check(asked(), nothing)
+    with pytest.raises(EnvironmentLacks, match=r"engine\.int8_images: no LiteRT; pip install it"):
+        engine.check(asked(engine__int8_images="true"), nothing)
+
+
 @pytest.mark.fault(62)
 def test_a_runtime_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.BACKENDS["openvino"], "probe", staticmethod(lambda: "no openvino; pip install openvino"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import EngineError
-from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph, Node, require_known, slice_bounds
+from .onnx_graph import DEQUANTIZE, QUANTIZE, Fault, Graph, Node, refuse, slice_bounds, unknown
 
 INPUT, OUTPUT = "images", "output0"
 SILU = "Silu"  # a sigmoid and the product with its input: one layer in CoreML
@@ -47,9 +47,14 @@ def with_silu(graph: Graph) -> Graph:
     return graph._replace(nodes=nodes)
 
 
+def faults(graph: Graph) -> Iterator[Fault]:
+    """Yield the nodes of a graph that have no layer here."""
+    yield from unknown(graph, LAYERS)
+
+
 def require_supported(graph: Graph, file: Path, precision: str) -> None:
-    """Raise EngineError if CoreML has no layer for a node, or takes none of its scales."""
-    require_known(graph, file, LAYERS, "CoreML")
+    """Raise EngineError if a node has no layer here, or CoreML takes none of its scales."""
+    refuse(faults(graph), file, "CoreML")
     for node in graph.nodes:
         if node.kind == DEQUANTIZE and len(node.inputs) > 2 and graph.constants[node.inputs[2]].any():
             raise EngineError(f"{file}: {node.outputs[0]} has a zero point; CoreML is built from int8-tensorrt11.onnx")

@@ -10,9 +10,10 @@ import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from ..measure.device import usable_cpus
+from ..registry import INT8_IMAGES
 from .base import census_words, check_channels, check_input, check_output, describe_onnx, problem, resolve, save_info
 from .litert_convert import convert, require
-from .litert_file import FLOAT32, INSTALL, INT8, read
+from .litert_file import FLOAT32, INSTALL, INT8, Quantised, read
 
 RUNTIME = "litert"
 FILE = "engine.tflite"
@@ -32,7 +33,7 @@ class LiteRtBackend:
     """Backend for LiteRT's CPU operators.
 
     Float operators compute in float32. For fp16 the weights are stored as float16. For int8, what the plan leaves in float and the box
-    decode are float32.
+    decode are float32. If the file takes INT8 images, they are quantised here with the scale of its input.
 
     Args:
         path: directory made by `build`.
@@ -63,6 +64,11 @@ class LiteRtBackend:
             ) from error
         taken, given = self._engine.get_input_details()[0], self._engine.get_output_details()[0]
         self._input, self._output = taken["index"], given["index"]
+        scale, zero_point = taken["quantization"]
+        int8_images = taken["dtype"] is np.int8
+        self._images: Optional[Quantised] = (
+            Quantised(np.array([scale], np.float32), zero_point) if int8_images else None
+        )
         self.batch: Optional[int] = int(taken["shape"][0])
         check_output(self.info, given["shape"].tolist(), path / FILE)
 
@@ -73,6 +79,9 @@ class LiteRtBackend:
 
     def bind(self, images_BCHW: np.ndarray) -> Callable[[], Any]:
         images_BHWC = np.ascontiguousarray(check_input(images_BCHW, self).transpose(0, 2, 3, 1))
+        if self._images is not None:
+            values_BHWC = np.rint(images_BHWC / self._images.scale) + self._images.zero_point
+            images_BHWC = values_BHWC.clip(-128, 127).astype(np.int8)
 
         def run() -> None:
             self._engine.set_tensor(self._input, images_BHWC)
@@ -82,8 +91,8 @@ class LiteRtBackend:
 
     @property
     def executed(self) -> str:
-        """Number types of the convolutions as text, from the file."""
-        return census_words(self.precision, self._kinds)
+        """Number types of the convolutions, and of INT8 images, as text, from the file."""
+        return census_words(self.precision, self._kinds) + ("" if self._images is None else ", INT8 images")
 
     def node_ms(self, runs: int) -> Dict[str, float]:
         """Raise EngineError: LiteRT's Python library does not report the time of an operator."""
@@ -112,8 +121,12 @@ class LiteRtBackend:
         precision: str,
         names: Optional[Sequence[str]] = None,
         imgsz: Optional[Tuple[int, int]] = None,
+        int8_images: bool = False,
     ) -> Dict[str, Path]:
         """Convert an ONNX file (`litert_convert.convert`) into the folder `out`, and test it with one inference. Return the files.
+
+        Args:
+            int8_images: whether the file takes INT8 images. Only for int8.
 
         Raises:
             RuntimeUnavailable: LiteRT or onnx is missing.
@@ -121,8 +134,8 @@ class LiteRtBackend:
         """
         info = describe_onnx(Path(onnx), RUNTIME, precision, _library().__version__, names, imgsz)
         out.mkdir(parents=True, exist_ok=True)
-        channels = convert(Path(onnx), out / FILE, info.imgsz, precision)
-        save_info(replace(info, options={"channels": channels}), out, [FILE])
+        channels = convert(Path(onnx), out / FILE, info.imgsz, precision, int8_images)
+        save_info(replace(info, options={"channels": channels, INT8_IMAGES: int8_images}), out, [FILE])
         with LiteRtBackend(out) as made:
             made(np.zeros((made.batch or 1, channels, *info.imgsz), np.float32))
         return {name: out / name for name in (FILE, "engine.json")}

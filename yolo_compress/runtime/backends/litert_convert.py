@@ -7,7 +7,7 @@ are channels last, as LiteRT needs them. Other tensors keep the order of ONNX.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..errors import EngineError, NotConverted
 from . import onnx_graph
 from .litert_file import FLOAT32, INSTALL, INT8, Quantised, Writer, schema
 from .litert_operators import BINARY, FIRST, LAST, UNARY, same_padding, strides, write
-from .onnx_graph import DEQUANTIZE, QUANTIZE, Graph, Node, Weight, require_known
+from .onnx_graph import DEQUANTIZE, QUANTIZE, Fault, Graph, Node, Weight, refuse, unknown
 
 SPATIAL = {"Conv", "MaxPool", "Resize"}  # they read feature maps
 PLAIN = {
@@ -44,6 +44,26 @@ def require() -> None:
     onnx_graph.require(INSTALL)
 
 
+def faults(graph: Graph) -> Iterator[Fault]:
+    """Yield the nodes of a graph that LiteRT, or this converter, has no operator for."""
+    yield from unknown(graph, KINDS)
+    quantised = {node.inputs[0] for node in graph.nodes if node.kind == QUANTIZE}
+    weights = {node.outputs[0] for node in graph.nodes if node.kind == DEQUANTIZE and node.inputs[0] in graph.constants}
+    int8 = [node for node in graph.nodes if node.kind == "Conv" and node.inputs[1] in weights]
+    if int8 and not any(node.outputs[0] in quantised for node in int8):
+        yield int8[0].label, "and all other convolutions have outputs that are not INT8 as in int8-onnxruntime.onnx"
+    for node in graph.nodes:
+        about, shape = node.attributes, graph.shapes.get(node.inputs[0], ())
+        if node.kind == "Conv" and (
+            about.get("group", 1) not in (1, shape[1]) or set(about.get("dilations", [1])) != {1}
+        ):
+            yield node.label, f"has {about.get('group', 1)} groups or is dilated"
+        if node.kind == "MaxPool" and not same_padding(about, shape[2:], about["kernel_shape"]):
+            yield node.label, "pads its input otherwise than LiteRT can"
+        if node.kind == "Softmax" and about.get("axis", -1) not in (-1, len(shape) - 1):
+            yield node.label, "is a Softmax along another axis than the last"
+
+
 def convert(file: Path, out: Path, imgsz: Sequence[int], precision: str, int8_images: bool = False) -> int:
     """Convert an ONNX file of `export`, write it to `out`, and return the number of image channels.
 
@@ -63,7 +83,7 @@ def convert(file: Path, out: Path, imgsz: Sequence[int], precision: str, int8_im
     """
     require()
     graph = onnx_graph.read(file, imgsz, INSTALL)
-    require_known(graph, file, KINDS, "LiteRT")
+    refuse(faults(graph), file, "LiteRT")
     if precision == "int8" and not any(node.kind == QUANTIZE for node in graph.nodes):
         raise EngineError(f"{file}: int8 requested, but the graph has no Q/DQ nodes; use the int8 export")
     Conversion(graph, file, precision == "fp16").write(out, int8_images)
@@ -87,7 +107,6 @@ class Conversion:
         self.weights: Dict[str, Weight] = {}
         self.made: Dict[Tuple[str, bool, bool], int] = {}
         self.dequantised = set()
-        self.int8_convolutions = 0
         stored, quantised = graph.constants, {}
         for node in graph.nodes:
             name, output = node.inputs[0], node.outputs[0]
@@ -119,10 +138,6 @@ class Conversion:
         for node in self.graph.nodes:
             if node.kind not in (QUANTIZE, DEQUANTIZE, "Cast"):
                 self.node(node)
-        if self.weights and not self.int8_convolutions:
-            raise EngineError(
-                f"{self.file}: the outputs of convolutions are not INT8; LiteRT is built from int8-onnxruntime.onnx"
-            )
         output = self.read(self.origin(self.graph.output), False, False)
         self.out.write(out, [images], [output], "YOLO detector, written by yolo_compress")
 
@@ -195,17 +210,12 @@ class Conversion:
         about, given, stored = node.attributes, self.weights.get(node.inputs[1]), self.graph.constants
         values = given.values if given else stored[names[1]].astype(np.float32)
         channels, groups = self.graph.shapes[names[0]][1], about.get("group", 1)
-        if groups not in (1, channels) or set(about.get("dilations", [1])) != {1}:
-            raise NotConverted(
-                f"{self.file}: {node.name} has {groups} groups or is dilated, which is not converted to LiteRT"
-            )
         int8 = int8 and given is not None
         depthwise = groups == channels and groups > 1
         order, axis = ((1, 2, 3, 0), 3) if depthwise else ((0, 2, 3, 1), 0)
         bias = stored[names[2]].astype(np.float32) if len(names) > 2 else np.zeros(len(values), np.float32)
         output = node.outputs[0]
         if int8 and given:
-            self.int8_convolutions += 1
             values, scale_O = self.fitted(node, names[0], values, given.scale_O, bias)
             step_O = self.pairs[names[0]].scale[0] * scale_O
             int32 = np.rint(bias / step_O.astype(np.float64)).astype(np.int32)

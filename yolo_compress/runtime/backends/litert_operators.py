@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Protocol, Sequence, Tuple
 
 import numpy as np
 
-from ..errors import EngineError
 from .litert_file import FLOAT32, Writer
 from .onnx_graph import Attributes, Graph, Node, slice_bounds
 
@@ -39,7 +38,7 @@ def write(to: Conversion, node: Node, names: List[str], inputs: List[int], outpu
         inputs, outputs: tensors of the LiteRT file.
         last: whether they are channels last.
     """
-    about, shape, made = node.attributes, to.graph.shapes.get(names[0], ()), to.shape(node.outputs[0], last)
+    about, made = node.attributes, to.shape(node.outputs[0], last)
     rank, add = len(made), to.out.add
     if node.kind in BINARY:
         add(BINARY[node.kind], inputs, outputs)
@@ -48,8 +47,6 @@ def write(to: Conversion, node: Node, names: List[str], inputs: List[int], outpu
         add("CONCATENATION", inputs, outputs, axis=LAST.index(axis) if last else axis)
     elif node.kind in UNARY:
         options = {"Softmax": {"beta": 1.0}, "LeakyRelu": {"alpha": about.get("alpha", 0.01)}}.get(node.kind, {})
-        if node.kind == "Softmax" and about.get("axis", -1) not in (-1, rank - 1):
-            raise EngineError(f"{to.file}: {node.name} is not along the last axis, which LiteRT does not have")
         add(UNARY[node.kind], inputs, outputs, **options)
     elif node.kind == "Reshape":
         add("RESHAPE", [*inputs, to.integers(node, made)], outputs, newShape=np.array(made, np.int32))
@@ -64,8 +61,6 @@ def write(to: Conversion, node: Node, names: List[str], inputs: List[int], outpu
         add("RESIZE_NEAREST_NEIGHBOR", [*inputs, to.integers(node, made[1:3])], outputs)
     elif node.kind == "MaxPool":
         window = about["kernel_shape"]
-        if not same_padding(about, shape[2:], window):
-            raise EngineError(f"{to.file}: {node.name} pads its input otherwise than LiteRT can")
         add(
             "MAX_POOL_2D", inputs, outputs, padding=0,
             filterHeight=window[0], filterWidth=window[1], **strides(about),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import EngineError, RuntimeUnavailable
 from . import onnx_graph
+from .onnx_graph import Fault, Graph
 
 INSTALL = "pip install ncnn pnnx onnx"
 LIMIT_S = 900
@@ -73,6 +74,32 @@ def read_param(file: Path) -> List[Layer]:
         raise EngineError(f"{file}: not a graph of NCNN ({error}); build the engine again") from error
 
 
+def faults(graph: Graph) -> Iterator[Fault]:
+    """Yield what NCNN, or this converter, cannot do with a graph. What pnnx refuses is only known when it runs."""
+    if graph.shapes[graph.input][0] != 1:
+        yield graph.input, f"takes {graph.shapes[graph.input][0]} images, and NCNN one at a time"
+    dequantised = {node.outputs[0]: node for node in graph.nodes if node.kind == onnx_graph.DEQUANTIZE}
+    owner: Dict[bytes, str] = {}
+    for node in graph.nodes:
+        if node.kind != "Conv":
+            continue
+        stored, scale_O = graph.constants.get(node.inputs[1]), None
+        if node.inputs[1] in dequantised:
+            stored, scale_O = (graph.constants.get(name) for name in dequantised[node.inputs[1]].inputs[:2])
+        if stored is None:
+            yield node.label, "has weights that are not stored"
+            continue
+        values = stored.astype("<f4")
+        if scale_O is not None:
+            if np.size(scale_O) != len(values):
+                yield node.label, f"has {np.size(scale_O)} scales for the weights of {len(values)} outputs"
+                continue
+            values = values * scale_O.astype("<f4").reshape((-1,) + (1,) * (values.ndim - 1))
+        other = owner.setdefault(values.tobytes(), node.label)
+        if other != node.label:
+            yield node.label, f"and {other} have equal weights"
+
+
 def convert(file: Path, folder: Path, imgsz: Sequence[int], precision: str) -> Tuple[Path, Path, int]:
     """Convert an ONNX file. Return the .param file, the .bin file and the number of image channels.
 
@@ -86,17 +113,13 @@ def convert(file: Path, folder: Path, imgsz: Sequence[int], precision: str) -> T
 
     Raises:
         RuntimeUnavailable: pnnx or onnx is missing.
-        EngineError: the file takes images of another size, or more than one image. Or the precision is int8, and
-            the file has no Q/DQ nodes or an INT8 tensor with a zero point. Or two convolutions have equal weights. Or pnnx rejects
-            the graph or changes its weights.
+        EngineError: the file takes images of another size, or `faults` finds a fault. Or the precision is int8, and the file has no
+            Q/DQ nodes or an INT8 tensor with a zero point. Or pnnx rejects the graph or changes its weights.
     """
     onnx = onnx_graph.require(INSTALL)
-    model = onnx.load(str(file))
-    batch, channels, *takes = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    if takes != list(imgsz):
-        raise EngineError(f"{file}: takes {takes} px, its metadata says {tuple(imgsz)}; export again")
-    if batch not in (0, 1):  # 0: any number
-        raise EngineError(f"{file}: takes {batch} images; NCNN takes one at a time, set export.batch=1")
+    graph = onnx_graph.read(file, imgsz, INSTALL)
+    onnx_graph.refuse(faults(graph), file, "NCNN")
+    model, channels = onnx.load(str(file)), graph.shapes[graph.input][1]
     convolutions = _to_float32(model.graph, file)
     if precision == "int8" and all(one.input_scale is None for one in convolutions.values()):
         raise EngineError(f"{file}: int8 requested, but the graph has no Q/DQ nodes; use the int8 export")
@@ -111,7 +134,7 @@ def _to_float32(graph: Any, file: Path) -> Dict[bytes, Convolution]:
     """Remove the Q/DQ and Cast nodes of an ONNX graph in place. Return its convolutions by the bytes of their float32 weights.
 
     Raises:
-        EngineError: an INT8 tensor has a zero point, or two convolutions have equal weights.
+        EngineError: an INT8 tensor has a zero point.
     """
     from onnx import numpy_helper
 
@@ -136,11 +159,9 @@ def _to_float32(graph: Any, file: Path) -> Dict[bytes, Convolution]:
     found: Dict[bytes, Convolution] = {}
     for node in graph.node:
         if node.op_type == "Conv":
-            key = arrays[node.input[1]].astype("<f4").tobytes()
-            if key in found:
-                raise EngineError(f"{file}: {found[key].name} and {node.name} have equal weights; NCNN cannot be built")
             both = node.input[0] in scales and node.input[1] in scales
-            found[key] = Convolution(node.name, *((scales[name] if both else None) for name in node.input[:2]))
+            two = [scales[name] if both else None for name in node.input[:2]]
+            found[arrays[node.input[1]].astype("<f4").tobytes()] = Convolution(node.name, *two)
     kept = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Cast")]
     source = {output: node for node in kept for output in node.output}
     for output in graph.output:  # its last node may be gone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Container, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Container, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from ..errors import EngineError, NotConverted, RuntimeUnavailable
 
 Shape = Tuple[int, ...]
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-
-
+FLOATS = (1, 10)  # element types of ONNX: float32 and float16
+Fault = Tuple[str, str]  # name of a node, and what a converter does not write there
+Constants = Dict[str, np.ndarray]
 Attributes = Dict[str, Any]  # name -> number, text, list or array, as ONNX defines it for the kind of node
 
 
@@ -28,6 +29,11 @@ class Node(NamedTuple):
     inputs: Tuple[str, ...]
     outputs: Tuple[str, ...]
     attributes: Attributes
+
+    @property
+    def label(self) -> str:
+        """The name, or the first output of a node without a name."""
+        return self.name or self.outputs[0]
 
 
 class Weight(NamedTuple):
@@ -71,9 +77,7 @@ def require(install: str) -> Any:
 
 
 def read(file: Path, imgsz: Sequence[int], install: str) -> Graph:
-    """Read an ONNX file that `export` wrote. An open batch becomes 1.
-
-    Nodes whose inputs are constants are computed, except for the dequantised weights.
+    """Read an ONNX file that `export` wrote. See `of`.
 
     Args:
         imgsz: height and width of the input, px.
@@ -81,56 +85,109 @@ def read(file: Path, imgsz: Sequence[int], install: str) -> Graph:
 
     Raises:
         RuntimeUnavailable: onnx is missing.
-        EngineError: the file takes images of another size, or a shape in it is not fixed.
+        EngineError: the file takes images of another size, or `of` refuses it.
     """
-    onnx = require(install)
-    model = onnx.load(str(file))
+    model = require(install).load(str(file))
+    takes = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]]
+    if takes != list(imgsz):
+        raise EngineError(f"{file}: takes {takes} px, its metadata says {tuple(imgsz)}; export again")
+    return of(model, file)
+
+
+def of(model: Any, file: Path) -> Graph:
+    """Return an ONNX model as a graph. An open batch becomes 1. The model is changed.
+
+    Nodes whose inputs are constants are computed, except for the dequantised weights.
+
+    Args:
+        model: `onnx.ModelProto`.
+        file: its file, for error messages.
+
+    Raises:
+        EngineError: the model has several inputs or outputs, or NMS in its graph. Or a shape in it is not fixed, or onnx cannot
+            compute its constants.
+    """
+    import onnx
+
     graph = model.graph
-    dims = graph.input[0].type.tensor_type.shape.dim
-    if [dim.dim_value for dim in dims[2:]] != list(imgsz):
+    stored = {one.name for one in graph.initializer}
+    inputs = [one for one in graph.input if one.name not in stored]
+    if len(inputs) != 1 or len(graph.output) != 1:
         raise EngineError(
-            f"{file}: takes {[dim.dim_value for dim in dims[2:]]} px, its metadata says {tuple(imgsz)}; export again"
+            f"{file}: {len(inputs)} inputs and {len(graph.output)} outputs, expected one of each: images, and output0"
         )
-    for ends in (graph.input, graph.output):
-        first = ends[0].type.tensor_type.shape.dim[0]
-        first.dim_value = first.dim_value or 1  # a value replaces a name
+    if any(node.op_type == "NonMaxSuppression" for node in graph.node):
+        raise EngineError(f"{file}: has NMS in its graph; give the file without NMS")
+    if not all(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:]):
+        raise EngineError(f"{file}: the size of its images is open; export it with one size")
+    for ends in (inputs, graph.output):
+        for first in ends[0].type.tensor_type.shape.dim[:1]:
+            first.dim_value = first.dim_value or 1  # a value replaces a name
     del graph.value_info[:]
-    constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
-    shapes = _shapes(onnx, model)
-    while _fold(onnx, model, constants, shapes):
-        shapes = _shapes(onnx, model)  # a folded constant can be the shape of another tensor
+    try:
+        constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+        shapes = _shapes(onnx, model)
+        while _fold(onnx, model, constants, shapes):
+            shapes = _shapes(onnx, model)  # a folded constant can be the shape of another tensor
+    except MemoryError:
+        raise
+    except Exception as error:  # onnx's evaluator raises whatever its operators do
+        raise EngineError(f"{file}: onnx cannot compute its constants ({error}); export it again") from error
     nodes = []
     for node in graph.node:
         attributes = {one.name: _plain(onnx.helper.get_attribute_value(one)) for one in node.attribute}
         nodes.append(Node(node.op_type, node.name, tuple(node.input), tuple(node.output), attributes))
-    open_shapes = [name for node in nodes for name in node.outputs if not all(shapes.get(name, (0,)))]
+    open_shapes = [name for node in nodes for name in node.outputs if name and not all(shapes.get(name, (0,)))]
     if open_shapes:
         raise EngineError(f"{file}: the shape of {open_shapes[0]} is not fixed; export again with export.simplify=true")
-    return Graph(nodes, constants, shapes, graph.input[0].name, graph.output[0].name)
+    return Graph(nodes, constants, shapes, inputs[0].name, graph.output[0].name)
 
 
-def require_known(graph: Graph, file: Path, kinds: Container[str], title: str) -> None:
-    """Check that a converter can write every node of a graph.
+def unknown(graph: Graph, kinds: Container[str]) -> Iterator[Fault]:
+    """Yield the nodes that a converter does not write: of another type, or with attributes that `export` does not write.
 
     Args:
         kinds: types of nodes that it writes.
-        title: name of its format.
-
-    Raises:
-        NotConverted: a node has another type, or attributes that `export` does not write.
     """
     for node in graph.nodes:
-        about = node.attributes
-        odd = (
-            (node.kind == "Resize" and tuple(about.get(key) for key in RESIZE) != tuple(RESIZE.values()))
-            or (node.kind == "MaxPool" and (about.get("ceil_mode") or set(about.get("dilations", [1])) != {1}))
-            or (node.kind == "Slice" and len(node.inputs) > 4 and (graph.constants[node.inputs[4]] != 1).any())
+        if node.kind not in kinds:
+            yield node.label, f"is a {node.kind}"
+        elif node.kind in ODD and ODD[node.kind](node, graph.constants):
+            yield node.label, f"is a {node.kind} of another kind"
+
+
+def refuse(faults: Iterable[Fault], file: Path, title: str) -> None:
+    """Raise NotConverted with the first fault that a converter found. `title` is the name of its format."""
+    for name, fault in faults:
+        raise NotConverted(
+            f"{file}: {name} {fault}, which this package does not convert to {title}; leave this runtime out"
         )
-        if node.kind not in kinds or odd:
-            raise NotConverted(
-                f"{file}: {node.name} is a {node.kind}{' of another kind' if odd else ''}, which this package does not convert to "
-                f"{title}; leave this runtime out"
-            )
+
+
+def _is_odd_slice(node: Node, constants: Constants) -> bool:
+    """Return whether the bounds of a Slice are not stored, or it leaves places out."""
+    stored = len(node.inputs) > 3 and all(name in constants for name in node.inputs[1:])
+    return not stored or (len(node.inputs) > 4 and bool((constants[node.inputs[4]] != 1).any()))
+
+
+def _padded_by_itself(node: Node) -> bool:
+    return node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+
+# Type of a node -> whether it is not one that `export` writes.
+ODD: Dict[str, Callable[[Node, Constants], bool]] = {
+    "Cast": lambda node, constants: node.attributes.get("to") not in FLOATS,
+    "Conv": lambda node, constants: len(node.attributes.get("kernel_shape", [1, 1])) != 2 or _padded_by_itself(node),
+    "Gather": lambda node, constants: np.size(constants.get(node.inputs[1], ())) != 1,
+    "MaxPool": lambda node, constants: bool(
+        node.attributes.get("ceil_mode") or set(node.attributes.get("dilations", [1])) != {1} or _padded_by_itself(node)
+    ),
+    "ReduceMax": lambda node, constants: len(node.inputs) > 1 and node.inputs[1] not in constants,
+    "Resize": lambda node, constants: tuple(node.attributes.get(key) for key in RESIZE) != tuple(RESIZE.values()),
+    "Slice": _is_odd_slice,
+    "Split": lambda node, constants: "axis" not in node.attributes,
+    "Transpose": lambda node, constants: "perm" not in node.attributes,
+}
 
 
 def slice_bounds(inputs: Sequence[Any], shape: Shape) -> Dict[int, Tuple[int, int]]:

@@ -32,10 +32,11 @@ BUILT = "build.json"
 
 
 class BuildOptions(TypedDict, total=False):
-    """Options of a TensorRT build, from `--workspace-mib` and `--timing-cache`. None: TensorRT's default."""
+    """Options of a build, from `--workspace-mib`, `--timing-cache` and `--int8-images`. None: TensorRT's default."""
 
     workspace_mib: Optional[int]
     timing_cache: Optional[Path]
+    int8_images: bool
 
 
 class Built(TypedDict):
@@ -58,6 +59,8 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         type=Path,
         help="file of an earlier TensorRT build on this device (default: the last one here)",
     )
+    able = " and ".join(registry.RUNTIMES[name].title for name in registry.with_option(registry.INT8_IMAGES))
+    parser.add_argument("--int8-images", action="store_true", help=f"INT8 engines of {able} take images as INT8 values")
     parser.add_argument("--out", type=Path, help=f"folder of the engines (default: {ENGINES} in the bundle)")
     parser.add_argument("--force", action="store_true", help="also rebuild engines that are up to date")
     options = parser.parse_args(argv)
@@ -71,6 +74,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
             options.precision or bundle.precisions,
             workspace_mib=options.workspace_mib,
             timing_cache=options.timing_cache,
+            int8_images=options.int8_images,
             force=options.force,
         )
         answer(json.dumps({"bundle": bundle.about(), "engines": rows}))
@@ -113,6 +117,7 @@ def build(
     precisions: Sequence[str],
     workspace_mib: Optional[int] = None,
     timing_cache: Optional[Path] = None,
+    int8_images: bool = False,
     force: bool = False,
 ) -> List[Built]:
     """Build an engine for each runtime and precision, each in its own folder below `out`.
@@ -127,6 +132,12 @@ def build(
         _has_timing_cache(runtime) for runtime in runtimes
     ):
         raise EngineError(f"--workspace-mib and --timing-cache are for TensorRT; --runtime is {', '.join(runtimes)}")
+    able = registry.with_option(registry.INT8_IMAGES)
+    if int8_images and not (set(able) & set(runtimes) and "int8" in precisions):
+        raise EngineError(
+            f"--int8-images is for INT8 engines of {' and '.join(able)}; --runtime is {', '.join(runtimes)}, --precision "
+            f"{', '.join(precisions)}"
+        )
     # an existing engine may have been built without these options
     force = force or workspace_mib is not None or timing_cache is not None
     rows: List[Built] = []
@@ -138,13 +149,14 @@ def build(
                     f"{bundle.directory}: no {precision} ONNX for {runtime}; it has {sorted(bundle.onnx)}"
                 )
             folder = out / f"{runtime}-{precision}"
-            ready = None if force else _up_to_date(folder, bundle, stems, runtime)
+            as_int8 = int8_images and runtime in able and precision == "int8"
+            ready = None if force else _up_to_date(folder, bundle, stems, runtime, as_int8)
             if ready is not None:
                 say(f"{folder.name}: up to date")
                 rows.append(ready)
                 continue
             say(f"{folder.name}: building from {' or '.join(bundle.onnx[stem] for stem in stems)}")
-            options: BuildOptions = {}
+            options: BuildOptions = {"int8_images": as_int8} if runtime in able else {}
             if _has_timing_cache(runtime):
                 last = folder / TIMING_CACHE
                 ours = last.is_file() and trusted(bundle, folder)
@@ -204,15 +216,15 @@ def _build(
 
 
 def _has_timing_cache(runtime: str) -> bool:
-    return "timing_cache" in registry.RUNTIMES[runtime].build_options
+    return runtime in registry.with_option("timing_cache")
 
 
-def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str) -> Optional[Built]:
+def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str, int8_images: bool) -> Optional[Built]:
     """Return the row of an engine that is up to date. None: it is not.
 
-    An engine is up to date if it is intact, trusted, and built from one of these ONNX files by the installed library version. If it
-    runs on a GPU, it must also have been built on this GPU. If its file was chosen among several, that must have been on this
-    processor.
+    An engine is up to date if it is intact, trusted, takes INT8 images only if asked to, and was built from one of these ONNX files by
+    the installed library version. If it runs on a GPU, it must also have been built on this GPU. If its file was chosen among several,
+    that must have been on this processor.
     """
     try:
         info = load_info(folder)
@@ -222,6 +234,8 @@ def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str
         return None  # absent, damaged, or built from another ONNX file
     if (len(stems) > 1) != bool(info.tried) or chosen_elsewhere(info):
         return None  # its file was chosen among others, or for another processor
+    if bool(info.options.get(registry.INT8_IMAGES)) != int8_images:
+        return None  # it takes other images
     if registry.RUNTIMES[runtime].gpu and built_elsewhere(info) is not None:
         return None  # built on another GPU, for example on a disk from another robot
     if not trusted(bundle, folder):
