@@ -261,8 +261,7 @@ def test_engines_of_a_gpu_are_tied_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_file_that_changes_under_its_name_is_noticed(home: Path, knob: str, value: str) -> None:
     (home / "own.py").write_text("first")
-    idle = [("baseline.model", "null")] if knob == "baseline.weights" else []
-    study = toy.study(home, "toy", (knob, value), *idle)
+    study = toy.study(home, "toy", (knob, value))
     worker = instant(study)
     assert worker.run_one() == "ended"
     (home / "own.py").write_text("second")
@@ -270,7 +269,7 @@ def test_a_file_that_changes_under_its_name_is_noticed(home: Path, knob: str, va
         worker.run_one()
     assert len(study.trials()) == 1, "no trial ran with the other file"
     with pytest.raises(RecipeError, match=rf"study toy has another recipe, files or data \(files.{knob}: \w+ -> \w+\)"):
-        toy.study(home, "toy", (knob, value), *idle)
+        toy.study(home, "toy", (knob, value))
     (home / "own.py").write_text("first")
     assert worker.run_one() == "ended"
 
