@@ -9,11 +9,11 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.evaluate.cascade.schema import SCHEMA as CASCADE_SCHEMA
-from yolo_compress.evaluate.cascade.schema import CascadeDocument
+from yolo_compress.evaluate.cascade.schema import CascadeDocument, validated
 from yolo_compress.files import strict_json
 from yolo_compress.report.bench_rows import ALLOWED
 from yolo_compress.report.schema import SCHEMA, Json
-from yolo_compress.runtime.commands.bench import SCHEMA as DEVICE_SCHEMA
+from yolo_compress.runtime.commands.device_json import SCHEMA as DEVICE_SCHEMA
 from yolo_compress.runtime.errors import printable
 
 ROW_TEXT_KEYS = ("model", "runtime", "precision", "status")
@@ -110,14 +110,10 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _cascade(file: Path, content: Mapping[str, object]) -> CascadeFile:
-    from pydantic import TypeAdapter, ValidationError
-
     try:
-        return CascadeFile(TypeAdapter(CascadeDocument).validate_python(content, strict=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptArtifact(f"add: {file}: {where}: {first['msg']}; run `yolo-compress cascade` again") from error
+        return CascadeFile(validated(content))
+    except ValueError as error:
+        raise CorruptArtifact(f"add: {file}: {error}; run `yolo-compress cascade` again") from error
 
 
 def _check_mappings(file: Path, content: dict[str, Any]) -> None:
