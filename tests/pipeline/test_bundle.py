@@ -172,7 +172,7 @@ def test_a_cascade_detects_on_the_robot_what_it_detects_here(chain: Bench, bundl
     golden = json.loads((bundle / "cascade/golden/golden.json").read_text())
     validate(golden, Golden)
     assert sorted(golden["handed"]) == [False, False, True, True]
-    assert set(golden["expected"]) == {"onnxruntime-int8", "onnxruntime-fp32"}
+    assert {"onnxruntime-int8", "onnxruntime-fp32"} <= set(golden["expected"]), "and other runtimes of the same files"
     (tmp_path / "images").mkdir()
     images = [sample.image for sample in data.val]
     for number, image in enumerate(images):

@@ -48,7 +48,7 @@ def write_found(
         about: The engine of each key of `found`.
         count: Number of images to choose.
         margin_I: For a cascade, the router's margin in each image (`Policy.margin`); 0 where the engines here choose different
-            models. None: not a cascade.
+            models, which are left out. None: not a cascade.
 
     Raises:
         DataError: No image has a detection. Or all images of a cascade go to the same model.
@@ -58,7 +58,8 @@ def write_found(
     conf = confidence(first, count)
     chosen = _chosen(first, conf, count) if margin_I is None else _of_both_models(first, conf, count, margin_I)
     expected = {key: [_rows(of_all[i], conf * FLOOR) for i in chosen] for key, of_all in found.items()}
-    measured = {key: [rows[rows[:, 4] >= conf * FLOOR] for rows in of_all] for key, of_all in found.items()}
+    alike = [i for i in range(len(images)) if margin_I is None or margin_I[i] != 0]
+    measured = {key: [of_all[i][of_all[i][:, 4] >= conf * FLOOR] for i in alike] for key, of_all in found.items()}
     boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
     if not boxes:
         raise DataError(
@@ -76,7 +77,7 @@ def write_found(
         "engines": about,
         "tolerances": tolerances,
         "tolerances_from": ABOUT,
-        "images_measured": len(images),
+        "images_measured": len(alike),
         "measured": differences,
         "expected": expected,
     }

@@ -19,7 +19,7 @@ from yolo_compress.bundle import cascade_files, make
 from yolo_compress.cli.main import main
 from yolo_compress.errors import CompressError, CorruptArtifact, DataError, GateFailed, RecipeError
 from yolo_compress.evaluate.cascade.write import DOCUMENT
-from yolo_compress.evaluate.golden_images import _of_both_models
+from yolo_compress.evaluate.golden_images import _of_both_models, write_found
 from yolo_compress.runtime.backends.base import POLICY, load_info, save_info
 from yolo_compress.runtime.commands import bench, build, detect, device_json
 from yolo_compress.runtime.commands import bundle as bundle_module
@@ -149,6 +149,18 @@ def test_the_self_test_sees_a_router_that_chooses_otherwise(
     sealed(bundle)
     assert bench.main(["--golden", "--engine", NAME], bundle) == 1
     assert f"the router chooses the other model in {wrong} of 4 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("handed", [None, [True], 3])
+def test_a_self_test_without_the_routers_choices_is_malformed(
+    bundle: Path, handed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bundle / "cascade/golden/golden.json"
+    document = {**json.loads(file.read_text()), "handed": handed}
+    file.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+    sealed(bundle)
+    assert bench.main(["--golden", "--engine", NAME], bundle) == 5
+    assert "golden.json: malformed" in capsys.readouterr().err
 
 
 def test_the_self_test_sees_a_model_that_detects_otherwise(
@@ -301,6 +313,19 @@ def test_golden_images_are_clear_cases_of_both_models() -> None:
     for sign, model in ((1, "small"), (-1, "large")):
         with pytest.raises(DataError, match=f"detections of the cascade's {model} model on all engines"):
             _of_both_models(found, 0.25, 4, sign * np.abs(margins))
+
+
+def test_images_in_which_engines_choose_other_models_do_not_widen_the_tolerance(tmp_path: Path) -> None:
+    """In the second image, one engine gives the large model's detections and the other those of the small one."""
+    other = np.array([[20, 20, 60, 60, 0.5, 0]])
+    found = {"onnxruntime-fp32": [scored(0.9)] * 3, "openvino-fp32": [scored(0.9), other, scored(0.9)]}
+    about: Any = {}
+    images = [np.zeros((8, 8, 3), np.uint8)] * 3
+    said = write_found(tmp_path / "golden", list("abc"), images, found, about, 2, np.array([0.5, 0.0, -0.5]))
+    assert said["images"] == 2 and said["tolerances"]["fp32"] == {**said["tolerances"]["same"]}  # type: ignore[dict-item]
+    document = golden.load(tmp_path)[0]
+    assert [image["name"] for image in document["images"]] == ["a", "c"] and document["images_measured"] == 2
+    assert document["handed"] == [True, False]
 
 
 # --- what `yolo-compress bundle cascade=` refuses ----------------------------------------------------------------------
