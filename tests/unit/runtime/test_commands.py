@@ -526,7 +526,7 @@ def test_bench_writes_device_json(
     validate({**document, "rows": [row]}, device_json.Document)
     for one in others:  # every other key is there, as null
         assert set(one) == set(row)
-        validate({key: value for key, value in one.items() if value is not None}, bench.MissingRow)
+        validate({key: value for key, value in one.items() if value is not None}, device_json.MissingRow)
     assert document["schema"] == 1 and document["bundle"]["version"] == 3 and document["golden"]["passed"]
     assert (row["model"], row["runtime"], row["precision"], row["executed"]) == (
         "compressed",

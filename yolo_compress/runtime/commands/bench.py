@@ -210,7 +210,7 @@ def bench(bundle: Bundle, measured: Sequence[Path], plan: Plan) -> Document:
     subjects: List[Subject] = [*(one.subject for one in engines), *cascades]
     tested = [one["golden"] for one in subjects]
     libraries = {one["runtime"]: one["library"] for one in subjects}
-    missing = [_missing(bundle, name) for name in sorted(set(BACKENDS) - set(libraries))]
+    missing = [_missing(bundle, name, plan.labelled is not None) for name in sorted(set(BACKENDS) - set(libraries))]
     document: Document = {
         "schema": SCHEMA,
         "bundle": bundle.about(),
@@ -431,9 +431,13 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
     return {"power_w": watts, "energy_mj_per_frame": None if watts is None else watts / fps * 1e3}
 
 
-def _missing(bundle: Bundle, runtime: str) -> MissingRow:
-    """Return a row for a runtime that was not measured here, with the reason."""
-    empty: Dict[str, object] = {key: None for key in MeasuredRow.__annotations__ if key != "per_class"}
+def _missing(bundle: Bundle, runtime: str, labelled: bool) -> MissingRow:
+    """Return a row for a runtime that was not measured here, with the reason. It has the keys of the other rows.
+
+    Args:
+        labelled: whether the other rows have an mAP, so that they have `per_class` too.
+    """
+    empty: Dict[str, object] = {key: None for key in MeasuredRow.__annotations__ if labelled or key != "per_class"}
     reason = BACKENDS[runtime].probe() or "no engine was built for it here (build.py --runtime)"
     own: MissingRow = {
         "model": "compressed",
