@@ -15,14 +15,18 @@ import pytest
 import yaml
 
 from tests.pipeline.conftest import Bench
+from tests.support import report_case
 from tests.support.typed import validate
 from tests.unit.runtime.test_commands import BARE
 from yolo_compress.data.dataset import Dataset, load
+from yolo_compress.evaluate.cascade.write import fill, policy_json, publish
 from yolo_compress.evaluate.coco import mean_ap
+from yolo_compress.runtime.backends.base import load_info
+from yolo_compress.runtime.detect.cascade import FEATURES
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import read_image
 from yolo_compress.runtime.engine import open_engine
-from yolo_compress.runtime.measure.golden import Golden, detections, difference
+from yolo_compress.runtime.measure.golden import Golden, beyond, detections, difference
 from yolo_compress.runtime.secure.signed_manifest import Manifest, verify
 from yolo_compress.store.store import Store
 
@@ -128,6 +132,62 @@ def test_map_is_the_workstations(chain: Bench, bundle: Path, tmp_path: Path) -> 
     assert row["map50_95"] == pytest.approx(expected["map50_95"], abs=1e-4)
     assert row["map50"] == pytest.approx(expected["map50"], abs=1e-4)
     assert row["image_set"] == data.val_digest, "the same images and boxes, wherever they lie"
+
+
+def policy_folder(chain: Bench, data: Dataset, out: Path) -> Path:
+    """A cascade of the compressed model in INT8 and the baseline in FP32, whose router hands over the half with the lower scores."""
+    engines = chain.folder / "weights/tiny/engine"
+    small, large = engines / "compressed/onnxruntime-int8", engines / "original/onnxruntime-fp32"
+    infos = load_info(small), load_info(large)
+    weights = np.zeros(len(FEATURES))
+    weights[FEATURES.index("doubt")], weights[FEATURES.index("mean_score")] = -0.1, -1.0
+    filled = out.with_name("filled")
+    fill(filled, policy_json(*infos, weights, 0.0, 0.0), (small, infos[0]), (large, infos[1]))
+    with open_engine(filled) as engine:
+        detector = Detector(engine)
+        margins = sorted(detector.margin(read_image(sample.image)) for sample in data.val)
+    shutil.rmtree(filled)
+    middle = sum(margins[len(margins) // 2 - 1 :][:2]) / 2
+    fill(filled, policy_json(*infos, weights, 0.0, middle), (small, infos[0]), (large, infos[1]))
+    document = report_case.cascade(image_set=data.val_digest, names=list(data.names))
+    for name, info in zip(("small", "large"), infos, strict=True):
+        document[name] = {**document[name], "onnx_sha256": info.onnx_sha256}
+    publish(filled, out, document)
+    return out
+
+
+def test_a_cascade_detects_on_the_robot_what_it_detects_here(chain: Bench, bundle: Path, tmp_path: Path) -> None:
+    """Within the golden tolerances, for images of both kinds, with a small model in INT8 and a large one in FP32."""
+    data = images_of(chain)
+    policy = policy_folder(chain, data, tmp_path / "policy")
+    bundle = bundle.with_name("cascade-bundle")
+    chain.run("bundle", "recipe=tiny.yaml", f"out={bundle}", f"cascade={policy}", "key=robot.key", "version=6")
+    manifest = verify(bundle)
+    validate(manifest, Manifest)
+    assert manifest["cascade"]["small"] == "onnx/int8-onnxruntime.onnx"
+    assert manifest["cascade"]["large"] == "cascade/large/fp32.onnx"
+    robot(sys.executable, bundle, "build.py", "--runtime", "onnxruntime")
+    tests = json.loads(robot(sys.executable, bundle, "bench.py", "--golden").splitlines()[-1])["golden"]
+    assert tests["onnxruntime-cascade"]["passed"] and len(tests) == 4, tests
+    golden = json.loads((bundle / "cascade/golden/golden.json").read_text())
+    validate(golden, Golden)
+    assert sorted(golden["handed"]) == [False, False, True, True]
+    assert {"onnxruntime-int8", "onnxruntime-fp32"} <= set(golden["expected"]), "and other runtimes of the same files"
+    (tmp_path / "images").mkdir()
+    images = [sample.image for sample in data.val]
+    for number, image in enumerate(images):
+        shutil.copyfile(image, tmp_path / "images" / f"{number:02d}{image.suffix}")
+    shadow = tmp_path / "cascade.jsonl"
+    words = (str(tmp_path / "images"), "--conf", str(golden["floor"]), "--shadow", str(shadow), "--quiet")
+    robot(sys.executable, bundle, "detect.py", *words)
+    found = [
+        np.array(json.loads(text)["detections"], np.float64).reshape(-1, 6) for text in shadow.read_text().splitlines()
+    ]
+    with open_engine(policy) as engine:
+        expected = detections(engine, [read_image(image) for image in images], golden["floor"], golden["iou"])
+        handed = [Detector(engine).margin(read_image(image)) > 0 for image in images]
+    assert 0 < sum(handed) < len(images) == len(found)
+    assert beyond(difference(expected, found, golden["conf"]), golden["tolerances"]["same"]) is None
 
 
 @pytest.mark.network

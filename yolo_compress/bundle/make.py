@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from yolo_compress import home, pipeline, progress, runtime
-from yolo_compress.bundle import golden
+from yolo_compress.bundle import cascade_files, golden
 from yolo_compress.bundle.io_contract import check_signatures
 from yolo_compress.bundle.keys import read_seed
 from yolo_compress.bundle.launchers import launcher
@@ -61,6 +61,10 @@ are accepted, and only engines that build.py built here.
 
 runtime/ is yolo_compress/runtime of the version in manifest.json (made_with), licence AGPL-3.0.
 """
+CASCADE_README = """
+cascade/ is a cascade of two models: the large one runs only for images that the small one is expected to fail in. build.py builds it
+as engines/RUNTIME-cascade, and detect.py uses it unless --engine names another engine. Its p99 is about the sum of both models.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Order:
         seed: Private key. None: do not sign the bundle.
         golden: Number of golden images for the self-test.
         force: Make a bundle even if the gate failed. The manifest says that it was forced.
+        cascade: Cascade that the bundle gets. None: none.
     """
 
     out: Path
@@ -82,6 +87,7 @@ class Order:
     seed: bytes | None
     golden: int
     force: bool
+    cascade: cascade_files.Given | None = None
 
 
 def order(options: Mapping[str, str]) -> Order:
@@ -89,19 +95,28 @@ def order(options: Mapping[str, str]) -> Order:
 
     Raises:
         RecipeError: A value is invalid, or `out` exists already.
+        GateFailed: The cascade is not recommended, and `force` is not set.
+        EngineError, CorruptArtifact: The files of the cascade are damaged.
     """
     out, target = Path(options["out"]), options.get("target", "plain")
     if out.exists() or out.is_symlink():
         raise RecipeError(f"out={out}: exists already; give another name, or delete it first")
     if target not in registry.TARGETS:
         raise RecipeError(f"command line: target: got {got(target)}, expected {', '.join(registry.TARGETS)}")
+    force = options.get("force") == "true"
+    cascade = cascade_files.given(Path(options["cascade"])) if "cascade" in options else None
+    if cascade is not None:
+        if target != "plain":
+            raise RecipeError(f"command line: cascade: works with target=plain only; {target} runs one model")
+        cascade_files.check_verdict(cascade, force)
     return Order(
         out,
         target,
         _count(options, "version", int(time.time())),
         read_seed(Path(options["key"])) if "key" in options else None,
         _count(options, "golden", 4),
-        options.get("force") == "true",
+        force,
+        cascade,
     )
 
 
@@ -148,6 +163,7 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
     for stage in ("export", "engine"):
         store.verify(artifacts[stage])
     gate = _gate(report, asked)
+    sources = cascade_files.find(asked.cascade, store, artifacts["export"], dataset) if asked.cascade else None
     _sweep(asked.out.parent)
     partial = asked.out.parent / f"{PARTIAL}{secrets.token_hex(4)}-{asked.out.name[-40:]}"
     try:
@@ -155,7 +171,7 @@ def make(recipe: Recipe, asked: Order, *, store: Store | None = None, wait: bool
             root = partial / asked.out.name.removesuffix(".gz").removesuffix(".tar")
             root.mkdir(parents=True)
         with _marked(partial), storage_errors(asked.out):
-            manifest = _fill(root, recipe, dataset, artifacts, gate, asked)
+            manifest = _fill(root, recipe, dataset, artifacts, gate, asked, sources)
             size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
             _publish(root, partial, asked.out)
     finally:
@@ -201,7 +217,10 @@ def _gate(report: Artifact, asked: Order) -> dict[str, object]:
             raise GateFailed(f"{line}; no bundle is made (force=true makes one that is marked as forced)")
         progress.notice(f"forced: {line}")
     rows = ("judged", "reference", "worst")  # ids of rows of the report, which is not in the bundle
-    return {"forced": not passed, **{key: value for key, value in found.items() if key not in rows}}
+    kept = {key: value for key, value in found.items() if key not in rows}
+    if passed and asked.cascade is not None and not asked.cascade.recommended:
+        kept = {**kept, "passed": False, "reason": asked.cascade.document["verdict"]["line"]}
+    return {"forced": not kept["passed"], **kept}
 
 
 def _fill(
@@ -211,6 +230,7 @@ def _fill(
     artifacts: Mapping[str, Artifact],
     gate: Mapping[str, object],
     asked: Order,
+    sources: tuple[cascade_files.Source, cascade_files.Source] | None,
 ) -> Manifest:
     """Write all files of the bundle into `root`, the manifest last. Return the manifest."""
     onnx = _networks(root, artifacts["export"])
@@ -239,6 +259,10 @@ def _fill(
         },
         "recipe_fingerprint": artifacts["report"].fingerprint,
     }
+    if asked.cascade is not None and sources is not None:
+        about["cascade"] = cascade_files.add(
+            root, asked.cascade, sources, onnx, dataset, artifacts["engine"], asked.golden
+        )
     registry.write(asked.target, root, {**about, "version": asked.version})
     text = README.format(
         needs=", or ".join(row.needs for row in reversed(RUNTIMES.values())),
@@ -249,7 +273,7 @@ def _fill(
         version=asked.version,
         target=asked.target,
     )
-    (root / "README.txt").write_text(text, encoding="utf-8")
+    (root / "README.txt").write_text(text + (CASCADE_README if asked.cascade else ""), encoding="utf-8")
     return seal(root, about, asked.version, asked.seed)
 
 

@@ -22,9 +22,9 @@ from yolo_compress.evaluate.cascade.choose import choose
 from yolo_compress.evaluate.cascade.collect import Collected, collect, times
 from yolo_compress.evaluate.cascade.document import Entrant, judged
 from yolo_compress.evaluate.cascade.gain import Mixes, gains
-from yolo_compress.evaluate.cascade.latency import timed_images
 from yolo_compress.evaluate.cascade.router import fit
 from yolo_compress.evaluate.cascade.schema import CascadeDocument, Demand
+from yolo_compress.evaluate.cascade.timed_images import timed_images
 from yolo_compress.evaluate.cascade.write import fill, policy_json, publish
 from yolo_compress.recipe.messages import got
 from yolo_compress.report.as_text import text_table
@@ -146,8 +146,8 @@ def run(chosen: Settings) -> CascadeDocument:
             small, large = entrants[:2]
             policy = policy_json(small.info, large.info, router.weights_F, router.bias, choice.threshold)
             fill(folder, policy, (small.folder, small.info), (large.folder, large.info))
-            decides = read_policy(folder).decides
-            handed_I = np.array([decides(features_F) for features_F in held_out.features_IF])
+            margin_of = read_policy(folder).margin_of
+            handed_I = np.array([margin_of(features_F) > 0 for features_F in held_out.features_IF])
         timed = timed_images(handed_I, TIMED_IMAGES)
         images = [data.val[index].image for index in timed]
         measured = _times(entrants, images, ROUNDS, SAMPLES, folder if choice is not None else None)

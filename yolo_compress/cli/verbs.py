@@ -280,6 +280,8 @@ VERBS = {row.name: row for row in (
                "a whole number >= 1"),
         Option("key", "FILE", "Private key that signs the bundle, from `yolo-compress keygen`.", "none, not signed", "a file"),
         Option("golden", "N", "Number of validation images for the robot's self-test.", "4", "a whole number >= 1", "images"),
+        Option("cascade", "FOLDER", "Policy folder of a cascade that the bundle gets too. One of its models is the recipe's.", "none",
+               "a folder that `cascade` wrote"),
     )),
     Verb("keygen", "write a private key, and the public key that robots check with", "Robots", "yolo_compress.cli.keygen:handle", (
         Option("out", "FILE", "File of the private key; the public key goes to FILE.pub.",

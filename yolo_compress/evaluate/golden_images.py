@@ -37,6 +37,7 @@ def write_found(
     found: Mapping[str, Detections],
     about: dict[str, EngineOf],
     count: int,
+    margin_I: np.ndarray | None = None,
 ) -> GoldenAbout:
     """Choose golden images, and write them with the detections that engines found in them. Return what was written.
 
@@ -46,16 +47,19 @@ def write_found(
         found: `runtime-precision` -> detections in each image: (N, 6) arrays, columns x1, y1, x2, y2 in px, score, class.
         about: The engine of each key of `found`.
         count: Number of images to choose.
+        margin_I: For a cascade, the router's margin in each image (`Policy.margin`); 0 where the engines here choose different
+            models, which are left out. None: not a cascade.
 
     Raises:
-        DataError: No image has a detection.
+        DataError: No image has a detection. Or all images of a cascade go to the same model.
     """
     folder.mkdir()
     first = found[min(found, key=_float_first)]
     conf = confidence(first, count)
-    chosen = _chosen(first, conf, count)
+    chosen = _chosen(first, conf, count) if margin_I is None else _of_both_models(first, conf, count, margin_I)
     expected = {key: [_rows(of_all[i], conf * FLOOR) for i in chosen] for key, of_all in found.items()}
-    measured = {key: [rows[rows[:, 4] >= conf * FLOOR] for rows in of_all] for key, of_all in found.items()}
+    alike = [i for i in range(len(images)) if margin_I is None or margin_I[i] != 0]
+    measured = {key: [of_all[i][of_all[i][:, 4] >= conf * FLOOR] for i in alike] for key, of_all in found.items()}
     boxes = int(sum((first[i][:, 4] >= conf).sum() for i in chosen))
     if not boxes:
         raise DataError(
@@ -73,10 +77,12 @@ def write_found(
         "engines": about,
         "tolerances": tolerances,
         "tolerances_from": ABOUT,
-        "images_measured": len(images),
+        "images_measured": len(alike),
         "measured": differences,
         "expected": expected,
     }
+    if margin_I is not None:
+        document["handed"] = [bool(margin_I[i] > 0) for i in chosen]
     for number, index in enumerate(chosen):
         np.save(folder / f"{number}.npy", images[index])
     (folder / FILE).write_text(json.dumps(document, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
@@ -95,6 +101,23 @@ def _chosen(found: Detections, conf: float, count: int) -> list[int]:
     seen = [i for i, rows in enumerate(found) if (rows[:, 4] >= conf).any()]
     others = [i for i in range(len(found)) if i not in seen]
     return sorted(_spread(seen, count) + _spread(others, max(count - len(seen), 0)))
+
+
+def _of_both_models(found: Detections, conf: float, count: int, margin_I: np.ndarray) -> list[int]:
+    """Return the indices of `count` images, at least 2: half of them go to the large model of a cascade.
+
+    Images with a box come first, then those whose margin is largest: rounding on another processor does not change the choice.
+    """
+    chosen: list[int] = []
+    for model, kind, wanted in (("large", margin_I > 0, count // 2), ("small", margin_I < 0, count - count // 2)):
+        images = sorted(np.flatnonzero(kind), key=lambda i: (not (found[i][:, 4] >= conf).any(), -abs(margin_I[i])))
+        if not images:
+            raise DataError(
+                f"golden: of {len(found)} validation images, none has the detections of the cascade's {model} model on all "
+                "engines here, so the self-test would not test it; give more validation images, or fit the cascade again"
+            )
+        chosen += [int(i) for i in images[: max(wanted, 1)]]
+    return sorted(chosen)
 
 
 def _spread(of: list[int], count: int) -> list[int]:

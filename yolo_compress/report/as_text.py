@@ -72,7 +72,7 @@ def render_text(document: Document, width: int = 100) -> str:
 def _tables(document: Document) -> tuple[Table, ...]:
     """Return the tables that both the terminal and Markdown show first."""
     chain, control = chain_table(document), control_table(document["control"])
-    cascades = cascade_table(document.get("cascades", []))
+    cascades = cascade_table(document.get("cascades", []), document["devices"])
     return chain, control, bench_table(document), files_table(document), devices_table(document), cascades
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from yolo_compress.errors import CorruptArtifact, RecipeError
 from yolo_compress.evaluate.cascade.schema import SCHEMA as CASCADE_SCHEMA
-from yolo_compress.evaluate.cascade.schema import CascadeDocument
+from yolo_compress.evaluate.cascade.schema import CascadeDocument, validated
 from yolo_compress.files import strict_json
 from yolo_compress.report.bench_rows import ALLOWED
-from yolo_compress.report.schema import SCHEMA, Json
-from yolo_compress.runtime.commands.bench import SCHEMA as DEVICE_SCHEMA
+from yolo_compress.report.schema import SCHEMA, DeviceCascade, Json
+from yolo_compress.runtime.commands.device_json import SCHEMA as DEVICE_SCHEMA
 from yolo_compress.runtime.errors import printable
 
 ROW_TEXT_KEYS = ("model", "runtime", "precision", "status")
@@ -29,12 +29,14 @@ class DeviceFile:
         bundle: Name, version and digests of the bundle that was measured.
         about: Board, processor and power mode of the robot.
         rows: Bench rows. The keys in `ROW_TEXT_KEYS` are text in each.
+        cascades: Cascades that were measured. All keys have the types of the schema.
     """
 
     content: dict[str, Json]
     bundle: dict[str, Json]
     about: dict[str, Json]
     rows: list[dict[str, Json]]
+    cascades: list[DeviceCascade]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def _read(file: Path) -> DeviceFile | ReportFile | CascadeFile:
     for row in content["rows"]:
         _check_row(file, row, ("ok", "missing") if "bundle" in content else ALLOWED["status"])
     if "bundle" in content:
-        return DeviceFile(content, content["bundle"], content.get("device") or {}, content["rows"])
+        cascades = _device_cascades(file, content)
+        return DeviceFile(content, content["bundle"], content.get("device") or {}, content["rows"], cascades)
     image_set = (content.get("data") or {}).get("image_set")
     device = (content.get("environment") or {}).get("device")
     return ReportFile(content, content["recipe"], image_set, device, content["rows"])
@@ -110,14 +113,22 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _cascade(file: Path, content: Mapping[str, object]) -> CascadeFile:
+    try:
+        return CascadeFile(validated(content))
+    except ValueError as error:
+        raise CorruptArtifact(f"add: {file}: {error}; run `yolo-compress cascade` again") from error
+
+
+def _device_cascades(file: Path, content: Mapping[str, object]) -> list[DeviceCascade]:
+    """Return the cascades of a `device.json`, with the keys of `DeviceCascade` only."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return CascadeFile(TypeAdapter(CascadeDocument).validate_python(content, strict=True))
+        return TypeAdapter(list[DeviceCascade]).validate_python(content.get("cascades", []), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptArtifact(f"add: {file}: {where}: {first['msg']}; run `yolo-compress cascade` again") from error
+        where = ".".join(map(str, ("cascades", *first["loc"])))
+        raise CorruptArtifact(f"add: {file}: {where}: {first['msg']}; run bench.py again") from error
 
 
 def _check_mappings(file: Path, content: dict[str, Any]) -> None:

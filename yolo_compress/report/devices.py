@@ -49,6 +49,9 @@ def add(document: Document, files: Sequence[Path], onnx: Set[str] | None = None)
             if onnx is not None:
                 _check_onnx(file, parsed.bundle, onnx)
             device = _device(file, parsed, {one["name"] for one in devices})
+            if parsed.cascades:
+                _check_images(file, parsed, document["data"]["image_set"])
+                device["cascades"] = parsed.cascades
             rows += _rows(file, parsed, device["name"], document["data"]["image_set"])
             devices.append(device)
         else:
@@ -118,6 +121,16 @@ def _device(file: Path, found: DeviceFile, used_names: Set[str]) -> Device:
     of_file = {key: found.content.get(key) for key in ("runtime", "library", "libraries", "power_from")}
     about = {"name": name, "file": file.name, "about": found.about, **of_file, "bundle": found.bundle}
     return cast(Device, {**about, "golden": found.content.get("golden")})
+
+
+def _check_images(file: Path, found: DeviceFile, image_set: str | None) -> None:
+    """Check that the mAP of the robot's cascades is over the validation images of this report."""
+    for row in cast("list[dict[str, Json]]", found.content["cascades"]):
+        if row["map50_95"] is not None and row.get("image_set") != image_set:
+            raise RecipeError(
+                f"add: {file}: mAP of a cascade is over image set {row.get('image_set')}, this report's over {image_set}; "
+                "measure there on the validation images of this recipe"
+            )
 
 
 def _machine(about: Mapping[str, Json]) -> str:

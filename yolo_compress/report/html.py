@@ -74,7 +74,7 @@ def render(document: Document, gallery: Gallery) -> str:
         files=files_table(document),
         devices=devices_table(document),
         device_lines=device_lines(document),
-        cascades=cascade_table(document.get("cascades", [])),
+        cascades=cascade_table(document.get("cascades", []), document["devices"]),
         ab_figures=figures_table(ab),
         ab_parts=[
             parts_table("By size of object", ab["by_size"] if ab else ()),

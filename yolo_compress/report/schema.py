@@ -401,6 +401,19 @@ class ErrorTypes(TypedDict):
 # Other machines
 
 
+class DeviceCascade(TypedDict):
+    """A cascade that a robot measured. Latencies are means from a decoded image to its detections, except p50 and p99."""
+
+    runtime: str
+    map50_95: float | None  # null: measured without --data
+    kept: float  # share of the images that only the small model sees
+    mean_ms: float
+    p50_ms: float | None  # null: too few calls were timed
+    p99_ms: float | None
+    small_ms: float  # the small model alone
+    large_ms: float
+
+
 class Device(TypedDict):
     """A robot whose `device.json` was added."""
 
@@ -413,6 +426,7 @@ class Device(TypedDict):
     power_from: str | None  # power meter that power_w comes from
     bundle: dict[str, Json]  # name, version and digests of the bundle that it ran
     golden: dict[str, Json] | None  # result of the self-test on golden images, over all engines
+    cascades: NotRequired[list[DeviceCascade]]  # absent if it measured none
 
 
 class Reference(TypedDict):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Container, Dict, List, Optional, Tuple, Union
+from typing import Any, Container, Dict, List, Optional, Sequence, Tuple, Union
 
 from . import registry
-from .backends.base import EngineBackend, EngineInfo, is_policy, load_info
+from .backends.base import POLICY, EngineBackend, EngineInfo, is_policy, load_info
 from .detect import cascade
 from .errors import EngineError
+from .files import sha256_file
 from .measure.device import cpu_model
 
 
@@ -68,6 +70,30 @@ def _open_cascade(directory: Path, threads: Optional[int]) -> cascade.CascadeEng
         small, large = (stack.enter_context(open_engine(one, threads, info.onnx_sha256)) for one, info in found)
         stack.pop_all()  # both are open now, and the caller closes them
     return cascade.CascadeEngine(small, large, policy)
+
+
+def build_cascade(policy: Path, files: Sequence[Path], runtime: str, out: Path, **options: Any) -> None:
+    """Build both engines of a cascade for a runtime. `out` becomes a policy folder.
+
+    Args:
+        policy: a `policy.json`, which is copied.
+        files: ONNX file of the small and of the large model.
+        out: an empty folder.
+        options: options of the backend's `build`, for both engines.
+
+    Raises:
+        EngineError: a file is not the one that the policy was fitted to, or a library rejects it.
+    """
+    fitted = cascade.read_policy(policy.parent)
+    for part, file in zip((fitted.small, fitted.large), files):
+        if sha256_file(file) != part.onnx_sha256:
+            raise EngineError(
+                f"{file}: ONNX {sha256_file(file)[:16]}, but the policy was fitted to {part.onnx_sha256[:16]}; run "
+                "`yolo-compress cascade` for this file"
+            )
+        (out / part.folder).mkdir()
+        BACKENDS[runtime].build(file, out / part.folder, part.precision, fitted.names, part.imgsz, **options)
+    shutil.copyfile(str(policy), str(out / POLICY))
 
 
 def names_of(path: Union[str, Path]) -> Tuple[str, ...]:

@@ -205,6 +205,16 @@ def test_pairs_and_data_that_cannot_work_are_refused(
         assert found == code and says in err and not lines, (says, err)
 
 
+@pytest.mark.parametrize(("name", "precision"), [("fp16", "fp16"), ("fp32", "fp32"), ("net", "fp32")])
+def test_an_exported_file_has_the_precision_of_its_name(made: Path, tmp_path: Path, name: str, precision: str) -> None:
+    """A policy states it, and a robot builds the engine in it."""
+    shutil.copyfile(made / "small/net.onnx", tmp_path / f"{name}.onnx")
+    chosen = cascade.Settings(str(tmp_path / f"{name}.onnx"), str(made / "large/engine"), "set.yaml", tmp_path / "out")
+    (tmp_path / "scratch").mkdir()
+    small, _ = cascade.open_entrants(chosen, tmp_path / "scratch")
+    assert small.info.precision == precision
+
+
 def test_a_policy_of_other_engines_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from yolo_compress.evaluate.cascade.write import fill, policy_json, publish
     from yolo_compress.runtime.backends.base import load_info

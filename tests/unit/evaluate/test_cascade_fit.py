@@ -10,9 +10,10 @@ import pytest
 from yolo_compress.evaluate.cascade.choose import choose
 from yolo_compress.evaluate.cascade.gain import Mixes, gains
 from yolo_compress.evaluate.cascade.judge import Measured, control, judge
-from yolo_compress.evaluate.cascade.latency import split_latency, timed_images
 from yolo_compress.evaluate.cascade.router import fit
 from yolo_compress.evaluate.cascade.schema import Demand
+from yolo_compress.evaluate.cascade.timed_images import timed_images
+from yolo_compress.runtime.measure.cascade_latency import split_latency, weighted_percentile
 from yolo_compress.runtime.measure.coco_map import mean_ap
 
 IMAGES, SMALL_MS, LARGE_MS = 60, 2.0, 10.0
@@ -190,6 +191,18 @@ def test_the_mean_latency_counts_each_kind_of_image_by_its_share() -> None:
     assert split_latency([[1.0, 3.0]], np.array([False, False]), 0.0) == (2.0, 2.0, None)
     with pytest.raises(ValueError, match="only one kind of image was timed"):
         split_latency([[1.0, 3.0]], np.array([False, False]), 0.1)
+
+
+def test_percentiles_count_each_kind_of_image_by_its_share() -> None:
+    """As many samples of each kind, but 3 of 100 images are hard: the percentiles are those of 97 easy and 3 hard images."""
+    handed = np.array([False, True])
+    easy, hard = np.linspace(1, 2, 100), np.linspace(10, 20, 100)
+    rounds = [np.ravel([easy, hard], order="F").tolist()]
+    for percent in (1, 50, 96, 98, 99, 100):
+        expected = np.sort([*np.repeat(easy, 97), *np.repeat(hard, 3)])[int(np.ceil(percent * 100)) - 1]
+        assert weighted_percentile(rounds, handed, 0.03, percent) == expected, percent
+    assert weighted_percentile(rounds, handed, 0.0, 99) == easy[98]
+    assert weighted_percentile(rounds, handed, 1.0, 50) == hard[49]
 
 
 @pytest.mark.parametrize(("handed", "count"), [(0, 0), (1, 1), (50, 5), (999, 9), (1000, 10)])

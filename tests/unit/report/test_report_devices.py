@@ -294,6 +294,51 @@ def test_a_cascade_has_a_table_and_changes_no_verdict(tmp_path: Path) -> None:
     ]
 
 
+def robot_cascade(**changes: Any) -> dict[str, Any]:
+    """A cascade in a device.json; other keys of it do not come into the report."""
+    figures = {
+        "map50_95": 0.57,
+        "kept": 0.7,
+        "mean_ms": 8.0,
+        "p50_ms": 4.0,
+        "p99_ms": 21.0,
+        "small_ms": 4.0,
+        "large_ms": 16.0,
+    }
+    return {"runtime": "tensorrt", "image_set": IMAGES, "executed": EVIL, **figures, **changes}
+
+
+def test_a_cascade_of_a_robot_is_in_the_table_of_cascades(tmp_path: Path) -> None:
+    after = devices.add(published(), [file(tmp_path, device(cascades=[robot_cascade()]))])
+    (one,) = after["devices"]
+    assert "executed" not in one["cascades"][0] and one["cascades"][0]["p99_ms"] == 21.0
+    table = cascade_table([], after["devices"])
+    name = "NVIDIA Jetson Orin Nano, TensorRT"
+    assert [line.cells for line in table.lines] == [
+        (f"{name}: small", *(DASH, "4.00", *[DASH] * 3)),
+        (f"{name}: large", *(DASH, "16.0", *[DASH] * 3)),
+        (f"{name}: cascade", "0.570", "8.00", "4.00", "21.0", "70.0 %"),
+    ]
+    write(after, [], tmp_path / "out")
+    assert f"{name}: cascade" in (tmp_path / "out/report.html").read_text()
+    assert after["verdict"] == devices.add(published(), [file(tmp_path, device())])["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"image_set": "other"}, RecipeError, "mAP of a cascade is over image set other"),
+        ({"mean_ms": "8"}, CorruptArtifact, r"cascades.0.mean_ms: Input should be a valid number; run bench.py again"),
+        ({"kept": None}, CorruptArtifact, r"cascades.0.kept"),
+    ],
+)
+def test_a_damaged_cascade_of_a_robot_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        devices.add(published(), [file(tmp_path, device(cascades=[robot_cascade(**changes)]))])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [

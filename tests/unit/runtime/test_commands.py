@@ -26,7 +26,7 @@ from yolo_compress.evaluate.cascade.write import fill, policy_json
 from yolo_compress.runtime import engine, registry
 from yolo_compress.runtime.backends.base import load_info, save_info
 from yolo_compress.runtime.backends.ort import OrtBackend
-from yolo_compress.runtime.commands import bench, build, detect
+from yolo_compress.runtime.commands import bench, build, detect, device_json
 from yolo_compress.runtime.commands import bundle as bundle_module
 from yolo_compress.runtime.detect.cascade import FEATURES
 from yolo_compress.runtime.detect.detector import Detector
@@ -134,7 +134,7 @@ def test_detect_takes_a_cascade_of_the_bundle(
         assert run("detect", bundle, "--engine", str(folder)) == 0
         assert json.loads(capsys.readouterr().out) == alone
     assert bench.main(["--golden", "--engine", str(folder)], bundle) == 5
-    assert "a cascade of two engines, one engine expected" in capsys.readouterr().err
+    assert "not the cascade of this bundle, so the bundle cannot test it" in capsys.readouterr().err
     other = cascade_folder(bundle, tmp_path / "other", 1.0, foreign=True)
     assert run("detect", bundle, "--engine", str(other)) == 5
     assert "neither engine of the cascade is built from an ONNX file of this bundle" in capsys.readouterr().err
@@ -524,10 +524,10 @@ def test_bench_writes_device_json(
     assert bench.main(["--data", str(tmp_path / "val"), "--iterations", "80"], bundle) == 0
     document = json.loads((bundle / "device.json").read_text())
     row, *others = document["rows"]
-    validate({**document, "rows": [row]}, bench.Document)
+    validate({**document, "rows": [row]}, device_json.Document)
     for one in others:  # every other key is there, as null
         assert set(one) == set(row)
-        validate({key: value for key, value in one.items() if value is not None}, bench.MissingRow)
+        validate({key: value for key, value in one.items() if value is not None}, device_json.MissingRow)
     assert document["schema"] == 1 and document["bundle"]["version"] == 3 and document["golden"]["passed"]
     assert (row["model"], row["runtime"], row["precision"], row["executed"]) == (
         "compressed",

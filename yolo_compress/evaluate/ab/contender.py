@@ -23,7 +23,7 @@ from yolo_compress.evaluate.coco import absolute_boxes
 from yolo_compress.evaluate.rows import MeasuredBenchRow, bench_rows
 from yolo_compress.evaluate.stored_detections import kept, row_name
 from yolo_compress.lint.isolated import guard
-from yolo_compress.runtime.backends.base import is_policy, load_info
+from yolo_compress.runtime.backends.base import PRECISIONS, is_policy, load_info
 from yolo_compress.runtime.backends.ort import OrtBackend
 from yolo_compress.runtime.detect.cascade import read_policy
 from yolo_compress.runtime.detect.detector import Detector
@@ -174,7 +174,8 @@ def open_contender(text: str, scratch: Path) -> Contender:
         return Checkpoint(text, path)
     if path.suffix == ".onnx" and path.is_file():
         guard(path)
-        OrtBackend.build(path, scratch / "engine", "fp32")
+        precision = path.stem.partition("-")[0]  # as `export` names its files: "int8-openvino"
+        OrtBackend.build(path, scratch / "engine", precision if precision in PRECISIONS else "fp32")
         return Engine(text, scratch / "engine")
     if colon and not path.exists():
         return _measured(text, Path(text.rpartition(":")[0]), name)

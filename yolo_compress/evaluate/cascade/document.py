@@ -14,11 +14,11 @@ from yolo_compress.evaluate.cascade.choose import Choice
 from yolo_compress.evaluate.cascade.collect import Collected
 from yolo_compress.evaluate.cascade.gain import Mixes
 from yolo_compress.evaluate.cascade.judge import Measured, demanded, judge
-from yolo_compress.evaluate.cascade.latency import Split, split_latency
 from yolo_compress.evaluate.cascade.router import Fit
 from yolo_compress.evaluate.cascade.schema import SCHEMA, Cascade, CascadeDocument, Demand, Model
 from yolo_compress.runtime.backends.base import EngineInfo
 from yolo_compress.runtime.detect.cascade import FEATURES
+from yolo_compress.runtime.measure.cascade_latency import Split, split_latency
 from yolo_compress.runtime.measure.latency import percentiles
 from yolo_compress.runtime.measure.messages import Measured as Timed
 

@@ -88,3 +88,21 @@ class CascadeDocument(TypedDict):
     control: Control | None
     verdict: Verdict
     quiet: bool  # whether other programs were idle while latencies were measured
+
+
+def validated(content: object) -> CascadeDocument:
+    """Check that a parsed JSON value is a cascade document, and return it.
+
+    Raises:
+        ValueError: It has another schema, or a key of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"schema {schema!r}, expected {SCHEMA}")
+    try:
+        return TypeAdapter(CascadeDocument).validate_python(content, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

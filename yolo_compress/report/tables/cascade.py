@@ -7,6 +7,7 @@ from typing import cast
 
 from yolo_compress.evaluate.cascade.schema import CascadeDocument
 from yolo_compress.report import numbers as n
+from yolo_compress.report.schema import Device
 from yolo_compress.report.tables.grid import Column, Field, Line, Table, cells, columns, field
 
 SIDES = ("small", "large", "static", "cascade")
@@ -20,8 +21,11 @@ FIELDS = (
 )
 
 
-def cascade_table(cascades: Sequence[CascadeDocument]) -> Table:
-    """Return a table with the models of each cascade and the cascade itself. Its notes are the verdicts."""
+def cascade_table(cascades: Sequence[CascadeDocument], devices: Sequence[Device] = ()) -> Table:
+    """Return a table with the models of each cascade and the cascade itself. Its notes are the verdicts.
+
+    The cascades that robots measured follow. They have no verdict of their own.
+    """
     lines = []
     for number, one in enumerate(cascades, 1):
         for side in SIDES:
@@ -30,6 +34,12 @@ def cascade_table(cascades: Sequence[CascadeDocument]) -> Table:
                 mark = {"pass": "passed"}.get(one["verdict"]["status"], "failed") if side == "cascade" else ""
                 name = side if len(cascades) == 1 else f"{number}: {side}"
                 lines.append(Line(cells(FIELDS, {**figures, "name": name}), mark=mark))
+    for device in devices:
+        for measured in device.get("cascades", []):
+            where = f"{device['name']}, {n.runtime(measured['runtime'])}"
+            for side in ("small", "large"):
+                lines.append(Line(cells(FIELDS, {"mean_ms": measured[f"{side}_ms"], "name": f"{where}: {side}"})))  # type: ignore[literal-required]
+            lines.append(Line(cells(FIELDS, {**measured, "name": f"{where}: cascade"})))
     notes = [
         "Latencies are from a decoded image to its detections. Small alone is the share of images that the large model does not see. "
         "The others go through both models, so p99 is about the sum of both."

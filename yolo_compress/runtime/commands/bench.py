@@ -14,128 +14,61 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Literal, NamedTuple, Optional, Protocol, Sequence, Tuple, TypedDict, Union, cast
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, cast
 
 import numpy as np
 
 from .. import registry
-from ..backends.base import Backend, load_info
+from ..backends.base import Backend, EngineInfo, is_policy, load_info
+from ..detect.cascade import engines as engines_of
+from ..detect.cascade import joined
 from ..detect.detector import Detector
 from ..detect.pre import UnreadableImage, letterbox, read_image
 from ..detect.sources import SourceImage
 from ..detect.stream import open_pipeline
 from ..engine import BACKENDS, open_engine
-from ..errors import NotFinite, SourceError
+from ..errors import EngineError, NotFinite, SourceError
 from ..files import sha256_file
 from ..measure import golden, jetson
+from ..measure.cascade_latency import cascade_latency
 from ..measure.groundtruth import Labelled, absolute, coco_file, image_set, yolo_folder
 from ..measure.interleaved import measure_in_turn
 from ..measure.latency import measure, percentiles
-from ..measure.messages import Measured, Percentiles, Spec
+from ..measure.messages import Measured, Spec
 from ..secure.signed_manifest import written
 from .build import choose_runtimes
-from .bundle import ENGINES, HERE, MEASURED, Bundle, BundleId, built_engines, engine_folder, open_bundle, outside
+from .bundle import (
+    ENGINES,
+    HERE,
+    MEASURED,
+    Bundle,
+    built_engines,
+    engine_folder,
+    open_bundle,
+    outside,
+)
 from .command_line import Parser, answer, positive, run_command, say, seconds
+from .device_json import (
+    SCHEMA,
+    Accuracy,
+    Alone,
+    CascadeRow,
+    Document,
+    EndToEnd,
+    MeasuredRow,
+    MissingRow,
+    Power,
+    Rest,
+    Subject,
+    cascade_table,
+    table,
+)
 
-SCHEMA = 1
 ROUNDS = 4  # an even number cancels linear drift, see interleaved.py
 END_TO_END = 200  # calls from a decoded image to its detections
 THROUGHPUT_S, IDLE_S = 5.0, 10.0
+MIXED = 100  # images that the throughput of a cascade is measured on
 WARMUP_MS, WARMUP_N = 200.0, 10
-
-
-class Subject(TypedDict):
-    """The engine of a row, and the result of its golden self-test."""
-
-    model: str  # "compressed"
-    runtime: str
-    precision: str  # the requested precision
-    executed: str  # the arithmetic that the library chose, as text
-    library: str  # version of the runtime
-    golden: golden.SelfTest
-
-
-class _Ap(TypedDict):
-    map50_95: Optional[float]  # a fraction; null without --data, as `map50` and `images`
-    map50: Optional[float]
-    images: Optional[int]
-
-
-class Accuracy(_Ap, total=False):
-    """Accuracy on the images of --data."""
-
-    per_class: Dict[str, Optional[float]]  # map50_95 by class name; absent without --data
-
-
-class EndToEnd(TypedDict):
-    """Latency from a decoded image to its detections, one image at a time. A percentile is null if too few calls were timed."""
-
-    end_to_end_p50_ms: Optional[float]
-    end_to_end_p90_ms: Optional[float]
-    end_to_end_p95_ms: Optional[float]
-    end_to_end_p99_ms: Optional[float]
-    end_to_end_n: int  # timed calls
-
-
-class Alone(Percentiles):
-    """Latency of the engine without pre- and postprocessing, measured in a separate process."""
-
-    memory_mib: Optional[float]  # peak memory of that process
-    threads: Optional[int]  # threads of one inference on a CPU
-    latency_quiet: bool  # whether other programs were idle in all rounds, and the engine between them
-
-
-class Power(TypedDict):
-    """Power draw. Null: this machine has no power meter."""
-
-    power_w: Optional[float]  # under the pipeline's full load
-    energy_mj_per_frame: Optional[float]  # mJ per image under that load
-
-
-class _Rest(TypedDict):
-    status: Literal["ok"]
-    reason: Optional[str]
-    image_set: Optional[str]  # digest of the images of --data and their boxes
-    fps: float  # decoded images per second, several in parallel
-    idle_w: Optional[float]
-
-
-class MeasuredRow(Subject, Accuracy, EndToEnd, Alone, Power, _Rest):
-    """A row of device.json for an engine that was measured."""
-
-
-class MissingRow(TypedDict):
-    """A row of device.json for a runtime without an engine. All other keys of `MeasuredRow` are null."""
-
-    model: str  # "compressed"
-    runtime: str
-    precision: str
-    status: Literal["missing"]
-    reason: str
-
-
-class Worst(TypedDict):
-    """The worst result of the golden self-tests of all engines."""
-
-    passed: bool
-    worst_box_px: float
-    worst_score: float
-
-
-class Document(TypedDict):
-    """The document in device.json."""
-
-    schema: int
-    bundle: BundleId
-    device: jetson.JetsonState
-    runtime: str  # runtime of the first row
-    library: str  # version of that runtime
-    libraries: Dict[str, str]  # runtime -> version
-    names: List[str]  # class names in the order of their index
-    imgsz: List[int]  # [height, width] of the input, px
-    power_from: Optional[str]  # the meter of `power_w`
-    rows: List[Union[MeasuredRow, MissingRow]]
-    golden: Worst
 
 
 class _Opened(NamedTuple):
@@ -166,7 +99,9 @@ class Plan(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
     """Measure, write device.json, print a table, and return the exit code."""
     parser = Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("--engine", action="append", help="name in engines/, or path (default: all in engines/)")
+    parser.add_argument(
+        "--engine", action="append", help="name in engines/, or path of an engine or cascade (default: all in engines/)"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="images/ and labels/ (YOLO), or the images of --coco"
     )
@@ -210,6 +145,8 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
         document = bench(bundle, folders, plan)
         written(out, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
         answer(table(document))
+        if "cascades" in document:
+            answer(cascade_table(document["cascades"]))
         answer(json.dumps({"device": str(out), "golden": document["golden"]}))
         return 0 if document["golden"]["passed"] else 1
 
@@ -220,21 +157,37 @@ def _self_test(bundle: Bundle, folders: Sequence[Path]) -> int:
     """Run the golden self-test of each engine and return the exit code. stderr gets a line per engine. stdout gets a JSON line."""
     tested = {}
     for folder in folders:
-        info = load_info(folder)
         with open_engine(folder) as engine:
-            tested[folder.name] = test = golden.check(bundle.directory, engine, info)
+            tested[folder.name] = test = _golden(bundle, folder, engine)
         say(f"{folder.name}: golden images {'passed' if test['reason'] is None else 'FAILED: ' + test['reason']}")
     answer(json.dumps({"golden": tested}))
     return 0 if all(test["passed"] for test in tested.values()) else 1
 
 
-def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
-    """Measure every engine and return the document of device.json.
+def _golden(bundle: Bundle, folder: Path, engine: Backend) -> golden.SelfTest:
+    """Run the golden self-test of an opened engine or cascade.
+
+    Raises:
+        EngineError: it is a cascade, but not that of this bundle.
+    """
+    if not is_policy(folder):
+        return golden.check(bundle.directory, engine, load_info(folder))
+    if bundle.cascade is None or not bundle.cascade.made(folder):
+        raise EngineError(
+            f"{folder}: not the cascade of this bundle, so the bundle cannot test it; give an engine of it"
+        )
+    (_, small), (_, large) = engines_of(folder)[1]
+    return golden.check(bundle.cascade.directory, engine, joined(small, large))
+
+
+def bench(bundle: Bundle, measured: Sequence[Path], plan: Plan) -> Document:
+    """Measure every engine and every cascade, and return the document of device.json.
 
     Raises:
         EngineError, RuntimeUnavailable, LatencyError, NotFinite, SourceError: a measurement failed.
     """
     images = golden.load(bundle.directory)[1]
+    folders = [folder for folder in measured if not is_policy(folder)]
     meter = jetson.Meter()
     idle_w = meter.idle(IDLE_S)
     engines: List[_Opened] = []
@@ -244,35 +197,26 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
         with open_engine(
             folder, threads=plan.threads if registry.RUNTIMES[info.runtime].takes_threads else None
         ) as engine:
-            test = golden.check(bundle.directory, engine, info)
-            subject: Subject = {
-                "model": "compressed",
-                "runtime": info.runtime,
-                "precision": info.precision,
-                "executed": engine.executed,
-                "library": info.library,
-                "golden": test,
-            }
-            accuracy: Accuracy = {"map50_95": None, "map50": None, "images": None}
-            if plan.labelled is not None:
-                accuracy = mean_ap(engine, plan.labelled, bundle)
+            subject, accuracy = _judged(bundle, folder, engine, info, plan)
             end_to_end = _end_to_end(engine, images)
         engines.append(_Opened(subject, accuracy, end_to_end, throughput(folder, images)))
     digest = None if plan.labelled is None else _digest(bundle, plan.labelled)
     rows: List[MeasuredRow] = []
     for folder, one, alone in zip(folders, engines, _latency(bundle, folders, plan, images, engines)):
-        rest: _Rest = {"status": "ok", "reason": None, "image_set": digest, "fps": one.fps, "idle_w": idle_w}
+        rest: Rest = {"status": "ok", "reason": None, "image_set": digest, "fps": one.fps, "idle_w": idle_w}
         power = _power(folder, plan, meter, images)
         rows.append({**one.subject, **one.accuracy, **one.end_to_end, **alone, **power, **rest})
-    tested = [one.subject["golden"] for one in engines]
-    libraries = {row["runtime"]: row["library"] for row in rows}
-    missing = [_missing(bundle, name, rows) for name in sorted(set(BACKENDS) - set(libraries))]
-    return {
+    cascades = [_cascade(bundle, folder, plan, digest) for folder in measured if is_policy(folder)]
+    subjects: List[Subject] = [*(one.subject for one in engines), *cascades]
+    tested = [one["golden"] for one in subjects]
+    libraries = {one["runtime"]: one["library"] for one in subjects}
+    missing = [_missing(bundle, name, plan.labelled is not None) for name in sorted(set(BACKENDS) - set(libraries))]
+    document: Document = {
         "schema": SCHEMA,
         "bundle": bundle.about(),
         "device": jetson.state(),
-        "runtime": rows[0]["runtime"],
-        "library": rows[0]["library"],
+        "runtime": subjects[0]["runtime"],
+        "library": subjects[0]["library"],
         "libraries": libraries,
         "names": list(bundle.names),
         "imgsz": list(bundle.imgsz),
@@ -284,6 +228,71 @@ def bench(bundle: Bundle, folders: Sequence[Path], plan: Plan) -> Document:
             "worst_score": max(test["worst_score"] for test in tested),
         },
     }
+    if cascades:
+        document["cascades"] = cascades
+    return document
+
+
+def _judged(bundle: Bundle, folder: Path, engine: Backend, info: EngineInfo, plan: Plan) -> Tuple[Subject, Accuracy]:
+    """Return the result of the golden self-test of an opened engine or cascade, and its accuracy."""
+    subject: Subject = {
+        "model": "compressed",
+        "runtime": info.runtime,
+        "precision": info.precision,
+        "executed": engine.executed,
+        "library": info.library,
+        "golden": _golden(bundle, folder, engine),
+    }
+    accuracy: Accuracy = {"map50_95": None, "map50": None, "images": None}
+    if plan.labelled is not None:
+        accuracy = mean_ap(engine, plan.labelled, bundle)
+    return subject, accuracy
+
+
+def _cascade(bundle: Bundle, folder: Path, plan: Plan, digest: Optional[str]) -> CascadeRow:
+    """Measure a cascade, and each of its models alone beside it. The timed images are its golden images, half of them handed over.
+
+    Args:
+        digest: digest of the images of --data.
+    """
+    (small, small_info), (large, large_info) = engines_of(folder)[1]
+    threads = plan.threads if registry.RUNTIMES[small_info.runtime].takes_threads else None
+    images = None
+    say(f"{folder.name}: golden images{', mAP' if plan.labelled is not None else ''}")
+    with open_engine(folder, threads=threads) as engine:
+        subject, accuracy = _judged(bundle, folder, engine, joined(small_info, large_info), plan)
+        assert bundle.cascade is not None, "`_golden` has checked it"
+        kept, directory = bundle.cascade.kept, bundle.cascade.directory
+        expected, pixels = golden.load(directory)
+        detector = Detector(engine)
+        handed = np.array([detector.margin(image) > 0 for image in pixels])
+        if handed.all() or not handed.any():
+            raise EngineError(
+                f"{folder}: the router sends every golden image to the same model, so the latency of the other images cannot be "
+                "measured; build the cascade again, with python3 build.py --force"
+            )
+        if plan.labelled is not None:
+            images = len(plan.labelled)
+            kept = sum(detector.margin(read_image(one.image)) <= 0 for one in plan.labelled) / images
+    say(f"{folder.name}: latency, with its models alone")
+    files = [directory / golden.FOLDER / image["file"] for image in expected["images"]]
+    latency = cascade_latency(folder, [small, large], files, handed, 1 - kept, ROUNDS, plan.iterations, threads)
+    return {
+        **subject,
+        **accuracy,
+        **latency,
+        "kept": kept,
+        "kept_images": images,
+        "image_set": digest,
+        "fps": throughput(folder, _mixed(pixels, handed, 1 - kept)),
+    }
+
+
+def _mixed(images: Sequence[np.ndarray], handed: np.ndarray, share: float) -> List[np.ndarray]:
+    """Return `MIXED` references to images, of which this share is handed over, evenly spread."""
+    kinds = [[image for image, one in zip(images, handed) if one == kind] for kind in (False, True)]
+    turns = [int((i + 1) * share) > int(i * share) for i in range(MIXED)]
+    return [kinds[turn][i % len(kinds[turn])] for i, turn in enumerate(turns)]
 
 
 class Judged(Protocol):
@@ -422,9 +431,13 @@ def _power(folder: Path, plan: Plan, meter: jetson.Meter, images: Sequence[np.nd
     return {"power_w": watts, "energy_mj_per_frame": None if watts is None else watts / fps * 1e3}
 
 
-def _missing(bundle: Bundle, runtime: str, rows: Sequence[MeasuredRow]) -> MissingRow:
-    """Return a row for a runtime that was not measured here, with the reason."""
-    empty: Dict[str, object] = {key: None for key in rows[0]}
+def _missing(bundle: Bundle, runtime: str, labelled: bool) -> MissingRow:
+    """Return a row for a runtime that was not measured here, with the reason. It has the keys of the other rows.
+
+    Args:
+        labelled: whether the other rows have an mAP, so that they have `per_class` too.
+    """
+    empty: Dict[str, object] = {key: None for key in MeasuredRow.__annotations__ if labelled or key != "per_class"}
     reason = BACKENDS[runtime].probe() or "no engine was built for it here (build.py --runtime)"
     own: MissingRow = {
         "model": "compressed",
@@ -469,28 +482,3 @@ def _require_writable(out: Path) -> None:
         os.unlink(str(probe))
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; set --out to a file in a writable folder", str(out)) from error
-
-
-def table(document: Document) -> str:
-    """Format the measured rows as a text table."""
-    heads = ("engine", "mAP50-95", "p50 ms", "p99 ms", "all p50 ms", "fps", "MiB", "W", "mJ", "golden")
-    lines: List[Tuple[str, ...]] = [heads]
-    for row in document["rows"]:
-        if row["status"] == "ok":
-            figures = tuple(
-                "-" if value is None else f"{value:.4g}"
-                for value in (
-                    row["map50_95"],
-                    row["latency_p50_ms"],
-                    row["latency_p99_ms"],
-                    row["end_to_end_p50_ms"],
-                    row["fps"],
-                    row["memory_mib"],
-                    row["power_w"],
-                    row["energy_mj_per_frame"],
-                )
-            )
-            verdict = "passed" if row["golden"]["passed"] else f"FAILED: {row['golden']['reason']}"
-            lines.append((f"{row['runtime']}-{row['precision']}",) + figures + (verdict,))
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(heads) - 1)] + [0]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in lines)

@@ -11,21 +11,23 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional, Sequence, TypedDict
+from typing import Iterator, List, Optional, Sequence, TypedDict
 
 from .. import json_text, registry
-from ..backends.base import PRECISIONS, Backend, EngineInfo, load_info
+from ..backends.base import POLICY, PRECISIONS, Backend, EngineInfo, load_info
 from ..backends.tensorrt.build import TIMING_CACHE
 from ..backends.tensorrt.run import built_elsewhere
-from ..engine import BACKENDS, chosen_elsewhere
+from ..detect.cascade import engines, joined
+from ..engine import BACKENDS, build_cascade, chosen_elsewhere
 from ..errors import EngineError, RuntimeUnavailable, naming
 from ..files import sha256_file
 from ..measure import golden, jetson
 from ..measure.int8_file import build_suited, choice
 from ..secure import built_here
 from ..secure.signed_manifest import BundleRefused, written
-from .bundle import ENGINES, HERE, Bundle, open_bundle, outside, trusted
+from .bundle import CASCADE, ENGINES, HERE, Bundle, open_bundle, outside, trusted
 from .command_line import Parser, answer, positive, run_command, say
 
 BUILT = "build.json"
@@ -43,7 +45,7 @@ class Built(TypedDict):
     """One engine in the JSON line that `build.py` prints."""
 
     engine: str  # name of its folder
-    onnx: str  # file in the bundle
+    onnx: str  # file in the bundle; of a cascade: both, joined by " then "
     library: str  # version of the engine library
     seconds: Optional[float]  # build time; null where the engine was up to date
 
@@ -71,7 +73,7 @@ def main(argv: Optional[Sequence[str]] = None, directory: Path = HERE) -> int:
             bundle,
             outside(bundle, options.out or directory / ENGINES, "--out"),
             choose_runtimes(options.runtime),
-            options.precision or bundle.precisions,
+            options.precision,
             workspace_mib=options.workspace_mib,
             timing_cache=options.timing_cache,
             int8_images=options.int8_images,
@@ -114,35 +116,39 @@ def build(
     bundle: Bundle,
     out: Path,
     runtimes: Sequence[str],
-    precisions: Sequence[str],
+    precisions: Optional[Sequence[str]] = None,
     workspace_mib: Optional[int] = None,
     timing_cache: Optional[Path] = None,
     int8_images: bool = False,
     force: bool = False,
 ) -> List[Built]:
-    """Build an engine for each runtime and precision, each in its own folder below `out`.
+    """Build an engine for each runtime and precision, each in its own folder below `out`. Build the cascade of the bundle, too.
 
-    If `force`, `workspace_mib` or `timing_cache` is set, engines that are up to date are also rebuilt.
+    If `precisions` is None, all precisions of the bundle are built. If `force`, `workspace_mib` or `timing_cache` is set, engines that
+    are up to date are also rebuilt. `int8_images` is for INT8 engines alone, not for those of the cascade.
 
     Raises:
-        EngineError: the bundle has no ONNX file for a precision, or a library rejects it.
+        EngineError: the bundle has no ONNX file for a precision, none of the runtimes takes both files of the cascade, or a library
+            rejects a file.
         BundleRefused: an ONNX file changed after the bundle was verified.
     """
     if (workspace_mib is not None or timing_cache is not None) and not all(
         _has_timing_cache(runtime) for runtime in runtimes
     ):
         raise EngineError(f"--workspace-mib and --timing-cache are for TensorRT; --runtime is {', '.join(runtimes)}")
+    wanted = list(dict.fromkeys(bundle.precisions if precisions is None else precisions))
     able = registry.with_option(registry.INT8_IMAGES)
-    if int8_images and not (set(able) & set(runtimes) and "int8" in precisions):
+    if int8_images and not (set(able) & set(runtimes) and "int8" in wanted):
         raise EngineError(
             f"--int8-images is for INT8 engines of {' and '.join(able)}; --runtime is {', '.join(runtimes)}, --precision "
-            f"{', '.join(precisions)}"
+            f"{', '.join(wanted)}"
         )
     # an existing engine may have been built without these options
     force = force or workspace_mib is not None or timing_cache is not None
+    cascading = _for_cascade(bundle, runtimes, precisions)
     rows: List[Built] = []
     for runtime in runtimes:
-        for precision in dict.fromkeys(precisions):
+        for precision in wanted:
             stems = bundle.forms(runtime, precision)
             if not stems:
                 raise EngineError(
@@ -156,13 +162,56 @@ def build(
                 rows.append(ready)
                 continue
             say(f"{folder.name}: building from {' or '.join(bundle.onnx[stem] for stem in stems)}")
-            options: BuildOptions = {"int8_images": as_int8} if runtime in able else {}
-            if _has_timing_cache(runtime):
-                last = folder / TIMING_CACHE
-                ours = last.is_file() and trusted(bundle, folder)
-                options = {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
+            options = _options(bundle, runtime, folder, workspace_mib, timing_cache)
+            if runtime in able:
+                options["int8_images"] = as_int8
             rows.append(_build(bundle, stems, runtime, precision, folder, options))
+    for runtime in cascading:
+        folder = out / f"{runtime}-{CASCADE}"
+        ready = None if force else _cascade_up_to_date(folder, bundle, runtime)
+        if ready is not None:
+            say(f"{folder.name}: up to date")
+            rows.append(ready)
+            continue
+        beside = next((out / row["engine"] for row in rows if row["engine"].startswith(f"{runtime}-")), folder)
+        options = _options(bundle, runtime, beside, workspace_mib, timing_cache)
+        rows.append(_build_cascade(bundle, runtime, folder, options))
     return rows
+
+
+def _options(
+    bundle: Bundle, runtime: str, folder: Path, workspace_mib: Optional[int], timing_cache: Optional[Path]
+) -> BuildOptions:
+    """Return the options of a build. Without `timing_cache`, the cache of the engine in `folder` is used, if it was built here."""
+    if not _has_timing_cache(runtime):
+        return {}
+    last = folder / TIMING_CACHE
+    ours = last.is_file() and trusted(bundle, folder)
+    return {"workspace_mib": workspace_mib, "timing_cache": timing_cache or (last if ours else None)}
+
+
+def _for_cascade(bundle: Bundle, runtimes: Sequence[str], precisions: Optional[Sequence[str]]) -> List[str]:
+    """Return the runtimes that the bundle's cascade is built for: those that take the ONNX files of both models.
+
+    Empty: the bundle has no cascade, or one of its models has another precision than `precisions` (None: any).
+
+    Raises:
+        EngineError: there is a cascade, but none of the runtimes takes both files.
+    """
+    found = bundle.cascade
+    if found is None:
+        return []
+    if precisions is not None and not set(found.precisions) <= set(precisions):
+        say(f"cascade: not built, because its models are {' and '.join(found.precisions)}")
+        return []
+    misfits = {runtime: found.misfit(runtime) for runtime in runtimes}
+    if all(misfits.values()):
+        reasons = ", ".join(f"{file} is not for {runtime}" for runtime, file in misfits.items())
+        raise EngineError(
+            f"{bundle.directory}: its cascade cannot be built here: {reasons}; fit `yolo-compress cascade` to the files for this "
+            "runtime and make the bundle again, or choose another --runtime"
+        )
+    return [runtime for runtime, file in misfits.items() if file is None]
 
 
 def _build(
@@ -173,38 +222,53 @@ def _build(
     for onnx, stem in files.items():
         if sha256_file(onnx) != bundle.onnx_sha256(stem):
             raise BundleRefused(f"{onnx}: changed while in use; refused, copy the bundle again")
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for left in (partial, old):
-        shutil.rmtree(str(left), ignore_errors=True)
     before, start = jetson.state(), time.time()
 
     def wrong(engine: Backend, info: EngineInfo) -> Optional[str]:
         return golden.check(bundle.directory, engine, info)["reason"]
 
+    with _replacing(folder) as partial:
+        if len(files) > 1:
+            onnx = build_suited(runtime, list(files), partial, wrong, bundle.names, bundle.imgsz)
+        else:
+            BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
+        stem = files[onnx]
+        info = load_info(partial, bundle.onnx_sha256(stem))
+        if info.tried:
+            say(f"{folder.name}: built from {choice(onnx.name, info.tried)}")
+        made = _recorded(bundle, partial, folder.name, bundle.onnx[stem], info, options, before, start)
+        built_here.record(partial, needed=not trusted(bundle, partial))
+    return made
+
+
+def _build_cascade(bundle: Bundle, runtime: str, folder: Path, options: BuildOptions) -> Built:
+    """Build both engines of the bundle's cascade in a temporary folder beside `folder`, then replace `folder`."""
+    cascade = bundle.cascade
+    assert cascade is not None, "the bundle has no cascade"
+    onnx = " then ".join(cascade.onnx)
+    say(f"{folder.name}: building from {onnx}")
+    before, start = jetson.state(), time.time()
+    with _replacing(folder) as partial:
+        policy, files = cascade.directory / POLICY, [bundle.directory / file for file in cascade.onnx]
+        build_cascade(policy, files, runtime, partial, **options)
+        (small, small_info), (large, large_info) = engines(partial)[1]
+        info = joined(small_info, large_info)
+        made = _recorded(bundle, partial, folder.name, onnx, info, options, before, start)
+        for engine in (small, large):
+            built_here.record(engine, needed=not trusted(bundle, engine))
+    return made
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Make an empty folder beside `folder`. At the end of the `with` block it replaces `folder`. After an error it is deleted."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for left in (partial, old):
+        shutil.rmtree(str(left), ignore_errors=True)
     try:
         os.makedirs(str(partial))  # fail now if the folder cannot be written, not after an hour of building
         with naming(partial):
-            if len(files) > 1:
-                onnx = build_suited(runtime, list(files), partial, wrong, bundle.names, bundle.imgsz)
-            else:
-                BACKENDS[runtime].build(onnx, partial, precision, bundle.names, bundle.imgsz, **options)
-            stem = files[onnx]
-            info = load_info(partial, bundle.onnx_sha256(stem))
-            if info.tried:
-                say(f"{folder.name}: built from {choice(onnx.name, info.tried)}")
-            made: Built = {
-                "engine": folder.name,
-                "onnx": bundle.onnx[stem],
-                "library": info.library,
-                "seconds": round(time.time() - start, 1),
-            }
-            given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-            document = dict(
-                made, schema=1, bundle=bundle.about(), runtime=runtime, precision=precision,
-                onnx_sha256=info.onnx_sha256, options=given, device=before, clocks_after=jetson.clocks(), at=round(start),
-            )  # fmt: skip
-            written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
-        built_here.record(partial, needed=not trusted(bundle, partial))
+            yield partial
     except BaseException:
         shutil.rmtree(str(partial), ignore_errors=True)  # an unfinished engine is of no use
         raise
@@ -212,6 +276,38 @@ def _build(
         os.replace(str(folder), str(old))
     os.replace(str(partial), str(folder))
     shutil.rmtree(str(old), ignore_errors=True)
+
+
+def _recorded(
+    bundle: Bundle,
+    partial: Path,
+    name: str,
+    onnx: str,
+    info: EngineInfo,
+    options: BuildOptions,
+    before: jetson.JetsonState,
+    start: float,
+) -> Built:
+    """Write `build.json`, and return the row of an engine.
+
+    Args:
+        partial: folder of the engine.
+        name: final name of the folder.
+        onnx: ONNX file in the bundle. Of a cascade: both.
+        before: state of the device before the build, which began at `start`.
+    """
+    made: Built = {
+        "engine": name,
+        "onnx": onnx,
+        "library": info.library,
+        "seconds": round(time.time() - start, 1),
+    }
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    document = dict(
+        made, schema=1, bundle=bundle.about(), runtime=info.runtime, precision=info.precision,
+        onnx_sha256=info.onnx_sha256, options=given, device=before, clocks_after=jetson.clocks(), at=round(start),
+    )  # fmt: skip
+    written(partial / BUILT, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode("utf-8"))
     return made
 
 
@@ -243,6 +339,29 @@ def _up_to_date(folder: Path, bundle: Bundle, stems: Sequence[str], runtime: str
     if not library == info.library == library_version(runtime):
         return None
     return {"engine": folder.name, "onnx": bundle.onnx[stem], "library": str(library), "seconds": None}
+
+
+def _cascade_up_to_date(folder: Path, bundle: Bundle, runtime: str) -> Optional[Built]:
+    """Return the row of a cascade that is up to date. None: it is not.
+
+    A cascade is up to date if it has the policy of the bundle, and both engines are as `_up_to_date` requires it of an engine.
+    """
+    cascade = bundle.cascade
+    assert cascade is not None, "the bundle has no cascade"
+    try:
+        found = engines(folder)[1] if cascade.made(folder) else []
+        library = json_text.read(folder / BUILT)["library"]
+    except (EngineError, OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged
+    if not found or not all(
+        info.runtime == runtime
+        and trusted(bundle, engine)
+        and library == info.library == library_version(runtime)
+        and not (registry.RUNTIMES[runtime].gpu and built_elsewhere(info) is not None)
+        for engine, info in found
+    ):
+        return None
+    return {"engine": folder.name, "onnx": " then ".join(cascade.onnx), "library": str(library), "seconds": None}
 
 
 def library_version(runtime: str) -> str:

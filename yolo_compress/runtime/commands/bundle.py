@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, TypedDict
+from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence, Tuple, TypedDict
 
 from .. import json_text, registry
 from ..errors import EngineError, RuntimeUnavailable
@@ -15,9 +16,13 @@ from ..secure import built_here
 from ..secure.signed_manifest import MADE_HERE, MANIFEST, About, BundleRefused, Manifest, pinned_key, verify
 from ..secure.slots import ROOT, ROOT_VARIABLE, Slots
 
+if TYPE_CHECKING:
+    from .bundled_cascade import BundledCascade
+
 HERE = Path(__file__).resolve().parents[2]  # the bundle that this file was copied into
 ENGINES = "engines"
 MEASURED = "device.json"  # what bench.py writes
+CASCADE = "cascade"  # in the name of an engine: a policy folder, as in "openvino-cascade"
 
 
 class BundleId(TypedDict):
@@ -40,6 +45,7 @@ class Bundle:
         onnx: stem of an ONNX file ("fp32", "int8-openvino") -> path of the file below `directory`.
         pinned: whether this machine has a pinned key: the public key of the only accepted signer. If so, engines that came with the
             bundle are refused.
+        cascade: the cascade of the bundle. None: it has none.
     """
 
     directory: Path
@@ -50,6 +56,7 @@ class Bundle:
     imgsz: Tuple[int, int]
     onnx: Dict[str, str]
     pinned: bool = False
+    cascade: "Optional[BundledCascade]" = None
 
     def forms(self, runtime: str, precision: str) -> List[str]:
         """Return the stems of the ONNX files for this precision and the installed version of this runtime, see `onnx_forms`."""
@@ -131,6 +138,7 @@ def open_bundle(directory: Path) -> Bundle:
             (height, width),
             onnx,
             pinned is not None,
+            _cascade(directory, manifest),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleRefused(f"{directory / MANIFEST}: does not describe a bundle ({error!r}); make it again") from error
@@ -139,6 +147,14 @@ def open_bundle(directory: Path) -> Bundle:
     for key in ("gate", "val"):
         mapping(manifest, key, directory / MANIFEST)
     return bundle
+
+
+def _cascade(directory: Path, manifest: Manifest) -> "Optional[BundledCascade]":
+    if "cascade" not in manifest:
+        return None
+    from .bundled_cascade import read_cascade
+
+    return read_cascade(directory, manifest)
 
 
 def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
@@ -166,51 +182,64 @@ def engine_folder(bundle: Bundle, engine: Optional[str] = None) -> Path:
 def fastest_first(bundle: Bundle, engines: Sequence[str]) -> List[str]:
     """Sort engines by expected latency, in any precision: the gate has judged all of them.
 
+    Cascades come before single models, unless the self-test of `bench.py` failed here.
+
     Engines that `bench.py` measured here come first, by their median in device.json, if they passed the golden self-test. Then come
     those on a GPU. Then those that were measured on the machine that made the bundle, by their median there. The rest has the order
     of `PREFERENCE`.
     """
     here, there = _measured_here(bundle), bundle.manifest.get("fastest", [])
 
-    def rank(name: str) -> Tuple[int, float, Tuple[int, int, str]]:
+    def rank(name: str) -> Tuple[bool, int, float, Tuple[int, int, str]]:
+        alone = not name.endswith(f"-{CASCADE}") or here.get(name) == math.inf
         row = registry.RUNTIMES.get(name.partition("-")[0])
         if name in here:
-            return 0, here[name], _preference(name)
+            return alone, 0, here[name], _preference(name)
         if row is not None and row.gpu:
-            return 1, 0.0, _preference(name)
-        return (2, there.index(name), _preference(name)) if name in there else (3, 0.0, _preference(name))
+            return alone, 1, 0.0, _preference(name)
+        place = (2, float(there.index(name))) if name in there else (3, 0.0)
+        return (alone, *place, _preference(name))
 
     return sorted(engines, key=rank)
 
 
 def _measured_here(bundle: Bundle) -> Dict[str, float]:
-    """Return engine -> median latency in ms, from the device.json that `bench.py` wrote into this bundle. Empty: there is none."""
+    """Return engine -> median latency in ms, from the device.json that `bench.py` wrote into this bundle. Empty: there is none.
+
+    Of a cascade it is the mean latency, or infinity if the self-test failed.
+    """
     try:
         document = json_text.read(bundle.directory / MEASURED)
         if document["bundle"]["manifest_sha256"] != bundle.about()["manifest_sha256"]:
             return {}  # it came with an earlier bundle in this folder
-        return {
+        alone = {
             f"{row['runtime']}-{row['precision']}": float(row["latency_p50_ms"])
             for row in document["rows"]
             if row["status"] == "ok" and row["golden"]["passed"]
         }
+        cascades = {
+            f"{row['runtime']}-{CASCADE}": float(row["mean_ms"]) if row["golden"]["passed"] else math.inf
+            for row in document.get("cascades", [])
+        }
+        return {**alone, **cascades}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # not measured yet, or not a device.json
 
 
 def built_engines(folder: Path) -> List[str]:
-    """Return the names of the finished engines in a folder."""
+    """Return the names of the finished engines and cascades in a folder."""
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in folder.iterdir() if (entry / "engine.json").is_file())
+    made = ("engine.json", "policy.json")  # of an engine, of a cascade
+    names = sorted(entry.name for entry in folder.iterdir() if any((entry / name).is_file() for name in made))
     return [name for name in names if not name.endswith((".partial", ".old"))]
 
 
 def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
     """Return the folder after checking that its engine is intact, built from an ONNX file of this bundle, and trusted.
 
-    A policy folder of a cascade is accepted if one of its two engines is of this bundle, and if no key is pinned: a bundle has one
-    model, so the signature covers neither the other engine nor the policy.
+    The policy folder of a cascade is accepted if it is the cascade of this bundle. Another one is accepted if one of its two engines
+    is of this bundle, it is not in `engines/`, and no key is pinned: the signature covers neither its policy nor its other engine.
     """
     from ..backends.base import is_policy, load_info
 
@@ -219,16 +248,25 @@ def _of_bundle(bundle: Bundle, chosen: Path) -> Path:
     origin = load_info(chosen).onnx_sha256
     if origin not in (bundle.onnx_sha256(stem) for stem in bundle.onnx):
         raise EngineError(f"{chosen}: built from ONNX {origin[:16]}, which is not of this bundle; run python3 build.py")
-    if not trusted(bundle, chosen):
+    _require_trusted(bundle, chosen, [chosen])
+    return chosen
+
+
+def _require_trusted(bundle: Bundle, chosen: Path, engines: Sequence[Path]) -> None:
+    if not all(trusted(bundle, engine) for engine in engines):
         raise EngineError(
             f"{chosen}: not built on this machine by this user, and the signature does not cover engines; run python3 build.py"
         )
-    return chosen
 
 
 def _cascade_of_bundle(bundle: Bundle, chosen: Path) -> Path:
     from ..detect.cascade import engines
 
+    if bundle.cascade is not None and bundle.cascade.made(chosen):
+        _require_trusted(bundle, chosen, [folder for folder, _ in engines(chosen)[1]])
+        return chosen
+    if chosen.resolve().parent == (bundle.directory / ENGINES).resolve():
+        raise EngineError(f"{chosen}: not the cascade of this bundle; delete it, or run python3 build.py")
     if bundle.pinned:
         raise EngineError(f"{chosen}: a cascade, which the pinned key does not cover; give an engine of this bundle")
     policy, found = engines(chosen)

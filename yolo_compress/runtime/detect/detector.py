@@ -125,6 +125,16 @@ class Detector:
                 found[index] = rows_N6
         return found
 
+    def margin(self, image_HW3: np.ndarray) -> float:
+        """Return the router's margin for an image, see `Policy.margin`. Above 0, the cascade gives the large model's detections.
+
+        Only the small model runs.
+        """
+        assert self._policy is not None, "the detector is not of a cascade"
+        input_BCHW, placed = self.prepare([image_HW3], self._canvas)
+        output_BCA = self.backend(input_BCHW, copy=False)
+        return self._policy.margin(routed(output_BCA[0], placed[0]), *image_HW3.shape[:2])
+
     def _both(self, output_CA: np.ndarray, placed: Letterbox) -> Tuple[np.ndarray, np.ndarray]:
         """Return the small model's detections, and those that the router sees.
 

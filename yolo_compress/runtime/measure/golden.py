@@ -4,10 +4,13 @@ The machine that made the bundle computed the expected detections with its own e
 detections, the tolerances and how they were measured. A detection and its partner in the other set have the same class and overlap
 most (IoU of at least 0.5). Every detection above `conf`, expected or found, needs a partner. The partner's score may be as low as
 `floor`. So a score near the threshold counts as a difference of scores, not as a missing box.
+
+A cascade has golden images of its own. There, the router must also choose the expected model for every image.
 """
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
@@ -15,6 +18,7 @@ import numpy as np
 
 from .. import json_text
 from ..backends.base import Backend, EngineInfo
+from ..detect.cascade import CascadeEngine
 from ..detect.detector import Detector
 from ..detect.pre import read_image
 from ..errors import EngineError
@@ -70,7 +74,11 @@ class Tolerance(TypedDict):
     unmatched: int  # boxes without a partner
 
 
-class Golden(TypedDict):
+class _OfCascade(TypedDict, total=False):
+    handed: List[bool]  # of a cascade only: whether each image goes to the large model
+
+
+class Golden(_OfCascade):
     """The document in golden.json."""
 
     schema: int
@@ -106,9 +114,9 @@ def check(bundle: Path, backend: Backend, info: EngineInfo) -> SelfTest:
     """Compare an engine's detections in the golden images with the expected detections, and return the result.
 
     Args:
-        bundle: directory of a bundle that `signed_manifest.verify` accepted.
-        backend: an opened engine. It is not closed.
-        info: description of the engine.
+        bundle: directory of a bundle that `signed_manifest.verify` accepted. For a cascade: the folder `cascade` in it.
+        backend: an opened engine or cascade. It is not closed.
+        info: description of the engine. For a cascade: `cascade.joined` of both engines.
 
     Raises:
         EngineError: the bundle has no expected detections for this precision, or golden.json is malformed.
@@ -135,6 +143,11 @@ def check(bundle: Path, backend: Backend, info: EngineInfo) -> SelfTest:
         wanted = [np.array(rows, np.float64).reshape(-1, 6) for rows in expected[against]]
         worst = difference(wanted, found, golden["conf"])
         reason = beyond(worst, tolerance)
+        if isinstance(backend, CascadeEngine):
+            if len(golden["handed"]) != len(images):
+                raise ValueError(f"{len(golden['handed'])} values in handed")
+            other = sum(map(operator.ne, golden["handed"], _handed(backend, images)))
+            reason = f"the router chooses the other model in {other} of {len(images)} images" if other else reason
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{bundle / FOLDER / FILE}: malformed ({error!r}); make the bundle again") from error
     return {
@@ -174,6 +187,12 @@ def detections(backend: Backend, images: Sequence[np.ndarray], floor: float, iou
     The result has one (N, 6) array per image, columns x1, y1, x2, y2 in px, score, class.
     """
     return Detector(backend, floor, iou, multi_label=False).detect(images)
+
+
+def _handed(backend: CascadeEngine, images: Sequence[np.ndarray]) -> List[bool]:
+    """Return whether a cascade gives the large model's detections in each image."""
+    detector = Detector(backend)
+    return [detector.margin(image) > 0 for image in images]
 
 
 def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], conf: float) -> Difference:

@@ -51,6 +51,16 @@ class GoldenAbout(TypedDict):
     tolerances: Mapping[str, object]  # precision -> `measure.golden.Tolerance`
 
 
+class CascadeAbout(TypedDict):
+    """The cascade of a bundle, whose policy and golden images are in `cascade/`."""
+
+    small: str  # ONNX file of the small model
+    large: str
+    kept: float  # share of the validation images that only the small model sees
+    verdict: str  # "pass", unless the bundle was forced
+    golden: GoldenAbout
+
+
 class About(TypedDict, total=False):
     """Description of a bundle, written by `yolo-compress bundle`. `commands.bundle.open_bundle` checks the values that commands use."""
 
@@ -63,6 +73,7 @@ class About(TypedDict, total=False):
     gate: Mapping[str, object]  # gate of the report, and `forced`: whether the bundle was made although it failed
     fastest: List[str]  # engines ("openvino-int8") by latency on the machine that made the bundle, the fastest first
     golden: GoldenAbout
+    cascade: CascadeAbout  # absent if the bundle has no cascade
     val: Validation
     made_with: Mapping[str, object]  # commit, and Python and package versions on the machine that made the bundle
     recipe_fingerprint: Optional[str]  # fingerprint of the report's artefact
