@@ -63,7 +63,7 @@ setup: ## make .venv with everything pinned in constraints.txt
 demo: setup ## the whole chain on the embedded digits, on the CPU, in under 20 minutes
 	@$(YC) run recipe=digits $(WORDS)
 
-test: fast-tests slow-tests ## every test that needs neither GPU, network nor real images, in about 10 minutes on 2 cores
+test: fast-tests slow-tests ## every test that needs neither GPU, network nor real images, in less than 20 minutes on 2 cores
 
 check: style fast-tests ## ruff, mypy and the fast tests, in a few minutes
 

@@ -766,10 +766,10 @@ def test_an_engine_of_another_gpu_is_built_again_on_the_robot(
     bundle: Any = SimpleNamespace(
         pinned=False, onnx={"fp32": "model.onnx"}, onnx_sha256=lambda stem: sha256_file(tmp_path / "model.onnx")
     )
-    ready = robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt")
+    ready = robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt", int8_images=False)
     assert ready is not None and ready["library"] == trt.__version__
     monkeypatch.setattr(cuda, "device_name", lambda: "Thor (sm_110)")
-    assert robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt") is None
+    assert robot_build._up_to_date(engine, bundle, ["fp32"], "tensorrt", int8_images=False) is None
 
 
 # ---- without a driver

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ from yolo_compress.train.settings import TrainSettings
 Made = TypeVar("Made")
 STEP_PATIENCE = timedelta(hours=3)  # timeout of one collective call among ranks that all live, as in Ultralytics
 GRACE_S = 10.0  # time in which a rank that lost another, or failed, ends by itself
+INTERRUPTIONS = 4  # how often it is interrupted in that time
 BUCKET = 1 << 24  # values that one collective call averages
 
 # In messages of gloo and NCCL about another rank that ended or does not answer.
@@ -116,8 +118,9 @@ def _kind(on_gpu: bool) -> str:
 def _ending_with_others(connections: list[socket]) -> Iterator[Callable[[], None]]:
     """Watch the connections during the block, and close them after it. Yield a function that stops watching.
 
-    If one ends, `Terminated` interrupts the main thread, and becomes LostRank here. A thread that waits in a library cannot be
-    interrupted. Then the process ends after `GRACE_S`, as by a kill.
+    If one ends, `Terminated` interrupts the main thread, and becomes LostRank here. Python drops an exception in a destructor, so the
+    thread is interrupted again. A thread that waits in a library cannot be interrupted. Then the process ends after `GRACE_S`, as by a
+    kill.
     """
     global _group
     lost, ended = threading.Event(), threading.Event()
@@ -127,12 +130,14 @@ def _ending_with_others(connections: list[socket]) -> Iterator[Callable[[], None
 
     def end() -> None:
         lost.set()
-        if interruptible:
-            signal.pthread_kill(main.ident, signal.SIGUSR1)  # type: ignore[arg-type]
-        if not ended.wait(GRACE_S):
-            os._exit(explain(LostRank(connection.LOST), continues=True))
+        for _ in range(INTERRUPTIONS):
+            if interruptible:
+                signal.pthread_kill(main.ident, signal.SIGUSR1)  # type: ignore[arg-type]
+            if ended.wait(GRACE_S / INTERRUPTIONS):
+                return
+        os._exit(explain(LostRank(connection.LOST), continues=True))
 
-    with connection.watched(connections, end) as stop_watching:
+    with connection.watched(connections, end) as stop_watching, _silent_drops():
         try:
             yield stop_watching
         except BaseException as error:
@@ -158,6 +163,22 @@ def _ending_with_others(connections: list[socket]) -> Iterator[Callable[[], None
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
     raise Terminated
+
+
+@contextmanager
+def _silent_drops() -> Iterator[None]:
+    """Print nothing when Python drops a `Terminated`, as in a destructor."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Terminated):
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
