@@ -11,9 +11,8 @@ DEFAULT = "tensorrt"
 RUNTIMES = registry.names()
 TENSORRT = (DEFAULT,)
 CPU = registry.names(gpu=False)
-CONVERTED = tuple(
-    row.name for row in registry.RUNTIMES.values() if row.converter
-)  # they do not read ONNX files themselves
+# Runtimes that do not read ONNX files themselves.
+CONVERTED = tuple(row.name for row in registry.RUNTIMES.values() if row.converter)
 # Runtimes whose INT8 activations are UINT8 with zero point 128, and those that take only zero point 0. LiteRT takes both.
 UNSIGNED = tuple(row.name for row in registry.RUNTIMES.values() if any(file.zero_point for file in row.int8))
 SYMMETRIC = tuple(

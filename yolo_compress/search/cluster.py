@@ -36,9 +36,8 @@ ADDRESS = "RAY_ADDRESS"  # variable of Ray: the cluster to join
 MARK = ".ray"  # in the study's folder; its lock is held by the command, so a task that could take it does not share the folder
 POLL_S = 1.0
 NEW_NODES_S = 10.0  # time after which the command looks for new nodes, even if no task ended
-DEATHS_MOST = (
-    3  # so many deaths for each task that fits into the cluster, and no trial that ended: then the cluster is at fault
-)
+# So many deaths for each task that fits into the cluster, and no trial that ended: then the cluster is at fault.
+DEATHS_MOST = 3
 
 Make = Callable[[Study], Worker]
 

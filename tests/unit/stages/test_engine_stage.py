@@ -122,18 +122,13 @@ def test_int8_images_are_built_for_the_int8_engine_alone(tmp_path: Path, monkeyp
     }
 
 
-def test_int8_images_without_a_runtime_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.BACKENDS["litert"], "probe", staticmethod(lambda: "no LiteRT; pip install it"))
-    nothing: Any = None
-    engine.check(asked(), nothing)
-    with pytest.raises(EnvironmentLacks, match=r"engine\.int8_images: no LiteRT; pip install it"):
-        engine.check(asked(engine__int8_images="true"), nothing)
-
-
 @pytest.mark.fault(62)
-def test_a_runtime_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.BACKENDS["openvino"], "probe", staticmethod(lambda: "no openvino; pip install openvino"))
+@pytest.mark.parametrize(
+    ("runtime", "knob", "value"), [("openvino", "runtimes", "openvino"), ("litert", "int8_images", "true")]
+)
+def test_a_runtime_that_is_not_here(monkeypatch: pytest.MonkeyPatch, runtime: str, knob: str, value: str) -> None:
+    monkeypatch.setattr(engine.BACKENDS[runtime], "probe", staticmethod(lambda: "not here; pip install it"))
     nothing: Any = None
     engine.check(asked(), nothing)
-    with pytest.raises(EnvironmentLacks, match=r"engine\.runtimes: no openvino; pip install openvino"):
-        engine.check(asked(engine__runtimes="openvino"), nothing)
+    with pytest.raises(EnvironmentLacks, match=rf"engine\.{knob}: not here; pip install it"):
+        engine.check(asked(**{f"engine__{knob}": value}), nothing)
