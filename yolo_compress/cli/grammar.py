@@ -139,7 +139,9 @@ def _check_option(verb: Verb, key: str, value: str, given: Mapping[str, str]) ->
     if option is None:
         if verb.knobs and any(knob.endswith(f".{key}") for knob in recipe.options()):
             recipe.check_key(key, _names(verb))  # names the sections that have it
-        raise RecipeError(f"{_WHERE}: {verb.name} takes no {key}; {verb.usage}")
+        owners = [one.name for one in VERBS.values() if one.option(key)]
+        belongs = f", an option of {owners[0]}" if len(owners) == 1 else ""
+        raise RecipeError(f"{_WHERE}: {verb.name} takes no {key}{belongs}; {verb.usage}")
     if key in given:
         raise RecipeError(f"{_WHERE}: {key} is given twice: {got(given[key])} and {got(value)}")
     if not value:

@@ -161,6 +161,7 @@ WRONG = {
     ("run", "--"): "unknown key",
     ("run", "--=1"): "out of place",
     ("status", "lock=fail"): "status takes no lock",
+    ("status", "study=a"): "status takes no study, an option of search; usage: yolo-compress status",
     ("fetch",): "fetch takes one or more names, got 0; usage: yolo-compress fetch NAME",
     ("fetch", "qat.epochs=1"): "fetch takes no 'qat.epochs'",
     ("fetch", "x.pt", "recipe=a"): "fetch takes no recipe",
