@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from yolo_compress.runtime.commands.bundled_cascade import FOLDER
 from yolo_compress.runtime.detect.cascade import Part, Policy, engines, joined
 from yolo_compress.runtime.detect.detector import Detector
 from yolo_compress.runtime.detect.pre import read_image
-from yolo_compress.runtime.engine import build_cascade, onnx_forms, open_engine
+from yolo_compress.runtime.engine import build_cascade, open_engine, takes
 from yolo_compress.runtime.files import sha256_file
 from yolo_compress.runtime.measure.golden import FOLDER as GOLDEN
 from yolo_compress.runtime.measure.golden import EngineOf, detections
@@ -141,18 +141,25 @@ def find(asked: Given, store: Store, export: Artifact, dataset: Dataset) -> tupl
         raise RecipeError(
             f"{what}: neither model is the compressed model of this recipe; give the recipe of one of them"
         )
-    exports = [export]
-    for entry in entries(store.folder):
-        if entry.stage == "export" and not entry.state and entry.path != export.path:
-            exports.append(read_artifact(entry.path))
-    small, large = (_source(what, name, part, exports) for name, part in zip(("small", "large"), parts, strict=True))
-    for source in (small, large):
-        store.verify(source.export)
+    small, large = (
+        _source(what, name, part, store, export) for name, part in zip(("small", "large"), parts, strict=True)
+    )
+    for other in {source.export.path: source.export for source in (small, large)}.values():
+        if other.path != export.path:
+            store.verify(other)
     return small, large
 
 
-def _source(what: str, name: str, part: Part, exports: Sequence[Artifact]) -> Source:
-    for export in exports:
+def _exports(store: Store, first: Artifact) -> Iterator[Artifact]:
+    """Yield the artefacts of `export` in the store, `first` before the others."""
+    yield first
+    for entry in entries(store.folder):
+        if entry.stage == "export" and not entry.state and entry.path != first.path:
+            yield read_artifact(entry.path)
+
+
+def _source(what: str, name: str, part: Part, store: Store, first: Artifact) -> Source:
+    for export in _exports(store, first):
         for file, entry in export.manifest.files.items():
             if entry["sha256"] == part.onnx_sha256 and file.endswith(".onnx"):
                 return Source(export, file)
@@ -191,22 +198,24 @@ def add(
     folder = root / FOLDER
     folder.mkdir()
     shutil.copyfile(asked.folder / POLICY, folder / POLICY)
-    files = []
+    files, present = [], {sha256_file(root / file): file for file in onnx.values()}
     for name, part, source in zip(("small", "large"), (asked.policy.small, asked.policy.large), sources, strict=True):
-        present = [file for file in onnx.values() if sha256_file(root / file) == part.onnx_sha256]
-        if not present:
+        file = present.get(part.onnx_sha256)
+        if file is None:
             (folder / name).mkdir()
             shutil.copyfile(source.file, folder / name / source.file.name)
-            present = [f"{FOLDER}/{name}/{source.file.name}"]
-            check_signatures([root / present[0]], part.imgsz, len(dataset.names), dataset.channels)
-        files.append(present[0])
-    runtimes = list(dict.fromkeys(row["runtime"] for row in engine_rows(built) if not row["reason"]))
+            file = f"{FOLDER}/{name}/{source.file.name}"
+            check_signatures([root / file], part.imgsz, len(dataset.names), dataset.channels)
+        files.append(file)
+    engines_built = [(row["runtime"], row["precision"]) for row in engine_rows(built) if not row["reason"]]
     return {
         "small": files[0],
         "large": files[1],
         "kept": asked.kept,
         "verdict": asked.document["verdict"]["status"],
-        "golden": _golden(folder, asked.policy, [root / file for file in files], sources, dataset, runtimes, count),
+        "golden": _golden(
+            folder, asked.policy, [root / file for file in files], sources, dataset, engines_built, count
+        ),
     }
 
 
@@ -216,15 +225,20 @@ def _golden(
     files: Sequence[Path],
     sources: Sequence[Source],
     dataset: Dataset,
-    runtimes: Sequence[str],
+    built: Sequence[tuple[str, str]],
     count: int,
 ) -> GoldenAbout:
-    """Build the cascade for each of the runtimes that takes both files, and write golden images with its detections."""
-    parts = (policy.small, policy.large)
+    """Build the cascade for each runtime that takes both files, and write golden images with its detections.
+
+    Args:
+        built: (runtime, precision) of the engines of this recipe. A runtime whose engine in a precision was left out gets no cascade.
+    """
+    runtimes = list(dict.fromkeys(runtime for runtime, _ in built))
+    pairs = list(zip(files, (policy.small.precision, policy.large.precision), strict=True))
     fitting = [
         runtime
         for runtime in runtimes
-        if all(onnx_forms([file.stem], runtime, part.precision) for file, part in zip(files, parts, strict=True))
+        if all(takes(file.stem, runtime, precision) and (runtime, precision) in built for file, precision in pairs)
     ]
     if not fitting:
         raise RecipeError(

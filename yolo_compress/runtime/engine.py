@@ -86,9 +86,10 @@ def build_cascade(policy: Path, files: Sequence[Path], runtime: str, out: Path, 
     """
     fitted = cascade.read_policy(policy.parent)
     for part, file in zip((fitted.small, fitted.large), files):
-        if sha256_file(file) != part.onnx_sha256:
+        digest = sha256_file(file)
+        if digest != part.onnx_sha256:
             raise EngineError(
-                f"{file}: ONNX {sha256_file(file)[:16]}, but the policy was fitted to {part.onnx_sha256[:16]}; run "
+                f"{file}: ONNX {digest[:16]}, but the policy was fitted to {part.onnx_sha256[:16]}; run "
                 "`yolo-compress cascade` for this file"
             )
         (out / part.folder).mkdir()
@@ -132,6 +133,20 @@ def onnx_forms(stems: Container[str], runtime: str, precision: str) -> List[str]
     own = next((stem for stem in (f"{precision}-{BACKENDS[runtime].form()}", precision) if stem in stems), None)
     also = registry.RUNTIMES[runtime].also if precision == "int8" else ()
     return [] if own is None else [own, *(stem for stem in also if stem in stems and stem != own)]
+
+
+def takes(stem: str, runtime: str, precision: str) -> bool:
+    """Return whether an ONNX file of `export` is the one for engines of this runtime and precision.
+
+    For INT8 it has to be the runtime's own file. Other INT8 files may give wrong boxes, which is only found by `measure.int8_file`.
+
+    Args:
+        stem: name of the file, without `.onnx`.
+    """
+    row = registry.RUNTIMES[runtime]
+    if precision == "int8" and stem not in {file.stem for file in row.int8} | {row.takes}:
+        return False
+    return bool(onnx_forms([stem], runtime, precision))
 
 
 BACKENDS: Dict[str, Any] = {name: registry.backend(name) for name in registry.names()}

@@ -20,11 +20,12 @@ from yolo_compress.cli.main import main
 from yolo_compress.errors import CompressError, CorruptArtifact, DataError, GateFailed, RecipeError
 from yolo_compress.evaluate.cascade.write import DOCUMENT
 from yolo_compress.evaluate.golden_images import _of_both_models, write_found
+from yolo_compress.runtime import registry
 from yolo_compress.runtime.backends.base import POLICY, load_info, save_info
 from yolo_compress.runtime.commands import bench, build, detect, device_json
 from yolo_compress.runtime.commands import bundle as bundle_module
 from yolo_compress.runtime.detect.detector import Detector
-from yolo_compress.runtime.engine import build_cascade, open_engine
+from yolo_compress.runtime.engine import build_cascade, open_engine, takes
 from yolo_compress.runtime.errors import EngineError
 from yolo_compress.runtime.measure import golden
 from yolo_compress.runtime.secure import ed25519
@@ -299,6 +300,24 @@ def test_a_cascade_is_the_default_unless_its_self_test_failed_here(bundle: Path)
     assert order() == ["openvino-cascade", NAME, "onnxruntime-fp32"], "by preference"
     assert order(("onnxruntime", 3.0, True), ("openvino", 4.0, True))[0] == NAME
     assert order(("onnxruntime", 3.0, False), ("openvino", 4.0, True)) == ["openvino-cascade", "onnxruntime-fp32", NAME]
+    (bundle / "device.json").write_text((bundle / "device.json").read_text().replace('"ok"', '"missing"'))
+    engines.append("tensorrt-fp16")  # not measured, and on a GPU
+    assert bundle_module.fastest_first(opened, engines)[-1] == NAME, "its self-test failed"
+
+
+@pytest.mark.parametrize(
+    ("stem", "runtimes"),
+    [
+        ("fp32", {"litert", "coreml", "ncnn", "onnxruntime", "openvino"}),
+        ("int8", {"ncnn"}),  # OpenVINO runs it, too, but with wrong boxes on some processors
+        ("int8-openvino", {"openvino"}),
+        ("int8-onnxruntime", {"onnxruntime", "litert"}),
+        ("int8-tensorrt11", {"coreml"}),
+    ],
+)
+def test_a_file_is_for_the_runtimes_that_are_built_from_it(stem: str, runtimes: set[str]) -> None:
+    precision = stem.partition("-")[0]
+    assert {one for one in registry.names(gpu=False) if takes(stem, one, precision)} == runtimes
 
 
 def scored(score: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from ..errors import EngineError, RuntimeUnavailable
+from ..errors import EngineError, NotConverted, RuntimeUnavailable
 from . import onnx_graph
 from .onnx_graph import Fault, Graph
 
@@ -237,14 +237,14 @@ def _run_pnnx(folder: Path, shape_BCHW: Sequence[int]) -> None:
         raise EngineError(f"pnnx does not run: {error}") from error
     if done.returncode or not (folder / "model.ncnn.param").is_file() or not (folder / "model.ncnn.bin").is_file():
         last = (done.stdout.decode("utf-8", "replace").strip().splitlines() or ["no output"])[-1]
-        raise EngineError(f"pnnx ended with code {done.returncode}: {last}")
+        raise NotConverted(f"pnnx ended with code {done.returncode}: {last}")
 
 
 def _complete(param: Path, weights: Path, convolutions: Dict[bytes, Convolution], half: bool) -> None:
     """Write names and INT8 scales of the convolutions into both files, and the weights as float16 if `half` is true.
 
     Raises:
-        EngineError: the graph has other convolutions, or the weights file has another length.
+        NotConverted: the graph has other convolutions, or the weights file has another length.
     """
     header, content = param.read_text(encoding="utf-8").splitlines()[:2], weights.read_bytes()
     missing, parts, lines, at = set(convolutions), [], [], 0
@@ -259,7 +259,7 @@ def _complete(param: Path, weights: Path, convolutions: Dict[bytes, Convolution]
             key, end = content[start:at], at + 4 * int(keys[OUTPUTS]) * int(keys.get(HAS_BIAS, "0"))
             bias, at = content[at:end], end
             if key not in convolutions:
-                raise EngineError(f"pnnx changed the weights of {name}; NCNN cannot be built from this file")
+                raise NotConverted(f"pnnx changed the weights of {name}; NCNN cannot be built from this file")
             missing.discard(key)
             name, input_scale, weight_scale_O = convolutions[key]
             owner[writes[0]] = name
@@ -274,7 +274,7 @@ def _complete(param: Path, weights: Path, convolutions: Dict[bytes, Convolution]
         words = [kind, name, str(len(reads)), str(len(writes)), *reads, *writes]
         lines.append(" ".join(words + [f"{number}={value}" for number, value in keys.items()]))
     if missing or at != len(content):
-        raise EngineError(
+        raise NotConverted(
             f"pnnx changed the graph: {len(missing)} of {len(convolutions)} convolutions are gone, {len(content) - at} bytes of "
             "weights are left over; NCNN cannot be built from this file"
         )

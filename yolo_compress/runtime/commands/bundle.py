@@ -191,7 +191,9 @@ def fastest_first(bundle: Bundle, engines: Sequence[str]) -> List[str]:
     here, there = _measured_here(bundle), bundle.manifest.get("fastest", [])
 
     def rank(name: str) -> Tuple[bool, int, float, Tuple[int, int, str]]:
-        alone = not name.endswith(f"-{CASCADE}") or here.get(name) == math.inf
+        if here.get(name) == math.inf:  # its self-test failed
+            return True, 4, 0.0, _preference(name)
+        alone = not name.endswith(f"-{CASCADE}")
         row = registry.RUNTIMES.get(name.partition("-")[0])
         if name in here:
             return alone, 0, here[name], _preference(name)
@@ -266,7 +268,7 @@ def _cascade_of_bundle(bundle: Bundle, chosen: Path) -> Path:
         _require_trusted(bundle, chosen, [folder for folder, _ in engines(chosen)[1]])
         return chosen
     if chosen.resolve().parent == (bundle.directory / ENGINES).resolve():
-        raise EngineError(f"{chosen}: not the cascade of this bundle; delete it, or run python3 build.py")
+        raise EngineError(f"{chosen}: not the cascade of this bundle; delete this folder, then run python3 build.py")
     if bundle.pinned:
         raise EngineError(f"{chosen}: a cascade, which the pinned key does not cover; give an engine of this bundle")
     policy, found = engines(chosen)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Tuple
 
 from ..backends.base import POLICY
 from ..detect.cascade import Policy, read_policy
-from ..engine import onnx_forms
+from ..engine import takes
 from ..secure.signed_manifest import MANIFEST, BundleRefused, Manifest
 
 FOLDER = "cascade"
@@ -39,7 +39,7 @@ class BundledCascade(NamedTuple):
     def misfit(self, runtime: str) -> Optional[str]:
         """Return the ONNX file that is not for this runtime. None: both are."""
         for file, precision in zip(self.onnx, self.precisions):
-            if not onnx_forms([Path(file).stem], runtime, precision):
+            if not takes(Path(file).stem, runtime, precision):
                 return file
         return None
 
