@@ -210,6 +210,10 @@ def compared(model_name: str, size: tuple[int, int], args: argparse.Namespace) -
     noise = np.random.default_rng(0).random((args.images, 3, *size), dtype=np.float32)
     with tempfile.TemporaryDirectory() as scratch:
         seconds = compile_all(model_name, size, Path(scratch), args)
+        if missing := sorted(set(BOTH) - seconds.keys()):
+            raise SystemExit(
+                f"{', '.join(missing)}: not installed, and everything is compared with both of {', '.join(BOTH)}"
+            )
         found = {name: outputs(Path(scratch, name), noise, args.threads) for name in seconds}
         specs: list[Any] = [
             {"label": name, "engine": str(Path(scratch, name)), "threads": args.threads, "warmup_n": args.warmup}

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from yolo_compress.data.dataset import Dataset
+from yolo_compress.errors import Terminated
 from yolo_compress.recipe import recipe
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.measure.device import cpu_model
@@ -153,6 +154,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "work":
         itself.worker(open_study(sys.argv[2])).run()
     elif sys.argv[1] == "ray":
-        cluster.run(open_study(sys.argv[2]), itself.worker)
+        try:
+            cluster.run(open_study(sys.argv[2]), itself.worker)
+        except Terminated:
+            sys.exit(143)
     else:
         run(Path(sys.argv[1]))

@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from yolo_compress import __version__, home, progress
-from yolo_compress.errors import CompressError, EnvironmentLacks, Locked, RecipeError
+from yolo_compress.errors import CompressError, EnvironmentLacks, Locked, RecipeError, Terminated
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.recipe import Recipe
 from yolo_compress.runtime.errors import RuntimeFailure
 from yolo_compress.runtime.registry import RUNTIMES
 from yolo_compress.search.front import Choice
-from yolo_compress.search.machine import processor
+from yolo_compress.search.machine import check_runtime, processor
 from yolo_compress.search.study import Study, open_study
 from yolo_compress.search.worker import PATIENCE_S, Taken, Worker, with_optuna
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'yolo-compress[ray]'"
 ADDRESS = "RAY_ADDRESS"  # variable of Ray: the cluster to join
 MARK = ".ray"  # in the study's folder; its lock is held by the command, so a task that could take it does not share the folder
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+NOT_IMPORTED = "failed to import"  # in Ray's error if it does not find this module on the node
 POLL_S = 1.0
 NEW_NODES_S = 10.0  # time after which the command looks for new nodes, even if no task ended
 # So many deaths for each task that fits into the cluster, and no trial that ended: then the cluster is at fault.
@@ -46,14 +48,14 @@ class Place(NamedTuple):
     """What a task needs to join the study. The study itself is in its folder.
 
     Attributes:
-        home: Folder with `searches/`, `weights/` and `datasets/`.
+        variables: Environment variables of the command, by name. One is the folder with `searches/`, `weights/` and `datasets/`.
         folder: Working directory of the command. Relative paths in the recipe start from it.
         study: Name of the study.
         overrides: Settings of the machine, such as ("run.device", "0").
         version: Version of yolo-compress.
     """
 
-    home: str
+    variables: tuple[tuple[str, str], ...]
     folder: str
     study: str
     overrides: tuple[tuple[str, str], ...]
@@ -119,11 +121,18 @@ def run(study: Study, make: Make = with_optuna) -> Choice:
             study's folder.
     """
     device = () if study.base.run.device == "cpu" else (("run.device", "0"),)  # the GPU that Ray gives the task
-    place = Place(str(home.searches().parent.absolute()), os.getcwd(), study.name, device, __version__)
+    place = Place(_variables(), os.getcwd(), study.name, device, __version__)
     with _connected(), lock(study.folder / MARK, f"search with Ray, study {study.name}", shared=True):
         _check_nodes(study, place)
         _Tasks(study, place, make).run()
     return study.choice(study.trials())
+
+
+def _variables() -> tuple[tuple[str, str], ...]:
+    """Return the variables that tasks need: those of yolo-compress, and those that say how OpenMP waits."""
+    found = {name: value for name, value in os.environ.items() if name.startswith("YOLO_COMPRESS_")}
+    found |= {name: os.environ[name] for name in OPENMP if name in os.environ}
+    return tuple(sorted((found | {home.VARIABLE: str(home.searches().parent.absolute())}).items()))
 
 
 class _Tasks:
@@ -196,7 +205,7 @@ def _answer(task: ObjectRef) -> Taken | None:
     try:
         answer: Taken = ray.get(task)
     except RayTaskError as error:
-        raise error.cause from None
+        raise error.cause from error
     except RayError as error:
         progress.say(f"search: a task of the cluster died ({type(error).__name__}); its trial is given out again, once")
         return None
@@ -250,11 +259,11 @@ def _checked(task: ObjectRef) -> tuple[str, str]:
     try:
         answer: tuple[str, str] = ray.get(task)
     except RayTaskError as error:
-        if isinstance(error.cause, ImportError | RuntimeError):  # by Ray, if it does not find this module on the node
+        if isinstance(error.cause, ImportError) or NOT_IMPORTED in str(error.cause):
             raise EnvironmentLacks(
                 f"a node of the Ray cluster cannot run yolo-compress ({_cause(error.cause)}): install it there, with the extra ray"
             ) from None
-        raise error.cause from None
+        raise error.cause from error
     except RayError as error:
         raise EnvironmentLacks(
             f"a node of the Ray cluster does not answer ({_cause(error)}): look at its logs"
@@ -289,9 +298,31 @@ def _connected() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces the handler that ends this command in good order
     try:
-        yield
+        with _ended_by_sigterm():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` from the block. Ray drops every exception of a handler while it waits, but KeyboardInterrupt."""
+    terminated = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if terminated:
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # In a task, on a node of the cluster
@@ -306,7 +337,9 @@ def _run_one(place: Place, make: Make) -> Taken:
 def _host_and_processor(place: Place) -> tuple[str, str]:
     """Return the host's name and the processor that it times engines on, after the check of the folder."""
     with _errors_that_travel():
-        return socket.gethostname(), processor(entered(place).goal.runtime)
+        runtime = entered(place).goal.runtime
+        check_runtime(runtime)
+        return socket.gethostname(), processor(runtime)
 
 
 def entered(place: Place) -> Study:
@@ -322,7 +355,7 @@ def entered(place: Place) -> Study:
             f"{host} has yolo-compress {__version__}, the command is of {place.version}: install the same version"
         )
     shared = "searches/, weights/ and datasets/ have to be on a file system that all nodes share"
-    os.environ[home.VARIABLE] = place.home
+    os.environ.update(place.variables)
     mark = home.searches() / place.study / MARK
     try:
         os.chdir(place.folder)

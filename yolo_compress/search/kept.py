@@ -65,8 +65,8 @@ def release(study: Study) -> None:
 
 def _wanted(study: Study, engines: Sequence[Engine]) -> list[Engine]:
     """Return the front, and the chosen engine, which with few images is not always on it."""
-    best = choose(engines, study.goal).engine
-    return [*front(engines), *([best] if best is not None else [])]
+    found, best = front(engines), choose(engines, study.goal).engine
+    return found if best is None or best in found else [*found, best]
 
 
 def link_name(study: str, number: int, placement: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from yolo_compress.errors import RecipeError
+import socket
+
+from yolo_compress.errors import EnvironmentLacks, RecipeError
 from yolo_compress.runtime.backends.tensorrt import cuda
+from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.runtime.registry import RUNTIMES
@@ -23,13 +26,25 @@ def processor(runtime: str) -> str:
     return cuda.device_name()
 
 
-def check_machine(study: Study) -> None:
-    """Check that engines are timed here on the processor that the study's baseline was timed on.
+def check_runtime(runtime: str) -> None:
+    """Check that a runtime works on this machine.
 
     Raises:
-        RecipeError: They are not.
+        EnvironmentLacks: It does not. The message names the machine.
+    """
+    if problem := BACKENDS[runtime].probe():
+        raise EnvironmentLacks(f"{socket.gethostname()}: {problem}")
+
+
+def check_machine(study: Study) -> None:
+    """Check that the runtime works here, and that this machine has the processor that the study's baseline was timed on.
+
+    Raises:
+        RecipeError: It has another one.
+        EnvironmentLacks: As for `check_runtime`.
         RuntimeUnavailable: As for `processor`.
     """
+    check_runtime(study.goal.runtime)
     there = study.processor
     if there is not None and there != (here := processor(study.goal.runtime)):
         raise RecipeError(

@@ -47,6 +47,7 @@ from yolo_compress.store.fingerprint import explain, fingerprint, plain
 SCHEMA = 2
 STUDY, BASE, TRIAL, PLAN, FIGURES = "study.json", "base.yaml", "trial.json", "plan.json", "figures.json"
 RESULT, OUTCOME = "result.json", "outcome.json"
+CODE_OF_STUDY = 78  # exit code of a trial's process: its study or its machine is at fault
 OWN_STORE: Literal["own"] = "own"
 SHARED_STORE: Literal["shared"] = "shared"
 GIVEN_MOST = 2  # a trial whose workers died twice is not given out a third time: it may be what kills them

@@ -16,7 +16,7 @@ from pathlib import Path
 from yolo_compress import home, pipeline
 from yolo_compress.chain import Planned, current, plan, provider
 from yolo_compress.data.dataset import Dataset
-from yolo_compress.errors import EnvironmentLacks, RecipeError, Terminated
+from yolo_compress.errors import CompressError, EnvironmentLacks, RecipeError, Terminated
 from yolo_compress.evaluate.rows import engine_rows
 from yolo_compress.evaluate.stored_detections import kept
 from yolo_compress.exits import explain
@@ -29,6 +29,7 @@ from yolo_compress.search.front import Engine
 from yolo_compress.search.levels import Figures, ends
 from yolo_compress.search.machine import processor
 from yolo_compress.search.study import (
+    CODE_OF_STUDY,
     RESULT,
     SHARED_STORE,
     Outcome,
@@ -64,10 +65,9 @@ class Run:
         self.figures: dict[str, Figures] = {}
         self.engines: list[Engine] = []
 
-    def run(self) -> Outcome:
+    def run(self, dataset: Dataset) -> Outcome:
         """Run the steps in order until the trial is done or worse than others."""
         started = time.monotonic()
-        dataset = self._prepared()
         for step in self.plan["before"]:
             with measure.beside_others():
                 pipeline.run(self._recipe(step), step["target"], store=self.store)
@@ -95,8 +95,12 @@ class Run:
     def _recipe(self, step: Step) -> Recipe:
         return recipes.load(self.folder / step["file"])
 
-    def _prepared(self) -> Dataset:
-        """Check the data, and take the stages that all trials share from the shared store, so that they are not run again."""
+    def prepared(self) -> Dataset:
+        """Check the data, and take the stages that all trials share from the shared store, so that they are not run again.
+
+        Raises:
+            CompressError: Images or weights have changed, or are gone. It is no fault of this trial.
+        """
         recipe = self._recipe(self.plan["steps"][-1])
         if self.store is not self.shared:
             cache = self.store.root / ".cache"
@@ -192,7 +196,7 @@ class Run:
 
 
 def main(words: list[str]) -> int:
-    """Run the trial in the folder `words[0]`, and return the exit code."""
+    """Run the trial in the folder `words[0]`, and return the exit code. `CODE_OF_STUDY`: no trial of the study could run here."""
     signal.signal(signal.SIGTERM, _terminate)
     threading.Thread(target=_end_with_worker, daemon=True).start()
     folder = Path(words[0]).absolute()
@@ -200,7 +204,13 @@ def main(words: list[str]) -> int:
         is_trial = folder.parent.name == "trials"
         study = open_study(folder.parents[1].name if is_trial else folder.parent.name)
         write_figures(folder, {})  # not deleted, because others may read it now
-        write_outcome(folder, Run(study, folder, int(folder.name) if is_trial else None).run(), RESULT)
+        trial = Run(study, folder, int(folder.name) if is_trial else None)
+        try:
+            dataset = trial.prepared()
+        except CompressError as error:
+            explain(error, continues=False)
+            return CODE_OF_STUDY
+        write_outcome(folder, trial.run(dataset), RESULT)
     except (Exception, KeyboardInterrupt, Terminated) as error:
         return explain(error, continues=False)
     return 0

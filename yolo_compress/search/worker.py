@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from yolo_compress import progress
-from yolo_compress.errors import CompressError, EnvironmentLacks
+from yolo_compress.errors import CompressError, EnvironmentLacks, StorageError
 from yolo_compress.exits import SIGINT, SIGTERM
 from yolo_compress.files.lock import lock
 from yolo_compress.recipe.recipe import SearchConfig
@@ -28,6 +28,7 @@ from yolo_compress.search.machine import check_machine
 from yolo_compress.search.sampler import OptunaSampler, Sampler
 from yolo_compress.search.space import point_text
 from yolo_compress.search.study import (
+    CODE_OF_STUDY,
     RESULT,
     SHARED_STORE,
     Outcome,
@@ -51,6 +52,7 @@ TOUCH_S = 10.0
 PATIENCE_S = 30.0  # time for a process to end after SIGTERM
 FAILURES_MOST = 3  # so many failures in a row, and no success, are no property of a point
 ENDED_BY = {SIGINT: "SIGINT", SIGTERM: "SIGTERM"}  # exit code of a process that ended in good order -> the signal
+STUDY_FAULTS = (CODE_OF_STUDY, StorageError.exit_code)  # exit codes of a trial that is not at fault itself
 CODE_OF_TIME = -1000  # instead of an exit code: the time was over
 
 Command = Callable[[Path], Sequence[str]]
@@ -133,7 +135,6 @@ class Worker:
         """Run a trial if there is one to give out, and time for it."""
         if self.study.choice([]).verdict == "dense" or not self._time_for_a_trial():
             return "over"
-        check_files(self.study)
         with self.study.given_out(self.sampler, self.search.trials) as trial:
             if trial is None:
                 return "none"
@@ -199,6 +200,7 @@ class Worker:
         code = 0
         if read_outcome(trial.folder, RESULT) is None:  # else its worker was killed after the process had ended
             try:
+                check_files(self.study)
                 code = self._process(trial.folder, deadline, watch)
             except BaseException:
                 self.study.give_back(trial)
@@ -212,6 +214,9 @@ class Worker:
             name = signal.Signals(-code).name if code < 0 else ENDED_BY[code]
             progress.say(f"search: trial {trial.number} was ended by {name}")
             return True  # it is given out again, once
+        if outcome is None and code in STUDY_FAULTS:
+            self.study.give_back(trial)
+            raise CompressError(f"search: no trial can run here: {last_error(trial.folder) or f'exit code {code}'}")
         if outcome is None:
             outcome = failed(last_error(trial.folder) or f"exit code {code}", last_level(read_trial(trial.folder)))
         self._finish(trial, outcome)

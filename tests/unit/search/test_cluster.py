@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tests.support import fake_ray
 from tests.support import toy_study as toy
 from yolo_compress import __version__
 from yolo_compress.cli.main import main
-from yolo_compress.errors import CompressError, EnvironmentLacks, RecipeError
+from yolo_compress.errors import CompressError, EnvironmentLacks, RecipeError, Terminated
+from yolo_compress.home import VARIABLE
 from yolo_compress.search import cluster
 from yolo_compress.search.cluster import MARK, Needs, Place, entered, needs
 from yolo_compress.search.study import Study, open_study
@@ -104,17 +106,45 @@ def test_a_cluster_whose_tasks_all_die_ends(study: Study, monkeypatch: pytest.Mo
     assert ray.cancelled == 1 and ray.inits == 0, "the other task that was started"
 
 
-def test_an_error_of_a_task_ends_the_search_and_gives_the_others_back(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_a_task_ends_the_search_and_the_other_tasks(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = fake_ray.install(monkeypatch, 3)
 
     def refused(study: Study) -> toy.Instant:
         raise RecipeError("the study measures latencies on Z80")
 
-    with pytest.raises(RecipeError, match="latencies on Z80"):
+    with pytest.raises(RecipeError, match="latencies on Z80") as raised:
         cluster.run(study, refused)
     assert ray.cancelled == 2
+    assert isinstance(raised.value.__cause__, fake_ray.RayTaskError), "it has the traceback of the task"
+
+
+def test_sigterm_ends_a_command_that_waits_for_ray(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops every exception of a signal's handler but KeyboardInterrupt."""
+    ray = fake_ray.install(monkeypatch, 2)
+
+    def wait(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(ray, "wait", lambda *_, **__: ([], []))
+            raise
+        except BaseException:
+            pass
+        raise AssertionError("dropped")
+
+    monkeypatch.setattr(ray, "wait", wait)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated):
+        cluster.run(study, toy.instant)
+    assert ray.cancelled == 2 and ray.inits == 0 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_task_takes_along(study: Study, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"YOLO_COMPRESS_DATA": "/data", "OMP_WAIT_POLICY": "passive", "OTHER": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = dict(cluster._variables())
+    assert found["YOLO_COMPRESS_DATA"] == "/data" and found["OMP_WAIT_POLICY"] == "passive" and "OTHER" not in found
+    assert Path(found[VARIABLE]).is_absolute()
 
 
 def test_nodes_with_two_processors_are_refused_before_any_trial(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +207,17 @@ class TestFolder:
     @pytest.fixture
     def place(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         toy.study(home)
-        return Place(str(home), str(home), "toy", (("run.threads", "1"),), __version__)
+        monkeypatch.setenv(VARIABLE, "elsewhere")  # as in a node's own shell
+        return Place(
+            ((VARIABLE, str(home)), ("GOMP_SPINCOUNT", "7")), str(home), "toy", (("run.threads", "1"),), __version__
+        )
 
     def test_a_shared_one_is_entered(self, home: Path, place: Place) -> None:
         with (home / "searches" / "toy" / MARK).open("w") as mark:
             fcntl.flock(mark, fcntl.LOCK_SH)  # as the command does in its own process
             study = entered(place)
         assert study.name == "toy" and study.base.run.threads == 1
+        assert os.environ.pop("GOMP_SPINCOUNT") == "7"
 
     def test_no_folder(self, home: Path, place: Place) -> None:
         with pytest.raises(

@@ -15,14 +15,16 @@ import pytest
 
 from tests.support import toy_study as toy
 from tests.support.toy_study import instant
-from yolo_compress.errors import CompressError, RecipeError
+from yolo_compress.errors import CompressError, EnvironmentLacks, RecipeError, StorageError
 from yolo_compress.runtime.backends.tensorrt import cuda
+from yolo_compress.runtime.engine import BACKENDS
 from yolo_compress.runtime.errors import RuntimeUnavailable
 from yolo_compress.runtime.measure.device import cpu_model
 from yolo_compress.search import kept
 from yolo_compress.search.machine import processor
 from yolo_compress.search.sampler import Sampler
 from yolo_compress.search.study import (
+    CODE_OF_STUDY,
     Study,
     check_storage,
     failed,
@@ -267,11 +269,38 @@ def test_a_file_that_changes_under_its_name_is_noticed(home: Path, knob: str, va
     (home / "own.py").write_text("second")
     with pytest.raises(RecipeError, match=f"{knob}: the file has changed since study toy was begun: restore it"):
         worker.run_one()
-    assert len(study.trials()) == 1, "no trial ran with the other file"
+    assert [one.given for one in study.trials()] == [1, 0], "no trial ran with the other file"
     with pytest.raises(RecipeError, match=rf"study toy has another recipe, files or data \(files.{knob}: \w+ -> \w+\)"):
         toy.study(home, "toy", (knob, value))
     (home / "own.py").write_text("first")
     assert worker.run_one() == "ended"
+
+
+@pytest.mark.parametrize("code", [CODE_OF_STUDY, StorageError.exit_code])
+def test_a_fault_of_the_study_or_machine_is_no_failed_trial(
+    home: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    study = toy.study(home, "toy", ("search.trials", "2"))
+    worker = instant(study)
+    assert worker.run_one() == "ended"
+
+    def ends(folder: Path, *_: object) -> int:
+        (folder / "log.txt").write_text("error: the images are gone\n")
+        return code
+
+    monkeypatch.setattr(worker, "_process", ends)
+    with pytest.raises(CompressError, match="^search: no trial can run here: the images are gone$"):
+        worker.run_one()
+    assert told(study) == {"done": 1, "running": 1} and [one.given for one in study.trials()] == [1, 0]
+
+
+def test_a_worker_without_the_runtime_takes_no_trial(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = toy.study(home, "toy")
+    toy.measure_reference(study)
+    monkeypatch.setattr(BACKENDS[study.goal.runtime], "probe", staticmethod(lambda: "not here; pip install it"))
+    with pytest.raises(EnvironmentLacks, match=r"\S+: not here; pip install it$"):
+        instant(study).run_one()
+    assert study.trials() == []
 
 
 def test_links_of_engines_off_the_front_are_released(home: Path) -> None:

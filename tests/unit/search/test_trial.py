@@ -21,12 +21,25 @@ from yolo_compress.search import kept, levels
 from yolo_compress.search.front import Engine, choose, front
 from yolo_compress.search.levels import Figures
 from yolo_compress.search.measure import Timing
-from yolo_compress.search.study import RESULT, Study, read_outcome, read_trial, write_levels, write_outcome, write_plan
+from yolo_compress.search.study import (
+    RESULT,
+    Outcome,
+    Study,
+    read_outcome,
+    read_trial,
+    write_levels,
+    write_outcome,
+    write_plan,
+)
 from yolo_compress.search.trial import Run
 from yolo_compress.search.worker import Worker
 from yolo_compress.store.entries import entries
 from yolo_compress.store.manifest import Artifact
 from yolo_compress.store.store import Store
+
+
+def done(trial: Run) -> Outcome:
+    return trial.run(trial.prepared())
 
 
 @pytest.fixture
@@ -53,14 +66,14 @@ def reference(study: Study) -> None:
     folder = study.folder / "reference"
     (step,) = write_levels(folder, [levels.dense(study.base)], final=True)
     write_plan(folder, {"store": "shared", "before": [], "steps": [step]})
-    write_outcome(folder, Run(study, folder, None).run())
+    write_outcome(folder, done(Run(study, folder, None)))
 
 
 def trial(study: Study, sampler: toy.FileSampler) -> int:
     """Run one trial as a worker does, in this process."""
     with study.given_out(sampler, 99) as given:
         assert given is not None
-        outcome = Run(study, given.folder, given.number).run()
+        outcome = done(Run(study, given.folder, given.number))
         write_outcome(given.folder, outcome, RESULT)
         kept.keep(study, given, outcome["engines"])
         study.finish(given, outcome, sampler)
@@ -113,7 +126,7 @@ def command(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> Chain:
 
     def process(worker: Worker, folder: Path, deadline: float, watch: object) -> int:
         number = int(folder.name) if folder.parent.name == "trials" else None
-        write_outcome(folder, Run(worker.study, folder, number).run(), RESULT)
+        write_outcome(folder, done(Run(worker.study, folder, number)), RESULT)
         return 0
 
     monkeypatch.setattr(Worker, "_process", process)
@@ -224,7 +237,7 @@ def test_a_trial_that_was_interrupted_continues_from_its_store(chain: Chain) -> 
         assert given is not None
         chain.stop_after = 2
         with pytest.raises(Killed):
-            Run(study, given.folder, given.number).run()
+            done(Run(study, given.folder, given.number))
     assert read_outcome(given.folder) is None
     chain.stop_after, chain.ran = None, []
     assert trial(study, sampler) == given.number
